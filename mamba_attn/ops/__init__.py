@@ -1,0 +1,19 @@
+"""The operators: the hidden attention of a selective scan, its rows, columns and products, and the scan itself.
+
+Each validates once, chooses a backend and calls it. ``delta`` is after bias and softplus; ``A`` is negative.
+Half-precision inputs are computed and returned in float32.
+"""
+
+from mamba_attn.ops._dispatch import BACKENDS
+from mamba_attn.ops.attention import hidden_attention, selective_scan
+from mamba_attn.ops.linear import attention_column, attention_row, left_product, right_product
+
+__all__ = [
+    "BACKENDS",
+    "attention_column",
+    "attention_row",
+    "hidden_attention",
+    "left_product",
+    "right_product",
+    "selective_scan",
+]

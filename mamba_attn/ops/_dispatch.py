@@ -1,0 +1,108 @@
+"""Which backend runs a call: the one a user insists on, or the fastest that can."""
+
+import os
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mamba_attn.errors import BackendUnavailableError, MatrixTooLargeError
+from mamba_attn.ops import blocked, native, reference
+from mamba_attn.ops._arguments import Call, matrix_bytes, working_dtype
+from mamba_attn.scan import ScanRecord
+
+
+class Backend(Protocol):
+    """What a backend module offers; every result of ``merged=False`` is in scan order, one per route."""
+
+    def unavailable(self, record: ScanRecord) -> str | None:
+        """Return why this backend cannot take the record here, or None."""
+
+    def selective_scan(self, record: ScanRecord, merged: bool) -> Tensor:
+        """y: (batch, channels, tokens) merged, else (batch, routes, channels, length)."""
+
+    def hidden_attention(
+        self, record: ScanRecord, row_weight: Tensor | None, col_weight: Tensor | None, fold: str, merged: bool
+    ) -> Tensor:
+        """(batch, [channels,] tokens, tokens) merged, else (batch, routes, [channels,] length, length)."""
+
+
+class _Reference:
+    """The specification in the shape of a backend; computes in float64, returns the working type."""
+
+    def unavailable(self, record: ScanRecord) -> str | None:
+        return None
+
+    def selective_scan(self, record: ScanRecord, merged: bool) -> Tensor:
+        y = reference.selective_scan(record)
+        return (reference.merge_tokens(record, y) if merged else y).to(working_dtype(record))
+
+    def hidden_attention(
+        self, record: ScanRecord, row_weight: Tensor | None, col_weight: Tensor | None, fold: str, merged: bool
+    ) -> Tensor:
+        attention = reference.hidden_attention(record, row_weight, col_weight, fold)
+        return (reference.merge(record, attention) if merged else attention).to(working_dtype(record))
+
+
+BACKENDS: dict[str, Backend] = {"reference": _Reference(), "blocked": blocked.BACKEND, "native": native.BACKEND}
+
+
+def choose(call: Call, backend: str | None) -> Backend:
+    """Return the backend of a call.
+
+    Raises:
+        ValueError: an unknown name.
+        BackendUnavailableError: the one insisted upon cannot run; there is no fallback.
+    """
+    if backend is None:
+        usable = native.BACKEND.unavailable(call.record) is None
+        return BACKENDS["native" if usable else "blocked"]
+    if backend not in BACKENDS:
+        raise ValueError(f"{call.text}: backend={backend!r} is not one of {tuple(BACKENDS)}.")
+    reason = BACKENDS[backend].unavailable(call.record)
+    if reason:
+        raise BackendUnavailableError(f"{call.text}: backend={backend!r} was insisted upon, but {reason}")
+    return BACKENDS[backend]
+
+
+def require_memory(call: Call, fold: str) -> None:
+    """Refuse a dense matrix that would not fit, before anything is allocated.
+
+    Raises:
+        MatrixTooLargeError: with the bytes, and the linear-time way.
+    """
+    record = call.record
+    needed = matrix_bytes(record, fold, call.merged)
+    free = free_bytes(record.source_delta.device)
+    if free is not None and needed > free:
+        side = record.tokens if call.merged else record.length
+        raise MatrixTooLargeError(
+            f"{call.text}: the dense attention matrix ({record.batch} images, {side} x {side}, fold={fold!r}) needs "
+            f"{needed:,} bytes, {free:,} are free on {record.source_delta.device}. Rows, columns and products take "
+            "linear memory: attention_row, attention_column, left_product, right_product."
+        )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can still be allocated on a device, in bytes; None when the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [limit for limit in (_meminfo_available(), _cgroup_available()) if limit is not None]
+    return min(limits, default=None)
+
+
+def _meminfo_available() -> int | None:
+    if not os.path.exists("/proc/meminfo"):
+        return None
+    with open("/proc/meminfo") as lines:
+        kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    return kilobytes["MemAvailable"] * 1024
+
+
+def _cgroup_available() -> int | None:
+    folder = "/sys/fs/cgroup"
+    try:
+        with open(f"{folder}/memory.max") as limit, open(f"{folder}/memory.current") as used:
+            return int(limit.read()) - int(used.read())
+    except (OSError, ValueError):  # no cgroup v2, or "max": no limit
+        return None

@@ -1,0 +1,120 @@
+"""The selective scan and its hidden attention."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mamba_attn.ops._arguments import as_record, check_fold, scan_weight
+from mamba_attn.ops._dispatch import choose, require_memory
+from mamba_attn.scan import ScanRecord
+
+
+def hidden_attention(
+    delta: Tensor | ScanRecord,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    *,
+    row_weight: Tensor | None = None,
+    col_weight: Tensor | None = None,
+    fold: str = "mean",
+    orders: Tensor | None = None,
+    tokens: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Return the hidden attention of a selective scan, channels folded.
+
+    Per channel, M[i, j] = sum_n C[n, i] exp(A[n] (S[i] - S[j])) B[n, j] delta[j] for j <= i, S = cumsum(delta)
+    (arXiv 2403.01590, eq. 11); exactly zero above the diagonal. D is not part of it.
+
+    Args:
+        delta: (batch, channels, length) or (batch, routes, channels, length), after bias and softplus; or a
+            ScanRecord, which then stands for everything up to ``C`` and carries its orders and scale.
+        A: (channels, states) or (routes, channels, states), negative; states may be 1 and shared.
+        B: (batch, states, length) or (batch, routes, states, length); (batch, routes, groups, states, length) too.
+        C: as B.
+        row_weight: (batch, channels, tokens) or (batch, routes, channels, length); multiplies row i of channel c.
+        col_weight: likewise, column j.
+        fold: "mean" or "sum" over channels of the weighted matrices; "positive" and "absolute": max(., 0) and |.| of
+            each weighted channel, then the mean; "each": no fold.
+        orders: (routes, length) token visited at each step; merges the routes in the token frame.
+        tokens: tokens in that frame. Default: the largest index + 1.
+        backend: "native", "blocked" or "reference"; insisting never falls back. Default: the fastest that can.
+
+    Returns:
+        (batch, [routes,] [channels,] length, length) in scan order; with orders or a record (batch, [channels,] tokens,
+        tokens) in the token frame, routes summed. float64 if an input is, else float32.
+
+    Raises:
+        ValueError: shapes that disagree, A >= 0, an unknown fold or backend.
+        MatrixTooLargeError: the result would not fit the memory.
+        BackendUnavailableError: the backend insisted upon cannot run.
+
+    Example:
+        >>> hidden_attention(torch.rand(2, 8, 5), -torch.rand(8, 4) - 1, torch.randn(2, 4, 5), torch.randn(2, 4, 5)).shape
+        torch.Size([2, 5, 5])
+    """
+    call = as_record("hidden_attention", None, delta, A, B, C, orders=orders, tokens=tokens)
+    check_fold(call, fold)
+    rows, columns = scan_weight(call, "row_weight", row_weight), scan_weight(call, "col_weight", col_weight)
+    chosen = choose(call, backend)
+    require_memory(call, fold)
+    attention = chosen.hidden_attention(call.record, rows, columns, fold, call.merged)
+    return attention if call.merged or call.route_axis else attention.squeeze(1)
+
+
+def selective_scan(
+    u: Tensor | ScanRecord,
+    delta: Tensor | None = None,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    *,
+    attention: str | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run a selective scan: h = exp(delta A) h + delta B u, y = C h + D u (arXiv 2312.00752, eq. 2, Euler for B).
+
+    Args:
+        u: (batch, channels, length) or (batch, routes, channels, length); or a ScanRecord for all of it.
+        delta: like u, after bias and softplus.
+        A: (channels, states) or (routes, channels, states), negative.
+        B: (batch, states, length) or (batch, routes, states, length).
+        C: as B.
+        D: (channels) or (routes, channels), or None.
+        attention: a fold of ``hidden_attention``, to get that matrix beside the output.
+        backend: see ``hidden_attention``.
+
+    Returns:
+        y, shaped like u, or for a record (batch, channels, tokens): routes summed in the token frame, times scale.
+        With attention, (y, attention).
+
+    Raises:
+        ValueError: shapes that disagree, A >= 0, an unknown fold or backend.
+        BackendUnavailableError: the backend insisted upon cannot run.
+    """
+    if isinstance(u, ScanRecord):
+        call = as_record("selective_scan", None, u, A, B, C, D)
+    else:
+        if not isinstance(delta, Tensor):
+            raise TypeError(f"selective_scan: delta must be a floating-point tensor, got {type(delta).__name__}.")
+        call = as_record("selective_scan", u, delta, A, B, C, D)
+    chosen = choose(call, backend)
+    if attention is not None:
+        check_fold(call, attention)
+        require_memory(call, attention)
+    y = chosen.selective_scan(call.record, call.merged)
+    squeeze: Callable[[Tensor], Tensor] = (lambda x: x) if call.merged or call.route_axis else lambda x: x.squeeze(1)
+    if attention is None:
+        return squeeze(y)
+    return squeeze(y), squeeze(chosen.hidden_attention(call.record, None, None, attention, call.merged))
+
+
+def scan_output(record: ScanRecord, backend: str | None = None) -> Tensor:
+    """``selective_scan`` of a record without attention, for model code: (batch, channels, tokens)."""
+    y = selective_scan(record, backend=backend)
+    if not isinstance(y, torch.Tensor):  # pragma: no cover - narrows the type
+        raise TypeError
+    return y

@@ -1,0 +1,256 @@
+"""Rows, columns and products of the hidden attention in time and memory linear in length."""
+
+import torch
+from torch import Tensor
+
+from mamba_attn._types import Float
+from mamba_attn.ops._arguments import Call, as_record, check_fold, check_index, scan_weight, working_dtype
+from mamba_attn.ops.blocked import Channels, per_channel, recurrence
+from mamba_attn.scan import ScanRecord
+
+_WORKSPACE = 2**22  # elements of one temporary
+_SIGNED = ("mean", "sum")
+
+
+def attention_row(
+    delta: Tensor | ScanRecord, A: Tensor | None = None, B: Tensor | None = None, C: Tensor | None = None, *,
+    row: int, row_weight: Tensor | None = None, col_weight: Tensor | None = None, fold: str = "mean",
+    orders: Tensor | None = None, tokens: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Return one row of ``hidden_attention``: what one token reads.
+
+    Args:
+        delta: as in ``hidden_attention``; so are A, B, C, the weights, fold, orders and tokens.
+        A: see there.
+        B: see there.
+        C: see there.
+        row: token (with orders or a record) or step.
+        row_weight: see there.
+        col_weight: see there.
+        fold: see there.
+        orders: see there.
+        tokens: see there.
+
+    Returns:
+        The row of the matrix that ``hidden_attention`` returns for the same arguments: its shape without the axis
+        before the last.
+
+    Raises:
+        ValueError: as ``hidden_attention``, or a row outside the matrix.
+    """
+    return _line("attention_row", "row", delta, A, B, C, row, row_weight, col_weight, fold, orders, tokens)
+
+
+def attention_column(
+    delta: Tensor | ScanRecord, A: Tensor | None = None, B: Tensor | None = None, C: Tensor | None = None, *,
+    column: int, row_weight: Tensor | None = None, col_weight: Tensor | None = None, fold: str = "mean",
+    orders: Tensor | None = None, tokens: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Return one column of ``hidden_attention``: where one token is read.
+
+    Args:
+        delta: as in ``hidden_attention``; so are A, B, C, the weights, fold, orders and tokens.
+        A: see there.
+        B: see there.
+        C: see there.
+        column: token (with orders or a record) or step.
+        row_weight: see there.
+        col_weight: see there.
+        fold: see there.
+        orders: see there.
+        tokens: see there.
+
+    Returns:
+        The column of the matrix that ``hidden_attention`` returns for the same arguments: its shape without the last
+        axis.
+
+    Raises:
+        ValueError: as ``hidden_attention``, or a column outside the matrix.
+    """
+    return _line("attention_column", "column", delta, A, B, C, column, row_weight, col_weight, fold, orders, tokens)
+
+
+def left_product(
+    delta: Tensor | ScanRecord, A: Tensor | None = None, B: Tensor | None = None, C: Tensor | None = None, *,
+    vector: Tensor, row_weight: Tensor | None = None, col_weight: Tensor | None = None, fold: str = "mean",
+    orders: Tensor | None = None, tokens: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Return ``vector @ hidden_attention(...)``: one scan, run backwards.
+
+    Args:
+        delta: as in ``hidden_attention``; so are A, B, C, the weights, orders and tokens.
+        A: see there.
+        B: see there.
+        C: see there.
+        vector: (batch, length), with orders or a record (batch, tokens).
+        row_weight: see there.
+        col_weight: see there.
+        fold: "mean" or "sum"; the other folds are not linear.
+        orders: see there.
+        tokens: see there.
+
+    Returns:
+        (batch, [routes,] length), with orders or a record (batch, tokens).
+
+    Raises:
+        ValueError: as ``hidden_attention``, or a vector of another shape.
+    """
+    call = as_record("left_product", None, delta, A, B, C, orders=orders, tokens=tokens)
+    return _product(call, vector, row_weight, col_weight, fold, transposed=True)
+
+
+def right_product(
+    delta: Tensor | ScanRecord, A: Tensor | None = None, B: Tensor | None = None, C: Tensor | None = None, *,
+    vector: Tensor, row_weight: Tensor | None = None, col_weight: Tensor | None = None, fold: str = "mean",
+    orders: Tensor | None = None, tokens: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Return ``hidden_attention(...) @ vector``: one scan.
+
+    Args:
+        delta: as in ``hidden_attention``; so are A, B, C, the weights, orders and tokens.
+        A: see there.
+        B: see there.
+        C: see there.
+        vector: (batch, length), with orders or a record (batch, tokens).
+        row_weight: see there.
+        col_weight: see there.
+        fold: "mean" or "sum"; the other folds are not linear.
+        orders: see there.
+        tokens: see there.
+
+    Returns:
+        (batch, [routes,] length), with orders or a record (batch, tokens).
+
+    Raises:
+        ValueError: as ``hidden_attention``, or a vector of another shape.
+    """
+    call = as_record("right_product", None, delta, A, B, C, orders=orders, tokens=tokens)
+    return _product(call, vector, row_weight, col_weight, fold, transposed=False)
+
+
+def _line(
+    name: str, axis: str, delta: Tensor | ScanRecord, A: Tensor | None, B: Tensor | None, C: Tensor | None, index: int,
+    row_weight: Tensor | None, col_weight: Tensor | None, fold: str, orders: Tensor | None, tokens: int | None,
+) -> Tensor:  # fmt: skip
+    call = as_record(name, None, delta, A, B, C, orders=orders, tokens=tokens)
+    record = call.record
+    check_fold(call, fold)
+    check_index(call, axis, index, record.tokens if call.merged else record.length)
+    weights = scan_weight(call, "row_weight", row_weight), scan_weight(call, "col_weight", col_weight)
+    lines = [
+        _route_line(record.select_routes(slice(r, r + 1)), axis, index, _route(weights, r), fold, call.merged)
+        for r in range(record.routes)
+    ]
+    if call.merged:
+        return torch.stack(lines).sum(0)
+    return torch.stack(lines, dim=1) if call.route_axis else lines[0]
+
+
+def _route_line(
+    record: ScanRecord, axis: str, index: int, weights: tuple[Tensor | None, Tensor | None], fold: str, merged: bool
+) -> Tensor:
+    """The line of one route: (batch, [channels,] tokens) merged and scaled, else (batch, [channels,] length)."""
+    own, other = record.write_order[0], record.read_order[0]
+    if axis == "column":
+        own, other = other, own
+    steps = (own == index).nonzero().flatten().tolist() if merged else [index]
+    kept = (record.channels,) if fold == "each" else ()
+    dtype, device = working_dtype(record), record.source_delta.device
+    size = record.tokens if merged else record.length
+    line = torch.zeros(record.batch, *kept, size, dtype=dtype, device=device)
+    for step in steps:
+        span = slice(0, step + 1) if axis == "row" else slice(step, record.length)
+        values = _line_values(record, axis, step, span, weights, fold)
+        line = line.index_add(-1, other[span], values * record.scale) if merged else _pad(values, span, size)
+    return line
+
+
+def _line_values(
+    record: ScanRecord, axis: str, step: int, span: slice, weights: tuple[Tensor | None, Tensor | None], fold: str
+) -> Float[Tensor, "batch *channels span"]:
+    """M[step, span] or M[span, step] of one route, channels folded, channel block by channel block."""
+    dtype = working_dtype(record)
+    part = per_channel(record, dtype)
+    S = part.delta.double().cumsum(-1)
+    size = max(1, _WORKSPACE // (record.batch * record.states * (span.stop - span.start)))
+    blocks = []
+    for start in range(0, record.channels, size):
+        own = slice(start, start + size)
+        block, s = part.block(own), S[:, :, own]
+        rows, columns = (None if weight is None else weight[:, :, own].to(dtype) for weight in weights)
+        i, j = (slice(step, step + 1), span) if axis == "row" else (span, slice(step, step + 1))
+        decay = (s[..., i] - s[..., j]).to(dtype)
+        M = (torch.exp(block.A.unsqueeze(-1) * decay.unsqueeze(-2)) * (block.C[..., i] * block.B[..., j])).sum(-2)
+        M = M * block.delta[..., j]
+        M = M if rows is None else M * rows[..., i]
+        M = M if columns is None else M * columns[..., j]
+        if fold == "positive":
+            M = M.clamp(min=0)
+        elif fold == "absolute":
+            M = M.abs()
+        blocks.append(M.squeeze(1) if fold == "each" else M.squeeze(1).sum(1))
+    if fold == "each":
+        return torch.cat(blocks, dim=1)
+    total = torch.stack(blocks).sum(0)
+    return total if fold == "sum" else total / record.channels
+
+
+def _product(
+    call: Call, vector: Tensor, row_weight: Tensor | None, col_weight: Tensor | None, fold: str, transposed: bool
+) -> Tensor:
+    record = call.record
+    check_fold(call, fold, _SIGNED)
+    expected = (record.batch, record.tokens if call.merged else record.length)
+    if tuple(vector.shape) != expected:
+        raise ValueError(f"{call.text}: vector must be {expected}, got {tuple(vector.shape)}.")
+    weights = scan_weight(call, "row_weight", row_weight), scan_weight(call, "col_weight", col_weight)
+    results = []
+    for r in range(record.routes):
+        part = record.select_routes(slice(r, r + 1))
+        read, write = (part.write_order[0], part.read_order[0]) if transposed else (part.read_order[0], part.write_order[0])
+        values = _route_product(part, vector[:, read] if call.merged else vector, _route(weights, r), transposed)
+        values = values if fold == "sum" else values / record.channels
+        if call.merged:
+            frame = torch.zeros(expected, dtype=values.dtype, device=values.device)
+            values = frame.index_add(-1, write, values * record.scale)
+        results.append(values)
+    if call.merged:
+        return torch.stack(results).sum(0)
+    return torch.stack(results, dim=1) if call.route_axis else results[0]
+
+
+def _route_product(
+    record: ScanRecord, vector: Float[Tensor, "batch length"], weights: tuple[Tensor | None, Tensor | None],
+    transposed: bool,
+) -> Float[Tensor, "batch length"]:  # fmt: skip
+    """M v or, transposed, v M of one route, summed over weighted channels."""
+    dtype = working_dtype(record)
+    part = per_channel(record, dtype)
+    v = vector.to(dtype)[:, None, None]
+    size = max(1, _WORKSPACE // (record.batch * record.states * record.length))
+    total = torch.zeros_like(vector, dtype=dtype)
+    for start in range(0, record.channels, size):
+        own = slice(start, start + size)
+        block = part.block(own)
+        rows, columns = (None if weight is None else weight[:, :, own].to(dtype) for weight in weights)
+        first, last = (rows, columns) if transposed else (columns, rows)
+        inputs = (v if first is None else v * first).expand_as(block.delta)
+        y = _transposed_scan(block, inputs) if transposed else recurrence(block, block.delta, block.delta * inputs)
+        total = total + (y if last is None else y * last).sum((1, 2))
+    return total
+
+
+def _transposed_scan(part: Channels, inputs: Tensor) -> Tensor:
+    """M^T applied per channel: from the last step, with B and C exchanged and every decay one step later."""
+    step = torch.nn.functional.pad(part.delta.flip(-1), (1, 0))[..., :-1]
+    backwards = Channels(step, part.A, part.C.flip(-1), part.B.flip(-1))
+    return recurrence(backwards, step, inputs.flip(-1)).flip(-1) * part.delta
+
+
+def _route(weights: tuple[Tensor | None, Tensor | None], route: int) -> tuple[Tensor | None, Tensor | None]:
+    rows, columns = (None if weight is None else weight[:, route : route + 1] for weight in weights)
+    return rows, columns
+
+
+def _pad(values: Tensor, span: slice, length: int) -> Tensor:
+    return torch.nn.functional.pad(values, (span.start, length - span.stop))

@@ -1,0 +1,399 @@
+// Selective scan, its backward, and hidden attention on a CPU. Equations: reference.py.
+//
+// Plain C++17 with the vector extensions of GCC and Clang, compiled at first use; the compiler maps 16 lanes to whatever
+// the machine has. Scans run 16 channels a vector, one step after the other; attention runs 16 positions a vector.
+// Tensors come as pointers and strides in elements; routes are index tables, so permutations and merges copy nothing.
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int LANES = 16;
+constexpr int SEGMENT = 32;  // steps whose states the backward keeps at once
+typedef float vec __attribute__((vector_size(64)));
+typedef int32_t ivec __attribute__((vector_size(64)));
+
+inline vec load(const float* p) { vec v; std::memcpy(&v, p, sizeof v); return v; }
+inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
+inline vec splat(float x) { return vec{} + x; }
+inline float sum(vec v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
+
+// 2^x for x <= 0, relative error 1e-7; zero below the smallest normal number. Coefficients: minimax on [-1/2, 1/2].
+inline vec exp2v(vec x) {
+    ivec n = __builtin_convertvector((x < -126.f) ? splat(-126.f) : x - 0.5f, ivec);
+    vec f = x - __builtin_convertvector(n, vec);
+    vec p = 1.535336188e-4f * f + 1.339887440e-3f;
+    p = p * f + 9.618437358e-3f;
+    p = p * f + 5.550332471e-2f;
+    p = p * f + 2.402264791e-1f;
+    p = p * f + 6.931472029e-1f;
+    p = p * f + 1.f;
+    ivec power = (n + 127) << 23;
+    vec scale;
+    std::memcpy(&scale, &power, sizeof scale);
+    return (x < -126.f) ? vec{} : p * scale;
+}
+
+// Decayed states reach denormal numbers, which cost a hundred times an ordinary product: below 1e-38 they count as zero.
+struct FlushDenormals {
+#if defined(__SSE__)
+    unsigned before = __builtin_ia32_stmxcsr();
+    FlushDenormals() { __builtin_ia32_ldmxcsr(before | 0x8040); }
+    ~FlushDenormals() { __builtin_ia32_ldmxcsr(before); }
+#endif
+};
+
+}  // namespace
+
+extern "C" {
+
+struct Tensor { float* data; int64_t batch, route, axis, position; };  // axis: channels or states
+
+// Shared by all entries. Channels are a multiple of 16 and have stride 1 in the scans (not in attention).
+// A2 is A * log2(e): (routes, states, channels) in the scans, (routes, channels, states) in attention.
+struct Scan {
+    int64_t batch, routes, channels, states, length, tokens, positions;  // positions: of the sources
+    Tensor u, delta, B, C;
+    const float *A2, *D;
+    const int64_t *read, *write;  // (routes, length); read is null when sources are in scan order, write when y is
+    float scale;
+    int32_t threads;
+};
+}
+
+namespace {
+
+inline int64_t at(const int64_t* order, int64_t route, int64_t length, int64_t step) {
+    return order ? order[route * length + step] : step;
+}
+
+inline const float* row(const Tensor& x, int64_t b, int64_t r, int64_t position) {
+    return x.data + b * x.batch + r * x.route + position * x.position;
+}
+
+// where step t of (b, r) lies in y and its gradient
+inline int64_t out_row(const Scan& s, int64_t b, int64_t r, int64_t t) {
+    return s.write ? b * s.tokens + s.write[r * s.length + t] : (b * s.routes + r) * s.length + t;
+}
+
+template <int N>
+void forward_block(const Scan& s, float* y, int64_t b, int64_t c) {
+    const FlushDenormals flush;
+    const int states = N ? N : s.states;
+    std::vector<vec> heap(N ? 0 : states);
+    vec fixed[N ? N : 1];
+    vec* h = N ? fixed : heap.data();
+    for (int64_t r = 0; r < s.routes; r++) {
+        const float* A2 = s.A2 + r * states * s.channels + c;
+        const vec D = s.D ? load(s.D + r * s.channels + c) : vec{};
+        for (int n = 0; n < states; n++) h[n] = vec{};
+        for (int64_t t = 0; t < s.length; t++) {
+            const int64_t p = at(s.read, r, s.length, t);
+            const vec d = load(row(s.delta, b, r, p) + c), u = load(row(s.u, b, r, p) + c), x = d * u;
+            const float *B = row(s.B, b, r, p), *C = row(s.C, b, r, p);
+            vec sum = D * u;
+            for (int n = 0; n < states; n++) {
+                h[n] = exp2v(d * load(A2 + n * s.channels)) * h[n] + x * B[n * s.B.axis];
+                sum += h[n] * C[n * s.C.axis];
+            }
+            float* out = y + out_row(s, b, r, t) * s.channels + c;
+            store(out, load(out) + sum * s.scale);
+        }
+    }
+}
+
+// Everything the backward of one image needs beside its inputs.
+struct Workspace {
+    std::vector<vec> start;        // (segments, blocks, states): state before each segment
+    std::vector<vec> before, decay;  // (SEGMENT, states): state before each step, and its decay
+    std::vector<vec> carry;        // (blocks, states): gradient that later steps send back
+    std::vector<vec> dB, dC;       // (SEGMENT, states): summed over channel blocks, lanes still apart
+};
+
+struct Gradients { float *u, *delta, *A, *B, *C, *D; int64_t u_routes, delta_routes, bc_routes; };
+
+void segment_starts(const Scan& s, Workspace& w, int64_t b, int64_t r) {
+    const int64_t blocks = s.channels / LANES, states = s.states;
+    std::vector<vec> h(states);
+    for (int64_t k = 0; k < blocks; k++) {
+        const float* A2 = s.A2 + r * states * s.channels + k * LANES;
+        for (auto& v : h) v = vec{};
+        for (int64_t t = 0; t < s.length; t++) {
+            if (t % SEGMENT == 0) std::memcpy(&w.start[(t / SEGMENT * blocks + k) * states], h.data(), states * sizeof(vec));
+            const int64_t p = at(s.read, r, s.length, t);
+            const vec d = load(row(s.delta, b, r, p) + k * LANES), x = d * load(row(s.u, b, r, p) + k * LANES);
+            const float* B = row(s.B, b, r, p);
+            for (int n = 0; n < states; n++) h[n] = exp2v(d * load(A2 + n * s.channels)) * h[n] + x * B[n * s.B.axis];
+        }
+    }
+}
+
+void backward_segment(const Scan& s, Workspace& w, const float* gy, const Gradients& g, int64_t b, int64_t r,
+                      int64_t segment, int64_t k) {
+    const int64_t blocks = s.channels / LANES, c = k * LANES, positions = s.positions;
+    const int states = s.states, first = segment * SEGMENT;
+    const int count = s.length - first < SEGMENT ? s.length - first : SEGMENT;
+    const float* A2 = s.A2 + r * states * s.channels + c;
+    const vec D = s.D ? load(s.D + r * s.channels + c) : vec{};
+    vec* h = &w.start[(segment * blocks + k) * states];
+    vec* carry = &w.carry[k * states];
+    for (int i = 0; i < count; i++) {
+        const int64_t p = at(s.read, r, s.length, first + i);
+        const vec d = load(row(s.delta, b, r, p) + c), x = d * load(row(s.u, b, r, p) + c);
+        const float* B = row(s.B, b, r, p);
+        for (int n = 0; n < states; n++) {
+            w.before[i * states + n] = h[n];
+            w.decay[i * states + n] = exp2v(d * load(A2 + n * s.channels));
+            h[n] = w.decay[i * states + n] * h[n] + x * B[n * s.B.axis];
+        }
+    }
+    vec dD = {};
+    for (int i = count - 1; i >= 0; i--) {
+        const int64_t p = at(s.read, r, s.length, first + i);
+        const vec d = load(row(s.delta, b, r, p) + c), u = load(row(s.u, b, r, p) + c), x = d * u;
+        const float *B = row(s.B, b, r, p), *C = row(s.C, b, r, p);
+        const vec dy = load(gy + out_row(s, b, r, first + i) * s.channels + c) * s.scale;
+        vec through_B = {}, through_decay = {};
+        for (int n = 0; n < states; n++) {
+            const vec a = w.decay[i * states + n], kept = a * w.before[i * states + n];
+            const vec dh = carry[n] + dy * C[n * s.C.axis];
+            w.dC[i * states + n] += dy * (kept + x * B[n * s.B.axis]);
+            w.dB[i * states + n] += dh * x;
+            through_B += dh * B[n * s.B.axis];
+            const vec dlog = dh * kept;  // gradient of delta * A
+            through_decay += dlog * load(A2 + n * s.channels);
+            float* dA = g.A + ((b * s.routes + r) * states + n) * s.channels + c;
+            store(dA, load(dA) + dlog * d);
+            carry[n] = dh * a;
+        }
+        float* du = g.u + ((b * g.u_routes + (g.u_routes > 1 ? r : 0)) * positions + p) * s.channels + c;
+        float* dd = g.delta + ((b * g.delta_routes + (g.delta_routes > 1 ? r : 0)) * positions + p) * s.channels + c;
+        store(du, load(du) + d * through_B + D * dy);
+        store(dd, load(dd) + u * through_B + 0.6931471806f * through_decay);
+        dD += dy * u;
+    }
+    float* out = g.D + (b * s.routes + r) * s.channels + c;
+    store(out, load(out) + dD);
+}
+
+void backward_image(const Scan& s, const float* gy, const Gradients& g, int64_t b) {
+    const int64_t blocks = s.channels / LANES, segments = (s.length + SEGMENT - 1) / SEGMENT, states = s.states;
+    const FlushDenormals flush;
+    Workspace w;
+    w.start.resize(segments * blocks * states);
+    w.carry.resize(blocks * states);
+    w.before.resize(SEGMENT * states), w.decay.resize(SEGMENT * states);
+    w.dB.resize(SEGMENT * states), w.dC.resize(SEGMENT * states);
+    for (int64_t r = 0; r < s.routes; r++) {
+        segment_starts(s, w, b, r);
+        for (auto& v : w.carry) v = vec{};
+        for (int64_t segment = segments - 1; segment >= 0; segment--) {
+            for (auto& v : w.dB) v = vec{};
+            for (auto& v : w.dC) v = vec{};
+            for (int64_t k = 0; k < blocks; k++) backward_segment(s, w, gy, g, b, r, segment, k);
+            const int64_t count = s.length - segment * SEGMENT;
+            for (int64_t i = 0; i < (count < SEGMENT ? count : SEGMENT); i++) {
+                const int64_t p = at(s.read, r, s.length, segment * SEGMENT + i);
+                const int64_t to = ((b * g.bc_routes + (g.bc_routes > 1 ? r : 0)) * s.positions + p) * states;
+                for (int n = 0; n < states; n++) g.B[to + n] += sum(w.dB[i * states + n]);
+                for (int n = 0; n < states; n++) g.C[to + n] += sum(w.dC[i * states + n]);
+            }
+        }
+    }
+}
+
+// ---- hidden attention ------------------------------------------------------------------------------------------------
+// Steps are cut into chunks of 16. Inside a chunk the columns' states are carried from row to row; between chunks
+// M[i, j] = (C_i e^{A (S_i - S_start(I))}) e^{A (S_start(I) - S_end(J))} (e^{A (S_end(J) - S_j)} B_j delta_j): a product
+// of factors <= 1 whose middle one is shared by the tile.
+
+enum Fold { SIGNED, POSITIVE, ABSOLUTE, EACH };
+
+struct Attention {
+    Scan scan;
+    Tensor row_weight, col_weight;  // data may be null
+    float* out;                     // (batch, [routes when write is null,] [channels when each,] side, side)
+    int64_t side, out_batch, out_route, out_channel;
+    int32_t fold;
+};
+
+struct Block {  // a block of channels of one (image, route), cut into chunks
+    int64_t first, channels, chunks;
+    std::vector<float> Q, K;     // (chunks, channels * states, 16)
+    std::vector<double> S;       // (chunks + 1, channels): cumulative delta at chunk borders
+    float* q(int64_t chunk, int64_t states) { return Q.data() + chunk * channels * states * LANES; }
+    float* k(int64_t chunk, int64_t states) { return K.data() + chunk * channels * states * LANES; }
+};
+
+template <int F>
+inline void fold_into(vec (&total)[LANES], vec (&part)[LANES]) {
+    for (int i = 0; i < LANES; i++) {
+        const vec x = part[i];
+        total[i] += F == SIGNED ? x : F == POSITIVE ? ((x > 0.f) ? x : vec{}) : ((x > 0.f) ? x : -x);
+        if (F != SIGNED) part[i] = vec{};
+    }
+}
+
+void write_tile(const Attention& a, int64_t b, int64_t r, int64_t c, int64_t I, int64_t J, const vec (&tile)[LANES]) {
+    const Scan& s = a.scan;
+    float* out = a.out + b * a.out_batch + r * a.out_route + c * a.out_channel;
+    const int64_t rows = s.length - I * LANES < LANES ? s.length - I * LANES : LANES;
+    for (int64_t i = 0; i < rows; i++) {
+        float* line = out + at(s.write, r, s.length, I * LANES + i) * a.side;
+        const int64_t columns = I == J ? i + 1 : LANES;
+        const int64_t* read = s.write ? a.scan.read + r * s.length + J * LANES : nullptr;
+        for (int64_t j = 0; j < columns; j++) line[read ? read[j] : J * LANES + j] += tile[i][j] * s.scale;
+    }
+}
+
+struct Chunk { float delta[LANES], sums[LANES], row[LANES], col[LANES]; int64_t position[LANES]; int count; };
+
+// the chunk's own triangle, and its Q and K, for one channel
+template <int F>
+void prepare_channel(const Attention& a, const int64_t* source, Block& block, int64_t b, int64_t r, int64_t chunk,
+                     int64_t channel, vec (&total)[LANES], vec (&part)[LANES]) {
+    const Scan& s = a.scan;
+    const int64_t c = block.first + channel, states = s.states;
+    Chunk x;
+    x.count = s.length - chunk * LANES < LANES ? s.length - chunk * LANES : LANES;
+    float sum = 0;
+    double exact = 0;
+    for (int i = 0; i < LANES; i++) {
+        const bool inside = i < x.count;
+        const int64_t step = chunk * LANES + i, p = inside ? at(source, r, s.length, step) : 0;
+        x.position[i] = p;
+        x.delta[i] = inside ? row(s.delta, b, r, p)[c * s.delta.axis] : 0;
+        exact += x.delta[i];
+        sum = exact;
+        x.sums[i] = sum;
+        x.row[i] = !inside ? 0 : a.row_weight.data ? row(a.row_weight, b, r, step)[c * a.row_weight.axis] : 1;
+        x.col[i] = x.delta[i] * (inside && a.col_weight.data ? row(a.col_weight, b, r, step)[c * a.col_weight.axis] : 1);
+    }
+    double* S = &block.S[chunk * block.channels + channel];
+    S[block.channels] = S[0] + exact;
+    const vec delta = load(x.delta), sums = load(x.sums), rows = load(x.row), columns = load(x.col);
+    for (int64_t n = 0; n < states; n++) {
+        const float A2 = s.A2[(r * s.channels + c) * states + n];
+        float Bs[LANES], Cs[LANES], decays[LANES], inputs[LANES], outputs[LANES];
+        for (int i = 0; i < LANES; i++) {
+            Bs[i] = row(s.B, b, r, x.position[i])[n * s.B.axis];
+            Cs[i] = row(s.C, b, r, x.position[i])[n * s.C.axis];
+        }
+        store(decays, exp2v(delta * A2));
+        store(inputs, load(Bs) * columns);
+        const vec out = load(Cs) * rows;
+        store(outputs, out);
+        float* q = block.q(chunk, states) + (channel * states + n) * LANES;
+        store(q, out * exp2v(sums * A2));
+        vec columns_state = {};
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) {
+            columns_state *= decays[i];
+            columns_state[i] = inputs[i];
+            part[i] += columns_state * outputs[i];
+        }
+        store(block.k(chunk, states) + (channel * states + n) * LANES, columns_state);
+    }
+    if (F != SIGNED) fold_into<F>(total, part);
+}
+
+template <int F>
+void tile_product(const Attention& a, Block& block, int64_t r, int64_t I, int64_t J, float* decay, vec (&total)[LANES]) {
+    const int64_t states = a.scan.states, inner = block.channels * states;
+    const float* A2 = a.scan.A2 + (r * a.scan.channels + block.first) * states;
+    const double *start = &block.S[I * block.channels], *end = &block.S[(J + 1) * block.channels];
+    if (states == 1) {
+        for (int64_t c = 0; c < block.channels; c++) decay[c] = A2[c] * static_cast<float>(start[c] - end[c]);
+    } else {
+        for (int64_t c = 0; c < block.channels; c++) {
+            const float distance = start[c] - end[c];
+            for (int64_t n = 0; n < states; n++) decay[c * states + n] = A2[c * states + n] * distance;
+        }
+    }
+    for (int64_t k = 0; k < inner; k += LANES) store(decay + k, exp2v(load(decay + k)));
+    const float *q = block.q(I, states), *keys = block.k(J, states);
+    vec part[LANES] = {};
+    const int64_t step = F == SIGNED ? inner : states;
+    for (int64_t k0 = 0; k0 < inner; k0 += step) {
+        for (int64_t k = k0; k < k0 + step; k++) {
+            const vec key = load(keys + k * LANES) * decay[k];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) part[i] += key * q[k * LANES + i];
+        }
+        fold_into<F>(total, part);
+    }
+}
+
+template <int F>
+void attention_block(const Attention& a, const int64_t* source, int64_t b, int64_t r, int64_t first, int64_t channels) {
+    const FlushDenormals flush;
+    const Scan& s = a.scan;
+    Block block{first, channels, (s.length + LANES - 1) / LANES, {}, {}, {}};
+    block.Q.resize(block.chunks * channels * s.states * LANES);
+    block.K.resize(block.Q.size());
+    block.S.assign(channels * (block.chunks + 1), 0.0);
+    for (int64_t chunk = 0; chunk < block.chunks; chunk++) {  // in order: S is cumulative
+        vec total[LANES] = {}, part[LANES] = {};
+        for (int64_t c = 0; c < channels; c++) prepare_channel<F>(a, source, block, b, r, chunk, c, total, part);
+        if (F == SIGNED) fold_into<F>(total, part);
+        write_tile(a, b, r, first, chunk, chunk, total);
+    }
+#pragma omp parallel num_threads(s.threads)
+    {
+        const FlushDenormals flush;
+        std::vector<float> decay(channels * s.states + LANES);
+#pragma omp for schedule(dynamic)
+        for (int64_t I = block.chunks - 1; I > 0; I--) {
+            for (int64_t J = 0; J < I; J++) {
+                vec total[LANES] = {};
+                tile_product<F>(a, block, r, I, J, decay.data(), total);
+                write_tile(a, b, r, first, I, J, total);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+void scan_forward(const Scan* s, float* y) {
+    const int64_t blocks = s->channels / LANES;
+#pragma omp parallel for collapse(2) num_threads(s->threads)
+    for (int64_t b = 0; b < s->batch; b++) {
+        for (int64_t k = 0; k < blocks; k++) {
+            switch (s->states) {
+                case 1: forward_block<1>(*s, y, b, k * LANES); break;
+                case 8: forward_block<8>(*s, y, b, k * LANES); break;
+                case 16: forward_block<16>(*s, y, b, k * LANES); break;
+                default: forward_block<0>(*s, y, b, k * LANES);
+            }
+        }
+    }
+}
+
+void scan_backward(const Scan* s, const float* gy, const Gradients* g) {
+#pragma omp parallel for num_threads(s->threads)
+    for (int64_t b = 0; b < s->batch; b++) backward_image(*s, gy, *g, b);
+}
+
+// source: (routes, length) position read at each step, or null when sources are in scan order
+void hidden_attention(const Attention* a, const int64_t* source) {
+    const Scan& s = a->scan;
+    const int64_t length = (s.length + LANES - 1) / LANES * LANES;
+    int64_t block = (1 << 20) / (sizeof(float) * length * s.states);  // K of a block stays in a 1 MiB cache
+    block = block < 1 || a->fold == EACH ? 1 : block > s.channels ? s.channels : block;
+    for (int64_t b = 0; b < s.batch; b++) {
+        for (int64_t r = 0; r < s.routes; r++) {
+            for (int64_t c = 0; c < s.channels; c += block) {
+                const int64_t count = s.channels - c < block ? s.channels - c : block;
+                if (a->fold == POSITIVE) attention_block<POSITIVE>(*a, source, b, r, c, count);
+                else if (a->fold == ABSOLUTE) attention_block<ABSOLUTE>(*a, source, b, r, c, count);
+                else attention_block<SIGNED>(*a, source, b, r, c, count);
+            }
+        }
+    }
+}
+}
