@@ -1,0 +1,89 @@
+"""What users may rely on: every public name resolves, says what its arguments are, and its example runs."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+import mamba_attn
+from mamba_attn.models import create
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(mamba_attn.__file__).parent
+
+
+def public_modules():
+    """Dotted names without an underscore."""
+    found = ["mamba_attn"]
+    for module in pkgutil.walk_packages([str(PACKAGE)], "mamba_attn."):
+        if not any(part.startswith("_") for part in module.name.split(".")):
+            found.append(module.name)
+    return [*found, *(f"mamba_attn.integrations.{path.stem}" for path in ROOT.glob("integrations/[!_]*.py"))]
+
+
+MODULES = public_modules()
+PACKAGES = [name for name in MODULES if hasattr(importlib.import_module(name), "__all__")]
+NAMES = [(package, name) for package in PACKAGES for name in importlib.import_module(package).__all__]
+
+
+def test_the_front_door():
+    assert {"trace", "models", "ops"} <= {*mamba_attn.__all__}
+    assert len(mamba_attn.__all__) <= 20
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_all_is_what_star_imports(package):
+    names = importlib.import_module(package).__all__
+    assert len(set(names)) == len(names)
+    namespace = {}
+    exec(f"from {package} import *", namespace)
+    assert set(names) <= set(namespace)
+
+
+@pytest.mark.parametrize(("package", "name"), NAMES, ids=[f"{package}.{name}" for package, name in NAMES])
+def test_public_names_are_documented_with_their_arguments(package, name):
+    thing = getattr(importlib.import_module(package), name)
+    if not callable(thing):
+        return
+    text = inspect.getdoc(thing)
+    assert text
+    if inspect.isclass(thing) and "Args:" not in text:
+        return  # not made by users
+    for parameter in inspect.signature(thing).parameters.values():
+        if parameter.name not in ("self", "args", "kwargs", "options"):
+            assert f"{parameter.name}:" in text, f"{package}.{name}: Args does not say what {parameter.name} is"
+
+
+@pytest.fixture(scope="module")
+def names_in_examples():
+    """What examples take for granted."""
+    return {"torch": torch, "model": create("vim_tiny"), "images": torch.randn(2, 3, 224, 224)}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_run(module, names_in_examples):
+    options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    result = doctest.testmod(importlib.import_module(module), extraglobs=names_in_examples, optionflags=options)
+    assert result.failed == 0
+
+
+def test_there_are_examples():
+    finder = doctest.DocTestFinder()
+    tests = [test for module in MODULES for test in finder.find(importlib.import_module(module))]
+    assert any(test.examples for test in tests)
+
+
+def test_one_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert mamba_attn.__version__ == version
+    assert f"version: {version}" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no_such_name"):
+        mamba_attn.no_such_name  # noqa: B018 - the access is the test
