@@ -1,0 +1,180 @@
+"""The mixer of VMamba (arXiv 2401.10166), SS2D: its equations, stated once.
+
+``project`` and ``finish`` are called by ``SS2D`` and, on foreign modules with the same parameter names, by the
+adapters.
+"""
+
+import functools
+import math
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mamba_attn import orders as patch_orders
+from mamba_attn._types import Float, Int
+from mamba_attn.layout import TokenLayout
+from mamba_attn.models._layers import full_precision, step_projection, undecayed
+from mamba_attn.ops.attention import scan_output
+from mamba_attn.rules import PLAIN, Rules
+from mamba_attn.scan import ScanRecord
+
+ROUTES = 4
+
+
+def project(
+    module: nn.Module,
+    x: Float[Tensor, "batch height width features"],
+    *,
+    orders: Int[Tensor, "routes length"] | None = None,
+    rules: Rules = PLAIN,
+    layout: TokenLayout | None = None,
+) -> ScanRecord:
+    """Everything in SS2D before its scans.
+
+    [x, z] = in_proj(x), u = SiLU(conv3x3(x)), per route [dt, B, C] = x_proj(u), delta = softplus(dt_proj(dt) + bias),
+    A = -exp(A_logs); the gate, where there is one, is SiLU(z) (arXiv 2401.10166, section 4.3). These are 1x1
+    projections, which commute with the routes' permutations: all stays in the token frame, and all routes share u.
+
+    Args:
+        module: a module with SS2D's names, of either naming scheme, channels first or last inside (its attribute
+            ``channel_first``); its submodules are called as modules.
+        x: the mixer's input, channels last.
+        orders: token visited at each step of each route. Default: VMamba's cross-scan.
+        rules: what an attribution method changes.
+        layout: where the tokens sit in the image. Default: the grid alone, one pixel per patch.
+
+    Returns:
+        The record, in the token frame; features of u and delta are contiguous in memory.
+    """
+    height, width = x.shape[1:3]
+    parts: Any = module
+    x_weight, dt_weight, dt_bias = _projections(module)
+    routes, channels, rank = dt_weight.shape
+    inner, gate = _channels_last(module, parts.in_proj, x), None
+    if inner.shape[-1] == 2 * channels:
+        inner, z = inner.chunk(2, dim=-1)
+        gate = z if getattr(parts, "disable_z_act", False) else rules.activation(parts.act, z)
+        gate = gate.flatten(1, 2).mT
+    if hasattr(parts, "conv2d"):
+        inner = parts.conv2d(inner.movedim(3, 1)).movedim(1, 3)
+    u = rules.activation(parts.act, inner).flatten(1, 2)
+
+    projected = F.linear(u, x_weight.flatten(0, 1), getattr(parts, "x_proj_bias", None))
+    low, bc = projected.view(*u.shape[:2], routes, -1).permute(0, 2, 1, 3).tensor_split([rank], dim=-1)
+    B, C = bc.mT.unsqueeze(2).chunk(2, dim=3)
+    dt = full_precision(low @ dt_weight.mT) + full_precision(dt_bias).unsqueeze(1)
+    return ScanRecord.from_tokens(
+        u.mT.unsqueeze(1),
+        F.softplus(dt).mT,
+        -torch.exp(full_precision(parts.A_logs)).view(routes, channels, -1),
+        B,
+        C,
+        full_precision(parts.Ds).view(routes, channels),
+        order=cross_scan(height, width, x.device) if orders is None else orders,
+        gate=gate,
+        layout=layout or TokenLayout(grid=(height, width)),
+    )
+
+
+def finish(
+    module: nn.Module, record: ScanRecord, y: Float[Tensor, "batch channels tokens"], rules: Rules = PLAIN
+) -> Float[Tensor, "batch height width features"]:
+    """Everything in SS2D after its scans: the norm, the gate, the output projection.
+
+    Args:
+        module: the module that ``record`` came from.
+        record: what ``project`` returned.
+        y: output of the scans, routes summed in the token frame.
+        rules: what an attribution method changes.
+
+    Raises:
+        ValueError: a record without a layout, whose grid is unknown.
+    """
+    if record.layout is None:
+        raise ValueError("finish(record): the record has no layout; project returns one that has.")
+    parts: Any = module
+    grid = (record.batch, *record.layout.grid, record.channels)
+    merged = y.to(record.source_u.dtype).mT.reshape(grid)
+    output: Tensor = _channels_last(module, functools.partial(rules.norm, parts.out_norm), merged)
+    if hasattr(parts, "out_act"):
+        output = rules.activation(parts.out_act, output)
+    if record.gate is not None:
+        output = rules.gate(output, record.gate.mT.reshape(grid))
+    output = _channels_last(module, parts.out_proj, output)
+    dropout = getattr(parts, "dropout", None)
+    return output if dropout is None else cast(Tensor, dropout(output))
+
+
+@functools.lru_cache(maxsize=64)
+def cross_scan(
+    height: int, width: int, device: torch.device, order: str = "raster", second: str = "transpose"
+) -> Int[Tensor, "routes length"]:
+    """Return the four routes of ``orders.cross`` on a device, remembered."""
+    with torch.inference_mode(False):  # a cached inference tensor could not be used while training
+        return patch_orders.cross(order, height, width, second).to(device)
+
+
+def _projections(module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """x_proj (routes, rank + 2 states, channels), dt_proj (routes, channels, rank) and its bias (routes, channels)."""
+    parts: Any = module
+    bias = parts.dt_projs_bias
+    routes, channels = bias.shape
+    if hasattr(parts, "x_proj_weight"):
+        return parts.x_proj_weight, parts.dt_projs_weight, bias
+    # the one-file VMamba keeps the routes' weights side by side, as 1x1 convolutions
+    x_weight, dt_weight = parts.x_proj.weight, parts.dt_projs.weight
+    return x_weight.view(routes, -1, channels), dt_weight.view(routes, channels, -1), bias
+
+
+def _channels_last(module: nn.Module, function: Any, x: Tensor) -> Any:
+    """Call a submodule on a channels-last tensor, whichever frame it wants."""
+    if getattr(module, "channel_first", False):
+        return function(x.movedim(3, 1)).movedim(1, 3)
+    return function(x)
+
+
+class SS2D(nn.Module):
+    """VMamba's mixer: a depthwise 3x3 convolution and four scans over the grid.
+
+    Args:
+        features: size of a token.
+        d_state: states per channel.
+        ratio: channels per feature.
+        gated: keep the gate z (v0); the v05_noz models have none.
+        conv_bias: give the convolution a bias.
+        order: order of the first route, one of ``mamba_attn.orders.ORDERS``.
+        second: how the second route views the grid, "transpose" or "mirror".
+    """
+
+    def __init__(
+        self, features: int, *, d_state: int = 1, ratio: float = 1.0, gated: bool = False, conv_bias: bool = False,
+        order: str = "raster", second: str = "transpose",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        channels = int(ratio * features)
+        rank = math.ceil(features / 16)
+        self.order = order
+        self.second = second
+        self.in_proj = nn.Linear(features, channels * (2 if gated else 1), bias=False)
+        self.act = nn.SiLU()
+        self.conv2d = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=conv_bias)
+        steps = [step_projection(rank, channels) for _ in range(ROUTES)]
+        projections = [nn.Linear(channels, rank + 2 * d_state, bias=False).weight for _ in range(ROUTES)]
+        self.x_proj_weight = nn.Parameter(torch.stack(projections).detach())
+        self.dt_projs_weight = nn.Parameter(torch.stack([step.weight for step in steps]).detach())
+        self.dt_projs_bias = undecayed(torch.stack([step.bias for step in steps]).detach())
+        self.A_logs = undecayed(torch.arange(1.0, d_state + 1).log().repeat(ROUTES * channels, 1))
+        self.Ds = undecayed(torch.ones(ROUTES * channels))
+        self.out_norm = nn.LayerNorm(channels)
+        self.out_proj = nn.Linear(channels, features, bias=False)
+
+    def routes(self, height: int, width: int) -> Int[Tensor, "routes length"]:
+        """Return the token visited at each step of the four routes."""
+        return cross_scan(height, width, self.A_logs.device, self.order, self.second)
+
+    def forward(self, x: Float[Tensor, "batch height width features"]) -> Float[Tensor, "batch height width features"]:
+        """Mix tokens."""
+        record = project(self, x, orders=self.routes(*x.shape[1:3]))
+        return finish(self, record, scan_output(record))

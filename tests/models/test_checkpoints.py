@@ -1,0 +1,256 @@
+import argparse
+import os
+import pickle
+import re
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import mamba_attn.models
+from mamba_attn.errors import WeightsError
+from mamba_attn.layout import TokenLayout
+from mamba_attn.models import checkpoints
+from mamba_attn.models.vim import VisionMamba, resize_positions
+from mamba_attn.models.vmamba import VSSM
+from tests.models import naive
+
+VIM = {"image_size": 32, "patch_size": 8, "num_classes": 5, "embed_dim": 16, "depth": 1, "d_state": 2}
+VMAMBA = {"num_classes": 5, "dims": 8, "depths": (1, 1), "d_state": 2}
+V0 = {**VMAMBA, "generation": "v0", "mlp_ratio": 0.0}
+
+
+def vim(**options):
+    return naive.randomise(VisionMamba(**{**VIM, **options}).eval())
+
+
+def vmamba(**options):
+    return naive.randomise(VSSM(**{**VMAMBA, **options}).eval())
+
+
+def save(state, folder, name="weights.pth"):
+    path = folder / name
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+    return path
+
+
+def assert_loads(path, model, **options):
+    """The file gives a fresh model of the same configuration the same weights."""
+    fresh = type(model)(**options)
+    checkpoints.load(fresh, path)
+    for key, value in model.state_dict().items():
+        assert torch.equal(fresh.state_dict()[key], value), key
+
+
+TRAINING_STATE = {
+    "epoch": 3,
+    "optimizer": {"state": {}, "lr": [1e-3]},
+    "args": argparse.Namespace(model="vim", lr=1e-3),
+}
+LAYOUTS = {
+    "bare": lambda state: state,
+    "model": lambda state: {"model": state, **TRAINING_STATE},
+    "model_ema": lambda state: {"model_ema": state, **TRAINING_STATE},
+    "model before model_ema": lambda state: {"model_ema": {"a": torch.zeros(1)}, "model": state},
+    "state_dict": lambda state: {"state_dict": state, "meta": {"classes": ("a", "b")}},
+    "module.": lambda state: {f"module.{key}": value for key, value in state.items()},
+    "backbone.": lambda state: {
+        **{f"backbone.{key}": value for key, value in state.items()}, "decode_head.conv.weight": torch.zeros(2)
+    },
+    "module.backbone.": lambda state: {f"module.backbone.{key}": value for key, value in state.items()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("make", "options"), [(vim, VIM), (vmamba, VMAMBA)])
+def test_published_layouts(layout, make, options, tmp_path):
+    model = make()
+    assert_loads(save(LAYOUTS[layout](model.state_dict()), tmp_path), model, **options)
+
+
+def test_safetensors(tmp_path):
+    model = vim()
+    assert_loads(save(model.state_dict(), tmp_path, "weights.safetensors"), model, **VIM)
+
+
+def test_half_precision_files_load_into_float32(tmp_path):
+    model = vim()
+    state = {key: value.half() for key, value in model.state_dict().items()}
+    loaded = VisionMamba(**VIM)
+    checkpoints.load(loaded, save(state, tmp_path))
+    assert loaded.head.weight.dtype == torch.float32
+    assert torch.equal(loaded.head.weight, state["head.weight"].float())
+
+
+def old_vmamba(key):
+    key = re.sub(r"^patch_embed\.0\.", "patch_embed.proj.", key)
+    key = re.sub(r"^patch_embed\.2\.", "patch_embed.norm.", key)
+    key = re.sub(r"(blocks\.\d+)\.norm\.", r"\1.ln_1.", key)
+    return (
+        key.replace(".op.", ".self_attention.")
+        .replace("classifier.norm.", "norm.")
+        .replace("classifier.head.", "head.")
+    )
+
+
+def test_names_of_the_first_vmamba_release(tmp_path):
+    model = vmamba(**V0)
+    state = {old_vmamba(key): value for key, value in model.state_dict().items()}
+    assert {"patch_embed.proj.weight", "layers.0.blocks.0.ln_1.bias", "head.bias", "norm.weight"} < set(state)
+    assert_loads(save({"model": state}, tmp_path), model, **V0)
+
+
+def one_file(state, trailing):
+    """Routes side by side, as matrices or as 1x1 convolutions over sequences."""
+    result = {}
+    for key, value in state.items():
+        match = re.fullmatch(r"(.*\.op\.)(x_proj|dt_projs)_weight", key)
+        beside = value.flatten(0, 1) if match else value
+        result[f"{match[1]}{match[2]}.weight" if match else key] = beside[..., None] if match and trailing else beside
+    return result
+
+
+@pytest.mark.parametrize("trailing", [False, True])
+def test_names_of_the_one_file_vmamba(trailing, tmp_path):
+    model = vmamba()
+    state = one_file(model.state_dict(), trailing)
+    assert state["layers.0.blocks.0.op.dt_projs.weight"].shape == ((32, 1, 1) if trailing else (32, 1))
+    assert_loads(save({"model": state}, tmp_path), model, **VMAMBA)
+
+
+def test_patch_merging_of_the_one_file_vmamba(tmp_path):
+    model = vmamba(**V0)
+    state = {
+        key.replace("downsample.norm", "downsample.1").replace("downsample.reduction", "downsample.2"): value
+        for key, value in one_file(model.state_dict(), False).items()
+    }
+    assert "layers.0.downsample.2.weight" in state
+    assert_loads(save({"model": state}, tmp_path), model, **V0)
+
+
+def test_one_by_one_convolutions(tmp_path):
+    model = vmamba()
+    linear = ("in_proj.weight", "out_proj.weight", "fc1.weight", "fc2.weight")
+    state = {k: v[:, :, None, None] if k.endswith(linear) else v for k, v in model.state_dict().items()}
+    assert_loads(save({"model": state}, tmp_path), model, **VMAMBA)
+
+
+@pytest.mark.parametrize("class_token", ["middle", "first", None])
+def test_position_embeddings_of_another_size(class_token, tmp_path):
+    model = vim(class_token=class_token)
+    loaded = VisionMamba(**{**VIM, "image_size": (48, 64), "class_token": class_token}).eval()
+    checkpoints.load(loaded, save(model.state_dict(), tmp_path))
+    expected = resize_positions(model.pos_embed, model.layout(32, 32), loaded.layout(48, 64))
+    assert torch.equal(loaded.pos_embed, expected)
+    x = torch.randn(2, 3, 48, 64)
+    with torch.no_grad():  # the same as running the small model on the large image
+        torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-6)
+    assert expected.shape[1] == TokenLayout((6, 8)).tokens + (class_token is not None)
+
+
+def test_create_loads(tmp_path):
+    model = vim()
+    options = {key: value for key, value in VIM.items() if key != "patch_size"}
+    loaded = mamba_attn.models.create("vim_micro", weights=save(model.state_dict(), tmp_path), **options)
+    assert torch.equal(loaded.head.weight, model.head.weight)
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    state = vim().state_dict()
+    del state["norm_f.weight"], state["layers.0.mixer.D"]
+    state["rope.freqs"] = torch.zeros(3)
+    path = save({"model": state}, tmp_path)
+    loaded = VisionMamba(**{**VIM, "num_classes": 7})
+    before = {key: value.clone() for key, value in loaded.state_dict().items()}
+    with pytest.raises(WeightsError) as error:
+        checkpoints.load(loaded, path)
+    text = str(error.value)
+    assert text.startswith(f"{path}: these weights do not fit this VisionMamba: 2 missing: ")
+    assert "layers.0.mixer.D, norm_f.weight; 1 unexpected: rope.freqs; 2 of another shape: " in text
+    assert "head.weight (5, 16) for (7, 16), head.bias (5,) for (7,)" in text
+    assert "num_classes=5" in text
+    assert all(torch.equal(value, before[key]) for key, value in loaded.state_dict().items())
+
+
+def test_long_lists_of_keys_are_cut(tmp_path):
+    with pytest.raises(WeightsError, match=r"24 missing: (\S+, ){5}\.\.\.; 1 unexpected: a\."):
+        checkpoints.load(vim(), save({"a": torch.zeros(1)}, tmp_path))
+
+
+def test_position_embeddings_of_no_square_grid(tmp_path):
+    state = vim().state_dict()
+    state["pos_embed"] = torch.zeros(1, 12, 16)
+    with pytest.raises(WeightsError, match=r"1 of another shape: pos_embed \(1, 12, 16\) for \(1, 17, 16\)"):
+        checkpoints.load(vim(), save(state, tmp_path))
+
+
+class Harmful:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+class Stranger:
+    pass
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_pickles_that_would_run_code_are_refused(new_format, tmp_path):
+    marker = tmp_path / "was_run"
+    path = tmp_path / "harmful.pth"
+    content = {"model": {"a": torch.zeros(1)}, "extra": Harmful(str(marker))}
+    torch.save(content, path, _use_new_zipfile_serialization=new_format)
+    with pytest.raises(
+        WeightsError, match=r"refused, because the file holds (posix|nt)\.mkdir, .* could run code. Save"
+    ):
+        checkpoints.read(path)
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(content["extra"]))
+    assert marker.exists()  # the control: unguarded, it does run
+
+
+@pytest.mark.parametrize("thing", [Stranger(), torch.nn.Linear(2, 2)])
+def test_pickled_objects_are_refused(thing, tmp_path):
+    name = f"{type(thing).__module__}.{type(thing).__qualname__}"
+    sys.modules.setdefault(type(thing).__module__, sys.modules[__name__])
+    with pytest.raises(WeightsError, match=f"refused, because the file holds {re.escape(name)}"):
+        checkpoints.read(save({"model": {"a": torch.zeros(1)}, "thing": thing}, tmp_path))
+
+
+def damaged(folder, kind):
+    whole = save(vim().state_dict(), folder, "whole.safetensors" if "safetensors" in kind else "whole.pth").read_bytes()
+    content = {"half": whole[: len(whole) // 2], "text": b"hello world", "empty": b"", "end cut": whole[:-20]}
+    path = folder / ("damaged" + (".safetensors" if "safetensors" in kind else ".pth"))
+    path.write_bytes(content[kind.split(",")[0]])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["half", "text", "empty", "end cut"])
+def test_damaged_files(kind, tmp_path):
+    path = damaged(tmp_path, kind)
+    with pytest.raises(
+        WeightsError, match=r"damaged\.pth'\): this is not a checkpoint, or it is damaged or incomplete"
+    ):
+        checkpoints.read(path)
+
+
+@pytest.mark.parametrize("kind", ["half,safetensors", "text,safetensors", "empty,safetensors"])
+def test_damaged_safetensors(kind, tmp_path):
+    with pytest.raises(
+        WeightsError, match=r"damaged\.safetensors'\): this is not a safetensors file, or it is damaged"
+    ):
+        checkpoints.read(damaged(tmp_path, kind))
+
+
+@pytest.mark.parametrize("content", [torch.zeros(2), {"epoch": 1}, [1, 2], {"model": {"epoch": 1}}])
+def test_files_without_weights(content, tmp_path):
+    with pytest.raises(WeightsError, match="this file holds no tensors; expected a state dict"):
+        checkpoints.read(save(content, tmp_path))
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(WeightsError, match=r"nothing\.pth'\): there is no such file"):
+        checkpoints.read(tmp_path / "nothing.pth")

@@ -1,0 +1,183 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import mamba_attn.models
+from mamba_attn.errors import WeightsError
+from mamba_attn.models import registry
+
+# parameters and tensors of the official models
+COUNTS = {
+    "vim_tiny": (7_148_008, 415),
+    "vim_small": (25_796_584, 415),
+    "vim_base": (97_598_440, 415),
+    "vim_tiny_stride8": (7_148_008 + (730 - 197) * 192, 415),
+    "vim_small_stride8": (25_796_584 + (730 - 197) * 384, 415),
+    "vanilla_vmamba_tiny": (22_893_448, None),
+    "vanilla_vmamba_small": (44_417_416, None),
+    "vanilla_vmamba_base": (76_254_056, None),
+    "vmamba_tiny_s2l5": (30_705_832, None),
+    "vmamba_small_s2l15": (50_147_752, None),
+    "vmamba_base_s2l15": (88_557_800, None),
+    "vmamba_tiny_s1l8": (30_249_064, 276),
+    "vmamba_small_s1l20": (49_012_840, None),
+    "vmamba_base_s1l20": (86_614_504, None),
+}
+VIM_FIRST_LAYER = {
+    "norm.weight": (192,),
+    **{f"mixer.A{s}_log": (384, 16) for s in ("", "_b")},
+    **{f"mixer.D{s}": (384,) for s in ("", "_b")},
+    "mixer.in_proj.weight": (768, 192),
+    "mixer.out_proj.weight": (192, 384),
+    **{f"mixer.conv1d{s}.weight": (384, 1, 4) for s in ("", "_b")},
+    **{f"mixer.conv1d{s}.bias": (384,) for s in ("", "_b")},
+    **{f"mixer.x_proj{s}.weight": (44, 384) for s in ("", "_b")},
+    **{f"mixer.dt_proj{s}.weight": (384, 12) for s in ("", "_b")},
+    **{f"mixer.dt_proj{s}.bias": (384,) for s in ("", "_b")},
+}
+VIM_REST = {
+    "cls_token": (1, 1, 192),
+    "pos_embed": (1, 197, 192),
+    "patch_embed.proj.weight": (192, 3, 16, 16),
+    "patch_embed.proj.bias": (192,),
+    "norm_f.weight": (192,),
+    "head.weight": (1000, 192),
+    "head.bias": (1000,),
+}
+VMAMBA_FIRST_BLOCK = {
+    **{f"{norm}.{kind}": (96,) for norm in ("norm", "norm2", "op.out_norm") for kind in ("weight", "bias")},
+    "op.x_proj_weight": (4, 8, 96),
+    "op.A_logs": (384, 1),
+    "op.Ds": (384,),
+    "op.dt_projs_weight": (4, 96, 6),
+    "op.dt_projs_bias": (4, 96),
+    "op.in_proj.weight": (96, 96),
+    "op.conv2d.weight": (96, 1, 3, 3),
+    "op.out_proj.weight": (96, 96),
+    "mlp.fc1.weight": (384, 96),
+    "mlp.fc1.bias": (384,),
+    "mlp.fc2.weight": (96, 384),
+    "mlp.fc2.bias": (96,),
+}
+
+
+def on_meta(name, **options):
+    with torch.device("meta"):
+        return mamba_attn.models.create(name, **options)
+
+
+def shapes(model, prefix):
+    state = model.state_dict()
+    return {key.removeprefix(prefix): tuple(state[key].shape) for key in state if key.startswith(prefix)}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_are_the_official_ones(name):
+    model = on_meta(name)
+    parameters, tensors = COUNTS[name]
+    assert sum(value.numel() for value in model.parameters()) == parameters
+    assert tensors is None or len(model.state_dict()) == tensors
+
+
+def test_every_name_is_counted_or_micro():
+    assert set(mamba_attn.models.names()) == {*COUNTS, "vim_micro", "vmamba_micro"}
+
+
+def test_vim_names_and_shapes():
+    state = shapes(on_meta("vim_tiny"), "")
+    assert shapes(on_meta("vim_tiny"), "layers.0.") == VIM_FIRST_LAYER
+    assert {key: shape for key, shape in state.items() if not key.startswith("layers.")} == VIM_REST
+
+
+def test_vmamba_names_and_shapes():
+    model = on_meta("vmamba_tiny_s1l8")
+    assert shapes(model, "layers.0.blocks.0.") == VMAMBA_FIRST_BLOCK
+    assert shapes(model, "layers.0.downsample.") == {
+        "1.weight": (192, 96, 3, 3), "1.bias": (192,), "3.weight": (192,), "3.bias": (192,),
+    }  # fmt: skip
+    assert shapes(model, "patch_embed.") == {
+        "0.weight": (48, 3, 3, 3), "0.bias": (48,), "2.weight": (48,), "2.bias": (48,),
+        "5.weight": (96, 48, 3, 3), "5.bias": (96,), "7.weight": (96,), "7.bias": (96,),
+    }  # fmt: skip
+    assert shapes(model, "classifier.") == {
+        "norm.weight": (768,), "norm.bias": (768,), "head.weight": (1000, 768), "head.bias": (1000,),
+    }  # fmt: skip
+    assert shapes(model, "layers.3.downsample") == {}
+
+
+def test_vanilla_vmamba_names_and_shapes():
+    model = on_meta("vanilla_vmamba_tiny")
+    block = shapes(model, "layers.1.blocks.0.")
+    assert block["op.in_proj.weight"] == (768, 192)
+    assert block["op.A_logs"] == (4 * 384, 16)
+    assert block["op.x_proj_weight"] == (4, 12 + 32, 384)
+    assert block["op.conv2d.bias"] == (384,)
+    assert not any(key.startswith(("mlp", "norm2")) for key in block)
+    assert shapes(model, "layers.0.downsample.") == {
+        "norm.weight": (384,), "norm.bias": (384,), "reduction.weight": (192, 384),
+    }  # fmt: skip
+    assert set(shapes(model, "patch_embed.")) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+
+
+def test_micro_models():
+    vim, vmamba = on_meta("vim_micro"), on_meta("vmamba_micro")
+    assert vim.layout(128, 128).tokens == 257
+    assert [vmamba.layout(128, 128, stage).grid[0] for stage in range(4)] == [32, 16, 8, 4]
+    assert sum(value.numel() for value in vmamba.parameters()) < 4_000_000
+    assert vim.num_classes == vmamba.num_classes == 20
+
+
+def test_models_come_in_eval_mode():
+    assert not mamba_attn.models.create("vim_micro", depth=1).training
+
+
+def test_official_names_of_vim():
+    model = on_meta("vim_base_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_middle_cls_token_div2")
+    assert model.pos_embed.shape == (1, 197, 768)
+    model = on_meta("vim_tiny_patch16_stride8_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2")
+    assert model.pos_embed.shape == (1, 730, 192)
+
+
+def test_options_override_the_configuration():
+    model = on_meta("vim_tiny", image_size=(64, 96), num_classes=7, depth=3, class_token=None)
+    assert (model.pos_embed.shape, model.head.out_features, len(model.layers)) == ((1, 24, 192), 7, 3)
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match=r"create\('vim_tine'\): no such model. Did you mean 'vim_tiny'"):
+        mamba_attn.models.create("vim_tine")
+
+
+def test_unknown_option():
+    with pytest.raises(TypeError, match="image_sice"):
+        mamba_attn.models.create("vim_micro", image_sice=3)
+
+
+def test_unknown_weights():
+    with pytest.raises(WeightsError, match=r"weights='nowhere.pth'\): there is no such file; .*'official' or 'demo'"):
+        mamba_attn.models.create("vim_micro", weights="nowhere.pth")
+
+
+def test_demo_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_DEMOS", tmp_path)
+    with pytest.raises(WeightsError, match=r"weights='demo'\): no demo weights .* Those there are: none"):
+        mamba_attn.models.create("vim_micro", weights="demo")
+    small = {"depth": 1, "embed_dim": 16, "num_classes": 3}
+    model = mamba_attn.models.create("vim_micro", **small)
+    save_file({key: value.half() for key, value in model.state_dict().items()}, tmp_path / "vim_micro.safetensors")
+    (tmp_path / "vim_micro.json").write_text(json.dumps({"options": small, "classes": ["a", "b", "c"]}))
+    loaded = mamba_attn.models.create("vim_micro", weights="demo")
+    assert loaded.head.weight.dtype == torch.float32
+    torch.testing.assert_close(loaded.head.weight, model.head.weight.half().float(), rtol=0, atol=0)
+    assert registry.demo_card("vim_micro")["classes"] == ["a", "b", "c"]
+    with pytest.raises(WeightsError, match=r"Those there are: vim_micro"):
+        mamba_attn.models.create("vim_tiny", weights="demo")
+    larger = mamba_attn.models.create("vim_micro", weights="demo", image_size=192)
+    assert larger.pos_embed.shape == (1, 577, 16)
+
+
+def test_no_official_weights_for_micro():
+    with pytest.raises(WeightsError, match=r"fetch\('vim_micro'\): no weights are published"):
+        mamba_attn.models.create("vim_micro", weights="official")
