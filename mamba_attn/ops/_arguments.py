@@ -84,7 +84,7 @@ def _wrap(
         raise ValueError(f"{text}: A must be negative (A = -exp(A_log)); its largest value is {A.max().item():.4g}.")
     if orders is not None:
         tokens = _check_orders(text, orders, routes, length, tokens)
-    source_u = delta.new_zeros(()).expand(batch, 1, channels, length) if u is None else u
+    source_u = delta.new_zeros(()).expand(batch, routes, channels, length) if u is None else u
     return ScanRecord.from_scan(source_u, delta, A, B, C, D, order=orders, tokens=tokens)
 
 

@@ -11,7 +11,7 @@
 namespace {
 
 constexpr int LANES = 16;
-constexpr int SEGMENT = 32;  // steps whose states the backward keeps at once
+constexpr int64_t KEPT = 4096;  // states (of 16 channels) that the backward keeps at once: 256 KiB
 typedef float vec __attribute__((vector_size(64)));
 typedef int32_t ivec __attribute__((vector_size(64)));
 
@@ -20,20 +20,37 @@ inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 inline vec splat(float x) { return vec{} + x; }
 inline float sum(vec v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
 
-// 2^x for x <= 0, relative error 1e-7; zero below the smallest normal number. Coefficients: minimax on [-1/2, 1/2].
-inline vec exp2v(vec x) {
-    ivec n = __builtin_convertvector((x < -126.f) ? splat(-126.f) : x - 0.5f, ivec);
-    vec f = x - __builtin_convertvector(n, vec);
+// 2^(x + rest) for x <= 0 and a small rest, relative error 1e-7; zero below the smallest normal number.
+// Coefficients: minimax on [-1/2, 1/2].
+inline vec exp2v(vec x, vec rest = vec{}) {
+    x = (x < -127.f) ? splat(-127.f) : x;  // whose power of two below is the bit pattern of zero
+    const ivec n = __builtin_convertvector(x - 0.5f, ivec);
+    const vec f = (x - __builtin_convertvector(n, vec)) + rest;
     vec p = 1.535336188e-4f * f + 1.339887440e-3f;
     p = p * f + 9.618437358e-3f;
     p = p * f + 5.550332471e-2f;
     p = p * f + 2.402264791e-1f;
     p = p * f + 6.931472029e-1f;
     p = p * f + 1.f;
-    ivec power = (n + 127) << 23;
+    const ivec power = (n + 127) << 23;
     vec scale;
     std::memcpy(&scale, &power, sizeof scale);
-    return (x < -126.f) ? vec{} : p * scale;
+    return p * scale;
+}
+
+// 2^(a x) without the rounding of the product, which would put e^-80 off by 5e-6: the halves' product is exact.
+struct Split { vec high, low; };
+inline vec upper_half(vec x) {
+    ivec bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    bits &= ~0xfff;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+inline vec exp2_product(Split a, Split x) {
+    const vec a_upper = upper_half(a.high), x_upper = upper_half(x.high);
+    const vec a_lower = (a.high - a_upper) + a.low, x_lower = (x.high - x_upper) + x.low;
+    return exp2v(a_upper * x_upper, a_upper * x_lower + a_lower * (x_upper + x_lower));
 }
 
 // Decayed states reach denormal numbers, which cost a hundred times an ordinary product: below 1e-38 they count as zero.
@@ -73,9 +90,18 @@ inline const float* row(const Tensor& x, int64_t b, int64_t r, int64_t position)
     return x.data + b * x.batch + r * x.route + position * x.position;
 }
 
+// Rows are a stride of all channels apart, which hardware prefetchers miss: ask for the row AHEAD steps later.
+constexpr int64_t AHEAD = 8;
+
 // where step t of (b, r) lies in y and its gradient
 inline int64_t out_row(const Scan& s, int64_t b, int64_t r, int64_t t) {
     return s.write ? b * s.tokens + s.write[r * s.length + t] : (b * s.routes + r) * s.length + t;
+}
+
+inline void prefetch_inputs(const Scan& s, int64_t b, int64_t r, int64_t step, int64_t c) {
+    const int64_t p = at(s.read, r, s.length, step + AHEAD < s.length ? step + AHEAD : step);
+    __builtin_prefetch(row(s.delta, b, r, p) + c);
+    __builtin_prefetch(row(s.u, b, r, p) + c);
 }
 
 template <int N>
@@ -94,6 +120,8 @@ void forward_block(const Scan& s, float* y, int64_t b, int64_t c) {
             const vec d = load(row(s.delta, b, r, p) + c), u = load(row(s.u, b, r, p) + c), x = d * u;
             const float *B = row(s.B, b, r, p), *C = row(s.C, b, r, p);
             vec sum = D * u;
+            prefetch_inputs(s, b, r, t, c);
+            __builtin_prefetch(y + out_row(s, b, r, t + AHEAD < s.length ? t + AHEAD : t) * s.channels + c, 1);
             for (int n = 0; n < states; n++) {
                 h[n] = exp2v(d * load(A2 + n * s.channels)) * h[n] + x * B[n * s.B.axis];
                 sum += h[n] * C[n * s.C.axis];
@@ -106,10 +134,11 @@ void forward_block(const Scan& s, float* y, int64_t b, int64_t c) {
 
 // Everything the backward of one image needs beside its inputs.
 struct Workspace {
-    std::vector<vec> start;        // (segments, blocks, states): state before each segment
-    std::vector<vec> before, decay;  // (SEGMENT, states): state before each step, and its decay
-    std::vector<vec> carry;        // (blocks, states): gradient that later steps send back
-    std::vector<vec> dB, dC;       // (SEGMENT, states): summed over channel blocks, lanes still apart
+    int64_t steps;                   // of a segment: recomputed and kept at once
+    std::vector<vec> start;          // (segments, blocks, states): state before each segment
+    std::vector<vec> before, decay;  // (steps, states): state before each step, and its decay
+    std::vector<vec> carry;          // (blocks, states): gradient that later steps send back
+    std::vector<vec> dB, dC;         // (steps, states): summed over channel blocks, lanes still apart
 };
 
 struct Gradients { float *u, *delta, *A, *B, *C, *D; int64_t u_routes, delta_routes, bc_routes; };
@@ -121,7 +150,7 @@ void segment_starts(const Scan& s, Workspace& w, int64_t b, int64_t r) {
         const float* A2 = s.A2 + r * states * s.channels + k * LANES;
         for (auto& v : h) v = vec{};
         for (int64_t t = 0; t < s.length; t++) {
-            if (t % SEGMENT == 0) std::memcpy(&w.start[(t / SEGMENT * blocks + k) * states], h.data(), states * sizeof(vec));
+            if (t % w.steps == 0) std::memcpy(&w.start[(t / w.steps * blocks + k) * states], h.data(), states * sizeof(vec));
             const int64_t p = at(s.read, r, s.length, t);
             const vec d = load(row(s.delta, b, r, p) + k * LANES), x = d * load(row(s.u, b, r, p) + k * LANES);
             const float* B = row(s.B, b, r, p);
@@ -133,8 +162,8 @@ void segment_starts(const Scan& s, Workspace& w, int64_t b, int64_t r) {
 void backward_segment(const Scan& s, Workspace& w, const float* gy, const Gradients& g, int64_t b, int64_t r,
                       int64_t segment, int64_t k) {
     const int64_t blocks = s.channels / LANES, c = k * LANES, positions = s.positions;
-    const int states = s.states, first = segment * SEGMENT;
-    const int count = s.length - first < SEGMENT ? s.length - first : SEGMENT;
+    const int states = s.states, first = segment * w.steps;
+    const int count = s.length - first < w.steps ? s.length - first : w.steps;
     const float* A2 = s.A2 + r * states * s.channels + c;
     const vec D = s.D ? load(s.D + r * s.channels + c) : vec{};
     vec* h = &w.start[(segment * blocks + k) * states];
@@ -143,6 +172,7 @@ void backward_segment(const Scan& s, Workspace& w, const float* gy, const Gradie
         const int64_t p = at(s.read, r, s.length, first + i);
         const vec d = load(row(s.delta, b, r, p) + c), x = d * load(row(s.u, b, r, p) + c);
         const float* B = row(s.B, b, r, p);
+        prefetch_inputs(s, b, r, first + i, c);
         for (int n = 0; n < states; n++) {
             w.before[i * states + n] = h[n];
             w.decay[i * states + n] = exp2v(d * load(A2 + n * s.channels));
@@ -156,6 +186,10 @@ void backward_segment(const Scan& s, Workspace& w, const float* gy, const Gradie
         const float *B = row(s.B, b, r, p), *C = row(s.C, b, r, p);
         const vec dy = load(gy + out_row(s, b, r, first + i) * s.channels + c) * s.scale;
         vec through_B = {}, through_decay = {};
+        const int64_t soon = first + (i < AHEAD ? i : i - AHEAD), q = at(s.read, r, s.length, soon);
+        __builtin_prefetch(gy + out_row(s, b, r, soon) * s.channels + c);
+        __builtin_prefetch(g.u + ((b * g.u_routes + (g.u_routes > 1 ? r : 0)) * positions + q) * s.channels + c, 1);
+        __builtin_prefetch(g.delta + ((b * g.delta_routes + (g.delta_routes > 1 ? r : 0)) * positions + q) * s.channels + c, 1);
         for (int n = 0; n < states; n++) {
             const vec a = w.decay[i * states + n], kept = a * w.before[i * states + n];
             const vec dh = carry[n] + dy * C[n * s.C.axis];
@@ -170,8 +204,9 @@ void backward_segment(const Scan& s, Workspace& w, const float* gy, const Gradie
         }
         float* du = g.u + ((b * g.u_routes + (g.u_routes > 1 ? r : 0)) * positions + p) * s.channels + c;
         float* dd = g.delta + ((b * g.delta_routes + (g.delta_routes > 1 ? r : 0)) * positions + p) * s.channels + c;
-        store(du, load(du) + d * through_B + D * dy);
-        store(dd, load(dd) + u * through_B + 0.6931471806f * through_decay);
+        const vec to_u = d * through_B + D * dy, to_delta = u * through_B + 0.6931471806f * through_decay;
+        store(du, g.u_routes == s.routes ? to_u : load(du) + to_u);  // shared by the routes: summed
+        store(dd, g.delta_routes == s.routes ? to_delta : load(dd) + to_delta);
         dD += dy * u;
     }
     float* out = g.D + (b * s.routes + r) * s.channels + c;
@@ -179,23 +214,26 @@ void backward_segment(const Scan& s, Workspace& w, const float* gy, const Gradie
 }
 
 void backward_image(const Scan& s, const float* gy, const Gradients& g, int64_t b) {
-    const int64_t blocks = s.channels / LANES, segments = (s.length + SEGMENT - 1) / SEGMENT, states = s.states;
+    const int64_t blocks = s.channels / LANES, states = s.states;
     const FlushDenormals flush;
     Workspace w;
+    w.steps = KEPT / states < 16 ? 16 : KEPT / states < s.length ? KEPT / states : s.length;
+    const int64_t segments = (s.length + w.steps - 1) / w.steps;
     w.start.resize(segments * blocks * states);
     w.carry.resize(blocks * states);
-    w.before.resize(SEGMENT * states), w.decay.resize(SEGMENT * states);
-    w.dB.resize(SEGMENT * states), w.dC.resize(SEGMENT * states);
+    w.before.resize(w.steps * states), w.decay.resize(w.steps * states);
+    w.dB.resize(w.steps * states), w.dC.resize(w.steps * states);
     for (int64_t r = 0; r < s.routes; r++) {
-        segment_starts(s, w, b, r);
+        if (segments > 1) segment_starts(s, w, b, r);
+        else for (auto& v : w.start) v = vec{};
         for (auto& v : w.carry) v = vec{};
         for (int64_t segment = segments - 1; segment >= 0; segment--) {
             for (auto& v : w.dB) v = vec{};
             for (auto& v : w.dC) v = vec{};
             for (int64_t k = 0; k < blocks; k++) backward_segment(s, w, gy, g, b, r, segment, k);
-            const int64_t count = s.length - segment * SEGMENT;
-            for (int64_t i = 0; i < (count < SEGMENT ? count : SEGMENT); i++) {
-                const int64_t p = at(s.read, r, s.length, segment * SEGMENT + i);
+            const int64_t left = s.length - segment * w.steps, count = left < w.steps ? left : w.steps;
+            for (int64_t i = 0; i < count; i++) {
+                const int64_t p = at(s.read, r, s.length, segment * w.steps + i);
                 const int64_t to = ((b * g.bc_routes + (g.bc_routes > 1 ? r : 0)) * s.positions + p) * states;
                 for (int n = 0; n < states; n++) g.B[to + n] += sum(w.dB[i * states + n]);
                 for (int n = 0; n < states; n++) g.C[to + n] += sum(w.dC[i * states + n]);
@@ -214,6 +252,7 @@ enum Fold { SIGNED, POSITIVE, ABSOLUTE, EACH };
 struct Attention {
     Scan scan;
     Tensor row_weight, col_weight;  // data may be null
+    const float* A2_low;            // what A2 lost to rounding; both have LANES numbers to spare at the end
     float* out;                     // (batch, [routes when write is null,] [channels when each,] side, side)
     int64_t side, out_batch, out_route, out_channel;
     int32_t fold;
@@ -248,7 +287,7 @@ void write_tile(const Attention& a, int64_t b, int64_t r, int64_t c, int64_t I, 
     }
 }
 
-struct Chunk { float delta[LANES], sums[LANES], row[LANES], col[LANES]; int64_t position[LANES]; int count; };
+struct Chunk { float delta[LANES], sums[LANES], rest[LANES], row[LANES], col[LANES]; int64_t position[LANES]; int count; };
 
 // the chunk's own triangle, and its Q and K, for one channel
 template <int F>
@@ -258,7 +297,6 @@ void prepare_channel(const Attention& a, const int64_t* source, Block& block, in
     const int64_t c = block.first + channel, states = s.states;
     Chunk x;
     x.count = s.length - chunk * LANES < LANES ? s.length - chunk * LANES : LANES;
-    float sum = 0;
     double exact = 0;
     for (int i = 0; i < LANES; i++) {
         const bool inside = i < x.count;
@@ -266,27 +304,29 @@ void prepare_channel(const Attention& a, const int64_t* source, Block& block, in
         x.position[i] = p;
         x.delta[i] = inside ? row(s.delta, b, r, p)[c * s.delta.axis] : 0;
         exact += x.delta[i];
-        sum = exact;
-        x.sums[i] = sum;
+        x.sums[i] = exact;
+        x.rest[i] = exact - x.sums[i];
         x.row[i] = !inside ? 0 : a.row_weight.data ? row(a.row_weight, b, r, step)[c * a.row_weight.axis] : 1;
         x.col[i] = x.delta[i] * (inside && a.col_weight.data ? row(a.col_weight, b, r, step)[c * a.col_weight.axis] : 1);
     }
     double* S = &block.S[chunk * block.channels + channel];
     S[block.channels] = S[0] + exact;
-    const vec delta = load(x.delta), sums = load(x.sums), rows = load(x.row), columns = load(x.col);
+    const Split delta{load(x.delta), vec{}}, sums{load(x.sums), load(x.rest)};
+    const vec rows = load(x.row), columns = load(x.col);
     for (int64_t n = 0; n < states; n++) {
-        const float A2 = s.A2[(r * s.channels + c) * states + n];
+        const int64_t which = (r * s.channels + c) * states + n;
+        const Split A2{splat(s.A2[which]), splat(a.A2_low[which])};
         float Bs[LANES], Cs[LANES], decays[LANES], inputs[LANES], outputs[LANES];
         for (int i = 0; i < LANES; i++) {
             Bs[i] = row(s.B, b, r, x.position[i])[n * s.B.axis];
             Cs[i] = row(s.C, b, r, x.position[i])[n * s.C.axis];
         }
-        store(decays, exp2v(delta * A2));
+        store(decays, exp2_product(A2, delta));
         store(inputs, load(Bs) * columns);
         const vec out = load(Cs) * rows;
         store(outputs, out);
         float* q = block.q(chunk, states) + (channel * states + n) * LANES;
-        store(q, out * exp2v(sums * A2));
+        store(q, out * exp2_product(A2, sums));
         vec columns_state = {};
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; i++) {
@@ -300,19 +340,20 @@ void prepare_channel(const Attention& a, const int64_t* source, Block& block, in
 }
 
 template <int F>
-void tile_product(const Attention& a, Block& block, int64_t r, int64_t I, int64_t J, float* decay, vec (&total)[LANES]) {
+void tile_product(const Attention& a, Block& block, int64_t r, int64_t I, int64_t J, float* decay, float* rest,
+                  vec (&total)[LANES]) {
     const int64_t states = a.scan.states, inner = block.channels * states;
-    const float* A2 = a.scan.A2 + (r * a.scan.channels + block.first) * states;
+    const int64_t offset = (r * a.scan.channels + block.first) * states;
     const double *start = &block.S[I * block.channels], *end = &block.S[(J + 1) * block.channels];
-    if (states == 1) {
-        for (int64_t c = 0; c < block.channels; c++) decay[c] = A2[c] * static_cast<float>(start[c] - end[c]);
-    } else {
-        for (int64_t c = 0; c < block.channels; c++) {
-            const float distance = start[c] - end[c];
-            for (int64_t n = 0; n < states; n++) decay[c * states + n] = A2[c * states + n] * distance;
-        }
+    for (int64_t c = 0; c < block.channels; c++) {
+        const double distance = start[c] - end[c];
+        const float high = distance, low = distance - high;
+        for (int64_t n = 0; n < states; n++) decay[c * states + n] = high, rest[c * states + n] = low;
     }
-    for (int64_t k = 0; k < inner; k += LANES) store(decay + k, exp2v(load(decay + k)));
+    for (int64_t k = 0; k < inner; k += LANES) {
+        const Split A2{load(a.scan.A2 + offset + k), load(a.A2_low + offset + k)};
+        store(decay + k, exp2_product(A2, {load(decay + k), load(rest + k)}));
+    }
     const float *q = block.q(I, states), *keys = block.k(J, states);
     vec part[LANES] = {};
     const int64_t step = F == SIGNED ? inner : states;
@@ -343,12 +384,12 @@ void attention_block(const Attention& a, const int64_t* source, int64_t b, int64
 #pragma omp parallel num_threads(s.threads)
     {
         const FlushDenormals flush;
-        std::vector<float> decay(channels * s.states + LANES);
+        std::vector<float> decay(channels * s.states + LANES), rest(decay.size());
 #pragma omp for schedule(dynamic)
         for (int64_t I = block.chunks - 1; I > 0; I--) {
             for (int64_t J = 0; J < I; J++) {
                 vec total[LANES] = {};
-                tile_product<F>(a, block, r, I, J, decay.data(), total);
+                tile_product<F>(a, block, r, I, J, decay.data(), rest.data(), total);
                 write_tile(a, b, r, first, I, J, total);
             }
         }

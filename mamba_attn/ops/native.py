@@ -47,6 +47,7 @@ class _CAttention(ctypes.Structure):
         ("scan", _CScan),
         ("row_weight", _CTensor),
         ("col_weight", _CTensor),
+        ("A2_low", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("side", "out_batch", "out_route", "out_channel")),
         ("fold", ctypes.c_int32),
@@ -139,8 +140,7 @@ class _Scan(torch.autograd.Function):
         gy = gradient.float().mT.contiguous()
         batch, _, channels, positions = u.shape
         states = A.shape[2]
-        du = u.new_zeros(batch, u.shape[1], positions, channels)
-        ddelta = u.new_zeros(batch, delta.shape[1], positions, channels)
+        du, ddelta = (_gradient_of(x, frame) for x in (u, delta))
         dA = u.new_zeros(batch, frame.routes, states, channels)
         dB, dC = (u.new_zeros(batch, B.shape[1], positions, states) for _ in range(2))
         dD = u.new_zeros(batch, frame.routes, channels)
@@ -185,7 +185,8 @@ def _attention(
     channels, side = record.channels, record.tokens if merged else record.length
     axes = (*(() if merged else (record.routes,)), *((channels,) if fold == "each" else ()))
     out = torch.zeros(record.batch, *axes, side, side)
-    A2 = (record.A.detach().float() * _LOG2_E).contiguous()
+    exact = torch.nn.functional.pad(record.A.detach().double().flatten() * _LOG2_E, (0, _LANES))
+    A2, A2_low = exact.float(), (exact - exact.float()).float()
     tensors = [record.source_delta, record.source_B, record.source_C, row_weight, col_weight]
     delta, B, C, rows, columns = (None if x is None else x.detach().float() for x in tensors)
     frame = _frame(record, merged, source=False)
@@ -193,7 +194,8 @@ def _attention(
     if fold in ("mean", "positive", "absolute"):
         scan.scale /= channels
     call = _CAttention(
-        scan, _c_tensor(rows, 2, frame.routes), _c_tensor(columns, 2, frame.routes), out.data_ptr(), side,
+        scan, _c_tensor(rows, 2, frame.routes), _c_tensor(columns, 2, frame.routes), A2_low.data_ptr(),
+        out.data_ptr(), side,
         out.stride(0), 0 if merged else out.stride(1), side * side if fold == "each" else 0, _FOLDS[fold],
     )  # fmt: skip
     source = record.read_order.contiguous() if record.source_frame == "tokens" else None
@@ -240,9 +242,18 @@ def _fold_groups(
     return total if fold == "sum" else total / len(parts)
 
 
+def _gradient_of(x: Tensor, frame: _Frame) -> Tensor:
+    """Memory for a gradient, channels last; zeros unless the kernel writes every entry once."""
+    batch, routes, channels, positions = x.shape
+    once = routes == frame.routes and positions == frame.length
+    return (x.new_empty if once else x.new_zeros)(batch, routes, positions, channels)
+
+
 def _channels_last(x: Tensor, padding: int) -> Tensor:
     """float32 (batch, routes, channels, positions) with stride 1 along channels, a multiple of 16 of them."""
-    x = torch.nn.functional.pad(x.float().mT, (0, padding))
+    x = x.float().mT
+    if padding:  # pad copies even when there is nothing to add
+        x = torch.nn.functional.pad(x, (0, padding))
     return (x if x.stride(-1) == 1 else x.contiguous()).mT
 
 
