@@ -1,0 +1,16 @@
+"""Adapters: one file per family of models, which says what its scans are and where their tokens sit.
+
+Packaged as ``mamba_attn.integrations``; the core finds these files by name and imports none of them.
+
+========  =======================================================================  =====================================
+file      recognises                                                               routes of a mixer
+========  =======================================================================  =====================================
+vim       Vision Mamba (arXiv 2401.09417): mixers with ``A_log`` and ``A_b_log``   raster order and its reversal
+vmamba    VMamba's SS2D (arXiv 2401.10166): ``A_logs``, ``Ds``, ``dt_projs_bias``  rows, columns, and both reversed
+========  =======================================================================  =====================================
+
+A family that is not listed needs one more file here; ``mamba_attn.testing.check_adapter`` runs the laws it must obey.
+"""
+
+if __name__ == "integrations":
+    raise ImportError("import mamba_attn.integrations instead: under two names there would be two of everything.")

@@ -1,0 +1,139 @@
+"""What a family of models must say about itself to be traced, and the registry of those that do.
+
+An adapter is small and refuses what it does not know. The families' adapters stand in ``mamba_attn.integrations`` and
+are found by name; ``register_adapter`` adds one of your own. ``mamba_attn.testing.check_adapter`` tests it.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from mamba_attn.errors import UnsupportedModelError
+from mamba_attn.layout import TokenLayout
+from mamba_attn.rules import Rules
+from mamba_attn.scan import ScanRecord
+
+_FAMILIES = ("vim", "vmamba")
+
+
+@dataclass
+class Seen:
+    """What a forward pass has shown so far.
+
+    Args:
+        image_size: (rows, columns) of the model's input in pixels.
+        layout: the token frame, from the patch embedding or from the user.
+    """
+
+    image_size: tuple[int, int] | None = None
+    layout: TokenLayout | None = None
+
+
+@dataclass(frozen=True)
+class LayoutSource:
+    """A submodule whose call shows the token frame.
+
+    Args:
+        module: the submodule.
+        read: function of the submodule's (inputs, output) that returns the layout.
+    """
+
+    module: nn.Module
+    read: Callable[[tuple[Any, ...], Any], TokenLayout]
+
+
+class Adapter(ABC):
+    """Five answers about a family of mixers; subclass it, give ``family`` a name, register an instance."""
+
+    family: ClassVar[str]
+
+    @abstractmethod
+    def recognises(self, module: nn.Module) -> bool:
+        """Whether the module is a mixer of this family, by its attributes; never by names of classes alone."""
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Return why this variant cannot be treated exactly, or None."""
+        return None
+
+    @abstractmethod
+    def project(self, module: nn.Module, *args: Any, rules: Rules, seen: Seen, **kwargs: Any) -> ScanRecord:
+        """Return everything before the scans, from the arguments of the mixer's forward."""
+
+    @abstractmethod
+    def finish(self, module: nn.Module, record: ScanRecord, y: Tensor, rules: Rules) -> Any:
+        """Return the mixer's output from the scans' merged output y (batch, channels, tokens)."""
+
+    @abstractmethod
+    def scan_output(self, module: nn.Module, record: ScanRecord, y: Tensor) -> tuple[nn.Module, Tensor]:
+        """Return the submodule that receives y, and y in the form it receives: what law 1 is checked against."""
+
+    def layout_source(self, model: nn.Module) -> LayoutSource | None:
+        """Return where the token frame of this family's model can be read, when the mixer's input does not show it."""
+        return None
+
+
+class _Integration(Protocol):
+    ADAPTER: Adapter
+
+
+_registered: list[Adapter] = []
+
+
+def register_adapter(adapter: Adapter) -> None:
+    """Add an adapter; it is asked before those registered earlier and before the built-in families.
+
+    Raises:
+        TypeError: not an Adapter.
+    """
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"register_adapter({adapter!r}): expected an instance of a subclass of mamba_attn.Adapter.")
+    _registered.insert(0, adapter)
+
+
+def known_adapters() -> list[Adapter]:
+    """Return all adapters, in the order in which they are asked."""
+    built_in: Iterator[_Integration] = (importlib.import_module(f"mamba_attn.integrations.{f}") for f in _FAMILIES)
+    return [*_registered, *(module.ADAPTER for module in built_in)]
+
+
+def find_mixers(
+    model: nn.Module, adapters: Iterable[Adapter] | None = None
+) -> dict[str, tuple[nn.Module, Adapter]]:
+    """Return the mixers of a model by name, each with its adapter; mixers inside mixers are not looked for.
+
+    Args:
+        model: any model.
+        adapters: asked before the known ones.
+
+    Raises:
+        UnsupportedModelError: there are none; the message names the module types seen and the families known.
+    """
+    candidates = [*(adapters or ()), *known_adapters()]
+    found: dict[str, tuple[nn.Module, Adapter]] = {}
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in found if outer):
+            continue
+        adapter = next((adapter for adapter in candidates if adapter.recognises(module)), None)
+        if adapter is not None:
+            found[name] = (module, adapter)
+    if not found:
+        seen = Counter(type(module).__name__ for module in model.modules())
+        families = ", ".join(dict.fromkeys(adapter.family for adapter in candidates))
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no layer that can be traced. Families known: {families}. Module types seen: "
+            f"{', '.join(f'{name} x {count}' for name, count in seen.most_common(12))}. "
+            "See register_adapter for a family of your own."
+        )
+    return found
+
+
+def require_supported(name: str, module: nn.Module, adapter: Adapter) -> None:
+    """Raise UnsupportedModelError, with the adapter's reason, for a variant that it refuses."""
+    reason = adapter.refusal(module)
+    if reason:
+        raise UnsupportedModelError(f"{name} ({type(module).__name__}, family {adapter.family}): {reason}")

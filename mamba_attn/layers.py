@@ -1,0 +1,149 @@
+"""What a trace yields for one layer: its attention, rows, columns and products."""
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from mamba_attn import ops
+from mamba_attn._types import Float
+from mamba_attn.errors import NonFiniteError, TraceError
+from mamba_attn.layout import TokenLayout
+from mamba_attn.scan import ScanRecord
+
+Gradient = Callable[[Tensor], Tensor]
+
+
+class ScanLayer:
+    """One mixer call of a traced forward pass.
+
+    Args:
+        name: the mixer's name in the model.
+        scan: the record of the call.
+        y: the scans' merged output (batch, channels, tokens) of the running model, or None in mode "observe".
+        output: the mixer's output, whose gradient mode "observe" needs.
+        tail: recomputes the output from y, in mode "observe".
+        attention: (fold, matrix) when one was computed during the pass.
+    """
+
+    def __init__(
+        self, name: str, scan: ScanRecord, *, y: Tensor | None = None, output: Tensor | None = None,
+        tail: Callable[[Tensor], Tensor] | None = None, attention: tuple[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self.name = name
+        self.scan = scan
+        self._y = y
+        self._output = output
+        self._tail = tail
+        self._ready = dict([attention]) if attention else {}
+
+    def __repr__(self) -> str:
+        scan = self.scan
+        return (
+            f"ScanLayer({self.name!r}, batch={scan.batch}, routes={scan.routes}, channels={scan.channels}, "
+            f"states={scan.states}, tokens={scan.tokens})"
+        )
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Where the tokens sit in the image.
+
+        Raises:
+            TraceError: the layout is not known.
+        """
+        if self.scan.layout is None:
+            raise TraceError(
+                f"{self.name}: the tokens' place in the image is not known, so there are no maps; pass "
+                "layout=TokenLayout(grid=(height, width), ...) to trace()."
+            )
+        return self.scan.layout
+
+    @cached_property
+    def y(self) -> Float[Tensor, "batch channels tokens"]:
+        """The scans' output, routes summed in the token frame and scaled; before norm and gate."""
+        if self._y is not None:
+            return self._y
+        y = ops.selective_scan(self.scan)
+        return y if isinstance(y, Tensor) else y[0]
+
+    def attention(
+        self,
+        fold: str = "mean",
+        routes: str | int = "sum",
+        *,
+        row_weight: Tensor | None = None,
+        col_weight: Tensor | None = None,
+        backend: str | None = None,
+    ) -> Tensor:
+        """Return the attention matrix in the token frame: row i is what token i reads.
+
+        Args:
+            fold: as in ``mamba_attn.hidden_attention``.
+            routes: "sum", "each", or the number of one route.
+            row_weight: (batch, channels, tokens), or per route in scan order.
+            col_weight: likewise.
+            backend: as in ``mamba_attn.hidden_attention``.
+
+        Returns:
+            (batch, [channels,] tokens, tokens), or (batch, routes, [channels,] tokens, tokens) with routes="each". Times
+            the record's scale.
+
+        Raises:
+            ValueError: an unknown fold or route.
+            NonFiniteError: the layer met NaN or Inf.
+            MatrixTooLargeError: the result would not fit the memory.
+        """
+        self._require_finite()
+        plain = row_weight is None and col_weight is None and backend is None
+        if plain and routes == "sum" and fold in self._ready:
+            return self._ready[fold]
+        weights = {"row_weight": row_weight, "col_weight": col_weight, "fold": fold, "backend": backend}
+        if routes == "each":
+            each = (self.attention(routes=route, **weights) for route in range(self.scan.routes))  # type: ignore[arg-type]
+            return torch.stack(list(each), dim=1)
+        if routes == "sum":
+            return ops.hidden_attention(self.scan, **weights)  # type: ignore[arg-type]
+        own = self._route(routes)
+        for key in ("row_weight", "col_weight"):
+            weight = weights[key]
+            if isinstance(weight, Tensor) and weight.ndim == 4:
+                weights[key] = weight[:, own]
+        return ops.hidden_attention(self.scan.select_routes(own), **weights)  # type: ignore[arg-type]
+
+    def row(self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None) -> Tensor:
+        """Return what one token reads, (batch, [channels,] tokens), in linear time."""
+        self._require_finite()
+        return ops.attention_row(self.scan, row=token, fold=fold, row_weight=row_weight)
+
+    def column(self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None) -> Tensor:
+        """Return where one token is read, (batch, [channels,] tokens), in linear time."""
+        self._require_finite()
+        return ops.attention_column(self.scan, column=token, fold=fold, row_weight=row_weight)
+
+    def left_product(
+        self, vector: Float[Tensor, "batch tokens"], *, fold: str = "mean", row_weight: Tensor | None = None
+    ) -> Float[Tensor, "batch tokens"]:
+        """Return ``vector @ (I + attention)`` in linear time: one step of a signed rollout."""
+        self._require_finite()
+        return vector + ops.left_product(self.scan, vector=vector, fold=fold, row_weight=row_weight)
+
+    def _route(self, route: str | int) -> slice:
+        if not isinstance(route, int) or not 0 <= route < self.scan.routes:
+            raise ValueError(
+                f"{self.name}.attention(routes={route!r}): expected 'sum', 'each' or 0..{self.scan.routes - 1}."
+            )
+        return slice(route, route + 1)
+
+    @cached_property
+    def _not_finite(self) -> list[str]:
+        scan = self.scan
+        tensors = {"u": scan.source_u, "delta": scan.source_delta, "B": scan.source_B, "C": scan.source_C, "A": scan.A}
+        return [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+
+    def _require_finite(self) -> None:
+        if self._not_finite:
+            raise NonFiniteError(
+                f"{self.name}: {', '.join(self._not_finite)} contain NaN or Inf; check the images, the weights and the "
+                "precision of the forward pass."
+            )

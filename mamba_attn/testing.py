@@ -1,0 +1,195 @@
+"""The laws an adapter must obey, for whoever writes one: ``check_adapter(model, inputs)``."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mamba_attn.adapters import Adapter, find_mixers
+from mamba_attn.errors import MambaAttnError
+from mamba_attn.ops import reference
+from mamba_attn.scan import ScanRecord
+from mamba_attn.tracing import Trace, trace
+
+_ENTRIES = 2**26  # of the per-channel matrices that are built at once
+
+
+class LawViolation(MambaAttnError):
+    """An adapter does not compute what the model computes."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How exactly one layer obeys the laws; errors are largest differences over the largest value.
+
+    Args:
+        name: the layer.
+        matrix_error: M @ u + D u, routes summed, against what the submodule after the scans receives.
+        above_diagonal: largest |M[i, j]| with j > i in any route's own order; exactly 0.
+    """
+
+    name: str
+    matrix_error: float
+    above_diagonal: float
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What ``check_adapter`` found.
+
+    Args:
+        output_error: traced output against the untouched model's, largest difference over the largest value.
+        observed_identical: whether mode "observe" leaves the output bit-identical.
+        layers: one report per layer.
+    """
+
+    output_error: float
+    observed_identical: bool
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def matrix_error(self) -> float:
+        """The worst layer's."""
+        return max(layer.matrix_error for layer in self.layers)
+
+
+def check_adapter(
+    model: nn.Module,
+    inputs: Tensor,
+    *,
+    adapters: Iterable[Adapter] | None = None,
+    tolerance: float = 1e-5,
+    call: Callable[[nn.Module, Tensor], Any] | None = None,
+) -> AdapterReport:
+    """Run the laws on a model: the traced forward equals the model's own, and so do the matrices.
+
+    For every layer the matrices are built in float64 from the record (``ops.reference``) and compared with what a hook
+    on the UNTOUCHED model sees entering the submodule after the scans. Long layers are checked on evenly spaced
+    channels, so that the matrices fit.
+
+    Args:
+        model: a model that the adapter recognises; put it in eval mode if it has dropout.
+        inputs: a batch for it.
+        adapters: asked before the known ones.
+        tolerance: largest relative error allowed.
+        call: how to run the model. Default: ``model(inputs)``; the first tensor of what it returns is compared.
+
+    Returns:
+        The errors found.
+
+    Raises:
+        LawViolation: an error above the tolerance, a matrix that is not causal, or a model left changed.
+    """
+    run = call or (lambda m, x: m(x))
+    adapters = list(adapters or ())
+    mixers = find_mixers(model, adapters)
+    before = _state(model)
+    with torch.no_grad():
+        with trace(model, adapters=adapters) as record:
+            routed = _first_tensor(run(model, inputs))
+        with _spies(mixers, record) as seen:
+            plain = _first_tensor(run(model, inputs))
+        with trace(model, adapters=adapters, mode="observe"):
+            observed = _first_tensor(run(model, inputs))
+        layers = tuple(_check_layer(name, *mixers[name], record, seen) for name in record)
+    report = AdapterReport(_relative(routed, plain), torch.equal(observed, plain), layers)
+    _require(report, tolerance)
+    if _state(model) != before:
+        raise LawViolation("the model was left changed: hooks, attributes, training mode or requires_grad differ.")
+    return report
+
+
+def _require(report: AdapterReport, tolerance: float) -> None:
+    if not report.layers:
+        raise LawViolation("no recognised layer ran during the forward pass.")
+    if not report.output_error <= tolerance:
+        raise LawViolation(f"traced output differs from the model's own by {report.output_error:.3g} (relative).")
+    if not report.observed_identical:
+        raise LawViolation("mode='observe' changed the model's output.")
+    for layer in report.layers:
+        if not layer.matrix_error <= tolerance:
+            raise LawViolation(f"{layer.name}: M @ u + D u is off by {layer.matrix_error:.3g} (relative): law 1.")
+        if layer.above_diagonal != 0:
+            raise LawViolation(f"{layer.name}: a matrix reaches {layer.above_diagonal:.3g} above the diagonal: law 2.")
+
+
+@contextmanager
+def _spies(mixers: dict[str, tuple[nn.Module, Adapter]], record: Trace) -> Iterator[dict[str, Tensor]]:
+    """Keep what enters the submodule after the scans of every mixer, by hooks alone."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen[name] = args[0]
+
+    with ExitStack() as stack:
+        for name in record:
+            module, adapter = mixers[name]
+            receiver, _ = adapter.scan_output(module, record[name].scan, record[name].y)
+            stack.callback(receiver.register_forward_pre_hook(partial(keep, name)).remove)
+        yield seen
+
+
+def _check_layer(
+    name: str, module: nn.Module, adapter: Adapter, record: Trace, seen: dict[str, Tensor]
+) -> LayerReport:
+    scan = record[name].scan
+    count = max(1, _ENTRIES // (scan.batch * scan.length**2))
+    channels = torch.linspace(0, scan.channels - 1, min(count, scan.channels)).round().long()
+    y, above = _by_matrices(scan, channels)
+    full = record[name].y.double().index_copy(1, channels, y)
+    expected = adapter.scan_output(module, scan, full)[1]
+    return LayerReport(name, _relative(expected, seen[name]), above)
+
+
+def _by_matrices(scan: ScanRecord, channels: Tensor) -> tuple[Tensor, float]:
+    """y of some channels from explicit matrices, and the largest entry above the diagonal."""
+    part = _some_channels(scan, channels)
+    total, above = torch.zeros(scan.batch, len(channels), scan.tokens, dtype=torch.float64), 0.0
+    for route in range(scan.routes):
+        own = part.select_routes(slice(route, route + 1))
+        M = reference.channel_matrices(own)
+        above = max(above, float(M.triu(1).abs().max()))
+        y = torch.einsum("brcij,brcj->brci", M, own.u.double())
+        if own.D is not None:
+            y = y + own.D.double().unsqueeze(-1) * own.u.double()
+        total = total + reference.merge_tokens(own, y).cpu()
+    return total.to(scan.source_u.device), above
+
+
+def _some_channels(scan: ScanRecord, channels: Tensor) -> ScanRecord:
+    width, groups = scan.channels // scan.heads, scan.channels // scan.source_B.shape[2]
+    heads, group = channels // width, channels // groups
+    return scan.replace(
+        source_u=scan.source_u[:, :, channels], source_delta=scan.source_delta[:, :, heads], A=scan.A[:, heads],
+        source_B=scan.source_B[:, :, group], source_C=scan.source_C[:, :, group],
+        D=None if scan.D is None else scan.D[:, channels], gate=None,
+    )  # fmt: skip
+
+
+def _relative(value: Tensor, truth: Tensor) -> float:
+    difference = (value.double() - truth.double()).abs().max()
+    return float(difference / truth.double().abs().max().clamp(min=1e-30))
+
+
+def _first_tensor(output: Any) -> Tensor:
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values() if isinstance(output, dict) else output))
+    return output
+
+
+def _state(model: nn.Module) -> list[tuple[Any, ...]]:
+    kinds = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
+    return [
+        (
+            name,
+            module.training,
+            tuple(sorted(vars(module))),
+            tuple(len(getattr(module, kind)) for kind in kinds),
+            tuple((key, value.requires_grad, value.grad is None) for key, value in module.named_parameters()),
+        )
+        for name, module in model.named_modules()
+    ]
