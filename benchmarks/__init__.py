@@ -1,0 +1,1 @@
+"""Training of the micro models, and the measurements that every quoted figure comes from."""

@@ -1,0 +1,177 @@
+"""What is measured: shapes, the rows of the tables with what they should reach, and the calls themselves.
+
+Every call is built by a function that returns it ready to run, so that a child process can build it by name.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One selective scan: one image, one route."""
+
+    channels: int
+    states: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"L {self.length}, {self.channels} channels, {self.states} states"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A row of the table: a figure that should be at least (``higher``) or at most this good."""
+
+    what: str
+    at_least: float
+    aim: float
+    higher: bool = False
+    unit: str = ""
+
+    def met(self, value: float) -> bool:
+        """Whether a value reaches ``at_least``."""
+        return value >= self.at_least if self.higher else value <= self.at_least
+
+
+VIM = Shape(384, 16, 197)  # one direction of one Vim-T layer
+LINEAR = Shape(384, 16, 1024)
+LENGTHS = (1024, 4096, 16384, 65536)
+SCALES = (1e-3, 0.1, 1.0, 10.0)
+# few channels, so that the float64 reference fits the memory
+ERRORS = (
+    Shape(16, 16, 197),
+    Shape(32, 1, 197),
+    Shape(8, 16, 784),
+    Shape(16, 1, 784),
+    Shape(4, 16, 3136),
+    Shape(8, 1, 3136),
+)
+MODELS = ("vim_tiny", "vmamba_tiny_s1l8")
+TRANSFORMER = "deit_tiny_patch16_224"
+
+TARGETS = {
+    "loop": Target(f"published triple loop / ours, {VIM}", 80, 400, higher=True, unit="x"),
+    "formula": Target(f"ours / VMamba's published formula, {VIM}", 2, 1, unit="x"),
+    "error": Target("error against float64 / sum of absolute terms, delta x 1e-3 to 10, L to 3136", 1e-5, 1e-6),
+    "vim_tiny": Target("vim_tiny forward / DeiT-tiny forward", 8, 5, unit="x"),
+    "vim_tiny attention": Target("attention of all 24 layers added / DeiT-tiny forward", 70, 20, unit="x"),
+    "vmamba_tiny_s1l8": Target("vmamba_tiny_s1l8 forward / DeiT-tiny forward", 12, 8, unit="x"),
+    "vmamba_tiny_s1l8 attention": Target("attention of all 14 blocks added / DeiT-tiny forward", 45, 15, unit="x"),
+    "vmamba_tiny_s1l8 memory": Target("extra peak memory of that attention", 1e9, 0.5e9, unit="B"),
+    "row time": Target("one row, 1,024 to 65,536 tokens: log-log slope of time", 1.15, 1.05),
+    "row memory": Target("one row: log-log slope of peak extra memory", 1.15, 1.05),
+    "product time": Target("one left product: log-log slope of time", 1.15, 1.05),
+    "product memory": Target("one left product: log-log slope of peak extra memory", 1.15, 1.05),
+}
+
+
+def inputs(shape: Shape, scale: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Float32 delta, A, B, C as a Mamba layer at initialisation has them, for one image.
+
+    delta (1, channels, length) is log-uniform per channel in 1e-3..1e-1 (Mamba's initialisation) times a log-normal
+    factor per token, times ``scale``; A (channels, states) = -1..-states; B and C (1, states, length) are normal.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    low, high = torch.tensor([1e-3, 1e-1]).log()
+    base = torch.rand(1, shape.channels, 1, generator=generator) * (high - low) + low
+    token = 0.5 * torch.randn(1, shape.channels, shape.length, generator=generator)
+    delta = scale * torch.exp(base + token)
+    A = -torch.arange(1.0, shape.states + 1).expand(shape.channels, -1).contiguous()
+    B, C = (torch.randn(1, shape.states, shape.length, generator=generator) for _ in range(2))
+    return delta, A, B, C
+
+
+def usable_backends() -> list[str]:
+    """Backends that can run float32 on this machine, without the slow specification."""
+    from mamba_attn.ops import BACKENDS
+    from mamba_attn.ops._arguments import as_record
+
+    record = as_record("benchmark", None, *inputs(Shape(2, 2, 2))).record
+    return [name for name, backend in BACKENDS.items() if name != "reference" and not backend.unavailable(record)]
+
+
+def attention(shape: Shape, backend: str | None = None, scale: float = 1.0) -> Call:
+    """Our channel mean."""
+    from mamba_attn import ops
+
+    values = inputs(shape, scale)
+    return lambda: ops.hidden_attention(*values, fold="mean", backend=backend)
+
+
+def loop(shape: Shape) -> Call:
+    """The published loops, and the channel mean."""
+    from benchmarks.published import triple_loop
+
+    values = inputs(shape)
+    return lambda: triple_loop(*values).mean(1)
+
+
+def formula(shape: Shape, scale: float = 1.0) -> Call:
+    """VMamba's published formula."""
+    from benchmarks.published import vmamba_formula
+
+    values = inputs(shape, scale)
+    return lambda: vmamba_formula(*values)
+
+
+def line(what: str, channels: int, states: int, length: int) -> Call:
+    """One row (the last) or one left product; ready: code loaded and run once on few tokens."""
+    from mamba_attn import ops
+
+    def call(shape: Shape) -> Call:
+        values = inputs(shape)
+        if what == "row":
+            return lambda: ops.attention_row(*values, row=shape.length - 1)
+        vector = torch.randn(1, shape.length, generator=torch.Generator().manual_seed(1))
+        return lambda: ops.left_product(*values, vector=vector)
+
+    call(Shape(channels, states, 16))()
+    return call(Shape(channels, states, length))
+
+
+def forward(name: str, attention: bool = False, pixels: int = 224) -> Call:
+    """A model's forward on one image, without gradients; with ``attention`` every layer's matrix is made and read."""
+    model = _model(name, pixels)
+    image = torch.randn(1, 3, pixels, pixels, generator=torch.Generator().manual_seed(0))
+    return _traced(model, image) if attention else _plain(model, image)
+
+
+def _model(name: str, pixels: int) -> Any:
+    torch.manual_seed(0)
+    if name == TRANSFORMER:
+        from mamba_attn import _torchvision
+
+        _torchvision.prepare()  # timm imports torchvision
+        import timm
+
+        return timm.create_model(name, img_size=pixels).eval()
+    import mamba_attn.models
+
+    return mamba_attn.models.create(name, image_size=pixels)
+
+
+def _plain(model: Any, image: Tensor) -> Call:
+    @torch.no_grad()
+    def run() -> object:
+        return model(image)
+
+    return run
+
+
+def _traced(model: Any, image: Tensor) -> Call:
+    import mamba_attn
+
+    @torch.no_grad()
+    def run() -> object:
+        with mamba_attn.trace(model, attention="mean") as trace:
+            logits = model(image)
+        return logits, [trace[name].attention() for name in trace]
+
+    return run

@@ -1,0 +1,92 @@
+"""A figure beside what it should reach; the table on the terminal and the JSON file."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import TARGETS
+from benchmarks.measure import Spread, machine
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured figure: ``target`` is a key of TARGETS, ``how`` says with which backend or method."""
+
+    target: str
+    how: str
+    spread: Spread
+
+    def row(self) -> dict[str, Any]:
+        """As it stands in the JSON file."""
+        target = TARGETS[self.target]
+        return {
+            "what": target.what, "how": self.how, "value": self.spread.median, "unit": target.unit,
+            "quartiles": [self.spread.low, self.spread.high], "rounds": self.spread.count,
+            "at_least": target.at_least, "aim": target.aim, "met": target.met(self.spread.median),
+        }  # fmt: skip
+
+
+def figure(target: str, how: str, value: Spread | float) -> Figure:
+    """Make a figure of a sample's spread or of a single number."""
+    return Figure(target, how, value if isinstance(value, Spread) else Spread.of([value]))
+
+
+def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table: rich's on a terminal, aligned plain text elsewhere."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=title)
+        for name in header:
+            table.add_column(name, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    widths = [max(len(row[index]) for row in (header, *rows)) for index in range(len(header))]
+    print(f"\n{title}")
+    for row in (header, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def finish(title: str, figures: Sequence[Figure], details: dict[str, Any], path: Path | None, quick: bool) -> None:
+    """Show the figures and write everything to a JSON file.
+
+    Args:
+        title: of the table.
+        figures: one per row.
+        details: all that was measured.
+        path: the file; None writes nothing.
+        quick: whether this was a smoke test, whose numbers mean nothing; the file says so.
+    """
+    header = ("what", "how", "measured", "quartiles", "at least", "aim", "met")
+    rows = [
+        (
+            row["what"], row["how"], _number(row["value"], row["unit"]),
+            " .. ".join(_number(value, "") for value in row["quartiles"]) if row["rounds"] > 1 else "",
+            _number(row["at_least"], row["unit"]), _number(row["aim"], row["unit"]), "yes" if row["met"] else "NO",
+        )
+        for row in (item.row() for item in figures)
+    ]  # fmt: skip
+    show(title + (" (quick: these numbers mean nothing)" if quick else ""), header, rows)
+    if path is None:
+        return
+    contents = {
+        "quick": quick,
+        "machine": machine(),
+        "figures": [item.row() for item in figures],
+        "details": details,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(contents, indent=2, default=asdict) + "\n")
+    print(f"\nwritten: {path}")
+
+
+def _number(value: float, unit: str) -> str:
+    if unit == "B":
+        return f"{value / 1e9:.3g} GB"
+    return f"{value:.3g}{unit and ' ' + unit}"

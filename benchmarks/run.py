@@ -1,0 +1,157 @@
+"""Measure the operators or the models: a table, and JSON under benchmarks/results/.
+
+    python benchmarks/run.py ops
+    python benchmarks/run.py models
+
+One thread, CPU time, the competitors in turn (A B A B) in one process; peak memory in child processes.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from any folder
+
+import torch
+
+from benchmarks import cases, verify
+from benchmarks.cases import Shape
+from benchmarks.measure import Spread, interleave, paired, peak_memory, slope
+from benchmarks.report import Figure, figure, finish, show
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def measure_speed(shape: Shape, rounds: int) -> tuple[list[Figure], dict[str, Any]]:
+    """Our channel mean by every backend, the published loops (run whole, once) and VMamba's formula."""
+    values = cases.inputs(shape)
+    backends = cases.usable_backends()
+    calls = {name: cases.attention(shape, name) for name in backends}
+    calls["formula"] = cases.formula(shape)
+    details: dict[str, Any] = {"shape": str(shape), "error": {}, "milliseconds": {}}
+    for name in backends:
+        details["error"][name] = verify.term_error(calls[name](), *values)
+        verify.require_exact(name, details["error"][name])
+    details["formula_relative_error"] = verify.norm_error(calls["formula"](), *values)
+    outputs: list[torch.Tensor] = []
+    published = cases.loop(shape)
+    calls["loop"] = lambda: outputs.append(published())
+    times = interleave(calls, rounds, once=("loop",))
+    details["error"]["loop"] = verify.term_error(outputs[0], *values)
+    verify.require_exact("loop", details["error"]["loop"])
+    details["milliseconds"] = {name: Spread.of([1e3 * t for t in sample]) for name, sample in times.items()}
+    figures = [figure("loop", name, paired(times["loop"], times[name])) for name in backends]
+    figures += [figure("formula", name, paired(times[name], times["formula"])) for name in backends]
+    return figures, details
+
+
+def measure_errors(shapes: tuple[Shape, ...]) -> tuple[list[Figure], dict[str, Any]]:
+    """Errors of every backend at every shape and step size, and of VMamba's formula."""
+    backends = cases.usable_backends()
+    rows = []
+    for shape in shapes:
+        for scale in cases.SCALES:
+            values = cases.inputs(shape, scale)
+            row: dict[str, Any] = {"shape": str(shape), "delta x": scale}
+            for name in backends:
+                row[name] = verify.term_error(cases.attention(shape, name, scale)(), *values)
+            row["formula, norm"] = verify.norm_error(cases.formula(shape, scale)(), *values)
+            rows.append(row)
+    show(
+        "errors",
+        list(rows[0]),
+        [[f"{v:.2g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows],
+    )
+    return [figure("error", name, max(row[name] for row in rows)) for name in backends], {"rows": rows}
+
+
+def measure_lines(shape: Shape, lengths: tuple[int, ...], rounds: int) -> tuple[list[Figure], dict[str, Any]]:
+    """Time and peak extra memory of one row and one left product, as the sequence grows."""
+    figures, details = [], {"channels": shape.channels, "states": shape.states, "lengths": lengths}
+    for what in ("row", "product"):
+        arguments = [{"what": what, "channels": shape.channels, "states": shape.states, "length": n} for n in lengths]
+        times = interleave({str(each["length"]): cases.line(**each) for each in arguments}, rounds)
+        medians = [Spread.of(sample).median for sample in times.values()]
+        memory = [peak_memory("benchmarks.cases:line", **each) for each in arguments]
+        figures.append(figure(f"{what} time", "", slope(lengths, medians)))
+        figures.append(figure(f"{what} memory", "", slope(lengths, memory)))
+        details[what] = {"seconds": medians, "bytes": memory}
+    return figures, details
+
+
+def measure_model(name: str, pixels: int, rounds: int) -> tuple[list[Figure], dict[str, Any]]:
+    """A model's forward, plain and traced, beside DeiT-tiny's."""
+    calls = {
+        "transformer": cases.forward(cases.TRANSFORMER, pixels=pixels),
+        "plain": cases.forward(name, pixels=pixels),
+        "attention": cases.forward(name, True, pixels),
+    }
+    logits, matrices = calls["attention"]()
+    torch.testing.assert_close(logits, calls["plain"](), rtol=1e-3, atol=1e-3)
+    shapes = [tuple(matrix.shape) for matrix in matrices]
+    del logits, matrices
+    times = interleave(calls, rounds)
+    added = [traced - plain for traced, plain in zip(times["attention"], times["plain"], strict=True)]
+    figures = [
+        figure(name, "", paired(times["plain"], times["transformer"])),
+        figure(f"{name} attention", "", paired(added, times["transformer"])),
+    ]
+    details: dict[str, Any] = {
+        "pixels": pixels,
+        "matrices": shapes,
+        "milliseconds": {key: Spread.of([1e3 * t for t in sample]) for key, sample in times.items()},
+        "peak_bytes": {
+            key: peak_memory("benchmarks.cases:forward", name=name, attention=key == "attention", pixels=pixels)
+            for key in ("plain", "attention")
+        },
+    }
+    if f"{name} memory" in cases.TARGETS:
+        extra = details["peak_bytes"]["attention"] - details["peak_bytes"]["plain"]
+        figures.append(figure(f"{name} memory", "", extra))
+    return figures, details
+
+
+def run_ops(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
+    """All rows about operators."""
+    shape, rounds = (Shape(32, 16, 33), 3) if quick else (cases.VIM, 25)
+    figures, details = [], {}
+    shapes = (Shape(4, 16, 197), Shape(4, 1, 197)) if quick else cases.ERRORS
+    lengths = (256, 512, 1024) if quick else cases.LENGTHS
+    for key, (found, detail) in {
+        "speed": measure_speed(shape, rounds),
+        "errors": measure_errors(shapes),
+        "lines": measure_lines(cases.LINEAR, lengths, 1 if quick else 3),
+    }.items():
+        figures += found
+        details[key] = detail
+    return figures, details
+
+
+def run_models(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
+    """All rows about models."""
+    figures, details = [], {}
+    for name in cases.MODELS:
+        found, details[name] = measure_model(name, *((64, 2) if quick else (224, 15)))
+        figures += found
+    return figures, details
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, show and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("ops", "models"))
+    parser.add_argument("--quick", action="store_true", help="small sizes: does everything run?")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<what>.json, nothing with --quick")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    figures, details = (run_ops if args.what == "ops" else run_models)(args.quick)
+    path = args.out or (None if args.quick else RESULTS / f"{args.what}.json")
+    finish(args.what, figures, details, path, args.quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The models that train.py trains: those of mamba_attn.models, and timm's ViT of the same size."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+VIT_MICRO = {"patch_size": 8, "embed_dim": 128, "depth": 12, "num_heads": 4, "mlp_ratio": 4.0}
+
+
+def create(
+    name: str, *, num_classes: int, image_size: int, drop_path: float = 0.0, weights: str | None = None, **options: Any
+) -> nn.Module:
+    """Build a model, from weights of any resolution if given.
+
+    Args:
+        name: "vit_micro", or a name of ``mamba_attn.models.create``.
+        num_classes: outputs.
+        image_size: in pixels.
+        drop_path: rate of stochastic depth.
+        weights: a .safetensors file, or last.pt of a run (its averaged weights).
+        options: further options of the model.
+    """
+    if name == "vit_micro":
+        from timm.models.vision_transformer import VisionTransformer
+
+        keywords = {**VIT_MICRO, **options}
+        model = VisionTransformer(img_size=image_size, num_classes=num_classes, drop_path_rate=drop_path, **keywords)
+        if weights is not None:
+            from timm.models.vision_transformer import checkpoint_filter_fn
+
+            model.load_state_dict(checkpoint_filter_fn(read(weights), model))
+        return model
+    import mamba_attn.models
+
+    with tempfile.TemporaryDirectory() as folder:
+        if weights is not None and Path(weights).suffix == ".pt":  # a run's checkpoint holds more than weights
+            from safetensors.torch import save_file
+
+            path = Path(folder) / "averaged.safetensors"
+            save_file({key: value.contiguous() for key, value in read(weights).items()}, path)
+            weights = str(path)
+        return mamba_attn.models.create(
+            name, num_classes=num_classes, image_size=image_size, drop_path=drop_path, weights=weights, **options
+        )
+
+
+def read(path: str | Path) -> dict[str, torch.Tensor]:
+    """Weights of a safetensors file, or the averaged weights of a checkpoint, in float32."""
+    if Path(path).suffix == ".pt":
+        state = torch.load(path, weights_only=True)["ema"]
+    else:
+        from safetensors.torch import load_file
+
+        state = load_file(path)
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups of timm: no decay on vectors, nor on what ``model.no_weight_decay()`` names."""
+    from timm.optim import param_groups_weight_decay
+
+    names = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=names)
