@@ -10,9 +10,7 @@ from mamba_attn.models import vim_mixer
 from mamba_attn.rules import Rules
 from mamba_attn.scan import ScanRecord
 
-_PARTS = ("in_proj", "out_proj", "A_log", "D", "A_b_log", "D_b") + tuple(
-    f"{name}{suffix}" for name in ("conv1d", "x_proj", "dt_proj") for suffix in ("", "_b")
-)
+_PARTS = ["in_proj", "out_proj", "A_log", "D", "A_b_log", "D_b", "conv1d", "conv1d_b", "x_proj", "x_proj_b"]
 
 
 class VimAdapter(Adapter):

@@ -61,8 +61,12 @@ class Adapter(ABC):
         return None
 
     @abstractmethod
-    def project(self, module: nn.Module, *args: Any, rules: Rules, seen: Seen, **kwargs: Any) -> ScanRecord:
-        """Return everything before the scans, from the arguments of the mixer's forward."""
+    def project(self, module: nn.Module, *args: Any, **kwargs: Any) -> ScanRecord:
+        """Return everything before the scans, from the arguments of the mixer's forward.
+
+        Two keyword arguments come with them: ``rules`` (Rules), what an attribution method changes, and ``seen``
+        (Seen), what the forward pass has shown of the image so far.
+        """
 
     @abstractmethod
     def finish(self, module: nn.Module, record: ScanRecord, y: Tensor, rules: Rules) -> Any:
@@ -87,6 +91,9 @@ _registered: list[Adapter] = []
 def register_adapter(adapter: Adapter) -> None:
     """Add an adapter; it is asked before those registered earlier and before the built-in families.
 
+    Args:
+        adapter: the adapter.
+
     Raises:
         TypeError: not an Adapter.
     """
@@ -101,9 +108,7 @@ def known_adapters() -> list[Adapter]:
     return [*_registered, *(module.ADAPTER for module in built_in)]
 
 
-def find_mixers(
-    model: nn.Module, adapters: Iterable[Adapter] | None = None
-) -> dict[str, tuple[nn.Module, Adapter]]:
+def find_mixers(model: nn.Module, adapters: Iterable[Adapter] | None = None) -> dict[str, tuple[nn.Module, Adapter]]:
     """Return the mixers of a model by name, each with its adapter; mixers inside mixers are not looked for.
 
     Args:

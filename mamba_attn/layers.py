@@ -86,8 +86,8 @@ class ScanLayer:
             backend: as in ``mamba_attn.hidden_attention``.
 
         Returns:
-            (batch, [channels,] tokens, tokens), or (batch, routes, [channels,] tokens, tokens) with routes="each". Times
-            the record's scale.
+            (batch, [channels,] tokens, tokens), or (batch, routes, [channels,] tokens, tokens) with routes="each";
+            times the record's scale.
 
         Raises:
             ValueError: an unknown fold or route.

@@ -18,7 +18,7 @@ from mamba_attn.tracing import Trace, trace
 _ENTRIES = 2**26  # of the per-channel matrices that are built at once
 
 
-class LawViolation(MambaAttnError):
+class LawError(MambaAttnError):
     """An adapter does not compute what the model computes."""
 
 
@@ -82,7 +82,7 @@ def check_adapter(
         The errors found.
 
     Raises:
-        LawViolation: an error above the tolerance, a matrix that is not causal, or a model left changed.
+        LawError: an error above the tolerance, a matrix that is not causal, or a model left changed.
     """
     run = call or (lambda m, x: m(x))
     adapters = list(adapters or ())
@@ -99,22 +99,22 @@ def check_adapter(
     report = AdapterReport(_relative(routed, plain), torch.equal(observed, plain), layers)
     _require(report, tolerance)
     if _state(model) != before:
-        raise LawViolation("the model was left changed: hooks, attributes, training mode or requires_grad differ.")
+        raise LawError("the model was left changed: hooks, attributes, training mode or requires_grad differ.")
     return report
 
 
 def _require(report: AdapterReport, tolerance: float) -> None:
     if not report.layers:
-        raise LawViolation("no recognised layer ran during the forward pass.")
+        raise LawError("no recognised layer ran during the forward pass.")
     if not report.output_error <= tolerance:
-        raise LawViolation(f"traced output differs from the model's own by {report.output_error:.3g} (relative).")
+        raise LawError(f"traced output differs from the model's own by {report.output_error:.3g} (relative).")
     if not report.observed_identical:
-        raise LawViolation("mode='observe' changed the model's output.")
+        raise LawError("mode='observe' changed the model's output.")
     for layer in report.layers:
         if not layer.matrix_error <= tolerance:
-            raise LawViolation(f"{layer.name}: M @ u + D u is off by {layer.matrix_error:.3g} (relative): law 1.")
+            raise LawError(f"{layer.name}: M @ u + D u is off by {layer.matrix_error:.3g} (relative): law 1.")
         if layer.above_diagonal != 0:
-            raise LawViolation(f"{layer.name}: a matrix reaches {layer.above_diagonal:.3g} above the diagonal: law 2.")
+            raise LawError(f"{layer.name}: a matrix reaches {layer.above_diagonal:.3g} above the diagonal: law 2.")
 
 
 @contextmanager
@@ -133,31 +133,35 @@ def _spies(mixers: dict[str, tuple[nn.Module, Adapter]], record: Trace) -> Itera
         yield seen
 
 
-def _check_layer(
-    name: str, module: nn.Module, adapter: Adapter, record: Trace, seen: dict[str, Tensor]
-) -> LayerReport:
+def _check_layer(name: str, module: nn.Module, adapter: Adapter, record: Trace, seen: dict[str, Tensor]) -> LayerReport:
     scan = record[name].scan
     count = max(1, _ENTRIES // (scan.batch * scan.length**2))
     channels = torch.linspace(0, scan.channels - 1, min(count, scan.channels)).round().long()
-    y, above = _by_matrices(scan, channels)
+    y, above = _by_matrices(scan, channels), max(_above_diagonal(record[name], route) for route in range(scan.routes))
     full = record[name].y.double().index_copy(1, channels, y)
     expected = adapter.scan_output(module, scan, full)[1]
     return LayerReport(name, _relative(expected, seen[name]), above)
 
 
-def _by_matrices(scan: ScanRecord, channels: Tensor) -> tuple[Tensor, float]:
-    """y of some channels from explicit matrices, and the largest entry above the diagonal."""
+def _above_diagonal(layer: ScanLayer, route: int) -> float:
+    """The largest entry of a route's attention above the diagonal of its own order."""
+    matrix = layer.attention(routes=route)
+    rows, columns = layer.scan.write_order[route], layer.scan.read_order[route]
+    return float(matrix[:, rows][:, :, columns].triu(1).abs().max())
+
+
+def _by_matrices(scan: ScanRecord, channels: Tensor) -> Tensor:
+    """The scans' merged output, for some channels, from explicit matrices."""
     part = _some_channels(scan, channels)
-    total, above = torch.zeros(scan.batch, len(channels), scan.tokens, dtype=torch.float64), 0.0
+    total = torch.zeros(scan.batch, len(channels), scan.tokens, dtype=torch.float64)
     for route in range(scan.routes):
         own = part.select_routes(slice(route, route + 1))
         M = reference.channel_matrices(own)
-        above = max(above, float(M.triu(1).abs().max()))
         y = torch.einsum("brcij,brcj->brci", M, own.u.double())
         if own.D is not None:
             y = y + own.D.double().unsqueeze(-1) * own.u.double()
         total = total + reference.merge_tokens(own, y).cpu()
-    return total.to(scan.source_u.device), above
+    return total.to(scan.source_u.device)
 
 
 def _some_channels(scan: ScanRecord, channels: Tensor) -> ScanRecord:

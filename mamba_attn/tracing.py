@@ -244,12 +244,13 @@ def _watch_layout(stack: ExitStack, model: nn.Module, adapters: set[Adapter], se
 
     def device(module: nn.Module, args: tuple[Any, ...]) -> None:
         weight = next(module.parameters(), None)
-        if thread == get_ident() and weight is not None and args and isinstance(args[0], Tensor):
-            if args[0].device != weight.device:
-                raise ValueError(
-                    f"the model is on {weight.device} and its input on {args[0].device}: move one, e.g. "
-                    f"images.to({str(weight.device)!r})."
-                )
+        given = next((value for value in args if isinstance(value, Tensor)), None)
+        if weight is None or given is None or thread != get_ident() or given.device == weight.device:
+            return
+        raise ValueError(
+            f"the model is on {weight.device} and its input on {given.device}: move one, e.g. "
+            f"images.to({str(weight.device)!r})."
+        )
 
     stack.callback(model.register_forward_pre_hook(device, prepend=True).remove)
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)

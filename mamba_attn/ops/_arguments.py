@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mamba_attn.scan import ScanRecord
 
+Weights = tuple[Tensor | None, Tensor | None]  # of rows and columns, in scan order
 FOLDS = ("mean", "sum", "each", "positive", "absolute")
 
 
@@ -128,6 +129,12 @@ def scan_weight(call: Call, name: str, weight: Tensor | None) -> Tensor | None:
         f"{call.text}: {name} must be (batch, channels, tokens) = {frame} or "
         f"(batch, routes, channels, length) = {shape}, got {tuple(weight.shape)}."
     )
+
+
+def pick(weights: Weights, *index: slice) -> Weights:
+    """Index both weights, where there are any."""
+    rows, columns = weights
+    return None if rows is None else rows[index], None if columns is None else columns[index]
 
 
 def check_fold(call: Call, fold: str, allowed: tuple[str, ...] = FOLDS) -> None:

@@ -52,7 +52,8 @@ def hidden_attention(
         BackendUnavailableError: the backend insisted upon cannot run.
 
     Example:
-        >>> hidden_attention(torch.rand(2, 8, 5), -torch.rand(8, 4) - 1, torch.randn(2, 4, 5), torch.randn(2, 4, 5)).shape
+        >>> delta, A, B, C = torch.rand(2, 8, 5), -torch.ones(8, 4), torch.randn(2, 4, 5), torch.randn(2, 4, 5)
+        >>> hidden_attention(delta, A, B, C).shape
         torch.Size([2, 5, 5])
     """
     call = as_record("hidden_attention", None, delta, A, B, C, orders=orders, tokens=tokens)

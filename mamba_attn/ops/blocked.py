@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mamba_attn._types import Float
-from mamba_attn.ops._arguments import working_dtype
+from mamba_attn.ops._arguments import Weights, pick, working_dtype
 from mamba_attn.ops.reference import merge, merge_tokens
 from mamba_attn.scan import ScanRecord
 
@@ -48,9 +48,8 @@ class Blocked:
         results = []
         for route in range(record.routes):  # one at a time: a merged result never holds the matrices of all routes
             own = slice(route, route + 1)
-            weights = (None if weight is None else weight[:, own] for weight in (row_weight, col_weight))
             part = record.select_routes(own)
-            matrix = _attention(part, *weights, fold)
+            matrix = _attention(part, pick((row_weight, col_weight), slice(None), own), fold)
             results.append(merge(part, matrix) if merged else matrix)
             if merged and route:
                 results = [results[0] + results[1]]
@@ -116,27 +115,23 @@ def recurrence(
         carries.append(carry)
         carry = block_decay * carry + block_end
     before = torch.stack(carries, dim=2)
-    y = [
-        own + (C[..., t] * torch.exp(S[..., t, None].to(A.dtype) * A) * before).sum(-1) for t, own in enumerate(local)
-    ]
+    y = [own + (C[..., t] * torch.exp(S[..., t, None].to(A.dtype) * A) * before).sum(-1) for t, own in enumerate(local)]
     return rearrange(torch.stack(y, -1), "b r m c t -> b r c (m t)")[..., :length]
 
 
 def _attention(
-    record: ScanRecord, row_weight: Tensor | None, col_weight: Tensor | None, fold: str
+    record: ScanRecord, weights: Weights, fold: str
 ) -> Float[Tensor, "batch routes *channels length length"]:
     """The matrices of a record in scan order, folded; channel blocks bound the temporaries."""
     dtype, length, channels = working_dtype(record), record.length, record.channels
     part = per_channel(record, dtype)
-    rows, columns = (None if weight is None else weight.to(dtype) for weight in (row_weight, col_weight))
     signed = fold in ("mean", "sum")
     per_block = record.batch * record.routes * length * (record.states * 2 if signed else max(length, record.states))
     size = max(1, _WORKSPACE // per_block)
     total, kept = None, []
     for start in range(0, channels, size):
         own = slice(start, start + size)
-        weights = (None if weight is None else weight[:, :, own] for weight in (rows, columns))
-        matrix = _halving(part.block(own), *weights, keep_channels=not signed)
+        matrix = _halving(part.block(own), pick(weights, slice(None), slice(None), own), keep_channels=not signed)
         if fold == "each":
             kept.append(matrix)
             continue
@@ -148,8 +143,9 @@ def _attention(
     return total if fold == "sum" else total / channels
 
 
-def _halving(part: Channels, rows: Tensor | None, columns: Tensor | None, keep_channels: bool) -> Tensor:
+def _halving(part: Channels, weights: Weights, keep_channels: bool) -> Tensor:
     """(batch, routes, [channels,] length, length): leaves on the diagonal, then one matrix product per level."""
+    rows, columns = (None if weight is None else weight.to(part.delta.dtype) for weight in weights)
     length = part.delta.shape[-1]
     levels = max(0, math.ceil(math.log2(length / _LEAF)))
     leaf = math.ceil(length / 2**levels)

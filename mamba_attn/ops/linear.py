@@ -4,7 +4,17 @@ import torch
 from torch import Tensor
 
 from mamba_attn._types import Float
-from mamba_attn.ops._arguments import Call, as_record, check_fold, check_index, scan_weight, working_dtype
+from mamba_attn.ops import native
+from mamba_attn.ops._arguments import (
+    Call,
+    Weights,
+    as_record,
+    check_fold,
+    check_index,
+    pick,
+    scan_weight,
+    working_dtype,
+)
 from mamba_attn.ops.blocked import Channels, per_channel, recurrence
 from mamba_attn.scan import ScanRecord
 
@@ -146,9 +156,7 @@ def _line(
     return torch.stack(lines, dim=1) if call.route_axis else lines[0]
 
 
-def _route_line(
-    record: ScanRecord, axis: str, index: int, weights: tuple[Tensor | None, Tensor | None], fold: str, merged: bool
-) -> Tensor:
+def _route_line(record: ScanRecord, axis: str, index: int, weights: Weights, fold: str, merged: bool) -> Tensor:
     """The line of one route: (batch, [channels,] tokens) merged and scaled, else (batch, [channels,] length)."""
     own, other = record.write_order[0], record.read_order[0]
     if axis == "column":
@@ -166,7 +174,7 @@ def _route_line(
 
 
 def _line_values(
-    record: ScanRecord, axis: str, step: int, span: slice, weights: tuple[Tensor | None, Tensor | None], fold: str
+    record: ScanRecord, axis: str, step: int, span: slice, weights: Weights, fold: str
 ) -> Float[Tensor, "batch *channels span"]:
     """M[step, span] or M[span, step] of one route, channels folded, channel block by channel block."""
     dtype = working_dtype(record)
@@ -177,7 +185,7 @@ def _line_values(
     for start in range(0, record.channels, size):
         own = slice(start, start + size)
         block, s = part.block(own), S[:, :, own]
-        rows, columns = (None if weight is None else weight[:, :, own].to(dtype) for weight in weights)
+        rows, columns = pick(weights, slice(None), slice(None), own)
         i, j = (slice(step, step + 1), span) if axis == "row" else (span, slice(step, step + 1))
         decay = (s[..., i] - s[..., j]).to(dtype)
         M = (torch.exp(block.A.unsqueeze(-1) * decay.unsqueeze(-2)) * (block.C[..., i] * block.B[..., j])).sum(-2)
@@ -207,7 +215,9 @@ def _product(
     results = []
     for r in range(record.routes):
         part = record.select_routes(slice(r, r + 1))
-        read, write = (part.write_order[0], part.read_order[0]) if transposed else (part.read_order[0], part.write_order[0])
+        read, write = (
+            (part.write_order[0], part.read_order[0]) if transposed else (part.read_order[0], part.write_order[0])
+        )
         values = _route_product(part, vector[:, read] if call.merged else vector, _route(weights, r), transposed)
         values = values if fold == "sum" else values / record.channels
         if call.merged:
@@ -220,36 +230,50 @@ def _product(
 
 
 def _route_product(
-    record: ScanRecord, vector: Float[Tensor, "batch length"], weights: tuple[Tensor | None, Tensor | None],
+    record: ScanRecord, vector: Float[Tensor, "batch length"], weights: Weights,
     transposed: bool,
 ) -> Float[Tensor, "batch length"]:  # fmt: skip
     """M v or, transposed, v M of one route, summed over weighted channels."""
     dtype = working_dtype(record)
     part = per_channel(record, dtype)
     v = vector.to(dtype)[:, None, None]
-    size = max(1, _WORKSPACE // (record.batch * record.states * record.length))
+    tensors = [*part, vector, *(weight for weight in weights if weight is not None)]
+    graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    fast = not graph and part.B.shape[2] == 1 and native.BACKEND.unavailable(record) is None
+    apply = _native_scan if fast else _transposed_scan if transposed else _scan
+    size = max(16, _WORKSPACE // (record.batch * record.states * record.length) // 16 * 16)
     total = torch.zeros_like(vector, dtype=dtype)
     for start in range(0, record.channels, size):
         own = slice(start, start + size)
         block = part.block(own)
-        rows, columns = (None if weight is None else weight[:, :, own].to(dtype) for weight in weights)
+        rows, columns = pick(weights, slice(None), slice(None), own)
         first, last = (rows, columns) if transposed else (columns, rows)
-        inputs = (v if first is None else v * first).expand_as(block.delta)
-        y = _transposed_scan(block, inputs) if transposed else recurrence(block, block.delta, block.delta * inputs)
+        y = apply(block, (v if first is None else v * first).expand_as(block.delta), transposed)
         total = total + (y if last is None else y * last).sum((1, 2))
     return total
 
 
-def _transposed_scan(part: Channels, inputs: Tensor) -> Tensor:
+def _native_scan(part: Channels, inputs: Tensor, transposed: bool) -> Tensor:
+    """The CPU kernel; transposed, the vector-Jacobian product of the scan, which is linear in its input."""
+    u = torch.zeros_like(inputs, requires_grad=True) if transposed else inputs
+    with torch.set_grad_enabled(transposed):
+        y = native.BACKEND.selective_scan(ScanRecord.from_scan(u, *part), merged=False)
+        return torch.autograd.grad(y, u, inputs)[0] if transposed else y
+
+
+def _scan(part: Channels, inputs: Tensor, transposed: bool) -> Tensor:
+    return recurrence(part, part.delta, part.delta * inputs)
+
+
+def _transposed_scan(part: Channels, inputs: Tensor, transposed: bool) -> Tensor:
     """M^T applied per channel: from the last step, with B and C exchanged and every decay one step later."""
     step = torch.nn.functional.pad(part.delta.flip(-1), (1, 0))[..., :-1]
     backwards = Channels(step, part.A, part.C.flip(-1), part.B.flip(-1))
     return recurrence(backwards, step, inputs.flip(-1)).flip(-1) * part.delta
 
 
-def _route(weights: tuple[Tensor | None, Tensor | None], route: int) -> tuple[Tensor | None, Tensor | None]:
-    rows, columns = (None if weight is None else weight[:, route : route + 1] for weight in weights)
-    return rows, columns
+def _route(weights: Weights, route: int) -> Weights:
+    return pick(weights, slice(None), slice(route, route + 1))
 
 
 def _pad(values: Tensor, span: slice, length: int) -> Tensor:

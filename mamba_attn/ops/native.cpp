@@ -159,10 +159,11 @@ void segment_starts(const Scan& s, Workspace& w, int64_t b, int64_t r) {
     }
 }
 
+template <int N>
 void backward_segment(const Scan& s, Workspace& w, const float* gy, const Gradients& g, int64_t b, int64_t r,
                       int64_t segment, int64_t k) {
     const int64_t blocks = s.channels / LANES, c = k * LANES, positions = s.positions;
-    const int states = s.states, first = segment * w.steps;
+    const int states = N ? N : s.states, first = segment * w.steps;
     const int count = s.length - first < w.steps ? s.length - first : w.steps;
     const float* A2 = s.A2 + r * states * s.channels + c;
     const vec D = s.D ? load(s.D + r * s.channels + c) : vec{};
@@ -213,6 +214,7 @@ void backward_segment(const Scan& s, Workspace& w, const float* gy, const Gradie
     store(out, load(out) + dD);
 }
 
+template <int N>
 void backward_image(const Scan& s, const float* gy, const Gradients& g, int64_t b) {
     const int64_t blocks = s.channels / LANES, states = s.states;
     const FlushDenormals flush;
@@ -230,7 +232,7 @@ void backward_image(const Scan& s, const float* gy, const Gradients& g, int64_t 
         for (int64_t segment = segments - 1; segment >= 0; segment--) {
             for (auto& v : w.dB) v = vec{};
             for (auto& v : w.dC) v = vec{};
-            for (int64_t k = 0; k < blocks; k++) backward_segment(s, w, gy, g, b, r, segment, k);
+            for (int64_t k = 0; k < blocks; k++) backward_segment<N>(s, w, gy, g, b, r, segment, k);
             const int64_t left = s.length - segment * w.steps, count = left < w.steps ? left : w.steps;
             for (int64_t i = 0; i < count; i++) {
                 const int64_t p = at(s.read, r, s.length, segment * w.steps + i);
@@ -417,7 +419,14 @@ void scan_forward(const Scan* s, float* y) {
 
 void scan_backward(const Scan* s, const float* gy, const Gradients* g) {
 #pragma omp parallel for num_threads(s->threads)
-    for (int64_t b = 0; b < s->batch; b++) backward_image(*s, gy, *g, b);
+    for (int64_t b = 0; b < s->batch; b++) {
+        switch (s->states) {
+            case 1: backward_image<1>(*s, gy, *g, b); break;
+            case 8: backward_image<8>(*s, gy, *g, b); break;
+            case 16: backward_image<16>(*s, gy, *g, b); break;
+            default: backward_image<0>(*s, gy, *g, b);
+        }
+    }
 }
 
 // source: (routes, length) position read at each step, or null when sources are in scan order

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mamba_attn.ops import blocked
+from mamba_attn.ops._arguments import pick
 from mamba_attn.ops._build import library, library_problem
 from mamba_attn.scan import ScanRecord
 
@@ -94,7 +95,7 @@ class Native:
         (part,) = parts
         tensors = (part.source_delta, part.A, part.source_B, part.source_C, row_weight, col_weight)
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-            result: Tensor = _Attention.apply(part, fold, merged, *tensors)
+            result: Tensor = _Attention.apply(part, fold, merged, *tensors)  # type: ignore[no-untyped-call]
             return result
         return _attention(part, row_weight, col_weight, fold, merged)
 
@@ -105,7 +106,7 @@ class Native:
         A = torch.nn.functional.pad(record.A.float(), (0, 0, 0, padding), value=-1.0)
         D = None if record.D is None else torch.nn.functional.pad(record.D.float(), (0, padding))
         frame = _frame(record, merged, source=True)
-        y: Tensor = _Scan.apply(u, delta, A, record.source_B.float(), record.source_C.float(), D, frame)
+        y: Tensor = _Scan.apply(u, delta, A, record.source_B.float(), record.source_C.float(), D, frame)  # type: ignore[no-untyped-call]
         return y[..., :channels, :] if padding else y
 
 
@@ -131,7 +132,7 @@ class _Scan(torch.autograd.Function):
         return y.mT
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         u, delta, A, B, C, D = ctx.saved_tensors
         frame: _Frame = ctx.frame
@@ -162,7 +163,7 @@ class _Attention(torch.autograd.Function):
         return _attention(record, tensors[4], tensors[5], fold, merged)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         record, fold, merged = ctx.call
         needed = ctx.needs_input_grad[3:]
@@ -234,8 +235,8 @@ def _fold_groups(
     results = []
     for group, part in enumerate(parts):
         own = slice(group * size, (group + 1) * size)
-        weights = (None if weight is None else weight[:, :, own] for weight in (rows, columns))
-        results.append(native.hidden_attention(part, *weights, fold, merged))
+        own_rows, own_columns = pick((rows, columns), slice(None), slice(None), own)
+        results.append(native.hidden_attention(part, own_rows, own_columns, fold, merged))
     if fold == "each":
         return torch.cat(results, dim=-3)
     total = torch.stack(results).sum(0)

@@ -101,7 +101,7 @@ def merge_tokens(
 
 
 def _per_channel(record: ScanRecord) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """delta (b r c l), A (r c n), B and C (b r c n l) with heads, groups and shared states spelt out, float64."""
+    """Delta (b r c l), A (r c n), B and C (b r c n l) with heads, groups and shared states spelt out, float64."""
     heads, groups = record.channels // record.heads, record.channels // record.source_B.shape[2]
     delta = record.delta.double().repeat_interleave(heads, dim=2)
     A = record.A.double().repeat_interleave(heads, dim=1).expand(-1, -1, record.states)

@@ -178,7 +178,7 @@ def test_step_sizes_stay_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         record = vim.project(mixer, x)
         output = mixer(x)
-    assert (record.delta.dtype, record.A.dtype, record.u.dtype) == (torch.float32, torch.float32, torch.bfloat16)
+    assert (record.delta.dtype, record.A.dtype) == (torch.float32, torch.float32)
     with torch.no_grad():
         exact = mixer(x)
     assert (output - exact).abs().max() < 0.03 * exact.abs().max()

@@ -20,9 +20,7 @@ def tensors(batch: int = 2, channels: int = 4, states: int = 3, length: int = 6)
 
 def test_one_route_of_raw_tensors() -> None:
     delta, A, B, C = tensors()
-    record = ScanRecord.from_scan(
-        delta[:, None], delta[:, None], A[None], B[:, None, None], C[:, None, None]
-    )
+    record = ScanRecord.from_scan(delta[:, None], delta[:, None], A[None], B[:, None, None], C[:, None, None])
     truth = reference.hidden_attention(record, None, None, "mean")[:, 0]
     value = ops.hidden_attention(delta, A, B, C)
     assert value.shape == (2, 6, 6)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.ops.cases import Case, make
 
 from mamba_attn import ops
 from mamba_attn.scan import ScanRecord
+from tests.ops.cases import Case, make
 
 FIELDS = ("source_u", "source_delta", "A", "source_B", "source_C", "D")
 GRADIENT_CASES = [

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests.ops.cases import CASES, Case, double, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mamba_attn import ops
 from mamba_attn.ops import reference
 from mamba_attn.scan import ScanRecord
+from tests.ops.cases import CASES, Case, double, make
 
 FOLDS = ("mean", "sum", "each", "positive", "absolute")
 FAST = [("blocked", torch.float32), ("blocked", torch.float64), ("native", torch.float32)]
