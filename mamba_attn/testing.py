@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from mamba_attn.adapters import Adapter, find_mixers
 from mamba_attn.errors import MambaAttnError
+from mamba_attn.layers import ScanLayer
 from mamba_attn.ops import reference
 from mamba_attn.scan import ScanRecord
 from mamba_attn.tracing import Trace, trace
 
-_ENTRIES = 2**26  # of the per-channel matrices that are built at once
+_ENTRIES = 2**22  # of the per-channel matrices that are built at once
 
 
 class LawError(MambaAttnError):

@@ -93,7 +93,8 @@ class CausalConv1d(nn.Conv1d):
         """Convolve along the last axis."""
         length = x.shape[-1]
         # PyTorch's own depthwise Conv1d is the fast one on a GPU and takes 20 times as long on a CPU
-        if x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
+        single = x.dtype == self.weight.dtype == torch.float32
+        if x.device.type == "cpu" and (single or torch.is_autocast_enabled("cpu")):
             output: Tensor = _DepthwiseOnCpu.apply(x.mT, self.weight, self.bias)  # type: ignore[no-untyped-call]
             return output.mT
         if x.device.type == "cpu" and x.dtype == self.weight.dtype:
@@ -107,15 +108,19 @@ class CausalConv1d(nn.Conv1d):
 class _DepthwiseOnCpu(torch.autograd.Function):
     """A causal depthwise convolution through the channels-last 2-d one, which has a fast kernel; differentiable twice.
 
+    Computes in float32 under autocast: half precision has no fast kernel.
+
     x (batch, length, channels), weight (channels, 1, width), bias (channels) or None.
     """
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # type: ignore[untyped-decorator]
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         return _convolve(x, weight, bias)[:, : x.shape[1]]
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
