@@ -1,0 +1,15 @@
+"""Attribution methods with Captum's interface: ``Method(model).attribute(images)`` gives one map per image.
+
+Imported on demand only, because it needs captum.
+"""
+
+try:
+    import captum.attr  # noqa: F401 - every method is a subclass of its Attribution
+except ImportError as error:
+    raise ImportError("mamba_attn.attribution needs captum: pip install 'mamba_attn[captum]'") from error
+
+from mamba_attn.attribution._base import TokenAttribution
+from mamba_attn.attribution.attention_rollout import AttentionRollout
+from mamba_attn.attribution.raw_attention import RawAttention
+
+__all__ = ["AttentionRollout", "RawAttention", "TokenAttribution"]

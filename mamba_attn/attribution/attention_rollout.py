@@ -1,0 +1,71 @@
+"""Attention rollout: the product of all layers' attention, residual streams included."""
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+
+from mamba_attn._types import Float
+from mamba_attn.attribution._base import Row, TokenAttribution
+from mamba_attn.attribution._queries import Query, query_weights
+from mamba_attn.attribution._stages import Downsampling, downsamplings, to_finer
+from mamba_attn.layers import ScanLayer
+
+
+class AttentionRollout(TokenAttribution):
+    """The query's row of the product of all layers' attention (arXiv 2005.00928, eq. 1); independent of the class.
+
+    Default: the positive part of each layer's matrix, channels averaged and routes summed before, plus the identity
+    for the residual stream, its rows divided by their sums. The query's row of the product is carried from the last
+    layer to the first, one dense matrix at a time; it sums to 1.
+
+    Between stages of VMamba a downsampling layer acts by its averaging matrix: a token takes the mean of the tokens
+    under the layer's kernel. The global pool acts by the mean over tokens, which is the default query there.
+
+    Args:
+        model: a model that ``mamba_attn.trace`` knows.
+        layers: names or patterns of the mixers to use; the others act as the identity. Default: all.
+        signed: no positive part and no normalisation, I + attention as it is; time and memory linear in tokens.
+
+    Example:
+        >>> AttentionRollout(model, signed=True).attribute(torch.randn(2, 3, 224, 224)).shape
+        torch.Size([2, 1, 224, 224])
+    """
+
+    def __init__(self, model: nn.Module, *, layers: Iterable[str] | None = None, signed: bool = False) -> None:
+        super().__init__(model, layers=layers)
+        self.signed = signed
+
+    def _rows(self, layers: Sequence[ScanLayer], query: Query) -> list[Row]:
+        start = query_weights(layers[-1], query)
+        row = roll_out(layers, start, downsamplings(self.model, layers), signed=self.signed)
+        return [(layers[0].layout, row)]
+
+
+def roll_out(
+    layers: Sequence[ScanLayer],
+    row: Float[Tensor, "batch last_tokens"],
+    between: Sequence[Sequence[Downsampling]],
+    *,
+    signed: bool = False,
+) -> Float[Tensor, "batch first_tokens"]:
+    """Return ``row`` times the product of the layers' matrices, from the last layer to the first.
+
+    Args:
+        layers: in execution order.
+        row: over the tokens of the last layer.
+        between: what lies between neighbouring layers, see ``downsamplings``.
+        signed: I + attention instead of the normalised positive part.
+    """
+    for index in reversed(range(len(layers))):
+        layer = layers[index]
+        row = layer.left_product(row) if signed else _normalised_product(layer, row)
+        if index > 0:
+            row = to_finer(row, layers[index - 1].layout, layer.layout, between[index - 1])
+    return row
+
+
+def _normalised_product(layer: ScanLayer, row: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens"]:
+    """Row @ (I + A+), rows of the matrix divided by their sums, which are at least 1."""
+    positive = layer.attention("mean").clamp(min=0)
+    weighted = row / (1 + positive.sum(-1))
+    return weighted + (weighted.unsqueeze(1) @ positive).squeeze(1)

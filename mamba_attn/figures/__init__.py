@@ -1,0 +1,15 @@
+"""Pictures: pure functions of arrays that return plotly figures, or RGB arrays (``mamba_attn.figures.png``).
+
+Imported on demand only, because it needs plotly.
+"""
+
+try:
+    import plotly.graph_objects  # noqa: F401
+except ImportError as error:
+    raise ImportError("mamba_attn.figures needs plotly: pip install 'mamba_attn[viz]'") from error
+
+from mamba_attn.figures.depth import depth_grid
+from mamba_attn.figures.matrix import matrix
+from mamba_attn.figures.overlay import overlay
+
+__all__ = ["depth_grid", "matrix", "overlay"]

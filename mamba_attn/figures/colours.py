@@ -1,0 +1,117 @@
+"""Values to colours: one rule for the plotly figures and the PNGs. All lists are safe for colour-blind readers."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import plotly.colors
+
+SEQUENTIAL = list(plotly.colors.sequential.Inferno)
+DIVERGING = list(reversed(plotly.colors.diverging.RdBu))  # blue below zero, red above
+MISSING = (128, 128, 128)  # NaN and Inf
+INK = "#222222"
+
+
+class Scale(NamedTuple):
+    """How numbers become colours.
+
+    Args:
+        low: value of the first colour.
+        high: value of the last colour.
+        colours: colour names as plotly writes them, evenly spaced.
+    """
+
+    low: float
+    high: float
+    colours: list[str]
+
+
+def as_values(call: str, values: Any) -> np.ndarray:
+    """Return a (rows, columns) array of numbers.
+
+    Raises:
+        ValueError: not two axes, or no finite number.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 2 or not np.isfinite(array).any():
+        raise ValueError(
+            f"{call}: expected a (rows, columns) array with at least one finite number, got {array.shape}; pass one "
+            "image's, e.g. maps[0, 0]."
+        )
+    return array
+
+
+def as_image(call: str, image: Any) -> np.ndarray:
+    """Return a (rows, columns, 3) uint8 image; floating-point images are taken as 0..1.
+
+    Raises:
+        ValueError: another shape, or numbers outside 0..1.
+    """
+    array = np.asarray(image)
+    if array.ndim != 3 or array.shape[2] != 3:
+        raise ValueError(f"{call}: expected an image (rows, columns, 3), got {array.shape}.")
+    if array.dtype == np.uint8:
+        return array
+    if not (np.issubdtype(array.dtype, np.floating) and array.min() >= 0 and array.max() <= 1):
+        raise ValueError(
+            f"{call}: expected an image of uint8, or of floating-point numbers in 0..1 (before normalisation), got "
+            f"{array.dtype} in {array.min():.3g}..{array.max():.3g}."
+        )
+    return (array * 255).round().astype(np.uint8)
+
+
+def scale(
+    values: np.ndarray,
+    *,
+    limits: tuple[float, float] | None = None,
+    signed: bool | None = None,
+    colours: Sequence[str] | None = None,
+) -> Scale:
+    """Choose the range and the colours of some values.
+
+    Args:
+        values: any shape; NaN and Inf are left out.
+        limits: (low, high). Default: the values' own range, for signed values symmetric about zero.
+        signed: centre on zero, with two colours. Default: whether a value is negative.
+        colours: colours from low to high. Default: Inferno, for signed values RdBu with blue below zero.
+
+    Raises:
+        ValueError: limits that are not low < high, or for signed values not symmetric.
+    """
+    finite = values[np.isfinite(values)]
+    signed = bool((finite < 0).any()) if signed is None else signed
+    if limits is None:
+        low, high = float(finite.min()), float(finite.max())
+        low, high = (-max(-low, high), max(-low, high)) if signed else (low, high)
+        high = high if high > low else low + 1.0  # constant values take the first colour, zeros the middle one
+        low = -high if signed else low
+    else:
+        low, high = limits
+        if not low < high or (signed and low != -high):
+            kind = "(-high, high), for signed values" if signed else "(low, high) with low < high"
+            raise ValueError(f"limits={limits}: expected {kind}.")
+    return Scale(low, high, list(colours or (DIVERGING if signed else SEQUENTIAL)))
+
+
+def plotly_scale(colours: Sequence[str]) -> list[list[float | str]]:
+    """Return colours as a plotly colorscale."""
+    return [
+        [float(position), colour] for position, colour in zip(np.linspace(0, 1, len(colours)), colours, strict=True)
+    ]
+
+
+def to_rgb(values: np.ndarray, chosen: Scale) -> np.ndarray:
+    """Return the colour of every value, uint8 with a last axis of 3; values beyond the limits take the end's colour."""
+    table = np.array([_channels(colour) for colour in chosen.colours], dtype=np.float64)
+    position = (np.nan_to_num(values) - chosen.low) / (chosen.high - chosen.low)
+    position = np.clip(position, 0, 1) * (len(table) - 1)
+    channels = [np.interp(position, np.arange(len(table)), table[:, channel]) for channel in range(3)]
+    rgb = np.stack(channels, axis=-1)
+    rgb[~np.isfinite(values)] = MISSING
+    return rgb.round().astype(np.uint8)
+
+
+def _channels(colour: str) -> tuple[float, ...]:
+    if colour.startswith("#"):
+        return tuple(plotly.colors.hex_to_rgb(colour))
+    return tuple(float(channel) for channel in plotly.colors.unlabel_rgb(colour))

@@ -1,0 +1,143 @@
+import numpy as np
+import plotly.graph_objects as go
+import plotly.io
+import pytest
+
+from mamba_attn import figures
+from mamba_attn.figures.colours import DIVERGING, SEQUENTIAL
+
+POSITIVE = np.arange(12.0).reshape(3, 4) + 1
+SIGNED = POSITIVE - 3  # -2 .. 9
+IMAGE = np.full((3, 4, 3), 200, dtype=np.uint8)
+
+
+def heat(figure, index=-1):
+    return [trace for trace in figure.to_dict()["data"] if trace["type"] == "heatmap"][index]
+
+
+def colours(trace):
+    return [colour for _, colour in trace["colorscale"]]
+
+
+DRAW = {
+    "overlay": lambda values, **options: figures.overlay(IMAGE, values, **options),
+    "matrix": figures.matrix,
+    "depth_grid": lambda values, **options: figures.depth_grid([values], ["first"], **options),
+}
+EACH = pytest.mark.parametrize("draw", DRAW.values(), ids=DRAW)
+
+
+@EACH
+def test_positive_data_fills_its_own_range(draw):
+    trace = heat(draw(POSITIVE))
+    assert (trace["zmin"], trace["zmax"]) == (1, 12)
+    assert colours(trace) == SEQUENTIAL
+    np.testing.assert_array_equal(draw(POSITIVE).data[-1].z, POSITIVE)
+
+
+@EACH
+def test_signed_data_is_centred_on_zero(draw):
+    trace = heat(draw(SIGNED))
+    assert (trace["zmin"], trace["zmax"]) == (-9, 9)
+    assert colours(trace) == DIVERGING
+    red, green, blue = (int(part) for part in DIVERGING[-1][4:-1].split(","))
+    assert red > green
+    assert red > blue  # above zero is red
+
+
+@EACH
+def test_range_sign_and_colours_can_be_given(draw):
+    trace = heat(draw(POSITIVE, signed=True))
+    assert (trace["zmin"], trace["zmax"]) == (-12, 12)
+    trace = heat(draw(SIGNED, signed=False, limits=(0, 5), colours=["#000000", "#ffffff"]))
+    assert (trace["zmin"], trace["zmax"]) == (0, 5)
+    assert colours(trace) == ["#000000", "#ffffff"]
+    with pytest.raises(ValueError, match=r"limits=\(5, 5\): expected \(low, high\) with low < high"):
+        draw(POSITIVE, limits=(5, 5))
+    with pytest.raises(ValueError, match=r"limits=\(-1, 2\): expected \(-high, high\), for signed values"):
+        draw(SIGNED, limits=(-1, 2))
+
+
+@EACH
+def test_rows_go_down_and_cells_are_square(draw):
+    layout = draw(POSITIVE).to_dict()["layout"]
+    assert layout["yaxis"]["autorange"] == "reversed"
+    assert layout["yaxis"]["scaleanchor"] == "x"
+
+
+@EACH
+def test_figures_are_pure(draw, monkeypatch):
+    def shown(*args, **kwargs):
+        raise AssertionError("shown")
+
+    monkeypatch.setattr(go.Figure, "show", shown)
+    default, before = plotly.io.templates.default, SIGNED.copy()
+    figure = draw(SIGNED, title="title")
+    assert isinstance(figure, go.Figure)
+    assert figure.layout.title.text == "title"
+    assert plotly.io.templates.default == default
+    np.testing.assert_array_equal(before, SIGNED)
+    monkeypatch.setattr(plotly.io.templates, "default", "plotly_dark")
+    assert draw(SIGNED, title="title").to_dict()["layout"] == figure.to_dict()["layout"]
+
+
+@EACH
+@pytest.mark.parametrize("values", [np.zeros(3), np.zeros((1, 3, 4)), np.full((3, 4), np.nan)])
+def test_what_is_no_map_is_refused(draw, values):
+    with pytest.raises(ValueError, match=r"expected a \(rows, columns\) array with at least one finite number"):
+        draw(values)
+
+
+@EACH
+def test_nan_and_constants_do_not_break_the_range(draw):
+    holes = np.where(POSITIVE > 11, np.nan, POSITIVE)
+    assert heat(draw(holes))["zmax"] == 11
+    for constant in (0.0, 3.0, -2.0):
+        trace = heat(draw(np.full((3, 4), constant)))
+        assert trace["zmin"] <= constant <= trace["zmax"]
+        assert trace["zmin"] < trace["zmax"]
+
+
+def test_overlay_keeps_the_image_and_demands_its_size():
+    figure = figures.overlay(IMAGE / 255, POSITIVE, opacity=0.25)
+    image, over = figure.data
+    np.testing.assert_array_equal(image.z, IMAGE)
+    assert over.opacity == 0.25
+    with pytest.raises(ValueError, match=r"the map is \(4, 3\) pixels, the image \(3, 4\)"):
+        figures.overlay(IMAGE, POSITIVE.T)
+    with pytest.raises(ValueError, match=r"expected an image \(rows, columns, 3\), got \(3, 3, 4\)"):
+        figures.overlay(IMAGE.transpose(2, 0, 1), POSITIVE)
+    with pytest.raises(ValueError, match=r"before normalisation\), got float64 in -1\.\.200"):
+        figures.overlay(np.concatenate([IMAGE[:1] * 0.0 - 1, IMAGE[1:] * 1.0]), POSITIVE)
+
+
+def test_matrix_marks_tokens_on_both_axes():
+    lines = figures.matrix(POSITIVE, marks=[2]).to_dict()["layout"]["shapes"]
+    assert [(line["x0"], line["x1"]) for line in lines if line.get("xref") == "x"] == [(2, 2)]
+    assert [(line["y0"], line["y1"]) for line in lines if line.get("yref") == "y"] == [(2, 2)]
+
+
+def test_depth_grid_lays_panels_out_in_reading_order():
+    panels = [POSITIVE, POSITIVE * 2, SIGNED, np.ones((2, 2))]
+    drawn = figures.depth_grid(panels, ["a", "b", "c", "d"], columns=3)
+    np.testing.assert_array_equal(drawn.data[1].z, POSITIVE * 2)
+    figure = drawn.to_dict()
+    assert [note["text"] for note in figure["layout"]["annotations"]] == ["a", "b", "c", "d"]
+    domains = [figure["layout"][f"{axis}axis{n}"]["domain"][0] for n in (2, 3, 4) for axis in "xy"]
+    assert domains[0] < domains[2] > domains[4] == 0.0
+    assert domains[1] == domains[3] > domains[5]
+    # one panel is negative: all are centred on zero, each with its own range
+    assert [(trace["zmin"], trace["zmax"]) for trace in figure["data"]] == [(-12, 12), (-24, 24), (-9, 9), (-1, 1)]
+    assert not any(trace["showscale"] for trace in figure["data"])
+
+
+def test_depth_grid_can_share_one_range():
+    figure = figures.depth_grid([POSITIVE, POSITIVE * 2], ["a", "b"], shared=True).to_dict()
+    assert [(trace["zmin"], trace["zmax"], trace["showscale"]) for trace in figure["data"]] == [
+        (1, 24, True),
+        (1, 24, False),
+    ]
+    with pytest.raises(ValueError, match="expected one title per panel, got 2 panels, 1 titles"):
+        figures.depth_grid([POSITIVE, POSITIVE], ["a"])
+    with pytest.raises(ValueError, match="got 0 panels"):
+        figures.depth_grid([], [])

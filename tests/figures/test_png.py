@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from mamba_attn.figures import png
+from mamba_attn.figures.colours import DIVERGING, SEQUENTIAL
+
+IMAGE = np.zeros((2, 3, 3), dtype=np.uint8)
+IMAGE[:, :, 1] = 100
+
+
+def rgb(colour):
+    if colour.startswith("#"):
+        return [int(colour[start : start + 2], 16) for start in (1, 3, 5)]
+    return [int(part) for part in colour[4:-1].split(",")]
+
+
+def test_ends_and_middles_have_the_lists_colours():
+    values = np.linspace(0, 9, 10).reshape(2, 5)  # ten colours in Inferno
+    assert png.matrix_rgb(values).reshape(10, 3).tolist() == [rgb(colour) for colour in SEQUENTIAL]
+    signed = png.matrix_rgb(np.array([[-2.0, 0.0, 2.0]]))
+    assert signed[0].tolist() == [rgb(DIVERGING[index]) for index in (0, 5, 10)]
+
+
+def test_colours_between_are_interpolated_and_beyond_clipped():
+    values = np.array([[-5.0, 0.0, 0.25, 1.0, 7.0]])
+    shown = png.matrix_rgb(values, signed=False, limits=(0, 1), colours=["#000000", "#c80064"])
+    assert shown[0].tolist() == [[0, 0, 0], [0, 0, 0], [50, 0, 25], [200, 0, 100], [200, 0, 100]]
+
+
+def test_what_is_not_finite_is_grey():
+    shown = png.matrix_rgb(np.array([[np.nan, 1.0, np.inf, 2.0]]))
+    assert shown[0, [0, 2]].tolist() == [[128] * 3] * 2
+    assert shown[0, [1, 3]].tolist() == [rgb(SEQUENTIAL[0]), rgb(SEQUENTIAL[-1])]
+
+
+def test_overlay_mixes_image_and_colours():
+    values = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
+    mixed = png.overlay_rgb(IMAGE, values, opacity=0.25, colours=["#000000", "#ffffff"])
+    assert mixed[0, 0].tolist() == [0, 75, 0]
+    assert mixed[0, 1].tolist() == [64, 139, 64]
+    assert np.array_equal(png.overlay_rgb(IMAGE, values, opacity=0), IMAGE)
+    with pytest.raises(ValueError, match=r"the map is \(3, 2\) pixels, the image \(2, 3\)"):
+        png.overlay_rgb(IMAGE, values.T)
+
+
+def test_panels_stand_side_by_side_with_captions():
+    wide, square = np.full((10, 20, 3), 50, np.uint8), np.full((10, 10, 3), 80, np.uint8)
+    sheet = png.side_by_side([wide, square], ["wide", "a square panel with a caption that is too long"], height=50)
+    assert sheet.shape == (50 + 16 + 22, 100 + 50 + 24, 3)
+    assert (sheet[8:58, 8:108] == 50).all()
+    assert (sheet[8:58, 116:166] == 80).all()
+    assert (sheet[:8] == 255).all()
+    for left, right in ((8, 108), (116, 166)):
+        assert (sheet[60:, left:right] < 128).any()  # ink
+    assert (sheet[60:, 108:116] == 255).all()
+    assert (sheet[60:, 166:] == 255).all()
+    empty = png.side_by_side([wide], [""], height=50)
+    assert (empty[60:] == 255).all()
+    assert png.side_by_side([wide], ["x"], height=5).shape[0] == 10 + 16 + 22  # never made smaller
+    with pytest.raises(ValueError, match="one caption per panel, got 1 panels and 2 captions"):
+        png.side_by_side([wide], ["a", "b"])
+
+
+def test_files_hold_the_array(tmp_path):
+    png.save_png(tmp_path / "a.png", IMAGE)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.format == "PNG"
+        assert np.array_equal(np.asarray(image), IMAGE)
