@@ -1,0 +1,48 @@
+"""The README says what is true: its numbers come from results, its code runs, it stays short."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def formatted(value: float, unit: str) -> str:
+    if unit == "B":
+        return f"{value / 1e9:.2g} GB"
+    return f"{value:.2g}{' x' if unit == 'x' else ''}" if value < 100 else f"{value:.0f}{' x' if unit == 'x' else ''}"
+
+
+def test_every_figure_is_a_measured_one() -> None:
+    table = README.split("<!-- figures:")[1].split("<!-- end of figures -->")[0]
+    rows = dict(re.findall(r"^\| (?!what|-)(.+?) \| (.+?) \|$", table, flags=re.MULTILINE))
+    measured = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        contents = json.loads(path.read_text())
+        assert not contents["quick"]
+        for row in contents["figures"]:
+            what = row["what"] + (f" ({row['how']})" if row["how"] else "")
+            measured[what] = formatted(row["value"], row["unit"])
+    assert len(rows) >= 8
+    for what, value in rows.items():
+        assert measured.get(what) == value, f"{what}: the README says {value}, the results {measured.get(what)}"
+
+
+def test_the_first_example_runs_and_has_the_shapes_it_says() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(code.splitlines()) <= 15
+    names: dict[str, object] = {}
+    with torch.no_grad():
+        exec(compile(code, "README.md", "exec"), names)
+    assert names["layer"].attention().shape == (2, 197, 197)
+    torch.testing.assert_close(names["layer"].row(98), names["layer"].attention()[:, 98], rtol=1e-4, atol=1e-7)
+
+
+def test_it_is_short_and_its_links_lead_somewhere() -> None:
+    assert len(README.splitlines()) < 150
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
