@@ -167,10 +167,21 @@ def _route_line(record: ScanRecord, axis: str, index: int, weights: Weights, fol
     size = record.tokens if merged else record.length
     line = torch.zeros(record.batch, *kept, size, dtype=dtype, device=device)
     for step in steps:
-        span = slice(0, step + 1) if axis == "row" else slice(step, record.length)
-        values = _line_values(record, axis, step, span, weights, fold)
-        line = line.index_add(-1, other[span], values * record.scale) if merged else _pad(values, span, size)
+        if _native_can(record, weights):
+            values = native.attention_line(record, axis, step, weights, fold)
+        else:
+            span = slice(0, step + 1) if axis == "row" else slice(step, record.length)
+            values = _line_values(record, axis, step, span, weights, fold)
+            values = torch.nn.functional.pad(values, (span.start, record.length - span.stop))
+        line = line.index_add(-1, other, values * record.scale) if merged else values
     return line
+
+
+def _native_can(record: ScanRecord, weights: Weights, *others: Tensor) -> bool:
+    """Whether the CPU kernel takes a call: one group, and no gradients asked for."""
+    tensors = [record.source_delta, record.A, record.source_B, record.source_C, *weights, *others]
+    graph = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return not graph and record.source_B.shape[2] == 1 and native.BACKEND.unavailable(record) is None
 
 
 def _line_values(
@@ -237,9 +248,7 @@ def _route_product(
     dtype = working_dtype(record)
     part = per_channel(record, dtype)
     v = vector.to(dtype)[:, None, None]
-    tensors = [*part, vector, *(weight for weight in weights if weight is not None)]
-    graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    fast = not graph and part.B.shape[2] == 1 and native.BACKEND.unavailable(record) is None
+    fast = _native_can(record, weights, vector)
     apply = _native_scan if fast else _transposed_scan if transposed else _scan
     size = max(16, _WORKSPACE // (record.batch * record.states * record.length) // 16 * 16)
     total = torch.zeros_like(vector, dtype=dtype)
@@ -274,7 +283,3 @@ def _transposed_scan(part: Channels, inputs: Tensor, transposed: bool) -> Tensor
 
 def _route(weights: Weights, route: int) -> Weights:
     return pick(weights, slice(None), slice(route, route + 1))
-
-
-def _pad(values: Tensor, span: slice, length: int) -> Tensor:
-    return torch.nn.functional.pad(values, (span.start, length - span.stop))

@@ -398,6 +398,70 @@ void attention_block(const Attention& a, const int64_t* source, int64_t b, int64
     }
 }
 
+// ---- one row or column: exp(A |S_t - S_step|) for every t on its side of the step ------------------------------------
+
+struct Line { const Attention* call; const int64_t* source; int64_t step; bool column; };
+
+inline float weight(const Tensor& w, int64_t b, int64_t step, int64_t c) {
+    return w.data ? row(w, b, 0, step)[c * w.axis] : 1.f;
+}
+
+// cumulative delta before every chunk, and through the step; chunk by chunk, channels innermost
+void line_sums(const Line& line, int64_t b, int64_t c, std::vector<double>& before, std::vector<double>& through) {
+    const Scan& s = line.call->scan;
+    double sum = 0;
+    for (int64_t t = 0; t < s.length; t++) {
+        if (t % LANES == 0) before[t / LANES * s.channels + c] = sum;
+        sum += row(s.delta, b, 0, at(line.source, 0, s.length, t))[c * s.delta.axis];
+        if (t == line.step) through[c] = sum;
+    }
+}
+
+template <int F>
+void line_chunk(const Line& line, int64_t b, int64_t chunk, const double* before, const double* through) {
+    const Attention& a = *line.call;
+    const Scan& s = a.scan;
+    const int64_t own = at(line.source, 0, s.length, line.step), states = s.states;
+    const Tensor &near = line.column ? s.B : s.C, &far = line.column ? s.C : s.B;
+    std::vector<vec> pairs(states);  // C B of the step and every position
+    int64_t position[LANES];
+    bool counts[LANES];
+    for (int i = 0; i < LANES; i++) {
+        const int64_t t = chunk * LANES + i;
+        counts[i] = t < s.length && (line.column ? t >= line.step : t <= line.step);
+        position[i] = at(line.source, 0, s.length, t < s.length ? t : line.step);
+    }
+    for (int64_t n = 0; n < states; n++)
+        for (int i = 0; i < LANES; i++)
+            pairs[n][i] = row(far, b, 0, position[i])[n * far.axis] * row(near, b, 0, own)[n * near.axis];
+    for (int64_t c = 0; c < s.channels; c++) {
+        vec high, low, factor;
+        double sum = before[c];
+        for (int i = 0; i < LANES; i++) {
+            const int64_t t = chunk * LANES + i;
+            const float delta = row(s.delta, b, 0, position[i])[c * s.delta.axis];
+            sum += delta;
+            const double distance = counts[i] ? (line.column ? sum - through[c] : through[c] - sum) : 0;
+            high[i] = distance;
+            low[i] = distance - high[i];
+            factor[i] = !counts[i] ? 0 : line.column ? weight(a.row_weight, b, t, c)
+                                                     : delta * weight(a.col_weight, b, t, c);
+        }
+        vec M = {};
+        for (int64_t n = 0; n < states; n++) {
+            const Split A2{splat(s.A2[c * states + n]), splat(a.A2_low[c * states + n])};
+            M += exp2_product(A2, {high, low}) * pairs[n];
+        }
+        const float fixed = line.column ? row(s.delta, b, 0, own)[c * s.delta.axis] * weight(a.col_weight, b, line.step, c)
+                                        : weight(a.row_weight, b, line.step, c);
+        M *= factor * fixed;
+        if (F != SIGNED) M = (M > 0.f) ? M : F == POSITIVE ? vec{} : -M;
+        float* out = a.out + b * a.out_batch + c * a.out_channel + chunk * LANES;
+        for (int i = 0; i < LANES; i++)
+            if (counts[i]) out[i] += M[i] * s.scale;
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -442,6 +506,29 @@ void hidden_attention(const Attention* a, const int64_t* source) {
                 if (a->fold == POSITIVE) attention_block<POSITIVE>(*a, source, b, r, c, count);
                 else if (a->fold == ABSOLUTE) attention_block<ABSOLUTE>(*a, source, b, r, c, count);
                 else attention_block<SIGNED>(*a, source, b, r, c, count);
+            }
+        }
+    }
+}
+
+// One route: row (what `step` reads) or column (where it is read) into out (batch, [channels,] length), in scan order.
+void attention_line(const Attention* a, const int64_t* source, int64_t step, int32_t column) {
+    const Scan& s = a->scan;
+    const Line line{a, source, step, column != 0};
+    const int64_t chunks = (s.length + LANES - 1) / LANES, own = step / LANES;
+    std::vector<double> before(chunks * s.channels), through(s.channels);
+    for (int64_t b = 0; b < s.batch; b++) {
+#pragma omp parallel num_threads(s.threads)
+        {
+            const FlushDenormals flush;
+#pragma omp for
+            for (int64_t c = 0; c < s.channels; c++) line_sums(line, b, c, before, through);
+#pragma omp for
+            for (int64_t chunk = column ? own : 0; chunk < (column ? chunks : own + 1); chunk++) {
+                const double* sums = &before[chunk * s.channels];
+                if (a->fold == POSITIVE) line_chunk<POSITIVE>(line, b, chunk, sums, through.data());
+                else if (a->fold == ABSOLUTE) line_chunk<ABSOLUTE>(line, b, chunk, sums, through.data());
+                else line_chunk<SIGNED>(line, b, chunk, sums, through.data());
             }
         }
     }

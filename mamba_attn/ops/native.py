@@ -5,6 +5,8 @@ Never required: without a compiler the blocked path runs. float32 (half precisio
 
 import ctypes
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mamba_attn.ops import blocked
-from mamba_attn.ops._arguments import pick
+from mamba_attn.ops._arguments import Weights, pick
 from mamba_attn.ops._build import library, library_problem
 from mamba_attn.scan import ScanRecord
 
@@ -183,26 +185,45 @@ class _Attention(torch.autograd.Function):
 def _attention(
     record: ScanRecord, row_weight: Tensor | None, col_weight: Tensor | None, fold: str, merged: bool
 ) -> Tensor:
-    channels, side = record.channels, record.tokens if merged else record.length
-    axes = (*(() if merged else (record.routes,)), *((channels,) if fold == "each" else ()))
+    side = record.tokens if merged else record.length
+    axes = (*(() if merged else (record.routes,)), *((record.channels,) if fold == "each" else ()))
     out = torch.zeros(record.batch, *axes, side, side)
+    with _call(record, (row_weight, col_weight), out, fold, merged) as (call, source):
+        call.side, call.out_route = side, 0 if merged else out.stride(1)
+        call.out_channel = side * side if fold == "each" else 0
+        library().hidden_attention(ctypes.byref(call), source)
+    return out
+
+
+def attention_line(record: ScanRecord, axis: str, step: int, weights: Weights, fold: str) -> Tensor:
+    """One row or column of a record of one route and one group: (batch, [channels,] length), in scan order."""
+    (part,) = _groups(record)
+    out = torch.zeros(record.batch, *((record.channels,) if fold == "each" else ()), record.length)
+    with _call(part, weights, out, fold, merged=False) as (call, source):
+        call.out_channel = record.length if fold == "each" else 0
+        library().attention_line(ctypes.byref(call), source, ctypes.c_int64(step), ctypes.c_int32(axis == "column"))
+    return out
+
+
+@contextmanager
+def _call(
+    record: ScanRecord, weights: Weights, out: Tensor, fold: str, merged: bool
+) -> Iterator[tuple[_CAttention, ctypes.c_void_p]]:
+    """The C structure of a call and where steps find their sources; its tensors live as long as the block."""
     exact = torch.nn.functional.pad(record.A.detach().double().flatten() * _LOG2_E, (0, _LANES))
     A2, A2_low = exact.float(), (exact - exact.float()).float()
-    tensors = [record.source_delta, record.source_B, record.source_C, row_weight, col_weight]
-    delta, B, C, rows, columns = (None if x is None else x.detach().float() for x in tensors)
+    delta, B, C = (x.detach().float() for x in (record.source_delta, record.source_B, record.source_C))
+    rows, columns = (None if x is None else x.detach().float() for x in weights)
     frame = _frame(record, merged, source=False)
     scan = _c_scan(delta, delta, A2, B, C, None, frame)
     if fold in ("mean", "positive", "absolute"):
-        scan.scale /= channels
+        scan.scale /= record.channels
+    source = record.read_order.contiguous() if record.source_frame == "tokens" else None
     call = _CAttention(
         scan, _c_tensor(rows, 2, frame.routes), _c_tensor(columns, 2, frame.routes), A2_low.data_ptr(),
-        out.data_ptr(), side,
-        out.stride(0), 0 if merged else out.stride(1), side * side if fold == "each" else 0, _FOLDS[fold],
+        out.data_ptr(), 0, out.stride(0), 0, 0, _FOLDS[fold],
     )  # fmt: skip
-    source = record.read_order.contiguous() if record.source_frame == "tokens" else None
-    pointer = ctypes.c_void_p(None if source is None else source.data_ptr())
-    library().hidden_attention(ctypes.byref(call), pointer)
-    return out
+    yield call, ctypes.c_void_p(None if source is None else source.data_ptr())
 
 
 def _groups(record: ScanRecord) -> list[ScanRecord]:

@@ -173,6 +173,40 @@ def test_law_7_products(case: Case, fold: str, weighted: bool) -> None:
     torch.testing.assert_close(right, torch.einsum("bij,bj->bi", matrix, vector), rtol=1e-11, atol=1e-11)
 
 
+@cases
+@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_law_7_rows_and_columns_of_the_kernel(case: Case, fold: str, weighted: bool) -> None:
+    record = make(case)
+    w = weights(record) if weighted else {}
+    exact, absolute = ({key: f(weight.double()) for key, weight in w.items()} for f in (torch.clone, torch.abs))
+    truth = ops.hidden_attention(double(record), fold=fold, backend="reference", **exact)
+    bound = ops.hidden_attention(magnitude(double(record)), fold=fold, backend="reference", **absolute)
+    tolerance = 1e-6 if case.groups == 1 else 1e-5  # the kernel takes one group; others run in plain PyTorch
+    for token in {0, record.tokens // 3, record.tokens - 1}:
+        row = ops.attention_row(record, row=token, fold=fold, **w)
+        column = ops.attention_column(record, column=token, fold=fold, **w)
+        assert row.dtype == torch.float32
+        assert_within(row, truth[..., token, :], bound[..., token, :], tolerance)
+        assert_within(column, truth[..., :, token], bound[..., :, token], tolerance)
+
+
+@cases
+@pytest.mark.parametrize("fold", ["mean", "sum"])
+def test_law_7_products_of_the_kernel(case: Case, fold: str) -> None:
+    record = make(case)
+    w = weights(record)
+    exact, absolute = ({key: f(weight.double()) for key, weight in w.items()} for f in (torch.clone, torch.abs))
+    truth = ops.hidden_attention(double(record), fold=fold, backend="reference", **exact)
+    bound = ops.hidden_attention(magnitude(double(record)), fold=fold, backend="reference", **absolute)
+    vector = torch.randn(record.batch, record.tokens)
+    v = vector.double()
+    left = ops.left_product(record, vector=vector, fold=fold, **w)
+    right = ops.right_product(record, vector=vector, fold=fold, **w)
+    assert_within(left, torch.einsum("bi,bij->bj", v, truth), torch.einsum("bi,bij->bj", v.abs(), bound), 1e-5)
+    assert_within(right, torch.einsum("bij,bj->bi", truth, v), torch.einsum("bij,bj->bi", bound, v.abs()), 1e-5)
+
+
 @fast
 def test_law_8_images_channels_and_routes_do_not_leak(backend: str, dtype: torch.dtype) -> None:
     record = make(Case(routes=4, channels=18, states=3, grid=(4, 5), frame="tokens"), dtype)
