@@ -1,5 +1,6 @@
 """What a trace yields for one layer: its attention, rows, columns and products."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
 
@@ -10,13 +11,98 @@ from mamba_attn import ops
 from mamba_attn._types import Float
 from mamba_attn.errors import NonFiniteError, TraceError
 from mamba_attn.layout import TokenLayout
+from mamba_attn.ops._arguments import working_dtype
 from mamba_attn.scan import ScanRecord
+from mamba_attn.softmax import AttentionRecord
 
-Gradient = Callable[[Tensor], Tensor]
+Tail = Callable[[Tensor], Tensor]
 
 
-class ScanLayer:
-    """One mixer call of a traced forward pass.
+class Layer(ABC):
+    """One mixer call of a traced forward pass: what its tokens read from each other.
+
+    Args:
+        name: the mixer's name in the model.
+        record: everything that the call depended on.
+        output: the mixer's output, whose gradient mode "observe" needs.
+        tail: recomputes the output from ``variable``, in mode "observe".
+    """
+
+    def __init__(
+        self, name: str, record: ScanRecord | AttentionRecord, output: Tensor | None = None, tail: Tail | None = None
+    ) -> None:
+        self.name = name
+        self.batch = record.batch
+        self.tokens = record.tokens
+        self._layout = record.layout
+        self._output = output
+        self._tail = tail
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Where the tokens sit in the image.
+
+        Raises:
+            TraceError: the layout is not known.
+        """
+        if self._layout is None:
+            raise TraceError(
+                f"{self.name}: the tokens' place in the image is not known, so there are no maps; pass "
+                "layout=TokenLayout(grid=(height, width), ...) to trace()."
+            )
+        return self._layout
+
+    @property
+    @abstractmethod
+    def variable(self) -> Tensor:
+        """What ``Trace.gradients`` differentiates by."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Precision of the attention."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the attention is computed."""
+
+    @abstractmethod
+    def attention(
+        self, fold: str = "mean", *, row_weight: Tensor | None = None, col_weight: Tensor | None = None
+    ) -> Tensor:
+        """Return the attention matrix in the token frame: row i is what token i reads."""
+
+    @abstractmethod
+    def row(self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None) -> Tensor:
+        """Return what one token reads, a row of ``attention``."""
+
+    @abstractmethod
+    def column(self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None) -> Tensor:
+        """Return where one token is read, a column of ``attention``."""
+
+    @abstractmethod
+    def left_product(
+        self, vector: Float[Tensor, "batch tokens"], *, fold: str = "mean", row_weight: Tensor | None = None,
+        residual: bool = True,
+    ) -> Float[Tensor, "batch tokens"]:  # fmt: skip
+        """Return ``vector @ (I + attention)``, one step of a signed rollout; without ``residual`` the I is left out."""
+
+    @cached_property
+    @abstractmethod
+    def _not_finite(self) -> list[str]:
+        """Names of the tensors that hold NaN or Inf."""
+
+    def _require_finite(self) -> None:
+        if self._not_finite:
+            raise NonFiniteError(
+                f"{self.name}: {', '.join(self._not_finite)} contain NaN or Inf; check the images, the weights and the "
+                "precision of the forward pass."
+            )
+
+
+class ScanLayer(Layer):
+    """One call of a mixer of selective scans; row, column and left_product take linear time.
 
     Args:
         name: the mixer's name in the model.
@@ -29,13 +115,11 @@ class ScanLayer:
 
     def __init__(
         self, name: str, scan: ScanRecord, *, y: Tensor | None = None, output: Tensor | None = None,
-        tail: Callable[[Tensor], Tensor] | None = None, attention: tuple[str, Tensor] | None = None,
+        tail: Tail | None = None, attention: tuple[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
-        self.name = name
+        super().__init__(name, scan, output, tail)
         self.scan = scan
         self._y = y
-        self._output = output
-        self._tail = tail
         self._ready = dict([attention]) if attention else {}
 
     def __repr__(self) -> str:
@@ -46,18 +130,19 @@ class ScanLayer:
         )
 
     @property
-    def layout(self) -> TokenLayout:
-        """Where the tokens sit in the image.
+    def variable(self) -> Tensor:
+        """The scans' output ``y``."""
+        return self.y
 
-        Raises:
-            TraceError: the layout is not known.
-        """
-        if self.scan.layout is None:
-            raise TraceError(
-                f"{self.name}: the tokens' place in the image is not known, so there are no maps; pass "
-                "layout=TokenLayout(grid=(height, width), ...) to trace()."
-            )
-        return self.scan.layout
+    @property
+    def dtype(self) -> torch.dtype:
+        """float64 if a tensor of the scan is, else float32."""
+        return working_dtype(self.scan)
+
+    @property
+    def device(self) -> torch.device:
+        """That of the scan's tensors."""
+        return self.scan.source_delta.device
 
     @cached_property
     def y(self) -> Float[Tensor, "batch channels tokens"]:
@@ -122,11 +207,13 @@ class ScanLayer:
         return ops.attention_column(self.scan, column=token, fold=fold, row_weight=row_weight)
 
     def left_product(
-        self, vector: Float[Tensor, "batch tokens"], *, fold: str = "mean", row_weight: Tensor | None = None
-    ) -> Float[Tensor, "batch tokens"]:
-        """Return ``vector @ (I + attention)`` in linear time: one step of a signed rollout."""
+        self, vector: Float[Tensor, "batch tokens"], *, fold: str = "mean", row_weight: Tensor | None = None,
+        residual: bool = True,
+    ) -> Float[Tensor, "batch tokens"]:  # fmt: skip
+        """Return ``vector @ (I + attention)`` in linear time; without ``residual`` the I is left out."""
         self._require_finite()
-        return vector + ops.left_product(self.scan, vector=vector, fold=fold, row_weight=row_weight)
+        product = ops.left_product(self.scan, vector=vector, fold=fold, row_weight=row_weight)
+        return vector + product if residual else product
 
     def _route(self, route: str | int) -> slice:
         if not isinstance(route, int) or not 0 <= route < self.scan.routes:
@@ -140,10 +227,3 @@ class ScanLayer:
         scan = self.scan
         tensors = {"u": scan.source_u, "delta": scan.source_delta, "B": scan.source_B, "C": scan.source_C, "A": scan.A}
         return [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-
-    def _require_finite(self) -> None:
-        if self._not_finite:
-            raise NonFiniteError(
-                f"{self.name}: {', '.join(self._not_finite)} contain NaN or Inf; check the images, the weights and the "
-                "precision of the forward pass."
-            )

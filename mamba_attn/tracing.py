@@ -4,7 +4,7 @@ Everything it installs is owned by one ExitStack and by one entry of the context
 after normal exit, an exception, a failure half way through, nesting, or another thread's use of the same model.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
-from mamba_attn.adapters import Adapter, Seen, find_mixers, require_supported
+from mamba_attn.adapters import AnyAdapter, AttentionAdapter, Seen, find_mixers, require_supported
+from mamba_attn.attention_layer import AttentionLayer
 from mamba_attn.errors import TraceError, UnknownLayerError, nearest
-from mamba_attn.layers import ScanLayer
+from mamba_attn.layers import Layer, ScanLayer
 from mamba_attn.layout import TokenLayout
 from mamba_attn.ops import selective_scan
 from mamba_attn.ops._arguments import FOLDS
@@ -26,15 +28,15 @@ from mamba_attn.rules import PLAIN, Rules
 _MODES = ("route", "observe")
 
 
-class Trace(Mapping[str, ScanLayer]):
+class Trace(Mapping[str, Layer]):
     """The layers of one forward pass, by name, in execution order."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = list(names)
-        self._layers: dict[str, ScanLayer] = {}
+        self._layers: dict[str, Layer] = {}
         self._repeated: set[str] = set()
 
-    def __getitem__(self, name: str) -> ScanLayer:
+    def __getitem__(self, name: str) -> Layer:
         if name not in self._names:
             raise UnknownLayerError(f"no traced layer is called {name!r}. {nearest(name, self._names)}")
         if name not in self._layers:
@@ -50,23 +52,25 @@ class Trace(Mapping[str, ScanLayer]):
         return len(self._layers)
 
     @property
-    def layers(self) -> list[ScanLayer]:
+    def layers(self) -> list[Layer]:
         """The layers in execution order."""
         return [self[name] for name in self]
 
     def gradients(self, scalar: Tensor) -> dict[str, Tensor]:
-        """Return the gradient of a scalar with respect to every layer's y, (batch, channels, tokens) each.
+        """Return the gradient of a scalar with respect to every layer's ``variable``.
 
+        That is y (batch, channels, tokens) of scans, the probabilities (batch, heads, tokens, tokens) of attention.
         The graph is kept, so several targets can be asked for. Nothing accumulates in ``.grad``.
 
         Args:
             scalar: computed from this forward pass, e.g. ``logits[:, 7].sum()``.
 
         Raises:
-            TraceError: the forward pass ran without gradients, or the scalar does not depend on it.
+            TraceError: the forward pass ran without gradients, or the scalar does not depend on it; or dropout was
+                active in mode "observe".
         """
         layers = self.layers
-        direct = [layer.y if layer._tail is None else layer._output for layer in layers]
+        direct = [layer.variable if layer._tail is None else layer._output for layer in layers]
         attached = [tensor for tensor in direct if tensor is not None and tensor.requires_grad]
         if len(attached) < len(layers) or not scalar.requires_grad:
             raise TraceError("gradients(): the forward pass ran without gradients; call the model outside no_grad().")
@@ -77,7 +81,7 @@ class Trace(Mapping[str, ScanLayer]):
             result[layer.name] = filled if layer._tail is None else _through_tail(layer, filled)
         return result
 
-    def _store(self, layer: ScanLayer) -> None:
+    def _store(self, layer: Layer) -> None:
         if layer.name in self._layers:
             self._repeated.add(layer.name)
         self._layers[layer.name] = layer
@@ -92,15 +96,16 @@ def trace(
     attention: str | None = None,
     layout: TokenLayout | None = None,
     rules: Rules | None = None,
-    adapters: Iterable[Adapter] | None = None,
+    adapters: Iterable[AnyAdapter] | None = None,
 ) -> Iterator[Trace]:
-    """Record the selective scans of the next forward pass of a model.
+    """Record the selective scans, and the softmax attention, of the next forward pass of a model.
 
     Args:
         model: a model with mixers of a known family, as it is; it is neither switched to eval nor changed.
         layers: names or patterns (``"layers.1?.mixer"``) of mixers. Default: all.
-        mode: "route" runs the mixers' equations through ``mamba_attn.ops``, submodules called as modules; "observe"
-            leaves the model's own forward untouched and recomputes the record from each mixer's input.
+        mode: "route" runs the mixers' equations through ``mamba_attn.ops``, and softmax attention through its explicit
+            probabilities, submodules called as modules; "observe" leaves the model's own forward untouched and
+            recomputes the record from each mixer's input.
         attention: a fold whose matrix is computed during the pass; None computes matrices when asked.
         layout: the token frame, where it cannot be read from the model.
         rules: what an attribution method changes in the forward (mode "route").
@@ -151,7 +156,7 @@ class _Use:
     name: str
     record: Trace
     seen: Seen
-    adapter: Adapter
+    adapter: AnyAdapter
     attention: str | None
     rules: Rules | None
     thread: int
@@ -170,19 +175,30 @@ class _RoutedForward:
         uses = [use for use in self.uses if use.thread == get_ident()]
         if not uses:
             return self.original(*args, **kwargs)
-        last = uses[-1]
+        adapter, seen = uses[-1].adapter, uses[-1].seen
         rules = next((use.rules for use in reversed(uses) if use.rules is not None), PLAIN)
-        scan = rules.scan(last.adapter.project(self.module, *args, rules=rules, seen=last.seen, **kwargs))
+        if isinstance(adapter, AttentionAdapter):
+            record = adapter.project(self.module, *args, rules=rules, seen=seen, **kwargs)
+            _start_gradients(record.probabilities)
+            for use in uses:
+                use.record._store(AttentionLayer(use.name, record))
+            return adapter.finish(self.module, record, record.probabilities, rules)
+        scan = rules.scan(adapter.project(self.module, *args, rules=rules, seen=seen, **kwargs))
         folds = {use.attention: selective_scan(scan, attention=use.attention) for use in uses if use.attention}
         y = next(iter(folds.values()))[0] if folds else selective_scan(scan)
         if not isinstance(y, Tensor):
-            raise TypeError(f"{last.name}: the scan returned {type(y).__name__}.")
-        if torch.is_grad_enabled() and not y.requires_grad:
-            y.requires_grad_()  # a frozen model: gradients with respect to y start here
+            raise TypeError(f"{uses[-1].name}: the scan returned {type(y).__name__}.")
+        _start_gradients(y)
         for use in uses:
             ready = (use.attention, folds[use.attention][1]) if use.attention else None
             use.record._store(ScanLayer(use.name, scan, y=y, attention=ready))
-        return last.adapter.finish(self.module, scan, y, rules)
+        return adapter.finish(self.module, scan, y, rules)
+
+
+def _start_gradients(variable: Tensor) -> None:
+    """In a frozen model, let gradients with respect to a layer's variable start at it."""
+    if torch.is_grad_enabled() and not variable.requires_grad:
+        variable.requires_grad_()
 
 
 _install = Lock()
@@ -211,30 +227,45 @@ def _routed(module: nn.Module, use: _Use) -> Iterator[None]:
 def _observe(use: _Use, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     if use.thread != get_ident():
         return
-    scan = use.adapter.project(module, *args, rules=PLAIN, seen=use.seen, **kwargs)
-    fixed = scan.map_tensors(Tensor.detach)
-
-    def tail(y: Tensor) -> Tensor:
-        result: Tensor = use.adapter.finish(module, fixed, y, PLAIN)
-        return result
-
-    layer = ScanLayer(use.name, scan, output=output, tail=tail)
+    adapter = use.adapter
+    finish: Callable[[Tensor], Tensor]
+    if isinstance(adapter, AttentionAdapter):
+        record = adapter.project(module, *args, rules=PLAIN, seen=use.seen, **kwargs)
+        finish = partial(adapter.finish, module, record.map_tensors(Tensor.detach), rules=PLAIN)
+        use.record._store(AttentionLayer(use.name, record, output=output, tail=_repeatable(use.name, module, finish)))
+        return
+    scan = adapter.project(module, *args, rules=PLAIN, seen=use.seen, **kwargs)
+    finish = partial(adapter.finish, module, scan.map_tensors(Tensor.detach), rules=PLAIN)
+    layer = ScanLayer(use.name, scan, output=output, tail=_repeatable(use.name, module, finish))
     if use.attention:
         layer._ready[use.attention] = layer.attention(use.attention)
     use.record._store(layer)
 
 
-def _through_tail(layer: ScanLayer, gradient: Tensor) -> Tensor:
-    """The gradient with respect to y, from the one at the mixer's output."""
+def _repeatable(name: str, module: nn.Module, finish: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``finish``, unless it would draw other random numbers than the model's own forward did."""
+    if not any(isinstance(part, _DropoutNd) and part.training and part.p > 0 for part in module.modules()):
+        return finish
+
+    def refuse(variable: Tensor) -> Tensor:
+        raise TraceError(
+            f"{name}: gradients() cannot repeat active dropout in mode='observe'; use mode='route', or model.eval()."
+        )
+
+    return refuse
+
+
+def _through_tail(layer: Layer, gradient: Tensor) -> Tensor:
+    """The gradient with respect to the layer's variable, from the one at the mixer's output."""
     if layer._tail is None:
         raise TraceError(f"{layer.name}: no recomputed tail.")
     with torch.enable_grad():
-        y = layer.y.detach().requires_grad_()
-        (result,) = torch.autograd.grad(layer._tail(y), y, gradient)
+        variable = layer.variable.detach().requires_grad_()
+        (result,) = torch.autograd.grad(layer._tail(variable), variable, gradient)
     return result
 
 
-def _watch_layout(stack: ExitStack, model: nn.Module, adapters: set[Adapter], seen: Seen) -> None:
+def _watch_layout(stack: ExitStack, model: nn.Module, adapters: set[AnyAdapter], seen: Seen) -> None:
     """Learn the image size from the first convolution's input, and the token frame from the patch embedding."""
     thread = get_ident()
 
@@ -270,8 +301,8 @@ def _watch_layout(stack: ExitStack, model: nn.Module, adapters: set[Adapter], se
 
 
 def _select(
-    mixers: dict[str, tuple[nn.Module, Adapter]], patterns: Iterable[str] | None
-) -> dict[str, tuple[nn.Module, Adapter]]:
+    mixers: dict[str, tuple[nn.Module, AnyAdapter]], patterns: Iterable[str] | None
+) -> dict[str, tuple[nn.Module, AnyAdapter]]:
     if patterns is None:
         return mixers
     if isinstance(patterns, str):

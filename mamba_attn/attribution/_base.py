@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mamba_attn._types import Int
 from mamba_attn.attribution._queries import Query, check_query
 from mamba_attn.errors import TraceError
-from mamba_attn.layers import ScanLayer
+from mamba_attn.layers import Layer
 from mamba_attn.layout import TokenLayout
 from mamba_attn.tracing import Trace, trace
 
@@ -75,7 +75,7 @@ class TokenAttribution(Attribution, ABC):
             return self._render(self._rows(self._ran(record), query), size, grid)
 
     @abstractmethod
-    def _rows(self, layers: Sequence[ScanLayer], query: Query) -> list[Row]:
+    def _rows(self, layers: Sequence[Layer], query: Query) -> list[Row]:
         """Return the rows whose maps are averaged: one, or one per layer."""
 
     def _size(self, method: str, inputs: Tensor, query: Query) -> tuple[int, int]:
@@ -87,7 +87,7 @@ class TokenAttribution(Attribution, ABC):
         check_query(call, query, size)
         return size
 
-    def _ran(self, record: Trace) -> list[ScanLayer]:
+    def _ran(self, record: Trace) -> list[Layer]:
         """The layers of the pass.
 
         Raises:

@@ -8,15 +8,15 @@ from mamba_attn._types import Float
 from mamba_attn.attribution._base import Row, TokenAttribution
 from mamba_attn.attribution._queries import Query, query_weights
 from mamba_attn.attribution._stages import Downsampling, downsamplings, to_finer
-from mamba_attn.layers import ScanLayer
+from mamba_attn.layers import Layer
 
 
 class AttentionRollout(TokenAttribution):
     """The query's row of the product of all layers' attention (arXiv 2005.00928, eq. 1); independent of the class.
 
-    Default: the positive part of each layer's matrix, channels averaged and routes summed before, plus the identity
-    for the residual stream, its rows divided by their sums. The query's row of the product is carried from the last
-    layer to the first, one dense matrix at a time; it sums to 1.
+    Default: the positive part of each layer's matrix, channels averaged and routes summed before (in a ViT: heads
+    averaged), plus the identity for the residual stream, its rows divided by their sums. The query's row of the product
+    is carried from the last layer to the first, one dense matrix at a time; it sums to 1.
 
     Between stages of VMamba a downsampling layer acts by its averaging matrix: a token takes the mean of the tokens
     under the layer's kernel. The global pool acts by the mean over tokens, which is the default query there.
@@ -35,14 +35,14 @@ class AttentionRollout(TokenAttribution):
         super().__init__(model, layers=layers)
         self.signed = signed
 
-    def _rows(self, layers: Sequence[ScanLayer], query: Query) -> list[Row]:
+    def _rows(self, layers: Sequence[Layer], query: Query) -> list[Row]:
         start = query_weights(layers[-1], query)
         row = roll_out(layers, start, downsamplings(self.model, layers), signed=self.signed)
         return [(layers[0].layout, row)]
 
 
 def roll_out(
-    layers: Sequence[ScanLayer],
+    layers: Sequence[Layer],
     row: Float[Tensor, "batch last_tokens"],
     between: Sequence[Sequence[Downsampling]],
     *,
@@ -64,7 +64,7 @@ def roll_out(
     return row
 
 
-def _normalised_product(layer: ScanLayer, row: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens"]:
+def _normalised_product(layer: Layer, row: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens"]:
     """Row @ (I + A+), rows of the matrix divided by their sums, which are at least 1."""
     positive = layer.attention("mean").clamp(min=0)
     weighted = row / (1 + positive.sum(-1))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mamba_attn.attribution._base import Row, TokenAttribution
 from mamba_attn.attribution._queries import Query, read_rows
-from mamba_attn.layers import ScanLayer
+from mamba_attn.layers import Layer
 from mamba_attn.tracing import trace
 
 
@@ -16,7 +16,7 @@ class RawAttention(TokenAttribution):
 
     Per layer the channels' true matrices are averaged and the routes summed in the token frame (arXiv 2403.01590,
     section 3.3); the query's row of that is read in linear time, its positive part taken, and the maps averaged over
-    the layers. Layers on different grids, as in VMamba, meet in pixels.
+    the layers. Layers on different grids, as in VMamba, meet in pixels. In a ViT the heads' probabilities are averaged.
 
     Args:
         model: a model that ``mamba_attn.trace`` knows.
@@ -48,6 +48,6 @@ class RawAttention(TokenAttribution):
                 self.model(inputs)
             return {layer.name: read_rows(layer, query) for layer in self._ran(record)}
 
-    def _rows(self, layers: Sequence[ScanLayer], query: Query) -> list[Row]:
+    def _rows(self, layers: Sequence[Layer], query: Query) -> list[Row]:
         signed = ((layer.layout, read_rows(layer, query)) for layer in layers)
         return [(layout, row if self.signed else row.clamp(min=0)) for layout, row in signed]

@@ -82,7 +82,7 @@ def test_counts_are_the_official_ones(name):
 
 
 def test_every_name_is_counted_or_micro():
-    assert set(mamba_attn.models.names()) == {*COUNTS, "vim_micro", "vmamba_micro"}
+    assert set(mamba_attn.models.names()) == {*COUNTS, "vim_micro", "vmamba_micro", "vit_micro"}
 
 
 def test_vim_names_and_shapes():
