@@ -102,8 +102,11 @@ class TimmViTAdapter(AttentionAdapter):
 
 
 def _norm(module: nn.Module, name: str, x: Tensor, rules: Rules) -> Tensor:
-    norm = getattr(module, name, None)
-    return x if norm is None or isinstance(norm, nn.Identity) else rules.norm(norm, x)
+    norm: nn.Module | None = getattr(module, name, None)
+    if norm is None:
+        return x
+    result: Tensor = norm(x) if isinstance(norm, nn.Identity) else rules.norm(norm, x)
+    return result
 
 
 def _mixed(
