@@ -38,16 +38,6 @@ class AttentionLayer(Layer):
         """The probabilities (batch, heads, tokens, tokens)."""
         return self.record.probabilities
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """float64 if the record is, else float32."""
-        return self.record.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """That of the probabilities."""
-        return self.record.device
-
     def attention(
         self, fold: str = "mean", *, row_weight: Tensor | None = None, col_weight: Tensor | None = None
     ) -> Tensor:
@@ -73,7 +63,9 @@ class AttentionLayer(Layer):
             matrix = matrix * self._weight("col_weight", col_weight).unsqueeze(-2)
         return _fold(matrix, fold)
 
-    def row(self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None) -> Tensor:
+    def row(
+        self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None, col_weight: Tensor | None = None
+    ) -> Tensor:
         """Return what one token reads, (batch, [heads,] tokens).
 
         Raises:
@@ -82,9 +74,13 @@ class AttentionLayer(Layer):
         row = self._matrix("row", fold, FOLDS)[:, :, self._index("row", token)]
         if row_weight is not None:
             row = row * self._weight("row_weight", row_weight)[:, :, token, None]
+        if col_weight is not None:
+            row = row * self._weight("col_weight", col_weight)
         return _fold(row, fold)
 
-    def column(self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None) -> Tensor:
+    def column(
+        self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None, col_weight: Tensor | None = None
+    ) -> Tensor:
         """Return where one token is read, (batch, [heads,] tokens).
 
         Raises:
@@ -93,11 +89,13 @@ class AttentionLayer(Layer):
         column = self._matrix("column", fold, FOLDS)[..., self._index("column", token)]
         if row_weight is not None:
             column = column * self._weight("row_weight", row_weight)
+        if col_weight is not None:
+            column = column * self._weight("col_weight", col_weight)[:, :, token, None]
         return _fold(column, fold)
 
     def left_product(
         self, vector: Float[Tensor, "batch tokens"], *, fold: str = "mean", row_weight: Tensor | None = None,
-        residual: bool = True,
+        col_weight: Tensor | None = None, residual: bool = True,
     ) -> Float[Tensor, "batch tokens"]:  # fmt: skip
         """Return ``vector @ (I + attention)``; without ``residual`` the I is left out.
 
@@ -113,7 +111,10 @@ class AttentionLayer(Layer):
         rows = vector.unsqueeze(1)
         if row_weight is not None:
             rows = rows * self._weight("row_weight", row_weight)
-        product = _fold(torch.einsum("bhi,bhij->bhj", rows.expand(matrix.shape[:3]).to(matrix), matrix), fold)
+        product = torch.einsum("bhi,bhij->bhj", rows.expand(matrix.shape[:3]).to(matrix), matrix)
+        if col_weight is not None:
+            product = product * self._weight("col_weight", col_weight)
+        product = _fold(product, fold)
         return vector + product if residual else product
 
     def _matrix(self, call: str, fold: str, allowed: tuple[str, ...]) -> Float[Tensor, "batch heads tokens tokens"]:

@@ -1,7 +1,7 @@
 """What a trace yields for one layer: its attention, rows, columns and products."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mamba_attn import ops
 from mamba_attn._types import Float
-from mamba_attn.errors import NonFiniteError, TraceError
+from mamba_attn.errors import NonFiniteError, TraceError, UnsupportedModelError
 from mamba_attn.layout import TokenLayout
 from mamba_attn.ops._arguments import working_dtype
 from mamba_attn.scan import ScanRecord
@@ -34,6 +34,10 @@ class Layer(ABC):
         self.name = name
         self.batch = record.batch
         self.tokens = record.tokens
+        if isinstance(record, ScanRecord):
+            self.dtype, self.device = working_dtype(record), record.source_delta.device
+        else:
+            self.dtype, self.device = record.dtype, record.device
         self._layout = record.layout
         self._output = output
         self._tail = tail
@@ -57,16 +61,6 @@ class Layer(ABC):
     def variable(self) -> Tensor:
         """What ``Trace.gradients`` differentiates by."""
 
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """Precision of the attention."""
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Where the attention is computed."""
-
     @abstractmethod
     def attention(
         self, fold: str = "mean", *, row_weight: Tensor | None = None, col_weight: Tensor | None = None
@@ -74,17 +68,21 @@ class Layer(ABC):
         """Return the attention matrix in the token frame: row i is what token i reads."""
 
     @abstractmethod
-    def row(self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None) -> Tensor:
+    def row(
+        self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None, col_weight: Tensor | None = None
+    ) -> Tensor:
         """Return what one token reads, a row of ``attention``."""
 
     @abstractmethod
-    def column(self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None) -> Tensor:
+    def column(
+        self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None, col_weight: Tensor | None = None
+    ) -> Tensor:
         """Return where one token is read, a column of ``attention``."""
 
     @abstractmethod
     def left_product(
         self, vector: Float[Tensor, "batch tokens"], *, fold: str = "mean", row_weight: Tensor | None = None,
-        residual: bool = True,
+        col_weight: Tensor | None = None, residual: bool = True,
     ) -> Float[Tensor, "batch tokens"]:  # fmt: skip
         """Return ``vector @ (I + attention)``, one step of a signed rollout; without ``residual`` the I is left out."""
 
@@ -99,6 +97,26 @@ class Layer(ABC):
                 f"{self.name}: {', '.join(self._not_finite)} contain NaN or Inf; check the images, the weights and the "
                 "precision of the forward pass."
             )
+
+
+def require_scans(call: str, layers: Iterable[Layer]) -> list["ScanLayer"]:
+    """Return the layers, which must be selective scans.
+
+    Args:
+        call: who asks, for the message.
+        layers: of one trace.
+
+    Raises:
+        UnsupportedModelError: some are softmax attention.
+    """
+    checked = list(layers)
+    others = [layer.name for layer in checked if not isinstance(layer, ScanLayer)]
+    if others:
+        raise UnsupportedModelError(
+            f"{call} is defined for selective scans, and {', '.join(others[:3])}{', ...' if len(others) > 3 else ''} "
+            "are softmax attention; name other layers with layers=, or use AttentionRollout or RawAttention."
+        )
+    return [layer for layer in checked if isinstance(layer, ScanLayer)]
 
 
 class ScanLayer(Layer):
@@ -133,16 +151,6 @@ class ScanLayer(Layer):
     def variable(self) -> Tensor:
         """The scans' output ``y``."""
         return self.y
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """float64 if a tensor of the scan is, else float32."""
-        return working_dtype(self.scan)
-
-    @property
-    def device(self) -> torch.device:
-        """That of the scan's tensors."""
-        return self.scan.source_delta.device
 
     @cached_property
     def y(self) -> Float[Tensor, "batch channels tokens"]:
@@ -196,23 +204,27 @@ class ScanLayer(Layer):
                 weights[key] = weight[:, own]
         return ops.hidden_attention(self.scan.select_routes(own), **weights)  # type: ignore[arg-type]
 
-    def row(self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None) -> Tensor:
+    def row(
+        self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None, col_weight: Tensor | None = None
+    ) -> Tensor:
         """Return what one token reads, (batch, [channels,] tokens), in linear time."""
         self._require_finite()
-        return ops.attention_row(self.scan, row=token, fold=fold, row_weight=row_weight)
+        return ops.attention_row(self.scan, row=token, fold=fold, row_weight=row_weight, col_weight=col_weight)
 
-    def column(self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None) -> Tensor:
+    def column(
+        self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None, col_weight: Tensor | None = None
+    ) -> Tensor:
         """Return where one token is read, (batch, [channels,] tokens), in linear time."""
         self._require_finite()
-        return ops.attention_column(self.scan, column=token, fold=fold, row_weight=row_weight)
+        return ops.attention_column(self.scan, column=token, fold=fold, row_weight=row_weight, col_weight=col_weight)
 
     def left_product(
         self, vector: Float[Tensor, "batch tokens"], *, fold: str = "mean", row_weight: Tensor | None = None,
-        residual: bool = True,
+        col_weight: Tensor | None = None, residual: bool = True,
     ) -> Float[Tensor, "batch tokens"]:  # fmt: skip
         """Return ``vector @ (I + attention)`` in linear time; without ``residual`` the I is left out."""
         self._require_finite()
-        product = ops.left_product(self.scan, vector=vector, fold=fold, row_weight=row_weight)
+        product = ops.left_product(self.scan, vector=vector, fold=fold, row_weight=row_weight, col_weight=col_weight)
         return vector + product if residual else product
 
     def _route(self, route: str | int) -> slice:

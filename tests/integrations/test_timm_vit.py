@@ -14,6 +14,7 @@ import mamba_attn
 from mamba_attn.adapters import AttentionAdapter, Seen, _registered
 from mamba_attn.attention_layer import AttentionLayer
 from mamba_attn.errors import NonFiniteError, TraceError, UnsupportedModelError
+from mamba_attn.layers import require_scans
 from mamba_attn.rules import PLAIN, Rules
 from mamba_attn.softmax import AttentionRecord
 from mamba_attn.testing import LawError, check_adapter
@@ -209,20 +210,20 @@ def test_attention_rows_and_columns_of_every_fold(layer: AttentionLayer, fold: s
     for token in (0, 5):
         torch.testing.assert_close(layer.row(token, fold=fold), layer.attention(fold)[..., token, :])
         torch.testing.assert_close(layer.column(token, fold=fold), layer.attention(fold)[..., token])
-        row = layer.row(token, fold=fold, row_weight=rows)
-        torch.testing.assert_close(row, layer.attention(fold, row_weight=rows)[..., token, :])
-        column = layer.column(token, fold=fold, row_weight=rows)
-        torch.testing.assert_close(column, layer.attention(fold, row_weight=rows)[..., token])
+        row = layer.row(token, fold=fold, row_weight=rows, col_weight=columns)
+        torch.testing.assert_close(row, both[..., token, :])
+        column = layer.column(token, fold=fold, row_weight=rows, col_weight=columns)
+        torch.testing.assert_close(column, both[..., token])
 
 
 @pytest.mark.parametrize("fold", ["mean", "sum"])
 def test_left_product(layer: AttentionLayer, fold: str) -> None:
     vector, rows = torch.randn(2, 7, dtype=torch.float64), torch.randn(1, 3, 7, dtype=torch.float64)
-    for weight in (None, rows):
-        product = torch.einsum("bi,bij->bj", vector, layer.attention(fold, row_weight=weight))
-        torch.testing.assert_close(layer.left_product(vector, fold=fold, row_weight=weight), vector + product)
-        alone = layer.left_product(vector, fold=fold, row_weight=weight, residual=False)
-        torch.testing.assert_close(alone, product)
+    columns = torch.randn(2, 3, 7, dtype=torch.float64)
+    for weights in ({}, {"row_weight": rows}, {"row_weight": rows, "col_weight": columns}):
+        product = torch.einsum("bi,bij->bj", vector, layer.attention(fold, **weights))
+        torch.testing.assert_close(layer.left_product(vector, fold=fold, **weights), vector + product)
+        torch.testing.assert_close(layer.left_product(vector, fold=fold, residual=False, **weights), product)
 
 
 def test_wrong_arguments_of_a_layer(layer: AttentionLayer) -> None:
@@ -239,6 +240,12 @@ def test_wrong_arguments_of_a_layer(layer: AttentionLayer) -> None:
     with pytest.raises(ValueError, match=r"left_product\(vector\(2, 6\)\): expected \(batch, tokens\) = \(2, 7\)"):
         layer.left_product(torch.ones(2, 6))
     assert repr(layer) == "AttentionLayer('attn', batch=2, heads=3, tokens=7)"
+
+
+def test_layers_that_must_be_scans(layer: AttentionLayer) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"^Method is defined for selective scans, and attn are softmax"):
+        require_scans("Method", [layer])
+    assert require_scans("Method", []) == []
 
 
 def test_not_finite() -> None:
