@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +23,13 @@ class ScanLayer:
         name: the mixer's name in the model.
         scan: the record of the call.
         y: the scans' merged output (batch, channels, tokens) of the running model, or None in mode "observe".
-        output: the mixer's output, whose gradient mode "observe" needs.
+        output: what the mixer returned.
         tail: recomputes the output from y, in mode "observe".
         attention: (fold, matrix) when one was computed during the pass.
     """
 
     def __init__(
-        self, name: str, scan: ScanRecord, *, y: Tensor | None = None, output: Tensor | None = None,
+        self, name: str, scan: ScanRecord, *, y: Tensor | None = None, output: Any = None,
         tail: Callable[[Tensor], Tensor] | None = None, attention: tuple[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.name = name
@@ -66,6 +67,17 @@ class ScanLayer:
             return self._y
         y = ops.selective_scan(self.scan)
         return y if isinstance(y, Tensor) else y[0]
+
+    @property
+    def output(self) -> Tensor:
+        """What the mixer returned, in the mixer's own shape.
+
+        Raises:
+            TraceError: the mixer returned no tensor.
+        """
+        if not isinstance(self._output, Tensor):
+            raise TraceError(f"{self.name}: the mixer returned {type(self._output).__name__}, not a tensor.")
+        return self._output
 
     def attention(
         self,

@@ -24,6 +24,7 @@ from mamba_attn.ops._arguments import FOLDS
 from mamba_attn.rules import PLAIN, Rules
 
 _MODES = ("route", "observe")
+_GRADIENTS = ("y", "output")
 
 
 class Trace(Mapping[str, ScanLayer]):
@@ -54,27 +55,32 @@ class Trace(Mapping[str, ScanLayer]):
         """The layers in execution order."""
         return [self[name] for name in self]
 
-    def gradients(self, scalar: Tensor) -> dict[str, Tensor]:
-        """Return the gradient of a scalar with respect to every layer's y, (batch, channels, tokens) each.
+    def gradients(self, scalar: Tensor, of: str = "y") -> dict[str, Tensor]:
+        """Return the gradient of a scalar with respect to every layer's y, (batch, channels, tokens) each, or output.
 
         The graph is kept, so several targets can be asked for. Nothing accumulates in ``.grad``.
 
         Args:
             scalar: computed from this forward pass, e.g. ``logits[:, 7].sum()``.
+            of: "y", the scans' output, or "output", what the mixer returned, in the mixer's own shape.
 
         Raises:
-            TraceError: the forward pass ran without gradients, or the scalar does not depend on it.
+            TraceError: the forward pass ran without gradients, or the scalar does not depend on it; a mixer that
+                returned no tensor.
+            ValueError: another ``of``.
         """
+        if of not in _GRADIENTS:
+            raise ValueError(f"gradients(of={of!r}): expected one of {_GRADIENTS}.")
         layers = self.layers
-        direct = [layer.y if layer._tail is None else layer._output for layer in layers]
-        attached = [tensor for tensor in direct if tensor is not None and tensor.requires_grad]
+        direct = [layer.y if of == "y" and layer._tail is None else layer.output for layer in layers]
+        attached = [tensor for tensor in direct if tensor.requires_grad]
         if len(attached) < len(layers) or not scalar.requires_grad:
             raise TraceError("gradients(): the forward pass ran without gradients; call the model outside no_grad().")
         found = torch.autograd.grad(scalar, attached, retain_graph=True, allow_unused=True)
         result = {}
         for layer, tensor, gradient in zip(layers, attached, found, strict=True):
             filled = torch.zeros_like(tensor) if gradient is None else gradient
-            result[layer.name] = filled if layer._tail is None else _through_tail(layer, filled)
+            result[layer.name] = filled if of == "output" or layer._tail is None else _through_tail(layer, filled)
         return result
 
     def _store(self, layer: ScanLayer) -> None:
@@ -179,10 +185,11 @@ class _RoutedForward:
             raise TypeError(f"{last.name}: the scan returned {type(y).__name__}.")
         if torch.is_grad_enabled() and not y.requires_grad:
             y.requires_grad_()  # a frozen model: gradients with respect to y start here
+        output = last.adapter.finish(self.module, scan, y, rules)
         for use in uses:
             ready = (use.attention, folds[use.attention][1]) if use.attention else None
-            use.record._store(ScanLayer(use.name, scan, y=y, attention=ready))
-        return last.adapter.finish(self.module, scan, y, rules)
+            use.record._store(ScanLayer(use.name, scan, y=y, output=output, attention=ready))
+        return output
 
 
 _install = Lock()

@@ -70,14 +70,30 @@ def query_weights(layer: ScanLayer, query: Query) -> Float[Tensor, "batch tokens
     return weights
 
 
-def read_rows(layer: ScanLayer, query: Query) -> Float[Tensor, "batch tokens"]:
-    """Return the mean of the rows of a query's tokens in the channel-mean attention, signed, in linear time."""
+def read_rows(
+    layer: ScanLayer,
+    query: Query,
+    *,
+    fold: str = "mean",
+    row_weight: Float[Tensor, "batch channels tokens"] | None = None,
+    col_weight: Float[Tensor, "batch routes channels length"] | None = None,
+) -> Float[Tensor, "batch tokens"]:
+    """Return the mean of the rows of a query's tokens in the folded attention, signed, in linear time.
+
+    Args:
+        layer: the layer.
+        query: whose rows.
+        fold: "mean" or "sum" over channels.
+        row_weight: as in ``mamba_attn.hidden_attention``.
+        col_weight: likewise.
+    """
     tokens = query_tokens(layer.layout, query)
-    if len(tokens) == 1:
-        return layer.row(tokens[0])
     layer._require_finite()
+    if len(tokens) == 1:
+        return ops.attention_row(layer.scan, row=tokens[0], fold=fold, row_weight=row_weight, col_weight=col_weight)
     # layer.left_product(weights) - weights would cancel: attention can be thousands of times smaller than the identity
-    return ops.left_product(layer.scan, vector=query_weights(layer, query))
+    vector = query_weights(layer, query)
+    return ops.left_product(layer.scan, vector=vector, fold=fold, row_weight=row_weight, col_weight=col_weight)
 
 
 def _nearest(layout: TokenLayout, row: float, column: float) -> int:
