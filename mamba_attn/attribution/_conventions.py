@@ -29,7 +29,7 @@ class Watch(Rules):
 
     Attributes:
         activated: per record, the inputs of the mixer's activations: for Vim one per route, then the gate's.
-        gated: per record with a gate, the scans' output times the gate, in the mixer's own shape.
+        gated: per record, the scans' output after the mixer's norm and gate, as far as it has them, in its own shape.
     """
 
     def __init__(self) -> None:
@@ -49,12 +49,18 @@ class Watch(Rules):
         self._record = record
         return super().scan(record)
 
+    def norm(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Keep the output."""
+        return self._keep(super().norm(module, x))
+
     def gate(self, y: Tensor, gate: Tensor) -> Tensor:
         """Keep the product."""
-        gated = super().gate(y, gate)
+        return self._keep(super().gate(y, gate))
+
+    def _keep(self, output: Tensor) -> Tensor:
         if self._record is not None:
-            self.gated[self._record] = gated
-        return gated
+            self.gated[self._record] = output
+        return output
 
 
 def check_convention(call: str, convention: str, known: Sequence[str], *, signed: bool = False) -> None:

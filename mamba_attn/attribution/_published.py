@@ -80,7 +80,8 @@ def explain(
         ValueError: a model without a class token, a query.
     """
     watch = Watch()
-    record, logit = method._run(inputs, target, gradients=gradients, rules=watch)
+    rules = watch if convention == "implicit_unified" else None
+    record, logit = method._run(inputs, target, gradients=gradients, rules=rules)
     layers = record.layers
     call = f"{type(method).__name__}(convention={convention!r})"
     token = require_class_token(call, method.model, layers, query)

@@ -35,7 +35,8 @@ def paper(layer: ScanLayer, gradient: Float[Tensor, "batch channels tokens"]) ->
 
     Args:
         layer: the layer.
-        gradient: of the logit with respect to the gated output of the scans.
+        gradient: of the logit with respect to the scans' output after norm and gate: before a layer norm its mean over
+            channels is zero, since adding a number to all of them changes nothing.
     """
     attention = layer.attention("mean")
     return (gradient.mean(1).to(attention).unsqueeze(2) * attention).clamp(min=0)
@@ -76,7 +77,7 @@ def positive_attention(scan: ScanRecord) -> tuple[Float[Tensor, "batch tokens to
 
 
 def gated_gradients(layers: Sequence[ScanLayer], logit: Tensor, watch: Watch) -> dict[str, Tensor]:
-    """Return the logit's gradient at every layer's gated output, (batch, channels, tokens), or y where no gate is.
+    """Return the logit's gradient at every layer's normed and gated output, (batch, channels, tokens).
 
     Args:
         layers: of a pass with gradients.

@@ -35,17 +35,18 @@ class MambaAttribution(TokenAttribution):
                                   that matrix, dlogit/dM_c[i, j] = dlogit/dy_c[i] u_c[j]. The positive part is taken
                                   after the sum over channels and routes, per pair of tokens
     ``"paper"``                   positive part of mean_c(dlogit/dy'_c)[i] * mean_c(M_c)[i, j], arXiv 2403.01590 eq. 24,
-                                  y' the gated output of the scans. The equation leaves open which axis its gradient, a
-                                  number per token, weights; it is rows here, since y'[i] is what row i gives
+                                  y' the output of the scans after the mixer's gate (and VMamba's norm). The equation
+                                  leaves open which axis its gradient, a number per token, weights; here it is the
+                                  rows, since y'[i] is what row i gives
     ``"published_code"``          mean_c of the positive parts of M_c, divided by the largest entry of all, times s[j]:
                                   the positive part of dlogit/d(mixer output) at token j, its largest feature, scaled to
                                   0..1 over tokens. Rows of I + W divided by their sums; layers from round(15 / 24
                                   depth) on unless ``layers`` names some. The published recipe on the true matrices
     ============================  =====================================================================================
 
-    The default departs from the paper, which multiplies a mean of gradients and a mean of matrices: here every channel's
-    matrix has its own gradient, so that W before its positive part sums to dlogit/dy * (y - D u), the share of the
-    layer's attention in the logit to first order. As in the paper, nothing is normalised.
+    The default departs from the paper, which multiplies a mean of gradients and a mean of matrices: here the matrix of
+    every channel has its own gradient, so that W before its positive part sums to dlogit/dy * (y - D u), the share of
+    the layer's attention in the logit to first order. As in the paper, nothing is normalised.
 
     Args:
         model: a model that ``mamba_attn.trace`` knows.
@@ -94,8 +95,9 @@ class MambaAttribution(TokenAttribution):
                 lambda rows, gradients, token: _published.mamba_attribution(name, rows, gradients, token),
                 gradients=True,
             )  # fmt: skip
-        watch = Watch()
-        record, logit = self._run(inputs, target, gradients=True, rules=watch)
+        watch = Watch()  # holds on to activations, so only where they are needed
+        rules = watch if self.rule == "paper" else None
+        record, logit = self._run(inputs, target, gradients=True, rules=rules)
         layers = record.layers
         if self.rule == "paper":
             gradients = gated_gradients(layers, logit, watch)
