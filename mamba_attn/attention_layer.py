@@ -1,6 +1,7 @@
 """What a trace yields for one layer of softmax attention."""
 
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +20,11 @@ class AttentionLayer(Layer):
     Args:
         name: the module's name in the model.
         record: the record of the call.
-        output: the module's output, whose gradient mode "observe" needs.
+        output: what the module returned.
         tail: recomputes the output from the probabilities, in mode "observe".
     """
 
-    def __init__(
-        self, name: str, record: AttentionRecord, *, output: Tensor | None = None, tail: Tail | None = None
-    ) -> None:
+    def __init__(self, name: str, record: AttentionRecord, *, output: Any = None, tail: Tail | None = None) -> None:
         super().__init__(name, record, output, tail)
         self.record = record
 

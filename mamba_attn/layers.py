@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +25,12 @@ class Layer(ABC):
     Args:
         name: the mixer's name in the model.
         record: everything that the call depended on.
-        output: the mixer's output, whose gradient mode "observe" needs.
+        output: what the mixer returned.
         tail: recomputes the output from ``variable``, in mode "observe".
     """
 
     def __init__(
-        self, name: str, record: ScanRecord | AttentionRecord, output: Tensor | None = None, tail: Tail | None = None
+        self, name: str, record: ScanRecord | AttentionRecord, output: Any = None, tail: Tail | None = None
     ) -> None:
         self.name = name
         self.batch = record.batch
@@ -55,6 +56,17 @@ class Layer(ABC):
                 "layout=TokenLayout(grid=(height, width), ...) to trace()."
             )
         return self._layout
+
+    @property
+    def output(self) -> Tensor:
+        """What the mixer returned, in the mixer's own shape.
+
+        Raises:
+            TraceError: the mixer returned no tensor.
+        """
+        if not isinstance(self._output, Tensor):
+            raise TraceError(f"{self.name}: the mixer returned {type(self._output).__name__}, not a tensor.")
+        return self._output
 
     @property
     @abstractmethod
@@ -126,13 +138,13 @@ class ScanLayer(Layer):
         name: the mixer's name in the model.
         scan: the record of the call.
         y: the scans' merged output (batch, channels, tokens) of the running model, or None in mode "observe".
-        output: the mixer's output, whose gradient mode "observe" needs.
+        output: what the mixer returned.
         tail: recomputes the output from y, in mode "observe".
         attention: (fold, matrix) when one was computed during the pass.
     """
 
     def __init__(
-        self, name: str, scan: ScanRecord, *, y: Tensor | None = None, output: Tensor | None = None,
+        self, name: str, scan: ScanRecord, *, y: Tensor | None = None, output: Any = None,
         tail: Tail | None = None, attention: tuple[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(name, scan, output, tail)

@@ -26,6 +26,7 @@ from mamba_attn.ops._arguments import FOLDS
 from mamba_attn.rules import PLAIN, Rules
 
 _MODES = ("route", "observe")
+_GRADIENTS = ("y", "output")
 
 
 class Trace(Mapping[str, Layer]):
@@ -56,29 +57,33 @@ class Trace(Mapping[str, Layer]):
         """The layers in execution order."""
         return [self[name] for name in self]
 
-    def gradients(self, scalar: Tensor) -> dict[str, Tensor]:
-        """Return the gradient of a scalar with respect to every layer's ``variable``.
+    def gradients(self, scalar: Tensor, of: str = "y") -> dict[str, Tensor]:
+        """Return the gradient of a scalar with respect to every layer's ``variable``, or ``output``.
 
-        That is y (batch, channels, tokens) of scans, the probabilities (batch, heads, tokens, tokens) of attention.
         The graph is kept, so several targets can be asked for. Nothing accumulates in ``.grad``.
 
         Args:
             scalar: computed from this forward pass, e.g. ``logits[:, 7].sum()``.
+            of: "y", the layers' ``variable``: y (batch, channels, tokens) of scans, the probabilities (batch, heads,
+                tokens, tokens) of attention; or "output", what the mixer returned, in the mixer's own shape.
 
         Raises:
-            TraceError: the forward pass ran without gradients, or the scalar does not depend on it; or dropout was
-                active in mode "observe".
+            TraceError: the forward pass ran without gradients, or the scalar does not depend on it; dropout was active
+                in mode "observe"; a mixer that returned no tensor.
+            ValueError: another ``of``.
         """
+        if of not in _GRADIENTS:
+            raise ValueError(f"gradients(of={of!r}): expected one of {_GRADIENTS}.")
         layers = self.layers
-        direct = [layer.variable if layer._tail is None else layer._output for layer in layers]
-        attached = [tensor for tensor in direct if tensor is not None and tensor.requires_grad]
+        direct = [layer.variable if of == "y" and layer._tail is None else layer.output for layer in layers]
+        attached = [tensor for tensor in direct if tensor.requires_grad]
         if len(attached) < len(layers) or not scalar.requires_grad:
             raise TraceError("gradients(): the forward pass ran without gradients; call the model outside no_grad().")
         found = torch.autograd.grad(scalar, attached, retain_graph=True, allow_unused=True)
         result = {}
         for layer, tensor, gradient in zip(layers, attached, found, strict=True):
             filled = torch.zeros_like(tensor) if gradient is None else gradient
-            result[layer.name] = filled if layer._tail is None else _through_tail(layer, filled)
+            result[layer.name] = filled if of == "output" or layer._tail is None else _through_tail(layer, filled)
         return result
 
     def _store(self, layer: Layer) -> None:
@@ -180,19 +185,21 @@ class _RoutedForward:
         if isinstance(adapter, AttentionAdapter):
             record = adapter.project(self.module, *args, rules=rules, seen=seen, **kwargs)
             _start_gradients(record.probabilities)
+            output = adapter.finish(self.module, record, record.probabilities, rules)
             for use in uses:
-                use.record._store(AttentionLayer(use.name, record))
-            return adapter.finish(self.module, record, record.probabilities, rules)
+                use.record._store(AttentionLayer(use.name, record, output=output))
+            return output
         scan = rules.scan(adapter.project(self.module, *args, rules=rules, seen=seen, **kwargs))
         folds = {use.attention: selective_scan(scan, attention=use.attention) for use in uses if use.attention}
         y = next(iter(folds.values()))[0] if folds else selective_scan(scan)
         if not isinstance(y, Tensor):
             raise TypeError(f"{uses[-1].name}: the scan returned {type(y).__name__}.")
         _start_gradients(y)
+        output = adapter.finish(self.module, scan, y, rules)
         for use in uses:
             ready = (use.attention, folds[use.attention][1]) if use.attention else None
-            use.record._store(ScanLayer(use.name, scan, y=y, attention=ready))
-        return adapter.finish(self.module, scan, y, rules)
+            use.record._store(ScanLayer(use.name, scan, y=y, output=output, attention=ready))
+        return output
 
 
 def _start_gradients(variable: Tensor) -> None:

@@ -67,13 +67,29 @@ def query_weights(layer: Layer, query: Query) -> Float[Tensor, "batch tokens"]:
     return weights
 
 
-def read_rows(layer: Layer, query: Query) -> Float[Tensor, "batch tokens"]:
-    """Return the mean of the rows of a query's tokens in the mean attention of channels or heads, signed."""
+def read_rows(
+    layer: Layer,
+    query: Query,
+    *,
+    fold: str = "mean",
+    row_weight: Float[Tensor, "batch channels tokens"] | None = None,
+    col_weight: Float[Tensor, "batch routes channels length"] | None = None,
+) -> Float[Tensor, "batch tokens"]:
+    """Return the mean of the rows of a query's tokens in the folded attention, signed; for scans in linear time.
+
+    Args:
+        layer: the layer.
+        query: whose rows.
+        fold: "mean" or "sum" over channels or heads.
+        row_weight: as in the layer's ``row``.
+        col_weight: likewise.
+    """
     tokens = query_tokens(layer.layout, query)
     if len(tokens) == 1:
-        return layer.row(tokens[0])
+        return layer.row(tokens[0], fold=fold, row_weight=row_weight, col_weight=col_weight)
     # left_product(weights) - weights would cancel: attention can be thousands of times smaller than the identity
-    return layer.left_product(query_weights(layer, query), residual=False)
+    vector = query_weights(layer, query)
+    return layer.left_product(vector, fold=fold, row_weight=row_weight, col_weight=col_weight, residual=False)
 
 
 def _nearest(layout: TokenLayout, row: float, column: float) -> int:

@@ -1,10 +1,15 @@
 """Raw attention and rollout of timm's ViTs, against their formulas."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
 
-from mamba_attn.attribution import AttentionRollout, RawAttention
+from mamba_attn.attribution import AttentionRollout, MambaAttribution, RawAttention
+from mamba_attn.attribution._conventions import CLASS_TOKEN
+from mamba_attn.attribution.mamba_attribution import RULES
+from mamba_attn.errors import UnsupportedModelError
 from tests.attribution.cases import _livelier, images
 
 SIZE = (40, 24)
@@ -74,3 +79,27 @@ def test_a_query_reads_its_patch(method):
     mean = torch.stack([layer[:, 1 + 2 * 3] for layer in probabilities(model, x)]).mean(0)[:, 1:]
     raw = RawAttention(model).attribute(x, query=(20, 3), grid=True)
     torch.testing.assert_close(raw, mean.view(2, 1, 5, 3), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(partial(MambaAttribution, rule=rule) for rule in RULES),
+        partial(MambaAttribution, rollout=False),
+        *(
+            partial(kind, convention=name)
+            for kind in (MambaAttribution, RawAttention, AttentionRollout)
+            for name in CLASS_TOKEN
+        ),
+    ],
+)
+def test_what_is_defined_for_scans_alone_is_refused(method):
+    model, _ = build("class token")
+    named = r"^\w+(\(convention='\w+'\))? is defined for selective scans, and blocks\.0\.attn, .* are softmax attention"
+    with pytest.raises(UnsupportedModelError, match=named):
+        method(model).attribute(images(2, SIZE))
+
+
+def test_vmambas_own_analysis_is_refused():
+    with pytest.raises(ValueError, match="VMamba's own analysis map, and VisionTransformer is of the family timm ViT"):
+        AttentionRollout(build("class token")[0], convention="vmamba_analysis").attribute(images(2, SIZE))

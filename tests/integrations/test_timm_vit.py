@@ -1,5 +1,6 @@
 """timm's ViT and DeiT: probabilities, gradients and layouts against the untouched models; what is refused."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -131,6 +132,28 @@ def test_probabilities_and_gradients_equal_hooks(name: str, fused: bool, mode: s
         assert scale > 0
         torch.testing.assert_close(gradients[layer.name], gradient, rtol=0, atol=1e-10 * scale)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("mode", ["route", "observe"])
+def test_outputs_and_their_gradients_equal_those_of_the_untouched_model(mode: str) -> None:
+    model, x = build("vit", dtype=torch.float64)
+    seen: dict[str, torch.Tensor] = {}
+    with ExitStack() as stack:
+        for index, block in enumerate(model.blocks):
+
+            def keep(module: nn.Module, args: object, output: torch.Tensor, name: str = f"blocks.{index}.attn") -> None:
+                seen[name] = output
+
+            stack.callback(block.attn.register_forward_hook(keep).remove)
+        truth = torch.autograd.grad(model(x)[:, 3].sum(), list(seen.values()))
+    with mamba_attn.trace(model, mode=mode) as trace:
+        logits = model(x)
+    gradients = trace.gradients(logits[:, 3].sum(), of="output")
+    assert list(gradients) == list(trace) == list(seen)
+    for layer, gradient in zip(trace.layers, truth, strict=True):
+        torch.testing.assert_close(layer.output, seen[layer.name], rtol=1e-10, atol=1e-12)
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(gradients[layer.name], gradient, rtol=0, atol=1e-10 * scale)
 
 
 def test_gradients_of_a_frozen_model_and_of_a_pass_without_them() -> None:
