@@ -173,14 +173,9 @@ class ScanLayer(Layer):
         return y if isinstance(y, Tensor) else y[0]
 
     def attention(
-        self,
-        fold: str = "mean",
-        routes: str | int = "sum",
-        *,
-        row_weight: Tensor | None = None,
-        col_weight: Tensor | None = None,
-        backend: str | None = None,
-    ) -> Tensor:
+        self, fold: str = "mean", routes: str | int = "sum", *, row_weight: Tensor | None = None,
+        col_weight: Tensor | None = None, backend: str | None = None,
+    ) -> Tensor:  # fmt: skip
         """Return the attention matrix in the token frame: row i is what token i reads.
 
         Args:

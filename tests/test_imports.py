@@ -23,6 +23,7 @@ HOUSE = [
     ["attribution"],
     ["figures"],
     ["tracing"],
+    ["_routing"],
     ["attention_layer"],
     ["layers"],
     ["integrations"],
