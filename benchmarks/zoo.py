@@ -1,4 +1,4 @@
-"""The models that train.py trains: those of mamba_attn.models, and timm's ViT of the same size."""
+"""The models that train.py trains: those of mamba_attn.models, from its own checkpoints too."""
 
 import tempfile
 from pathlib import Path
@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-VIT_MICRO = {"patch_size": 8, "embed_dim": 128, "depth": 12, "num_heads": 4, "mlp_ratio": 4.0}
-
 
 def create(
     name: str, *, num_classes: int, image_size: int, drop_path: float = 0.0, weights: str | None = None, **options: Any
@@ -16,23 +14,13 @@ def create(
     """Build a model, from weights of any resolution if given.
 
     Args:
-        name: "vit_micro", or a name of ``mamba_attn.models.create``.
+        name: see ``mamba_attn.models.create``.
         num_classes: outputs.
         image_size: in pixels.
         drop_path: rate of stochastic depth.
         weights: a .safetensors file, or last.pt of a run (its averaged weights).
         options: further options of the model.
     """
-    if name == "vit_micro":
-        from timm.models.vision_transformer import VisionTransformer
-
-        keywords = {**VIT_MICRO, **options}
-        model = VisionTransformer(img_size=image_size, num_classes=num_classes, drop_path_rate=drop_path, **keywords)
-        if weights is not None:
-            from timm.models.vision_transformer import checkpoint_filter_fn
-
-            model.load_state_dict(checkpoint_filter_fn(read(weights), model))
-        return model
     import mamba_attn.models
 
     with tempfile.TemporaryDirectory() as folder:

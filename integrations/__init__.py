@@ -1,4 +1,4 @@
-"""Adapters: one file per family of models, which says what its scans are and where their tokens sit.
+"""Adapters: one file per family of models, which says what its scans or heads are and where their tokens sit.
 
 Packaged as ``mamba_attn.integrations``; the core finds these files by name and imports none of them.
 
@@ -7,6 +7,7 @@ file      recognises                                                            
 ========  =======================================================================  =====================================
 vim       Vision Mamba (arXiv 2401.09417): mixers with ``A_log`` and ``A_b_log``   raster order and its reversal
 vmamba    VMamba's SS2D (arXiv 2401.10166): ``A_logs``, ``Ds``, ``dt_projs_bias``  rows, columns, and both reversed
+timm_vit  ViT and DeiT of timm: ``qkv``, ``proj``, ``num_heads``, ``scale``        none: softmax attention of all tokens
 ========  =======================================================================  =====================================
 
 A family that is not listed needs one more file here; ``mamba_attn.testing.check_adapter`` runs the laws it must obey.

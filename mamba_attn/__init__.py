@@ -8,7 +8,7 @@ if not (_HERE / "integrations").is_dir():
     __path__.append(str(_HERE.parent))
 
 from mamba_attn import models, orders, ops  # noqa: E402, I001
-from mamba_attn.adapters import Adapter, register_adapter  # noqa: E402
+from mamba_attn.adapters import Adapter, AttentionAdapter, register_adapter  # noqa: E402
 from mamba_attn.errors import MambaAttnError  # noqa: E402
 from mamba_attn.layout import TokenLayout  # noqa: E402
 from mamba_attn.ops import (  # noqa: E402
@@ -20,12 +20,15 @@ from mamba_attn.ops import (  # noqa: E402
     selective_scan,
 )
 from mamba_attn.scan import ScanRecord  # noqa: E402
+from mamba_attn.softmax import AttentionRecord  # noqa: E402
 from mamba_attn.tracing import Trace, trace  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "AttentionAdapter",
+    "AttentionRecord",
     "MambaAttnError",
     "ScanRecord",
     "TokenLayout",

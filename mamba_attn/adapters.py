@@ -17,8 +17,9 @@ from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.layout import TokenLayout
 from mamba_attn.rules import Rules
 from mamba_attn.scan import ScanRecord
+from mamba_attn.softmax import AttentionRecord
 
-_FAMILIES = ("vim", "vmamba")
+_FAMILIES = ("vim", "vmamba", "timm_vit")
 
 
 @dataclass
@@ -44,11 +45,11 @@ class LayoutSource:
     """
 
     module: nn.Module
-    read: Callable[[tuple[Any, ...], Any], TokenLayout]
+    read: Callable[[tuple[Any, ...], Any], TokenLayout | None]
 
 
-class Adapter(ABC):
-    """Five answers about a family of mixers; subclass it, give ``family`` a name, register an instance."""
+class MixerAdapter(ABC):
+    """What the adapters of scans and of softmax attention have in common."""
 
     family: ClassVar[str]
 
@@ -59,6 +60,14 @@ class Adapter(ABC):
     def refusal(self, module: nn.Module) -> str | None:
         """Return why this variant cannot be treated exactly, or None."""
         return None
+
+    def layout_source(self, model: nn.Module) -> LayoutSource | None:
+        """Return where the token frame of this family's model can be read, when the mixer's input does not show it."""
+        return None
+
+
+class Adapter(MixerAdapter):
+    """A family of mixers of selective scans; subclass it, give ``family`` a name, register an instance."""
 
     @abstractmethod
     def project(self, module: nn.Module, *args: Any, **kwargs: Any) -> ScanRecord:
@@ -76,39 +85,64 @@ class Adapter(ABC):
     def scan_output(self, module: nn.Module, record: ScanRecord, y: Tensor) -> tuple[nn.Module, Tensor]:
         """Return the submodule that receives y, and y in the form it receives: what law 1 is checked against."""
 
-    def layout_source(self, model: nn.Module) -> LayoutSource | None:
-        """Return where the token frame of this family's model can be read, when the mixer's input does not show it."""
-        return None
+
+class AttentionAdapter(MixerAdapter):
+    """A family of softmax-attention modules; subclass it, give ``family`` a name, register an instance."""
+
+    @abstractmethod
+    def project(self, module: nn.Module, *args: Any, **kwargs: Any) -> AttentionRecord:
+        """Return everything up to the softmax, from the arguments of the module's forward.
+
+        The keyword arguments ``rules`` and ``seen`` come with them, as for ``Adapter``.
+        """
+
+    @abstractmethod
+    def finish(self, module: nn.Module, record: AttentionRecord, probabilities: Tensor, rules: Rules) -> Any:
+        """Return the module's output from the probabilities (batch, heads, tokens, tokens)."""
+
+    @abstractmethod
+    def mixed_values(
+        self, module: nn.Module, record: AttentionRecord, probabilities: Tensor
+    ) -> tuple[nn.Module, Tensor]:
+        """Return the submodule that receives probabilities @ value, and these in the form it receives."""
+
+
+AnyAdapter = Adapter | AttentionAdapter
 
 
 class _Integration(Protocol):
-    ADAPTER: Adapter
+    ADAPTER: AnyAdapter
 
 
-_registered: list[Adapter] = []
+_registered: list[AnyAdapter] = []
 
 
-def register_adapter(adapter: Adapter) -> None:
+def register_adapter(adapter: AnyAdapter) -> None:
     """Add an adapter; it is asked before those registered earlier and before the built-in families.
 
     Args:
         adapter: the adapter.
 
     Raises:
-        TypeError: not an Adapter.
+        TypeError: neither an Adapter nor an AttentionAdapter.
     """
-    if not isinstance(adapter, Adapter):
-        raise TypeError(f"register_adapter({adapter!r}): expected an instance of a subclass of mamba_attn.Adapter.")
+    if not isinstance(adapter, AnyAdapter):
+        raise TypeError(
+            f"register_adapter({adapter!r}): expected an instance of a subclass of mamba_attn.Adapter or "
+            "mamba_attn.AttentionAdapter."
+        )
     _registered.insert(0, adapter)
 
 
-def known_adapters() -> list[Adapter]:
+def known_adapters() -> list[AnyAdapter]:
     """Return all adapters, in the order in which they are asked."""
     built_in: Iterator[_Integration] = (importlib.import_module(f"mamba_attn.integrations.{f}") for f in _FAMILIES)
     return [*_registered, *(module.ADAPTER for module in built_in)]
 
 
-def find_mixers(model: nn.Module, adapters: Iterable[Adapter] | None = None) -> dict[str, tuple[nn.Module, Adapter]]:
+def find_mixers(
+    model: nn.Module, adapters: Iterable[AnyAdapter] | None = None
+) -> dict[str, tuple[nn.Module, AnyAdapter]]:
     """Return the mixers of a model by name, each with its adapter; mixers inside mixers are not looked for.
 
     Args:
@@ -119,7 +153,7 @@ def find_mixers(model: nn.Module, adapters: Iterable[Adapter] | None = None) -> 
         UnsupportedModelError: there are none; the message names the module types seen and the families known.
     """
     candidates = [*(adapters or ()), *known_adapters()]
-    found: dict[str, tuple[nn.Module, Adapter]] = {}
+    found: dict[str, tuple[nn.Module, AnyAdapter]] = {}
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in found if outer):
             continue
@@ -137,7 +171,7 @@ def find_mixers(model: nn.Module, adapters: Iterable[Adapter] | None = None) -> 
     return found
 
 
-def require_supported(name: str, module: nn.Module, adapter: Adapter) -> None:
+def require_supported(name: str, module: nn.Module, adapter: AnyAdapter) -> None:
     """Raise UnsupportedModelError, with the adapter's reason, for a variant that it refuses."""
     reason = adapter.refusal(module)
     if reason:

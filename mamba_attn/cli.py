@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mamba_attn import _torchvision, images, models
 from mamba_attn.errors import MambaAttnError
 from mamba_attn.models import registry
+from mamba_attn.models.transforms import EvaluationTransform
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,12 +32,12 @@ and NAME.npz (the same maps in pixels, the query's row in every layer, all proba
 
 
 class Subject(NamedTuple):
-    """The model to explain, the names of its classes, the size of its images (rows, columns) in pixels."""
+    """The model to explain, the names of its classes, what it is shown of an image."""
 
     name: str
     model: nn.Module
     classes: list[str]
-    size: tuple[int, int]
+    transform: EvaluationTransform
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,8 +78,8 @@ def load(name: str, weights: str, device: str = "cpu") -> Subject:
     if weights not in ("demo", "official") and beside.is_file():
         card = _card(beside)
     model = models.create(name, weights=weights, **({} if weights == "demo" else card.get("options", {})))
-    height, width = cast(tuple[int, int], model.image_size)
-    return Subject(name, model.to(device), _class_names(model, card), (height, width))
+    transform = models.transform(name, cast(tuple[int, int], model.image_size))
+    return Subject(name, model.to(device), _class_names(model, card), transform)
 
 
 def explain(subject: Subject, paths: Sequence[Path], folder: Path) -> int:
@@ -125,7 +126,7 @@ def explain_image(subject: Subject, path: Path) -> dict[str, np.ndarray]:
     """
     from mamba_attn.attribution import AttentionRollout, RawAttention
 
-    picture = images.crop(images.read(path), subject.size)
+    picture = subject.transform.pixels(path)
     inputs = images.normalise(picture[None]).to(next(subject.model.parameters()).device)
     raw = RawAttention(subject.model)
     rows = raw.rows(inputs)

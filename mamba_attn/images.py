@@ -106,14 +106,18 @@ def read(path: str | Path) -> "Image":
         raise ImageError(f"{path}: the image is damaged or incomplete ({reason}).") from error
 
 
-def crop(image: "Image", size: tuple[int, int]) -> np.ndarray:
-    """Scale the image until it just covers ``size`` and cut the centre out, in one step of antialiased interpolation.
+def crop(
+    image: "Image", size: tuple[int, int], *, cover: tuple[int, int] | None = None, interpolation: str = "bilinear"
+) -> np.ndarray:
+    """Scale the image until it just covers ``cover`` and cut the centre out, in one step of antialiased interpolation.
 
-    For a square size that is: shorter side to ``size``, centre crop.
+    For square sizes that is: shorter side to ``cover``, centre crop.
 
     Args:
-        image: any size.
+        image: any size and mode.
         size: (rows, columns) in pixels.
+        cover: (rows, columns) in pixels, at least ``size``. Default: ``size``.
+        interpolation: "bilinear" or "bicubic".
 
     Returns:
         (rows, columns, 3) uint8: what the model sees, before normalisation.
@@ -121,13 +125,16 @@ def crop(image: "Image", size: tuple[int, int]) -> np.ndarray:
     from PIL.Image import Resampling
 
     rows, columns = size
-    ratio = max(rows / image.height, columns / image.width)
-    height, width = max(rows, int(image.height * ratio)), max(columns, int(image.width * ratio))
+    height, width = cover or size
+    if height * image.width >= width * image.height:  # the side that decides keeps its exact length
+        width = max(width, image.width * height // image.height)
+    else:
+        height = max(height, image.height * width // image.width)
     top, left = round((height - rows) / 2), round((width - columns) / 2)
     vertical, horizontal = image.height / height, image.width / width
     box = (left * horizontal, top * vertical, (left + columns) * horizontal, (top + rows) * vertical)
     box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))  # not a rounding error outside
-    return np.asarray(image.convert("RGB").resize((columns, rows), Resampling.BILINEAR, box=box))
+    return np.asarray(image.convert("RGB").resize((columns, rows), Resampling[interpolation.upper()], box=box))
 
 
 def normalise(images: np.ndarray) -> Float[Tensor, "batch 3 rows columns"]:

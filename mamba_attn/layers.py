@@ -1,41 +1,155 @@
 """What a trace yields for one layer: its attention, rows, columns and products."""
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mamba_attn import ops
 from mamba_attn._types import Float
-from mamba_attn.errors import NonFiniteError, TraceError
+from mamba_attn.errors import NonFiniteError, TraceError, UnsupportedModelError
 from mamba_attn.layout import TokenLayout
+from mamba_attn.ops._arguments import working_dtype
 from mamba_attn.scan import ScanRecord
+from mamba_attn.softmax import AttentionRecord
 
-Gradient = Callable[[Tensor], Tensor]
+Tail = Callable[[Tensor], Tensor]
 
 
-class ScanLayer:
-    """One mixer call of a traced forward pass.
+class Layer(ABC):
+    """One mixer call of a traced forward pass: what its tokens read from each other.
+
+    Args:
+        name: the mixer's name in the model.
+        record: everything that the call depended on.
+        output: what the mixer returned.
+        tail: recomputes the output from ``variable``, in mode "observe".
+    """
+
+    def __init__(
+        self, name: str, record: ScanRecord | AttentionRecord, output: Any = None, tail: Tail | None = None
+    ) -> None:
+        self.name = name
+        self.batch = record.batch
+        self.tokens = record.tokens
+        if isinstance(record, ScanRecord):
+            self.dtype, self.device = working_dtype(record), record.source_delta.device
+        else:
+            self.dtype, self.device = record.dtype, record.device
+        self._layout = record.layout
+        self._output = output
+        self._tail = tail
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Where the tokens sit in the image.
+
+        Raises:
+            TraceError: the layout is not known.
+        """
+        if self._layout is None:
+            raise TraceError(
+                f"{self.name}: the tokens' place in the image is not known, so there are no maps; pass "
+                "layout=TokenLayout(grid=(height, width), ...) to trace()."
+            )
+        return self._layout
+
+    @property
+    def output(self) -> Tensor:
+        """What the mixer returned, in the mixer's own shape.
+
+        Raises:
+            TraceError: the mixer returned no tensor.
+        """
+        if not isinstance(self._output, Tensor):
+            raise TraceError(f"{self.name}: the mixer returned {type(self._output).__name__}, not a tensor.")
+        return self._output
+
+    @property
+    @abstractmethod
+    def variable(self) -> Tensor:
+        """What ``Trace.gradients`` differentiates by."""
+
+    @abstractmethod
+    def attention(
+        self, fold: str = "mean", *, row_weight: Tensor | None = None, col_weight: Tensor | None = None
+    ) -> Tensor:
+        """Return the attention matrix in the token frame: row i is what token i reads."""
+
+    @abstractmethod
+    def row(
+        self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None, col_weight: Tensor | None = None
+    ) -> Tensor:
+        """Return what one token reads, a row of ``attention``."""
+
+    @abstractmethod
+    def column(
+        self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None, col_weight: Tensor | None = None
+    ) -> Tensor:
+        """Return where one token is read, a column of ``attention``."""
+
+    @abstractmethod
+    def left_product(
+        self, vector: Float[Tensor, "batch tokens"], *, fold: str = "mean", row_weight: Tensor | None = None,
+        col_weight: Tensor | None = None, residual: bool = True,
+    ) -> Float[Tensor, "batch tokens"]:  # fmt: skip
+        """Return ``vector @ (I + attention)``, one step of a signed rollout; without ``residual`` the I is left out."""
+
+    @cached_property
+    @abstractmethod
+    def _not_finite(self) -> list[str]:
+        """Names of the tensors that hold NaN or Inf."""
+
+    def _require_finite(self) -> None:
+        if self._not_finite:
+            raise NonFiniteError(
+                f"{self.name}: {', '.join(self._not_finite)} contain NaN or Inf; check the images, the weights and the "
+                "precision of the forward pass."
+            )
+
+
+def require_scans(call: str, layers: Iterable[Layer]) -> list["ScanLayer"]:
+    """Return the layers, which must be selective scans.
+
+    Args:
+        call: who asks, for the message.
+        layers: of one trace.
+
+    Raises:
+        UnsupportedModelError: some are softmax attention.
+    """
+    checked = list(layers)
+    others = [layer.name for layer in checked if not isinstance(layer, ScanLayer)]
+    if others:
+        raise UnsupportedModelError(
+            f"{call} is defined for selective scans, and {', '.join(others[:3])}{', ...' if len(others) > 3 else ''} "
+            "are softmax attention; name other layers with layers=, or use AttentionRollout or RawAttention."
+        )
+    return [layer for layer in checked if isinstance(layer, ScanLayer)]
+
+
+class ScanLayer(Layer):
+    """One call of a mixer of selective scans; row, column and left_product take linear time.
 
     Args:
         name: the mixer's name in the model.
         scan: the record of the call.
         y: the scans' merged output (batch, channels, tokens) of the running model, or None in mode "observe".
-        output: the mixer's output, whose gradient mode "observe" needs.
+        output: what the mixer returned.
         tail: recomputes the output from y, in mode "observe".
         attention: (fold, matrix) when one was computed during the pass.
     """
 
     def __init__(
-        self, name: str, scan: ScanRecord, *, y: Tensor | None = None, output: Tensor | None = None,
-        tail: Callable[[Tensor], Tensor] | None = None, attention: tuple[str, Tensor] | None = None,
+        self, name: str, scan: ScanRecord, *, y: Tensor | None = None, output: Any = None,
+        tail: Tail | None = None, attention: tuple[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
-        self.name = name
+        super().__init__(name, scan, output, tail)
         self.scan = scan
         self._y = y
-        self._output = output
-        self._tail = tail
         self._ready = dict([attention]) if attention else {}
 
     def __repr__(self) -> str:
@@ -46,18 +160,9 @@ class ScanLayer:
         )
 
     @property
-    def layout(self) -> TokenLayout:
-        """Where the tokens sit in the image.
-
-        Raises:
-            TraceError: the layout is not known.
-        """
-        if self.scan.layout is None:
-            raise TraceError(
-                f"{self.name}: the tokens' place in the image is not known, so there are no maps; pass "
-                "layout=TokenLayout(grid=(height, width), ...) to trace()."
-            )
-        return self.scan.layout
+    def variable(self) -> Tensor:
+        """The scans' output ``y``."""
+        return self.y
 
     @cached_property
     def y(self) -> Float[Tensor, "batch channels tokens"]:
@@ -68,14 +173,9 @@ class ScanLayer:
         return y if isinstance(y, Tensor) else y[0]
 
     def attention(
-        self,
-        fold: str = "mean",
-        routes: str | int = "sum",
-        *,
-        row_weight: Tensor | None = None,
-        col_weight: Tensor | None = None,
-        backend: str | None = None,
-    ) -> Tensor:
+        self, fold: str = "mean", routes: str | int = "sum", *, row_weight: Tensor | None = None,
+        col_weight: Tensor | None = None, backend: str | None = None,
+    ) -> Tensor:  # fmt: skip
         """Return the attention matrix in the token frame: row i is what token i reads.
 
         Args:
@@ -111,22 +211,28 @@ class ScanLayer:
                 weights[key] = weight[:, own]
         return ops.hidden_attention(self.scan.select_routes(own), **weights)  # type: ignore[arg-type]
 
-    def row(self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None) -> Tensor:
+    def row(
+        self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None, col_weight: Tensor | None = None
+    ) -> Tensor:
         """Return what one token reads, (batch, [channels,] tokens), in linear time."""
         self._require_finite()
-        return ops.attention_row(self.scan, row=token, fold=fold, row_weight=row_weight)
+        return ops.attention_row(self.scan, row=token, fold=fold, row_weight=row_weight, col_weight=col_weight)
 
-    def column(self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None) -> Tensor:
+    def column(
+        self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None, col_weight: Tensor | None = None
+    ) -> Tensor:
         """Return where one token is read, (batch, [channels,] tokens), in linear time."""
         self._require_finite()
-        return ops.attention_column(self.scan, column=token, fold=fold, row_weight=row_weight)
+        return ops.attention_column(self.scan, column=token, fold=fold, row_weight=row_weight, col_weight=col_weight)
 
     def left_product(
-        self, vector: Float[Tensor, "batch tokens"], *, fold: str = "mean", row_weight: Tensor | None = None
-    ) -> Float[Tensor, "batch tokens"]:
-        """Return ``vector @ (I + attention)`` in linear time: one step of a signed rollout."""
+        self, vector: Float[Tensor, "batch tokens"], *, fold: str = "mean", row_weight: Tensor | None = None,
+        col_weight: Tensor | None = None, residual: bool = True,
+    ) -> Float[Tensor, "batch tokens"]:  # fmt: skip
+        """Return ``vector @ (I + attention)`` in linear time; without ``residual`` the I is left out."""
         self._require_finite()
-        return vector + ops.left_product(self.scan, vector=vector, fold=fold, row_weight=row_weight)
+        product = ops.left_product(self.scan, vector=vector, fold=fold, row_weight=row_weight, col_weight=col_weight)
+        return vector + product if residual else product
 
     def _route(self, route: str | int) -> slice:
         if not isinstance(route, int) or not 0 <= route < self.scan.routes:
@@ -140,10 +246,3 @@ class ScanLayer:
         scan = self.scan
         tensors = {"u": scan.source_u, "delta": scan.source_delta, "B": scan.source_B, "C": scan.source_C, "A": scan.A}
         return [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-
-    def _require_finite(self) -> None:
-        if self._not_finite:
-            raise NonFiniteError(
-                f"{self.name}: {', '.join(self._not_finite)} contain NaN or Inf; check the images, the weights and the "
-                "precision of the forward pass."
-            )

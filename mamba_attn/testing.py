@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mamba_attn.adapters import Adapter, find_mixers
+from mamba_attn.adapters import Adapter, AnyAdapter, AttentionAdapter, find_mixers
+from mamba_attn.attention_layer import AttentionLayer
 from mamba_attn.errors import MambaAttnError
-from mamba_attn.layers import ScanLayer
+from mamba_attn.layers import Layer, ScanLayer
 from mamba_attn.ops import reference
 from mamba_attn.scan import ScanRecord
 from mamba_attn.tracing import Trace, trace
@@ -29,13 +30,16 @@ class LayerReport:
 
     Args:
         name: the layer.
-        matrix_error: M @ u + D u, routes summed, against what the submodule after the scans receives.
+        matrix_error: M @ u + D u, routes summed, against what the submodule after the scans receives; of softmax
+            attention, probabilities @ value against what the submodule after it receives.
         above_diagonal: largest |M[i, j]| with j > i in any route's own order; exactly 0.
+        row_sum_error: largest |sum over j of A[i, j] - 1| of softmax attention; 0 for scans, whose rows have no sum.
     """
 
     name: str
     matrix_error: float
-    above_diagonal: float
+    above_diagonal: float = 0.0
+    row_sum_error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def check_adapter(
     model: nn.Module,
     inputs: Tensor,
     *,
-    adapters: Iterable[Adapter] | None = None,
+    adapters: Iterable[AnyAdapter] | None = None,
     tolerance: float = 1e-5,
     call: Callable[[nn.Module, Tensor], Any] | None = None,
 ) -> AdapterReport:
@@ -70,7 +74,7 @@ def check_adapter(
 
     For every layer the matrices are built in float64 from the record (``ops.reference``) and compared with what a hook
     on the UNTOUCHED model sees entering the submodule after the scans. Long layers are checked on evenly spaced
-    channels, so that the matrices fit.
+    channels, so that the matrices fit. Layers of softmax attention are checked likewise, and their rows sum to 1.
 
     Args:
         model: a model that the adapter recognises; put it in eval mode if it has dropout.
@@ -83,7 +87,8 @@ def check_adapter(
         The errors found.
 
     Raises:
-        LawError: an error above the tolerance, a matrix that is not causal, or a model left changed.
+        LawError: an error above the tolerance, a matrix that is not causal, rows that do not sum to 1, or a model left
+            changed.
     """
     run = call or (lambda m, x: m(x))
     adapters = list(adapters or ())
@@ -113,13 +118,17 @@ def _require(report: AdapterReport, tolerance: float) -> None:
         raise LawError("mode='observe' changed the model's output.")
     for layer in report.layers:
         if not layer.matrix_error <= tolerance:
-            raise LawError(f"{layer.name}: M @ u + D u is off by {layer.matrix_error:.3g} (relative): law 1.")
+            raise LawError(
+                f"{layer.name}: the matrices times what they mix are off by {layer.matrix_error:.3g} (relative): law 1."
+            )
+        if not layer.row_sum_error <= tolerance:
+            raise LawError(f"{layer.name}: a row of probabilities misses 1 by {layer.row_sum_error:.3g}: law 9.")
         if layer.above_diagonal != 0:
             raise LawError(f"{layer.name}: a matrix reaches {layer.above_diagonal:.3g} above the diagonal: law 2.")
 
 
 @contextmanager
-def _spies(mixers: dict[str, tuple[nn.Module, Adapter]], record: Trace) -> Iterator[dict[str, Tensor]]:
+def _spies(mixers: dict[str, tuple[nn.Module, AnyAdapter]], record: Trace) -> Iterator[dict[str, Tensor]]:
     """Keep what enters the submodule after the scans of every mixer, by hooks alone."""
     seen: dict[str, Tensor] = {}
 
@@ -129,19 +138,39 @@ def _spies(mixers: dict[str, tuple[nn.Module, Adapter]], record: Trace) -> Itera
     with ExitStack() as stack:
         for name in record:
             module, adapter = mixers[name]
-            receiver, _ = adapter.scan_output(module, record[name].scan, record[name].y)
+            receiver, _ = _received(module, adapter, record[name])
             stack.callback(receiver.register_forward_pre_hook(partial(keep, name)).remove)
         yield seen
 
 
-def _check_layer(name: str, module: nn.Module, adapter: Adapter, record: Trace, seen: dict[str, Tensor]) -> LayerReport:
-    scan = record[name].scan
+def _received(module: nn.Module, adapter: AnyAdapter, layer: Layer) -> tuple[nn.Module, Tensor]:
+    """The submodule after the mixing, and what it receives, from the layer's own record."""
+    if isinstance(adapter, AttentionAdapter) and isinstance(layer, AttentionLayer):
+        return adapter.mixed_values(module, layer.record, layer.record.probabilities)
+    if isinstance(adapter, Adapter) and isinstance(layer, ScanLayer):
+        return adapter.scan_output(module, layer.scan, layer.y)
+    raise TypeError(f"{layer.name}: {type(adapter).__name__} does not fit {type(layer).__name__}.")
+
+
+def _check_layer(
+    name: str, module: nn.Module, adapter: AnyAdapter, record: Trace, seen: dict[str, Tensor]
+) -> LayerReport:
+    layer = record[name]
+    if isinstance(adapter, Adapter) and isinstance(layer, ScanLayer):
+        return _check_scans(layer, module, adapter, seen[name])
+    received = _received(module, adapter, layer)[1]
+    sums = layer.attention("each").double().sum(-1)
+    return LayerReport(name, _relative(received, seen[name]), row_sum_error=float((sums - 1).abs().max()))
+
+
+def _check_scans(layer: ScanLayer, module: nn.Module, adapter: Adapter, seen: Tensor) -> LayerReport:
+    scan = layer.scan
     count = max(1, _ENTRIES // (scan.batch * scan.length**2))
     channels = torch.linspace(0, scan.channels - 1, min(count, scan.channels)).round().long()
-    y, above = _by_matrices(scan, channels), max(_above_diagonal(record[name], route) for route in range(scan.routes))
-    full = record[name].y.double().index_copy(1, channels, y)
+    y, above = _by_matrices(scan, channels), max(_above_diagonal(layer, route) for route in range(scan.routes))
+    full = layer.y.double().index_copy(1, channels, y)
     expected = adapter.scan_output(module, scan, full)[1]
-    return LayerReport(name, _relative(expected, seen[name]), above)
+    return LayerReport(layer.name, _relative(expected, seen), above)
 
 
 def _above_diagonal(layer: ScanLayer, route: int) -> float:

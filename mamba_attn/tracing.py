@@ -1,40 +1,38 @@
-"""trace(model): the only place that touches a user's model.
+"""trace(model): with ``_routing.py``, which holds what is installed, the only place that touches a user's model.
 
-Everything it installs is owned by one ExitStack and by one entry of the context manager: nothing is left on the model
+Everything installed is owned by one ExitStack and by one entry of the context manager: nothing is left on the model
 after normal exit, an exception, a failure half way through, nesting, or another thread's use of the same model.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
-from threading import Lock, get_ident
-from typing import Any
+from threading import get_ident
 
 import torch
 from torch import Tensor, nn
 
-from mamba_attn.adapters import Adapter, Seen, find_mixers, require_supported
+from mamba_attn._routing import Use, observed, routed, watch_layout
+from mamba_attn.adapters import AnyAdapter, Seen, find_mixers, require_supported
 from mamba_attn.errors import TraceError, UnknownLayerError, nearest
-from mamba_attn.layers import ScanLayer
+from mamba_attn.layers import Layer
 from mamba_attn.layout import TokenLayout
-from mamba_attn.ops import selective_scan
 from mamba_attn.ops._arguments import FOLDS
-from mamba_attn.rules import PLAIN, Rules
+from mamba_attn.rules import Rules
 
 _MODES = ("route", "observe")
+_GRADIENTS = ("y", "output")
 
 
-class Trace(Mapping[str, ScanLayer]):
+class Trace(Mapping[str, Layer]):
     """The layers of one forward pass, by name, in execution order."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = list(names)
-        self._layers: dict[str, ScanLayer] = {}
+        self._layers: dict[str, Layer] = {}
         self._repeated: set[str] = set()
 
-    def __getitem__(self, name: str) -> ScanLayer:
+    def __getitem__(self, name: str) -> Layer:
         if name not in self._names:
             raise UnknownLayerError(f"no traced layer is called {name!r}. {nearest(name, self._names)}")
         if name not in self._layers:
@@ -50,34 +48,40 @@ class Trace(Mapping[str, ScanLayer]):
         return len(self._layers)
 
     @property
-    def layers(self) -> list[ScanLayer]:
+    def layers(self) -> list[Layer]:
         """The layers in execution order."""
         return [self[name] for name in self]
 
-    def gradients(self, scalar: Tensor) -> dict[str, Tensor]:
-        """Return the gradient of a scalar with respect to every layer's y, (batch, channels, tokens) each.
+    def gradients(self, scalar: Tensor, of: str = "y") -> dict[str, Tensor]:
+        """Return the gradient of a scalar with respect to every layer's ``variable``, or ``output``.
 
         The graph is kept, so several targets can be asked for. Nothing accumulates in ``.grad``.
 
         Args:
             scalar: computed from this forward pass, e.g. ``logits[:, 7].sum()``.
+            of: "y", the layers' ``variable``: y (batch, channels, tokens) of scans, the probabilities (batch, heads,
+                tokens, tokens) of attention; or "output", what the mixer returned, in the mixer's own shape.
 
         Raises:
-            TraceError: the forward pass ran without gradients, or the scalar does not depend on it.
+            TraceError: the forward pass ran without gradients, or the scalar does not depend on it; dropout was active
+                in mode "observe"; a mixer that returned no tensor.
+            ValueError: another ``of``.
         """
+        if of not in _GRADIENTS:
+            raise ValueError(f"gradients(of={of!r}): expected one of {_GRADIENTS}.")
         layers = self.layers
-        direct = [layer.y if layer._tail is None else layer._output for layer in layers]
-        attached = [tensor for tensor in direct if tensor is not None and tensor.requires_grad]
+        direct = [layer.variable if of == "y" and layer._tail is None else layer.output for layer in layers]
+        attached = [tensor for tensor in direct if tensor.requires_grad]
         if len(attached) < len(layers) or not scalar.requires_grad:
             raise TraceError("gradients(): the forward pass ran without gradients; call the model outside no_grad().")
         found = torch.autograd.grad(scalar, attached, retain_graph=True, allow_unused=True)
         result = {}
         for layer, tensor, gradient in zip(layers, attached, found, strict=True):
             filled = torch.zeros_like(tensor) if gradient is None else gradient
-            result[layer.name] = filled if layer._tail is None else _through_tail(layer, filled)
+            result[layer.name] = filled if of == "output" or layer._tail is None else _through_tail(layer, filled)
         return result
 
-    def _store(self, layer: ScanLayer) -> None:
+    def _store(self, layer: Layer) -> None:
         if layer.name in self._layers:
             self._repeated.add(layer.name)
         self._layers[layer.name] = layer
@@ -92,15 +96,16 @@ def trace(
     attention: str | None = None,
     layout: TokenLayout | None = None,
     rules: Rules | None = None,
-    adapters: Iterable[Adapter] | None = None,
+    adapters: Iterable[AnyAdapter] | None = None,
 ) -> Iterator[Trace]:
-    """Record the selective scans of the next forward pass of a model.
+    """Record the selective scans, and the softmax attention, of the next forward pass of a model.
 
     Args:
         model: a model with mixers of a known family, as it is; it is neither switched to eval nor changed.
         layers: names or patterns (``"layers.1?.mixer"``) of mixers. Default: all.
-        mode: "route" runs the mixers' equations through ``mamba_attn.ops``, submodules called as modules; "observe"
-            leaves the model's own forward untouched and recomputes the record from each mixer's input.
+        mode: "route" runs the mixers' equations through ``mamba_attn.ops``, and softmax attention through its explicit
+            probabilities, submodules called as modules; "observe" leaves the model's own forward untouched and
+            recomputes the record from each mixer's input.
         attention: a fold whose matrix is computed during the pass; None computes matrices when asked.
         layout: the token frame, where it cannot be read from the model.
         rules: what an attribution method changes in the forward (mode "route").
@@ -133,145 +138,26 @@ def trace(
     record = Trace(list(mixers))
     seen = Seen(layout=layout)
     with ExitStack() as stack:
-        _watch_layout(stack, model, {adapter for _, adapter in mixers.values()}, seen)
+        watch_layout(stack, model, {adapter for _, adapter in mixers.values()}, seen)
         for name, (module, adapter) in mixers.items():
-            use = _Use(name, record, seen, adapter, attention, rules, get_ident())
-            if mode == "route":
-                stack.enter_context(_routed(module, use))
-            else:
-                handle = module.register_forward_hook(partial(_observe, use), with_kwargs=True)
-                stack.callback(handle.remove)
+            use = Use(name, record._store, seen, adapter, attention, rules, get_ident())
+            stack.enter_context(routed(module, use) if mode == "route" else observed(module, use))
         yield record
 
 
-@dataclass(frozen=True, eq=False)
-class _Use:
-    """One trace's interest in one mixer."""
-
-    name: str
-    record: Trace
-    seen: Seen
-    adapter: Adapter
-    attention: str | None
-    rules: Rules | None
-    thread: int
-
-
-class _RoutedForward:
-    """Stands in a mixer's ``forward`` while anybody traces it; calls of other threads go to the original."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.original = module.forward
-        self.own = "forward" in module.__dict__  # SS2D of VMamba sets its forward on the instance
-        self.uses: list[_Use] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        uses = [use for use in self.uses if use.thread == get_ident()]
-        if not uses:
-            return self.original(*args, **kwargs)
-        last = uses[-1]
-        rules = next((use.rules for use in reversed(uses) if use.rules is not None), PLAIN)
-        scan = rules.scan(last.adapter.project(self.module, *args, rules=rules, seen=last.seen, **kwargs))
-        folds = {use.attention: selective_scan(scan, attention=use.attention) for use in uses if use.attention}
-        y = next(iter(folds.values()))[0] if folds else selective_scan(scan)
-        if not isinstance(y, Tensor):
-            raise TypeError(f"{last.name}: the scan returned {type(y).__name__}.")
-        if torch.is_grad_enabled() and not y.requires_grad:
-            y.requires_grad_()  # a frozen model: gradients with respect to y start here
-        for use in uses:
-            ready = (use.attention, folds[use.attention][1]) if use.attention else None
-            use.record._store(ScanLayer(use.name, scan, y=y, attention=ready))
-        return last.adapter.finish(self.module, scan, y, rules)
-
-
-_install = Lock()
-
-
-@contextmanager
-def _routed(module: nn.Module, use: _Use) -> Iterator[None]:
-    with _install:
-        forward = module.__dict__.get("forward")
-        if not isinstance(forward, _RoutedForward):
-            forward = _RoutedForward(module)
-            module.__dict__["forward"] = forward
-        forward.uses.append(use)
-    try:
-        yield
-    finally:
-        with _install:
-            forward.uses.remove(use)
-            if not forward.uses:
-                if forward.own:
-                    module.__dict__["forward"] = forward.original
-                else:
-                    del module.__dict__["forward"]
-
-
-def _observe(use: _Use, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    if use.thread != get_ident():
-        return
-    scan = use.adapter.project(module, *args, rules=PLAIN, seen=use.seen, **kwargs)
-    fixed = scan.map_tensors(Tensor.detach)
-
-    def tail(y: Tensor) -> Tensor:
-        result: Tensor = use.adapter.finish(module, fixed, y, PLAIN)
-        return result
-
-    layer = ScanLayer(use.name, scan, output=output, tail=tail)
-    if use.attention:
-        layer._ready[use.attention] = layer.attention(use.attention)
-    use.record._store(layer)
-
-
-def _through_tail(layer: ScanLayer, gradient: Tensor) -> Tensor:
-    """The gradient with respect to y, from the one at the mixer's output."""
+def _through_tail(layer: Layer, gradient: Tensor) -> Tensor:
+    """The gradient with respect to the layer's variable, from the one at the mixer's output."""
     if layer._tail is None:
         raise TraceError(f"{layer.name}: no recomputed tail.")
     with torch.enable_grad():
-        y = layer.y.detach().requires_grad_()
-        (result,) = torch.autograd.grad(layer._tail(y), y, gradient)
+        variable = layer.variable.detach().requires_grad_()
+        (result,) = torch.autograd.grad(layer._tail(variable), variable, gradient)
     return result
 
 
-def _watch_layout(stack: ExitStack, model: nn.Module, adapters: set[Adapter], seen: Seen) -> None:
-    """Learn the image size from the first convolution's input, and the token frame from the patch embedding."""
-    thread = get_ident()
-
-    def image(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if thread == get_ident() and args and isinstance(args[0], Tensor) and args[0].ndim == 4:
-            seen.image_size = (args[0].shape[2], args[0].shape[3])
-
-    def device(module: nn.Module, args: tuple[Any, ...]) -> None:
-        weight = next(module.parameters(), None)
-        given = next((value for value in args if isinstance(value, Tensor)), None)
-        if weight is None or given is None or thread != get_ident() or given.device == weight.device:
-            return
-        raise ValueError(
-            f"the model is on {weight.device} and its input on {given.device}: move one, e.g. "
-            f"images.to({str(weight.device)!r})."
-        )
-
-    stack.callback(model.register_forward_pre_hook(device, prepend=True).remove)
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    if first is not None:
-        stack.callback(first.register_forward_pre_hook(image).remove)
-    if seen.layout is not None:
-        return
-    for adapter in adapters:
-        source = adapter.layout_source(model)
-        if source is not None:
-
-            def read(module: nn.Module, args: tuple[Any, ...], output: Any, read: Any = source.read) -> None:
-                if thread == get_ident():
-                    seen.layout = read(args, output)
-
-            stack.callback(source.module.register_forward_hook(read).remove)
-
-
 def _select(
-    mixers: dict[str, tuple[nn.Module, Adapter]], patterns: Iterable[str] | None
-) -> dict[str, tuple[nn.Module, Adapter]]:
+    mixers: dict[str, tuple[nn.Module, AnyAdapter]], patterns: Iterable[str] | None
+) -> dict[str, tuple[nn.Module, AnyAdapter]]:
     if patterns is None:
         return mixers
     if isinstance(patterns, str):

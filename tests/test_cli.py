@@ -131,6 +131,26 @@ def test_a_model_of_four_stages_and_names_for_nameless_classes(photos, tmp_path,
     assert "class 3" in capsys.readouterr().out
 
 
+def test_a_vit(photos, tmp_path):
+    options = {"image_size": 32, "depth": 2, "embed_dim": 32, "num_classes": 3}
+    path = save(tmp_path / "vit", "vit_micro", options)
+    arguments = ["explain", str(photos / "two"), "--model", "vit_micro", "--weights", path]
+    assert cli.main([*arguments, "--out", str(photos / "out")]) == 0
+    arrays = np.load(photos / "out" / "a.npz")
+    assert arrays["layers"].tolist() == ["blocks.0.attn", "blocks.1.attn"]
+    np.testing.assert_allclose(arrays["row.blocks.1.attn"].sum(), 1, atol=1e-6)
+    assert arrays["rollout"].shape == (32, 32)
+
+
+def test_official_models_see_the_crop_that_they_were_measured_with(photos, tmp_path):
+    path = save(tmp_path / "tiny", "vim_tiny", {**VIM, "image_size": [32, 48]})
+    arguments = ["explain", str(photos / "two"), "--model", "vim_tiny", "--weights", path]
+    assert cli.main([*arguments, "--out", str(photos / "out")]) == 0
+    picture = images.read(photos / "two" / "a.jpg")
+    expected = images.crop(picture, (32, 48), cover=(36, 54), interpolation="bicubic")
+    assert np.array_equal(np.load(photos / "out" / "a.npz")["image"], expected)
+
+
 def test_activations_that_are_not_finite_are_an_error_of_the_image(photos, tmp_path, capsys):
     path = save(tmp_path / "nan", "vim_micro", VIM)
     state = models.create("vim_micro", weights=path, **VIM).state_dict()

@@ -23,13 +23,16 @@ HOUSE = [
     ["attribution"],
     ["figures"],
     ["tracing"],
+    ["_routing"],
+    ["attention_layer"],
     ["layers"],
     ["integrations"],
     ["adapters"],  # reaches integrations by name only
     ["models"],
     ["rules"],
     ["ops"],
-    ["scan", "layout", "orders"],
+    ["scan", "softmax"],
+    ["layout", "orders"],
     ["images"],
     ["errors", "_types", "_torchvision"],
 ]

@@ -101,6 +101,49 @@ def test_gradients_of_both_modes_equal_a_hook_on_the_untouched_model(make: objec
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("make", [vim, vmamba])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_outputs_and_their_gradients_equal_those_of_the_untouched_model(make: object, frozen: bool) -> None:
+    model = make()
+    x = images()
+    seen: dict[str, torch.Tensor] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if hasattr(module, "out_proj"):
+
+            def keep(module: nn.Module, args: object, output: torch.Tensor, name: str = name) -> None:
+                output.retain_grad()
+                seen[name] = output
+
+            handles.append(module.register_forward_hook(keep))
+    model(x)[:, 3].sum().backward()
+    for handle in handles:
+        handle.remove()
+    model.zero_grad(set_to_none=True)
+    model.requires_grad_(not frozen)
+    for mode in ("route",) if frozen else ("route", "observe"):
+        with mamba_attn.trace(model, mode=mode) as trace:
+            logits = model(x)
+        gradients = trace.gradients(logits[:, 3].sum(), of="output")
+        assert list(gradients) == list(seen)
+        for name, gradient in gradients.items():
+            assert torch.equal(trace[name].output, seen[name])
+            scale = seen[name].grad.abs().max().item()
+            torch.testing.assert_close(gradient, seen[name].grad, rtol=0, atol=2e-5 * scale)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_gradients_of_what_is_no_tensor_or_not_known() -> None:
+    model = vim()
+    with mamba_attn.trace(model) as trace:
+        logits = model(images())
+    with pytest.raises(ValueError, match=r"gradients\(of='z'\): expected one of \('y', 'output'\)"):
+        trace.gradients(logits[0, 1], of="z")
+    trace.layers[1]._output = (logits,)
+    with pytest.raises(TraceError, match=r"layers\.1\.mixer: the mixer returned tuple, not a tensor"):
+        trace.gradients(logits[0, 1], of="output")
+
+
 def test_gradients_of_a_frozen_model_and_of_a_pass_without_them() -> None:
     model = vim().requires_grad_(False)
     with mamba_attn.trace(model) as trace:
@@ -134,6 +177,13 @@ def test_layer_rows_columns_and_products() -> None:
     vector = torch.randn(2, layer.scan.tokens)
     expected = vector + torch.einsum("bi,bij->bj", vector, matrix)
     torch.testing.assert_close(layer.left_product(vector), expected, rtol=1e-4, atol=1e-5)
+    weight = torch.randn(2, layer.scan.channels, layer.scan.tokens)
+    weighted = layer.attention("sum", col_weight=weight)
+    torch.testing.assert_close(layer.row(4, fold="sum", col_weight=weight), weighted[:, 4], rtol=1e-4, atol=1e-5)
+    column = layer.column(4, fold="sum", col_weight=weight)
+    torch.testing.assert_close(column, weighted[:, :, 4], rtol=1e-4, atol=1e-5)
+    alone = layer.left_product(vector, fold="sum", col_weight=weight, residual=False)
+    torch.testing.assert_close(alone, torch.einsum("bi,bij->bj", vector, weighted), rtol=1e-4, atol=1e-4)
     each = layer.attention(routes="each")
     assert each.shape == (2, 4, layer.scan.tokens, layer.scan.tokens)
     torch.testing.assert_close(each.sum(1), matrix, rtol=1e-5, atol=1e-8)
@@ -312,7 +362,9 @@ def test_reading_too_early_or_twice_or_misspelt() -> None:
 
 def test_a_model_with_nothing_to_trace() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
-    with pytest.raises(UnsupportedModelError, match=r"Families known: Vim, VMamba\..*Sequential x 1, Conv2d x 1"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"Families known: Vim, VMamba, timm ViT\..*Sequential x 1, Conv2d x 1"
+    ):
         with mamba_attn.trace(model):
             pass
 

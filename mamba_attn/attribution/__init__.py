@@ -10,6 +10,7 @@ except ImportError as error:
 
 from mamba_attn.attribution._base import TokenAttribution
 from mamba_attn.attribution.attention_rollout import AttentionRollout
+from mamba_attn.attribution.mamba_attribution import MambaAttribution
 from mamba_attn.attribution.raw_attention import RawAttention
 
-__all__ = ["AttentionRollout", "RawAttention", "TokenAttribution"]
+__all__ = ["AttentionRollout", "MambaAttribution", "RawAttention", "TokenAttribution"]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from mamba_attn._types import Int
 from mamba_attn.attribution._queries import Query, check_query
 from mamba_attn.errors import TraceError
-from mamba_attn.layers import ScanLayer
+from mamba_attn.layers import Layer
 from mamba_attn.layout import TokenLayout
+from mamba_attn.rules import Rules
 from mamba_attn.tracing import Trace, trace
 
 Target = int | Sequence[int] | Tensor | None
@@ -69,14 +70,30 @@ class TokenAttribution(Attribution, ABC):
         """
         size = self._size("attribute", inputs, query)
         with torch.no_grad():
-            with trace(self.model, layers=self.layers) as record:
-                output = self.model(inputs)
-            self._targets(output, target, len(inputs))
-            return self._render(self._rows(self._ran(record), query), size, grid)
+            return self._render(self._explain(inputs, target, query), size, grid)
 
     @abstractmethod
-    def _rows(self, layers: Sequence[ScanLayer], query: Query) -> list[Row]:
-        """Return the rows whose maps are averaged: one, or one per layer."""
+    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+        """Return the rows whose maps are averaged: one, or one per layer. Called without gradients."""
+
+    def _run(
+        self, inputs: Tensor, target: Target, *, gradients: bool = False, rules: Rules | None = None
+    ) -> tuple[Trace, Tensor]:
+        """One traced forward pass, and the sum of the images' target logits.
+
+        Args:
+            inputs: as in ``attribute``.
+            target: as in ``attribute``.
+            gradients: keep the graph.
+            rules: what watches, or changes, the forward.
+        """
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+            images = inputs.clone() if inputs.is_inference() else inputs  # nothing is saved of inference tensors
+            with trace(self.model, layers=self.layers, rules=rules) as record:
+                output = self.model(images)
+            classes = self._targets(output, target, len(inputs))
+            self._ran(record)
+            return record, output.gather(1, classes.unsqueeze(1)).sum()
 
     def _size(self, method: str, inputs: Tensor, query: Query) -> tuple[int, int]:
         """The images' (rows, columns) in pixels; ValueError for inputs that are no batch, or a query outside them."""
@@ -87,7 +104,7 @@ class TokenAttribution(Attribution, ABC):
         check_query(call, query, size)
         return size
 
-    def _ran(self, record: Trace) -> list[ScanLayer]:
+    def _ran(self, record: Trace) -> list[Layer]:
         """The layers of the pass.
 
         Raises:

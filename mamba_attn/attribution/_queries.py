@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mamba_attn import ops
 from mamba_attn._types import Float
-from mamba_attn.layers import ScanLayer
+from mamba_attn.layers import Layer
 from mamba_attn.layout import TokenLayout
 
 Query = Sequence[float] | None  # (row, column) or (x0, y0, x1, y1), in pixels
@@ -60,24 +59,37 @@ def query_tokens(layout: TokenLayout, query: Query) -> list[int]:
     return inside or [_nearest(layout, (y0 + y1) / 2, (x0 + x1) / 2)]
 
 
-def query_weights(layer: ScanLayer, query: Query) -> Float[Tensor, "batch tokens"]:
+def query_weights(layer: Layer, query: Query) -> Float[Tensor, "batch tokens"]:
     """Return the mean over a query's tokens as a row vector: 1 / count on each of them, 0 elsewhere."""
     tokens = query_tokens(layer.layout, query)
-    source = layer.scan.source_delta
-    dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
-    weights = torch.zeros(layer.scan.batch, layer.scan.tokens, dtype=dtype, device=source.device)
+    weights = torch.zeros(layer.batch, layer.tokens, dtype=layer.dtype, device=layer.device)
     weights[:, tokens] = 1 / len(tokens)
     return weights
 
 
-def read_rows(layer: ScanLayer, query: Query) -> Float[Tensor, "batch tokens"]:
-    """Return the mean of the rows of a query's tokens in the channel-mean attention, signed, in linear time."""
+def read_rows(
+    layer: Layer,
+    query: Query,
+    *,
+    fold: str = "mean",
+    row_weight: Float[Tensor, "batch channels tokens"] | None = None,
+    col_weight: Float[Tensor, "batch routes channels length"] | None = None,
+) -> Float[Tensor, "batch tokens"]:
+    """Return the mean of the rows of a query's tokens in the folded attention, signed; for scans in linear time.
+
+    Args:
+        layer: the layer.
+        query: whose rows.
+        fold: "mean" or "sum" over channels or heads.
+        row_weight: as in the layer's ``row``.
+        col_weight: likewise.
+    """
     tokens = query_tokens(layer.layout, query)
     if len(tokens) == 1:
-        return layer.row(tokens[0])
-    layer._require_finite()
-    # layer.left_product(weights) - weights would cancel: attention can be thousands of times smaller than the identity
-    return ops.left_product(layer.scan, vector=query_weights(layer, query))
+        return layer.row(tokens[0], fold=fold, row_weight=row_weight, col_weight=col_weight)
+    # left_product(weights) - weights would cancel: attention can be thousands of times smaller than the identity
+    vector = query_weights(layer, query)
+    return layer.left_product(vector, fold=fold, row_weight=row_weight, col_weight=col_weight, residual=False)
 
 
 def _nearest(layout: TokenLayout, row: float, column: float) -> int:

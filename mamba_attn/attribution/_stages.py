@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mamba_attn._types import Float
 from mamba_attn.errors import UnsupportedModelError
-from mamba_attn.layers import ScanLayer
+from mamba_attn.layers import Layer
 from mamba_attn.layout import TokenLayout
 
 
@@ -21,7 +21,7 @@ class Downsampling(NamedTuple):
     padding: tuple[int, int]
 
 
-def downsamplings(model: nn.Module, layers: Sequence[ScanLayer]) -> list[list[Downsampling]]:
+def downsamplings(model: nn.Module, layers: Sequence[Layer]) -> list[list[Downsampling]]:
     """Return, for every pair of neighbouring layers, the strided convolutions that the model holds between them.
 
     Args:

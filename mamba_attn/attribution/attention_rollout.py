@@ -5,18 +5,19 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.attribution._base import Row, TokenAttribution
+from mamba_attn.attribution import _conventions, _published, _vmamba_analysis
+from mamba_attn.attribution._base import Row, Target, TokenAttribution
 from mamba_attn.attribution._queries import Query, query_weights
 from mamba_attn.attribution._stages import Downsampling, downsamplings, to_finer
-from mamba_attn.layers import ScanLayer
+from mamba_attn.layers import Layer
 
 
 class AttentionRollout(TokenAttribution):
     """The query's row of the product of all layers' attention (arXiv 2005.00928, eq. 1); independent of the class.
 
-    Default: the positive part of each layer's matrix, channels averaged and routes summed before, plus the identity
-    for the residual stream, its rows divided by their sums. The query's row of the product is carried from the last
-    layer to the first, one dense matrix at a time; it sums to 1.
+    Default: the positive part of each layer's matrix, channels averaged and routes summed before (in a ViT: heads
+    averaged), plus the identity for the residual stream, its rows divided by their sums. The query's row of the product
+    is carried from the last layer to the first, one dense matrix at a time; it sums to 1.
 
     Between stages of VMamba a downsampling layer acts by its averaging matrix: a token takes the mean of the tokens
     under the layer's kernel. The global pool acts by the mean over tokens, which is the default query there.
@@ -25,24 +26,50 @@ class AttentionRollout(TokenAttribution):
         model: a model that ``mamba_attn.trace`` knows.
         layers: names or patterns of the mixers to use; the others act as the identity. Default: all.
         signed: no positive part and no normalisation, I + attention as it is; time and memory linear in tokens.
+        convention: "exact"; "hidden_mamba" or "implicit_unified", the class token's row as the code published with
+            arXiv 2403.01590 or 2405.16504 computes it, put into all rows of the matrices of the late layers, which are
+            not made positive (the second repository publishes no rollout: its row, the first one's recipe);
+            "vmamba_analysis" or "vmamba_analysis_dt", VMamba's rollout of its own map over the blocks of one stage,
+            without or with the steps delta. Published defaults for the layers hold unless ``layers`` names some.
+
+    Raises:
+        ValueError: an unknown convention, or one that the model is not made for; a published one with
+            ``signed=True``, or, where it knows the class token's row alone, with a query.
 
     Example:
         >>> AttentionRollout(model, signed=True).attribute(torch.randn(2, 3, 224, 224)).shape
         torch.Size([2, 1, 224, 224])
     """
 
-    def __init__(self, model: nn.Module, *, layers: Iterable[str] | None = None, signed: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: Iterable[str] | None = None,
+        signed: bool = False,
+        convention: str = _conventions.EXACT,
+    ) -> None:
         super().__init__(model, layers=layers)
+        _conventions.check_convention("AttentionRollout", convention, _conventions.ALL, signed=signed)
         self.signed = signed
+        self.convention = convention
 
-    def _rows(self, layers: Sequence[ScanLayer], query: Query) -> list[Row]:
+    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+        if self.convention in _conventions.CLASS_TOKEN:
+            return _published.explain(
+                self, self.convention, inputs, target, query,
+                lambda rows, _, token: _published.attention_rollout(rows, token),
+            )  # fmt: skip
+        if self.convention in _conventions.ANALYSIS:
+            return _vmamba_analysis.attention_rollout(self, self.convention, inputs, target, query)
+        layers = self._run(inputs, target)[0].layers
         start = query_weights(layers[-1], query)
         row = roll_out(layers, start, downsamplings(self.model, layers), signed=self.signed)
         return [(layers[0].layout, row)]
 
 
 def roll_out(
-    layers: Sequence[ScanLayer],
+    layers: Sequence[Layer],
     row: Float[Tensor, "batch last_tokens"],
     between: Sequence[Sequence[Downsampling]],
     *,
@@ -64,7 +91,7 @@ def roll_out(
     return row
 
 
-def _normalised_product(layer: ScanLayer, row: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens"]:
+def _normalised_product(layer: Layer, row: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens"]:
     """Row @ (I + A+), rows of the matrix divided by their sums, which are at least 1."""
     positive = layer.attention("mean").clamp(min=0)
     weighted = row / (1 + positive.sum(-1))

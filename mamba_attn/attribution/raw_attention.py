@@ -1,13 +1,13 @@
 """Raw hidden attention: what the query reads, layer by layer, averaged."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from mamba_attn.attribution._base import Row, TokenAttribution
+from mamba_attn.attribution import _conventions, _published, _vmamba_analysis
+from mamba_attn.attribution._base import Row, Target, TokenAttribution
 from mamba_attn.attribution._queries import Query, read_rows
-from mamba_attn.layers import ScanLayer
 from mamba_attn.tracing import trace
 
 
@@ -16,24 +16,42 @@ class RawAttention(TokenAttribution):
 
     Per layer the channels' true matrices are averaged and the routes summed in the token frame (arXiv 2403.01590,
     section 3.3); the query's row of that is read in linear time, its positive part taken, and the maps averaged over
-    the layers. Layers on different grids, as in VMamba, meet in pixels.
+    the layers. Layers on different grids, as in VMamba, meet in pixels. In a ViT the heads' probabilities are averaged.
 
     Args:
         model: a model that ``mamba_attn.trace`` knows.
         layers: names or patterns of the mixers to use, e.g. ``["layers.2.*"]`` for one stage of VMamba. Default: all.
         signed: keep the negative entries.
+        convention: "exact"; "hidden_mamba" or "implicit_unified", the class token's row as the code published with
+            arXiv 2403.01590 or 2405.16504 computes it, each late layer scaled to 0..1 per image (the second repository
+            publishes no raw attention: its row, the first one's recipe); "vmamba_analysis" or "vmamba_analysis_dt",
+            VMamba's own map of one block, without or with the steps delta, scaled to 0..1 per image. Published
+            defaults for the layers hold unless ``layers`` names some.
+
+    Raises:
+        ValueError: an unknown convention, or one that the model is not made for; a published one with
+            ``signed=True``, or, where it knows the class token's row alone, with a query.
 
     Example:
         >>> RawAttention(model).attribute(torch.randn(2, 3, 224, 224)).shape
         torch.Size([2, 1, 224, 224])
     """
 
-    def __init__(self, model: nn.Module, *, layers: Iterable[str] | None = None, signed: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: Iterable[str] | None = None,
+        signed: bool = False,
+        convention: str = _conventions.EXACT,
+    ) -> None:
         super().__init__(model, layers=layers)
+        _conventions.check_convention("RawAttention", convention, _conventions.ALL, signed=signed)
         self.signed = signed
+        self.convention = convention
 
     def rows(self, inputs: Tensor, query: Query = None) -> dict[str, Tensor]:
-        """Return the query's signed row in every layer, (batch, tokens) each, by the layers' names.
+        """Return the query's signed row in every layer, (batch, tokens) each, by the layers' names; always exact.
 
         Args:
             inputs: as in ``attribute``.
@@ -48,6 +66,13 @@ class RawAttention(TokenAttribution):
                 self.model(inputs)
             return {layer.name: read_rows(layer, query) for layer in self._ran(record)}
 
-    def _rows(self, layers: Sequence[ScanLayer], query: Query) -> list[Row]:
+    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+        if self.convention in _conventions.CLASS_TOKEN:
+            return _published.explain(
+                self, self.convention, inputs, target, query, lambda rows, _, __: _published.raw_attention(rows)
+            )
+        if self.convention in _conventions.ANALYSIS:
+            return _vmamba_analysis.raw_attention(self, self.convention, inputs, target, query)
+        layers = self._run(inputs, target)[0].layers
         signed = ((layer.layout, read_rows(layer, query)) for layer in layers)
         return [(layout, row if self.signed else row.clamp(min=0)) for layout, row in signed]

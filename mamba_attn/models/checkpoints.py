@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mamba_attn.errors import WeightsError
 from mamba_attn.layout import TokenLayout
 from mamba_attn.models.vim import VisionMamba, resize_positions
+from mamba_attn.models.vit import position_layout
 
 _ENTRIES = ("model", "model_ema", "state_dict")
 _PREFIXES = ("module.", "backbone.")
@@ -133,19 +134,22 @@ def _fit(model: nn.Module, name: str, value: Tensor, expected: Tensor | None) ->
         return value.view(expected.shape)  # routes side by side
     if value.ndim == 4 and value.shape == (*expected.shape, 1, 1):
         return value.view(expected.shape)
-    if name == "pos_embed" and isinstance(model, VisionMamba) and value.ndim == 3:
+    if name == "pos_embed" and value.ndim == 3:
         return _resize(model, value)
     return value
 
 
-def _resize(model: VisionMamba, pos_embed: Tensor) -> Tensor:
+def _resize(model: nn.Module, pos_embed: Tensor) -> Tensor:
     """Position embeddings for the model's grid; as they are when no square grid fits them."""
-    wanted = model.layout(*model.image_size)
+    wanted = model.layout(*model.image_size) if isinstance(model, VisionMamba) else position_layout(model)
+    if wanted is None:
+        return pos_embed
     extra = len(wanted.class_tokens)
     side = math.isqrt(pos_embed.shape[1] - extra)
     if side < 1 or side * side != pos_embed.shape[1] - extra:
         return pos_embed
-    position = (side * side // 2,) if model.class_token == "middle" else (0,) * extra
+    middle = isinstance(model, VisionMamba) and model.class_token == "middle"
+    position = (side * side // 2,) if middle else wanted.class_tokens
     return resize_positions(pos_embed, TokenLayout((side, side), class_tokens=position), wanted)
 
 

@@ -1,7 +1,7 @@
 """Models by name."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,9 @@ from torch import nn
 
 from mamba_attn.errors import WeightsError, nearest
 from mamba_attn.models import checkpoints, official
+from mamba_attn.models.transforms import EvaluationTransform
 from mamba_attn.models.vim import VisionMamba
+from mamba_attn.models.vit import vision_transformer
 from mamba_attn.models.vmamba import VSSM
 
 _MICRO: dict[str, Any] = {"image_size": 128, "num_classes": 20}
@@ -31,6 +33,7 @@ _CONFIGS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
     "vmamba_small_s1l20": (VSSM, {"depths": (2, 2, 20, 2)}),
     "vmamba_base_s1l20": (VSSM, {"depths": (2, 2, 20, 2), "dims": 128}),
     "vmamba_micro": (VSSM, {"depths": (1, 1, 2, 1), "dims": 48, **_MICRO}),
+    "vit_micro": (vision_transformer, {"patch_size": 8, "embed_dim": 128, "depth": 12, "num_heads": 4, **_MICRO}),
 }
 _SUFFIX = "bimambav2_final_pool_mean_abs_pos_embed_with_{}_div2"
 _ALIASES = {
@@ -78,21 +81,20 @@ def create(name: str, weights: str | Path | None = None, **options: Any) -> nn.M
         name: one of ``names()``, or an official name of Vim.
         weights: None for random ones; the path of a checkpoint (see ``checkpoints.load``); "official" for the
             published ones, downloaded once; "demo" for the small ones that come with this package.
-        options: arguments of ``VisionMamba`` or ``VSSM``, e.g. ``image_size``, ``num_classes``, ``order``,
-            ``class_token``, ``depth``.
+        options: arguments of ``VisionMamba``, ``VSSM`` or timm's VisionTransformer, e.g. ``image_size``,
+            ``num_classes``, ``drop_path``, ``order``, ``class_token``, ``depth``.
 
     Raises:
         ValueError: an unknown name.
         TypeError: an unknown option.
         WeightsError: weights that are absent, damaged, not safe to load, or do not fit.
+        ImportError: a model of timm's without timm.
 
     Example:
         >>> create("vim_tiny", image_size=(64, 96), num_classes=10).layout(64, 96).grid
         (4, 6)
     """
-    name = _ALIASES.get(name, name)
-    if name not in _CONFIGS:
-        raise ValueError(f"create({name!r}): no such model. {nearest(name, [*_CONFIGS, *_ALIASES])}")
+    name = _known("create", name)
     builder, config = _CONFIGS[name]
     path: str | Path | None = weights
     if weights == "demo":
@@ -109,3 +111,36 @@ def create(name: str, weights: str | Path | None = None, **options: Any) -> nn.M
     if path is not None:
         checkpoints.load(model, path)
     return model.eval()
+
+
+def transform(name: str, image_size: int | Sequence[int] | None = None) -> EvaluationTransform:
+    """Return the evaluation transform of a model: a function from a Pillow image or a path to (3, height, width).
+
+    The published models see the centre of the image, its shorter side scaled to ``int(size / 0.875)`` bicubically; the
+    micro models all of the shorter side, bilinearly, as they were trained. Mean and standard deviation are ImageNet's.
+
+    Args:
+        name: as in ``create``.
+        image_size: side, or (height, width), in pixels, of a model created with that option. Default: the model's.
+
+    Raises:
+        ValueError: an unknown name.
+
+    Example:
+        >>> transform("vim_tiny").cover
+        (256, 256)
+    """
+    name = _known("transform", name)
+    size = image_size or _CONFIGS[name][1].get("image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    if name.endswith("_micro"):
+        return EvaluationTransform((height, width), (height, width), "bilinear")
+    return EvaluationTransform((height, width), (int(height / 0.875), int(width / 0.875)))
+
+
+def _known(call: str, name: str) -> str:
+    """The name in the table of configurations."""
+    name = _ALIASES.get(name, name)
+    if name not in _CONFIGS:
+        raise ValueError(f"{call}({name!r}): no such model. {nearest(name, [*_CONFIGS, *_ALIASES])}")
+    return name

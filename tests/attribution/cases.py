@@ -1,10 +1,11 @@
 """Small models of every shape that attribution meets, in float64, and their matrices by the definition."""
 
 import torch
+import torch.nn.functional as F
 
 from mamba_attn.models.vim import VisionMamba
 from mamba_attn.models.vmamba import VSSM
-from mamba_attn.ops import hidden_attention
+from mamba_attn.ops import hidden_attention, reference
 from mamba_attn.tracing import trace
 
 SIZE = (40, 24)  # not square; 5 x 3 patches of 8
@@ -39,6 +40,72 @@ def matrices(model, inputs):
     with torch.no_grad(), trace(model, mode="observe") as record:
         model(inputs)
     return [(layer.layout, hidden_attention(layer.scan, backend="reference")) for layer in record.layers]
+
+
+def averaging(model, fine, coarse):
+    """(coarse, fine) matrix of a downsampling layer, by pooling every unit vector."""
+    units = torch.eye(fine[0] * fine[1], dtype=torch.float64).view(-1, 1, *fine)
+    if getattr(model, "generation", "") == "v05_noz":
+        pooled = F.avg_pool2d(units, 3, stride=2, padding=1, count_include_pad=False)
+    else:
+        pooled = F.avg_pool2d(units, 2, ceil_mode=True, count_include_pad=False)
+    assert pooled.shape[2:] == coarse
+    return pooled.flatten(1).T
+
+
+def layers_of(model, inputs):
+    """The layers of a pass without gradients, recomputed from the mixers' inputs."""
+    with torch.no_grad(), trace(model, mode="observe") as record:
+        model(inputs)
+    return record.layers
+
+
+def per_channel(layer):
+    """(batch, routes, channels, length, length) by the definition, in scan order."""
+    return reference.hidden_attention(layer.scan, None, None, "each")
+
+
+def through_matrices(model, inputs, layer, matrices):
+    """Logits of the untouched model whose one scan is replaced by explicit matrices of every channel and route."""
+    scan, mixer = layer.scan, model.get_submodule(layer.name)
+
+    def replace(module, args):
+        routes = torch.einsum("brcij,brcj->brci", matrices, scan.u) + scan.D.unsqueeze(-1) * scan.u
+        y = reference.merge_tokens(scan, routes)
+        y = y if scan.gate is None or hasattr(mixer, "out_norm") else y * scan.gate
+        return y.mT.reshape(args[0].shape)
+
+    receiver = mixer.out_norm if hasattr(mixer, "out_norm") else mixer.out_proj
+    handle = receiver.register_forward_pre_hook(replace)
+    logits = model(inputs)
+    handle.remove()
+    return logits
+
+
+def class_or_mean(layout):
+    """Row vector of the default query."""
+    tokens = list(layout.class_tokens) or list(range(layout.tokens))
+    return torch.zeros(layout.tokens, dtype=torch.float64).index_fill(0, torch.tensor(tokens), 1 / len(tokens))
+
+
+def product_less_identity(model, steps, normalise=False):
+    """Row of the default query in the dense product of I + W, last to first, less that of the identities alone.
+
+    With normalise, both have their rows divided by those of I + W.
+    """
+    product = alone = before = None
+    for layout, weighted in steps:
+        eye = torch.eye(layout.tokens, dtype=torch.float64).expand_as(weighted)
+        sums = 1 + weighted.sum(-1, keepdim=True) if normalise else 1
+        step, identity = (eye + weighted) / sums, eye / sums
+        if product is None:
+            product, alone = step, identity
+        else:
+            down = eye if before == layout.grid else averaging(model, before, layout.grid)
+            product, alone = step @ down @ product, identity @ down @ alone
+        before = layout.grid
+    start = class_or_mean(steps[-1][0])
+    return start @ product - start @ alone
 
 
 def _livelier(model):

@@ -9,7 +9,7 @@ from mamba_attn.attribution.attention_rollout import roll_out
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.layout import TokenLayout
 from mamba_attn.tracing import trace
-from tests.attribution.cases import MODELS, SIZE, images, matrices, vim, vmamba
+from tests.attribution.cases import MODELS, SIZE, averaging, images, matrices, vim, vmamba
 
 V3 = Downsampling((3, 3), (2, 2), (1, 1))
 
@@ -18,17 +18,6 @@ def record_of(model, inputs, **options):
     with torch.no_grad(), trace(model, **options) as record:
         model(inputs)
     return record.layers
-
-
-def averaging(model, fine, coarse):
-    """(coarse, fine) matrix of a downsampling layer, by pooling every unit vector."""
-    units = torch.eye(fine[0] * fine[1], dtype=torch.float64).view(-1, 1, *fine)
-    if getattr(model, "generation", "") == "v05_noz":
-        pooled = F.avg_pool2d(units, 3, stride=2, padding=1, count_include_pad=False)
-    else:
-        pooled = F.avg_pool2d(units, 2, ceil_mode=True, count_include_pad=False)
-    assert pooled.shape[2:] == coarse
-    return pooled.flatten(1).T
 
 
 def dense_rollout(model, inputs, signed):

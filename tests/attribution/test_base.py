@@ -3,15 +3,15 @@ import torch
 from captum.attr import Attribution
 from torch import nn
 
-from mamba_attn.attribution import AttentionRollout, RawAttention, TokenAttribution
+from mamba_attn.attribution import AttentionRollout, MambaAttribution, RawAttention, TokenAttribution
 from mamba_attn.errors import NonFiniteError, UnknownLayerError, UnsupportedModelError
 from tests.attribution.cases import MODELS, SIZE, images, vim, vmamba
 
-METHODS = [RawAttention, AttentionRollout]
-BOTH = pytest.mark.parametrize("method", METHODS)
+ALL = pytest.mark.parametrize("method", [RawAttention, AttentionRollout, MambaAttribution])
+BOTH = pytest.mark.parametrize("method", [RawAttention, AttentionRollout])
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("signed", [False, True])
 def test_one_map_per_image_at_its_size_and_positive_unless_signed(method, name, signed):
@@ -22,7 +22,7 @@ def test_one_map_per_image_at_its_size_and_positive_unless_signed(method, name, 
     assert signed or (maps >= 0).all()
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("name", ["middle", "vmamba"])
 def test_permuting_the_batch_permutes_the_maps(method, name):
     model, order = MODELS[name](), torch.tensor([2, 0, 1])
@@ -31,7 +31,7 @@ def test_permuting_the_batch_permutes_the_maps(method, name):
     assert (maps[0] - maps[1]).abs().max() > 1e-6
 
 
-@BOTH
+@ALL
 def test_grid_is_the_patch_grid_and_the_map_is_interpolated_from_it(method):
     model = vim(stride=4)
     grid, maps = method(model).attribute(images(), grid=True), method(model).attribute(images())
@@ -70,7 +70,7 @@ def test_targets_that_are_no_classes(target, message):
         RawAttention(vim(depth=1)).attribute(images(), target=target)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("shape", [(3, 40, 24), (0, 3, 40, 24)])
 def test_inputs_that_are_no_batch(method, shape):
     with pytest.raises(ValueError, match=r"attribute\(inputs\(.*\)\): expected images \(batch, colours, "):
@@ -85,7 +85,7 @@ def test_predicted_classes_are_the_default_target():
         method._targets(output.unsqueeze(2), None, 2)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
 def test_nothing_of_the_model_or_the_inputs_changes(method, training, grad):
@@ -101,7 +101,7 @@ def test_nothing_of_the_model_or_the_inputs_changes(method, training, grad):
     assert model.training == training  # hooks, attributes and gradients are compared after every test
 
 
-@BOTH
+@ALL
 def test_layers_are_chosen_by_pattern(method):
     model = vim()
     one, every = method(model, layers=["layers.1.mixer"]), method(model, layers=["layers.?.mixer"])

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_counts_are_the_official_ones(name):
 
 
 def test_every_name_is_counted_or_micro():
-    assert set(mamba_attn.models.names()) == {*COUNTS, "vim_micro", "vmamba_micro"}
+    assert set(mamba_attn.models.names()) == {*COUNTS, "vim_micro", "vmamba_micro", "vit_micro"}
 
 
 def test_vim_names_and_shapes():
@@ -129,8 +130,47 @@ def test_micro_models():
     assert vim.num_classes == vmamba.num_classes == 20
 
 
-def test_models_come_in_eval_mode():
-    assert not mamba_attn.models.create("vim_micro", depth=1).training
+@pytest.mark.parametrize("name", ["vim_micro", "vit_micro"])
+def test_models_come_in_eval_mode(name):
+    assert not mamba_attn.models.create(name, depth=1).training
+
+
+def test_vit_micro_is_timms_vision_transformer_of_the_same_size():
+    model = on_meta("vit_micro")
+    assert type(model).__module__ == "timm.models.vision_transformer"
+    assert (model.pos_embed.shape, len(model.blocks)) == ((1, 257, 128), 12)
+    assert (model.num_classes, model.image_size, model.global_pool) == (20, (128, 128), "token")
+    assert model.blocks[0].attn.num_heads == 4
+    assert model.blocks[0].mlp.fc1.out_features == 512
+    assert sum(value.numel() for value in model.parameters()) == 2_439_828
+    small = mamba_attn.models.create("vit_micro", image_size=(24, 40), num_classes=7, depth=3, drop_path=0.3)
+    assert small(torch.zeros(1, 3, 24, 40)).shape == (1, 7)
+    assert [block.drop_path1.drop_prob for block in small.blocks[1:]] == pytest.approx([0.15, 0.3])
+
+
+def test_weights_of_vit_micro_load_at_another_resolution(tmp_path):
+    options = {"depth": 1, "num_classes": 3}
+    model = mamba_attn.models.create("vit_micro", **options)
+    save_file(model.state_dict(), tmp_path / "vit.safetensors")
+    same = mamba_attn.models.create("vit_micro", weights=tmp_path / "vit.safetensors", **options)
+    x = torch.randn(1, 3, 128, 128)
+    assert torch.equal(same(x), model(x))
+    larger = mamba_attn.models.create("vit_micro", weights=tmp_path / "vit.safetensors", image_size=192, **options)
+    assert larger.pos_embed.shape == (1, 577, 128)
+    assert torch.equal(larger.pos_embed[:, 0], model.pos_embed[:, 0])
+    smooth = torch.nn.functional.interpolate(larger.pos_embed[:, 1:].mT.reshape(1, 128, 24, 24), 16, mode="area")
+    kept = torch.corrcoef(torch.stack([smooth.flatten(), model.pos_embed[:, 1:].mT.flatten()]))[0, 1]
+    assert kept > 0.7  # the grid was not transposed or shifted
+    with pytest.raises(WeightsError, match=r"do not fit this VisionTransformer: .*num_classes=3"):
+        mamba_attn.models.create("vit_micro", weights=tmp_path / "vit.safetensors", depth=1)
+
+
+def test_vit_micro_without_timm_or_with_an_unknown_option(monkeypatch):
+    with pytest.raises(TypeError, match="image_sice"):
+        mamba_attn.models.create("vit_micro", image_sice=3)
+    monkeypatch.setitem(sys.modules, "timm.models.vision_transformer", None)
+    with pytest.raises(ImportError, match=r"a ViT needs timm: pip install 'mamba_attn\[timm\]'"):
+        mamba_attn.models.create("vit_micro")
 
 
 def test_official_names_of_vim():

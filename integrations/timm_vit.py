@@ -1,0 +1,145 @@
+"""ViT and DeiT as timm builds them (arXiv 2010.11929, 2012.12877): plain softmax attention, class tokens first."""
+
+import inspect
+from typing import Any, ClassVar, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from mamba_attn._types import Float
+from mamba_attn.adapters import AttentionAdapter, LayoutSource, Seen
+from mamba_attn.errors import UnsupportedModelError
+from mamba_attn.layout import TokenLayout
+from mamba_attn.rules import Rules
+from mamba_attn.softmax import AttentionRecord
+
+_PARTS = ("qkv", "proj", "num_heads", "scale")
+_INPUTS = ("x", "attn_mask", "is_causal")
+_CHILDREN = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
+_SETTINGS = ("num_heads", "head_dim", "attn_dim", "dim", "scale", "fused_attn", "training")
+
+
+class TimmViTAdapter(AttentionAdapter):
+    """Modules with the attributes of timm's Attention, fused or not, with or without norms of queries and keys."""
+
+    family: ClassVar[str] = "timm ViT"
+
+    def recognises(self, module: nn.Module) -> bool:
+        """Whether the module has a joint projection to queries, keys and values, and heads."""
+        return all(hasattr(module, name) for name in _PARTS)
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Refuse whatever has a part, a setting or an input that plain attention has not."""
+        inputs = list(inspect.signature(type(module).forward).parameters)[1:]
+        foreign = [name for name in inputs[1:] if name not in _INPUTS]
+        foreign += [name for name, _ in module.named_children() if name not in _CHILDREN]
+        foreign += [name for name, _ in module.named_parameters(recurse=False)]
+        foreign += [name for name, _ in module.named_buffers(recurse=False)]
+        foreign += [
+            name for name, value in vars(module).items()
+            if not name.startswith("_") and name not in _SETTINGS and isinstance(value, int | float | str | tuple)
+        ]  # fmt: skip
+        if foreign:
+            return (
+                f"it has {', '.join(dict.fromkeys(foreign))}, which this adapter does not know; it treats plain "
+                "softmax attention over all tokens: no rotary or relative positions, no windows, no mixing of heads."
+            )
+        absent = [name for name in ("attn_drop", "proj_drop") if not hasattr(module, name)]
+        return f"it has no {' and no '.join(absent)}, so it is another kind of attention." if absent else None
+
+    def project(
+        self, module: nn.Module, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, rules: Rules,
+        seen: Seen,
+    ) -> AttentionRecord:  # fmt: skip
+        """Return the probabilities and the values.
+
+        Raises:
+            UnsupportedModelError: a mask, or an input that is not (batch, tokens, features).
+        """
+        if attn_mask is not None or is_causal:
+            given = "is_causal=True" if attn_mask is None else "an attn_mask"
+            raise UnsupportedModelError(f"family {self.family}: the model calls its attention with {given}, which this "
+                                        "adapter does not know.")  # fmt: skip
+        if x.ndim != 3:
+            raise UnsupportedModelError(
+                f"family {self.family}: {type(module).__name__} got an input of shape {tuple(x.shape)}; this adapter "
+                "knows attention over (batch, tokens, features)."
+            )
+        joint = rearrange(
+            module.get_submodule("qkv")(x), "batch tokens (three heads width) -> three batch heads tokens width",
+            three=3, heads=cast(int, module.num_heads),
+        )  # fmt: skip
+        query, key = _norm(module, "q_norm", joint[0], rules), _norm(module, "k_norm", joint[1], rules)
+        # the fused kernel scales by the heads' width, whatever the module's scale
+        scale = joint.shape[-1] ** -0.5 if getattr(module, "fused_attn", False) else cast(float, module.scale)
+        gate = getattr(module, "gate", None)
+        return AttentionRecord(
+            probabilities=((query * scale) @ key.mT).softmax(-1), value=joint[2],
+            gate=None if gate is None else rules.activation(torch.sigmoid, gate(x)).mT,
+            layout=seen.layout if seen.layout is not None and seen.layout.tokens == x.shape[1] else None,
+        )  # fmt: skip
+
+    def finish(self, module: nn.Module, record: AttentionRecord, probabilities: Tensor, rules: Rules) -> Tensor:
+        """Return the projected output."""
+        mixed = _mixed(module, record, module.get_submodule("attn_drop")(probabilities), rules)
+        output: Tensor = module.get_submodule("proj_drop")(module.get_submodule("proj")(mixed))
+        return output
+
+    def mixed_values(
+        self, module: nn.Module, record: AttentionRecord, probabilities: Tensor
+    ) -> tuple[nn.Module, Tensor]:
+        """Return proj, which receives the heads' output side by side."""
+        return module.get_submodule("proj"), _mixed(module, record, probabilities, Rules())
+
+    def layout_source(self, model: nn.Module) -> LayoutSource | None:
+        """Return the patch embedding's convolution: its output is the grid."""
+        for module in model.modules():
+            projection = getattr(getattr(module, "patch_embed", None), "proj", None)
+            if isinstance(projection, nn.Conv2d) and hasattr(module, "blocks"):
+                return LayoutSource(projection, _LayoutReader(module, projection))
+        return None
+
+
+def _norm(module: nn.Module, name: str, x: Tensor, rules: Rules) -> Tensor:
+    norm: nn.Module | None = getattr(module, name, None)
+    if norm is None:
+        return x
+    result: Tensor = norm(x) if isinstance(norm, nn.Identity) else rules.norm(norm, x)
+    return result
+
+
+def _mixed(
+    module: nn.Module, record: AttentionRecord, probabilities: Tensor, rules: Rules
+) -> Float[Tensor, "batch tokens channels"]:
+    """The heads' output side by side, normed and gated where the module does that."""
+    heads = probabilities.to(record.value.dtype) @ record.value
+    mixed = _norm(module, "norm", rearrange(heads, "batch heads tokens width -> batch tokens (heads width)"), rules)
+    return mixed if record.gate is None else rules.gate(mixed, record.gate.mT)
+
+
+class _LayoutReader:
+    def __init__(self, model: nn.Module, projection: nn.Conv2d) -> None:
+        self.model = model
+        self.projection = projection
+
+    def __call__(self, inputs: tuple[Any, ...], output: Tensor) -> TokenLayout | None:
+        embed = self.model.patch_embed
+        ratio = getattr(embed, "feature_ratio", None) if hasattr(embed, "backbone") else 1  # of a hybrid's features
+        ratio = (ratio, ratio) if isinstance(ratio, int) else ratio
+        kernel, stride = self.projection.kernel_size, self.projection.stride
+        if ratio is None or kernel[0] != kernel[1] or stride[0] != stride[1] or ratio[0] != ratio[1]:
+            return None  # patches that are not square
+        # timm's order: class token, distillation token, registers, patches
+        classes = sum(getattr(self.model, name, None) is not None for name in ("cls_token", "dist_token"))
+        registers = getattr(self.model, "reg_token", None)
+        total = getattr(self.model, "num_prefix_tokens", classes + (0 if registers is None else registers.shape[1]))
+        if getattr(self.model, "global_pool", "token") not in ("token", ""):
+            classes = 0  # the head does not read the class token, so it is a register
+        return TokenLayout(
+            grid=(output.shape[-2], output.shape[-1]), patch_size=kernel[0] * ratio[0], stride=stride[0] * ratio[0],
+            class_tokens=tuple(range(classes)), registers=tuple(range(classes, total)),
+        )  # fmt: skip
+
+
+ADAPTER = TimmViTAdapter()

@@ -1,0 +1,187 @@
+"""What a trace installs on a user's model, and takes off again: forwards of mixers, and hooks.
+
+Together with ``tracing.py``, which says what is traced and owns the ExitStack, the only place that touches a user's
+model: every change of it stands here, and nothing else calls this file.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from threading import Lock, get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from mamba_attn.adapters import AnyAdapter, AttentionAdapter, Seen
+from mamba_attn.attention_layer import AttentionLayer
+from mamba_attn.errors import TraceError
+from mamba_attn.layers import Layer, ScanLayer
+from mamba_attn.ops import selective_scan
+from mamba_attn.rules import PLAIN, Rules
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """One trace's interest in one mixer.
+
+    Args:
+        name: the mixer's name in the model.
+        store: takes the layer of a call.
+        seen: what the forward pass has shown so far.
+        adapter: the mixer's.
+        attention: a fold whose matrix is computed during the pass, or None.
+        rules: what changes in the forward, or None.
+        thread: whose calls are traced.
+    """
+
+    name: str
+    store: Callable[[Layer], None]
+    seen: Seen
+    adapter: AnyAdapter
+    attention: str | None
+    rules: Rules | None
+    thread: int
+
+
+class _RoutedForward:
+    """Stands in a mixer's ``forward`` while anybody traces it; calls of other threads go to the original."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.original = module.forward
+        self.own = "forward" in module.__dict__  # SS2D of VMamba sets its forward on the instance
+        self.uses: list[Use] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        uses = [use for use in self.uses if use.thread == get_ident()]
+        if not uses:
+            return self.original(*args, **kwargs)
+        adapter, seen = uses[-1].adapter, uses[-1].seen
+        rules = next((use.rules for use in reversed(uses) if use.rules is not None), PLAIN)
+        if isinstance(adapter, AttentionAdapter):
+            record = adapter.project(self.module, *args, rules=rules, seen=seen, **kwargs)
+            _start_gradients(record.probabilities)
+            output = adapter.finish(self.module, record, record.probabilities, rules)
+            for use in uses:
+                use.store(AttentionLayer(use.name, record, output=output))
+            return output
+        scan = rules.scan(adapter.project(self.module, *args, rules=rules, seen=seen, **kwargs))
+        folds = {use.attention: selective_scan(scan, attention=use.attention) for use in uses if use.attention}
+        y = next(iter(folds.values()))[0] if folds else selective_scan(scan)
+        if not isinstance(y, Tensor):
+            raise TypeError(f"{uses[-1].name}: the scan returned {type(y).__name__}.")
+        _start_gradients(y)
+        output = adapter.finish(self.module, scan, y, rules)
+        for use in uses:
+            ready = (use.attention, folds[use.attention][1]) if use.attention else None
+            use.store(ScanLayer(use.name, scan, y=y, output=output, attention=ready))
+        return output
+
+
+def _start_gradients(variable: Tensor) -> None:
+    """In a frozen model, let gradients with respect to a layer's variable start at it."""
+    if torch.is_grad_enabled() and not variable.requires_grad:
+        variable.requires_grad_()
+
+
+_install = Lock()
+
+
+@contextmanager
+def routed(module: nn.Module, use: Use) -> Iterator[None]:
+    """Install a forward on the instance that runs the mixer through ``mamba_attn.ops``; undone when the last leaves."""
+    with _install:
+        forward = module.__dict__.get("forward")
+        if not isinstance(forward, _RoutedForward):
+            forward = _RoutedForward(module)
+            module.__dict__["forward"] = forward
+        forward.uses.append(use)
+    try:
+        yield
+    finally:
+        with _install:
+            forward.uses.remove(use)
+            if not forward.uses:
+                if forward.own:
+                    module.__dict__["forward"] = forward.original
+                else:
+                    del module.__dict__["forward"]
+
+
+@contextmanager
+def observed(module: nn.Module, use: Use) -> Iterator[None]:
+    """Install a hook that recomputes the record of a call, which runs untouched, from its input."""
+    handle = module.register_forward_hook(partial(_observe, use), with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _observe(use: Use, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    if use.thread != get_ident():
+        return
+    adapter = use.adapter
+    finish: Callable[[Tensor], Tensor]
+    if isinstance(adapter, AttentionAdapter):
+        record = adapter.project(module, *args, rules=PLAIN, seen=use.seen, **kwargs)
+        finish = partial(adapter.finish, module, record.map_tensors(Tensor.detach), rules=PLAIN)
+        use.store(AttentionLayer(use.name, record, output=output, tail=_repeatable(use.name, module, finish)))
+        return
+    scan = adapter.project(module, *args, rules=PLAIN, seen=use.seen, **kwargs)
+    finish = partial(adapter.finish, module, scan.map_tensors(Tensor.detach), rules=PLAIN)
+    layer = ScanLayer(use.name, scan, output=output, tail=_repeatable(use.name, module, finish))
+    if use.attention:
+        layer._ready[use.attention] = layer.attention(use.attention)
+    use.store(layer)
+
+
+def _repeatable(name: str, module: nn.Module, finish: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``finish``, unless it would draw other random numbers than the model's own forward did."""
+    if not any(isinstance(part, _DropoutNd) and part.training and part.p > 0 for part in module.modules()):
+        return finish
+
+    def refuse(variable: Tensor) -> Tensor:
+        raise TraceError(
+            f"{name}: gradients() cannot repeat active dropout in mode='observe'; use mode='route', or model.eval()."
+        )
+
+    return refuse
+
+
+def watch_layout(stack: ExitStack, model: nn.Module, adapters: set[AnyAdapter], seen: Seen) -> None:
+    """Learn the image size from the first convolution's input, and the token frame from the patch embedding."""
+    thread = get_ident()
+
+    def image(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if thread == get_ident() and args and isinstance(args[0], Tensor) and args[0].ndim == 4:
+            seen.image_size = (args[0].shape[2], args[0].shape[3])
+
+    def device(module: nn.Module, args: tuple[Any, ...]) -> None:
+        weight = next(module.parameters(), None)
+        given = next((value for value in args if isinstance(value, Tensor)), None)
+        if weight is None or given is None or thread != get_ident() or given.device == weight.device:
+            return
+        raise ValueError(
+            f"the model is on {weight.device} and its input on {given.device}: move one, e.g. "
+            f"images.to({str(weight.device)!r})."
+        )
+
+    stack.callback(model.register_forward_pre_hook(device, prepend=True).remove)
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is not None:
+        stack.callback(first.register_forward_pre_hook(image).remove)
+    if seen.layout is not None:
+        return
+    for adapter in adapters:
+        source = adapter.layout_source(model)
+        if source is not None:
+
+            def read(module: nn.Module, args: tuple[Any, ...], output: Any, read: Any = source.read) -> None:
+                if thread == get_ident():
+                    seen.layout = read(args, output)
+
+            stack.callback(source.module.register_forward_hook(read).remove)

@@ -1,0 +1,182 @@
+"""Mamba-Attribution: hidden attention weighted by the gradient of a class, rolled out over the layers."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mamba_attn import ops
+from mamba_attn._types import Float
+from mamba_attn.attribution import _conventions, _published
+from mamba_attn.attribution._base import Row, Target, TokenAttribution
+from mamba_attn.attribution._conventions import Watch
+from mamba_attn.attribution._queries import Query, query_weights, read_rows
+from mamba_attn.attribution._stages import Downsampling, downsamplings, to_finer
+from mamba_attn.attribution._weighted import gated_gradients, gradient_x_attention, paper, published
+from mamba_attn.errors import nearest
+from mamba_attn.layers import ScanLayer, require_scans
+
+RULES = ("gradient_x_attention", "paper", "published_code")
+Product = Callable[[Tensor], Tensor]  # row -> row @ W
+Step = Callable[[ScanLayer], tuple[Product, Tensor | float]]
+
+
+class MambaAttribution(TokenAttribution):
+    """The query's row of the product of the layers' gradient-weighted attention; depends on the class.
+
+    With W the weighted attention of a layer and I its residual stream, the map is the query's row of the product of
+    I + W over the layers, last to first, less what the residual streams alone carry, which is the query itself. The
+    product is carried from layer to layer, one dense matrix at a time; stages of VMamba as in ``AttentionRollout``.
+
+    ============================  =====================================================================================
+    rule                          W
+    ============================  =====================================================================================
+    ``"gradient_x_attention"``    positive part of sum_c dlogit/dM_c * M_c: the gradient of every channel's matrix times
+                                  that matrix, dlogit/dM_c[i, j] = dlogit/dy_c[i] u_c[j]. The positive part is taken
+                                  after the sum over channels and routes, per pair of tokens
+    ``"paper"``                   positive part of mean_c(dlogit/dy'_c)[i] * mean_c(M_c)[i, j], arXiv 2403.01590 eq. 24,
+                                  y' the output of the scans after the mixer's gate (and VMamba's norm). The equation
+                                  leaves open which axis its gradient, a number per token, weights; here it is the
+                                  rows, since y'[i] is what row i gives
+    ``"published_code"``          mean_c of the positive parts of M_c, divided by the largest entry of all, times s[j]:
+                                  the positive part of dlogit/d(mixer output) at token j, its largest feature, scaled to
+                                  0..1 over tokens. Rows of I + W divided by their sums; layers from round(15 / 24
+                                  depth) on unless ``layers`` names some. The published recipe on the true matrices
+    ============================  =====================================================================================
+
+    The default departs from the paper, which multiplies a mean of gradients and a mean of matrices: here the matrix of
+    every channel has its own gradient, so that W before its positive part sums to dlogit/dy * (y - D u), the share of
+    the layer's attention in the logit to first order. As in the paper, nothing is normalised.
+
+    Args:
+        model: a model that ``mamba_attn.trace`` knows.
+        layers: names or patterns of the mixers to use; the others act as the identity. Default: all.
+        rule: one of the three above.
+        rollout: False averages the layers' rows instead, each query's as in ``RawAttention``, in linear time;
+            "gradient_x_attention" only. The positive part is then taken after the mean over the query's tokens.
+        signed: no positive part; time and memory linear in tokens; "gradient_x_attention" only.
+        convention: "exact"; "hidden_mamba" or "implicit_unified", the map as the code published with arXiv 2403.01590
+            or 2405.16504 makes it from its class token's rows, of the late layers unless ``layers`` names some, minima
+            and maxima per image. It has a rule of its own: leave ``rule`` and ``rollout`` as they are.
+
+    Raises:
+        ValueError: an unknown rule or convention, or two options that exclude each other; when called, a model without
+            a class token or a query where the convention needs the one and has no row for the other.
+        UnsupportedModelError: when called, layers that are softmax attention.
+
+    Example:
+        >>> MambaAttribution(model).attribute(torch.randn(2, 3, 224, 224), target=[281, 207]).shape
+        torch.Size([2, 1, 224, 224])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: Iterable[str] | None = None,
+        rule: str = "gradient_x_attention",
+        rollout: bool = True,
+        signed: bool = False,
+        convention: str = _conventions.EXACT,
+    ) -> None:
+        super().__init__(model, layers=layers)
+        known = (_conventions.EXACT, *_conventions.CLASS_TOKEN)
+        _conventions.check_convention("MambaAttribution", convention, known, signed=signed)
+        _check_rule(rule, convention, rollout=rollout, signed=signed)
+        self.rule = rule
+        self.rollout = rollout
+        self.signed = signed
+        self.convention = convention
+
+    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+        if self.convention != _conventions.EXACT:
+            name = self.convention
+            return _published.explain(
+                self, name, inputs, target, query,
+                lambda rows, gradients, token: _published.mamba_attribution(name, rows, gradients, token),
+                gradients=True,
+            )  # fmt: skip
+        watch = Watch()  # holds on to activations, so only where they are needed
+        rules = watch if self.rule == "paper" else None
+        record, logit = self._run(inputs, target, gradients=True, rules=rules)
+        layers = require_scans("MambaAttribution", record.layers)
+        if self.rule == "paper":
+            gradients = gated_gradients(layers, logit, watch)
+            return self._rolled(layers, query, lambda layer: _dense(paper(layer, gradients[layer.name])))
+        if self.rule == "published_code":
+            gradients = record.gradients(logit, of="output")
+            layers = layers if self.layers is not None else _conventions.late_layers(layers)
+            return self._rolled(layers, query, lambda layer: _rows_divided(published(layer, gradients[layer.name])))
+        gradients = record.gradients(logit)
+        if not self.rollout:
+            return [(layer.layout, self._row(layer, query, gradients[layer.name])) for layer in layers]
+        if self.signed:
+            return self._rolled(layers, query, lambda layer: _signed(layer, gradients[layer.name]))
+        return self._rolled(
+            layers, query, lambda layer: _dense(gradient_x_attention(layer, gradients[layer.name]).clamp(min=0))
+        )
+
+    def _rolled(self, layers: Sequence[ScanLayer], query: Query, step: Step) -> list[Row]:
+        start = query_weights(layers[-1], query)
+        return [(layers[0].layout, roll_out(layers, start, downsamplings(self.model, layers), step))]
+
+    def _row(self, layer: ScanLayer, query: Query, gradient: Tensor) -> Float[Tensor, "batch tokens"]:
+        row = read_rows(layer, query, fold="sum", row_weight=gradient, col_weight=layer.scan.u)
+        return row if self.signed else row.clamp(min=0)
+
+
+def roll_out(
+    layers: Sequence[ScanLayer],
+    start: Float[Tensor, "batch last_tokens"],
+    between: Sequence[Sequence[Downsampling]],
+    step: Step,
+) -> Float[Tensor, "batch first_tokens"]:
+    """Return ``start`` times the product of the layers' I + W, less what the identities alone carry.
+
+    The two parts are carried apart: W can be thousands of times smaller than the identity.
+
+    Args:
+        layers: in execution order.
+        start: over the tokens of the last layer.
+        between: what lies between neighbouring layers, see ``downsamplings``.
+        step: for a layer, the product with its W from the left, and what the rows of I + W are divided by.
+    """
+    alone, rest = start, torch.zeros_like(start)
+    for index in reversed(range(len(layers))):
+        product, divisor = step(layers[index])
+        alone, rest = alone / divisor, rest / divisor
+        rest = rest + product(alone + rest)
+        if index > 0:
+            finer, coarser, way = layers[index - 1].layout, layers[index].layout, between[index - 1]
+            alone, rest = to_finer(alone, finer, coarser, way), to_finer(rest, finer, coarser, way)
+    return rest
+
+
+def _dense(weighted: Float[Tensor, "batch tokens tokens"]) -> tuple[Product, float]:
+    return lambda row: (row.unsqueeze(1) @ weighted).squeeze(1), 1.0
+
+
+def _rows_divided(weighted: Float[Tensor, "batch tokens tokens"]) -> tuple[Product, Tensor]:
+    return _dense(weighted)[0], 1 + weighted.sum(-1)
+
+
+def _signed(layer: ScanLayer, gradient: Float[Tensor, "batch channels tokens"]) -> tuple[Product, float]:
+    layer._require_finite()
+    scan = layer.scan
+    return lambda row: ops.left_product(scan, vector=row, row_weight=gradient, col_weight=scan.u, fold="sum"), 1.0
+
+
+def _check_rule(rule: str, convention: str, *, rollout: bool, signed: bool) -> None:
+    if rule not in RULES:
+        raise ValueError(f"MambaAttribution(rule={rule!r}): no such rule. {nearest(rule, RULES)}")
+    other = [f"rule={rule!r}"] if rule != RULES[0] else []
+    options = [*(["rollout=False"] if not rollout else []), *(["signed=True"] if signed else [])]
+    if other and options:
+        raise ValueError(
+            f"MambaAttribution({', '.join(other + options)}): {options[0]} is for rule='gradient_x_attention' alone."
+        )
+    if convention != _conventions.EXACT and (other or options):
+        raise ValueError(
+            f"MambaAttribution(convention={convention!r}, {', '.join(other + options)}): a published convention has a "
+            "rule of its own; leave these out."
+        )

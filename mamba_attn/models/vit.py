@@ -1,0 +1,45 @@
+"""The ViT beside our models: timm's VisionTransformer (arXiv 2010.11929), built on demand."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from mamba_attn import _torchvision
+from mamba_attn.layout import TokenLayout
+
+
+def vision_transformer(*, image_size: int | Sequence[int] = 224, drop_path: float = 0.0, **options: Any) -> nn.Module:
+    """Build timm's VisionTransformer, its options called as those of our models.
+
+    Args:
+        image_size: side, or (height, width), in pixels.
+        drop_path: rate of stochastic depth.
+        options: further arguments of timm's VisionTransformer, e.g. ``num_classes``, ``depth``, ``reg_tokens``.
+
+    Raises:
+        ImportError: timm is not installed.
+        TypeError: an unknown option.
+    """
+    try:
+        _torchvision.prepare()
+        from timm.models.vision_transformer import VisionTransformer
+    except ImportError as error:
+        raise ImportError("a ViT needs timm: pip install 'mamba_attn[timm]'") from error
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    model: Any = VisionTransformer(img_size=(height, width), drop_path_rate=drop_path, **options)
+    model.image_size = (height, width)  # as our models say it
+    built: nn.Module = model
+    return built
+
+
+def position_layout(model: nn.Module) -> TokenLayout | None:
+    """Return the tokens that a timm ViT has position embeddings for, all that are no patches as class tokens.
+
+    None for a model of another kind, or one without position embeddings.
+    """
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    positions = getattr(model, "pos_embed", None)
+    if grid is None or positions is None:
+        return None
+    return TokenLayout((grid[0], grid[1]), class_tokens=tuple(range(positions.shape[1] - grid[0] * grid[1])))
