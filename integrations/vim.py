@@ -23,9 +23,10 @@ class VimAdapter(Adapter):
         return all(hasattr(module, name) for name in _PARTS)
 
     def project(
-        self, module: nn.Module, x: Tensor, orders: Tensor | None = None, *, rules: Rules, seen: Seen
-    ) -> ScanRecord:
-        """Return everything before the scans."""
+        self, module: nn.Module, x: Tensor, orders: Tensor | None = None, *, inference_params: None = None,
+        rules: Rules, seen: Seen,
+    ) -> ScanRecord:  # fmt: skip
+        """Return everything before the scans; the official blocks pass ``inference_params=None``."""
         layout = seen.layout if seen.layout is not None and seen.layout.tokens == x.shape[1] else None
         return vim_mixer.project(module, x, orders=orders, rules=rules, layout=layout)
 

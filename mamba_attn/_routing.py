@@ -56,7 +56,7 @@ class _RoutedForward:
         self.uses: list[Use] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        uses = [use for use in self.uses if use.thread == get_ident()]
+        uses = [use for use in tuple(self.uses) if use.thread == get_ident()]
         if not uses:
             return self.original(*args, **kwargs)
         adapter, seen = uses[-1].adapter, uses[-1].seen
@@ -94,17 +94,16 @@ _install = Lock()
 def routed(module: nn.Module, use: Use) -> Iterator[None]:
     """Install a forward on the instance that runs the mixer through ``mamba_attn.ops``; undone when the last leaves."""
     with _install:
-        forward = module.__dict__.get("forward")
-        if not isinstance(forward, _RoutedForward):
-            forward = _RoutedForward(module)
-            module.__dict__["forward"] = forward
+        found = module.__dict__.get("forward")
+        forward = found if isinstance(found, _RoutedForward) else _RoutedForward(module)
+        module.__dict__["forward"] = forward
         forward.uses.append(use)
     try:
         yield
     finally:
         with _install:
             forward.uses.remove(use)
-            if not forward.uses:
+            if not forward.uses and module.__dict__.get("forward") is forward:  # else somebody wrapped it: theirs stays
                 if forward.own:
                     module.__dict__["forward"] = forward.original
                 else:

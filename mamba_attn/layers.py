@@ -164,7 +164,7 @@ class ScanLayer(Layer):
         """The scans' output ``y``."""
         return self.y
 
-    @cached_property
+    @property
     def y(self) -> Float[Tensor, "batch channels tokens"]:
         """The scans' output, routes summed in the token frame and scaled; before norm and gate."""
         if self._y is not None:

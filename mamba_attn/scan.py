@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Self
 
 import torch
@@ -128,22 +127,22 @@ class ScanRecord:
         """Steps per route."""
         return self.read_order.shape[1]
 
-    @cached_property
+    @property
     def u(self) -> Float[Tensor, "batch routes channels length"]:
         """The scan's input, in scan order."""
         return self._in_scan_order(self.source_u)
 
-    @cached_property
+    @property
     def delta(self) -> Float[Tensor, "batch routes heads length"]:
         """Step sizes after bias and softplus, in scan order."""
         return self._in_scan_order(self.source_delta)
 
-    @cached_property
+    @property
     def B(self) -> Float[Tensor, "batch routes groups states length"]:  # noqa: N802
         """Input matrix, in scan order."""
         return self._in_scan_order(self.source_B)
 
-    @cached_property
+    @property
     def C(self) -> Float[Tensor, "batch routes groups states length"]:  # noqa: N802
         """Output matrix, in scan order."""
         return self._in_scan_order(self.source_C)

@@ -44,6 +44,9 @@ class Trace(Mapping[str, Layer]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._layers
+
     def __len__(self) -> int:
         return len(self._layers)
 
@@ -75,6 +78,8 @@ class Trace(Mapping[str, Layer]):
         if len(attached) < len(layers) or not scalar.requires_grad:
             raise TraceError("gradients(): the forward pass ran without gradients; call the model outside no_grad().")
         found = torch.autograd.grad(scalar, attached, retain_graph=True, allow_unused=True)
+        if all(gradient is None for gradient in found):
+            raise TraceError("gradients(): the scalar does not depend on this forward pass; take it from its output.")
         result = {}
         for layer, tensor, gradient in zip(layers, attached, found, strict=True):
             filled = torch.zeros_like(tensor) if gradient is None else gradient

@@ -93,7 +93,6 @@ def test_gathering_equals_explicit_indexing(name, routes):
             [source[:, route if routes > 1 else 0][..., record.read_order[route]] for route in range(ROUTES)], dim=1
         )
         assert torch.equal(gathered, expected), name
-        assert getattr(record, name) is gathered  # gathered once
 
 
 def test_sub_grid_routes_gather_fewer_steps_than_tokens():
@@ -143,12 +142,12 @@ def test_map_tensors_reaches_every_floating_point_tensor_and_no_order():
     assert record_in_scan_order().map_tensors(torch.Tensor.detach).D is None
 
 
-def test_replace_changes_one_field_and_forgets_what_was_gathered():
+def test_replace_changes_one_field():
     record = record_in_tokens()
     before = record.u
     changed = record.replace(source_u=record.source_u + 1)
     assert torch.equal(changed.u, before + 1)
-    assert record.u is before
+    assert torch.equal(record.u, before)
     assert changed.source_delta is record.source_delta
     with pytest.raises(TypeError, match="sorce_u"):
         record.replace(sorce_u=record.source_u)

@@ -36,7 +36,9 @@ def as_record(
         extra = [key for key, value in given.items() if value is not None]
         if extra:
             raise TypeError(f"{name}(ScanRecord): the record already holds {', '.join(extra)}; leave them out.")
-        return Call(delta, True, True, f"{name}(ScanRecord{tuple(delta.source_delta.shape)})")
+        text = f"{name}(ScanRecord{tuple(delta.source_delta.shape)})"
+        _check_sizes(text, delta)
+        return Call(delta, True, True, text)
     tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D}
     text = _call_text(name, tensors)
     for key, value in tensors.items():
@@ -47,6 +49,7 @@ def as_record(
     if len(devices) > 1:
         raise ValueError(f"{text}: tensors are on different devices {sorted(devices)}; move them to one.")
     record = _wrap(text, u, delta, cast(Tensor, A), cast(Tensor, B), cast(Tensor, C), D, orders, tokens)
+    _check_sizes(text, record)
     return Call(record, orders is not None, delta.ndim == 4, text)
 
 
@@ -79,7 +82,7 @@ def _wrap(
                 f"{text}: {key} does not agree with delta: expected {' or '.join(map(str, shapes))} in "
                 f"(batch, routes, channels or groups, states, length), got {tuple(value.shape)}."
             )
-    if channels % heads or channels % groups:
+    if min(heads, groups) and (channels % heads or channels % groups):
         raise ValueError(f"{text}: {channels} channels cannot be shared by {heads} heads and {groups} groups.")
     if bool((A >= 0).any()):
         raise ValueError(f"{text}: A must be negative (A = -exp(A_log)); its largest value is {A.max().item():.4g}.")
@@ -87,6 +90,13 @@ def _wrap(
         tokens = _check_orders(text, orders, routes, length, tokens)
     source_u = delta.new_zeros(()).expand(batch, routes, channels, length) if u is None else u
     return ScanRecord.from_scan(source_u, delta, A, B, C, D, order=orders, tokens=tokens)
+
+
+def _check_sizes(text: str, record: ScanRecord) -> None:
+    names = ("batch", "routes", "channels", "heads", "states", "length")
+    empty = [name for name in names if not getattr(record, name)]
+    if empty:
+        raise ValueError(f"{text}: {', '.join(empty)} must be at least 1.")
 
 
 def _check_orders(text: str, orders: Tensor, routes: int, length: int, tokens: int | None) -> int:
@@ -115,6 +125,9 @@ def scan_weight(call: Call, name: str, weight: Tensor | None) -> Tensor | None:
     if weight is None:
         return None
     record = call.record
+    if not isinstance(weight, Tensor) or weight.device != record.source_delta.device:
+        what = f"one on {weight.device}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"{call.text}: {name} must be a tensor on {record.source_delta.device}, got {what}.")
     shape = (record.batch, record.routes, record.channels, record.length)
     if tuple(weight.shape) == shape:
         return weight

@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -11,6 +12,8 @@ import warnings
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+
+from mamba_attn.errors import BackendUnavailableError
 
 _FLAGS = (
     "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno",
@@ -22,7 +25,7 @@ def library() -> ctypes.CDLL:
     """Return the loaded kernel library; ``library_problem()`` says beforehand whether there is one."""
     loaded, problem = _load()
     if loaded is None:
-        raise RuntimeError(problem)
+        raise BackendUnavailableError(problem)
     return loaded
 
 
@@ -44,17 +47,18 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 def _compiled() -> Path:
     """Path of the shared object for this source, compiler and CPU; compiled now if it is not there."""
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    found = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    compiler = shlex.split(os.environ.get("CXX", "")) or ([found] if found else [])  # CXX may be "ccache g++"
     if not compiler:
         raise FileNotFoundError("no C++ compiler found (looked for $CXX, g++, clang++, c++).")
     source = files("mamba_attn.ops").joinpath("native.cpp").read_bytes()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     key = hashlib.sha256(source + repr((_FLAGS, version, _cpu())).encode()).hexdigest()[:20]
     target = _cache_folder() / f"native-{key}.so"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             made = Path(scratch, "native.so")
-            command = [compiler, *_wide_vectors(), *_FLAGS, "-x", "c++", "-", "-o", str(made)]
+            command = [*compiler, *_wide_vectors(), *_FLAGS, "-x", "c++", "-", "-o", str(made)]
             subprocess.run(command, input=source.decode(), capture_output=True, text=True, check=True, timeout=300)
             made.replace(target)  # atomic: two processes may compile at once
     return target
@@ -75,9 +79,9 @@ def _cpu() -> str:
 
 def _cache_folder() -> Path:
     """MAMBA_ATTN_CACHE, or the user's cache; a temporary folder of this process when that cannot be written."""
-    folder = Path(os.environ.get("MAMBA_ATTN_CACHE") or Path.home() / ".cache" / "mamba_attn")
     try:
+        folder = Path(os.environ.get("MAMBA_ATTN_CACHE") or Path.home() / ".cache" / "mamba_attn")
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: no home folder
         return Path(tempfile.mkdtemp(prefix="mamba_attn-"))
     return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="mamba_attn-"))

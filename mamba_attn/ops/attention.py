@@ -1,8 +1,8 @@
 """The selective scan and its hidden attention."""
 
 from collections.abc import Callable
+from typing import cast
 
-import torch
 from torch import Tensor
 
 from mamba_attn.ops._arguments import as_record, check_fold, scan_weight
@@ -97,6 +97,8 @@ def selective_scan(
         BackendUnavailableError: the backend insisted upon cannot run.
     """
     if isinstance(u, ScanRecord):
+        if delta is not None:
+            raise TypeError("selective_scan(ScanRecord): the record already holds delta; leave it out.")
         call = as_record("selective_scan", None, u, A, B, C, D)
     else:
         if not isinstance(delta, Tensor):
@@ -115,7 +117,4 @@ def selective_scan(
 
 def scan_output(record: ScanRecord, backend: str | None = None) -> Tensor:
     """``selective_scan`` of a record without attention, for model code: (batch, channels, tokens)."""
-    y = selective_scan(record, backend=backend)
-    if not isinstance(y, torch.Tensor):  # pragma: no cover - narrows the type
-        raise TypeError
-    return y
+    return cast(Tensor, selective_scan(record, backend=backend))

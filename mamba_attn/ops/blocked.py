@@ -169,7 +169,8 @@ def _halving(part: Channels, weights: Weights, keep_channels: bool) -> Tensor:
         middle = s[:, :, :, 0, -1:]
         Q = qc[:, :, :, 1] * torch.exp(A * (s[:, :, :, 1] - middle).to(A.dtype).unsqueeze(-1))
         K = kb[:, :, :, 0] * torch.exp(A * (middle - s[:, :, :, 0]).to(A.dtype).unsqueeze(-1))
-        lower = torch.einsum(equation, Q, K)
+        with torch.autocast(Q.device.type, enabled=False):  # a half-precision product would cost 1e-3
+            lower = torch.einsum(equation, Q, K)
         upper_left, lower_right = matrix[..., 0::2, :, :], matrix[..., 1::2, :, :]
         top = torch.nn.functional.pad(upper_left, (0, half))
         matrix = torch.cat([top, torch.cat([lower, lower_right], -1)], -2)

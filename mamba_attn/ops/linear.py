@@ -248,7 +248,8 @@ def _route_product(
     dtype = working_dtype(record)
     part = per_channel(record, dtype)
     v = vector.to(dtype)[:, None, None]
-    fast = _native_can(record, weights, vector)
+    frozen = torch.is_inference_mode_enabled() or any(x.is_inference() for x in (*part, vector))
+    fast = _native_can(record, weights, vector) and not (transposed and frozen)  # transposed, it is a backward pass
     apply = _native_scan if fast else _transposed_scan if transposed else _scan
     size = max(16, _WORKSPACE // (record.batch * record.states * record.length) // 16 * 16)
     total = torch.zeros_like(vector, dtype=dtype)

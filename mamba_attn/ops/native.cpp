@@ -23,6 +23,7 @@ inline float sum(vec v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]
 // 2^(x + rest) for x <= 0 and a small rest, relative error 1e-7; zero below the smallest normal number.
 // Coefficients: minimax on [-1/2, 1/2].
 inline vec exp2v(vec x, vec rest = vec{}) {
+    rest = (x < -127.f) ? vec{} : rest;    // it grows with x: its sixth power would be infinite, and 0 * inf is NaN
     x = (x < -127.f) ? splat(-127.f) : x;  // whose power of two below is the bit pattern of zero
     const ivec n = __builtin_convertvector(x - 0.5f, ivec);
     const vec f = (x - __builtin_convertvector(n, vec)) + rest;

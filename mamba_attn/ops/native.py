@@ -108,7 +108,8 @@ class Native:
         A = torch.nn.functional.pad(record.A.float(), (0, 0, 0, padding), value=-1.0)
         D = None if record.D is None else torch.nn.functional.pad(record.D.float(), (0, padding))
         frame = _frame(record, merged, source=True)
-        y: Tensor = _Scan.apply(u, delta, A, record.source_B.float(), record.source_C.float(), D, frame)  # type: ignore[no-untyped-call]
+        B, C = torch.broadcast_tensors(record.source_B.float(), record.source_C.float())  # routes may share one
+        y: Tensor = _Scan.apply(u, delta, A, B, C, D, frame)  # type: ignore[no-untyped-call]
         return y[..., :channels, :] if padding else y
 
 
@@ -174,7 +175,7 @@ class _Attention(torch.autograd.Function):
             for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
         ]
         names = ("source_delta", "A", "source_B", "source_C")
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(gradient.device.type, enabled=False):
             again = record.replace(**dict(zip(names, saved, strict=False)))
             result = blocked.BACKEND.hidden_attention(again, saved[4], saved[5], fold, merged)
             wanted = [tensor for tensor, need in zip(saved, needed, strict=True) if need and tensor is not None]
@@ -218,7 +219,7 @@ def _call(
     scan = _c_scan(delta, delta, A2, B, C, None, frame)
     if fold in ("mean", "positive", "absolute"):
         scan.scale /= record.channels
-    source = record.read_order.contiguous() if record.source_frame == "tokens" else None
+    source = _order(record, "read_order", frame.positions) if record.source_frame == "tokens" else None
     call = _CAttention(
         scan, _c_tensor(rows, 2, frame.routes), _c_tensor(columns, 2, frame.routes), A2_low.data_ptr(),
         out.data_ptr(), 0, out.stride(0), 0, 0, _FOLDS[fold],
@@ -282,11 +283,22 @@ def _channels_last(x: Tensor, padding: int) -> Tensor:
 def _frame(record: ScanRecord, merged: bool, source: bool) -> _Frame:
     """``source``: read is where a step finds its inputs; otherwise the token whose column it is."""
     gathers = record.source_frame == "tokens"
-    read = record.read_order.contiguous() if gathers or not source else None
-    write = record.write_order.contiguous() if merged else None
-    scale = record.scale if merged else 1.0
     positions = record.source_delta.shape[-1]
+    read = _order(record, "read_order", positions if source else record.tokens) if gathers or not source else None
+    write = _order(record, "write_order", record.tokens) if merged else None
+    scale = record.scale if merged else 1.0
     return _Frame(read, write, record.routes, record.length, record.tokens, positions, scale)
+
+
+def _order(record: ScanRecord, name: str, size: int) -> Tensor:
+    """An order as the kernel indexes with it: int64, contiguous, nowhere outside; it would write there unchecked."""
+    order: Tensor = getattr(record, name)
+    smallest, largest = (int(end) for end in order.aminmax())
+    if smallest < 0 or largest >= size:
+        raise ValueError(
+            f"ScanRecord: {name} visits {smallest}..{largest}, but there are {size} tokens; pass tokens= too."
+        )
+    return order.long().contiguous()
 
 
 def _c_tensor(x: Tensor | None, axis: int, routes: int) -> _CTensor:
@@ -297,12 +309,7 @@ def _c_tensor(x: Tensor | None, axis: int, routes: int) -> _CTensor:
     return _CTensor(x.data_ptr(), x.stride(0), route, x.stride(axis), x.stride(-1))
 
 
-def _c_scan(
-    u: Tensor | None, delta: Tensor | None, A2: Tensor, B: Tensor | None, C: Tensor | None, D: Tensor | None,
-    frame: _Frame,
-) -> _CScan:  # fmt: skip
-    if delta is None or B is None:
-        raise TypeError
+def _c_scan(u: Tensor, delta: Tensor, A2: Tensor, B: Tensor, C: Tensor, D: Tensor | None, frame: _Frame) -> _CScan:
     pointers = [None if x is None else x.data_ptr() for x in (A2, D, frame.read, frame.write)]
     return _CScan(
         delta.shape[0], frame.routes, delta.shape[2], B.shape[3], frame.length, frame.tokens, frame.positions,
