@@ -4,11 +4,13 @@ Together with ``tracing.py``, which says what is traced and owns the ExitStack, 
 model: every change of it stands here, and nothing else calls this file.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock, get_ident
+from types import MethodType
 from typing import Any
 
 import torch
@@ -54,6 +56,11 @@ class _RoutedForward:
         self.original = module.forward
         self.own = "forward" in module.__dict__  # SS2D of VMamba sets its forward on the instance
         self.uses: list[Use] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the model made inside a trace gets its plain forward, bound to the copy."""
+        function = getattr(self.original, "__func__", None)
+        return self.original if function is None else MethodType(function, copy.deepcopy(self.module, memo))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         uses = [use for use in tuple(self.uses) if use.thread == get_ident()]

@@ -1,5 +1,6 @@
 """The edges of tracing: other threads, hooks in between, registries, and each kind of wrong adapter."""
 
+import copy
 import threading
 from typing import ClassVar
 
@@ -224,3 +225,17 @@ def test_other_numbers_of_routes_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="it has 2 routes; the cross-scan has 4"):
         with mamba_attn.trace(model):
             pass
+
+
+def test_a_copy_made_inside_a_trace_is_a_plain_model() -> None:
+    model, x = vim(), images()
+    with torch.no_grad():
+        expected = model(x)
+        with mamba_attn.trace(model) as trace:
+            twin = copy.deepcopy(model)
+            assert torch.equal(twin(x), expected)
+            assert len(trace) == 0
+        assert torch.equal(twin(x), expected)
+        twin.layers[0].mixer.out_proj.weight.mul_(2)
+        assert not torch.equal(twin(x), expected)
+        assert torch.equal(model(x), expected)

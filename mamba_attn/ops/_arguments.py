@@ -158,7 +158,7 @@ def check_fold(call: Call, fold: str, allowed: tuple[str, ...] = FOLDS) -> None:
 
 def check_index(call: Call, name: str, index: int, size: int) -> None:
     """Raise ValueError for an index outside the matrix."""
-    if not isinstance(index, int) or not 0 <= index < size:
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < size:
         raise ValueError(f"{call.text}: {name}={index!r} must be an integer in 0..{size - 1}.")
 
 

@@ -1,6 +1,7 @@
 """Which backend runs a call: the one a user insists on, or the fastest that can."""
 
 import os
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -100,9 +101,10 @@ def _meminfo_available() -> int | None:
 
 
 def _cgroup_available() -> int | None:
-    folder = "/sys/fs/cgroup"
+    folder = Path("/sys/fs/cgroup")
     try:
-        with open(f"{folder}/memory.max") as limit, open(f"{folder}/memory.current") as used:
-            return int(limit.read()) - int(used.read())
+        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return limit - used + int(statistics.get("inactive_file", 0))  # the page cache gives way
     except (OSError, ValueError):  # no cgroup v2, or "max": no limit
         return None

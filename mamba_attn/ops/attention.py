@@ -44,7 +44,7 @@ def hidden_attention(
 
     Returns:
         (batch, [routes,] [channels,] length, length) in scan order; with orders or a record (batch, [channels,] tokens,
-        tokens) in the token frame, routes summed. float64 if an input is, else float32.
+        tokens) in the token frame, routes summed. float64 if delta, A, B or C is, else float32.
 
     Raises:
         ValueError: shapes that disagree, A >= 0, an unknown fold or backend.

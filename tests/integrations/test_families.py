@@ -97,7 +97,7 @@ class Wrong(VimAdapter):
 
 
 class Misread(VimAdapter):
-    """Reports another delta than the one it runs on, in the record alone."""
+    """Runs on steps one percent too long."""
 
     family: ClassVar[str] = "misread"
 
@@ -108,10 +108,12 @@ class Misread(VimAdapter):
         return record.replace(source_delta=record.source_delta * 1.01)
 
 
-@pytest.mark.parametrize(("adapter", "sentence"), [(Wrong(), "traced output differs"), (Misread(), "differs|law 1")])
+@pytest.mark.parametrize(
+    ("adapter", "sentence"), [(Wrong(), "traced output differs"), (Misread(), "traced output differs")]
+)
 def test_check_adapter_catches_a_wrong_adapter(adapter: Adapter, sentence: str) -> None:
     model, x = build("vim middle")
-    with pytest.raises(LawError, match=sentence):
+    with pytest.raises(LawError, match="traced output differs"):
         check_adapter(model, x, adapters=[adapter])
 
 

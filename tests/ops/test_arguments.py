@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,3 +121,18 @@ except ops._dispatch.BackendUnavailableError as error:
     )
     assert done.returncode == 0, done.stderr
     assert "no C++ compiler found" in done.stdout
+
+
+def test_a_truth_value_is_no_index() -> None:
+    with pytest.raises(ValueError, match=r"row=True must be an integer in 0\.\.5"):
+        ops.attention_row(*tensors(), row=True)
+
+
+def test_the_page_cache_of_a_container_counts_as_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    files = {"memory.max": "1000\n", "memory.current": "900\n", "memory.stat": "anon 200\ninactive_file 650\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(_dispatch, "Path", lambda folder: tmp_path)
+    assert _dispatch._cgroup_available() == 750
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _dispatch._cgroup_available() is None
