@@ -37,7 +37,9 @@ class VMambaAdapter(Adapter):
         height, width = x.shape[1:3]
         layout = seen.layout
         if layout is None or layout.grid != (height, width):
-            layout = TokenLayout((height, width), patch_size=_patch_size(seen.image_size, height, width))
+            # the stages' convolutions between tokens are padded like the stem's
+            offset = 0.5 if seen.padded_stem else None
+            layout = TokenLayout((height, width), _patch_size(seen.image_size, height, width), offset=offset)
         own = getattr(module, "routes", None)  # our SS2D knows its patch order
         orders = own(height, width) if callable(own) else None
         return ss2d.project(module, x, orders=orders, rules=rules, layout=layout)

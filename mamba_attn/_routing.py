@@ -162,9 +162,10 @@ def watch_layout(stack: ExitStack, model: nn.Module, adapters: set[AnyAdapter], 
     """Learn the image size from the first convolution's input, and the token frame from the patch embedding."""
     thread = get_ident()
 
-    def image(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def image(module: nn.Conv2d, args: tuple[Any, ...]) -> None:
         if thread == get_ident() and args and isinstance(args[0], Tensor) and args[0].ndim == 4:
             seen.image_size = (args[0].shape[2], args[0].shape[3])
+            seen.padded_stem = module.padding == tuple((size - 1) / 2 for size in module.kernel_size)
 
     def device(module: nn.Module, args: tuple[Any, ...]) -> None:
         weight = next(module.parameters(), None)

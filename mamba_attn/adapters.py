@@ -28,10 +28,12 @@ class Seen:
 
     Args:
         image_size: (rows, columns) of the model's input in pixels.
+        padded_stem: whether the first convolution is padded to see around a pixel, as ``padding = (kernel - 1) / 2``.
         layout: the token frame, from the patch embedding or from the user.
     """
 
     image_size: tuple[int, int] | None = None
+    padded_stem: bool = False
     layout: TokenLayout | None = None
 
 

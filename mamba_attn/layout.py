@@ -23,6 +23,8 @@ class TokenLayout:
             Default: ``patch_size``.
         class_tokens: token indices of class tokens.
         registers: token indices of registers.
+        offset: centre of the first patch, in pixels from the image's edge. Default: ``patch_size / 2``. Stems of padded
+            convolutions see around a pixel, not a patch: theirs is 0.5.
 
     Raises:
         ValueError: an index outside the token frame, an index used twice, or a size below one.
@@ -37,6 +39,7 @@ class TokenLayout:
     stride: int | None = None
     class_tokens: tuple[int, ...] = ()
     registers: tuple[int, ...] = ()
+    offset: float | None = None
     tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -66,6 +69,11 @@ class TokenLayout:
         """Distance between neighbouring patches in pixels: ``stride``, or ``patch_size`` when none was given."""
         return self.patch_size if self.stride is None else self.stride
 
+    @property
+    def centre(self) -> float:
+        """Centre of the first patch in pixels: ``offset``, or half a patch when none was given."""
+        return self.patch_size / 2 if self.offset is None else self.offset
+
     def to_grid(self, values: Float[Tensor, "*batch tokens"]) -> Float[Tensor, "*batch height width"]:
         """Drop the tokens that are not patches and lay the rest on the grid.
 
@@ -89,7 +97,7 @@ class TokenLayout:
         """Interpolate a map on the grid linearly between patch centres, constant outside them.
 
         With stride == patch_size this equals ``F.interpolate(mode="bilinear", align_corners=False)``; overlapping
-        patches keep their true centres, ``index * stride + patch_size / 2``.
+        patches keep their true centres, ``index * stride + centre``.
 
         Args:
             values: a map on the patch grid.
@@ -115,12 +123,12 @@ class TokenLayout:
             covered = (count - 1) * self.step + self.patch_size
             if not 0 <= value < covered:
                 raise ValueError(f"token_at: {name} {value} is outside the {covered} pixels that the patches cover.")
-            nearest = round((math.floor(value) + 0.5 - self.patch_size / 2) / self.step)
+            nearest = round((math.floor(value) + 0.5 - self.centre) / self.step)
             position.append(min(max(nearest, 0), count - 1))
         return int(self.patches[position[0] * self.grid[1] + position[1]])
 
     def _interpolation(self, pixels: int, count: int) -> Tensor:
         """(pixels, count) weights of linear interpolation at the pixel centres."""
-        position = (torch.arange(pixels, dtype=torch.float64) + 0.5 - self.patch_size / 2) / self.step
+        position = (torch.arange(pixels, dtype=torch.float64) + 0.5 - self.centre) / self.step
         position = position.clamp(0, count - 1)
         return (1 - (position[:, None] - torch.arange(count)).abs()).clamp(min=0)

@@ -115,3 +115,15 @@ LAYOUT = TokenLayout(grid=(2, 3), patch_size=4, class_tokens=(0,))
 def test_bad_input_gets_a_sentence(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+def test_an_offset_moves_the_centres():
+    layout = TokenLayout(grid=(3, 2), patch_size=4, offset=0.5)
+    ramp = torch.arange(6.0).view(3, 2)
+    pixels = layout.to_pixels(ramp)
+    assert pixels.shape == (12, 8)
+    assert torch.equal(pixels[::4, ::4], ramp)  # a centre is the middle of its pixel
+    torch.testing.assert_close(pixels[2, 0], torch.tensor(1.0))  # half way between rows 0 and 1
+    assert layout.token_at(0, 0) == layout.token_at(1, 1) == 0
+    assert layout.token_at(3, 3) == 3
+    assert TokenLayout(grid=(3, 2), patch_size=4).token_at(3, 3) == 0

@@ -53,7 +53,7 @@ def query_tokens(layout: TokenLayout, query: Query) -> list[int]:
     if len(query) == 2:
         return [_nearest(layout, query[0], query[1])]
     x0, y0, x1, y1 = query
-    centres = [torch.arange(n) * layout.step + layout.patch_size / 2 for n in layout.grid]
+    centres = [torch.arange(n) * layout.step + layout.centre for n in layout.grid]
     rows, columns = (centres[0] >= y0) & (centres[0] < y1), (centres[1] >= x0) & (centres[1] < x1)
     inside = layout.patches[(rows[:, None] & columns[None, :]).flatten()].tolist()
     return inside or [_nearest(layout, (y0 + y1) / 2, (x0 + x1) / 2)]

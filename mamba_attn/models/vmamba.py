@@ -210,7 +210,8 @@ class VSSM(nn.Module):
         )
         for _ in range(stage):
             height, width = (height + 1) // 2, (width + 1) // 2
-        return TokenLayout(grid=(height, width), patch_size=4 << stage)
+        offset = None if self.generation == "v0" else 0.5  # centres of padded 3x3 convolutions
+        return TokenLayout(grid=(height, width), patch_size=4 << stage, offset=offset)
 
     def forward(self, images: Float[Tensor, "batch colours rows columns"]) -> Float[Tensor, "batch classes"]:
         """Return the logits of images normalised with the ImageNet statistics."""

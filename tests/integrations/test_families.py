@@ -128,3 +128,24 @@ def test_registered_adapters_come_first_and_must_be_adapters() -> None:
     check_adapter(model, x)
     with pytest.raises(TypeError, match="Adapter"):
         mamba_attn.register_adapter(VimAdapter)
+
+
+@pytest.mark.parametrize(("name", "offset"), [("vmamba", 0.5), ("vmamba v0", None)])
+def test_centres_are_where_the_stem_looks(name: str, offset: float | None) -> None:
+    """The gradient of one token before any scan is centred where its layout says."""
+    model, x = build(name, torch.float64)
+    images = torch.randn_like(x[:1, :, :64, :64]).requires_grad_()
+    with torch.no_grad(), mamba_attn.trace(model) as trace:
+        model(images)
+    layout = trace.layers[0].layout
+    assert layout.offset == offset
+    for module in model.patch_embed:  # centres do not depend on weights: make all of them count
+        if isinstance(module, nn.Conv2d):
+            nn.init.ones_(module.weight)
+    tokens = nn.Sequential(*(module for module in model.patch_embed if isinstance(module, nn.Conv2d)))(images)
+    (gradient,) = torch.autograd.grad(tokens[0, :, 5, 7].sum(), images)
+    mass = gradient.abs().sum((0, 1))
+    rows = (mass.sum(1) * (torch.arange(64) + 0.5)).sum() / mass.sum()
+    columns = (mass.sum(0) * (torch.arange(64) + 0.5)).sum() / mass.sum()
+    assert rows.item() == pytest.approx(5 * layout.step + layout.centre, abs=1e-9)
+    assert columns.item() == pytest.approx(7 * layout.step + layout.centre, abs=1e-9)
