@@ -1,0 +1,51 @@
+"""The weights that come with the package: small, half precision, each with a card that is true of the file."""
+
+import pytest
+import torch
+
+import mamba_attn
+from mamba_attn import images
+from mamba_attn.models import registry
+from mamba_attn.testing import check_adapter
+
+DEMOS = registry.demos()
+
+
+def test_there_are_some() -> None:
+    assert "vim_micro" in DEMOS
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_the_card_is_true_of_the_file(name: str) -> None:
+    from safetensors import safe_open
+
+    card = registry.demo_card(name)
+    path = registry._DEMOS / f"{name}.safetensors"
+    assert path.stat().st_size < 8e6
+    with safe_open(path, "pt") as file:
+        shapes = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        assert {value.get_dtype() for value in shapes.values()} == {"F16"}
+    model = mamba_attn.models.create(name, weights="demo")
+    assert sum(parameter.numel() for parameter in model.parameters()) == card["parameters"]
+    assert set(shapes) == set(model.state_dict())
+    assert set(card["per_class"]) == set(card["classes"])
+    assert len(card["classes"]) == model.num_classes == card["options"]["num_classes"]
+    assert "non-commercial" in card["data"]["imagenette128"]["license"]
+    assert "CC0" in card["data"]["clothing128"]["license"]
+    assert card["top1"] > 45
+    assert card["command"].startswith("python benchmarks/train.py " + name)
+    assert {"seed", "epochs", "pixels", "recipe", "versions"} <= set(card)
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_trained_weights_see_clothing_and_obey_the_laws(name: str) -> None:
+    card = registry.demo_card(name)
+    model = mamba_attn.models.create(name, weights="demo")
+    transform = mamba_attn.models.transform(name)
+    batch = torch.stack([transform(path) for path in images.samples()])
+    with torch.no_grad():
+        probabilities = model(batch).softmax(1)
+    clothing = [index for index, label in enumerate(card["classes"]) if card["classes"].index("dress") <= index]
+    assert probabilities[:, clothing].sum(1).min() > 0.4  # half of the classes are clothing; all six images are
+    report = check_adapter(model, batch[:1])
+    assert report.matrix_error <= 1e-5
