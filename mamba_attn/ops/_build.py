@@ -41,7 +41,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     except (OSError, subprocess.SubprocessError) as error:
         detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
         problem = f"its C++ source could not be compiled or loaded: {detail.strip()[-800:]} Install g++ or set CXX."
-        warnings.warn(f"mamba_attn runs without its CPU kernel (several times slower): {problem}", stacklevel=4)
+        warnings.warn(f"mamba_attn runs without its CPU kernel (the slower blocked path runs): {problem}", stacklevel=4)
         return None, problem
 
 

@@ -39,7 +39,7 @@ inline vec exp2v(vec x, vec rest = vec{}) {
     return p * scale;
 }
 
-// 2^(a x) without the rounding of the product, which would put e^-80 off by 5e-6: the halves' product is exact.
+// 2^(a x) without the rounding of the product, which would put e^-80 off by 80 x 2^-24: the halves' product is exact.
 struct Split { vec high, low; };
 inline vec upper_half(vec x) {
     ivec bits;
@@ -54,7 +54,7 @@ inline vec exp2_product(Split a, Split x) {
     return exp2v(a_upper * x_upper, a_upper * x_lower + a_lower * (x_upper + x_lower));
 }
 
-// Decayed states reach denormal numbers, which cost a hundred times an ordinary product: below 1e-38 they count as zero.
+// Decayed states reach denormal numbers, which cost far more than ordinary products: below 1e-38 they count as zero.
 struct FlushDenormals {
 #if defined(__SSE__)
     unsigned before = __builtin_ia32_stmxcsr();

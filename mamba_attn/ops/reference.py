@@ -53,16 +53,9 @@ def hidden_attention(
 
 def selective_scan(record: ScanRecord) -> Float[Tensor, "batch routes channels length"]:
     """The recurrence itself, token by token: h = exp(delta A) h + delta B u, y = C h + D u; scan order, float64."""
-    delta, A, B, C = _per_channel(record)
-    u = record.u.double()
-    h = torch.zeros_like(B[..., 0])
-    y = []
-    for t in range(record.length):
-        step = delta[..., t, None]
-        h = torch.exp(step * A) * h + step * B[..., t] * u[..., t, None]
-        y.append((C[..., t] * h).sum(-1))
-    result = torch.stack(y, dim=-1)
-    return result if record.D is None else result + record.D.double().unsqueeze(-1) * u
+    C = _per_channel(record)[3]
+    y = (C * states(record)).sum(-2)
+    return y if record.D is None else y + record.D.double().unsqueeze(-1) * record.u.double()
 
 
 def states(record: ScanRecord) -> Float[Tensor, "batch routes channels states length"]:
