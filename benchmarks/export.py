@@ -75,7 +75,7 @@ def export(run: "Run", val: images.Images, recipe: dict[str, Any], command: Sequ
         "epochs": args.epochs,
         "steps": run.step,
         "seed": args.seed,
-        "recipe": {**recipe, "lr": args.lr, "batch": run.batch},
+        "recipe": {**recipe, "lr": args.lr, "batch": run.batch, "mixup": args.mixup},
         "init": _initial_card(args.init),
         "cpu_seconds": round(run.cpu),
         "wall_seconds": round(run.wall),

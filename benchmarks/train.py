@@ -43,6 +43,7 @@ class Run:
     """
 
     def __init__(self, args: argparse.Namespace, train: images.Images) -> None:
+        from timm.data import Mixup
         from timm.optim import create_optimizer_v2
         from timm.scheduler import CosineLRScheduler
         from timm.utils import ModelEmaV3
@@ -69,6 +70,11 @@ class Run:
         self.scheduler.step_update(0)
         self.ema = ModelEmaV3(self.model, decay=RECIPE["ema_decay"], use_warmup=True)
         self.loss = nn.CrossEntropyLoss(label_smoothing=RECIPE["label_smoothing"])
+        self.mixup = (
+            Mixup(mixup_alpha=0.2, cutmix_alpha=1.0, prob=args.mixup, label_smoothing=0.0, num_classes=len(train.classes))
+            if args.mixup
+            else None
+        )
 
     @property
     def total(self) -> int:
@@ -82,6 +88,9 @@ class Run:
         torch.manual_seed(
             args.seed * 1_000_003 + self.step
         )  # drop path; from the step alone, so that resuming is exact
+        np.random.seed((args.seed, self.step))  # timm's mixup draws from the global generator
+        if self.mixup is not None:
+            x, y = self.mixup(x, y)
         self.model.train()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = self.model(x)
@@ -101,7 +110,7 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """What may not change between a checkpoint and its continuation."""
-        keys = ("name", "pixels", "epochs", "batch", "lr", "seed", "options")
+        keys = ("name", "pixels", "epochs", "batch", "lr", "mixup", "seed", "options")
         return {**{key: getattr(self.args, key) for key in keys}, "images": len(self.train)}
 
     def save(self, path: Path) -> None:
@@ -210,6 +219,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=int, default=30)
     add("--batch", type=int, default=64)
     add("--lr", type=float, default=2e-3)
+    add("--mixup", type=float, default=0.0, help="share of the batches that mixup (0.2) or cutmix (1.0) blends")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=1, help="two runs of one thread each beat one run of two")
     add("--init", help="start from these weights, of any resolution (safetensors, or last.pt of another run)")

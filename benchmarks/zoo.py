@@ -21,8 +21,11 @@ def create(
         weights: a .safetensors file, or last.pt of a run (its averaged weights).
         options: further options of the model.
     """
+    import timm.layers
+
     import mamba_attn.models
 
+    timm.layers.set_fused_attn(False)  # its half-precision backward on a CPU takes longer than the rest of a ViT
     with tempfile.TemporaryDirectory() as folder:
         if weights is not None and Path(weights).suffix == ".pt":  # a run's checkpoint holds more than weights
             from safetensors.torch import save_file
