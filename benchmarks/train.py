@@ -70,11 +70,8 @@ class Run:
         self.scheduler.step_update(0)
         self.ema = ModelEmaV3(self.model, decay=RECIPE["ema_decay"], use_warmup=True)
         self.loss = nn.CrossEntropyLoss(label_smoothing=RECIPE["label_smoothing"])
-        self.mixup = (
-            Mixup(mixup_alpha=0.2, cutmix_alpha=1.0, prob=args.mixup, label_smoothing=0.0, num_classes=len(train.classes))
-            if args.mixup
-            else None
-        )
+        blend = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "label_smoothing": 0.0, "num_classes": len(train.classes)}
+        self.mixup = Mixup(prob=args.mixup, **blend) if args.mixup else None
 
     @property
     def total(self) -> int:

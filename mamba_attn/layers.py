@@ -126,7 +126,8 @@ def require_scans(call: str, layers: Iterable[Layer]) -> list["ScanLayer"]:
     if others:
         raise UnsupportedModelError(
             f"{call} is defined for selective scans, and {', '.join(others[:3])}{', ...' if len(others) > 3 else ''} "
-            "are softmax attention; name other layers with layers=, or use AttentionRollout or RawAttention."
+            "are softmax attention; name other layers with layers=, or use TransformerAttribution, AttentionRollout or "
+            "RawAttention."
         )
     return [layer for layer in checked if isinstance(layer, ScanLayer)]
 

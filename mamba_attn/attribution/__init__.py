@@ -12,5 +12,6 @@ from mamba_attn.attribution._base import TokenAttribution
 from mamba_attn.attribution.attention_rollout import AttentionRollout
 from mamba_attn.attribution.mamba_attribution import MambaAttribution
 from mamba_attn.attribution.raw_attention import RawAttention
+from mamba_attn.attribution.transformer_attribution import TransformerAttribution
 
-__all__ = ["AttentionRollout", "MambaAttribution", "RawAttention", "TokenAttribution"]
+__all__ = ["AttentionRollout", "MambaAttribution", "RawAttention", "TokenAttribution", "TransformerAttribution"]

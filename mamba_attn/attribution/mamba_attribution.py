@@ -1,8 +1,7 @@
 """Mamba-Attribution: hidden attention weighted by the gradient of a class, rolled out over the layers."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from mamba_attn import ops
@@ -10,15 +9,14 @@ from mamba_attn._types import Float
 from mamba_attn.attribution import _conventions, _published
 from mamba_attn.attribution._base import Row, Target, TokenAttribution
 from mamba_attn.attribution._conventions import Watch
+from mamba_attn.attribution._product import Product, Step, dense, roll_out
 from mamba_attn.attribution._queries import Query, query_weights, read_rows
-from mamba_attn.attribution._stages import Downsampling, downsamplings, to_finer
+from mamba_attn.attribution._stages import downsamplings
 from mamba_attn.attribution._weighted import gated_gradients, gradient_x_attention, paper, published
 from mamba_attn.errors import nearest
 from mamba_attn.layers import ScanLayer, require_scans
 
 RULES = ("gradient_x_attention", "paper", "published_code")
-Product = Callable[[Tensor], Tensor]  # row -> row @ W
-Step = Callable[[ScanLayer], tuple[Product, Tensor | float]]
 
 
 class MambaAttribution(TokenAttribution):
@@ -102,7 +100,7 @@ class MambaAttribution(TokenAttribution):
         layers = require_scans("MambaAttribution", record.layers)
         if self.rule == "paper":
             gradients = gated_gradients(layers, logit, watch)
-            return self._rolled(layers, query, lambda layer: _dense(paper(layer, gradients[layer.name])))
+            return self._rolled(layers, query, lambda layer: dense(paper(layer, gradients[layer.name])))
         if self.rule == "published_code":
             gradients = record.gradients(logit, of="output")
             layers = layers if self.layers is not None else _conventions.late_layers(layers)
@@ -113,10 +111,10 @@ class MambaAttribution(TokenAttribution):
         if self.signed:
             return self._rolled(layers, query, lambda layer: _signed(layer, gradients[layer.name]))
         return self._rolled(
-            layers, query, lambda layer: _dense(gradient_x_attention(layer, gradients[layer.name]).clamp(min=0))
+            layers, query, lambda layer: dense(gradient_x_attention(layer, gradients[layer.name]).clamp(min=0))
         )
 
-    def _rolled(self, layers: Sequence[ScanLayer], query: Query, step: Step) -> list[Row]:
+    def _rolled(self, layers: Sequence[ScanLayer], query: Query, step: Step[ScanLayer]) -> list[Row]:
         start = query_weights(layers[-1], query)
         return [(layers[0].layout, roll_out(layers, start, downsamplings(self.model, layers), step))]
 
@@ -125,39 +123,8 @@ class MambaAttribution(TokenAttribution):
         return row if self.signed else row.clamp(min=0)
 
 
-def roll_out(
-    layers: Sequence[ScanLayer],
-    start: Float[Tensor, "batch last_tokens"],
-    between: Sequence[Sequence[Downsampling]],
-    step: Step,
-) -> Float[Tensor, "batch first_tokens"]:
-    """Return ``start`` times the product of the layers' I + W, less what the identities alone carry.
-
-    The two parts are carried apart: W can be thousands of times smaller than the identity.
-
-    Args:
-        layers: in execution order.
-        start: over the tokens of the last layer.
-        between: what lies between neighbouring layers, see ``downsamplings``.
-        step: for a layer, the product with its W from the left, and what the rows of I + W are divided by.
-    """
-    alone, rest = start, torch.zeros_like(start)
-    for index in reversed(range(len(layers))):
-        product, divisor = step(layers[index])
-        alone, rest = alone / divisor, rest / divisor
-        rest = rest + product(alone + rest)
-        if index > 0:
-            finer, coarser, way = layers[index - 1].layout, layers[index].layout, between[index - 1]
-            alone, rest = to_finer(alone, finer, coarser, way), to_finer(rest, finer, coarser, way)
-    return rest
-
-
-def _dense(weighted: Float[Tensor, "batch tokens tokens"]) -> tuple[Product, float]:
-    return lambda row: (row.unsqueeze(1) @ weighted).squeeze(1), 1.0
-
-
 def _rows_divided(weighted: Float[Tensor, "batch tokens tokens"]) -> tuple[Product, Tensor]:
-    return _dense(weighted)[0], 1 + weighted.sum(-1)
+    return dense(weighted)[0], 1 + weighted.sum(-1)
 
 
 def _signed(layer: ScanLayer, gradient: Float[Tensor, "batch channels tokens"]) -> tuple[Product, float]:
