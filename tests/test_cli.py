@@ -1,4 +1,3 @@
-import json
 import os
 import shutil
 import subprocess
@@ -8,25 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 from mamba_attn import cli, images, models
-from mamba_attn.attribution import AttentionRollout, RawAttention
+from mamba_attn.explain import command
+from mamba_attn.explain.subject import _class_names
+from tests.explain.cases import VIM, VIT, VMAMBA, photo, save
 
 ROOT = Path(__file__).parent.parent
-CLASSES = ["dress", "hat", "[red]not markup[/red]"]
-VIM = {"image_size": 32, "depth": 2, "embed_dim": 16, "d_state": 2, "num_classes": 3}
-
-
-def save(folder, name, options, classes=CLASSES):
-    """Random weights and their card."""
-    torch.manual_seed(0)
-    model = models.create(name, **options)
-    folder.mkdir(exist_ok=True)
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "w.safetensors")
-    (folder / "w.json").write_text(json.dumps({"options": options, "classes": classes}))
-    return str(folder / "w.safetensors")
+SUFFIXES = (".html", ".png", ".npz")
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +26,8 @@ def weights(tmp_path_factory):
 @pytest.fixture
 def photos(tmp_path):
     """Two good images of the same name, in two folders, and one that is truncated."""
-    for folder, source in zip(("one", "two"), images.samples(), strict=False):
-        (tmp_path / folder).mkdir()
-        shutil.copyfile(source, tmp_path / folder / "a.jpg")
+    for which, folder in enumerate(("one", "two")):
+        photo(tmp_path / folder, which=which)
     (tmp_path / "one" / "broken.jpg").write_bytes(images.samples()[0].read_bytes()[:3000])
     return tmp_path
 
@@ -65,10 +53,15 @@ def refused(capsys, *arguments):
 def test_defaults_explain_the_images_of_the_package(tmp_path):
     result = run(tmp_path, "explain")
     assert result.returncode == 0, result.stderr
-    assert "6 of 6 images explained; pictures and arrays are in mamba_attn_explain" in result.stdout
-    assert result.stdout.count("%") == 6 * 5
-    files = {path.name for path in (tmp_path / "mamba_attn_explain").iterdir()}
-    assert files == {f"{path.stem}{suffix}" for path in images.samples() for suffix in (".png", ".npz")}
+    assert "6 of 6 images explained; open mamba_attn_explain/index.html" in result.stdout
+    assert result.stdout.count("%") == 6 * 5 * 2  # beside a ViT
+    folder = tmp_path / "mamba_attn_explain"
+    files = {f"{path.stem}{suffix}" for path in images.samples() for suffix in SUFFIXES}
+    assert {path.name for path in folder.iterdir()} == {*files, "index.html"}
+    with np.load(folder / "clothing_hat_1.npz") as arrays:
+        assert {"raw_attention", "attention_rollout", "mamba_attribution"} <= set(arrays)
+        assert {"vit_micro.raw_attention", "vit_micro.transformer_attribution"} <= set(arrays)
+        assert sum(name.startswith("attention.") for name in arrays) == 3
 
 
 def test_a_broken_image_is_named_and_the_rest_done(photos, weights):
@@ -77,9 +70,11 @@ def test_a_broken_image_is_named_and_the_rest_done(photos, weights):
     assert result.returncode == 1
     assert "skipped: one/broken.jpg: the image is damaged or incomplete" in result.stderr
     assert "skipped: text.png: this is not an image" in result.stderr
-    assert "2 of 4 images explained; pictures and arrays are in out/here" in result.stdout
+    assert "2 of 4 images explained; open out/here/index.html" in result.stdout
     assert "[red]not markup[/red]" in result.stdout
-    assert {path.name for path in (photos / "out/here").iterdir()} == {"a.png", "a.npz", "a-2.png", "a-2.npz"}
+    files = {f"{name}{suffix}" for name in ("a", "a-2") for suffix in SUFFIXES}
+    assert {path.name for path in (photos / "out/here").iterdir()} == {*files, "index.html"}
+    assert (photos / "out/here/index.html").read_text().count("<a ") == 2
     first, second = (np.load(photos / "out/here" / name) for name in ("a.npz", "a-2.npz"))
     assert not np.array_equal(first["image"], second["image"])
 
@@ -89,66 +84,6 @@ def test_usage_errors_end_with_two_and_one_sentence(tmp_path):
     assert result.returncode == 2
     assert result.stderr.startswith("mamba-attn explain: create('vim_micor'): no such model. Did you mean 'vim_micro'")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_arrays_are_those_of_the_methods(photos, weights):
-    assert cli.main(["explain", str(photos / "two"), "--weights", weights, "--out", str(photos / "out")]) == 0
-    arrays = np.load(photos / "out" / "a.npz")
-    picture = images.crop(images.read(photos / "two" / "a.jpg"), (32, 32))
-    assert np.array_equal(arrays["image"], picture)
-    model, inputs = models.create("vim_micro", weights=weights, **VIM), images.normalise(picture[None])
-    raw, rollout = RawAttention(model), AttentionRollout(model)
-    np.testing.assert_array_equal(arrays["raw_attention"], raw.attribute(inputs)[0, 0].numpy())
-    np.testing.assert_array_equal(arrays["rollout"], rollout.attribute(inputs)[0, 0].numpy())
-    assert arrays["layers"].tolist() == ["layers.0.mixer", "layers.1.mixer"]
-    for name, row in raw.rows(inputs).items():
-        np.testing.assert_array_equal(arrays[f"row.{name}"], row[0].numpy())
-    with torch.no_grad():
-        np.testing.assert_allclose(arrays["probabilities"], model(inputs).softmax(1)[0].numpy(), atol=1e-7)
-    assert arrays["classes"].tolist() == CLASSES
-
-
-def test_the_picture_shows_the_crop_and_the_maps_on_it(photos, weights):
-    assert cli.main(["explain", str(photos / "two"), "--weights", weights, "--out", str(photos / "out")]) == 0
-    sheet = np.asarray(Image.open(photos / "out" / "a.png")).astype(int)
-    crop = Image.fromarray(np.load(photos / "out" / "a.npz")["image"]).resize((256, 256), Image.Resampling.BICUBIC)
-    panels = [sheet[8:264, left : left + 256] for left in (8, 272, 536)]
-    assert sheet.shape[1] == 3 * 256 + 4 * 8
-    assert np.array_equal(panels[0], np.asarray(crop))
-    for panel in panels[1:]:
-        assert np.abs(panel - panels[0]).max() > 50
-        assert np.corrcoef(panel.mean(2)[::8].ravel(), panels[0].mean(2)[::8].ravel())[0, 1] > 0.1
-
-
-def test_a_model_of_four_stages_and_names_for_nameless_classes(photos, tmp_path, capsys):
-    options = {"image_size": [64, 32], "depths": [1, 1, 1], "dims": 16, "num_classes": 4}
-    path = save(tmp_path / "vmamba", "vmamba_micro", options, classes=[])
-    arguments = ["explain", str(photos / "two"), "--model", "vmamba_micro", "--weights", path]
-    assert cli.main([*arguments, "--out", str(photos / "out")]) == 0
-    arrays = np.load(photos / "out" / "a.npz")
-    assert arrays["rollout"].shape == arrays["raw_attention"].shape == (64, 32)
-    assert [arrays[f"row.{name}"].shape for name in arrays["layers"]] == [(128,), (32,), (8,)]
-    assert "class 3" in capsys.readouterr().out
-
-
-def test_a_vit(photos, tmp_path):
-    options = {"image_size": 32, "depth": 2, "embed_dim": 32, "num_classes": 3}
-    path = save(tmp_path / "vit", "vit_micro", options)
-    arguments = ["explain", str(photos / "two"), "--model", "vit_micro", "--weights", path]
-    assert cli.main([*arguments, "--out", str(photos / "out")]) == 0
-    arrays = np.load(photos / "out" / "a.npz")
-    assert arrays["layers"].tolist() == ["blocks.0.attn", "blocks.1.attn"]
-    np.testing.assert_allclose(arrays["row.blocks.1.attn"].sum(), 1, atol=1e-6)
-    assert arrays["rollout"].shape == (32, 32)
-
-
-def test_official_models_see_the_crop_that_they_were_measured_with(photos, tmp_path):
-    path = save(tmp_path / "tiny", "vim_tiny", {**VIM, "image_size": [32, 48]})
-    arguments = ["explain", str(photos / "two"), "--model", "vim_tiny", "--weights", path]
-    assert cli.main([*arguments, "--out", str(photos / "out")]) == 0
-    picture = images.read(photos / "two" / "a.jpg")
-    expected = images.crop(picture, (32, 48), cover=(36, 54), interpolation="bicubic")
-    assert np.array_equal(np.load(photos / "out" / "a.npz")["image"], expected)
 
 
 def test_activations_that_are_not_finite_are_an_error_of_the_image(photos, tmp_path, capsys):
@@ -163,15 +98,67 @@ def test_activations_that_are_not_finite_are_an_error_of_the_image(photos, tmp_p
     assert "0 of 1 images explained" in captured.out
 
 
+def test_every_option_at_once(photos, tmp_path, capsys):
+    path = save(tmp_path / "vmamba", "vmamba_micro", VMAMBA)
+    beside = save(tmp_path / "vit", "vit_micro", VIT)
+    assert Path(beside).is_file()
+    arguments = ["explain", str(photos / "*" / "a.jpg"), "--model", "vmamba_micro", "--weights", path]
+    arguments += ["--method", "raw_attention", "attention_rollout:signed", "--method", "mamba_attribution:rule=paper"]
+    arguments += ["--target", "HAT", "--query", "2,3,30,20", "--layer", "1", "layers.2.*", "--beside", "none"]
+    assert cli.main([*arguments, "--device", "cpu", "--out", str(photos / "out")]) == 0
+    with np.load(photos / "out" / "a-2.npz") as arrays:
+        assert int(arrays["explained"]) == 1
+        maps = ("raw_attention", "attention_rollout:signed=true", "mamba_attribution:rule=paper")
+        assert [arrays[name].shape for name in maps] == [(64, 32)] * 3
+        assert [name for name in arrays if name.startswith("row.")] == [f"row.{name}" for name in arrays["layers"][1:]]
+        assert [arrays[f"attention.{name}"].shape for name in arrays["layers"][1:]] == [(32, 32), (8, 8)]
+    page = (photos / "out" / "a.html").read_text()
+    assert "rule=paper" in page.partition("<code>")[2]
+    assert "5 of 5" not in capsys.readouterr().out
+
+
+def test_a_vit(photos, tmp_path):
+    path = save(tmp_path / "vit", "vit_micro", VIT)
+    arguments = ["explain", str(photos / "two"), "--model", "vit_micro", "--weights", path]
+    assert cli.main([*arguments, "--out", str(photos / "out")]) == 0
+    with np.load(photos / "out" / "a.npz") as arrays:
+        assert arrays["transformer_attribution"].shape == (32, 32)
+        np.testing.assert_allclose(arrays["row.blocks.1.attn"].sum(), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "rollout"], "no such method. Did you mean 'attention_rollout'"),
+        (["--target", "hatt"], "no such class; vim_micro knows 3 classes, 0..2. Did you mean 'hat'"),
+        (["--layer", "7"], "no such layer; vim_micro has 2 layers, 0..1."),
+        (["--query", "40,3"], "the pixel (row, column) is outside the image of 32 x 32 pixels"),
+        (["--query", "1,2,3,40"], "expected a box"),
+        (["--query", "here"], "expected ROW,COLUMN or X0,Y0,X1,Y1"),
+        (["--beside", "vit_mircro"], "Did you mean 'vit_micro'"),
+    ],
+)
+def test_questions_that_do_not_fit(capsys, photos, weights, arguments, message):
+    given = [str(photos / "two"), "--weights", weights, "--out", str(photos / "out"), *arguments]
+    assert message in refused(capsys, *given)
+
+
+def test_a_method_that_is_not_for_this_model_ends_the_run(capsys, photos, weights):
+    arguments = ["--weights", weights, "--method", "raw_attention:convention=vmamba_analysis"]
+    assert cli.main(["explain", str(photos / "two"), *arguments, "--out", str(photos / "out")]) == 2
+    assert "mamba-attn explain: RawAttention(convention='vmamba_analysis'): this is VMamba's" in capsys.readouterr().err
+    assert list((photos / "out").iterdir()) == []
+
+
 def test_imagenets_classes_have_names():
-    names = cli._class_names(models.create("vim_micro", depth=1, num_classes=1000), {})
+    names = _class_names(models.create("vim_micro", depth=1, num_classes=1000), {})
     assert len(names) == 1000
     assert names[0] == "tench"
 
 
 def test_files_of_the_same_name_get_numbers():
-    paths = [Path(name) for name in ("x/a.jpg", "y/a.png", "a-2.jpg", "z/a.jpg", "b.jpg")]
-    assert cli._names(paths) == ["a", "a-2", "a-2-2", "a-3", "b"]
+    paths = [Path(name) for name in ("x/a.jpg", "y/a.png", "a-2.jpg", "z/a.jpg", "b.jpg", "index.jpg")]
+    assert command._names(paths) == ["a", "a-2", "a-2-2", "a-3", "b", "index-2"]
 
 
 def test_images_that_are_not_there(capsys, tmp_path):
@@ -217,13 +204,13 @@ def test_a_device_that_is_not_there(capsys, weights, tmp_path, monkeypatch):
 
 
 def test_missing_extras_are_named_with_the_remedy(capsys, monkeypatch):
-    found = cli.importlib.util.find_spec
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name in ("PIL", "rich") else found(name))
+    util, found = command.importlib.util, command.importlib.util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name: None if name in ("PIL", "rich") else found(name))
     assert "pillow and rich not installed: pip install 'mamba_attn[explain]'" in refused(capsys)
 
 
 def test_only_what_exists_is_offered(capsys):
-    for arguments in ([], ["compare"], ["explain", "--method", "all"], ["explain", "--device", "tpu"]):
+    for arguments in ([], ["compare"], ["explain", "--method"], ["explain", "--device", "tpu"]):
         with pytest.raises(SystemExit) as stop:
             cli.main(arguments)
         assert stop.value.code == 2

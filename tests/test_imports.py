@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 HOUSE = [
     ["cli"],
     ["explorer"],
+    ["explain"],
     ["evaluation"],
     ["analytics"],
     ["testing"],

@@ -1,5 +1,6 @@
 """The same pictures as RGB arrays, through Pillow: no browser needed."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def side_by_side(panels: Sequence[np.ndarray], captions: Sequence[str], *, heigh
     return np.asarray(sheet)
 
 
-def save_png(path: str | Path, rgb: np.ndarray) -> None:
+def save_png(path: str | Path | io.BytesIO, rgb: np.ndarray) -> None:
     """Write a (rows, columns, 3) uint8 array.
 
     Raises:

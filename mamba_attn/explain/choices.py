@@ -1,0 +1,226 @@
+"""What a user asked for, from text: methods with options, a class, a query, layers."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from mamba_attn.attribution import (
+    AttentionRollout,
+    MambaAttribution,
+    RawAttention,
+    TokenAttribution,
+    TransformerAttribution,
+)
+from mamba_attn.errors import nearest
+from mamba_attn.explain.subject import Subject
+
+METHODS: dict[str, type[TokenAttribution]] = {
+    "raw_attention": RawAttention,
+    "attention_rollout": AttentionRollout,
+    "mamba_attribution": MambaAttribution,
+    "transformer_attribution": TransformerAttribution,
+}
+_TITLES = {
+    "raw_attention": "raw attention",
+    "attention_rollout": "attention rollout",
+    "mamba_attribution": "Mamba-Attribution",
+    "transformer_attribution": "Transformer-Attribution",
+}
+_OF_A_CLASS = ("mamba_attribution", "transformer_attribution")
+_COUNTERPARTS = {"mamba_attribution": "transformer_attribution", "transformer_attribution": "mamba_attribution"}
+_ONLY_FOR = {"mamba_attribution": False, "transformer_attribution": True}  # softmax attention?
+_WORDS = {"true": True, "yes": True, "false": False, "no": False}
+
+
+@dataclass(frozen=True)
+class Method:
+    """An attribution method and its options.
+
+    Args:
+        name: a key of ``METHODS``.
+        options: keyword arguments of its class.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """As the user writes it, and as the array is called."""
+        options = ",".join(f"{name}={str(value).lower()}" for name, value in self.options.items())
+        return f"{self.name}:{options}" if options else self.name
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        return f"{_TITLES[self.name]} ({options})" if options else _TITLES[self.name]
+
+    @property
+    def of_a_class(self) -> bool:
+        """Whether the map depends on the class."""
+        return self.name in _OF_A_CLASS
+
+    def build(self, subject: Subject, layers: Sequence[str] | None) -> TokenAttribution:
+        """Return the method on a model; ``layers`` of None stands for the method's own default."""
+        return METHODS[self.name](subject.model, layers=layers, **self.options)
+
+
+def parse_methods(texts: Sequence[str], subject: Subject) -> list[Method]:
+    """Return the methods that a user named, each once; without any, those that fit the model.
+
+    Args:
+        texts: ``NAME`` or ``NAME:OPTION=VALUE,OPTION`` each, e.g. ``attention_rollout:signed``.
+        subject: the model they are for.
+
+    Raises:
+        ValueError: an unknown name, option or value, or a method that the model has nothing for.
+    """
+    last = "transformer_attribution" if subject.softmax else "mamba_attribution"
+    found = {method.key: method for method in map(_method, texts or ("raw_attention", "attention_rollout", last))}
+    for method in found.values():
+        if _ONLY_FOR.get(method.name, subject.softmax) != subject.softmax:
+            kind = "softmax attention" if subject.softmax else "selective scans"
+            raise ValueError(
+                f"--method {method.key}: {subject.name} is made of {kind}; use {_COUNTERPARTS[method.name]}."
+            )
+        method.build(subject, None)  # options that exclude each other
+    return list(found.values())
+
+
+def counterparts(methods: Sequence[Method], beside: Subject) -> list[Method]:
+    """Return what a second model is shown with: the same methods where they fit, with their default options."""
+    names = dict.fromkeys(
+        method.name if _ONLY_FOR.get(method.name, beside.softmax) == beside.softmax else _COUNTERPARTS[method.name]
+        for method in methods
+    )
+    return [Method(name) for name in names]
+
+
+def parse_target(text: str | None, subject: Subject) -> int | None:
+    """Return the index of a class; None for None.
+
+    Args:
+        text: an index, or a name in any case.
+        subject: the model whose classes these are.
+
+    Raises:
+        ValueError: no such class.
+    """
+    if text is None:
+        return None
+    lowered = [name.lower() for name in subject.classes]
+    if text.lower() in lowered:
+        return lowered.index(text.lower())
+    if text.isdecimal() and int(text) < len(lowered):
+        return int(text)
+    known = f"{subject.name} knows {len(lowered)} classes, 0..{len(lowered) - 1}. "
+    raise ValueError(f"--target {text}: no such class; {known}{nearest(text.lower(), lowered)}")
+
+
+def parse_query(text: str | None, subject: Subject) -> tuple[float, ...] | None:
+    """Return (row, column) or (x0, y0, x1, y1) in pixels of what the model sees; None for None.
+
+    Raises:
+        ValueError: not two or four numbers.
+    """
+    if text is None:
+        return None
+    try:
+        query = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        query = ()
+    if len(query) not in (2, 4):
+        rows, columns = subject.transform.size
+        raise ValueError(
+            f"--query {text}: expected ROW,COLUMN or X0,Y0,X1,Y1 in pixels of what {subject.name} sees, "
+            f"{rows} rows x {columns} columns."
+        )
+    return query
+
+
+def parse_layers(texts: Sequence[str], subject: Subject) -> list[str]:
+    """Return the names of layers, first to last.
+
+    Args:
+        texts: indices, names or patterns.
+        subject: the model whose layers these are.
+
+    Raises:
+        ValueError: one that fits no layer.
+    """
+    chosen = set()
+    for text in texts:
+        if text.isdecimal() and int(text) < len(subject.layers):
+            chosen.add(subject.layers[int(text)])
+            continue
+        fitting = [name for name in subject.layers if fnmatchcase(name, text)]
+        if not fitting:
+            known = f"{subject.name} has {len(subject.layers)} layers, 0..{len(subject.layers) - 1}. "
+            raise ValueError(f"--layer {text}: no such layer; {known}{nearest(text, subject.layers)}")
+        chosen.update(fitting)
+    return [name for name in subject.layers if name in chosen]
+
+
+def same_depth(layers: Sequence[str], subject: Subject, beside: Subject) -> list[str]:
+    """Return the layers of a second model that stand as deep as those of the first."""
+    last, other = len(subject.layers) - 1, len(beside.layers) - 1
+    deep = {round(subject.layers.index(name) / max(last, 1) * other) for name in layers}
+    return [beside.layers[index] for index in sorted(deep)]
+
+
+class Question(NamedTuple):
+    """What is asked of one model, for every image.
+
+    Args:
+        subject: the model.
+        methods: the maps to make.
+        layers: names of the layers to use; empty: the methods' own defaults.
+        target: class to explain. Default: the predicted one.
+        query: whose rows are read, in pixels. Default: the class token, or the mean over patches.
+    """
+
+    subject: Subject
+    methods: Sequence[Method]
+    layers: Sequence[str] = ()
+    target: int | None = None
+    query: tuple[float, ...] | None = None
+
+    def of_companion(self, beside: Subject) -> "Question":
+        """Return the same question for a second model: as deep, the class of the same name, the place of the query."""
+        name = None if self.target is None else self.subject.classes[self.target]
+        target = beside.classes.index(name) if name in beside.classes else None
+        layers = same_depth(self.layers, self.subject, beside)
+        rows, columns = (
+            there / here for there, here in zip(beside.transform.size, self.subject.transform.size, strict=True)
+        )
+        factors = (rows, columns) if len(self.query or ()) == 2 else (columns, rows, columns, rows)
+        query = None if self.query is None else tuple(x * f for x, f in zip(self.query, factors, strict=True))
+        return Question(beside, counterparts(self.methods, beside), layers, target, query)
+
+
+def _method(text: str) -> Method:
+    """One method from text."""
+    name, _, rest = text.partition(":")
+    if name not in METHODS:
+        raise ValueError(f"--method {text}: no such method. {nearest(name, METHODS)}")
+    parameters = inspect.signature(METHODS[name].__init__).parameters.values()
+    known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "layers"}
+    options = {}
+    for part in filter(None, rest.split(",")):
+        option, given, value = part.partition("=")
+        if option not in known:
+            raise ValueError(f"--method {text}: {name} has no option {option!r}. {nearest(option, known)}")
+        options[option] = _value(text, option, value if given else "true", known[option])
+    return Method(name, options)
+
+
+def _value(text: str, option: str, value: str, default: object) -> object:
+    """A value of the same kind as the option's default."""
+    if not isinstance(default, bool):
+        return value
+    if value.lower() not in _WORDS:
+        raise ValueError(f"--method {text}: {option} is true or false, not {value!r}.")
+    return _WORDS[value.lower()]

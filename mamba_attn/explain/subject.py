@@ -1,0 +1,129 @@
+"""The models that are explained: built by name, with the names of their classes and what they are shown."""
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from mamba_attn import _torchvision, models
+from mamba_attn.adapters import AttentionAdapter, find_mixers
+from mamba_attn.models import registry
+from mamba_attn.models.transforms import EvaluationTransform
+
+NO_COMPANION = "none"
+_COMPANION = "vit_micro"  # of the micro models; the others have none of their size inside
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model to explain.
+
+    Args:
+        name: of the model.
+        model: in eval mode.
+        classes: the names of its classes.
+        transform: what it is shown of an image.
+    """
+
+    name: str
+    model: nn.Module
+    classes: list[str]
+    transform: EvaluationTransform
+
+    @cached_property
+    def layers(self) -> list[str]:
+        """Names of the layers that can be traced, first to last."""
+        return list(find_mixers(self.model))
+
+    @cached_property
+    def softmax(self) -> bool:
+        """Whether all layers are softmax attention, as in a ViT."""
+        return all(isinstance(adapter, AttentionAdapter) for _, adapter in find_mixers(self.model).values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the model."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def load(name: str, weights: str, device: str = "cpu") -> Subject:
+    """Build a model with its weights.
+
+    Args:
+        name: see ``mamba_attn.models.create``.
+        weights: "demo", "official" or a file; a .json card beside the file, as ``benchmarks/train.py`` writes it, gives
+            the model's options and the names of the classes.
+        device: "cpu" or "cuda".
+
+    Raises:
+        ValueError: an unknown name, a device that is not there, a card that is not one.
+        WeightsError: weights that are absent or do not fit.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu.")
+    card: dict[str, Any] = {}
+    if weights == "demo" and name in registry.demos():
+        card = registry.demo_card(name)
+    beside = Path(weights).with_suffix(".json")
+    if weights not in ("demo", "official") and beside.is_file():
+        card = _card(beside)
+    model = models.create(name, weights=weights, **({} if weights == "demo" else card.get("options", {})))
+    size = getattr(model, "image_size", None) or cast(Any, model).patch_embed.img_size
+    transform = models.transform(name, cast(tuple[int, int], size))
+    return Subject(name, model.to(device), _class_names(model, card), transform)
+
+
+def load_companion(name: str | None, subject: Subject, device: str = "cpu") -> Subject | None:
+    """Build the model that is shown beside another, with its demo weights.
+
+    Args:
+        name: of the model, or "none". Default: a ViT of the same size beside the micro models.
+        subject: the model it is shown beside.
+        device: "cpu" or "cuda".
+
+    Raises:
+        ValueError: an unknown name.
+        WeightsError: no demo weights for this name.
+    """
+    if name is None:
+        fits = subject.name.endswith("_micro") and not subject.softmax and _COMPANION in registry.demos()
+        name = _COMPANION if fits else NO_COMPANION
+    return None if name == NO_COMPANION else load(name, "demo", device)
+
+
+def _card(path: Path) -> dict[str, Any]:
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: this card beside the weights is not JSON ({error}).") from error
+    card = card if isinstance(card, dict) else {"options": None}
+    found = {"options": card.get("options", {}), "classes": card.get("classes", [])}
+    fits = isinstance(found["options"], dict) and isinstance(found["classes"], list)
+    if not fits:
+        raise ValueError(f"{path}: expected a card with 'options' (an object) and 'classes' (a list of names).")
+    return found
+
+
+def _class_names(model: nn.Module, card: dict[str, Any]) -> list[str]:
+    """The card's names; ImageNet's for 1000 classes, if timm is there; else numbers."""
+    count = int(getattr(model, "num_classes", 0))
+    names = [str(name) for name in card.get("classes", [])]
+    if len(names) == count:
+        return names
+    if count == 1000 and importlib.util.find_spec("timm") is not None:
+        _torchvision.prepare()
+        from timm.data.imagenet_info import ImageNetInfo
+
+        info = ImageNetInfo()
+        return [str(info.index_to_description(index)).partition(",")[0] for index in range(count)]
+    return [f"class {index}" for index in range(count)]

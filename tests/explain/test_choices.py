@@ -1,0 +1,113 @@
+"""What users write, and what they are told."""
+
+import pytest
+
+from mamba_attn import attribution
+from mamba_attn.explain import choices, subject
+from tests.explain.cases import CLASSES, VIM, VIT, VMAMBA, save
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory):
+    configurations = {"vim_micro": VIM, "vmamba_micro": VMAMBA, "vit_micro": VIT}
+    return {
+        name: subject.load(name, save(tmp_path_factory.mktemp(name), name, options))
+        for name, options in configurations.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "last"), [("vim_micro", "mamba_attribution"), ("vit_micro", "transformer_attribution")]
+)
+def test_three_methods_by_default(subjects, name, last):
+    found = choices.parse_methods([], subjects[name])
+    assert [method.key for method in found] == ["raw_attention", "attention_rollout", last]
+    assert [method.of_a_class for method in found] == [False, False, True]
+
+
+def test_options_reach_the_method(subjects):
+    texts = ["mamba_attribution:rule=paper", "attention_rollout:signed", "raw_attention:signed=false,convention=exact"]
+    paper, rollout, raw = choices.parse_methods([*texts, "mamba_attribution:rule=paper"], subjects["vim_micro"])
+    assert paper.build(subjects["vim_micro"], None).rule == "paper"
+    assert rollout.build(subjects["vim_micro"], None).signed is True
+    built = raw.build(subjects["vim_micro"], ["layers.1.mixer"])
+    assert isinstance(built, attribution.RawAttention)
+    assert built.signed is False
+    assert built.layers == ["layers.1.mixer"]
+    assert rollout.key == "attention_rollout:signed=true"
+    assert rollout.title == "attention rollout (signed=True)"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("raw_atention", r"--method raw_atention: no such method. Did you mean 'raw_attention'"),
+        ("raw_attention:sined", r"raw_attention has no option 'sined'. Did you mean 'signed'"),
+        ("raw_attention:layers=a", "raw_attention has no option 'layers'"),
+        ("attention_rollout:signed=maybe", "signed is true or false, not 'maybe'"),
+        ("mamba_attribution:rule=papr", r"no such rule. Did you mean 'paper'"),
+        ("mamba_attribution:rule=paper,signed", "signed=True"),
+        ("transformer_attribution", "vim_micro is made of selective scans; use mamba_attribution"),
+    ],
+)
+def test_methods_that_are_none(subjects, text, message):
+    with pytest.raises(ValueError, match=message):
+        choices.parse_methods([text], subjects["vim_micro"])
+
+
+def test_scans_have_no_method_of_a_vit(subjects):
+    with pytest.raises(ValueError, match="vit_micro is made of softmax attention; use transformer_attribution"):
+        choices.parse_methods(["mamba_attribution"], subjects["vit_micro"])
+
+
+def test_targets(subjects):
+    vim = subjects["vim_micro"]
+    assert choices.parse_target(None, vim) is None
+    assert [choices.parse_target(text, vim) for text in ("HAT", "hat", "1", "0", CLASSES[2])] == [1, 1, 1, 0, 2]
+    for text in ("3", "-1", "1.0", "²"):
+        with pytest.raises(ValueError, match=rf"--target {text}: no such class; vim_micro knows 3 classes, 0..2"):
+            choices.parse_target(text, vim)
+    with pytest.raises(ValueError, match="Did you mean 'dress'"):
+        choices.parse_target("Dres", vim)
+
+
+def test_queries(subjects):
+    vmamba = subjects["vmamba_micro"]
+    assert choices.parse_query(None, vmamba) is None
+    assert choices.parse_query("3,4.5", vmamba) == (3, 4.5)
+    assert choices.parse_query("1,2,30,4", vmamba) == (1, 2, 30, 4)
+    for text in ("3", "a,b", "1,2,3", "1,,2", ""):
+        with pytest.raises(ValueError, match=r"expected ROW,COLUMN or X0,Y0,X1,Y1 in pixels .* 64 rows x 32 columns"):
+            choices.parse_query(text, vmamba)
+
+
+def test_layers(subjects):
+    vmamba = subjects["vmamba_micro"]
+    assert len(vmamba.layers) == 3
+    assert choices.parse_layers([], vmamba) == []
+    assert choices.parse_layers(["2", "layers.0.*", "2"], vmamba) == [vmamba.layers[0], vmamba.layers[2]]
+    for text in ("3", "layers.7.*"):
+        with pytest.raises(ValueError, match=rf"--layer {text}: no such layer; vmamba_micro has 3 layers, 0..2."):
+            choices.parse_layers([text], vmamba)
+    with pytest.raises(ValueError, match=r"Did you mean 'layers\.1\.mixer'"):
+        choices.parse_layers(["layer.1.mixer"], subjects["vim_micro"])
+
+
+def test_the_model_beside_is_asked_the_same(subjects):
+    vmamba, vit = subjects["vmamba_micro"], subjects["vit_micro"]
+    methods = choices.parse_methods(["raw_attention:signed", "raw_attention", "mamba_attribution"], vmamba)
+    question = choices.Question(vmamba, methods, vmamba.layers[-1:], 1, (32.0, 8.0))
+    beside = question.of_companion(vit)  # 64 x 32 pixels there, 32 x 32 here
+    assert [method.key for method in beside.methods] == ["raw_attention", "transformer_attribution"]
+    assert beside.layers == [vit.layers[-1]]
+    assert beside.target == 1
+    assert beside.query == (16.0, 8.0)
+    box = question._replace(query=(8.0, 32.0, 16.0, 64.0), layers=[], target=None).of_companion(vit)
+    assert box.query == (8.0, 16.0, 16.0, 32.0)
+    assert (box.layers, box.target) == ([], None)
+
+
+def test_layers_as_deep(subjects):
+    vim, vit = subjects["vim_micro"], subjects["vit_micro"]  # 2 and 3 layers
+    assert choices.same_depth(vim.layers, vim, vit) == [vit.layers[0], vit.layers[2]]
+    assert choices.same_depth(vit.layers[2:], vit, vim) == vim.layers[1:]
