@@ -66,6 +66,7 @@ def export(run: "Run", val: images.Images, recipe: dict[str, Any], command: Sequ
         "options": run.options,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         **evaluate(model, val, args.pixels),
+        "samples": samples(model, args.name, args.pixels, val.classes),
         "classes": val.classes,
         "validation": f"{len(val)} images, shorter side resized to {args.pixels} (bilinear), centre crop, "
         "ImageNet mean and standard deviation, bfloat16 autocast",
@@ -85,6 +86,18 @@ def export(run: "Run", val: images.Images, recipe: dict[str, Any], command: Sequ
     }
     path.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n")
     return card
+
+
+@torch.no_grad()
+def samples(model: nn.Module, name: str, pixels: int, classes: Sequence[str]) -> dict[str, Any]:
+    """Top-1 in percent on the images of the package, and the class that the model gives each, in float32."""
+    from mamba_attn import models
+    from mamba_attn.images import samples as paths
+
+    transform = models.transform(name, pixels)
+    found = {path.name: classes[int(model(transform(path)[None]).argmax())] for path in paths()}
+    right = sum(path.split("_")[1] == label for path, label in found.items())  # clothing_<class>_<number>.jpg
+    return {"top1": round(100 * right / len(found), 2), "classes": found}
 
 
 def _initial_card(init: str | None) -> dict[str, Any] | None:

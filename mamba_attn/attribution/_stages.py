@@ -75,11 +75,16 @@ def _chain(axis: int, fine: int, coarse: int, between: Sequence[Downsampling]) -
 
 
 def _windows(fine: int, kernel: int, stride: int, padding: int) -> Float[Tensor, "coarse fine"]:
-    """Means over a convolution's windows; padding is outside the grid and not counted."""
+    """Means over a convolution's windows, a token that k of them see weighted by 1 / k; padding is not counted.
+
+    Without the weights the windows' overlap would print its own lattice on every map: of a kernel of 3 and a stride of
+    2, tokens between two windows would count twice, those in the middle of one once.
+    """
     coarse = (fine + 2 * padding - kernel) // stride + 1
     distance = torch.arange(fine) - (torch.arange(coarse)[:, None] * stride - padding)
     inside = ((distance >= 0) & (distance < kernel)).double()
-    return inside / inside.sum(1, keepdim=True)
+    shared = inside / inside.sum(0).clamp(min=1)
+    return shared / shared.sum(1, keepdim=True)
 
 
 def _blocks(fine: int, coarse: int) -> Float[Tensor, "coarse fine"]:

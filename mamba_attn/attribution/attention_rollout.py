@@ -20,7 +20,8 @@ class AttentionRollout(TokenAttribution):
     is carried from the last layer to the first, one dense matrix at a time; it sums to 1.
 
     Between stages of VMamba a downsampling layer acts by its averaging matrix: a token takes the mean of the tokens
-    under the layer's kernel. The global pool acts by the mean over tokens, which is the default query there.
+    under the layer's kernel, those under k kernels weighted by 1 / k. The global pool acts by the mean over tokens,
+    which is the default query there.
 
     Args:
         model: a model that ``mamba_attn.trace`` knows.

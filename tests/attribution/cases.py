@@ -44,13 +44,19 @@ def matrices(model, inputs):
 
 def averaging(model, fine, coarse):
     """(coarse, fine) matrix of a downsampling layer, by pooling every unit vector."""
-    units = torch.eye(fine[0] * fine[1], dtype=torch.float64).view(-1, 1, *fine)
     if getattr(model, "generation", "") == "v05_noz":
-        pooled = F.avg_pool2d(units, 3, stride=2, padding=1, count_include_pad=False)
-    else:
-        pooled = F.avg_pool2d(units, 2, ceil_mode=True, count_include_pad=False)
-    assert pooled.shape[2:] == coarse
-    return pooled.flatten(1).T
+        return pooled(fine, coarse, 3, padding=1)
+    return pooled(fine, coarse, 2, ceil_mode=True)
+
+
+def pooled(fine, coarse, kernel, **padding):
+    """(coarse, fine) means over windows, every token weighted by one over the number of windows that see it."""
+    units = torch.eye(fine[0] * fine[1], dtype=torch.float64).view(-1, 1, *fine)
+    sums = F.avg_pool2d(units, kernel, stride=2, divisor_override=1, **padding)
+    assert sums.shape[2:] == coarse
+    sums = sums.flatten(1).T
+    weighted = sums / sums.sum(0).clamp(min=1)
+    return weighted / weighted.sum(1, keepdim=True)
 
 
 def layers_of(model, inputs):

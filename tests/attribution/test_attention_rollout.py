@@ -1,6 +1,5 @@
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from mamba_attn.attribution import AttentionRollout
@@ -9,7 +8,7 @@ from mamba_attn.attribution.attention_rollout import roll_out
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.layout import TokenLayout
 from mamba_attn.tracing import trace
-from tests.attribution.cases import MODELS, SIZE, averaging, images, matrices, vim, vmamba
+from tests.attribution.cases import MODELS, SIZE, averaging, images, matrices, pooled, vim, vmamba
 
 V3 = Downsampling((3, 3), (2, 2), (1, 1))
 
@@ -96,10 +95,15 @@ def test_downsampling_is_its_averaging_matrix(fine, coarse, between):
     coarse_tokens = coarse[0] * coarse[1]
     row = torch.eye(coarse_tokens, dtype=torch.float64)
     matrix = to_finer(row, TokenLayout(fine), TokenLayout(coarse), between)
-    units = torch.eye(fine[0] * fine[1], dtype=torch.float64).view(-1, 1, *fine)
-    kernel = {"kernel_size": 3, "padding": 1} if between else {"kernel_size": 2, "ceil_mode": True}
-    expected = F.avg_pool2d(units, stride=2, count_include_pad=False, **kernel).flatten(1).T
+    expected = pooled(fine, coarse, 3, padding=1) if between else pooled(fine, coarse, 2, ceil_mode=True)
     torch.testing.assert_close(matrix, expected, rtol=0, atol=1e-14)
+
+
+def test_overlapping_windows_leave_no_lattice():
+    even = torch.full((1, 16), 1 / 16, dtype=torch.float64)
+    finer = to_finer(even, TokenLayout((8, 8)), TokenLayout((4, 4)), [V3]).view(8, 8)
+    inside = finer[2:5, 2:5]  # away from the border
+    torch.testing.assert_close(inside, torch.full((3, 3), 1 / 64, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
 def test_strided_convolutions_between_layers_are_found():

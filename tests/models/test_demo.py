@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mamba_attn
+from benchmarks.export import samples
 from mamba_attn import images
 from mamba_attn.models import registry
 from mamba_attn.testing import check_adapter
@@ -35,6 +36,14 @@ def test_the_card_is_true_of_the_file(name: str) -> None:
     assert card["top1"] > 45
     assert card["command"].startswith("python benchmarks/train.py " + name)
     assert {"seed", "epochs", "pixels", "recipe", "versions"} <= set(card)
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_the_images_of_the_package_are_told_as_the_card_says(name: str) -> None:
+    card = registry.demo_card(name)
+    found = samples(mamba_attn.models.create(name, weights="demo"), name, card["pixels"], card["classes"])
+    assert found == card["samples"]
+    assert found["top1"] >= 50
 
 
 @pytest.mark.parametrize("name", DEMOS)
