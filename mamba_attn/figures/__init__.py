@@ -9,7 +9,9 @@ except ImportError as error:
     raise ImportError("mamba_attn.figures needs plotly: pip install 'mamba_attn[viz]'") from error
 
 from mamba_attn.figures.depth import depth_grid
+from mamba_attn.figures.layers import layer_grid
 from mamba_attn.figures.matrix import matrix
 from mamba_attn.figures.overlay import overlay
+from mamba_attn.figures.scan_path import scan_path
 
-__all__ = ["depth_grid", "matrix", "overlay"]
+__all__ = ["depth_grid", "layer_grid", "matrix", "overlay", "scan_path"]

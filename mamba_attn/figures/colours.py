@@ -8,7 +8,9 @@ import plotly.colors
 
 SEQUENTIAL = list(plotly.colors.sequential.Inferno)
 DIVERGING = list(reversed(plotly.colors.diverging.RdBu))  # blue below zero, red above
+PATH = list(plotly.colors.sequential.Plasma[:-1])  # the last one is lost on white
 MISSING = (128, 128, 128)  # NaN and Inf
+EMPTY = np.array([240, 240, 240], dtype=np.uint8)  # cells without a value
 INK = "#222222"
 
 
@@ -93,6 +95,20 @@ def scale(
     return Scale(low, high, list(colours or (DIVERGING if signed else SEQUENTIAL)))
 
 
+def scales(
+    arrays: Sequence[np.ndarray],
+    *,
+    shared: bool,
+    limits: tuple[float, float] | None = None,
+    signed: bool | None = None,
+    colours: Sequence[str] | None = None,
+) -> list[Scale]:
+    """Choose the ranges of panels: signed where any panel is, one for all or each its own; as in ``scale``."""
+    every = np.concatenate([array.ravel() for array in arrays])
+    signed = bool((every[np.isfinite(every)] < 0).any()) if signed is None else signed
+    return [scale(every if shared else array, limits=limits, signed=signed, colours=colours) for array in arrays]
+
+
 def plotly_scale(colours: Sequence[str]) -> list[list[float | str]]:
     """Return colours as a plotly colorscale."""
     return [
@@ -109,6 +125,16 @@ def to_rgb(values: np.ndarray, chosen: Scale) -> np.ndarray:
     rgb = np.stack(channels, axis=-1)
     rgb[~np.isfinite(values)] = MISSING
     return rgb.round().astype(np.uint8)
+
+
+def mix(below: np.ndarray, above: np.ndarray, opacity: float) -> np.ndarray:
+    """Return colours laid over others, uint8."""
+    return (opacity * above.astype(np.float64) + (1 - opacity) * below).round().astype(np.uint8)
+
+
+def css(rgb: np.ndarray) -> str:
+    """Return one colour as plotly writes it."""
+    return "rgb({}, {}, {})".format(*rgb)
 
 
 def _channels(colour: str) -> tuple[float, ...]:

@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from mamba_attn.figures.colours import as_values, plotly_scale, scale
-from mamba_attn.figures.theme import FONT, plain, square_cells
+from mamba_attn.figures.colours import as_values
+from mamba_attn.figures.panels import add_heat, panels
 
 
 def depth_grid(
@@ -39,25 +37,8 @@ def depth_grid(
     Raises:
         ValueError: no panels, another number of titles, or a panel that is not (rows, columns).
     """
-    if not values or len(values) != len(titles):
-        raise ValueError(f"depth_grid: expected one title per panel, got {len(values)} panels, {len(titles)} titles.")
     arrays = [as_values(f"depth_grid(values[{index}])", value) for index, value in enumerate(values)]
-    every = np.concatenate([array.ravel() for array in arrays])
-    signed = bool((every[np.isfinite(every)] < 0).any()) if signed is None else signed
-    width = min(columns or 6, len(arrays))
-    height = -(-len(arrays) // width)
-    figure = make_subplots(rows=height, cols=width, subplot_titles=list(titles), horizontal_spacing=0.03)
-    plain(figure, title=title, width=size * width + 90, height=(size + 30) * height + 50)
-    for index, array in enumerate(arrays):
-        chosen = scale(every if shared else array, limits=limits, signed=signed, colours=colours)
-        heat = go.Heatmap(
-            z=array, zmin=chosen.low, zmax=chosen.high, colorscale=plotly_scale(chosen.colours),
-            showscale=shared and index == 0, hovertemplate="row %{y}, column %{x}: %{z:.3g}<extra></extra>",
-        )  # fmt: skip
-        row, column = divmod(index, width)
-        figure.add_trace(heat, row=row + 1, col=column + 1)
-        square_cells(figure, row=row + 1, col=column + 1)
-        anchor = "x" if index == 0 else f"x{index + 1}"
-        figure.update_yaxes(visible=False, scaleanchor=anchor, row=row + 1, col=column + 1)
-        figure.update_xaxes(visible=False, row=row + 1, col=column + 1)
-    return figure.update_annotations(font={**FONT, "size": 12})
+    figure, places = panels(
+        "depth_grid", len(arrays), titles, columns=columns, shape=(size, size), bar=shared, title=title
+    )  # fmt: skip
+    return add_heat(figure, places, arrays, shared=shared, limits=limits, signed=signed, colours=colours)

@@ -6,6 +6,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from mamba_attn.figures.colours import as_image, as_values, plotly_scale, scale
+from mamba_attn.figures.picture import data_uri, photo
 from mamba_attn.figures.theme import plain, square_cells
 
 
@@ -44,7 +45,7 @@ def overlay(
         hovertemplate="row %{y}, column %{x}: %{z:.3g}<extra></extra>",
     )  # fmt: skip
     width = round(size * array.shape[1] / array.shape[0]) + 60
-    figure = go.Figure([go.Image(z=picture, hoverinfo="skip"), heat])
+    figure = go.Figure([photo(data_uri(picture), array.shape, array.shape), heat])
     plain(figure, title=title, width=width, height=size)
     square_cells(figure)
     figure.update_xaxes(visible=False)

@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from mamba_attn.figures.colours import INK, as_image, as_values, scale, to_rgb
+from mamba_attn.figures.colours import INK, as_image, as_values, mix, scale, scales, to_rgb
+from mamba_attn.figures.picture import patch_size
 
 try:
     from PIL import Image, ImageDraw, ImageFont
+
+    from mamba_attn.figures.path_rgb import scan_path_rgb as scan_path_rgb
 except ImportError as error:
     raise ImportError("mamba_attn.figures.png needs Pillow: pip install 'mamba_attn[explain]'") from error
 
@@ -67,41 +70,79 @@ def overlay_rgb(
         raise ValueError(
             f"overlay_rgb: the map is {heat.shape[:2]} pixels, the image {picture.shape[:2]}; they must agree."
         )
-    return (opacity * heat.astype(np.float64) + (1 - opacity) * picture).round().astype(np.uint8)
+    return mix(picture, heat, opacity)
 
 
-def side_by_side(panels: Sequence[np.ndarray], captions: Sequence[str], *, height: int = 256) -> np.ndarray:
-    """Return panels in a row on white, each enlarged to the same height, its caption below it.
+def layer_grid_rgb(
+    image: Any,
+    maps: Sequence[Any],
+    titles: Sequence[str],
+    *,
+    columns: int | None = None,
+    shared: bool = False,
+    opacity: float = 0.6,
+    limits: tuple[float, float] | None = None,
+    signed: bool | None = None,
+    colours: Sequence[str] | None = None,
+    size: int = 180,
+) -> np.ndarray:
+    """Return a map per layer over one image, in reading order, as (rows, columns, 3) uint8.
+
+    Args:
+        image: as in ``figures.layer_grid``.
+        maps: as in ``figures.layer_grid``.
+        titles: one below each.
+        columns: panels in a row. Default: all in one, at most six.
+        shared: one colour range for all panels.
+        opacity: of the maps, 0 to 1.
+        limits: as in ``figures.layer_grid``.
+        signed: as in ``figures.layer_grid``.
+        colours: as in ``figures.layer_grid``.
+        size: height of a panel in pixels.
+
+    Raises:
+        ValueError: no maps, another number of titles, or a map that does not tile the image.
+    """
+    picture = as_image("layer_grid_rgb(image)", image)
+    full = []
+    for index, values in enumerate(maps):
+        array = as_values(f"layer_grid_rgb(maps[{index}])", values)
+        patch = patch_size(f"layer_grid_rgb(maps[{index}])", picture.shape[:2], array.shape)
+        full.append(array.repeat(patch[0], 0).repeat(patch[1], 1))
+    chosen = scales(full, shared=shared, limits=limits, signed=signed, colours=colours) if full else []
+    panels = [mix(picture, to_rgb(array, its), opacity) for array, its in zip(full, chosen, strict=True)]
+    return side_by_side(panels, titles, height=size, columns=columns or 6)
+
+
+def side_by_side(
+    panels: Sequence[np.ndarray], captions: Sequence[str], *, height: int = 256, columns: int | None = None
+) -> np.ndarray:
+    """Return panels in rows on white, each enlarged to the same height, its caption below it.
 
     Args:
         panels: (rows, columns, 3) uint8 each.
         captions: one per panel; too long ones are cut.
         height: of the panels in pixels; a panel that is higher keeps its size.
+        columns: panels in a row. Default: all.
 
     Raises:
-        ValueError: no panels, or another number of captions.
+        ValueError: no panels, another number of captions, or no columns.
     """
     if not panels or len(panels) != len(captions):
         raise ValueError(
             f"side_by_side: expected one caption per panel, got {len(panels)} panels and {len(captions)} captions."
         )
+    if columns is not None and columns < 1:
+        raise ValueError(f"side_by_side(columns={columns}): expected at least one column.")
     height = max(height, *(panel.shape[0] for panel in panels))
-    pictures = [Image.fromarray(as_image("side_by_side(panels)", panel)) for panel in panels]
-    pictures = [
-        picture.resize((max(1, round(picture.width * height / picture.height)), height), Image.Resampling.BICUBIC)
-        for picture in pictures
+    columns = columns or len(panels)
+    rows = [
+        _row(panels[start : start + columns], captions[start : start + columns], height)
+        for start in range(0, len(panels), columns)
     ]
-    text = max(11, height // 18)
-    font = ImageFont.load_default(text)
-    width = sum(picture.width for picture in pictures) + GAP * (len(pictures) + 1)
-    sheet = Image.new("RGB", (width, height + 2 * GAP + 2 * text), "white")
-    draw, left = ImageDraw.Draw(sheet), GAP
-    for picture, caption in zip(pictures, captions, strict=True):
-        sheet.paste(picture, (left, GAP))
-        cut = _fit(draw, caption, font, picture.width)
-        draw.text((left + picture.width / 2, height + GAP + text), cut, INK, font, anchor="mm")
-        left += picture.width + GAP
-    return np.asarray(sheet)
+    width = max(row.shape[1] for row in rows)
+    white = [np.full((row.shape[0], width - row.shape[1], 3), 255, dtype=np.uint8) for row in rows]
+    return np.concatenate([np.concatenate(pair, axis=1) for pair in zip(rows, white, strict=True)])
 
 
 def save_png(path: str | Path | io.BytesIO, rgb: np.ndarray) -> None:
@@ -120,3 +161,23 @@ def _fit(draw: Any, caption: str, font: Any, width: int) -> str:
         caption = caption[:-1]
         shown = caption.rstrip() + "…"
     return shown
+
+
+def _row(panels: Sequence[np.ndarray], captions: Sequence[str], height: int) -> np.ndarray:
+    """Panels of one height with their captions."""
+    pictures = [Image.fromarray(as_image("side_by_side(panels)", panel)) for panel in panels]
+    pictures = [
+        picture.resize((max(1, round(picture.width * height / picture.height)), height), Image.Resampling.BICUBIC)
+        for picture in pictures
+    ]
+    text = max(11, height // 18)
+    font = ImageFont.load_default(text)
+    width = sum(picture.width for picture in pictures) + GAP * (len(pictures) + 1)
+    sheet = Image.new("RGB", (width, height + 2 * GAP + 2 * text), "white")
+    draw, left = ImageDraw.Draw(sheet), GAP
+    for picture, caption in zip(pictures, captions, strict=True):
+        sheet.paste(picture, (left, GAP))
+        cut = _fit(draw, caption, font, picture.width)
+        draw.text((left + picture.width / 2, height + GAP + text), cut, INK, font, anchor="mm")
+        left += picture.width + GAP
+    return np.asarray(sheet)

@@ -1,7 +1,11 @@
+import base64
+import io
+
 import numpy as np
 import plotly.graph_objects as go
 import plotly.io
 import pytest
+from PIL import Image
 
 from mamba_attn import figures
 from mamba_attn.figures.colours import DIVERGING, SEQUENTIAL
@@ -19,9 +23,19 @@ def colours(trace):
     return [colour for _, colour in trace["colorscale"]]
 
 
+def pixels(trace):
+    """What an image trace shows."""
+    head, _, data = trace.source.partition(",")
+    assert head == "data:image/png;base64"
+    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+        image.verify()  # the check sums
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+
+
 DRAW = {
     "overlay": lambda values, **options: figures.overlay(IMAGE, values, **options),
     "matrix": figures.matrix,
+    "layer_grid": lambda values, **options: figures.layer_grid(IMAGE, [values], ["first"], **options),
     "depth_grid": lambda values, **options: figures.depth_grid([values], ["first"], **options),
 }
 EACH = pytest.mark.parametrize("draw", DRAW.values(), ids=DRAW)
@@ -101,7 +115,8 @@ def test_nan_and_constants_do_not_break_the_range(draw):
 def test_overlay_keeps_the_image_and_demands_its_size():
     figure = figures.overlay(IMAGE / 255, POSITIVE, opacity=0.25)
     image, over = figure.data
-    np.testing.assert_array_equal(image.z, IMAGE)
+    np.testing.assert_array_equal(pixels(image), IMAGE)
+    assert (image.x0, image.dx, image.y0, image.dy) == (0, 1, 0, 1)
     assert over.opacity == 0.25
     with pytest.raises(ValueError, match=r"the map is \(4, 3\) pixels, the image \(3, 4\)"):
         figures.overlay(IMAGE, POSITIVE.T)
@@ -141,3 +156,21 @@ def test_depth_grid_can_share_one_range():
         figures.depth_grid([POSITIVE, POSITIVE], ["a"])
     with pytest.raises(ValueError, match="got 0 panels"):
         figures.depth_grid([], [])
+
+
+def test_panels_have_the_size_that_was_asked_for():
+    for count, columns, title in ((1, None, None), (10, None, "title"), (5, 2, None), (3, 7, None)):
+        figure = figures.depth_grid([POSITIVE] * count, ["a"] * count, columns=columns, title=title, size=200)
+        layout, across = figure.layout, min(columns or 6, count)
+        wide = layout.width - layout.margin.l - layout.margin.r
+        high = layout.height - layout.margin.t - layout.margin.b
+        for n in range(1, count + 1):
+            x, y = (layout[f"{axis}axis{n if n > 1 else ''}"] for axis in "xy")
+            assert (x.domain[1] - x.domain[0]) * wide == pytest.approx(200, abs=1)
+            assert (y.domain[1] - y.domain[0]) * high == pytest.approx(200, abs=1)
+            assert y.scaleanchor == f"x{n if n > 1 else ''}"
+        assert wide == pytest.approx(200 * across + 12 * (across - 1), abs=1)
+        assert not any(axis.visible for axis in [*figure.select_xaxes(), *figure.select_yaxes()])
+    for columns in (0, -1):
+        with pytest.raises(ValueError, match=rf"depth_grid\(columns={columns}\): expected at least one column"):
+            figures.depth_grid([POSITIVE], ["a"], columns=columns)

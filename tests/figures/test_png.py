@@ -62,6 +62,23 @@ def test_panels_stand_side_by_side_with_captions():
         png.side_by_side([wide], ["a", "b"])
 
 
+def test_panels_wrap_into_rows():
+    panels = [np.full((10, 10, 3), shade, np.uint8) for shade in (10, 20, 30)]
+    sheet = png.side_by_side(panels, ["", "", ""], height=10, columns=2)
+    row = 10 + 16 + 22
+    assert sheet.shape == (2 * row, 2 * 10 + 24, 3)
+    assert (sheet[8:18, 8:18] == 10).all()
+    assert (sheet[8:18, 26:36] == 20).all()
+    assert (sheet[row + 8 : row + 18, 8:18] == 30).all()
+    assert (sheet[row:, 18:] == 255).all()
+    assert np.array_equal(
+        png.side_by_side(panels, ["a", "b", "c"], columns=5), png.side_by_side(panels, ["a", "b", "c"])
+    )
+    for columns in (0, -2):
+        with pytest.raises(ValueError, match=rf"side_by_side\(columns={columns}\): expected at least one column"):
+            png.side_by_side(panels, ["", "", ""], columns=columns)
+
+
 def test_files_hold_the_array(tmp_path):
     png.save_png(tmp_path / "a.png", IMAGE)
     with Image.open(tmp_path / "a.png") as image:
