@@ -53,9 +53,9 @@ def shown_steps(call: str, step: int | None, length: int) -> int:
 
 
 def jumps(points: np.ndarray) -> np.ndarray:
-    """Return, for each move of a route, whether it is a jump: longer than twice the median move, or the line's break.
+    """Return, for each move of a route, whether it is a jump: longer than twice the median move.
 
-    The ends of rows are jumps in a raster, and nothing is one in a random order or on a sub-grid.
+    The ends of rows are jumps in a raster; moves of two on a strided sub-grid are none.
     """
     lengths = np.hypot(*np.diff(points, axis=0).T)
     return lengths > 2 * np.median(lengths) if len(lengths) else np.zeros(0, dtype=bool)

@@ -169,6 +169,7 @@ def test_panels_have_the_size_that_was_asked_for():
             assert (x.domain[1] - x.domain[0]) * wide == pytest.approx(200, abs=1)
             assert (y.domain[1] - y.domain[0]) * high == pytest.approx(200, abs=1)
             assert y.scaleanchor == f"x{n if n > 1 else ''}"
+        assert layout.margin.t >= (24 if title is None else 60)  # room for the captions of the first row
         assert wide == pytest.approx(200 * across + 12 * (across - 1), abs=1)
         assert not any(axis.visible for axis in [*figure.select_xaxes(), *figure.select_yaxes()])
     for columns in (0, -1):

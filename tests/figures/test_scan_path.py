@@ -117,6 +117,9 @@ def test_jumps_are_thin():
     thick = max(width for *_, width in drawn)
     thin = [line for line in drawn if line[-1] < thick / 2]
     assert moves(thin) == [((row, 8), (row + 1, 0)) for row in range(6)]
+    assert jumps(np.array([[0, 0], [0, 1], [0, 2], [0, 4], [0, 7]])).tolist() == [False, False, False, False]
+    assert jumps(np.array([[0, 0], [0, 1], [0, 2], [0, 4], [0, 8]])).tolist() == [False, False, False, True]
+    assert jumps(np.array([[0, 0], [0, 1], [0, 2], [0, 4]])).tolist() == [False, False, False]
     part = orders.sub_grid(16, 16, slice(0, None, 2), slice(None, None, 2))
     assert jumps(np.stack(np.divmod(part.numpy(), 16), axis=1)).sum() == 7  # ends of rows; not each move of two
 
