@@ -71,7 +71,9 @@ class Run:
         self.ema = ModelEmaV3(self.model, decay=RECIPE["ema_decay"], use_warmup=True)
         self.loss = nn.CrossEntropyLoss(label_smoothing=RECIPE["label_smoothing"])
         self.mixup = (
-            Mixup(mixup_alpha=0.2, cutmix_alpha=1.0, prob=args.mixup, label_smoothing=0.0, num_classes=len(train.classes))
+            Mixup(
+                mixup_alpha=0.2, cutmix_alpha=1.0, prob=args.mixup, label_smoothing=0.0, num_classes=len(train.classes)
+            )
             if args.mixup
             else None
         )
