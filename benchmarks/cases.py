@@ -69,6 +69,15 @@ TARGETS = {
     "row memory": Target("one row: log-log slope of peak extra memory", 1.15, 1.05),
     "product time": Target("one left product: log-log slope of time", 1.15, 1.05),
     "product memory": Target("one left product: log-log slope of peak extra memory", 1.15, 1.05),
+    "explain": Target("`mamba-attn explain` with its defaults, wall seconds", 60, 20, unit="s"),
+    **{
+        f"{name} {part}": Target(f"{name}: {what}", at_least, aim, higher=True, unit="x")
+        for name in ("vim_micro", "vmamba_micro")
+        for part, what, at_least, aim in (
+            ("energy", "energy of the map inside the objects' boxes / their area", 1.25, 1.6),
+            ("deletion", "drop of the probability, highest 20 % of the cells deleted / random 20 %", 1.5, 2.5),
+        )
+    },
 }
 
 

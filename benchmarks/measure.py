@@ -9,6 +9,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,31 @@ def paired(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
     rounds = max(len(numerator), len(denominator))
     top, bottom = (list(times) * rounds if len(times) == 1 else list(times) for times in (numerator, denominator))
     return Spread.of([a / b for a, b in zip(top, bottom[: len(top)], strict=False)][:rounds])
+
+
+def wall_seconds(command: Sequence[str], runs: int) -> list[float]:
+    """Wall seconds of a command as a user runs it, with all the threads it likes; the first run finds nothing compiled.
+
+    Args:
+        command: its words; ``{folder}`` stands for a new folder in every run.
+        runs: how many.
+
+    Raises:
+        RuntimeError: the command failed; its last words.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    seconds = []
+    with tempfile.TemporaryDirectory() as cache:
+        environment |= {"PYTHONPATH": str(ROOT), "MAMBA_ATTN_CACHE": cache}
+        for _ in range(runs):
+            with tempfile.TemporaryDirectory() as folder:
+                words = [word.format(folder=folder) for word in command]
+                started = time.perf_counter()
+                child = subprocess.run(words, env=environment, cwd=folder, capture_output=True, text=True)
+                seconds.append(time.perf_counter() - started)
+            if child.returncode:
+                raise RuntimeError(f"{' '.join(command)} failed: {child.stderr.strip()[-800:]}")
+    return seconds
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:

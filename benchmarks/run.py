@@ -1,7 +1,8 @@
-"""Measure the operators or the models: a table, and JSON under benchmarks/results/.
+"""Measure the operators, the models or the maps: a table, and JSON under benchmarks/results/.
 
     python benchmarks/run.py ops
     python benchmarks/run.py models
+    python benchmarks/run.py maps --data FOLDER
 
 One thread, CPU time, the competitors in turn (A B A B) in one process; peak memory in child processes.
 """
@@ -18,12 +19,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 import torch
 
-from benchmarks import cases, verify
+from benchmarks import cases, maps, verify
 from benchmarks.cases import Shape
 from benchmarks.measure import Spread, interleave, paired, peak_memory, slope
 from benchmarks.report import Figure, figure, finish, show
 
 RESULTS = Path(__file__).parent / "results"
+WHAT = {
+    "ops": "operators: speed and errors against published code, growth with the length",
+    "models": "models: time and memory of a forward pass and of its attention",
+    "maps": "maps: energy in boxes, deletion, time of the command",
+}
 
 
 def measure_speed(shape: Shape, rounds: int) -> tuple[list[Figure], dict[str, Any]]:
@@ -143,12 +149,20 @@ def run_models(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
 def main(argv: list[str] | None = None) -> None:
     """Measure, show and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("ops", "models"))
-    parser.add_argument("--quick", action="store_true", help="small sizes: does everything run?")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<what>.json, nothing with --quick")
+    commands = parser.add_subparsers(dest="what", required=True)
+    for what, text in WHAT.items():
+        command = commands.add_parser(what, help=text, description=text.capitalize() + ".")
+        command.add_argument("--quick", action="store_true", help="small sizes: does everything run?")
+        command.add_argument("--out", type=Path, help=f"default: {RESULTS.name}/{what}.json, if nothing is left out")
+        if what == "maps":
+            maps.add_options(command)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    figures, details = (run_ops if args.what == "ops" else run_models)(args.quick)
+    if args.what == "maps":
+        figures, details = maps.run_maps(args)
+        args.quick = args.quick or maps.partial(args)
+    else:
+        figures, details = (run_ops if args.what == "ops" else run_models)(args.quick)
     path = args.out or (None if args.quick else RESULTS / f"{args.what}.json")
     finish(args.what, figures, details, path, args.quick)
 

@@ -1,0 +1,102 @@
+"""Images with the boxes of their objects, as a model sees them."""
+
+import csv
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.images import normalise
+from mamba_attn.models.transforms import EvaluationTransform
+
+ARCHIVE = "localise.zip"
+FOLDER = "imagenette_boxes224"
+LARGEST = 0.5  # of the image: the boxes of the others leave a map little to miss
+
+
+@dataclass(frozen=True)
+class BoxedImages:
+    """Images after a model's transform, and which part of every pixel lies in a box.
+
+    Args:
+        pixels: (images, rows, columns, 3) uint8.
+        inside: (images, rows, columns) in 0..1: 1 in the union of the boxes, a fraction on its edges.
+    """
+
+    pixels: np.ndarray
+    inside: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def batches(self, batch: int) -> Iterator[Tensor]:
+        """All images in order, normalised: (batch, 3, rows, columns)."""
+        for start in range(0, len(self), batch):
+            yield normalise(torch.from_numpy(self.pixels[start : start + batch]).permute(0, 3, 1, 2).float() / 255)
+
+
+def load(data: Path, transform: EvaluationTransform, limit: int | None = None) -> BoxedImages:
+    """Read the images whose boxes cover less than ``LARGEST``, in a fixed random order.
+
+    Neighbours in that order are of different classes nine times of ten, so that one's map can be tried on the other.
+
+    Args:
+        data: folder with localise.zip.
+        transform: of the model.
+        limit: keep the first so many.
+
+    Raises:
+        FileNotFoundError: there is no such zip.
+    """
+    from PIL import Image
+
+    path = data / ARCHIVE
+    if not path.is_file():
+        raise FileNotFoundError(f"--data {data}: expected {ARCHIVE} there.")
+    pixels, inside = [], []
+    with zipfile.ZipFile(path) as archive:
+        table = io.TextIOWrapper(archive.open(f"{FOLDER}/boxes.csv"), encoding="utf-8")
+        rows = [row for row in csv.DictReader(table) if float(row["box_union_fraction"]) < LARGEST]
+        for index in np.random.default_rng(0).permutation(len(rows))[:limit]:
+            image = Image.open(io.BytesIO(archive.read(f"{FOLDER}/{rows[index]['file']}")))
+            pixels.append(transform.pixels(image))
+            boxes = json.loads(rows[index]["boxes_xyxy_in_224"])
+            inside.append(coverage(boxes, (image.height, image.width), transform))
+    return BoxedImages(np.stack(pixels), torch.stack(inside))
+
+
+def coverage(boxes: list[list[float]], image: tuple[int, int], transform: EvaluationTransform) -> Tensor:
+    """Return which part of every pixel of the transformed image lies in the boxes: (rows, columns), in 0..1.
+
+    Where several boxes share an edge pixel the largest part counts.
+
+    Args:
+        boxes: (x0, y0, x1, y1) each, in pixels of the image.
+        image: its (rows, columns).
+        transform: scale to cover, cut the centre out.
+    """
+    scale = max(cover / side for cover, side in zip(transform.cover, image, strict=True))
+    whole = torch.zeros(transform.size)
+    for x0, y0, x1, y1 in boxes:
+        parts = [
+            _covered(low * scale - cut, high * scale - cut, length)
+            for low, high, side, length in (
+                (y0, y1, image[0], transform.size[0]),
+                (x0, x1, image[1], transform.size[1]),
+            )
+            for cut in (round((side * scale - length) / 2),)  # whole pixels, as the transform cuts
+        ]
+        whole = torch.maximum(whole, parts[0][:, None] * parts[1])
+    return whole
+
+
+def _covered(low: float, high: float, length: int) -> Tensor:
+    """Which part of each of the unit intervals from 0 on lies between two numbers."""
+    start = torch.arange(length, dtype=torch.float32)
+    return ((start + 1).clamp(max=high) - start.clamp(min=low)).clamp(min=0)

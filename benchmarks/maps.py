@@ -1,0 +1,217 @@
+"""How good the maps are: energy inside the objects' boxes, and what deleting the highest cells costs the model.
+
+Every method and its variants explain the predicted class of the micro models; two maps that no model made (random
+cells, a Gaussian in the centre) and every image's map tried on another image say what such a figure is worth.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import boxes, images, scores
+from benchmarks.cases import TARGETS
+from benchmarks.measure import Spread, wall_seconds
+from benchmarks.methods import DEFAULTS, MODELS, Setting, setting
+from benchmarks.report import Figure, figure, show
+from benchmarks.scores import Interval, bootstrap, energy_inside, mean, ratio_of_means
+
+T = TypeVar("T")
+PARTS = ("energy", "deletion", "time")
+IMAGES = 500  # for deletion
+RANDOM = 3  # random deletions per image
+BATCH = 25
+EXPLAIN = [sys.executable, "-m", "mamba_attn.cli", "explain", "--out", "{folder}"]
+NOTES = {
+    "energy": "energy of the map's positive part inside the boxes / their area, images with boxes below half of the "
+    "image; 'ratio' (the headline): mean over images of the ratio, 'ratio of means': mean share of the energy / mean "
+    "area, which small boxes move less; 'another image': the ratio with the map of another image, which is what the "
+    "objects' liking for the centre gives",
+    "deletion": f"mean drop of the predicted class's probability when the {scores.FRACTION:.0%} highest cells of "
+    f"{scores.CELL} pixels become the mean colour / the same for {RANDOM} random choices per image; 'drop': the former",
+    "intervals": f"{scores.DRAWS} resamplings of the images: low and high are 2.5 and 97.5 %; the quartiles of the "
+    "figures are theirs too",
+    "explain": "first: nothing compiled yet; seconds: the runs after it",
+    "headline": "the best of the methods' defaults per model, chosen on these images; all of them and their variants "
+    "are in the details",
+    "target": "the predicted class",
+}
+
+
+def maps_of(make: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> Tensor:
+    """All images' maps: (images, rows, columns) float32."""
+    return torch.cat([make(batch).detach().float() for batch in batches])
+
+
+def track(items: Iterable[T], description: str) -> Iterable[T]:
+    """The items, with a progress bar where there is a terminal."""
+    if not sys.stderr.isatty():
+        return items
+    from rich.console import Console
+    from rich.progress import track as bar
+
+    found: Iterable[T] = bar(list(items), description, console=Console(stderr=True), transient=True)
+    return found
+
+
+def measure_energy(its: Setting, boxed: boxes.BoxedImages) -> dict[str, Any]:
+    """Per method and control the energy inside the boxes."""
+    area = boxed.inside.double().mean((1, 2)).numpy()
+    shape = (len(boxed), *its.size)
+    found = {"images": len(boxed), "mean area": float(area.mean()), "methods": {}, "controls": {}}
+
+    def judge(maps: Tensor) -> dict[str, Any]:
+        share, other = energy_inside(maps, boxed.inside), energy_inside(maps.roll(1, 0), boxed.inside)
+        return {
+            "ratio": bootstrap(mean, share / area),
+            "ratio of means": bootstrap(ratio_of_means, share, area),
+            "another image": bootstrap(mean, other / area),
+        }
+
+    for name, maps in (("random", scores.random_map(shape, 0)), ("centred Gaussian", scores.centred_map(shape))):
+        found["controls"][name] = judge(maps)
+    for method in its.methods:
+        batches = track(boxed.batches(BATCH), f"{its.name} energy: {method}")
+        found["methods"][str(method)] = judge(maps_of(method.build(its.model), batches))
+    return found
+
+
+def measure_deletion(its: Setting, split: images.Images) -> dict[str, Any]:
+    """Per method and control the drop of the predicted class's probability, beside that of random cells."""
+
+    def batches() -> Iterator[Tensor]:
+        return (x for x, _ in images.evaluation_batches(split, its.size[0], BATCH))
+
+    whole = torch.cat([scores.probabilities(its.model, x) for x in batches()])
+    classes, before = whole.argmax(1), whole.amax(1)
+
+    def drop(maps: Iterable[Tensor], seed: int, what: str) -> np.ndarray:
+        after = [
+            scores.probabilities(its.model, scores.deleted(x, scores.top_cells(part, seed + index)), own)
+            for index, (x, part, own) in enumerate(
+                zip(track(batches(), f"{its.name} deletion: {what}"), maps, classes.split(BATCH), strict=True)
+            )
+        ]
+        return (before - torch.cat(after)).double().numpy()
+
+    sizes = [(len(part), *its.size) for part in classes.split(BATCH)]
+    draws = [drop(map(torch.zeros, sizes), 1000 * (1 + draw), "random") for draw in range(RANDOM)]
+    random = np.mean(draws, axis=0)
+
+    def judge(dropped: np.ndarray) -> dict[str, Any]:
+        return {"ratio": bootstrap(ratio_of_means, dropped, random), "drop": bootstrap(mean, dropped)}
+
+    found = {"images": len(split), "random drop": bootstrap(mean, random), "mean probability": float(before.mean())}
+    found["controls"] = {
+        "another random choice": judge(drop(map(torch.zeros, sizes), 0, "random")),
+        "centred Gaussian": judge(drop(map(scores.centred_map, sizes), 0, "centre")),
+    }
+    found["methods"] = {
+        str(method): judge(drop(map(method.build(its.model), batches()), 0, str(method))) for method in its.methods
+    }
+    return found
+
+
+def headline(target: str, found: dict[str, Any]) -> Figure | None:
+    """The best default as a figure, if there is such a target; its quartiles are those of the bootstrap."""
+    ratios: dict[str, Interval] = {
+        str(method): found["methods"][str(method)]["ratio"] for method in DEFAULTS if str(method) in found["methods"]
+    }
+    if target not in TARGETS or not ratios:
+        return None
+    best = max(ratios, key=lambda name: ratios[name].value)
+    return figure(target, best, Spread(ratios[best].value, *ratios[best].quartiles, found["images"]))
+
+
+def measure_time(runs: int) -> tuple[Figure, dict[str, Any]]:
+    """Wall time of ``mamba-attn explain`` with its defaults; the machine's load says what else it did meanwhile."""
+    first, *seconds = wall_seconds(EXPLAIN, 1 + runs)
+    details = {"first": first, "seconds": seconds, "load average": os.getloadavg()}
+    return figure("explain", "", Spread.of(seconds)), details
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What ``run.py maps`` can be told."""
+    add = parser.add_argument
+    add("--data", type=Path, help="folder with localise.zip, imagenette128.zip and clothing128.zip")
+    add("--cache", type=Path, default=Path("cache"), help="folder of the decoded images; default: ./cache")
+    add("--models", nargs="+", choices=MODELS, help="default: those with weights")
+    add("--methods", nargs="+", default=["*"], metavar="PATTERN", help="of the methods' names, as in a shell")
+    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    add("--limit", type=int, help="images per measurement")
+    add("--weights", type=Path, help="folder of NAME.safetensors and NAME.json; default: the demo weights")
+    add("--runs", type=int, default=5, help="of the command; default: 5")
+
+
+def partial(args: argparse.Namespace) -> bool:
+    """Whether the options leave something out, so that the result is not the committed one."""
+    chosen = (args.models, args.limit, args.weights)
+    return any(option is not None for option in chosen) or args.methods != ["*"] or set(args.parts) != set(PARTS)
+
+
+def run_maps(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
+    """All rows about maps.
+
+    Raises:
+        SystemExit: images are needed and --data is not given.
+    """
+    limit = 3 if args.quick else args.limit
+    figures: list[Figure] = []
+    details: dict[str, Any] = {"how": NOTES}
+    if "time" in args.parts:
+        found, details["explain"] = measure_time(1 if args.quick else args.runs)
+        figures.append(found)
+    if set(args.parts) == {"time"}:
+        return figures, details
+    if args.data is None:
+        raise SystemExit(f"run.py maps: --data FOLDER is missing, with {boxes.ARCHIVE} and the validation images.")
+    for name in args.models or _available(args.weights):
+        its = setting(name, args.weights, args.methods)
+        details[name] = {
+            "weights": args.weights.name if args.weights else "demo",
+            "top1": its.card["top1"],
+            "pixels": list(its.size),
+        }
+        for part in [part for part in ("energy", "deletion") if part in args.parts]:
+            details[name][part] = _measure(part, its, args.data, args.cache, limit)
+            show_part(f"{name}: {part}", details[name][part])
+            best = headline(f"{name} {part}", details[name][part])
+            figures += [best] if best else []
+    return figures, details
+
+
+def _available(weights: Path | None) -> list[str]:
+    from mamba_attn.models import registry
+
+    there = registry.demos() if weights is None else [path.stem for path in weights.glob("*.safetensors")]
+    return [name for name in MODELS if name in there]
+
+
+def _measure(part: str, its: Setting, data: Path, cache: Path, limit: int | None) -> dict[str, Any]:
+    if part == "energy":
+        from mamba_attn import models
+
+        return measure_energy(its, boxes.load(data, models.transform(its.name, its.size), limit))
+    return measure_deletion(its, images.load(data, cache, "val", limit or IMAGES))
+
+
+def show_part(title: str, found: dict[str, Any]) -> None:
+    """All methods of a model, best first, then the controls."""
+    methods = sorted(found["methods"].items(), key=lambda item: -item[1]["ratio"].value)
+    rows = [*methods, *found["controls"].items()]
+    columns = list(rows[0][1])
+    show(
+        f"{title}, {found['images']} images",
+        ["method", *columns],
+        [
+            [name, *(f"{row[key].value:.3f} ({row[key].low:.3f} .. {row[key].high:.3f})" for key in columns)]
+            for name, row in rows
+        ],
+    )
+    sys.stdout.flush()  # the next part takes minutes
