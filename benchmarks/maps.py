@@ -151,39 +151,39 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def partial(args: argparse.Namespace) -> bool:
     """Whether the options leave something out, so that the result is not the committed one."""
-    chosen = (args.models, args.limit, args.weights)
-    return any(option is not None for option in chosen) or args.methods != ["*"] or set(args.parts) != set(PARTS)
+    chosen = (args.limit, args.weights)
+    return any(option is not None for option in chosen) or args.methods != ["*"] or len(set(args.parts) - {"time"}) == 1
 
 
-def run_maps(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
-    """All rows about maps.
+def run_maps(args: argparse.Namespace) -> Iterator[tuple[str, list[Figure], dict[str, Any]]]:
+    """All rows about maps: "explain", the time of the command, then "maps_<model>" for every model.
 
     Raises:
         SystemExit: images are needed and --data is not given.
     """
     limit = 3 if args.quick else args.limit
-    figures: list[Figure] = []
-    details: dict[str, Any] = {"how": NOTES}
     if "time" in args.parts:
-        found, details["explain"] = measure_time(1 if args.quick else args.runs)
-        figures.append(found)
+        found, timing = measure_time(1 if args.quick else args.runs)
+        yield "explain", [found], {"how": NOTES["explain"], **timing}
     if set(args.parts) == {"time"}:
-        return figures, details
+        return
     if args.data is None:
         raise SystemExit(f"run.py maps: --data FOLDER is missing, with {boxes.ARCHIVE} and the validation images.")
     for name in args.models or _available(args.weights):
         its = setting(name, args.weights, args.methods)
-        details[name] = {
+        figures: list[Figure] = []
+        details: dict[str, Any] = {
+            "how": NOTES,
             "weights": args.weights.name if args.weights else "demo",
             "top1": its.card["top1"],
             "pixels": list(its.size),
         }
         for part in [part for part in ("energy", "deletion") if part in args.parts]:
-            details[name][part] = _measure(part, its, args.data, args.cache, limit)
-            show_part(f"{name}: {part}", details[name][part])
-            best = headline(f"{name} {part}", details[name][part])
+            details[part] = _measure(part, its, args.data, args.cache, limit)
+            show_part(f"{name}: {part}", details[part])
+            best = headline(f"{name} {part}", details[part])
             figures += [best] if best else []
-    return figures, details
+        yield f"maps_{name}", figures, details
 
 
 def _available(weights: Path | None) -> list[str]:

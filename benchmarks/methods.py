@@ -35,6 +35,7 @@ DEFAULTS = (
     Method("RawAttention", families=("vim", "vmamba", "vit")),
     Method("AttentionRollout", families=("vim", "vmamba", "vit")),
     Method("MambaAttribution"),
+    Method("TransformerAttribution", families=("vit",)),
 )
 VARIANTS = (
     *(Method(kind, {"signed": True}) for kind in ("RawAttention", "AttentionRollout", "MambaAttribution")),

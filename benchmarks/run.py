@@ -153,18 +153,18 @@ def main(argv: list[str] | None = None) -> None:
     for what, text in WHAT.items():
         command = commands.add_parser(what, help=text, description=text.capitalize() + ".")
         command.add_argument("--quick", action="store_true", help="small sizes: does everything run?")
-        command.add_argument("--out", type=Path, help=f"default: {RESULTS.name}/{what}.json, if nothing is left out")
+        command.add_argument("--out", type=Path, help=f"folder; default: {RESULTS.name}, if nothing is left out")
         if what == "maps":
             maps.add_options(command)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if args.what == "maps":
-        figures, details = maps.run_maps(args)
-        args.quick = args.quick or maps.partial(args)
+        found, partial = maps.run_maps(args), args.quick or maps.partial(args)
     else:
-        figures, details = (run_ops if args.what == "ops" else run_models)(args.quick)
-    path = args.out or (None if args.quick else RESULTS / f"{args.what}.json")
-    finish(args.what, figures, details, path, args.quick)
+        found, partial = [(args.what, *(run_ops if args.what == "ops" else run_models)(args.quick))], args.quick
+    folder = args.out or (None if partial else RESULTS)
+    for name, figures, details in found:
+        finish(name, figures, details, folder and folder / f"{name}.json", partial)
 
 
 if __name__ == "__main__":

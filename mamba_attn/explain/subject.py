@@ -78,8 +78,7 @@ def load(name: str, weights: str, device: str = "cpu") -> Subject:
     if weights not in ("demo", "official") and beside.is_file():
         card = _card(beside)
     model = models.create(name, weights=weights, **({} if weights == "demo" else card.get("options", {})))
-    size = getattr(model, "image_size", None) or cast(Any, model).patch_embed.img_size
-    transform = models.transform(name, cast(tuple[int, int], size))
+    transform = models.transform(name, cast(tuple[int, int], model.image_size))
     return Subject(name, model.to(device), _class_names(model, card), transform)
 
 
