@@ -34,7 +34,9 @@ NOTES = {
     "area, which small boxes move less; 'another image': the ratio with the map of another image, which is what the "
     "objects' liking for the centre gives",
     "deletion": f"mean drop of the predicted class's probability when the {scores.FRACTION:.0%} highest cells of "
-    f"{scores.CELL} pixels become the mean colour / the same for {RANDOM} random choices per image; 'drop': the former",
+    f"{scores.CELL} pixels become the mean colour ('drop') / the same for {RANDOM} random choices per image; "
+    "'another image': the ratio with the cells of the next image's map, as scattered as its own and mostly of the same "
+    "class; 'ceiling': the ratio if no probability were left",
     "intervals": f"{scores.DRAWS} resamplings of the images: low and high are 2.5 and 97.5 %; the quartiles of the "
     "figures are theirs too",
     "explain": "first: nothing compiled yet; seconds: the runs after it",
@@ -91,30 +93,41 @@ def measure_deletion(its: Setting, split: images.Images) -> dict[str, Any]:
     whole = torch.cat([scores.probabilities(its.model, x) for x in batches()])
     classes, before = whole.argmax(1), whole.amax(1)
 
-    def drop(maps: Iterable[Tensor], seed: int, what: str) -> np.ndarray:
-        after = [
-            scores.probabilities(its.model, scores.deleted(x, scores.top_cells(part, seed + index)), own)
-            for index, (x, part, own) in enumerate(
-                zip(track(batches(), f"{its.name} deletion: {what}"), maps, classes.split(BATCH), strict=True)
-            )
-        ]
-        return (before - torch.cat(after)).double().numpy()
+    def drop(make: Callable[[Tensor], Tensor], seed: int, what: str) -> tuple[np.ndarray, np.ndarray]:
+        """By every image's own map, and by that of the next image of the batch."""
+        after, other = [], []
+        for index, (x, own) in enumerate(
+            zip(track(batches(), f"{its.name} deletion: {what}"), classes.split(BATCH), strict=True)
+        ):
+            where = scores.top_cells(make(x), seed + index)
+            after.append(scores.probabilities(its.model, scores.deleted(x, where), own))
+            other.append(scores.probabilities(its.model, scores.deleted(x, where.roll(1, 0)), own))
+        return tuple((before - torch.cat(each)).double().numpy() for each in (after, other))
 
-    sizes = [(len(part), *its.size) for part in classes.split(BATCH)]
-    draws = [drop(map(torch.zeros, sizes), 1000 * (1 + draw), "random") for draw in range(RANDOM)]
+    def constant(x: Tensor) -> Tensor:
+        return torch.zeros(len(x), *its.size)
+
+    draws = [drop(constant, 1000 * (1 + draw), "random")[0] for draw in range(RANDOM)]
     random = np.mean(draws, axis=0)
 
-    def judge(dropped: np.ndarray) -> dict[str, Any]:
-        return {"ratio": bootstrap(ratio_of_means, dropped, random), "drop": bootstrap(mean, dropped)}
+    def judge(dropped: np.ndarray, other: np.ndarray) -> dict[str, Any]:
+        return {
+            "ratio": bootstrap(ratio_of_means, dropped, random),
+            "drop": bootstrap(mean, dropped),
+            "another image": bootstrap(ratio_of_means, other, random),
+        }
 
-    found = {"images": len(split), "random drop": bootstrap(mean, random), "mean probability": float(before.mean())}
+    found = {
+        "images": len(split),
+        "random drop": bootstrap(mean, random),
+        "mean probability": float(before.mean()),
+        "ceiling": float(before.mean()) / float(random.mean()),
+    }
     found["controls"] = {
-        "another random choice": judge(drop(map(torch.zeros, sizes), 0, "random")),
-        "centred Gaussian": judge(drop(map(scores.centred_map, sizes), 0, "centre")),
+        "another random choice": judge(*drop(constant, 0, "random")),
+        "centred Gaussian": judge(*drop(lambda x: scores.centred_map((len(x), *its.size)), 0, "centre")),
     }
-    found["methods"] = {
-        str(method): judge(drop(map(method.build(its.model), batches()), 0, str(method))) for method in its.methods
-    }
+    found["methods"] = {str(method): judge(*drop(method.build(its.model), 0, str(method))) for method in its.methods}
     return found
 
 

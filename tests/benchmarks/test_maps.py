@@ -207,7 +207,27 @@ def test_deletion_where_the_truth_is_known():
     assert 0.5 < found["random drop"].value / (right["drop"].value * 13 / 64) < 1
     assert found["random drop"].low < found["random drop"].value < found["random drop"].high
     assert right["ratio"].value == pytest.approx(right["drop"].value / found["random drop"].value)
+    assert right["another image"] == right["ratio"]  # all maps are the same
+    assert found["ceiling"] == pytest.approx(probability / found["random drop"].value)
     assert found["controls"]["another random choice"]["ratio"].value == pytest.approx(1, abs=0.35)
+
+
+def test_deletion_by_another_images_map():
+    """The two images are bright in different halves, and the model sees brightness alone."""
+    pixels = np.zeros((2, 64, 64, 3), np.uint8)
+    pixels[0, :32], pixels[1, 32:] = 255, 255
+    split = images.Images([pixels.reshape(-1)], np.array([[0, i * 64 * 64 * 3, 64, 64, 0] for i in (0, 1)]), ["half"])
+
+    class Bright(torch.nn.Module):
+        def forward(self, x):
+            logit = x.clamp(min=0).mean((1, 2, 3))
+            return torch.stack([logit, torch.zeros_like(logit)], dim=1)
+
+    right = SimpleNamespace(build=lambda model: lambda inputs: inputs.mean(1))
+    found = maps.measure_deletion(methods.Setting("toy", Bright(), (64, 64), {}, (right,)), split)
+    (judged,) = found["methods"].values()
+    assert judged["ratio"].value > 1.5
+    assert judged["another image"].value == 0
 
 
 def test_the_interval_is_that_of_the_sample():
