@@ -108,7 +108,7 @@ def _initial_card(init: str | None) -> dict[str, Any] | None:
     if not path.is_file():
         return {"file": Path(init).name}
     card = json.loads(path.read_text())
-    keys = ("pixels", "epochs", "seed", "top1", "recipe", "cpu_seconds", "wall_seconds", "command", "init")
+    keys = ("pixels", "epochs", "steps", "seed", "top1", "recipe", "cpu_seconds", "wall_seconds", "command", "init")
     return {key: card[key] for key in keys}
 
 

@@ -146,7 +146,9 @@ class TokenAttribution(Attribution, ABC):
                 f"{type(self).__name__}.attribute(grid=True): the layers stand on several grids ({grids}); name the "
                 "layers of one with layers=, or leave grid=False for a map in pixels."
             )
-        maps = [layout.to_grid(values) for layout, values in merged.items()]
+        # a token of a coarser grid spreads what it has over the finer tokens that it covers
+        finest = max(len(layout.patches) for layout in merged)
+        maps = [layout.to_grid(values) * (len(layout.patches) / finest) for layout, values in merged.items()]
         if not grid:
             maps = [layout.to_pixels(values, size) for layout, values in zip(merged, maps, strict=True)]
         return (torch.stack(maps).sum(0) / len(rows)).unsqueeze(1)

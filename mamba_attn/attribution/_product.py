@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mamba_attn._types import Float
-from mamba_attn.attribution._stages import Downsampling, to_finer
+from mamba_attn.attribution._stages import to_finer
 from mamba_attn.layers import Layer
 
 AnyLayer = TypeVar("AnyLayer", bound=Layer)
@@ -18,7 +18,6 @@ Step = Callable[[AnyLayer], tuple[Product, Tensor | float]]
 def roll_out(
     layers: Sequence[AnyLayer],
     start: Float[Tensor, "batch last_tokens"],
-    between: Sequence[Sequence[Downsampling]],
     step: Step[AnyLayer],
 ) -> Float[Tensor, "batch first_tokens"]:
     """Return ``start`` times the product of the layers' I + W, less what the identities alone carry.
@@ -28,7 +27,6 @@ def roll_out(
     Args:
         layers: in execution order.
         start: over the tokens of the last layer.
-        between: what lies between neighbouring layers, see ``downsamplings``.
         step: for a layer, the product with its W from the left, and what the rows of I + W are divided by.
     """
     alone, rest = start, torch.zeros_like(start)
@@ -37,9 +35,23 @@ def roll_out(
         alone, rest = alone / divisor, rest / divisor
         rest = rest + product(alone + rest)
         if index > 0:
-            finer, coarser, way = layers[index - 1].layout, layers[index].layout, between[index - 1]
-            alone, rest = to_finer(alone, finer, coarser, way), to_finer(rest, finer, coarser, way)
+            finer, coarser = layers[index - 1].layout, layers[index].layout
+            alone, rest = to_finer(alone, finer, coarser), to_finer(rest, finer, coarser)
     return rest
+
+
+def of_one_token(layer: Layer, gradient: Tensor) -> Tensor:
+    """Return the gradient of the logit as it were if the head read one token alone.
+
+    A head that averages over tokens hands each of them 1 / tokens of the logit's gradient, and the query that stands
+    for such a head averages over them once more; a class token is one token already.
+
+    Args:
+        layer: the layer.
+        gradient: of the logit, of any shape.
+    """
+    layout = layer.layout
+    return gradient if layout.class_tokens else gradient * len(layout.patches)
 
 
 def dense(weighted: Float[Tensor, "batch tokens tokens"]) -> tuple[Product, float]:

@@ -8,7 +8,7 @@ from mamba_attn._types import Float
 from mamba_attn.attribution import _conventions, _published, _vmamba_analysis
 from mamba_attn.attribution._base import Row, Target, TokenAttribution
 from mamba_attn.attribution._queries import Query, query_weights
-from mamba_attn.attribution._stages import Downsampling, downsamplings, to_finer
+from mamba_attn.attribution._stages import to_finer
 from mamba_attn.layers import Layer
 
 
@@ -19,9 +19,8 @@ class AttentionRollout(TokenAttribution):
     averaged), plus the identity for the residual stream, its rows divided by their sums. The query's row of the product
     is carried from the last layer to the first, one dense matrix at a time; it sums to 1.
 
-    Between stages of VMamba a downsampling layer acts by its averaging matrix: a token takes the mean of the tokens
-    under the layer's kernel, those under k kernels weighted by 1 / k. The global pool acts by the mean over tokens,
-    which is the default query there.
+    Between stages of VMamba a downsampling layer acts by its averaging matrix: a token takes the mean of the block of
+    tokens that it covers. The global pool acts by the mean over tokens, which is the default query there.
 
     Args:
         model: a model that ``mamba_attn.trace`` knows.
@@ -65,14 +64,13 @@ class AttentionRollout(TokenAttribution):
             return _vmamba_analysis.attention_rollout(self, self.convention, inputs, target, query)
         layers = self._run(inputs, target)[0].layers
         start = query_weights(layers[-1], query)
-        row = roll_out(layers, start, downsamplings(self.model, layers), signed=self.signed)
+        row = roll_out(layers, start, signed=self.signed)
         return [(layers[0].layout, row)]
 
 
 def roll_out(
     layers: Sequence[Layer],
     row: Float[Tensor, "batch last_tokens"],
-    between: Sequence[Sequence[Downsampling]],
     *,
     signed: bool = False,
 ) -> Float[Tensor, "batch first_tokens"]:
@@ -81,14 +79,13 @@ def roll_out(
     Args:
         layers: in execution order.
         row: over the tokens of the last layer.
-        between: what lies between neighbouring layers, see ``downsamplings``.
         signed: I + attention instead of the normalised positive part.
     """
     for index in reversed(range(len(layers))):
         layer = layers[index]
         row = layer.left_product(row) if signed else _normalised_product(layer, row)
         if index > 0:
-            row = to_finer(row, layers[index - 1].layout, layer.layout, between[index - 1])
+            row = to_finer(row, layers[index - 1].layout, layer.layout)
     return row
 
 

@@ -9,9 +9,8 @@ from mamba_attn._types import Float
 from mamba_attn.attribution import _conventions, _published
 from mamba_attn.attribution._base import Row, Target, TokenAttribution
 from mamba_attn.attribution._conventions import Watch
-from mamba_attn.attribution._product import Product, Step, dense, roll_out
+from mamba_attn.attribution._product import Product, Step, dense, of_one_token, roll_out
 from mamba_attn.attribution._queries import Query, query_weights, read_rows
-from mamba_attn.attribution._stages import downsamplings
 from mamba_attn.attribution._weighted import gated_gradients, gradient_x_attention, paper, published
 from mamba_attn.errors import nearest
 from mamba_attn.layers import ScanLayer, require_scans
@@ -45,6 +44,10 @@ class MambaAttribution(TokenAttribution):
     The default departs from the paper, which multiplies a mean of gradients and a mean of matrices: here the matrix of
     every channel has its own gradient, so that W before its positive part sums to dlogit/dy * (y - D u), the share of
     the layer's attention in the logit to first order. As in the paper, nothing is normalised.
+
+    In a model that averages over patches instead of reading a class token, both gradients dlogit/dy are multiplied by
+    the number of the layer's patches: the average gives each patch that share of the gradient, and the default query,
+    the mean over patches, divides by their number again.
 
     Args:
         model: a model that ``mamba_attn.trace`` knows.
@@ -99,13 +102,13 @@ class MambaAttribution(TokenAttribution):
         record, logit = self._run(inputs, target, gradients=True, rules=rules)
         layers = require_scans("MambaAttribution", record.layers)
         if self.rule == "paper":
-            gradients = gated_gradients(layers, logit, watch)
+            gradients = _of_one_token(layers, gated_gradients(layers, logit, watch))
             return self._rolled(layers, query, lambda layer: dense(paper(layer, gradients[layer.name])))
         if self.rule == "published_code":
             gradients = record.gradients(logit, of="output")
             layers = layers if self.layers is not None else _conventions.late_layers(layers)
             return self._rolled(layers, query, lambda layer: _rows_divided(published(layer, gradients[layer.name])))
-        gradients = record.gradients(logit)
+        gradients = _of_one_token(layers, record.gradients(logit))
         if not self.rollout:
             return [(layer.layout, self._row(layer, query, gradients[layer.name])) for layer in layers]
         if self.signed:
@@ -116,11 +119,15 @@ class MambaAttribution(TokenAttribution):
 
     def _rolled(self, layers: Sequence[ScanLayer], query: Query, step: Step[ScanLayer]) -> list[Row]:
         start = query_weights(layers[-1], query)
-        return [(layers[0].layout, roll_out(layers, start, downsamplings(self.model, layers), step))]
+        return [(layers[0].layout, roll_out(layers, start, step))]
 
     def _row(self, layer: ScanLayer, query: Query, gradient: Tensor) -> Float[Tensor, "batch tokens"]:
         row = read_rows(layer, query, fold="sum", row_weight=gradient, col_weight=layer.scan.u)
         return row if self.signed else row.clamp(min=0)
+
+
+def _of_one_token(layers: Sequence[ScanLayer], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {layer.name: of_one_token(layer, gradients[layer.name]) for layer in layers}
 
 
 def _rows_divided(weighted: Float[Tensor, "batch tokens tokens"]) -> tuple[Product, Tensor]:

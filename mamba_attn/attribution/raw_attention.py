@@ -16,7 +16,8 @@ class RawAttention(TokenAttribution):
 
     Per layer the channels' true matrices are averaged and the routes summed in the token frame (arXiv 2403.01590,
     section 3.3); the query's row of that is read in linear time, its positive part taken, and the maps averaged over
-    the layers. Layers on different grids, as in VMamba, meet in pixels. In a ViT the heads' probabilities are averaged.
+    the layers. Layers on different grids, as in VMamba, meet in pixels; what a token has is spread over the area that
+    it covers. In a ViT the heads' probabilities are averaged.
 
     Args:
         model: a model that ``mamba_attn.trace`` knows.

@@ -2,11 +2,10 @@
 
 from torch import Tensor
 
-from mamba_attn.attention_layer import require_attention
+from mamba_attn.attention_layer import AttentionLayer, require_attention
 from mamba_attn.attribution._base import Row, Target, TokenAttribution
-from mamba_attn.attribution._product import dense, roll_out
+from mamba_attn.attribution._product import Product, dense, of_one_token, roll_out
 from mamba_attn.attribution._queries import Query, query_weights
-from mamba_attn.attribution._stages import downsamplings
 
 
 class TransformerAttribution(TokenAttribution):
@@ -15,7 +14,8 @@ class TransformerAttribution(TokenAttribution):
     Per layer W = mean over heads of the positive part of dlogit/dP_h * P_h, P_h the probabilities of a head
     (arXiv 2103.15679, eq. 5); I + W are multiplied over the layers, last to first (eq. 6), and the query's row of the
     product is read, less what the residual streams alone carry, which is the query itself. The positive part is taken
-    per head, before the mean; ``MambaAttribution``, its counterpart, takes it after the sum over channels.
+    per head, before the mean; ``MambaAttribution``, its counterpart, takes it after the sum over channels. In a model
+    without a class token the gradients are multiplied by the number of patches, as there.
 
     Args:
         model: a model of softmax attention that ``mamba_attn.trace`` knows.
@@ -33,8 +33,10 @@ class TransformerAttribution(TokenAttribution):
         record, logit = self._run(inputs, target, gradients=True)
         layers = require_attention("TransformerAttribution", record.layers)
         gradients = record.gradients(logit)
-        row = roll_out(
-            layers, query_weights(layers[-1], query), downsamplings(self.model, layers),
-            lambda layer: dense((gradients[layer.name] * layer.attention("each")).clamp(min=0).mean(1)),
-        )  # fmt: skip
+
+        def step(layer: AttentionLayer) -> tuple[Product, float]:
+            gradient = of_one_token(layer, gradients[layer.name])
+            return dense((gradient * layer.attention("each")).clamp(min=0).mean(1))
+
+        row = roll_out(layers, query_weights(layers[-1], query), step)
         return [(layers[0].layout, row)]

@@ -42,21 +42,26 @@ def matrices(model, inputs):
     return [(layer.layout, hidden_attention(layer.scan, backend="reference")) for layer in record.layers]
 
 
-def averaging(model, fine, coarse):
-    """(coarse, fine) matrix of a downsampling layer, by pooling every unit vector."""
-    if getattr(model, "generation", "") == "v05_noz":
-        return pooled(fine, coarse, 3, padding=1)
-    return pooled(fine, coarse, 2, ceil_mode=True)
-
-
-def pooled(fine, coarse, kernel, **padding):
-    """(coarse, fine) means over windows, every token weighted by one over the number of windows that see it."""
+def averaging(fine, coarse):
+    """(coarse, fine) matrix of a downsampling layer by 2, by pooling every unit vector."""
     units = torch.eye(fine[0] * fine[1], dtype=torch.float64).view(-1, 1, *fine)
-    sums = F.avg_pool2d(units, kernel, stride=2, divisor_override=1, **padding)
-    assert sums.shape[2:] == coarse
-    sums = sums.flatten(1).T
-    weighted = sums / sums.sum(0).clamp(min=1)
-    return weighted / weighted.sum(1, keepdim=True)
+    pooled = F.avg_pool2d(units, 2, ceil_mode=True, count_include_pad=False)
+    assert pooled.shape[2:] == coarse
+    return pooled.flatten(1).T
+
+
+def of_one_token(layout, gradient):
+    """The gradient times the number of patches, in a model that averages over them."""
+    return gradient if layout.class_tokens else gradient * layout.grid[0] * layout.grid[1]
+
+
+def in_pixels(maps):
+    """Mean of (layout, row) over layers, in pixels, what a token has spread over its area."""
+    finest = max(layout.grid[0] * layout.grid[1] for layout, _ in maps)
+    drawn = [
+        layout.to_pixels(layout.to_grid(row), SIZE) * (layout.grid[0] * layout.grid[1] / finest) for layout, row in maps
+    ]
+    return torch.stack(drawn).mean(0).unsqueeze(1)
 
 
 def layers_of(model, inputs):
@@ -107,7 +112,7 @@ def product_less_identity(model, steps, normalise=False):
         if product is None:
             product, alone = step, identity
         else:
-            down = eye if before == layout.grid else averaging(model, before, layout.grid)
+            down = eye if before == layout.grid else averaging(before, layout.grid)
             product, alone = step @ down @ product, identity @ down @ alone
         before = layout.grid
     start = class_or_mean(steps[-1][0])

@@ -1,16 +1,13 @@
 import pytest
 import torch
-from torch import nn
 
 from mamba_attn.attribution import AttentionRollout
-from mamba_attn.attribution._stages import Downsampling, downsamplings, to_finer
+from mamba_attn.attribution._stages import to_finer
 from mamba_attn.attribution.attention_rollout import roll_out
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.layout import TokenLayout
 from mamba_attn.tracing import trace
-from tests.attribution.cases import MODELS, SIZE, averaging, images, matrices, pooled, vim, vmamba
-
-V3 = Downsampling((3, 3), (2, 2), (1, 1))
+from tests.attribution.cases import MODELS, SIZE, averaging, images, matrices, vim, vmamba
 
 
 def record_of(model, inputs, **options):
@@ -29,7 +26,7 @@ def dense_rollout(model, inputs, signed):
             product = step
         else:
             if before != layout.grid:
-                product = averaging(model, before, layout.grid) @ product
+                product = averaging(before, layout.grid) @ product
             product = step @ product
         before = layout.grid
     return product
@@ -56,7 +53,7 @@ def test_signed_in_float32_equals_the_dense_product(name):
     layers = record_of(model.float(), inputs.float())
     row = torch.randn(3, layers[-1].scan.tokens)
     expected = (row.double().unsqueeze(1) @ product).squeeze(1)
-    actual = roll_out(layers, row, downsamplings(model, layers), signed=True)
+    actual = roll_out(layers, row, signed=True)
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
@@ -64,11 +61,10 @@ def test_signed_in_float32_equals_the_dense_product(name):
 def test_law_9_rows_sum_to_one(name):
     model, inputs = MODELS[name](), images(batch=2)
     layers = record_of(model, inputs)
-    between = downsamplings(model, layers)
     tokens = layers[-1].scan.tokens
     with torch.no_grad():
         product = torch.stack(
-            [roll_out(layers, unit.expand(2, -1), between) for unit in torch.eye(tokens, dtype=torch.float64)], dim=1
+            [roll_out(layers, unit.expand(2, -1)) for unit in torch.eye(tokens, dtype=torch.float64)], dim=1
         )
     assert product.shape == (2, tokens, layers[0].scan.tokens)
     assert (product >= 0).all()
@@ -77,56 +73,50 @@ def test_law_9_rows_sum_to_one(name):
 
 def test_layers_left_out_act_as_the_identity():
     model, inputs = vmamba(), images()
-    # stages 0 and 2 alone: both downsampling layers lie between
+    # stages 0 and 2 alone: twice halved, an odd side between
     pattern = ["layers.0.*", "layers.2.*"]
     layers = record_of(model, inputs, layers=pattern)
     (first, A), _, _, (last, C) = matrices(model, inputs)
     steps = [torch.eye(layout.tokens) + matrix.clamp(min=0) for layout, matrix in ((first, A), (last, C))]
     A, C = (step / step.sum(-1, keepdim=True) for step in steps)
-    down = averaging(model, (5, 3), (3, 2)) @ averaging(model, (10, 6), (5, 3))
+    down = averaging((5, 3), (3, 2)) @ averaging((10, 6), (5, 3))
     expected = (C @ down @ A).mean(1)
-    row = roll_out(layers, torch.full((3, 6), 1 / 6, dtype=torch.float64), downsamplings(model, layers))
+    row = roll_out(layers, torch.full((3, 6), 1 / 6, dtype=torch.float64))
     torch.testing.assert_close(row, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("fine", "coarse"), [((7, 4), (4, 2)), ((8, 5), (4, 3)), ((1, 2), (1, 1))])
-@pytest.mark.parametrize("between", [[V3], []])
-def test_downsampling_is_its_averaging_matrix(fine, coarse, between):
+def test_downsampling_is_its_averaging_matrix(fine, coarse):
     coarse_tokens = coarse[0] * coarse[1]
     row = torch.eye(coarse_tokens, dtype=torch.float64)
-    matrix = to_finer(row, TokenLayout(fine), TokenLayout(coarse), between)
-    expected = pooled(fine, coarse, 3, padding=1) if between else pooled(fine, coarse, 2, ceil_mode=True)
-    torch.testing.assert_close(matrix, expected, rtol=0, atol=1e-14)
+    matrix = to_finer(row, TokenLayout(fine, 4), TokenLayout(coarse, 8))
+    torch.testing.assert_close(matrix, averaging(fine, coarse), rtol=0, atol=1e-14)
 
 
-def test_overlapping_windows_leave_no_lattice():
+def test_blocks_are_as_equal_as_can_be_where_the_strides_do_not_tell():
+    row = torch.eye(4, dtype=torch.float64)
+    matrix = to_finer(row, TokenLayout((5, 1)), TokenLayout((4, 1)))
+    expected = [[0.5, 0.5, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
+    torch.testing.assert_close(matrix, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_an_even_row_stays_even():
     even = torch.full((1, 16), 1 / 16, dtype=torch.float64)
-    finer = to_finer(even, TokenLayout((8, 8)), TokenLayout((4, 4)), [V3]).view(8, 8)
-    inside = finer[2:5, 2:5]  # away from the border
-    torch.testing.assert_close(inside, torch.full((3, 3), 1 / 64, dtype=torch.float64), rtol=1e-12, atol=0)
-
-
-def test_strided_convolutions_between_layers_are_found():
-    layers = record_of(vmamba(), images())
-    assert downsamplings(vmamba(), layers) == [[V3], [], [V3]]
-    model = vmamba(generation="v0", mlp_ratio=0.0)
-    assert downsamplings(model, record_of(model, images())) == [[], [], []]
-    padded = vmamba()
-    padded.layers[0].downsample[1] = nn.Conv2d(8, 16, 3, 2, 1, dilation=2)  # not a window of neighbours
-    assert downsamplings(padded, layers) == [[], [], [V3]]
+    finer = to_finer(even, TokenLayout((32, 32), 4), TokenLayout((4, 4), 32))
+    torch.testing.assert_close(finer, torch.full((1, 1024), 1 / 1024, dtype=torch.float64))
 
 
 def test_grids_that_cannot_be_averaged():
     row, small, large = torch.ones(1, 4), TokenLayout((2, 2)), TokenLayout((4, 4))
     with pytest.raises(UnsupportedModelError, match="from a grid of 2x2 to one of 4x4: only patches, on grids that sh"):
-        to_finer(torch.ones(1, 16), small, large, [])
+        to_finer(torch.ones(1, 16), small, large)
     with pytest.raises(UnsupportedModelError, match="name the layers of one stage with layers="):
-        to_finer(row, TokenLayout((4, 4), class_tokens=(0,)), small, [])
+        to_finer(row, TokenLayout((4, 4), class_tokens=(0,)), small)
 
 
 def test_one_image_of_another_size_and_a_class_token_in_the_frame():
     model = vim(depth=2)
     assert AttentionRollout(model).attribute(images(1, (33, 17))).shape == (1, 1, 33, 17)
     layers = record_of(model, images(1))
-    row = roll_out(layers, torch.eye(16, dtype=torch.float64)[:1], [[]])
+    row = roll_out(layers, torch.eye(16, dtype=torch.float64)[:1])
     assert 0 < AttentionRollout(model).attribute(images(1), grid=True).sum() < row.sum()  # the class token keeps some

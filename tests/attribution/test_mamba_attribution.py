@@ -10,8 +10,10 @@ from tests.attribution.cases import (
     SIZE,
     class_or_mean,
     images,
+    in_pixels,
     layers_of,
     matrices,
+    of_one_token,
     per_channel,
     product_less_identity,
     through_matrices,
@@ -62,7 +64,7 @@ def test_law_6_gradient_x_attention_is_autograd_through_explicit_matrices(name):
 @pytest.mark.parametrize("name", ["middle", "pooled", "vmamba", "vmamba_v0"])
 def test_default_against_the_dense_product_of_explicit_matrices(name):
     model, inputs = MODELS[name](), images()
-    weighted = gradient_times_matrices(model, inputs)
+    weighted = [(layout, of_one_token(layout, W)) for layout, W in gradient_times_matrices(model, inputs)]
     assert any(matrix.min() < -1e-6 for _, matrix in weighted)  # so that the positive part is seen
     positive = [(layout, matrix.clamp(min=0)) for layout, matrix in weighted]
     expected = pixels(weighted[0][0], product_less_identity(model, positive))
@@ -77,10 +79,10 @@ def test_rows_without_rollout(name, signed):
     model, inputs = MODELS[name](), images()
     maps = []
     for layout, matrix in gradient_times_matrices(model, inputs):
-        row = class_or_mean(layout) @ matrix
-        maps.append(pixels(layout, row if signed else row.clamp(min=0)))
+        row = class_or_mean(layout) @ of_one_token(layout, matrix)
+        maps.append((layout, row if signed else row.clamp(min=0)))
     actual = MambaAttribution(model, rollout=False, signed=signed).attribute(inputs, target=TARGET)
-    close(actual, torch.stack(maps).mean(0))
+    close(actual, in_pixels(maps))
 
 
 def retained(model, inputs, receives):
@@ -110,7 +112,7 @@ def test_paper_against_the_equation(name):
     model, inputs = MODELS[name](), images()
     gradients = retained(model, inputs, "gated")
     weighted = [
-        (layout, (gradient.mean(2).unsqueeze(2) * matrix).clamp(min=0))
+        (layout, (of_one_token(layout, gradient).mean(2).unsqueeze(2) * matrix).clamp(min=0))
         for gradient, (layout, matrix) in zip(gradients, matrices(model, inputs), strict=True)
     ]
     expected = pixels(weighted[0][0], product_less_identity(model, weighted))
@@ -174,7 +176,7 @@ def test_another_target_gives_another_map_and_the_default_is_the_predicted_class
 def test_a_query_of_the_rollout_is_its_row(query, tokens):
     model, inputs = vim(depth=1, class_token=None), images()
     ((layout, matrix),) = gradient_times_matrices(model, inputs)
-    expected = layout.to_grid(matrix[:, tokens].clamp(min=0).mean(1))
+    expected = layout.to_grid(of_one_token(layout, matrix)[:, tokens].clamp(min=0).mean(1))
     actual = MambaAttribution(model).attribute(inputs, target=TARGET, query=query, grid=True)[:, 0]
     close(actual, expected)
 

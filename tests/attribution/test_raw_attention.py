@@ -3,7 +3,7 @@ import torch
 
 from mamba_attn.attribution import RawAttention
 from mamba_attn.tracing import trace
-from tests.attribution.cases import MODELS, SIZE, images, matrices, vmamba
+from tests.attribution.cases import MODELS, images, in_pixels, matrices, vmamba
 
 
 def rows(model, inputs):
@@ -17,11 +17,7 @@ def rows(model, inputs):
 @pytest.mark.parametrize("signed", [False, True])
 def test_against_explicit_matrices(name, signed):
     model, inputs = MODELS[name](), images()
-    maps = [
-        layout.to_pixels(layout.to_grid(row if signed else row.clamp(min=0)), SIZE)
-        for layout, row in rows(model, inputs)
-    ]
-    expected = torch.stack(maps).mean(0).unsqueeze(1)
+    expected = in_pixels([(layout, row if signed else row.clamp(min=0)) for layout, row in rows(model, inputs)])
     assert expected.abs().max() > 1e-3
     actual = RawAttention(model, signed=signed).attribute(inputs)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
