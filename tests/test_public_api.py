@@ -62,7 +62,8 @@ def test_public_names_are_documented_with_their_arguments(package, name):
 @pytest.fixture(scope="module")
 def names_in_examples():
     """What examples take for granted."""
-    return {"torch": torch, "model": create("vim_tiny"), "images": torch.randn(2, 3, 224, 224)}
+    vit = create("vit_micro", image_size=224, num_classes=1000)
+    return {"torch": torch, "model": create("vim_tiny"), "vit": vit, "images": torch.randn(2, 3, 224, 224)}
 
 
 @pytest.mark.parametrize("module", MODULES)
