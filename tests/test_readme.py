@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from mamba_attn.models import registry
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
@@ -32,6 +34,12 @@ def test_every_figure_is_a_measured_one() -> None:
     assert len(rows) >= 8
     for what, value in rows.items():
         assert measured.get(what) == value, f"{what}: the README says {value}, the results {measured.get(what)}"
+
+
+def test_accuracies_are_those_of_the_cards() -> None:
+    (row,) = [line for line in README.splitlines() if line.startswith("| `vim_micro`")]
+    for name in registry.demos():
+        assert f"`{name}` {registry.demo_card(name)['top1']:.1f} %" in row
 
 
 def test_the_examples_run_and_have_the_shapes_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

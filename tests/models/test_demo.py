@@ -13,7 +13,7 @@ DEMOS = registry.demos()
 
 
 def test_there_are_some() -> None:
-    assert "vim_micro" in DEMOS
+    assert set(DEMOS) == {"vim_micro", "vmamba_micro", "vit_micro"}
 
 
 @pytest.mark.parametrize("name", DEMOS)
@@ -33,7 +33,7 @@ def test_the_card_is_true_of_the_file(name: str) -> None:
     assert len(card["classes"]) == model.num_classes == card["options"]["num_classes"]
     assert "non-commercial" in card["data"]["imagenette128"]["license"]
     assert "CC0" in card["data"]["clothing128"]["license"]
-    assert card["top1"] > 45
+    assert card["top1"] >= 65
     assert card["command"].startswith("python benchmarks/train.py " + name)
     assert {"seed", "epochs", "pixels", "recipe", "versions"} <= set(card)
 
@@ -43,7 +43,7 @@ def test_the_images_of_the_package_are_told_as_the_card_says(name: str) -> None:
     card = registry.demo_card(name)
     found = samples(mamba_attn.models.create(name, weights="demo"), name, card["pixels"], card["classes"])
     assert found == card["samples"]
-    assert found["top1"] >= 50
+    assert found["top1"] >= 30  # chance is 5
 
 
 @pytest.mark.parametrize("name", DEMOS)
