@@ -107,13 +107,17 @@ def parse_target(text: str | None, subject: Subject) -> int | None:
         subject: the model whose classes these are.
 
     Raises:
-        ValueError: no such class.
+        ValueError: no such class, or several of this name.
     """
     if text is None:
         return None
     lowered = [name.lower() for name in subject.classes]
-    if text.lower() in lowered:
-        return lowered.index(text.lower())
+    named = [index for index, name in enumerate(lowered) if name == text.lower()]
+    if len(named) > 1:
+        numbers = " and ".join(map(str, named))
+        raise ValueError(f"--target {text}: the classes {numbers} have this name; give the index.")
+    if named:
+        return named[0]
     if text.isdecimal() and int(text) < len(lowered):
         return int(text)
     known = f"{subject.name} knows {len(lowered)} classes, 0..{len(lowered) - 1}. "
@@ -190,8 +194,10 @@ class Question(NamedTuple):
 
     def of_companion(self, beside: Subject) -> "Question":
         """Return the same question for a second model: as deep, the class of the same name, the place of the query."""
-        name = None if self.target is None else self.subject.classes[self.target]
-        target = beside.classes.index(name) if name in beside.classes else None
+        target = self.target
+        if target is not None and beside.classes != self.subject.classes:
+            name = self.subject.classes[target]
+            target = beside.classes.index(name) if name in beside.classes else None
         layers = same_depth(self.layers, self.subject, beside)
         rows, columns = (
             there / here for there, here in zip(beside.transform.size, self.subject.transform.size, strict=True)

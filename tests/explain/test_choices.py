@@ -1,5 +1,7 @@
 """What users write, and what they are told."""
 
+import dataclasses
+
 import pytest
 
 from mamba_attn import attribution
@@ -69,6 +71,10 @@ def test_targets(subjects):
             choices.parse_target(text, vim)
     with pytest.raises(ValueError, match="Did you mean 'dress'"):
         choices.parse_target("Dres", vim)
+    cranes = dataclasses.replace(vim, classes=["crane", "hat", "Crane"])
+    with pytest.raises(ValueError, match="--target crane: the classes 0 and 2 have this name; give the index"):
+        choices.parse_target("crane", cranes)
+    assert choices.parse_target("2", cranes) == 2
 
 
 def test_queries(subjects):
@@ -101,6 +107,9 @@ def test_the_model_beside_is_asked_the_same(subjects):
     assert [method.key for method in beside.methods] == ["raw_attention", "transformer_attribution"]
     assert beside.layers == [vit.layers[-1]]
     assert beside.target == 1
+    other = dataclasses.replace(vit, classes=["hat", "shoes", "dress"])
+    assert question.of_companion(other).target == 0
+    assert question._replace(target=2).of_companion(other).target is None  # it has no such class
     assert beside.query == (16.0, 8.0)
     box = question._replace(query=(8.0, 32.0, 16.0, 64.0), layers=[], target=None).of_companion(vit)
     assert box.query == (8.0, 16.0, 16.0, 32.0)
