@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -163,9 +164,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def partial(args: argparse.Namespace) -> bool:
-    """Whether the options leave something out, so that the result is not the committed one."""
+    """Whether the options leave more out than variants of methods, so that the result is not the committed one."""
     chosen = (args.limit, args.weights)
-    return any(option is not None for option in chosen) or args.methods != ["*"] or len(set(args.parts) - {"time"}) == 1
+    left_out = [method for method in DEFAULTS if not any(fnmatchcase(str(method), text) for text in args.methods)]
+    return any(option is not None for option in chosen) or bool(left_out) or len(set(args.parts) - {"time"}) == 1
 
 
 def run_maps(args: argparse.Namespace) -> Iterator[tuple[str, list[Figure], dict[str, Any]]]:

@@ -311,7 +311,7 @@ def test_images_must_be_given(tmp_path):
     [
         ([], True), (["--data", "x", "--runs", "3"], True), (["--limit", "5"], False), (["--methods", "Raw*"], False),
         (["--models", "vim_micro"], True), (["--weights", "x"], False), (["--parts", "time"], True),
-        (["--parts", "time", "energy"], False),
+        (["--parts", "time", "energy"], False), (["--methods", "*n", "*Rollout"], True),
         (["--parts", "time", "deletion", "energy"], True),
     ],
 )  # fmt: skip
