@@ -21,11 +21,8 @@ def create(
         weights: a .safetensors file, or last.pt of a run (its averaged weights).
         options: further options of the model.
     """
-    import timm.layers
-
     import mamba_attn.models
 
-    timm.layers.set_fused_attn(False)  # its half-precision backward on a CPU takes longer than the rest of a ViT
     with tempfile.TemporaryDirectory() as folder:
         if weights is not None and Path(weights).suffix == ".pt":  # a run's checkpoint holds more than weights
             from safetensors.torch import save_file
@@ -33,9 +30,13 @@ def create(
             path = Path(folder) / "averaged.safetensors"
             save_file({key: value.contiguous() for key, value in read(weights).items()}, path)
             weights = str(path)
-        return mamba_attn.models.create(
+        model = mamba_attn.models.create(
             name, num_classes=num_classes, image_size=image_size, drop_path=drop_path, weights=weights, **options
         )
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # the fused backward is no gain in half precision on a CPU
+    return model
 
 
 def read(path: str | Path) -> dict[str, torch.Tensor]:

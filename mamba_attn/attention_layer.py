@@ -1,14 +1,12 @@
 """What a trace yields for one layer of softmax attention."""
 
-from collections.abc import Iterable
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mamba_attn._types import Float
-from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.layers import Layer, Tail
 from mamba_attn.ops._arguments import FOLDS
 from mamba_attn.softmax import AttentionRecord
@@ -25,6 +23,8 @@ class AttentionLayer(Layer):
         output: what the module returned.
         tail: recomputes the output from the probabilities, in mode "observe".
     """
+
+    kind: ClassVar[str] = "softmax attention"
 
     def __init__(self, name: str, record: AttentionRecord, *, output: Any = None, tail: Tail | None = None) -> None:
         super().__init__(name, record, output, tail)
@@ -141,26 +141,6 @@ class AttentionLayer(Layer):
     def _not_finite(self) -> list[str]:
         tensors = {"probabilities": self.record.probabilities, "value": self.record.value}
         return [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-
-
-def require_attention(call: str, layers: Iterable[Layer]) -> list[AttentionLayer]:
-    """Return the layers, which must be softmax attention.
-
-    Args:
-        call: who asks, for the message.
-        layers: of one trace.
-
-    Raises:
-        UnsupportedModelError: some are selective scans.
-    """
-    checked = list(layers)
-    others = [layer.name for layer in checked if not isinstance(layer, AttentionLayer)]
-    if others:
-        raise UnsupportedModelError(
-            f"{call} is defined for softmax attention, and {', '.join(others[:3])}{', ...' if len(others) > 3 else ''} "
-            "are selective scans; name other layers with layers=, or use MambaAttribution."
-        )
-    return [layer for layer in checked if isinstance(layer, AttentionLayer)]
 
 
 def _fold(weighted: Tensor, fold: str) -> Tensor:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from mamba_attn.scan import ScanRecord
 from mamba_attn.softmax import AttentionRecord
 
 Tail = Callable[[Tensor], Tensor]
+AnyLayer = TypeVar("AnyLayer", bound="Layer")
 
 
 class Layer(ABC):
@@ -28,6 +29,8 @@ class Layer(ABC):
         output: what the mixer returned.
         tail: recomputes the output from ``variable``, in mode "observe".
     """
+
+    kind: ClassVar[str]  # in words
 
     def __init__(
         self, name: str, record: ScanRecord | AttentionRecord, output: Any = None, tail: Tail | None = None
@@ -111,25 +114,27 @@ class Layer(ABC):
             )
 
 
-def require_scans(call: str, layers: Iterable[Layer]) -> list["ScanLayer"]:
-    """Return the layers, which must be selective scans.
+def require(call: str, layers: Iterable[Layer], wanted: type[AnyLayer]) -> list[AnyLayer]:
+    """Return the layers, which must be of one kind.
 
     Args:
         call: who asks, for the message.
         layers: of one trace.
+        wanted: the kind.
 
     Raises:
-        UnsupportedModelError: some are softmax attention.
+        UnsupportedModelError: some are of another kind.
     """
     checked = list(layers)
-    others = [layer.name for layer in checked if not isinstance(layer, ScanLayer)]
+    others = [layer for layer in checked if not isinstance(layer, wanted)]
     if others:
+        names = ", ".join(layer.name for layer in others[:3]) + (", ..." if len(others) > 3 else "")
         raise UnsupportedModelError(
-            f"{call} is defined for selective scans, and {', '.join(others[:3])}{', ...' if len(others) > 3 else ''} "
-            "are softmax attention; name other layers with layers=, or use TransformerAttribution, AttentionRollout or "
-            "RawAttention."
+            f"{call} is defined for {wanted.kind}, and {names} are {others[0].kind}; name other layers with layers=, "
+            "or use AttentionRollout or RawAttention, which take both; MambaAttribution is for selective scans, "
+            "TransformerAttribution for softmax attention."
         )
-    return [layer for layer in checked if isinstance(layer, ScanLayer)]
+    return [layer for layer in checked if isinstance(layer, wanted)]
 
 
 class ScanLayer(Layer):
@@ -143,6 +148,8 @@ class ScanLayer(Layer):
         tail: recomputes the output from y, in mode "observe".
         attention: (fold, matrix) when one was computed during the pass.
     """
+
+    kind: ClassVar[str] = "selective scans"
 
     def __init__(
         self, name: str, scan: ScanRecord, *, y: Tensor | None = None, output: Any = None,

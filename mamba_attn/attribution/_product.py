@@ -1,16 +1,14 @@
 """The product of the layers' I + W, W the attention weighted by a gradient, less what the identities alone carry."""
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from mamba_attn._types import Float
 from mamba_attn.attribution._stages import to_finer
-from mamba_attn.layers import Layer
+from mamba_attn.layers import AnyLayer, Layer
 
-AnyLayer = TypeVar("AnyLayer", bound=Layer)
 Product = Callable[[Tensor], Tensor]  # row -> row @ W
 Step = Callable[[AnyLayer], tuple[Product, Tensor | float]]
 

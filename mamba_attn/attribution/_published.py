@@ -20,7 +20,7 @@ from mamba_attn.attribution._conventions import (
     require_class_token,
 )
 from mamba_attn.attribution._queries import Query
-from mamba_attn.layers import require_scans
+from mamba_attn.layers import ScanLayer, require
 
 Vectors = list[Float[Tensor, "batch channels tokens"]]  # the class token's row, layer by layer
 
@@ -85,7 +85,7 @@ def explain(
     rules = watch if convention == "implicit_unified" else None
     record, logit = method._run(inputs, target, gradients=gradients, rules=rules)
     call = f"{type(method).__name__}(convention={convention!r})"
-    layers = require_scans(call, record.layers)
+    layers = require(call, record.layers, ScanLayer)
     token = require_class_token(call, method.model, layers, query)
     chosen = layers if method.layers is not None else late_layers(layers)
     found: Mapping[str, Tensor] = record.gradients(logit, of="output") if gradients else {}

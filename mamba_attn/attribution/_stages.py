@@ -15,8 +15,8 @@ def to_finer(
 
     A token takes the mean of the block of tokens that it covers. Convolutions with overlapping windows, as VMamba's of
     3 and stride 2, are treated so too: of all averages on their windows it is the only one that counts every token of
-    the finer grid alike. Plain means over the windows count every other row and column twice, and over three stages
-    those of one corner twenty times as much as those of the other.
+    the finer grid alike. Plain means over the windows count every other row and column twice, and one corner of the
+    image more than the other.
 
     Args:
         row: over the coarser layer's tokens.

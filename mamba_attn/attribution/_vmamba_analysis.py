@@ -17,7 +17,7 @@ from mamba_attn.adapters import find_mixers
 from mamba_attn.attribution._base import Row, Target, TokenAttribution
 from mamba_attn.attribution._conventions import ANALYSIS, min_max
 from mamba_attn.attribution._queries import Query, query_weights
-from mamba_attn.layers import ScanLayer, require_scans
+from mamba_attn.layers import ScanLayer, require
 from mamba_attn.ops.reference import merge
 
 _STAGE, _BLOCK = 2, 1  # the third stage's second block, which the published script shows
@@ -102,7 +102,7 @@ def _stage(layers: Sequence[ScanLayer]) -> list[ScanLayer]:
 def _layers(method: TokenAttribution, convention: str, inputs: Tensor, target: Target) -> list[ScanLayer]:
     call = _call(method, convention)
     _require_vmamba(call, method.model)
-    return require_scans(call, method._run(inputs, target)[0].layers)
+    return require(call, method._run(inputs, target)[0].layers, ScanLayer)
 
 
 def _require_vmamba(call: str, model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from mamba_attn.attribution._product import Product, Step, dense, of_one_token, 
 from mamba_attn.attribution._queries import Query, query_weights, read_rows
 from mamba_attn.attribution._weighted import gated_gradients, gradient_x_attention, paper, published
 from mamba_attn.errors import nearest
-from mamba_attn.layers import ScanLayer, require_scans
+from mamba_attn.layers import ScanLayer, require
 
 RULES = ("gradient_x_attention", "paper", "published_code")
 
@@ -100,7 +100,7 @@ class MambaAttribution(TokenAttribution):
         watch = Watch()  # holds on to activations, so only where they are needed
         rules = watch if self.rule == "paper" else None
         record, logit = self._run(inputs, target, gradients=True, rules=rules)
-        layers = require_scans("MambaAttribution", record.layers)
+        layers = require("MambaAttribution", record.layers, ScanLayer)
         if self.rule == "paper":
             gradients = _of_one_token(layers, gated_gradients(layers, logit, watch))
             return self._rolled(layers, query, lambda layer: dense(paper(layer, gradients[layer.name])))

@@ -2,10 +2,11 @@
 
 from torch import Tensor
 
-from mamba_attn.attention_layer import AttentionLayer, require_attention
+from mamba_attn.attention_layer import AttentionLayer
 from mamba_attn.attribution._base import Row, Target, TokenAttribution
 from mamba_attn.attribution._product import Product, dense, of_one_token, roll_out
 from mamba_attn.attribution._queries import Query, query_weights
+from mamba_attn.layers import require
 
 
 class TransformerAttribution(TokenAttribution):
@@ -31,7 +32,7 @@ class TransformerAttribution(TokenAttribution):
 
     def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
         record, logit = self._run(inputs, target, gradients=True)
-        layers = require_attention("TransformerAttribution", record.layers)
+        layers = require("TransformerAttribution", record.layers, AttentionLayer)
         gradients = record.gradients(logit)
 
         def step(layer: AttentionLayer) -> tuple[Product, float]:

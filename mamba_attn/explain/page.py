@@ -1,16 +1,13 @@
 """The page of one image: one HTML file that needs no network, and the list of all pages."""
 
-import base64
 import html
-import io
 from collections.abc import Sequence
-
-import numpy as np
 
 from mamba_attn.explain.answer import Answer
 from mamba_attn.explain.choices import Method
 from mamba_attn.explain.sheet import PERCENTILE, limits
 from mamba_attn.figures import png
+from mamba_attn.figures.picture import data_uri
 
 _MEANING = {
     "raw_attention": "What {reader} reads in a layer, averaged over the layers. The same for every class.",
@@ -101,7 +98,7 @@ def _classes(answer: Answer) -> str:
 
 def _map(answer: Answer, method: Method) -> str:
     values = answer.maps[method.key]
-    heat = _uri(png.matrix_rgb(values, **limits(values)))
+    heat = data_uri(png.matrix_rgb(values, **limits(values)))
     of = f" of <i>{_safe(answer.class_name(answer.explained))}</i>" if method.of_a_class else ""
     meaning = _MEANING[method.name].format(reader=answer.reader)
     caption = f"<b>{_safe(method.title)}</b>{of}<br>{values.min():.2g} to {values.max():.2g}<br>{meaning}"
@@ -110,7 +107,7 @@ def _map(answer: Answer, method: Method) -> str:
 
 def _matrix(answer: Answer, layer: str) -> str:
     values = answer.matrices[layer]
-    picture = _uri(png.matrix_rgb(values, **limits(values)))
+    picture = data_uri(png.matrix_rgb(values, **limits(values)))
     caption = f"<b>{_safe(answer.depth(layer))}</b>, {_safe(layer)}, {values.shape[0]} tokens"
     return _figure(f'<img class=matrix src="{picture}" alt="attention matrix of {_safe(layer)}">', caption)
 
@@ -122,7 +119,7 @@ def _figure(content: str, caption: str) -> str:
 def _stack(answer: Answer, above: str) -> str:
     """The image, a map over it, the query's mark on top."""
     rows, columns = answer.image.shape[:2]
-    photo = f'<img src="{_uri(answer.image)}" alt="the image">'
+    photo = f'<img src="{data_uri(answer.image)}" alt="the image">'
     return f'<div class=stack style="aspect-ratio:{columns}/{rows}">{photo}{above}{_mark(answer)}</div>'
 
 
@@ -138,12 +135,6 @@ def _mark(answer: Answer) -> str:
         shape = f'<rect x="{x0:g}" y="{y0:g}" width="{x1 - x0:g}" height="{y1 - y0:g}"'
     line = 'fill="none" stroke="cyan" stroke-width="2" vector-effect="non-scaling-stroke"'
     return f'<svg viewBox="0 0 {columns} {rows}">{shape} {line}/></svg>'
-
-
-def _uri(rgb: np.ndarray) -> str:
-    file = io.BytesIO()
-    png.save_png(file, rgb)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def _document(title: str, body: str) -> str:

@@ -4,9 +4,10 @@ Imported on demand only, because it needs plotly.
 """
 
 try:
+    import PIL  # noqa: F401
     import plotly.graph_objects  # noqa: F401
 except ImportError as error:
-    raise ImportError("mamba_attn.figures needs plotly: pip install 'mamba_attn[viz]'") from error
+    raise ImportError("mamba_attn.figures needs plotly and Pillow: pip install 'mamba_attn[viz]'") from error
 
 from mamba_attn.figures.depth import depth_grid
 from mamba_attn.figures.layers import layer_grid

@@ -1,6 +1,5 @@
 """The same pictures as RGB arrays, through Pillow: no browser needed."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -145,7 +144,7 @@ def side_by_side(
     return np.concatenate([np.concatenate(pair, axis=1) for pair in zip(rows, white, strict=True)])
 
 
-def save_png(path: str | Path | io.BytesIO, rgb: np.ndarray) -> None:
+def save_png(path: str | Path, rgb: np.ndarray) -> None:
     """Write a (rows, columns, 3) uint8 array.
 
     Raises:

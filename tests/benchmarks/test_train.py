@@ -195,3 +195,12 @@ def test_vectors_and_named_parameters_do_not_decay():
     decayed_names = {names[id(parameter)] for parameter in decayed["params"]}
     assert "blocks.0.attn.qkv.weight" in decayed_names
     assert not decayed_names & {"pos_embed", "cls_token", "blocks.0.norm1.weight", "head.bias"}
+
+
+def test_only_the_model_that_is_trained_is_unfused():
+    import timm.layers
+
+    fused = timm.layers.use_fused_attn()
+    model = zoo.create("vit_micro", num_classes=4, image_size=16, **TINY)
+    assert not any(block.attn.fused_attn for block in model.blocks)
+    assert timm.layers.use_fused_attn() == fused

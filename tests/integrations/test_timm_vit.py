@@ -15,7 +15,7 @@ import mamba_attn
 from mamba_attn.adapters import AttentionAdapter, Seen, _registered
 from mamba_attn.attention_layer import AttentionLayer
 from mamba_attn.errors import NonFiniteError, TraceError, UnsupportedModelError
-from mamba_attn.layers import require_scans
+from mamba_attn.layers import ScanLayer, require
 from mamba_attn.rules import PLAIN, Rules
 from mamba_attn.softmax import AttentionRecord
 from mamba_attn.testing import LawError, check_adapter
@@ -267,8 +267,8 @@ def test_wrong_arguments_of_a_layer(layer: AttentionLayer) -> None:
 
 def test_layers_that_must_be_scans(layer: AttentionLayer) -> None:
     with pytest.raises(UnsupportedModelError, match=r"^Method is defined for selective scans, and attn are softmax"):
-        require_scans("Method", [layer])
-    assert require_scans("Method", []) == []
+        require("Method", [layer], ScanLayer)
+    assert require("Method", [], ScanLayer) == []
 
 
 def test_not_finite() -> None:
