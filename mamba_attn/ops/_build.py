@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from mamba_attn.errors import BackendUnavailableError
+from mamba_attn.ops._cache import cache_folder
 
 _FLAGS = (
     "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno",
@@ -54,7 +55,7 @@ def _compiled() -> Path:
     source = files("mamba_attn.ops").joinpath("native.cpp").read_bytes()
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     key = hashlib.sha256(source + repr((_FLAGS, version, _cpu())).encode()).hexdigest()[:20]
-    target = _cache_folder() / f"native-{key}.so"
+    target = cache_folder() / f"native-{key}.so"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             made = Path(scratch, "native.so")
@@ -75,13 +76,3 @@ def _cpu() -> str:
         return platform.processor() + platform.machine()
     lines = info.read_text().splitlines()
     return "".join(next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags"))
-
-
-def _cache_folder() -> Path:
-    """MAMBA_ATTN_CACHE, or the user's cache; a temporary folder of this process when that cannot be written."""
-    try:
-        folder = Path(os.environ.get("MAMBA_ATTN_CACHE") or Path.home() / ".cache" / "mamba_attn")
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: no home folder
-        return Path(tempfile.mkdtemp(prefix="mamba_attn-"))
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="mamba_attn-"))
