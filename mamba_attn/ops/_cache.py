@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from functools import cache
 from pathlib import Path
 
 
@@ -11,5 +12,10 @@ def cache_folder() -> Path:
         folder = Path(os.environ.get("MAMBA_ATTN_CACHE") or Path.home() / ".cache" / "mamba_attn")
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # RuntimeError: no home folder
-        return Path(tempfile.mkdtemp(prefix="mamba_attn-"))
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="mamba_attn-"))
+        return _temporary()
+    return folder if os.access(folder, os.W_OK) else _temporary()
+
+
+@cache
+def _temporary() -> Path:
+    return Path(tempfile.mkdtemp(prefix="mamba_attn-"))

@@ -5,13 +5,13 @@ The primary context is the one that torch uses; it is made current for each call
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
 from mamba_attn.errors import BackendUnavailableError
-from mamba_attn.ops._driver_errors import error_of
+from mamba_attn.ops._driver_errors import NOT_FOUND, error_of
 
 GRID_LIMIT = 2**31 - 1
 BLOCK_LIMIT = 1024
@@ -104,15 +104,19 @@ class Driver:
         self._check(status, "load the compiled kernels", log.value.decode(errors="replace").strip())
         return module.value or 0
 
-    def kernel(self, context: int, module: int, name: str) -> Kernel:
-        """Return a function of a module.
+    def kernel(self, context: int, modules: Sequence[int], name: str) -> Kernel:
+        """Return a function of one of these modules.
 
         Raises:
-            MambaAttnError: it has none of that name.
+            MambaAttnError: none has one of that name.
         """
-        handle = ctypes.c_void_p()
+        handle, status = ctypes.c_void_p(), NOT_FOUND
         with self._current(context), self._relaxed_capture():
-            self._call(f"find kernel {name!r}", "cuModuleGetFunction", ctypes.byref(handle), module, name.encode())
+            for module in modules:
+                status = self.library.cuModuleGetFunction(ctypes.byref(handle), module, name.encode())
+                if status != NOT_FOUND:
+                    break
+            self._check(status, f"find kernel {name!r}")
             return Kernel(name, handle.value or 0, context, self._parameter_bytes(handle))
 
     def allow_shared(self, kernel: Kernel, size: int) -> None:

@@ -5,10 +5,10 @@ import torch
 from mamba_attn.errors import BackendUnavailableError, MambaAttnError
 
 # the driver refuses the code itself; code in another form may still run
-_REJECTED = {200, 209, 218, 222, 223, 224}
+_REJECTED = {200, 209, 218, 222, 223}
 # after these every CUDA call of the process fails
-_STICKY = {214, 220, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719}
-_NOT_FOUND = 500
+_STICKY = {214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721}
+NOT_FOUND = 500
 _OUT_OF_MEMORY = 2
 
 _UPDATE = "Update the NVIDIA driver, or install a torch built for an older CUDA."
@@ -16,12 +16,12 @@ _REMEDIES = {
     1: "Launch it with fewer blocks or less shared memory (a smaller batch), or use backend='blocked'.",
     3: "CUDA cannot be used after a fork: start worker processes with the 'spawn' method.",
     34: "This libcuda is the stub of the CUDA toolkit; put the driver's own folder first in LD_LIBRARY_PATH.",
-    35: _UPDATE,
+    36: _UPDATE,
     46: "Another process holds the GPU for itself; use a free one.",
     100: "Check with nvidia-smi that there is a GPU, and that CUDA_VISIBLE_DEVICES names it.",
     101: "Check CUDA_VISIBLE_DEVICES.",
     201: "Run any torch operation on the device first.",
-    221: _UPDATE,
+    221: "The driver's PTX compiler (libnvidia-ptxjitcompiler) is missing; install the whole driver.",
     701: "The block needs more registers or shared memory than there are; use backend='blocked'.",
     802: "The system is not ready for CUDA yet (the fabric manager is not running?).",
     803: "The loaded driver module and the driver's libraries differ; restart the machine.",
@@ -46,7 +46,7 @@ def error_of(code: int, name: str, text: str, doing: str) -> RuntimeError:
     """
     said = f"the CUDA driver could not {doing}: {text} ({name}, {code})."
     if code == _OUT_OF_MEMORY:
-        return torch.OutOfMemoryError(
+        return torch.cuda.OutOfMemoryError(
             f"CUDA out of memory: {said} Use a smaller batch, or torch.cuda.empty_cache() if torch holds what is free."
         )
     if code in _STICKY:
@@ -54,7 +54,7 @@ def error_of(code: int, name: str, text: str, doing: str) -> RuntimeError:
             f"{said} The CUDA context of this process is lost; restart the process. The fault may be an earlier "
             "kernel's: CUDA_LAUNCH_BLOCKING=1 or compute-sanitizer shows whose."
         )
-    if code == _NOT_FOUND:
+    if code == NOT_FOUND:
         return MambaAttnError(f"{said} The compiled sources hold no kernel of that name; reinstall mamba_attn.")
     if code in _REJECTED:
         return ImageRejectedError(f"{said} {_UPDATE}")
