@@ -205,8 +205,8 @@ def _load(number: int) -> _Loaded:
         except ImageRejectedError as error:
             refusal = error
         else:
-            limits = (cuda.attribute(number, attribute) for attribute in (MULTIPROCESSORS, SHARED_OPTIN))
-            return _Loaded(cuda, context, modules, *limits)
+            blocks, shared = (cuda.attribute(number, attribute) for attribute in (MULTIPROCESSORS, SHARED_OPTIN))
+            return _Loaded(cuda, context, modules, blocks, shared)
     raise BackendUnavailableError(_versions(cuda, nvrtc) + str(refusal))
 
 
@@ -223,8 +223,8 @@ def _require_launchable(name: str, grid: int, block: int, shared_bytes: int, sha
         )
     if grid > GRID_LIMIT:
         raise BackendUnavailableError(
-            f"the CUDA kernel {name!r} needs {grid:,} blocks and a launch takes at most {GRID_LIMIT:,}. Split the batch, "
-            "or use backend='blocked'."
+            f"the CUDA kernel {name!r} needs {grid:,} blocks and a launch takes at most {GRID_LIMIT:,}. Split the "
+            "batch, or use backend='blocked'."
         )
     if shared_bytes > shared_limit:
         raise BackendUnavailableError(
