@@ -152,12 +152,27 @@ def test_one_that_does_not_load_is_named_and_passed_over(machine: Path, nvrtc: C
     assert _nvrtc.compiler.__wrapped__().path == str(working / Path(nvrtc.path).name)
 
 
-def test_one_that_is_too_old_is_named(machine: Path) -> None:
+def shared_object(path: Path, source: str) -> Path:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
-    old = touch(machine / "site/torch/lib/libnvrtc-abc.so.10.2")
+    command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{path.name}", "-x", "c++", "-", "-o", str(touch(path))]
+    subprocess.run(command, input=source.encode(), check=True)
+    return path
+
+
+def test_one_that_is_too_old_is_named(machine: Path) -> None:
     source = 'extern "C" int nvrtcVersion(int*, int*) { return 0; }'
-    subprocess.run([compiler, "-shared", "-fPIC", "-x", "c++", "-", "-o", str(old)], input=source.encode(), check=True)
+    shared_object(machine / "site/torch/lib/libnvrtc-abc.so.10.2", source)
     with pytest.raises(BackendUnavailableError, match=r"libnvrtc-abc.so.10.2: .*nvrtcGetNumSupportedArchs"):
         _nvrtc.compiler.__wrapped__()
+
+
+def test_builtins_that_it_opens_by_bare_name_are_found(machine: Path) -> None:
+    folder = machine / "site/nvidia/cuda_nvrtc/lib"
+    shared_object(folder / "libnvrtc-builtins.so.98.7", "")
+    others = "".join(f"int {name}() {{ return 0; }}" for name in _nvrtc._FUNCTIONS if name != "nvrtcVersion")
+    opens = """#include <dlfcn.h>
+    extern "C" { int nvrtcVersion(int*, int*) { return dlopen("libnvrtc-builtins.so.98.7", RTLD_LAZY) ? 0 : 7; } """
+    shared_object(folder / "libnvrtc.so.98", opens + others + "}")
+    assert _nvrtc.compiler.__wrapped__().path == str(folder / "libnvrtc.so.98")
