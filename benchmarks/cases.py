@@ -116,7 +116,7 @@ def attention(shape: Shape, backend: str | None = None, scale: float = 1.0) -> C
 
 def loop(shape: Shape) -> Call:
     """The published loops, and the channel mean."""
-    from benchmarks.published import triple_loop
+    from mamba_attn.bench.published import triple_loop
 
     values = inputs(shape)
     return lambda: triple_loop(*values).mean(1)
@@ -124,7 +124,7 @@ def loop(shape: Shape) -> Call:
 
 def formula(shape: Shape, scale: float = 1.0) -> Call:
     """VMamba's published formula."""
-    from benchmarks.published import vmamba_formula
+    from mamba_attn.bench.published import vmamba_formula
 
     values = inputs(shape, scale)
     return lambda: vmamba_formula(*values)

@@ -18,6 +18,7 @@ HOUSE = [
     ["cli"],
     ["explorer"],
     ["explain"],
+    ["bench"],
     ["evaluation"],
     ["analytics"],
     ["testing"],

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from benchmarks.cases import Shape, inputs
-from benchmarks.published import triple_loop, vmamba_formula
+from mamba_attn.bench.published import triple_loop, vmamba_formula
 from benchmarks.verify import norm_error
 from mamba_attn import ops
 
