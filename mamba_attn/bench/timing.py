@@ -78,6 +78,7 @@ def interleave(
     least_seconds: float = 0.02,
     once: Sequence[str] = (),
     clock: Clock = cpu_seconds,
+    known: Mapping[str, float] | None = None,
 ) -> dict[str, list[float]]:
     """Time calls in turn, A B A B, in this process: whatever slows the machine for a while slows all of them.
 
@@ -87,16 +88,19 @@ def interleave(
         least_seconds: a call shorter than this is repeated within its turn.
         once: names of slow calls that are timed in the first round only, without an untimed call before.
         clock: seconds per call. Default: CPU time.
+        known: seconds of calls that ran before, by name; they get no untimed call here.
 
     Returns:
         For every name seconds per call, one per round.
     """
     turns = {name: 1 if name in once else rounds if isinstance(rounds, int) else rounds[name] for name in calls}
-    repeats = dict.fromkeys(calls, 1)
+    ready, repeats = dict(known or {}), dict.fromkeys(calls, 1)
     for name, call in calls.items():
         if name not in once:
-            call()
-            repeats[name] = max(1, math.ceil(least_seconds / max(clock(call, 1), 1e-6)))
+            if name not in ready:
+                call()
+                ready[name] = clock(call, 1)
+            repeats[name] = max(1, math.ceil(least_seconds / max(ready[name], 1e-6)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(max(turns.values(), default=0)):
         for name, call in calls.items():
