@@ -4,30 +4,15 @@ Every call is built by a function that returns it ready to run, so that a child 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mamba_attn.bench.inputs import Shape, inputs
+from mamba_attn.bench.targets import Target
 
 Call = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Target:
-    """A row of the table: a figure that should be at least (``higher``) or at most this good."""
-
-    what: str
-    at_least: float
-    aim: float
-    higher: bool = False
-    unit: str = ""
-
-    def met(self, value: float) -> bool:
-        """Whether a value reaches ``at_least``."""
-        return value >= self.at_least if self.higher else value <= self.at_least
 
 
 VIM = Shape(384, 16, 197)  # one direction of one Vim-T layer

@@ -22,9 +22,7 @@ def attention_work(model: Model, batch: int, once: bool = False) -> Work:
         once: of one layer per shape instead of all.
     """
     scans = _one_layer_each(model) if once else model.scans
-    return counting.total(
-        counting.attention_work(each, batch, FORMULATIONS[1], model.its.itemsize) for each in scans
-    )
+    return counting.total(counting.attention_work(each, batch, FORMULATIONS[1], model.its.itemsize) for each in scans)
 
 
 def forward_work(model: Model, batch: int) -> Work:

@@ -1,5 +1,6 @@
 """What can be timed: models, sizes, and what a row of the table stands for."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -92,9 +93,16 @@ class Subject:
 def grid(
     names: Sequence[str], pixels: Sequence[int], batches: Sequence[int], dtypes: Sequence[str]
 ) -> list[Configuration]:
-    """Return all combinations, cheap ones first."""
-    found = [Configuration(*each) for each in itertools.product(names, pixels, batches, dtypes)]
-    return sorted(found, key=lambda each: (each.batch * each.pixels**2, names.index(each.model)))
+    """Return all combinations: small images first, batches of one model side by side.
+
+    Args:
+        names: of models.
+        pixels: sides of images.
+        batches: numbers of images.
+        dtypes: keys of ``DTYPES``.
+    """
+    every = itertools.product(sorted(pixels), names, dtypes, sorted(batches))
+    return [Configuration(name, side, batch, dtype) for side, name, dtype, batch in every]
 
 
 class Model:
@@ -117,6 +125,10 @@ class Model:
             self.scans = counting.scans_of(paper, its.pixels)
             self.parameters = sum(parameter.numel() for parameter in paper.parameters())
         self._module: nn.Module | None = None
+
+    def fits(self, its: Configuration) -> bool:
+        """Whether a configuration is of this model, at another batch perhaps."""
+        return dataclasses.replace(self.its, batch=its.batch) == its
 
     @property
     def module(self) -> nn.Module:

@@ -1,9 +1,15 @@
 """How far a result is from the float64 specification: nothing is timed before this is known."""
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import Tensor
 
 from mamba_attn import ops
+from mamba_attn.bench.inputs import Shape, inputs
+from mamba_attn.bench.subjects import DTYPES
+from mamba_attn.errors import MambaAttnError
+from mamba_attn.scan import ScanRecord
 
 TOLERANCE = 1e-5  # of the sum of absolute terms, float32
 RANGE = 1e-30  # what float32 cannot hold next to its smallest normal number is not an error
@@ -34,3 +40,44 @@ def norm_error(attention: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor
     """||error|| / ||truth|| in the Frobenius norm, the truth as in ``term_error``."""
     truth = ops.hidden_attention(*(value.double() for value in (delta, A, B, C)), backend="reference")
     return float((attention.double() - truth).norm() / truth.norm())
+
+
+def backend_errors(device: torch.device, dtypes: Iterable[str]) -> dict[tuple[str, str], float]:
+    """Return the largest error of every backend that runs here, by (name, type), of a few channels with long steps.
+
+    Args:
+        device: where the backends run; the truth is computed on the CPU.
+        dtypes: of B and C, keys of ``DTYPES``; the truth is that of the rounded numbers.
+    """
+    found: dict[tuple[str, str], float] = {}
+    for dtype in dtypes:
+        for shape in (Shape(32, 16, 197), Shape(48, 1, 784)):
+            delta, A, *bc = inputs(shape, scale=10.0)
+            B, C = (value.to(DTYPES[dtype]) for value in bc)
+            values = [value.to(device) for value in (delta, A, B, C)]
+            for name in _usable(*values):
+                try:
+                    error = term_error(ops.hidden_attention(*values, backend=name).cpu(), delta, A, B, C)
+                except MambaAttnError:
+                    error = float("inf")
+                found[name, dtype] = max(found.get((name, dtype), 0.0), error)
+    return found
+
+
+def refusals(errors: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], str]:
+    """Return why the speed of a wrong backend is not reported, by (name, type).
+
+    Args:
+        errors: what ``backend_errors`` returned.
+    """
+    return {
+        key: f"error {error:.2g} of the absolute terms is more than {TOLERANCE}: no speed is reported"
+        for key, error in errors.items()
+        if not error <= TOLERANCE
+    }
+
+
+def _usable(delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> list[str]:
+    B, C = (value[:, None, None] for value in (B, C))
+    record = ScanRecord.from_scan(torch.zeros_like(delta)[:, None], delta[:, None], A[None], B, C)
+    return [name for name, each in ops.BACKENDS.items() if name != "reference" and not each.unavailable(record)]

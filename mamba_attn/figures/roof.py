@@ -117,8 +117,7 @@ def _groups(names: Sequence[str], marks: Sequence[bool]) -> list[Group]:
     for index, key in enumerate(zip(names, marks, strict=True)):
         found.setdefault(key, []).append(index)
     return [
-        Group(name, PALETTE[known.index(name) % len(PALETTE)], members, mark)
-        for (name, mark), members in found.items()
+        Group(name, PALETTE[known.index(name) % len(PALETTE)], members, mark) for (name, mark), members in found.items()
     ]
 
 

@@ -51,7 +51,12 @@ def roofline(
     its = roof("roofline", intensity, rate, groups, estimated, bandwidth, rates, () if best is None else best)
     figure = go.Figure()
     for ceiling in its.ceilings:
-        figure.add_trace(_line(ceiling, its.ceilings[0] is ceiling))
+        slope = ceiling is its.ceilings[0]
+        figure.add_trace(_line(ceiling, slope))
+        if not slope:
+            x, y = np.log10(ceiling.stop)
+            note = {"text": ceiling.name, "xanchor": "right", "yanchor": "bottom", "font": {"size": 11}}
+            figure.add_annotation(x=x, y=y, showarrow=False, **note)
     if best is not None and len(best):
         figure.add_trace(_floors(its.intensity, best, labels))
     names = list(dict.fromkeys(groups))
@@ -77,8 +82,7 @@ def roofline(
 def _line(ceiling: Ceiling, slope: bool) -> go.Scatter:
     (x0, y0), (x1, y1) = ceiling.start, ceiling.stop
     return go.Scatter(
-        x=[x0, x1], y=[y0, y1], mode="lines+text", text=["", "" if slope else ceiling.name],
-        textposition="top left", textfont={"size": 11, "color": INK}, name=ceiling.name, showlegend=slope,
+        x=[x0, x1], y=[y0, y1], mode="lines", name=ceiling.name, showlegend=slope,
         line={"color": INK, "width": 2, "dash": "solid" if slope else "dash"},
         hovertemplate=f"{ceiling.name}<extra></extra>",
     )  # fmt: skip

@@ -52,7 +52,7 @@ def roofline_rgb(
         paper.line(ceiling.start, ceiling.stop, dashed=number > 0)
         if number:
             x, y = paper.at(*ceiling.stop)
-            paper.text(x - 4, y - 3, ceiling.name, "rs", 11)
+            paper.text(x - 4, y - 5, ceiling.name, "rs", 11)
     for x, y in zip(its.intensity, best, strict=False):
         paper.bar(x, y)
     for group in its.groups:
@@ -111,8 +111,9 @@ class _Paper:
         (x0, y0), (x1, y1) = self.at(*start), self.at(*stop)
         count = max(1, round(np.hypot(x1 - x0, y1 - y0) / 12)) if dashed else 1
         for part in range(count):
-            ends = [part / count, (part + (0.6 if dashed else 1)) / count]
-            self.stroke(*((x0 + t * (x1 - x0), y0 + t * (y1 - y0)) for t in ends), INK, 1.5)
+            here, there = part / count, (part + (0.6 if dashed else 1)) / count
+            first, last = ((x0 + t * (x1 - x0), y0 + t * (y1 - y0)) for t in (here, there))
+            self.stroke(first, last, INK, 1.5)
 
     def bar(self, x: float, y: float) -> None:
         """A short bar at a floor."""
@@ -124,7 +125,9 @@ class _Paper:
         u, v = place
         box = tuple(value * FINE for value in (u - 5, v - 5, u + 5, v + 5))
         fill = None if group.estimated else group.colour
-        self.draw.ellipse(box, fill, group.colour if group.estimated else "white", 2 * FINE if group.estimated else FINE)
+        self.draw.ellipse(
+            box, fill, group.colour if group.estimated else "white", 2 * FINE if group.estimated else FINE
+        )
 
     def legend(self, slope: str, floor: str | None) -> None:
         """What stands for what, on the right."""
