@@ -121,7 +121,8 @@ def job(args: argparse.Namespace) -> Job:
         raise ValueError(f"--budget {args.budget:g}: expected seconds, more than 0.")
     dtypes = args.dtype or (["float32"] if small else list(_DTYPES))
     grid = subjects.grid(*(list(dict.fromkeys(values)) for values in (names, pixels, batches, dtypes)))
-    return Job(torch.device(device), grid, args.budget, args.quick, args.tf32)
+    where = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+    return Job(where, grid, args.budget, args.quick, args.tf32)
 
 
 def partial(args: argparse.Namespace) -> bool:

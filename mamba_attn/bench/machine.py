@@ -56,9 +56,8 @@ def gpu(device: torch.device) -> dict[str, Any]:
         "bytes": properties.total_memory,
         "cuda": torch.version.cuda,
     }
-    said = _said(
-        ["nvidia-smi", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits", *_which(properties)]
-    )
+    query = ["nvidia-smi", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits"]
+    said = _said([*query, *_which(properties)]) or _said(query)
     values = [value.strip() for value in (said or "").split("\n")[0].split(",")]
     known = dict(zip(_QUERY.values(), values, strict=True)) if len(values) == len(_QUERY) else {}
     return found | {name: known.get(name) for name in _QUERY.values()}

@@ -1,8 +1,9 @@
 """One configuration: leave out what cannot fit, time the rest in turn, and make rows of it."""
 
+import contextlib
 import gc
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -56,7 +57,7 @@ class Bench:
 
 
 class Guarded:
-    """A call that stops being called once it ran out of memory.
+    """A call that stops being called once it failed, most likely for want of memory.
 
     Args:
         call: what is called.
@@ -72,16 +73,21 @@ class Guarded:
         try:
             self.call()
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError and MatrixTooLargeError are the former
-            self.problem = out_of_memory(error)
+            self.problem = sentence(error)
 
 
-def out_of_memory(error: Exception) -> str:
-    """Return the sentence for an error that is about memory; raise any other again."""
-    first = str(error).strip().split("\n")[0]
-    about = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in first.lower()
-    if not about and not isinstance(error, MambaAttnError):
-        raise error
-    return f"out of memory ({first[:160]})" if about else first
+def sentence(error: Exception) -> str:
+    """Return why a row has no time, from what torch or the library raised.
+
+    Args:
+        error: about memory, a state of the library, or a failed kernel.
+    """
+    first = str(error).strip().split("\n")[0][:300].rstrip(".")
+    if isinstance(error, MambaAttnError):
+        return first
+    signs = ("allocate memory", "alloc_failed", "out of memory")
+    memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in first.lower() for sign in signs)
+    return f"{'out of memory' if memory else 'it failed'} ({first})"
 
 
 @dataclass
@@ -114,7 +120,7 @@ class Trial:
         return max(1, min(bench.rounds, max(3, int(SHARE / seconds)), int(bench.budget / seconds)))
 
     def stop(self) -> None:
-        """Take over the reason of a call that ran out of memory."""
+        """Take over the reason of a call that failed."""
         self.reason = self.reason or next((call.problem for call in self.calls if call.problem), "")
         if self.reason:
             self.calls.clear()
@@ -130,10 +136,11 @@ def measure(model: Model, batch: int, bench: Bench) -> list[Row]:
     """
     clock = clock_for(model.device)
     trials = [Trial(subject) for subject in subjects(model, batch)]
-    for trial in trials:
-        _prepare(trial, model, clock, bench)
-        _release(model.device)
-    _in_turn([trial for trial in trials if not trial.reason], clock, bench)
+    with _frozen():
+        for trial in trials:
+            _prepare(trial, model, clock, bench)
+            _release(model.device)
+        _in_turn([trial for trial in trials if not trial.reason], clock, bench)
     rows = [_row(trial, model, batch, bench) for trial in trials]
     rows.insert(2, _added(trials[0], trials[1], model, batch, bench))
     for trial in trials:
@@ -167,15 +174,17 @@ def _prepare(trial: Trial, model: Model, clock: Clock, bench: Bench) -> None:
     try:
         for part in subject.parts:
             call = Guarded(part.make())
+            trial.calls.append(call)
             seconds = clock(call, 1)
             if 4 * seconds < bench.budget:
                 seconds = clock(call, 1)  # the first one loads and compiles
-            trial.calls.append(call)
             trial.warm.append(seconds)
+            if call.problem:
+                break
     except (Unavailable, ImportError) as error:
         trial.reason = str(error).rstrip(".")
     except (RuntimeError, MemoryError) as error:
-        trial.reason = out_of_memory(error)
+        trial.reason = sentence(error)
     trial.stop()
     if not trial.reason:
         bench.learn(subject, sum(trial.warm))
@@ -187,7 +196,8 @@ def _in_turn(trials: list[Trial], clock: Clock, bench: Bench) -> None:
     calls: dict[str, Call] = {name: trial.calls[j] for name, trial, j in parts}
     known = {name: trial.warm[j] for name, trial, j in parts}
     rounds = {name: trial.rounds(bench) for name, trial, _ in parts}
-    times = interleave(calls, rounds, clock=clock, known=known)
+    least = 0.02 if bench.device.type == "cpu" else 0.005
+    times = interleave(calls, rounds, least, clock=clock, known=known)
     for _, group in itertools.groupby(parts, key=lambda part: id(part[1])):
         names, owners, _ = zip(*group, strict=True)
         owners[0].times = [times[name] for name in names]
@@ -221,6 +231,17 @@ def _added(plain: Trial, traced: Trial, model: Model, batch: int, bench: Bench) 
     added = [more - less for less, more in zip(plain.totals(), traced.totals(), strict=False)]
     floor = floor_of(model, batch, bench.ceilings)
     return Row(its=model.its, what=what, how=how, seconds=Spread.of(added), floor=floor)
+
+
+@contextlib.contextmanager
+def _frozen() -> Iterator[None]:
+    """The clock's collections need not walk through what is here before."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _release(device: torch.device) -> None:

@@ -127,7 +127,7 @@ def roofline(rows: Sequence[Row], ceilings: Ceilings, title: str) -> "tuple[go.F
         "bandwidth": ceilings.copy,
         "rates": {
             **{f"{name} product": value for name, value in products(ceilings).items()},
-            "one exponential per two operations (direct form)": 2 * ceilings.exponentials,
+            "direct form's exponentials": 2 * ceilings.exponentials,
         },
         "title": title,
     }
