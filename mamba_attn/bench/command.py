@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 _NEEDED = {"plotly": "plotly", "PIL": "pillow", "rich": "rich"}
 _DTYPES = ("float32", "bfloat16")
 _TINY = ("vim_tiny", "vmamba_tiny_s1l8", "deit_tiny_patch16_224")  # what a CPU measures
+_GPU_TIME = (
+    "between CUDA events, cold L2 cache; forward: from an idle GPU, so slow launches count; attention and scan: kernels"
+)
 _SMALLEST = 32  # pixels: what patches of 16 and four stages leave tokens of
 _EPILOG = """\
 Without options: on a GPU Vim and VMamba tiny to base and DeiT tiny and small at 224, 512 and 1024 pixels, batch 1, 8
@@ -166,7 +169,7 @@ def measure(its: Job, path: Path | None, folder: Path | None) -> None:
 def _details(its: Job, errors: dict[tuple[str, str], float], done: int) -> dict[str, Any]:
     return {
         "device": its.device.type,
-        "time": "between CUDA events, cold L2 cache" if its.device.type == "cuda" else "CPU seconds of one thread",
+        "time": _GPU_TIME if its.device.type == "cuda" else "CPU seconds of one thread",
         "tf32": its.tf32,
         "budget": its.budget,
         "configurations": f"{done} of {len(its.grid)}",

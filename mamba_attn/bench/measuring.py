@@ -11,10 +11,10 @@ import torch
 from mamba_attn.bench import estimates
 from mamba_attn.bench.calls import subjects
 from mamba_attn.bench.ceilings import Ceilings
+from mamba_attn.bench.guarded import Guarded, sentence
 from mamba_attn.bench.rows import Row, ShapeTime, cheapest, floor_of
 from mamba_attn.bench.subjects import Model, Subject, Unavailable
 from mamba_attn.bench.timing import Call, Clock, Spread, clock_for, interleave
-from mamba_attn.errors import MambaAttnError
 from mamba_attn.ops._dispatch import free_bytes
 
 ROUNDS = 15
@@ -56,46 +56,13 @@ class Bench:
             self.pace[key] = max(self.pace.get(key, 1.0), seconds / least)
 
 
-class Guarded:
-    """A call that stops being called once it failed, most likely for want of memory.
-
-    Args:
-        call: what is called.
-    """
-
-    def __init__(self, call: Call) -> None:
-        self.call, self.problem = call, ""
-
-    def __call__(self) -> None:
-        """Call it, unless it failed before."""
-        if self.problem:
-            return
-        try:
-            self.call()
-        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError and MatrixTooLargeError are the former
-            self.problem = sentence(error)
-
-
-def sentence(error: Exception) -> str:
-    """Return why a row has no time, from what torch or the library raised.
-
-    Args:
-        error: about memory, a state of the library, or a failed kernel.
-    """
-    first = str(error).strip().split("\n")[0][:300].rstrip(".")
-    if isinstance(error, MambaAttnError):
-        return first
-    signs = ("allocate memory", "alloc_failed", "out of memory")
-    memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in first.lower() for sign in signs)
-    return f"{'out of memory' if memory else 'it failed'} ({first})"
-
-
 @dataclass
 class Trial:
     """A subject on its way to a row.
 
     Args:
         subject: what is timed.
+        clock: how.
         reason: why not, once that is known.
         calls: one per part.
         warm: seconds of a call of each part, once everything is loaded.
@@ -103,6 +70,7 @@ class Trial:
     """
 
     subject: Subject
+    clock: Clock
     reason: str = ""
     calls: list[Guarded] = field(default_factory=list)
     warm: list[float] = field(default_factory=list)
@@ -134,13 +102,15 @@ def measure(model: Model, batch: int, bench: Bench) -> list[Row]:
         batch: number of images.
         bench: what all configurations share.
     """
-    clock = clock_for(model.device)
-    trials = [Trial(subject) for subject in subjects(model, batch)]
+    kernels, whole = (clock_for(model.device, kernels=each) for each in (True, False))
+    trials = [
+        Trial(subject, whole if subject.what.startswith("forward") else kernels) for subject in subjects(model, batch)
+    ]
     with _frozen():
         for trial in trials:
-            _prepare(trial, model, clock, bench)
+            _prepare(trial, model, bench)
             _release(model.device)
-        _in_turn([trial for trial in trials if not trial.reason], clock, bench)
+        _in_turn([trial for trial in trials if not trial.reason], bench)
     rows = [_row(trial, model, batch, bench) for trial in trials]
     rows.insert(2, _added(trials[0], trials[1], model, batch, bench))
     for trial in trials:
@@ -165,7 +135,7 @@ def skip(subject: Subject, bench: Bench) -> str:
     return ""
 
 
-def _prepare(trial: Trial, model: Model, clock: Clock, bench: Bench) -> None:
+def _prepare(trial: Trial, model: Model, bench: Bench) -> None:
     """Build the calls and run each, or say why not."""
     subject = trial.subject
     trial.reason = skip(subject, bench) or bench.errors.get((subject.how, model.its.dtype), "")
@@ -175,9 +145,9 @@ def _prepare(trial: Trial, model: Model, clock: Clock, bench: Bench) -> None:
         for part in subject.parts:
             call = Guarded(part.make())
             trial.calls.append(call)
-            seconds = clock(call, 1)
+            seconds = trial.clock(call, 1)
             if 4 * seconds < bench.budget:
-                seconds = clock(call, 1)  # the first one loads and compiles
+                seconds = trial.clock(call, 1)  # the first one loads and compiles
             trial.warm.append(seconds)
             if call.problem:
                 break
@@ -190,14 +160,15 @@ def _prepare(trial: Trial, model: Model, clock: Clock, bench: Bench) -> None:
         bench.learn(subject, sum(trial.warm))
 
 
-def _in_turn(trials: list[Trial], clock: Clock, bench: Bench) -> None:
+def _in_turn(trials: list[Trial], bench: Bench) -> None:
     """Time all parts of all trials in turn."""
     parts = [(f"{i}.{j}", trial, j) for i, trial in enumerate(trials) for j in range(len(trial.calls))]
     calls: dict[str, Call] = {name: trial.calls[j] for name, trial, j in parts}
     known = {name: trial.warm[j] for name, trial, j in parts}
     rounds = {name: trial.rounds(bench) for name, trial, _ in parts}
     least = 0.02 if bench.device.type == "cpu" else 0.005
-    times = interleave(calls, rounds, least, clock=clock, known=known)
+    clocks = {name: trial.clock for name, trial, _ in parts}
+    times = interleave(calls, rounds, least, clock=clocks, known=known)
     for _, group in itertools.groupby(parts, key=lambda part: id(part[1])):
         names, owners, _ = zip(*group, strict=True)
         owners[0].times = [times[name] for name in names]

@@ -12,6 +12,8 @@ import torch
 Call = Callable[[], object]
 Clock = Callable[[Call, int], float]  # seconds per call, of so many
 
+_AHEAD = 20  # flushes of 30 us or more each: longer than Python takes to launch one operator
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -40,13 +42,13 @@ def cpu_seconds(call: Call, repeats: int = 1) -> float:
     return (time.process_time() - started) / repeats
 
 
-def cuda_clock(device: torch.device) -> Clock:
+def cuda_clock(device: torch.device, kernels: bool) -> Clock:
     """Return a clock that measures between CUDA events, with a cold L2 cache before every call.
-
-    A call is timed as a user meets it: where Python launches slower than the GPU computes, the gaps count.
 
     Args:
         device: a CUDA device.
+        kernels: whether the GPU is kept busy while the call is launched, so that its kernels alone are timed. Else the
+            GPU is idle before, and a call is timed as a user meets it: where Python is the slower one, that counts.
     """
     cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 2**26
     buffer = torch.empty(2 * cache, dtype=torch.uint8, device=device)
@@ -55,8 +57,10 @@ def cuda_clock(device: torch.device) -> Clock:
         milliseconds = 0.0
         for _ in range(repeats):
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            buffer.zero_()
-            torch.cuda.synchronize(device)  # else the flush would hide the first launches
+            for _ in range(_AHEAD if kernels else 1):
+                buffer.zero_()
+            if not kernels:
+                torch.cuda.synchronize(device)
             start.record(torch.cuda.current_stream(device))
             call()
             stop.record(torch.cuda.current_stream(device))
@@ -67,9 +71,14 @@ def cuda_clock(device: torch.device) -> Clock:
     return clock
 
 
-def clock_for(device: torch.device) -> Clock:
-    """Return the clock of a device."""
-    return cuda_clock(device) if device.type == "cuda" else cpu_seconds
+def clock_for(device: torch.device, kernels: bool = True) -> Clock:
+    """Return the clock of a device.
+
+    Args:
+        device: a CPU or a CUDA device.
+        kernels: as in ``cuda_clock``; a CPU knows no difference.
+    """
+    return cuda_clock(device, kernels) if device.type == "cuda" else cpu_seconds
 
 
 def interleave(
@@ -77,7 +86,7 @@ def interleave(
     rounds: int | Mapping[str, int],
     least_seconds: float = 0.02,
     once: Sequence[str] = (),
-    clock: Clock = cpu_seconds,
+    clock: Clock | Mapping[str, Clock] = cpu_seconds,
     known: Mapping[str, float] | None = None,
 ) -> dict[str, list[float]]:
     """Time calls in turn, A B A B, in this process: whatever slows the machine for a while slows all of them.
@@ -87,25 +96,26 @@ def interleave(
         rounds: how often each is timed, after one untimed call; by name where they differ.
         least_seconds: a call shorter than this is repeated within its turn.
         once: names of slow calls that are timed in the first round only, without an untimed call before.
-        clock: seconds per call. Default: CPU time.
+        clock: seconds per call; by name where they differ. Default: CPU time.
         known: seconds of calls that ran before, by name; they get no untimed call here.
 
     Returns:
         For every name seconds per call, one per round.
     """
     turns = {name: 1 if name in once else rounds if isinstance(rounds, int) else rounds[name] for name in calls}
+    clocks = {name: clock[name] if isinstance(clock, Mapping) else clock for name in calls}
     ready, repeats = dict(known or {}), dict.fromkeys(calls, 1)
     for name, call in calls.items():
         if name not in once:
             if name not in ready:
                 call()
-                ready[name] = clock(call, 1)
+                ready[name] = clocks[name](call, 1)
             repeats[name] = max(1, math.ceil(least_seconds / max(ready[name], 1e-6)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(max(turns.values(), default=0)):
         for name, call in calls.items():
             if turn < turns[name]:
-                times[name].append(clock(call, repeats[name]))
+                times[name].append(clocks[name](call, repeats[name]))
     return times
 
 

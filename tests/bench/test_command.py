@@ -127,9 +127,10 @@ def test_the_benchmark_writes_the_default_run_only(monkeypatch, tmp_path, capsys
 
 def test_the_ceilings_of_a_cpu_are_those_of_its_work():
     found = ceilings.measure(CPU, rounds=2, quick=True)
-    x = torch.rand(4096)
-    rate = 4096 / min(timing.cpu_seconds(lambda: torch.exp(x), 200) for _ in range(3))
-    assert 0.5 < found.exponentials / rate < 20  # ours allocates nothing
+    x = torch.rand(2**17)
+    out = torch.empty_like(x)
+    rate = x.numel() / min(timing.cpu_seconds(lambda: torch.exp(x, out=out), 20) for _ in range(3))
+    assert 0.7 < found.exponentials / rate < 5  # it is the best of several
     assert 1e8 < found.copy < 1e13
     assert 1e8 < found.float32 < 1e14
     assert set(found.matrix) == {"bfloat16"}
