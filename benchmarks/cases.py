@@ -4,40 +4,15 @@ Every call is built by a function that returns it ready to run, so that a child 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mamba_attn.bench.inputs import Shape, inputs
+from mamba_attn.bench.targets import Target
+
 Call = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One selective scan: one image, one route."""
-
-    channels: int
-    states: int
-    length: int
-
-    def __str__(self) -> str:
-        return f"L {self.length}, {self.channels} channels, {self.states} states"
-
-
-@dataclass(frozen=True)
-class Target:
-    """A row of the table: a figure that should be at least (``higher``) or at most this good."""
-
-    what: str
-    at_least: float
-    aim: float
-    higher: bool = False
-    unit: str = ""
-
-    def met(self, value: float) -> bool:
-        """Whether a value reaches ``at_least``."""
-        return value >= self.at_least if self.higher else value <= self.at_least
 
 
 VIM = Shape(384, 16, 197)  # one direction of one Vim-T layer
@@ -81,22 +56,6 @@ TARGETS = {
 }
 
 
-def inputs(shape: Shape, scale: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Float32 delta, A, B, C as a Mamba layer at initialisation has them, for one image.
-
-    delta (1, channels, length) is log-uniform per channel in 1e-3..1e-1 (Mamba's initialisation) times a log-normal
-    factor per token, times ``scale``; A (channels, states) = -1..-states; B and C (1, states, length) are normal.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    low, high = torch.tensor([1e-3, 1e-1]).log()
-    base = torch.rand(1, shape.channels, 1, generator=generator) * (high - low) + low
-    token = 0.5 * torch.randn(1, shape.channels, shape.length, generator=generator)
-    delta = scale * torch.exp(base + token)
-    A = -torch.arange(1.0, shape.states + 1).expand(shape.channels, -1).contiguous()
-    B, C = (torch.randn(1, shape.states, shape.length, generator=generator) for _ in range(2))
-    return delta, A, B, C
-
-
 def usable_backends() -> list[str]:
     """Backends that can run float32 on this machine, without the slow specification."""
     from mamba_attn.ops import BACKENDS
@@ -116,7 +75,7 @@ def attention(shape: Shape, backend: str | None = None, scale: float = 1.0) -> C
 
 def loop(shape: Shape) -> Call:
     """The published loops, and the channel mean."""
-    from benchmarks.published import triple_loop
+    from mamba_attn.bench.published import triple_loop
 
     values = inputs(shape)
     return lambda: triple_loop(*values).mean(1)
@@ -124,7 +83,7 @@ def loop(shape: Shape) -> Call:
 
 def formula(shape: Shape, scale: float = 1.0) -> Call:
     """VMamba's published formula."""
-    from benchmarks.published import vmamba_formula
+    from mamba_attn.bench.published import vmamba_formula
 
     values = inputs(shape, scale)
     return lambda: vmamba_formula(*values)

@@ -1,7 +1,6 @@
 """A figure beside what it should reach; the table on the terminal and the JSON file."""
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +8,9 @@ from typing import Any
 
 from benchmarks.cases import TARGETS
 from benchmarks.measure import Spread, machine
+from mamba_attn.bench.table import show
+
+__all__ = ["Figure", "figure", "finish", "show"]
 
 
 @dataclass(frozen=True)
@@ -32,25 +34,6 @@ class Figure:
 def figure(target: str, how: str, value: Spread | float) -> Figure:
     """Make a figure of a sample's spread or of a single number."""
     return Figure(target, how, value if isinstance(value, Spread) else Spread.of([value]))
-
-
-def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: rich's on a terminal, aligned plain text elsewhere."""
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(title=title)
-        for name in header:
-            table.add_column(name, overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
-        return
-    widths = [max(len(row[index]) for row in (header, *rows)) for index in range(len(header))]
-    print(f"\n{title}")
-    for row in (header, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def finish(title: str, figures: Sequence[Figure], details: dict[str, Any], path: Path | None, quick: bool) -> None:

@@ -1,10 +1,12 @@
-"""Measure the operators, the models or the maps: a table, and JSON under benchmarks/results/.
+"""Measure the operators, the models, the maps or the kernel: a table, and JSON under benchmarks/results/.
 
     python benchmarks/run.py ops
     python benchmarks/run.py models
     python benchmarks/run.py maps --data FOLDER
+    python benchmarks/run.py kernel [--device cuda]
 
-One thread, CPU time, the competitors in turn (A B A B) in one process; peak memory in child processes.
+One thread, CPU time, the competitors in turn (A B A B) in one process; peak memory in child processes. ``kernel`` is
+``mamba-attn bench``; on a GPU it measures between CUDA events.
 """
 
 import argparse
@@ -23,12 +25,14 @@ from benchmarks import cases, maps, verify
 from benchmarks.cases import Shape
 from benchmarks.measure import Spread, interleave, paired, peak_memory, slope
 from benchmarks.report import Figure, figure, finish, show
+from mamba_attn.bench import command as bench
 
 RESULTS = Path(__file__).parent / "results"
 WHAT = {
     "ops": "operators: speed and errors against published code, growth with the length",
     "models": "models: time and memory of a forward pass and of its attention",
     "maps": "maps: energy in boxes, deletion, time of the command",
+    "kernel": "hidden attention and what it costs: models, backends, ceilings, on a CPU or a GPU",
 }
 
 
@@ -146,6 +150,18 @@ def run_models(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
     return figures, details
 
 
+def run_kernel(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """What ``mamba-attn bench`` measures; pictures too where a folder is named."""
+    try:
+        job = bench.job(args)
+    except ValueError as error:
+        parser.error(str(error))
+    folder = args.out or (None if bench.partial(args) else RESULTS)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    bench.measure(job, folder and folder / "kernel.json", args.out)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure, show and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -156,8 +172,13 @@ def main(argv: list[str] | None = None) -> None:
         command.add_argument("--out", type=Path, help=f"folder; default: {RESULTS.name}, if nothing is left out")
         if what == "maps":
             maps.add_options(command)
+        if what == "kernel":
+            bench.add_options(command)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    if args.what == "kernel":
+        run_kernel(args, parser)
+        return
     if args.what == "maps":
         found, partial = maps.run_maps(args), args.quick or maps.partial(args)
     else:

@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -204,7 +205,7 @@ def test_a_device_that_is_not_there(capsys, weights, tmp_path, monkeypatch):
 
 
 def test_missing_extras_are_named_with_the_remedy(capsys, monkeypatch):
-    util, found = command.importlib.util, command.importlib.util.find_spec
+    util, found = importlib.util, importlib.util.find_spec
     monkeypatch.setattr(util, "find_spec", lambda name: None if name in ("PIL", "rich") else found(name))
     assert "pillow and rich not installed: pip install 'mamba_attn[explain]'" in refused(capsys)
 

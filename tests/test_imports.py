@@ -18,6 +18,7 @@ HOUSE = [
     ["cli"],
     ["explorer"],
     ["explain"],
+    ["bench"],
     ["evaluation"],
     ["analytics"],
     ["testing"],
@@ -35,7 +36,7 @@ HOUSE = [
     ["scan", "softmax"],
     ["layout", "orders"],
     ["images"],
-    ["errors", "_types", "_torchvision"],
+    ["errors", "_types", "_torchvision", "_command"],
 ]
 FLOOR = {name: depth for depth, names in enumerate(HOUSE) for name in names}
 ANY_ROOM = ("__init__", "__main__")  # the front doors

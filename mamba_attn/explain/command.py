@@ -4,7 +4,6 @@ Exit codes: 0 all done, 1 some images could not be explained, 2 nothing was done
 """
 
 import argparse
-import importlib.util
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from mamba_attn import images
+from mamba_attn._command import require_extras, writable
 from mamba_attn.errors import MambaAttnError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(args: argparse.Namespace, command: Sequence[str]) -> int:
     """Do what the arguments say, and return the exit code."""
     try:
-        _require_extras()
+        require_extras(_NEEDED)
         job = _job(args, f"mamba-attn {shlex.join(command)}")
         return _explain(job)
     except (ValueError, TypeError, OSError, ImportError, MambaAttnError) as error:
@@ -99,7 +99,7 @@ def _job(args: argparse.Namespace, command: str) -> Job:
     questions = [question, *([] if second is None else [question.of_companion(second)])]
     smallest = min(each.subject.parameters for each in questions)
     torch.set_num_threads(max(1, min(torch.get_num_threads(), smallest // _PARAMETERS_PER_THREAD)))
-    return Job(questions, paths, _writable(args.out), command)
+    return Job(questions, paths, writable(args.out), command)
 
 
 def _explain(job: Job) -> int:
@@ -133,25 +133,6 @@ def _explain(job: Job) -> int:
     where = f"; open {job.folder / 'index.html'}" if done else ""
     console.print(said + where, markup=False, highlight=False, soft_wrap=True)
     return 0 if len(done) == len(job.paths) else 1
-
-
-def _require_extras() -> None:
-    missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise ImportError(f"{' and '.join(missing)} not installed: pip install 'mamba_attn[explain]'")
-
-
-def _writable(out: str) -> Path:
-    """The folder, made and tried."""
-    folder = Path(out).expanduser()
-    probe = folder / ".mamba_attn_probe"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"--out {out}: this folder cannot be written ({error.strerror}); name another.") from error
-    return folder
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -1,0 +1,39 @@
+"""What every command checks before it begins: the extras it needs, the folder it writes to."""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def require_extras(needed: Mapping[str, str]) -> None:
+    """Check that modules are installed.
+
+    Args:
+        needed: packages by the names of the modules that are imported.
+
+    Raises:
+        ImportError: the packages that are missing, and the extra that brings them.
+    """
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ImportError(f"{' and '.join(missing)} not installed: pip install 'mamba_attn[explain]'")
+
+
+def writable(out: str) -> Path:
+    """Return the folder of ``--out``, made and tried.
+
+    Args:
+        out: as given; ``~`` is the home folder.
+
+    Raises:
+        OSError: it cannot be made or written.
+    """
+    folder = Path(out).expanduser()
+    probe = folder / ".mamba_attn_probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"--out {out}: this folder cannot be written ({error.strerror}); name another.") from error
+    return folder
