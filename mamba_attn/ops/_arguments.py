@@ -113,11 +113,11 @@ def _check_orders(text: str, orders: Tensor, routes: int, length: int, tokens: i
     return tokens
 
 
-def scan_weight(call: Call, name: str, weight: Tensor | None) -> Tensor | None:
+def scan_weight(call: Call, name: str, weight: Tensor | None, gather: bool = True) -> Tensor | None:
     """Bring a row or column weight to (batch, routes, channels, length), in scan order.
 
-    Token-frame weights (batch, channels, tokens) are read along each route; (batch, routes, channels, length) are
-    taken as they are.
+    Token-frame weights (batch, channels, tokens) are read along each route, or stay as they are without ``gather`` if
+    routes merge; (batch, routes, channels, length) are taken as they are.
 
     Raises:
         ValueError: a shape that fits neither.
@@ -134,14 +134,21 @@ def scan_weight(call: Call, name: str, weight: Tensor | None) -> Tensor | None:
     frame = (record.batch, record.channels, record.tokens)
     if weight.ndim == 3 and all(w in (1, n) for w, n in zip(weight.shape, frame, strict=True)):
         weight = weight.expand(frame)
-        order = record.write_order if name == "row_weight" else record.read_order
-        if call.merged:
-            return torch.stack([weight[..., route] for route in order], dim=1)
-        return weight.unsqueeze(1).expand(shape)
+        if not call.merged:
+            return weight.unsqueeze(1).expand(shape)
+        return gathered(record, name, weight, True) if gather else weight
     raise ValueError(
         f"{call.text}: {name} must be (batch, channels, tokens) = {frame} or "
         f"(batch, routes, channels, length) = {shape}, got {tuple(weight.shape)}."
     )
+
+
+def gathered(record: ScanRecord, name: str, weight: Tensor | None, merged: bool) -> Tensor | None:
+    """A weight in scan order: (batch, channels, tokens) is read along each route of a merged result."""
+    if weight is None or weight.ndim == 4 or not merged:
+        return weight
+    order = record.write_order if name == "row_weight" else record.read_order
+    return torch.stack([weight[..., route] for route in order], dim=1)
 
 
 def pick(weights: Weights, *index: slice) -> Weights:

@@ -2,33 +2,18 @@
 
 import os
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mamba_attn.errors import BackendUnavailableError, MatrixTooLargeError
-from mamba_attn.ops import blocked, native, reference
+from mamba_attn.ops import blocked, fused, native, reference
 from mamba_attn.ops._arguments import Call, matrix_bytes, working_dtype
+from mamba_attn.ops._backend import Backend
 from mamba_attn.scan import ScanRecord
 
 
-class Backend(Protocol):
-    """What a backend module offers; every result of ``merged=False`` is in scan order, one per route."""
-
-    def unavailable(self, record: ScanRecord) -> str | None:
-        """Return why this backend cannot take the record here, or None."""
-
-    def selective_scan(self, record: ScanRecord, merged: bool) -> Tensor:
-        """y: (batch, channels, tokens) merged, else (batch, routes, channels, length)."""
-
-    def hidden_attention(
-        self, record: ScanRecord, row_weight: Tensor | None, col_weight: Tensor | None, fold: str, merged: bool
-    ) -> Tensor:
-        """(batch, [channels,] tokens, tokens) merged, else (batch, routes, [channels,] length, length)."""
-
-
-class _Reference:
+class _Reference(Backend):
     """The specification in the shape of a backend; computes in float64, returns the working type."""
 
     def unavailable(self, record: ScanRecord) -> str | None:
@@ -45,7 +30,13 @@ class _Reference:
         return (reference.merge(record, attention) if merged else attention).to(working_dtype(record))
 
 
-BACKENDS: dict[str, Backend] = {"reference": _Reference(), "blocked": blocked.BACKEND, "native": native.BACKEND}
+BACKENDS: dict[str, Backend] = {
+    "reference": _Reference(),
+    "blocked": blocked.BACKEND,
+    "native": native.BACKEND,
+    "fused": fused.BACKEND,
+}
+_FASTEST_FIRST = ("fused", "native", "blocked")
 
 
 def choose(call: Call, backend: str | None) -> Backend:
@@ -56,8 +47,7 @@ def choose(call: Call, backend: str | None) -> Backend:
         BackendUnavailableError: the one insisted upon cannot run; there is no fallback.
     """
     if backend is None:
-        usable = native.BACKEND.unavailable(call.record) is None
-        return BACKENDS["native" if usable else "blocked"]
+        return next(BACKENDS[name] for name in _FASTEST_FIRST if not BACKENDS[name].unavailable(call.record))
     if backend not in BACKENDS:
         raise ValueError(f"{call.text}: backend={backend!r} is not one of {tuple(BACKENDS)}.")
     reason = BACKENDS[backend].unavailable(call.record)

@@ -40,7 +40,7 @@ def hidden_attention(
             each weighted channel, then the mean; "each": no fold.
         orders: (routes, length) token visited at each step; merges the routes in the token frame.
         tokens: tokens in that frame. Default: the largest index + 1.
-        backend: "native", "blocked" or "reference"; insisting never falls back. Default: the fastest that can.
+        backend: "fused", "native", "blocked" or "reference"; insisting never falls back. Default: the fastest that can.
 
     Returns:
         (batch, [routes,] [channels,] length, length) in scan order; with orders or a record (batch, [channels,] tokens,
@@ -58,8 +58,11 @@ def hidden_attention(
     """
     call = as_record("hidden_attention", None, delta, A, B, C, orders=orders, tokens=tokens)
     check_fold(call, fold)
-    rows, columns = scan_weight(call, "row_weight", row_weight), scan_weight(call, "col_weight", col_weight)
     chosen = choose(call, backend)
+    rows, columns = (
+        scan_weight(call, name, weight, gather=not chosen.gathers_weights)
+        for name, weight in (("row_weight", row_weight), ("col_weight", col_weight))
+    )
     require_memory(call, fold)
     attention = chosen.hidden_attention(call.record, rows, columns, fold, call.merged)
     return attention if call.merged or call.route_axis else attention.squeeze(1)
@@ -108,11 +111,11 @@ def selective_scan(
     if attention is not None:
         check_fold(call, attention)
         require_memory(call, attention)
-    y = chosen.selective_scan(call.record, call.merged)
     squeeze: Callable[[Tensor], Tensor] = (lambda x: x) if call.merged or call.route_axis else lambda x: x.squeeze(1)
     if attention is None:
-        return squeeze(y)
-    return squeeze(y), squeeze(chosen.hidden_attention(call.record, None, None, attention, call.merged))
+        return squeeze(chosen.selective_scan(call.record, call.merged))
+    y, matrix = chosen.scan_and_attention(call.record, attention, call.merged)
+    return squeeze(y), squeeze(matrix)
 
 
 def scan_output(record: ScanRecord, backend: str | None = None) -> Tensor:

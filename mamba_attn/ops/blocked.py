@@ -9,6 +9,7 @@ float64 cumulative sums. Padding has delta = 0 and B = C = 0, which is exact.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from einops import rearrange
 from torch import Tensor
 
 from mamba_attn._types import Float
-from mamba_attn.ops._arguments import Weights, pick, working_dtype
+from mamba_attn.ops._arguments import Weights, gathered, pick, working_dtype
+from mamba_attn.ops._backend import Backend
 from mamba_attn.ops.reference import merge, merge_tokens
 from mamba_attn.scan import ScanRecord
 
@@ -24,7 +26,7 @@ _LEAF = 4  # nodes up to this length are computed pair by pair
 _WORKSPACE = 2**24  # elements of one temporary
 
 
-class Blocked:
+class Blocked(Backend):
     """Backend "blocked"."""
 
     def unavailable(self, record: ScanRecord) -> str | None:
@@ -57,6 +59,28 @@ class Blocked:
 
 
 BACKEND = Blocked()
+
+
+def attention_gradients(
+    record: ScanRecord, weights: Weights, fold: str, merged: bool, gradient: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of the matrix with respect to source_delta, A, source_B, source_C and the weights, where needed.
+
+    The backward pass of kernels that have none of their own.
+    """
+    names = ("source_delta", "A", "source_B", "source_C")
+    sources = [*(getattr(record, name) for name in names), *weights]
+    leaves = [None if x is None else x.detach().requires_grad_(need) for x, need in zip(sources, needed, strict=True)]
+    with torch.enable_grad(), torch.autocast(gradient.device.type, enabled=False):
+        again = record.replace(**dict(zip(names, leaves, strict=False)))
+        rows, columns = (
+            gathered(again, name, weight, merged)
+            for name, weight in zip(("row_weight", "col_weight"), leaves[4:], strict=True)
+        )
+        result = BACKEND.hidden_attention(again, rows, columns, fold, merged)
+        wanted = [x for x, need in zip(leaves, needed, strict=True) if need and x is not None]
+        found = iter(torch.autograd.grad(result, wanted, gradient))
+    return [next(found) if need else None for need in needed]
 
 
 class Channels(NamedTuple):

@@ -1,10 +1,12 @@
 """Rows, columns and products of the hidden attention in time and memory linear in length."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from mamba_attn._types import Float
-from mamba_attn.ops import native
+from mamba_attn.ops import fused, native
 from mamba_attn.ops._arguments import (
     Call,
     Weights,
@@ -15,6 +17,7 @@ from mamba_attn.ops._arguments import (
     scan_weight,
     working_dtype,
 )
+from mamba_attn.ops._backend import Backend
 from mamba_attn.ops.blocked import Channels, per_channel, recurrence
 from mamba_attn.scan import ScanRecord
 
@@ -147,6 +150,9 @@ def _line(
     check_fold(call, fold)
     check_index(call, axis, index, record.tokens if call.merged else record.length)
     weights = scan_weight(call, "row_weight", row_weight), scan_weight(call, "col_weight", col_weight)
+    if _kernel(record, weights) is fused.BACKEND:
+        line = fused.BACKEND.attention_line(record, axis, index, weights, fold, call.merged)
+        return line if call.merged or call.route_axis else line.squeeze(1)
     lines = [
         _route_line(record.select_routes(slice(r, r + 1)), axis, index, _route(weights, r), fold, call.merged)
         for r in range(record.routes)
@@ -167,7 +173,7 @@ def _route_line(record: ScanRecord, axis: str, index: int, weights: Weights, fol
     size = record.tokens if merged else record.length
     line = torch.zeros(record.batch, *kept, size, dtype=dtype, device=device)
     for step in steps:
-        if _native_can(record, weights):
+        if _kernel(record, weights) is native.BACKEND:
             values = native.attention_line(record, axis, step, weights, fold)
         else:
             span = slice(0, step + 1) if axis == "row" else slice(step, record.length)
@@ -177,11 +183,15 @@ def _route_line(record: ScanRecord, axis: str, index: int, weights: Weights, fol
     return line
 
 
-def _native_can(record: ScanRecord, weights: Weights, *others: Tensor) -> bool:
-    """Whether the CPU kernel takes a call: one group, and no gradients asked for."""
+def _kernel(record: ScanRecord, weights: Weights, *others: Tensor) -> Backend | None:
+    """The compiled backend that takes a call without gradients; the CPU's takes one group."""
     tensors = [record.source_delta, record.A, record.source_B, record.source_C, *weights, *others]
     graph = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    return not graph and record.source_B.shape[2] == 1 and native.BACKEND.unavailable(record) is None
+    if graph:
+        return None
+    if fused.BACKEND.unavailable(record) is None:
+        return fused.BACKEND
+    return native.BACKEND if record.source_B.shape[2] == 1 and native.BACKEND.unavailable(record) is None else None
 
 
 def _line_values(
@@ -249,8 +259,8 @@ def _route_product(
     part = per_channel(record, dtype)
     v = vector.to(dtype)[:, None, None]
     frozen = torch.is_inference_mode_enabled() or any(x.is_inference() for x in (*part, vector))
-    fast = _native_can(record, weights, vector) and not (transposed and frozen)  # transposed, it is a backward pass
-    apply = _native_scan if fast else _transposed_scan if transposed else _scan
+    kernel = None if transposed and frozen else _kernel(record, weights, vector)  # transposed, it is a backward pass
+    apply = partial(_kernel_scan, kernel) if kernel else _transposed_scan if transposed else _scan
     size = max(16, _WORKSPACE // (record.batch * record.states * record.length) // 16 * 16)
     total = torch.zeros_like(vector, dtype=dtype)
     for start in range(0, record.channels, size):
@@ -263,11 +273,11 @@ def _route_product(
     return total
 
 
-def _native_scan(part: Channels, inputs: Tensor, transposed: bool) -> Tensor:
-    """The CPU kernel; transposed, the vector-Jacobian product of the scan, which is linear in its input."""
+def _kernel_scan(kernel: Backend, part: Channels, inputs: Tensor, transposed: bool) -> Tensor:
+    """A compiled scan; transposed, the vector-Jacobian product of the scan, which is linear in its input."""
     u = torch.zeros_like(inputs, requires_grad=True) if transposed else inputs
     with torch.set_grad_enabled(transposed):
-        y = native.BACKEND.selective_scan(ScanRecord.from_scan(u, *part), merged=False)
+        y = kernel.selective_scan(ScanRecord.from_scan(u, *part), merged=False)
         return torch.autograd.grad(y, u, inputs)[0] if transposed else y
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mamba_attn.ops import blocked
 from mamba_attn.ops._arguments import Weights, pick
+from mamba_attn.ops._backend import Backend
 from mamba_attn.ops._build import library, library_problem
 from mamba_attn.scan import ScanRecord
 
@@ -70,7 +71,7 @@ class _Frame:
     scale: float
 
 
-class Native:
+class Native(Backend):
     """Backend "native"."""
 
     def unavailable(self, record: ScanRecord) -> str | None:
@@ -169,18 +170,12 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         record, fold, merged = ctx.call
-        needed = ctx.needs_input_grad[3:]
-        saved = [
-            tensor if tensor is None else tensor.detach().requires_grad_(need)
-            for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
-        ]
+        *sources, rows, columns = ctx.saved_tensors
         names = ("source_delta", "A", "source_B", "source_C")
-        with torch.enable_grad(), torch.autocast(gradient.device.type, enabled=False):
-            again = record.replace(**dict(zip(names, saved, strict=False)))
-            result = blocked.BACKEND.hidden_attention(again, saved[4], saved[5], fold, merged)
-            wanted = [tensor for tensor, need in zip(saved, needed, strict=True) if need and tensor is not None]
-            gradients = iter(torch.autograd.grad(result, wanted, gradient))
-        return None, None, None, *(next(gradients) if need else None for need in needed)
+        again = record.replace(**dict(zip(names, sources, strict=True)))
+        needed = ctx.needs_input_grad[3:]
+        found = blocked.attention_gradients(again, (rows, columns), fold, merged, gradient, needed)
+        return None, None, None, *found
 
 
 def _attention(

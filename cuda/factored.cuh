@@ -1,0 +1,243 @@
+// The factored formulation, signed folds: rows and columns on either side of a step m factor,
+//
+//     sum_n C[i] exp(A (S[i] - S[j])) B[j] delta[j] = sum_n (C[i] exp(A (S[i] - S[m]))) (exp(A (S[m] - S[j])) B[j] delta[j]),
+//
+// a matrix product over channels and states, for the matrix unit. Below the diagonal m is the start of the rows' chunk.
+// On the diagonal the chunk is halved down to leaves of 8 steps, which are computed pair by pair.
+#pragma once
+#include "tile.cuh"
+
+constexpr int INNER = 16;  // channels x states of one slab
+constexpr int LEAF = 8;
+constexpr int LEAF_PAIRS = LEAF * (LEAF - 1) / 2;
+
+template <int TILE>
+struct Factored {
+    static constexpr int THREADS = TILE == 64 ? 128 : 512, WARPS = THREADS / 32, WARP_TILES = TILE / 32;
+    static constexpr int PITCH = 2 * TILE + 8;  // a fragment's 4 x 8 values lie in 32 banks
+    static constexpr int PAIRS = TILE / LEAF * LEAF_PAIRS, LEAF_SLOTS = (PAIRS + THREADS - 1) / THREADS;
+
+    struct Memory {
+        Stage<TILE> stage;
+        float slab[INNER * PITCH];  // [channel and state][side]: a row's factor or a column's
+    };
+
+    struct Inner { int k, n; };  // channel and state of an inner index
+
+    // ---- below the diagonal: 32 x 32 entries a warp -----------------------------------------------------------------
+
+    __device__ static void fill_slab(Memory& memory, int k0, int inner, int states) {
+        constexpr int PHASES = THREADS / (2 * TILE), OWN = INNER / PHASES;
+        const Stage<TILE>& stage = memory.stage;
+        const int side = threadIdx.x % (2 * TILE), begin = threadIdx.x / (2 * TILE) * OWN;
+        Inner at = {(k0 + begin) / states, (k0 + begin) % states};
+#pragma unroll 4
+        for (int i = begin; i < begin + OWN; i++) {
+            float value = 0.f;
+            if (k0 + i < inner) {
+                const float factor = stage.factor[at.k * Stage<TILE>::PITCH + side] * stage.BC[at.n * 2 * TILE + side];
+                if (factor != 0.f)
+                    value = factor * decay(stage.rate[at.k * STATES + at.n], stage.distance(at.k, side));
+            }
+            memory.slab[i * PITCH + side] = value;
+            if (++at.n == states) at = {at.k + 1, 0};
+        }
+    }
+
+    __device__ static void load_rows(const float* slab, int k, int row, int lane, float (&a)[4]) {
+        const float* at = slab + (k + lane % 4) * PITCH + row + lane / 4;
+        a[0] = at[0], a[1] = at[8], a[2] = at[4 * PITCH], a[3] = at[4 * PITCH + 8];
+    }
+
+    __device__ static void load_columns(const float* slab, int k, int column, int lane, float (&b)[2]) {
+        const float* at = slab + (k + lane % 4) * PITCH + column + lane / 4;
+        b[0] = at[0], b[1] = at[4 * PITCH];
+    }
+
+    __device__ static void multiply_slab(const float* slab, int row, int column, int rows, int products,
+                                         float (&total)[2][4][4]) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+            if (m * 16 >= rows) break;  // the sequence ends before
+            float a[INNER / 8][4];
+#pragma unroll
+            for (int k = 0; k < INNER / 8; k++) load_rows(slab, k * 8, row + m * 16, lane, a[k]);
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                float part[4] = {};  // the unit's own additions round towards zero: only a slab's worth of them
+#pragma unroll
+                for (int k = 0; k < INNER / 8; k++) {
+                    float b[2];
+                    load_columns(slab, k * 8, column + n * 8, lane, b);
+                    multiply_exact(part, a[k], b, products);
+                }
+#pragma unroll
+                for (int i = 0; i < 4; i++) total[m][n][i] += part[i];
+            }
+        }
+    }
+
+    __device__ static void below(const Call& call, const TileIndex& at, Memory& memory) {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        const int row = warp / WARP_TILES * 32, column = warp % WARP_TILES * 32, rows = call.length - at.I * TILE - row;
+        float total[2][4][4] = {};
+        each_stage(call, at, memory, [&](int count, int states) {
+            for (int k0 = 0; k0 < count * states; k0 += INNER) {
+                __syncthreads();
+                fill_slab(memory, k0, count * states, states);
+                __syncthreads();
+                multiply_slab(memory.slab, row, TILE + column, rows, call.products, total);
+            }
+        });
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    write<TILE>(call, at, row + m * 16 + lane / 4 + i / 2 * 8, column + n * 8 + lane % 4 * 2 + i % 2, 0,
+                                total[m][n][i]);
+    }
+
+    // ---- on the diagonal: every half meets its other half, four 16 x 8 products a warp ------------------------------
+
+    struct Product { int half, row, column; };
+
+    // product number `slot * WARPS + warp` of the list: halves of TILE / 2 first, then of TILE / 4, ... down to LEAF
+    __device__ static Product product_of(int number) {
+        int half = TILE / 2;
+        for (; half > LEAF; half /= 2) {
+            const int products = TILE / (2 * half) * (half / 16) * (half / 8);
+            if (number < products) break;
+            number -= products;
+        }
+        const int down = half < 16 ? 1 : half / 16, across = half / 8, node = number / (down * across) * 2 * half;
+        const int row = half < 16 ? node : node + half + number / across % down * 16;
+        return {half, row, node + number % across * 8};
+    }
+
+    __device__ static void fill_half(Memory& memory, int half, int k0, int inner, int states) {
+        constexpr int PHASES = THREADS / TILE, OWN = INNER / PHASES;
+        const Stage<TILE>& stage = memory.stage;
+        const int step = threadIdx.x % TILE, begin = threadIdx.x / TILE * OWN;
+        const bool is_row = step & half;
+        const int middle = step / (2 * half) * 2 * half + half - 1, side = is_row ? step : TILE + step;
+        Inner at = {(k0 + begin) / states, (k0 + begin) % states};
+#pragma unroll 4
+        for (int i = begin; i < begin + OWN; i++) {
+            float value = 0.f;
+            if (k0 + i < inner) {
+                const Sum to = stage.distance(at.k, middle), own = stage.distance(at.k, side);
+                const Sum distance = is_row ? minus(own, to) : plus(to, own);
+                value = stage.factor[at.k * Stage<TILE>::PITCH + side] * stage.BC[at.n * 2 * TILE + side] *
+                        decay(stage.rate[at.k * STATES + at.n], distance);
+            }
+            memory.slab[i * PITCH + step] = value;
+            if (++at.n == states) at = {at.k + 1, 0};
+        }
+    }
+
+    __device__ static void multiply_half(const float* slab, const Product& p, int products, float (&total)[4]) {
+        const int lane = threadIdx.x % 32;
+        float part[4] = {};
+#pragma unroll
+        for (int k = 0; k < INNER; k += 8) {
+            float a[4], b[2];
+            load_rows(slab, k, p.row, lane, a);
+            load_columns(slab, k, p.column, lane, b);
+            if (p.half == LEAF) a[0] = a[2] = 0.f;  // the first 8 of the 16 rows are columns here
+            multiply_exact(part, a, b, products);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) total[i] += part[i];
+    }
+
+    // the pair (row, column) number `pair` of all leaves, row > column
+    __device__ static void leaf_pair(int pair, int& row, int& column) {
+        int i = 1, rest = pair % LEAF_PAIRS;
+        while (rest >= i) rest -= i++;
+        row = pair / LEAF_PAIRS * LEAF + i;
+        column = pair / LEAF_PAIRS * LEAF + rest;
+    }
+
+    __device__ static float entry(const Stage<TILE>& stage, int row, int column, int k, int states) {
+        const Sum distance = plus(stage.distance(k, row), stage.distance(k, TILE + column));
+        float value = 0.f;
+        for (int n = 0; n < states; n++) {
+            const float pair = stage.BC[n * 2 * TILE + row] * stage.BC[n * 2 * TILE + TILE + column];
+            value = fmaf(pair, row == column ? 1.f : decay(stage.rate[k * STATES + n], distance), value);
+        }
+        constexpr int PITCH = Stage<TILE>::PITCH;
+        return value * stage.factor[k * PITCH + row] * stage.factor[k * PITCH + TILE + column];
+    }
+
+    __device__ static void diagonal(const Call& call, const TileIndex& at, Memory& memory) {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        Product product[4];
+        float total[4][4] = {}, leaf[LEAF_SLOTS] = {}, own = 0.f;
+        int row[LEAF_SLOTS], column[LEAF_SLOTS];
+#pragma unroll
+        for (int slot = 0; slot < 4; slot++) product[slot] = product_of(slot * WARPS + warp);
+#pragma unroll
+        for (int slot = 0; slot < LEAF_SLOTS; slot++) leaf_pair(slot * THREADS + threadIdx.x, row[slot], column[slot]);
+        each_stage(call, at, memory, [&](int count, int states) {
+            for (int k = 0; k < count; k++) {
+#pragma unroll
+                for (int slot = 0; slot < LEAF_SLOTS; slot++)
+                    if (slot * THREADS + threadIdx.x < PAIRS)
+                        leaf[slot] += entry(memory.stage, row[slot], column[slot], k, states);
+                if (threadIdx.x < TILE) own += entry(memory.stage, threadIdx.x, threadIdx.x, k, states);
+            }
+            for (int k0 = 0; k0 < count * states; k0 += INNER)
+                for (int half = TILE / 2; half >= LEAF; half /= 2) {
+                    __syncthreads();
+                    fill_half(memory, half, k0, count * states, states);
+                    __syncthreads();
+#pragma unroll
+                    for (int slot = 0; slot < 4; slot++)
+                        if (product[slot].half == half) multiply_half(memory.slab, product[slot], call.products, total[slot]);
+                }
+        });
+#pragma unroll
+        for (int slot = 0; slot < LEAF_SLOTS; slot++)
+            if (slot * THREADS + threadIdx.x < PAIRS) write<TILE>(call, at, row[slot], column[slot], 0, leaf[slot]);
+        if (threadIdx.x < TILE) write<TILE>(call, at, threadIdx.x, threadIdx.x, 0, own);
+#pragma unroll
+        for (int slot = 0; slot < 4; slot++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (product[slot].half == LEAF && i < 2) continue;
+                write<TILE>(call, at, product[slot].row + lane / 4 + i / 2 * 8, product[slot].column + lane % 4 * 2 + i % 2,
+                            0, total[slot][i]);
+            }
+    }
+
+    // stage by stage: up to CHANNELS channels of one group and STATES states
+    template <class Use>
+    __device__ static void each_stage(const Call& call, const TileIndex& at, Memory& memory, Use use) {
+        const int per_group = call.channels / call.groups;
+        for (int n0 = 0; n0 < call.states; n0 += STATES) {
+            int staged = -1;
+            for (int c = at.first, count; c < at.last; c += count) {
+                const int group = c / per_group;
+                count = min(min(CHANNELS, at.last - c), (group + 1) * per_group - c);
+                __syncthreads();
+                if (staged != group) stage_states(call, at, memory.stage, c, n0);
+                staged = group;
+                stage_channels(call, at, memory.stage, c, count, n0);
+                __syncthreads();
+                stage_distances(call, at, memory.stage, c, count);
+                __syncthreads();
+                use(count, min(STATES, call.states - n0));
+            }
+        }
+    }
+
+    Memory* memory;
+
+    __device__ void operator()(const Call& call, const TileIndex& at, Stage<TILE>&) const {
+        if (at.I == at.J) diagonal(call, at, *memory);
+        else below(call, at, *memory);
+    }
+};

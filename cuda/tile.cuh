@@ -1,0 +1,150 @@
+// A tile of the attention matrix in scan order: rows of chunk I, columns of chunk J <= I, of one route; what both
+// formulations stage in shared memory, and how results are written.
+//
+// Distances are sums of delta. A row's is from the chunk's start through the row; a column's is what is left from the
+// column to the rows' chunk (below the diagonal), or minus the sum through the column (on it). Row + column is then
+// S[i] - S[j], and below the diagonal both parts are >= 0: exponents are never positive.
+#pragma once
+#include "scan.cuh"
+
+constexpr int CHANNELS = 16;  // staged at a time
+constexpr int STATES = 16;    // staged at a time
+
+template <int TILE>
+struct Stage {
+    int block;                                 // its number
+    static constexpr int SIDES = 2 * TILE;     // rows, then columns
+    static constexpr int PITCH = SIDES + 2;    // of channels: consecutive channels lie 2 banks apart
+    float high[CHANNELS * PITCH], low[CHANNELS * PITCH];  // distance; a block that scans keeps its states from here on
+    float factor[CHANNELS * PITCH];            // row_weight of rows; delta * col_weight of columns
+    float BC[STATES * SIDES];                  // C of rows, B of columns
+    Sum rate[CHANNELS * STATES];
+
+    __device__ Sum distance(int channel, int side) const { return {high[channel * PITCH + side], low[channel * PITCH + side]}; }
+};
+
+struct TileIndex { int b, r, I, J, first, last; };  // chunk pair, and the channels [first, last) of this block
+
+// block -> image, route, chunk pair (row by row of the lower triangle) and part of the channels
+__device__ inline TileIndex tile_index(const Call& call, int block, int tile) {
+    const int chunks = (call.length + tile - 1) / tile, pairs = chunks * (chunks + 1) / 2;
+    const int part = block % call.splits, pair = block / call.splits % pairs, image_route = block / call.splits / pairs;
+    int I = (int)((sqrtf(8.f * pair + 1.f) - 1.f) / 2.f);
+    while (I * (I + 1) / 2 > pair) I--;
+    while ((I + 1) * (I + 2) / 2 <= pair) I++;
+    const int blocks = (call.channels + CHANNELS - 1) / CHANNELS;
+    const int first = (int)((long long)blocks * part / call.splits) * CHANNELS;
+    const int last = (int)((long long)blocks * (part + 1) / call.splits) * CHANNELS;
+    return {image_route / call.routes, image_route % call.routes, I, pair - I * (I + 1) / 2, first,
+            last < call.channels ? last : call.channels};
+}
+
+// the step of a side: rows of chunk I, then columns of chunk J
+template <int TILE>
+__device__ inline int step_of(const TileIndex& at, int side) {
+    return side < TILE ? at.I * TILE + side : at.J * TILE + side - TILE;
+}
+
+template <int TILE>
+__device__ inline void stage_states(const Call& call, const TileIndex& at, Stage<TILE>& stage, int c, int n0) {
+    const int count = min(STATES, call.states - n0);
+    const Channel channel(call, at.b, at.r, c, 0);
+    for (int i = threadIdx.x; i < count * Stage<TILE>::SIDES; i += blockDim.x) {
+        const int n = i / Stage<TILE>::SIDES, side = i % Stage<TILE>::SIDES, step = step_of<TILE>(at, side);
+        const bool inside = step < call.length;
+        stage.BC[i] = !inside ? 0.f : side < TILE ? channel.C(n0 + n, step) : channel.B(n0 + n, step);
+    }
+}
+
+// delta and weights of `count` channels from c on, and their rates
+template <int TILE>
+__device__ inline void stage_channels(const Call& call, const TileIndex& at, Stage<TILE>& stage, int c, int count, int n0) {
+    constexpr int SIDES = Stage<TILE>::SIDES, PITCH = Stage<TILE>::PITCH;
+    const bool channels_last = call.delta.axis == 1;  // neighbouring threads read neighbouring memory
+    for (int i = threadIdx.x; i < CHANNELS * SIDES; i += blockDim.x) {
+        const int k = channels_last ? i % CHANNELS : i / SIDES, side = channels_last ? i / CHANNELS : i % SIDES;
+        const int step = step_of<TILE>(at, side);
+        float delta = 0.f, weight = 0.f;
+        if (k < count && step < call.length) {
+            const Channel channel(call, at.b, at.r, c + k, 0);
+            const Tensor& weights = side < TILE ? call.row_weight : call.col_weight;
+            delta = channel.delta(step);
+            weight = weights.data ? channel.value(weights, c + k, 0, step) : 1.f;
+        }
+        stage.high[k * PITCH + side] = delta;
+        stage.factor[k * PITCH + side] = side < TILE ? weight : weight * delta;
+    }
+    const int states = min(STATES, call.states - n0);
+    for (int i = threadIdx.x; i < CHANNELS * states; i += blockDim.x) {
+        const int k = i / states, n = i % states;
+        if (k < count) stage.rate[k * STATES + n] = Channel(call, at.b, at.r, c + k, 0).rate(n0 + n);
+        else stage.rate[k * STATES + n] = {0.f, 0.f};
+    }
+}
+
+// turn the staged delta into distances: a warp a channel and side
+template <int TILE>
+__device__ inline void stage_distances(const Call& call, const TileIndex& at, Stage<TILE>& stage, int c, int count) {
+    constexpr int PITCH = Stage<TILE>::PITCH, OWN = TILE / 32;
+    const int lane = threadIdx.x % 32, chunks = (call.length + TILE - 1) / TILE, width = call.channels / call.heads;
+    for (int job = threadIdx.x / 32; job < 2 * CHANNELS; job += blockDim.x / 32) {
+        const int k = job / 2, columns = job % 2, start = k * PITCH + columns * TILE + lane * OWN;
+        Sum own[OWN], total = {0.f, 0.f};
+#pragma unroll
+        for (int i = 0; i < OWN; i++) own[i] = total = plus(total, {stage.high[start + i], 0.f});
+        const Sum through = warp_sum(total, lane);
+        Sum before = shuffle_up(through, 1), base = {0.f, 0.f};
+        if (lane == 0) before = {0.f, 0.f};
+        const Sum all = shuffle(through, 31);
+        if (columns && at.J < at.I && k < count) {
+            const Sum* sums = call.before + (((long long)at.b * call.routes + at.r) * call.heads + (c + k) / width) * chunks;
+            base = plus(minus(sums[at.I], sums[at.J + 1]), all);
+        }
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            const Sum sum = plus(before, own[i]), distance = columns ? minus(base, sum) : sum;
+            stage.high[start + i] = distance.high;
+            stage.low[start + i] = distance.low;
+        }
+    }
+}
+
+// add one entry of the tile to the result; entries above the diagonal and outside the sequence are never written
+template <int TILE>
+__device__ inline void write(const Call& call, const TileIndex& at, int row, int column, int c, float value) {
+    const int i = at.I * TILE + row, j = at.J * TILE + column;
+    if (i >= call.length || j > i) return;
+    const Output& out = call.attention;
+    long long to = i, from = j;
+    if (out.frame != STEP) {
+        to = call.write[(long long)at.r * call.length + i];
+        from = call.read[(long long)at.r * call.length + j];
+        if (to < 0 || to >= call.tokens || from < 0 || from >= call.tokens) return;
+    }
+    const long long offset = at.b * out.batch + at.r * out.route + c * out.group + to * out.axis + from * out.position;
+    store(out, offset, value * call.attention_scale);
+}
+
+// A block of an attention kernel. Blocks take numbers as they start: the first ones scan, the others wait for the sums
+// of their image and route. A block only waits for blocks that have started before it, so none waits for ever.
+template <int TILE, class Compute>
+__device__ inline void scan_or_tile(const Call& call, Stage<TILE>& stage, Compute compute) {
+    const int warps = blockDim.x / 32, per_route = (call.channels + warps - 1) / warps;
+    const int scanning = call.batch * call.routes * per_route;
+    if (threadIdx.x == 0) stage.block = atomicAdd(call.counters, 1);
+    __syncthreads();
+    const int block = stage.block;
+    if (block < scanning) {
+        const int image_route = scan_block(call, block, stage.high, TILE);
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) atomicAdd(call.counters + 1 + image_route, 1);
+        return;
+    }
+    const TileIndex at = tile_index(call, block - scanning, TILE);
+    if (threadIdx.x == 0)
+        while (atomicAdd(call.counters + 1 + at.b * call.routes + at.r, 0) < per_route) {}
+    __syncthreads();
+    __threadfence();
+    compute(call, at, stage);
+}

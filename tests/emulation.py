@@ -1,0 +1,112 @@
+"""The CUDA kernels on the host: the very source, compiled by g++, every CUDA thread a fiber (emulation.cpp).
+
+Everything but the inner instruction of the matrix unit runs as it is written; that one is replaced by its definition.
+"""
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mamba_attn import ops
+from mamba_attn.ops import fused
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parent / "cuda"
+FLAGS = ("-O2", "-std=c++20", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror",
+         "-Wno-unknown-pragmas", "-Wno-sign-compare", "-Wno-missing-field-initializers", "-Wno-clobbered")  # fmt: skip
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The kernels, compiled once for these sources."""
+    files = sorted([HERE / "emulation.cpp", *SOURCES.glob("*.cu*")])
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in files) + repr(FLAGS).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("MAMBA_ATTN_CACHE") or Path.home() / ".cache" / "mamba_attn")
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"emulation-{key}.so"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch, "emulation.so")
+            command = [os.environ.get("CXX", "g++"), *FLAGS, f"-I{SOURCES}", str(HERE / "emulation.cpp"), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            made.replace(target)
+    loaded = ctypes.CDLL(str(target))
+    loaded.launch.restype = ctypes.c_char_p
+    return loaded
+
+
+class Emulator:
+    """A launcher that takes CPU tensors.
+
+    Args:
+        schedule: 0 runs the threads of a block in order, 1 backwards, another number shuffles them by it.
+        multiprocessors: how many the planner believes in; more of them divide channels among more blocks.
+        shared_limit: bytes of shared memory per block.
+    """
+
+    def __init__(self, schedule: int = 0, multiprocessors: int = 1, shared_limit: int = 227 * 1024) -> None:
+        self.schedule = schedule
+        self._multiprocessors = multiprocessors
+        self._shared_limit = shared_limit
+        self.launched: list[str] = []
+
+    def problem(self, device: torch.device) -> str | None:
+        return None if device.type == "cpu" else f"the emulator takes CPU tensors, not {device}."
+
+    def multiprocessors(self, device: torch.device) -> int:
+        return self._multiprocessors
+
+    def shared_limit(self, device: torch.device) -> int:
+        return self._shared_limit
+
+    def launch(
+        self, name: str, grid: int, block: int, shared_bytes: int, arguments: ctypes.Structure, device: torch.device
+    ) -> None:
+        assert shared_bytes <= self._shared_limit
+        self.launched.append(name)
+        problem = library().launch(
+            name.encode(), ctypes.byref(arguments), grid, block, shared_bytes, ctypes.c_uint(self.schedule)
+        )
+        assert problem is None, f"{name}: {problem.decode()}"
+
+
+@contextmanager
+def emulated(launcher: Emulator | None = None) -> Iterator[Emulator]:
+    """Let backend="fused" run on the host."""
+    launcher = launcher or Emulator()
+    before, fused._launcher = fused._launcher, launcher
+    try:
+        yield launcher
+    finally:
+        fused._launcher = before
+
+
+def hidden_attention(delta: np.ndarray, A: np.ndarray, B: np.ndarray, C: np.ndarray, **options: object) -> np.ndarray:
+    """``mamba_attn.hidden_attention`` of arrays by the emulated kernels; options as there, tensors as arrays."""
+    with emulated():
+        return ops.hidden_attention(*map(_tensor, (delta, A, B, C)), backend="fused", **_tensors(options)).numpy()  # type: ignore[arg-type]
+
+
+def selective_scan(u: np.ndarray, delta: np.ndarray, A: np.ndarray, B: np.ndarray, C: np.ndarray, **options: object):
+    """``mamba_attn.selective_scan``, likewise."""
+    with emulated():
+        found = ops.selective_scan(*map(_tensor, (u, delta, A, B, C)), backend="fused", **_tensors(options))  # type: ignore[arg-type]
+    return found.numpy() if isinstance(found, torch.Tensor) else tuple(part.numpy() for part in found)
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(array))
+
+
+def _tensors(options: dict[str, object]) -> dict[str, object]:
+    return {key: _tensor(value) if isinstance(value, np.ndarray) else value for key, value in options.items()}
