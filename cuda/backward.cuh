@@ -9,27 +9,28 @@
 
 constexpr int BACKWARD_WARPS = 8;  // a block: as many channels of one group
 
-struct Span { float delta[STEPS], u[STEPS], gradient[STEPS]; };
+struct Span { int place[STEPS]; float delta[STEPS], u[STEPS], gradient[STEPS]; };
 
 __device__ inline Span load_span(const Backward& job, const Channel& at, int first, bool active) {
-    Span span = {};
+    Span span;
 #pragma unroll
-    for (int k = 0; k < STEPS; k++)
-        if (active && first + k < job.call.length) {
-            span.delta[k] = at.delta(first + k);
-            span.u[k] = at.u(first + k);
-            span.gradient[k] = at.value(job.gradient, at.c, 0, first + k) * job.call.y_scale;
-        }
+    for (int k = 0; k < STEPS; k++) {
+        span.place[k] = active ? at.source(first + k) : -1;
+        span.delta[k] = at.delta(span.place[k]);
+        span.u[k] = at.u(span.place[k]);
+        const int written = active ? at.place(first + k, job.gradient.frame) : -1;
+        span.gradient[k] = at.value(job.gradient, at.c, 0, written) * job.call.y_scale;
+    }
     return span;
 }
 
 struct Steps { float decay[STEPS], input[STEPS], B[STEPS]; };
 
-__device__ inline Steps load_steps(const Channel& at, const Span& span, int n, Sum rate, int first, bool active) {
+__device__ inline Steps load_steps(const Channel& at, const Span& span, int n, Sum rate) {
     Steps steps;
 #pragma unroll
     for (int k = 0; k < STEPS; k++) {
-        steps.B[k] = active && first + k < at.call->length ? at.B(n, first + k) : 0.f;
+        steps.B[k] = at.B(n, span.place[k]);
         steps.decay[k] = decay(rate, {span.delta[k], 0.f});
         steps.input[k] = span.delta[k] * span.u[k] * steps.B[k];
     }
@@ -73,7 +74,7 @@ __device__ inline void keep_entering(const Backward& job, const Channel& at, flo
         const int first = start + at.lane * STEPS;
         const Span span = load_span(job, at, first, true);
         for (int n = 0; n < call.states; n++) {
-            const Steps steps = load_steps(at, span, n, at.rate(n), first, true);
+            const Steps steps = load_steps(at, span, n, at.rate(n));
             float carried = state[n];
             __syncwarp();
             if (at.lane == 0) entering[(long long)span_index * call.states + n] = carried;
@@ -87,12 +88,12 @@ __device__ inline void keep_entering(const Backward& job, const Channel& at, flo
 // one span and state: adds to du and ddelta, returns the terms of dA, dB and dC
 struct Terms { float A, B[STEPS], C[STEPS]; };
 
-__device__ inline Terms span_gradients(const Backward& job, const Channel& at, const Span& span, int n, int first, bool active,
-                                       float entering, float& flow, float (&du)[STEPS], float (&ddelta)[STEPS]) {
+__device__ inline Terms span_gradients(const Backward& job, const Channel& at, const Span& span, int n, bool active, float entering,
+                                       float& flow, float (&du)[STEPS], float (&ddelta)[STEPS]) {
     const Call& call = job.call;
     const Sum rate = active ? at.rate(n) : Sum{0.f, 0.f};
     const float A = active ? load(call.A, at.r * call.A.route + at.head * call.A.group + n * call.A.position) : 0.f;
-    const Steps steps = load_steps(at, span, n, rate, first, active);
+    const Steps steps = load_steps(at, span, n, rate);
     float before[STEPS], inputs[STEPS], carried = entering;
     Terms terms = {};
     before[0] = enter(steps.decay, steps.input, carried, at.lane);
@@ -101,7 +102,7 @@ __device__ inline Terms span_gradients(const Backward& job, const Channel& at, c
         const float h = fmaf(steps.decay[k], before[k], steps.input[k]);
         if (k + 1 < STEPS) before[k + 1] = h;
         terms.C[k] = span.gradient[k] * h;
-        inputs[k] = active && first + k < call.length ? at.C(n, first + k) * span.gradient[k] : 0.f;
+        inputs[k] = at.C(n, span.place[k]) * span.gradient[k];
     }
     float later = enter_backward(steps.decay, inputs, flow, at.lane);
 #pragma unroll
@@ -131,7 +132,7 @@ __device__ inline void reduce_channels(const Backward& job, const Channel& at, c
         if (step >= job.call.length) continue;
         float total = 0.f;
         for (int w = 0; w < BACKWARD_WARPS; w++) total += part[(i / SPAN * BACKWARD_WARPS + w) * SPAN + i % SPAN];
-        at.result(i < SPAN ? job.B : job.C, n, at.group, step, total);
+        at.result(i < SPAN ? job.B : job.C, n, at.group, at.source(step), total);
     }
     __syncthreads();
 }
@@ -166,7 +167,7 @@ __device__ inline void backward_block(const Backward& job, float* shared) {
         for (int n = 0; n < call.states; n++) {
             float flowing = flow[n];
             const float state = active ? entering[(long long)index * call.states + n] : 0.f;
-            const Terms terms = span_gradients(job, at, span, n, first, active, state, flowing, du, ddelta);
+            const Terms terms = span_gradients(job, at, span, n, active, state, flowing, du, ddelta);
             const float term = warp_total(terms.A);
             __syncwarp();
             if (lane == 0) {
@@ -176,11 +177,10 @@ __device__ inline void backward_block(const Backward& job, float* shared) {
             reduce_channels(job, at, terms, n, index * SPAN, part);
         }
 #pragma unroll
-        for (int k = 0; k < STEPS; k++)
-            if (active && first + k < call.length) {
-                at.result(job.u, c, 0, first + k, du[k]);
-                at.result(job.delta, at.head, 0, first + k, ddelta[k]);
-            }
+        for (int k = 0; k < STEPS; k++) {  // an idle warp has no places
+            at.result(job.u, c, 0, span.place[k], du[k]);
+            at.result(job.delta, at.head, 0, span.place[k], ddelta[k]);
+        }
     }
     dD = warp_total(dD);
     __syncwarp();

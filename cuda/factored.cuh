@@ -60,21 +60,22 @@ struct Factored {
 #pragma unroll
         for (int m = 0; m < 2; m++) {
             if (m * 16 >= rows) break;  // the sequence ends before
-            float a[INNER / 8][4];
+            float part[4][4] = {};  // the unit's own additions round towards zero: only a slab's worth of them
 #pragma unroll
-            for (int k = 0; k < INNER / 8; k++) load_rows(slab, k * 8, row + m * 16, lane, a[k]);
+            for (int k = 0; k < INNER; k += 8) {
+                float a[4];
+                load_rows(slab, k, row + m * 16, lane, a);
 #pragma unroll
-            for (int n = 0; n < 4; n++) {
-                float part[4] = {};  // the unit's own additions round towards zero: only a slab's worth of them
-#pragma unroll
-                for (int k = 0; k < INNER / 8; k++) {
+                for (int n = 0; n < 4; n++) {
                     float b[2];
-                    load_columns(slab, k * 8, column + n * 8, lane, b);
-                    multiply_exact(part, a[k], b, products);
+                    load_columns(slab, k, column + n * 8, lane, b);
+                    multiply_exact(part[n], a, b, products);
                 }
-#pragma unroll
-                for (int i = 0; i < 4; i++) total[m][n][i] += part[i];
             }
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) total[m][n][i] += part[n][i];
         }
     }
 
@@ -104,9 +105,9 @@ struct Factored {
 
     struct Product { int half, row, column; };
 
-    // product number `slot * WARPS + warp` of the list: halves of TILE / 2 first, then of TILE / 4, ... down to LEAF
-    __device__ static Product product_of(int number) {
-        int half = TILE / 2;
+    // the warp's products are numbers `slot * WARPS + warp` of a list: halves of TILE / 2 first, then of TILE / 4, ... down to LEAF
+    __device__ static Product product_of(int slot) {
+        int half = TILE / 2, number = slot * WARPS + threadIdx.x / 32;
         for (; half > LEAF; half /= 2) {
             const int products = TILE / (2 * half) * (half / 16) * (half / 8);
             if (number < products) break;
@@ -173,12 +174,9 @@ struct Factored {
     }
 
     __device__ static void diagonal(const Call& call, const TileIndex& at, Memory& memory) {
-        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        Product product[4];
+        const int lane = threadIdx.x % 32;
         float total[4][4] = {}, leaf[LEAF_SLOTS] = {}, own = 0.f;
         int row[LEAF_SLOTS], column[LEAF_SLOTS];
-#pragma unroll
-        for (int slot = 0; slot < 4; slot++) product[slot] = product_of(slot * WARPS + warp);
 #pragma unroll
         for (int slot = 0; slot < LEAF_SLOTS; slot++) leaf_pair(slot * THREADS + threadIdx.x, row[slot], column[slot]);
         each_stage(call, at, memory, [&](int count, int states) {
@@ -195,8 +193,10 @@ struct Factored {
                     fill_half(memory, half, k0, count * states, states);
                     __syncthreads();
 #pragma unroll
-                    for (int slot = 0; slot < 4; slot++)
-                        if (product[slot].half == half) multiply_half(memory.slab, product[slot], call.products, total[slot]);
+                    for (int slot = 0; slot < 4; slot++) {
+                        const Product product = product_of(slot);
+                        if (product.half == half) multiply_half(memory.slab, product, call.products, total[slot]);
+                    }
                 }
         });
 #pragma unroll
@@ -204,13 +204,14 @@ struct Factored {
             if (slot * THREADS + threadIdx.x < PAIRS) write<TILE>(call, at, row[slot], column[slot], 0, leaf[slot]);
         if (threadIdx.x < TILE) write<TILE>(call, at, threadIdx.x, threadIdx.x, 0, own);
 #pragma unroll
-        for (int slot = 0; slot < 4; slot++)
+        for (int slot = 0; slot < 4; slot++) {
+            const Product product = product_of(slot);
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                if (product[slot].half == LEAF && i < 2) continue;
-                write<TILE>(call, at, product[slot].row + lane / 4 + i / 2 * 8, product[slot].column + lane % 4 * 2 + i % 2,
-                            0, total[slot][i]);
-            }
+            for (int i = 0; i < 4; i++)
+                if (product.half > LEAF || i >= 2)
+                    write<TILE>(call, at, product.row + lane / 4 + i / 2 * 8, product.column + lane % 4 * 2 + i % 2, 0,
+                                total[slot][i]);
+        }
     }
 
     // stage by stage: up to CHANNELS channels of one group and STATES states

@@ -11,29 +11,29 @@
     type& name = *reinterpret_cast<type*>(shared_memory)
 #endif
 
-extern "C" __global__ void __launch_bounds__(128) selective_scan(const Call call) {
+extern "C" __global__ void __launch_bounds__(128, 4) selective_scan(const Call call) {
     SHARED_MEMORY(float, states);
     scan_block(call, blockIdx.x, &states, SPAN);
 }
 
-extern "C" __global__ void __launch_bounds__(256) selective_scan_backward(const Backward job) {
+extern "C" __global__ void __launch_bounds__(256, 1) selective_scan_backward(const Backward job) {
     SHARED_MEMORY(float, shared);
     backward_block(job, &shared);
 }
 
 // the scan's output, when wanted, and the matrix of every channel, or any fold of them
-extern "C" __global__ void __launch_bounds__(128) attention_direct(const Call call) {
+extern "C" __global__ void __launch_bounds__(128, 3) attention_direct(const Call call) {
     SHARED_MEMORY(Stage<DIRECT_TILE>, stage);
     scan_or_tile(call, stage, Direct());
 }
 
 // likewise, signed folds, on the matrix unit
-extern "C" __global__ void __launch_bounds__(128) attention_factored_64(const Call call) {
+extern "C" __global__ void __launch_bounds__(128, 3) attention_factored_64(const Call call) {
     SHARED_MEMORY(Factored<64>::Memory, memory);
     scan_or_tile(call, memory.stage, Factored<64>{&memory});
 }
 
-extern "C" __global__ void __launch_bounds__(512) attention_factored_128(const Call call) {
+extern "C" __global__ void __launch_bounds__(512, 1) attention_factored_128(const Call call) {
     SHARED_MEMORY(Factored<128>::Memory, memory);
     scan_or_tile(call, memory.stage, Factored<128>{&memory});
 }

@@ -19,21 +19,22 @@ __device__ inline int find_step(const Line& line, int r, int* found) {
 // M of a channel between the line's step and the lane's steps, and the running distance
 __device__ inline void line_entries(const Line& line, const Channel& at, int own, int walked, Sum& total, float (&entry)[STEPS]) {
     const Call& call = line.call;
-    const int sign = line.column ? 1 : -1;
+    const int sign = line.column ? 1 : -1, origin = at.source(own);
+    int place[STEPS];
     float delta[STEPS], factor[STEPS];
     Sum distance[STEPS], sum = {0.f, 0.f};
 #pragma unroll
     for (int k = 0; k < STEPS; k++) {
         const int step = own + sign * (walked + k);
-        const bool inside = step >= 0 && step < call.length;
-        delta[k] = inside ? at.delta(step) : 0.f;
+        place[k] = at.source(step);
+        delta[k] = at.delta(place[k]);
         const bool counts = !line.column || walked + k > 0;  // from a column on, its own delta is not decayed
         const Sum next = plus(sum, {counts ? delta[k] : 0.f, 0.f});
         distance[k] = line.column ? next : sum;
         sum = next;
         const Tensor& weights = line.column ? call.row_weight : call.col_weight;
-        const float weight = inside && weights.data ? at.value(weights, at.c, 0, step) : 1.f;
-        factor[k] = !inside ? 0.f : line.column ? weight : weight * delta[k];
+        const float weight = weights.data ? at.value(weights, at.c, 0, at.place(step, weights.frame)) : 1.f;
+        factor[k] = place[k] < 0 ? 0.f : line.column ? weight : weight * delta[k];
         entry[k] = 0.f;
     }
     const Sum through = warp_sum(sum, at.lane);
@@ -43,17 +44,16 @@ __device__ inline void line_entries(const Line& line, const Channel& at, int own
     total = plus(total, shuffle(through, 31));
     for (int n = 0; n < call.states; n++) {
         const Sum rate = at.rate(n);
-        const float fixed = line.column ? at.B(n, own) : at.C(n, own);
+        const float fixed = line.column ? at.B(n, origin) : at.C(n, origin);
 #pragma unroll
         for (int k = 0; k < STEPS; k++) {
-            const int step = own + sign * (walked + k);
-            if (step < 0 || step >= call.length) continue;
-            const float other = line.column ? at.C(n, step) : at.B(n, step);
+            const float other = line.column ? at.C(n, place[k]) : at.B(n, place[k]);
             entry[k] = fmaf(fixed * other, decay(rate, plus(before, distance[k])), entry[k]);
         }
     }
     const Tensor& weights = line.column ? call.col_weight : call.row_weight;
-    const float weight = weights.data ? at.value(weights, at.c, 0, own) : 1.f, fixed = line.column ? weight * at.delta(own) : weight;
+    const float weight = weights.data ? at.value(weights, at.c, 0, at.place(own, weights.frame)) : 1.f;
+    const float fixed = line.column ? weight * at.delta(origin) : weight;
 #pragma unroll
     for (int k = 0; k < STEPS; k++) entry[k] *= factor[k] * fixed;
 }
@@ -86,7 +86,8 @@ __device__ inline void line_block(const Line& line, float* shared) {
             for (int k = 0; k < STEPS; k++) {
                 const float value = entry[k];
                 if (call.fold == EACH && walked + k < reach)
-                    at.result(call.attention, 0, c, own + sign * (walked + k), value * call.attention_scale);
+                    at.result(call.attention, 0, c, at.place(own + sign * (walked + k), call.attention.frame),
+                              value * call.attention_scale);
                 total[k] += call.fold == POSITIVE ? fmaxf(value, 0.f) : call.fold == ABSOLUTE ? fabsf(value) : value;
             }
         }
@@ -98,7 +99,7 @@ __device__ inline void line_block(const Line& line, float* shared) {
             float sum = 0.f;
             for (int w = 0; w < LINE_WARPS; w++) sum += part[w * SPAN + i];
             const Channel at(call, b, r, begin, lane);
-            at.result(call.attention, 0, 0, own + sign * (start + i), sum * call.attention_scale);
+            at.result(call.attention, 0, 0, at.place(own + sign * (start + i), call.attention.frame), sum * call.attention_scale);
         }
         __syncthreads();
     }

@@ -14,29 +14,30 @@ struct Channel {
         : call(&call), b(b), r(r), c(c), head(c / (call.channels / call.heads)),
           group(c / (call.channels / call.groups)), lane(lane) {}
 
-    // the position of a step in a tensor's frame, or -1 where an order points outside
-    __device__ long long place(int step, int frame) const {
+    // where a step is in a frame; -1 behind the sequence's ends, or where an order points outside
+    __device__ int place(int step, int frame) const {
+        if (step < 0 || step >= call->length) return -1;
         if (frame == STEP) return step;
         const long long token = (frame == WRITE ? call->write : call->read)[(long long)r * call->length + step];
-        return token >= 0 && token < call->tokens ? token : -1;
+        return token >= 0 && token < call->tokens ? (int)token : -1;
     }
 
-    __device__ float value(const Tensor& t, int axis, int group, int step) const {
-        const long long position = place(step, t.frame);
-        const long long offset = b * t.batch + r * t.route + group * t.group + axis * t.axis + position * t.position;
-        return position < 0 ? 0.f : load(t, offset);
+    __device__ int source(int step) const { return place(step, call->delta.frame); }  // of u, delta, B and C
+
+    __device__ float value(const Tensor& t, int axis, int group, int place) const {
+        const long long offset = b * t.batch + r * t.route + group * t.group + axis * t.axis + place * t.position;
+        return place < 0 ? 0.f : load(t, offset);
     }
 
-    __device__ void result(const Output& out, int axis, int group, int step, float value) const {
-        const long long position = place(step, out.frame);
-        if (position < 0) return;
-        store(out, b * out.batch + r * out.route + group * out.group + axis * out.axis + position * out.position, value);
+    __device__ void result(const Output& out, int axis, int group, int place, float value) const {
+        if (place < 0) return;
+        store(out, b * out.batch + r * out.route + group * out.group + axis * out.axis + place * out.position, value);
     }
 
-    __device__ float u(int step) const { return value(call->u, c, 0, step); }
-    __device__ float delta(int step) const { return value(call->delta, head, 0, step); }
-    __device__ float B(int n, int step) const { return value(call->B, n, group, step); }
-    __device__ float C(int n, int step) const { return value(call->C, n, group, step); }
+    __device__ float u(int place) const { return value(call->u, c, 0, place); }
+    __device__ float delta(int place) const { return value(call->delta, head, 0, place); }
+    __device__ float B(int n, int place) const { return value(call->B, n, group, place); }
+    __device__ float C(int n, int place) const { return value(call->C, n, group, place); }
     __device__ Sum rate(int n) const { return rate_of(load(call->A, r * call->A.route + head * call->A.group + n * call->A.position)); }
     __device__ float D() const { return call->D.data ? load(call->D, r * call->D.route + c * call->D.axis) : 0.f; }
 };
@@ -92,12 +93,13 @@ __device__ inline void scan_channel(const Call& call, int b, int r, int c, int l
     const float skip = at.D();
     for (int start = 0; start < call.length; start += SPAN) {
         const int first = start + lane * STEPS;
+        int place[STEPS];
         float delta[STEPS], u[STEPS] = {}, y[STEPS] = {};
 #pragma unroll
         for (int k = 0; k < STEPS; k++) {
-            const bool inside = first + k < call.length;
-            delta[k] = inside ? at.delta(first + k) : 0.f;
-            if (inside && call.want_y) u[k] = at.u(first + k);
+            place[k] = at.source(first + k);
+            delta[k] = at.delta(place[k]);
+            if (call.want_y) u[k] = at.u(place[k]);
         }
         if (sums) total = chunk_sums(at, delta, first, chunk, total);
         for (int n = 0; n < states; n++) {
@@ -105,9 +107,8 @@ __device__ inline void scan_channel(const Call& call, int b, int r, int c, int l
             float decays[STEPS], inputs[STEPS];
 #pragma unroll
             for (int k = 0; k < STEPS; k++) {
-                const float B = first + k < call.length ? at.B(n, first + k) : 0.f;
                 decays[k] = decay(rate, {delta[k], 0.f});
-                inputs[k] = delta[k] * u[k] * B;
+                inputs[k] = delta[k] * u[k] * at.B(n, place[k]);
             }
             float carried = state[n];
             float h = enter(decays, inputs, carried, lane);
@@ -116,15 +117,14 @@ __device__ inline void scan_channel(const Call& call, int b, int r, int c, int l
 #pragma unroll
             for (int k = 0; k < STEPS; k++) {
                 h = fmaf(decays[k], h, inputs[k]);
-                if (first + k < call.length) y[k] = fmaf(at.C(n, first + k), h, y[k]);
+                y[k] = fmaf(at.C(n, place[k]), h, y[k]);
             }
         }
         __syncwarp();
         if (!call.want_y) continue;
 #pragma unroll
         for (int k = 0; k < STEPS; k++)
-            if (first + k < call.length)
-                at.result(call.y, c, 0, first + k, fmaf(skip, u[k], y[k]) * call.y_scale);
+            at.result(call.y, c, 0, at.place(first + k, call.y.frame), fmaf(skip, u[k], y[k]) * call.y_scale);
     }
 }
 

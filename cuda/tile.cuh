@@ -19,6 +19,7 @@ struct Stage {
     float factor[CHANNELS * PITCH];            // row_weight of rows; delta * col_weight of columns
     float BC[STATES * SIDES];                  // C of rows, B of columns
     Sum rate[CHANNELS * STATES];
+    int place[SIDES];                          // of each side in the sources, or -1
 
     __device__ Sum distance(int channel, int side) const { return {high[channel * PITCH + side], low[channel * PITCH + side]}; }
 };
@@ -50,9 +51,8 @@ __device__ inline void stage_states(const Call& call, const TileIndex& at, Stage
     const int count = min(STATES, call.states - n0);
     const Channel channel(call, at.b, at.r, c, 0);
     for (int i = threadIdx.x; i < count * Stage<TILE>::SIDES; i += blockDim.x) {
-        const int n = i / Stage<TILE>::SIDES, side = i % Stage<TILE>::SIDES, step = step_of<TILE>(at, side);
-        const bool inside = step < call.length;
-        stage.BC[i] = !inside ? 0.f : side < TILE ? channel.C(n0 + n, step) : channel.B(n0 + n, step);
+        const int n = i / Stage<TILE>::SIDES, side = i % Stage<TILE>::SIDES, place = stage.place[side];
+        stage.BC[i] = side < TILE ? channel.C(n0 + n, place) : channel.B(n0 + n, place);
     }
 }
 
@@ -63,13 +63,13 @@ __device__ inline void stage_channels(const Call& call, const TileIndex& at, Sta
     const bool channels_last = call.delta.axis == 1;  // neighbouring threads read neighbouring memory
     for (int i = threadIdx.x; i < CHANNELS * SIDES; i += blockDim.x) {
         const int k = channels_last ? i % CHANNELS : i / SIDES, side = channels_last ? i / CHANNELS : i % SIDES;
-        const int step = step_of<TILE>(at, side);
         float delta = 0.f, weight = 0.f;
-        if (k < count && step < call.length) {
+        if (k < count && stage.place[side] >= 0) {
             const Channel channel(call, at.b, at.r, c + k, 0);
             const Tensor& weights = side < TILE ? call.row_weight : call.col_weight;
-            delta = channel.delta(step);
-            weight = weights.data ? channel.value(weights, c + k, 0, step) : 1.f;
+            delta = channel.delta(stage.place[side]);
+            const int place = weights.data ? channel.place(step_of<TILE>(at, side), weights.frame) : -1;
+            weight = weights.data ? channel.value(weights, c + k, 0, place) : 1.f;
         }
         stage.high[k * PITCH + side] = delta;
         stage.factor[k * PITCH + side] = side < TILE ? weight : weight * delta;
@@ -80,6 +80,13 @@ __device__ inline void stage_channels(const Call& call, const TileIndex& at, Sta
         if (k < count) stage.rate[k * STATES + n] = Channel(call, at.b, at.r, c + k, 0).rate(n0 + n);
         else stage.rate[k * STATES + n] = {0.f, 0.f};
     }
+}
+
+template <int TILE>
+__device__ inline void stage_places(const Call& call, const TileIndex& at, Stage<TILE>& stage) {
+    const Channel channel(call, at.b, at.r, 0, 0);
+    for (int side = threadIdx.x; side < Stage<TILE>::SIDES; side += blockDim.x)
+        stage.place[side] = channel.source(step_of<TILE>(at, side));
 }
 
 // turn the staged delta into distances: a warp a channel and side
@@ -146,5 +153,6 @@ __device__ inline void scan_or_tile(const Call& call, Stage<TILE>& stage, Comput
         while (atomicAdd(call.counters + 1 + at.b * call.routes + at.r, 0) < per_route) {}
     __syncthreads();
     __threadfence();
+    stage_places(call, at, stage);  // a barrier follows before anything is staged
     compute(call, at, stage);
 }
