@@ -99,7 +99,7 @@ __device__ inline float decay(Sum rate, Sum distance) {
 
 // the nearest number with TF32's 10 bits after the point
 __device__ inline unsigned to_tf32(float value) {
-#ifdef __CUDA_ARCH__
+#if __CUDA_ARCH__ >= 800
     unsigned bits;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
     return bits;
@@ -111,18 +111,32 @@ __device__ inline unsigned to_tf32(float value) {
 // d += a b on the matrix unit, (16 x 8) += (16 x 8) (8 x 8) across a warp; lane = 4 g + t holds
 // a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4); b: (t, g), (t + 4, g); d: (g, 2t), (g, 2t + 1), (g + 8, ...)
 __device__ inline void multiply(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-#ifdef __CUDA_ARCH__
+#if __CUDA_ARCH__ >= 800
     asm volatile(
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#ifdef __CUDA_ARCH__  // no such unit before sm_80
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+        float left[2], right[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            left[half] = from_bits(__shfl_sync(~0u, a[k / 4 * 2 + half], g * 4 + k % 4));
+            right[half] = from_bits(__shfl_sync(~0u, b[k / 4], (2 * t + half) * 4 + k % 4));
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) d[i] = fmaf(left[i / 2], right[i % 2], d[i]);
+    }
+#else
     const unsigned own[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
     const auto lanes = host::exchange(own);
     for (int i = 0; i < 4; i++)
         for (int k = 0; k < 8; k++)
             d[i] += from_bits(lanes[g * 4 + k % 4][i / 2 + k / 4 * 2]) * from_bits(lanes[(2 * t + i % 2) * 4 + k % 4][4 + k / 4]);
+#endif
 #endif
 }
 
