@@ -82,6 +82,7 @@ __device__ inline void line_block(const Line& line, float* shared) {
             line_entries(line, at, own, walked, sum, entry);
             __syncwarp();
             if (lane == 0) running[c - begin] = sum;
+            __syncwarp();  // the next span reads it
 #pragma unroll
             for (int k = 0; k < STEPS; k++) {
                 const float value = entry[k];

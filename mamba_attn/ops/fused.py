@@ -3,7 +3,6 @@
 The scan's output and its attention come from one launch. float32, bfloat16 and float16 tensors; float32 results.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -133,19 +132,6 @@ def scan_and_attention(
     return u.new_empty(0) if y is None else y, attention
 
 
-@torch.library.custom_op("mamba_attn::hidden_attention_backward", mutates_args=())
-def hidden_attention_backward(
-    gradient: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, read_order: Tensor,
-    write_order: Tensor, tokens: int, scale: float, source_frame: str, merged: bool, row_weight: Tensor | None,
-    col_weight: Tensor | None, fold: str, needed: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of delta, A, B, C and the two weights, those that are needed (empty otherwise); the blocked path's."""
-    record = _record(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
-    found = blocked.attention_gradients(record, (row_weight, col_weight), fold, merged, gradient, needed)
-    a, b, c, d, e, f = (u.new_empty(0) if x is None else x for x in found)
-    return a, b, c, d, e, f
-
-
 def _y_shape(u: Tensor, read_order: Tensor, tokens: int, merged: bool) -> tuple[int, ...]:
     routes, length = read_order.shape
     return (u.shape[0], u.shape[2], tokens) if merged else (u.shape[0], routes, u.shape[2], length)
@@ -179,18 +165,6 @@ def _(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame
     return tuple(u.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
-@hidden_attention_backward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    gradient, u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame, merged, row_weight,
-    col_weight, fold, needed,
-):  # fmt: skip
-    sources = (delta, A, B, C, row_weight, col_weight)
-    return tuple(
-        u.new_empty(0) if x is None or not need else x.new_empty(x.shape)
-        for x, need in zip(sources, needed, strict=True)
-    )
-
-
 _SOURCES = 8  # tensors of a record, at the front of every operator's arguments
 _FIELDS = 11  # of a record
 
@@ -213,18 +187,18 @@ def _through_y(ctx: Any, gradient: Tensor | None) -> list[Tensor | None]:
 
 
 def _through_attention(ctx: Any, gradient: Tensor | None) -> list[Tensor | None]:
-    """Gradients of u, delta, A, B, C, D and the weights through the matrix, which u and D are no part of."""
+    """Gradients of u, delta, A, B, C, D and the weights through the matrix, by the blocked path.
+
+    u and D are no part of it.
+    """
     if gradient is None:
         return [None] * 8
-    record = (*ctx.saved_tensors[:_SOURCES], *ctx.fields)
     weights = (*ctx.saved_tensors[_SOURCES:], None, None)[:2]
-    of_weights = (
-        ctx.needs_input_grad[_FIELDS + 1 : _FIELDS + 3] if len(ctx.saved_tensors) > _SOURCES else (False, False)
-    )
-    needed = [*ctx.needs_input_grad[1:5], *of_weights]
-    found = hidden_attention_backward(gradient, *record, ctx.merged, *weights, ctx.fold, needed)
-    four = [value if need else None for value, need in zip(found, needed, strict=True)]
-    return [None, *four[:4], None, *four[4:]]
+    of_weights = ctx.needs_input_grad[_FIELDS + 1 : _FIELDS + 3] if len(ctx.needs_input_grad) > _FIELDS + 2 else ()
+    needed = (*ctx.needs_input_grad[1:5], *of_weights, False, False)[:6]
+    record = _record(*ctx.saved_tensors[:_SOURCES], *ctx.fields)
+    found = blocked.attention_gradients(record, weights, ctx.fold, ctx.merged, gradient, needed)
+    return [None, *found[:4], None, *found[4:]]
 
 
 _REST = (None,) * (_FIELDS - 6)  # orders, tokens, scale, frame

@@ -7,40 +7,15 @@ from hypothesis import strategies as st
 
 from mamba_attn import ops
 from mamba_attn.ops import reference
-from mamba_attn.scan import ScanRecord
+from tests.ops.bounds import assert_within, magnitude, weights
 from tests.ops.cases import CASES, Case, double, make
 
 FOLDS = ("mean", "sum", "each", "positive", "absolute")
 FAST = [("blocked", torch.float32), ("blocked", torch.float64), ("native", torch.float32)]
 TOLERANCE = {("native", torch.float32): 1e-6, ("blocked", torch.float32): 1e-5, ("blocked", torch.float64): 1e-13}
-TINY = 1e-34  # below the smallest normal float32 entries count as zero
 
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 fast = pytest.mark.parametrize(("backend", "dtype"), FAST, ids=lambda x: str(x).removeprefix("torch."))
-
-
-def assert_within(value: torch.Tensor, truth: torch.Tensor, bound: torch.Tensor, tolerance: float) -> None:
-    """|value - truth| <= tolerance x bound, element by element; bound is the sum of the terms' absolute values."""
-    excess = (value.double() - truth).abs() - tolerance * bound - TINY
-    worst = int(excess.argmax())
-    assert excess.max() <= 0, (
-        f"entry {worst}: {value.flatten()[worst].item():.9g} against {truth.flatten()[worst].item():.9g}, "
-        f"bound {bound.flatten()[worst].item():.3g}"
-    )
-
-
-def magnitude(record: ScanRecord) -> ScanRecord:
-    """The record whose sums have every term's absolute value."""
-    return record.replace(
-        source_u=record.source_u.abs(), source_B=record.source_B.abs(), source_C=record.source_C.abs(),
-        D=None if record.D is None else record.D.abs(),
-    )  # fmt: skip
-
-
-def weights(record: ScanRecord) -> dict[str, torch.Tensor]:
-    rows = torch.randn(record.batch, record.channels, record.tokens, dtype=record.A.dtype)
-    columns = torch.randn(record.batch, record.routes, record.channels, record.length, dtype=record.A.dtype)
-    return {"row_weight": rows, "col_weight": columns}
 
 
 @cases

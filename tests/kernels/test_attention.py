@@ -1,0 +1,209 @@
+"""The attention kernels: every formulation, fold, order and type against the specification."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from mamba_attn import ops
+from mamba_attn.ops import _kernels, blocked
+from mamba_attn.scan import ScanRecord
+from tests.kernels.machines import MACHINES, Recorder, machine
+from tests.ops.bounds import excess, magnitude, weights
+from tests.ops.cases import CASES, Case, double, make
+
+FOLDS = ("mean", "sum", "each", "positive", "absolute")
+SIGNED = ("mean", "sum")
+KERNELS = tuple(_kernels._TILES)
+LONG = [
+    Case(routes=1, channels=3, states=2, grid=(1, 65)),
+    Case(routes=2, channels=19, states=16, grid=(14, 14), class_token=True),  # Vim's 197 tokens
+    Case(batch=1, routes=4, channels=18, states=1, grid=(12, 11), frame="tokens"),
+    Case(batch=1, routes=1, channels=35, states=3, grid=(1, 129), delta_scale=0.1),
+    Case(batch=1, routes=1, channels=2, states=33, grid=(1, 70), delta_scale=0.01),
+    Case(batch=1, routes=2, channels=36, heads=9, groups=2, states=18, grid=(9, 15), shared_states=True),
+    Case(batch=1, routes=1, channels=1, states=1, grid=(1, 600), delta_scale=5.0),
+]
+cases = pytest.mark.parametrize("case", CASES + LONG, ids=lambda case: case.id)
+kernels = pytest.mark.parametrize("kernel", KERNELS)
+
+
+@pytest.fixture(params=MACHINES)
+def there(request: pytest.FixtureRequest) -> Iterator[Recorder]:
+    with machine(request.param) as recorder:
+        yield recorder
+
+
+def attention(there: Recorder, record: ScanRecord, fold: str = "mean", merged: bool = True, **options) -> torch.Tensor:
+    rows_and_columns = options.pop("weights", (None, None))
+    return _kernels.attention(there, record, rows_and_columns, fold, merged, **options)[1]
+
+
+def no_worse_than_torch(record: ScanRecord, value: torch.Tensor, fold: str, w: dict[str, torch.Tensor]) -> None:
+    """Within twice the error of plain PyTorch in float32, or 4 units in the last place of the absolute terms."""
+    exact, absolute = ({key: f(weight.double()) for key, weight in w.items()} for f in (torch.clone, torch.abs))
+    truth = ops.hidden_attention(double(record), fold=fold, backend="reference", **exact)
+    bound = ops.hidden_attention(magnitude(double(record)), fold=fold, backend="reference", **absolute)
+    plain = excess(ops.hidden_attention(record, fold=fold, backend="blocked", **w), truth, bound)
+    assert value.dtype == torch.float32
+    assert excess(value, truth, bound) <= max(2 * plain, 2.4e-7)
+
+
+@cases
+@kernels
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_signed_folds_equal_the_reference(there: Recorder, case: Case, kernel: str, weighted: bool) -> None:
+    record = make(case)
+    w = weights(record) if weighted else {}
+    for fold in SIGNED:
+        value = attention(there, record, fold, weights=(w.get("row_weight"), w.get("col_weight")), kernel=kernel)
+        no_worse_than_torch(record, value, fold, w)
+
+
+@cases
+@pytest.mark.parametrize("fold", [fold for fold in FOLDS if fold not in SIGNED])
+def test_folds_of_channels_equal_the_reference(there: Recorder, case: Case, fold: str) -> None:
+    record = make(case)
+    w = weights(record)
+    no_worse_than_torch(record, ops.hidden_attention(record, fold=fold, backend="fused", **w), fold, w)
+    no_worse_than_torch(record, ops.hidden_attention(record, fold=fold, backend="fused"), fold, {})
+
+
+@cases
+@pytest.mark.parametrize("fold", FOLDS)
+def test_above_the_diagonal_is_exactly_zero(there: Recorder, case: Case, fold: str) -> None:
+    record = make(case)
+    for kernel in KERNELS if fold in SIGNED else KERNELS[:1]:
+        each = attention(there, record, fold, merged=False, kernel=kernel)
+        assert each.shape[:2] == (case.batch, case.routes)
+        assert (each.triu(1) == 0).all()
+        assert (each.diagonal(dim1=-2, dim2=-1) != 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@kernels
+def test_half_precision_in_float32_out(there: Recorder, kernel: str, dtype: torch.dtype) -> None:
+    record = make(Case(channels=19, states=4, grid=(8, 9), frame="tokens"), dtype)
+    columns = torch.randn(2, 19, 72).to(dtype)
+    value = attention(there, record, "sum", weights=(None, columns), kernel=kernel)
+    no_worse_than_torch(record, value, "sum", {"col_weight": columns})
+
+
+@kernels
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1e3])
+def test_extreme_steps(there: Recorder, kernel: str, scale: float) -> None:
+    record = make(Case(routes=1, channels=3, states=2, grid=(1, 150), delta_scale=scale))
+    value = attention(there, record, kernel=kernel)
+    no_worse_than_torch(record, value, "mean", {})
+    if scale == 0.0:
+        assert (value == 0).all()
+
+
+@kernels
+def test_distances_keep_their_digits_over_thousands_of_steps(there: Recorder, kernel: str) -> None:
+    record = make(Case(batch=1, routes=1, channels=1, states=1, grid=(1, 1500), delta_scale=0.2))
+    no_worse_than_torch(record, attention(there, record, kernel=kernel), "mean", {})
+
+
+@pytest.mark.parametrize("kernel", ["attention_factored_64", "attention_factored_128"])
+def test_tf32_is_used_only_when_the_user_allows_it(there: Recorder, kernel: str) -> None:
+    record = make(Case(routes=1, channels=17, states=16, grid=(1, 150)))
+    exact = attention(there, record, kernel=kernel)
+    torch.set_float32_matmul_precision("high")
+    try:
+        fast = attention(there, record, kernel=kernel)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    error = (fast - exact).norm() / exact.norm()
+    assert 1e-6 < error < 1e-3
+
+
+def test_channels_divided_among_blocks() -> None:
+    record = make(Case(batch=1, channels=50, states=3, grid=(9, 9)))
+    for kernel in KERNELS:
+        for fold in SIGNED if "factored" in kernel else FOLDS:
+            with machine("host", multiprocessors=1000) as there:
+                divided = attention(there, record, fold, kernel=kernel)
+            with machine("host") as there:
+                whole = attention(there, record, fold, kernel=kernel)
+            torch.testing.assert_close(divided, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_a_shape_chooses_its_formulation() -> None:
+    def chosen(length: int, fold: str, limit: int = 227 * 1024) -> str:
+        return _kernels.formulation(make(Case(batch=1, routes=1, grid=(1, length))), fold, limit)
+
+    assert chosen(197, "mean") == "attention_factored_64"
+    assert chosen(784, "sum") == "attention_factored_128"
+    assert chosen(784, "sum", limit=64 * 1024) == "attention_factored_64"
+    assert chosen(9, "mean") == chosen(784, "positive") == chosen(197, "each") == "attention_direct"
+
+
+def test_routes_and_the_output_are_one_launch_and_nothing_is_permuted(there: Recorder) -> None:
+    record = make(Case(batch=1, routes=4, channels=20, states=1, grid=(7, 10), order="hilbert", frame="tokens"))
+    y, matrix = ops.selective_scan(record, attention="mean", backend="fused")
+    assert there.launched == ["attention_factored_64"]
+    truth = ops.selective_scan(double(record), backend="reference")
+    assert excess(y, truth, ops.selective_scan(magnitude(double(record)), backend="reference")) <= 1e-6
+    no_worse_than_torch(record, matrix, "mean", {})
+    assert torch.equal(y, ops.selective_scan(record, backend="fused"))
+
+
+def test_other_write_orders_and_sub_grids(there: Recorder) -> None:
+    record = make(Case(batch=1, routes=2, channels=6, grid=(4, 5)))
+    write = torch.stack([torch.randperm(33)[:20] for _ in range(2)])
+    record = record.replace(write_order=write, tokens=33)
+    for fold in ("sum", "absolute"):
+        no_worse_than_torch(record, ops.hidden_attention(record, fold=fold, backend="fused"), fold, {})
+    untouched = sorted(set(range(33)) - set(write.flatten().tolist()))
+    assert (ops.hidden_attention(record, backend="fused")[:, untouched] == 0).all()
+
+
+def test_strides_do_not_matter_and_nothing_outside_a_view_is_read(there: Recorder) -> None:
+    record = make(Case(channels=17, states=3, grid=(7, 10)))
+
+    def inside_nan(x: torch.Tensor) -> torch.Tensor:
+        wide = torch.full([size + 2 for size in x.shape], torch.nan).movedim(1, -1).contiguous().movedim(-1, 1)
+        inner = wide[tuple(slice(1, -1) for _ in x.shape)]
+        inner.copy_(x)
+        return inner
+
+    again = record.map_tensors(inside_nan)
+    assert not again.source_delta.is_contiguous()
+    for kernel in KERNELS:
+        assert torch.equal(attention(there, again, kernel=kernel), attention(there, record, kernel=kernel))
+
+
+def test_images_and_routes_do_not_leak(there: Recorder) -> None:
+    record = make(Case(routes=4, channels=18, states=3, grid=(8, 9), frame="tokens"))
+    whole = ops.hidden_attention(record, backend="fused")
+    spoilt = record.replace(source_delta=record.source_delta.clone(), source_B=record.source_B.clone())
+    spoilt.source_delta[1], spoilt.source_B[1] = 9.0, torch.nan
+    again = ops.hidden_attention(spoilt, backend="fused")
+    assert torch.equal(again[0], whole[0])
+    assert again[1].isnan().any()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_results_do_not_depend_on_the_schedule(kernel: str) -> None:
+    record = make(Case(batch=1, routes=2, channels=18, states=3, grid=(9, 16), frame="tokens"))
+    results = []
+    for schedule in (0, 1, 77):
+        with machine("host", schedule=schedule) as there:
+            results.append(_kernels.attention(there, record, (None, None), "sum", True, with_y=True, kernel=kernel))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_gradients_are_those_of_the_blocked_path(there: Recorder) -> None:
+    results = []
+    for backend in ("fused", "blocked"):
+        record = make(Case(channels=6, grid=(5, 7), class_token=True)).map_tensors(lambda x: x.requires_grad_())
+        columns = torch.ones(2, 6, 36, requires_grad=True)
+        matrix = ops.hidden_attention(record, col_weight=columns, fold="positive", backend=backend)
+        wanted = [record.source_delta, record.A, record.source_B, record.source_C, columns]
+        torch.manual_seed(1)
+        results.append(torch.autograd.grad(matrix, wanted, torch.randn_like(matrix)))
+    for fused, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+    assert blocked.BACKEND.unavailable(make(Case())) is None
