@@ -36,7 +36,14 @@ def library() -> ctypes.CDLL:
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch, "emulation.so")
-            command = [os.environ.get("CXX", "g++"), *FLAGS, f"-I{SOURCES}", str(HERE / "emulation.cpp"), "-o", str(made)]
+            command = [
+                os.environ.get("CXX", "g++"),
+                *FLAGS,
+                f"-I{SOURCES}",
+                str(HERE / "emulation.cpp"),
+                "-o",
+                str(made),
+            ]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             made.replace(target)

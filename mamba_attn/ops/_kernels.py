@@ -81,7 +81,7 @@ def scan(launcher: Launcher, record: ScanRecord, merged: bool) -> Tensor:
     warps = _SCAN_THREADS // 32
     for part, read, write in _parts(record, merged):
         told = call(part, read, write)
-        _ask_for_y(told, part, y, merged)
+        _ask_for_y(told, record, y, merged)
         blocks = part.batch * part.routes * math.ceil(part.channels / warps)
         launcher.launch("selective_scan", blocks, _SCAN_THREADS, warps * part.states * 4, told, y.device)
     return y
@@ -116,8 +116,8 @@ def attention(
         told = call(part, read, write)
         told.row_weight, told.col_weight = rows[1], columns[1]
         if y is not None:
-            _ask_for_y(told, part, y, merged)
-        _launch_attention(launcher, kernel, told, part, out, fold, merged)
+            _ask_for_y(told, record, y, merged)
+        _launch_attention(launcher, kernel, told, part, out, fold, merged, several=merged and record.routes > 1)
     return y, out
 
 
@@ -171,8 +171,8 @@ def attention_line(
         told.row_weight, told.col_weight = rows[1], columns[1]
         axes = ("batch", *(() if merged else ("route",)), *(("group",) if fold == "each" else ()), "position")
         frame = (READ if axis == "row" else WRITE) if merged else STEP
-        several = fold != "each" and part.channels > _LINE_CHANNELS
-        told.attention = output(out, axes, frame, add=several or (merged and part.routes > 1))
+        several = (fold != "each" and record.channels > _LINE_CHANNELS) or (merged and record.routes > 1)
+        told.attention = output(out, axes, frame, add=several)
         told.fold, told.attention_scale = _FOLDS[fold], _scale(record, fold, merged)
         line = CLine(call=told, index=index, column=axis == "column", token=merged)
         blocks = part.batch * part.routes * math.ceil(part.channels / _LINE_CHANNELS)
@@ -181,15 +181,16 @@ def attention_line(
 
 
 def _launch_attention(
-    launcher: Launcher, kernel: str, told: CCall, part: ScanRecord, out: Tensor, fold: str, merged: bool
+    launcher: Launcher, kernel: str, told: CCall, part: ScanRecord, out: Tensor, fold: str, merged: bool, several: bool
 ) -> None:
+    """``several``: other routes add to the same entries, in this launch or in another."""
     tile, threads = _TILES[kernel]
     device = out.device
     tiles = part.batch * part.routes * _pairs(part, tile)
     wanted = launcher.multiprocessors(device) * _BLOCKS_PER_MULTIPROCESSOR * _SCAN_THREADS // threads
     splits = 1 if deterministic() else max(1, min(math.ceil(part.channels / _CHANNELS), wanted // tiles))
     axes = (*(() if merged else ("route",)), *(("group",) if fold == "each" else ()), "axis", "position")
-    add = (splits > 1 and fold != "each") or (merged and part.routes > 1)
+    add = several or (splits > 1 and fold != "each")
     before = torch.empty(part.batch, part.routes, part.heads, math.ceil(part.length / tile), 2, device=device)
     counters = torch.zeros(1 + part.batch * part.routes, dtype=torch.int32, device=device)
     told.attention = output(out, ("batch", *axes), READ if merged else STEP, add)
@@ -210,10 +211,10 @@ def _attention_shared(kernel: str, states: int) -> int:
     return max(stage + slab, 4 + threads // 32 * states * 4)
 
 
-def _ask_for_y(told: CCall, part: ScanRecord, y: Tensor, merged: bool) -> None:
+def _ask_for_y(told: CCall, record: ScanRecord, y: Tensor, merged: bool) -> None:
     axes = ("batch", "axis", "position") if merged else ("batch", "route", "axis", "position")
-    told.y = output(y, axes, WRITE if merged else STEP, add=merged and part.routes > 1)
-    told.want_y, told.y_scale = 1, part.scale if merged else 1.0
+    told.y = output(y, axes, WRITE if merged else STEP, add=merged and record.routes > 1)
+    told.want_y, told.y_scale = 1, record.scale if merged else 1.0
 
 
 def _new_y(record: ScanRecord, merged: bool) -> Tensor:

@@ -3,6 +3,8 @@
 The scan's output and its attention come from one launch. float32, bfloat16 and float16 tensors; float32 results.
 """
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -132,12 +134,34 @@ def scan_and_attention(
     return u.new_empty(0) if y is None else y, attention
 
 
-def _y_shape(u: Tensor, read_order: Tensor, tokens: int, merged: bool) -> tuple[int, ...]:
+@torch.library.custom_op("mamba_attn::hidden_attention_backward", mutates_args=())
+def hidden_attention_backward(
+    gradient: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, read_order: Tensor,
+    write_order: Tensor, tokens: int, scale: float, source_frame: str, merged: bool, row_weight: Tensor | None,
+    col_weight: Tensor | None, fold: str, needed: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of delta, A, B, C and the two weights by the blocked path; empty where not needed."""
+    record = _record(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
+    weights = (row_weight, col_weight)
+    stream = torch.cuda.current_stream(u.device) if u.is_cuda else None
+
+    def run() -> list[Tensor | None]:
+        with torch.cuda.stream(stream):
+            return blocked.attention_gradients(record, weights, fold, merged, gradient, needed)
+
+    with ThreadPoolExecutor(1) as other:  # in an operator's own thread autograd is off
+        a, b, c, d, e, f = (u.new_empty(0) if x is None else x for x in other.submit(run).result())
+    return a, b, c, d, e, f
+
+
+def _y_shape(u: Tensor, read_order: Tensor, tokens: int, merged: bool) -> Sequence[int | torch.SymInt]:
     routes, length = read_order.shape
     return (u.shape[0], u.shape[2], tokens) if merged else (u.shape[0], routes, u.shape[2], length)
 
 
-def _attention_shape(u: Tensor, read_order: Tensor, tokens: int, merged: bool, fold: str) -> tuple[int, ...]:
+def _attention_shape(
+    u: Tensor, read_order: Tensor, tokens: int, merged: bool, fold: str
+) -> Sequence[int | torch.SymInt]:
     routes, length = read_order.shape
     kept = (u.shape[2],) if fold == "each" else ()
     return (u.shape[0], *kept, tokens, tokens) if merged else (u.shape[0], routes, *kept, length, length)
@@ -163,6 +187,15 @@ def _(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame
 def _(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame, merged, fold):  # type: ignore[no-untyped-def]
     shapes = _y_shape(u, read_order, tokens, merged), _attention_shape(u, read_order, tokens, merged, fold)
     return tuple(u.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+@hidden_attention_backward.register_fake
+def _(  # type: ignore[no-untyped-def]
+    gradient, u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame, merged, row_weight,
+    col_weight, fold, needed,
+):  # fmt: skip
+    sources = zip((delta, A, B, C, row_weight, col_weight), needed, strict=True)
+    return tuple(u.new_empty(0) if x is None or not need else x.new_empty(x.shape) for x, need in sources)
 
 
 _SOURCES = 8  # tensors of a record, at the front of every operator's arguments
@@ -195,9 +228,10 @@ def _through_attention(ctx: Any, gradient: Tensor | None) -> list[Tensor | None]
         return [None] * 8
     weights = (*ctx.saved_tensors[_SOURCES:], None, None)[:2]
     of_weights = ctx.needs_input_grad[_FIELDS + 1 : _FIELDS + 3] if len(ctx.needs_input_grad) > _FIELDS + 2 else ()
-    needed = (*ctx.needs_input_grad[1:5], *of_weights, False, False)[:6]
-    record = _record(*ctx.saved_tensors[:_SOURCES], *ctx.fields)
-    found = blocked.attention_gradients(record, weights, ctx.fold, ctx.merged, gradient, needed)
+    needed = [*ctx.needs_input_grad[1:5], *of_weights, False, False][:6]
+    record = (*ctx.saved_tensors[:_SOURCES], *ctx.fields)
+    every = hidden_attention_backward(gradient, *record, ctx.merged, *weights, ctx.fold, needed)
+    found = [value if need else None for value, need in zip(every, needed, strict=True)]
     return [None, *found[:4], None, *found[4:]]
 
 

@@ -17,7 +17,7 @@ SIGNED = ("mean", "sum")
 KERNELS = tuple(_kernels._TILES)
 LONG = [
     Case(routes=1, channels=3, states=2, grid=(1, 65)),
-    Case(routes=2, channels=19, states=16, grid=(14, 14), class_token=True),  # Vim's 197 tokens
+    Case(batch=1, routes=2, channels=17, states=16, grid=(14, 14), class_token=True),  # Vim's 197 tokens
     Case(batch=1, routes=4, channels=18, states=1, grid=(12, 11), frame="tokens"),
     Case(batch=1, routes=1, channels=35, states=3, grid=(1, 129), delta_scale=0.1),
     Case(batch=1, routes=1, channels=2, states=33, grid=(1, 70), delta_scale=0.01),

@@ -1,0 +1,186 @@
+"""The kernels as operators of torch: registered right, compiled, deterministic where asked; and what they refuse."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mamba_attn import ops
+from mamba_attn.errors import BackendUnavailableError, MatrixTooLargeError
+from mamba_attn.ops import _dispatch, _kernels, _structures, fused
+from mamba_attn.scan import ScanRecord
+from tests import emulation
+from tests.kernels.machines import MACHINES, Recorder, machine
+from tests.ops.cases import Case, make
+
+SMALL = Case(batch=1, routes=2, channels=3, states=2, grid=(2, 3))
+
+
+@pytest.fixture(params=MACHINES)
+def there(request: pytest.FixtureRequest) -> Iterator[Recorder]:
+    with machine(request.param) as recorder:
+        yield recorder
+
+
+def leaves(record: ScanRecord) -> ScanRecord:
+    return record.map_tensors(lambda x: x.detach().clone().requires_grad_())
+
+
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("skip", [True, False])
+def test_opcheck(there: Recorder, merged: bool, skip: bool) -> None:
+    record = leaves(make(Case(batch=1, routes=2, channels=3, states=2, grid=(2, 3), skip=skip)))
+    fields = fused._flat(record)
+    rows = torch.randn(1, 2, 3, 6, requires_grad=True)
+    checks = (
+        (fused.selective_scan, (*fields, merged)),
+        (fused.scan_and_attention, (*fields, merged, "mean")),
+        (fused.hidden_attention, (*fields, merged, rows, None, "sum")),
+        (fused.hidden_attention, (*fields, merged, None, None, "each")),
+    )
+    for operator, arguments in checks:
+        torch.library.opcheck(operator, arguments)
+    with torch.no_grad():
+        y = fused.selective_scan(*fields, merged)
+        detached = fused._flat(record.map_tensors(torch.Tensor.detach))
+        torch.library.opcheck(fused.selective_scan_backward, (torch.ones_like(y), *detached, merged))
+
+
+COMPILED = """
+import sys, torch
+from mamba_attn.ops import fused
+from tests.kernels.machines import machine
+from tests.ops.cases import Case, make
+
+with machine(sys.argv[1]):
+    record = make(Case(batch=1, routes=2, channels=3, states=2, grid=(2, 3)))
+
+    def run(u, delta):
+        own = record.replace(source_u=u, source_delta=delta)
+        y, matrix = fused.BACKEND.scan_and_attention(own, "mean", True)
+        return y, matrix, fused.BACKEND.selective_scan(own, False)
+
+    results = []
+    for call in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
+        inputs = [x.detach().clone().requires_grad_() for x in (record.source_u, record.source_delta)]
+        y, matrix, each = call(*inputs)
+        gradients = torch.autograd.grad(y.sum() + (matrix * matrix).sum() + (each * each).sum(), inputs)
+        results.append([y, matrix, each, *gradients])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-6)
+print("same")
+"""
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_under_torch_compile_in_one_graph(name: str) -> None:
+    root = Path(__file__).parents[
+        2
+    ]  # a process of its own: dynamo cannot trace the checks of shapes that tests install
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED, name], capture_output=True, text=True, env=environment, cwd=root
+    )
+    assert done.stdout == "same\n", done.stderr
+
+
+def test_left_alone_the_library_picks_the_kernels_where_they_run(there: Recorder) -> None:
+    record = make(SMALL)
+    ops.hidden_attention(record)
+    assert there.launched == ["attention_direct"]
+    ops.hidden_attention(record.map_tensors(torch.Tensor.double))
+    assert len(there.launched) == 1  # float64 is not for them
+
+
+def test_deterministic_algorithms_take_one_route_after_the_other(there: Recorder) -> None:
+    record = make(Case(batch=1, routes=4, channels=40, states=1, grid=(4, 5), frame="tokens"))
+    usual = ops.hidden_attention(record, backend="fused")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.allclose(ops.hidden_attention(record, backend="fused"), usual, rtol=1e-5, atol=1e-6)
+        assert there.launched == ["attention_factored_64"] * 5
+        with pytest.raises(BackendUnavailableError, match="its backward adds in no fixed order and deterministic"):
+            ops.selective_scan(leaves(record), backend="fused")
+        ops.selective_scan(leaves(record))  # another backend goes on
+        assert len(there.launched) == 5
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def test_structures_are_those_of_the_source() -> None:
+    library = emulation.library()
+    mirrored = {"Call": _structures.CCall, "Backward": _structures.CBackward, "Line": _structures.CLine}
+    for name, structure in mirrored.items():
+        assert library.size_of(name.encode()) == ctypes.sizeof(structure)
+    for kernel in _kernels._TILES:
+        assert library.size_of(kernel.encode()) == _kernels._attention_shared(kernel, 1)
+
+
+def test_arrays_through_the_emulator() -> None:
+    generator = np.random.default_rng(0)
+    delta, A = generator.random((2, 5, 40), np.float32), -generator.random((5, 3), np.float32) - 0.1
+    B, C, u = (generator.standard_normal((2, n, 40)).astype(np.float32) for n in (3, 3, 5))
+    truth = ops.hidden_attention(*map(torch.from_numpy, (delta, A, B, C)), fold="absolute", backend="reference")
+    found = emulation.hidden_attention(delta, A, B, C, fold="absolute")
+    np.testing.assert_allclose(found, truth.numpy(), rtol=1e-5, atol=1e-6)
+    y, matrix = emulation.selective_scan(u, delta, A, B, C, attention="each")
+    np.testing.assert_allclose(y, np.einsum("bcij,bcj->bci", matrix, u), rtol=1e-4, atol=1e-4)
+
+
+def test_an_order_that_points_outside_is_refused_and_never_followed(
+    there: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = make(SMALL)
+    order = record.write_order.clone()
+    order[1, 2] = 6
+    wrong = record.replace(write_order=order)
+    with pytest.raises(ValueError, match=r"write_order visits 0\.\.6, but there are 6 tokens"):
+        ops.hidden_attention(wrong, backend="fused")
+    order[1, 2] = -1
+    with pytest.raises(ValueError, match=r"write_order visits -1\.\.5"):  # the same tensor, changed since
+        ops.selective_scan(wrong, backend="fused")
+    monkeypatch.setattr(_kernels, "_capturing", lambda order: True)  # no look is possible while a graph is captured
+    found = ops.hidden_attention(wrong, backend="fused")
+    rest = [t for t in range(6) if t != record.write_order[1, 2]]
+    torch.testing.assert_close(found[:, rest], ops.hidden_attention(record, backend="fused")[:, rest])
+
+
+def test_an_order_is_looked_at_once(there: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = make(SMALL)
+    ops.hidden_attention(record, backend="fused")
+    monkeypatch.setattr(torch.Tensor, "aminmax", lambda self: pytest.fail("looked again"))
+    ops.hidden_attention(record, backend="fused")
+
+
+def test_what_the_kernels_do_not_take_is_a_sentence() -> None:
+    record = make(SMALL)
+    with machine("host", shared_limit=9000):
+        wide = make(Case(batch=1, routes=1, channels=2, states=40, grid=(1, 4)))
+        with pytest.raises(
+            BackendUnavailableError, match=r"40 states need 10,752 bytes of shared memory .* has 9,000; use"
+        ):
+            ops.selective_scan(wide, backend="fused")
+        assert ops.selective_scan(wide).isfinite().all()
+    with machine("host"):
+        with pytest.raises(BackendUnavailableError, match="an input is torch.float64; use backend='blocked'"):
+            ops.selective_scan(record.map_tensors(torch.Tensor.double), backend="fused")
+        with pytest.raises(BackendUnavailableError, match="on several devices, cpu and meta"):
+            ops.selective_scan(record.replace(D=record.D.to("meta")), backend="fused")
+        one = torch.ones(())
+        endless = make(Case(batch=1, routes=1, channels=1, states=1, grid=(1, 1))).replace(
+            source_u=one.expand(1, 1, 1, 2**23), source_delta=one.expand(1, 1, 1, 2**23),
+            source_B=one.expand(1, 1, 1, 1, 2**23), source_C=one.expand(1, 1, 1, 1, 2**23),
+            read_order=torch.zeros((), dtype=torch.int64).expand(1, 2**23),
+            write_order=torch.zeros((), dtype=torch.int64).expand(1, 2**23), tokens=2**23,
+        )  # fmt: skip
+        assert "need more than 2,147,483,647 blocks; split the batch" in fused.BACKEND.unavailable(endless)
+        with pytest.raises(MatrixTooLargeError, match="attention_row"):
+            _dispatch.require_memory(ops._arguments.Call(endless, True, True, "call"), "mean")
+    with pytest.raises(BackendUnavailableError, match="it runs on CUDA devices and the tensors are on cpu"):
+        ops.selective_scan(record, backend="fused")
