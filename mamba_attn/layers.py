@@ -1,7 +1,8 @@
 """What a trace yields for one layer: its attention, rows, columns and products."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
@@ -112,6 +113,12 @@ class Layer(ABC):
                 f"{self.name}: {', '.join(self._not_finite)} contain NaN or Inf; check the images, the weights and the "
                 "precision of the forward pass."
             )
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no tensor holds NaN or Inf; one wait for the device, however many there are."""
+    ends = [end for tensor in tensors for end in tensor.detach().aminmax()]
+    return all(map(math.isfinite, torch.stack(ends).tolist()))
 
 
 def require(call: str, layers: Iterable[Layer], wanted: type[AnyLayer]) -> list[AnyLayer]:
@@ -252,5 +259,9 @@ class ScanLayer(Layer):
     @cached_property
     def _not_finite(self) -> list[str]:
         scan = self.scan
+        if self._ready and self._y is not None and all_finite([self._y, *self._ready.values()]):
+            return []  # computed from everything, and there already
         tensors = {"u": scan.source_u, "delta": scan.source_delta, "B": scan.source_B, "C": scan.source_C, "A": scan.A}
-        return [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+        if all_finite(list(tensors.values())):
+            return []
+        return [name for name, tensor in tensors.items() if not all_finite([tensor])]

@@ -4,15 +4,15 @@ Runs on whatever the launcher runs on; the tests' launcher takes CPU tensors.
 """
 
 import math
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from mamba_attn.ops._arguments import Weights
 from mamba_attn.ops._driver import GRID_LIMIT
 from mamba_attn.ops._launcher import Launcher
+from mamba_attn.ops._orders import told_orders
 from mamba_attn.ops._structures import (
     READ,
     STEP,
@@ -96,7 +96,7 @@ def attention(
     Args:
         launcher: runs the kernels.
         record: the scan.
-        weights: of rows and columns, each None, (batch, routes, channels, length) or, merged, (batch, channels, tokens).
+        weights: of rows and columns: None, (batch, routes, channels, length) or, merged, (batch, channels, tokens).
         fold: see ``hidden_attention``.
         merged: routes summed in the token frame, times the record's scale.
         with_y: the scan's output too, by the same launch.
@@ -128,7 +128,7 @@ def backward(launcher: Launcher, record: ScanRecord, gradient: Tensor, merged: b
     sources = (told.source_u, told.source_delta, told.A, told.source_B, told.source_C, told.D)
     results = [None if x is None else torch.zeros(x.shape, device=x.device) for x in sources]
     u, delta, A, B, C, D = results
-    read, write = _orders(record, merged)
+    read, write = told_orders(record, merged)
     spans = math.ceil(record.length / _SPAN)
     entering = gradient.new_empty(
         (record.batch, record.routes, record.channels, spans, record.states), dtype=torch.float32
@@ -158,7 +158,7 @@ def backward(launcher: Launcher, record: ScanRecord, gradient: Tensor, merged: b
 def attention_line(
     launcher: Launcher, record: ScanRecord, axis: str, index: int, weights: Weights, fold: str, merged: bool
 ) -> Tensor:
-    """One row or column of ``attention``: (batch, [channels,] tokens) merged, else (batch, routes, [channels,] length)."""
+    """One line of ``attention``: (batch, [channels,] tokens) merged, else (batch, routes, [channels,] length)."""
     size = record.tokens if merged else record.length
     kept = (*(() if merged else (record.routes,)), *((record.channels,) if fold == "each" else ()))
     out = torch.zeros(record.batch, *kept, size, device=record.source_delta.device)
@@ -238,43 +238,12 @@ def _weight(weight: Tensor | None, routes: slice, frame: int) -> tuple[Tensor | 
 def _parts(record: ScanRecord, merged: bool) -> Iterator[tuple[ScanRecord, Tensor | None, Tensor | None]]:
     """The record and its orders: all routes at once or, where results may not depend on who adds first, one by one."""
     record = record.map_tensors(torch.Tensor.detach)
-    read, write = _orders(record, merged)
+    read, write = told_orders(record, merged)
     size = 1 if merged and deterministic() else record.routes
     for start in range(0, record.routes, size):
         own = slice(start, start + size)
         part = record if size == record.routes else record.select_routes(own)
         yield part, None if read is None else read[own], None if write is None else write[own]
-
-
-def _orders(record: ScanRecord, merged: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Tokens read and written at each step, where a kernel asks: int64, contiguous, on the tensors' device."""
-    gathers = record.source_frame == "tokens"
-    read = _checked(record, "read_order") if gathers or merged else None
-    return read, _checked(record, "write_order") if merged else None
-
-
-def _checked(record: ScanRecord, name: str) -> Tensor:
-    """An order whose tokens exist; a tensor that was looked at before is not looked at again: that waits for the GPU."""
-    order: Tensor = getattr(record, name)
-    state = (record.tokens, order._version)
-    if not _capturing(order) and (order not in _SEEN or _SEEN[order] != state):
-        smallest, largest = (int(end) for end in order.aminmax())
-        if smallest < 0 or largest >= record.tokens:
-            raise ValueError(
-                f"ScanRecord: {name} visits {smallest}..{largest}, but there are {record.tokens} tokens; pass tokens= "
-                "too."
-            )
-        if not order.is_inference():
-            _SEEN[order] = state
-    return order.to(record.source_delta.device).long().contiguous()
-
-
-_SEEN: MutableMapping[Tensor, tuple[int, int]] = WeakIdKeyDictionary()
-
-
-def _capturing(order: Tensor) -> bool:
-    """Whether a CUDA graph is being captured, which must not wait; kernels skip what does not exist anyway."""
-    return order.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def deterministic() -> bool:

@@ -99,7 +99,8 @@ def call(record: ScanRecord, read: Tensor | None, write: Tensor | None) -> CCall
         B=tensor(record.source_B, states, frame),
         C=tensor(record.source_C, states, frame),
         D=tensor(record.D, ("route", "axis")),
-        read=None if read is None else read.data_ptr(), write=None if write is None else write.data_ptr(), batch=record.batch, routes=record.routes,
+        read=None if read is None else read.data_ptr(), write=None if write is None else write.data_ptr(),
+        batch=record.batch, routes=record.routes,
         channels=record.channels, heads=record.heads, groups=record.source_B.shape[2], states=record.states,
         length=record.length, tokens=record.tokens, splits=1, y_scale=1.0, attention_scale=1.0,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from mamba_attn.bench.ceilings import Ceilings
 from mamba_attn.bench.measuring import Bench, Guarded, measure, skip
 from mamba_attn.bench.subjects import Configuration, Model, Subject, Unavailable, grid
 from mamba_attn.errors import MambaAttnError
+from mamba_attn.ops.blocked import Blocked
 
 CPU = torch.device("cpu")
 FAST = Ceilings(copy=1e12, exponentials=1e12, float32=1e14)
@@ -200,10 +201,12 @@ def test_the_grid_keeps_the_batches_of_a_model_together():
 
 
 def test_a_backend_that_is_added_gets_its_rows(bench, model, monkeypatch):
-    class New:
+    class New(Blocked):
         def __init__(self, reason):
-            self.unavailable = lambda record: reason
-            self.hidden_attention = ops.BACKENDS["blocked"].hidden_attention
+            self.reason = reason
+
+        def unavailable(self, record):
+            return self.reason
 
     monkeypatch.setitem(ops.BACKENDS, "new", New(None))
     monkeypatch.setitem(ops.BACKENDS, "absent", New("no driver was found; install one."))

@@ -1,4 +1,4 @@
-"""The sources through NVIDIA's compilers, which need no GPU: nvcc's report on registers, and the shipped loader's NVRTC."""
+"""The sources through NVIDIA's compilers, which need no GPU: nvcc reports registers, the shipped loader uses NVRTC."""
 
 import re
 import shutil
@@ -23,10 +23,8 @@ def report(architecture: str, folder: Path) -> dict[str, tuple[int, int, int]]:
     command = [NVCC, "-O3", "-std=c++17", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", "-Werror", "all-warnings"]
     done = subprocess.run([*command, "-o", str(folder / "x.cubin"), str(SOURCE)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = re.findall(
-        r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", done.stderr,
-        re.DOTALL,
-    )  # fmt: skip
+    line = r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+    found = re.findall(line, done.stderr, re.DOTALL)
     return {name: (int(registers), int(stored), int(loaded)) for name, stored, loaded, registers in found}
 
 

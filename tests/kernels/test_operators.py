@@ -13,7 +13,7 @@ import torch
 
 from mamba_attn import ops
 from mamba_attn.errors import BackendUnavailableError, MatrixTooLargeError
-from mamba_attn.ops import _dispatch, _kernels, _structures, fused
+from mamba_attn.ops import _dispatch, _kernels, _orders, _structures, fused
 from mamba_attn.scan import ScanRecord
 from tests import emulation
 from tests.kernels.machines import MACHINES, Recorder, machine
@@ -145,7 +145,7 @@ def test_an_order_that_points_outside_is_refused_and_never_followed(
     order[1, 2] = -1
     with pytest.raises(ValueError, match=r"write_order visits -1\.\.5"):  # the same tensor, changed since
         ops.selective_scan(wrong, backend="fused")
-    monkeypatch.setattr(_kernels, "_capturing", lambda order: True)  # no look is possible while a graph is captured
+    monkeypatch.setattr(_orders, "capturing", lambda order: True)  # no look is possible while a graph is captured
     found = ops.hidden_attention(wrong, backend="fused")
     rest = [t for t in range(6) if t != record.write_order[1, 2]]
     torch.testing.assert_close(found[:, rest], ops.hidden_attention(record, backend="fused")[:, rest])
@@ -168,7 +168,7 @@ def test_what_the_kernels_do_not_take_is_a_sentence() -> None:
             ops.selective_scan(wide, backend="fused")
         assert ops.selective_scan(wide).isfinite().all()
     with machine("host"):
-        with pytest.raises(BackendUnavailableError, match="an input is torch.float64; use backend='blocked'"):
+        with pytest.raises(BackendUnavailableError, match=r"an input is torch\.float64; use backend='blocked'"):
             ops.selective_scan(record.map_tensors(torch.Tensor.double), backend="fused")
         with pytest.raises(BackendUnavailableError, match="on several devices, cpu and meta"):
             ops.selective_scan(record.replace(D=record.D.to("meta")), backend="fused")
