@@ -11,7 +11,7 @@
     type& name = *reinterpret_cast<type*>(shared_memory)
 #endif
 
-extern "C" __global__ void __launch_bounds__(128, 4) selective_scan(const Call call) {
+extern "C" __global__ void __launch_bounds__(256, 2) selective_scan(const Call call) {
     SHARED_MEMORY(float, states);
     scan_block(call, blockIdx.x, &states, SPAN);
 }

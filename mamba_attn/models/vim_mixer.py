@@ -4,6 +4,7 @@
 adapters.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -52,7 +53,7 @@ def project(
     )
     B, C = torch.stack(bc, 1).mT.unsqueeze(2).chunk(2, dim=3)
     if orders is None:
-        orders = patch_orders.both_ways(torch.arange(x.shape[1], device=x.device))[: len(suffixes)]
+        orders = _there_and_back(x.shape[1], len(suffixes), x.device)
     return ScanRecord.from_scan(
         torch.stack(u, 1).mT,
         F.softplus(full_precision(torch.stack(dt, 1))).mT,
@@ -99,6 +100,13 @@ def _route(module: nn.Module, suffix: str, inner: Tensor, rules: Rules) -> tuple
 def _part(module: nn.Module, name: str) -> Any:
     """A submodule or parameter by name, untyped: the module may be anybody's."""
     return getattr(module, name)
+
+
+@functools.lru_cache(maxsize=64)
+def _there_and_back(tokens: int, routes: int, device: torch.device) -> Int[Tensor, "routes length"]:
+    """The default orders, remembered."""
+    with torch.inference_mode(False):  # a cached inference tensor could not be used while training
+        return patch_orders.both_ways(torch.arange(tokens, device=device))[:routes]
 
 
 def _along(inner: Tensor, route: int, orders: Tensor | None) -> Tensor:

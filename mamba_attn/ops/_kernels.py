@@ -32,7 +32,7 @@ _FOLDS = {"sum": 0, "mean": 0, "positive": 1, "absolute": 2, "each": 3}
 _SIGNED = ("sum", "mean")
 # as in cuda/*.cuh
 _CHANNELS, _STATES, _INNER, _SPAN = 16, 16, 16, 128
-_SCAN_THREADS, _BACKWARD_THREADS, _LINE_THREADS, _LINE_CHANNELS = 128, 256, 256, 64
+_SCAN_THREADS, _BACKWARD_THREADS, _LINE_THREADS, _LINE_CHANNELS = 256, 256, 256, 64
 _TILES = {  # steps, threads
     "attention_direct": (64, 128),
     "attention_factored_64": (64, 128),
@@ -41,7 +41,7 @@ _TILES = {  # steps, threads
 _SHARED_BACKWARD = 2 * _BACKWARD_THREADS // 32 * _SPAN * 4
 _SHARED_LINE = 8 * _LINE_CHANNELS + _LINE_THREADS // 32 * _SPAN * 4 + 4
 _SHORT, _LONG = 16, 512  # lengths below which pairs are few, and from which large tiles are full
-_BLOCKS_PER_MULTIPROCESSOR = 8  # of attention blocks, when channels can be divided among them
+_THREADS_PER_MULTIPROCESSOR = 1024  # wanted of attention blocks, when channels can be divided among them
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
@@ -187,7 +187,7 @@ def _launch_attention(
     tile, threads = _TILES[kernel]
     device = out.device
     tiles = part.batch * part.routes * _pairs(part, tile)
-    wanted = launcher.multiprocessors(device) * _BLOCKS_PER_MULTIPROCESSOR * _SCAN_THREADS // threads
+    wanted = launcher.multiprocessors(device) * _THREADS_PER_MULTIPROCESSOR // threads
     splits = 1 if deterministic() else max(1, min(math.ceil(part.channels / _CHANNELS), wanted // tiles))
     axes = (*(() if merged else ("route",)), *(("group",) if fold == "each" else ()), "axis", "position")
     add = several or (splits > 1 and fold != "each")

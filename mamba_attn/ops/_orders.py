@@ -21,19 +21,19 @@ def told_orders(record: ScanRecord, merged: bool) -> tuple[Tensor | None, Tensor
 def _checked(record: ScanRecord, name: str) -> Tensor:
     """An order whose tokens exist; one that was looked at before is not looked at again: that waits for the GPU."""
     order: Tensor = getattr(record, name)
-    state = (record.tokens, order._version)
-    if not capturing(order) and (order not in _SEEN or _SEEN[order] != state):
+    state = None if order.is_inference() else (record.tokens, order._version)  # which inference tensors have not
+    if not capturing(order) and (state is None or _SEEN.get(order) != state):
         smallest, largest = (int(end) for end in order.aminmax())
         if smallest < 0 or largest >= record.tokens:
             raise ValueError(
                 f"ScanRecord: {name} visits {smallest}..{largest}, but there are {record.tokens} tokens; pass tokens= "
                 "too."
             )
-        if not order.is_inference():
+        if state is not None:
             _SEEN[order] = state
     return order.to(record.source_delta.device).long().contiguous()
 
 
 def capturing(order: Tensor) -> bool:
     """Whether a CUDA graph is being captured, which must not wait; kernels skip what does not exist anyway."""
-    return order.is_cuda and torch.cuda.is_current_streamcapturing()
+    return order.is_cuda and torch.cuda.is_current_stream_capturing()
