@@ -35,6 +35,8 @@ TARGETS = {
     "loop": Target(f"published triple loop / ours, {VIM}", 80, 400, higher=True, unit="x"),
     "formula": Target(f"ours / VMamba's published formula, {VIM}", 2, 1, unit="x"),
     "error": Target("error against float64 / sum of absolute terms, delta x 1e-3 to 10, L to 3136", 1e-5, 1e-6),
+    "spills": Target("bytes that the CUDA kernels spill on sm_80, sm_90 and sm_120, all together", 0, 0),
+    "kernel error": Target("error of the CUDA source, run on a host / plain PyTorch's", 2, 1, unit="x"),
     "vim_tiny": Target("vim_tiny forward / DeiT-tiny forward", 8, 5, unit="x"),
     "vim_tiny attention": Target("attention of all 24 layers added / DeiT-tiny forward", 70, 20, unit="x"),
     "vmamba_tiny_s1l8": Target("vmamba_tiny_s1l8 forward / DeiT-tiny forward", 12, 8, unit="x"),

@@ -1,9 +1,10 @@
-"""Measure the operators, the models, the maps or the kernel: a table, and JSON under benchmarks/results/.
+"""Measure the operators, the models, the maps, the kernels or their build: a table, and JSON under benchmarks/results/.
 
     python benchmarks/run.py ops
     python benchmarks/run.py models
     python benchmarks/run.py maps --data FOLDER
     python benchmarks/run.py kernel [--device cuda]
+    python benchmarks/run.py build
 
 One thread, CPU time, the competitors in turn (A B A B) in one process; peak memory in child processes. ``kernel`` is
 ``mamba-attn bench``; on a GPU it measures between CUDA events.
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 import torch
 
-from benchmarks import cases, maps, verify
+from benchmarks import cases, maps, verify, without_gpu
 from benchmarks.cases import Shape
 from benchmarks.measure import Spread, interleave, paired, peak_memory, slope
 from benchmarks.report import Figure, figure, finish, show
@@ -33,6 +34,7 @@ WHAT = {
     "models": "models: time and memory of a forward pass and of its attention",
     "maps": "maps: energy in boxes, deletion, time of the command",
     "kernel": "hidden attention and what it costs: models, backends, ceilings, on a CPU or a GPU",
+    "build": "the CUDA kernels without a GPU: registers, spills, and the error of their source on the host",
 }
 
 
@@ -182,7 +184,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.what == "maps":
         found, partial = maps.run_maps(args), args.quick or maps.partial(args)
     else:
-        found, partial = [(args.what, *(run_ops if args.what == "ops" else run_models)(args.quick))], args.quick
+        runs = {"ops": run_ops, "models": run_models, "build": without_gpu.run_build}
+        found, partial = [(args.what, *runs[args.what](args.quick))], args.quick
     folder = args.out or (None if partial else RESULTS)
     for name, figures, details in found:
         finish(name, figures, details, folder and folder / f"{name}.json", partial)

@@ -3,13 +3,15 @@
 The scan's output and its attention come from one launch. float32, bfloat16 and float16 tensors; float32 results.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mamba_attn.errors import MambaAttnError
 from mamba_attn.ops import _kernels, blocked
 from mamba_attn.ops._arguments import Weights
 from mamba_attn.ops._backend import Backend
@@ -60,7 +62,8 @@ class Fused(Backend):
         self, record: ScanRecord, axis: str, index: int, weights: Weights, fold: str, merged: bool
     ) -> Tensor:
         """One row or column of ``hidden_attention``; keeps no graph."""
-        return _kernels.attention_line(_launcher, record, axis, index, weights, fold, merged)
+        with _remedy(record):
+            return _kernels.attention_line(_launcher, record, axis, index, weights, fold, merged)
 
 
 BACKEND = Fused()
@@ -84,6 +87,19 @@ def _flat(record: ScanRecord) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+@contextmanager
+def _remedy(record: ScanRecord) -> Iterator[None]:
+    """Say what helps when the device's memory runs out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MambaAttnError(
+            f"the kernels ran out of memory with {record.batch} images, {record.routes} routes, {record.channels} "
+            f"channels and {record.length} steps: {error} Use fewer images at a time, or rows and products "
+            "(attention_row, left_product), which take linear memory."
+        ) from error
+
+
 def _tensors(record: ScanRecord) -> list[Tensor]:
     every = (record.source_u, record.source_delta, record.A, record.source_B, record.source_C, record.D)
     return [x for x in every if x is not None]
@@ -96,7 +112,8 @@ def selective_scan(
 ) -> Tensor:  # fmt: skip
     """The fields of a ``ScanRecord``; y (batch, channels, tokens) merged, else (batch, routes, channels, length)."""
     record = _record(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
-    return _kernels.scan(_launcher, record, merged)
+    with _remedy(record):
+        return _kernels.scan(_launcher, record, merged)
 
 
 @torch.library.custom_op("mamba_attn::selective_scan_backward", mutates_args=())
@@ -106,7 +123,8 @@ def selective_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of u, delta, A, B, C and D (empty without D), in their shapes and types."""
     record = _record(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
-    *five, skip = _kernels.backward(_launcher, record, gradient, merged)
+    with _remedy(record):
+        *five, skip = _kernels.backward(_launcher, record, gradient, merged)
     results = [x.to(source.dtype) for x, source in zip(five, (u, delta, A, B, C), strict=True)]
     du, ddelta, dA, dB, dC = results
     return du, ddelta, dA, dB, dC, u.new_empty(0) if skip is None or D is None else skip.to(D.dtype)
@@ -120,7 +138,8 @@ def hidden_attention(
 ) -> Tensor:  # fmt: skip
     """The folded matrix of a record; of u only the shape counts."""
     record = _record(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
-    return _kernels.attention(_launcher, record, (row_weight, col_weight), fold, merged)[1]
+    with _remedy(record):
+        return _kernels.attention(_launcher, record, (row_weight, col_weight), fold, merged)[1]
 
 
 @torch.library.custom_op("mamba_attn::scan_and_attention", mutates_args=())
@@ -130,7 +149,8 @@ def scan_and_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Y and the folded matrix, by one launch."""
     record = _record(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
-    y, attention = _kernels.attention(_launcher, record, (None, None), fold, merged, with_y=True)
+    with _remedy(record):
+        y, attention = _kernels.attention(_launcher, record, (None, None), fold, merged, with_y=True)
     return u.new_empty(0) if y is None else y, attention
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mamba_attn import ops
-from mamba_attn.errors import BackendUnavailableError, MatrixTooLargeError
+from mamba_attn.errors import BackendUnavailableError, MambaAttnError, MatrixTooLargeError
 from mamba_attn.ops import _dispatch, _kernels, _orders, _structures, fused
 from mamba_attn.scan import ScanRecord
 from tests import emulation
@@ -156,6 +156,16 @@ def test_an_order_is_looked_at_once(there: Recorder, monkeypatch: pytest.MonkeyP
     ops.hidden_attention(record, backend="fused")
     monkeypatch.setattr(torch.Tensor, "aminmax", lambda self: pytest.fail("looked again"))
     ops.hidden_attention(record, backend="fused")
+
+
+def test_out_of_memory_says_what_helps() -> None:
+    class Full(emulation.Emulator):
+        def launch(self, *arguments: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    record = make(SMALL)
+    with emulation.emulated(Full()), pytest.raises(MambaAttnError, match=r"1 images.*CUDA out of memory\. Use fewer"):
+        ops.hidden_attention(record, backend="fused")
 
 
 def test_what_the_kernels_do_not_take_is_a_sentence() -> None:
