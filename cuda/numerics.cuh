@@ -104,7 +104,8 @@ __device__ inline unsigned to_tf32(float value) {
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
     return bits;
 #else
-    return (to_bits(value) + 0x1000u) & ~0x1fffu;
+    const unsigned bits = to_bits(value);
+    return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & ~0x1fffu;  // not finite: CUDA's NaN would wrap
 #endif
 }
 

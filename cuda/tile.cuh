@@ -143,16 +143,20 @@ __device__ inline void scan_or_tile(const Call& call, Stage<TILE>& stage, Comput
     const int block = stage.block;
     if (block < scanning) {
         const int image_route = scan_block(call, block, stage.high, TILE);
-        __threadfence();
         __syncthreads();
-        if (threadIdx.x == 0) atomicAdd(call.counters + 1 + image_route, 1);
+        if (threadIdx.x == 0) {
+            __threadfence();  // whoever sees the count sees the block's sums
+            atomicAdd(call.counters + 1 + image_route, 1);
+        }
         return;
     }
     const TileIndex at = tile_index(call, block - scanning, TILE);
-    if (threadIdx.x == 0)
-        while (atomicAdd(call.counters + 1 + at.b * call.routes + at.r, 0) < per_route) {}
+    if (threadIdx.x == 0) {
+        const volatile int* finished = call.counters + 1 + at.b * call.routes + at.r;
+        while (*finished < per_route) {}
+        __threadfence();
+    }
     __syncthreads();
-    __threadfence();
     stage_places(call, at, stage);  // a barrier follows before anything is staged
     compute(call, at, stage);
 }
