@@ -254,6 +254,9 @@ def deterministic() -> bool:
 
 def _tf32() -> bool:
     """Whether the user allows float32 matrix products to lose digits."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9: once it is set, the older question raises
+        return bool(matmul.fp32_precision == "tf32")
     return torch.get_float32_matmul_precision() != "highest"
 
 
