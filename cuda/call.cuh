@@ -19,7 +19,7 @@ struct Output {
 };
 
 // a sum of many steps as high + low, |low| <= ulp(high) / 2: float32 alone loses digits over thousands of steps
-struct Sum { float high, low; };
+struct alignas(8) Sum { float high, low; };  // aligned: one load
 
 struct Call {
     Tensor u, delta, A, B, C, D, row_weight, col_weight;  // A: group = head, position = state; D: axis = channel

@@ -22,26 +22,40 @@ struct Factored {
         float slab[INNER * PITCH];  // [channel and state][side]: a row's factor or a column's
     };
 
-    struct Inner { int k, n; };  // channel and state of an inner index
-
     // ---- below the diagonal: 32 x 32 entries a warp -----------------------------------------------------------------
 
-    __device__ static void fill_slab(Memory& memory, int k0, int inner, int states) {
-        constexpr int PHASES = THREADS / (2 * TILE), OWN = INNER / PHASES;
+    // A side's INNER values, its PHASES threads taking OWN each, from its factors and distances by channel. Straight-line
+    // code, so that several exponentials are under way at once. SAME neighbouring indices share a channel. Channels
+    // behind the last one are staged with factor 0.
+    template <int SAME, int PHASES, class Distance>
+    __device__ static void fill(Memory& memory, int to, int side, int phase, int k0, int states, Distance distance_of) {
+        constexpr int OWN = INNER / PHASES;
         const Stage<TILE>& stage = memory.stage;
-        const int side = threadIdx.x % (2 * TILE), begin = threadIdx.x / (2 * TILE) * OWN;
-        Inner at = {(k0 + begin) / states, (k0 + begin) % states};
+        int k = (k0 + phase * OWN) / states, n = (k0 + phase * OWN) % states;
+        float factor = 0.f;
+        Sum distance = {0.f, 0.f};
 #pragma unroll 4
-        for (int i = begin; i < begin + OWN; i++) {
-            float value = 0.f;
-            if (k0 + i < inner) {
-                const float factor = stage.factor[at.k * Stage<TILE>::PITCH + side] * stage.BC[at.n * 2 * TILE + side];
-                if (factor != 0.f)
-                    value = factor * decay(stage.rate[at.k * STATES + at.n], stage.distance(at.k, side));
+        for (int i = 0; i < OWN; i++) {
+            if (i % SAME == 0) {
+                factor = stage.factor[k * Stage<TILE>::PITCH + side];
+                distance = distance_of(k);
             }
-            memory.slab[i * PITCH + side] = value;
-            if (++at.n == states) at = {at.k + 1, 0};
+            memory.slab[(phase * OWN + i) * PITCH + to] =
+                factor * stage.BC[n * 2 * TILE + side] * decay(stage.rate[k * STATES + n], distance);
+            const bool next = ++n == states;
+            k += next;
+            n = next ? 0 : n;
         }
+    }
+
+    // `valid` steps of the chunk are in the sequence; what lies behind is never written out
+    __device__ static void fill_slab(Memory& memory, int k0, int states, int valid) {
+        constexpr int PHASES = THREADS / (2 * TILE);
+        const int side = threadIdx.x % (2 * TILE), phase = threadIdx.x / (2 * TILE);
+        if (side >= valid && side < TILE) return;
+        const auto distance = [&](int k) { return memory.stage.distance(k, side); };
+        if (states % 4 == 0) fill<4, PHASES>(memory, side, side, phase, k0, states, distance);
+        else fill<1, PHASES>(memory, side, side, phase, k0, states, distance);
     }
 
     __device__ static void load_rows(const float* slab, int k, int row, int lane, float (&a)[4]) {
@@ -86,7 +100,7 @@ struct Factored {
         each_stage(call, at, memory, [&](int count, int states) {
             for (int k0 = 0; k0 < count * states; k0 += INNER) {
                 __syncthreads();
-                fill_slab(memory, k0, count * states, states);
+                fill_slab(memory, k0, states, call.length - at.I * TILE);
                 __syncthreads();
                 multiply_slab(memory.slab, row, TILE + column, rows, call.products, total);
             }
@@ -118,25 +132,19 @@ struct Factored {
         return {half, row, node + number % across * 8};
     }
 
-    __device__ static void fill_half(Memory& memory, int half, int k0, int inner, int states) {
-        constexpr int PHASES = THREADS / TILE, OWN = INNER / PHASES;
+    __device__ static void fill_half(Memory& memory, int half, int k0, int states, int valid) {
+        constexpr int PHASES = THREADS / TILE;
         const Stage<TILE>& stage = memory.stage;
-        const int step = threadIdx.x % TILE, begin = threadIdx.x / TILE * OWN;
+        const int step = threadIdx.x % TILE, phase = threadIdx.x / TILE;
+        if (step >= valid) return;
         const bool is_row = step & half;
         const int middle = step / (2 * half) * 2 * half + half - 1, side = is_row ? step : TILE + step;
-        Inner at = {(k0 + begin) / states, (k0 + begin) % states};
-#pragma unroll 4
-        for (int i = begin; i < begin + OWN; i++) {
-            float value = 0.f;
-            if (k0 + i < inner) {
-                const Sum to = stage.distance(at.k, middle), own = stage.distance(at.k, side);
-                const Sum distance = is_row ? minus(own, to) : plus(to, own);
-                value = stage.factor[at.k * Stage<TILE>::PITCH + side] * stage.BC[at.n * 2 * TILE + side] *
-                        decay(stage.rate[at.k * STATES + at.n], distance);
-            }
-            memory.slab[i * PITCH + step] = value;
-            if (++at.n == states) at = {at.k + 1, 0};
-        }
+        const auto distance = [&](int k) {
+            const Sum to = stage.distance(k, middle), own = stage.distance(k, side);
+            return is_row ? minus(own, to) : plus(to, own);
+        };
+        if (states % 4 == 0) fill<4, PHASES>(memory, step, side, phase, k0, states, distance);
+        else fill<1, PHASES>(memory, step, side, phase, k0, states, distance);
     }
 
     __device__ static void multiply_half(const float* slab, const Product& p, int products, float (&total)[4]) {
@@ -190,7 +198,7 @@ struct Factored {
             for (int k0 = 0; k0 < count * states; k0 += INNER)
                 for (int half = TILE / 2; half >= LEAF; half /= 2) {
                     __syncthreads();
-                    fill_half(memory, half, k0, count * states, states);
+                    fill_half(memory, half, k0, states, call.length - at.I * TILE);
                     __syncthreads();
 #pragma unroll
                     for (int slot = 0; slot < 4; slot++) {

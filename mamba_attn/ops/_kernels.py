@@ -206,7 +206,7 @@ def _attention_shared(kernel: str, states: int) -> int:
     """Bytes of a block: what it stages and, in a factored kernel, a slab; or its warps' states while it scans."""
     tile, threads = _TILES[kernel]
     sides = 2 * tile
-    stage = 4 + 12 * _CHANNELS * (sides + 2) + 4 * (_STATES + 1) * sides + 8 * _CHANNELS * _STATES
+    stage = 8 + 12 * _CHANNELS * (sides + 2) + 4 * (_STATES + 1) * sides + 8 * _CHANNELS * _STATES
     slab = 0 if kernel == "attention_direct" else 4 * _INNER * (sides + 8)
     return max(stage + slab, 4 + threads // 32 * states * 4)
 
