@@ -68,14 +68,14 @@ struct Factored {
         b[0] = at[0], b[1] = at[4 * PITCH];
     }
 
-    __device__ static void multiply_slab(const float* slab, int row, int column, int rows, int products,
-                                         float (&total)[2][4][4]) {
+    template <int PRODUCTS>
+    __device__ static void multiply_slab(const float* slab, int row, int column, int rows, float (&total)[2][4][4]) {
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int m = 0; m < 2; m++) {
             if (m * 16 >= rows) break;  // the sequence ends before
             float part[4][4] = {};  // the unit's own additions round towards zero: only a slab's worth of them
-#pragma unroll
+#pragma unroll 1  // registers
             for (int k = 0; k < INNER; k += 8) {
                 float a[4];
                 load_rows(slab, k, row + m * 16, lane, a);
@@ -83,7 +83,7 @@ struct Factored {
                 for (int n = 0; n < 4; n++) {
                     float b[2];
                     load_columns(slab, k, column + n * 8, lane, b);
-                    multiply_exact(part[n], a, b, products);
+                    multiply_exact<PRODUCTS>(part[n], a, b);
                 }
             }
 #pragma unroll
@@ -102,7 +102,8 @@ struct Factored {
                 __syncthreads();
                 fill_slab(memory, k0, states, call.length - at.I * TILE);
                 __syncthreads();
-                multiply_slab(memory.slab, row, TILE + column, rows, call.products, total);
+                if (call.products == 3) multiply_slab<3>(memory.slab, row, TILE + column, rows, total);
+                else multiply_slab<1>(memory.slab, row, TILE + column, rows, total);
             }
         });
 #pragma unroll
@@ -147,7 +148,8 @@ struct Factored {
         else fill<1, PHASES>(memory, step, side, phase, k0, states, distance);
     }
 
-    __device__ static void multiply_half(const float* slab, const Product& p, int products, float (&total)[4]) {
+    template <int PRODUCTS>
+    __device__ static void multiply_half(const float* slab, const Product& p, float (&total)[4]) {
         const int lane = threadIdx.x % 32;
         float part[4] = {};
 #pragma unroll
@@ -156,7 +158,7 @@ struct Factored {
             load_rows(slab, k, p.row, lane, a);
             load_columns(slab, k, p.column, lane, b);
             if (p.half == LEAF) a[0] = a[2] = 0.f;  // the first 8 of the 16 rows are columns here
-            multiply_exact(part, a, b, products);
+            multiply_exact<PRODUCTS>(part, a, b);
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) total[i] += part[i];
@@ -203,7 +205,9 @@ struct Factored {
 #pragma unroll
                     for (int slot = 0; slot < 4; slot++) {
                         const Product product = product_of(slot);
-                        if (product.half == half) multiply_half(memory.slab, product, call.products, total[slot]);
+                        if (product.half != half) continue;
+                        if (call.products == 3) multiply_half<3>(memory.slab, product, total[slot]);
+                        else multiply_half<1>(memory.slab, product, total[slot]);
                     }
                 }
         });

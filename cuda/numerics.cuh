@@ -142,7 +142,8 @@ __device__ inline void multiply(float (&d)[4], const unsigned (&a)[4], const uns
 }
 
 // d += a b in float32: products of the TF32 halves (three of four; the fourth is below float32), or of the high halves
-__device__ inline void multiply_exact(float (&d)[4], const float (&a)[4], const float (&b)[2], int products) {
+template <int PRODUCTS>
+__device__ inline void multiply_exact(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
     unsigned a_high[4], a_low[4], b_high[2], b_low[2];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -154,7 +155,7 @@ __device__ inline void multiply_exact(float (&d)[4], const float (&a)[4], const 
         b_high[i] = to_tf32(b[i]);
         b_low[i] = to_tf32(b[i] - from_bits(b_high[i]));
     }
-    if (products == 3) {
+    if (PRODUCTS == 3) {
         multiply(d, a_low, b_high);
         multiply(d, a_high, b_low);
     }
