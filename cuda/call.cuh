@@ -41,5 +41,6 @@ struct Backward {
 
 struct Line {
     Call call;                 // attention: position = column (of a row) or row (of a column)
+    int first;                 // channel of the grid's first block
     int index, column, token;  // a step, or a token when routes merge; column: 1 reads M[:, index], else M[index, :]
 };

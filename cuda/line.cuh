@@ -61,9 +61,9 @@ __device__ inline void line_entries(const Line& line, const Channel& at, int own
 __device__ inline void line_block(const Line& line, float* shared) {
     const Call& call = line.call;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, sign = line.column ? 1 : -1;
-    const int per_route = (call.channels + LINE_CHANNELS - 1) / LINE_CHANNELS, image_route = blockIdx.x / per_route;
+    const int per_route = gridDim.x / (call.batch * call.routes), image_route = blockIdx.x / per_route;
     const int b = image_route / call.routes, r = image_route % call.routes;
-    const int begin = blockIdx.x % per_route * LINE_CHANNELS, end = min(begin + LINE_CHANNELS, call.channels);
+    const int begin = line.first + blockIdx.x % per_route * LINE_CHANNELS, end = min(begin + LINE_CHANNELS, call.channels);
     Sum* running = (Sum*)shared;                              // of each channel
     float* part = shared + 2 * LINE_CHANNELS;                 // of each warp
     int* found = (int*)(part + LINE_WARPS * SPAN);

@@ -174,9 +174,12 @@ def attention_line(
         several = (fold != "each" and record.channels > _LINE_CHANNELS) or (merged and record.routes > 1)
         told.attention = output(out, axes, frame, add=several)
         told.fold, told.attention_scale = _FOLDS[fold], _scale(record, fold, merged)
-        line = CLine(call=told, index=index, column=axis == "column", token=merged)
-        blocks = part.batch * part.routes * math.ceil(part.channels / _LINE_CHANNELS)
-        launcher.launch("attention_line", blocks, _LINE_THREADS, _SHARED_LINE, line, out.device)
+        parts = math.ceil(part.channels / _LINE_CHANNELS)
+        together = 1 if deterministic() and fold != "each" else parts
+        for first in range(0, parts, together):
+            line = CLine(call=told, first=first * _LINE_CHANNELS, index=index, column=axis == "column", token=merged)
+            blocks = part.batch * part.routes * together
+            launcher.launch("attention_line", blocks, _LINE_THREADS, _SHARED_LINE, line, out.device)
     return out
 
 

@@ -63,7 +63,7 @@ class CBackward(ctypes.Structure):
 class CLine(ctypes.Structure):
     """One row or column."""
 
-    _fields_ = [("call", CCall), *((name, ctypes.c_int32) for name in ("index", "column", "token"))]
+    _fields_ = [("call", CCall), *((name, ctypes.c_int32) for name in ("first", "index", "column", "token"))]
 
 
 def tensor(x: Tensor | None, axes: Sequence[str | None], frame: int = STEP) -> CTensor:

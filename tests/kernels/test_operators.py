@@ -109,6 +109,10 @@ def test_deterministic_algorithms_take_one_route_after_the_other(there: Recorder
             ops.selective_scan(leaves(record), backend="fused")
         ops.selective_scan(leaves(record))  # another backend goes on
         assert len(there.launched) == 5
+        wide = make(Case(batch=1, routes=1, channels=130, states=1, grid=(1, 9)))
+        row = ops.attention_row(wide, row=7)
+        assert there.launched[5:] == ["attention_line"] * 3  # 64 channels at a time
+        torch.testing.assert_close(row, ops.hidden_attention(wide, backend="reference")[:, 7], rtol=1e-5, atol=1e-6)
     finally:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
