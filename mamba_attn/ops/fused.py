@@ -3,6 +3,7 @@
 The scan's output and its attention come from one launch. float32, bfloat16 and float16 tensors; float32 results.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from mamba_attn.ops._structures import supported
 from mamba_attn.scan import ScanRecord
 
 _launcher: Launcher = LAUNCHER
+_said: set[str] = set()  # of limits
 
 
 class Fused(Backend):
@@ -39,7 +41,15 @@ class Fused(Backend):
         if torch.is_grad_enabled() and _kernels.deterministic() and any(x.requires_grad for x in tensors):
             return "its backward adds in no fixed order and deterministic algorithms are on; use backend='blocked'."
         problem = _launcher.problem(record.source_delta.device)
-        return problem or _kernels.limits(record, _launcher)
+        if problem:
+            return problem
+        limit = _kernels.limits(record, _launcher)
+        if limit and limit not in _said:
+            _said.add(limit)
+            warnings.warn(
+                f"mamba_attn leaves its CUDA kernel out here (the slower blocked path runs): {limit}", stacklevel=2
+            )
+        return limit
 
     def selective_scan(self, record: ScanRecord, merged: bool) -> Tensor:
         """y: (batch, channels, tokens) merged, else (batch, routes, channels, length)."""
