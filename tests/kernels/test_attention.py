@@ -8,6 +8,7 @@ import torch
 from mamba_attn import ops
 from mamba_attn.ops import _dispatch, _kernels, blocked
 from mamba_attn.scan import ScanRecord
+from tests.emulation import library
 from tests.kernels.machines import MACHINES, Recorder, machine
 from tests.ops.bounds import assert_within, excess, magnitude, weights
 from tests.ops.cases import CASES, Case, double, make
@@ -83,12 +84,21 @@ def test_routes_stay_apart_and_nothing_is_above_the_diagonal(there: Recorder, ca
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@kernels
-def test_half_precision_in_float32_out(there: Recorder, kernel: str, dtype: torch.dtype) -> None:
-    record = make(Case(channels=19, states=4, grid=(8, 9), frame="tokens"), dtype)
-    columns = torch.randn(2, 19, 72).to(dtype)
-    value = attention(there, record, "sum", weights=(None, columns), kernel=kernel)
-    no_worse_than_torch(record, "sum", {"col_weight": columns}, value)
+def test_half_precision_is_read_without_loss(there: Recorder, dtype: torch.dtype) -> None:
+    """All bit patterns that mean something: zeros, the smallest, the largest, and infinity in the last step's input."""
+    record = make(Case(batch=1, channels=19, states=4, grid=(8, 9), frame="tokens"), dtype)
+    smallest = torch.tensor([0.0, -0.0, 6e-8, -1e-7, 5e-5, 6.2e-5, 1e-3]).to(dtype)
+    record.source_u[..., :7], record.source_B[..., 3, 8:15], record.source_C[..., 2, 2:9] = smallest, smallest, smallest
+    record.source_u[..., 5, 60], record.source_u[..., 6, 61] = torch.inf, -torch.inf
+    columns = torch.randn(1, 19, 72).to(dtype)
+    again, rows = record.map_tensors(torch.Tensor.float), (None, columns.float())
+    for kernel in KERNELS:
+        half = _kernels.attention(there, record, (None, columns), "sum", True, with_y=True, kernel=kernel)
+        whole = _kernels.attention(there, again, rows, "sum", True, with_y=True, kernel=kernel)
+        for a, b in zip(half, whole, strict=True):
+            assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+    assert whole[0].isinf().any()
+    no_worse_than_torch(record, "sum", {"col_weight": columns}, half[1])
 
 
 @kernels
@@ -115,19 +125,27 @@ def test_tf32_is_used_only_when_the_user_allows_it(there: Recorder, kernel: str)
         fast = attention(there, record, kernel=kernel)
     finally:
         torch.set_float32_matmul_precision("highest")
-    error = (fast - exact).norm() / exact.norm()
-    assert 1e-6 < error < 1e-3
+    for part in (slice(0, 64), slice(128, 150)):  # on the diagonal, and below it
+        error = (fast - exact)[:, part, :64].norm() / exact[:, part, :64].norm()
+        assert 1e-6 < error < 1e-3
 
 
-def test_channels_divided_among_blocks() -> None:
-    record = make(Case(batch=1, channels=50, states=3, grid=(9, 9)))
-    for kernel in KERNELS:
-        for fold in SIGNED if "factored" in kernel else FOLDS:
-            with machine("host", multiprocessors=1000) as there:
-                divided = attention(there, record, fold, kernel=kernel)
-            with machine("host") as there:
-                whole = attention(there, record, fold, kernel=kernel)
-            torch.testing.assert_close(divided, whole, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("multiprocessors", [1, 1000])
+def test_channels_divided_among_blocks(multiprocessors: int) -> None:
+    record = make(Case(batch=1, routes=1, channels=70, states=2, grid=(9, 9)))  # 5 x 16, for 2 blocks or 5
+    with machine("host", multiprocessors=multiprocessors) as there:
+        for fold in FOLDS:
+            kernels = KERNELS if fold in SIGNED else KERNELS[:1]
+            no_worse_than_torch(
+                record, fold, {}, *(attention(there, record, fold, kernel=kernel) for kernel in kernels)
+            )
+
+
+def test_every_tile_of_the_longest_matrices_has_its_block() -> None:
+    for row in (0, 1, 2, 30, 2047, 2048, 4099, 23170, 46339):
+        first = row * (row + 1) // 2
+        for column in {0, row // 2, row}:
+            assert library().tile_of(64 * 46340, first + column) == (row << 32) + column
 
 
 def test_a_shape_chooses_its_formulation() -> None:
@@ -171,8 +189,12 @@ def test_strides_do_not_matter_and_nothing_outside_a_view_is_read(there: Recorde
 
     again = record.map_tensors(inside_nan)
     assert not again.source_delta.is_contiguous()
+    channels_last = record.map_tensors(lambda x: x.movedim(2, -1).contiguous().movedim(-1, 2) if x.ndim > 3 else x)
+    assert channels_last.source_delta.stride(2) == 1
     for kernel in KERNELS:
-        assert torch.equal(attention(there, again, kernel=kernel), attention(there, record, kernel=kernel))
+        expected = attention(there, record, kernel=kernel)
+        for other in (again, channels_last):
+            assert torch.equal(attention(there, other, kernel=kernel), expected)
 
 
 def test_images_and_routes_do_not_leak(there: Recorder) -> None:
@@ -192,6 +214,7 @@ def test_results_do_not_depend_on_the_schedule(kernel: str) -> None:
     for schedule in (0, 1, 77):
         with machine("host", schedule=schedule) as there:
             results.append(_kernels.attention(there, record, (None, None), "sum", True, with_y=True, kernel=kernel))
+    assert all(torch.isfinite(x).all() for x in results[0])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
