@@ -1,11 +1,12 @@
 // The CUDA source on the host: every CUDA thread of a block is a fiber, switched at barriers and shuffles.
 //
 // Finds wrong indices, missing or diverging barriers (a deadlock is reported; results must not depend on the schedule),
-// uninitialised shared memory (filled with NaN) and shared memory overrun (guarded). Says nothing about speed. The inner
+// uninitialised shared memory (filled with NaN), shared memory overrun (guarded) and pages that may not be touched. Says nothing about speed. The inner
 // instruction of the matrix unit is the one thing that is replaced and not run.
 #include <algorithm>
 #include <cmath>
 #include <csetjmp>
+#include <csignal>
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -24,7 +25,7 @@ struct Fiber { jmp_buf point; ucontext_t context; std::unique_ptr<char[]> stack;
 static std::vector<Fiber> fibers;
 static std::vector<Warp> warps;
 static std::vector<float> shared;
-static jmp_buf back;
+static jmp_buf back, outside;
 static unsigned arrived, generation, live, progress;
 static void (*body)(const void*);
 static const void* arguments;
@@ -75,6 +76,8 @@ static void run_fiber() {
     if (live && arrived == live) arrived = 0, generation++;
     _longjmp(back, 1);
 }
+
+static void on_fault(int) { _longjmp(outside, 1); }
 
 static const char* run_block(const std::vector<unsigned>& order) {
     for (Warp& warp : warps) warp = Warp();
@@ -142,6 +145,14 @@ int size_of(const char* name) {
         : which == "attention_factored_128" ? sizeof(Factored<128>::Memory) : -1;
 }
 
+// where tile `pair` of the lower triangle lies: row * 2^32 + column
+long long tile_of(int length, int pair) {
+    Call call = {};
+    call.length = length, call.splits = call.routes = call.channels = 1;
+    const TileIndex at = tile_index(call, pair, 64);
+    return ((long long)at.I << 32) + at.J;
+}
+
 // Run a grid, block after block. schedule: 0 threads in order, 1 backwards, else shuffled by it. Returns what went wrong.
 const char* launch(const char* name, const void* arguments, int grid, int block, int shared_bytes, unsigned schedule) {
     for (const auto& kernel : KERNELS) {
@@ -158,6 +169,12 @@ const char* launch(const char* name, const void* arguments, int grid, int block,
         std::vector<unsigned> order(block);
         for (int i = 0; i < block; i++) order[i] = schedule == 1 ? block - 1 - i : i;
         blockDim.x = block, gridDim.x = grid;
+        struct sigaction fault = {}, before;
+        fault.sa_handler = host::on_fault;
+        fault.sa_flags = SA_NODEFER;
+        struct Restore { struct sigaction& old; ~Restore() { sigaction(SIGSEGV, &old, nullptr); } } restore = {before};
+        sigaction(SIGSEGV, &fault, &before);
+        if (_setjmp(host::outside)) return "a block touched memory outside its tensors";
         for (int b = 0; b < grid; b++) {
             for (int i = block - 1; schedule > 1 && i > 0; i--)
                 std::swap(order[i], order[(schedule = schedule * 1664525u + 1013904223u) / 65536u % (i + 1)]);

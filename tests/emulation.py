@@ -48,7 +48,7 @@ def library() -> ctypes.CDLL:
             assert done.returncode == 0, done.stderr
             made.replace(target)
     loaded = ctypes.CDLL(str(target))
-    loaded.launch.restype = ctypes.c_char_p
+    loaded.launch.restype, loaded.tile_of.restype = ctypes.c_char_p, ctypes.c_int64
     return loaded
 
 

@@ -1,0 +1,169 @@
+"""Kernels touch nothing outside their tensors, and use every part of their scratch memory; on the host."""
+
+import ctypes
+import math
+import mmap
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from mamba_attn import ops
+from mamba_attn.ops import _kernels, _orders, fused
+from mamba_attn.ops._structures import call, output
+from mamba_attn.scan import ScanRecord
+from tests.emulation import Emulator, emulated
+from tests.ops.bounds import weights
+from tests.ops.cases import Case, make
+
+PAGE = mmap.PAGESIZE
+CASES = [
+    Case(batch=1, routes=2, channels=19, states=3, grid=(7, 10), frame="tokens"),
+    Case(batch=1, routes=1, channels=36, heads=9, groups=2, states=18, grid=(1, 131), shared_states=True),
+]
+Given = list[torch.Tensor | None]
+
+
+def guarded(x: torch.Tensor, at_the_end: bool) -> torch.Tensor:
+    """A copy whose last byte, or first, borders on memory that must not be touched."""
+    size = x.numel() * x.itemsize
+    if size == 0:
+        return x.clone()
+    room = math.ceil(size / PAGE) * PAGE
+    memory = mmap.mmap(-1, room + 2 * PAGE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    protect = ctypes.CDLL(None).mprotect
+    protect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    for page in (address, address + PAGE + room):
+        assert protect(page, PAGE, 0) == 0
+    offset = PAGE + (room - size if at_the_end else 0)
+    inner = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=offset).reshape(x.shape)
+    return inner.copy_(x)
+
+
+def run(record: ScanRecord, w: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Every kernel once, or more."""
+    results: Given = []
+    for merged in (True, False):
+        y = fused.BACKEND.selective_scan(record, merged)
+        results += [y, *_kernels.backward(fused._launcher, record, torch.ones_like(y), merged)]
+        rows_and_columns = (w["row_weight"] if merged else None, w["col_weight"])
+        for kernel in _kernels._TILES:
+            results += _kernels.attention(fused._launcher, record, rows_and_columns, "mean", merged, True, kernel)
+        for axis in ("row", "column"):
+            results.append(fused.BACKEND.attention_line(record, axis, 65, rows_and_columns, "each", merged))
+    return [x for x in results if x is not None]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("at_the_end", [True, False], ids=["end", "start"])
+def test_nothing_outside_a_tensor_is_touched(case: Case, at_the_end: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = make(case)
+    w = weights(record)
+    with emulated():
+        expected = run(record, w)
+        zeros, empty, new_empty = torch.zeros, torch.empty, torch.Tensor.new_empty
+
+        def of(make_tensor: Any) -> Any:
+            return lambda *sizes, **options: guarded(make_tensor(*sizes, **options), at_the_end)
+
+        inside = record.map_tensors(lambda x: guarded(x, at_the_end)).replace(
+            read_order=guarded(record.read_order, at_the_end), write_order=guarded(record.write_order, at_the_end)
+        )
+        w = {name: guarded(weight, at_the_end) for name, weight in w.items()}
+        for owner, name, function in (
+            (torch, "zeros", zeros), (torch, "empty", empty), (torch.Tensor, "new_empty", new_empty)
+        ):  # fmt: skip
+            monkeypatch.setattr(owner, name, of(function))
+        found = run(inside, w)
+    for value, usual in zip(found, expected, strict=True):
+        assert torch.equal(value, usual)
+
+
+def test_memory_outside_a_tensor_is_noticed() -> None:
+    record = make(Case(batch=1, routes=1, channels=1, states=1, grid=(1, 9))).map_tensors(lambda x: guarded(x, True))
+    y = torch.zeros(10)
+    told = call(record, None, None)
+    told.y, told.want_y, told.length = output(y, ("position",)), 1, 10
+    with pytest.raises(AssertionError, match="a block touched memory outside its tensors"):
+        Emulator().launch("selective_scan", 1, 32, 4, told, y.device)
+
+
+class Watcher(Emulator):
+    """Looks at the scratch memory that a launch leaves."""
+
+    def launch(self, name: str, *rest: Any) -> None:
+        super().launch(name, *rest)
+        job = rest[3]
+        told = getattr(job, "call", job)
+        rows = told.batch * told.routes
+        if name == "selective_scan_backward":
+            self.scratch = self.floats(job.entering, (rows * told.channels, math.ceil(told.length / 128), told.states))
+        elif name in _kernels._TILES:
+            tile = _kernels._TILES[name][0]
+            self.scratch = self.floats(told.before, (rows * told.heads, math.ceil(told.length / tile), 2))
+
+    def floats(self, address: int, shape: Sequence[int]) -> torch.Tensor:
+        return torch.frombuffer((ctypes.c_float * math.prod(shape)).from_address(address), dtype=torch.float32).reshape(
+            *shape
+        ).clone()  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", _kernels._TILES)
+def test_every_head_keeps_its_own_sums(kernel: str) -> None:
+    record = make(Case(routes=2, channels=12, heads=6, states=2, grid=(1, 300)))
+    with emulated(Watcher()) as watcher:
+        _kernels.attention(watcher, record, (None, None), "mean", True, kernel=kernel)
+    tile = _kernels._TILES[kernel][0]
+    sums = record.source_delta.double().cumsum(-1)[..., tile - 1 :: tile].flatten(0, 2)
+    scratch = watcher.scratch.double().sum(-1)
+    assert (scratch[:, 0] == 0).all()
+    torch.testing.assert_close(scratch[:, 1:], sums[:, : scratch.shape[1] - 1], rtol=1e-12, atol=0)
+
+
+def test_every_channel_keeps_its_own_states() -> None:
+    """The backward pass's scratch: each block has a part of its own, whatever runs beside it."""
+    record = make(Case(routes=2, channels=6, groups=2, states=2, grid=(1, 300)))
+    with emulated(Watcher()) as watcher:
+        y = ops.selective_scan(record.map_tensors(lambda x: x.requires_grad_()), backend="fused")
+        y.sum().backward()
+    scratch = watcher.scratch
+    assert scratch.isfinite().all()  # memory comes filled with NaN
+    assert (scratch[:, 0] == 0).all()
+    last = scratch[:, 1:].flatten(1)
+    assert all((a != b).all() for a, b in pairwise(last))
+
+
+def test_orders_that_point_outside_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody could look at them before, while a CUDA graph is captured."""
+    monkeypatch.setattr(_orders, "capturing", lambda order: True)
+    record = make(Case(batch=1, routes=2, channels=3, states=2, grid=(2, 3)))
+    with emulated():
+        usual = ops.selective_scan(record, attention="mean", backend="fused")
+        for outside in (-1, 6, 2**40):
+            order = record.write_order.clone()
+            order[1, 2] = outside
+            y, matrix = ops.selective_scan(record.replace(write_order=order), attention="mean", backend="fused")
+            rest = [t for t in range(6) if t != record.write_order[1, 2]]
+            torch.testing.assert_close(y[..., rest], usual[0][..., rest])
+            torch.testing.assert_close(matrix[:, rest], usual[1][:, rest])
+
+
+def test_orders_of_any_layout_and_integer_type() -> None:
+    record = make(Case(routes=2, channels=3, states=2, grid=(3, 4), frame="tokens"))
+    with emulated():
+        usual = ops.hidden_attention(record, backend="fused")
+        for change in (torch.Tensor.int, lambda order: order.t().contiguous().t()):
+            again = record.replace(read_order=change(record.read_order), write_order=change(record.write_order))
+            assert torch.equal(ops.hidden_attention(again, backend="fused"), usual)
+
+
+def test_a_block_that_scans_has_room_for_its_states() -> None:
+    record = make(Case(batch=1, routes=1, channels=4, states=2400, grid=(1, 3)))
+    with emulated() as emulator:
+        y, _ = _kernels.attention(emulator, record, (None, None), "mean", True, with_y=True, kernel="attention_direct")
+    torch.testing.assert_close(y, ops.selective_scan(record, backend="blocked"), rtol=1e-4, atol=1e-4)
+    for kernel, (_, threads) in _kernels._TILES.items():
+        assert _kernels._attention_shared(kernel, 9999) == 4 + threads // 32 * 9999 * 4  # behind the block's number
