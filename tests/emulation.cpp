@@ -79,26 +79,34 @@ static void run_fiber() {
 
 static void on_fault(int) { _longjmp(outside, 1); }
 
-static const char* run_block(const std::vector<unsigned>& order) {
+static void step(unsigned thread) {
+    Fiber& fiber = fibers[thread];
+    if (fiber.done) return;
+    threadIdx.x = thread;
+    if (_setjmp(back)) return;
+    if (fiber.started) _longjmp(fiber.point, 1);
+    fiber.started = true;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack = {fiber.stack.get(), 0, STACK};
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, run_fiber, 0);
+    setcontext(&fiber.context);
+}
+
+// `together` threads take turns until none of them gets further, then the next ones
+static const char* run_block(const std::vector<unsigned>& order, unsigned together) {
     for (Warp& warp : warps) warp = Warp();
     for (Fiber& fiber : fibers) fiber.started = fiber.done = false, fiber.exchanges = 0;
     arrived = generation = 0;
     live = fibers.size();
     while (live) {
         progress = 0;
-        for (const unsigned thread : order) {
-            Fiber& fiber = fibers[thread];
-            if (fiber.done) continue;
-            threadIdx.x = thread;
-            if (_setjmp(back)) continue;
-            if (fiber.started) _longjmp(fiber.point, 1);
-            fiber.started = true;
-            getcontext(&fiber.context);
-            fiber.context.uc_stack = {fiber.stack.get(), 0, STACK};
-            fiber.context.uc_link = nullptr;
-            makecontext(&fiber.context, run_fiber, 0);
-            setcontext(&fiber.context);
-        }
+        for (unsigned first = 0; first < order.size(); first += together)
+            for (unsigned before = progress - 1; before != progress;) {
+                before = progress;
+                for (unsigned i = first; i < std::min<size_t>(first + together, order.size()); i++) step(order[i]);
+                if (together == order.size()) break;
+            }
         if (!progress) return "threads of a block wait for each other for ever";
     }
     return nullptr;
@@ -153,7 +161,8 @@ long long tile_of(int length, int pair) {
     return ((long long)at.I << 32) + at.J;
 }
 
-// Run a grid, block after block. schedule: 0 threads in order, 1 backwards, else shuffled by it. Returns what went wrong.
+// Run a grid, block after block. schedule: 0 threads in order, 1 backwards, 2 and 3 likewise
+// but every warp as far as it gets, else shuffled by it. Returns what went wrong.
 const char* launch(const char* name, const void* arguments, int grid, int block, int shared_bytes, unsigned schedule) {
     for (const auto& kernel : KERNELS) {
         if (std::string(kernel.name) != name) continue;
@@ -167,7 +176,8 @@ const char* launch(const char* name, const void* arguments, int grid, int block,
         host::warps.assign((block + 31) / 32, host::Warp());
         const size_t words = (shared_bytes + 3) / 4;
         std::vector<unsigned> order(block);
-        for (int i = 0; i < block; i++) order[i] = schedule == 1 ? block - 1 - i : i;
+        for (int i = 0; i < block; i++) order[i] = schedule % 2 && schedule < 4 ? block - 1 - i : i;
+        const unsigned together = schedule == 2 || schedule == 3 ? 32 : block;
         blockDim.x = block, gridDim.x = grid;
         struct sigaction fault = {}, before;
         fault.sa_handler = host::on_fault;
@@ -176,11 +186,11 @@ const char* launch(const char* name, const void* arguments, int grid, int block,
         sigaction(SIGSEGV, &fault, &before);
         if (_setjmp(host::outside)) return "a block touched memory outside its tensors";
         for (int b = 0; b < grid; b++) {
-            for (int i = block - 1; schedule > 1 && i > 0; i--)
+            for (int i = block - 1; schedule > 3 && i > 0; i--)
                 std::swap(order[i], order[(schedule = schedule * 1664525u + 1013904223u) / 65536u % (i + 1)]);
             host::shared.assign(words + host::GUARD, NAN);
             blockIdx.x = b;
-            if (const char* problem = host::run_block(order)) return problem;
+            if (const char* problem = host::run_block(order, together)) return problem;
             for (size_t i = words; i < words + host::GUARD; i++)
                 if (!std::isnan(host::shared[i])) return "a block wrote behind its shared memory";
         }

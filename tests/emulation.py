@@ -56,7 +56,8 @@ class Emulator:
     """A launcher that takes CPU tensors.
 
     Args:
-        schedule: 0 runs the threads of a block in order, 1 backwards, another number shuffles them by it.
+        schedule: 0 runs the threads of a block in order, 1 backwards, 2 and 3 likewise but every warp as far as it
+            gets, another number shuffles them by it.
         multiprocessors: how many the planner believes in; more of them divide channels among more blocks.
         shared_limit: bytes of shared memory per block.
     """

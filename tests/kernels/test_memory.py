@@ -142,7 +142,7 @@ def test_orders_that_point_outside_are_not_followed(monkeypatch: pytest.MonkeyPa
     record = make(Case(batch=1, routes=2, channels=3, states=2, grid=(2, 3)))
     with emulated():
         usual = ops.selective_scan(record, attention="mean", backend="fused")
-        for outside in (-1, 6, 2**40):
+        for outside in (-1, 6, 2**40, -(2**40)):
             order = record.write_order.clone()
             order[1, 2] = outside
             y, matrix = ops.selective_scan(record.replace(write_order=order), attention="mean", backend="fused")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from mamba_attn.ops import _dispatch, _kernels, _orders, _structures, fused
 from mamba_attn.scan import ScanRecord
 from tests import emulation
 from tests.kernels.machines import MACHINES, Recorder, machine
+from tests.ops.bounds import weights
 from tests.ops.cases import Case, make
 
 SMALL = Case(batch=1, routes=2, channels=3, states=2, grid=(2, 3))
@@ -56,6 +58,7 @@ COMPILED = """
 import sys, torch
 from mamba_attn.ops import fused
 from tests.kernels.machines import machine
+from tests.ops.bounds import weights
 from tests.ops.cases import Case, make
 
 with machine(sys.argv[1]):
@@ -117,6 +120,38 @@ def test_deterministic_algorithms_take_one_route_after_the_other(there: Recorder
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+def test_deterministic_launches_have_one_writer_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = make(Case(batch=1, routes=4, channels=70, states=1, grid=(4, 5), frame="tokens"))
+    w = weights(record)
+    writers = []
+
+    def launch(self: emulation.Emulator, *rest: Any) -> None:
+        call = getattr(rest[4], "call", rest[4])
+        blocks = rest[1] if rest[0] == "attention_line" else call.splits
+        writers.append(call.routes * blocks)
+        usual(self, *rest)
+
+    usual = emulation.Emulator.launch
+    monkeypatch.setattr(emulation.Emulator, "launch", launch)
+    calls = (
+        lambda: ops.hidden_attention(record, backend="fused", **w),
+        lambda: ops.attention_row(record, row=7, **w),
+        lambda: ops.attention_column(record, column=7, fold="positive", **w),
+    )
+    with machine("host", multiprocessors=1000):
+        expected = [call() for call in calls]
+        assert min(writers) > 1
+        writers.clear()
+        torch.use_deterministic_algorithms(True)
+        try:
+            found = [call() for call in calls]
+        finally:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+    assert set(writers) == {1}
+    for value, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
+
+
 def test_structures_are_those_of_the_source() -> None:
     library = emulation.library()
     mirrored = {"Call": _structures.CCall, "Backward": _structures.CBackward, "Line": _structures.CLine}
@@ -146,6 +181,10 @@ def test_an_order_that_points_outside_is_refused_and_never_followed(
     wrong = record.replace(write_order=order)
     with pytest.raises(ValueError, match=r"write_order visits 0\.\.6, but there are 6 tokens"):
         ops.hidden_attention(wrong, backend="fused")
+    order[1, 2] = record.write_order[1, 2]
+    ops.selective_scan(wrong, backend="fused")
+    with pytest.raises(ValueError, match=r"write_order visits 0\.\.5, but there are 5 tokens"):
+        ops.selective_scan(wrong.replace(tokens=5, read_order=order.clamp(max=4)), backend="fused")
     order[1, 2] = -1
     with pytest.raises(ValueError, match=r"write_order visits -1\.\.5"):  # the same tensor, changed since
         ops.selective_scan(wrong, backend="fused")
@@ -197,6 +236,11 @@ def test_what_the_kernels_do_not_take_is_a_sentence() -> None:
         )  # fmt: skip
         with pytest.warns(UserWarning, match="more than 2,147,483,647 blocks; split the batch"):
             assert fused.BACKEND.unavailable(endless)
+        deep = make(Case(batch=1, routes=1, channels=1, states=1, grid=(1, 1), skip=False)).replace(
+            source_u=one.expand(1, 1, 2**31, 1), source_delta=one.expand(1, 1, 2**31, 1), A=one.expand(1, 2**31, 1)
+        )
+        with pytest.warns(UserWarning, match="2147483648 channels x 1 steps need more than"):
+            assert fused.BACKEND.unavailable(deep)
         with pytest.raises(MatrixTooLargeError, match="attention_row"):
             _dispatch.require_memory(ops._arguments.Call(endless, True, True, "call"), "mean")
     with pytest.raises(BackendUnavailableError, match="it runs on CUDA devices and the tensors are on cpu"):

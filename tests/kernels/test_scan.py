@@ -1,12 +1,13 @@
 """The scan kernel, its backward pass, rows, columns and products."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 
 from mamba_attn import ops
-from mamba_attn.ops import fused
+from mamba_attn.ops import _kernels, fused
 from mamba_attn.scan import ScanRecord
 from tests.kernels.machines import MACHINES, Recorder, machine
 from tests.ops.bounds import assert_within, excess, magnitude, weights
@@ -114,7 +115,7 @@ def test_the_matrix_beside_y_has_gradients_too(there: Recorder) -> None:
 )  # with one state or channel nothing else keeps lanes together
 def test_results_do_not_depend_on_the_schedule(name: str, sizes: tuple[int, int]) -> None:
     results = []
-    for schedule in (0, 1, 77):
+    for schedule in (0, 1, 2, 3, 77):
         with machine("host", schedule=schedule):
             record = leaves(make(Case(batch=1, routes=1, channels=sizes[0], states=sizes[1], grid=(1, 150))))
             y = ops.selective_scan(record, backend="fused")
@@ -141,6 +142,22 @@ def test_rows_and_columns_are_the_matrix_own(there: Recorder, case: Case, fold: 
     assert set(there.launched) == {"attention_line"}
 
 
+def test_lines_keep_their_digits_over_thousands_of_steps(there: Recorder) -> None:
+    record = make(Case(batch=1, routes=1, channels=1, states=1, grid=(1, 1500), delta_scale=0.2))
+    for line in (partial(ops.attention_row, row=1499), partial(ops.attention_column, column=0)):
+        assert excess(line(record), line(double(record)), line(magnitude(double(record)))) <= 1e-6
+    assert there.launched == ["attention_line"] * 2
+
+
+@pytest.mark.parametrize("axis", ["row", "column"])
+def test_lines_take_weights_of_tokens(there: Recorder, axis: str) -> None:
+    record = make(Case(channels=4, grid=(3, 5), order="spiral", frame="tokens"))
+    tokens = (torch.rand(2, 4, 15), torch.rand(2, 4, 15))
+    matrix = _kernels.attention(there, record, tokens, "each", True)[1]
+    line = fused.BACKEND.attention_line(record, axis, 4, tokens, "each", True)
+    torch.testing.assert_close(line, matrix[..., 4, :] if axis == "row" else matrix[..., 4], rtol=1e-5, atol=1e-6)
+
+
 def test_rows_of_raw_tensors_keep_their_routes(there: Recorder) -> None:
     record = make(Case(routes=2, channels=70, states=2, grid=(1, 140)))
     matrix = ops.hidden_attention(record.delta, record.A, record.B, record.C, fold="sum", backend="reference")
@@ -161,3 +178,6 @@ def test_products_are_scans(there: Recorder, fold: str) -> None:
     assert set(there.launched) == {"selective_scan", "selective_scan_backward"}
     torch.testing.assert_close(left, torch.einsum("bi,bij->bj", vector, matrix), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(right, torch.einsum("bij,bj->bi", matrix, vector), rtol=1e-4, atol=1e-4)
+    with torch.inference_mode():  # where no backward pass can stand for the transposed scan
+        again = ops.left_product(record, vector=vector, fold=fold, **w)
+    torch.testing.assert_close(again, left, rtol=1e-4, atol=1e-4)
