@@ -127,7 +127,7 @@ def test_deterministic_launches_have_one_writer_an_entry(monkeypatch: pytest.Mon
 
     def launch(self: emulation.Emulator, *rest: Any) -> None:
         call = getattr(rest[4], "call", rest[4])
-        blocks = rest[1] if rest[0] == "attention_line" else call.splits
+        blocks = 1 if call.fold == _kernels._FOLDS["each"] else rest[1] if rest[0] == "attention_line" else call.splits
         writers.append(call.routes * blocks)
         usual(self, *rest)
 
@@ -136,6 +136,7 @@ def test_deterministic_launches_have_one_writer_an_entry(monkeypatch: pytest.Mon
     calls = (
         lambda: ops.hidden_attention(record, backend="fused", **w),
         lambda: ops.attention_row(record, row=7, **w),
+        lambda: ops.attention_row(record, row=7, fold="each", **w),
         lambda: ops.attention_column(record, column=7, fold="positive", **w),
     )
     with machine("host", multiprocessors=1000):

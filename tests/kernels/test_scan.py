@@ -152,10 +152,17 @@ def test_lines_keep_their_digits_over_thousands_of_steps(there: Recorder) -> Non
 @pytest.mark.parametrize("axis", ["row", "column"])
 def test_lines_take_weights_of_tokens(there: Recorder, axis: str) -> None:
     record = make(Case(channels=4, grid=(3, 5), order="spiral", frame="tokens"))
+    record = record.replace(write_order=torch.stack([torch.randperm(15) for _ in range(2)]))
     tokens = (torch.rand(2, 4, 15), torch.rand(2, 4, 15))
     matrix = _kernels.attention(there, record, tokens, "each", True)[1]
     line = fused.BACKEND.attention_line(record, axis, 4, tokens, "each", True)
     torch.testing.assert_close(line, matrix[..., 4, :] if axis == "row" else matrix[..., 4], rtol=1e-5, atol=1e-6)
+
+
+def test_lines_are_differentiable_in_their_weights(there: Recorder) -> None:
+    record, columns = make(Case()), torch.ones(2, 5, 15, requires_grad=True)
+    row = ops.attention_row(record, row=7, col_weight=columns, fold="each")
+    torch.testing.assert_close(torch.autograd.grad(row.sum(), columns)[0], row.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_rows_of_raw_tensors_keep_their_routes(there: Recorder) -> None:
