@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mamba_attn.ops import fused
+from mamba_attn.ops import _operators
 from mamba_attn.ops._launcher import LAUNCHER, Launcher
 from tests.emulation import Emulator, emulated
 
@@ -51,6 +51,6 @@ def machine(name: str, **options: int) -> Iterator[Recorder]:
     """
     with emulated(Emulator(**options)) as emulator:
         recorder = Recorder(emulator if name == "host" else LAUNCHER)
-        fused._launcher = recorder
+        _operators.launcher = recorder
         with torch.device("cpu" if name == "host" else "cuda"):
             yield recorder

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mamba_attn import ops
-from mamba_attn.ops import _kernels, _orders, fused
+from mamba_attn.ops import _kernels, _operators, _orders, fused
 from mamba_attn.ops._structures import call, output
 from mamba_attn.scan import ScanRecord
 from tests.emulation import Emulator, emulated
@@ -49,10 +49,10 @@ def run(record: ScanRecord, w: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     results: Given = []
     for merged in (True, False):
         y = fused.BACKEND.selective_scan(record, merged)
-        results += [y, *_kernels.backward(fused._launcher, record, torch.ones_like(y), merged)]
+        results += [y, *_kernels.backward(_operators.launcher, record, torch.ones_like(y), merged)]
         rows_and_columns = (w["row_weight"] if merged else None, w["col_weight"])
         for kernel in _kernels._TILES:
-            results += _kernels.attention(fused._launcher, record, rows_and_columns, "mean", merged, True, kernel)
+            results += _kernels.attention(_operators.launcher, record, rows_and_columns, "mean", merged, True, kernel)
         for axis in ("row", "column"):
             results.append(fused.BACKEND.attention_line(record, axis, 65, rows_and_columns, "each", merged))
     return [x for x in results if x is not None]

@@ -14,7 +14,7 @@ import torch
 
 from mamba_attn import ops
 from mamba_attn.errors import BackendUnavailableError, MambaAttnError, MatrixTooLargeError
-from mamba_attn.ops import _dispatch, _kernels, _orders, _structures, fused
+from mamba_attn.ops import _dispatch, _kernels, _operators, _orders, _structures, fused
 from mamba_attn.scan import ScanRecord
 from tests import emulation
 from tests.kernels.machines import MACHINES, Recorder, machine
@@ -38,25 +38,25 @@ def leaves(record: ScanRecord) -> ScanRecord:
 @pytest.mark.parametrize("skip", [True, False])
 def test_opcheck(there: Recorder, merged: bool, skip: bool) -> None:
     record = leaves(make(Case(batch=1, routes=2, channels=3, states=2, grid=(2, 3), skip=skip)))
-    fields = fused._flat(record)
+    fields = _operators.flat(record)
     rows = torch.randn(1, 2, 3, 6, requires_grad=True)
     checks = (
-        (fused.selective_scan, (*fields, merged)),
-        (fused.scan_and_attention, (*fields, merged, "mean")),
-        (fused.hidden_attention, (*fields, merged, rows, None, "sum")),
-        (fused.hidden_attention, (*fields, merged, None, None, "each")),
+        (_operators.selective_scan, (*fields, merged)),
+        (_operators.scan_and_attention, (*fields, merged, "mean")),
+        (_operators.hidden_attention, (*fields, merged, rows, None, "sum")),
+        (_operators.hidden_attention, (*fields, merged, None, None, "each")),
     )
     for operator, arguments in checks:
         torch.library.opcheck(operator, arguments)
     with torch.no_grad():
-        y = fused.selective_scan(*fields, merged)
-        detached = fused._flat(record.map_tensors(torch.Tensor.detach))
-        torch.library.opcheck(fused.selective_scan_backward, (torch.ones_like(y), *detached, merged))
+        y = _operators.selective_scan(*fields, merged)
+        detached = _operators.flat(record.map_tensors(torch.Tensor.detach))
+        torch.library.opcheck(_operators.selective_scan_backward, (torch.ones_like(y), *detached, merged))
 
 
 COMPILED = """
 import sys, torch
-from mamba_attn.ops import fused
+from mamba_attn.ops import _operators, fused
 from tests.kernels.machines import machine
 from tests.ops.bounds import weights
 from tests.ops.cases import Case, make
