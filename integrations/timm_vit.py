@@ -1,6 +1,7 @@
 """ViT and DeiT as timm builds them (arXiv 2010.11929, 2012.12877): plain softmax attention, class tokens first."""
 
 import inspect
+from collections.abc import Iterable
 from typing import Any, ClassVar, cast
 
 import torch
@@ -29,7 +30,7 @@ class TimmViTAdapter(AttentionAdapter):
         """Whether the module has a joint projection to queries, keys and values, and heads."""
         return all(hasattr(module, name) for name in _PARTS)
 
-    def refusal(self, module: nn.Module) -> str | None:
+    def refusal(self, module: nn.Module, model: nn.Module) -> str | None:
         """Refuse whatever has a part, a setting or an input that plain attention has not."""
         inputs = list(inspect.signature(type(module).forward).parameters)[1:]
         foreign = [name for name in inputs[1:] if name not in _INPUTS]
@@ -92,13 +93,13 @@ class TimmViTAdapter(AttentionAdapter):
         """Return proj, which receives the heads' output side by side."""
         return module.get_submodule("proj"), _mixed(module, record, probabilities, Rules())
 
-    def layout_source(self, model: nn.Module) -> LayoutSource | None:
+    def layout_sources(self, model: nn.Module) -> Iterable[LayoutSource]:
         """Return the patch embedding's convolution: its output is the grid."""
         for module in model.modules():
             projection = getattr(getattr(module, "patch_embed", None), "proj", None)
             if isinstance(projection, nn.Conv2d) and hasattr(module, "blocks"):
-                return LayoutSource(projection, _LayoutReader(module, projection))
-        return None
+                return [LayoutSource(projection, _LayoutReader(module, projection))]
+        return []
 
 
 def _norm(module: nn.Module, name: str, x: Tensor, rules: Rules) -> Tensor:
@@ -123,7 +124,7 @@ class _LayoutReader:
         self.model = model
         self.projection = projection
 
-    def __call__(self, inputs: tuple[Any, ...], output: Tensor) -> TokenLayout | None:
+    def __call__(self, seen: Seen, inputs: tuple[Any, ...], output: Tensor) -> TokenLayout | None:
         embed = self.model.patch_embed
         ratio = getattr(embed, "feature_ratio", None) if hasattr(embed, "backbone") else 1  # of a hybrid's features
         ratio = (ratio, ratio) if isinstance(ratio, int) else ratio

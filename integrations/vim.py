@@ -1,5 +1,6 @@
 """Vim (arXiv 2401.09417): bidirectional mixers, class token in the middle, first or absent."""
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -40,13 +41,13 @@ class VimAdapter(Adapter):
         out_proj: nn.Module = module.get_submodule("out_proj")
         return out_proj, gated.mT
 
-    def layout_source(self, model: nn.Module) -> LayoutSource | None:
+    def layout_sources(self, model: nn.Module) -> Iterable[LayoutSource]:
         """Return the patch embedding's convolution: its output is the grid."""
         for module in model.modules():
             projection = getattr(getattr(module, "patch_embed", None), "proj", None)
             if isinstance(projection, nn.Conv2d) and hasattr(module, "layers"):
-                return LayoutSource(projection, _LayoutReader(module, projection))
-        return None
+                return [LayoutSource(projection, _LayoutReader(module, projection))]
+        return []
 
 
 class _LayoutReader:
@@ -54,7 +55,7 @@ class _LayoutReader:
         self.model = model
         self.projection = projection
 
-    def __call__(self, inputs: tuple[Any, ...], output: Tensor) -> TokenLayout:
+    def __call__(self, seen: Seen, inputs: tuple[Any, ...], output: Tensor) -> TokenLayout:
         height, width = output.shape[-2:]
         place = getattr(self.model, "class_token", None)
         positions = {"middle": (height * width // 2,), "first": (0,)}.get(str(place), ())

@@ -1,12 +1,10 @@
 """VMamba (arXiv 2401.10166): SS2D, four routes over the grid of each stage."""
 
-import math
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from mamba_attn.adapters import Adapter, Seen
-from mamba_attn.layout import TokenLayout
 from mamba_attn.models import ss2d
 from mamba_attn.rules import Rules
 from mamba_attn.scan import ScanRecord
@@ -23,7 +21,7 @@ class VMambaAdapter(Adapter):
         """Whether the module has SS2D's parameters."""
         return all(hasattr(module, name) for name in _PARTS)
 
-    def refusal(self, module: nn.Module) -> str | None:
+    def refusal(self, module: nn.Module, model: nn.Module) -> str | None:
         """Refuse scalar A per head (m0) and route counts that the cross-scan does not have."""
         if module.get_parameter("Ds").ndim != 1:
             return "it is the Mamba-2 variant (m0), which this adapter does not know."
@@ -37,9 +35,7 @@ class VMambaAdapter(Adapter):
         height, width = x.shape[1:3]
         layout = seen.layout
         if layout is None or layout.grid != (height, width):
-            # the stages' convolutions between tokens are padded like the stem's
-            offset = 0.5 if seen.padded_stem else None
-            layout = TokenLayout((height, width), _patch_size(seen.image_size, height, width), offset=offset)
+            layout = seen.grid_layout(height, width)
         own = getattr(module, "routes", None)  # our SS2D knows its patch order
         orders = own(height, width) if callable(own) else None
         return ss2d.project(module, x, orders=orders, rules=rules, layout=layout)
@@ -54,14 +50,6 @@ class VMambaAdapter(Adapter):
             raise ValueError("scan_output(record): the record has no layout.")
         grid = (record.batch, *record.layout.grid, record.channels)
         return module.get_submodule("out_norm"), y.mT.reshape(grid)
-
-
-def _patch_size(image_size: tuple[int, int] | None, height: int, width: int) -> int:
-    """Pixels per token: a power of two, since every stage halves the grid (rounding up)."""
-    if image_size is None:
-        return 1
-    ratio = max(image_size[0] / height, image_size[1] / width, 1.0)
-    return int(2 ** round(math.log2(ratio)))
 
 
 ADAPTER = VMambaAdapter()

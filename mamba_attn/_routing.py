@@ -63,16 +63,18 @@ class _RoutedForward:
         return self.original if function is None else MethodType(function, copy.deepcopy(self.module, memo))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        uses = [use for use in tuple(self.uses) if use.thread == get_ident()]
+        again = _recomputing()
+        uses = [use for use in tuple(self.uses) if again or use.thread == get_ident()]
         if not uses:
             return self.original(*args, **kwargs)
+        store = [] if again else uses
         adapter, seen = uses[-1].adapter, uses[-1].seen
         rules = next((use.rules for use in reversed(uses) if use.rules is not None), PLAIN)
         if isinstance(adapter, AttentionAdapter):
             record = adapter.project(self.module, *args, rules=rules, seen=seen, **kwargs)
             _start_gradients(record.probabilities)
             output = adapter.finish(self.module, record, record.probabilities, rules)
-            for use in uses:
+            for use in store:
                 use.store(AttentionLayer(use.name, record, output=output))
             return output
         scan = rules.scan(adapter.project(self.module, *args, rules=rules, seen=seen, **kwargs))
@@ -82,10 +84,15 @@ class _RoutedForward:
             raise TypeError(f"{uses[-1].name}: the scan returned {type(y).__name__}.")
         _start_gradients(y)
         output = adapter.finish(self.module, scan, y, rules)
-        for use in uses:
+        for use in store:
             ready = (use.attention, folds[use.attention][1]) if use.attention else None
             use.store(ScanLayer(use.name, scan, y=y, output=output, attention=ready))
         return output
+
+
+def _recomputing() -> bool:
+    """Whether gradient checkpointing repeats a forward inside a backward pass, in whatever thread that runs."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _start_gradients(variable: Tensor) -> None:
@@ -128,21 +135,27 @@ def observed(module: nn.Module, use: Use) -> Iterator[None]:
 
 
 def _observe(use: Use, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    if use.thread != get_ident():
+    again = _recomputing()
+    if use.thread != get_ident() and not again:
         return
+    store = _forget if again else use.store  # checkpointing wants the same computations again, nobody else does
     adapter = use.adapter
     finish: Callable[[Tensor], Tensor]
     if isinstance(adapter, AttentionAdapter):
         record = adapter.project(module, *args, rules=PLAIN, seen=use.seen, **kwargs)
         finish = partial(adapter.finish, module, record.map_tensors(Tensor.detach), rules=PLAIN)
-        use.store(AttentionLayer(use.name, record, output=output, tail=_repeatable(use.name, module, finish)))
+        store(AttentionLayer(use.name, record, output=output, tail=_repeatable(use.name, module, finish)))
         return
     scan = adapter.project(module, *args, rules=PLAIN, seen=use.seen, **kwargs)
     finish = partial(adapter.finish, module, scan.map_tensors(Tensor.detach), rules=PLAIN)
     layer = ScanLayer(use.name, scan, output=output, tail=_repeatable(use.name, module, finish))
     if use.attention:
         layer._ready[use.attention] = layer.attention(use.attention)
-    use.store(layer)
+    store(layer)
+
+
+def _forget(layer: Layer) -> None:
+    """Store nothing."""
 
 
 def _repeatable(name: str, module: nn.Module, finish: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -164,7 +177,7 @@ def watch_layout(stack: ExitStack, model: nn.Module, adapters: set[AnyAdapter], 
 
     def image(module: nn.Conv2d, args: tuple[Any, ...]) -> None:
         if thread == get_ident() and args and isinstance(args[0], Tensor) and args[0].ndim == 4:
-            seen.image_size = (args[0].shape[2], args[0].shape[3])
+            seen.batch, seen.image_size = args[0].shape[0], (args[0].shape[2], args[0].shape[3])
             seen.padded_stem = module.padding == tuple((size - 1) / 2 for size in module.kernel_size)
 
     def device(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -183,12 +196,16 @@ def watch_layout(stack: ExitStack, model: nn.Module, adapters: set[AnyAdapter], 
         stack.callback(first.register_forward_pre_hook(image).remove)
     if seen.layout is not None:
         return
-    for adapter in adapters:
-        source = adapter.layout_source(model)
-        if source is not None:
+    for source in (source for adapter in adapters for source in adapter.layout_sources(model)):
 
-            def read(module: nn.Module, args: tuple[Any, ...], output: Any, read: Any = source.read) -> None:
-                if thread == get_ident():
-                    seen.layout = read(args, output)
+        def before(module: nn.Module, args: tuple[Any, ...], read: Any = source.read) -> None:
+            if thread == get_ident():
+                seen.layout = read(seen, args, None)
 
-            stack.callback(source.module.register_forward_hook(read).remove)
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any, read: Any = source.read) -> None:
+            if thread == get_ident():
+                seen.layout = read(seen, args, output)
+
+        module = source.module
+        hook = module.register_forward_pre_hook(before) if source.before else module.register_forward_hook(after)
+        stack.callback(hook.remove)

@@ -5,6 +5,7 @@ are found by name; ``register_adapter`` adds one of your own. ``mamba_attn.testi
 """
 
 import importlib
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -27,14 +28,27 @@ class Seen:
     """What a forward pass has shown so far.
 
     Args:
+        batch: number of images.
         image_size: (rows, columns) of the model's input in pixels.
         padded_stem: whether the first convolution is padded to see around a pixel, as ``padding = (kernel - 1) / 2``.
         layout: the token frame, from the patch embedding or from the user.
     """
 
+    batch: int | None = None
     image_size: tuple[int, int] | None = None
     padded_stem: bool = False
     layout: TokenLayout | None = None
+
+    def grid_layout(self, height: int, width: int) -> TokenLayout:
+        """Return the layout of a pyramid's stage, whose grid is the image's divided by a power of two, rounded up.
+
+        Args:
+            height: of the stage's grid.
+            width: likewise.
+        """
+        ratio = 1.0 if self.image_size is None else max(self.image_size[0] / height, self.image_size[1] / width, 1.0)
+        # the stages' convolutions between tokens are padded like the stem's
+        return TokenLayout((height, width), 2 ** round(math.log2(ratio)), offset=0.5 if self.padded_stem else None)
 
 
 @dataclass(frozen=True)
@@ -43,11 +57,14 @@ class LayoutSource:
 
     Args:
         module: the submodule.
-        read: function of the submodule's (inputs, output) that returns the layout.
+        read: function of what was seen so far and the submodule's (inputs, output) that returns the layout, or None
+            when it is not known.
+        before: whether the inputs are read, when the submodule starts, with None for the output.
     """
 
     module: nn.Module
-    read: Callable[[tuple[Any, ...], Any], TokenLayout | None]
+    read: Callable[[Seen, tuple[Any, ...], Any], TokenLayout | None]
+    before: bool = False
 
 
 class MixerAdapter(ABC):
@@ -59,13 +76,18 @@ class MixerAdapter(ABC):
     def recognises(self, module: nn.Module) -> bool:
         """Whether the module is a mixer of this family, by its attributes; never by names of classes alone."""
 
-    def refusal(self, module: nn.Module) -> str | None:
-        """Return why this variant cannot be treated exactly, or None."""
+    def refusal(self, module: nn.Module, model: nn.Module) -> str | None:
+        """Return why this variant cannot be treated exactly, or None.
+
+        Args:
+            module: the mixer.
+            model: the model that holds it.
+        """
         return None
 
-    def layout_source(self, model: nn.Module) -> LayoutSource | None:
-        """Return where the token frame of this family's model can be read, when the mixer's input does not show it."""
-        return None
+    def layout_sources(self, model: nn.Module) -> Iterable[LayoutSource]:
+        """Return where the token frame of this family's model can be read, when the mixers' inputs do not show it."""
+        return ()
 
 
 class Adapter(MixerAdapter):
@@ -173,8 +195,8 @@ def find_mixers(
     return found
 
 
-def require_supported(name: str, module: nn.Module, adapter: AnyAdapter) -> None:
+def require_supported(name: str, module: nn.Module, adapter: AnyAdapter, model: nn.Module) -> None:
     """Raise UnsupportedModelError, with the adapter's reason, for a variant that it refuses."""
-    reason = adapter.refusal(module)
+    reason = adapter.refusal(module, model)
     if reason:
         raise UnsupportedModelError(f"{name} ({type(module).__name__}, family {adapter.family}): {reason}")

@@ -11,10 +11,11 @@ from threading import get_ident
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from mamba_attn._routing import Use, observed, routed, watch_layout
 from mamba_attn.adapters import AnyAdapter, Seen, find_mixers, require_supported
-from mamba_attn.errors import TraceError, UnknownLayerError, nearest
+from mamba_attn.errors import TraceError, UnknownLayerError, UnsupportedModelError, nearest
 from mamba_attn.layers import Layer
 from mamba_attn.layout import TokenLayout
 from mamba_attn.ops._arguments import FOLDS
@@ -76,8 +77,17 @@ class Trace(Mapping[str, Layer]):
         direct = [layer.variable if of == "y" and layer._tail is None else layer.output for layer in layers]
         attached = [tensor for tensor in direct if tensor.requires_grad]
         if len(attached) < len(layers) or not scalar.requires_grad:
-            raise TraceError("gradients(): the forward pass ran without gradients; call the model outside no_grad().")
-        found = torch.autograd.grad(scalar, attached, retain_graph=True, allow_unused=True)
+            raise TraceError(
+                "gradients(): the forward pass ran without gradients; call the model outside no_grad(), and where it "
+                "checkpoints activations, with use_reentrant=False."
+            )
+        try:
+            found = torch.autograd.grad(scalar, attached, retain_graph=True, allow_unused=True)
+        except CheckpointError as error:
+            raise TraceError(
+                "gradients(): the model checkpoints activations, so its forward runs again now, and no longer traced; "
+                "call gradients() inside the with-block."
+            ) from error
         if all(gradient is None for gradient in found):
             raise TraceError("gradients(): the scalar does not depend on this forward pass; take it from its output.")
         result = {}
@@ -106,7 +116,8 @@ def trace(
     """Record the selective scans, and the softmax attention, of the next forward pass of a model.
 
     Args:
-        model: a model with mixers of a known family, as it is; it is neither switched to eval nor changed.
+        model: a model with mixers of a known family, as it is; it is neither switched to eval nor changed. Inside
+            DistributedDataParallel, and DataParallel on one device, names are those of the wrapped model.
         layers: names or patterns (``"layers.1?.mixer"``) of mixers. Default: all.
         mode: "route" runs the mixers' equations through ``mamba_attn.ops``, and softmax attention through its explicit
             probabilities, submodules called as modules; "observe" leaves the model's own forward untouched and
@@ -121,7 +132,7 @@ def trace(
         pass ran with gradients.
 
     Raises:
-        UnsupportedModelError: nothing to trace, or a variant that is refused.
+        UnsupportedModelError: nothing to trace, a variant that is refused, a compiled model, copies on several devices.
         UnknownLayerError: a name or pattern that fits no mixer.
         ValueError: an unknown mode or fold, rules in mode "observe".
 
@@ -137,9 +148,10 @@ def trace(
         raise ValueError(f"trace(attention={attention!r}): expected one of {FOLDS}.")
     if rules is not None and mode == "observe":
         raise ValueError("trace(rules=..., mode='observe'): rules change the forward; use mode='route'.")
+    model = _unwrapped(model)
     mixers = _select(find_mixers(model, adapters), layers)
     for name, (module, adapter) in mixers.items():
-        require_supported(name, module, adapter)
+        require_supported(name, module, adapter, model)
     record = Trace(list(mixers))
     seen = Seen(layout=layout)
     with ExitStack() as stack:
@@ -148,6 +160,27 @@ def trace(
             use = Use(name, record._store, seen, adapter, attention, rules, get_ident())
             stack.enter_context(routed(module, use) if mode == "route" else observed(module, use))
         yield record
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a wrapper for several devices, or the reason why it cannot be traced there."""
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        raise UnsupportedModelError(
+            f"trace(DataParallel on {len(model.device_ids)} devices): it runs copies of the model, which no trace "
+            "sees. Write: with trace(model.module): model.module(images)."
+        )
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return _unwrapped(model.module)
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            its = f"model.{name}" if name else "model"
+            instead = (
+                f"Keep the model as it was before torch.compile ({its}._orig_mod) and trace and call that."
+                if hasattr(module, "_orig_mod")
+                else f"Write {its}._compiled_call_impl = None, or trace and call the model before {its}.compile()."
+            )
+            raise UnsupportedModelError(f"trace(...): {its} is compiled, so its forward is not what runs. {instead}")
+    return model
 
 
 def _through_tail(layer: Layer, gradient: Tensor) -> Tensor:
