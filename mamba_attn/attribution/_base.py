@@ -1,7 +1,8 @@
 """What every attribution method shares: the contract of ``attribute``, targets, and the way from tokens to pixels."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from captum.attr import Attribution
@@ -76,10 +77,13 @@ class TokenAttribution(Attribution, ABC):
     def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
         """Return the rows whose maps are averaged: one, or one per layer. Called without gradients."""
 
-    def _run(
+    @contextmanager
+    def _traced(
         self, inputs: Tensor, target: Target, *, gradients: bool = False, rules: Rules | None = None
-    ) -> tuple[Trace, Tensor]:
+    ) -> Iterator[tuple[Trace, Tensor]]:
         """One traced forward pass, and the sum of the images' target logits.
+
+        Gradients are taken inside the block, where a model that checkpoints its activations is still traced.
 
         Args:
             inputs: as in ``attribute``.
@@ -87,13 +91,15 @@ class TokenAttribution(Attribution, ABC):
             gradients: keep the graph.
             rules: what watches, or changes, the forward.
         """
-        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+        with torch.inference_mode(False):
             images = inputs.clone() if inputs.is_inference() else inputs  # nothing is saved of inference tensors
             with trace(self.model, layers=self.layers, rules=rules) as record:
-                output = self.model(images)
-            classes = self._targets(output, target, len(inputs))
-            self._ran(record)
-            return record, output.gather(1, classes.unsqueeze(1)).sum()
+                with torch.set_grad_enabled(gradients):
+                    output = self.model(images)
+                    logit = output.gather(1, self._targets(output, target, len(inputs)).unsqueeze(1)).sum()
+                self._ran(record)
+                with torch.no_grad():
+                    yield record, logit
 
     def _size(self, method: str, inputs: Tensor, query: Query) -> tuple[int, int]:
         """The images' (rows, columns) in pixels; ValueError for inputs that are no batch, or a query outside them."""

@@ -83,11 +83,11 @@ def explain(
     """
     watch = Watch()
     rules = watch if convention == "implicit_unified" else None
-    record, logit = method._run(inputs, target, gradients=gradients, rules=rules)
     call = f"{type(method).__name__}(convention={convention!r})"
-    layers = require(call, record.layers, ScanLayer)
-    token = require_class_token(call, method.model, layers, query)
+    with method._traced(inputs, target, gradients=gradients, rules=rules) as (record, logit):
+        layers = require(call, record.layers, ScanLayer)
+        token = require_class_token(call, method.model, layers, query)
+        found: Mapping[str, Tensor] = record.gradients(logit, of="output") if gradients else {}
     chosen = layers if method.layers is not None else late_layers(layers)
-    found: Mapping[str, Tensor] = record.gradients(logit, of="output") if gradients else {}
     vectors = [class_row(convention, method.model, layer, token, watch) for layer in chosen]
     return [(chosen[0].layout, combine(vectors, [found[layer.name] for layer in chosen if gradients], token))]

@@ -102,7 +102,8 @@ def _stage(layers: Sequence[ScanLayer]) -> list[ScanLayer]:
 def _layers(method: TokenAttribution, convention: str, inputs: Tensor, target: Target) -> list[ScanLayer]:
     call = _call(method, convention)
     _require_vmamba(call, method.model)
-    return require(call, method._run(inputs, target)[0].layers, ScanLayer)
+    with method._traced(inputs, target) as (record, _):
+        return require(call, record.layers, ScanLayer)
 
 
 def _require_vmamba(call: str, model: nn.Module) -> None:

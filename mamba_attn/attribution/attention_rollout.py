@@ -62,7 +62,8 @@ class AttentionRollout(TokenAttribution):
             )  # fmt: skip
         if self.convention in _conventions.ANALYSIS:
             return _vmamba_analysis.attention_rollout(self, self.convention, inputs, target, query)
-        layers = self._run(inputs, target)[0].layers
+        with self._traced(inputs, target) as (record, _):
+            layers = record.layers
         start = query_weights(layers[-1], query)
         row = roll_out(layers, start, signed=self.signed)
         return [(layers[0].layout, row)]

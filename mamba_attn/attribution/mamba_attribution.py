@@ -99,16 +99,18 @@ class MambaAttribution(TokenAttribution):
             )  # fmt: skip
         watch = Watch()  # holds on to activations, so only where they are needed
         rules = watch if self.rule == "paper" else None
-        record, logit = self._run(inputs, target, gradients=True, rules=rules)
-        layers = require("MambaAttribution", record.layers, ScanLayer)
-        if self.rule == "paper":
-            gradients = _of_one_token(layers, gated_gradients(layers, logit, watch))
-            return self._rolled(layers, query, lambda layer: dense(paper(layer, gradients[layer.name])))
+        with self._traced(inputs, target, gradients=True, rules=rules) as (record, logit):
+            layers = require("MambaAttribution", record.layers, ScanLayer)
+            if self.rule == "paper":
+                gradients = gated_gradients(layers, logit, watch)
+            else:
+                gradients = record.gradients(logit, of="output" if self.rule == "published_code" else "y")
         if self.rule == "published_code":
-            gradients = record.gradients(logit, of="output")
             layers = layers if self.layers is not None else _conventions.late_layers(layers)
             return self._rolled(layers, query, lambda layer: _rows_divided(published(layer, gradients[layer.name])))
-        gradients = _of_one_token(layers, record.gradients(logit))
+        gradients = _of_one_token(layers, gradients)
+        if self.rule == "paper":
+            return self._rolled(layers, query, lambda layer: dense(paper(layer, gradients[layer.name])))
         if not self.rollout:
             return [(layer.layout, self._row(layer, query, gradients[layer.name])) for layer in layers]
         if self.signed:

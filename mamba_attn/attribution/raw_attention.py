@@ -74,6 +74,7 @@ class RawAttention(TokenAttribution):
             )
         if self.convention in _conventions.ANALYSIS:
             return _vmamba_analysis.raw_attention(self, self.convention, inputs, target, query)
-        layers = self._run(inputs, target)[0].layers
+        with self._traced(inputs, target) as (record, _):
+            layers = record.layers
         signed = ((layer.layout, read_rows(layer, query)) for layer in layers)
         return [(layout, row if self.signed else row.clamp(min=0)) for layout, row in signed]

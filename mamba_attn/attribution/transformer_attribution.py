@@ -31,9 +31,9 @@ class TransformerAttribution(TokenAttribution):
     """
 
     def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
-        record, logit = self._run(inputs, target, gradients=True)
-        layers = require("TransformerAttribution", record.layers, AttentionLayer)
-        gradients = record.gradients(logit)
+        with self._traced(inputs, target, gradients=True) as (record, logit):
+            layers = require("TransformerAttribution", record.layers, AttentionLayer)
+            gradients = record.gradients(logit)
 
         def step(layer: AttentionLayer) -> tuple[Product, float]:
             gradient = of_one_token(layer, gradients[layer.name])
