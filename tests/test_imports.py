@@ -22,6 +22,7 @@ HOUSE = [
     ["evaluation"],
     ["analytics"],
     ["testing"],
+    ["stand_ins"],
     ["attribution"],
     ["figures"],
     ["tracing"],
