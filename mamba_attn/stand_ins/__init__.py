@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["cpu_stand_ins"]
 
 _lock = threading.Lock()
-_finder: "StandInFinder | None" = None
+_active: "StandInFinder | None" = None
 _open = 0
 
 
@@ -68,14 +68,14 @@ def cpu_stand_ins() -> Iterator[None]:
 
 
 def _enter() -> None:
-    global _finder, _open
+    global _active, _open
     with _lock:
-        if _finder is None:
+        if _active is None:
             from mamba_attn.stand_ins._finder import StandInFinder
 
-            _finder = StandInFinder()
+            _active = StandInFinder()
         if _open == 0:
-            _finder.install()
+            _active.install()
         _open += 1
 
 
@@ -83,5 +83,5 @@ def _leave() -> None:
     global _open
     with _lock:
         _open -= 1
-        if _open == 0 and _finder is not None:
-            _finder.remove()
+        if _open == 0 and _active is not None:
+            _active.remove()

@@ -29,22 +29,56 @@ def convolve(given: Inputs, seq_idx: Tensor | None, silu: bool) -> tuple[Tensor,
         seq_idx: (batch, length), or None; steps see only steps of their own sequence, and those below 0 give zero.
         silu: whether the output goes through SiLU.
     """
+    padded, weight, bias = _working(given)
+    y = _summed(padded, weight, bias, seq_idx)
+    y = F.silu(y) if silu else y
+    return (y if seq_idx is None else y * (seq_idx >= 0)[:, None]), padded[..., given.x.shape[2] :]
+
+
+def _working(given: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What came before and x in one, the weight and the bias, in float32 or better."""
     kind = torch.promote_types(torch.promote_types(given.x.dtype, given.weight.dtype), torch.float32)
     x, weight = given.x.to(kind), given.weight.to(kind)
-    width, length = weight.shape[1], x.shape[2]
-    before = x.new_zeros(*x.shape[:2], width - 1) if given.initial_states is None else given.initial_states.to(kind)
-    padded = torch.cat([before, x], dim=-1)
-    y = torch.zeros_like(x) if given.bias is None else given.bias.to(kind)[:, None].expand_as(x)
+    zero = x.new_zeros(*x.shape[:2], weight.shape[1] - 1)
+    before = zero if given.initial_states is None else given.initial_states.to(kind)
+    return torch.cat([before, x], dim=-1), weight, None if given.bias is None else given.bias.to(kind)
+
+
+def _summed(padded: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None) -> Tensor:
+    """The convolution before its activation."""
+    width = weight.shape[1]
+    length = padded.shape[-1] - width + 1
+    y = padded.new_zeros(()) if bias is None else bias[:, None]
     for tap in range(width):
-        term = padded[..., tap : tap + length] * weight[:, tap, None]
-        y = y + (term if seq_idx is None else term * _same(seq_idx, width - 1 - tap)[:, None])
-    y = F.silu(y) if silu else y
-    return (y if seq_idx is None else y * (seq_idx >= 0)[:, None]), padded[..., length:]
+        y = y + _own(padded[..., tap : tap + length], seq_idx, width, tap) * weight[:, tap, None]
+    return y
 
 
-def _same(seq_idx: Tensor, shift: int) -> Tensor:
-    """Whether a step and the one ``shift`` before it belong to one sequence: (batch, length)."""
-    return F.pad(seq_idx, (shift, 0), value=-(2**30))[..., : seq_idx.shape[-1]] == seq_idx
+def _own(tap_sees: Tensor, seq_idx: Tensor | None, width: int, tap: int) -> Tensor:
+    """What a tap sees, zero where that is another sequence."""
+    if seq_idx is None:
+        return tap_sees
+    seen = F.pad(seq_idx, (width - 1 - tap, 0), value=-(2**30))[..., : seq_idx.shape[-1]]
+    return tap_sees * (seen == seq_idx)[:, None]
+
+
+def _gradients(given: Inputs, dout: Tensor, dlast: Tensor | None, seq_idx: Tensor | None, silu: bool) -> list[Tensor]:
+    """Of x, weight, bias and initial states; by hand, since the extension may be called where autograd is off."""
+    padded, weight, bias = _working(given)
+    length, width = given.x.shape[2], weight.shape[1]
+    dy = dout.to(padded.dtype) if seq_idx is None else dout.to(padded.dtype) * (seq_idx >= 0)[:, None]
+    if silu:
+        y = _summed(padded, weight, bias, seq_idx)
+        sigmoid = torch.sigmoid(y)
+        dy = dy * sigmoid * (1 + y * (1 - sigmoid))
+    dpadded, dweight = torch.zeros_like(padded), []
+    for tap in range(width):
+        seen = _own(padded[..., tap : tap + length], seq_idx, width, tap)
+        dweight.append((dy * seen).sum((0, 2)))
+        dpadded[..., tap : tap + length] += _own(dy * weight[:, tap, None], seq_idx, width, tap)
+    if dlast is not None:
+        dpadded[..., length:] += dlast
+    return [dpadded[..., width - 1 :], torch.stack(dweight, 1), dy.sum((0, 2)), dpadded[..., : width - 1]]
 
 
 # What stands between the fixed first arguments and silu, by the number of arguments, oldest release first.
@@ -91,23 +125,13 @@ def causal_conv1d_bwd(
     """Its gradients: dx, dweight, dbias, and with 10 arguments dinitial_states; with 12 all are written in place."""
     more = _named("causal_conv1d_cuda.causal_conv1d_bwd", _BACKWARD, 4, (x, weight, bias, dout, *rest))
     given = Inputs(x, weight, bias, more.get("initial_states"))
-    present = [i for i, tensor in enumerate(given) if tensor is not None]
-    with torch.enable_grad():
-        leaves = [given[i].detach().requires_grad_() for i in present]  # type: ignore[union-attr]
-        named = dict(zip((Inputs._fields[i] for i in present), leaves, strict=True))
-        y, last = convolve(Inputs(**named), more.get("seq_idx"), more["silu"])
-        outputs, seeds = [y], [dout.to(y.dtype)]
-        if more.get("dfinal_states") is not None:
-            outputs, seeds = [y, last], [seeds[0], more["dfinal_states"].to(y.dtype)]
-    found = dict(zip(named, torch.autograd.grad(outputs, leaves, seeds), strict=True))
-    targets = {"x": "dx", "weight": "dweight", "bias": "dbias", "initial_states": "dinitial_states"}
-    results: list[Tensor | None] = []
-    for name, tensor in zip(Inputs._fields, given, strict=True):
-        gradient, into = found.get(name), more.get(targets[name])
-        if gradient is None or tensor is None:
-            results.append(None)
-        else:
-            results.append((torch.empty_like(tensor) if into is None else into).copy_(gradient))
+    with torch.no_grad():
+        found = _gradients(given, dout, more.get("dfinal_states"), more.get("seq_idx"), more["silu"])
+        results: list[Tensor | None] = []
+        for name, tensor, gradient in zip(("dx", "dweight", "dbias", "dinitial_states"), given, found, strict=True):
+            into = more.get(name)
+            target = torch.empty_like(tensor) if into is None and tensor is not None else into
+            results.append(None if target is None else target.copy_(gradient))
     if "dweight" in more:
         return None
     return tuple(results if "return_dinitial_states" in more else results[:3])

@@ -1,11 +1,12 @@
 """The finder that serves stand-ins, and what it leaves alone."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 from mamba_attn import _torchvision
 from mamba_attn.stand_ins import _served
@@ -45,9 +46,7 @@ class StandInFinder(MetaPathFinder):
             sys.modules.setdefault(name, module)
         self._real, self._failed = {}, []
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         """A stand-in, a real module with something around its loading, or None for everything else."""
         root, _, _ = fullname.partition(".")
         if overrides(fullname):
@@ -78,7 +77,7 @@ class StandInFinder(MetaPathFinder):
         package = any(name.startswith(f"{fullname}.") for name in _served.MISSING)
         return _spec(fullname, _served.MISSING[fullname], package)
 
-    def _elsewhere(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
+    def _elsewhere(self, fullname: str, path: Any, target: ModuleType | None) -> ModuleSpec | None:
         """What the finders after this one find."""
         for finder in sys.meta_path:
             if finder is not self and hasattr(finder, "find_spec"):
@@ -90,7 +89,7 @@ class StandInFinder(MetaPathFinder):
     def _around(
         self,
         fullname: str,
-        path: Sequence[str] | None,
+        path: Any,
         target: ModuleType | None,
         action: Callable[[ModuleType, Callable[[], None]], None],
     ) -> ModuleSpec | None:
