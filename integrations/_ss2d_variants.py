@@ -1,14 +1,13 @@
 """Which variant of SS2D a module is, from its own children, parameters, settings and code.
 
 VMamba's variants and the forks of its code give the same names to their parameters and differ in their equations. So
-positive knowledge of everything that may change these is asked for. The errors' sentences go on with ", which this
-adapter does not know".
+positive knowledge of everything that may change these is asked for; the rest is refused by name.
 """
 
 import functools
 import inspect
 from types import CodeType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from torch import nn
 
@@ -20,7 +19,6 @@ _OTHERS = {  # attributes of modules with SS2D's parameters and other equations
     "step_size": "EfficientVMamba, whose routes walk quarters of the grid",
     "conv2d_b1": "MSVMamba, whose routes walk grids of two resolutions",
     "v2d_out_norm": "2DMamba, whose scans may run along both axes at once",
-    "dts_dim": "a variant xv of VMamba, whose in_proj gives u, dt, B and C",
 }
 _SCANS: dict[Any, str] = {
     "cross2d": "cross", 0: "cross", "CrossScan": "cross", "CrossScanTriton": "cross",
@@ -37,7 +35,6 @@ _SETTINGS = (
     "d_conv", "expand", "K", "K2", "channel_first", "with_dconv", "disable_force32", "disable_z", "disable_z_act",
     "oact", "out_norm_shape", "ssm_low_rank",
 )  # fmt: skip
-_OURS = ("order", "second")
 _ARGUMENTS = (
     "x", "kwargs", "seq", "force_fp32", "ssoflex", "no_einsum", "selective_scan_backend", "scan_mode",
     "scan_force_torch", "nrows", "to_dtype", "channel_first", "cross_selective_scan", "SelectiveScan", "CrossScan",
@@ -49,20 +46,14 @@ _NAMES = (
     "d_inner", "d_state", "dict", "disable_z", "disable_z_act", "dropout", "dt_projs", "dt_projs_bias",
     "dt_projs_weight", "dt_rank", "dtype", "einsum", "exp", "flip", "float", "float32", "forward_core", "get",
     "getattr", "hasattr", "in_proj", "in_rank", "int", "isinstance", "k_group", "layer_norm", "out_act", "out_norm",
-    "out_proj", "out_rank", "partial", "permute", "range", "selective_scan", "selective_scan_fn",
+    "out_proj", "out_rank", "partial", "permute", "range", "reshape", "selective_scan", "selective_scan_fn",
     "selective_scan_fn_v1", "setattr", "shape", "silu", "split", "ssm_low_rank", "stack", "str", "sum", "to",
-    "torch", "training", "transpose", "view", "with_dconv", "x_proj", "x_proj_bias", "x_proj_weight",
+    "torch", "training", "transpose", "unsqueeze", "view", "with_dconv", "x_proj", "x_proj_bias", "x_proj_weight",
 )  # fmt: skip
 
 
 class Variant(NamedTuple):
-    """What differs between the variants that are known.
-
-    Attributes:
-        scan: the routes: "cross", "one way" or "both ways".
-        norm_frame: as in ``ss2d.finish``.
-        precision: likewise.
-    """
+    """What differs between the variants: scan is "cross", "one way" or "both ways", the rest as in ``ss2d.finish``."""
 
     scan: str = "cross"
     norm_frame: str | None = None
@@ -90,58 +81,65 @@ def variant(module: nn.Module) -> Variant:
     forward, core = _Function(module.forward), _Function(getattr(module, "forward_core", None))
     v0 = forward.name == "forwardv0"
     if not v0 and (forward.name not in ("forward", "forwardv2") or core.name not in _CORES):
-        raise UnsupportedModelError(f"its forward is {forward.name}, its forward_core {core.name}")
+        _refuse(f"its forward is {forward.name}, its forward_core {core.name}, which this adapter does not know.")
     foreign = forward.foreign() + ([] if v0 else core.foreign())
     if foreign:
-        raise UnsupportedModelError(f"the code of its forward has {', '.join(foreign)}")
+        _refuse(f"the code of its forward has {', '.join(foreign)}, which this adapter does not know.")
     if getattr(module, "x_proj_bias", None) is not None and not (forward if v0 else core).mentions("x_proj_bias"):
-        raise UnsupportedModelError("it has an x_proj_bias, which its code does not read")
+        _refuse("it has an x_proj_bias, which its code does not read.")
     if v0:
         return Variant(norm_frame="flat", precision="scan")
     if forward.mentions("silu") and not isinstance(module.act, nn.SiLU):
-        raise UnsupportedModelError(f"its gate is SiLU, its act {type(module.act).__name__}")
+        _refuse(f"its gate is SiLU, its act is {type(module.act).__name__}; this adapter knows them equal.")
     if not core.given:  # forks of the code of January and February 2024
-        return Variant(norm_frame="flat", precision="norm" if core.name == "forward_corev2" else "scan")
-    shape = getattr(module, "out_norm_shape", None)
-    old = "last" if channel_first(module) else "flat"
-    return Variant(_scan(core), {None: None, "v1": "first"}.get(shape, old))
+        frame = "last" if forward.mentions("out_norm") else "flat"
+        return Variant(norm_frame=frame, precision="norm" if core.name == "forward_corev2" else "scan")
+    shape = getattr(module, "out_norm_shape", None)  # of April 2024
+    old = "first" if shape == "v1" else "last" if channel_first(module) else "flat"
+    return Variant(_scan(core), None if shape is None else old)
 
 
 def check_parts(module: nn.Module) -> None:
     """Raise UnsupportedModelError for parts, parameters, buffers and settings that may change the equations."""
     other = next((name for name in _OTHERS if hasattr(module, name)), None)
     if other:
-        raise UnsupportedModelError(f"it has {other}: it is {_OTHERS[other]}")
+        _refuse(f"it is {_OTHERS[other]} (it has {other}), which this adapter does not know.")
     absent = [name for name in _PARTS if not hasattr(module, name)]
     if absent:
-        raise UnsupportedModelError(f"it has no {' and no '.join(absent)}")
+        _refuse(f"it has no {' and no '.join(absent)}, so it is another mixer.")
     _check_shapes(module)
     names = [name for name, _ in module.named_children() if name not in _CHILDREN]
     names += [name for name, _ in module.named_parameters(recurse=False) if name not in _PARAMETERS]
     names += [name for name, _ in module.named_buffers(recurse=False)]
-    known = _SETTINGS + (_OURS if is_ours(module) else ())
+    known = (*_SETTINGS, "order", "second") if is_ours(module) else _SETTINGS
     names += [n for n, value in vars(module).items() if n[0] != "_" and value is not None and n not in known]
     if names:
-        raise UnsupportedModelError(f"it has {', '.join(names)}")
+        _refuse(f"it has {', '.join(names)}, which this adapter does not know.")
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise UnsupportedModelError(reason)
 
 
 def _check_shapes(module: nn.Module) -> None:
     """Raise UnsupportedModelError unless the parameters are those of four routes of scalar states per channel."""
     parts: Any = module
     if parts.Ds.ndim != 1:
-        raise UnsupportedModelError("it is the Mamba-2 variant (m0), whose channels share their steps")
+        _refuse("it is the Mamba-2 variant (m0), which this adapter does not know.")
     routes, channels = parts.dt_projs_bias.shape
     if routes != ss2d.ROUTES:
-        raise UnsupportedModelError(f"it has {routes} routes; SS2D has {ss2d.ROUTES}")
+        _refuse(f"it has {routes} routes; this adapter knows {ss2d.ROUTES}.")
     if parts.A_logs.ndim != 2 or not len(parts.A_logs) == len(parts.Ds) == routes * channels:
-        raise UnsupportedModelError("its routes share A_logs and Ds")
-    if hasattr(parts, "x_proj_weight"):
+        _refuse("its routes share A_logs or Ds, which this adapter does not know.")
+    if getattr(parts, "x_proj_weight", None) is not None:
         return
-    for name in ("x_proj", "dt_projs"):  # of the one-file VMamba: called with another order of tokens than the model's
+    if not hasattr(parts, "x_proj"):
+        _refuse("it has no x_proj (VMamba's variants xv, whose in_proj gives u, dt, B and C), so it is another mixer.")
+    for name in ("x_proj", "dt_projs"):  # of the one-file VMamba: they get the tokens in another order than there
         part = getattr(parts, name, None)
-        own = sorted(key for key, value in part.state_dict().items()) if isinstance(part, nn.Module) else []
-        if not isinstance(part, nn.Linear) or getattr(part, "groups", 1) != routes or not {*own} <= {"bias", "weight"}:
-            raise UnsupportedModelError(f"its {name} is {type(part).__name__}, not a linear layer in {routes} groups")
+        plain = isinstance(part, nn.Linear) and {*part.state_dict()} <= {"weight", "bias"}
+        if not plain or getattr(part, "groups", 1) != routes:
+            _refuse(f"its {name} is {type(part).__name__}; this adapter knows plain linear layers in {routes} groups.")
 
 
 def _scan(core: "_Function") -> str:
@@ -149,17 +147,18 @@ def _scan(core: "_Function") -> str:
     backend, mode = core["selective_scan_backend"], core["scan_mode"]
     allowed = next((c for c in core.constants if isinstance(c, tuple) and "oflex" in c), _BACKENDS)
     if backend not in {*allowed}.intersection(_BACKENDS):
-        raise UnsupportedModelError(f"selective_scan_backend={backend!r} is unknown here or refused by its own code")
+        why = "its own code refuses" if backend in _BACKENDS else "this adapter does not know"
+        _refuse(f"it is bound to selective_scan_backend={backend!r}, which {why}.")
     if core["ssoflex"] is False:
-        raise UnsupportedModelError("its scans round their output (ssoflex=False)")
+        _refuse("its scans round their output (ssoflex=False), which this adapter does not know.")
     if "scan_mode" not in core.taken:  # older code is given classes
         inner = _Function(core["cross_selective_scan"])
         mode, merge = (getattr(core.given.get(k, inner[k]), "__name__", None) for k in ("CrossScan", "CrossMerge"))
         mode = mode if str(mode).replace("Scan", "Merge") == merge else f"{mode} and {merge}"
     if mode in ("cascade2d", -1):
-        raise UnsupportedModelError("a norm stands between its scans of rows and of columns (cascade2d, v052dc)")
+        _refuse("a norm stands between its scans of rows and of columns (cascade2d, v052dc).")
     if mode not in _SCANS:
-        raise UnsupportedModelError(f"its scan_mode is {mode!r}; known are cross2d, unidi and bidi")
+        _refuse(f"its scan is {mode!r}; this adapter knows cross2d, unidi and bidi.")
     return _SCANS[mode]
 
 

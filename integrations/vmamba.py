@@ -28,7 +28,7 @@ class VMambaAdapter(Adapter):
             check_parts(module)
             variant(module)
         except UnsupportedModelError as reason:
-            return f"{reason}, which this adapter does not know."
+            return str(reason)
         return None
 
     def project(self, module: nn.Module, x: Tensor, *, rules: Rules, seen: Seen, **ignored: Any) -> ScanRecord:
