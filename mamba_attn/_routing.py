@@ -54,6 +54,7 @@ class _RoutedForward:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.original = module.forward
+        self.__wrapped__ = module.forward  # adapters read which function that is
         self.own = "forward" in module.__dict__  # SS2D of VMamba sets its forward on the instance
         self.uses: list[Use] = []
 

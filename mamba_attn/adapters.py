@@ -40,15 +40,26 @@ class Seen:
     layout: TokenLayout | None = None
 
     def grid_layout(self, height: int, width: int) -> TokenLayout:
-        """Return the layout of a pyramid's stage, whose grid is the image's divided by a power of two, rounded up.
+        """Return the layout of a pyramid's stage, whose grid is the image's divided by a power of two.
+
+        Stages round down or up. Of the powers that give this grid, the one nearest to image / grid is taken.
 
         Args:
             height: of the stage's grid.
             width: likewise.
         """
-        ratio = 1.0 if self.image_size is None else max(self.image_size[0] / height, self.image_size[1] / width, 1.0)
+        rows, columns = self.image_size or (height, width)
+
+        def distance(size: int) -> float:
+            return abs(math.log2(rows / (height * size))) + abs(math.log2(columns / (width * size)))
+
+        sizes = [2**power for power in range(max(rows, columns).bit_length() + 1)]
+        fitting = [
+            s for s in sizes if rows // s <= height <= -(-rows // s) and columns // s <= width <= -(-columns // s)
+        ]
         # the stages' convolutions between tokens are padded like the stem's
-        return TokenLayout((height, width), 2 ** round(math.log2(ratio)), offset=0.5 if self.padded_stem else None)
+        offset = 0.5 if self.padded_stem else None
+        return TokenLayout((height, width), min(fitting or sizes, key=distance), offset=offset)
 
 
 @dataclass(frozen=True)

@@ -93,20 +93,26 @@ def check_adapter(
     run = call or (lambda m, x: m(x))
     adapters = list(adapters or ())
     mixers = find_mixers(model, adapters)
-    before = _state(model)
     with torch.no_grad():
-        with trace(model, adapters=adapters) as record:
+        with _unchanged(model), trace(model, adapters=adapters) as record:
             routed = _first_tensor(run(model, inputs))
         with _spies(mixers, record) as seen:
-            plain = _first_tensor(run(model, inputs))
-        with trace(model, adapters=adapters, mode="observe"):
+            plain = _first_tensor(run(model, inputs))  # a model's own forward may set attributes
+        with _unchanged(model), trace(model, adapters=adapters, mode="observe"):
             observed = _first_tensor(run(model, inputs))
         layers = tuple(_check_layer(name, *mixers[name], record, seen) for name in record)
     report = AdapterReport(_relative(routed, plain), torch.equal(observed, plain), layers)
     _require(report, tolerance)
+    return report
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Raise LawError when the model is left changed."""
+    before = _state(model)
+    yield
     if _state(model) != before:
         raise LawError("the model was left changed: hooks, attributes, training mode or requires_grad differ.")
-    return report
 
 
 def _require(report: AdapterReport, tolerance: float) -> None:
