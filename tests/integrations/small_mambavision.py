@@ -1,6 +1,7 @@
 """MambaVision (arXiv 2407.08083) made small, with the names of its parts, every sum written as a loop: the truth."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -166,3 +167,53 @@ def build(dtype=torch.float64, **options):
 
 def images(size, batch=2, dtype=torch.float64):
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+def entering(model, x, names, scalar):
+    """What enters ``out_proj`` or, before dropout, the product with the values; and the scalar's gradient there."""
+    seen, handles = {}, []
+
+    def keep(name, module, args):
+        args[0].retain_grad()
+        seen[name] = args[0]
+
+    for name in names:
+        mixer = model.get_submodule(name)
+        receiver = mixer.out_proj if hasattr(mixer, "out_proj") else mixer.attn_drop
+        handles.append(receiver.register_forward_pre_hook(partial(keep, name)))
+    scalar(model(x)).backward()
+    for handle in handles:
+        handle.remove()
+    model.zero_grad(set_to_none=True)
+    return {name: (value.detach(), value.grad) for name, value in seen.items()}
+
+
+def in_frame(layout, windows):
+    """(batch * windows, length, ...) to (batch, tokens, ...), one window after the other."""
+    order = layout.windows()
+    frame = windows.new_full((len(windows) // len(order), layout.tokens, *windows.shape[2:]), float("nan"))
+    for number, window in enumerate(windows):
+        frame[number // len(order), order[number % len(order)]] = window
+    return frame
+
+
+def close(actual, expected, tolerance=1e-10):
+    scale = expected.abs().max().item()
+    assert scale > 0
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
+
+
+def same_as_hooks(layer, slope, value, gradient, tolerance=1e-10):
+    """Compare a layer, and the scalar's gradient, with what ``entering`` saw of it in the untouched model."""
+    if hasattr(layer, "scan"):
+        channels = layer.scan.channels
+        close(layer.y.mT, in_frame(layer.layout, value[..., :channels]), tolerance)
+        close(layer.scan.bypass.mT, in_frame(layer.layout, value[..., channels:]), tolerance)
+        close(slope.mT, in_frame(layer.layout, gradient[..., :channels]), tolerance)
+        return
+    for actual, windows in ((layer.attention("each"), value), (slope, gradient)):
+        expected, order = torch.zeros_like(actual), layer.layout.windows()
+        for number, window in enumerate(windows):
+            tokens = order[number % len(order)]
+            expected[number // len(order), :, tokens[:, None], tokens] = window
+        close(actual, expected, tolerance)

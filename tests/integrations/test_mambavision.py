@@ -17,7 +17,17 @@ from mamba_attn.attribution._stages import to_finer
 from mamba_attn.errors import MatrixTooLargeError, TraceError, UnsupportedModelError
 from mamba_attn.layout import TokenLayout
 from mamba_attn.testing import LawError, check_adapter
-from tests.integrations.small_mambavision import Attention, Block, Mixer, Stage, build, images
+from tests.integrations.small_mambavision import (
+    Attention,
+    Block,
+    Mixer,
+    Stage,
+    build,
+    close,
+    entering,
+    images,
+    same_as_hooks,
+)
 
 SIZES = {"whole": (64, 64), "several": (64, 96), "padded": (72, 104), "odd": (75, 43)}  # grids 8x8, 8x12, 9x13, 10x6
 WINDOWS = {"whole": (8, 4)}  # else (4, 3)
@@ -40,40 +50,6 @@ def traced(model, x, **options):
     with torch.no_grad(), mamba_attn.trace(model, **options) as trace:
         model(x)
     return trace
-
-
-def entering(model, x, names, scalar):
-    """What enters ``out_proj`` or, before dropout, the product with the values; and the scalar's gradient there."""
-    seen, handles = {}, []
-
-    def keep(name, module, args):
-        args[0].retain_grad()
-        seen[name] = args[0]
-
-    for name in names:
-        mixer = model.get_submodule(name)
-        receiver = mixer.out_proj if hasattr(mixer, "out_proj") else mixer.attn_drop
-        handles.append(receiver.register_forward_pre_hook(partial(keep, name)))
-    scalar(model(x)).backward()
-    for handle in handles:
-        handle.remove()
-    model.zero_grad(set_to_none=True)
-    return {name: (value.detach(), value.grad) for name, value in seen.items()}
-
-
-def in_frame(layout, windows):
-    """(batch * windows, length, ...) to (batch, tokens, ...), one window after the other."""
-    order = layout.windows()
-    frame = windows.new_full((len(windows) // len(order), layout.tokens, *windows.shape[2:]), float("nan"))
-    for number, window in enumerate(windows):
-        frame[number // len(order), order[number % len(order)]] = window
-    return frame
-
-
-def close(actual, expected, tolerance=1e-10):
-    scale = expected.abs().max().item()
-    assert scale > 0
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -154,21 +130,7 @@ def test_gradients_equal_hooks(size, mode):
         logits = model(x)
     gradients = trace.gradients(logits[:, 3].sum())
     for layer in trace.layers:
-        value, gradient = truth[layer.name]
-        if layer.name in SCANS:
-            channels = layer.scan.channels
-            close(layer.y.mT, in_frame(layer.layout, value[..., :channels]))
-            close(layer.scan.bypass.mT, in_frame(layer.layout, value[..., channels:]))
-            close(gradients[layer.name].mT, in_frame(layer.layout, gradient[..., :channels]))
-            continue
-        expected = torch.zeros(2, layer.record.heads, layer.tokens, layer.tokens, dtype=torch.float64)
-        slopes, order = expected.clone(), layer.layout.windows()
-        for number in range(len(value)):
-            tokens = order[number % len(order)]
-            expected[number // len(order), :, tokens[:, None], tokens] = value[number]
-            slopes[number // len(order), :, tokens[:, None], tokens] = gradient[number]
-        close(layer.attention("each"), expected)
-        close(gradients[layer.name], slopes)
+        same_as_hooks(layer, gradients[layer.name], *truth[layer.name])
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -300,10 +262,7 @@ class OtherCall(Mixer):
 @pytest.mark.parametrize(
     ("mixer", "reason"),
     [
-        (
-            _with(norm=nn.LayerNorm(4)),
-            "it has norm, which this adapter does not know; it treats the mixer of arXiv",
-        ),
+        (_with(norm=nn.LayerNorm(4)), "it has norm, which this adapter does not know; it treats the mixer of arXiv"),
         (_with(A_b_log=nn.Parameter(torch.ones(4, 3))), "it has A_b_log, which"),
         (_buffered(), "it has shift, which"),
         (_with(scan_order="hilbert", sub=2, half=0.5), "it has scan_order, sub, half, which"),
