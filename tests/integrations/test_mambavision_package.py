@@ -77,17 +77,17 @@ def test_gradients_equal_hooks(package, fused, mode):
     """To 1e-7 in float64: the package computes A in float32."""
     model, size = build(package, "several windows, padded")
     model, x = model.double(), images(size)
-    blocks = [
-        (f"levels.{i}.blocks.{j}.mixer", block.mixer) for i in (2, 3) for j, block in enumerate(model.levels[i].blocks)
-    ]
-    for _, mixer in blocks:
-        mixer.fused_attn = False
-    truth = entering(model, x, [name for name, _ in blocks], lambda logits: logits[:, 3].sum())
-    for _, mixer in blocks:
-        mixer.fused_attn = fused
+    names = [f"levels.{stage}.blocks.{block}.mixer" for stage in (2, 3) for block in range(4)]
+    heads = [module for module in model.modules() if hasattr(module, "fused_attn")]
+    for module in heads:
+        module.fused_attn = False
+    truth = entering(model, x, names, lambda logits: logits[:, 3].sum())
+    for module in heads:
+        module.fused_attn = fused
     with mamba_attn.trace(model, mode=mode) as trace:
         logits = model(x)
     gradients = trace.gradients(logits[:, 3].sum())
+    assert (len(heads), list(gradients)) == (4, names)
     for layer in trace.layers:
         same_as_hooks(layer, gradients[layer.name], *truth[layer.name], tolerance=1e-7)
 
