@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from mamba_attn.rules import Rules
 from mamba_attn.scan import ScanRecord
 from mamba_attn.softmax import AttentionRecord
 
-_FAMILIES = ("vim", "vmamba", "timm_vit")
+_FAMILIES = ("vim", "vmamba", "mambavision", "timm_vit")
 
 
 @dataclass
@@ -32,14 +32,16 @@ class Seen:
         image_size: (rows, columns) of the model's input in pixels.
         padded_stem: whether the first convolution is padded to see around a pixel, as ``padding = (kernel - 1) / 2``.
         layout: the token frame, from the patch embedding or from the user.
+        frames: the token frames of single modules, where a model's parts have their own.
     """
 
     batch: int | None = None
     image_size: tuple[int, int] | None = None
     padded_stem: bool = False
     layout: TokenLayout | None = None
+    frames: dict[nn.Module, TokenLayout] = field(default_factory=dict)
 
-    def grid_layout(self, height: int, width: int) -> TokenLayout:
+    def grid_layout(self, height: int, width: int, window: int | None = None) -> TokenLayout:
         """Return the layout of a pyramid's stage, whose grid is the image's divided by a power of two.
 
         Stages round down or up. Of the powers that give this grid, the one nearest to image / grid is taken.
@@ -47,6 +49,7 @@ class Seen:
         Args:
             height: of the stage's grid.
             width: likewise.
+            window: side of the windows that its tokens are mixed within, if they are.
         """
         rows, columns = self.image_size or (height, width)
 
@@ -59,7 +62,26 @@ class Seen:
         ]
         # the stages' convolutions between tokens are padded like the stem's
         offset = 0.5 if self.padded_stem else None
-        return TokenLayout((height, width), min(fitting or sizes, key=distance), offset=offset)
+        return TokenLayout((height, width), min(fitting or sizes, key=distance), offset=offset, window=window)
+
+    def frame_of(self, module: nn.Module, sequences: int, length: int) -> TokenLayout | None:
+        """Return the token frame of a mixer that was called on so many sequences of so many tokens, if it is known.
+
+        A frame with windows is one whose windows of all images the sequences are; another, one of ``length`` tokens.
+
+        Args:
+            module: the mixer.
+            sequences: size of its input's first axis.
+            length: size of the axis of tokens.
+        """
+        for layout in (self.layout, self.frames.get(module)):
+            if layout is None:
+                continue
+            windows, inside = layout.windows().shape
+            images = sequences if layout.window is None else self.batch
+            if inside == length and images is not None and sequences == images * windows:
+                return layout
+        return None
 
 
 @dataclass(frozen=True)
@@ -71,11 +93,13 @@ class LayoutSource:
         read: function of what was seen so far and the submodule's (inputs, output) that returns the layout, or None
             when it is not known.
         before: whether the inputs are read, when the submodule starts, with None for the output.
+        inside: whether the frame is that of the modules inside the submodule, and not of the whole model.
     """
 
     module: nn.Module
     read: Callable[[Seen, tuple[Any, ...], Any], TokenLayout | None]
     before: bool = False
+    inside: bool = False
 
 
 class MixerAdapter(ABC):
