@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mamba_attn.layout import TokenLayout
+from tests.integrations.small_mambavision import windows_of
 
 SIDE = st.integers(1, 7)
 
@@ -125,21 +126,13 @@ def test_bad_input_gets_a_sentence(call, sentence):
         call()
 
 
-def windows_by_slicing(layout):
-    """Token indices of every window, cut out of the numbered frame one after the other."""
-    (height, width), side = layout.padded, layout.window
-    frame = torch.arange(height * width).view(height, width)
-    corners = [(i, j) for i in range(0, height, side) for j in range(0, width, side)]
-    return torch.stack([frame[i : i + side, j : j + side].flatten() for i, j in corners])
-
-
 @given(SIDE, SIDE, st.integers(1, 8))
 def test_windows_cut_the_padded_grid(height, width, side):
     layout = TokenLayout((height, width), window=side)
     assert layout.padded == (math.ceil(height / side) * side, math.ceil(width / side) * side)
     assert layout.tokens == layout.padded[0] * layout.padded[1]
     windows = layout.windows()
-    assert torch.equal(windows, windows_by_slicing(layout))
+    assert torch.equal(windows, windows_of(layout))
     assert windows.flatten().sort().values.tolist() == list(range(layout.tokens))
     rows, columns = layout.patches // layout.padded[1], layout.patches % layout.padded[1]
     assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == [

@@ -54,7 +54,7 @@ class Mixer(nn.Module):
 class Attention(nn.Module):
     """Softmax attention with the names of timm's."""
 
-    def __init__(self, features, num_heads=2, qk_norm=False, attn_drop=0.0, fused=True):
+    def __init__(self, features, num_heads=2, qk_norm=False, attn_drop=0.0, fused=True, gated=False):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, features // num_heads
         self.scale, self.fused_attn = self.head_dim**-0.5, fused
@@ -62,6 +62,7 @@ class Attention(nn.Module):
         self.q_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
         self.attn_drop = nn.Dropout(attn_drop)
+        self.gate = nn.Linear(features, features) if gated else None
         self.proj = nn.Linear(features, features)
         self.proj_drop = nn.Dropout(0.0)
 
@@ -74,7 +75,8 @@ class Attention(nn.Module):
             heads = F.scaled_dot_product_attention(query, key, value, dropout_p=self.attn_drop.p)
         else:
             heads = self.attn_drop((query @ key.mT * self.scale).softmax(-1)) @ value
-        return self.proj_drop(self.proj(heads.transpose(1, 2).flatten(2)))
+        mixed = heads.transpose(1, 2).flatten(2)
+        return self.proj_drop(self.proj(mixed if self.gate is None else mixed * torch.sigmoid(self.gate(x))))
 
 
 class Block(nn.Module):
@@ -188,9 +190,18 @@ def entering(model, x, names, scalar):
     return {name: (value.detach(), value.grad) for name, value in seen.items()}
 
 
+def windows_of(layout):
+    """Token indices of every window, cut out of the numbered padded grid one after the other."""
+    side = layout.window
+    height, width = (math.ceil(n / side) * side for n in layout.grid)
+    frame = torch.arange(height * width).view(height, width)
+    corners = [(i, j) for i in range(0, height, side) for j in range(0, width, side)]
+    return torch.stack([frame[i : i + side, j : j + side].flatten() for i, j in corners])
+
+
 def in_frame(layout, windows):
     """(batch * windows, length, ...) to (batch, tokens, ...), one window after the other."""
-    order = layout.windows()
+    order = windows_of(layout)
     frame = windows.new_full((len(windows) // len(order), layout.tokens, *windows.shape[2:]), float("nan"))
     for number, window in enumerate(windows):
         frame[number // len(order), order[number % len(order)]] = window
@@ -212,7 +223,7 @@ def same_as_hooks(layer, slope, value, gradient, tolerance=1e-10):
         close(slope.mT, in_frame(layer.layout, gradient[..., :channels]), tolerance)
         return
     for actual, windows in ((layer.attention("each"), value), (slope, gradient)):
-        expected, order = torch.zeros_like(actual), layer.layout.windows()
+        expected, order = torch.zeros_like(actual), windows_of(layer.layout)
         for number, window in enumerate(windows):
             tokens = order[number % len(order)]
             expected[number // len(order), :, tokens[:, None], tokens] = window

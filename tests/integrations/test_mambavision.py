@@ -27,6 +27,7 @@ from tests.integrations.small_mambavision import (
     entering,
     images,
     same_as_hooks,
+    windows_of,
 )
 
 SIZES = {"whole": (64, 64), "several": (64, 96), "padded": (72, 104), "odd": (75, 43)}  # grids 8x8, 8x12, 9x13, 10x6
@@ -38,6 +39,7 @@ VARIANTS = {
     "biases": {"conv_bias": True, "bias": True},
     "wide": {"expand": 2, "d_state": 5},
     "norms, not fused": {"attention": {"qk_norm": True, "fused": False}},
+    "gated": {"attention": {"gated": True}},
     "mixers alone": {"blocks": ("mixer", "mixer")},
 }
 
@@ -105,7 +107,7 @@ def test_matrices_are_those_of_the_windows_and_zero_between_them(size):
         handle.remove()
     for layer in trace.layers:
         alone = traced(model.get_submodule(layer.name), parts[layer.name]).layers[0]
-        fold, order = alone.attention(), layer.layout.windows()
+        fold, order = alone.attention(), windows_of(layer.layout)
         assert fold.shape[0] == 2 * len(order)
         expected = torch.zeros(2, layer.tokens, layer.tokens, dtype=torch.float64)
         for image in range(2):
