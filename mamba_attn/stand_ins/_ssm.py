@@ -12,7 +12,7 @@ from mamba_attn.stand_ins._states import ScanStates
 
 def selective_scan_fn(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
-    delta_bias: Tensor | None = None, delta_softplus: bool = False, return_last_state: bool = False,
+    delta_bias: Tensor | None = None, delta_softplus: bool = False, return_last_state: bool | None = False,
 ) -> Any:  # fmt: skip
     """The selective scan (arXiv 2312.00752, algorithm 2); autograd differentiates it.
 
@@ -26,7 +26,8 @@ def selective_scan_fn(
         z: like u, or None; the output is multiplied by silu(z).
         delta_bias: (channels), or None.
         delta_softplus: whether delta goes through softplus.
-        return_last_state: also return the state after the last step, (batch, channels, states), without gradient.
+        return_last_state: also return the state after the last step, (batch, channels, states), without gradient;
+            MambaVision passes None for no.
 
     Raises:
         ValueError: complex A, or tensors that do not fit together.

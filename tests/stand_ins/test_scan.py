@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mamba_attn.stand_ins import _scan
+from mamba_attn.stand_ins import _scan, _ssm
 from mamba_attn.stand_ins._scan import Inputs
 from tests.stand_ins import naive
 
@@ -198,3 +198,10 @@ def test_groups_that_do_not_divide_the_channels():
     four = torch.randn(BATCH, 4, STATES, LENGTH)
     with pytest.raises(ValueError, match="6 channels cannot be shared by 4 groups"):
         _scan.fwd(*inputs()._replace(B=four, C=four), True)
+
+
+def test_no_last_state_may_be_asked_for_by_none():
+    """As MambaVision's mixer does."""
+    given = inputs()
+    y = _ssm.selective_scan_fn(*given, delta_softplus=True, return_last_state=None)
+    assert torch.equal(y, _ssm.selective_scan_fn(*given, delta_softplus=True))
