@@ -6,7 +6,7 @@ Packaged as ``mamba_attn.integrations``; the core finds these files by name and 
 file      recognises                                                               routes of a mixer
 ========  =======================================================================  =====================================
 vim       Vision Mamba (arXiv 2401.09417): mixers with ``A_log`` and ``A_b_log``   raster order and its reversal
-vmamba    VMamba's SS2D (arXiv 2401.10166): ``A_logs``, ``Ds``, ``dt_projs_bias``  rows, columns, and both reversed
+vmamba    VMamba's SS2D (arXiv 2401.10166) and its forks: ``A_logs``, ``Ds``        rows, columns, and both reversed
 timm_vit  ViT and DeiT of timm: ``qkv``, ``proj``, ``num_heads``, ``scale``        none: softmax attention of all tokens
 ========  =======================================================================  =====================================
 
