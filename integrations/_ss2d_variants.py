@@ -41,14 +41,15 @@ _ARGUMENTS = (
     "CrossMerge",
 )  # fmt: skip
 _NAMES = (
-    "A_logs", "Ds", "F", "SelectiveScan", "Tensor", "act", "append", "apply", "cat", "channel_first", "chunk",
-    "contiguous", "conv1d", "conv2d", "cross_merge_fn", "cross_scan_fn", "cross_selective_scan", "d_conv",
-    "d_inner", "d_state", "dict", "disable_z", "disable_z_act", "dropout", "dt_projs", "dt_projs_bias",
-    "dt_projs_weight", "dt_rank", "dtype", "einsum", "exp", "flip", "float", "float32", "forward_core", "get",
-    "getattr", "hasattr", "in_proj", "in_rank", "int", "isinstance", "k_group", "layer_norm", "out_act", "out_norm",
-    "out_proj", "out_rank", "partial", "permute", "range", "reshape", "selective_scan", "selective_scan_fn",
-    "selective_scan_fn_v1", "setattr", "shape", "silu", "split", "ssm_low_rank", "stack", "str", "sum", "to",
-    "torch", "training", "transpose", "unsqueeze", "view", "with_dconv", "x_proj", "x_proj_bias", "x_proj_weight",
+    "A_logs", "act", "append", "apply", "cat", "channel_first", "chunk", "contiguous", "conv1d", "conv2d",
+    "cross_merge_fn", "cross_scan_fn", "cross_selective_scan", "d_conv", "d_inner", "d_state", "dict", "disable_z",
+    "disable_z_act", "dropout", "Ds", "dt_projs", "dt_projs_bias", "dt_projs_weight", "dt_rank", "dtype", "einsum",
+    "exp", "F", "flatten", "flip", "float", "float32", "forward_core", "get", "getattr", "hasattr", "in_proj",
+    "in_rank", "int", "isinstance", "k_group", "layer_norm", "out_act", "out_norm", "out_proj", "out_rank", "partial",
+    "permute", "range", "reshape", "selective_scan", "selective_scan_fn", "selective_scan_fn_v1", "SelectiveScan",
+    "setattr", "shape", "silu", "size", "softplus", "split", "squeeze", "ssm_low_rank", "stack", "str", "sum",
+    "Tensor", "to", "torch", "training", "transpose", "unsqueeze", "view", "with_dconv", "x_proj", "x_proj_bias",
+    "x_proj_weight",
 )  # fmt: skip
 
 
@@ -139,7 +140,8 @@ def _check_shapes(module: nn.Module) -> None:
         part = getattr(parts, name, None)
         plain = isinstance(part, nn.Linear) and {*part.state_dict()} <= {"weight", "bias"}
         if not plain or getattr(part, "groups", 1) != routes:
-            _refuse(f"its {name} is {type(part).__name__}; this adapter knows plain linear layers in {routes} groups.")
+            kind = f"{type(part).__module__}.{type(part).__name__}"
+            _refuse(f"its {name} is a {kind}; this adapter knows plain linear layers in {routes} groups.")
 
 
 def _scan(core: "_Function") -> str:
