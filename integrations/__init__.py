@@ -5,7 +5,8 @@ Packaged as ``mamba_attn.integrations``; the core finds these files by name and 
 ===========  =======================================================================  ==================================
 file         recognises                                                               routes of a mixer
 ===========  =======================================================================  ==================================
-vim          Vision Mamba (arXiv 2401.09417): mixers with ``A_log`` and ``A_b_log``   raster order and its reversal
+vim          Vision Mamba and forks: ``A_b_log``, ``bimamba_type`` or ``biscan``      raster order, and its reversal
+mamba        mamba_ssm's Mamba: ``A_log``, ``conv1d``, ``x_proj``, ``dt_proj``        raster order
 vmamba       VMamba's SS2D (arXiv 2401.10166): ``A_logs``, ``Ds``, ``dt_projs_bias``  rows, columns, and both reversed
 mambavision  MambaVision (arXiv 2407.08083): ``conv1d_x`` and ``conv1d_z``            one per window, in raster order
 timm_vit     ViT and DeiT of timm: ``qkv``, ``proj``, ``num_heads``, ``scale``;       none: softmax attention of all

@@ -29,6 +29,7 @@ class MambaAdapter(Adapter):
         "d_model", "d_state", "d_conv", "expand", "d_inner", "dt_rank", "use_fast_path", "layer_idx", "activation",
         # forks that keep maps beside the output
         "compute_attn_matrix", "compute_attn_vector", "old_attention", "ablate_attn_mat", "ablate_attn_vec",
+        "ablate_dict",
     )  # fmt: skip
 
     def recognises(self, module: nn.Module) -> bool:
@@ -50,7 +51,8 @@ class MambaAdapter(Adapter):
         """Return everything before the scans, from what the mixer's forward was called with.
 
         Raises:
-            UnsupportedModelError: a call with a cache of states, for generating one token after another.
+            UnsupportedModelError: a call with a cache of states, for generating one token after another, or on
+                something else than (batch, tokens, features).
         """
         given = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
         if given.get("inference_params") is not None:
@@ -60,6 +62,11 @@ class MambaAdapter(Adapter):
                 "without inference_params."
             )
         _, x, *_ = given.values()
+        if x.ndim != 3:
+            raise UnsupportedModelError(
+                f"family {self.family}: {type(module).__name__} got an input of shape {tuple(x.shape)}; this adapter "
+                "knows (batch, tokens, features)."
+            )
         layout = seen.layout if seen.layout is not None and seen.layout.tokens == x.shape[1] else None
         return vim_mixer.project(module, x, orders=given.get("orders"), rules=rules, layout=layout)
 
@@ -85,8 +92,8 @@ class MambaAdapter(Adapter):
         yield from (name for name, _ in module.named_parameters(recurse=False) if name not in self.parameters)
         yield from (name for name, _ in module.named_buffers(recurse=False))
         for name, value in vars(module).items():
-            known = name.startswith("_") or name in ("training", *self.settings)
-            if not known and isinstance(value, int | float | str | tuple):
+            known = name.startswith("_") or name in ("training", "forward", *self.settings)
+            if not known and value is not None and not isinstance(value, Tensor):  # tensors are results that forks keep
                 yield name
 
 
@@ -99,9 +106,9 @@ def _not_plain(module: nn.Module) -> str | None:
         kind = nn.SiLU if name == "act" else nn.Conv1d if name.startswith("conv1d") else nn.Linear
         if type(child).forward is not kind.forward:
             return (
-                f"its {name} is {type(child).__name__}, not {kind.__name__}, and the mixer's own forward reads "
-                f"{name}.weight without calling {name}; what wraps it does not act there. Merge it into the weights "
-                "first: LoRA's is model = model.merge_and_unload()."
+                f"its {name} is a {type(child).__module__}.{type(child).__name__} instead of torch's {kind.__name__}. "
+                f"Mamba's own forward reads {name}.weight and may never call {name}, so what wraps it may not act; "
+                "merge it into the weights first, e.g. LoRA by model = model.merge_and_unload()."
             )
         if isinstance(child, nn.Conv1d) and not _is_causal(child):
             return f"its {name}, {child}, is not causal and depthwise with padding=kernel_size - 1 at the front."

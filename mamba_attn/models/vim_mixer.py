@@ -57,20 +57,21 @@ def project(
     if orders is None:
         orders = _there_and_back(x.shape[1], len(suffixes), x.device)
     skips = [full_precision(_part(module, f"D{suffix}")) for suffix in own]
-    record = ScanRecord.from_scan(
-        torch.stack(u, 1).mT,
-        F.softplus(full_precision(torch.stack(dt, 1))).mT,
-        torch.stack([-torch.exp(full_precision(_part(module, f"A{suffix}_log"))) for suffix in suffixes]),
-        B,
-        C,
-        torch.stack(skips if len(own) == len(suffixes) else skips * len(suffixes)),
-        order=orders,
-        tokens=x.shape[1],
+    return ScanRecord(
+        source_u=torch.stack(u, 1).mT,
+        source_delta=F.softplus(full_precision(torch.stack(dt, 1))).mT,
+        A=torch.stack([-torch.exp(full_precision(_part(module, f"A{suffix}_log"))) for suffix in suffixes]),
+        source_B=B,
+        source_C=C,
+        D=torch.stack(skips if len(own) == len(suffixes) else skips * len(suffixes)),
         gate=rules.activation(F.silu, z).mT,
+        read_order=orders,
+        write_order=orders,
+        tokens=x.shape[1],
         scale=0.5 if len(own) == 2 and _divides(module) else 1.0,
+        source_frame="scan" if len(own) == len(suffixes) else "tokens",
         layout=layout,
     )
-    return record if len(own) == len(suffixes) else record.replace(source_frame="tokens")
 
 
 def scans(module: nn.Module) -> tuple[str, ...]:
