@@ -38,8 +38,8 @@ class MambaAdapter(Adapter):
 
     def refusal(self, module: nn.Module, model: nn.Module) -> str | None:
         """Refuse whatever has a part, a setting or an input that is not known, and parts that are not plain."""
-        if type(module).forward is vim_mixer.VimMixer.forward:
-            return None  # ours: it calls its parts as modules, and nothing else of it matters
+        if is_ours(module):
+            return None
         foreign = list(dict.fromkeys(self._foreign(module)))
         if foreign:
             shown = ", ".join(foreign[:_NAMES_SHOWN])
@@ -95,6 +95,15 @@ class MambaAdapter(Adapter):
             known = name.startswith("_") or name in ("training", "forward", *self.settings)
             if not known and value is not None and not isinstance(value, Tensor):  # tensors are results that forks keep
                 yield name
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether the library's own forward runs: it calls its parts as modules, and nothing else of the mixer matters.
+
+    Args:
+        module: a mixer.
+    """
+    return type(module).forward is vim_mixer.VimMixer.forward
 
 
 def _not_plain(module: nn.Module) -> str | None:

@@ -10,7 +10,7 @@ from mamba_attn.models import vim_mixer
 from mamba_attn.rules import Rules
 from mamba_attn.scan import ScanRecord
 
-from .mamba import MambaAdapter
+from .mamba import MambaAdapter, is_ours
 
 _MARKS = ("A_b_log", "bimamba_type", "biscan")
 _BACKWARD = ("A_b_log", "D_b", "conv1d_b", "x_proj_b", "dt_proj_b")
@@ -42,7 +42,8 @@ class VimAdapter(MambaAdapter):
 
     def refusal(self, module: nn.Module, model: nn.Module) -> str | None:
         """Refuse what is not known, directions other than Vim's, and models that move tokens between layers."""
-        return super().refusal(module, model) or _other_directions(module) or next(_moving(model), None)
+        reason = super().refusal(module, model)
+        return reason if reason or is_ours(module) else _other_directions(module) or next(_moving(model), None)
 
     def project(self, module: nn.Module, *args: Any, rules: Rules, seen: Seen, **kwargs: Any) -> ScanRecord:
         """Return everything before the scans, and warn where the model's own code leaves one of them out."""
@@ -56,8 +57,6 @@ class VimAdapter(MambaAdapter):
 
 def _other_directions(module: nn.Module) -> str | None:
     """Why the directions of a mixer with known parts are not known, or None."""
-    if type(module).forward is vim_mixer.VimMixer.forward:
-        return None
     said: object = getattr(module, "bimamba_type", None)
     if said is None:
         said = {True: "v2", False: "none"}.get(getattr(module, "biscan", None))  # type: ignore[arg-type]

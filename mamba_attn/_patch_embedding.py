@@ -24,15 +24,15 @@ def layout_sources(model: nn.Module) -> Iterator[LayoutSource]:
         model: a model, or one that has such models inside.
     """
     for module in model.modules():
-        embed = getattr(module, "patch_embed", None)
+        embed = module._modules.get("patch_embed")
+        layers = module._modules.get("layers", module._modules.get("blocks"))
         projection = getattr(embed, "proj", None)
-        layers = getattr(module, "layers", getattr(module, "blocks", None))
-        if not isinstance(projection, nn.Conv2d) or not isinstance(layers, Iterable):
+        if embed is None or not isinstance(projection, nn.Conv2d) or not isinstance(layers, Iterable):
             continue
         first = next(iter(layers), None)
         if hasattr(module, "class_token"):  # our own models say it
             yield LayoutSource(projection, partial(_as_said, module, projection))
-        elif isinstance(embed, nn.Module) and isinstance(first, nn.Module):
+        elif isinstance(first, nn.Module):
             reader = _Reader(module, projection)
             yield LayoutSource(projection, reader.see_grid)
             yield LayoutSource(embed, reader.see_patches)
@@ -101,10 +101,9 @@ def _layout(
 
 
 def _tokens_of_patches(
-    tokens: Float[Tensor, "batch tokens features"],
-    patches: Float[Tensor, "batch patches features"],
+    tokens: Float[Tensor, "batch tokens features"], patches: Float[Tensor, "images patches width"],
     position: Tensor | None,
-) -> list[int] | None:
+) -> list[int] | None:  # fmt: skip
     """The token that holds each patch, when there is exactly one way to find all patches in raster order.
 
     Position embeddings may have been added to the patches, or to all tokens after others were inserted.

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 import mamba_attn
+from mamba_attn._patch_embedding import _tokens_of_patches
+from mamba_attn.attribution import RawAttention
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.testing import check_adapter
 from tests.integrations.small_vim import Backbone, Mamba, Vim
@@ -313,3 +315,46 @@ def test_nothing_of_a_model_changes() -> None:
         assert torch.equal(model(x), plain)
     assert [dict(vars(module)) for module in model.modules()] == before
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+class Twice(Backbone):
+    """Runs its first layer on something else between the first and the second."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        handle = self.layers[1].register_forward_pre_hook(lambda *_: self.layers[0](torch.randn(1, 16, 8)) and None)
+        try:
+            return super().forward(images)
+        finally:
+            handle.remove()
+
+
+@pytest.mark.changes_model("hooks")
+def test_a_first_layer_that_runs_again_leaves_the_layout() -> None:
+    model = Twice([Vim(8), Vim(8)], (3, 5), {"cls_token": (7,)})
+    with torch.no_grad(), mamba_attn.trace(model, layers=["layers.1.mixer"]) as trace:
+        model(torch.randn(1, 3, 12, 20))
+    assert trace.layers[0].layout.class_tokens == (7,)
+
+
+def test_every_feature_of_every_image_counts() -> None:
+    tokens = torch.randn(2, 7, 3)
+    patches = tokens[:, [0, 1, 2, 4, 5, 6]]
+    assert _tokens_of_patches(tokens, patches, None) == [0, 1, 2, 4, 5, 6]
+    for image in (0, 1):
+        for feature in (0, 2):
+            changed = tokens.clone()
+            changed[image, 5, feature] += 1
+            assert _tokens_of_patches(changed, patches, None) is None
+    assert _tokens_of_patches(tokens[:, :5], patches, None) is None
+    assert _tokens_of_patches(tokens[:1], patches, None) is None
+
+
+def test_the_published_convention_of_forks_is_for_directions_with_parts_of_their_own() -> None:
+    for name, refused in (("v1", True), ("v2 halved", False), ("none", False)):
+        model = Backbone([Vim(8, MARKS[name])], (3, 5), {"cls_token": (7,)})
+        method = RawAttention(model, convention="implicit_unified")
+        if refused:
+            with pytest.raises(ValueError, match=r"layers\.0\.mixer is no Vim mixer .* one for each"):
+                method.attribute(torch.randn(1, 3, 12, 20), target=0)
+        else:
+            assert method.attribute(torch.randn(1, 3, 12, 20), target=0).shape[-2:] == (12, 20)
