@@ -7,7 +7,7 @@ file         recognises                                                         
 ===========  =======================================================================  ==================================
 vim          Vision Mamba and forks: ``A_b_log``, ``bimamba_type`` or ``biscan``      raster order, and its reversal
 mamba        mamba_ssm's Mamba: ``A_log``, ``conv1d``, ``x_proj``, ``dt_proj``        raster order
-vmamba       VMamba's SS2D (arXiv 2401.10166) and its forks: ``A_logs``, ``Ds``        rows, columns, and both reversed
+vmamba       VMamba's SS2D (arXiv 2401.10166) and its forks: ``A_logs``, ``Ds``       rows, columns, and both reversed
 mambavision  MambaVision (arXiv 2407.08083): ``conv1d_x`` and ``conv1d_z``            one per window, in raster order
 timm_vit     ViT and DeiT of timm: ``qkv``, ``proj``, ``num_heads``, ``scale``;       none: softmax attention of all
              MambaVision's attention                                                  tokens, or those of one window

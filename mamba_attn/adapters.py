@@ -6,6 +6,7 @@ are found by name; ``register_adapter`` adds one of your own. ``mamba_attn.testi
 
 import importlib
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,7 @@ from mamba_attn.rules import Rules
 from mamba_attn.scan import ScanRecord
 from mamba_attn.softmax import AttentionRecord
 
-_FAMILIES = ("vim", "vmamba", "mambavision", "timm_vit")
+_FAMILIES = ("vim", "mamba", "vmamba", "mambavision", "timm_vit")  # asked in this order
 
 
 @dataclass
@@ -40,6 +41,17 @@ class Seen:
     padded_stem: bool = False
     layout: TokenLayout | None = None
     frames: dict[nn.Module, TokenLayout] = field(default_factory=dict)
+    _said: set[str] = field(default_factory=set, init=False, repr=False)
+
+    def warn_once(self, sentence: str) -> None:
+        """Warn of something that many mixers of a model share, once in a trace.
+
+        Args:
+            sentence: what happens, and what to do.
+        """
+        if sentence not in self._said:
+            self._said.add(sentence)
+            warnings.warn(sentence, UserWarning, stacklevel=2)
 
     def grid_layout(self, height: int, width: int, window: int | None = None) -> TokenLayout:
         """Return the layout of a pyramid's stage, whose grid is the image's divided by a power of two.

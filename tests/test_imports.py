@@ -30,6 +30,7 @@ HOUSE = [
     ["attention_layer"],
     ["layers"],
     ["integrations"],
+    ["_patch_embedding"],
     ["adapters"],  # reaches integrations by name only
     ["models"],
     ["rules"],

@@ -265,7 +265,7 @@ class OtherCall(Mixer):
     ("mixer", "reason"),
     [
         (_with(norm=nn.LayerNorm(4)), "it has norm, which this adapter does not know; it treats the mixer of arXiv"),
-        (_with(A_b_log=nn.Parameter(torch.ones(4, 3))), "it has A_b_log, which"),
+        (_with(A_c_log=nn.Parameter(torch.ones(4, 3))), "it has A_c_log, which"),
         (_buffered(), "it has shift, which"),
         (_with(scan_order="hilbert", sub=2, half=0.5), "it has scan_order, sub, half, which"),
         (OtherCall(8), "it has cu_seqlens, which"),
