@@ -105,6 +105,8 @@ def check_parts(module: nn.Module) -> None:
     other = next((name for name in _OTHERS if hasattr(module, name)), None)
     if other:
         _refuse(f"it is {_OTHERS[other]} (it has {other}), which this adapter does not know.")
+    if not hasattr(module, "x_proj_weight") and not hasattr(module, "x_proj"):
+        _refuse("it has no x_proj (VMamba's variants xv, whose in_proj gives u, dt, B and C), so it is another mixer.")
     absent = [name for name in _PARTS if not hasattr(module, name)]
     if absent:
         _refuse(f"it has no {' and no '.join(absent)}, so it is another mixer.")
@@ -134,8 +136,6 @@ def _check_shapes(module: nn.Module) -> None:
         _refuse("its routes share A_logs or Ds, which this adapter does not know.")
     if getattr(parts, "x_proj_weight", None) is not None:
         return
-    if not hasattr(parts, "x_proj"):
-        _refuse("it has no x_proj (VMamba's variants xv, whose in_proj gives u, dt, B and C), so it is another mixer.")
     for name in ("x_proj", "dt_projs"):  # of the one-file VMamba: they get the tokens in another order than there
         part = getattr(parts, name, None)
         plain = isinstance(part, nn.Linear) and {*part.state_dict()} <= {"weight", "bias"}
