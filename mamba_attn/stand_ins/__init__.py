@@ -35,7 +35,7 @@ def cpu_stand_ins() -> Iterator[None]:
     - a stand-in where importing the real one fails: ``mamba_ssm.utils.generation`` and ``mamba_ssm.utils.hf``, which
       need a matching transformers and serve language models only;
     - the real module with the functions that launch kernels replaced by plain PyTorch: ``layer_norm``, ``layernorm``
-      and ``selective_state_update`` of a real mamba_ssm, ``csm_triton`` of VMamba.
+      and ``selective_state_update`` of a real mamba_ssm, ``csm_triton`` and ``ssd_minimal`` of VMamba.
 
     Where there is no CUDA device, ``.cuda()``, ``.to("cuda")`` and ``device="cuda"`` mean the CPU in the block: some
     files build a model on the GPU when they are imported.
