@@ -1,6 +1,7 @@
 """Stand-ins for the compiled parts of CUDA-only model code, so that it builds and runs on a CPU.
 
-``cpu_stand_ins`` is the door. The rest is loaded when the first stand-in is imported.
+``cpu_stand_ins`` is the door. The rest is loaded when the first stand-in is imported. Its functions are called by code
+that is not ours: flags are ``object``, since callers pass None and integers for them.
 """
 
 import threading

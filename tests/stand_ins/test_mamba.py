@@ -135,6 +135,7 @@ def test_scan_with_its_last_state():
     truth, state = naive.scan(u, delta, A, B, B)
     naive.close(y, truth, 1e-11)
     naive.close(last, state, 1e-11)
+    assert torch.equal(_ssm.selective_scan_fn(u, delta, A, B, B, return_last_state=None), y)  # as MambaVision calls it
     assert y.requires_grad
     assert not last.requires_grad
     assert _ssm.selective_scan_fn(u.half(), delta.half(), A.float(), B.half(), B.half()).dtype == torch.float16
