@@ -1,6 +1,7 @@
 """Stand-ins for the compiled parts of CUDA-only model code, so that it builds and runs on a CPU.
 
-``cpu_stand_ins`` is the door. The rest is loaded when the first stand-in is imported.
+``cpu_stand_ins`` is the door. The rest is loaded when the first stand-in is imported. Its functions are called by code
+that is not ours: flags are ``object``, since callers pass None and integers for them.
 """
 
 import threading
@@ -35,7 +36,7 @@ def cpu_stand_ins() -> Iterator[None]:
     - a stand-in where importing the real one fails: ``mamba_ssm.utils.generation`` and ``mamba_ssm.utils.hf``, which
       need a matching transformers and serve language models only;
     - the real module with the functions that launch kernels replaced by plain PyTorch: ``layer_norm``, ``layernorm``
-      and ``selective_state_update`` of a real mamba_ssm, ``csm_triton`` of VMamba.
+      and ``selective_state_update`` of a real mamba_ssm, ``csm_triton`` and ``ssd_minimal`` of VMamba.
 
     Where there is no CUDA device, ``.cuda()``, ``.to("cuda")`` and ``device="cuda"`` mean the CPU in the block: some
     files build a model on the GPU when they are imported.

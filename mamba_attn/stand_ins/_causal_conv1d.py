@@ -16,7 +16,7 @@ def causal_conv1d_fn(
     bias: Tensor | None = None,
     seq_idx: Tensor | str | None = None,
     initial_states: Tensor | None = None,
-    return_final_states: bool = False,
+    return_final_states: object = False,
     final_states_out: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ causal_conv1d_update_ref = causal_conv1d_update
 
 def causal_conv1d_fwd_function(
     x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, initial_states: Tensor | None,
-    final_states_out: Tensor | None, silu_activation: bool,
+    final_states_out: Tensor | None, silu_activation: object,
 ) -> Tensor | None:  # fmt: skip
     """``cpp_functions.causal_conv1d_fwd_function``, which mamba_ssm 2 calls."""
     return causal_conv1d_fwd(x, weight, bias, seq_idx, initial_states, final_states_out, silu_activation)
@@ -81,8 +81,8 @@ def causal_conv1d_fwd_function(
 
 def causal_conv1d_bwd_function(
     x: Tensor, weight: Tensor, bias: Tensor | None, dout: Tensor, seq_idx: Tensor | None,
-    initial_states: Tensor | None, dfinal_states: Tensor | None, dx: Tensor | None, return_dinitial_states: bool,
-    silu_activation: bool,
+    initial_states: Tensor | None, dfinal_states: Tensor | None, dx: Tensor | None, return_dinitial_states: object,
+    silu_activation: object,
 ) -> tuple[Tensor | None, ...] | None:  # fmt: skip
     """``cpp_functions.causal_conv1d_bwd_function``."""
     return causal_conv1d_bwd(
@@ -91,7 +91,7 @@ def causal_conv1d_bwd_function(
 
 
 def causal_conv1d_update_function(
-    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu_activation: bool,
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu_activation: object,
     cache_seqlens: Tensor | None = None, conv_state_indices: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """``cpp_functions.causal_conv1d_update_function``."""

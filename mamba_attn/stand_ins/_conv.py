@@ -19,7 +19,7 @@ class Inputs(NamedTuple):
     initial_states: Tensor | None = None  # (batch, channels, width - 1): what came before
 
 
-def convolve(given: Inputs, seq_idx: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
+def convolve(given: Inputs, seq_idx: Tensor | None, silu: object) -> tuple[Tensor, Tensor]:
     """The convolution, and what a next call would need as initial states, both in working precision.
 
     Step t sees steps t - width + 1 .. t.
@@ -62,7 +62,7 @@ def _own(tap_sees: Tensor, seq_idx: Tensor | None, width: int, tap: int) -> Tens
     return tap_sees * (seen == seq_idx)[:, None]
 
 
-def _gradients(given: Inputs, dout: Tensor, dlast: Tensor | None, seq_idx: Tensor | None, silu: bool) -> list[Tensor]:
+def _gradients(given: Inputs, dout: Tensor, dlast: Tensor | None, seq_idx: Tensor | None, silu: object) -> list[Tensor]:
     """Of x, weight, bias and initial states; by hand, since the extension may be called where autograd is off."""
     padded, weight, bias = _working(given)
     length, width = given.x.shape[2], weight.shape[1]

@@ -18,10 +18,10 @@ def layer_norm_fn(
     eps: float = 1e-6,
     dropout_p: float = 0.0,
     rowscale: Tensor | None = None,
-    prenorm: bool = False,
-    residual_in_fp32: bool = False,
-    is_rms_norm: bool = False,
-    return_dropout_mask: bool = False,
+    prenorm: object = False,
+    residual_in_fp32: object = False,
+    is_rms_norm: object = False,
+    return_dropout_mask: object = False,
 ) -> Any:
     """norm(residual + dropout(rowscale * x) + dropout(x1)) * weight + bias, over the last axis.
 
@@ -77,7 +77,7 @@ def rms_norm_fn(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any,
 
 def old_layer_norm_fn(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, eps: float = 1e-6,
-    prenorm: bool = False, residual_in_fp32: bool = False, is_rms_norm: bool = False,
+    prenorm: object = False, residual_in_fp32: object = False, is_rms_norm: object = False,
 ) -> Any:  # fmt: skip
     """``layer_norm_fn`` with the arguments of mamba_ssm 1.0 and 1.1, in their order."""
     options = {"eps": eps, "prenorm": prenorm, "residual_in_fp32": residual_in_fp32, "is_rms_norm": is_rms_norm}
@@ -85,8 +85,8 @@ def old_layer_norm_fn(
 
 
 def old_rms_norm_fn(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, prenorm: bool = False,
-    residual_in_fp32: bool = False, eps: float = 1e-6,
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, prenorm: object = False,
+    residual_in_fp32: object = False, eps: float = 1e-6,
 ) -> Any:  # fmt: skip
     """``rms_norm_fn`` with the arguments of mamba_ssm 1.0 and 1.1, in their order."""
     return old_layer_norm_fn(x, weight, bias, residual, eps, prenorm, residual_in_fp32, True)
@@ -113,7 +113,7 @@ class RMSNorm(nn.Module):
         self.register_parameter("bias", None)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, residual_in_fp32: bool = False
+        self, x: Tensor, residual: Tensor | None = None, prenorm: object = False, residual_in_fp32: object = False
     ) -> Any:
         """Add the residual and normalise; with ``prenorm`` also return the sum."""
         return rms_norm_fn(
@@ -135,7 +135,7 @@ def _dropped(x: Tensor, probability: float) -> tuple[Tensor, Tensor | None]:
     return x * mask / (1 - probability), mask
 
 
-def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
+def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: object) -> Tensor:
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if not rms:
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)

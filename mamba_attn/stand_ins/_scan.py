@@ -34,7 +34,7 @@ class Inputs(NamedTuple):
         return Inputs(*(None if tensor is None else tensor.to(kind) for tensor in self))  # type: ignore[arg-type]
 
 
-def run(name: str, given: Inputs, softplus: bool) -> tuple[Tensor, Tensor]:
+def run(name: str, given: Inputs, softplus: object) -> tuple[Tensor, Tensor]:
     """The scan in working precision: y, and y * silu(z), or y again without z (arXiv 2312.00752, algorithm 2).
 
     Args:
@@ -69,7 +69,7 @@ def run(name: str, given: Inputs, softplus: bool) -> tuple[Tensor, Tensor]:
     return out, out if x.z is None else out * F.silu(x.z)
 
 
-def steps(x: Inputs, softplus: bool) -> Tensor:
+def steps(x: Inputs, softplus: object) -> Tensor:
     """Delta after bias and softplus."""
     delta = x.delta if x.delta_bias is None else x.delta + x.delta_bias[:, None]
     return F.softplus(delta) if softplus else delta
@@ -107,7 +107,7 @@ def _like(target: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Te
     return torch.empty_like(target, dtype=dtype or target.dtype).copy_(value)
 
 
-def _forward(name: str, given: Inputs, softplus: bool, dtype: torch.dtype | None) -> list[Tensor]:
+def _forward(name: str, given: Inputs, softplus: object, dtype: torch.dtype | None) -> list[Tensor]:
     with torch.no_grad():
         y, gated = run(name, given, softplus)
         # as the extensions: the layout of delta, the type of u
@@ -115,7 +115,7 @@ def _forward(name: str, given: Inputs, softplus: bool, dtype: torch.dtype | None
         return found if given.z is None else [*found, _like(given.z, gated)]
 
 
-def _backward(name: str, given: Inputs, dout: Tensor, softplus: bool) -> tuple[list[Tensor | None], Tensor]:
+def _backward(name: str, given: Inputs, dout: Tensor, softplus: object) -> tuple[list[Tensor | None], Tensor]:
     """Gradients by autograd through the recomputed scan, in the order of ``Inputs``, and y * silu(z)."""
     wanted = [i for i, tensor in enumerate(given) if tensor is not None]
     with torch.enable_grad():
@@ -130,7 +130,7 @@ def _backward(name: str, given: Inputs, dout: Tensor, softplus: bool) -> tuple[l
 
 def fwd(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    delta_bias: Tensor | None, delta_softplus: bool,
+    delta_bias: Tensor | None, delta_softplus: object,
 ) -> list[Tensor]:  # fmt: skip
     """``selective_scan_cuda.fwd``: [out, states], and out * silu(z) where there is a z."""
     return _forward("selective_scan_cuda.fwd", Inputs(u, delta, A, B, C, D, z, delta_bias), delta_softplus, None)
@@ -139,7 +139,7 @@ def fwd(
 def bwd(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, dout: Tensor, x: Tensor | None, out: Tensor | None, dz: Tensor | None,
-    delta_softplus: bool, recompute_out_z: bool,
+    delta_softplus: object, recompute_out_z: object,
 ) -> list[Tensor | None]:  # fmt: skip
     """``selective_scan_cuda.bwd``: [du, ddelta, dA, dB, dC, dD, ddelta_bias], then dz and out_z where there is a z.
 
@@ -157,7 +157,7 @@ def bwd(
 
 def oflex_fwd(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None,
-    delta_softplus: bool, nrows: int = 1, out_float: bool = True,
+    delta_softplus: object, nrows: int = 1, out_float: object = True,
 ) -> list[Tensor]:  # fmt: skip
     """``selective_scan_cuda_oflex.fwd``: [out, states]; out is float32 with ``out_float``, else as u."""
     given = Inputs(u, delta, A, B, C, D, None, delta_bias)
@@ -167,7 +167,7 @@ def oflex_fwd(
 
 def core_fwd(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None,
-    delta_softplus: bool, nrows: int = 1,
+    delta_softplus: object, nrows: int = 1,
 ) -> list[Tensor]:  # fmt: skip
     """``selective_scan_cuda_core.fwd``: [out, states]."""
     given = Inputs(u, delta, A, B, C, D, None, delta_bias)
@@ -176,7 +176,7 @@ def core_fwd(
 
 def core_bwd(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None,
-    dout: Tensor, x: Tensor | None, delta_softplus: bool, nrows: int = 1,
+    dout: Tensor, x: Tensor | None, delta_softplus: object, nrows: int = 1,
 ) -> list[Tensor | None]:  # fmt: skip
     """``bwd`` of both of VMamba's extensions: [du, ddelta, dA, dB, dC, dD, ddelta_bias]."""
     given = Inputs(u, delta, A, B, C, D, None, delta_bias)

@@ -12,7 +12,7 @@ from mamba_attn.stand_ins._states import ScanStates
 
 def selective_scan_fn(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
-    delta_bias: Tensor | None = None, delta_softplus: bool = False, return_last_state: bool | None = False,
+    delta_bias: Tensor | None = None, delta_softplus: object = False, return_last_state: object = False,
 ) -> Any:  # fmt: skip
     """The selective scan (arXiv 2312.00752, algorithm 2); autograd differentiates it.
 
@@ -26,8 +26,7 @@ def selective_scan_fn(
         z: like u, or None; the output is multiplied by silu(z).
         delta_bias: (channels), or None.
         delta_softplus: whether delta goes through softplus.
-        return_last_state: also return the state after the last step, (batch, channels, states), without gradient;
-            MambaVision passes None for no.
+        return_last_state: also return the state after the last step, (batch, channels, states), without gradient.
 
     Raises:
         ValueError: complex A, or tensors that do not fit together.
@@ -48,7 +47,7 @@ def mamba_inner_fn_no_out_proj(
     xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, x_proj_weight: Tensor, delta_proj_weight: Tensor,
     A: Tensor, B: Tensor | None = None, C: Tensor | None = None, D: Tensor | None = None,
     delta_bias: Tensor | None = None, B_proj_bias: Tensor | None = None, C_proj_bias: Tensor | None = None,
-    delta_softplus: bool = True,
+    delta_softplus: object = True,
 ) -> Tensor:  # fmt: skip
     """Convolution, SiLU, projections, scan and gate of one direction of a Mamba mixer, before its output projection.
 
@@ -106,7 +105,7 @@ def bimamba_inner_fn(
     xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, x_proj_weight: Tensor, delta_proj_weight: Tensor,
     out_proj_weight: Tensor, out_proj_bias: Tensor | None, A: Tensor, A_b: Tensor, B: Tensor | None = None,
     C: Tensor | None = None, D: Tensor | None = None, delta_bias: Tensor | None = None,
-    B_proj_bias: Tensor | None = None, C_proj_bias: Tensor | None = None, delta_softplus: bool = True,
+    B_proj_bias: Tensor | None = None, C_proj_bias: Tensor | None = None, delta_softplus: object = True,
 ) -> Tensor:  # fmt: skip
     """Vim's first bidirectional mixer: both directions share everything but A (``A_b``: last to first)."""
     biases = (B_proj_bias, C_proj_bias)

@@ -18,11 +18,11 @@ class ScanStates(Tensor):
     the sequence is one chunk. No gradient runs through it, as in the extensions.
     """
 
-    _pending: tuple["Inputs", bool] | None
+    _pending: tuple["Inputs", object] | None
     _found: Tensor | None
 
     @classmethod
-    def of(cls, given: "Inputs", softplus: bool) -> Self:
+    def of(cls, given: "Inputs", softplus: object) -> Self:
         """The states of a scan, not computed yet."""
         batch, channels = given.u.shape[:2]
         kind = torch.float64 if given.u.dtype == torch.float64 else torch.float32
@@ -48,7 +48,7 @@ class ScanStates(Tensor):
 
 
 @torch.no_grad()
-def _compute(given: "Inputs", softplus: bool) -> Tensor:
+def _compute(given: "Inputs", softplus: object) -> Tensor:
     x = given.working()
     delta = x.delta if x.delta_bias is None else x.delta + x.delta_bias[:, None]
     delta = F.softplus(delta) if softplus else delta

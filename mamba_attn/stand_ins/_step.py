@@ -7,7 +7,7 @@ from torch import Tensor
 
 def selective_state_update(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-    z: Tensor | None = None, dt_bias: Tensor | None = None, dt_softplus: bool = False,
+    z: Tensor | None = None, dt_bias: Tensor | None = None, dt_softplus: object = False,
     state_batch_indices: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """One step: state = exp(dt A) state + dt B x, in place; y = C state + D x, times silu(z).

@@ -6,10 +6,10 @@ import torch
 from mamba_attn.stand_ins import _causal_conv1d, _conv
 from tests.stand_ins import naive
 
-X, WEIGHT, BIAS = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 5, 7), (5, 4), (5,)))
-BEFORE, AFTER = (torch.randn(2, 5, 3, dtype=torch.float64) for _ in range(2))
+SHAPES = ((2, 5, 7), (5, 4), (5,), (2, 5, 3), (2, 5, 3), (2, 5, 7))
+FIXED = torch.Generator().manual_seed(0)
+X, WEIGHT, BIAS, BEFORE, AFTER, DOUT = (torch.randn(shape, generator=FIXED).double() for shape in SHAPES)
 SEQUENCES = torch.tensor([[0, 0, 1, 1, 1, 2, -1], [3, 3, 3, 3, 4, 4, 4]], dtype=torch.int32)
-DOUT = torch.randn(2, 5, 7, dtype=torch.float64)
 
 
 def truth(silu, before=None, sequences=None, after=None):
@@ -87,7 +87,7 @@ def test_sums_are_taken_in_float32(dtype):
     x, weight = X.to(dtype), WEIGHT.to(dtype)
     y = _conv.causal_conv1d_fwd(x, weight, None, True)
     assert y.dtype == dtype
-    naive.close(y, naive.conv(x.double(), weight.double(), silu=True), torch.finfo(dtype).eps)
+    naive.close(y, naive.conv(x.double(), weight.double(), silu=True), 2 * torch.finfo(dtype).eps)
 
 
 def test_the_package_is_differentiable_and_takes_the_old_order():

@@ -346,6 +346,24 @@ def test_vmamba_s_scans_take_cpu_tensors(code):
     assert type(spec.loader).__module__ != "mamba_attn.stand_ins._modules"
 
 
+def test_vmamba_s_mamba_2_takes_its_own_pytorch_version(code):
+    code(
+        {
+            "ssd_minimal": """
+import triton
+def in_triton(x, size): raise RuntimeError("no")
+def in_pytorch(x, size): return x * size
+def selective_scan_chunk_fn(x, size=2, backend=None):
+    return (in_pytorch if backend == "torch" else in_triton)(x, size)
+"""
+        }
+    )
+    with cpu_stand_ins():
+        from ssd_minimal import selective_scan_chunk_fn
+    assert selective_scan_chunk_fn(3) == 6
+    assert selective_scan_chunk_fn(3, size=3, backend=None) == 9
+
+
 def test_libraries_do_not_see_the_stand_ins(code, monkeypatch):
     monkeypatch.setattr(_finder, "_LIBRARIES", ("own_library",))
     real = types.ModuleType("triton")
