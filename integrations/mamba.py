@@ -14,7 +14,6 @@ from mamba_attn.rules import Rules
 from mamba_attn.scan import ScanRecord
 
 _PARTS = ("in_proj", "conv1d", "x_proj", "dt_proj", "A_log", "D", "out_proj")
-_INPUTS = ("inference_params", "orders")  # after the first
 _NAMES_SHOWN = 6
 
 
@@ -54,14 +53,18 @@ class MambaAdapter(Adapter):
             UnsupportedModelError: a call with a cache of states, for generating one token after another, or on
                 something else than (batch, tokens, features).
         """
-        given = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
-        if given.get("inference_params") is not None:
+        signature = inspect.signature(type(module).forward)
+        given = dict(signature.bind(module, *args, **kwargs).arguments)
+        for name in _open_ended(signature):
+            given.update(given.pop(name, {}))
+        (_, x), *others = list(given.items())[1:]
+        foreign = [name for name, value in others if name != "orders" and value is not None]
+        if foreign:
             raise UnsupportedModelError(
-                f"family {self.family}: {type(module).__name__} was called with inference_params, a cache for "
-                "inference step by step, which this adapter does not know; call the model on whole sequences, "
-                "without inference_params."
+                f"family {self.family}: {type(module).__name__} was called with {', '.join(foreign)}, which this "
+                "adapter does not know; it treats whole sequences, one in a row, without the cache (inference_params) "
+                "for inference step by step."
             )
-        _, x, *_ = given.values()
         if x.ndim != 3:
             raise UnsupportedModelError(
                 f"family {self.family}: {type(module).__name__} got an input of shape {tuple(x.shape)}; this adapter "
@@ -86,14 +89,15 @@ class MambaAdapter(Adapter):
 
     def _foreign(self, module: nn.Module) -> Iterator[str]:
         """Names of inputs, submodules, parameters, buffers and settings that nothing here knows."""
-        inputs = list(inspect.signature(type(module).forward).parameters)[2:]
-        yield from (name for name in inputs if name not in _INPUTS)
+        signature = inspect.signature(type(module).forward)
+        known = ("inference_params", "orders", *_open_ended(signature))
+        yield from (name for name in list(signature.parameters)[2:] if name not in known)
         yield from (name for name, _ in module.named_children() if name not in self.children)
         yield from (name for name, _ in module.named_parameters(recurse=False) if name not in self.parameters)
         yield from (name for name, _ in module.named_buffers(recurse=False))
         for name, value in vars(module).items():
-            known = name.startswith("_") or name in ("training", "forward", *self.settings)
-            if not known and value is not None and not isinstance(value, Tensor):  # tensors are results that forks keep
+            own = name.startswith("_") or name in ("training", "forward", *self.settings)
+            if not own and value is not None and not isinstance(value, Tensor):  # tensors are results that forks keep
                 yield name
 
 
@@ -104,6 +108,11 @@ def is_ours(module: nn.Module) -> bool:
         module: a mixer.
     """
     return type(module).forward is vim_mixer.VimMixer.forward
+
+
+def _open_ended(signature: inspect.Signature) -> list[str]:
+    """The name that takes any keyword argument, if there is one: what it takes is looked at in every call."""
+    return [name for name, value in signature.parameters.items() if value.kind is value.VAR_KEYWORD]
 
 
 def _not_plain(module: nn.Module) -> str | None:

@@ -84,7 +84,22 @@ def test_the_input_by_name() -> None:
 def test_inference_caches_are_refused() -> None:
     model = Alone(Mamba(6), inference_params=object())
     with torch.no_grad(), mamba_attn.trace(model):
-        with pytest.raises(UnsupportedModelError, match="family Mamba: Mamba was called with inference_params, a"):
+        with pytest.raises(UnsupportedModelError, match="family Mamba: Mamba was called with inference_params, which"):
+            model(torch.randn(1, 5, 6))
+
+
+class Open(Mamba):
+    """Takes any input by name, as the stand-in for mamba_ssm's does."""
+
+    def forward(self, hidden_states: torch.Tensor, inference_params: None = None, **more: Any) -> torch.Tensor:
+        return super().forward(hidden_states)
+
+
+def test_inputs_that_are_named_in_the_call_alone() -> None:
+    assert check_adapter(Alone(Open(6), seq_idx=None), torch.randn(2, 5, 6)).output_error <= 1e-6
+    model = Alone(Open(6), seq_idx=torch.zeros(1, 5))
+    with torch.no_grad(), mamba_attn.trace(model):
+        with pytest.raises(UnsupportedModelError, match="Open was called with seq_idx, which this adapter does not"):
             model(torch.randn(1, 5, 6))
 
 
