@@ -22,18 +22,14 @@ def vmamba(root: Path) -> Iterator[Case]:
     for file, code in files.items():
         yield from _ss2d(file, code)
         small = {"depths": (1, 1, 1, 1), "dims": 16, "num_classes": 5, "drop_path_rate": 0.0}
-        for forward_type, norm in (
+        for kind, norm in (
             ("v05_noz", "ln2d"),
             ("v05_noz", "ln"),
             ("v0", "ln"),
             ("v3", "ln2d"),
             ("v051d", "ln"),
         ):
-            options = {
-                "forward_type": forward_type,
-                "norm_layer": norm,
-                "ssm_d_state": 4 if forward_type == "v0" else 1,
-            }
+            options = {"forward_type": kind, "norm_layer": norm, "ssm_d_state": 4 if kind == "v0" else 1}
             versions = {"patchembed_version": "v2", "downsample_version": "v3"}
             make = made(code.VSSM, **small, **options, **versions)
             yield Case("VSSM", f"{file} {kind} {norm}", make, (2, 3, 68, 96))
