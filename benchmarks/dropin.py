@@ -93,12 +93,12 @@ def measure(case: Case) -> Row:
     }  # fmt: skip
 
 
-def same_weights(official: nn.Module, name: str, size: int) -> dict[str, float]:
+def same_weights(official: nn.Module, name: str, size: tuple[int, int]) -> dict[str, float]:
     """Our model with another one's weights, beside it: largest differences of logits, and relative ones of matrices."""
     import mamba_attn
 
     torch.manual_seed(0)
-    images = torch.randn(2, 3, size, size)
+    images = torch.randn(2, 3, *size)
     with tempfile.TemporaryDirectory() as folder:
         torch.save({"model": official.state_dict()}, f"{folder}/official.pth")
         ours = mamba_attn.models.create(name, weights=f"{folder}/official.pth").eval()
@@ -136,11 +136,14 @@ def run_dropin(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
     """
     from benchmarks.foreign import REPOSITORIES
 
-    folders = {name: args.checkouts / name.rpartition("/")[2] for name in args.only or REPOSITORIES}
-    there = [name for name in REPOSITORIES if name in folders and (name in INSTALLED or folders[name].is_dir())]
+    wanted = args.only or list(REPOSITORIES)
+    unknown = [name for name in wanted if name not in REPOSITORIES]
+    if unknown:
+        raise SystemExit(f"--only {' '.join(unknown)}: unknown; expected some of {', '.join(REPOSITORIES)}.")
+    folders = {name: args.checkouts / name.rpartition("/")[2] for name in wanted}
+    there = [name for name in wanted if name in INSTALLED or folders[name].is_dir()]
     if not there:
-        known = ", ".join(REPOSITORIES)
-        raise SystemExit(f"--checkouts {args.checkouts}: no clone of any of {known}.")
+        raise SystemExit(f"--checkouts {args.checkouts}: no clone of any of {', '.join(wanted)}.")
     rows: list[Row] = []
     pairs: dict[str, dict[str, float]] = {}
     for name in there:
@@ -190,7 +193,7 @@ def _child(name: str, checkout: str, extent: str) -> None:
         print(case.class_name, case.variant, file=sys.stderr, flush=True)
         rows.append(measure(case))
     pairs = {} if extent == "quick" else {
-        key: same_weights(model, key, 224) for key, model in official_pairs(name, Path(checkout))
+        key: same_weights(model, key, (224, 224)) for key, model in official_pairs(name, Path(checkout))
     }  # fmt: skip
     print(json.dumps({"commit": commit, "rows": rows, "pairs": pairs}))
 
