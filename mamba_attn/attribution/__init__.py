@@ -10,8 +10,18 @@ except ImportError as error:
 
 from mamba_attn.attribution._base import TokenAttribution
 from mamba_attn.attribution.attention_rollout import AttentionRollout
+from mamba_attn.attribution.frozen_contribution import FrozenContribution
 from mamba_attn.attribution.mamba_attribution import MambaAttribution
+from mamba_attn.attribution.mamba_lrp import MambaLRP
 from mamba_attn.attribution.raw_attention import RawAttention
 from mamba_attn.attribution.transformer_attribution import TransformerAttribution
 
-__all__ = ["AttentionRollout", "MambaAttribution", "RawAttention", "TokenAttribution", "TransformerAttribution"]
+__all__ = [
+    "AttentionRollout",
+    "FrozenContribution",
+    "MambaAttribution",
+    "MambaLRP",
+    "RawAttention",
+    "TokenAttribution",
+    "TransformerAttribution",
+]

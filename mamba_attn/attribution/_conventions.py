@@ -49,9 +49,9 @@ class Watch(Rules):
         self._record = record
         return super().scan(record)
 
-    def norm(self, module: nn.Module, x: Tensor) -> Tensor:
+    def norm(self, module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Keep the output."""
-        return self._keep(super().norm(module, x))
+        return self._keep(super().norm(module, x, call))
 
     def gate(self, y: Tensor, gate: Tensor) -> Tensor:
         """Keep the product."""
