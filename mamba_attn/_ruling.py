@@ -50,8 +50,8 @@ class _RuledForward(Installed):
         if len(args) != 1 or others or not isinstance(args[0], Tensor):
             raise UnsupportedModelError(
                 f"{type(self.module).__name__} was called with {len(args)} positional arguments"
-                f"{' and ' if others else ''}{', '.join(others)}: rules for the whole model know calls with one tensor. "
-                "A norm that adds the residual stream as well needs fused_add_norm=False."
+                f"{' and ' if others else ''}{', '.join(others)}: rules for the whole model know calls with one tensor "
+                "alone. A norm that adds the residual stream as well needs fused_add_norm=False."
             )
         return self._ruled(uses[-1], args[0], partial(self.original, **kwargs) if kwargs else self.original)
 
@@ -134,7 +134,7 @@ def _inside(name: str, outer: Any) -> bool:
 
 
 def _entrances(model: nn.Module, mixers: Mixers) -> Iterator[tuple[str, nn.Module]]:
-    """(name of a mixer, module) for the mixer and the modules around it that hold neither an earlier mixer nor the stem.
+    """(mixer's name, module) for each mixer and the modules around it that hold neither an earlier mixer nor the stem.
 
     The outermost of them that is called receives the tokens with their residual stream; what holds the stem, the first
     convolution, receives images.
@@ -157,15 +157,11 @@ def _enter(
     """Show the first tensor to the rules; where nothing before it has a gradient, let gradients start at it."""
     if thread != get_ident() or recomputing():
         return None
-    key = next((key for key, value in [*enumerate(args), *kwargs.items()] if isinstance(value, Tensor)), None)
-    if key is None:
+    given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    if given is None:
         return None
-    x: Tensor = args[key] if isinstance(key, int) else kwargs[key]
-    if not torch.is_grad_enabled() or x.requires_grad or not x.is_floating_point():
-        rules.enter(mixer, x)
-        return None
-    x = x.detach().requires_grad_()
+    starts = torch.is_grad_enabled() and not given.requires_grad and given.is_floating_point()
+    x = given.detach().requires_grad_() if starts else given
     rules.enter(mixer, x)
-    if isinstance(key, int):
-        return (*args[:key], x, *args[key + 1 :]), kwargs
-    return args, {**kwargs, key: x}
+    changed = tuple(x if value is given else value for value in args)
+    return changed, {name: x if value is given else value for name, value in kwargs.items()}

@@ -11,6 +11,7 @@ except ImportError as error:
 from mamba_attn.attribution._base import TokenAttribution
 from mamba_attn.attribution.attention_rollout import AttentionRollout
 from mamba_attn.attribution.frozen_contribution import FrozenContribution
+from mamba_attn.attribution.implicit_attention import ImplicitAttention
 from mamba_attn.attribution.mamba_attribution import MambaAttribution
 from mamba_attn.attribution.mamba_lrp import MambaLRP
 from mamba_attn.attribution.raw_attention import RawAttention
@@ -19,6 +20,7 @@ from mamba_attn.attribution.transformer_attribution import TransformerAttributio
 __all__ = [
     "AttentionRollout",
     "FrozenContribution",
+    "ImplicitAttention",
     "MambaAttribution",
     "MambaLRP",
     "RawAttention",

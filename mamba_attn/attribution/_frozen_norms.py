@@ -56,9 +56,9 @@ def _formula(
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     x = x - x.mean(axis, keepdim=True) if centred else x
     scale = torch.rsqrt(x.detach().square().mean(axis, keepdim=True) + eps)
-    spread = (lambda v: v.view(-1, *[1] * (x.ndim - 2))) if axis == (1,) else lambda v: v
-    x = x * (scale if weight is None else scale * spread(weight.detach()))
-    return x if bias is None else x + spread(bias)
+    trailing = [1] * (x.ndim - 2) if axis == (1,) else []
+    x = x * (scale if weight is None else scale * weight.detach().view(*weight.shape, *trailing))
+    return x if bias is None else x + bias.view(*bias.shape, *trailing)
 
 
 def _agree(linear: Tensor, y: Tensor) -> bool:

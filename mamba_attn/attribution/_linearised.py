@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ class LinearisedAttribution(TokenAttribution):
         layers: names or patterns of mixers, before which the shares are read; their maps are averaged. All mixers take
             part either way. Default: the first one, behind the patch embedding.
     """
+
+    reads_rows: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, *, layers: Iterable[str] | None = None) -> None:
         super().__init__(model)  # traces all layers

@@ -17,13 +17,13 @@ class MambaLRP(LinearisedAttribution):
     """Relevance of the tokens behind the patch embedding for a class: MambaLRP (arXiv 2406.07592); signed.
 
     R[i] = sum over features of E[i] * dlogit/dE[i], E the tokens that enter the first layer (patches with their
-    position embeddings; in VMamba the tokens behind the stem). The forward pass is the model's own; the gradient is that
-    of these rules, so that relevance is handed on layer by layer and neither made nor lost:
+    position embeddings; in VMamba the tokens behind the stem). The forward pass is the model's own; the gradient is
+    that of these rules, so that relevance is handed on layer by layer and neither made nor lost:
 
     ===============  ==================================================================================================
-    SiLU, GELU       y = x [act(x) / x] with the ratio fixed (proposition 4.1); this holds in the MLPs too
-    selective scan   linear in u: delta, A, B, C fixed, D u kept (proposition 4.2)
-    gate             y * act(z): half of the relevance to either factor (proposition 4.3), none fixed
+    SiLU, GELU       y = x [act(x) / x] with the ratio fixed, in the MLPs too
+    selective scan   linear in u: delta, A, B, C fixed, D u kept
+    gate             y * act(z): half of the relevance to either factor, none fixed
     norms            LN-rule: the denominator is fixed, the mean of a layer norm is linear and stays
     linear, conv     LRP-0, the plain gradient; or, where ``gamma_layers`` says so, the generalised gamma rule
     ===============  ==================================================================================================
@@ -34,9 +34,9 @@ class MambaLRP(LinearisedAttribution):
     call checks this.
 
     Of the published code it does not copy: a gamma rule that raises NameError on linear layers and yields NaN where its
-    denominator is 0; a ratio taken at x + 1e-6 sign(x), which loses relevance near 0; an empty list of rules that leaves
-    plain gradient x input; a fast path that skips the rule of SiLU; biases set to zero, which changes the model; one
-    model and one device.
+    denominator is 0; a ratio taken at x + 1e-6 sign(x), which loses relevance near 0; an empty list of rules that
+    leaves plain gradient x input; a fast path that skips the rule of SiLU; biases set to zero, which changes the model;
+    one model and one device.
 
     The class token's relevance is no part of the map; ``relevances`` reports it.
 

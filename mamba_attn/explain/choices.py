@@ -6,31 +6,32 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from mamba_attn.attribution import (
-    AttentionRollout,
-    MambaAttribution,
-    RawAttention,
-    TokenAttribution,
-    TransformerAttribution,
-)
+from mamba_attn import attribution
 from mamba_attn.errors import nearest
 from mamba_attn.explain.subject import Subject
 
-METHODS: dict[str, type[TokenAttribution]] = {
-    "raw_attention": RawAttention,
-    "attention_rollout": AttentionRollout,
-    "mamba_attribution": MambaAttribution,
-    "transformer_attribution": TransformerAttribution,
+METHODS: dict[str, type[attribution.TokenAttribution]] = {
+    "raw_attention": attribution.RawAttention,
+    "attention_rollout": attribution.AttentionRollout,
+    "mamba_attribution": attribution.MambaAttribution,
+    "transformer_attribution": attribution.TransformerAttribution,
+    "implicit_attention": attribution.ImplicitAttention,
+    "mamba_lrp": attribution.MambaLRP,
+    "frozen_contribution": attribution.FrozenContribution,
 }
 _TITLES = {
     "raw_attention": "raw attention",
     "attention_rollout": "attention rollout",
     "mamba_attribution": "Mamba-Attribution",
     "transformer_attribution": "Transformer-Attribution",
+    "implicit_attention": "implicit attention",
+    "mamba_lrp": "MambaLRP",
+    "frozen_contribution": "frozen contribution",
 }
-_OF_A_CLASS = ("mamba_attribution", "transformer_attribution")
-_COUNTERPARTS = {"mamba_attribution": "transformer_attribution", "transformer_attribution": "mamba_attribution"}
-_ONLY_FOR = {"mamba_attribution": False, "transformer_attribution": True}  # softmax attention?
+_OF_NO_CLASS = ("raw_attention", "attention_rollout")
+_SOFTMAX = {"transformer_attribution": True} | dict.fromkeys(
+    ("mamba_attribution", "implicit_attention", "mamba_lrp"), False
+)
 _WORDS = {"true": True, "yes": True, "false": False, "no": False}
 
 
@@ -61,9 +62,9 @@ class Method:
     @property
     def of_a_class(self) -> bool:
         """Whether the map depends on the class."""
-        return self.name in _OF_A_CLASS
+        return self.name not in _OF_NO_CLASS and self.options.get("gradient", True) is not False
 
-    def build(self, subject: Subject, layers: Sequence[str] | None) -> TokenAttribution:
+    def build(self, subject: Subject, layers: Sequence[str] | None) -> attribution.TokenAttribution:
         """Return the method on a model; ``layers`` of None stands for the method's own default."""
         return METHODS[self.name](subject.model, layers=layers, **self.options)
 
@@ -81,10 +82,10 @@ def parse_methods(texts: Sequence[str], subject: Subject) -> list[Method]:
     last = "transformer_attribution" if subject.softmax else "mamba_attribution"
     found = {method.key: method for method in map(_method, texts or ("raw_attention", "attention_rollout", last))}
     for method in found.values():
-        if _ONLY_FOR.get(method.name, subject.softmax) != subject.softmax:
+        if not _fits(method.name, subject):
             kind = "softmax attention" if subject.softmax else "selective scans"
             raise ValueError(
-                f"--method {method.key}: {subject.name} is made of {kind}; use {_COUNTERPARTS[method.name]}."
+                f"--method {method.key}: {subject.name} is made of {kind}; use {_counterpart(method.name)}."
             )
         method.build(subject, None)  # options that exclude each other
     return list(found.values())
@@ -93,8 +94,7 @@ def parse_methods(texts: Sequence[str], subject: Subject) -> list[Method]:
 def counterparts(methods: Sequence[Method], beside: Subject) -> list[Method]:
     """Return what a second model is shown with: the same methods where they fit, with their default options."""
     names = dict.fromkeys(
-        method.name if _ONLY_FOR.get(method.name, beside.softmax) == beside.softmax else _COUNTERPARTS[method.name]
-        for method in methods
+        method.name if _fits(method.name, beside) else _counterpart(method.name) for method in methods
     )
     return [Method(name) for name in names]
 
@@ -207,6 +207,15 @@ class Question(NamedTuple):
         return Question(beside, counterparts(self.methods, beside), layers, target, query)
 
 
+def _fits(name: str, subject: Subject) -> bool:
+    return _SOFTMAX.get(name, subject.softmax) == subject.softmax
+
+
+def _counterpart(name: str) -> str:
+    """What a method of one kind of model is compared with in the other."""
+    return "mamba_attribution" if _SOFTMAX[name] else "transformer_attribution"
+
+
 def _method(text: str) -> Method:
     """One method from text."""
     name, _, rest = text.partition(":")
@@ -225,6 +234,11 @@ def _method(text: str) -> Method:
 
 def _value(text: str, option: str, value: str, default: object) -> object:
     """A value of the same kind as the option's default."""
+    if isinstance(default, float):
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError(f"--method {text}: {option} is a number, not {value!r}.") from None
     if not isinstance(default, bool):
         return value
     if value.lower() not in _WORDS:

@@ -29,6 +29,7 @@ For every image FOLDER receives NAME.html (a page that needs no network), NAME.p
 NAME.npz (the maps in pixels, the matrices, the query's row in every layer, all probabilities); index.html lists them.
 
 methods: raw_attention, attention_rollout, mamba_attribution; for a ViT transformer_attribution in place of the last.
+Also: mamba_lrp and implicit_attention (selective scans), frozen_contribution (both).
 Options follow a colon: attention_rollout:signed, mamba_attribution:rule=paper, raw_attention:convention=hidden_mamba.
 """
 

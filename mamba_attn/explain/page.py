@@ -15,6 +15,11 @@ _MEANING = {
     "included. The same for every class.",
     "mamba_attribution": "Attention weighted by the gradient of the class, multiplied over the layers.",
     "transformer_attribution": "Attention weighted by the gradient of the class, multiplied over the layers.",
+    "implicit_attention": "Attention with the mixers' gates and convolutions in it, weighted by the gradient of the "
+    "class, multiplied over the layers.",
+    "mamba_lrp": "The class's relevance, handed back layer by layer to the tokens; signed, and it adds up.",
+    "frozen_contribution": "What every token gives the class when gates, steps and attention are held fixed; signed, "
+    "and it adds up.",
 }
 _STYLE = """
 body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif;color:#222;background:#fff;
