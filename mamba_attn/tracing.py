@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from mamba_attn._routing import Use, observed, routed, watch_layout
-from mamba_attn._ruling import rule, require_rulable
+from mamba_attn._ruling import require_rulable, rule
 from mamba_attn.adapters import AnyAdapter, Seen, find_mixers, require_supported
 from mamba_attn.errors import TraceError, UnknownLayerError, UnsupportedModelError, nearest
 from mamba_attn.layers import Layer

@@ -20,8 +20,8 @@ class LinearRules(Rules):
     """Activations by their ratio, norms by their denominator, scans by everything but u; additive constants are noted.
 
     ===========  ======================================================================================================
-    activation   y = x r, r = f(x) / x fixed. Where \\|x\\| is below the precision's epsilon, r is f(eps) / eps with the
-                 sign of x
+    activation   y = x r, r = f(x) / x fixed. Where abs(x) is below the precision's epsilon, r is taken at that epsilon
+                 with the sign of x
     norm         (x - mean) / s * weight + bias, s fixed; the mean of a layer norm is linear and stays
     scan         delta, A, B, C fixed: linear in u, D u kept
     ===========  ======================================================================================================

@@ -39,8 +39,8 @@ class Contributions(NamedTuple):
 class FrozenContribution(LinearisedAttribution):
     """The share of every token in a logit when all that multiplies the tokens is held fixed; signed, and adds up.
 
-    This is gradient x input, of the tokens behind the patch embedding, with frozen factors. Held at their values in this
-    forward pass:
+    This is gradient x input, of the tokens behind the patch embedding, with frozen factors. Held at their values in
+    this forward pass:
 
     ===========  ======================================================================================================
     scans        delta, A, B, C; D u stays (linear)
@@ -51,16 +51,16 @@ class FrozenContribution(LinearisedAttribution):
     activations  the ratio act(x) / x, taken at +-eps, the precision's epsilon, where x is smaller
     ===========  ======================================================================================================
 
-    The network is then affine in its tokens, so one backward pass gives the exact share of each in the logit: the shares
-    of patches, position embeddings, class token and biases are the logit (``contributions``; every call checks the
-    sum). Exact they are for the frozen network: how a token changes gates, steps or attention is left out. That is where
-    ``MambaLRP``, which lets relevance through the gates too, differs.
+    The network is then affine in its tokens, so one backward pass gives the exact share of each in the logit: the
+    shares of patches, position embeddings, class token and biases are the logit (``contributions``; every call checks
+    the sum). Exact they are for the frozen network: how a token changes gates, steps or attention is left out. That is
+    where ``MambaLRP``, which lets relevance through the gates too, differs.
 
     The map shows the patches without their position embeddings, which are no part of the image.
 
     Args:
-        model: a model that ``mamba_attn.trace`` knows, of scans or softmax attention, with fused_add_norm=False where it
-            has that.
+        model: a model that ``mamba_attn.trace`` knows, of scans or softmax attention, with fused_add_norm=False where
+            it has that.
         layers: names or patterns of mixers, before which the shares are read; maps averaged. Default: the first one.
         positions: add to each patch the share of its position embedding.
 

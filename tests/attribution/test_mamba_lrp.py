@@ -272,7 +272,7 @@ def test_what_escapes_the_rules_is_found():
     model = vmamba()
     model.layers[1].blocks[0].mlp.act = Functional()
     with pytest.raises(
-        TraceError, match="shares of tokens and constants sum to .* something in VSSM escaped the rules"
+        TraceError, match=r"shares of tokens and constants sum to .* something in VSSM escaped the rules"
     ):
         MambaLRP(model).attribute(images())
 
