@@ -1,14 +1,13 @@
 """The generalised gamma rule of linear layers and convolutions."""
 
-import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from mamba_attn.attribution._frozen_norms import axis_of
-from mamba_attn.attribution._linear_rules import along, fitting, same_value
-from mamba_attn.errors import UnsupportedModelError, nearest
+from mamba_attn.attribution._bare import added_bias, bare_layer, own_weight
+from mamba_attn.attribution._linear_rules import fitting, same_value
+from mamba_attn.errors import nearest
 
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
@@ -31,14 +30,14 @@ def generalised_gamma(
     """
     with torch.no_grad():
         z = call(x)
-    weight, bias = _parameters(module)
+    weight, bias = own_weight("the gamma rule", module), added_bias(module, x, z)
     raised, lowered = weight + gamma * weight.clamp(min=0), weight + gamma * weight.clamp(max=0)
     plus, minus = torch.where(x > 0, x, 0), torch.where(x < 0, x, 0)
-    by_raised, by_lowered = _layer(module, raised), _layer(module, lowered)
+    by_raised, by_lowered = bare_layer(module, raised), bare_layer(module, lowered)
     constant: Tensor | None = None
     changed = torch.where(z > 0, by_raised(plus) + by_lowered(minus), by_lowered(plus) + by_raised(minus))
     if bias is not None:
-        b = along(bias, axis_of(module, z), z)
+        b = bias.detach()
         constant = torch.where(z > 0, b + gamma * b.clamp(min=0), b + gamma * b.clamp(max=0))
         changed = changed + constant
     zero = changed.detach() == 0
@@ -67,22 +66,3 @@ def check_gamma_layers(call: str, model: nn.Module, patterns: tuple[str, ...], g
             raise ValueError(
                 f"{call}(gamma_layers={pattern!r}): fits no linear layer and no convolution. {nearest(pattern, names)}"
             )
-
-
-def _parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    if not isinstance(weight, Tensor):
-        raise UnsupportedModelError(
-            f"the gamma rule changes a layer's weight, and this {type(module).__name__} computes its own; leave it out "
-            "of gamma_layers."
-        )
-    return weight.detach(), None if bias is None else bias.detach()
-
-
-def _layer(module: nn.Module, weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """The layer's function with another weight and no bias; the module itself is left alone."""
-    other = copy.copy(module)
-    other.__dict__.pop("forward", None)
-    other._parameters = {**module._parameters, "weight": nn.Parameter(weight, requires_grad=False), "bias": None}
-    forward: Callable[[Tensor], Tensor] = other.forward
-    return forward

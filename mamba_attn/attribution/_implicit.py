@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from mamba_attn import ops
 from mamba_attn._types import Float
+from mamba_attn.attribution._bare import on_axis_1
 from mamba_attn.attribution._conventions import Watch
-from mamba_attn.attribution._linear_rules import along
 from mamba_attn.attribution._taps import Taps, plain, shifts
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.layers import ScanLayer
@@ -159,7 +159,7 @@ class Implicit:
     @staticmethod
     def _bias(call: _Call) -> Tensor:
         bias = call.module.bias
-        return torch.zeros_like(call.p) if bias is None else along(plain(bias, call.p), 1, call.p).expand_as(call.p)
+        return torch.zeros_like(call.p) if bias is None else on_axis_1(plain(bias, call.p), call.p).expand_as(call.p)
 
     def _convolved(self, module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
         weight = plain(module.weight, x)

@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mamba_attn.attribution._frozen_norms import axis_of, frozen_norm
+from mamba_attn.attribution._bare import added_bias
+from mamba_attn.attribution._frozen_norms import frozen_norm
 from mamba_attn.rules import KINDS, Rules
 from mamba_attn.scan import ScanRecord
 
@@ -32,6 +33,7 @@ class LinearRules(Rules):
     Attributes:
         entered: per layer, what entered it and the modules around it, outermost first.
         constants: per additive constant, (batch,), its share in the logit; filled by the backward pass.
+        batch: number of images; to be set before the pass.
     """
 
     wants: ClassVar[frozenset[str]] = frozenset(KINDS)
@@ -40,13 +42,16 @@ class LinearRules(Rules):
         self.names = {module: name for name, module in model.named_modules()}
         self.entered: dict[str, list[Tensor]] = {}
         self.constants: dict[str, Tensor] = {}
+        self.batch = 1
 
     def activation(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Apply an activation as the product of its input and a fixed ratio."""
         with torch.no_grad():
-            y, eps = function(x), torch.finfo(x.dtype).eps
+            eps = torch.finfo(x.dtype).eps
             away = torch.where(x.abs() < eps, torch.copysign(torch.full_like(x, eps), x), x)
-            ratio = torch.where(away == x, y, function(away)) / away
+            value = function(away.clone())  # which some change in place, and an identity returns
+            ratio = value / away
+            y = torch.where(away == x, value, x * ratio)
         return y + (x - x.detach()) * ratio
 
     def norm(self, module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -56,20 +61,20 @@ class LinearRules(Rules):
             return self._noted(module, run(x), batch_norm_constant(module))
         with torch.no_grad():
             y = run(x)
-        linear, axis = frozen_norm(module, x, y)
-        bias = getattr(module, "bias", None)
-        return self._noted(module, same_value(y, linear), None if bias is None else along(bias, axis, x))
+        linear, constant = frozen_norm(module, x, y)
+        return self._noted(module, same_value(y, linear), constant)
 
     def linear(self, module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply a linear layer; its bias is an additive constant."""
         y = call(x)
-        bias = getattr(module, "bias", None)
-        return y if bias is None else self._noted(module, y, along(bias, axis_of(module, y), y))
+        return self._noted(module, y, added_bias(module, x, y))
 
     def scan(self, record: ScanRecord) -> ScanRecord:
-        """Fix everything but u and the gate."""
-        fixed = record.map_tensors(Tensor.detach)
-        return fixed.replace(source_u=record.source_u, gate=record.gate)
+        """Fix what multiplies u."""
+        return record.replace(
+            source_delta=record.source_delta.detach(), A=record.A.detach(), source_B=record.source_B.detach(),
+            source_C=record.source_C.detach(), D=None if record.D is None else record.D.detach(),
+        )  # fmt: skip
 
     def enter(self, layer: str, x: Tensor) -> None:
         """Keep what entered."""
@@ -80,12 +85,15 @@ class LinearRules(Rules):
         if constant is None or not y.requires_grad:
             return y
         name, fixed = f"{self.names.get(module, type(module).__name__)}.{suffix}", constant.detach()
-        constants = self.constants  # the hook must not hold on to what entered: that would be a circle
+        constants, batch = (
+            self.constants,
+            self.batch,
+        )  # the hook must not hold on to what entered: that would be a circle
 
         def note(gradient: Tensor) -> None:
             share = (gradient * fixed).detach()
             share = share.to(torch.promote_types(share.dtype, torch.float32))
-            constants[name] = constants.get(name, 0) + share.flatten(1).sum(1)
+            constants[name] = constants.get(name, 0) + share.reshape(batch, -1).sum(1)  # images first, then windows
 
         y.register_hook(note)
         return y.view_as(y)  # where this very tensor enters a layer, its constant is part of what entered
@@ -94,11 +102,6 @@ class LinearRules(Rules):
 def same_value(y: Tensor, linear: Tensor) -> Tensor:
     """Return the values of ``y`` with the gradient of ``linear``, exactly."""
     return y.detach() + (linear - linear.detach()).to(y.dtype)
-
-
-def along(vector: Tensor, axis: int, like: Tensor) -> Tensor:
-    """Return a vector over features as a tensor that multiplies ``like``, whose features are on an axis."""
-    return vector if axis == -1 else vector.view(-1, *[1] * (like.ndim - 2))
 
 
 def batch_norm_constant(module: nn.BatchNorm1d | nn.BatchNorm2d) -> Tensor | None:

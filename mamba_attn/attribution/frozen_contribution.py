@@ -1,6 +1,7 @@
 """FrozenContribution: gradient x input of the tokens, through a forward whose factors are held fixed."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -121,9 +122,7 @@ class FrozenRules(LinearRules):
 
     def attention(self, record: AttentionRecord) -> AttentionRecord:
         """Fix the probabilities."""
-        return AttentionRecord(
-            probabilities=record.probabilities.detach(), value=record.value, gate=record.gate, layout=record.layout
-        )
+        return replace(record, probabilities=record.probabilities.detach())
 
     def norm(self, module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Normalise by a fixed denominator."""

@@ -10,6 +10,7 @@ from mamba_attn.models.vit import vision_transformer
 from mamba_attn.tracing import trace
 from tests.attribution.cases import MODELS, SIZE, images, vim, vmamba
 from tests.attribution.relevance import of_one_layer_vim
+from tests.integrations import small_mambavision
 
 TARGET = [3, 0, 4]
 DEMOS = pytest.mark.parametrize("name", ["vim_micro", "vmamba_micro", "vit_micro"])
@@ -155,32 +156,82 @@ def test_the_gate_takes_no_share_where_mamba_lrp_gives_it_half():
     assert found[1] is None
 
 
-def test_batch_norms_and_channels_first_norms():
-    class LayerNorm2d(nn.LayerNorm):
+class MovingNorm(nn.LayerNorm):
+    """Channels last or first, in and out."""
+
+    def __init__(self, features, first_in, first_out):
+        super().__init__(features)
+        self.first_in, self.first_out = first_in, first_out
+
+    def forward(self, x):
+        x = F.layer_norm(x.movedim(1, 3) if self.first_in else x, self.normalized_shape, self.weight, self.bias)
+        return x.movedim(3, 1) if self.first_out else x
+
+
+class Linear2d(nn.Linear):
+    def forward(self, x):
+        return F.conv2d(x, self.weight[:, :, None, None], self.bias)
+
+
+class Foreign(nn.Module):
+    """A block of VMamba with its channels first in between, on a grid with as many columns as there are channels."""
+
+    def __init__(self, op, norm, features):
+        super().__init__()
+        self.op, self.norm, self.after = op, norm, MovingNorm(features, True, False)
+        self.linear, self.act, self.same = Linear2d(features, features), nn.ReLU(inplace=True), nn.Identity()
+
+    def forward(self, x):
+        y = self.act(self.linear(self.norm(x)))
+        return x + self.op(self.after(self.same(y)))
+
+
+@pytest.mark.parametrize("norm", ["moving", "batch"])
+def test_foreign_frames_norms_and_layers(norm):
+    class BatchNorm(nn.BatchNorm2d):
         def forward(self, x):
-            return F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias,
-                                self.eps).permute(0, 3, 1, 2)  # fmt: skip
+            return super().forward(x.movedim(3, 1))
 
-    class Block(nn.Module):
-        def __init__(self, block, norm):
-            super().__init__()
-            self.op, self.norm = block.op, norm
-
-        def forward(self, x):
-            return x + self.op(self.norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-
-    model, inputs = vmamba(), images()
-    for stage, norm in ((0, LayerNorm2d(8)), (2, nn.BatchNorm2d(32))):
-        for parameter in norm.parameters():
-            nn.init.normal_(parameter)
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.running_mean.normal_()
-            norm.running_var.uniform_(0.5, 2)
-        model.layers[stage].blocks[0] = Block(model.layers[stage].blocks[0], norm.double().eval())
-    parts = FrozenContribution(model).contributions(inputs, 1)
-    assert {"layers.0.blocks.0.norm.bias", "layers.2.blocks.0.norm.bias"} <= set(parts.biases)
+    model, inputs = vmamba(), images(2, (32, 32))
+    op = model.layers[0].blocks[0].op
+    op.out_act, op.channel_first = nn.Identity(), True
+    op.in_proj = Linear2d(8, 8, bias=False)
+    op.in_proj.weight, op.out_proj = nn.Parameter(torch.randn(8, 8)), Linear2d(8, 8)
+    op.out_norm = MovingNorm(8, True, True)
+    block = Foreign(op, MovingNorm(8, False, True) if norm == "moving" else BatchNorm(8), 8)
+    model.layers[0].blocks[0] = block.double().eval()
     with torch.no_grad():
-        torch.testing.assert_close(parts.total, model(inputs)[:, 1], rtol=0, atol=1e-12)
+        for name, value in block.named_parameters():
+            if name.endswith(("bias", "norm.weight", "after.weight", "linear.weight")) and "dt_" not in name:
+                value.normal_()
+        if norm == "batch":
+            block.norm.running_mean.normal_()
+            block.norm.running_var.uniform_(0.5, 2)
+        logit = model(inputs)[:, 1]
+    parts = FrozenContribution(model).contributions(inputs, 1)
+    own = {name.removeprefix("layers.0.blocks.0.") for name in parts.biases if name.startswith("layers.0.blocks.0.")}
+    assert own == {"norm.bias", "linear.bias", "after.bias", "op.out_norm.bias", "op.out_proj.bias"}
+    torch.testing.assert_close(parts.total, logit, rtol=0, atol=1e-12)
+    lrp = MambaLRP(model, gamma_layers="*")
+    total = lrp.relevances(inputs, 1)["layers.0.blocks.0.op"].sum(1) + sum(lrp.bias_relevances(inputs, 1).values())
+    torch.testing.assert_close(total, logit, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("options", "size"), [({}, (72, 56)), ({"windows": (8, 4)}, (64, 64))])
+def test_mixers_and_attention_in_windows_padded_or_not(options, size):
+    model, inputs = small_mambavision.build(**options), small_mambavision.images(size)
+    with torch.no_grad():
+        for value in model.parameters():
+            value += 0.1 * torch.randn_like(value)
+        logit = model(inputs)[:, 3]
+    method = FrozenContribution(model)
+    parts = method.contributions(inputs, 3)
+    torch.testing.assert_close(parts.total, logit, rtol=0, atol=1e-12)
+    one = method.contributions(inputs[1:], 3)
+    for name, share in parts.biases.items():
+        torch.testing.assert_close(share[1:], one.biases[name], rtol=0, atol=1e-12)
+    torch.testing.assert_close(method.attribute(inputs, 3, grid=True)[:, 0], parts.layout.to_grid(parts.tokens))
+    assert FrozenContribution(model, layers="levels.1.*").attribute(inputs, 3).shape == (2, 1, *size)
 
 
 def test_half_precision_and_training_models():
