@@ -1,10 +1,11 @@
 """What a trace installs on a user's model, and takes off again: forwards of mixers, and hooks.
 
-Together with ``tracing.py``, which says what is traced and owns the ExitStack, the only place that touches a user's
-model: every change of it stands here, and nothing else calls this file.
+Together with ``tracing.py``, which says what is traced and owns the ExitStack, and ``_ruling.py``, which rules the rest
+of the model, the only place that touches a user's model: nothing else calls these files.
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -48,15 +49,15 @@ class Use:
     thread: int
 
 
-class _RoutedForward:
-    """Stands in a mixer's ``forward`` while anybody traces it; calls of other threads go to the original."""
+class Installed(ABC):
+    """Stands in a module's ``forward`` while anybody traces it; calls of other threads go to the original."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.original = module.forward
         self.__wrapped__ = module.forward  # adapters read which function that is
         self.own = "forward" in module.__dict__  # SS2D of VMamba sets its forward on the instance
-        self.uses: list[Use] = []
+        self.uses: list[Any] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of the model made inside a trace gets its plain forward, bound to the copy."""
@@ -64,15 +65,24 @@ class _RoutedForward:
         return self.original if function is None else MethodType(function, copy.deepcopy(self.module, memo))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        again = _recomputing()
+        again = recomputing()
         uses = [use for use in tuple(self.uses) if again or use.thread == get_ident()]
-        if not uses:
-            return self.original(*args, **kwargs)
+        return self.run(uses, again, *args, **kwargs) if uses else self.original(*args, **kwargs)
+
+    @abstractmethod
+    def run(self, uses: list[Any], again: bool, /, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's forward as its traces want it; ``again`` when checkpointing repeats it."""
+
+
+class _RoutedForward(Installed):
+    """A mixer's forward, through ``mamba_attn.ops``."""
+
+    def run(self, uses: list[Use], again: bool, /, *args: Any, **kwargs: Any) -> Any:
         store = [] if again else uses
         adapter, seen = uses[-1].adapter, uses[-1].seen
         rules = next((use.rules for use in reversed(uses) if use.rules is not None), PLAIN)
         if isinstance(adapter, AttentionAdapter):
-            record = adapter.project(self.module, *args, rules=rules, seen=seen, **kwargs)
+            record = rules.attention(adapter.project(self.module, *args, rules=rules, seen=seen, **kwargs))
             _start_gradients(record.probabilities)
             output = adapter.finish(self.module, record, record.probabilities, rules)
             for use in store:
@@ -91,7 +101,7 @@ class _RoutedForward:
         return output
 
 
-def _recomputing() -> bool:
+def recomputing() -> bool:
     """Whether gradient checkpointing repeats a forward inside a backward pass, in whatever thread that runs."""
     return torch._C._current_graph_task_id() != -1
 
@@ -106,11 +116,14 @@ _install = Lock()
 
 
 @contextmanager
-def routed(module: nn.Module, use: Use) -> Iterator[None]:
-    """Install a forward on the instance that runs the mixer through ``mamba_attn.ops``; undone when the last leaves."""
+def routed(module: nn.Module, use: Any, kind: type[Installed] = _RoutedForward) -> Iterator[None]:
+    """Install a forward on the instance, by default one that runs a mixer through ``mamba_attn.ops``.
+
+    Undone when the last use of it leaves.
+    """
     with _install:
         found = module.__dict__.get("forward")
-        forward = found if isinstance(found, _RoutedForward) else _RoutedForward(module)
+        forward = found if isinstance(found, kind) else kind(module)
         module.__dict__["forward"] = forward
         forward.uses.append(use)
     try:
@@ -136,7 +149,7 @@ def observed(module: nn.Module, use: Use) -> Iterator[None]:
 
 
 def _observe(use: Use, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    again = _recomputing()
+    again = recomputing()
     if use.thread != get_ident() and not again:
         return
     store = _forget if again else use.store  # checkpointing wants the same computations again, nobody else does

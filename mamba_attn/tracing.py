@@ -1,4 +1,4 @@
-"""trace(model): with ``_routing.py``, which holds what is installed, the only place that touches a user's model.
+"""trace(model): with ``_routing.py`` and ``_ruling.py``, which install, the only place that touches a user's model.
 
 Everything installed is owned by one ExitStack and by one entry of the context manager: nothing is left on the model
 after normal exit, an exception, a failure half way through, nesting, or another thread's use of the same model.
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from mamba_attn._routing import Use, observed, routed, watch_layout
+from mamba_attn._ruling import require_rulable, rule
 from mamba_attn.adapters import AnyAdapter, Seen, find_mixers, require_supported
 from mamba_attn.errors import TraceError, UnknownLayerError, UnsupportedModelError, nearest
 from mamba_attn.layers import Layer
@@ -124,7 +125,8 @@ def trace(
             recomputes the record from each mixer's input.
         attention: a fold whose matrix is computed during the pass; None computes matrices when asked.
         layout: the token frame, where it cannot be read from the model.
-        rules: what an attribution method changes in the forward (mode "route").
+        rules: what an attribution method changes in the forward (mode "route"): in the mixers, and where the rules
+            ask for it in the norms, activations and linear layers of the whole model.
         adapters: asked before the known ones.
 
     Yields:
@@ -132,7 +134,8 @@ def trace(
         pass ran with gradients.
 
     Raises:
-        UnsupportedModelError: nothing to trace, a variant that is refused, a compiled model, copies on several devices.
+        UnsupportedModelError: nothing to trace, a variant that is refused, a compiled model, copies on several devices;
+            norms that rules for the whole model do not know.
         UnknownLayerError: a name or pattern that fits no mixer.
         ValueError: an unknown mode or fold, rules in mode "observe".
 
@@ -153,10 +156,12 @@ def trace(
     mixers = _select(found, layers)
     for name, (module, adapter) in mixers.items():
         require_supported(name, module, adapter, model)
+    require_rulable(model, mixers, rules)
     record = Trace(list(mixers))
     seen = Seen(layout=layout)
     with ExitStack() as stack:
         watch_layout(stack, model, {adapter for _, adapter in found.values()}, seen)  # families tell it each other
+        rule(stack, model, mixers, rules)
         for name, (module, adapter) in mixers.items():
             use = Use(name, record._store, seen, adapter, attention, rules, get_ident())
             stack.enter_context(routed(module, use) if mode == "route" else observed(module, use))

@@ -26,6 +26,7 @@ HOUSE = [
     ["attribution"],
     ["figures"],
     ["tracing"],
+    ["_ruling"],
     ["_routing"],
     ["attention_layer"],
     ["layers"],

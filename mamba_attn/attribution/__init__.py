@@ -13,8 +13,11 @@ from mamba_attn.attribution.attention_grad_cam import AttentionGradCAM
 from mamba_attn.attribution.attention_rollout import AttentionRollout
 from mamba_attn.attribution.captum_methods import InputXGradient, IntegratedGradients, Occlusion, Saliency
 from mamba_attn.attribution.controls import CentreMap, RandomMap
+from mamba_attn.attribution.frozen_contribution import FrozenContribution
+from mamba_attn.attribution.implicit_attention import ImplicitAttention
 from mamba_attn.attribution.layer_grad_cam import LayerGradCam
 from mamba_attn.attribution.mamba_attribution import MambaAttribution
+from mamba_attn.attribution.mamba_lrp import MambaLRP
 from mamba_attn.attribution.raw_attention import RawAttention
 from mamba_attn.attribution.transformer_attribution import TransformerAttribution
 
@@ -22,10 +25,13 @@ __all__ = [
     "AttentionGradCAM",
     "AttentionRollout",
     "CentreMap",
+    "FrozenContribution",
+    "ImplicitAttention",
     "InputXGradient",
     "IntegratedGradients",
     "LayerGradCam",
     "MambaAttribution",
+    "MambaLRP",
     "MapAttribution",
     "Occlusion",
     "RandomMap",

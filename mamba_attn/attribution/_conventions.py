@@ -49,9 +49,9 @@ class Watch(Rules):
         self._record = record
         return super().scan(record)
 
-    def norm(self, module: nn.Module, x: Tensor) -> Tensor:
+    def norm(self, module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Keep the output."""
-        return self._keep(super().norm(module, x))
+        return self._keep(super().norm(module, x, call))
 
     def gate(self, y: Tensor, gate: Tensor) -> Tensor:
         """Keep the product."""
@@ -146,7 +146,7 @@ def _implicit_unified_row(
 ) -> Float[Tensor, "batch channels tokens"]:
     """silu(z[c]) (alpha[c] sigmoid(p)) T per route: p enters the convolution's SiLU, T holds its taps.
 
-    D and the convolution's bias are left out, as published.
+    D and the convolution's bias are left out, as published; ``ImplicitAttention`` has them, and every row.
     """
     scan = layer.scan.replace(scale=1.0)
     if scan.gate is None or not all(hasattr(mixer, name) for name in ("conv1d", "conv1d_b")[: scan.routes]):

@@ -8,14 +8,17 @@ from typing import Any
 from torch import nn
 
 from mamba_attn.adapters import AttentionAdapter, find_mixers
-from mamba_attn.attribution import _vit_relevance
+from mamba_attn.attribution import _linearised, _vit_relevance
 from mamba_attn.attribution._base import MapAttribution
 from mamba_attn.attribution.attention_grad_cam import AttentionGradCAM
 from mamba_attn.attribution.attention_rollout import AttentionRollout
 from mamba_attn.attribution.captum_methods import InputXGradient, IntegratedGradients, Occlusion, Saliency
 from mamba_attn.attribution.controls import CentreMap, RandomMap
+from mamba_attn.attribution.frozen_contribution import FrozenContribution
+from mamba_attn.attribution.implicit_attention import ImplicitAttention
 from mamba_attn.attribution.layer_grad_cam import LayerGradCam
 from mamba_attn.attribution.mamba_attribution import MambaAttribution
+from mamba_attn.attribution.mamba_lrp import MambaLRP
 from mamba_attn.attribution.raw_attention import RawAttention
 from mamba_attn.attribution.transformer_attribution import TransformerAttribution
 from mamba_attn.errors import UnsupportedModelError, nearest
@@ -36,6 +39,7 @@ class Entry:
         meaning: what the map shows, a sentence or two; ``{reader}`` stands for whose attention it is.
         made_of: the kinds of layers that the model may be made of.
         of_a_class: whether the map depends on the class.
+        class_option: an option that, when False, makes it the same for every class.
         instead: the method that does the like for other models.
         options: arguments of the class.
         check: raises UnsupportedModelError for models that the method refuses all the same.
@@ -47,6 +51,7 @@ class Entry:
     meaning: str
     made_of: tuple[str, ...] = TRACED
     of_a_class: bool = True
+    class_option: str = ""
     instead: str = "attention_rollout"
     options: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[nn.Module], None] | None = None
@@ -55,6 +60,10 @@ class Entry:
     def reads_rows(self) -> bool:
         """Whether a query means anything to it."""
         return self.method.reads_rows
+
+    def depends_on_class(self, options: Mapping[str, Any]) -> bool:
+        """Whether the map depends on the class when the user has chosen these options."""
+        return self.of_a_class and options.get(self.class_option, True) is not False
 
     @property
     def known_options(self) -> dict[str, Any]:
@@ -78,6 +87,12 @@ METHODS: dict[str, Entry] = {
               "included. The same for every class.", of_a_class=False, options={"signed": True}),
         Entry("mamba_attribution", "Mamba-Attribution", MambaAttribution, _GRADIENT_WEIGHTED, (SCANS,),
               instead="transformer_attribution"),
+        Entry("implicit_attention", "implicit attention", ImplicitAttention,
+              "Attention with the mixers' gates and convolutions in it, weighted by the gradient of the class, "
+              "multiplied over the layers.", (SCANS,), class_option="gradient", instead="transformer_attribution"),
+        Entry("mamba_lrp", "MambaLRP", MambaLRP,
+              "The class's relevance, handed back layer by layer to the tokens; signed, and it adds up.", (SCANS,),
+              instead="transformer_attribution", check=_linearised.require_known),
         Entry("transformer_attribution", "Transformer-Attribution", TransformerAttribution, _GRADIENT_WEIGHTED,
               (SOFTMAX,), instead="mamba_attribution"),
         Entry("transformer_attribution_lrp", "Transformer-Attribution, LRP", TransformerAttribution,
@@ -87,6 +102,9 @@ METHODS: dict[str, Entry] = {
         Entry("attention_grad_cam", "attention GradCAM", AttentionGradCAM,
               "What {reader} reads in the last layer, heads weighted by the gradient of the class.", (SOFTMAX,),
               instead="grad_cam"),
+        Entry("frozen_contribution", "frozen contribution", FrozenContribution,
+              "What every token gives the class when gates, steps and attention are held fixed; signed, and it adds "
+              "up.", check=_linearised.require_known),
         Entry("grad_cam", "GradCAM", LayerGradCam,
               "Features of the last tokens that reach the head, weighted by the gradient of the class."),
         Entry("integrated_gradients", "integrated gradients", IntegratedGradients,

@@ -46,7 +46,7 @@ class Method:
     @property
     def of_a_class(self) -> bool:
         """Whether the map depends on the class."""
-        return self.entry.of_a_class
+        return self.entry.depends_on_class(self.options)
 
     def build(self, subject: Subject, layers: Sequence[str] | None) -> MapAttribution:
         """Return the method on a model; ``layers`` of None stands for the method's own default."""
@@ -225,7 +225,16 @@ def _value(text: str, option: str, value: str, default: object) -> object:
         if not value.lstrip("-").isdecimal():
             raise ValueError(f"--method {text}: {option} is a whole number, not {value!r}.")
         return int(value)
+    if isinstance(default, float):
+        return _number(text, option, value)
     try:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return value
+
+
+def _number(text: str, option: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"--method {text}: {option} is a number, not {value!r}.") from None

@@ -28,9 +28,10 @@ _EPILOG = """\
 For every image FOLDER receives NAME.html (a page that needs no network), NAME.png (the same as one picture) and
 NAME.npz (the maps in pixels, the matrices, the query's row in every layer, all probabilities); index.html lists them.
 
-methods: raw_attention, attention_rollout, attention_rollout_signed; for selective scans mamba_attribution; for softmax
-attention transformer_attribution, transformer_attribution_lrp, attention_grad_cam; grad_cam, integrated_gradients,
-input_x_gradient, saliency, occlusion, whose maps do not heed --layer; as controls random, centre.
+methods: raw_attention, attention_rollout, attention_rollout_signed, frozen_contribution; for selective scans
+mamba_attribution, implicit_attention, mamba_lrp; for softmax attention transformer_attribution,
+transformer_attribution_lrp, attention_grad_cam; grad_cam, integrated_gradients, input_x_gradient, saliency, occlusion,
+whose maps do not heed --layer; as controls random, centre.
 Options follow a colon: attention_rollout:signed, mamba_attribution:rule=paper, raw_attention:convention=hidden_mamba.
 """
 

@@ -109,8 +109,9 @@ def finish(
     parts: Any = module
     grid, narrow = (record.batch, *record.layout.grid, record.channels), record.source_u.dtype
     merged = (y.to(narrow) if precision == "features" else y).mT.reshape(grid)
-    norm = parts.out_norm if frame_of_norm(module, norm_frame) == "last" else _InFrame(module, norm_frame)
-    output = rules.norm(norm, merged)
+    frame = frame_of_norm(module, norm_frame)
+    call = None if frame == "last" else functools.partial(_in_frame, parts.out_norm, frame)
+    output = rules.norm(parts.out_norm, merged, call)
     output = output.to(narrow) if precision == "norm" else output
     if hasattr(parts, "out_act"):
         output = _channels_last(module, functools.partial(rules.activation, parts.out_act), output)
@@ -133,17 +134,12 @@ def framed(x: Float[Tensor, "batch height width channels"], frame: str) -> Tenso
     return x.movedim(3, 1) if frame == "first" else x
 
 
-class _InFrame(nn.Module):
-    """A mixer's out_norm, which wants another frame, as a module of channels-last tensors."""
-
-    def __init__(self, mixer: nn.Module, norm_frame: str | None) -> None:
-        super().__init__()
-        self.norm = mixer.get_submodule("out_norm")
-        self.frame = frame_of_norm(mixer, norm_frame)
-
-    def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
-        output: Tensor = self.norm(framed(x, self.frame))
-        return output.movedim(1, 3) if self.frame == "first" else output.view(x.shape)
+def _in_frame(
+    norm: nn.Module, frame: str, x: Float[Tensor, "batch height width channels"]
+) -> Float[Tensor, "batch height width channels"]:
+    """Call a norm that wants another frame on a channels-last tensor."""
+    output: Tensor = norm(framed(x, frame))
+    return output.movedim(1, 3) if frame == "first" else output.view(x.shape)
 
 
 @functools.lru_cache(maxsize=64)

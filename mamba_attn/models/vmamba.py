@@ -27,11 +27,12 @@ class Mlp(nn.Module):
     def __init__(self, features: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(features, hidden)
+        self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, features)
 
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
         """Transform every token by itself."""
-        output: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        output: Tensor = self.fc2(self.act(self.fc1(x)))
         return output
 
 

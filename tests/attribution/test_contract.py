@@ -7,12 +7,30 @@ from captum.attr import visualization
 from captum.metrics import infidelity, sensitivity_max
 from torch import nn
 
-from mamba_attn.attribution import AttentionRollout, MambaAttribution, RawAttention
+from mamba_attn.attribution import AttentionRollout, MambaAttribution, MambaLRP, RawAttention, catalogue
 from mamba_attn.attribution._targets import target_indices, target_values
 from mamba_attn.errors import NonFiniteError
 from tests.attribution.cases import SIZE, _livelier, images, vim, vmamba
+from tests.attribution.test_vit import build
 
-ALL = pytest.mark.parametrize("method", [RawAttention, AttentionRollout, MambaAttribution])
+METRICS = pytest.mark.parametrize("method", [RawAttention, AttentionRollout, MambaAttribution, MambaLRP])
+MODELS = {
+    "scans": lambda: vim(depth=2, class_token=None),
+    "softmax": lambda: build("pooled")[0],
+}
+FAST = {
+    "occlusion": {"sliding_window_shapes": 20, "strides": 20},
+    "integrated_gradients": {"n_steps": 2},
+}
+EVERY = pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (model, name)
+        for model, kind in (("scans", catalogue.SCANS), ("softmax", catalogue.SOFTMAX))
+        for name, entry in catalogue.METHODS.items()
+        if kind in entry.made_of or entry.made_of == catalogue.ANY
+    ],
+)
 
 
 class Segmenter(nn.Module):
@@ -44,7 +62,7 @@ def segmenter():
     return _livelier(Segmenter())
 
 
-@ALL
+@METRICS
 def test_expanded_maps_go_through_captums_metrics_and_pictures(method):
     model, x = vim(depth=2), images(2)
     explainer = method(model)
@@ -70,6 +88,43 @@ def test_expanded_maps_go_through_captums_metrics_and_pictures(method):
     drawn = figure.axes[0].images[0].get_array()
     assert drawn.shape == SIZE
     assert np.corrcoef(drawn.ravel(), maps[0, 0].numpy().ravel())[0, 1] > 0.99
+
+
+@EVERY
+def test_shapes_and_queries_of_every_method(model, name):
+    model, x, entry = MODELS[model](), images(2), catalogue.get(name)
+    explainer = catalogue.build(name, model, **FAST.get(name, {}))
+    maps = explainer.attribute(x, [1, 3])
+    assert maps.shape == (2, 1, *SIZE)
+    assert not maps.requires_grad
+    assert explainer.attribute(x, [1, 3], grid=True).shape == (2, 1, 5, 3)
+    (expanded,) = explainer.attribute((x,), torch.tensor([1, 3]), expand=True)
+    assert expanded.shape == x.shape
+    tolerance = {"rtol": 1e-6, "atol": 1e-8 * float(maps.abs().max())}
+    torch.testing.assert_close(expanded.sum(1, keepdim=True), maps, **tolerance)
+    for image, target, found in zip(x, (1, 3), maps, strict=True):  # no image sees another
+        torch.testing.assert_close(explainer.attribute(image[None], target)[0], found, **tolerance)
+    torch.testing.assert_close(explainer.attribute(x, lambda y: y[[0, 1], [1, 3]]), maps, **tolerance)
+    with pytest.raises(ValueError, match=rf"{entry.method.__name__}\.attribute\(target=\[1, 9\]\)"):
+        explainer.attribute(x, [1, 9])
+    if entry.reads_rows:
+        assert not torch.equal(explainer.attribute(x, 1, (20, 12)), maps)
+    else:
+        with pytest.raises(ValueError, match=r"query=\(20, 12\)\): this method reads no token's row"):
+            explainer.attribute(x, 1, (20, 12))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, entry in catalogue.METHODS.items() if entry.made_of[0] != catalogue.SOFTMAX]
+)
+def test_every_method_explains_dense_outputs(segmenter, name):
+    x, options, each = images(2), FAST.get(name, {}), [(2, 3, 1), (0, 4, 2)]
+    maps = catalogue.build(name, segmenter, **options).attribute(x, each)
+    assert float(maps.abs().max()) > 0
+    for image, found, (category, row, column) in zip(x, maps, each, strict=True):
+        one = Chosen(segmenter, lambda y, row=row, column=column: y[:, :, row, column])
+        truth = catalogue.build(name, one, **options).attribute(image[None], category)[0]
+        torch.testing.assert_close(found, truth, rtol=1e-6, atol=1e-8 * float(truth.abs().max()))
 
 
 def test_a_tuple_of_one_comes_back_as_one():

@@ -48,6 +48,9 @@ def test_options_reach_the_method(subjects):
         ("raw_attention:layers=a", "raw_attention has no option 'layers'"),
         ("attention_rollout:signed=maybe", "signed is true or false, not 'maybe'"),
         ("mamba_attribution:rule=papr", r"no such rule. Did you mean 'paper'"),
+        ("mamba_lrp:gamma=much", "gamma is a number, not 'much'"),
+        ("mamba_lrp:gamma=-1", r"MambaLRP\(gamma=-1\.0\): expected a number of at least 0"),
+        ("mamba_lrp:gamma_layers=*.proj_in", "fits no linear layer"),
         ("mamba_attribution:rule=paper,signed", "signed=True"),
         ("integrated_gradients:n_steps=many", "n_steps is a whole number, not 'many'"),
         ("transformer_attribution", "vim_micro is made of selective scans; use mamba_attribution"),
@@ -76,6 +79,21 @@ def test_a_query_needs_methods_that_read_rows(subjects):
     choices.check_query(None, methods)
     with pytest.raises(ValueError, match=r"--query: saliency, random:seed=3 read no token's row; leave out --query"):
         choices.check_query((1, 2), methods)
+
+
+def test_methods_beyond_the_default(subjects):
+    texts = ["mamba_lrp:gamma_layers=*.in_proj,gamma=0.5", "implicit_attention:gradient=false,rollout=false,conv=no"]
+    lrp, implicit, frozen = choices.parse_methods([*texts, "frozen_contribution"], subjects["vim_micro"])
+    built = lrp.build(subjects["vim_micro"], None)
+    assert (built.gamma_layers, built.gamma) == (("*.in_proj",), 0.5)
+    assert implicit.build(subjects["vim_micro"], None).parts["conv"] is False
+    assert [method.of_a_class for method in (lrp, implicit, frozen)] == [True, False, True]
+    assert isinstance(frozen.build(subjects["vit_micro"], None), attribution.FrozenContribution)
+    beside = choices.counterparts([lrp, implicit, frozen], subjects["vit_micro"])
+    assert [method.name for method in beside] == ["transformer_attribution", "frozen_contribution"]
+    for text in texts:
+        with pytest.raises(ValueError, match="vit_micro is made of softmax attention; use transformer_attribution"):
+            choices.parse_methods([text], subjects["vit_micro"])
 
 
 def test_scans_have_no_method_of_a_vit(subjects):

@@ -170,8 +170,8 @@ def test_traces_inside_traces_and_gradients() -> None:
 @pytest.mark.parametrize("kind", [Official, functools.partial(Official, first=True), V0, January, April])
 def test_rules_see_the_grid_channels_last(kind: Any) -> None:
     class Shapes(Rules):
-        def norm(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-            output = super().norm(module, x)
+        def norm(self, module: nn.Module, x: torch.Tensor, call: Any = None) -> torch.Tensor:
+            output = super().norm(module, x, call)
             shapes.extend([tuple(x.shape), tuple(output.shape)])
             return output
 

@@ -190,9 +190,9 @@ def test_rules_are_asked():
             self.asked += ("gate",)
             return super().gate(y, gate)
 
-        def norm(self, module, x):
+        def norm(self, module, x, call=None):
             self.asked += (module,)
-            return super().norm(module, x)
+            return super().norm(module, x, call)
 
     rules, module = Recorder(), mixer(gated=True)
     record = vmamba.project(module, torch.randn(1, 2, 3, 16, dtype=torch.float64), rules=rules)
