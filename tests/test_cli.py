@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from mamba_attn import cli, images, models
 from mamba_attn.explain import command
-from mamba_attn.explain.subject import _class_names
+from mamba_attn.subjects import _class_names
 from tests.explain.cases import VIM, VIT, VMAMBA, photo, save
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ from mamba_attn.attribution import (
     TransformerAttribution,
 )
 from mamba_attn.errors import nearest
-from mamba_attn.explain.subject import Subject
+from mamba_attn.subjects import Subject
 
 METHODS: dict[str, type[TokenAttribution]] = {
     "raw_attention": RawAttention,
@@ -97,31 +97,6 @@ def counterparts(methods: Sequence[Method], beside: Subject) -> list[Method]:
         for method in methods
     )
     return [Method(name) for name in names]
-
-
-def parse_target(text: str | None, subject: Subject) -> int | None:
-    """Return the index of a class; None for None.
-
-    Args:
-        text: an index, or a name in any case.
-        subject: the model whose classes these are.
-
-    Raises:
-        ValueError: no such class, or several of this name.
-    """
-    if text is None:
-        return None
-    lowered = [name.lower() for name in subject.classes]
-    named = [index for index, name in enumerate(lowered) if name == text.lower()]
-    if len(named) > 1:
-        numbers = " and ".join(map(str, named))
-        raise ValueError(f"--target {text}: the classes {numbers} have this name; give the index.")
-    if named:
-        return named[0]
-    if text.isdecimal() and int(text) < len(lowered):
-        return int(text)
-    known = f"{subject.name} knows {len(lowered)} classes, 0..{len(lowered) - 1}. "
-    raise ValueError(f"--target {text}: no such class; {known}{nearest(text.lower(), lowered)}")
 
 
 def parse_query(text: str | None, subject: Subject) -> tuple[float, ...] | None:
