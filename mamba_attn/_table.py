@@ -24,7 +24,14 @@ def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> No
             table.add_row(*map(Text, row))
         Console().print(table)
         return
+    print(plain(title, header, rows), end="")
+
+
+def plain(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as aligned text, an empty line before it; the arguments are those of ``show``."""
     widths = [max(len(row[index]) for row in (header, *rows)) for index in range(len(header))]
-    print(f"\n{title}")
-    for row in (header, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
+    ]
+    return "".join(f"{line}\n" for line in ("", title, *lines))

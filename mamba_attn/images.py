@@ -1,12 +1,13 @@
 """Image files to what a model sees: find, read whatever Pillow reads, crop, normalise."""
 
 import glob
+import io
 import struct
 import warnings
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -70,7 +71,7 @@ def find(patterns: Iterable[str]) -> list[Path]:
     return list(found.values())
 
 
-def read(path: str | Path | IO[bytes], name: str | None = None) -> "Image":
+def read(path: str | Path | io.BytesIO, name: str | None = None) -> "Image":
     """Read the first frame of an image file as 8-bit RGB, turned upright as its EXIF says.
 
     Any mode is converted: grey, palette, CMYK, 16-bit grey (scaled, not clipped); what is transparent lies on white.

@@ -1,7 +1,5 @@
 """The methods of mamba_attn.attribution by name, until that package has its own list of the same shape."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from captum.attr import Attribution
@@ -10,37 +8,25 @@ from torch import nn
 from mamba_attn.adapters import AttentionAdapter, find_mixers
 from mamba_attn.attribution import AttentionRollout, MambaAttribution, RawAttention, TransformerAttribution
 
-
-@dataclass(frozen=True)
-class Entry:
-    """A method.
-
-    Args:
-        make: builds it on a model.
-        softmax: whether it is for softmax attention, for selective scans, or for both (None).
-        instead: the method for the other kind.
-    """
-
-    make: Callable[[nn.Module], Any]
-    softmax: bool | None = None
-    instead: str = ""
-
-    def build(self, model: nn.Module) -> Attribution:
-        """Return the method on a model."""
-        return self.make(model)
-
-    def misfit(self, model: nn.Module) -> str | None:
-        """Return why it does not fit the model, and which would; None if it does."""
-        softmax = all(isinstance(adapter, AttentionAdapter) for _, adapter in find_mixers(model).values())
-        if self.softmax in (None, softmax):
-            return None
-        kinds = ("selective scans", "softmax attention")
-        return f"it is for {kinds[not softmax]}, and this model is made of {kinds[softmax]}; use {self.instead}."
-
-
-ENTRIES: dict[str, Entry] = {
-    "RawAttention": Entry(RawAttention),
-    "AttentionRollout": Entry(AttentionRollout),
-    "MambaAttribution": Entry(MambaAttribution, False, "TransformerAttribution"),
-    "TransformerAttribution": Entry(TransformerAttribution, True, "MambaAttribution"),
+METHODS: dict[str, Any] = {
+    "raw_attention": RawAttention,
+    "attention_rollout": AttentionRollout,
+    "mamba_attribution": MambaAttribution,
+    "transformer_attribution": TransformerAttribution,
 }
+_ONLY_FOR = {"mamba_attribution": "selective scans", "transformer_attribution": "softmax attention"}
+
+
+def build(name: str, model: nn.Module) -> Attribution:
+    """Return a method on a model."""
+    return METHODS[name](model)
+
+
+def refusal(name: str, model: nn.Module, called: str | None = None) -> str | None:
+    """Return why a method does not fit a model, and which would; None where it fits."""
+    softmax = all(isinstance(adapter, AttentionAdapter) for _, adapter in find_mixers(model).values())
+    kind = "softmax attention" if softmax else "selective scans"
+    if _ONLY_FOR.get(name, kind) == kind:
+        return None
+    other = next(method for method, its in _ONLY_FOR.items() if its == kind)
+    return f"{called or type(model).__name__} is made of {kind}; use {other}."

@@ -72,8 +72,7 @@ def collection(files: Files, part: str, name: str, identity: str) -> Data:
         raise ValueError(f"--data {name}: there is no folder {part!r} in it. {_parts(files)}")
     folder, table = _table(files, part)
     if table is None:
-        below = [file.removesuffix(f"/{each}") for file in files.names for each in TABLES if file.endswith(f"/{each}")]
-        if inner := [each for each in below if each.startswith(base)]:
+        if any(file.startswith(base) and file.endswith(tuple(f"/{each}" for each in TABLES)) for file in files.names):
             raise ValueError(f"--data {name}: it has several parts; name one. {_parts(files)}")
         return _sorted_by_class(files, base, name, identity)
     rows = _rows(files, folder + table)
@@ -141,8 +140,8 @@ def _boxed(files: Files, base: str, rows: list[dict[str, str]], split: str, name
 def _labelled(files: Files, base: str, rows: list[dict[str, str]], split: str, name: str, identity: str) -> Data:
     chosen = _of_split(rows, split)
     masks = bool(chosen) and "mask" in chosen[0]
-    extra = {"values": frozenset({1}), "traps": frozenset({2})} if masks else {}
-    items = [Item(row["file"], int(row["label"]), mask=row.get("mask"), **extra) for row in chosen]
+    traps = frozenset({2} if masks else ())
+    items = [Item(row["file"], int(row["label"]), mask=row.get("mask"), traps=traps) for row in chosen]
     return FileData(files, base, name, identity, items, truth="masks" if masks else "", **_classes(rows))
 
 

@@ -1,4 +1,4 @@
-"""How far a figure moves when the images are drawn anew, and whether one method is ahead of another on the same ones."""
+"""How far a figure moves when the images are drawn anew, and whether one method is really ahead of another."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,8 +41,11 @@ def interval(value: float, drawn: np.ndarray) -> Interval:
 
     Args:
         value: on the sample itself.
-        drawn: (draws,).
+        drawn: (draws,); those that are no number, as a ratio to an accuracy of 0, are left out.
     """
+    drawn = drawn[np.isfinite(drawn)]
+    if not len(drawn):
+        return Interval(float(value), np.nan, (np.nan, np.nan), np.nan)
     low, first, third, high = np.percentile(drawn, [2.5, 25, 75, 97.5])
     return Interval(float(value), float(low), (float(first), float(third)), float(high))
 

@@ -39,4 +39,4 @@ def _synsets() -> list[str]:
     _torchvision.prepare()
     from timm.data.imagenet_info import ImageNetInfo
 
-    return list(ImageNetInfo().label_names())
+    return list(ImageNetInfo().label_names())  # type: ignore[no-untyped-call]

@@ -55,8 +55,8 @@ class Located:
 
 
 def locate(
-    values: Float[Tensor, "rows columns"], inside: Float[Tensor, "rows columns"],
-    trap: Float[Tensor, "rows columns"] | None = None,
+    values: Float[Tensor, "rows columns"], inside: Float[Tensor, "height width"],
+    trap: Float[Tensor, "height width"] | None = None,
 ) -> Located:  # fmt: skip
     """Judge one map by where the object is.
 

@@ -1,10 +1,10 @@
 """Perturbation: what a model still sees when the cells that a map puts first, or last, are removed.
 
-Positive perturbation removes the highest cells first: accuracy should fall fast. Negative perturbation removes the lowest
-first: accuracy should stay. After Chefer et al., CVPR 2021, in the form of Ali et al., 2403.01590: 10 to 90 % of the
-image, each time from the clean image; "top" is agreement with the clean prediction, "target" with the label, over all
-images, those too that the model gets wrong. Deviation from the published code: maps are averaged over the token grid and
-its cells are ranked; ``cell=1`` ranks pixels as they do.
+Positive perturbation removes the highest cells first: accuracy should fall fast. Negative perturbation removes the
+lowest first: accuracy should stay. After Chefer et al., CVPR 2021, in the form of Ali et al., 2403.01590: 10 to 90 % of
+the image, each time from the clean one; "top" is agreement with the clean prediction, "target" with the label, over all
+images, those too that the model gets wrong. Deviation from the published code: maps are averaged over the token grid
+and its cells are ranked; ``cell=1`` ranks pixels as they do.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mamba_attn import images as image_files
 from mamba_attn._types import Bool, Float, Int
+from mamba_attn.errors import NonFiniteError
 from mamba_attn.evaluation.ranking import ranking, to_pixels
 
 TENTHS = range(1, 10)  # of the cells that are removed
@@ -85,10 +86,13 @@ def clean_answers(
 
     Raises:
         ValueError: a class outside the model's.
+        NonFiniteError: an answer of NaN or Inf.
     """
     with torch.inference_mode():
         empty = fill_value(fill).to(images).expand_as(images[:1])
         chances = torch.cat([model(images), model(empty)]).float().softmax(1)
+    if not bool(chances.isfinite().all()):
+        raise NonFiniteError("the model's answer holds NaN or Inf, so that it predicts no class.")
     predicted, classes = chances[:-1].argmax(1), chances.shape[1]
     chosen = predicted.clone()
     for index, given in enumerate(explained or []):
@@ -100,7 +104,7 @@ def clean_answers(
 
 def perturb(
     model: Callable[[Tensor], Tensor], images: Float[Tensor, "batch 3 height width"],
-    maps: Float[Tensor, "batch height width"], explained: Int[Tensor, " batch"], *, cell: int,
+    maps: Float[Tensor, "maps rows columns"], explained: Int[Tensor, " batch"], *, cell: int,
     seeds: Sequence[int] | None = None, fill: str = "black", batch: int = BATCH,
 ) -> Perturbed:  # fmt: skip
     """Remove 10 to 90 % of every image, highest cells first and lowest cells first, and ask the model each time.

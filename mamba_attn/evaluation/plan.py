@@ -1,90 +1,18 @@
 """What a run consists of: models, collections and methods, and the work that is not done yet."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cache, cached_property
+from dataclasses import dataclass, field
+from functools import cached_property
 
-import torch
-from torch import nn
-
-from mamba_attn import subjects
-from mamba_attn.errors import nearest
-from mamba_attn.evaluation import _catalogue as catalogue
+from mamba_attn.evaluation.contestants import LABEL, Model, Options, misfit
 from mamba_attn.evaluation.data import open_data
 from mamba_attn.evaluation.labels import class_indices
 from mamba_attn.evaluation.samples import Data
 from mamba_attn.evaluation.store import Key, Store
-from mamba_attn.subjects import Subject
 
 MEASURES = ("perturbation", "pixels", "localisation", "sanity", "cost", "picture")
-PREDICTED, LABEL = "predicted", "label"
+Needs = Mapping[str, Mapping[int, tuple[str, ...]]]  # measures, by method and image
 CHUNK = 8  # images that one task explains in one batch
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the figures depend on besides image, model and method.
-
-    Args:
-        target: "predicted", "label", or the index or name of a class that is explained in every image.
-        fill: what replaces removed pixels.
-        stages: of the cascade of randomised models.
-        seed: of everything random.
-    """
-
-    target: str = PREDICTED
-    fill: str = "black"
-    stages: int = 6
-    seed: int = 0
-
-    def of(self, measure: str) -> str:
-        """Return those that a measure depends on, as text."""
-        names = {"perturbation": ("target", "fill", "seed"), "pixels": ("target", "fill", "seed"),
-                 "sanity": ("target", "stages", "seed")}.get(measure, ("target",))  # fmt: skip
-        return json.dumps({name: value for name, value in asdict(self).items() if name in names})
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model of the comparison, as text: what a worker builds it from.
-
-    Args:
-        name: see ``mamba_attn.models.create``.
-        weights: "demo", "official" or a file.
-        device: "cpu" or "cuda".
-    """
-
-    name: str
-    weights: str = "demo"
-    device: str = "cpu"
-
-    @classmethod
-    def parse(cls, text: str, device: str = "cpu") -> "Model":
-        """Read ``NAME`` or ``NAME=WEIGHTS``."""
-        name, given, weights = text.partition("=")
-        return cls(name, weights if given else "demo", device)
-
-    @property
-    def subject(self) -> Subject:
-        """The model itself, built once per process; see ``subjects.load`` for the errors."""
-        return _subject(self)
-
-    @property
-    def identity(self) -> str:
-        """Name and hash of the weights, as results are filed under it."""
-        return f"{self.name}:{_weights_hash(self)}"
-
-    def explained(self, options: Options) -> int | None:
-        """Return the class that ``target`` names; None for "predicted" and "label".
-
-        Raises:
-            ValueError: no such class.
-        """
-        if options.target in (PREDICTED, LABEL):
-            return None
-        return subjects.parse_target(options.target, self.subject)
 
 
 @dataclass(frozen=True)
@@ -100,7 +28,7 @@ class Task:
 
     selector: str
     model: Model
-    needs: Mapping[str, Mapping[int, tuple[str, ...]]]
+    needs: Needs
     options: Options
 
     @property
@@ -116,12 +44,14 @@ class Plan:
     Args:
         models: to compare.
         selectors: of the collections.
+        only: the measures of some collections; the others get all.
         methods: names in the catalogue.
         measures: some of ``MEASURES``.
         options: of the run.
         half: of the images, or "all".
         limit: images per collection.
         sanity_images: so many of them for the sanity checks.
+        pixel_images: so many of them for the ranking of pixels.
         pictures: so many of them are shown.
         notes: what was left out, and why, in sentences.
     """
@@ -130,10 +60,12 @@ class Plan:
     selectors: Sequence[str]
     methods: Sequence[str]
     measures: Sequence[str] = MEASURES
+    only: Mapping[str, Sequence[str]] = field(default_factory=dict)
     options: Options = field(default_factory=Options)
     half: str = "all"
     limit: int | None = None
     sanity_images: int = 8
+    pixel_images: int = 100
     pictures: int = 6
     notes: list[str] = field(default_factory=list)
 
@@ -164,14 +96,15 @@ class Plan:
 
     def fitting(self, model: Model) -> list[str]:
         """Return the methods that fit a model."""
-        return [name for name in self.methods if _misfit(name, model.subject.model) is None]
+        return [name for name in self.methods if misfit(name, model) is None]
 
-    def indices(self, data: Data, measure: str) -> list[int]:
+    def indices(self, selector: str, measure: str) -> list[int]:
         """Return the images of a collection that a measure is taken on."""
-        chosen = data.chosen(self.half, self.limit)
-        if measure == "localisation" and not data.truth:
+        data = self.data[selector]
+        if measure not in self.only.get(selector, self.measures) or (measure == "localisation" and not data.truth):
             return []
-        return chosen[: {"sanity": self.sanity_images, "cost": 1, "picture": self.pictures}.get(measure, len(chosen))]
+        first = {"sanity": self.sanity_images, "pixels": self.pixel_images, "cost": 1, "picture": self.pictures}
+        return data.chosen(self.half, self.limit)[: first.get(measure)]
 
     def key(self, data: Data, index: int, model: Model, method: str, measure: str) -> Key:
         """Return where a figure is filed."""
@@ -182,7 +115,7 @@ class Plan:
         """Yield what is not in the store yet, in chunks of images; collections in turn, models within."""
         for selector, model in self.pairs:
             data, methods = self.data[selector], self.fitting(model)
-            taken = {measure: set(self.indices(data, measure)) for measure in self.measures}
+            taken = {measure: set(self.indices(selector, measure)) for measure in self.measures}
             chosen = data.chosen(self.half, self.limit)
             for start in range(0, len(chosen), CHUNK):
                 needs = {}
@@ -206,12 +139,11 @@ class Plan:
             ValueError: a method that fits none of the models, a target that is no class or a label that is missing.
         """
         for method in self.methods:
-            reasons = {model.name: _misfit(method, model.subject.model) for model in self.models}
+            reasons = {model.name: misfit(method, model) for model in self.models}
             wrong = {name: reason for name, reason in reasons.items() if reason is not None}
             if len(wrong) == len(reasons):
-                name, reason = next(iter(wrong.items()))
-                raise ValueError(f"--methods {method}: {name} does not fit: {reason}")
-            self.notes += [f"{method} is left out for {name}: {reason}" for name, reason in wrong.items()]
+                raise ValueError(f"--methods {method}: {next(iter(wrong.values()))}")
+            self.notes += [f"{method} is left out: {reason}" for reason in wrong.values()]
         for selector, model in self.pairs:
             data = self.data[selector]
             model.explained(self.options)
@@ -226,45 +158,8 @@ class Plan:
                 self.notes.append(f"{data.name}: {len(data.classes) - len(known)} of its {len(data.classes)} classes "
                                   f"are none of {model.name}'s.")  # fmt: skip
         self.notes += [f"{data.name}: {data.note}." for data in self.data.values() if data.note]
-        if "localisation" in self.measures:
-            self.notes += [f"{data.name} has neither boxes nor masks: no localisation." for data in self.data.values()
-                           if not data.truth]  # fmt: skip
-
-
-def choose_methods(text: str) -> list[str]:
-    """Return the names of methods.
-
-    Args:
-        text: "all", or names separated by commas, in any case.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    known = {name.lower(): name for name in catalogue.ENTRIES}
-    if text.strip().lower() == "all":
-        return list(catalogue.ENTRIES)
-    found = []
-    for name in filter(None, map(str.strip, text.split(","))):
-        if name.lower() not in known:
-            raise ValueError(f"--methods {name}: no such method. {nearest(name, catalogue.ENTRIES)}")
-        found.append(known[name.lower()])
-    if not found:
-        raise ValueError(f"--methods {text!r}: expected 'all' or names. {nearest('', catalogue.ENTRIES)}")
-    return list(dict.fromkeys(found))
-
-
-@cache
-def _subject(model: Model) -> Subject:
-    return subjects.load(model.name, model.weights, model.device)
-
-
-@cache
-def _weights_hash(model: Model) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(model.subject.model.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
-def _misfit(method: str, model: nn.Module) -> str | None:
-    return catalogue.ENTRIES[method].misfit(model)
+        self.notes += [
+            f"{data.name} has neither boxes nor masks: no localisation."
+            for selector, data in self.data.items()
+            if "localisation" in self.only.get(selector, self.measures) and not data.truth
+        ]

@@ -17,8 +17,8 @@ def token_cell(model: nn.Module, images: Float[Tensor, "batch 3 height width"]) 
     """Return the side, in pixels, of the cells over which the model's maps are averaged before ranking.
 
     It is the coarsest token grid of the model with at least 14 cells a side (its finest, if none has so many): the
-    patches of Vim and ViT, and for VMamba, whose grids halve from stage to stage, squares of the same size. A model that
-    cannot be traced gets 14 cells a side.
+    patches of Vim and ViT, and for VMamba, whose grids halve from stage to stage, squares of the same size. A model
+    that cannot be traced gets 14 cells a side.
 
     Args:
         model: any.
@@ -64,9 +64,7 @@ def constant(maps: Float[Tensor, "batch height width"]) -> Bool[Tensor, " batch"
     return flat.amax(1) == flat.amin(1)
 
 
-def ranking(
-    maps: Float[Tensor, "batch height width"], cell: int, seeds: Sequence[int]
-) -> Int[Tensor, "batch cells"]:
+def ranking(maps: Float[Tensor, "batch height width"], cell: int, seeds: Sequence[int]) -> Int[Tensor, "batch cells"]:
     """Return the cells' indices, highest mean first.
 
     Equal cells come in a random order, so that a constant map is a random choice, not the image's upper edge.
@@ -100,4 +98,5 @@ def to_pixels(
     """
     rows, columns = (-(-side // cell) for side in size)
     grid = chosen.unflatten(-1, (rows, columns))
-    return grid.repeat_interleave(cell, -2).repeat_interleave(cell, -1)[..., : size[0], : size[1]]
+    whole: Tensor = grid.repeat_interleave(cell, -2).repeat_interleave(cell, -1)
+    return whole[..., : size[0], : size[1]]

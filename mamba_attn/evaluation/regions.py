@@ -1,4 +1,4 @@
-"""Where the truth of an image lies, in the pixels that a model sees: boxes and masks on their way through a transform."""
+"""Where the truth of an image lies in the pixels that a model sees: boxes and masks, transformed like the image."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mamba_attn._types import Float, Int
+from mamba_attn._types import Float
 from mamba_attn.models.transforms import EvaluationTransform
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def box_coverage(
     return whole
 
 
-def transformed_mask(mask: "Image", transform: EvaluationTransform) -> Int[np.ndarray, "rows columns"]:
-    """Return a mask as the model sees its image: the value of the nearest pixel, never a mixture.
+def transformed_mask(mask: "Image", transform: EvaluationTransform) -> np.ndarray:
+    """Return a mask as the model sees its image, (rows, columns): the value of the nearest pixel, never a mixture.
 
     Args:
         mask: 8-bit grey, the image's size; its values are numbers of regions.

@@ -115,4 +115,5 @@ def _ranks(values: Tensor) -> Tensor:
     """Ranks from 0, the mean of the places where values are equal."""
     _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0)
-    return (last.double() - (counts + 1).double() / 2)[inverse]
+    places: Tensor = last.double() - (counts + 1).double() / 2
+    return places[inverse]

@@ -90,8 +90,8 @@ class Store:
         try:
             record = json.loads(line)
             key = Key(*record.pop("key"))
-            if record.pop("protocol") == PROTOCOL and all(isinstance(part, str) for part in key):
-                if key not in self:
-                    self._found[key] = record
+            known = record.pop("protocol") == PROTOCOL and all(isinstance(part, str) for part in key)
+            if known and key not in self:
+                self._found[key] = record
         except (ValueError, TypeError, KeyError, AttributeError):
             self.damaged += 1

@@ -1,23 +1,21 @@
-"""One task: explain some images with every method that lacks figures, and measure; nothing an image does ends the run."""
+"""One task: explain some images with every method that lacks figures, and measure; no image can end the run."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from mamba_attn import images as image_files
-from mamba_attn.evaluation import _catalogue as catalogue
-from mamba_attn.evaluation import perturbation, sanity
-from mamba_attn.evaluation.cost import cost
+from mamba_attn.evaluation import perturbation
+from mamba_attn.evaluation.contestants import LABEL
 from mamba_attn.evaluation.data import open_data
+from mamba_attn.evaluation.judges import JUDGES, Batch, explainer
 from mamba_attn.evaluation.labels import class_indices
-from mamba_attn.evaluation.localisation import locate
-from mamba_attn.evaluation.plan import LABEL, Model, Task
-from mamba_attn.evaluation.ranking import cells, check_finite, constant, token_cell
+from mamba_attn.evaluation.plan import Needs, Task
+from mamba_attn.evaluation.ranking import check_finite
 from mamba_attn.evaluation.samples import Data, Sample
 from mamba_attn.evaluation.store import Key
 
@@ -26,68 +24,33 @@ FAILURES = (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError, As
 Record = tuple[Key, dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Images of a task that could be read, in the order of their indices.
-
-    Args:
-        task: what is to be done.
-        indices: of the images in their collection.
-        samples: the images.
-        images: normalised, on the model's device.
-        clean: the model's answers.
-        labels: the model's class of every label, None where it has none.
-    """
-
-    task: Task
-    indices: Sequence[int]
-    samples: Sequence[Sample]
-    images: Tensor
-    clean: perturbation.Clean
-    labels: Sequence[int | None]
-
-    @cached_property
-    def cell(self) -> int:
-        """Side of the cells that are ranked, in pixels."""
-        return _cell(self.task.model, tuple(self.images.shape[2:]))
-
-    def part(self, indices: Sequence[int]) -> "Batch":
-        """Return some of the images."""
-        place = [self.indices.index(index) for index in indices]
-        clean = perturbation.Clean(*(getattr(self.clean, name)[place] for name in self.clean.__dataclass_fields__))
-        chosen = ([each[one] for one in place] for each in (self.indices, self.samples, self.labels))
-        numbers, samples, labels = chosen
-        return Batch(self.task, numbers, samples, self.images[place], clean, labels)
-
-
 def work(task: Task) -> list[Record]:
     """Do a task and return its lines; what fails is a line with the reason."""
-    data = _data(task.selector)
-    indices = sorted({index for its in task.needs.values() for index in its})
-    samples, lines = {}, []
-    subject = task.model.subject
+    data, subject = _data(task.selector, Path.cwd()), task.model.subject
     labels = class_indices(data, subject)
-    for index in indices:
+    samples: dict[int, Sample] = {}
+    classes, lines = [], []
+    for index in sorted({index for its in task.needs.values() for index in its}):
         try:
+            explained = _explained(task, data, index, labels)
             samples[index] = data.load(index, subject.transform)
-            _explained(task, data, index, labels)
+            classes.append(explained)
         except (*FAILURES, OSError) as error:
-            samples.pop(index, None)
-            lines += _failed(task, data, {m: {index: its[index]} for m, its in task.needs.items() if index in its}, error)
+            lines += _failed(task, data, _restricted(task.needs, [index]), error)
     if not samples:
         return lines
     images = image_files.normalise(np.stack([sample.pixels for sample in samples.values()])).to(subject.device)
-    classes = [_explained(task, data, index, labels) for index in samples]
-    known = [None if sample.label is None else labels[sample.label] for sample in samples.values()]
     try:
         clean = perturbation.clean_answers(subject.model, images, task.options.fill, classes)
     except FAILURES as error:
-        return lines + _failed(task, data, task.needs, error, samples)
+        if len(samples) == 1:
+            return lines + _failed(task, data, _restricted(task.needs, list(samples)), error)
+        parts = (replace(task, needs=_restricted(task.needs, [index])) for index in samples)
+        return lines + [line for part in parts for line in work(part)]
+    known = [None if sample.label is None else labels[sample.label] for sample in samples.values()]
     batch = Batch(task, list(samples), list(samples.values()), images, clean, known)
-    for method, needs in task.needs.items():
-        there = {index: measures for index, measures in needs.items() if index in samples}
-        if there:
-            lines += _method(batch.part(list(there)), data, method, there)
+    for method, needs in _restricted(task.needs, list(samples)).items():
+        lines += _method(batch.part(list(needs)), data, method, needs)
     return lines
 
 
@@ -105,112 +68,17 @@ def _method(batch: Batch, data: Data, method: str, needs: Mapping[int, tuple[str
 
 
 def _measured(batch: Batch, data: Data, method: str, needs: Mapping[int, tuple[str, ...]]) -> list[Record]:
-    explain = _explainer(method, batch)
+    explain = explainer(method, batch)
     maps = explain(batch.task.model.subject.model)
     check_finite(maps)
     lines = []
     for measure in dict.fromkeys(name for names in needs.values() for name in names):
         chosen = [index for index in batch.indices if measure in needs[index]]
         place = [batch.indices.index(index) for index in chosen]
-        found = _MEASURES[measure](batch.part(chosen), maps[place], method)
+        found = JUDGES[measure](batch.part(chosen), maps[place], method)
         for index, values in zip(chosen, found, strict=True):
             lines.append((_key(batch.task, data, index, method, measure), values))
     return lines
-
-
-def _explainer(method: str, batch: Batch) -> Callable[[nn.Module], Tensor]:
-    """The method's maps of the batch, (batch, rows, columns), by any model."""
-
-    def explain(model: nn.Module) -> Tensor:
-        torch.manual_seed(batch.task.options.seed)  # methods that draw draw the same
-        attribution = catalogue.ENTRIES[method].build(model)
-        maps = attribution.attribute(batch.images, target=batch.clean.explained.clone()).detach().float()
-        if maps.shape != (len(batch.images), 1, *batch.images.shape[2:]):
-            raise ValueError(f"{method}: expected maps (batch, 1, rows, columns), got {tuple(maps.shape)}.")
-        return maps[:, 0]
-
-    return explain
-
-
-def _perturbed(batch: Batch, maps: Tensor, cell: int) -> list[dict[str, Any]]:
-    task, clean = batch.task, batch.clean
-    seeds = [task.options.seed * 1_000_003 + index for index in batch.indices]
-    found = perturbation.perturb(
-        task.model.subject.model, batch.images, maps, clean.explained, cell=cell, seeds=seeds, fill=task.options.fill
-    )
-    flat = constant(maps).tolist()
-    return [
-        {
-            "label": label, "predicted": int(clean.predicted[i]), "clean": _short(clean.probability[i]),
-            "blank": _short(clean.blank[i]), "constant": flat[i],
-            "answers": found.predicted[i].tolist(),
-            "probability": [[_short(value) for value in sign] for sign in found.probability[i]],
-        }
-        for i, label in enumerate(batch.labels)
-    ]  # fmt: skip
-
-
-def _localised(batch: Batch, maps: Tensor, method: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for sample, values in zip(batch.samples, maps, strict=True):
-        if sample.inside is None:
-            found.append({"skipped": "it has no boxes"})
-        else:
-            found.append(locate(values, sample.inside, sample.trap).as_dict())
-    return found
-
-
-def _sane(batch: Batch, maps: Tensor, method: str) -> list[dict[str, Any]]:
-    """Randomisation, another class, the same again, alone and in a batch."""
-    task, model = batch.task, batch.task.model.subject.model
-    explain, coarse = _explainer(method, batch), cells(maps, batch.cell)
-    stages = sanity.randomisation(
-        model, lambda changed: cells(explain(changed), batch.cell), coarse, task.options.stages, task.options.seed
-    )
-    other = perturbation.Clean(**{**vars(batch.clean), "explained": _second(batch)})
-    elsewhere = _explainer(method, Batch(**{**_fields(batch), "clean": other}))(model)
-    again = sanity.difference(maps, explain(model))
-    alone = [_explainer(method, batch.part([index]))(model)[0] for index in batch.indices]
-    batched = sanity.difference(maps, torch.stack(alone))
-    labels = sanity.spearman(coarse, cells(elsewhere, batch.cell))
-    return [
-        {"randomised": [None if value is None else _short(value) for value in stages[i]], "other_class": labels[i],
-         "again": again[i], "alone": batched[i]}
-        for i in range(len(batch.indices))
-    ]  # fmt: skip
-
-
-def _costs(batch: Batch, maps: Tensor, method: str) -> list[dict[str, Any]]:
-    model = batch.task.model.subject
-    found = [
-        cost(lambda one=batch.part([index]): _explainer(method, one)(model.model), model.device)  # type: ignore[misc]
-        for index in batch.indices
-    ]
-    return [vars(each) for each in found]
-
-
-def _pictures(batch: Batch, maps: Tensor, method: str) -> list[dict[str, Any]]:
-    """The map for the page: twice as fine as what is ranked."""
-    fine = cells(maps, max(1, batch.cell // 2))
-    return [{"map": [[float(f"{value:.4g}") for value in row] for row in each.tolist()]} for each in fine]
-
-
-_MEASURES: dict[str, Callable[[Batch, Tensor, str], list[dict[str, Any]]]] = {
-    "perturbation": lambda batch, maps, method: _perturbed(batch, maps, batch.cell),
-    "pixels": lambda batch, maps, method: _perturbed(batch, maps, 1),
-    "localisation": _localised,
-    "sanity": _sane,
-    "cost": _costs,
-    "picture": _pictures,
-}
-
-
-def _second(batch: Batch) -> Tensor:
-    """The likeliest class but the explained one."""
-    with torch.inference_mode():
-        logits = batch.task.model.subject.model(batch.images).float()
-    hidden = logits.scatter(1, batch.clean.explained.to(logits.device)[:, None], -torch.inf)
-    return hidden.argmax(1).clone()
 
 
 def _explained(task: Task, data: Data, index: int, labels: Sequence[int | None]) -> int | None:
@@ -229,16 +97,21 @@ def _explained(task: Task, data: Data, index: int, labels: Sequence[int | None])
     return known
 
 
-def _failed(
-    task: Task, data: Data, needs: Mapping[str, Mapping[int, tuple[str, ...]]], error: BaseException,
-    only: Mapping[int, Any] | None = None,
-) -> list[Record]:  # fmt: skip
+def _restricted(needs: Needs, indices: Sequence[int]) -> Needs:
+    """What some of the images need."""
+    kept = {
+        method: {index: measures for index, measures in its.items() if index in indices}
+        for method, its in needs.items()
+    }
+    return {method: its for method, its in kept.items() if its}
+
+
+def _failed(task: Task, data: Data, needs: Needs, error: BaseException) -> list[Record]:
     reason = (str(error).strip().partition("\n")[0] or type(error).__name__)[:400]
     return [
         (_key(task, data, index, method, measure), {"error": reason})
         for method, its in needs.items()
         for index, measures in its.items()
-        if only is None or index in only
         for measure in measures
     ]
 
@@ -248,20 +121,7 @@ def _key(task: Task, data: Data, index: int, method: str, measure: str) -> Key:
     return Key(data.identity, data.items[index].key, identity, method, measure, task.options.of(measure))
 
 
-def _fields(batch: Batch) -> dict[str, Any]:
-    return {name: getattr(batch, name) for name in batch.__dataclass_fields__}
-
-
-def _short(value: float | Tensor) -> float:
-    return round(float(value), 5)
-
-
 @cache
-def _data(selector: str) -> Data:
+def _data(selector: str, folder: Path) -> Data:
+    """Opened once per process; what a relative path means depends on the folder."""
     return open_data(selector)
-
-
-@cache
-def _cell(model: Model, size: tuple[int, int]) -> int:
-    subject = model.subject
-    return token_cell(subject.model, torch.zeros(1, 3, *size, device=subject.device))

@@ -81,8 +81,8 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> int:
 
 def _job(args: argparse.Namespace, command: str) -> Job:
     """Check everything that can be checked before the first image."""
-    from mamba_attn.attribution._queries import check_query
     from mamba_attn import subjects
+    from mamba_attn.attribution._queries import check_query
     from mamba_attn.explain import choices
 
     paths = images.find(args.image) if args.image else images.samples()

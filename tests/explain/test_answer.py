@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mamba_attn import images, trace
+from mamba_attn import images, subjects, trace
 from mamba_attn.attribution import AttentionRollout, MambaAttribution, RawAttention, TransformerAttribution
-from mamba_attn import subjects
 from mamba_attn.explain import choices
 from mamba_attn.explain.answer import _at_depths, answer
 from tests.explain.cases import CLASSES, VIM, VIT, VMAMBA, photo, save

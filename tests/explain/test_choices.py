@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from mamba_attn import attribution
-from mamba_attn import subjects
 from mamba_attn.explain import choices
+from mamba_attn.subjects import load, parse_target
 from tests.explain.cases import CLASSES, VIM, VIT, VMAMBA, save
 
 
@@ -14,8 +14,7 @@ from tests.explain.cases import CLASSES, VIM, VIT, VMAMBA, save
 def subjects(tmp_path_factory):
     configurations = {"vim_micro": VIM, "vmamba_micro": VMAMBA, "vit_micro": VIT}
     return {
-        name: subjects.load(name, save(tmp_path_factory.mktemp(name), name, options))
-        for name, options in configurations.items()
+        name: load(name, save(tmp_path_factory.mktemp(name), name, options)) for name, options in configurations.items()
     }
 
 
@@ -65,17 +64,17 @@ def test_scans_have_no_method_of_a_vit(subjects):
 
 def test_targets(subjects):
     vim = subjects["vim_micro"]
-    assert subjects.parse_target(None, vim) is None
-    assert [subjects.parse_target(text, vim) for text in ("HAT", "hat", "1", "0", CLASSES[2])] == [1, 1, 1, 0, 2]
+    assert parse_target(None, vim) is None
+    assert [parse_target(text, vim) for text in ("HAT", "hat", "1", "0", CLASSES[2])] == [1, 1, 1, 0, 2]
     for text in ("3", "-1", "1.0", "²"):
         with pytest.raises(ValueError, match=rf"--target {text}: no such class; vim_micro knows 3 classes, 0..2"):
-            subjects.parse_target(text, vim)
+            parse_target(text, vim)
     with pytest.raises(ValueError, match="Did you mean 'dress'"):
-        subjects.parse_target("Dres", vim)
+        parse_target("Dres", vim)
     cranes = dataclasses.replace(vim, classes=["crane", "hat", "Crane"])
     with pytest.raises(ValueError, match="--target crane: the classes 0 and 2 have this name; give the index"):
-        subjects.parse_target("crane", cranes)
-    assert subjects.parse_target("2", cranes) == 2
+        parse_target("crane", cranes)
+    assert parse_target("2", cranes) == 2
 
 
 def test_queries(subjects):
