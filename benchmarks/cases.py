@@ -46,6 +46,11 @@ TARGETS = {
     "row memory": Target("one row: log-log slope of peak extra memory", 1.15, 1.05),
     "product time": Target("one left product: log-log slope of time", 1.15, 1.05),
     "product memory": Target("one left product: log-log slope of peak extra memory", 1.15, 1.05),
+    "drop-in law 1": Target("other people's model code: worst error of the matrices times u (law 1)", 1e-5, 1e-6),
+    "drop-in output": Target("other people's model code: worst error of the traced output", 1e-5, 1e-6),
+    "drop-in changed": Target("other people's model code: outputs that observing changed by a bit", 0, 0),
+    "drop-in logits": Target("our model / the official code, same weights: largest difference of logits", 1e-4, 1e-5),
+    "drop-in matrices": Target("our model / the official code, same weights: worst error of a matrix", 1e-5, 1e-6),
     "explain": Target("`mamba-attn explain` with its defaults, wall seconds", 60, 20, unit="s"),
     **{
         f"{name} {part}": Target(f"{name}: {what}", at_least, aim, higher=True, unit="x")

@@ -1,10 +1,11 @@
-"""Measure the operators, the models, the maps, the kernels or their build: a table, and JSON under benchmarks/results/.
+"""Measure operators, models, maps, kernels, their build, or foreign code: a table, and JSON under benchmarks/results/.
 
     python benchmarks/run.py ops
     python benchmarks/run.py models
     python benchmarks/run.py maps --data FOLDER
     python benchmarks/run.py kernel [--device cuda]
     python benchmarks/run.py build
+    python benchmarks/run.py dropin --checkouts FOLDER
 
 One thread, CPU time, the competitors in turn (A B A B) in one process; peak memory in child processes. ``kernel`` is
 ``mamba-attn bench``; on a GPU it measures between CUDA events.
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 import torch
 
-from benchmarks import cases, maps, verify, without_gpu
+from benchmarks import cases, dropin, maps, verify, without_gpu
 from benchmarks.cases import Shape
 from benchmarks.measure import Spread, interleave, paired, peak_memory, slope
 from benchmarks.report import Figure, figure, finish, show
@@ -34,6 +35,7 @@ WHAT = {
     "models": "models: time and memory of a forward pass and of its attention",
     "maps": "maps: energy in boxes, deletion, time of the command",
     "kernel": "hidden attention and what it costs: models, backends, ceilings, on a CPU or a GPU",
+    "dropin": "other people's model code, as it stands in clones of their repositories, traced",
     "build": "the CUDA kernels without a GPU: registers, spills, and the error of their source on the host",
 }
 
@@ -176,6 +178,8 @@ def main(argv: list[str] | None = None) -> None:
             maps.add_options(command)
         if what == "kernel":
             bench.add_options(command)
+        if what == "dropin":
+            dropin.add_options(command)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if args.what == "kernel":
@@ -183,6 +187,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.what == "maps":
         found, partial = maps.run_maps(args), args.quick or maps.partial(args)
+    elif args.what == "dropin":
+        found, partial = [("dropin", *dropin.run_dropin(args))], args.quick or dropin.partial(args)
     else:
         runs = {"ops": run_ops, "models": run_models, "build": without_gpu.run_build}
         found, partial = [(args.what, *runs[args.what](args.quick))], args.quick

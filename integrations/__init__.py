@@ -2,13 +2,16 @@
 
 Packaged as ``mamba_attn.integrations``; the core finds these files by name and imports none of them.
 
-========  =======================================================================  =====================================
-file      recognises                                                               routes of a mixer
-========  =======================================================================  =====================================
-vim       Vision Mamba (arXiv 2401.09417): mixers with ``A_log`` and ``A_b_log``   raster order and its reversal
-vmamba    VMamba's SS2D (arXiv 2401.10166): ``A_logs``, ``Ds``, ``dt_projs_bias``  rows, columns, and both reversed
-timm_vit  ViT and DeiT of timm: ``qkv``, ``proj``, ``num_heads``, ``scale``        none: softmax attention of all tokens
-========  =======================================================================  =====================================
+===========  =======================================================================  ==================================
+file         recognises                                                               routes of a mixer
+===========  =======================================================================  ==================================
+vim          Vision Mamba and forks: ``A_b_log``, ``bimamba_type`` or ``biscan``      raster order, and its reversal
+mamba        mamba_ssm's Mamba: ``A_log``, ``conv1d``, ``x_proj``, ``dt_proj``        raster order
+vmamba       VMamba's SS2D (arXiv 2401.10166) and its forks: ``A_logs``, ``Ds``       rows, columns, and both reversed
+mambavision  MambaVision (arXiv 2407.08083): ``conv1d_x`` and ``conv1d_z``            one per window, in raster order
+timm_vit     ViT and DeiT of timm: ``qkv``, ``proj``, ``num_heads``, ``scale``;       none: softmax attention of all
+             MambaVision's attention                                                  tokens, or those of one window
+===========  =======================================================================  ==================================
 
 A family that is not listed needs one more file here; ``mamba_attn.testing.check_adapter`` runs the laws it must obey.
 """

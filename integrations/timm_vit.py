@@ -1,4 +1,7 @@
-"""ViT and DeiT as timm builds them (arXiv 2010.11929, 2012.12877): plain softmax attention, class tokens first."""
+"""ViT and DeiT as timm builds them (arXiv 2010.11929, 2012.12877): plain softmax attention, class tokens first.
+
+MambaVision's attention is the same, of the tokens of one window at a time.
+"""
 
 import inspect
 from collections.abc import Iterable
@@ -12,6 +15,7 @@ from mamba_attn._types import Float
 from mamba_attn.adapters import AttentionAdapter, LayoutSource, Seen
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.layout import TokenLayout
+from mamba_attn.ops._dispatch import require_bytes
 from mamba_attn.rules import Rules
 from mamba_attn.softmax import AttentionRecord
 
@@ -46,6 +50,11 @@ class TimmViTAdapter(AttentionAdapter):
                 f"it has {', '.join(dict.fromkeys(foreign))}, which this adapter does not know; it treats plain "
                 "softmax attention over all tokens: no rotary or relative positions, no windows, no mixing of heads."
             )
+        if _drops_always(module, model):
+            return (
+                "it is MambaVision's attention with fused_attn and attn_drop.p > 0, which drops probabilities in eval "
+                "mode too; set attn_drop.p = 0 or fused_attn = False on it."
+            )
         absent = [name for name in ("attn_drop", "proj_drop") if not hasattr(module, name)]
         return f"it has no {' and no '.join(absent)}, so it is another kind of attention." if absent else None
 
@@ -57,6 +66,7 @@ class TimmViTAdapter(AttentionAdapter):
 
         Raises:
             UnsupportedModelError: a mask, or an input that is not (batch, tokens, features).
+            MatrixTooLargeError: the matrix of all windows together would not fit the memory.
         """
         if attn_mask is not None or is_causal:
             given = "is_causal=True" if attn_mask is None else "an attn_mask"
@@ -75,15 +85,17 @@ class TimmViTAdapter(AttentionAdapter):
         # the fused kernel scales by the heads' width, whatever the module's scale
         scale = joint.shape[-1] ** -0.5 if getattr(module, "fused_attn", False) else cast(float, module.scale)
         gate = getattr(module, "gate", None)
-        return AttentionRecord(
-            probabilities=((query * scale) @ key.mT).softmax(-1), value=joint[2],
-            gate=None if gate is None else rules.activation(torch.sigmoid, gate(x)).mT,
-            layout=seen.layout if seen.layout is not None and seen.layout.tokens == x.shape[1] else None,
-        )  # fmt: skip
+        gate = None if gate is None else rules.activation(torch.sigmoid, gate(x)).mT
+        probabilities, layout = ((query * scale) @ key.mT).softmax(-1), seen.frame_of(module, *x.shape[:2])
+        if layout is None:
+            return AttentionRecord(probabilities=probabilities, value=joint[2], gate=gate)
+        if layout.tokens > x.shape[1]:
+            _require_memory(probabilities, layout)
+        return AttentionRecord.from_windows(probabilities, joint[2], gate, layout)
 
     def finish(self, module: nn.Module, record: AttentionRecord, probabilities: Tensor, rules: Rules) -> Tensor:
         """Return the projected output."""
-        mixed = _mixed(module, record, module.get_submodule("attn_drop")(probabilities), rules)
+        mixed = _mixed(module, record, probabilities, rules, module.get_submodule("attn_drop"))
         output: Tensor = module.get_submodule("proj_drop")(module.get_submodule("proj")(mixed))
         return output
 
@@ -102,6 +114,12 @@ class TimmViTAdapter(AttentionAdapter):
         return []
 
 
+def _drops_always(module: nn.Module, model: nn.Module) -> bool:
+    """Whether it is MambaVision's, the ``mixer`` of a block: it hands its dropout to the fused kernel in any mode."""
+    drops = getattr(module, "fused_attn", False) and getattr(getattr(module, "attn_drop", None), "p", 0) > 0
+    return bool(drops) and any(getattr(block, "mixer", None) is module for block in model.modules())
+
+
 def _norm(module: nn.Module, name: str, x: Tensor, rules: Rules) -> Tensor:
     norm: nn.Module | None = getattr(module, name, None)
     if norm is None:
@@ -111,12 +129,26 @@ def _norm(module: nn.Module, name: str, x: Tensor, rules: Rules) -> Tensor:
 
 
 def _mixed(
-    module: nn.Module, record: AttentionRecord, probabilities: Tensor, rules: Rules
-) -> Float[Tensor, "batch tokens channels"]:
+    module: nn.Module, record: AttentionRecord, probabilities: Tensor, rules: Rules, dropout: nn.Module | None = None
+) -> Float[Tensor, "sequences length channels"]:
     """The heads' output side by side, normed and gated where the module does that."""
-    heads = probabilities.to(record.value.dtype) @ record.value
+    heads = record.mixed(probabilities, dropout or nn.Identity())
     mixed = _norm(module, "norm", rearrange(heads, "batch heads tokens width -> batch tokens (heads width)"), rules)
-    return mixed if record.gate is None else rules.gate(mixed, record.gate.mT)
+    if record.gate is None:
+        return mixed
+    return rules.gate(mixed, record.gate.mT if record.layout is None else record.layout.to_windows(record.gate.mT, 1))
+
+
+def _require_memory(probabilities: Tensor, layout: TokenLayout) -> None:
+    """Refuse windows whose probabilities would not fit the memory as one matrix of the image."""
+    sequences, heads, length = probabilities.shape[:3]
+    images, side = sequences * length // layout.tokens, layout.tokens
+    require_bytes(
+        f"the probabilities of {heads} heads over all windows ({images} images, {side} x {side})",
+        images * heads * side**2 * probabilities.element_size(),
+        probabilities.device,
+        "Trace fewer images at once, smaller ones, or other layers, with layers=.",
+    )
 
 
 class _LayoutReader:

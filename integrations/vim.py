@@ -1,68 +1,79 @@
-"""Vim (arXiv 2401.09417): bidirectional mixers, class token in the middle, first or absent."""
+"""Vim (arXiv 2401.09417), its forks, and Mamba-Reg (arXiv 2405.14858): Mamba mixers that may run in both directions."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from mamba_attn.adapters import Adapter, LayoutSource, Seen
-from mamba_attn.layout import TokenLayout
+from mamba_attn.adapters import Seen
 from mamba_attn.models import vim_mixer
 from mamba_attn.rules import Rules
 from mamba_attn.scan import ScanRecord
 
-_PARTS = ["in_proj", "out_proj", "A_log", "D", "A_b_log", "D_b", "conv1d", "conv1d_b", "x_proj", "x_proj_b"]
+from .mamba import MambaAdapter, is_ours
+
+_MARKS = ("A_b_log", "bimamba_type", "biscan")
+_BACKWARD = ("A_b_log", "D_b", "conv1d_b", "x_proj_b", "dt_proj_b")
+_PRESENT = {"v1": _BACKWARD[:1], "v2": _BACKWARD, "none": ()}  # by bimamba_type
+_MODEL_SETTINGS = {
+    "if_rope": "rotates tokens between its layers",
+    "if_rope_residual": "rotates tokens between its layers",
+    "if_bidirectional": "gives every second layer the tokens backwards",
+}
 
 
-class VimAdapter(Adapter):
-    """Mixers with Vim's attribute names."""
+class VimAdapter(MambaAdapter):
+    """Mixers with Vim's names: bimamba_type v1, v2 or none, with or without division of the summed directions."""
 
     family: ClassVar[str] = "Vim"
+    treats: ClassVar[str] = "mixers with the parts of Vim's bimamba v1, v2 and none alone"
+    children: ClassVar[tuple[str, ...]] = (*MambaAdapter.children, "conv1d_b", "x_proj_b", "dt_proj_b")
+    parameters: ClassVar[tuple[str, ...]] = (*MambaAdapter.parameters, "A_b_log", "D_b", "gamma")
+    settings: ClassVar[tuple[str, ...]] = (
+        *MambaAdapter.settings, "bimamba_type", "biscan", "if_divide_out", "if_devide_out", "init_layer_scale",
+        # forks that keep maps beside the output
+        "compute_diff_maps", "compute_attn_gradients", "saveAttnMat", "saveAttnVec",
+    )  # fmt: skip
 
     def recognises(self, module: nn.Module) -> bool:
-        """Whether the module has the parameters of both directions."""
-        return all(hasattr(module, name) for name in _PARTS)
+        """Whether the module has projections, and says or shows something of a second direction."""
+        projections = hasattr(module, "in_proj") and hasattr(module, "out_proj")
+        return projections and any(hasattr(module, name) for name in _MARKS)
 
-    def project(
-        self, module: nn.Module, x: Tensor, orders: Tensor | None = None, *, inference_params: None = None,
-        rules: Rules, seen: Seen,
-    ) -> ScanRecord:  # fmt: skip
-        """Return everything before the scans; the official blocks pass ``inference_params=None``."""
-        layout = seen.layout if seen.layout is not None and seen.layout.tokens == x.shape[1] else None
-        return vim_mixer.project(module, x, orders=orders, rules=rules, layout=layout)
+    def refusal(self, module: nn.Module, model: nn.Module) -> str | None:
+        """Refuse what is not known, directions other than Vim's, and models that move tokens between layers."""
+        reason = super().refusal(module, model)
+        return reason if reason or is_ours(module) else _other_directions(module) or next(_moving(model), None)
 
-    def finish(self, module: nn.Module, record: ScanRecord, y: Tensor, rules: Rules) -> Tensor:
-        """Return the gated, projected output."""
-        return vim_mixer.finish(module, record, y, rules)
-
-    def scan_output(self, module: nn.Module, record: ScanRecord, y: Tensor) -> tuple[nn.Module, Tensor]:
-        """Return out_proj, which receives the gated sum of both directions."""
-        gated = y if record.gate is None else y * record.gate
-        out_proj: nn.Module = module.get_submodule("out_proj")
-        return out_proj, gated.mT
-
-    def layout_sources(self, model: nn.Module) -> Iterable[LayoutSource]:
-        """Return the patch embedding's convolution: its output is the grid."""
-        for module in model.modules():
-            projection = getattr(getattr(module, "patch_embed", None), "proj", None)
-            if isinstance(projection, nn.Conv2d) and hasattr(module, "layers"):
-                return [LayoutSource(projection, _LayoutReader(module, projection))]
-        return []
+    def project(self, module: nn.Module, *args: Any, rules: Rules, seen: Seen, **kwargs: Any) -> ScanRecord:
+        """Return everything before the scans, and warn where the model's own code leaves one of them out."""
+        if hasattr(module, "A_b_log") and len(vim_mixer.scans(module)) == 1:
+            seen.warn_once(
+                f"{type(module).__name__} has use_fast_path=False: Vim's own code then runs the forward direction "
+                "alone and halves nothing, and so does this trace. Set use_fast_path = True on its mixers for both."
+            )
+        return super().project(module, *args, rules=rules, seen=seen, **kwargs)
 
 
-class _LayoutReader:
-    def __init__(self, model: nn.Module, projection: nn.Conv2d) -> None:
-        self.model = model
-        self.projection = projection
+def _other_directions(module: nn.Module) -> str | None:
+    """Why the directions of a mixer with known parts are not known, or None."""
+    said: object = getattr(module, "bimamba_type", None)
+    if said is None:
+        said = {True: "v2", False: "none"}.get(getattr(module, "biscan", None))  # type: ignore[arg-type]
+    if not isinstance(said, str) or said not in _PRESENT:
+        return f"its bimamba_type is {said!r}; this adapter knows {', '.join(_PRESENT)} (and biscan=True or False)."
+    present = tuple(name for name in _BACKWARD if hasattr(module, name))
+    if present != _PRESENT[said]:
+        return f"its bimamba_type is {said!r} and of {', '.join(_BACKWARD)} it has {', '.join(present) or 'none'}."
+    divides = {bool(getattr(module, name)) for name in ("if_divide_out", "if_devide_out") if hasattr(module, name)}
+    return "its if_divide_out and if_devide_out differ." if len(divides) == 2 else None
 
-    def __call__(self, seen: Seen, inputs: tuple[Any, ...], output: Tensor) -> TokenLayout:
-        height, width = output.shape[-2:]
-        place = getattr(self.model, "class_token", None)
-        positions = {"middle": (height * width // 2,), "first": (0,)}.get(str(place), ())
-        return TokenLayout(
-            grid=(height, width), patch_size=self.projection.kernel_size[0], stride=self.projection.stride[0],
-            class_tokens=positions,
-        )  # fmt: skip
+
+def _moving(model: nn.Module) -> Iterator[str]:
+    for module in model.modules():
+        for name, what in _MODEL_SETTINGS.items():
+            if vars(module).get(name):
+                yield f"{type(module).__name__} has {name}=True, which {what}; that is not treated exactly yet."
 
 
 ADAPTER = VimAdapter()

@@ -21,6 +21,7 @@ from mamba_attn.ops import (  # noqa: E402
 )
 from mamba_attn.scan import ScanRecord  # noqa: E402
 from mamba_attn.softmax import AttentionRecord  # noqa: E402
+from mamba_attn.stand_ins import cpu_stand_ins  # noqa: E402
 from mamba_attn.tracing import Trace, trace  # noqa: E402
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "Trace",
     "attention_column",
     "attention_row",
+    "cpu_stand_ins",
     "hidden_attention",
     "left_product",
     "models",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from mamba_attn.adapters import AnyAdapter, AttentionAdapter, Seen
+from mamba_attn.adapters import AnyAdapter, AttentionAdapter, LayoutSource, Seen
 from mamba_attn.attention_layer import AttentionLayer
 from mamba_attn.errors import TraceError
 from mamba_attn.layers import Layer, ScanLayer
@@ -54,6 +54,7 @@ class _RoutedForward:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.original = module.forward
+        self.__wrapped__ = module.forward  # adapters read which function that is
         self.own = "forward" in module.__dict__  # SS2D of VMamba sets its forward on the instance
         self.uses: list[Use] = []
 
@@ -194,18 +195,17 @@ def watch_layout(stack: ExitStack, model: nn.Module, adapters: set[AnyAdapter], 
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is not None:
         stack.callback(first.register_forward_pre_hook(image).remove)
-    if seen.layout is not None:
-        return
+    given = seen.layout is not None
+
+    def look(source: LayoutSource, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+        if thread != get_ident():
+            return
+        if source.inside:  # kept for each: gradient checkpointing runs a block again, but not what stands around it
+            layout = source.read(seen, args, output)
+            seen.frames.update(dict.fromkeys(module.modules(), layout) if layout is not None else {})
+        elif not given:
+            seen.layout = source.read(seen, args, output)
+
     for source in (source for adapter in adapters for source in adapter.layout_sources(model)):
-
-        def before(module: nn.Module, args: tuple[Any, ...], read: Any = source.read) -> None:
-            if thread == get_ident():
-                seen.layout = read(seen, args, None)
-
-        def after(module: nn.Module, args: tuple[Any, ...], output: Any, read: Any = source.read) -> None:
-            if thread == get_ident():
-                seen.layout = read(seen, args, output)
-
-        module = source.module
-        hook = module.register_forward_pre_hook(before) if source.before else module.register_forward_hook(after)
-        stack.callback(hook.remove)
+        install = source.module.register_forward_pre_hook if source.before else source.module.register_forward_hook
+        stack.callback(install(partial(look, source)).remove)

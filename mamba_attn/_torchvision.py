@@ -28,13 +28,20 @@ def import_torchvision() -> ModuleType:
     try:
         return importlib.import_module("torchvision")
     except RuntimeError as error:
-        if "torchvision::" not in str(error) or torch.version.cuda is not None:
+        if not declare(error):
             raise
+    return importlib.import_module("torchvision")
+
+
+def declare(error: RuntimeError) -> bool:
+    """Declare the missing schemas if their absence is why an import failed; whether it is worth a second try."""
+    if "torchvision::" not in str(error) or torch.version.cuda is not None or _declared:
+        return False
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         library.define(name + _SCHEMA)
     _declared.append(library)
-    return importlib.import_module("torchvision")
+    return True
 
 
 def prepare() -> None:

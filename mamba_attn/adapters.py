@@ -6,10 +6,11 @@ are found by name; ``register_adapter`` adds one of your own. ``mamba_attn.testi
 
 import importlib
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from mamba_attn.rules import Rules
 from mamba_attn.scan import ScanRecord
 from mamba_attn.softmax import AttentionRecord
 
-_FAMILIES = ("vim", "vmamba", "timm_vit")
+_FAMILIES = ("vim", "mamba", "vmamba", "mambavision", "timm_vit")  # asked in this order
 
 
 @dataclass
@@ -32,23 +33,67 @@ class Seen:
         image_size: (rows, columns) of the model's input in pixels.
         padded_stem: whether the first convolution is padded to see around a pixel, as ``padding = (kernel - 1) / 2``.
         layout: the token frame, from the patch embedding or from the user.
+        frames: the token frames of single modules, where a model's parts have their own.
     """
 
     batch: int | None = None
     image_size: tuple[int, int] | None = None
     padded_stem: bool = False
     layout: TokenLayout | None = None
+    frames: dict[nn.Module, TokenLayout] = field(default_factory=dict)
+    _said: set[str] = field(default_factory=set, init=False, repr=False)
 
-    def grid_layout(self, height: int, width: int) -> TokenLayout:
-        """Return the layout of a pyramid's stage, whose grid is the image's divided by a power of two, rounded up.
+    def warn_once(self, sentence: str) -> None:
+        """Warn of something that many mixers of a model share, once in a trace.
+
+        Args:
+            sentence: what happens, and what to do.
+        """
+        if sentence not in self._said:
+            self._said.add(sentence)
+            warnings.warn(sentence, UserWarning, stacklevel=2)
+
+    def grid_layout(self, height: int, width: int, window: int | None = None) -> TokenLayout:
+        """Return the layout of a pyramid's stage, whose grid is the image's divided by a power of two.
+
+        Stages round down or up. Of the powers that give this grid, the one nearest to image / grid is taken.
 
         Args:
             height: of the stage's grid.
             width: likewise.
+            window: side of the windows that its tokens are mixed within, if they are.
         """
-        ratio = 1.0 if self.image_size is None else max(self.image_size[0] / height, self.image_size[1] / width, 1.0)
+        rows, columns = self.image_size or (height, width)
+
+        def distance(size: int) -> float:
+            return abs(math.log2(rows / (height * size))) + abs(math.log2(columns / (width * size)))
+
+        sizes = [2**power for power in range(max(rows, columns).bit_length() + 1)]
+        fitting = [
+            s for s in sizes if rows // s <= height <= -(-rows // s) and columns // s <= width <= -(-columns // s)
+        ]
         # the stages' convolutions between tokens are padded like the stem's
-        return TokenLayout((height, width), 2 ** round(math.log2(ratio)), offset=0.5 if self.padded_stem else None)
+        offset = 0.5 if self.padded_stem else None
+        return TokenLayout((height, width), min(fitting or sizes, key=distance), offset=offset, window=window)
+
+    def frame_of(self, module: nn.Module, sequences: int, length: int) -> TokenLayout | None:
+        """Return the token frame of a mixer that was called on so many sequences of so many tokens, if it is known.
+
+        A frame with windows is one whose windows of all images the sequences are; another, one of ``length`` tokens.
+
+        Args:
+            module: the mixer.
+            sequences: size of its input's first axis.
+            length: size of the axis of tokens.
+        """
+        for layout in (self.layout, self.frames.get(module)):
+            if layout is None:
+                continue
+            windows, inside = layout.windows().shape
+            images = sequences if layout.window is None else self.batch
+            if inside == length and images is not None and sequences == images * windows:
+                return layout
+        return None
 
 
 @dataclass(frozen=True)
@@ -60,11 +105,13 @@ class LayoutSource:
         read: function of what was seen so far and the submodule's (inputs, output) that returns the layout, or None
             when it is not known.
         before: whether the inputs are read, when the submodule starts, with None for the output.
+        inside: whether the frame is that of the modules inside the submodule, and not of the whole model.
     """
 
     module: nn.Module
     read: Callable[[Seen, tuple[Any, ...], Any], TokenLayout | None]
     before: bool = False
+    inside: bool = False
 
 
 class MixerAdapter(ABC):

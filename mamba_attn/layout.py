@@ -1,5 +1,6 @@
 """Where tokens sit in the image: the patch grid, and the tokens that are not patches."""
 
+import functools
 import math
 from dataclasses import dataclass, field
 
@@ -14,7 +15,9 @@ from mamba_attn._types import Float, Int
 class TokenLayout:
     """The token frame of one layer.
 
-    Patches are numbered in raster order over the token indices that class tokens and registers leave free.
+    Patches are numbered in raster order over the token indices that class tokens and registers leave free. With
+    ``window`` the frame is the grid padded to whole windows, below and on the right, in raster order; the padding is
+    part of the frame and of no map: it lies outside the image.
 
     Args:
         grid: (height, width) of the patch grid.
@@ -25,9 +28,11 @@ class TokenLayout:
         registers: token indices of registers.
         offset: centre of the first patch, in pixels from the image's edge. Default: ``patch_size / 2``. Stems of padded
             convolutions see around a pixel, not a patch: theirs is 0.5.
+        window: side, in patches, of the square windows that tokens are mixed within; None: all tokens are mixed.
 
     Raises:
-        ValueError: an index outside the token frame, an index used twice, or a size below one.
+        ValueError: an index outside the token frame, an index used twice, a size below one, or windows beside class
+            tokens or registers.
 
     Example:
         >>> TokenLayout(grid=(14, 14), patch_size=16, class_tokens=(98,)).tokens
@@ -40,6 +45,7 @@ class TokenLayout:
     class_tokens: tuple[int, ...] = ()
     registers: tuple[int, ...] = ()
     offset: float | None = None
+    window: int | None = None
     tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -50,7 +56,12 @@ class TokenLayout:
                 "grid, patch_size and stride must be at least 1."
             )
         extra = self.class_tokens + self.registers
-        object.__setattr__(self, "tokens", height * width + len(extra))
+        if self.window is not None and (self.window < 1 or extra):
+            raise ValueError(
+                f"TokenLayout(window={self.window}, class_tokens={self.class_tokens}, registers={self.registers}): "
+                "window must be at least 1, and windows hold patches alone."
+            )
+        object.__setattr__(self, "tokens", math.prod(self.padded) + len(extra))
         if len(set(extra)) != len(extra) or any(not 0 <= index < self.tokens for index in extra):
             raise ValueError(
                 f"TokenLayout: class_tokens={self.class_tokens} and registers={self.registers} must be distinct "
@@ -60,6 +71,8 @@ class TokenLayout:
     @property
     def patches(self) -> Int[Tensor, " patches"]:
         """Token index of every patch, in raster order."""
+        if self.window is not None:
+            return torch.arange(self.tokens).view(self.padded)[: self.grid[0], : self.grid[1]].flatten()
         free = torch.ones(self.tokens, dtype=torch.bool)
         free[list(self.class_tokens + self.registers)] = False
         return free.nonzero().squeeze(1)
@@ -74,8 +87,53 @@ class TokenLayout:
         """Centre of the first patch in pixels: ``offset``, or half a patch when none was given."""
         return self.patch_size / 2 if self.offset is None else self.offset
 
+    @property
+    def padded(self) -> tuple[int, int]:
+        """(height, width) of the grid with its padding to whole windows."""
+        side = self.window or 1
+        return -(-self.grid[0] // side) * side, -(-self.grid[1] // side) * side
+
+    def windows(self, device: torch.device | str = "cpu") -> Int[Tensor, "windows length"]:
+        """Return the tokens that are mixed with each other, window by window; without windows all in one.
+
+        Windows are in raster order, tokens in raster order inside each.
+
+        Args:
+            device: where the indices are wanted.
+        """
+        if self.window is None:
+            return _in_order(self.tokens, torch.device(device))[None]
+        return _windows(self.padded, self.window, torch.device(device))[0]
+
+    def to_windows(self, x: Tensor, axis: int) -> Tensor:
+        """Cut the token frame into the windows that a mixer sees: (batch, ...) to (batch * windows, ...).
+
+        Args:
+            x: with the batch first.
+            axis: the tokens' axis; window * window long in the result.
+        """
+        windows = self.windows(x.device)
+        if len(windows) == 1:
+            return x
+        cut = x.index_select(axis, windows.flatten()).unflatten(axis, tuple(windows.shape))
+        windows_first: Tensor = cut.movedim(axis, 1).flatten(0, 1)
+        return windows_first
+
+    def from_windows(self, x: Tensor, axis: int) -> Tensor:
+        """Put windows together to the token frame, the inverse of ``to_windows``.
+
+        Args:
+            x: with images and, inside each, windows first: (batch * windows, ...).
+            axis: the tokens' axis.
+        """
+        if self.window is None or self.padded == (self.window, self.window):
+            return x
+        windows, inverse = _windows(self.padded, self.window, x.device)
+        side_by_side: Tensor = x.unflatten(0, (-1, len(windows))).movedim(1, axis).flatten(axis, axis + 1)
+        return side_by_side.index_select(axis, inverse)
+
     def to_grid(self, values: Float[Tensor, "*batch tokens"]) -> Float[Tensor, "*batch height width"]:
-        """Drop the tokens that are not patches and lay the rest on the grid.
+        """Drop the tokens that are not patches, padding too, and lay the rest on the grid.
 
         Args:
             values: one number per token.
@@ -132,3 +190,22 @@ class TokenLayout:
         position = (torch.arange(pixels, dtype=torch.float64) + 0.5 - self.centre) / self.step
         position = position.clamp(0, count - 1)
         return (1 - (position[:, None] - torch.arange(count)).abs()).clamp(min=0)
+
+
+@functools.lru_cache(maxsize=64)
+def _in_order(tokens: int, device: torch.device) -> Int[Tensor, " tokens"]:
+    with torch.inference_mode(False):  # a cached inference tensor could not be used while training
+        return torch.arange(tokens, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _windows(
+    padded: tuple[int, int], side: int, device: torch.device
+) -> tuple[Int[Tensor, "windows length"], Int[Tensor, " tokens"]]:
+    """The tokens of every window, and where in that list every token stands; remembered."""
+    with torch.inference_mode(False):
+        grid = torch.arange(padded[0] * padded[1], device=device).view(padded)
+        order = rearrange(
+            grid, "(down rows) (right columns) -> (down right) (rows columns)", rows=side, columns=side
+        ).contiguous()
+        return order, order.flatten().argsort()

@@ -29,6 +29,8 @@ class ScanRecord:
         source_C: as ``source_B``.
         D: (routes, channels) or None.
         gate: (batch, channels, tokens) in the token frame, after its activation, or None.
+        bypass: (batch, channels of its own, tokens) in the token frame: channels that no scan mixes and that stand
+            beside those of the scans after them (MambaVision's second half), or None.
         read_order: (routes, length), token read at each step.
         write_order: (routes, length), token written at each step; differs from ``read_order`` in rare variants only.
         tokens: number of tokens in the token frame.
@@ -44,6 +46,7 @@ class ScanRecord:
     source_C: Float[Tensor, "batch _ groups states positions"]
     D: Float[Tensor, "routes channels"] | None = None
     gate: Float[Tensor, "batch channels tokens"] | None = None
+    bypass: Float[Tensor, "batch bypassing tokens"] | None = None
     read_order: Int[Tensor, "routes length"]
     write_order: Int[Tensor, "routes length"]
     tokens: int
@@ -64,6 +67,7 @@ class ScanRecord:
         order: Int[Tensor, "routes length"] | None = None,
         tokens: int | None = None,
         gate: Float[Tensor, "batch channels tokens"] | None = None,
+        bypass: Float[Tensor, "batch bypassing tokens"] | None = None,
         scale: float = 1.0,
         layout: TokenLayout | None = None,
     ) -> Self:
@@ -72,8 +76,9 @@ class ScanRecord:
         if order is None:
             order = torch.arange(length, device=delta.device).expand(delta.shape[1], length)
         return cls(
-            source_u=u, source_delta=delta, A=A, source_B=B, source_C=C, D=D, gate=gate, read_order=order,
-            write_order=order, tokens=length if tokens is None else tokens, scale=scale, layout=layout,
+            source_u=u, source_delta=delta, A=A, source_B=B, source_C=C, D=D, gate=gate, bypass=bypass,
+            read_order=order, write_order=order, tokens=length if tokens is None else tokens, scale=scale,
+            layout=layout,
         )  # fmt: skip
 
     @classmethod
@@ -88,13 +93,14 @@ class ScanRecord:
         *,
         order: Int[Tensor, "routes length"],
         gate: Float[Tensor, "batch channels tokens"] | None = None,
+        bypass: Float[Tensor, "batch bypassing tokens"] | None = None,
         scale: float = 1.0,
         layout: TokenLayout | None = None,
     ) -> Self:
         """Build a record from tensors in the token frame, which every route reads in its own order."""
         return cls(
-            source_u=u, source_delta=delta, A=A, source_B=B, source_C=C, D=D, gate=gate, read_order=order,
-            write_order=order, tokens=u.shape[-1], scale=scale, source_frame="tokens", layout=layout,
+            source_u=u, source_delta=delta, A=A, source_B=B, source_C=C, D=D, gate=gate, bypass=bypass,
+            read_order=order, write_order=order, tokens=u.shape[-1], scale=scale, source_frame="tokens", layout=layout,
         )  # fmt: skip
 
     @property
@@ -149,7 +155,7 @@ class ScanRecord:
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Return a record whose floating-point tensors went through ``function`` (e.g. ``Tensor.detach``)."""
-        names = ("source_u", "source_delta", "A", "source_B", "source_C", "D", "gate")
+        names = ("source_u", "source_delta", "A", "source_B", "source_C", "D", "gate", "bypass")
         values = {name: getattr(self, name) for name in names}
         return self.replace(**{name: None if value is None else function(value) for name, value in values.items()})
 

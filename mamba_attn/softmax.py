@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from mamba_attn._types import Float
@@ -26,6 +27,36 @@ class AttentionRecord:
     value: Float[Tensor, "batch heads tokens width"]
     gate: Float[Tensor, "batch channels tokens"] | None = None
     layout: TokenLayout | None = None
+
+    @classmethod
+    def from_windows(
+        cls,
+        probabilities: Float[Tensor, "sequences heads length length"],
+        value: Float[Tensor, "sequences heads length width"],
+        gate: Float[Tensor, "sequences channels length"] | None,
+        layout: TokenLayout,
+    ) -> Self:
+        """Build the record of images from attention that was computed window by window.
+
+        Tokens of different windows read nothing from each other: the image's matrix is zero there. It is dense.
+
+        Args:
+            probabilities: of images and, inside each, windows: (batch * windows, ...).
+            value: likewise.
+            gate: likewise, or None.
+            layout: the token frame, with or without windows.
+        """
+        windows = layout.windows(probabilities.device)
+        if len(windows) > 1:
+            blocks = rearrange(
+                probabilities, "(batch windows) heads i j -> batch heads windows i j", windows=len(windows)
+            )
+            probabilities = blocks.new_zeros(*blocks.shape[:2], layout.tokens, layout.tokens)
+            probabilities[:, :, windows[:, :, None], windows[:, None, :]] = blocks
+        return cls(
+            probabilities=probabilities, value=layout.from_windows(value, axis=2),
+            gate=None if gate is None else layout.from_windows(gate, axis=2), layout=layout,
+        )  # fmt: skip
 
     @property
     def batch(self) -> int:
@@ -52,6 +83,22 @@ class AttentionRecord:
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.probabilities.device
+
+    def mixed(
+        self, probabilities: Float[Tensor, "batch heads tokens tokens"], dropout: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "sequences heads length width"]:
+        """Return probabilities @ value, window by window where there are windows, as the module computes it.
+
+        Args:
+            probabilities: in the token frame.
+            dropout: what the module does to the probabilities of its sequences, e.g. ``attn_drop``.
+        """
+        value, windows = self.value, None if self.layout is None else self.layout.windows(self.device)
+        if self.layout is not None and windows is not None and len(windows) > 1:
+            blocks = probabilities[:, :, windows[:, :, None], windows[:, None, :]]
+            probabilities = rearrange(blocks, "batch heads windows i j -> (batch windows) heads i j")
+            value = self.layout.to_windows(value, axis=2)
+        return dropout(probabilities).to(value.dtype) @ value
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Return a record whose tensors went through ``function`` (e.g. ``Tensor.detach``)."""

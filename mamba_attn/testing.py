@@ -7,7 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mamba_attn.adapters import Adapter, AnyAdapter, AttentionAdapter, find_mixers
 from mamba_attn.attention_layer import AttentionLayer
@@ -72,9 +74,10 @@ def check_adapter(
 ) -> AdapterReport:
     """Run the laws on a model: the traced forward equals the model's own, and so do the matrices.
 
-    For every layer the matrices are built in float64 from the record (``ops.reference``) and compared with what a hook
-    on the UNTOUCHED model sees entering the submodule after the scans. Long layers are checked on evenly spaced
-    channels, so that the matrices fit. Layers of softmax attention are checked likewise, and their rows sum to 1.
+    For every layer the matrices are built in float64 from the record (``ops.reference``) and compared with what
+    enters the submodule after the scans in the UNTOUCHED model: what a hook sees, or, where a fused forward reads that
+    submodule's weight alone, what it multiplies by it. Long layers are checked on evenly spaced channels, so that the
+    matrices fit. Layers of softmax attention are checked likewise, and their rows sum to 1.
 
     Args:
         model: a model that the adapter recognises; put it in eval mode if it has dropout.
@@ -93,20 +96,26 @@ def check_adapter(
     run = call or (lambda m, x: m(x))
     adapters = list(adapters or ())
     mixers = find_mixers(model, adapters)
-    before = _state(model)
     with torch.no_grad():
-        with trace(model, adapters=adapters) as record:
+        with _unchanged(model), trace(model, adapters=adapters) as record:
             routed = _first_tensor(run(model, inputs))
         with _spies(mixers, record) as seen:
-            plain = _first_tensor(run(model, inputs))
-        with trace(model, adapters=adapters, mode="observe"):
+            plain = _first_tensor(run(model, inputs))  # a model's own forward may set attributes
+        with _unchanged(model), trace(model, adapters=adapters, mode="observe"):
             observed = _first_tensor(run(model, inputs))
         layers = tuple(_check_layer(name, *mixers[name], record, seen) for name in record)
     report = AdapterReport(_relative(routed, plain), torch.equal(observed, plain), layers)
     _require(report, tolerance)
+    return report
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Raise LawError when the model is left changed."""
+    before = _state(model)
+    yield
     if _state(model) != before:
         raise LawError("the model was left changed: hooks, attributes, training mode or requires_grad differ.")
-    return report
 
 
 def _require(report: AdapterReport, tolerance: float) -> None:
@@ -129,8 +138,9 @@ def _require(report: AdapterReport, tolerance: float) -> None:
 
 @contextmanager
 def _spies(mixers: dict[str, tuple[nn.Module, AnyAdapter]], record: Trace) -> Iterator[dict[str, Tensor]]:
-    """Keep what enters the submodule after the scans of every mixer, by hooks alone."""
+    """Keep what enters the submodule after the scans of every mixer, called as a module or by its weight alone."""
     seen: dict[str, Tensor] = {}
+    weights: dict[int, str] = {}
 
     def keep(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         seen[name] = args[0]
@@ -140,7 +150,27 @@ def _spies(mixers: dict[str, tuple[nn.Module, AnyAdapter]], record: Trace) -> It
             module, adapter = mixers[name]
             receiver, _ = _received(module, adapter, record[name])
             stack.callback(receiver.register_forward_pre_hook(partial(keep, name)).remove)
+            if isinstance(receiver, nn.Linear):
+                weights[id(receiver.weight)] = name
+        stack.enter_context(_Products(weights, seen))
         yield seen
+
+
+class _Products(TorchFunctionMode):
+    """Keeps what is multiplied by some weights: fused forwards read them and call no module."""
+
+    def __init__(self, names: dict[int, str], seen: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.names = names
+        self.seen = seen
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = self.names.get(id(args[1])) if func is F.linear and len(args) > 1 else None
+        if name is not None:
+            self.seen[name] = args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _received(module: nn.Module, adapter: AnyAdapter, layer: Layer) -> tuple[nn.Module, Tensor]:
@@ -156,6 +186,8 @@ def _check_layer(
     name: str, module: nn.Module, adapter: AnyAdapter, record: Trace, seen: dict[str, Tensor]
 ) -> LayerReport:
     layer = record[name]
+    if name not in seen:
+        raise LawError(f"{name}: no hook saw what its matrices give; scan_output must name a submodule that is used.")
     if isinstance(adapter, Adapter) and isinstance(layer, ScanLayer):
         return _check_scans(layer, module, adapter, seen[name])
     received = _received(module, adapter, layer)[1]

@@ -149,13 +149,14 @@ def trace(
     if rules is not None and mode == "observe":
         raise ValueError("trace(rules=..., mode='observe'): rules change the forward; use mode='route'.")
     model = _unwrapped(model)
-    mixers = _select(find_mixers(model, adapters), layers)
+    found = find_mixers(model, adapters)
+    mixers = _select(found, layers)
     for name, (module, adapter) in mixers.items():
         require_supported(name, module, adapter, model)
     record = Trace(list(mixers))
     seen = Seen(layout=layout)
     with ExitStack() as stack:
-        watch_layout(stack, model, {adapter for _, adapter in mixers.values()}, seen)
+        watch_layout(stack, model, {adapter for _, adapter in found.values()}, seen)  # families tell it each other
         for name, (module, adapter) in mixers.items():
             use = Use(name, record._store, seen, adapter, attention, rules, get_ident())
             stack.enter_context(routed(module, use) if mode == "route" else observed(module, use))

@@ -23,6 +23,7 @@ HOUSE = [
     ["analytics"],
     ["testing"],
     ["subjects"],
+    ["stand_ins"],
     ["attribution"],
     ["figures"],
     ["tracing"],
@@ -30,6 +31,7 @@ HOUSE = [
     ["attention_layer"],
     ["layers"],
     ["integrations"],
+    ["_patch_embedding"],
     ["adapters"],  # reaches integrations by name only
     ["models"],
     ["rules"],

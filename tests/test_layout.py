@@ -1,5 +1,7 @@
 """The token frame: which token is which patch, and where patches lie in the image."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mamba_attn.layout import TokenLayout
+from tests.integrations.small_mambavision import windows_of
 
 SIDE = st.integers(1, 7)
 
@@ -106,6 +109,12 @@ LAYOUT = TokenLayout(grid=(2, 3), patch_size=4, class_tokens=(0,))
         (lambda: TokenLayout(grid=(2, 3), class_tokens=(7,)), r"class_tokens=\(7,\) .* 0\.\.6 of a 2x3 grid with 1"),
         (lambda: TokenLayout(grid=(2, 3), registers=(-1,)), r"registers=\(-1,\) must be distinct token indices"),
         (lambda: TokenLayout(grid=(2, 3), class_tokens=(1,), registers=(1,)), r"must be distinct token indices"),
+        (lambda: TokenLayout((2, 3), window=0), r"window=0, .* must be at least 1, and windows hold patches alone"),
+        (
+            lambda: TokenLayout((2, 3), window=2, class_tokens=(0,)),
+            r"class_tokens=\(0,\), .* windows hold patches alone",
+        ),
+        (lambda: TokenLayout((2, 3), window=2, registers=(0,)), r"registers=\(0,\)\): .* windows hold patches alone"),
         (lambda: LAYOUT.to_grid(torch.zeros(2, 6)), r"to_grid\(values\(2, 6\)\): expected 7 tokens in the last axis"),
         (lambda: LAYOUT.to_grid(torch.zeros(2, 6)), r"\(grid 2x3 and 1 other tokens\)"),
         (lambda: LAYOUT.token_at(8, 0), r"token_at: row 8 is outside the 8 pixels that the patches cover"),
@@ -115,6 +124,63 @@ LAYOUT = TokenLayout(grid=(2, 3), patch_size=4, class_tokens=(0,))
 def test_bad_input_gets_a_sentence(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+@given(SIDE, SIDE, st.integers(1, 8))
+def test_windows_cut_the_padded_grid(height, width, side):
+    layout = TokenLayout((height, width), window=side)
+    assert layout.padded == (math.ceil(height / side) * side, math.ceil(width / side) * side)
+    assert layout.tokens == layout.padded[0] * layout.padded[1]
+    windows = layout.windows()
+    assert torch.equal(windows, windows_of(layout))
+    assert windows.flatten().sort().values.tolist() == list(range(layout.tokens))
+    rows, columns = layout.patches // layout.padded[1], layout.patches % layout.padded[1]
+    assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == [
+        (r, c) for r in range(height) for c in range(width)
+    ]
+
+
+@given(SIDE, SIDE, st.integers(1, 5), st.integers(1, 3))
+def test_windows_there_and_back(height, width, side, axis):
+    layout = TokenLayout((height, width), window=side)
+    shape = [3, 2, 4, 2]
+    shape[axis] = layout.tokens
+    x = torch.randn(shape)
+    cut = layout.to_windows(x, axis)
+    order = layout.windows()
+    assert cut.shape[0] == 3 * len(order)
+    for number, window in enumerate(cut):
+        assert torch.equal(window, x[number // len(order)].index_select(axis - 1, order[number % len(order)]))
+    assert torch.equal(layout.from_windows(cut, axis), x)
+
+
+def test_without_windows_all_tokens_are_in_one():
+    layout = TokenLayout((2, 3), class_tokens=(2,))
+    assert layout.windows().tolist() == [list(range(7))]
+    assert layout.padded == (2, 3)
+    x = torch.randn(2, 7, 4)
+    assert layout.to_windows(x, 1) is layout.from_windows(x, 1) is x
+
+
+def test_padding_lies_outside_the_image():
+    padded, plain = TokenLayout((3, 5), 4, window=4), TokenLayout((3, 5), 4)
+    values = torch.rand(2, padded.tokens)
+    grid = values.view(2, 4, 8)[:, :3, :5]
+    assert torch.equal(padded.to_grid(values), grid)
+    assert torch.equal(padded.to_pixels(grid), plain.to_pixels(grid))
+    for row in range(12):
+        for column in range(20):
+            assert padded.token_at(row, column) == row // 4 * 8 + column // 4
+    with pytest.raises(ValueError, match="row 12 is outside the 12 pixels that the patches cover"):
+        padded.token_at(12, 0)
+
+
+def test_windows_remembered_in_inference_mode_serve_training():
+    with torch.inference_mode():
+        TokenLayout((6, 4), window=2).windows()
+    x = torch.randn(1, 24, 2, requires_grad=True)
+    TokenLayout((6, 4), window=2).to_windows(x, 1).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
 
 
 def test_an_offset_moves_the_centres():

@@ -25,6 +25,7 @@ def record_in_tokens(routes=1, heads=HEADS, groups=GROUPS, order=None, dtype=tor
         torch.randn(len(order), CHANNELS, dtype=dtype),
         order=order,
         gate=torch.randn(BATCH, CHANNELS, TOKENS, dtype=dtype),
+        bypass=torch.randn(BATCH, 2, TOKENS, dtype=dtype),
         scale=0.5,
         layout=TokenLayout(grid=(HEIGHT, WIDTH)),
     )
@@ -54,7 +55,7 @@ def test_sizes_of_a_record_in_scan_order():
     assert record.u.shape == (BATCH, ROUTES, CHANNELS, 7)
     assert record.delta.shape == (BATCH, ROUTES, HEADS, 7)
     assert record.B.shape == record.C.shape == (BATCH, ROUTES, GROUPS, STATES, 7)
-    assert (record.D, record.gate, record.layout, record.scale) == (None, None, None, 1.0)
+    assert (record.D, record.gate, record.bypass, record.layout, record.scale) == (None, None, None, None, 1.0)
     assert torch.equal(record.read_order, torch.arange(7).expand(ROUTES, 7))
     assert torch.equal(record.write_order, record.read_order)
 
@@ -95,6 +96,13 @@ def test_gathering_equals_explicit_indexing(name, routes):
         assert torch.equal(gathered, expected), name
 
 
+def test_channels_around_the_scan_may_be_any_number_of_the_frames_tokens():
+    beside = torch.randn(BATCH, 3, 14)
+    record = record_in_scan_order(order=torch.stack([torch.arange(0, 14, 2)] * ROUTES), tokens=14, bypass=beside)
+    assert record.bypass is beside
+    assert record.channels == CHANNELS
+
+
 def test_sub_grid_routes_gather_fewer_steps_than_tokens():
     even, odd = slice(0, None, 2), slice(1, None, 2)
     order = torch.stack([orders.sub_grid(4, 3, rows, slice(None)) for rows in (even, odd)])
@@ -124,7 +132,8 @@ def test_select_routes_equals_slicing_and_copies_nothing(chosen, routes):
         assert torch.equal(getattr(part, name), getattr(record, name)[:, chosen])
     for name in ("A", "D", "read_order", "write_order"):
         assert torch.equal(getattr(part, name), getattr(record, name)[chosen])
-    assert (part.gate is record.gate, part.scale, part.tokens) == (True, 0.5, TOKENS)
+    assert (part.gate is record.gate, part.bypass is record.bypass) == (True, True)
+    assert (part.scale, part.tokens) == (0.5, TOKENS)
     for name, tensor in tensors_of(part).items():
         assert tensor.untyped_storage().data_ptr() == getattr(record, name).untyped_storage().data_ptr(), name
 

@@ -149,10 +149,10 @@ def _implicit_unified_row(
     D and the convolution's bias are left out, as published.
     """
     scan = layer.scan.replace(scale=1.0)
-    if scan.gate is None or not hasattr(mixer, "conv1d"):
+    if scan.gate is None or not all(hasattr(mixer, name) for name in ("conv1d", "conv1d_b")[: scan.routes]):
         raise ValueError(
             f"convention='implicit_unified': {layer.name} is no Vim mixer (a gate and causal convolutions before the "
-            "scans), which it is made for; use convention='exact'."
+            "scans, one for each), which it is made for; use convention='exact'."
         )
     total: Tensor | None = None
     for route, inner in zip(range(scan.routes), watch.activated[layer.scan], strict=False):

@@ -11,12 +11,12 @@ from mamba_attn.layout import TokenLayout
 def to_finer(
     row: Float[Tensor, "batch coarse_tokens"], finer: TokenLayout, coarser: TokenLayout
 ) -> Float[Tensor, "batch fine_tokens"]:
-    """Return ``row`` times the averaging matrix of what lies between two layers; its sum is kept.
+    """Return ``row`` times the averaging matrix of what lies between two layers; its sum over patches is kept.
 
     A token takes the mean of the block of tokens that it covers. Convolutions with overlapping windows, as VMamba's of
     3 and stride 2, are treated so too: of all averages on their windows it is the only one that counts every token of
     the finer grid alike. Plain means over the windows count every other row and column twice, and one corner of the
-    image more than the other.
+    image more than the other. What a row has at the padding of windows goes nowhere: zeros, put there anew.
 
     Args:
         row: over the coarser layer's tokens.
@@ -26,7 +26,7 @@ def to_finer(
     Raises:
         UnsupportedModelError: frames of different grids that hold more than patches; a later grid that is finer.
     """
-    if finer.grid == coarser.grid and finer.tokens == coarser.tokens:
+    if (finer.grid, finer.padded, finer.tokens) == (coarser.grid, coarser.padded, coarser.tokens):
         return row
     others = finer.class_tokens + finer.registers + coarser.class_tokens + coarser.registers
     if others or finer.grid[0] < coarser.grid[0] or finer.grid[1] < coarser.grid[1]:
@@ -36,8 +36,8 @@ def to_finer(
         )
     stride = round(coarser.step / finer.step)
     vertical, horizontal = (_blocks(finer.grid[axis], coarser.grid[axis], stride).to(row) for axis in (0, 1))
-    coarse = row.view(-1, *coarser.grid)
-    return (vertical.mT @ coarse @ horizontal).flatten(1)
+    fine = (vertical.mT @ coarser.to_grid(row) @ horizontal).flatten(1)
+    return row.new_zeros(len(row), finer.tokens).index_copy(1, finer.patches.to(row.device), fine)
 
 
 def _blocks(fine: int, coarse: int, stride: int) -> Float[Tensor, "coarse fine"]:

@@ -43,17 +43,18 @@ def paper(layer: ScanLayer, gradient: Float[Tensor, "batch channels tokens"]) ->
 
 
 def published(
-    layer: ScanLayer, gradient: Float[Tensor, "batch *grid features"]
+    layer: ScanLayer, gradient: Float[Tensor, "sequences *grid features"]
 ) -> Float[Tensor, "batch tokens tokens"]:
     """Return mean_c(M_c^+)[i, j] / max_cij(M_c) * s[j], what published code makes of one row, for all rows.
 
     Args:
         layer: the layer.
-        gradient: of the logit with respect to the mixer's output; see ``token_weight`` for s.
+        gradient: of the logit with respect to the mixer's output, of images or of their windows; see ``token_weight``
+            for s.
     """
     layer._require_finite()
     mean, largest = positive_attention(layer.scan)
-    weight = token_weight(gradient).to(mean)
+    weight = token_weight(layer.layout.from_windows(gradient, axis=1)).to(mean)
     return mean / torch.where(largest > 0, largest, 1)[:, None, None] * weight.unsqueeze(1)
 
 

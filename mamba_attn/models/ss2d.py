@@ -33,9 +33,10 @@ def project(
 ) -> ScanRecord:
     """Everything in SS2D before its scans.
 
-    [x, z] = in_proj(x), u = SiLU(conv3x3(x)), per route [dt, B, C] = x_proj(u), delta = softplus(dt_proj(dt) + bias),
-    A = -exp(A_logs); the gate, where there is one, is SiLU(z) (arXiv 2401.10166, section 4.3). These are 1x1
-    projections, which commute with the routes' permutations: all stays in the token frame, and all routes share u.
+    [x, z] = in_proj(x), u = act(conv3x3(x)), per route [dt, B, C] = x_proj(u), delta = softplus(dt_proj(dt) + bias),
+    A = -exp(A_logs); the gate, where there is one, is act(z), and act is SiLU (arXiv 2401.10166, section 4.3). These
+    are 1x1 projections, which commute with the routes' permutations: all stays in the token frame, and all routes share
+    u.
 
     Args:
         module: a module with SS2D's names, of either naming scheme, channels first or last inside (its attribute
@@ -50,25 +51,26 @@ def project(
     """
     height, width = x.shape[1:3]
     parts: Any = module
-    x_weight, dt_weight, dt_bias = _projections(module)
-    routes, channels, rank = dt_weight.shape
+    routes, channels = parts.dt_projs_bias.shape
     inner, gate = _channels_last(module, parts.in_proj, x), None
     if inner.shape[-1] == 2 * channels:
         inner, z = inner.chunk(2, dim=-1)
-        gate = z if getattr(parts, "disable_z_act", False) else rules.activation(parts.act, z)
-        gate = gate.flatten(1, 2).mT
+        if not getattr(parts, "disable_z_act", False):
+            z = _channels_last(module, functools.partial(rules.activation, parts.act), z)
+        gate = z.flatten(1, 2).mT
+    inner = inner.movedim(3, 1)
     if hasattr(parts, "conv2d"):
-        inner = parts.conv2d(inner.movedim(3, 1)).movedim(1, 3)
-    u = rules.activation(parts.act, inner).flatten(1, 2)
+        inner = parts.conv2d(inner)
+    u = rules.activation(parts.act, inner).movedim(1, 3).flatten(1, 2)
 
-    projected = F.linear(u, x_weight.flatten(0, 1), getattr(parts, "x_proj_bias", None))
-    low, bc = projected.view(*u.shape[:2], routes, -1).permute(0, 2, 1, 3).tensor_split([rank], dim=-1)
+    A = -torch.exp(full_precision(parts.A_logs)).view(routes, channels, -1)
+    dt, bc = _project_routes(module, u, A.shape[-1])
     B, C = bc.mT.unsqueeze(2).chunk(2, dim=3)
-    dt = full_precision(low @ dt_weight.mT) + full_precision(dt_bias).unsqueeze(1)
+    dt = full_precision(dt) + full_precision(parts.dt_projs_bias).unsqueeze(1)
     return ScanRecord.from_tokens(
         u.mT.unsqueeze(1),
         F.softplus(dt).mT,
-        -torch.exp(full_precision(parts.A_logs)).view(routes, channels, -1),
+        A,
         B,
         C,
         full_precision(parts.Ds).view(routes, channels),
@@ -79,7 +81,13 @@ def project(
 
 
 def finish(
-    module: nn.Module, record: ScanRecord, y: Float[Tensor, "batch channels tokens"], rules: Rules = PLAIN
+    module: nn.Module,
+    record: ScanRecord,
+    y: Float[Tensor, "batch channels tokens"],
+    rules: Rules = PLAIN,
+    *,
+    norm_frame: str | None = None,
+    precision: str = "features",
 ) -> Float[Tensor, "batch height width features"]:
     """Everything in SS2D after its scans: the norm, the gate, the output projection.
 
@@ -88,6 +96,10 @@ def finish(
         record: what ``project`` returned.
         y: output of the scans, routes summed in the token frame.
         rules: what an attribution method changes.
+        norm_frame: axes that out_norm gets: "last" (batch, height, width, channels), "first" (batch, channels, height,
+            width) or "flat" (batch, tokens, channels). Default: first or last, as the module's ``channel_first`` says.
+        precision: "features" rounds y to the type of u before the norm; "scan" leaves y, the norm's output and the
+            gate's as wide as the scans made them; "norm" rounds after the norm.
 
     Raises:
         ValueError: a record without a layout, whose grid is unknown.
@@ -95,16 +107,43 @@ def finish(
     if record.layout is None:
         raise ValueError("finish(record): the record has no layout; project returns one that has.")
     parts: Any = module
-    grid = (record.batch, *record.layout.grid, record.channels)
-    merged = y.to(record.source_u.dtype).mT.reshape(grid)
-    output: Tensor = _channels_last(module, functools.partial(rules.norm, parts.out_norm), merged)
+    grid, narrow = (record.batch, *record.layout.grid, record.channels), record.source_u.dtype
+    merged = (y.to(narrow) if precision == "features" else y).mT.reshape(grid)
+    norm = parts.out_norm if frame_of_norm(module, norm_frame) == "last" else _InFrame(module, norm_frame)
+    output = rules.norm(norm, merged)
+    output = output.to(narrow) if precision == "norm" else output
     if hasattr(parts, "out_act"):
-        output = rules.activation(parts.out_act, output)
+        output = _channels_last(module, functools.partial(rules.activation, parts.out_act), output)
     if record.gate is not None:
         output = rules.gate(output, record.gate.mT.reshape(grid))
-    output = _channels_last(module, parts.out_proj, output)
     dropout = getattr(parts, "dropout", None)
-    return output if dropout is None else cast(Tensor, dropout(output))
+    tail = parts.out_proj if dropout is None else lambda x: dropout(parts.out_proj(x))
+    return cast(Tensor, _channels_last(module, tail, output))
+
+
+def frame_of_norm(module: nn.Module, norm_frame: str | None) -> str:
+    """Return the axes that out_norm gets, as in ``finish``."""
+    return norm_frame or ("first" if getattr(module, "channel_first", False) else "last")
+
+
+def framed(x: Float[Tensor, "batch height width channels"], frame: str) -> Tensor:
+    """Return a channels-last tensor in the frame "last", "first" or "flat"."""
+    if frame == "flat":
+        return x.flatten(1, 2)
+    return x.movedim(3, 1) if frame == "first" else x
+
+
+class _InFrame(nn.Module):
+    """A mixer's out_norm, which wants another frame, as a module of channels-last tensors."""
+
+    def __init__(self, mixer: nn.Module, norm_frame: str | None) -> None:
+        super().__init__()
+        self.norm = mixer.get_submodule("out_norm")
+        self.frame = frame_of_norm(mixer, norm_frame)
+
+    def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
+        output: Tensor = self.norm(framed(x, self.frame))
+        return output.movedim(1, 3) if self.frame == "first" else output.view(x.shape)
 
 
 @functools.lru_cache(maxsize=64)
@@ -116,16 +155,31 @@ def cross_scan(
         return patch_orders.cross(order, height, width, second).to(device)
 
 
-def _projections(module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """x_proj (routes, rank + 2 states, channels), dt_proj (routes, channels, rank) and its bias (routes, channels)."""
+@functools.lru_cache(maxsize=64)
+def raster_scan(height: int, width: int, device: torch.device, both_ways: bool) -> Int[Tensor, "routes length"]:
+    """Return four routes along the raster order, remembered: all of them, or the first two, before its reversals."""
+    with torch.inference_mode(False):
+        order = torch.arange(height * width, device=device)
+        return torch.stack([order, order, order.flip(0), order.flip(0)] if both_ways else [order] * ROUTES)
+
+
+def _project_routes(
+    module: nn.Module, u: Float[Tensor, "batch tokens channels"], states: int
+) -> tuple[Float[Tensor, "batch routes tokens channels"], Float[Tensor, "batch routes tokens both"]]:
+    """Return dt before its bias, and B beside C, of every route."""
     parts: Any = module
-    bias = parts.dt_projs_bias
-    routes, channels = bias.shape
+    routes = parts.dt_projs_bias.shape[0]
     if hasattr(parts, "x_proj_weight"):
-        return parts.x_proj_weight, parts.dt_projs_weight, bias
-    # the one-file VMamba keeps the routes' weights side by side, as 1x1 convolutions
-    x_weight, dt_weight = parts.x_proj.weight, parts.dt_projs.weight
-    return x_weight.view(routes, -1, channels), dt_weight.view(routes, channels, -1), bias
+        bias = getattr(parts, "x_proj_bias", None)
+        projected = F.linear(u, parts.x_proj_weight.flatten(0, 1), None if bias is None else bias.flatten())
+        projected = projected.view(*u.shape[:2], routes, -1).permute(0, 2, 1, 3)
+        low, bc = projected.tensor_split([projected.shape[-1] - 2 * states], dim=-1)
+        return low @ parts.dt_projs_weight.mT, bc
+    # the one-file VMamba keeps the routes side by side, in grouped 1x1 convolutions
+    every_route = u.mT.unsqueeze(1).expand(-1, routes, -1, -1).flatten(1, 2)
+    projected = parts.x_proj(every_route).unflatten(1, (routes, -1))
+    low, bc = projected.tensor_split([projected.shape[2] - 2 * states], dim=2)
+    return parts.dt_projs(low.flatten(1, 2)).unflatten(1, (routes, -1)).mT, bc.mT
 
 
 def _channels_last(module: nn.Module, function: Any, x: Tensor) -> Any:

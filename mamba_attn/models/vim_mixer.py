@@ -1,4 +1,4 @@
-"""The mixer of Vim (arXiv 2401.09417): its equations, stated once.
+"""The mixers of Mamba (arXiv 2312.00752) and Vim (arXiv 2401.09417): their equations, stated once.
 
 ``project`` and ``finish`` are called by ``VimMixer`` and, on foreign modules with the same attribute names, by the
 adapters.
@@ -29,50 +29,66 @@ def project(
     rules: Rules = PLAIN,
     layout: TokenLayout | None = None,
 ) -> ScanRecord:
-    """Everything in a Vim mixer before its scans.
+    """Everything in a mixer of Mamba or Vim before its scans.
 
     Per route: u = SiLU(conv(x)), [dt, B, C] = x_proj(u), delta = softplus(dt_proj(dt)), A = -exp(A_log); the gate is
-    SiLU(z) (arXiv 2401.09417, algorithm 1). Routes after the first use the modules and parameters named ``*_b``; a
-    module without them is a one-directional Mamba mixer.
+    SiLU(z) (arXiv 2401.09417, algorithm 1). Vim's second route uses the modules and parameters named ``*_b``; where
+    only ``A_b_log`` has that name (its published code calls this v1), it walks u, delta, B and C of the first route
+    backwards. A module without any of them, or whose ``scans`` say so, has one route: Mamba's.
 
     Args:
         module: a mixer with Vim's attribute names; its submodules are called as modules.
         x: the mixer's input, in the token frame.
-        orders: token visited at each step of each route. Default: first to last, then last to first.
+        orders: token visited at each step of each route; not for v1. Default: first to last, then last to first.
         rules: what an attribution method changes.
         layout: where the tokens sit in the image; kept in the record.
 
     Returns:
-        The record, in scan order; features of u and delta are contiguous in memory.
+        The record, in scan order (v1: in the token frame); features of u and delta are contiguous in memory.
     """
     inner, z = _part(module, "in_proj")(x).chunk(2, dim=-1)
-    suffixes = ("", "_b") if hasattr(module, "conv1d_b") else ("",)
+    suffixes = scans(module)
+    own = suffixes if hasattr(module, "conv1d_b") else suffixes[:1]  # routes with a convolution of their own
     u, dt, bc = zip(
-        *(_route(module, suffix, _along(inner, route, orders), rules) for route, suffix in enumerate(suffixes)),
+        *(_route(module, suffix, _along(inner, route, orders), rules) for route, suffix in enumerate(own)),
         strict=True,
     )
     B, C = torch.stack(bc, 1).mT.unsqueeze(2).chunk(2, dim=3)
     if orders is None:
         orders = _there_and_back(x.shape[1], len(suffixes), x.device)
-    return ScanRecord.from_scan(
-        torch.stack(u, 1).mT,
-        F.softplus(full_precision(torch.stack(dt, 1))).mT,
-        torch.stack([-torch.exp(full_precision(_part(module, f"A{suffix}_log"))) for suffix in suffixes]),
-        B,
-        C,
-        torch.stack([full_precision(_part(module, f"D{suffix}")) for suffix in suffixes]),
-        order=orders,
-        tokens=x.shape[1],
+    skips = [full_precision(_part(module, f"D{suffix}")) for suffix in own]
+    return ScanRecord(
+        source_u=torch.stack(u, 1).mT,
+        source_delta=F.softplus(full_precision(torch.stack(dt, 1))).mT,
+        A=torch.stack([-torch.exp(full_precision(_part(module, f"A{suffix}_log"))) for suffix in suffixes]),
+        source_B=B,
+        source_C=C,
+        D=torch.stack(skips if len(own) == len(suffixes) else skips * len(suffixes)),
         gate=rules.activation(F.silu, z).mT,
-        scale=0.5 if len(suffixes) == 2 and _divides(module) else 1.0,
+        read_order=orders,
+        write_order=orders,
+        tokens=x.shape[1],
+        scale=0.5 if len(own) == 2 and _divides(module) else 1.0,
+        source_frame="scan" if len(own) == len(suffixes) else "tokens",
         layout=layout,
     )
+
+
+def scans(module: nn.Module) -> tuple[str, ...]:
+    """Return what the parameters of each scan that runs end with: "" forwards, "_b" backwards.
+
+    Vim's published mixers run the forward scan alone where ``use_fast_path`` is False.
+
+    Args:
+        module: a mixer of Mamba or Vim.
+    """
+    return ("", "_b") if hasattr(module, "A_b_log") and getattr(module, "use_fast_path", True) else ("",)
 
 
 def finish(
     module: nn.Module, record: ScanRecord, y: Float[Tensor, "batch channels tokens"], rules: Rules = PLAIN
 ) -> Float[Tensor, "batch tokens features"]:
-    """Everything in a Vim mixer after its scans: the gate and the output projection.
+    """Everything in a mixer of Mamba or Vim after its scans: the gate and the output projection.
 
     Args:
         module: the mixer that ``record`` came from.
@@ -94,7 +110,17 @@ def _route(module: nn.Module, suffix: str, inner: Tensor, rules: Rules) -> tuple
     step = _part(module, f"dt_proj{suffix}")
     rank = step.weight.shape[1]
     low, bc = _part(module, f"x_proj{suffix}")(u).tensor_split([rank], dim=-1)
-    return u, step(low.contiguous()), bc  # contiguous: its backward is the fast one
+    return u, _before_softplus(step, low.contiguous()), bc  # contiguous: its backward is the fast one
+
+
+def _before_softplus(step: nn.Linear, low: Tensor) -> Tensor:
+    """dt_proj(low); in half precision the bias is added to the product in float32, as Mamba's kernels do."""
+    half = low.dtype in (torch.float16, torch.bfloat16)
+    plain = type(step).forward is nn.Linear.forward and not step._forward_hooks and not step._forward_pre_hooks
+    if half and plain and step.bias is not None:
+        return F.linear(low, step.weight) + full_precision(step.bias)
+    output: Tensor = step(low)
+    return output
 
 
 def _part(module: nn.Module, name: str) -> Any:
@@ -117,8 +143,9 @@ def _along(inner: Tensor, route: int, orders: Tensor | None) -> Tensor:
 
 
 def _divides(module: nn.Module) -> bool:
-    """Whether the summed directions are halved; two spellings are in use."""
-    return bool(getattr(module, "if_divide_out", getattr(module, "if_devide_out", False)))
+    """Whether the summed directions are halved; two spellings are in use, and ``biscan`` (Mamba-Reg) always does."""
+    spellings = ("biscan", "if_divide_out", "if_devide_out")
+    return any(bool(getattr(module, name, False)) for name in spellings)
 
 
 class VimMixer(nn.Module):

@@ -64,17 +64,30 @@ def require_memory(call: Call, fold: str) -> None:
         MatrixTooLargeError: with the bytes, and the linear-time way.
     """
     record = call.record
-    needed = matrix_bytes(record, fold, call.merged)
-    if needed <= _UNASKED:
-        return
-    free = free_bytes(record.source_delta.device)
+    side = record.tokens if call.merged else record.length
+    require_bytes(
+        f"{call.text}: the dense attention matrix ({record.batch} images, {side} x {side}, fold={fold!r})",
+        matrix_bytes(record, fold, call.merged),
+        record.source_delta.device,
+        "Rows, columns and products take linear memory: attention_row, attention_column, left_product, right_product.",
+    )
+
+
+def require_bytes(what: str, needed: int, device: torch.device, remedy: str) -> None:
+    """Refuse what would not fit the memory of a device; little is allocated unasked.
+
+    Args:
+        what: that needs the memory, for the message.
+        needed: bytes.
+        device: where.
+        remedy: a sentence.
+
+    Raises:
+        MatrixTooLargeError: fewer bytes are free.
+    """
+    free = free_bytes(device) if needed > _UNASKED else None
     if free is not None and needed > free:
-        side = record.tokens if call.merged else record.length
-        raise MatrixTooLargeError(
-            f"{call.text}: the dense attention matrix ({record.batch} images, {side} x {side}, fold={fold!r}) needs "
-            f"{needed:,} bytes, {free:,} are free on {record.source_delta.device}. Rows, columns and products take "
-            "linear memory: attention_row, attention_column, left_product, right_product."
-        )
+        raise MatrixTooLargeError(f"{what} needs {needed:,} bytes, {free:,} are free on {device}. {remedy}")
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -93,6 +93,24 @@ def test_downsampling_is_its_averaging_matrix(fine, coarse):
     torch.testing.assert_close(matrix, averaging(fine, coarse), rtol=0, atol=1e-14)
 
 
+def test_padding_of_windows_takes_nothing_from_one_stage_to_the_other():
+    finer, coarser = TokenLayout((5, 7), 4, window=4), TokenLayout((3, 4), 8, window=2)
+    row = torch.rand(2, coarser.tokens, dtype=torch.float64)
+    fine = to_finer(row, finer, coarser)
+    expected = coarser.to_grid(row).flatten(1) @ averaging((5, 7), (3, 4))
+    torch.testing.assert_close(finer.to_grid(fine).flatten(1), expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(fine.sum(1), row[:, coarser.patches].sum(1), rtol=0, atol=1e-14)  # padding has none
+    assert to_finer(row, coarser, coarser) is row
+
+
+def test_other_windows_of_one_grid_are_another_frame():
+    row = torch.rand(1, 24, dtype=torch.float64)
+    coarser, finer = TokenLayout((3, 5), window=2), TokenLayout((3, 5), window=3)
+    moved = to_finer(row, finer, coarser)
+    assert moved.shape == (1, finer.tokens)
+    assert torch.equal(finer.to_grid(moved), coarser.to_grid(row))
+
+
 def test_blocks_are_as_equal_as_can_be_where_the_strides_do_not_tell():
     row = torch.eye(4, dtype=torch.float64)
     matrix = to_finer(row, TokenLayout((5, 1)), TokenLayout((4, 1)))

@@ -112,6 +112,31 @@ def test_gated_attention_with_a_scale_of_its_own() -> None:
     assert check_adapter(model, x).output_error <= 2e-6
 
 
+class LoRA(nn.Module):
+    """A low-rank change beside a linear layer."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_wrapped_projections_act(fused: bool) -> None:
+    model, x = build("vit", fused=fused)
+    with torch.no_grad():
+        before = model(x)
+    for block in model.blocks:
+        block.attn.qkv, block.attn.proj = LoRA(block.attn.qkv), LoRA(block.attn.proj)
+    with torch.no_grad():
+        assert not torch.allclose(model(x), before)
+    assert check_adapter(model, x).output_error <= 2e-6
+
+
 @pytest.mark.parametrize("mode", ["route", "observe"])
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", ["not square", "distilled", "registers", "norms"])

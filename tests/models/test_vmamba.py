@@ -131,10 +131,18 @@ class ChannelFirstNorm(nn.LayerNorm):
         return super().forward(x.movedim(1, 3)).movedim(3, 1)
 
 
-class Holder(nn.Module):
+class GroupedLinear(nn.Linear):
+    """Every quarter of the channels through its own quarter of the rows; (batch, channels, length)."""
+
+    groups = 4
+
     def __init__(self, weight):
-        super().__init__()
+        super().__init__(weight.shape[1], weight.shape[0], bias=False)
         self.weight = nn.Parameter(weight)
+
+    def forward(self, x):
+        pairs = zip(x.chunk(4, 1), self.weight.chunk(4), strict=True)
+        return torch.cat([weight @ part for part, weight in pairs], 1)
 
 
 @pytest.mark.parametrize("options", [{}, {"gated": True, "conv_bias": True, "ratio": 2.0, "d_state": 4}])
@@ -147,8 +155,8 @@ def test_foreign_channel_first_modules_with_the_other_names(options):
     foreign.out_proj = ChannelFirstLinear(channels, 16, bias=False, dtype=torch.float64)
     foreign.out_norm = ChannelFirstNorm(channels, dtype=torch.float64)
     foreign.load_state_dict(ours.state_dict())
-    foreign.x_proj = Holder(foreign.x_proj_weight.detach().flatten(0, 1).unsqueeze(-1))
-    foreign.dt_projs = Holder(foreign.dt_projs_weight.detach().flatten(0, 1).unsqueeze(-1))
+    foreign.x_proj = GroupedLinear(foreign.x_proj_weight.detach().flatten(0, 1))
+    foreign.dt_projs = GroupedLinear(foreign.dt_projs_weight.detach().flatten(0, 1))
     del foreign.x_proj_weight, foreign.dt_projs_weight
     foreign.out_act = nn.Identity()
     foreign.dropout = nn.Dropout(0.0)

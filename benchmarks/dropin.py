@@ -1,0 +1,192 @@
+"""Other people's model code, as it stands in their repositories, traced: errors of outputs, of law 1, and refusals.
+
+Nothing of that code is here, and nothing is fetched: ``--checkouts`` names a folder of clones, each under its
+repository's own name. Every repository runs in a process of its own, since several of them bring a package of the same
+name. Parameters are moved from their initial values at random, so that scans which start alike differ.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import ROOT
+from benchmarks.report import Figure, figure, show
+
+Row = dict[str, Any]
+COLUMNS = ("repository", "class", "variant", "input", "output", "law 1", "observed")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model, or one mixer, of a repository.
+
+    Args:
+        class_name: of the module that is traced.
+        variant: what sets it apart.
+        make: builds it.
+        shape: of its input.
+        call: how it is run. Default: on its input alone.
+        refused: a part of the sentence with which it must be refused; None when it must work.
+        training: run it in training mode.
+        broken: what its own code may raise on a CPU; then there is nothing to compare.
+    """
+
+    class_name: str
+    variant: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    call: Callable[[nn.Module, Tensor], Any] | None = None
+    refused: str | None = None
+    training: bool = False
+    broken: tuple[type[Exception], ...] = ()
+
+
+def build(case: Case) -> tuple[nn.Module, Tensor]:
+    """The model, its parameters moved, and an input."""
+    torch.manual_seed(0)
+    model = case.make().train(case.training)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            plain = parameter.ndim < 2 or "A_log" in name
+            parameter.add_(torch.randn_like(parameter) * (0.3 if plain else parameter[0].numel() ** -0.5))
+    return model, torch.randn(case.shape)
+
+
+def measure(case: Case) -> Row:
+    """Run one case by ``check_adapter``; a row without errors where the repository's own code fails on a CPU.
+
+    Raises:
+        SystemExit: a case that must be refused was not, or for another reason.
+    """
+    import mamba_attn
+    from mamba_attn.errors import UnsupportedModelError
+    from mamba_attn.testing import check_adapter
+
+    model, inputs = build(case)
+    row: Row = {"class": case.class_name, "variant": case.variant, "input": "x".join(map(str, case.shape))}
+    if case.refused is not None:
+        try:
+            with torch.no_grad(), mamba_attn.trace(model):
+                (case.call or (lambda m, x: m(x)))(model, inputs)
+        except UnsupportedModelError as error:
+            if case.refused in str(error):
+                return {**row, "refused": str(error)}
+            raise SystemExit(f"{row}: expected {case.refused!r} in {error}") from error
+        raise SystemExit(f"{row}: was not refused.")
+    try:
+        (case.call or (lambda m, x: m(x)))(model, inputs)
+    except case.broken as error:
+        return {**row, "fails by itself": f"{type(error).__name__}: {error}"}
+    report = check_adapter(model, inputs, tolerance=float("inf"), call=case.call)
+    return {
+        **row, "layers": len(report.layers), "output": report.output_error, "law 1": report.matrix_error,
+        "above diagonal": max(layer.above_diagonal for layer in report.layers),
+        "observed": report.observed_identical,
+    }  # fmt: skip
+
+
+def same_weights(official: nn.Module, name: str, size: int) -> dict[str, float]:
+    """Our model with another one's weights, beside it: largest differences of logits, and relative ones of matrices."""
+    import mamba_attn
+
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, size, size)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({"model": official.state_dict()}, f"{folder}/official.pth")
+        ours = mamba_attn.models.create(name, weights=f"{folder}/official.pth").eval()
+    with torch.no_grad(), mamba_attn.trace(official.eval()) as theirs:
+        expected = official(images)
+    with torch.no_grad(), mamba_attn.trace(ours) as own:
+        logits = ours(images)
+    errors = []
+    for a, b in zip(own.layers, theirs.layers, strict=True):
+        truth = b.attention()
+        errors.append(float((a.attention() - truth).abs().max() / truth.abs().max()))
+    return {"logits": float((logits - expected).abs().max()), "matrices": max(errors), "layers": len(errors)}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What ``run.py dropin`` can be told."""
+    parser.add_argument("--checkouts", type=Path, required=True, help="folder of clones, under their repositories' names")
+    parser.add_argument("--only", nargs="+", metavar="OWNER/NAME", help="of the repositories; default: all that are there")
+
+
+def partial(args: argparse.Namespace) -> bool:
+    """Whether the options leave repositories out, so that the result is not the committed one."""
+    return args.only is not None
+
+
+def run_dropin(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
+    """All repositories that are there.
+
+    Raises:
+        SystemExit: none is there, or a process failed.
+    """
+    from benchmarks.foreign import REPOSITORIES
+
+    wanted = args.only or REPOSITORIES
+    there = [name for name in REPOSITORIES if name in wanted and (args.checkouts / name.split("/")[1]).is_dir()]
+    if not there:
+        known = ", ".join(REPOSITORIES)
+        raise SystemExit(f"--checkouts {args.checkouts}: no clone of any of {known}.")
+    rows: list[Row] = []
+    pairs: dict[str, dict[str, float]] = {}
+    for name in there:
+        found = _in_a_process(name, args.checkouts / name.split("/")[1], args.quick)
+        rows += [{"repository": name, "commit": found["commit"], **row} for row in found["rows"]]
+        pairs |= found["pairs"]
+    show("drop-in", COLUMNS, [[_cell(row, column) for column in COLUMNS] for row in rows])
+    worked = [row for row in rows if "law 1" in row]
+    figures = [
+        figure("drop-in law 1", f"{len(worked)} modules and models", max(row["law 1"] for row in worked)),
+        figure("drop-in output", f"{len(worked)} modules and models", max(row["output"] for row in worked)),
+        figure("drop-in changed", f"{len(worked)} modules and models", float(sum(not row["observed"] for row in worked))),
+    ]
+    figures += [figure(f"drop-in {what}", name, pair[what]) for name, pair in pairs.items() for what in pair if what in
+                ("logits", "matrices")]  # fmt: skip
+    missing = [name for name in REPOSITORIES if name not in there]
+    return figures, {"rows": rows, "same weights": pairs, "not there": missing}
+
+
+def _cell(row: Row, column: str) -> str:
+    otherwise = "refused" if "refused" in row else "fails by itself"
+    value = row.get(column, otherwise)
+    return f"{value:.1e}" if isinstance(value, float) else str(value)
+
+
+def _in_a_process(name: str, checkout: Path, quick: bool) -> Row:
+    command = [sys.executable, "-m", "benchmarks.dropin", name, str(checkout), "quick" if quick else "whole"]
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if child.returncode:
+        raise SystemExit(f"{name}: {(child.stderr or child.stdout).strip()[-2000:]}")
+    result: Row = json.loads(child.stdout.splitlines()[-1])
+    return result
+
+
+def _child(name: str, checkout: str, extent: str) -> None:
+    from benchmarks.foreign import REPOSITORIES, official_pairs
+
+    torch.set_num_threads(1)
+    commit = subprocess.run(["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    cases = REPOSITORIES[name](Path(checkout))
+    rows = []
+    for case in list(cases)[: 1 if extent == "quick" else None]:
+        print(case.class_name, case.variant, file=sys.stderr, flush=True)
+        rows.append(measure(case))
+    pairs = {} if extent == "quick" else {
+        key: same_weights(model, key, 224) for key, model in official_pairs(name, Path(checkout))
+    }  # fmt: skip
+    print(json.dumps({"commit": commit.stdout.strip(), "rows": rows, "pairs": pairs}))
+
+
+if __name__ == "__main__":
+    _child(*sys.argv[1:])

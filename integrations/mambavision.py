@@ -1,0 +1,102 @@
+"""MambaVision (arXiv 2407.08083): mixers half of whose channels go around the scan, in windows.
+
+Its attention has the attributes of timm's, so that ``timm_vit`` takes it; where the windows are is said here.
+"""
+
+import inspect
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from mamba_attn.adapters import Adapter, LayoutSource, Seen
+from mamba_attn.errors import UnsupportedModelError
+from mamba_attn.layout import TokenLayout
+from mamba_attn.models import mambavision_mixer
+from mamba_attn.rules import Rules
+from mamba_attn.scan import ScanRecord
+
+_CHILDREN = ("in_proj", "conv1d_x", "conv1d_z", "x_proj", "dt_proj", "out_proj")
+_PARAMETERS = ("A_log", "D")
+_SETTINGS = ("d_model", "d_state", "d_conv", "expand", "d_inner", "dt_rank", "use_fast_path", "layer_idx", "training")
+_STAGE = ("blocks", "window_size", "transformer_block")
+
+
+class MambaVisionAdapter(Adapter):
+    """Mixers with MambaVision's attribute names."""
+
+    family: ClassVar[str] = "MambaVision"
+
+    def recognises(self, module: nn.Module) -> bool:
+        """Whether the module has the parts of a scan, and a convolution for each half of the channels."""
+        return all(hasattr(module, name) for name in (*_CHILDREN, *_PARAMETERS))
+
+    def refusal(self, module: nn.Module, model: nn.Module) -> str | None:
+        """Refuse a part, a setting or an input that the mixer has not, and convolutions that are wrapped."""
+        foreign = list(inspect.signature(type(module).forward).parameters)[2:]
+        foreign += [name for name, _ in module.named_children() if name not in _CHILDREN]
+        foreign += [name for name, _ in module.named_parameters(recurse=False) if name not in _PARAMETERS]
+        foreign += [name for name, _ in module.named_buffers(recurse=False)]
+        foreign += [
+            name for name, value in vars(module).items()
+            if not name.startswith("_") and name not in _SETTINGS and isinstance(value, int | float | str | tuple)
+        ]  # fmt: skip
+        if foreign:
+            return (
+                f"it has {', '.join(dict.fromkeys(foreign))}, which this adapter does not know; it treats the mixer of "
+                "arXiv 2407.08083, one scan of half the channels."
+            )
+        for name in ("conv1d_x", "conv1d_z"):
+            conv = module.get_submodule(name)
+            if not isinstance(conv, nn.Conv1d):
+                return (
+                    f"its {name} is {type(conv).__name__}, not Conv1d; the mixer reads its weight and never calls it, "
+                    "so that what wraps it is without effect. Merge it into the weight, or wrap the projections."
+                )
+        return None
+
+    def project(self, module: nn.Module, hidden_states: Tensor, *, rules: Rules, seen: Seen) -> ScanRecord:
+        """Return everything before the scans, one per window.
+
+        Raises:
+            UnsupportedModelError: an input that is not (batch, tokens, features).
+        """
+        if hidden_states.ndim != 3:
+            raise UnsupportedModelError(
+                f"family {self.family}: {type(module).__name__} got an input of shape {tuple(hidden_states.shape)}; "
+                "this adapter knows mixers over (batch, tokens, features)."
+            )
+        layout = seen.frame_of(module, *hidden_states.shape[:2])
+        return mambavision_mixer.project(module, hidden_states, rules=rules, layout=layout)
+
+    def finish(self, module: nn.Module, record: ScanRecord, y: Tensor, rules: Rules) -> Tensor:
+        """Return the projected output."""
+        return mambavision_mixer.finish(module, record, y, rules)
+
+    def scan_output(self, module: nn.Module, record: ScanRecord, y: Tensor) -> tuple[nn.Module, Tensor]:
+        """Return out_proj, which receives the scan's output and the channels that went around it."""
+        return module.get_submodule("out_proj"), mambavision_mixer.side_by_side(record, y)
+
+    def layout_sources(self, model: nn.Module) -> Iterable[LayoutSource]:
+        """Return the stages that cut their input into windows for their blocks; MambaVision's first two do not."""
+        stages = [module for module in model.modules() if all(hasattr(module, name) for name in _STAGE)]
+        return [
+            LayoutSource(stage, _LayoutReader(stage), before=True, inside=True)
+            for stage in stages if stage.transformer_block
+        ]  # fmt: skip
+
+
+class _LayoutReader:
+    def __init__(self, stage: nn.Module) -> None:
+        self.stage = stage
+
+    def __call__(self, seen: Seen, inputs: tuple[Any, ...], output: Any) -> TokenLayout | None:
+        x = inputs[0] if inputs else None
+        window = self.stage.window_size
+        if not isinstance(x, Tensor) or x.ndim != 4 or not isinstance(window, int):
+            return None
+        seen.batch = x.shape[0]  # a stage may be called by itself
+        return seen.grid_layout(x.shape[2], x.shape[3], window)
+
+
+ADAPTER = MambaVisionAdapter()
