@@ -8,8 +8,8 @@ from functools import cache
 import torch
 
 from mamba_attn import subjects
+from mamba_attn.attribution import catalogue
 from mamba_attn.errors import nearest
-from mamba_attn.evaluation import _catalogue as catalogue
 from mamba_attn.subjects import Subject
 
 PREDICTED, LABEL = "predicted", "label"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mamba_attn.evaluation import _catalogue as catalogue
+from mamba_attn.attribution import catalogue
 from mamba_attn.evaluation import perturbation, sanity
 from mamba_attn.evaluation.contestants import Model
 from mamba_attn.evaluation.cost import cost

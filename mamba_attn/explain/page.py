@@ -9,14 +9,6 @@ from mamba_attn.figures.colours import PERCENTILE, limits
 from mamba_attn.figures.document import OPACITY, document, figure, safe
 from mamba_attn.figures.picture import data_uri
 
-_MEANING = {
-    "raw_attention": "What {reader} reads in a layer, averaged over the layers. The same for every class.",
-    "attention_rollout": "What reaches {reader} through the product of all layers' attention, residual streams "
-    "included. The same for every class.",
-    "mamba_attribution": "Attention weighted by the gradient of the class, multiplied over the layers.",
-    "transformer_attribution": "Attention weighted by the gradient of the class, multiplied over the layers.",
-}
-
 
 def page(title: str, answers: Sequence[Answer], command: str) -> str:
     """Return the page of one image as HTML.
@@ -77,7 +69,7 @@ def _map(answer: Answer, method: Method) -> str:
     values = answer.maps[method.key]
     heat = data_uri(png.matrix_rgb(values, **limits(values)))
     of = f" of <i>{safe(answer.class_name(answer.explained))}</i>" if method.of_a_class else ""
-    meaning = _MEANING[method.name].format(reader=answer.reader)
+    meaning = method.entry.meaning.format(reader=answer.reader)
     caption = f"<b>{safe(method.title)}</b>{of}<br>{values.min():.2g} to {values.max():.2g}<br>{meaning}"
     return figure(_stack(answer, f'<img class=heat src="{heat}" alt="{safe(method.title)}">'), caption)
 

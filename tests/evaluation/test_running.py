@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mamba_attn.attribution.catalogue import build
 from mamba_attn.evaluation import judges, plan
-from mamba_attn.evaluation._catalogue import build
 from mamba_attn.evaluation.contestants import Model, Options
 from mamba_attn.evaluation.plan import Plan
 from mamba_attn.evaluation.running import run
