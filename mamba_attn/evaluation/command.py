@@ -29,6 +29,9 @@ data: a folder of images, with or without class folders; a zip of them, or with 
 ZIP:PART, a folder in it (localise.zip:digits64); gtsegs_ijcv.mat, ImageNet-Segmentation. Of train/ and val/, val is
 read. DATA@MEASURE,... takes some measures alone on this data: localise.zip:imagenette_boxes224@localisation.
 
+methods: "all integrated_gradients:n_steps=16 occlusion@100" takes all, one of them with another option, one on 100
+images alone.
+
 measures: perturbation, pixels (the same with single pixels ranked, on 100 images), localisation (where there are boxes
 or masks), sanity (on a few images), cost, picture (the maps on the page).
 
@@ -51,7 +54,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="NAME[=WEIGHTS],...",
         help="WEIGHTS: demo, official or a file; default: vim_micro,vmamba_micro,vit_micro with demo weights",
     )
-    add("--methods", default="all", metavar="all|NAME,...", help="default: all that fit")
+    add(
+        "--methods",
+        nargs="+",
+        action="extend",
+        metavar="METHOD",
+        help="all, or NAME,... or NAME:OPTION=VALUE; default: all that fit; see below",
+    )
     add("--data", action="append", required=True, metavar="DIR|ZIP[:PART]|FILE.mat", help="may be given several times")
     add("--limit", type=int, metavar="N", help="images per data; default: all")
     add("--out", default="mamba_attn_compare", metavar="FOLDER", help="default: ./mamba_attn_compare")
@@ -67,6 +76,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--fill", default="black", choices=("black", "mean"), help="what replaces removed cells; default: black")
     add("--sanity-images", type=int, default=8, metavar="N", help="default: 8")
     add("--pictures", type=int, default=6, metavar="N", help="images on the page, per data; default: 6")
+    add(
+        "--precision",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="of the model's answers when it is perturbed; default: float32",
+    )
     add("--workers", type=int, default=1, metavar="N", help="processes; default: 1")
     add("--seed", type=int, default=0, help="of everything random; default: 0")
     add("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
@@ -106,9 +121,10 @@ def _plan(args: argparse.Namespace) -> "Plan":
         raise ValueError(f"--models {args.models}: a model can be compared with one set of weights at a time.")
     _settle_threads([model.subject.parameters for model in models], args.workers)
     selectors, only = _selectors(args.data)
+    methods, most = choose_methods(args.methods or ["all"])
     return Plan(
-        models, selectors, choose_methods(args.methods), _measures("--measures", args.measures), only,
-        Options(args.target, args.fill, seed=args.seed), args.half, args.limit, args.sanity_images,
+        models, selectors, methods, _measures("--measures", args.measures), only, most,
+        Options(args.target, args.fill, args.precision, seed=args.seed), args.half, args.limit, args.sanity_images,
         pictures=args.pictures,
     )  # fmt: skip
 

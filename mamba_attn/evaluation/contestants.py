@@ -2,14 +2,16 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 
 import torch
+from torch import nn
 
 from mamba_attn import subjects
-from mamba_attn.attribution import catalogue
-from mamba_attn.errors import nearest
+from mamba_attn.attribution import MapAttribution, catalogue, named
+from mamba_attn.errors import MambaAttnError, nearest
 from mamba_attn.subjects import Subject
 
 PREDICTED, LABEL = "predicted", "label"
@@ -22,19 +24,21 @@ class Options:
     Args:
         target: "predicted", "label", or the index or name of a class that is explained in every image.
         fill: what replaces removed pixels.
+        precision: in which the model answers when it is perturbed; maps are always of float32.
         stages: of the cascade of randomised models.
         seed: of everything random.
     """
 
     target: str = PREDICTED
     fill: str = "black"
+    precision: str = "float32"
     stages: int = 6
     seed: int = 0
 
     def of(self, measure: str) -> str:
         """Return those that a measure depends on, as text."""
-        names = {"perturbation": ("target", "fill", "seed"), "pixels": ("target", "fill", "seed"),
-                 "sanity": ("target", "stages", "seed")}.get(measure, ("target",))  # fmt: skip
+        more = {"perturbation": ("fill", "seed"), "pixels": ("fill", "seed"), "sanity": ("stages", "seed")}
+        names = ("target", "precision", *more.get(measure, ()))
         return json.dumps({name: value for name, value in asdict(self).items() if name in names})
 
 
@@ -79,31 +83,54 @@ class Model:
         return subjects.parse_target(options.target, self.subject)
 
 
-def choose_methods(text: str) -> list[str]:
-    """Return the names of methods.
+def choose_methods(texts: Sequence[str]) -> tuple[list[str], dict[str, int]]:
+    """Return the methods' keys, and how many images some of them get at most.
 
     Args:
-        text: "all", or names separated by commas, in any case.
+        texts: "all", names separated by commas, or one method with options each, ``NAME:OPTION=VALUE,OPTION``; every
+            name may end in ``@N``, a number of images. What is named after "all" takes the place of its plain form.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, option or value, or no methods.
     """
-    known = {name.lower(): name for name in catalogue.METHODS}
-    if text.strip().lower() == "all":
-        return list(catalogue.METHODS)
-    found = []
-    for name in filter(None, map(str.strip, text.split(","))):
-        if name.lower() not in known:
-            raise ValueError(f"--methods {name}: no such method. {nearest(name, catalogue.METHODS)}")
-        found.append(known[name.lower()])
+    pieces = [piece for text in texts for piece in ([text] if ":" in text else text.split(","))]
+    found: list[str] = []
+    most: dict[str, int] = {}
+    for piece in filter(None, map(str.strip, pieces)):
+        if piece.lower() == "all":
+            found += catalogue.METHODS
+            continue
+        text, at, count = piece.rpartition("@") if "@" in piece else (piece, "", "")
+        if at and not (count.isdecimal() and int(count)):
+            raise ValueError(f"--methods {piece}: expected a number of images after @.")
+        name, colon, rest = text.partition(":")
+        its = named.method(name.lower() + colon + rest, "--methods")
+        if its.name in found and its.key != its.name and "all" in map(str.lower, texts):
+            found.remove(its.name)
+        found.append(its.key)
+        if at:
+            most[its.key] = int(count)
     if not found:
-        raise ValueError(f"--methods {text!r}: expected 'all' or names. {nearest('', catalogue.METHODS)}")
-    return list(dict.fromkeys(found))
+        raise ValueError(f"--methods {' '.join(texts)!r}: expected 'all' or names. {nearest('', catalogue.METHODS)}")
+    return list(dict.fromkeys(found)), most
 
 
+@cache
 def misfit(method: str, model: Model) -> str | None:
-    """Return why a method does not fit a model, and which would; None if it does."""
-    return catalogue.refusal(method, model.subject.model, model.name)
+    """Return why a method does not fit a model, and which would; None if it does. Options are tried on an empty image."""
+    its, subject = named.method(method, "--methods"), model.subject
+    refusal = catalogue.refusal(its.name, subject.model, model.name)
+    if refusal is None and its.options:
+        try:
+            its.build(subject.model).attribute(torch.zeros(1, 3, *subject.transform.size, device=subject.device))
+        except (MambaAttnError, ValueError, TypeError) as error:
+            return str(error)
+    return refusal
+
+
+def build(method: str, model: nn.Module) -> MapAttribution:
+    """Return a method on a model."""
+    return named.method(method, "--methods").build(model)
 
 
 @cache

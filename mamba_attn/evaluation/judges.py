@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mamba_attn.attribution import catalogue
 from mamba_attn.evaluation import perturbation, sanity
-from mamba_attn.evaluation.contestants import Model
+from mamba_attn.evaluation.contestants import Model, build
 from mamba_attn.evaluation.cost import cost
 from mamba_attn.evaluation.localisation import locate
 from mamba_attn.evaluation.plan import Task
@@ -56,7 +55,7 @@ def explainer(method: str, batch: Batch) -> Callable[[nn.Module], Tensor]:
 
     def explain(model: nn.Module) -> Tensor:
         torch.manual_seed(batch.task.options.seed)  # methods that draw draw the same
-        attribution = catalogue.build(method, model)
+        attribution = build(method, model)
         maps: Tensor = attribution.attribute(batch.images, target=batch.clean.explained.clone()).detach().float()
         if maps.shape != (len(batch.images), 1, *batch.images.shape[2:]):
             raise ValueError(f"{method}: expected maps (batch, 1, rows, columns), got {tuple(maps.shape)}.")
@@ -69,7 +68,7 @@ def _perturbed(batch: Batch, maps: Tensor, cell: int) -> list[dict[str, Any]]:
     task, clean = batch.task, batch.clean
     seeds = [task.options.seed * 1_000_003 + index for index in batch.indices]
     found = perturbation.perturb(
-        task.model.subject.model, batch.images, maps, clean.explained, cell=cell, seeds=seeds, fill=task.options.fill
+        answers(task), batch.images, maps, clean.explained, cell=cell, seeds=seeds, fill=task.options.fill
     )
     flat = constant(maps).tolist()
     return [
@@ -138,10 +137,22 @@ JUDGES: dict[str, Callable[[Batch, Tensor, str], list[dict[str, Any]]]] = {
 }
 
 
+def answers(task: Task) -> Callable[[Tensor], Tensor]:
+    """Return the model, in the precision in which it answers."""
+    model = task.model.subject.model
+
+    def autocast(images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, dtype=torch.bfloat16):
+            logits: Tensor = model(images)
+        return logits
+
+    return model if task.options.precision == "float32" else autocast
+
+
 def _second(batch: Batch) -> Tensor:
     """The likeliest class but the explained one."""
     with torch.inference_mode():
-        logits = batch.task.model.subject.model(batch.images).float()
+        logits = answers(batch.task)(batch.images).float()
     hidden = logits.scatter(1, batch.clean.explained.to(logits.device)[:, None], -torch.inf)
     return torch.as_tensor(hidden.argmax(1)).clone()
 

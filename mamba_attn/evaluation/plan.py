@@ -45,7 +45,8 @@ class Plan:
         models: to compare.
         selectors: of the collections.
         only: the measures of some collections; the others get all.
-        methods: names in the catalogue.
+        methods: keys, as ``choose_methods`` returns them.
+        most: how many images some methods get at most; the others get all.
         measures: some of ``MEASURES``.
         options: of the run.
         half: of the images, or "all".
@@ -61,6 +62,7 @@ class Plan:
     methods: Sequence[str]
     measures: Sequence[str] = MEASURES
     only: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    most: Mapping[str, int] = field(default_factory=dict)
     options: Options = field(default_factory=Options)
     half: str = "all"
     limit: int | None = None
@@ -98,13 +100,14 @@ class Plan:
         """Return the methods that fit a model."""
         return [name for name in self.methods if misfit(name, model) is None]
 
-    def indices(self, selector: str, measure: str) -> list[int]:
-        """Return the images of a collection that a measure is taken on."""
+    def indices(self, selector: str, measure: str, method: str | None = None) -> list[int]:
+        """Return the images of a collection that a measure is taken on: the first ones, by their order."""
         data = self.data[selector]
         if measure not in self.only.get(selector, self.measures) or (measure == "localisation" and not data.truth):
             return []
         first = {"sanity": self.sanity_images, "pixels": self.pixel_images, "cost": 1, "picture": self.pictures}
-        return data.chosen(self.half, self.limit)[: first.get(measure)]
+        counts = [count for count in (first.get(measure), self.most.get(method or "")) if count is not None]
+        return data.chosen(self.half, self.limit)[: min(counts, default=None)]
 
     def key(self, data: Data, index: int, model: Model, method: str, measure: str) -> Key:
         """Return where a figure is filed."""
@@ -114,23 +117,27 @@ class Plan:
     def tasks(self, store: Store) -> Iterator[Task]:
         """Yield what is not in the store yet, in chunks of images; collections in turn, models within."""
         for selector, model in self.pairs:
-            data, methods = self.data[selector], self.fitting(model)
-            taken = {measure: set(self.indices(selector, measure)) for measure in self.measures}
-            chosen = data.chosen(self.half, self.limit)
+            methods = self.fitting(model)
+            chosen = self.data[selector].chosen(self.half, self.limit)
             for start in range(0, len(chosen), CHUNK):
-                needs = {}
-                for method in methods:
-                    lacking = {
-                        index: tuple(
-                            measure for measure in self.measures
-                            if index in taken[measure] and self.key(data, index, model, method, measure) not in store
-                        )
-                        for index in chosen[start : start + CHUNK]
-                    }  # fmt: skip
-                    if lacking := {index: measures for index, measures in lacking.items() if measures}:
-                        needs[method] = lacking
-                if needs:
+                part = range(start, min(start + CHUNK, len(chosen)))
+                needs = {name: self._lacking(store, selector, model, name, chosen, part) for name in methods}
+                if needs := {name: its for name, its in needs.items() if its}:
                     yield Task(selector, model, needs, self.options)
+
+    def _lacking(
+        self, store: Store, selector: str, model: Model, method: str, chosen: Sequence[int], part: Sequence[int]
+    ) -> dict[int, tuple[str, ...]]:
+        """What the store lacks of some images: the measures by image."""
+        data, found = self.data[selector], {}
+        counts = {measure: len(self.indices(selector, measure, method)) for measure in self.measures}
+        for place in part:
+            index = chosen[place]
+            keys = {measure: self.key(data, index, model, method, measure) for measure in self.measures}
+            lacking = tuple(name for name, key in keys.items() if place < counts[name] and key not in store)
+            if lacking:
+                found[index] = lacking
+        return found
 
     def check(self) -> None:
         """Find what cannot work before anything runs, and note what is left out.
@@ -144,6 +151,8 @@ class Plan:
             if len(wrong) == len(reasons):
                 raise ValueError(f"--methods {method}: {next(iter(wrong.values()))}")
             self.notes += [f"{method} is left out: {reason}" for reason in wrong.values()]
+            if method in self.most:
+                self.notes.append(f"{method} gets the first {self.most[method]} images.")
         for selector, model in self.pairs:
             data = self.data[selector]
             model.explained(self.options)

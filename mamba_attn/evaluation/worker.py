@@ -12,7 +12,7 @@ from mamba_attn import images as image_files
 from mamba_attn.evaluation import perturbation
 from mamba_attn.evaluation.contestants import LABEL
 from mamba_attn.evaluation.data import open_data
-from mamba_attn.evaluation.judges import JUDGES, Batch, explainer
+from mamba_attn.evaluation.judges import JUDGES, Batch, answers, explainer
 from mamba_attn.evaluation.labels import class_indices
 from mamba_attn.evaluation.plan import Needs, Task
 from mamba_attn.evaluation.ranking import check_finite
@@ -41,7 +41,7 @@ def work(task: Task) -> list[Record]:
         return lines
     images = image_files.normalise(np.stack([sample.pixels for sample in samples.values()])).to(subject.device)
     try:
-        clean = perturbation.clean_answers(subject.model, images, task.options.fill, classes)
+        clean = perturbation.clean_answers(answers(task), images, task.options.fill, classes)
     except FAILURES as error:
         if len(samples) == 1:
             return lines + _failed(task, data, _restricted(task.needs, list(samples)), error)

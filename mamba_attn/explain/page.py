@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from mamba_attn.attribution.named import Method
 from mamba_attn.explain.answer import Answer
-from mamba_attn.explain.choices import Method
 from mamba_attn.figures import png
 from mamba_attn.figures.colours import PERCENTILE, limits
 from mamba_attn.figures.document import OPACITY, document, figure, safe

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mamba_attn.attribution.catalogue import build
+from mamba_attn.attribution import catalogue
 from mamba_attn.evaluation import judges, plan
-from mamba_attn.evaluation.contestants import Model, Options
+from mamba_attn.evaluation.contestants import Model, Options, build, choose_methods
 from mamba_attn.evaluation.plan import Plan
 from mamba_attn.evaluation.running import run
 from mamba_attn.evaluation.store import Store
@@ -160,7 +160,7 @@ def test_bad_maps_cost_their_image_alone(models, boxes, tmp_path, monkeypatch, f
     from mamba_attn import images
 
     MARK[0] = float(images.normalise(data.load(3, transform).pixels[None]).mean())
-    monkeypatch.setattr(judges, "catalogue", SimpleNamespace(build=lambda name, model: Broken(model, fault)))
+    monkeypatch.setattr(judges, "build", lambda name, model: Broken(model, fault))
     (table,) = summarise(wanted, done(wanted, tmp_path / "s.jsonl"))
     assert table.figures["positive_auc_top"]["raw_attention"].images == 5
     ((reason, count),) = table.failed["raw_attention"].items()
@@ -169,10 +169,10 @@ def test_bad_maps_cost_their_image_alone(models, boxes, tmp_path, monkeypatch, f
 
 
 def test_constant_maps_are_defined_and_flagged(models, boxes, tmp_path, monkeypatch):
-    def build(name, model):
+    def constant(name, model):
         return SimpleNamespace(attribute=lambda inputs, target: torch.ones(len(inputs), 1, *inputs.shape[2:]))
 
-    monkeypatch.setattr(judges, "catalogue", SimpleNamespace(build=build))
+    monkeypatch.setattr(judges, "build", constant)
     wanted = small(models[:1], boxes, measures=("perturbation", "localisation"))
     (table,) = summarise(wanted, done(wanted, tmp_path / "s.jsonl"))
     assert table.figures["map"]["raw_attention"].interval.value == 50
@@ -209,3 +209,51 @@ def test_digits_weigh_object_and_trap(tmp_path):
     (table,) = summarise(wanted, done(wanted, tmp_path / "s.jsonl"))
     assert 0 < table.figures["not_trap"]["raw_attention"].interval.value < 100
     assert table.figures["trap_energy"]["raw_attention"].images == 4
+
+
+def test_some_methods_get_fewer_images_and_other_options(models, boxes, tmp_path):
+    methods, most = choose_methods(["all", "integrated_gradients:n_steps=2@3", "occlusion@1"])
+    assert "integrated_gradients" not in methods
+    assert (set(catalogue.METHODS) ^ set(methods)) == {"integrated_gradients", "integrated_gradients:n_steps=2"}
+    assert most == {"integrated_gradients:n_steps=2": 3, "occlusion": 1}
+    keys = ["integrated_gradients:n_steps=2", "random"]
+    wanted = Plan(models[:1], [boxes], keys, ("perturbation",), most=most)
+    wanted.check()
+    assert "integrated_gradients:n_steps=2 gets the first 3 images." in wanted.notes
+    (table,) = summarise(wanted, done(wanted, tmp_path / "s.jsonl"))
+    assert [table.figures["gap_top"][key].images for key in keys] == [3, 6]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("occlusion@few", "--methods occlusion@few: expected a number of images after @."),
+        ("occlusion:size=3", "--methods occlusion:size=3: occlusion has no option 'size'."),
+        ("integrated_gradients:n_steps=many", "n_steps is a whole number, not 'many'"),
+    ],
+)
+def test_methods_that_are_none(text, message):
+    with pytest.raises(ValueError) as error:
+        choose_methods([text])
+    assert message in str(error.value)
+
+
+def test_options_that_do_not_fit_are_found_before_the_run(models, boxes):
+    with pytest.raises(ValueError, match=r"--methods raw_attention:convention=vmamba_analysis: .*this is VMamba's"):
+        Plan(models, [boxes], ["raw_attention:convention=vmamba_analysis"]).check()
+    published = Plan(models, [boxes], ["raw_attention:convention=hidden_mamba"])
+    published.check()
+    assert published.fitting(models[0]) == published.methods
+    assert published.fitting(models[1]) == []
+
+
+def test_answers_in_bfloat16(models, boxes, tmp_path):
+    plans = [small(models[:1], boxes, measures=("perturbation",), options=Options(precision=each))
+             for each in ("float32", "bfloat16")]  # fmt: skip
+    store = Store(tmp_path / "s.jsonl")
+    for wanted in plans:
+        run(wanted, store)
+    assert len(store) == 2 * 6 * 2
+    full, half = (summarise(wanted, store)[0].figures["deletion"]["raw_attention"].interval.value for wanted in plans)
+    assert full != half
+    assert full == pytest.approx(half, rel=0.02)

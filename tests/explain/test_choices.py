@@ -30,9 +30,9 @@ def test_three_methods_by_default(subjects, name, last):
 def test_options_reach_the_method(subjects):
     texts = ["mamba_attribution:rule=paper", "attention_rollout:signed", "raw_attention:signed=false,convention=exact"]
     paper, rollout, raw = choices.parse_methods([*texts, "mamba_attribution:rule=paper"], subjects["vim_micro"])
-    assert paper.build(subjects["vim_micro"], None).rule == "paper"
-    assert rollout.build(subjects["vim_micro"], None).signed is True
-    built = raw.build(subjects["vim_micro"], ["layers.1.mixer"])
+    assert paper.build(subjects["vim_micro"].model, None).rule == "paper"
+    assert rollout.build(subjects["vim_micro"].model, None).signed is True
+    built = raw.build(subjects["vim_micro"].model, ["layers.1.mixer"])
     assert isinstance(built, attribution.RawAttention)
     assert built.signed is False
     assert built.layers == ["layers.1.mixer"]
