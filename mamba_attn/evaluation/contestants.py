@@ -117,7 +117,7 @@ def choose_methods(texts: Sequence[str]) -> tuple[list[str], dict[str, int]]:
 
 @cache
 def misfit(method: str, model: Model) -> str | None:
-    """Return why a method does not fit a model, and which would; None if it does. Options are tried on an empty image."""
+    """Return why a method does not fit a model, and which would; None if it does. Options are tried once."""
     its, subject = named.method(method, "--methods"), model.subject
     refusal = catalogue.refusal(its.name, subject.model, model.name)
     if refusal is None and its.options:
