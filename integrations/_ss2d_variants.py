@@ -131,7 +131,7 @@ def _check_shapes(module: nn.Module) -> None:
         _refuse("it is the Mamba-2 variant (m0), which this adapter does not know.")
     routes, channels = parts.dt_projs_bias.shape
     if routes != ss2d.ROUTES:
-        _refuse(f"it has {routes} routes; this adapter knows {ss2d.ROUTES}.")
+        _refuse(f"it has {routes} routes; the cross-scan has {ss2d.ROUTES}.")
     if parts.A_logs.ndim != 2 or not len(parts.A_logs) == len(parts.Ds) == routes * channels:
         _refuse("its routes share A_logs or Ds, which this adapter does not know.")
     if getattr(parts, "x_proj_weight", None) is not None:

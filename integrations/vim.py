@@ -1,5 +1,6 @@
 """Vim (arXiv 2401.09417), its forks, and Mamba-Reg (arXiv 2405.14858): Mamba mixers that may run in both directions."""
 
+import inspect
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -65,6 +66,10 @@ def _other_directions(module: nn.Module) -> str | None:
     present = tuple(name for name in _BACKWARD if hasattr(module, name))
     if present != _PRESENT[said]:
         return f"its bimamba_type is {said!r} and of {', '.join(_BACKWARD)} it has {', '.join(present) or 'none'}."
+    names = inspect.unwrap(type(module).forward).__code__.co_names
+    unread = [name for name in present if name not in names]
+    if "A_log" in names and unread:  # a forward that reads its parts itself, as ARM's does
+        return f"its bimamba_type is {said!r} and its forward does not read {', '.join(unread)}."
     divides = {bool(getattr(module, name)) for name in ("if_divide_out", "if_devide_out") if hasattr(module, name)}
     return "its if_divide_out and if_devide_out differ." if len(divides) == 2 else None
 

@@ -278,6 +278,20 @@ def test_models_that_move_tokens_between_layers_are_refused(setting: str, what: 
             pass
 
 
+class OneWay(Vim):
+    """Has the parts of both directions and runs one."""
+
+    def forward(self, hidden_states, inference_params=None):
+        mixed = self.direction(self.entering(hidden_states), "", "A_log") + 0 * self.A_log.sum()
+        return nn.functional.linear(mixed, self.out_proj.weight, self.out_proj.bias)
+
+
+def test_parts_that_the_forward_leaves_out_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"its bimamba_type is 'v2' and its forward does not read A_b_log"):
+        with mamba_attn.trace(OneWay(8)):
+            pass
+
+
 def test_caches_are_refused() -> None:
     mixer = Vim(8)
     with torch.no_grad(), mamba_attn.trace(mixer):

@@ -1,0 +1,36 @@
+"""How ``dropin`` gets at other people's model code: imported from a checkout on a CPU, as it stands there."""
+
+import contextlib
+import importlib
+import io
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mamba_attn
+from mamba_attn import _torchvision
+
+_torchvision.prepare()  # this code imports timm, and that torchvision
+
+
+def load(root: Path, module: str, *more: str) -> ModuleType:
+    """Import a module of a checkout; ``more`` are folders that it imports from."""
+    sys.path[:0] = [str(root / folder) for folder in ("", *more)]
+    with mamba_attn.cpu_stand_ins(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        return importlib.import_module(module)
+
+
+def side_by_side(model: nn.Module, x: Tensor) -> Tensor:
+    """All feature maps that a model returns, in one vector."""
+    return torch.cat([output.flatten() for output in model(x)])
+
+
+def made(make: Callable[..., nn.Module], *args: Any, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: make(*args, **options)

@@ -1,0 +1,77 @@
+"""The drop-in benchmark on a model of our own in the place of a repository's."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import mamba_attn
+from benchmarks import dropin
+from benchmarks.dropin import Case
+
+VIM = {"image_size": (24, 40), "depth": 2, "embed_dim": 16, "num_classes": 5}
+
+
+def vim() -> nn.Module:
+    return mamba_attn.models.create("vim_micro", **VIM)
+
+
+def test_a_case_is_measured_and_its_parameters_are_moved() -> None:
+    case = Case("VisionMamba", "small", vim, (2, 3, 24, 40))
+    model, inputs = dropin.build(case)
+    assert inputs.shape == (2, 3, 24, 40)
+    assert not torch.equal(model.layers[0].mixer.A_log, model.layers[1].mixer.A_log)  # they start alike
+    row = dropin.measure(case)
+    assert row["layers"] == 2
+    assert 0 < row["law 1"] <= 1e-5
+    assert row["output"] <= 1e-5
+    assert row["observed"] is True
+    assert row["above diagonal"] == 0
+
+
+class Compiled(nn.Module):
+    """Refused for another reason than the one expected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+
+def test_what_must_be_refused_must_be_refused_for_that_reason() -> None:
+    found = dropin.measure(Case("Other", "", Compiled, (2, 2), refused="no layer that can be traced"))
+    assert "Families known" in found["refused"]
+    with pytest.raises(SystemExit, match="expected 'rope'"):
+        dropin.measure(Case("Other", "", Compiled, (2, 2), refused="rope"))
+    with pytest.raises(SystemExit, match="was not refused"):
+        dropin.measure(Case("VisionMamba", "", vim, (2, 3, 24, 40), refused="rope"))
+
+
+def test_the_same_weights_give_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    create, official = mamba_attn.models.create, vim()
+    monkeypatch.setattr(mamba_attn.models, "create", lambda name, **options: create(name, **{**VIM, **options}))
+    found = dropin.same_weights(official, "vim_micro", (24, 40))
+    assert found == {"logits": 0.0, "matrices": 0.0, "layers": 2}
+
+
+def test_folders_without_clones_are_said() -> None:
+    with pytest.raises(SystemExit, match=r"no clone of any of JCruan519/VM-UNet"):
+        dropin.run_dropin(argparse.Namespace(checkouts=Path("nowhere"), only=["JCruan519/VM-UNet"], quick=False))
+    with pytest.raises(SystemExit, match=r"unknown.*MzeroMiko/VMamba"):
+        dropin.run_dropin(argparse.Namespace(checkouts=Path("nowhere"), only=["unknown"], quick=False))
+
+
+def test_the_command_runs_what_is_installed(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/run.py", "dropin", "--checkouts", str(tmp_path), "--only", "timm", "--quick"]
+    root = Path(dropin.__file__).parents[1]
+    child = subprocess.run([*command, "--out", str(tmp_path)], cwd=root, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    contents = json.loads((tmp_path / "dropin.json").read_text())
+    assert contents["quick"] is True
+    (row,) = contents["details"]["rows"]
+    assert row["repository"] == "timm"
+    assert row["law 1"] <= 1e-5
