@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.images import normalise
+from mamba_attn.evaluation.regions import box_coverage
 from mamba_attn.models.transforms import EvaluationTransform
 
 ARCHIVE = "localise.zip"
@@ -67,36 +68,5 @@ def load(data: Path, transform: EvaluationTransform, limit: int | None = None) -
             image = Image.open(io.BytesIO(archive.read(f"{FOLDER}/{rows[index]['file']}")))
             pixels.append(transform.pixels(image))
             boxes = json.loads(rows[index]["boxes_xyxy_in_224"])
-            inside.append(coverage(boxes, (image.height, image.width), transform))
+            inside.append(box_coverage(boxes, (image.height, image.width), transform))
     return BoxedImages(np.stack(pixels), torch.stack(inside))
-
-
-def coverage(boxes: list[list[float]], image: tuple[int, int], transform: EvaluationTransform) -> Tensor:
-    """Return which part of every pixel of the transformed image lies in the boxes: (rows, columns), in 0..1.
-
-    Where several boxes share an edge pixel the largest part counts.
-
-    Args:
-        boxes: (x0, y0, x1, y1) each, in pixels of the image.
-        image: its (rows, columns).
-        transform: scale to cover, cut the centre out.
-    """
-    scale = max(cover / side for cover, side in zip(transform.cover, image, strict=True))
-    whole = torch.zeros(transform.size)
-    for x0, y0, x1, y1 in boxes:
-        parts = [
-            _covered(low * scale - cut, high * scale - cut, length)
-            for low, high, side, length in (
-                (y0, y1, image[0], transform.size[0]),
-                (x0, x1, image[1], transform.size[1]),
-            )
-            for cut in (round((side * scale - length) / 2),)  # whole pixels, as the transform cuts
-        ]
-        whole = torch.maximum(whole, parts[0][:, None] * parts[1])
-    return whole
-
-
-def _covered(low: float, high: float, length: int) -> Tensor:
-    """Which part of each of the unit intervals from 0 on lies between two numbers."""
-    start = torch.arange(length, dtype=torch.float32)
-    return ((start + 1).clamp(max=high) - start.clamp(min=low)).clamp(min=0)

@@ -21,7 +21,8 @@ from benchmarks.cases import TARGETS
 from benchmarks.measure import Spread, wall_seconds
 from benchmarks.methods import DEFAULTS, MODELS, Setting, setting
 from benchmarks.report import Figure, figure, show
-from benchmarks.scores import Interval, bootstrap, energy_inside, mean, ratio_of_means
+from benchmarks.scores import energy_inside
+from mamba_attn.evaluation.bootstrap import DRAWS, Interval, bootstrap, mean, ratio_of_means
 
 T = TypeVar("T")
 PARTS = ("energy", "deletion", "time")
@@ -38,7 +39,7 @@ NOTES = {
     f"{scores.CELL} pixels become the mean colour ('drop') / the same for {RANDOM} random choices per image; "
     "'another image': the ratio with the cells of the next image's map, as scattered as its own and mostly of the same "
     "class; 'ceiling': the ratio if no probability were left",
-    "intervals": f"{scores.DRAWS} resamplings of the images: low and high are 2.5 and 97.5 %; the quartiles of the "
+    "intervals": f"{DRAWS} resamplings of the images: low and high are 2.5 and 97.5 %; the quartiles of the "
     "figures are theirs too",
     "explain": "first: nothing compiled yet; seconds: the runs after it",
     "headline": "the best of the methods' defaults per model, chosen on these images; all of them and their variants "

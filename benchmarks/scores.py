@@ -1,65 +1,21 @@
 """What a map is worth: its energy inside boxes, and what the model loses when its highest cells are deleted."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mamba_attn.evaluation.localisation import energy_share
+
 CELL = 8  # pixels: the patches of vim_micro and vit_micro, the same squares for vmamba_micro
 FRACTION = 0.2  # of the cells is deleted
-DRAWS = 2000  # resamplings of the bootstrap
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A figure over a sample of images, and how far resampling the images moves it (percentiles of a bootstrap)."""
-
-    value: float
-    low: float  # 2.5 %
-    quartiles: tuple[float, float]
-    high: float  # 97.5 %
-
-
-def bootstrap(statistic: Callable[..., np.ndarray], *samples: np.ndarray, seed: int = 0) -> Interval:
-    """Resample the images with replacement, the same ones in every sample.
-
-    Args:
-        statistic: of samples with any leading axes, over the last one.
-        samples: (images,) each.
-        seed: of the resampling.
-    """
-    count = len(samples[0])
-    chosen = np.random.default_rng(seed).integers(0, count, (DRAWS, count))
-    drawn = statistic(*(sample[chosen] for sample in samples))
-    low, first, third, high = np.percentile(drawn, [2.5, 25, 75, 97.5])
-    return Interval(float(statistic(*samples)), float(low), (float(first), float(third)), float(high))
-
-
-def mean(sample: np.ndarray) -> np.ndarray:
-    """Mean over images."""
-    return np.asarray(sample.mean(-1))
-
-
-def ratio_of_means(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Ratio of two means over images."""
-    return np.asarray(numerator.mean(-1) / denominator.mean(-1))
 
 
 def energy_inside(maps: Tensor, inside: Tensor) -> np.ndarray:
-    """Return the share of every map's positive part that lies inside; a map without one counts as a uniform one.
-
-    Args:
-        maps: (images, rows, columns).
-        inside: (images, rows, columns), in 0..1.
-    """
-    positive = maps.double().clamp(min=0)
-    total = positive.sum((1, 2))
-    share = (positive * inside).sum((1, 2)) / torch.where(total > 0, total, 1)
-    area: Tensor = inside.double().mean((1, 2))
-    return torch.where(total > 0, share, area).numpy()
+    """Return the share of every map's positive part that lies inside, as ``mamba_attn.evaluation.energy_share``."""
+    return energy_share(maps.double().numpy(), inside.double().numpy())
 
 
 def top_cells(maps: Tensor, seed: int, cell: int = CELL, fraction: float = FRACTION) -> Tensor:

@@ -7,16 +7,16 @@ The tests check every annotated shape; without jaxtyping installed the annotatio
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int, Num
+    from jaxtyping import Bool, Float, Int, Num
 else:
     try:
-        from jaxtyping import Float, Int, Num
+        from jaxtyping import Bool, Float, Int, Num
     except ImportError:
 
         class _Unchecked:
             def __class_getitem__(cls, item: Any) -> Any:
                 return item[0]
 
-        Float = Int = Num = _Unchecked
+        Bool = Float = Int = Num = _Unchecked
 
-__all__ = ["Float", "Int", "Num"]
+__all__ = ["Bool", "Float", "Int", "Num"]

@@ -1,10 +1,11 @@
-"""The command line: ``mamba-attn explain`` and ``mamba-attn bench``."""
+"""The command line: ``mamba-attn explain``, ``compare`` and ``bench``."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from mamba_attn.bench import command as bench
+from mamba_attn.evaluation import command as compare
 from mamba_attn.explain import command as explain
 
 
@@ -14,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mamba-attn", description="Hidden attention of vision Mamba models.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     explain.add_parser(commands)
+    compare.add_parser(commands)
     bench.add_parser(commands)
     args = parser.parse_args(given)
     return int(args.run(args, given))

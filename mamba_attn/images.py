@@ -1,6 +1,7 @@
 """Image files to what a model sees: find, read whatever Pillow reads, crop, normalise."""
 
 import glob
+import io
 import struct
 import warnings
 import zlib
@@ -70,18 +71,20 @@ def find(patterns: Iterable[str]) -> list[Path]:
     return list(found.values())
 
 
-def read(path: str | Path) -> "Image":
+def read(path: str | Path | io.BytesIO, name: str | None = None) -> "Image":
     """Read the first frame of an image file as 8-bit RGB, turned upright as its EXIF says.
 
     Any mode is converted: grey, palette, CMYK, 16-bit grey (scaled, not clipped); what is transparent lies on white.
 
     Args:
-        path: the file.
+        path: the file, or an open one.
+        name: how errors call it. Default: the path.
 
     Raises:
         ImageError: no such file, not an image, a damaged or truncated one, too many pixels, numbers without a range.
         ImportError: Pillow is not installed.
     """
+    name = str(path) if name is None else name
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
@@ -95,15 +98,15 @@ def read(path: str | Path) -> "Image":
                 return _rgb(ImageOps.exif_transpose(image))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError(
-            f"{path}: refused, because it has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller first."
+            f"{name}: refused, because it has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller first."
         ) from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{path}: this is not an image, or of a format that Pillow does not read.") from error
+        raise ImageError(f"{name}: this is not an image, or of a format that Pillow does not read.") from error
     except FileNotFoundError as error:
-        raise ImageError(f"{path}: there is no such file.") from error
+        raise ImageError(f"{name}: there is no such file.") from error
     except _DAMAGED as error:
         reason = str(error).strip().rstrip(".").partition("\n")[0][:150] or type(error).__name__
-        raise ImageError(f"{path}: the image is damaged or incomplete ({reason}).") from error
+        raise ImageError(f"{name}: the image is damaged or incomplete ({reason}).") from error
 
 
 def crop(

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from mamba_attn import cli, images, models
 from mamba_attn.explain import command
-from mamba_attn.explain.subject import _class_names
+from mamba_attn.subjects import _class_names
 from tests.explain.cases import VIM, VIT, VMAMBA, photo, save
 
 ROOT = Path(__file__).parent.parent
@@ -211,7 +211,7 @@ def test_missing_extras_are_named_with_the_remedy(capsys, monkeypatch):
 
 
 def test_only_what_exists_is_offered(capsys):
-    for arguments in ([], ["compare"], ["explain", "--method"], ["explain", "--device", "tpu"]):
+    for arguments in ([], ["compare"], ["erf"], ["explain", "--method"], ["explain", "--device", "tpu"]):
         with pytest.raises(SystemExit) as stop:
             cli.main(arguments)
         assert stop.value.code == 2
@@ -221,4 +221,5 @@ def test_only_what_exists_is_offered(capsys):
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert "explain" in shown
-    assert "compare" not in shown
+    assert "compare" in shown
+    assert "erf" not in shown

@@ -22,6 +22,7 @@ HOUSE = [
     ["evaluation"],
     ["analytics"],
     ["testing"],
+    ["subjects"],
     ["stand_ins"],
     ["attribution"],
     ["figures"],
@@ -39,7 +40,7 @@ HOUSE = [
     ["scan", "softmax"],
     ["layout", "orders"],
     ["images"],
-    ["errors", "_types", "_torchvision", "_command"],
+    ["errors", "_types", "_torchvision", "_command", "_table"],
 ]
 FLOOR = {name: depth for depth, names in enumerate(HOUSE) for name in names}
 ANY_ROOM = ("__init__", "__main__")  # the front doors

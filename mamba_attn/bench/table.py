@@ -1,11 +1,11 @@
 """The rows on the terminal, in a JSON file and as a roofline."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mamba_attn._table import show
 from mamba_attn.bench.ceilings import Ceilings
 from mamba_attn.bench.rows import Row
 
@@ -14,32 +14,6 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 _HEADER = ("model", "pixels", "batch", "type", "what", "how", "seconds", "quartiles", "of the floor", "")
-
-
-def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: rich's on a terminal, aligned plain text elsewhere.
-
-    Args:
-        title: above it.
-        header: names of the columns.
-        rows: their cells.
-    """
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title=title)
-        for name in header:
-            table.add_column(name, overflow="fold")
-        for row in rows:
-            table.add_row(*map(Text, row))
-        Console().print(table)
-        return
-    widths = [max(len(row[index]) for row in (header, *rows)) for index in range(len(header))]
-    print(f"\n{title}")
-    for row in (header, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def show_rows(rows: Sequence[Row], figures: Sequence[dict[str, Any]], ceilings: Ceilings) -> None:

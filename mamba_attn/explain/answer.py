@@ -9,7 +9,8 @@ import torch
 
 from mamba_attn import images
 from mamba_attn.attribution import RawAttention
-from mamba_attn.explain.choices import Method, Question
+from mamba_attn.attribution.named import Method
+from mamba_attn.explain.choices import Question
 from mamba_attn.tracing import trace
 
 DEPTHS = (0.25, 0.5, 0.75)
@@ -96,7 +97,7 @@ def answer(question: Question, path: Path) -> Answer:
     with torch.no_grad():
         matrices = {layer.name: layer.attention()[0].cpu().numpy() for layer in record.layers}
     maps = {
-        method.key: method.build(subject, layers or None).attribute(inputs, explained, query)[0, 0].cpu().numpy()
+        method.key: method.build(subject.model, layers or None).attribute(inputs, explained, query)[0, 0].cpu().numpy()
         for method in question.methods
     }
     rows = RawAttention(subject.model, layers=layers or None).rows(inputs, query)

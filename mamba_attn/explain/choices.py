@@ -1,56 +1,15 @@
 """What a user asked for, from text: methods with options, a class, a query, layers."""
 
-import ast
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from mamba_attn.attribution import MapAttribution, catalogue
+from mamba_attn.attribution import catalogue
+from mamba_attn.attribution.named import Method, method
 from mamba_attn.errors import nearest
-from mamba_attn.explain.subject import Subject
+from mamba_attn.subjects import Subject
 
 _DEFAULT = ("raw_attention", "attention_rollout", "mamba_attribution")
-_WORDS = {"true": True, "yes": True, "false": False, "no": False}
-
-
-@dataclass(frozen=True)
-class Method:
-    """An attribution method and its options.
-
-    Args:
-        name: in the catalogue of methods.
-        options: keyword arguments of its class.
-    """
-
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def key(self) -> str:
-        """As the user writes it, and as the array is called."""
-        options = ",".join(f"{name}={str(value).lower()}" for name, value in self.options.items())
-        return f"{self.name}:{options}" if options else self.name
-
-    @property
-    def title(self) -> str:
-        """For people."""
-        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
-        return f"{self.entry.title} ({options})" if options else self.entry.title
-
-    @property
-    def entry(self) -> catalogue.Entry:
-        """What the catalogue says of it."""
-        return catalogue.get(self.name)
-
-    @property
-    def of_a_class(self) -> bool:
-        """Whether the map depends on the class."""
-        return self.entry.depends_on_class(self.options)
-
-    def build(self, subject: Subject, layers: Sequence[str] | None) -> MapAttribution:
-        """Return the method on a model; ``layers`` of None stands for the method's own default."""
-        return catalogue.build(self.name, subject.model, layers=layers, **self.options)
 
 
 def parse_methods(texts: Sequence[str], subject: Subject) -> list[Method]:
@@ -64,12 +23,12 @@ def parse_methods(texts: Sequence[str], subject: Subject) -> list[Method]:
         ValueError: an unknown name, option or value, or a method that the model has nothing for.
     """
     default = [catalogue.counterpart(name, subject.model) for name in _DEFAULT]
-    found = {method.key: method for method in map(_method, texts or default)}
-    for method in found.values():
-        refusal = catalogue.refusal(method.name, subject.model, subject.name)
+    found = {its.key: its for its in map(method, texts or default)}
+    for its in found.values():
+        refusal = catalogue.refusal(its.name, subject.model, subject.name)
         if refusal:
-            raise ValueError(f"--method {method.key}: {refusal}")
-        method.build(subject, None)  # options that exclude each other
+            raise ValueError(f"--method {its.key}: {refusal}")
+        its.build(subject.model)  # options that exclude each other
     return list(found.values())
 
 
@@ -77,31 +36,6 @@ def counterparts(methods: Sequence[Method], beside: Subject) -> list[Method]:
     """Return what a second model is shown with: the same methods where they fit, with their default options."""
     names = dict.fromkeys(catalogue.counterpart(method.name, beside.model) for method in methods)
     return [Method(name) for name in names]
-
-
-def parse_target(text: str | None, subject: Subject) -> int | None:
-    """Return the index of a class; None for None.
-
-    Args:
-        text: an index, or a name in any case.
-        subject: the model whose classes these are.
-
-    Raises:
-        ValueError: no such class, or several of this name.
-    """
-    if text is None:
-        return None
-    lowered = [name.lower() for name in subject.classes]
-    named = [index for index, name in enumerate(lowered) if name == text.lower()]
-    if len(named) > 1:
-        numbers = " and ".join(map(str, named))
-        raise ValueError(f"--target {text}: the classes {numbers} have this name; give the index.")
-    if named:
-        return named[0]
-    if text.isdecimal() and int(text) < len(lowered):
-        return int(text)
-    known = f"{subject.name} knows {len(lowered)} classes, 0..{len(lowered) - 1}. "
-    raise ValueError(f"--target {text}: no such class; {known}{nearest(text.lower(), lowered)}")
 
 
 def parse_query(text: str | None, subject: Subject) -> tuple[float, ...] | None:
@@ -196,45 +130,3 @@ class Question(NamedTuple):
         factors = (rows, columns) if len(self.query or ()) == 2 else (columns, rows, columns, rows)
         query = None if self.query is None else tuple(x * f for x, f in zip(self.query, factors, strict=True))
         return Question(beside, counterparts(self.methods, beside), layers, target, query)
-
-
-def _method(text: str) -> Method:
-    """One method from text."""
-    name, _, rest = text.partition(":")
-    if name not in catalogue.METHODS:
-        raise ValueError(f"--method {text}: no such method. {nearest(name, catalogue.METHODS)}")
-    known = catalogue.get(name).known_options
-    options = {}
-    for part in filter(None, rest.split(",")):
-        option, given, value = part.partition("=")
-        if option not in known:
-            raise ValueError(f"--method {text}: {name} has no option {option!r}. {nearest(option, known)}")
-        options[option] = _value(text, option, value if given else "true", known[option])
-    return Method(name, options)
-
-
-def _value(text: str, option: str, value: str, default: object) -> object:
-    """A value of the same kind as the option's default; where that is None, a number if it reads like one."""
-    if isinstance(default, str):
-        return value
-    if isinstance(default, bool):
-        if value.lower() not in _WORDS:
-            raise ValueError(f"--method {text}: {option} is true or false, not {value!r}.")
-        return _WORDS[value.lower()]
-    if isinstance(default, int):
-        if not value.lstrip("-").isdecimal():
-            raise ValueError(f"--method {text}: {option} is a whole number, not {value!r}.")
-        return int(value)
-    if isinstance(default, float):
-        return _number(text, option, value)
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value
-
-
-def _number(text: str, option: str, value: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise ValueError(f"--method {text}: {option} is a number, not {value!r}.") from None

@@ -92,22 +92,23 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> int:
 
 def _job(args: argparse.Namespace, command: str) -> Job:
     """Check everything that can be checked before the first image."""
+    from mamba_attn import subjects
     from mamba_attn.attribution._queries import check_query
-    from mamba_attn.explain import choices, subject
+    from mamba_attn.explain import choices
 
     paths = images.find(args.image) if args.image else images.samples()
-    first = subject.load(args.model, args.weights, args.device)
+    first = subjects.load(args.model, args.weights, args.device)
     question = choices.Question(
         first,
         choices.parse_methods(args.method, first),
         choices.parse_layers(args.layer, first),
-        choices.parse_target(args.target, first),
+        subjects.parse_target(args.target, first),
         choices.parse_query(args.query, first),
     )
     choices.check_query(question.query, question.methods)
     check_query("--query", question.query, first.transform.size)
-    beside = args.beside or (None if args.weights == "demo" else subject.NO_COMPANION)
-    second = subject.load_companion(beside, first, args.device)
+    beside = args.beside or (None if args.weights == "demo" else subjects.NO_COMPANION)
+    second = subjects.load_companion(beside, first, args.device)
     questions = [question, *([] if second is None else [question.of_companion(second)])]
     smallest = min(each.subject.parameters for each in questions)
     torch.set_num_threads(max(1, min(torch.get_num_threads(), smallest // _PARAMETERS_PER_THREAD)))

@@ -1,37 +1,13 @@
 """The page of one image: one HTML file that needs no network, and the list of all pages."""
 
-import html
 from collections.abc import Sequence
 
+from mamba_attn.attribution.named import Method
 from mamba_attn.explain.answer import Answer
-from mamba_attn.explain.choices import Method
-from mamba_attn.explain.sheet import PERCENTILE, limits
 from mamba_attn.figures import png
+from mamba_attn.figures.colours import PERCENTILE, limits
+from mamba_attn.figures.document import OPACITY, document, figure, safe
 from mamba_attn.figures.picture import data_uri
-
-_STYLE = """
-body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif;color:#222;background:#fff;
-  max-width:1180px;margin:24px auto;padding:0 20px}
-h1{font-size:22px;margin:0 0 4px}h2{font-size:17px;margin:22px 0 8px;border-top:1px solid #ddd;padding-top:16px}
-.note{color:#555;margin:0 0 10px;max-width:90ch}
-.row{display:flex;flex-wrap:wrap;gap:16px;margin-bottom:18px}
-figure{margin:0;width:256px}figcaption{font-size:13px;color:#444;margin-top:4px;overflow-wrap:anywhere}
-figcaption b{color:#222;font-weight:600}
-.stack{position:relative;width:256px;background:#eee}
-.stack img,.stack svg{position:absolute;inset:0;width:100%;height:100%}
-.stack .heat{opacity:var(--opacity,.6)}
-.matrix{width:256px;height:256px;image-rendering:pixelated;border:1px solid #ddd;box-sizing:border-box}
-h3{font-size:15px;margin:14px 0 6px}
-table{border-collapse:collapse;margin-top:4px}td{padding:0 8px 0 0}
-td.bar{width:80px}td.bar div{background:#3b6ea5;height:9px}td.p{text-align:right;font-variant-numeric:tabular-nums}
-label{font-size:14px}input{vertical-align:middle;width:180px}
-code{background:#f3f3f3;padding:1px 4px;overflow-wrap:anywhere}
-a img{display:block;max-width:100%;margin:4px 0 24px}
-"""
-_OPACITY = (
-    '<label>opacity of the maps <input type="range" min="0" max="1" step="0.05" value="0.6" '
-    "oninput=\"document.body.style.setProperty('--opacity',this.value)\"></label>"
-)
 
 
 def page(title: str, answers: Sequence[Answer], command: str) -> str:
@@ -44,13 +20,13 @@ def page(title: str, answers: Sequence[Answer], command: str) -> str:
     """
     maps, matrices = ("".join(map(part, answers)) for part in (_maps, _matrices))
     body = (
-        f"<h1>{_safe(title)}</h1><p class=note>Every map and matrix has its own colours. Positive ones run from dark "
+        f"<h1>{safe(title)}</h1><p class=note>Every map and matrix has its own colours. Positive ones run from dark "
         f"(low) to bright (high); signed ones are white at zero, blue below, red above. The largest "
-        f"{100 - PERCENTILE:g} % of the values share the last colour.</p>{_OPACITY}<h2>Maps</h2>{maps}"
+        f"{100 - PERCENTILE:g} % of the values share the last colour.</p>{OPACITY}<h2>Maps</h2>{maps}"
         "<h2>Attention matrices</h2><p class=note>Row i is what token i reads; channels, or heads, averaged.</p>"
-        f"{matrices}<h2>Again</h2><p><code>{_safe(command)}</code></p>"
+        f"{matrices}<h2>Again</h2><p><code>{safe(command)}</code></p>"
     )
-    return _document(title, body)
+    return document(title, body)
 
 
 def index(titles: Sequence[str], files: Sequence[str]) -> str:
@@ -61,28 +37,28 @@ def index(titles: Sequence[str], files: Sequence[str]) -> str:
         files: their pages' and pictures' file names, without suffix.
     """
     entries = "".join(
-        f'<a href="{_safe(file)}.html"><b>{_safe(title)}</b><img src="{_safe(file)}.png" alt="{_safe(title)}"></a>'
+        f'<a href="{safe(file)}.html"><b>{safe(title)}</b><img src="{safe(file)}.png" alt="{safe(title)}"></a>'
         for title, file in zip(titles, files, strict=True)
     )
-    return _document("mamba-attn explain", f"<h1>mamba-attn explain</h1>{entries}")
+    return document("mamba-attn explain", f"<h1>mamba-attn explain</h1>{entries}")
 
 
 def _maps(answer: Answer) -> str:
     subject = answer.question.subject
     about = f"{len(subject.layers)} layers, {subject.parameters / 1e6:.2f} M parameters"
-    photo = _figure(_stack(answer, ""), f"<b>{_safe(answer.name)}</b>, {about}{_classes(answer)}")
+    photo = figure(_stack(answer, ""), f"<b>{safe(answer.name)}</b>, {about}{_classes(answer)}")
     maps = "".join(_map(answer, method) for method in answer.methods)
     return f"<div class=row>{photo}{maps}</div>"
 
 
 def _matrices(answer: Answer) -> str:
     panels = "".join(_matrix(answer, layer) for layer in answer.matrices)
-    return f"<h3>{_safe(answer.name)}</h3><div class=row>{panels}</div>"
+    return f"<h3>{safe(answer.name)}</h3><div class=row>{panels}</div>"
 
 
 def _classes(answer: Answer) -> str:
     rows = "".join(
-        f"<tr><td>{_safe(name)}</td><td class=p>{probability:.1%}</td>"
+        f"<tr><td>{safe(name)}</td><td class=p>{probability:.1%}</td>"
         f'<td class=bar><div style="width:{100 * probability:.1f}%"></div></td></tr>'
         for name, probability in answer.best()
     )
@@ -92,21 +68,17 @@ def _classes(answer: Answer) -> str:
 def _map(answer: Answer, method: Method) -> str:
     values = answer.maps[method.key]
     heat = data_uri(png.matrix_rgb(values, **limits(values)))
-    of = f" of <i>{_safe(answer.class_name(answer.explained))}</i>" if method.of_a_class else ""
+    of = f" of <i>{safe(answer.class_name(answer.explained))}</i>" if method.of_a_class else ""
     meaning = method.entry.meaning.format(reader=answer.reader)
-    caption = f"<b>{_safe(method.title)}</b>{of}<br>{values.min():.2g} to {values.max():.2g}<br>{meaning}"
-    return _figure(_stack(answer, f'<img class=heat src="{heat}" alt="{_safe(method.title)}">'), caption)
+    caption = f"<b>{safe(method.title)}</b>{of}<br>{values.min():.2g} to {values.max():.2g}<br>{meaning}"
+    return figure(_stack(answer, f'<img class=heat src="{heat}" alt="{safe(method.title)}">'), caption)
 
 
 def _matrix(answer: Answer, layer: str) -> str:
     values = answer.matrices[layer]
     picture = data_uri(png.matrix_rgb(values, **limits(values)))
-    caption = f"<b>{_safe(answer.depth(layer))}</b>, {_safe(layer)}, {values.shape[0]} tokens"
-    return _figure(f'<img class=matrix src="{picture}" alt="attention matrix of {_safe(layer)}">', caption)
-
-
-def _figure(content: str, caption: str) -> str:
-    return f"<figure>{content}<figcaption>{caption}</figcaption></figure>"
+    caption = f"<b>{safe(answer.depth(layer))}</b>, {safe(layer)}, {values.shape[0]} tokens"
+    return figure(f'<img class=matrix src="{picture}" alt="attention matrix of {safe(layer)}">', caption)
 
 
 def _stack(answer: Answer, above: str) -> str:
@@ -128,14 +100,3 @@ def _mark(answer: Answer) -> str:
         shape = f'<rect x="{x0:g}" y="{y0:g}" width="{x1 - x0:g}" height="{y1 - y0:g}"'
     line = 'fill="none" stroke="cyan" stroke-width="2" vector-effect="non-scaling-stroke"'
     return f'<svg viewBox="0 0 {columns} {rows}">{shape} {line}/></svg>'
-
-
-def _document(title: str, body: str) -> str:
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_safe(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>{body}</body></html>\n'
-    )
-
-
-def _safe(text: str) -> str:
-    return html.escape(text)

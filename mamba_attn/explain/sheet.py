@@ -1,28 +1,14 @@
 """The picture of one image: a row per model, what it saw, its maps, its matrices."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from mamba_attn.explain.answer import Answer
 from mamba_attn.figures import png
-from mamba_attn.figures.colours import INK
+from mamba_attn.figures.colours import INK, limits
 
-PERCENTILE = 99.5  # values beyond it take the last colour: a few tokens would outshine the rest
 _MARK = "#00ffff"
-
-
-def limits(values: np.ndarray) -> dict[str, Any]:
-    """Return the colour range of a map or matrix, as keyword arguments of the figures.
-
-    Signed values are centred on zero; the largest half percent are not told apart.
-    """
-    signed = bool((values < 0).any())
-    low, high = (0.0, float(np.percentile(np.abs(values), PERCENTILE))) if signed else _range(values)
-    if not high > low:
-        return {"signed": signed}
-    return {"signed": signed, "limits": (-high, high) if signed else (low, high)}
 
 
 def sheet(answers: Sequence[Answer]) -> np.ndarray:
@@ -76,7 +62,3 @@ def _shrunk(panel: np.ndarray, height: int) -> np.ndarray:
         return panel
     width = max(1, round(panel.shape[1] * height / panel.shape[0]))
     return np.asarray(Image.fromarray(panel).resize((width, height), Image.Resampling.BOX))
-
-
-def _range(values: np.ndarray) -> tuple[float, float]:
-    return float(values.min()), float(np.percentile(values, PERCENTILE))

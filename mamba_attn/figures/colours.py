@@ -12,6 +12,7 @@ PATH = list(plotly.colors.sequential.Plasma[:-1])  # the last one is lost on whi
 MISSING = (128, 128, 128)  # NaN and Inf
 EMPTY = np.array([240, 240, 240], dtype=np.uint8)  # cells without a value
 INK = "#222222"
+PERCENTILE = 99.5  # of maps: values beyond it take the last colour; a few tokens would outshine the rest
 
 
 class Scale(NamedTuple):
@@ -109,6 +110,18 @@ def scales(
     return [scale(every if shared else array, limits=limits, signed=signed, colours=colours) for array in arrays]
 
 
+def limits(values: np.ndarray) -> dict[str, Any]:
+    """Return the colour range of a map or matrix, as keyword arguments of the figures.
+
+    Signed values are centred on zero; the largest half percent are not told apart.
+    """
+    signed = bool((values < 0).any())
+    low, high = (0.0, float(np.percentile(np.abs(values), PERCENTILE))) if signed else _range(values)
+    if not high > low:
+        return {"signed": signed}
+    return {"signed": signed, "limits": (-high, high) if signed else (low, high)}
+
+
 def plotly_scale(colours: Sequence[str]) -> list[list[float | str]]:
     """Return colours as a plotly colorscale."""
     return [
@@ -141,3 +154,7 @@ def _channels(colour: str) -> tuple[float, ...]:
     if colour.startswith("#"):
         return tuple(plotly.colors.hex_to_rgb(colour))
     return tuple(float(channel) for channel in plotly.colors.unlabel_rgb(colour))
+
+
+def _range(values: np.ndarray) -> tuple[float, float]:
+    return float(values.min()), float(np.percentile(values, PERCENTILE))

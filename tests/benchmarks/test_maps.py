@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from benchmarks import boxes, images, maps, methods, run, scores
 from benchmarks.measure import wall_seconds
 from mamba_attn import models
-from mamba_attn.models.transforms import EvaluationTransform
+from mamba_attn.evaluation.bootstrap import Interval
 
 SIZES = [(16, 16), (17, 23)]
 TINY = {
@@ -104,27 +104,6 @@ def test_maps_that_no_model_made():
     centred = scores.centred_map((1, 41, 35))[0]
     assert centred.argmax() == 20 * 35 + 17
     assert torch.allclose(centred, centred.flip(0, 1))
-
-
-def test_a_box_covers_its_area_wherever_its_edges_are():
-    transform = EvaluationTransform((16, 16), (16, 16), "bilinear")
-    part = boxes.coverage([[3.3, 5.1, 17.9, 30.0]], (32, 32), transform)
-    assert part.sum().item() == pytest.approx((17.9 - 3.3) * (30.0 - 5.1) / 4, rel=1e-5)
-    assert part[2, 1].item() == pytest.approx((3 - 2.55) * (2 - 1.65), rel=1e-4)
-    assert part[5, 4] == 1
-    twice = boxes.coverage([[4, 4, 12, 12], [8, 4, 20, 12]], (32, 32), transform)
-    assert torch.equal(twice, boxes.coverage([[4, 4, 20, 12]], (32, 32), transform))
-
-
-def test_boxes_go_the_way_of_the_image():
-    image = np.zeros((40, 70, 3), np.uint8)
-    image[10:30, 20:50] = 255
-    transform = EvaluationTransform((15, 17), (20, 20), "bilinear")  # scaled by a half, then cut
-    seen = transform.pixels(Image.fromarray(image))[..., 0] / 255
-    part = boxes.coverage([[20, 10, 50, 30]], (40, 70), transform)
-    assert np.abs(seen - part.numpy()).max() < 0.6  # interpolation blurs edges
-    assert np.abs(seen - part.numpy()).mean() < 0.06
-    assert boxes.coverage([[0, 0, 9, 40]], (40, 70), transform).sum() == 0  # cut away
 
 
 def test_only_images_with_small_boxes_are_read(data, tmp_path):
@@ -230,17 +209,6 @@ def test_deletion_by_another_images_map():
     assert judged["another image"].value == 0
 
 
-def test_the_interval_is_that_of_the_sample():
-    sample = np.random.default_rng(1).normal(5, 2, 400)
-    found = scores.bootstrap(scores.mean, sample)
-    assert found.value == sample.mean()
-    assert (found.high - found.low) / 2 == pytest.approx(1.96 * sample.std() / 20, rel=0.1)
-    assert found.low < found.quartiles[0] < found.value < found.quartiles[1] < found.high
-    assert found == scores.bootstrap(scores.mean, sample)
-    paired = scores.bootstrap(scores.ratio_of_means, 3 * sample, sample)
-    assert (paired.low, paired.value, paired.high) == pytest.approx((3, 3, 3))
-
-
 def test_another_images_map_is_worth_what_it_shows_of_this_one():
     inside = torch.zeros(2, 8, 8)
     inside[0, :4], inside[1, 4:] = 1, 1
@@ -254,7 +222,7 @@ def test_another_images_map_is_worth_what_it_shows_of_this_one():
 
 def test_the_headline_is_the_best_default_not_the_best_variant():
     def entry(value):
-        return {"ratio": scores.Interval(value, value - 0.2, (value - 0.1, value + 0.1), value + 0.2)}
+        return {"ratio": Interval(value, value - 0.2, (value - 0.1, value + 0.1), value + 0.2)}
 
     found = {
         "images": 156,

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from mamba_attn import images, trace
+from mamba_attn import images, subjects, trace
 from mamba_attn.attribution import AttentionRollout, MambaAttribution, RawAttention, TransformerAttribution
-from mamba_attn.explain import choices, subject
+from mamba_attn.explain import choices
 from mamba_attn.explain.answer import _at_depths, answer
 from tests.explain.cases import CLASSES, VIM, VIT, VMAMBA, photo, save
 
@@ -16,7 +16,7 @@ CASES = {"vim_micro": VIM, "vmamba_micro": VMAMBA, "vit_micro": VIT}
 @pytest.fixture(scope="module", params=CASES)
 def loaded(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    return subject.load(request.param, save(folder, request.param, CASES[request.param])), photo(folder)
+    return subjects.load(request.param, save(folder, request.param, CASES[request.param])), photo(folder)
 
 
 def ask(loaded, **more):
@@ -89,7 +89,7 @@ def test_a_quarter_half_and_three_quarters(count, expected):
 
 def test_official_models_see_the_crop_that_they_were_measured_with(tmp_path):
     path = save(tmp_path / "tiny", "vim_tiny", {**VIM, "image_size": [32, 48]})
-    found = ask((subject.load("vim_tiny", path), photo(tmp_path)))
+    found = ask((subjects.load("vim_tiny", path), photo(tmp_path)))
     picture = images.read(photo(tmp_path))
     expected = images.crop(picture, (32, 48), cover=(36, 54), interpolation="bicubic")
     assert np.array_equal(found.image, expected)

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from mamba_attn import attribution
-from mamba_attn.explain import choices, subject
+from mamba_attn.explain import choices
+from mamba_attn.subjects import load, parse_target
 from tests.explain.cases import CLASSES, VIM, VIT, VMAMBA, save
 
 
@@ -13,8 +14,7 @@ from tests.explain.cases import CLASSES, VIM, VIT, VMAMBA, save
 def subjects(tmp_path_factory):
     configurations = {"vim_micro": VIM, "vmamba_micro": VMAMBA, "vit_micro": VIT}
     return {
-        name: subject.load(name, save(tmp_path_factory.mktemp(name), name, options))
-        for name, options in configurations.items()
+        name: load(name, save(tmp_path_factory.mktemp(name), name, options)) for name, options in configurations.items()
     }
 
 
@@ -30,9 +30,9 @@ def test_three_methods_by_default(subjects, name, last):
 def test_options_reach_the_method(subjects):
     texts = ["mamba_attribution:rule=paper", "attention_rollout:signed", "raw_attention:signed=false,convention=exact"]
     paper, rollout, raw = choices.parse_methods([*texts, "mamba_attribution:rule=paper"], subjects["vim_micro"])
-    assert paper.build(subjects["vim_micro"], None).rule == "paper"
-    assert rollout.build(subjects["vim_micro"], None).signed is True
-    built = raw.build(subjects["vim_micro"], ["layers.1.mixer"])
+    assert paper.build(subjects["vim_micro"].model, None).rule == "paper"
+    assert rollout.build(subjects["vim_micro"].model, None).signed is True
+    built = raw.build(subjects["vim_micro"].model, ["layers.1.mixer"])
     assert isinstance(built, attribution.RawAttention)
     assert built.signed is False
     assert built.layers == ["layers.1.mixer"]
@@ -84,11 +84,11 @@ def test_a_query_needs_methods_that_read_rows(subjects):
 def test_methods_beyond_the_default(subjects):
     texts = ["mamba_lrp:gamma_layers=*.in_proj,gamma=0.5", "implicit_attention:gradient=false,rollout=false,conv=no"]
     lrp, implicit, frozen = choices.parse_methods([*texts, "frozen_contribution"], subjects["vim_micro"])
-    built = lrp.build(subjects["vim_micro"], None)
+    built = lrp.build(subjects["vim_micro"].model, None)
     assert (built.gamma_layers, built.gamma) == (("*.in_proj",), 0.5)
-    assert implicit.build(subjects["vim_micro"], None).parts["conv"] is False
+    assert implicit.build(subjects["vim_micro"].model, None).parts["conv"] is False
     assert [method.of_a_class for method in (lrp, implicit, frozen)] == [True, False, True]
-    assert isinstance(frozen.build(subjects["vit_micro"], None), attribution.FrozenContribution)
+    assert isinstance(frozen.build(subjects["vit_micro"].model, None), attribution.FrozenContribution)
     beside = choices.counterparts([lrp, implicit, frozen], subjects["vit_micro"])
     assert [method.name for method in beside] == ["transformer_attribution", "frozen_contribution"]
     for text in texts:
@@ -103,17 +103,17 @@ def test_scans_have_no_method_of_a_vit(subjects):
 
 def test_targets(subjects):
     vim = subjects["vim_micro"]
-    assert choices.parse_target(None, vim) is None
-    assert [choices.parse_target(text, vim) for text in ("HAT", "hat", "1", "0", CLASSES[2])] == [1, 1, 1, 0, 2]
+    assert parse_target(None, vim) is None
+    assert [parse_target(text, vim) for text in ("HAT", "hat", "1", "0", CLASSES[2])] == [1, 1, 1, 0, 2]
     for text in ("3", "-1", "1.0", "²"):
         with pytest.raises(ValueError, match=rf"--target {text}: no such class; vim_micro knows 3 classes, 0..2"):
-            choices.parse_target(text, vim)
+            parse_target(text, vim)
     with pytest.raises(ValueError, match="Did you mean 'dress'"):
-        choices.parse_target("Dres", vim)
+        parse_target("Dres", vim)
     cranes = dataclasses.replace(vim, classes=["crane", "hat", "Crane"])
     with pytest.raises(ValueError, match="--target crane: the classes 0 and 2 have this name; give the index"):
-        choices.parse_target("crane", cranes)
-    assert choices.parse_target("2", cranes) == 2
+        parse_target("crane", cranes)
+    assert parse_target("2", cranes) == 2
 
 
 def test_queries(subjects):

@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mamba_attn.explain import choices, subject
+from mamba_attn import subjects
+from mamba_attn.explain import choices
 from mamba_attn.explain.answer import answer
 from mamba_attn.explain.page import index, page
-from mamba_attn.explain.sheet import limits, marked, sheet
+from mamba_attn.explain.sheet import marked, sheet
+from mamba_attn.figures.colours import limits
 from tests.explain.cases import VIM, VIT, photo, save
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    vim = subject.load("vim_micro", save(folder / "vim", "vim_micro", VIM))
-    vit = subject.load("vit_micro", save(folder / "vit", "vit_micro", VIT))
+    vim = subjects.load("vim_micro", save(folder / "vim", "vim_micro", VIM))
+    vit = subjects.load("vit_micro", save(folder / "vit", "vit_micro", VIT))
     question = choices.Question(vim, choices.parse_methods([], vim), query=(9.0, 20.0), target=2)
     path = photo(folder)
     return [answer(question, path), answer(question.of_companion(vit), path)]

@@ -1,4 +1,4 @@
-"""The models that are explained: built by name, with the names of their classes and what they are shown."""
+"""The models that commands work on: built by name, with the names of their classes and what they are shown."""
 
 import importlib.util
 import json
@@ -12,6 +12,7 @@ from torch import nn
 
 from mamba_attn import _torchvision, models
 from mamba_attn.adapters import AttentionAdapter, find_mixers
+from mamba_attn.errors import nearest
 from mamba_attn.models import registry
 from mamba_attn.models.transforms import EvaluationTransform
 
@@ -98,6 +99,31 @@ def load_companion(name: str | None, subject: Subject, device: str = "cpu") -> S
         fits = subject.name.endswith("_micro") and not subject.softmax and _COMPANION in registry.demos()
         name = _COMPANION if fits else NO_COMPANION
     return None if name == NO_COMPANION else load(name, "demo", device)
+
+
+def parse_target(text: str | None, subject: Subject) -> int | None:
+    """Return the index of a class; None for None.
+
+    Args:
+        text: an index, or a name in any case.
+        subject: the model whose classes these are.
+
+    Raises:
+        ValueError: no such class, or several of this name.
+    """
+    if text is None:
+        return None
+    lowered = [name.lower() for name in subject.classes]
+    named = [index for index, name in enumerate(lowered) if name == text.lower()]
+    if len(named) > 1:
+        numbers = " and ".join(map(str, named))
+        raise ValueError(f"--target {text}: the classes {numbers} have this name; give the index.")
+    if named:
+        return named[0]
+    if text.isdecimal() and int(text) < len(lowered):
+        return int(text)
+    known = f"{subject.name} knows {len(lowered)} classes, 0..{len(lowered) - 1}. "
+    raise ValueError(f"--target {text}: no such class; {known}{nearest(text.lower(), lowered)}")
 
 
 def _card(path: Path) -> dict[str, Any]:

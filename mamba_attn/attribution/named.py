@@ -1,0 +1,104 @@
+"""A method and its options, from text: what commands take."""
+
+import ast
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from mamba_attn.attribution import catalogue
+from mamba_attn.attribution._base import MapAttribution
+from mamba_attn.errors import nearest
+
+_WORDS = {"true": True, "yes": True, "false": False, "no": False}
+
+
+@dataclass(frozen=True)
+class Method:
+    """An attribution method and its options.
+
+    Args:
+        name: in the catalogue of methods.
+        options: keyword arguments of its class.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """As the user writes it, and as the array is called."""
+        options = ",".join(f"{name}={str(value).lower()}" for name, value in self.options.items())
+        return f"{self.name}:{options}" if options else self.name
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        return f"{self.entry.title} ({options})" if options else self.entry.title
+
+    @property
+    def entry(self) -> catalogue.Entry:
+        """What the catalogue says of it."""
+        return catalogue.get(self.name)
+
+    @property
+    def of_a_class(self) -> bool:
+        """Whether the map depends on the class."""
+        return self.entry.depends_on_class(self.options)
+
+    def build(self, model: nn.Module, layers: Sequence[str] | None = None) -> MapAttribution:
+        """Return the method on a model; ``layers`` of None stands for the method's own default."""
+        return catalogue.build(self.name, model, layers=layers, **self.options)
+
+
+def method(text: str, option: str = "--method") -> Method:
+    """Return a method as a user writes it.
+
+    Args:
+        text: ``NAME`` or ``NAME:OPTION=VALUE,OPTION``, e.g. ``attention_rollout:signed``.
+        option: of the command line, for errors.
+
+    Raises:
+        ValueError: an unknown name, option or value.
+    """
+    call = f"{option} {text}"
+    name, _, rest = text.partition(":")
+    if name not in catalogue.METHODS:
+        raise ValueError(f"{call}: no such method. {nearest(name, catalogue.METHODS)}")
+    known = catalogue.get(name).known_options
+    options = {}
+    for part in filter(None, rest.split(",")):
+        key, given, value = part.partition("=")
+        if key not in known:
+            raise ValueError(f"{call}: {name} has no option {key!r}. {nearest(key, known)}")
+        options[key] = _value(call, key, value if given else "true", known[key])
+    return Method(name, options)
+
+
+def _value(call: str, option: str, value: str, default: object) -> object:
+    """A value of the same kind as the option's default; where that is None, a number if it reads like one."""
+    if isinstance(default, str):
+        return value
+    if isinstance(default, bool):
+        if value.lower() not in _WORDS:
+            raise ValueError(f"{call}: {option} is true or false, not {value!r}.")
+        return _WORDS[value.lower()]
+    if isinstance(default, int):
+        if not value.lstrip("-").isdecimal():
+            raise ValueError(f"{call}: {option} is a whole number, not {value!r}.")
+        return int(value)
+    if isinstance(default, float):
+        return _number(call, option, value)
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _number(call: str, option: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"{call}: {option} is a number, not {value!r}.") from None

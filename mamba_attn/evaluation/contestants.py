@@ -1,0 +1,146 @@
+"""What is compared, from text: models with their weights, methods by name, and what all figures depend on."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import torch
+from torch import nn
+
+from mamba_attn import subjects
+from mamba_attn.attribution import MapAttribution, catalogue, named
+from mamba_attn.errors import MambaAttnError, nearest
+from mamba_attn.subjects import Subject
+
+PREDICTED, LABEL = "predicted", "label"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the figures depend on besides image, model and method.
+
+    Args:
+        target: "predicted", "label", or the index or name of a class that is explained in every image.
+        fill: what replaces removed pixels.
+        precision: in which the model answers when it is perturbed; maps are always of float32.
+        stages: of the cascade of randomised models.
+        seed: of everything random.
+    """
+
+    target: str = PREDICTED
+    fill: str = "black"
+    precision: str = "float32"
+    stages: int = 6
+    seed: int = 0
+
+    def of(self, measure: str) -> str:
+        """Return those that a measure depends on, as text."""
+        more = {"perturbation": ("fill", "seed"), "pixels": ("fill", "seed"), "sanity": ("stages", "seed")}
+        names = ("target", "precision", *more.get(measure, ()))
+        return json.dumps({name: value for name, value in asdict(self).items() if name in names})
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the comparison, as text: what a worker builds it from.
+
+    Args:
+        name: see ``mamba_attn.models.create``.
+        weights: "demo", "official" or a file.
+        device: "cpu" or "cuda".
+    """
+
+    name: str
+    weights: str = "demo"
+    device: str = "cpu"
+
+    @classmethod
+    def parse(cls, text: str, device: str = "cpu") -> "Model":
+        """Read ``NAME`` or ``NAME=WEIGHTS``."""
+        name, given, weights = text.partition("=")
+        return cls(name, weights if given else "demo", device)
+
+    @property
+    def subject(self) -> Subject:
+        """The model itself, built once per process; see ``subjects.load`` for the errors."""
+        return _subject(self)
+
+    @property
+    def identity(self) -> str:
+        """Name and hash of the weights, as results are filed under it."""
+        return f"{self.name}:{_weights_hash(self)}"
+
+    def explained(self, options: Options) -> int | None:
+        """Return the class that ``target`` names; None for "predicted" and "label".
+
+        Raises:
+            ValueError: no such class.
+        """
+        if options.target in (PREDICTED, LABEL):
+            return None
+        return subjects.parse_target(options.target, self.subject)
+
+
+def choose_methods(texts: Sequence[str]) -> tuple[list[str], dict[str, int]]:
+    """Return the methods' keys, and how many images some of them get at most.
+
+    Args:
+        texts: "all", names separated by commas, or one method with options each, ``NAME:OPTION=VALUE,OPTION``; every
+            name may end in ``@N``, a number of images. What is named after "all" takes the place of its plain form.
+
+    Raises:
+        ValueError: an unknown name, option or value, or no methods.
+    """
+    pieces = [piece for text in texts for piece in ([text] if ":" in text else text.split(","))]
+    found: list[str] = []
+    most: dict[str, int] = {}
+    for piece in filter(None, map(str.strip, pieces)):
+        if piece.lower() == "all":
+            found += catalogue.METHODS
+            continue
+        text, at, count = piece.rpartition("@") if "@" in piece else (piece, "", "")
+        if at and not (count.isdecimal() and int(count)):
+            raise ValueError(f"--methods {piece}: expected a number of images after @.")
+        name, colon, rest = text.partition(":")
+        its = named.method(name.lower() + colon + rest, "--methods")
+        if its.name in found and its.key != its.name and "all" in map(str.lower, texts):
+            found.remove(its.name)
+        found.append(its.key)
+        if at:
+            most[its.key] = int(count)
+    if not found:
+        raise ValueError(f"--methods {' '.join(texts)!r}: expected 'all' or names. {nearest('', catalogue.METHODS)}")
+    return list(dict.fromkeys(found)), most
+
+
+@cache
+def misfit(method: str, model: Model) -> str | None:
+    """Return why a method does not fit a model, and which would; None if it does. Options are tried once."""
+    its, subject = named.method(method, "--methods"), model.subject
+    refusal = catalogue.refusal(its.name, subject.model, model.name)
+    if refusal is None and its.options:
+        try:
+            its.build(subject.model).attribute(torch.zeros(1, 3, *subject.transform.size, device=subject.device))
+        except (MambaAttnError, ValueError, TypeError) as error:
+            return str(error)
+    return refusal
+
+
+def build(method: str, model: nn.Module) -> MapAttribution:
+    """Return a method on a model."""
+    return named.method(method, "--methods").build(model)
+
+
+@cache
+def _subject(model: Model) -> Subject:
+    return subjects.load(model.name, model.weights, model.device)
+
+
+@cache
+def _weights_hash(model: Model) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(model.subject.model.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]

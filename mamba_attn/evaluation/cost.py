@@ -1,0 +1,83 @@
+"""What a map costs: seconds and peak bytes of memory per image."""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+RUNS = 2  # timed, after one that loads and compiles
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one call.
+
+    Args:
+        seconds: wall time, the fastest of a few runs.
+        peak_bytes: memory of tensors at the worst moment, beyond what was there before.
+    """
+
+    seconds: float
+    peak_bytes: int
+
+
+def cost(call: Callable[[], object], device: torch.device) -> Cost:
+    """Measure a call.
+
+    Args:
+        call: what is measured; it is called four times.
+        device: where it runs.
+    """
+    call()
+    seconds = min(_timed(call, device) for _ in range(RUNS))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return Cost(seconds, torch.cuda.max_memory_allocated(device) - before)
+    return Cost(seconds, _peak(call))
+
+
+def _timed(call: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    started = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak(call: Callable[[], object]) -> int:
+    """The allocator's own record, so that what is freed at once counts too."""
+    with (
+        _quiet(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
+        call()
+    results = profile.profiler.kineto_results
+    changes = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
+    live = peak = 0
+    for _, change in changes:
+        live += change
+        peak = max(peak, live)
+    return peak
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the profiler's library writes to the process's stderr when it starts and stops."""
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)

@@ -1,0 +1,133 @@
+"""Localisation: does a map stand where the object stands? Segmentation metrics, the pointing game, energy inside.
+
+Pixel accuracy, mAP and mIoU follow the ImageNet-Segmentation protocol of Chefer et al., CVPR 2021: the map, scaled to
+0..1 per image, is foreground above its own mean; a pixel's scores for (background, foreground) are (1 - map, map), and
+both channels form one ranking per image, which is why the scaling matters.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from mamba_attn._types import Float
+from mamba_attn.evaluation.ranking import check_finite, constant
+
+HALF = 0.5  # of a pixel: from there on it counts as the object's
+
+
+@dataclass(frozen=True)
+class Located:
+    """What one map is worth on one image; sums and counts, so that a set of images has its own ratios.
+
+    Args:
+        area: share of the image that the object covers.
+        correct: pixels on the right side of the threshold.
+        pixels: of the image.
+        intersections: pixels that (background, foreground) share with the truth.
+        unions: pixels that either of them has.
+        precision: average precision of the pooled channels.
+        hit: share of the map's highest pixels that lie on the object; None where there is no object.
+        energy: share of the map's positive part on the object; None where there is no object.
+        trap_area: share of the image that the trap covers; None where there is none.
+        trap_energy: share of the map's positive part on the trap.
+        one_class: the truth is all object or all background.
+        constant: the map says nothing.
+    """
+
+    area: float
+    correct: int
+    pixels: int
+    intersections: tuple[int, int]
+    unions: tuple[int, int]
+    precision: float
+    hit: float | None
+    energy: float | None
+    trap_area: float | None
+    trap_energy: float | None
+    one_class: bool
+    constant: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for a JSON file."""
+        return asdict(self)
+
+
+def locate(
+    values: Float[Tensor, "rows columns"], inside: Float[Tensor, "height width"],
+    trap: Float[Tensor, "height width"] | None = None,
+) -> Located:  # fmt: skip
+    """Judge one map by where the object is.
+
+    Args:
+        values: the map, in pixels.
+        inside: which part of every pixel is the object's, in 0..1.
+        trap: likewise, what is there to mislead.
+
+    Raises:
+        ValueError: sizes that differ.
+        NonFiniteError: NaN or Inf in the map.
+    """
+    if values.shape != inside.shape:
+        raise ValueError(f"locate: the map has {tuple(values.shape)} pixels, the truth {tuple(inside.shape)}.")
+    check_finite(values.unsqueeze(0))
+    array, part = values.detach().double().cpu().numpy(), inside.double().cpu().numpy()
+    truth, scaled = part >= HALF, unit_range(array)
+    found = scaled > scaled.mean()
+    both = [((~truth, ~found), (truth, found))[channel] for channel in (0, 1)]
+    known = bool(truth.any())
+    other = None if trap is None else trap.double().cpu().numpy()
+    return Located(
+        area=float(part.mean()),
+        correct=int((truth == found).sum()),
+        pixels=truth.size,
+        intersections=(int((both[0][0] & both[0][1]).sum()), int((both[1][0] & both[1][1]).sum())),
+        unions=(int((both[0][0] | both[0][1]).sum()), int((both[1][0] | both[1][1]).sum())),
+        precision=average_precision(
+            np.concatenate([~truth.ravel(), truth.ravel()]), np.concatenate([1 - scaled.ravel(), scaled.ravel()])
+        ),
+        hit=float(part[array == array.max()].mean()) if known else None,
+        energy=float(energy_share(array, part)) if known else None,
+        trap_area=None if other is None else float(other.mean()),
+        trap_energy=None if other is None else float(energy_share(array, other)),
+        one_class=bool(truth.all() or not known),
+        constant=bool(constant(values.unsqueeze(0))[0]),
+    )
+
+
+def unit_range(values: np.ndarray) -> np.ndarray:
+    """Return a map scaled to 0..1; a constant one is 1/2 everywhere, which ranks nothing and is nowhere foreground."""
+    low, high = values.min(), values.max()
+    return np.full_like(values, HALF) if high == low else (values - low) / (high - low)
+
+
+def energy_share(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Return the share of a map's positive part that lies inside; a map without one counts as a uniform one.
+
+    Args:
+        values: (..., rows, columns).
+        inside: likewise, in 0..1.
+    """
+    positive = np.maximum(np.asarray(values, dtype=np.float64), 0)
+    total, area = positive.sum((-2, -1)), np.asarray(inside, dtype=np.float64).mean((-2, -1))
+    share = (positive * inside).sum((-2, -1)) / np.where(total > 0, total, 1)
+    return np.asarray(np.where(total > 0, share, area))
+
+
+def average_precision(truth: np.ndarray, scores: np.ndarray) -> float:
+    """Return the mean precision over the positives, in the order of the scores; equal scores form one step.
+
+    The sum of (recall_n - recall_(n-1)) x precision_n over distinct scores, without interpolation, as in scikit-learn.
+
+    Args:
+        truth: (items,) bool.
+        scores: (items,).
+    """
+    order = np.argsort(-scores, kind="stable")
+    hits, ranked = np.cumsum(truth[order], dtype=np.int64), scores[order]
+    last = np.flatnonzero(np.append(np.diff(ranked) != 0, True))  # of every group of equal scores
+    if hits[-1] == 0:
+        return 0.0
+    precision = hits[last] / (last + 1)
+    return float((np.diff(hits[last], prepend=0) * precision).sum() / hits[-1])

@@ -1,0 +1,195 @@
+"""Every figure of the comparison: from which lines it comes, how images add up to it, and which direction is better."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mamba_attn.evaluation import perturbation
+
+SMALL = 0.5  # of the image: larger objects leave a map little to miss
+Columns = Callable[[dict[str, Any]], Sequence[float] | None]  # of one image's line; None: this image says nothing
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure over images.
+
+    Args:
+        name: in the files.
+        title: in tables.
+        better: +1 where higher is better, -1 where lower is, 0 where neither.
+        measure: whose lines it is of.
+        columns: of one image; their means over images make the figure.
+        combine: means (..., columns) to figures.
+        note: what it is, in a sentence.
+    """
+
+    name: str
+    title: str
+    better: int
+    measure: str
+    columns: Columns
+    combine: Callable[[np.ndarray], np.ndarray] = lambda means: means[..., 0]
+    note: str = ""
+
+
+def _hits(line: dict[str, Any], sign: int, of: str) -> np.ndarray | None:
+    wanted = line["predicted"] if of == "top" else line["label"]
+    return None if wanted is None else np.equal(line["answers"][sign], wanted).astype(np.float64)
+
+
+def _auc(sign: int, of: str) -> Columns:
+    def columns(line: dict[str, Any]) -> Sequence[float] | None:
+        hits = _hits(line, sign, of)
+        return None if hits is None else [float(perturbation.auc(hits))]
+
+    return columns
+
+
+def _accuracy(sign: int, of: str) -> Columns:
+    def columns(line: dict[str, Any]) -> Sequence[float] | None:
+        hits = _hits(line, sign, of)
+        return None if hits is None else [100 * float(hits.mean())]
+
+    return columns
+
+
+def _gap(of: str) -> Columns:
+    def columns(line: dict[str, Any]) -> Sequence[float] | None:
+        both = [_hits(line, sign, of) for sign in (1, 0)]
+        if both[0] is None or both[1] is None:
+            return None
+        clean = float(of == "top" or line["predicted"] == line["label"])
+        return [*(float(perturbation.auc(hits)) for hits in both if hits is not None), clean]
+
+    return columns
+
+
+def _gained(means: np.ndarray) -> np.ndarray:
+    """(negative - positive AUC) / (80 x clean accuracy)."""
+    clean = means[..., 2]
+    return np.asarray((means[..., 0] - means[..., 1]) / np.where(clean > 0, 80 * clean, np.nan))
+
+
+def _probability(area: Callable[..., np.ndarray]) -> Columns:
+    def columns(line: dict[str, Any]) -> Sequence[float]:
+        clean, blank = np.array(line["clean"]), np.array(line["blank"])
+        return [100 * float(area(np.array(line["probability"]), clean, blank))]
+
+    return columns
+
+
+def _perturbations(measure: str, prefix: str = "", suffix: str = "") -> list[Metric]:
+    found = []
+    for of, against in (("top", "clean prediction"), ("target", "label")):
+        for sign, name, better in ((0, "positive", -1), (1, "negative", 1)):
+            found += [
+                Metric(f"{prefix}{name}_auc_{of}", f"{name[:3]} AUC {of}{suffix}", better, measure, _auc(sign, of),
+                       note=f"{name} perturbation, area under the accuracy against the {against}, 80 at most"),
+                Metric(f"{prefix}{name}_mean_{of}", f"{name[:3]} mean {of}{suffix}", better, measure,
+                       _accuracy(sign, of), note=f"mean of the nine accuracies against the {against}, %"),
+            ]  # fmt: skip
+        found.append(
+            Metric(f"{prefix}gap_{of}", f"gap {of}{suffix}", 1, measure, _gap(of), _gained,
+                   "(negative - positive AUC) / (80 x clean accuracy): compares models of different accuracy")
+        )  # fmt: skip
+    return [
+        *found,
+        Metric(f"{prefix}deletion", f"deletion{suffix}", -1, measure, _probability(perturbation.deletion),
+               note="area under the explained class's probability as the highest cells are removed, %"),
+        Metric(f"{prefix}insertion", f"insertion{suffix}", 1, measure, _probability(perturbation.insertion),
+               note="likewise as the highest cells are put on a blank image, %"),
+    ]  # fmt: skip
+
+
+def _small(columns: Columns) -> Columns:
+    return lambda line: columns(line) if line["area"] < SMALL else None
+
+
+def _located(name: str, factor: float = 1.0) -> Columns:
+    return lambda line: None if line[name] is None else [factor * line[name]]
+
+
+def _both(line: dict[str, Any]) -> Sequence[float]:
+    (i0, i1), (u0, u1) = line["intersections"], line["unions"]
+    return [i0, u0, i1, u1]
+
+
+def _miou(means: np.ndarray) -> np.ndarray:
+    """The mean of both classes' intersection over union, each over the whole set; a class that never is counts 1."""
+    ratios = [np.where(means[..., u] > 0, means[..., i] / np.where(means[..., u] > 0, means[..., u], 1), 1.0)
+              for i, u in ((0, 1), (2, 3))]  # fmt: skip
+    return np.asarray(100 * (ratios[0] + ratios[1]) / 2)
+
+
+def _shared(line: dict[str, Any]) -> Sequence[float] | None:
+    known = None not in (line["trap_area"], line["trap_energy"], line["energy"]) and line["area"] and line["trap_area"]
+    if not known:
+        return None
+    object_density, trap_density = line["energy"] / line["area"], line["trap_energy"] / line["trap_area"]
+    whole = object_density + trap_density
+    return [100 * (object_density / whole if whole > 0 else 0.5)]
+
+
+_LOCATED: list[Metric] = [
+    Metric("pixel_accuracy", "pixel acc", 1, "localisation", lambda line: [line["correct"], line["pixels"]],
+           lambda means: np.asarray(100 * means[..., 0] / means[..., 1]), "over all pixels of all images, %"),
+    Metric("map", "mAP", 1, "localisation", _located("precision", 100), note="mean over images, both channels, %"),
+    Metric("miou", "mIoU", 1, "localisation", _both, _miou, "of background and foreground, over the whole set, %"),
+    Metric("pointing", "pointing", 1, "localisation", _located("hit", 100), note="the map's maximum lies inside, %"),
+    Metric("energy", "energy", 1, "localisation", _located("energy", 100), note="of the positive part inside, %"),
+    Metric("energy_ratio", "energy / area", 1, "localisation",
+           lambda line: None if line["energy"] is None or not line["area"] else [line["energy"] / line["area"]],
+           note="mean over images; 1 for a map that knows nothing"),
+]  # fmt: skip
+_TRAPS: list[Metric] = [
+    Metric("trap_energy", "on the trap", -1, "localisation", _located("trap_energy", 100),
+           note="energy on what only resembles the object, %"),
+    Metric("not_trap", "object : trap", 1, "localisation", _shared,
+           note="energy per area on the object, as a share of that on object and trap, %; 50 knows no difference"),
+]  # fmt: skip
+
+
+def _sane(name: str) -> Columns:
+    return lambda line: None if line[name] is None else [line[name]]
+
+
+def _stage(place: int) -> Columns:
+    def columns(line: dict[str, Any]) -> Sequence[float] | None:
+        values = line["randomised"]
+        return None if not values or values[place] is None else [values[place]]
+
+    return columns
+
+
+_SANITY: list[Metric] = [
+    Metric("randomised_first", "last blocks randomised", -1, "sanity", _stage(0),
+           note="Spearman with the trained model's map after the first stage of the cascade; lower is saner"),
+    Metric("randomised_all", "all randomised", -1, "sanity", _stage(-1), note="likewise after the last stage"),
+    Metric("other_class", "another class", 0, "sanity", _sane("other_class"),
+           note="Spearman with the map of the second likeliest class; 1: the method does not see the class"),
+    Metric("again", "the same again", 0, "sanity", _sane("again"),
+           note="largest difference when asked twice, over the map's largest value"),
+    Metric("alone", "alone or in a batch", 0, "sanity", _sane("alone"), note="likewise batch 1 against a batch"),
+]  # fmt: skip
+_COSTS: list[Metric] = [
+    Metric("seconds", "s / image", -1, "cost", _located("seconds"), note="wall seconds, one image at a time"),
+    Metric("peak_megabytes", "peak MB", -1, "cost", _located("peak_bytes", 1e-6),
+           note="tensors at the worst moment, one image"),
+]  # fmt: skip
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in [
+        *_perturbations("perturbation"),
+        *_perturbations("pixels", "pixel_ranked_", ", pixels"),
+        *_LOCATED,
+        *(Metric(f"{each.name}_small", f"{each.title} (< half)", each.better, each.measure, _small(each.columns),
+                 each.combine, f"{each.note}; objects below half of the image") for each in _LOCATED),
+        *_TRAPS,
+        *_SANITY,
+        *_COSTS,
+    ]
+}  # fmt: skip

@@ -1,0 +1,174 @@
+"""Perturbation: what a model still sees when the cells that a map puts first, or last, are removed.
+
+Positive perturbation removes the highest cells first: accuracy should fall fast. Negative perturbation removes the
+lowest first: accuracy should stay. After Chefer et al., CVPR 2021, in the form of Ali et al., 2403.01590: 10 to 90 % of
+the image, each time from the clean one; "top" is agreement with the clean prediction, "target" with the label, over all
+images, those too that the model gets wrong. Deviation from the published code: maps are averaged over the token grid
+and its cells are ranked; ``cell=1`` ranks pixels as they do.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mamba_attn import images as image_files
+from mamba_attn._types import Bool, Float, Int
+from mamba_attn.errors import NonFiniteError
+from mamba_attn.evaluation.ranking import ranking, to_pixels
+
+TENTHS = range(1, 10)  # of the cells that are removed
+FILLS = ("black", "mean")
+BATCH = 18  # perturbed images per forward: both signs of one image; more is no faster on a CPU
+_WEIGHTS = np.array([0.05, *[0.1] * 7, 0.05])  # the trapezoid on 0.1 .. 0.9, not divided by its length
+_WHOLE = np.array([0.05, *[0.1] * 9, 0.05])  # on 0 .. 1
+
+
+@dataclass(frozen=True)
+class Clean:
+    """What a model says of images before anything is removed, and of one without content.
+
+    Args:
+        predicted: the likeliest class.
+        probability: of the explained class.
+        blank: that of an image of the fill alone.
+        explained: the class that maps are of.
+    """
+
+    predicted: Int[Tensor, " batch"]
+    probability: Float[Tensor, " batch"]
+    blank: Float[Tensor, " batch"]
+    explained: Int[Tensor, " batch"]
+
+
+@dataclass(frozen=True)
+class Perturbed:
+    """What remains of the model's answer, by image, sign (positive, negative) and tenths removed.
+
+    Args:
+        predicted: the likeliest class.
+        probability: of the explained class.
+    """
+
+    predicted: Int[Tensor, "batch 2 9"]
+    probability: Float[Tensor, "batch 2 9"]
+
+
+def fill_value(fill: str) -> Float[Tensor, "3 1 1"]:
+    """Return what replaces a pixel, after normalisation.
+
+    Args:
+        fill: "black", 0 before normalisation, as published; "mean", ImageNet's mean colour.
+
+    Raises:
+        ValueError: neither.
+    """
+    if fill not in FILLS:
+        raise ValueError(f"fill={fill!r}: expected 'black' or 'mean'.")
+    if fill == "mean":
+        return torch.zeros(3, 1, 1)
+    return image_files.normalise(np.zeros((1, 1, 1, 3), dtype=np.uint8))[0]
+
+
+def clean_answers(
+    model: Callable[[Tensor], Tensor], images: Float[Tensor, "batch 3 height width"], fill: str = "black",
+    explained: Sequence[int | None] | None = None,
+) -> Clean:  # fmt: skip
+    """Ask the model once about the images, and about one without content; all methods share the answers.
+
+    Args:
+        model: returns logits.
+        images: normalised.
+        fill: as in ``fill_value``.
+        explained: class per image whose probability is followed; None for the predicted one.
+
+    Raises:
+        ValueError: a class outside the model's.
+        NonFiniteError: an answer of NaN or Inf.
+    """
+    with torch.inference_mode():
+        empty = fill_value(fill).to(images).expand_as(images[:1])
+        chances = torch.cat([model(images), model(empty)]).float().softmax(1)
+    if not bool(chances.isfinite().all()):
+        raise NonFiniteError("the model's answer holds NaN or Inf, so that it predicts no class.")
+    predicted, classes = chances[:-1].argmax(1), chances.shape[1]
+    chosen = predicted.clone()
+    for index, given in enumerate(explained or []):
+        if given is not None and not 0 <= given < classes:
+            raise ValueError(f"explained={given}: the model's classes are 0..{classes - 1}.")
+        chosen[index] = predicted[index] if given is None else given
+    return Clean(predicted, chances[:-1].gather(1, chosen[:, None])[:, 0], chances[-1][chosen], chosen)
+
+
+def perturb(
+    model: Callable[[Tensor], Tensor], images: Float[Tensor, "batch 3 height width"],
+    maps: Float[Tensor, "maps rows columns"], explained: Int[Tensor, " batch"], *, cell: int,
+    seeds: Sequence[int] | None = None, fill: str = "black", batch: int = BATCH,
+) -> Perturbed:  # fmt: skip
+    """Remove 10 to 90 % of every image, highest cells first and lowest cells first, and ask the model each time.
+
+    Args:
+        model: returns logits.
+        images: normalised.
+        maps: in pixels; higher is more important.
+        explained: the class whose probability is followed.
+        cell: side of a cell in pixels, ``token_cell`` of the model; 1 ranks pixels.
+        seeds: of the order of equal cells, one per image. Default: 0, 1, ...
+        fill: as in ``fill_value``.
+        batch: perturbed images per forward.
+
+    Raises:
+        ValueError: maps of another size than the images.
+        NonFiniteError: NaN or Inf in a map.
+    """
+    if maps.shape != (len(images), *images.shape[2:]):
+        raise ValueError(f"perturb: expected a map per image in pixels, got {tuple(maps.shape)} for "
+                         f"{tuple(images.shape)}.")  # fmt: skip
+    order = ranking(maps, cell, range(len(maps)) if seeds is None else seeds)
+    value = fill_value(fill).to(images)
+    answers = []
+    with torch.inference_mode():
+        for image, its in zip(images, order, strict=True):
+            gone = to_pixels(_removed(its), cell, (image.shape[1], image.shape[2])).flatten(0, 1)
+            changed = torch.where(gone.unsqueeze(1), value, image)
+            answers.append(torch.cat([model(part) for part in changed.split(batch)]).float().softmax(1))
+    chances = torch.stack(answers).unflatten(1, (2, len(TENTHS)))
+    probability = chances.gather(3, explained.to(chances.device).view(-1, 1, 1, 1).expand(-1, *chances.shape[1:3], 1))
+    return Perturbed(chances.argmax(3), probability.squeeze(3))
+
+
+def auc(accuracy: np.ndarray) -> np.ndarray:
+    """Area under accuracies at 10 to 90 % removed, times 100: a trapezoid over 0.1 .. 0.9, hence at most 80.
+
+    Args:
+        accuracy: (..., 9) in 0..1, or hits of single images: the area of a mean is the mean of the areas.
+    """
+    return np.asarray(100 * (np.asarray(accuracy, dtype=np.float64) @ _WEIGHTS))
+
+
+def deletion(probability: np.ndarray, clean: np.ndarray, blank: np.ndarray) -> np.ndarray:
+    """Area under the probability as the highest cells are removed, 0 to 100 %: lower is better.
+
+    After Petsiuk et al., RISE, BMVC 2018, in steps of 10 %. Args are of ``Perturbed`` and ``Clean``, in NumPy.
+    """
+    positive = probability[..., 0, :]
+    return np.asarray(np.concatenate([clean[..., None], positive, blank[..., None]], -1) @ _WHOLE)
+
+
+def insertion(probability: np.ndarray, clean: np.ndarray, blank: np.ndarray) -> np.ndarray:
+    """Area under the probability as the highest cells are put on a blank image, 0 to 100 %: higher is better.
+
+    What is put in at a fraction is what negative perturbation leaves at its complement, so nothing is computed twice.
+    RISE begins with a blurred image; this one with the fill.
+    """
+    negative = probability[..., 1, ::-1]
+    return np.asarray(np.concatenate([blank[..., None], negative, clean[..., None]], -1) @ _WHOLE)
+
+
+def _removed(order: Int[Tensor, " cells"]) -> Bool[Tensor, "2 9 cells"]:
+    """Which cells go: int(cells x fraction) of them, as published, from the top and from the bottom."""
+    place = order.argsort()
+    counts = torch.tensor([len(order) * tenths // 10 for tenths in TENTHS], device=order.device)[:, None]
+    return torch.stack([place < counts, place >= len(order) - counts])

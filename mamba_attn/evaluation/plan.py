@@ -1,0 +1,174 @@
+"""What a run consists of: models, collections and methods, and the work that is not done yet."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from mamba_attn.evaluation.contestants import LABEL, Model, Options, misfit
+from mamba_attn.evaluation.data import open_data
+from mamba_attn.evaluation.labels import class_indices
+from mamba_attn.evaluation.samples import Data
+from mamba_attn.evaluation.store import Key, Store
+
+MEASURES = ("perturbation", "pixels", "localisation", "sanity", "cost", "picture")
+Needs = Mapping[str, Mapping[int, tuple[str, ...]]]  # measures, by method and image
+CHUNK = 8  # images that one task explains in one batch
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker does at once: some images of a collection, one model.
+
+    Args:
+        selector: of the collection.
+        model: by name.
+        needs: by method, the measures that every image lacks, by the image's index.
+        options: of the run.
+    """
+
+    selector: str
+    model: Model
+    needs: Needs
+    options: Options
+
+    @property
+    def records(self) -> int:
+        """How many lines it will give."""
+        return sum(len(measures) for its in self.needs.values() for measures in its.values())
+
+
+@dataclass
+class Plan:
+    """A whole comparison.
+
+    Args:
+        models: to compare.
+        selectors: of the collections.
+        only: the measures of some collections; the others get all.
+        methods: keys, as ``choose_methods`` returns them.
+        most: how many images some methods get at most; the others get all.
+        measures: some of ``MEASURES``.
+        options: of the run.
+        half: of the images, or "all".
+        limit: images per collection.
+        sanity_images: so many of them for the sanity checks.
+        pixel_images: so many of them for the ranking of pixels.
+        pictures: so many of them are shown.
+        notes: what was left out, and why, in sentences.
+    """
+
+    models: Sequence[Model]
+    selectors: Sequence[str]
+    methods: Sequence[str]
+    measures: Sequence[str] = MEASURES
+    only: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    most: Mapping[str, int] = field(default_factory=dict)
+    options: Options = field(default_factory=Options)
+    half: str = "all"
+    limit: int | None = None
+    sanity_images: int = 8
+    pixel_images: int = 100
+    pictures: int = 6
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def data(self) -> dict[str, Data]:
+        """The collections by selector; see ``open_data`` for the errors."""
+        return {selector: open_data(selector) for selector in dict.fromkeys(self.selectors)}
+
+    @cached_property
+    def pairs(self) -> list[tuple[str, Model]]:
+        """The selectors and models that go together: every model with every collection that it knows.
+
+        A model is left out of a collection none of whose classes it knows if another model knows them and it has
+        another collection; alone with it, it is still asked for its predicted class.
+        """
+        knows = {(s, m): not d.classes or any(i is not None for i in class_indices(d, m.subject))
+                 for s, d in self.data.items() for m in self.models}  # fmt: skip
+        found = []
+        for selector, data in self.data.items():
+            for model in self.models:
+                wanted = any(knows[selector, other] for other in self.models)
+                elsewhere = any(knows[other, model] and self.data[other].classes for other in self.data)
+                if not knows[selector, model] and wanted and elsewhere:
+                    self.notes.append(f"{model.name} is left out of {data.name}: it knows none of its classes.")
+                else:
+                    found.append((selector, model))
+        return found
+
+    def fitting(self, model: Model) -> list[str]:
+        """Return the methods that fit a model."""
+        return [name for name in self.methods if misfit(name, model) is None]
+
+    def indices(self, selector: str, measure: str, method: str | None = None) -> list[int]:
+        """Return the images of a collection that a measure is taken on: the first ones, by their order."""
+        data = self.data[selector]
+        if measure not in self.only.get(selector, self.measures) or (measure == "localisation" and not data.truth):
+            return []
+        first = {"sanity": self.sanity_images, "pixels": self.pixel_images, "cost": 1, "picture": self.pictures}
+        counts = [count for count in (first.get(measure), self.most.get(method or "")) if count is not None]
+        return data.chosen(self.half, self.limit)[: min(counts, default=None)]
+
+    def key(self, data: Data, index: int, model: Model, method: str, measure: str) -> Key:
+        """Return where a figure is filed."""
+        options = self.options.of(measure)
+        return Key(data.identity, data.items[index].key, model.identity, method, measure, options)
+
+    def tasks(self, store: Store) -> Iterator[Task]:
+        """Yield what is not in the store yet, in chunks of images; collections in turn, models within."""
+        for selector, model in self.pairs:
+            methods = self.fitting(model)
+            chosen = self.data[selector].chosen(self.half, self.limit)
+            for start in range(0, len(chosen), CHUNK):
+                part = range(start, min(start + CHUNK, len(chosen)))
+                needs = {name: self._lacking(store, selector, model, name, chosen, part) for name in methods}
+                if needs := {name: its for name, its in needs.items() if its}:
+                    yield Task(selector, model, needs, self.options)
+
+    def _lacking(
+        self, store: Store, selector: str, model: Model, method: str, chosen: Sequence[int], part: Sequence[int]
+    ) -> dict[int, tuple[str, ...]]:
+        """What the store lacks of some images: the measures by image."""
+        data, found = self.data[selector], {}
+        counts = {measure: len(self.indices(selector, measure, method)) for measure in self.measures}
+        for place in part:
+            index = chosen[place]
+            keys = {measure: self.key(data, index, model, method, measure) for measure in self.measures}
+            lacking = tuple(name for name, key in keys.items() if place < counts[name] and key not in store)
+            if lacking:
+                found[index] = lacking
+        return found
+
+    def check(self) -> None:
+        """Find what cannot work before anything runs, and note what is left out.
+
+        Raises:
+            ValueError: a method that fits none of the models, a target that is no class or a label that is missing.
+        """
+        for method in self.methods:
+            reasons = {model.name: misfit(method, model) for model in self.models}
+            wrong = {name: reason for name, reason in reasons.items() if reason is not None}
+            if len(wrong) == len(reasons):
+                raise ValueError(f"--methods {method}: {next(iter(wrong.values()))}")
+            self.notes += [f"{method} is left out: {reason}" for reason in wrong.values()]
+            if method in self.most:
+                self.notes.append(f"{method} gets the first {self.most[method]} images.")
+        for selector, model in self.pairs:
+            data = self.data[selector]
+            model.explained(self.options)
+            known = [index for index in class_indices(data, model.subject) if index is not None]
+            if self.options.target == LABEL and not known:
+                what = "none of its classes is one of the model's" if data.classes else "it has no labels"
+                raise ValueError(f"--target label: {data.name}: {what} ({model.name}); use --target predicted.")
+            if data.classes and not known:
+                self.notes.append(f"{data.name}: none of its classes is one of {model.name}'s, so that there is no "
+                                  "accuracy against labels.")  # fmt: skip
+            elif len(known) < len(data.classes):
+                self.notes.append(f"{data.name}: {len(data.classes) - len(known)} of its {len(data.classes)} classes "
+                                  f"are none of {model.name}'s.")  # fmt: skip
+        self.notes += [f"{data.name}: {data.note}." for data in self.data.values() if data.note]
+        self.notes += [
+            f"{data.name} has neither boxes nor masks: no localisation."
+            for selector, data in self.data.items()
+            if "localisation" in self.only.get(selector, self.measures) and not data.truth
+        ]

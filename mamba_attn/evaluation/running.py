@@ -1,0 +1,70 @@
+"""All tasks of a plan, here or in several processes, with a progress bar; what is done is on the disk at once."""
+
+import multiprocessing
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mamba_attn.evaluation.plan import Plan, Task
+from mamba_attn.evaluation.store import Store
+from mamba_attn.evaluation.worker import Record, work
+
+
+def run(plan: Plan, store: Store, workers: int = 1, progress: Progress | None = None) -> None:
+    """Measure everything that the store lacks.
+
+    Args:
+        plan: what is wanted.
+        store: what there is; every finished task is added to it.
+        workers: processes; 1 works in this one.
+        progress: where the bar is shown.
+
+    Raises:
+        OSError: the store cannot be written.
+    """
+    tasks = list(plan.tasks(store))
+    bar = None if progress is None else progress.add_task("comparing", total=sum(task.records for task in tasks))
+    for task, records in _done(tasks, workers):
+        store.add(records)
+        if progress is not None and bar is not None:
+            data = plan.data[task.selector].name
+            progress.update(bar, advance=task.records, description=f"{task.model.name}, {data}")
+
+
+def bar(console: object | None = None) -> Progress:
+    """Return a progress bar that says how much is left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console)  # type: ignore[arg-type]
+
+
+def _done(tasks: Iterable[Task], workers: int) -> Iterator[tuple[Task, list[Record]]]:
+    if workers == 1:
+        for task in tasks:
+            yield task, work(task)
+        return
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // workers)
+    with ProcessPoolExecutor(workers, context, _prepare, (threads,)) as pool:
+        try:
+            yield from _in_flight(pool, deque(tasks), 2 * workers)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _in_flight(pool: ProcessPoolExecutor, waiting: deque[Task], most: int) -> Iterator[tuple[Task, list[Record]]]:
+    """Results in the order of the tasks; only so many wait in the pool."""
+    running: deque[tuple[Task, Future[list[Record]]]] = deque()
+    while waiting or running:
+        while waiting and len(running) < most:
+            task = waiting.popleft()
+            running.append((task, pool.submit(work, task)))
+        task, future = running.popleft()
+        yield task, future.result()
+
+
+def _prepare(threads: int) -> None:
+    torch.set_num_threads(threads)

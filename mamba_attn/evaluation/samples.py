@@ -1,0 +1,122 @@
+"""What every collection of test images gives: names and labels at once, one image with its truth when asked."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from mamba_attn._types import Float
+from mamba_attn.models.transforms import EvaluationTransform
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+HALVES = ("choose", "report")
+Regions = tuple[torch.Tensor | None, torch.Tensor | None]  # the truth, and what only resembles it
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image as a model sees it.
+
+    Args:
+        key: its name in the collection.
+        pixels: uint8, before normalisation.
+        label: index into the collection's classes.
+        inside: which part of every pixel belongs to the object, in 0..1; None where nothing is known.
+        trap: likewise, of what is there to mislead.
+    """
+
+    key: str
+    pixels: np.ndarray
+    label: int | None
+    inside: Float[torch.Tensor, "rows columns"] | None
+    trap: Float[torch.Tensor, "rows columns"] | None
+
+
+@dataclass(frozen=True)
+class Item:
+    """What is known of an image before it is read.
+
+    Args:
+        key: its name in the collection.
+        label: index into the collection's classes.
+        boxes: (x0, y0, x1, y1) of its objects, in pixels of the file.
+        mask: the name of its mask.
+        values: of the mask's pixels that are the object.
+        traps: of those that only resemble it.
+    """
+
+    key: str
+    label: int | None = None
+    boxes: Sequence[Sequence[float]] | None = None
+    mask: str | None = None
+    values: frozenset[int] = frozenset({1})
+    traps: frozenset[int] = frozenset()
+
+
+class Data(ABC):
+    """A collection of test images, in the order of their names' hashes: any first part of it is a fair sample.
+
+    Args:
+        name: as people read it.
+        identity: as results are filed under it.
+        items: all images, in any order.
+        classes: names by label; empty without labels.
+        imagenet: ImageNet-1k index by label, where the collection says so.
+        truth: "boxes", "masks" or "".
+        note: what must be known to read its figures.
+    """
+
+    def __init__(
+        self, name: str, identity: str, items: Sequence[Item], *, classes: Sequence[str] = (),
+        imagenet: Sequence[int] | None = None, truth: str = "", note: str = "",
+    ) -> None:  # fmt: skip
+        self.name, self.identity, self.truth, self.note = name, identity, truth, note
+        self.items = sorted(items, key=lambda item: (_digest(item.key), item.key))
+        self.classes, self.imagenet = list(classes), None if imagenet is None else list(imagenet)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def chosen(self, half: str = "all", limit: int | None = None) -> list[int]:
+        """Return the indices of a half, its first so many.
+
+        Args:
+            half: "choose", "report" or "all".
+            limit: at most.
+        """
+        found = [index for index, item in enumerate(self.items) if half == "all" or half_of(item.key) == half]
+        return found[:limit]
+
+    def load(self, index: int, transform: EvaluationTransform) -> Sample:
+        """Read one image, and its truth, as a model sees them.
+
+        Raises:
+            ImageError: the file, or its mask, is damaged or absent.
+        """
+        item = self.items[index]
+        picture = self._picture(item)
+        inside, trap = self._regions(item, picture, transform)
+        return Sample(item.key, transform.pixels(picture), item.label, inside, trap)
+
+    @abstractmethod
+    def _picture(self, item: Item) -> "Image":
+        """The image, 8-bit RGB."""
+
+    @abstractmethod
+    def _regions(self, item: Item, picture: "Image", transform: EvaluationTransform) -> Regions:
+        """Its truth in the pixels of the transformed image."""
+
+
+def half_of(key: str) -> str:
+    """Return the half of an image, by its name alone: choices are made on one, tables on the other."""
+    return HALVES[_digest(key)[-1] % 2]
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()

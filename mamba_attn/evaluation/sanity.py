@@ -1,0 +1,119 @@
+"""Sanity: a map should change with the model's weights and with the class, and stay the same when nothing changes.
+
+Cascading randomisation after Adebayo et al., NeurIPS 2018: weights are destroyed from the last block to the first, and
+the map is compared with the trained model's by Spearman's rank correlation over the token grid. Deviation: a tensor's
+entries are permuted, not drawn anew, so that any model keeps the range of its parameters and stays numerically sane.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from mamba_attn._types import Float
+
+_HEADS = ("head", "classifier", "fc")
+Explain = Callable[[nn.Module], Tensor]  # a model's maps of some images, (batch, rows, columns)
+
+
+def spearman(
+    first: Float[Tensor, "batch rows columns"], second: Float[Tensor, "batch rows columns"]
+) -> list[float | None]:
+    """Return Spearman's rank correlation of pairs of maps; None where one of them is constant.
+
+    Args:
+        first: one map per image.
+        second: likewise.
+    """
+    found: list[float | None] = []
+    for a, b in zip(first.double().flatten(1), second.double().flatten(1), strict=True):
+        ranks = [_ranks(a), _ranks(b)]
+        centred = [each - each.mean() for each in ranks]
+        scale = centred[0].norm() * centred[1].norm()
+        found.append(float(centred[0] @ centred[1] / scale) if scale > 0 else None)
+    return found
+
+
+def blocks(model: nn.Module) -> list[list[str]]:
+    """Return the names of a model's parameters, last block first: what is destroyed together.
+
+    A block is what the numbers in the parameters' names stand for (``layers.11``, ``layers.2.blocks.0``), or the first
+    part of a name without one. Blocks run in the order of their definition, but for heads, which come last.
+
+    Args:
+        model: any.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters():
+        groups.setdefault(_block(name), []).append(name)
+    heads = [group for group in groups if group.startswith(_HEADS)]
+    return [groups[group] for group in [*(group for group in groups if group not in heads), *heads][::-1]]
+
+
+def cascade(model: nn.Module, stages: int | None = None, seed: int = 0) -> Iterator[nn.Module]:
+    """Yield a copy of the model with ever more of its blocks destroyed, last to first; the model itself is not touched.
+
+    Args:
+        model: any.
+        stages: how many, evenly spaced, the last with everything destroyed. Default: one per block.
+        seed: of the permutations.
+    """
+    changed = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    parameters, order = dict(changed.named_parameters()), blocks(model)
+    count = min(stages or len(order), len(order))
+    ends = [round(len(order) * (stage + 1) / count) for stage in range(count)]
+    for start, end in zip([0, *ends], ends, strict=False):
+        for name in (name for group in order[start:end] for name in group):
+            values = parameters[name].data
+            shuffled = torch.randperm(values.numel(), generator=generator).to(values.device)
+            parameters[name].data = values.flatten()[shuffled].view_as(values)
+        yield changed
+
+
+def randomisation(
+    model: nn.Module, explain: Explain, original: Float[Tensor, "batch rows columns"], stages: int | None = None,
+    seed: int = 0,
+) -> list[list[float | None]]:  # fmt: skip
+    """Return per image the maps' correlation with the trained model's, at every stage of the cascade.
+
+    Near 1 all the way: the method looks at the image and not at the model.
+
+    Args:
+        model: trained.
+        explain: maps of the same images, for the same classes, by another model.
+        original: maps by the trained model.
+        stages: as in ``cascade``.
+        seed: as in ``cascade``.
+    """
+    found = [spearman(original, explain(changed)) for changed in cascade(model, stages, seed)]
+    return [list(each) for each in zip(*found, strict=True)]
+
+
+def difference(first: Float[Tensor, "batch rows columns"], second: Float[Tensor, "batch rows columns"]) -> list[float]:
+    """Return the largest difference of two maps over the largest value of the first, per image: 0 if repeatable.
+
+    Args:
+        first: one map per image.
+        second: likewise.
+    """
+    apart = (first.double() - second.double()).abs().flatten(1).amax(1)
+    scale = first.double().abs().flatten(1).amax(1)
+    return [float(each) for each in apart / torch.where(scale > 0, scale, 1)]
+
+
+def _block(name: str) -> str:
+    """The name up to the last number in it, else its first part."""
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdecimal()]
+    inner = [index for index in numbers if index <= 3]  # deeper ones number the parts of a block
+    return ".".join(parts[: inner[-1] + 1]) if inner else parts[0]
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks from 0, the mean of the places where values are equal."""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0)
+    places: Tensor = last.double() - (counts + 1).double() / 2
+    return places[inverse]

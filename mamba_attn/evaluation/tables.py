@@ -1,0 +1,145 @@
+"""The comparison as text, CSV and JSON."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from mamba_attn.evaluation.bootstrap import DRAWS, Interval
+from mamba_attn.evaluation.metrics import METRICS
+from mamba_attn.evaluation.published import beside
+from mamba_attn.evaluation.summary import Figure, Table
+
+Rows = tuple[str, list[str], list[list[str]]]  # title, header, cells
+SHOWN = {
+    "perturbation": ("positive_auc_top", "negative_auc_top", "positive_auc_target", "negative_auc_target",
+                     "gap_target", "gap_top", "deletion", "insertion"),
+    "perturbation, pixels ranked": ("pixel_ranked_positive_auc_top", "pixel_ranked_negative_auc_top",
+                                    "pixel_ranked_gap_top"),
+    "localisation": ("pixel_accuracy", "map", "miou", "pointing", "energy_ratio", "trap_energy", "not_trap"),
+    "localisation, objects below half of the image": ("pixel_accuracy_small", "map_small", "miou_small",
+                                                      "pointing_small", "energy_ratio_small"),
+    "sanity and cost": ("randomised_first", "randomised_all", "other_class", "again", "alone", "seconds",
+                        "peak_megabytes"),
+}  # fmt: skip
+LEGEND = (
+    "value (half of the 95 % interval); * first, = not behind the first by the paired interval; pos: lower is better, "
+    "neg: higher is better"
+)
+
+
+def text_tables(tables: Sequence[Table]) -> list[Rows]:
+    """Return what is printed: per collection and model one table per question, methods in the order of the first."""
+    found = []
+    for table in tables:
+        accuracy = "" if table.accuracy is None else f", accuracy {table.accuracy:.1%}"
+        for question, names in SHOWN.items():
+            names = tuple(name for name in names if name in table.figures)
+            if not names:
+                continue
+            images = max(figure.images for name in names for figure in table.figures[name].values())
+            title = f"{table.model.name} on {table.data.name}: {question}, {images} images{accuracy}"
+            order = list(table.figures[names[0]])
+            order += [method for method in table.methods if method not in order]
+            rows = [
+                [method, *(cell(table.figures[name].get(method)) for name in names)]
+                for method in order
+                if any(method in table.figures[name] for name in names)
+            ]
+            found.append((title, ["method", *(METRICS[name].title for name in names)], rows))
+    return found
+
+
+def cell(figure: Figure | None) -> str:
+    """Return a figure as it stands in a table."""
+    if figure is None:
+        return ""
+    its = figure.interval
+    spread = "" if its.high == its.low else f" ({_short((its.high - its.low) / 2)})"
+    mark = ""
+    if figure.rank:
+        mark = " *" if figure.rank == 1 else "" if figure.behind is None or figure.behind.clear else " ="
+    return f"{_short(its.value)}{spread}{mark}"
+
+
+def as_csv(tables: Sequence[Table]) -> str:
+    """Return one line per collection, model, method and metric."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["data", "model", "method", "metric", "value", "low", "high", "images", "rank", "better",
+                     "behind_first", "behind_low", "behind_high"])  # fmt: skip
+    for table in tables:
+        for name, figures in table.figures.items():
+            for method, its in figures.items():
+                behind = ["", "", ""] if its.behind is None else [its.behind.value, its.behind.low, its.behind.high]
+                direction = {1: "higher", -1: "lower", 0: ""}[METRICS[name].better]
+                writer.writerow([
+                    table.data.name, table.model.name, method, name, its.interval.value, its.interval.low,
+                    its.interval.high, its.images, its.rank or "", direction, *behind,
+                ])  # fmt: skip
+    return file.getvalue()
+
+
+def as_json(tables: Sequence[Table], about: dict[str, Any], halves: Mapping[str, Sequence[Table]]) -> str:
+    """Return everything.
+
+    Args:
+        tables: of all images.
+        about: of the run: command, versions, options, notes.
+        halves: the same of one half of the images each.
+    """
+    used = {name for table in tables for name in table.figures}
+    contents = {
+        **about,
+        "metrics": {name: {"title": metric.title, "better": metric.better, "what": metric.note}
+                    for name, metric in METRICS.items() if name in used},
+        "intervals": f"95 %, {DRAWS} resamplings of the images, the same for all methods",
+        "tables": [_as_dict(table) for table in tables],
+        "halves": {half: [_brief(table) for table in its] for half, its in halves.items()},
+    }  # fmt: skip
+    return json.dumps(_finite(contents), indent=1, allow_nan=False) + "\n"
+
+
+def _as_dict(table: Table) -> dict[str, Any]:
+    return {
+        "data": table.data.name, "model": table.model.name, "weights": table.model.identity, "images": table.images,
+        "accuracy": table.accuracy,
+        "figures": {
+            name: {method: _figure(figure) for method, figure in its.items()} for name, its in table.figures.items()
+        },
+        "curves": table.curves, "randomised": table.randomised, "failed": table.failed, "flags": table.flags,
+        "published": [asdict(row) for row in beside(table)],
+    }  # fmt: skip
+
+
+def _brief(table: Table) -> dict[str, Any]:
+    figures = {name: {method: figure.interval.value for method, figure in its.items()} for name, its in
+               table.figures.items()}  # fmt: skip
+    return {"data": table.data.name, "model": table.model.name, "images": table.images, "figures": figures}
+
+
+def _figure(figure: Figure) -> dict[str, Any]:
+    found = {**_interval(figure.interval), "images": figure.images, "rank": figure.rank or None}
+    behind = None if figure.behind is None else _interval(figure.behind)
+    return {**found, "behind_first": behind, "ahead_of": list(figure.ahead_of)}
+
+
+def _interval(its: Interval) -> dict[str, float]:
+    return {"value": its.value, "low": its.low, "high": its.high}
+
+
+def _finite(value: Any) -> Any:
+    """The same with NaN and Inf as null: JSON has neither."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+
+def _short(value: float) -> str:
+    if value == 0 or 0.1 <= abs(value) < 100:
+        return f"{value:.2f}".rstrip("0").rstrip(".") if value == 0 else f"{value:.2f}"
+    return f"{value:.3g}"

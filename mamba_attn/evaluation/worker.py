@@ -1,0 +1,127 @@
+"""One task: explain some images with every method that lacks figures, and measure; no image can end the run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mamba_attn import images as image_files
+from mamba_attn.evaluation import perturbation
+from mamba_attn.evaluation.contestants import LABEL
+from mamba_attn.evaluation.data import open_data
+from mamba_attn.evaluation.judges import JUDGES, Batch, answers, explainer
+from mamba_attn.evaluation.labels import class_indices
+from mamba_attn.evaluation.plan import Needs, Task
+from mamba_attn.evaluation.ranking import check_finite
+from mamba_attn.evaluation.samples import Data, Sample
+from mamba_attn.evaluation.store import Key
+
+# what models, methods and images raise; captum asserts
+FAILURES = (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError, AssertionError, MemoryError)
+Record = tuple[Key, dict[str, Any]]
+
+
+def work(task: Task) -> list[Record]:
+    """Do a task and return its lines; what fails is a line with the reason."""
+    data, subject = _data(task.selector, Path.cwd()), task.model.subject
+    labels = class_indices(data, subject)
+    samples: dict[int, Sample] = {}
+    classes, lines = [], []
+    for index in sorted({index for its in task.needs.values() for index in its}):
+        try:
+            explained = _explained(task, data, index, labels)
+            samples[index] = data.load(index, subject.transform)
+            classes.append(explained)
+        except (*FAILURES, OSError) as error:
+            lines += _failed(task, data, _restricted(task.needs, [index]), error)
+    if not samples:
+        return lines
+    images = image_files.normalise(np.stack([sample.pixels for sample in samples.values()])).to(subject.device)
+    try:
+        clean = perturbation.clean_answers(answers(task), images, task.options.fill, classes)
+    except FAILURES as error:
+        if len(samples) == 1:
+            return lines + _failed(task, data, _restricted(task.needs, list(samples)), error)
+        parts = (replace(task, needs=_restricted(task.needs, [index])) for index in samples)
+        return lines + [line for part in parts for line in work(part)]
+    known = [None if sample.label is None else labels[sample.label] for sample in samples.values()]
+    batch = Batch(task, list(samples), list(samples.values()), images, clean, known)
+    for method, needs in _restricted(task.needs, list(samples)).items():
+        lines += _method(batch.part(list(needs)), data, method, needs)
+    return lines
+
+
+def _method(batch: Batch, data: Data, method: str, needs: Mapping[int, tuple[str, ...]]) -> list[Record]:
+    """All lines of a method; a batch that fails is tried again image by image, so that one does not cost the others."""
+    try:
+        lines = _measured(batch, data, method, needs)
+    except FAILURES as error:
+        if len(needs) == 1:
+            return _failed(batch.task, data, {method: needs}, error)
+        lines = []
+        for index in needs:
+            lines += _method(batch.part([index]), data, method, {index: needs[index]})
+    return lines
+
+
+def _measured(batch: Batch, data: Data, method: str, needs: Mapping[int, tuple[str, ...]]) -> list[Record]:
+    explain = explainer(method, batch)
+    maps = explain(batch.task.model.subject.model)
+    check_finite(maps)
+    lines = []
+    for measure in dict.fromkeys(name for names in needs.values() for name in names):
+        chosen = [index for index in batch.indices if measure in needs[index]]
+        place = [batch.indices.index(index) for index in chosen]
+        found = JUDGES[measure](batch.part(chosen), maps[place], method)
+        for index, values in zip(chosen, found, strict=True):
+            lines.append((_key(batch.task, data, index, method, measure), values))
+    return lines
+
+
+def _explained(task: Task, data: Data, index: int, labels: Sequence[int | None]) -> int | None:
+    """The class that is explained; None for the predicted one.
+
+    Raises:
+        ValueError: the label is asked for, and there is none that the model knows.
+    """
+    if task.options.target != LABEL:
+        return task.model.explained(task.options)
+    label = data.items[index].label
+    known = None if label is None else labels[label]
+    if known is None:
+        what = "it has no label" if label is None else f"{data.classes[label]!r} is no class of {task.model.name}"
+        raise ValueError(f"{data.items[index].key}: {what}, so that there is no target.")
+    return known
+
+
+def _restricted(needs: Needs, indices: Sequence[int]) -> Needs:
+    """What some of the images need."""
+    kept = {
+        method: {index: measures for index, measures in its.items() if index in indices}
+        for method, its in needs.items()
+    }
+    return {method: its for method, its in kept.items() if its}
+
+
+def _failed(task: Task, data: Data, needs: Needs, error: BaseException) -> list[Record]:
+    reason = (str(error).strip().partition("\n")[0] or type(error).__name__)[:400]
+    return [
+        (_key(task, data, index, method, measure), {"error": reason})
+        for method, its in needs.items()
+        for index, measures in its.items()
+        for measure in measures
+    ]
+
+
+def _key(task: Task, data: Data, index: int, method: str, measure: str) -> Key:
+    identity = task.model.identity
+    return Key(data.identity, data.items[index].key, identity, method, measure, task.options.of(measure))
+
+
+@cache
+def _data(selector: str, folder: Path) -> Data:
+    """Opened once per process; what a relative path means depends on the folder."""
+    return open_data(selector)

@@ -1,0 +1,98 @@
+"""Metrics against hand-computed values and scikit-learn."""
+
+import numpy as np
+import pytest
+import torch
+
+from mamba_attn.errors import NonFiniteError
+from mamba_attn.evaluation.localisation import average_precision, energy_share, locate, unit_range
+
+
+def toy():
+    """4 x 4, the object in the upper left quarter."""
+    inside = torch.zeros(4, 4)
+    inside[:2, :2] = 1
+    return inside
+
+
+def test_the_toy_case_by_hand():
+    values = torch.zeros(4, 4)
+    values[0, :3] = 1.0  # two of four pixels of the object, one beside it
+    found = locate(values, toy())
+    assert found.area == 0.25
+    assert (found.correct, found.pixels) == (13, 16)
+    assert found.intersections == (11, 2)
+    assert found.unions == (14, 5)
+    assert found.hit == pytest.approx(2 / 3)
+    assert found.energy == pytest.approx(2 / 3)
+    assert not found.one_class
+    assert not found.constant
+
+
+def test_a_perfect_map_and_its_opposite():
+    perfect = locate(3 * toy() - 1, toy())
+    assert (perfect.correct, perfect.unions, perfect.precision) == (16, (12, 4), 1)
+    assert perfect.intersections == perfect.unions
+    assert perfect.hit == perfect.energy == 1
+    wrong = locate(-toy(), toy())
+    assert (wrong.correct, wrong.hit) == (0, 0)
+    assert wrong.energy == 0.25  # nothing positive: as a uniform map
+
+
+def test_average_precision_is_scikit_learns():
+    average_precision_score = pytest.importorskip("sklearn.metrics").average_precision_score
+    random = np.random.default_rng(0)
+    for ties in (1, 4, 1000):
+        truth, scores = random.random(300) < 0.3, random.integers(0, ties, 300) / ties
+        assert average_precision(truth, scores) == pytest.approx(average_precision_score(truth, scores), abs=1e-12)
+    values, inside = torch.rand(8, 6), (torch.rand(8, 6) > 0.7).float()
+    scaled = unit_range(values.double().numpy()).ravel()
+    truth = inside.numpy().ravel().astype(bool)
+    expected = average_precision_score([*~truth, *truth], [*(1 - scaled), *scaled])
+    assert locate(values, inside).precision == pytest.approx(expected, abs=1e-12)
+    assert locate(5 * values - 2, inside).precision == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_constant_map_is_defined_and_flagged():
+    found = locate(torch.full((4, 4), 0.3), toy())
+    assert found.constant
+    assert found.precision == 0.5
+    assert (found.hit, found.energy) == (0.25, 0.25)
+    assert found.correct == 12  # all background
+
+
+def test_truths_of_one_class():
+    values = torch.rand(4, 4)
+    nothing, everything = locate(values, torch.zeros(4, 4)), locate(values, torch.ones(4, 4))
+    assert nothing.one_class
+    assert everything.one_class
+    assert nothing.hit is nothing.energy is None
+    assert everything.hit == everything.energy == 1
+    assert 0 < nothing.precision < 1
+
+
+def test_the_trap_gets_its_share():
+    trap = torch.zeros(4, 4)
+    trap[3, 3] = 1
+    values = toy() + 4 * trap
+    found = locate(values, toy(), trap)
+    assert (found.energy, found.trap_energy, found.trap_area) == (0.5, 0.5, 1 / 16)
+
+
+def test_half_a_pixel_is_the_objects():
+    inside = torch.tensor([[0.5, 0.49]])
+    assert locate(torch.tensor([[1.0, 0.0]]), inside).correct == 2
+
+
+def test_energy_of_batches():
+    values = torch.rand(3, 5, 4).numpy()
+    inside = torch.rand(3, 5, 4).numpy()
+    expected = [(v * i).sum() / v.sum() for v, i in zip(values, inside, strict=True)]
+    assert energy_share(values, inside) == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_is_refused():
+    with pytest.raises(NonFiniteError, match="hold NaN or Inf"):
+        locate(torch.full((4, 4), torch.nan), toy())
+    with pytest.raises(ValueError, match=r"the map has \(3, 4\) pixels, the truth \(4, 4\)"):
+        locate(torch.zeros(3, 4), toy())

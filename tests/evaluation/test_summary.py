@@ -1,0 +1,93 @@
+"""How images add up to figures, by hand."""
+
+import numpy as np
+import pytest
+
+from mamba_attn.evaluation.metrics import METRICS
+from mamba_attn.evaluation.summary import compare
+
+
+def perturbed(kept, label=1, predicted=1):
+    """A line whose answers stay right for so many tenths, (positive, negative)."""
+    answers = [[1] * count + [0] * (9 - count) for count in kept]
+    return {"answers": answers, "label": label, "predicted": predicted, "clean": 0.9, "blank": 0.1,
+            "probability": [[0.5] * 9] * 2}  # fmt: skip
+
+
+def located(**changes):
+    found = {"area": 0.25, "correct": 10, "pixels": 16, "intersections": (8, 2), "unions": (12, 6), "precision": 0.5,
+             "hit": 1.0, "energy": 0.5, "trap_area": None, "trap_energy": None}  # fmt: skip
+    return {**found, **changes}
+
+
+def value(name, lines):
+    return compare(METRICS[name], {"m": dict(enumerate(lines))}, range(len(lines)))["m"].interval.value
+
+
+def test_areas_against_prediction_and_label():
+    lines = [perturbed((9, 9)), perturbed((0, 9), label=0)]
+    assert value("positive_auc_top", lines) == pytest.approx(40)
+    assert value("negative_auc_top", lines) == pytest.approx(80)
+    assert value("negative_auc_target", lines) == pytest.approx(40)  # the second is wrong, and counts
+    assert value("positive_auc_target", lines) == pytest.approx((80 + 80) / 2)  # what is left of it is class 0
+    assert value("negative_mean_top", lines) == 100
+    assert value("gap_top", lines) == pytest.approx(0.5)
+    assert value("gap_target", lines) == pytest.approx((40 - 80) / (80 * 0.5))
+    assert value("deletion", lines) == pytest.approx(100 * (0.05 * 0.9 + 0.9 * 0.5 + 0.05 * 0.1))
+
+
+def test_no_labels_no_accuracy_against_them():
+    lines = {"m": {0: perturbed((9, 9), label=None)}}
+    assert compare(METRICS["positive_auc_target"], lines, [0]) == {}
+    assert compare(METRICS["positive_auc_top"], lines, [0])["m"].images == 1
+
+
+def test_segmentation_is_over_the_set():
+    lines = [located(), located(correct=16, intersections=(12, 4), unions=(12, 4))]
+    assert value("pixel_accuracy", lines) == pytest.approx(100 * 26 / 32)
+    assert value("miou", lines) == pytest.approx(100 * (20 / 24 + 6 / 10) / 2)
+    assert value("energy_ratio", lines) == 2
+    assert value("map", lines) == 50
+
+
+def test_large_objects_are_left_out_of_the_small_ones():
+    lines = {"m": {0: located(), 1: located(area=0.7, precision=1.0)}}
+    assert compare(METRICS["map"], lines, [0, 1])["m"].interval.value == 75
+    small = compare(METRICS["map_small"], lines, [0, 1])["m"]
+    assert (small.interval.value, small.images) == (50, 1)
+
+
+def test_the_trap_is_weighed_by_its_area():
+    assert value("not_trap", [located(energy=0.5, area=0.25, trap_energy=0.25, trap_area=0.125)]) == 50
+    assert value("not_trap", [located(energy=0.5, trap_energy=0.0, trap_area=0.1)]) == 100
+    assert value("not_trap", [located(energy=0.0, trap_energy=0.0, trap_area=0.1)]) == 50
+
+
+def test_ranks_and_leads_are_paired_and_of_shared_images():
+    random = np.random.default_rng(0)
+    base = random.random(60)
+    lines = {
+        "good": {i: located(precision=float(0.4 + 0.5 * base[i])) for i in range(60)},
+        "little worse": {i: located(precision=float(0.38 + 0.5 * base[i])) for i in range(40)},
+        "bad": {i: located(precision=float(random.random() * 0.2)) for i in range(60)},
+        "never": {},
+    }
+    found = compare(METRICS["map"], lines, range(60))
+    assert list(found)[-1] == "bad"
+    good, worse = found["good"], found["little worse"]
+    assert {good.rank, worse.rank} == {1, 2}
+    assert (good.images, worse.images) == (60, 40)
+    second = good if good.rank == 2 else worse
+    assert abs(second.behind.value) == pytest.approx(2, abs=1e-9)  # on the shared images, without any doubt
+    assert second.behind.high - second.behind.low < 1e-9
+    assert good.interval.high - good.interval.low > 3
+    assert "little worse" in good.ahead_of
+    assert set(found["bad"].ahead_of) == set()
+    assert found["bad"].behind.low > 20
+
+
+def test_lower_is_better_where_it_is():
+    lines = {"falls": {0: perturbed((1, 9))}, "stays": {0: perturbed((8, 9))}}
+    assert [each.rank for each in compare(METRICS["positive_auc_top"], lines, [0]).values()] == [1, 2]
+    assert next(iter(compare(METRICS["positive_auc_top"], lines, [0]))) == "falls"
+    assert compare(METRICS["positive_auc_top"], lines, [0])["stays"].behind.value > 0
