@@ -142,9 +142,8 @@ def _curves(tables: Sequence[Table], looks: Mapping[str, str]) -> str:
             for name in ("positive", "negative")
             if (lines := {m: its[f"{name}_{of}"] for m, its in table.curves.items() if f"{name}_{of}" in its})
         ]
-        parts.append(
-            f"<h3>{safe(_title(table))}</h3>{plots.legend({method: looks[method] for method in table.curves})}<div>{''.join(drawn)}</div>"
-        )
+        legend = plots.legend({method: looks[method] for method in table.curves})
+        parts.append(f"<h3>{safe(_title(table))}</h3>{legend}<div>{''.join(drawn)}</div>")
     return "".join(parts)
 
 
