@@ -48,6 +48,7 @@ def page(plan: Plan, store: Store, tables: Sequence[Table], about: Mapping[str, 
         tables: the figures.
         about: of the run: "command", "notes" and what else is worth a line.
     """
+    looks = plots.styles(plan.methods)  # the same for all models
     facts = "".join(f"<li>{safe(str(note))}</li>" for note in about.get("notes", []))
     body = (
         f"<h1>mamba-attn compare</h1><p class=note>{safe(_summary(tables))}</p>"
@@ -56,8 +57,8 @@ def page(plan: Plan, store: Store, tables: Sequence[Table], about: Mapping[str, 
         f"values share the last colour. Beside each photo: what the model takes it for; its object, where known, is "
         f"outlined.</p>{OPACITY}"
         f"{''.join(_pictures(plan, store, selector) for selector in plan.data)}"
-        f"<h2>Perturbation</h2>{_curves(tables)}<h2>Ranking</h2><p class=note>Values with 95 % intervals of a "
-        f"bootstrap over images; best first.</p>{_rankings(tables)}"
+        f"<h2>Perturbation</h2>{_curves(tables, looks)}<h2>Ranking</h2><p class=note>Values with 95 % intervals of a "
+        f"bootstrap over images; best first.</p>{_rankings(tables, looks)}"
         f"<h2>Tables</h2><p class=note>{safe(LEGEND)}</p>{_tables(tables)}"
         f"<h2>Published figures</h2>{_published(tables)}<h2>Notes</h2><ul class=note>{facts}</ul>"
         f"<h2>Again</h2><p><code>{safe(str(about.get('command', '')))}</code></p>"
@@ -129,27 +130,26 @@ def _cell(method: str, line: dict[str, Any] | None) -> str:
     return f'<td><div class=stack title="{safe(title)}"><img class=heat src="{heat}" alt="{safe(method)}"></div></td>'
 
 
-def _curves(tables: Sequence[Table]) -> str:
+def _curves(tables: Sequence[Table], looks: Mapping[str, str]) -> str:
     shown = [table for table in tables if table.curves]
     if not shown:
         return "<p class=note>Not measured.</p>"
     parts = []
     for table in shown:
-        looks = plots.styles(list(table.curves))
         drawn = [
-            plots.curves(f"{name} perturbation, accuracy against the {against}", lines, looks)
-            for of, against in (("top", "clean prediction"), ("target", "label"))
+            plots.curves(f"{name}, accuracy against the {against}", lines, looks)
+            for of, against in (("top", "prediction"), ("target", "label"))
             for name in ("positive", "negative")
             if (lines := {m: its[f"{name}_{of}"] for m, its in table.curves.items() if f"{name}_{of}" in its})
         ]
-        parts.append(f"<h3>{safe(_title(table))}</h3>{plots.legend(looks)}<div>{''.join(drawn)}</div>")
+        legend = plots.legend({method: looks[method] for method in table.curves})
+        parts.append(f"<h3>{safe(_title(table))}</h3>{legend}<div>{''.join(drawn)}</div>")
     return "".join(parts)
 
 
-def _rankings(tables: Sequence[Table]) -> str:
+def _rankings(tables: Sequence[Table], looks: Mapping[str, str]) -> str:
     parts = []
     for table in tables:
-        looks = plots.styles(sorted(table.methods))
         drawn = [
             plots.intervals(
                 f"{METRICS[name].title} ({'higher' if METRICS[name].better > 0 else 'lower'} is better)",

@@ -106,7 +106,8 @@ class Plan:
         if measure not in self.only.get(selector, self.measures) or (measure == "localisation" and not data.truth):
             return []
         first = {"sanity": self.sanity_images, "pixels": self.pixel_images, "cost": 1, "picture": self.pictures}
-        counts = [count for count in (first.get(measure), self.most.get(method or "")) if count is not None]
+        most = None if measure == "picture" else self.most.get(method or "")
+        counts = [count for count in (first.get(measure), most) if count is not None]
         return data.chosen(self.half, self.limit)[: min(counts, default=None)]
 
     def key(self, data: Data, index: int, model: Model, method: str, measure: str) -> Key:

@@ -7,9 +7,10 @@ from mamba_attn.figures.document import safe
 
 # Okabe and Ito's colours, safe for colour-blind readers, then the same dashed
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")
-_WIDTH, _HEIGHT = 345, 240
+_WIDTH, _HEIGHT = 318, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 38, 8, 22, 30
 _TENTHS = range(1, 10)
+_LONGEST = 38  # letters that fit beside an interval
 
 
 def styles(methods: Sequence[str]) -> dict[str, str]:
@@ -61,7 +62,7 @@ def curves(title: str, lines: Mapping[str, Sequence[float]], looks: Mapping[str,
     return f'<svg class=plot width="{_WIDTH}" height="{_HEIGHT}" role="img">{"".join(parts)}</svg>'
 
 
-def intervals(title: str, figures: Mapping[str, Interval], looks: Mapping[str, str], width: int = 560) -> str:
+def intervals(title: str, figures: Mapping[str, Interval], looks: Mapping[str, str], width: int = 640) -> str:
     """Return figures with their intervals, one line each, in the given order.
 
     Args:
@@ -70,7 +71,7 @@ def intervals(title: str, figures: Mapping[str, Interval], looks: Mapping[str, s
         looks: from ``styles``.
         width: in pixels.
     """
-    names, row = 190, 19
+    names, row = 240, 19
     low, high = min(each.low for each in figures.values()), max(each.high for each in figures.values())
     low, high = (low, high) if high > low else (low - 1, high + 1)
     span = width - names - 70
@@ -83,7 +84,7 @@ def intervals(title: str, figures: Mapping[str, Interval], looks: Mapping[str, s
         y = 24 + row * place + row / 2
         label = f"{each.value:.3g} ({each.low:.3g} to {each.high:.3g})"
         parts += [
-            _text(names - 8, y + 4, method, "end"),
+            _text(names - 8, y + 4, method if len(method) <= _LONGEST else f"{method[: _LONGEST - 1]}…", "end"),
             f'<line x1="{x(each.low):.1f}" y1="{y}" x2="{x(each.high):.1f}" y2="{y}" stroke-width="2" '
             f"{looks[method].split(' stroke-dasharray')[0]}><title>{safe(method)}: {label}</title></line>",
             f'<circle cx="{x(each.value):.1f}" cy="{y}" r="3.5" fill="{looks[method].split(chr(34))[1]}"/>',

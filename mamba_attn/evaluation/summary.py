@@ -1,6 +1,6 @@
 """From lines to figures: per collection, model and method, with intervals, ranks and paired differences."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -137,7 +137,7 @@ def compare(metric: Metric, lines: Mapping[str, Lines], indices: Sequence[int], 
         return drawn[key]
 
     whole = {method: draws(method, valid) for method, (_, valid) in columns.items()}
-    order = sorted(whole, key=lambda method: -(metric.better or 1) * _number(whole[method][0]))
+    order = _order(metric.better or 1, columns, draws)
     found = {}
     for place, method in enumerate(order):
         leads = {}
@@ -154,6 +154,30 @@ def compare(metric: Metric, lines: Mapping[str, Lines], indices: Sequence[int], 
         found[method] = Figure(interval(float(values[0]), values[1:]), int(columns[method][1].sum()),
                                place + 1 if metric.better else 0, behind, ahead)  # fmt: skip
     return found
+
+
+def _order(
+    better: int, columns: Mapping[str, tuple[np.ndarray, np.ndarray]], draws: Callable[[str, np.ndarray], np.ndarray]
+) -> list[str]:
+    """Best first.
+
+    Methods of fewer images are placed by their difference to one of all images, on those that both have: otherwise
+    easier images would put them ahead.
+    """
+    counts = {method: int(valid.sum()) for method, (_, valid) in columns.items()}
+
+    def own(method: str) -> float:
+        return _number(better * float(draws(method, columns[method][1])[0]))
+
+    whole = max((method for method in columns if counts[method] == max(counts.values())), key=own)
+
+    def placed(method: str) -> float:
+        shared = columns[method][1] & columns[whole][1]
+        if counts[method] == counts[whole] or not shared.any():
+            return own(method)
+        return _number(own(whole) + better * float(draws(method, shared)[0] - draws(whole, shared)[0]))
+
+    return sorted(columns, key=lambda method: -placed(method))
 
 
 @lru_cache(8)

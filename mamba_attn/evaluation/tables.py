@@ -26,7 +26,7 @@ SHOWN = {
 }  # fmt: skip
 LEGEND = (
     "value (half of the 95 % interval); * first, = not behind the first by the paired interval; pos: lower is better, "
-    "neg: higher is better"
+    "neg: higher is better; [n] of n images alone, placed by its difference to the others on the same ones"
 )
 
 
@@ -39,12 +39,13 @@ def text_tables(tables: Sequence[Table]) -> list[Rows]:
             names = tuple(name for name in names if name in table.figures)
             if not names:
                 continue
-            images = max(figure.images for name in names for figure in table.figures[name].values())
+            most = {name: max(figure.images for figure in table.figures[name].values()) for name in names}
+            images = max(most.values())
             title = f"{table.model.name} on {table.data.name}: {question}, {images} images{accuracy}"
             order = list(table.figures[names[0]])
             order += [method for method in table.methods if method not in order]
             rows = [
-                [method, *(cell(table.figures[name].get(method)) for name in names)]
+                [method, *(cell(table.figures[name].get(method), most[name]) for name in names)]
                 for method in order
                 if any(method in table.figures[name] for name in names)
             ]
@@ -52,8 +53,13 @@ def text_tables(tables: Sequence[Table]) -> list[Rows]:
     return found
 
 
-def cell(figure: Figure | None) -> str:
-    """Return a figure as it stands in a table."""
+def cell(figure: Figure | None, most: int = 0) -> str:
+    """Return a figure as it stands in a table.
+
+    Args:
+        figure: of one method.
+        most: how many images the others have; a method of fewer says so.
+    """
     if figure is None:
         return ""
     its = figure.interval
@@ -61,7 +67,8 @@ def cell(figure: Figure | None) -> str:
     mark = ""
     if figure.rank:
         mark = " *" if figure.rank == 1 else "" if figure.behind is None or figure.behind.clear else " ="
-    return f"{_short(its.value)}{spread}{mark}"
+    fewer = f" [{figure.images}]" if figure.images < most else ""
+    return f"{_short(its.value)}{spread}{fewer}{mark}"
 
 
 def as_csv(tables: Sequence[Table]) -> str:

@@ -86,6 +86,18 @@ def test_ranks_and_leads_are_paired_and_of_shared_images():
     assert found["bad"].behind.low > 20
 
 
+def test_easier_images_put_nobody_ahead():
+    base = np.linspace(0.2, 0.9, 20)
+    lines = {
+        "all": {i: located(precision=float(base[i])) for i in range(20)},
+        "easy ones, a little worse": {i: located(precision=float(base[i]) - 0.05) for i in range(15, 20)},
+    }
+    found = compare(METRICS["map"], lines, range(20))
+    assert list(found) == list(lines)
+    assert found["easy ones, a little worse"].interval.value > found["all"].interval.value
+    assert found["easy ones, a little worse"].behind.value == pytest.approx(5)
+
+
 def test_lower_is_better_where_it_is():
     lines = {"falls": {0: perturbed((1, 9))}, "stays": {0: perturbed((8, 9))}}
     assert [each.rank for each in compare(METRICS["positive_auc_top"], lines, [0]).values()] == [1, 2]
