@@ -212,7 +212,8 @@ def test_digits_weigh_object_and_trap(tmp_path):
 
 
 def test_some_methods_get_fewer_images_and_other_options(models, boxes, tmp_path):
-    methods, most = choose_methods(["all", "integrated_gradients:n_steps=2@3", "occlusion@1"])
+    methods, most, unasked = choose_methods(["all", "integrated_gradients:n_steps=2@3", "occlusion@1"])
+    assert unasked == set(catalogue.METHODS) - {"integrated_gradients", "occlusion"}
     assert "integrated_gradients" not in methods
     assert (set(catalogue.METHODS) ^ set(methods)) == {"integrated_gradients", "integrated_gradients:n_steps=2"}
     assert most == {"integrated_gradients:n_steps=2": 3, "occlusion": 1}
