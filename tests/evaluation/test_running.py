@@ -1,6 +1,12 @@
 """Whole runs of tiny models: resuming, workers, and images and methods that fail."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -110,6 +116,30 @@ def test_two_processes_find_what_one_does(models, boxes, tmp_path, monkeypatch):
     wanted = small(models[:1], boxes, measures=("perturbation",))
     one, two = (done(wanted, tmp_path / f"{n}.jsonl", workers=n) for n in (1, 2))
     assert dict(one.items()) == dict(two.items())
+
+
+ORPHANS = """
+import os, sys, time
+from mamba_attn.evaluation import running
+if __name__ == "__main__":
+    context = running.multiprocessing.get_context("spawn")
+    pool = running.ProcessPoolExecutor(1, context, running._prepare, (1,))
+    print(pool.submit(os.getpid).result(), flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_killed_run_leaves_no_workers(tmp_path):
+    (tmp_path / "run.py").write_text(ORPHANS)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    said = subprocess.run([sys.executable, tmp_path / "run.py"], env=environment, capture_output=True, text=True)
+    worker = int(said.stdout)
+    for _ in range(100):
+        if not Path(f"/proc/{worker}").exists():
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker outlived the run")
 
 
 def test_bad_images_cost_themselves_alone(models, tmp_path):
