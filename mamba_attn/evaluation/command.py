@@ -121,9 +121,9 @@ def _plan(args: argparse.Namespace) -> "Plan":
         raise ValueError(f"--models {args.models}: a model can be compared with one set of weights at a time.")
     _settle_threads([model.subject.parameters for model in models], args.workers)
     selectors, only = _selectors(args.data)
-    methods, most = choose_methods(args.methods or ["all"])
+    methods, most, unasked = choose_methods(args.methods or ["all"])
     return Plan(
-        models, selectors, methods, _measures("--measures", args.measures), only, most,
+        models, selectors, methods, _measures("--measures", args.measures), only, most, unasked,
         Options(args.target, args.fill, args.precision, seed=args.seed), args.half, args.limit, args.sanity_images,
         pictures=args.pictures,
     )  # fmt: skip

@@ -83,8 +83,8 @@ class Model:
         return subjects.parse_target(options.target, self.subject)
 
 
-def choose_methods(texts: Sequence[str]) -> tuple[list[str], dict[str, int]]:
-    """Return the methods' keys, and how many images some of them get at most.
+def choose_methods(texts: Sequence[str]) -> tuple[list[str], dict[str, int], set[str]]:
+    """Return the methods' keys, how many images some of them get at most, and those that "all" alone stands for.
 
     Args:
         texts: "all", names separated by commas, or one method with options each, ``NAME:OPTION=VALUE,OPTION``; every
@@ -96,6 +96,7 @@ def choose_methods(texts: Sequence[str]) -> tuple[list[str], dict[str, int]]:
     pieces = [piece for text in texts for piece in ([text] if ":" in text else text.split(","))]
     found: list[str] = []
     most: dict[str, int] = {}
+    asked: set[str] = set()
     for piece in filter(None, map(str.strip, pieces)):
         if piece.lower() == "all":
             found += catalogue.METHODS
@@ -108,11 +109,12 @@ def choose_methods(texts: Sequence[str]) -> tuple[list[str], dict[str, int]]:
         if its.name in found and its.key != its.name and "all" in map(str.lower, texts):
             found.remove(its.name)
         found.append(its.key)
+        asked.add(its.key)
         if at:
             most[its.key] = int(count)
     if not found:
         raise ValueError(f"--methods {' '.join(texts)!r}: expected 'all' or names. {nearest('', catalogue.METHODS)}")
-    return list(dict.fromkeys(found)), most
+    return list(dict.fromkeys(found)), most, set(found) - asked
 
 
 @cache

@@ -31,6 +31,8 @@ def open_data(selector: str) -> Data:
         ValueError: no such part, or not such a file.
         ImportError: a .mat file without h5py.
     """
+    if not selector.strip():
+        raise ValueError(f"--data {selector!r}: {_SELECTOR}.")
     text, part = _split(selector)
     path = Path(text).expanduser()
     if not path.exists():

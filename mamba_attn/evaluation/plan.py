@@ -1,6 +1,7 @@
 """What a run consists of: models, collections and methods, and the work that is not done yet."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -46,6 +47,7 @@ class Plan:
         selectors: of the collections.
         only: the measures of some collections; the others get all.
         methods: keys, as ``choose_methods`` returns them.
+        unasked: those that may fit none of the models: nobody named them.
         most: how many images some methods get at most; the others get all.
         measures: some of ``MEASURES``.
         options: of the run.
@@ -63,6 +65,7 @@ class Plan:
     measures: Sequence[str] = MEASURES
     only: Mapping[str, Sequence[str]] = field(default_factory=dict)
     most: Mapping[str, int] = field(default_factory=dict)
+    unasked: AbstractSet[str] = frozenset()
     options: Options = field(default_factory=Options)
     half: str = "all"
     limit: int | None = None
@@ -149,7 +152,7 @@ class Plan:
         for method in self.methods:
             reasons = {model.name: misfit(method, model) for model in self.models}
             wrong = {name: reason for name, reason in reasons.items() if reason is not None}
-            if len(wrong) == len(reasons):
+            if len(wrong) == len(reasons) and method not in self.unasked:
                 raise ValueError(f"--methods {method}: {next(iter(wrong.values()))}")
             self.notes += [f"{method} is left out: {reason}" for reason in wrong.values()]
             if method in self.most:

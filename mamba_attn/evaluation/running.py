@@ -1,6 +1,8 @@
 """All tasks of a plan, here or in several processes, with a progress bar; what is done is on the disk at once."""
 
 import multiprocessing
+import os
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -68,3 +70,12 @@ def _in_flight(pool: ProcessPoolExecutor, waiting: deque[Task], most: int) -> It
 
 def _prepare(threads: int) -> None:
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed run leaves no workers behind: they would wait for tasks for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -107,6 +107,7 @@ def test_photos_without_labels(place, models, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--data", ""], "--data '': give a folder of images, ZIP, ZIP:PART"),
         (["--data", "none"], "--data none: there is no file or folder 'none'; give a folder of images, ZIP, ZIP:PART"),
         (["--data", "a.zip:box"], "there is no folder 'box' in it. Its parts: boxes."),
         (["--data", "photos", "--methods", "raw_atention"], "no such method. Did you mean 'raw_attention'"),
@@ -136,6 +137,15 @@ def test_a_method_that_fits_no_model(place, models, capsys):
     arguments = ["--models", vit, "--data", "photos", "--methods", "mamba_attribution"]
     expected = "--methods mamba_attribution: vit_micro is made of softmax attention; use transformer_attribution."
     assert expected in refused(capsys, *arguments)
+
+
+def test_all_are_those_that_fit(place, models, capsys):
+    vit = models.split(",")[1]
+    call = ["compare", "--models", vit, "--data", "photos", "--limit", "1", "--measures", "cost", "--out", "out"]
+    assert cli.main([*call, "--methods", "all", "integrated_gradients:n_steps=2"]) == 0
+    said = capsys.readouterr().out
+    assert "note: mamba_attribution is left out: vit_micro is made of softmax attention" in said
+    assert "integrated_gradients:n_steps=2  " in said
 
 
 def test_stopping_is_no_accident(place, models, capsys, monkeypatch):

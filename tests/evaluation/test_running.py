@@ -1,6 +1,12 @@
 """Whole runs of tiny models: resuming, workers, and images and methods that fail."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -112,6 +118,30 @@ def test_two_processes_find_what_one_does(models, boxes, tmp_path, monkeypatch):
     assert dict(one.items()) == dict(two.items())
 
 
+ORPHANS = """
+import os, sys, time
+from mamba_attn.evaluation import running
+if __name__ == "__main__":
+    context = running.multiprocessing.get_context("spawn")
+    pool = running.ProcessPoolExecutor(1, context, running._prepare, (1,))
+    print(pool.submit(os.getpid).result(), flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_killed_run_leaves_no_workers(tmp_path):
+    (tmp_path / "run.py").write_text(ORPHANS)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    said = subprocess.run([sys.executable, tmp_path / "run.py"], env=environment, capture_output=True, text=True)
+    worker = int(said.stdout)
+    for _ in range(100):
+        if not Path(f"/proc/{worker}").exists():
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker outlived the run")
+
+
 def test_bad_images_cost_themselves_alone(models, tmp_path):
     path = cases.boxes_zip(tmp_path / "a.zip")
     with zipfile.ZipFile(path) as good, zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
@@ -212,7 +242,8 @@ def test_digits_weigh_object_and_trap(tmp_path):
 
 
 def test_some_methods_get_fewer_images_and_other_options(models, boxes, tmp_path):
-    methods, most = choose_methods(["all", "integrated_gradients:n_steps=2@3", "occlusion@1"])
+    methods, most, unasked = choose_methods(["all", "integrated_gradients:n_steps=2@3", "occlusion@1"])
+    assert unasked == set(catalogue.METHODS) - {"integrated_gradients", "occlusion"}
     assert "integrated_gradients" not in methods
     assert (set(catalogue.METHODS) ^ set(methods)) == {"integrated_gradients", "integrated_gradients:n_steps=2"}
     assert most == {"integrated_gradients:n_steps=2": 3, "occlusion": 1}
