@@ -222,7 +222,7 @@ def test_other_numbers_of_routes_are_refused() -> None:
     model = vmamba()
     op = model.layers[0].blocks[0].op
     op.dt_projs_bias = nn.Parameter(torch.zeros(2, op.dt_projs_bias.shape[1]))
-    with pytest.raises(UnsupportedModelError, match="it has 2 routes; this adapter knows 4"):
+    with pytest.raises(UnsupportedModelError, match="it has 2 routes; the cross-scan has 4"):
         with mamba_attn.trace(model):
             pass
 
