@@ -75,3 +75,10 @@ def test_the_adapter_has_about_forty_lines() -> None:
     text = (DOCS / "adding_a_family.md").read_text()
     adapter = text[text.index("class EfficientVMambaAdapter") : text.index("What each method is for")]
     assert len([line for line in adapter.splitlines() if line.strip()]) <= 50
+
+
+def test_comparing_in_code() -> None:
+    found = run("comparing.md")
+    assert found["cell"] == 8
+    assert 0 <= found["positive"] <= 80
+    assert 0 <= found["negative"] <= 80

@@ -151,7 +151,12 @@ def auc(accuracy: np.ndarray) -> np.ndarray:
 def deletion(probability: np.ndarray, clean: np.ndarray, blank: np.ndarray) -> np.ndarray:
     """Area under the probability as the highest cells are removed, 0 to 100 %: lower is better.
 
-    After Petsiuk et al., RISE, BMVC 2018, in steps of 10 %. Args are of ``Perturbed`` and ``Clean``, in NumPy.
+    After Petsiuk et al., RISE, BMVC 2018, in steps of 10 %.
+
+    Args:
+        probability: (..., 2, 9), as in ``Perturbed``.
+        clean: (...), nothing removed.
+        blank: (...), everything removed.
     """
     positive = probability[..., 0, :]
     return np.asarray(np.concatenate([clean[..., None], positive, blank[..., None]], -1) @ _WHOLE)
@@ -162,6 +167,11 @@ def insertion(probability: np.ndarray, clean: np.ndarray, blank: np.ndarray) -> 
 
     What is put in at a fraction is what negative perturbation leaves at its complement, so nothing is computed twice.
     RISE begins with a blurred image; this one with the fill.
+
+    Args:
+        probability: (..., 2, 9), as in ``Perturbed``.
+        clean: (...), nothing removed.
+        blank: (...), everything removed.
     """
     negative = probability[..., 1, ::-1]
     return np.asarray(np.concatenate([blank[..., None], negative, clean[..., None]], -1) @ _WHOLE)

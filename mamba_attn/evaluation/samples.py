@@ -114,7 +114,11 @@ class Data(ABC):
 
 
 def half_of(key: str) -> str:
-    """Return the half of an image, by its name alone: choices are made on one, tables on the other."""
+    """Return the half of an image, by its name alone: choices are made on one, tables on the other.
+
+    Args:
+        key: the image's name in its collection.
+    """
     return HALVES[_digest(key)[-1] % 2]
 
 
