@@ -53,11 +53,8 @@ class MambaAdapter(Adapter):
             UnsupportedModelError: a call with a cache of states, for generating one token after another, or on
                 something else than (batch, tokens, features).
         """
-        signature = inspect.signature(type(module).forward)
-        given = dict(signature.bind(module, *args, **kwargs).arguments)
-        for name in _open_ended(signature):
-            given.update(given.pop(name, {}))
-        (_, x), *others = list(given.items())[1:]
+        given = _given(module, *args, **kwargs)
+        (_, x), *others = given.items()
         foreign = [name for name, value in others if name != "orders" and value is not None]
         if foreign:
             raise UnsupportedModelError(
@@ -108,6 +105,17 @@ def is_ours(module: nn.Module) -> bool:
         module: a mixer.
     """
     return type(module).forward is vim_mixer.VimMixer.forward
+
+
+def _given(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """What a mixer's forward was called with, by name; also where the forward was set on the instance."""
+    signature = inspect.signature(module.forward)
+    given = dict(signature.bind(*args, **kwargs).arguments)
+    for name in _open_ended(signature):
+        given.update(given.pop(name, {}))
+    for name in [name for name, value in signature.parameters.items() if value.kind is value.VAR_POSITIONAL]:
+        given.update({f"{name}[{index}]": value for index, value in enumerate(given.pop(name, ()))})
+    return given
 
 
 def _open_ended(signature: inspect.Signature) -> list[str]:

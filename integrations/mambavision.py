@@ -3,13 +3,12 @@
 Its attention has the attributes of timm's, so that ``timm_vit`` takes it; where the windows are is said here.
 """
 
-import inspect
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mamba_attn.adapters import Adapter, LayoutSource, Seen
+from mamba_attn.adapters import Adapter, LayoutSource, Seen, unknown_parts
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.layout import TokenLayout
 from mamba_attn.models import mambavision_mixer
@@ -33,17 +32,10 @@ class MambaVisionAdapter(Adapter):
 
     def refusal(self, module: nn.Module, model: nn.Module) -> str | None:
         """Refuse a part, a setting or an input that the mixer has not, and convolutions that are wrapped."""
-        foreign = list(inspect.signature(type(module).forward).parameters)[2:]
-        foreign += [name for name, _ in module.named_children() if name not in _CHILDREN]
-        foreign += [name for name, _ in module.named_parameters(recurse=False) if name not in _PARAMETERS]
-        foreign += [name for name, _ in module.named_buffers(recurse=False)]
-        foreign += [
-            name for name, value in vars(module).items()
-            if not name.startswith("_") and name not in _SETTINGS and isinstance(value, int | float | str | tuple)
-        ]  # fmt: skip
+        foreign = unknown_parts(module, children=_CHILDREN, parameters=_PARAMETERS, settings=_SETTINGS)
         if foreign:
             return (
-                f"it has {', '.join(dict.fromkeys(foreign))}, which this adapter does not know; it treats the mixer of "
+                f"it has {', '.join(foreign)}, which this adapter does not know; it treats the mixer of "
                 "arXiv 2407.08083, one scan of half the channels."
             )
         for name in ("conv1d_x", "conv1d_z"):

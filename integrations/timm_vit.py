@@ -3,7 +3,6 @@
 MambaVision's attention is the same, of the tokens of one window at a time.
 """
 
-import inspect
 from collections.abc import Iterable
 from typing import Any, ClassVar, cast
 
@@ -12,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.adapters import AttentionAdapter, LayoutSource, Seen
+from mamba_attn.adapters import AttentionAdapter, LayoutSource, Seen, unknown_parts
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.layout import TokenLayout
 from mamba_attn.ops._dispatch import require_bytes
@@ -36,18 +35,10 @@ class TimmViTAdapter(AttentionAdapter):
 
     def refusal(self, module: nn.Module, model: nn.Module) -> str | None:
         """Refuse whatever has a part, a setting or an input that plain attention has not."""
-        inputs = list(inspect.signature(type(module).forward).parameters)[1:]
-        foreign = [name for name in inputs[1:] if name not in _INPUTS]
-        foreign += [name for name, _ in module.named_children() if name not in _CHILDREN]
-        foreign += [name for name, _ in module.named_parameters(recurse=False)]
-        foreign += [name for name, _ in module.named_buffers(recurse=False)]
-        foreign += [
-            name for name, value in vars(module).items()
-            if not name.startswith("_") and name not in _SETTINGS and isinstance(value, int | float | str | tuple)
-        ]  # fmt: skip
+        foreign = unknown_parts(module, inputs=_INPUTS, children=_CHILDREN, settings=_SETTINGS)
         if foreign:
             return (
-                f"it has {', '.join(dict.fromkeys(foreign))}, which this adapter does not know; it treats plain "
+                f"it has {', '.join(foreign)}, which this adapter does not know; it treats plain "
                 "softmax attention over all tokens: no rotary or relative positions, no windows, no mixing of heads."
             )
         if _drops_always(module, model):

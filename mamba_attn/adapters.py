@@ -5,11 +5,12 @@ are found by name; ``register_adapter`` adds one of your own. ``mamba_attn.testi
 """
 
 import importlib
+import inspect
 import math
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -240,6 +241,30 @@ def find_mixers(
             "See register_adapter for a family of your own."
         )
     return found
+
+
+def unknown_parts(
+    module: nn.Module, *, inputs: Collection[str] = (), children: Collection[str] = (),
+    parameters: Collection[str] = (), settings: Collection[str] = (),
+) -> list[str]:  # fmt: skip
+    """Return what a mixer has and its adapter does not list, by name: what a refusal is made of.
+
+    Args:
+        module: the mixer.
+        inputs: arguments of its forward, beside the first.
+        children: submodules.
+        parameters: its own parameters; buffers are never listed.
+        settings: attributes that are numbers, words or tuples.
+    """
+    found = [name for name in list(inspect.signature(type(module).forward).parameters)[2:] if name not in inputs]
+    found += [name for name, _ in module.named_children() if name not in children]
+    found += [name for name, _ in module.named_parameters(recurse=False) if name not in parameters]
+    found += [name for name, _ in module.named_buffers(recurse=False)]
+    found += [
+        name for name, value in vars(module).items()
+        if not name.startswith("_") and name not in settings and isinstance(value, int | float | str | tuple)
+    ]  # fmt: skip
+    return list(dict.fromkeys(found))
 
 
 def require_supported(name: str, module: nn.Module, adapter: AnyAdapter, model: nn.Module) -> None:

@@ -59,6 +59,7 @@ def bare() -> Any:
     module = nn.Module()
     mixer = Mixer()
     module.A_logs, module.Ds, module.dt_projs_bias = mixer.A_logs, mixer.Ds, mixer.dt_projs_bias
+    module.x_proj_weight = mixer.x_proj_weight
     return module
 
 
