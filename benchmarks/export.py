@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 LICENSES = {
     "imagenette128": "Imagenette (fast.ai), a subset of ImageNet: non-commercial research and educational use only",
     "clothing128": "clothing-dataset-small (Alexey Grigorev): CC0 1.0",
+    "localise:digits64": "MNIST digits (Yann LeCun, Corinna Cortes): CC BY-SA 3.0, on photographs of Imagenette "
+    "(ImageNet's terms: non-commercial research and educational use only)",
 }
 
 
@@ -38,7 +40,7 @@ def evaluate(model: nn.Module, val: images.Images, pixels: int, batch: int = 64)
 
     return {
         "top1": round(hits.mean().item(), 2),
-        "sets": {name: mean(sets == index) for index, name in enumerate(images.SETS)},
+        "sets": {name: mean(sets == index) for index, name in enumerate(val.collection.sets)},
         "per_class": {name: mean(labels == label) for label, name in enumerate(val.classes)},
     }
 
@@ -70,7 +72,7 @@ def export(run: "Run", val: images.Images, recipe: dict[str, Any], command: Sequ
         "classes": val.classes,
         "validation": f"{len(val)} images, shorter side resized to {args.pixels} (bilinear), centre crop, "
         "ImageNet mean and standard deviation, bfloat16 autocast",
-        "data": {name: {"license": LICENSES[name]} for name in images.SETS},
+        "data": {name: {"license": LICENSES[name]} for name in val.collection.sets},
         "training_images": len(run.train),
         "pixels": args.pixels,
         "epochs": args.epochs,

@@ -1,4 +1,4 @@
-"""The training images: two zips decoded once to uint8, random crops made per batch, the evaluation transform."""
+"""The training images: zips decoded once to uint8, random crops made per batch, the evaluation transform."""
 
 import csv
 import io
@@ -22,8 +22,38 @@ _torchvision.prepare()  # timm imports torchvision
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD  # noqa: E402
 from timm.data.transforms import RandomResizedCropAndInterpolation  # noqa: E402
 
-SETS = ("imagenette128", "clothing128")
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in PIL's convert("L")
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Data sets that are trained on together, and how their images are varied.
+
+    Args:
+        sets: names of the zips, each with labels.csv at its top or in "zip:folder".
+        scale: smallest and largest share of the image that a random crop keeps.
+        ratio: smallest and largest ratio of its sides.
+        flip: whether images are mirrored.
+    """
+
+    sets: tuple[str, ...]
+    scale: tuple[float, float] = (0.35, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+
+    @property
+    def augmentation(self) -> str:
+        """In words."""
+        ratio = "" if self.ratio == (3 / 4, 4 / 3) else f" (ratio {self.ratio[0]:g} to {self.ratio[1]:g})"
+        flip = ", flip" if self.flip else ""
+        return f"random resized crop {self.scale[0]:g}-{self.scale[1]:g}{ratio}{flip}, colour jitter 0.2"
+
+
+COLLECTIONS = {
+    "objects": Collection(("imagenette128", "clothing128")),
+    # a mirrored digit is another one, and a small crop may hold the distractor alone
+    "digits": Collection(("localise:digits64",), (0.8, 1.0), (0.9, 1.1), flip=False),
+}
 
 
 @dataclass(frozen=True)
@@ -31,11 +61,13 @@ class Images:
     """Decoded images of one split, each a uint8 (height, width, 3) view into a memory-mapped buffer.
 
     Args:
+        collection: what they are part of.
         buffers: one flat uint8 array per data set.
         table: (images, 5) int64: data set, offset into its buffer, height, width, label.
         classes: names of the labels, over all data sets.
     """
 
+    collection: Collection
     buffers: list[np.ndarray]
     table: np.ndarray
     classes: list[str]
@@ -55,21 +87,22 @@ class Images:
         return torch.from_numpy(flat.reshape(1, height, width, 3)).permute(0, 3, 1, 2)
 
 
-def load(data: Path, cache: Path, split: str, limit: int | None = None) -> Images:
-    """Open a split of all data sets; labels of the second set follow those of the first.
+def load(data: Path, cache: Path, split: str, limit: int | None = None, collection: str = "objects") -> Images:
+    """Open a split of all data sets of a collection; labels of the second set follow those of the first.
 
     Args:
-        data: folder with imagenette128.zip and clothing128.zip.
+        data: folder with the collection's zips.
         cache: folder for the decoded arrays (about 0.8 GB), written once.
         split: "train" or "val".
         limit: keep this many images, spread evenly over the split.
+        collection: a key of COLLECTIONS.
 
     Raises:
         FileNotFoundError: a zip is missing.
     """
     buffers, tables, classes = [], [], []
-    for which, name in enumerate(SETS):
-        stem = _decode(data / f"{name}.zip", cache)
+    for which, name in enumerate(COLLECTIONS[collection].sets):
+        stem = _decode(data, name, cache)
         meta = json.loads(stem.with_suffix(".json").read_text())
         buffers.append(np.load(stem.with_suffix(".npy"), mmap_mode="c"))  # "c": torch warns about read-only arrays
         rows = np.array([row[1:] for row in meta["images"] if row[0] == split], dtype=np.int64).reshape(-1, 4)
@@ -79,25 +112,28 @@ def load(data: Path, cache: Path, split: str, limit: int | None = None) -> Image
     table = np.concatenate(tables)
     if limit is not None and limit < len(table):
         table = table[np.linspace(0, len(table) - 1, limit).astype(int)]
-    return Images(buffers, table, classes)
+    return Images(COLLECTIONS[collection], buffers, table, classes)
 
 
-def _decode(path: Path, cache: Path) -> Path:
-    """Decode a zip into <cache>/<name>-<bytes>.npy and .json unless they are there; return that path without suffix."""
+def _decode(data: Path, name: str, cache: Path) -> Path:
+    """Decode a set into <cache>/<name>-<bytes>.npy and .json unless they are there; return that path without suffix."""
     from PIL import Image
 
+    archive_name, _, folder = name.partition(":")
+    path = data / f"{archive_name}.zip"
     if not path.is_file():
-        raise FileNotFoundError(f"--data {path.parent}: expected {' and '.join(f'{name}.zip' for name in SETS)} there.")
-    stem = cache / f"{path.stem}-{path.stat().st_size}"
+        raise FileNotFoundError(f"--data {data}: expected {path.name} there.")
+    inside = f"{folder}/" if folder else ""
+    stem = cache / f"{folder or archive_name}-{path.stat().st_size}"
     if stem.with_suffix(".json").is_file():
         return stem
     cache.mkdir(parents=True, exist_ok=True)
     arrays, entries, names, offset = [], [], {}, 0
     with zipfile.ZipFile(path) as archive:
-        for row in csv.DictReader(io.TextIOWrapper(archive.open("labels.csv"), encoding="utf-8")):
-            array = np.asarray(Image.open(io.BytesIO(archive.read(row["file"]))).convert("RGB"))
+        for row in csv.DictReader(io.TextIOWrapper(archive.open(f"{inside}labels.csv"), encoding="utf-8")):
+            array = np.asarray(Image.open(io.BytesIO(archive.read(inside + row["file"]))).convert("RGB"))
             arrays.append(array.reshape(-1))
-            names[int(row["label"])] = row["name"]
+            names[int(row["label"])] = row.get("name", row["label"])
             entries.append((row["file"].split("/")[0], offset, *array.shape[:2], int(row["label"])))
             offset += array.size
     partial = cache / f".{stem.name}.{os.getpid()}"  # two trainings may start at once
@@ -117,20 +153,20 @@ def train_batch(images: Images, pixels: int, batch: int, seed: int, epoch: int, 
     incomplete batch of an epoch is dropped.
 
     timm's recipe on uint8 tensors, since the images are kept decoded: crop
-    rectangles from timm's RandomResizedCropAndInterpolation (scale 0.35 to 1, ratio 3/4 to 4/3), antialiased bilinear
-    resize, horizontal flip with probability 1/2; brightness, contrast and saturation jittered by up to 0.2, always in
+    rectangles from timm's RandomResizedCropAndInterpolation (the collection's scale and ratio), antialiased bilinear
+    resize, horizontal flip with probability 1/2 where the collection has it; brightness, contrast and saturation jittered by up to 0.2, always in
     this order (timm shuffles it).
     """
     order = np.random.default_rng((seed, epoch)).permutation(len(images))
     chosen = order[step * batch : (step + 1) * batch]
     random.seed(f"{seed} {epoch} {step}")  # timm draws from the global generator
-    crops = []
+    crops, varied = [], images.collection
     for index in chosen:
         image = images.image(index)
-        top, left, height, width = RandomResizedCropAndInterpolation.get_params(image, (0.35, 1.0), (3 / 4, 4 / 3))
+        top, left, height, width = RandomResizedCropAndInterpolation.get_params(image, varied.scale, varied.ratio)
         crop = image[..., top : top + height, left : left + width]
         crop = F.interpolate(crop, size=(pixels, pixels), mode="bilinear", antialias=True)
-        crops.append(crop.flip(-1) if random.random() < 0.5 else crop)
+        crops.append(crop.flip(-1) if random.random() < 0.5 and varied.flip else crop)
     factors = np.random.default_rng((seed, epoch, step, 1)).uniform(0.8, 1.2, (3, batch, 1, 1, 1))
     return normalise(_jitter(_to_float(torch.cat(crops)), torch.from_numpy(factors).float())), images.labels[chosen]
 

@@ -1,7 +1,8 @@
-"""Train a micro model on the joint 20 classes of Imagenette and a clothing data set; resumes after a kill.
+"""Train a small model on the joint 20 classes of Imagenette and a clothing data set, or on digits; resumes after a kill.
 
     python benchmarks/train.py vim_micro --data FOLDER --out RUN64 --pixels 64 --epochs 30
     python benchmarks/train.py vim_micro --data FOLDER --out RUN128 --pixels 128 --epochs 3 --init RUN64/last.pt
+    python benchmarks/train.py vim_digits --data FOLDER --out RUN --epochs 30
 
 A run's folder holds last.pt (checkpoint), log.jsonl and, at the end, <name>.safetensors (float16 averaged weights) and
 <name>.json (the card).
@@ -30,7 +31,7 @@ from benchmarks.export import evaluate, export
 RECIPE = {
     "optimizer": "AdamW", "weight_decay": 0.05, "betas": [0.9, 0.999], "clip_norm": 1.0, "warmup": 0.15,
     "schedule": "cosine to 0", "label_smoothing": 0.1, "drop_path": 0.05, "ema_decay": 0.999,
-    "autocast": "bfloat16", "augmentation": "random resized crop 0.35-1, flip, colour jitter 0.2",
+    "autocast": "bfloat16",
 }  # fmt: skip
 
 
@@ -208,8 +209,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("name", help="vim_micro, vmamba_micro, vit_micro, or any name of mamba_attn.models")
-    add("--data", type=Path, required=True, help="folder with imagenette128.zip and clothing128.zip")
+    add("name", help="vim_micro, vmamba_micro, vit_micro, those with _digits, or any name of mamba_attn.models")
+    add("--data", type=Path, required=True, help="folder with imagenette128.zip and clothing128.zip, or localise.zip for digits")
     add("--out", type=Path, required=True, help="folder of the run; a run found there is continued")
     add("--cache", type=Path, help="folder of the decoded images; default: cache, beside --out")
     add("--pixels", type=int, default=64)
@@ -235,7 +236,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     cache = args.cache or args.out.resolve().parent / "cache"
-    train, val = (images.load(args.data, cache, split, args.limit) for split in ("train", "val"))
+    collection = "digits" if args.name.endswith("_digits") else "objects"
+    train, val = (images.load(args.data, cache, split, args.limit, collection) for split in ("train", "val"))
     run = Run(args, train)
     checkpoint = args.out / "last.pt"
     if checkpoint.is_file():
@@ -250,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
         with log.context():
             complete = fit(run, val, log, checkpoint, args.minutes)
     if complete:
-        card = export(run, val, RECIPE, argv or sys.argv[1:])
+        card = export(run, val, {**RECIPE, "augmentation": train.collection.augmentation}, argv or sys.argv[1:])
         print(f"{args.out}/{args.name}.safetensors: top-1 {card['top1']:.2f} %")
 
 
