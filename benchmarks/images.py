@@ -136,8 +136,8 @@ def _decode(data: Path, name: str, cache: Path) -> Path:
             names[int(row["label"])] = row.get("name", row["label"])
             entries.append((row["file"].split("/")[0], offset, *array.shape[:2], int(row["label"])))
             offset += array.size
-    partial = cache / f".{stem.name}.{os.getpid()}"  # two trainings may start at once
-    np.save(partial.with_suffix(".npy"), np.concatenate(arrays))
+    partial = cache / f".{stem.name}-{os.getpid()}.npy"  # two trainings may start at once
+    np.save(partial, np.concatenate(arrays))
     partial.with_suffix(".json").write_text(
         json.dumps({"classes": [names[label] for label in sorted(names)], "images": entries})
     )

@@ -210,7 +210,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("name", help="vim_micro, vmamba_micro, vit_micro, those with _digits, or any name of mamba_attn.models")
-    add("--data", type=Path, required=True, help="folder with imagenette128.zip and clothing128.zip, or localise.zip for digits")
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder with imagenette128.zip and clothing128.zip, or localise.zip for digits",
+    )
     add("--out", type=Path, required=True, help="folder of the run; a run found there is continued")
     add("--cache", type=Path, help="folder of the decoded images; default: cache, beside --out")
     add("--pixels", type=int, default=64)

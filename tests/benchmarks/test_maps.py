@@ -54,7 +54,7 @@ def data(tmp_path_factory):
             )
             rows.append(f'images/{index}.JPEG,0,tench,"[[16, 32, {16 + side}, {32 + side}]]",{(side / 224) ** 2:.4f}')
         archive.writestr("imagenette_boxes224/boxes.csv", "\n".join(rows))
-    for name in images.SETS:
+    for name in images.COLLECTIONS["objects"].sets:
         with zipfile.ZipFile(folder / f"{name}.zip", "w") as archive:
             files = [f"val/{index}.jpg" for index in range(6)]
             for file in files:

@@ -12,6 +12,12 @@ from benchmarks import images, train, zoo
 TINY = {"embed_dim": 16, "depth": 2, "num_heads": 2}
 
 
+def _jpeg(array):
+    data = io.BytesIO()
+    Image.fromarray(array).save(data, "JPEG")
+    return data.getvalue()
+
+
 def _write_zip(path, classes, train_count, val_count, size):
     """A data set whose labels can be learnt from the colour."""
     random = np.random.default_rng(len(classes))
@@ -21,9 +27,7 @@ def _write_zip(path, classes, train_count, val_count, size):
             for index in range(train_count + val_count):
                 file = f"{'train' if index < train_count else 'val'}/{name}/{index}.jpg"
                 array = random.integers(0, 40, (*size, 3)).astype(np.uint8) + np.uint8(60 * (label + 1))
-                data = io.BytesIO()
-                Image.fromarray(array).save(data, "JPEG")
-                archive.writestr(file, data.getvalue())
+                archive.writestr(file, _jpeg(array))
                 rows.append(f"{file},{label},{name}")
         archive.writestr("labels.csv", "\n".join(rows))
 
@@ -64,8 +68,26 @@ def test_the_zips_become_one_data_set(data, tmp_path):
     assert len(images.load(data, tmp_path, "train", limit=5)) == 5
 
 
+def test_digits_are_read_from_a_folder_of_a_zip_and_never_mirrored(tmp_path):
+    random = np.random.default_rng(0)
+    with zipfile.ZipFile(tmp_path / "localise.zip", "w") as archive:
+        rows = ["file,mask,label"]
+        for index in range(8):
+            array = np.zeros((32, 32, 3), np.uint8)
+            array[:, 16:] = random.integers(100, 256, (32, 16, 3), np.uint8)  # bright on the right
+            rows.append(f"train/{index}.jpg,train/{index}.png,{index % 2}")
+            archive.writestr(f"digits64/train/{index}.jpg", _jpeg(array))
+        archive.writestr("digits64/labels.csv", "\n".join(rows))
+    split = images.load(tmp_path, tmp_path / "cache", "train", collection="digits")
+    assert split.classes == ["0", "1"]
+    assert split.labels.tolist() == [0, 1] * 4
+    for epoch in range(4):
+        x, _ = images.train_batch(split, 32, 8, 0, epoch, 0)
+        assert bool((x[..., 20:].mean((1, 2, 3)) > x[..., :12].mean((1, 2, 3))).all())
+
+
 def test_a_missing_zip_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"expected imagenette128\.zip and clothing128\.zip there"):
+    with pytest.raises(FileNotFoundError, match=r"expected imagenette128\.zip there"):
         images.load(tmp_path, tmp_path, "train")
 
 
