@@ -61,16 +61,16 @@ class Images:
     """Decoded images of one split, each a uint8 (height, width, 3) view into a memory-mapped buffer.
 
     Args:
-        collection: what they are part of.
         buffers: one flat uint8 array per data set.
         table: (images, 5) int64: data set, offset into its buffer, height, width, label.
         classes: names of the labels, over all data sets.
+        collection: what they are part of.
     """
 
-    collection: Collection
     buffers: list[np.ndarray]
     table: np.ndarray
     classes: list[str]
+    collection: Collection = COLLECTIONS["objects"]
 
     def __len__(self) -> int:
         return len(self.table)
@@ -112,7 +112,7 @@ def load(data: Path, cache: Path, split: str, limit: int | None = None, collecti
     table = np.concatenate(tables)
     if limit is not None and limit < len(table):
         table = table[np.linspace(0, len(table) - 1, limit).astype(int)]
-    return Images(COLLECTIONS[collection], buffers, table, classes)
+    return Images(buffers, table, classes, COLLECTIONS[collection])
 
 
 def _decode(data: Path, name: str, cache: Path) -> Path:
@@ -152,10 +152,10 @@ def train_batch(images: Images, pixels: int, batch: int, seed: int, epoch: int, 
     Order and augmentation depend on (seed, epoch, step) alone, so that a resumed run sees the same batches. The last,
     incomplete batch of an epoch is dropped.
 
-    timm's recipe on uint8 tensors, since the images are kept decoded: crop
-    rectangles from timm's RandomResizedCropAndInterpolation (the collection's scale and ratio), antialiased bilinear
-    resize, horizontal flip with probability 1/2 where the collection has it; brightness, contrast and saturation jittered by up to 0.2, always in
-    this order (timm shuffles it).
+    timm's recipe on uint8 tensors, since the images are kept decoded: crop rectangles from timm's
+    RandomResizedCropAndInterpolation (the collection's scale and ratio), antialiased bilinear resize, horizontal flip
+    with probability 1/2 where the collection has it; brightness, contrast and saturation jittered by up to 0.2, always
+    in this order (timm shuffles it).
     """
     order = np.random.default_rng((seed, epoch)).permutation(len(images))
     chosen = order[step * batch : (step + 1) * batch]

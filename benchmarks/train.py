@@ -1,4 +1,4 @@
-"""Train a small model on the joint 20 classes of Imagenette and a clothing data set, or on digits; resumes after a kill.
+"""Train a small model on the 20 classes of Imagenette and a clothing data set, or on digits; resumes after a kill.
 
     python benchmarks/train.py vim_micro --data FOLDER --out RUN64 --pixels 64 --epochs 30
     python benchmarks/train.py vim_micro --data FOLDER --out RUN128 --pixels 128 --epochs 3 --init RUN64/last.pt
@@ -214,7 +214,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--data",
         type=Path,
         required=True,
-        help="folder with imagenette128.zip and clothing128.zip, or localise.zip for digits",
+        help="folder with imagenette128.zip and clothing128.zip; for digits localise.zip",
     )
     add("--out", type=Path, required=True, help="folder of the run; a run found there is continued")
     add("--cache", type=Path, help="folder of the decoded images; default: cache, beside --out")

@@ -83,7 +83,8 @@ def test_counts_are_the_official_ones(name):
 
 
 def test_every_name_is_counted_or_micro():
-    assert set(mamba_attn.models.names()) == {*COUNTS, "vim_micro", "vmamba_micro", "vit_micro"}
+    small = {f"{family}_{size}" for family in ("vim", "vmamba", "vit") for size in ("micro", "digits")}
+    assert set(mamba_attn.models.names()) == {*COUNTS, *small}
 
 
 def test_vim_names_and_shapes():
