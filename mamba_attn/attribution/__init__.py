@@ -8,10 +8,17 @@ try:
 except ImportError as error:
     raise ImportError("mamba_attn.attribution needs captum: pip install 'mamba_attn[captum]'") from error
 
-from mamba_attn.attribution._base import TokenAttribution
+from mamba_attn.attribution._base import MapAttribution, TokenAttribution
 from mamba_attn.attribution.attention_rollout import AttentionRollout
 from mamba_attn.attribution.mamba_attribution import MambaAttribution
 from mamba_attn.attribution.raw_attention import RawAttention
 from mamba_attn.attribution.transformer_attribution import TransformerAttribution
 
-__all__ = ["AttentionRollout", "MambaAttribution", "RawAttention", "TokenAttribution", "TransformerAttribution"]
+__all__ = [
+    "AttentionRollout",
+    "MambaAttribution",
+    "MapAttribution",
+    "RawAttention",
+    "TokenAttribution",
+    "TransformerAttribution",
+]

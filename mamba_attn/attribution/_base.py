@@ -1,105 +1,107 @@
-"""What every attribution method shares: the contract of ``attribute``, targets, and the way from tokens to pixels."""
+"""What every attribution method shares: the contract of ``attribute``, and the way from tokens to pixels."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import ClassVar, TypeVar
 
 import torch
 from captum.attr import Attribution
 from torch import Tensor, nn
 
-from mamba_attn._types import Int
+from mamba_attn._types import Float
 from mamba_attn.attribution._queries import Query, check_query
-from mamba_attn.errors import TraceError
+from mamba_attn.attribution._targets import Target, target_values
+from mamba_attn.errors import NonFiniteError, TraceError
 from mamba_attn.layers import Layer
 from mamba_attn.layout import TokenLayout
 from mamba_attn.rules import Rules
 from mamba_attn.tracing import Trace, trace
 
-Target = int | Sequence[int] | Tensor | None
+__all__ = ["Images", "MapAttribution", "Row", "Target", "TokenAttribution"]
+
 Row = tuple[TokenLayout, Tensor]  # one number per token (batch, tokens), and where the tokens sit
+Images = TypeVar("Images", Tensor, tuple[Tensor])  # captum's metrics hand a tuple of one, and want one back
 
 
-class TokenAttribution(Attribution, ABC):
-    """An attribution method that gives every token of one or more layers a number.
+class MapAttribution(Attribution, ABC):
+    """An attribution method that gives every image a map.
 
     Neither the model nor the inputs change; the model is not switched to eval mode either.
 
     Args:
-        model: a model that ``mamba_attn.trace`` knows; it is called with the inputs alone and returns logits.
-        layers: names or patterns of the mixers to use. Default: all.
+        model: called with the images alone; returns logits (batch, classes), or whatever a target can be named in.
 
     Raises:
         TypeError: not a module.
     """
 
-    def __init__(self, model: nn.Module, *, layers: Iterable[str] | None = None) -> None:
+    reads_rows: ClassVar[bool] = False  # whether a query means anything to it
+
+    def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"{type(self).__name__}(model): expected a torch.nn.Module, got {type(model).__name__}.")
         super().__init__(model)
         self.model = model
-        self.layers = layers if layers is None or isinstance(layers, str) else list(layers)
 
     def attribute(
-        self,
-        inputs: Tensor,
-        target: Target = None,
-        query: Query = None,
-        *,
-        grid: bool = False,
-    ) -> Tensor:
+        self, inputs: Images, target: Target = None, query: Query = None, *, grid: bool = False, expand: bool = False
+    ) -> Images:
         """Return one map per image.
 
         Args:
             inputs: (batch, colours, height, width), images as the model takes them.
-            target: class index, or one per image, as a list or tensor. Default: the predicted class. Methods that do
-                not depend on the class check it all the same.
+            target: class index, or one per image, as a list or tensor; for dense outputs a tuple of indices, as
+                (class, row, column), or a list of one tuple per image; or a function of the model's output that returns
+                one number per image, each from its own image, or their sum. Default: the predicted class, of models
+                that return (batch, classes). Methods that do not depend on the class check what is given all the same.
             query: (row, column) of a pixel, or a box (x0, y0, x1, y1) in pixels, whose tokens' rows are read, their
                 mean where there are several. Default: the class token; for models without one the mean over patches.
             grid: return the tokens' grid instead of pixels.
+            expand: return the inputs' shape, an equal part of the map in every colour, so that captum's metrics and
+                pictures, which sum or compare all channels, run.
 
         Returns:
             (batch, 1, height, width) at the inputs' size in pixels, interpolated linearly between patch centres; with
-            ``grid=True`` that of the patch grid.
+            ``grid=True`` that of the patch grid; with ``expand=True`` (batch, colours, height, width), whose sum over
+            colours is the map. For a tuple of one tensor, as captum's metrics hand it over, a tuple of one.
 
         Raises:
-            ValueError: inputs that are no batch, a target that is no class, a query outside the image,
-                ``grid=True`` for layers of several grids.
+            TypeError: several inputs.
+            ValueError: inputs that are no batch, a target that the output does not have, or none where there is no
+                predicted class; a query outside the image, or for a method that reads no rows; ``grid=True`` for layers
+                of several grids, or with ``expand=True``.
             TraceError: a model whose tokens' place in the image is not known.
             UnknownLayerError: a layer name or pattern that fits none.
-            NonFiniteError: a layer met NaN or Inf.
+            NonFiniteError: a layer, the target or the map is NaN or Inf.
         """
-        size = self._size("attribute", inputs, query)
+        call = f"{type(self).__name__}.attribute"
+        if isinstance(inputs, tuple) and len(inputs) != 1:
+            raise TypeError(f"{call}(inputs): expected one tensor of images, got a tuple of {len(inputs)}.")
+        images = inputs[0] if isinstance(inputs, tuple) else inputs
+        size = self._size("attribute", images, query)
+        if grid and expand:
+            raise ValueError(f"{call}(grid=True, expand=True): the inputs' shape is in pixels; leave one of them out.")
+        if query is not None and not self.reads_rows:
+            raise ValueError(f"{call}(query={query!r}): this method reads no token's row; leave query out.")
         with torch.no_grad():
-            return self._render(self._explain(inputs, target, query), size, grid)
+            maps = self._maps(images, target, query, size, grid)
+        finite = maps.isfinite().flatten(1).all(1)
+        if not bool(finite.all()):
+            which = ", ".join(str(index) for index in (~finite).nonzero().flatten().tolist())
+            raise NonFiniteError(
+                f"{call}: the maps of images {which} hold NaN or Inf; check the images, the weights and the "
+                "precision of the model."
+            )
+        if expand:
+            maps = (maps / images.shape[1]).expand(-1, images.shape[1], -1, -1).contiguous()
+        return (maps,) if isinstance(inputs, tuple) else maps
 
     @abstractmethod
-    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
-        """Return the rows whose maps are averaged: one, or one per layer. Called without gradients."""
-
-    @contextmanager
-    def _traced(
-        self, inputs: Tensor, target: Target, *, gradients: bool = False, rules: Rules | None = None
-    ) -> Iterator[tuple[Trace, Tensor]]:
-        """One traced forward pass, and the sum of the images' target logits.
-
-        Gradients are taken inside the block, where a model that checkpoints its activations is still traced.
-
-        Args:
-            inputs: as in ``attribute``.
-            target: as in ``attribute``.
-            gradients: keep the graph.
-            rules: what watches, or changes, the forward.
-        """
-        with torch.inference_mode(False):
-            images = inputs.clone() if inputs.is_inference() else inputs  # nothing is saved of inference tensors
-            with trace(self.model, layers=self.layers, rules=rules) as record:
-                with torch.set_grad_enabled(gradients):
-                    output = self.model(images)
-                    logit = output.gather(1, self._targets(output, target, len(inputs)).unsqueeze(1)).sum()
-                self._ran(record)
-                with torch.no_grad():
-                    yield record, logit
+    def _maps(
+        self, images: Tensor, target: Target, query: Query, size: tuple[int, int], grid: bool
+    ) -> Float[Tensor, "batch 1 height width"]:
+        """Return the maps in pixels, ``size`` (rows, columns), or on the tokens' grid. Called without gradients."""
 
     def _size(self, method: str, inputs: Tensor, query: Query) -> tuple[int, int]:
         """The images' (rows, columns) in pixels; ValueError for inputs that are no batch, or a query outside them."""
@@ -109,6 +111,63 @@ class TokenAttribution(Attribution, ABC):
         size = (inputs.shape[2], inputs.shape[3])
         check_query(call, query, size)
         return size
+
+
+class TokenAttribution(MapAttribution):
+    """An attribution method that gives every token of one or more layers a number.
+
+    Args:
+        model: a model that ``mamba_attn.trace`` knows; it is called with the inputs alone.
+        layers: names or patterns of the mixers to use. Default: all.
+
+    Raises:
+        TypeError: not a module.
+    """
+
+    reads_rows: ClassVar[bool] = True
+
+    def __init__(self, model: nn.Module, *, layers: Iterable[str] | None = None) -> None:
+        super().__init__(model)
+        self.layers = layers if layers is None or isinstance(layers, str) else list(layers)
+
+    @abstractmethod
+    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+        """Return the rows whose maps are averaged: one, or one per layer. Called without gradients."""
+
+    def _maps(
+        self, images: Tensor, target: Target, query: Query, size: tuple[int, int], grid: bool
+    ) -> Float[Tensor, "batch 1 height width"]:
+        return self._render(self._explain(images, target, query), size, grid)
+
+    @contextmanager
+    def _traced(
+        self, inputs: Tensor, target: Target, *, gradients: bool = False, rules: Rules | None = None
+    ) -> Iterator[tuple[Trace, Tensor]]:
+        """One traced forward pass, and the sum of what is explained of the images.
+
+        Gradients are taken inside the block, where a model that checkpoints its activations is still traced.
+
+        Args:
+            inputs: as in ``attribute``.
+            target: as in ``attribute``; where no gradients are asked for, None is not looked up.
+            gradients: keep the graph.
+            rules: what watches, or changes, the forward.
+        """
+        call = f"{type(self).__name__}.attribute"
+        with torch.inference_mode(False):
+            images = inputs.clone() if inputs.is_inference() else inputs  # nothing is saved of inference tensors
+            with trace(self.model, layers=self.layers, rules=rules) as record:
+                with torch.set_grad_enabled(gradients):
+                    output = self.model(images)
+                    needed = gradients or target is not None
+                    logit = target_values(call, output, target, len(inputs)).sum() if needed else torch.zeros(())
+                layers = self._ran(record)
+                if not bool(logit.detach().isfinite()):
+                    for layer in layers:
+                        layer._require_finite()  # says where it began
+                    raise NonFiniteError(f"{call}: what is to be explained is NaN or Inf; check the model's head.")
+                with torch.no_grad():
+                    yield record, logit
 
     def _ran(self, record: Trace) -> list[Layer]:
         """The layers of the pass.
@@ -120,29 +179,8 @@ class TokenAttribution(Attribution, ABC):
             raise TraceError(f"{type(self).__name__}: the model's forward called none of the layers asked for.")
         return record.layers
 
-    def _targets(self, output: Tensor, target: Target, batch: int) -> Int[Tensor, " batch"]:
-        """One class per image.
-
-        Raises:
-            ValueError: an output that is not (batch, classes), or a target that is not one of its classes.
-        """
-        call = f"{type(self).__name__}.attribute(target={target!r})"
-        if not isinstance(output, Tensor) or output.ndim != 2:
-            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(f"{call}: the model must return logits (batch, classes), got {shape}.")
-        if target is None:
-            return output.argmax(1)
-        classes = torch.as_tensor(target, device=output.device)
-        if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
-            raise ValueError(f"{call}: expected a class index, or one per image, as integers.")
-        if classes.ndim > 1 or (classes.ndim == 1 and len(classes) != batch):
-            raise ValueError(f"{call}: expected one class index, or one for each of the {batch} images.")
-        if bool(((classes < 0) | (classes >= output.shape[1])).any()):
-            raise ValueError(f"{call}: expected class indices in 0..{output.shape[1] - 1}.")
-        return classes.long().expand(batch)
-
-    def _render(self, rows: Sequence[Row], size: tuple[int, int], grid: bool) -> Tensor:
-        """The mean of the rows' maps: (batch, 1, rows, columns)."""
+    def _render(self, rows: Sequence[Row], size: tuple[int, int], grid: bool) -> Float[Tensor, "batch 1 height width"]:
+        """The mean of the rows' maps."""
         merged: dict[TokenLayout, Tensor] = {}
         for layout, values in rows:  # sums of rows on the same grid first: interpolation is linear
             merged[layout] = merged[layout] + values if layout in merged else values

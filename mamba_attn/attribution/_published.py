@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mamba_attn._types import Float
-from mamba_attn.attribution._base import Row, Target, TokenAttribution
+from mamba_attn.attribution._base import Row, TokenAttribution
 from mamba_attn.attribution._conventions import (
     Watch,
     broadcast_rollout,
@@ -20,6 +20,7 @@ from mamba_attn.attribution._conventions import (
     require_class_token,
 )
 from mamba_attn.attribution._queries import Query
+from mamba_attn.attribution._targets import Target
 from mamba_attn.layers import ScanLayer, require
 
 Vectors = list[Float[Tensor, "batch channels tokens"]]  # the class token's row, layer by layer

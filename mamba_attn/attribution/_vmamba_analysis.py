@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from mamba_attn._types import Float
 from mamba_attn.adapters import find_mixers
-from mamba_attn.attribution._base import Row, Target, TokenAttribution
+from mamba_attn.attribution._base import Row, TokenAttribution
 from mamba_attn.attribution._conventions import ANALYSIS, min_max
 from mamba_attn.attribution._queries import Query, query_weights
+from mamba_attn.attribution._targets import Target
 from mamba_attn.layers import ScanLayer, require
 from mamba_attn.ops.reference import merge
 

@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 from mamba_attn._types import Float
 from mamba_attn.attribution import _conventions, _published, _vmamba_analysis
-from mamba_attn.attribution._base import Row, Target, TokenAttribution
+from mamba_attn.attribution._base import Row, TokenAttribution
 from mamba_attn.attribution._queries import Query, query_weights
 from mamba_attn.attribution._stages import to_finer
+from mamba_attn.attribution._targets import Target
 from mamba_attn.layers import Layer
 
 

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from mamba_attn import ops
 from mamba_attn._types import Float
 from mamba_attn.attribution import _conventions, _published
-from mamba_attn.attribution._base import Row, Target, TokenAttribution
+from mamba_attn.attribution._base import Row, TokenAttribution
 from mamba_attn.attribution._conventions import Watch
 from mamba_attn.attribution._product import Product, Step, dense, of_one_token, roll_out
 from mamba_attn.attribution._queries import Query, query_weights, read_rows
+from mamba_attn.attribution._targets import Target
 from mamba_attn.attribution._weighted import gated_gradients, gradient_x_attention, paper, published
 from mamba_attn.errors import nearest
 from mamba_attn.layers import ScanLayer, require

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from mamba_attn.attribution import _conventions, _published, _vmamba_analysis
-from mamba_attn.attribution._base import Row, Target, TokenAttribution
+from mamba_attn.attribution._base import Row, TokenAttribution
 from mamba_attn.attribution._queries import Query, read_rows
+from mamba_attn.attribution._targets import Target
 from mamba_attn.tracing import trace
 
 

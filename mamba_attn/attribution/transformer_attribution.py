@@ -3,9 +3,10 @@
 from torch import Tensor
 
 from mamba_attn.attention_layer import AttentionLayer
-from mamba_attn.attribution._base import Row, Target, TokenAttribution
+from mamba_attn.attribution._base import Row, TokenAttribution
 from mamba_attn.attribution._product import Product, dense, of_one_token, roll_out
 from mamba_attn.attribution._queries import Query, query_weights
+from mamba_attn.attribution._targets import Target
 from mamba_attn.layers import require
 
 

@@ -77,14 +77,6 @@ def test_inputs_that_are_no_batch(method, shape):
         method(vim(depth=1)).attribute(torch.zeros(shape, dtype=torch.float64))
 
 
-def test_predicted_classes_are_the_default_target():
-    method, output = RawAttention(vim(depth=1)), torch.tensor([[0.0, 2.0], [3.0, 1.0]])
-    assert method._targets(output, None, 2).tolist() == [1, 0]
-    assert method._targets(output, 1, 2).tolist() == [1, 1]
-    with pytest.raises(ValueError, match=r"must return logits \(batch, classes\), got \(2, 2, 1\)"):
-        method._targets(output.unsqueeze(2), None, 2)
-
-
 @ALL
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
