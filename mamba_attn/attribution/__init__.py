@@ -9,12 +9,14 @@ except ImportError as error:
     raise ImportError("mamba_attn.attribution needs captum: pip install 'mamba_attn[captum]'") from error
 
 from mamba_attn.attribution._base import MapAttribution, TokenAttribution
+from mamba_attn.attribution.attention_grad_cam import AttentionGradCAM
 from mamba_attn.attribution.attention_rollout import AttentionRollout
 from mamba_attn.attribution.mamba_attribution import MambaAttribution
 from mamba_attn.attribution.raw_attention import RawAttention
 from mamba_attn.attribution.transformer_attribution import TransformerAttribution
 
 __all__ = [
+    "AttentionGradCAM",
     "AttentionRollout",
     "MambaAttribution",
     "MapAttribution",
