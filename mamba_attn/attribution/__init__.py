@@ -11,6 +11,9 @@ except ImportError as error:
 from mamba_attn.attribution._base import MapAttribution, TokenAttribution
 from mamba_attn.attribution.attention_grad_cam import AttentionGradCAM
 from mamba_attn.attribution.attention_rollout import AttentionRollout
+from mamba_attn.attribution.captum_methods import InputXGradient, IntegratedGradients, Occlusion, Saliency
+from mamba_attn.attribution.controls import CentreMap, RandomMap
+from mamba_attn.attribution.layer_grad_cam import LayerGradCam
 from mamba_attn.attribution.mamba_attribution import MambaAttribution
 from mamba_attn.attribution.raw_attention import RawAttention
 from mamba_attn.attribution.transformer_attribution import TransformerAttribution
@@ -18,9 +21,16 @@ from mamba_attn.attribution.transformer_attribution import TransformerAttributio
 __all__ = [
     "AttentionGradCAM",
     "AttentionRollout",
+    "CentreMap",
+    "InputXGradient",
+    "IntegratedGradients",
+    "LayerGradCam",
     "MambaAttribution",
     "MapAttribution",
+    "Occlusion",
+    "RandomMap",
     "RawAttention",
+    "Saliency",
     "TokenAttribution",
     "TransformerAttribution",
 ]

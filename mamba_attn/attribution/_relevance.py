@@ -1,4 +1,4 @@
-"""How relevance goes through one operation: the rules of arXiv 2012.09838 (section 3) and its code, alpha = 1, beta = 0.
+"""How relevance goes through one operation: arXiv 2012.09838 (section 3) and its code, alpha = 1, beta = 0.
 
 Every rule conserves: what goes in sums to what came out, up to outputs that are zero. Element-wise operations
 (activations, norms, softmax, layer scale) pass relevance on unchanged and have no function here.

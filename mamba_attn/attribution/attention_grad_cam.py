@@ -1,8 +1,6 @@
 """Attention GradCAM: the last layer's heads, each weighted by its mean gradient."""
 
-from collections.abc import Iterable
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from mamba_attn._types import Float
 from mamba_attn.attention_layer import AttentionLayer
@@ -31,9 +29,6 @@ class AttentionGradCAM(TokenAttribution):
         >>> AttentionGradCAM(vit).attribute(torch.randn(2, 3, 224, 224), target=[281, 207]).shape
         torch.Size([2, 1, 224, 224])
     """
-
-    def __init__(self, model: nn.Module, *, layers: Iterable[str] | None = None) -> None:
-        super().__init__(model, layers=layers)
 
     def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
         with self._traced(inputs, target, gradients=True) as (record, logit):

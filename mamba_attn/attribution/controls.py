@@ -1,0 +1,65 @@
+"""Maps that no model made, as controls: what a figure of merit is worth that they reach too."""
+
+import zlib
+
+import torch
+from torch import Tensor, nn
+
+from mamba_attn._types import Float
+from mamba_attn.attribution._pixels import PixelAttribution
+from mamba_attn.attribution._queries import Query
+from mamba_attn.attribution._targets import Target
+
+
+class _Control(PixelAttribution):
+    """A map of the image's size alone, or its content; a target that is given is checked all the same."""
+
+    def _draw(self, image: Float[Tensor, "colours height width"]) -> Float[Tensor, "height width"]:
+        raise NotImplementedError
+
+    def _maps(
+        self, images: Tensor, target: Target, query: Query, size: tuple[int, int], grid: bool
+    ) -> Float[Tensor, "batch 1 height width"]:
+        if target is not None:
+            self._ask(images, target)
+        maps = torch.stack([self._draw(image) for image in images]).unsqueeze(1)
+        return self._in_shape(maps.to(images.device), images, grid)
+
+
+class RandomMap(_Control):
+    """Independent uniform numbers in 0..1, one per pixel; the same for the same image, wherever it stands in a batch.
+
+    Args:
+        model: any; it is not asked.
+        seed: other numbers for another seed.
+
+    Example:
+        >>> RandomMap(model).attribute(torch.randn(2, 3, 224, 224)).shape
+        torch.Size([2, 1, 224, 224])
+    """
+
+    def __init__(self, model: nn.Module, *, seed: int = 0) -> None:
+        super().__init__(model)
+        self.seed = seed
+
+    def _draw(self, image: Float[Tensor, "colours height width"]) -> Float[Tensor, "height width"]:
+        content = zlib.crc32(image.detach().float().cpu().contiguous().numpy().tobytes(), self.seed)
+        return torch.rand(image.shape[1:], generator=torch.Generator().manual_seed(content))
+
+
+class CentreMap(_Control):
+    """A Gaussian about the centre of the image, its standard deviation a quarter of each side.
+
+    Args:
+        model: any; it is not asked.
+
+    Example:
+        >>> CentreMap(model).attribute(torch.randn(2, 3, 224, 224)).shape
+        torch.Size([2, 1, 224, 224])
+    """
+
+    def _draw(self, image: Float[Tensor, "colours height width"]) -> Float[Tensor, "height width"]:
+        vertical, horizontal = (
+            torch.exp(-0.5 * ((torch.arange(side) + 0.5 - side / 2) / (side / 4)) ** 2) for side in image.shape[1:]
+        )
+        return vertical[:, None] * horizontal

@@ -1,0 +1,179 @@
+"""captum's LayerGradCam on tokens: features of a token model are not where GradCAM looks for channels."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import captum.attr
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mamba_attn._types import Float
+from mamba_attn.adapters import find_mixers
+from mamba_attn.attribution._pixels import Asked, PixelAttribution, cell_means
+from mamba_attn.attribution._queries import Query
+from mamba_attn.attribution._targets import Target
+from mamba_attn.errors import UnsupportedModelError, nearest
+from mamba_attn.layout import TokenLayout
+
+_STAGED = ("VMamba",)  # families whose last stage's output all lead to the head
+
+
+class LayerGradCam(PixelAttribution):
+    """captum's LayerGradCam (arXiv 1610.02391, eq. 1 and 2) of the last layer whose tokens reach the head.
+
+    Features weighted by their gradients' means over all tokens, class tokens included, and summed; the positive part
+    after that sum, as in the paper, unless ``relu`` is off. Captum is called on a copy of the model that shares all its
+    weights and in which the layer hands its features on as channels.
+
+    Args:
+        model: a model that ``mamba_attn.trace`` knows; any other, with ``layer``.
+        layer: name of a module that returns tokens (batch, tokens, features), or images of features, channels last
+            where its grid is one of the model's token grids, else first. Default: for VMamba the last stage; else what
+            the last mixer is given, since behind it nothing but the class token need reach the head.
+        relu: the positive part.
+
+    Raises:
+        ValueError: when called, a layer that is not there, or that gives no tokens and no images.
+        UnsupportedModelError: when called without ``layer``, a model that cannot be traced.
+
+    Example:
+        >>> LayerGradCam(model).attribute(torch.randn(2, 3, 224, 224)).shape
+        torch.Size([2, 1, 224, 224])
+    """
+
+    def __init__(self, model: nn.Module, *, layer: str | None = None, relu: bool = True) -> None:
+        super().__init__(model)
+        self.layer = layer
+        self.relu = relu
+
+    def _maps(
+        self, images: Tensor, target: Target, query: Query, size: tuple[int, int], grid: bool
+    ) -> Float[Tensor, "batch 1 height width"]:
+        asked = self._ask(images, target)
+        name, at_input = self._place()
+        frames = self._frames(images)
+        tap = _Tap([frame.grid for frame in frames])
+        with torch.inference_mode(False):
+            cam = self._cam(asked, name, at_input, tap)
+        if len(cam) != len(images) or cam.ndim not in (3, 4):
+            raise ValueError(
+                f"LayerGradCam(layer={name!r}): it gives {tap.shape}, neither (batch, tokens, features) nor images of "
+                "features; name another layer=."
+            )
+        frame = next((frame for frame in frames if _fits(frame, cam)), None)
+        if frame is None and cam.ndim == 3:
+            raise ValueError(
+                f"LayerGradCam(layer={name!r}): it gives {cam.shape[2]} tokens, whose place in the image is not known; "
+                "name another layer=."
+            )
+        if frame is None:
+            pixels = F.interpolate(cam, size, mode="bilinear")
+        else:
+            own = frame.to_grid(cam) if cam.ndim == 3 else cam
+            if grid and frame.grid == frames[0].grid:
+                return own
+            pixels = frame.to_pixels(own, size)
+        return cell_means(pixels, self._layouts(images)[0]) if grid else pixels
+
+    def _cam(self, asked: Asked, name: str, at_input: bool, tap: "_Tap") -> Float[Tensor, "batch 1 *tokens"]:
+        run = asked.forward(_tapped(self.model, name, tap, at_input))
+
+        def forward(x: Tensor) -> Tensor:
+            values = run(x)
+            if tap.shape is None:
+                raise UnsupportedModelError(
+                    f"LayerGradCam(layer={name!r}): {type(self.model).__name__} does not call it; name another layer=."
+                )
+            return values
+
+        found: Tensor = captum.attr.LayerGradCam(forward, tap.channels).attribute(
+            asked.images, asked.target, relu_attributions=self.relu
+        )
+        return found.detach()
+
+    def _place(self) -> tuple[str, bool]:
+        """The layer's name, and whether what it is given is meant."""
+        if self.layer is not None:
+            names = [name for name, _ in self.model.named_modules() if name]
+            if self.layer not in names:
+                raise ValueError(f"LayerGradCam(layer={self.layer!r}): no such module. {nearest(self.layer, names)}")
+            return self.layer, False
+        name, (_, adapter) = list(find_mixers(self.model).items())[-1]
+        stage, found, _ = name.rpartition(".blocks.")
+        return (stage, False) if adapter.family in _STAGED and found else (name, True)
+
+    def _frames(self, images: Tensor) -> list[TokenLayout]:
+        """The model's token frames; none for a model that cannot be traced, whose layer was named."""
+        try:
+            find_mixers(self.model)
+        except UnsupportedModelError:
+            return []
+        return self._layouts(images)
+
+
+class _Tap(nn.Module):
+    """Hands features on unchanged, and as channels to ``channels``, where captum looks at them."""
+
+    def __init__(self, grids: Sequence[tuple[int, int]]) -> None:
+        super().__init__()
+        self.grids = grids
+        self.channels = nn.Identity()
+        self.shape: tuple[int, ...] | None = None
+
+    def forward(self, features: Any) -> Tensor:
+        if not isinstance(features, Tensor):
+            raise TypeError(
+                f"LayerGradCam: the layer gives {type(features).__name__}, not a tensor; name another layer=."
+            )
+        self.shape = tuple(features.shape)
+        if features.ndim == 3 or (features.ndim == 4 and self.shape[1:3] in self.grids):
+            moved: Tensor = self.channels(features.movedim(-1, 1)).movedim(1, -1)
+            return moved
+        same: Tensor = self.channels(features)
+        return same
+
+
+class _Tapped(nn.Module):
+    """A layer with a tap on what it is given, or gives."""
+
+    def __init__(self, layer: nn.Module, tap: _Tap, at_input: bool) -> None:
+        super().__init__()
+        self.layer = layer
+        self.tap = tap
+        self.at_input = at_input
+
+    def __getattr__(self, name: str) -> Any:
+        """What the model may want to know of its layer."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.at_input:
+            return self.layer(self.tap(x), *args, **kwargs)
+        return self.tap(self.layer(x, *args, **kwargs))
+
+
+def _tapped(model: nn.Module, name: str, tap: _Tap, at_input: bool) -> nn.Module:
+    """A copy of the model that shares everything but the modules on the way to the layer, which has a tap."""
+    root = current = _shallow(model)
+    *way, last = name.split(".")
+    for part in way:
+        child = _shallow(current.get_submodule(part))
+        current._modules[part] = child
+        current = child
+    current._modules[last] = _Tapped(current.get_submodule(last), tap, at_input)
+    return root
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    copied = copy.copy(module)
+    copied._modules = dict(module._modules)
+    return copied
+
+
+def _fits(frame: TokenLayout, cam: Tensor) -> bool:
+    return frame.tokens == cam.shape[2] if cam.ndim == 3 else frame.grid == tuple(cam.shape[2:])
