@@ -56,8 +56,8 @@ class IntegratedGradients(_ReducedColours):
         ValueError: another ``colours``.
 
     Example:
-        >>> IntegratedGradients(model, n_steps=8).attribute(torch.randn(2, 3, 224, 224)).shape
-        torch.Size([2, 1, 224, 224])
+        >>> IntegratedGradients(model, n_steps=2).attribute(torch.randn(1, 3, 224, 224)).shape
+        torch.Size([1, 1, 224, 224])
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class InputXGradient(_ReducedColours):
         ValueError: another ``colours``.
 
     Example:
-        >>> InputXGradient(model).attribute(torch.randn(2, 3, 224, 224)).shape
-        torch.Size([2, 1, 224, 224])
+        >>> InputXGradient(model).attribute(torch.randn(1, 3, 224, 224)).shape
+        torch.Size([1, 1, 224, 224])
     """
 
     def __init__(self, model: nn.Module, *, colours: str = "sum") -> None:
@@ -117,8 +117,8 @@ class Saliency(_ReducedColours):
         ValueError: another ``colours``.
 
     Example:
-        >>> Saliency(model).attribute(torch.randn(2, 3, 224, 224)).shape
-        torch.Size([2, 1, 224, 224])
+        >>> Saliency(model).attribute(torch.randn(1, 3, 224, 224)).shape
+        torch.Size([1, 1, 224, 224])
     """
 
     def __init__(self, model: nn.Module, *, colours: str = "sum", abs: bool = True) -> None:
@@ -150,8 +150,8 @@ class Occlusion(PixelAttribution):
         ValueError: when called, a function as target that returns a sum over several images.
 
     Example:
-        >>> Occlusion(model, sliding_window_shapes=32).attribute(torch.randn(2, 3, 224, 224)).shape
-        torch.Size([2, 1, 224, 224])
+        >>> Occlusion(model, sliding_window_shapes=112, strides=112).attribute(torch.randn(1, 3, 224, 224)).shape
+        torch.Size([1, 1, 224, 224])
     """
 
     def __init__(

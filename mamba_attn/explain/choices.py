@@ -1,36 +1,16 @@
 """What a user asked for, from text: methods with options, a class, a query, layers."""
 
-import inspect
+import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from mamba_attn.attribution import (
-    AttentionRollout,
-    MambaAttribution,
-    RawAttention,
-    TokenAttribution,
-    TransformerAttribution,
-)
+from mamba_attn.attribution import MapAttribution, catalogue
 from mamba_attn.errors import nearest
 from mamba_attn.explain.subject import Subject
 
-METHODS: dict[str, type[TokenAttribution]] = {
-    "raw_attention": RawAttention,
-    "attention_rollout": AttentionRollout,
-    "mamba_attribution": MambaAttribution,
-    "transformer_attribution": TransformerAttribution,
-}
-_TITLES = {
-    "raw_attention": "raw attention",
-    "attention_rollout": "attention rollout",
-    "mamba_attribution": "Mamba-Attribution",
-    "transformer_attribution": "Transformer-Attribution",
-}
-_OF_A_CLASS = ("mamba_attribution", "transformer_attribution")
-_COUNTERPARTS = {"mamba_attribution": "transformer_attribution", "transformer_attribution": "mamba_attribution"}
-_ONLY_FOR = {"mamba_attribution": False, "transformer_attribution": True}  # softmax attention?
+_DEFAULT = ("raw_attention", "attention_rollout", "mamba_attribution")
 _WORDS = {"true": True, "yes": True, "false": False, "no": False}
 
 
@@ -39,7 +19,7 @@ class Method:
     """An attribution method and its options.
 
     Args:
-        name: a key of ``METHODS``.
+        name: in the catalogue of methods.
         options: keyword arguments of its class.
     """
 
@@ -56,16 +36,21 @@ class Method:
     def title(self) -> str:
         """For people."""
         options = ", ".join(f"{name}={value}" for name, value in self.options.items())
-        return f"{_TITLES[self.name]} ({options})" if options else _TITLES[self.name]
+        return f"{self.entry.title} ({options})" if options else self.entry.title
+
+    @property
+    def entry(self) -> catalogue.Entry:
+        """What the catalogue says of it."""
+        return catalogue.get(self.name)
 
     @property
     def of_a_class(self) -> bool:
         """Whether the map depends on the class."""
-        return self.name in _OF_A_CLASS
+        return self.entry.of_a_class
 
-    def build(self, subject: Subject, layers: Sequence[str] | None) -> TokenAttribution:
+    def build(self, subject: Subject, layers: Sequence[str] | None) -> MapAttribution:
         """Return the method on a model; ``layers`` of None stands for the method's own default."""
-        return METHODS[self.name](subject.model, layers=layers, **self.options)
+        return catalogue.build(self.name, subject.model, layers=layers, **self.options)
 
 
 def parse_methods(texts: Sequence[str], subject: Subject) -> list[Method]:
@@ -78,24 +63,19 @@ def parse_methods(texts: Sequence[str], subject: Subject) -> list[Method]:
     Raises:
         ValueError: an unknown name, option or value, or a method that the model has nothing for.
     """
-    last = "transformer_attribution" if subject.softmax else "mamba_attribution"
-    found = {method.key: method for method in map(_method, texts or ("raw_attention", "attention_rollout", last))}
+    default = [catalogue.counterpart(name, subject.model) for name in _DEFAULT]
+    found = {method.key: method for method in map(_method, texts or default)}
     for method in found.values():
-        if _ONLY_FOR.get(method.name, subject.softmax) != subject.softmax:
-            kind = "softmax attention" if subject.softmax else "selective scans"
-            raise ValueError(
-                f"--method {method.key}: {subject.name} is made of {kind}; use {_COUNTERPARTS[method.name]}."
-            )
+        refusal = catalogue.refusal(method.name, subject.model, subject.name)
+        if refusal:
+            raise ValueError(f"--method {method.key}: {refusal}")
         method.build(subject, None)  # options that exclude each other
     return list(found.values())
 
 
 def counterparts(methods: Sequence[Method], beside: Subject) -> list[Method]:
     """Return what a second model is shown with: the same methods where they fit, with their default options."""
-    names = dict.fromkeys(
-        method.name if _ONLY_FOR.get(method.name, beside.softmax) == beside.softmax else _COUNTERPARTS[method.name]
-        for method in methods
-    )
+    names = dict.fromkeys(catalogue.counterpart(method.name, beside.model) for method in methods)
     return [Method(name) for name in names]
 
 
@@ -143,6 +123,17 @@ def parse_query(text: str | None, subject: Subject) -> tuple[float, ...] | None:
             f"{rows} rows x {columns} columns."
         )
     return query
+
+
+def check_query(query: tuple[float, ...] | None, methods: Sequence[Method]) -> None:
+    """Refuse a query beside methods that read no token's row.
+
+    Raises:
+        ValueError: see above.
+    """
+    deaf = [method.key for method in methods if not method.entry.reads_rows]
+    if query is not None and deaf:
+        raise ValueError(f"--query: {', '.join(deaf)} read no token's row; leave out --query, or them.")
 
 
 def parse_layers(texts: Sequence[str], subject: Subject) -> list[str]:
@@ -210,10 +201,9 @@ class Question(NamedTuple):
 def _method(text: str) -> Method:
     """One method from text."""
     name, _, rest = text.partition(":")
-    if name not in METHODS:
-        raise ValueError(f"--method {text}: no such method. {nearest(name, METHODS)}")
-    parameters = inspect.signature(METHODS[name].__init__).parameters.values()
-    known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "layers"}
+    if name not in catalogue.METHODS:
+        raise ValueError(f"--method {text}: no such method. {nearest(name, catalogue.METHODS)}")
+    known = catalogue.get(name).known_options
     options = {}
     for part in filter(None, rest.split(",")):
         option, given, value = part.partition("=")
@@ -224,9 +214,18 @@ def _method(text: str) -> Method:
 
 
 def _value(text: str, option: str, value: str, default: object) -> object:
-    """A value of the same kind as the option's default."""
-    if not isinstance(default, bool):
+    """A value of the same kind as the option's default; where that is None, a number if it reads like one."""
+    if isinstance(default, str):
         return value
-    if value.lower() not in _WORDS:
-        raise ValueError(f"--method {text}: {option} is true or false, not {value!r}.")
-    return _WORDS[value.lower()]
+    if isinstance(default, bool):
+        if value.lower() not in _WORDS:
+            raise ValueError(f"--method {text}: {option} is true or false, not {value!r}.")
+        return _WORDS[value.lower()]
+    if isinstance(default, int):
+        if not value.lstrip("-").isdecimal():
+            raise ValueError(f"--method {text}: {option} is a whole number, not {value!r}.")
+        return int(value)
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value

@@ -28,7 +28,9 @@ _EPILOG = """\
 For every image FOLDER receives NAME.html (a page that needs no network), NAME.png (the same as one picture) and
 NAME.npz (the maps in pixels, the matrices, the query's row in every layer, all probabilities); index.html lists them.
 
-methods: raw_attention, attention_rollout, mamba_attribution; for a ViT transformer_attribution in place of the last.
+methods: raw_attention, attention_rollout, attention_rollout_signed; for selective scans mamba_attribution; for softmax
+attention transformer_attribution, transformer_attribution_lrp, attention_grad_cam; grad_cam, integrated_gradients,
+input_x_gradient, saliency, occlusion, whose maps do not heed --layer; as controls random, centre.
 Options follow a colon: attention_rollout:signed, mamba_attribution:rule=paper, raw_attention:convention=hidden_mamba.
 """
 
@@ -58,7 +60,15 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="NAME|none",
         help="a model with demo weights to compare with; default: vit_micro beside the others of them",
     )
-    add("--method", nargs="+", action="extend", default=[], metavar="METHOD", help="default: all three, see below")
+    add(
+        "--method",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="METHOD",
+        help="see below; default: raw_attention, "
+        "attention_rollout, mamba_attribution or, for a ViT, transformer_attribution",
+    )
     add("--target", metavar="CLASS|INDEX", help="class to explain, by name or index; default: the predicted one")
     add("--query", metavar="ROW,COL|X0,Y0,X1,Y1", help="whose attention, in pixels; default: the class token's")
     add("--layer", nargs="+", action="extend", default=[], metavar="LAYER", help="indices, names, patterns; default: "
@@ -93,6 +103,7 @@ def _job(args: argparse.Namespace, command: str) -> Job:
         choices.parse_target(args.target, first),
         choices.parse_query(args.query, first),
     )
+    choices.check_query(question.query, question.methods)
     check_query("--query", question.query, first.transform.size)
     beside = args.beside or (None if args.weights == "demo" else subject.NO_COMPANION)
     second = subject.load_companion(beside, first, args.device)

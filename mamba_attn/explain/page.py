@@ -9,13 +9,6 @@ from mamba_attn.explain.sheet import PERCENTILE, limits
 from mamba_attn.figures import png
 from mamba_attn.figures.picture import data_uri
 
-_MEANING = {
-    "raw_attention": "What {reader} reads in a layer, averaged over the layers. The same for every class.",
-    "attention_rollout": "What reaches {reader} through the product of all layers' attention, residual streams "
-    "included. The same for every class.",
-    "mamba_attribution": "Attention weighted by the gradient of the class, multiplied over the layers.",
-    "transformer_attribution": "Attention weighted by the gradient of the class, multiplied over the layers.",
-}
 _STYLE = """
 body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif;color:#222;background:#fff;
   max-width:1180px;margin:24px auto;padding:0 20px}
@@ -100,7 +93,7 @@ def _map(answer: Answer, method: Method) -> str:
     values = answer.maps[method.key]
     heat = data_uri(png.matrix_rgb(values, **limits(values)))
     of = f" of <i>{_safe(answer.class_name(answer.explained))}</i>" if method.of_a_class else ""
-    meaning = _MEANING[method.name].format(reader=answer.reader)
+    meaning = method.entry.meaning.format(reader=answer.reader)
     caption = f"<b>{_safe(method.title)}</b>{of}<br>{values.min():.2g} to {values.max():.2g}<br>{meaning}"
     return _figure(_stack(answer, f'<img class=heat src="{heat}" alt="{_safe(method.title)}">'), caption)
 

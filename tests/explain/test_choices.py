@@ -49,12 +49,33 @@ def test_options_reach_the_method(subjects):
         ("attention_rollout:signed=maybe", "signed is true or false, not 'maybe'"),
         ("mamba_attribution:rule=papr", r"no such rule. Did you mean 'paper'"),
         ("mamba_attribution:rule=paper,signed", "signed=True"),
+        ("integrated_gradients:n_steps=many", "n_steps is a whole number, not 'many'"),
         ("transformer_attribution", "vim_micro is made of selective scans; use mamba_attribution"),
     ],
 )
 def test_methods_that_are_none(subjects, text, message):
     with pytest.raises(ValueError, match=message):
         choices.parse_methods([text], subjects["vim_micro"])
+
+
+def test_options_are_read_like_their_defaults(subjects):
+    texts = [
+        "integrated_gradients:n_steps=8,colours=absolute",
+        "occlusion:sliding_window_shapes=4",
+        "grad_cam:layer=norm_f",
+    ]
+    steps, window, cam = (method.options for method in choices.parse_methods(texts, subjects["vim_micro"]))
+    assert steps == {"n_steps": 8, "colours": "absolute"}
+    assert window == {"sliding_window_shapes": 4}
+    assert cam == {"layer": "norm_f"}
+
+
+def test_a_query_needs_methods_that_read_rows(subjects):
+    methods = choices.parse_methods(["raw_attention", "saliency", "random:seed=3"], subjects["vim_micro"])
+    choices.check_query((1, 2), methods[:1])
+    choices.check_query(None, methods)
+    with pytest.raises(ValueError, match=r"--query: saliency, random:seed=3 read no token's row; leave out --query"):
+        choices.check_query((1, 2), methods)
 
 
 def test_scans_have_no_method_of_a_vit(subjects):
@@ -102,6 +123,8 @@ def test_layers(subjects):
 def test_the_model_beside_is_asked_the_same(subjects):
     vmamba, vit = subjects["vmamba_micro"], subjects["vit_micro"]
     methods = choices.parse_methods(["raw_attention:signed", "raw_attention", "mamba_attribution"], vmamba)
+    cams = choices.parse_methods(["attention_grad_cam", "saliency:abs=false", "transformer_attribution_lrp"], vit)
+    assert [each.key for each in choices.counterparts(cams, vmamba)] == ["grad_cam", "saliency", "mamba_attribution"]
     question = choices.Question(vmamba, methods, vmamba.layers[-1:], 1, (32.0, 8.0))
     beside = question.of_companion(vit)  # 64 x 32 pixels there, 32 x 32 here
     assert [method.key for method in beside.methods] == ["raw_attention", "transformer_attribution"]

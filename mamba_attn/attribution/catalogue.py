@@ -1,0 +1,190 @@
+"""All methods by name: how each is built for a model, and which would do where it does not fit."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from mamba_attn.adapters import AttentionAdapter, find_mixers
+from mamba_attn.attribution import _vit_relevance
+from mamba_attn.attribution._base import MapAttribution
+from mamba_attn.attribution.attention_grad_cam import AttentionGradCAM
+from mamba_attn.attribution.attention_rollout import AttentionRollout
+from mamba_attn.attribution.captum_methods import InputXGradient, IntegratedGradients, Occlusion, Saliency
+from mamba_attn.attribution.controls import CentreMap, RandomMap
+from mamba_attn.attribution.layer_grad_cam import LayerGradCam
+from mamba_attn.attribution.mamba_attribution import MambaAttribution
+from mamba_attn.attribution.raw_attention import RawAttention
+from mamba_attn.attribution.transformer_attribution import TransformerAttribution
+from mamba_attn.errors import UnsupportedModelError, nearest
+
+SCANS, SOFTMAX = "selective scans", "softmax attention"
+ANY = ("any model",)  # known to trace() or not
+TRACED = (SCANS, SOFTMAX)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method, with options that make it this one.
+
+    Args:
+        name: as users write it.
+        title: for captions.
+        method: its class.
+        meaning: what the map shows, a sentence or two; ``{reader}`` stands for whose attention it is.
+        made_of: the kinds of layers that the model may be made of.
+        of_a_class: whether the map depends on the class.
+        instead: the method that does the like for other models.
+        options: arguments of the class.
+        check: raises UnsupportedModelError for models that the method refuses all the same.
+    """
+
+    name: str
+    title: str
+    method: type[MapAttribution]
+    meaning: str
+    made_of: tuple[str, ...] = TRACED
+    of_a_class: bool = True
+    instead: str = "attention_rollout"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[nn.Module], None] | None = None
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether a query means anything to it."""
+        return self.method.reads_rows
+
+    @property
+    def known_options(self) -> dict[str, Any]:
+        """The options that are left to the user, and their defaults."""
+        parameters = inspect.signature(self.method.__init__).parameters.values()
+        keywords = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "layers"}
+        return {name: default for name, default in keywords.items() if name not in self.options}
+
+
+_GRADIENT_WEIGHTED = "Attention weighted by the gradient of the class, multiplied over the layers."
+METHODS: dict[str, Entry] = {
+    entry.name: entry
+    for entry in (
+        Entry("raw_attention", "raw attention", RawAttention,
+              "What {reader} reads in a layer, averaged over the layers. The same for every class.", of_a_class=False),
+        Entry("attention_rollout", "attention rollout", AttentionRollout,
+              "What reaches {reader} through the product of all layers' attention, residual streams included. The same "
+              "for every class.", of_a_class=False),
+        Entry("attention_rollout_signed", "signed attention rollout", AttentionRollout,
+              "What reaches {reader} through the product of all layers' attention with its signs, residual streams "
+              "included. The same for every class.", of_a_class=False, options={"signed": True}),
+        Entry("mamba_attribution", "Mamba-Attribution", MambaAttribution, _GRADIENT_WEIGHTED, (SCANS,),
+              instead="transformer_attribution"),
+        Entry("transformer_attribution", "Transformer-Attribution", TransformerAttribution, _GRADIENT_WEIGHTED,
+              (SOFTMAX,), instead="mamba_attribution"),
+        Entry("transformer_attribution_lrp", "Transformer-Attribution, LRP", TransformerAttribution,
+              "Relevance of the attention, weighted by the gradient of the class, multiplied over the layers.",
+              (SOFTMAX,), instead="mamba_attribution", options={"variant": "lrp"},
+              check=lambda model: _vit_relevance.require_known("transformer_attribution_lrp", model)),
+        Entry("attention_grad_cam", "attention GradCAM", AttentionGradCAM,
+              "What {reader} reads in the last layer, heads weighted by the gradient of the class.", (SOFTMAX,),
+              instead="grad_cam"),
+        Entry("grad_cam", "GradCAM", LayerGradCam,
+              "Features of the last tokens that reach the head, weighted by the gradient of the class."),
+        Entry("integrated_gradients", "integrated gradients", IntegratedGradients,
+              "The gradient of the class along the way from a grey image, times the image.", ANY),
+        Entry("input_x_gradient", "input x gradient", InputXGradient,
+              "The gradient of the class times the image.", ANY),
+        Entry("saliency", "saliency", Saliency, "The size of the gradient of the class.", ANY),
+        Entry("occlusion", "occlusion", Occlusion,
+              "How far the logit of the class falls when a window is covered.", ANY),
+        Entry("random", "random", RandomMap, "A control: random numbers.", ANY, of_a_class=False),
+        Entry("centre", "centre", CentreMap, "A control: the middle of the image.", ANY, of_a_class=False),
+    )
+}  # fmt: skip
+
+
+def get(name: str) -> Entry:
+    """Return a method by its name.
+
+    Raises:
+        ValueError: no such method.
+    """
+    if name not in METHODS:
+        raise ValueError(f"{name}: no such method. {nearest(name, METHODS)}")
+    return METHODS[name]
+
+
+def build(name: str, model: nn.Module, *, layers: Iterable[str] | None = None, **options: Any) -> MapAttribution:
+    """Return a method on a model.
+
+    Args:
+        name: of the method.
+        model: the model.
+        layers: names or patterns of layers; methods that see the whole model leave them alone.
+        options: of the method's class.
+
+    Raises:
+        ValueError: no such method, or options that it has not, or that exclude each other.
+
+    Example:
+        >>> build("attention_rollout", model).attribute(torch.randn(2, 3, 224, 224)).shape
+        torch.Size([2, 1, 224, 224])
+    """
+    entry = get(name)
+    unknown = [option for option in options if option not in entry.known_options]
+    if unknown:
+        raise ValueError(f"{name} has no option {unknown[0]!r}. {nearest(unknown[0], entry.known_options)}")
+    chosen = {"layers": layers} if "layers" in inspect.signature(entry.method.__init__).parameters else {}
+    return entry.method(model, **chosen, **entry.options, **options)
+
+
+def fitting(model: nn.Module) -> list[str]:
+    """Return the names of all methods that fit a model, controls last."""
+    return [name for name in METHODS if refusal(name, model) is None]
+
+
+def refusal(name: str, model: nn.Module, called: str | None = None) -> str | None:
+    """Return why a method does not fit a model, and which would; None where it fits.
+
+    Args:
+        name: of the method.
+        model: the model.
+        called: what the model is called in the sentence. Default: its class.
+
+    Raises:
+        ValueError: no such method.
+    """
+    entry = get(name)
+    if entry.made_of == ANY:
+        return None
+    called = called or type(model).__name__
+    kinds = _made_of(model)
+    if not kinds:
+        return f"{called} has no layer that can be traced; use integrated_gradients."
+    if not set(kinds) <= set(entry.made_of):
+        return f"{called} is made of {' and '.join(kinds)}; use {counterpart(name, model)}."
+    try:
+        if entry.check is not None:
+            entry.check(model)
+    except UnsupportedModelError as error:
+        return str(error)
+    return None
+
+
+def counterpart(name: str, model: nn.Module) -> str:
+    """Return the method itself where it fits the model, else the one that does the like, else a general one."""
+    candidates = (name, get(name).instead, "attention_rollout", "integrated_gradients")
+    return next(each for each in candidates if _made_of_fits(get(each), model))
+
+
+def _made_of_fits(entry: Entry, model: nn.Module) -> bool:
+    kinds = _made_of(model)
+    return entry.made_of == ANY or (bool(kinds) and set(kinds) <= set(entry.made_of))
+
+
+def _made_of(model: nn.Module) -> list[str]:
+    """The kinds of layers that trace() would find."""
+    try:
+        adapters = [adapter for _, adapter in find_mixers(model).values()]
+    except UnsupportedModelError:
+        return []
+    return list(dict.fromkeys(SOFTMAX if isinstance(each, AttentionAdapter) else SCANS for each in adapters))
