@@ -1,4 +1,4 @@
-"""Measure operators, models, attribution, maps, kernels, builds or foreign code: a table, and JSON in benchmarks/results.
+"""Measure operators, models, attribution, maps, kernels, builds, foreign code: a table, and JSON in benchmarks/results.
 
     python benchmarks/run.py ops
     python benchmarks/run.py models
