@@ -31,6 +31,9 @@ ERRORS = (
 MODELS = ("vim_tiny", "vmamba_tiny_s1l8")
 TRANSFORMER = "deit_tiny_patch16_224"
 
+FORMS: dict[str, dict[str, bool]] = {"rows": {"rollout": False}, "dense": {}, "signed": {"signed": True}}
+EXPLAINED = ("vim_micro", "vmamba_micro")
+
 TARGETS = {
     "loop": Target(f"published triple loop / ours, {VIM}", 80, 400, higher=True, unit="x"),
     "formula": Target(f"ours / VMamba's published formula, {VIM}", 2, 1, unit="x"),
@@ -52,6 +55,10 @@ TARGETS = {
     "drop-in logits": Target("our model / the official code, same weights: largest difference of logits", 1e-4, 1e-5),
     "drop-in matrices": Target("our model / the official code, same weights: worst error of a matrix", 1e-5, 1e-6),
     "explain": Target("`mamba-attn explain` with its defaults, wall seconds", 60, 20, unit="s"),
+    **{
+        f"{name} rows": Target(f"{name}: MambaAttribution's row form / one forward + backward", 1.3, 1.1, unit="x")
+        for name in EXPLAINED
+    },
     **{
         f"{name} {part}": Target(f"{name}: {what}", at_least, aim, higher=True, unit="x")
         for name in ("vim_micro", "vmamba_micro")
@@ -116,6 +123,33 @@ def forward(name: str, attention: bool = False, pixels: int = 224) -> Call:
     model = _model(name, pixels)
     image = torch.randn(1, 3, pixels, pixels, generator=torch.Generator().manual_seed(0))
     return _traced(model, image) if attention else _plain(model, image)
+
+
+def explained(name: str, what: str, batch: int, pixels: int = 128) -> Call:
+    """A model's pass over some images, or a map of each by one form of MambaAttribution.
+
+    Args:
+        name: of the model; its weights are random.
+        what: "forward", "forward + backward" (to the images), or one of ``FORMS``.
+        batch: images.
+        pixels: their side.
+    """
+    model = _model(name, pixels)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, pixels, pixels, generator=generator)
+    if what == "forward":
+        return _plain(model, images)
+    if what != "forward + backward":
+        from mamba_attn.attribution import MambaAttribution
+
+        method = MambaAttribution(model, **FORMS[what])
+        return lambda: method.attribute(images, 0)
+
+    def run() -> object:
+        inputs = images.clone().requires_grad_()
+        return torch.autograd.grad(model(inputs)[:, 0].sum(), inputs)
+
+    return run
 
 
 def _model(name: str, pixels: int) -> Any:

@@ -1,7 +1,8 @@
-"""Measure operators, models, maps, kernels, their build, or foreign code: a table, and JSON under benchmarks/results/.
+"""Measure operators, models, attribution, maps, kernels, builds, foreign code: a table, and JSON in benchmarks/results.
 
     python benchmarks/run.py ops
     python benchmarks/run.py models
+    python benchmarks/run.py attribution
     python benchmarks/run.py maps --data FOLDER
     python benchmarks/run.py kernel [--device cuda]
     python benchmarks/run.py build
@@ -33,6 +34,7 @@ RESULTS = Path(__file__).parent / "results"
 WHAT = {
     "ops": "operators: speed and errors against published code, growth with the length",
     "models": "models: time and memory of a forward pass and of its attention",
+    "attribution": "attribution: time and memory of MambaAttribution beside one forward + backward",
     "maps": "maps: energy in boxes, deletion, time of the command",
     "kernel": "hidden attention and what it costs: models, backends, ceilings, on a CPU or a GPU",
     "dropin": "other people's model code, as it stands in clones of their repositories, traced",
@@ -154,6 +156,40 @@ def run_models(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
     return figures, details
 
 
+def measure_attribution(
+    name: str, pixels: int, batches: tuple[int, ...], rounds: int
+) -> tuple[list[Figure], dict[str, Any]]:
+    """Every form of MambaAttribution, beside one forward + backward of the same images."""
+    figures: list[Figure] = []
+    details: dict[str, Any] = {"pixels": pixels}
+    whole = "forward + backward"
+    for batch in batches:
+        arguments = {
+            what: {"name": name, "what": what, "batch": batch, "pixels": pixels}
+            for what in ("forward", whole, *cases.FORMS)
+        }
+        times = interleave({what: cases.explained(**each) for what, each in arguments.items()}, rounds)
+        figures.append(figure(f"{name} rows", f"batch {batch}", paired(times["rows"], times[whole])))
+        details[f"batch {batch}"] = {
+            what: {
+                "milliseconds": Spread.of([1e3 * t for t in sample]),
+                f"/ {whole}": paired(sample, times[whole]),
+                "peak_bytes": peak_memory("benchmarks.cases:explained", **arguments[what]),
+            }
+            for what, sample in times.items()
+        }
+    return figures, details
+
+
+def run_attribution(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
+    """All rows about the cost of attribution."""
+    figures, details = [], {}
+    for name in cases.EXPLAINED:
+        found, details[name] = measure_attribution(name, *((32, (2,), 2) if quick else (128, (1, 8), 15)))
+        figures += found
+    return figures, details
+
+
 def run_kernel(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """What ``mamba-attn bench`` measures; pictures too where a folder is named."""
     try:
@@ -190,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.what == "dropin":
         found, partial = [("dropin", *dropin.run_dropin(args))], args.quick or dropin.partial(args)
     else:
-        runs = {"ops": run_ops, "models": run_models, "build": without_gpu.run_build}
+        runs = {"ops": run_ops, "models": run_models, "attribution": run_attribution, "build": without_gpu.run_build}
         found, partial = [(args.what, *runs[args.what](args.quick))], args.quick
     folder = args.out or (None if partial else RESULTS)
     for name, figures, details in found:

@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 from mamba_attn import ops
 from mamba_attn._types import Float
-from mamba_attn.attribution import _conventions, _published
+from mamba_attn.attribution import _conventions, _direct, _published
 from mamba_attn.attribution._base import Row, TokenAttribution
 from mamba_attn.attribution._conventions import Watch
 from mamba_attn.attribution._product import Product, Step, dense, of_one_token, roll_out
-from mamba_attn.attribution._queries import Query, query_weights, read_rows
+from mamba_attn.attribution._queries import Query, query_tokens, query_weights
 from mamba_attn.attribution._targets import Target
 from mamba_attn.attribution._weighted import gated_gradients, gradient_x_attention, paper, published
 from mamba_attn.errors import nearest
@@ -98,6 +98,8 @@ class MambaAttribution(TokenAttribution):
                 lambda rows, gradients, token: _published.mamba_attribution(name, rows, gradients, token),
                 gradients=True,
             )  # fmt: skip
+        if not self.rollout:
+            return self._rows(inputs, target, query)
         watch = Watch()  # holds on to activations, so only where they are needed
         rules = watch if self.rule == "paper" else None
         with self._traced(inputs, target, gradients=True, rules=rules) as (record, logit):
@@ -112,8 +114,6 @@ class MambaAttribution(TokenAttribution):
         gradients = _of_one_token(layers, gradients)
         if self.rule == "paper":
             return self._rolled(layers, query, lambda layer: dense(paper(layer, gradients[layer.name])))
-        if not self.rollout:
-            return [(layer.layout, self._row(layer, query, gradients[layer.name])) for layer in layers]
         if self.signed:
             return self._rolled(layers, query, lambda layer: _signed(layer, gradients[layer.name]))
         return self._rolled(
@@ -124,9 +124,29 @@ class MambaAttribution(TokenAttribution):
         start = query_weights(layers[-1], query)
         return [(layers[0].layout, roll_out(layers, start, step))]
 
-    def _row(self, layer: ScanLayer, query: Query, gradient: Tensor) -> Float[Tensor, "batch tokens"]:
-        row = read_rows(layer, query, fold="sum", row_weight=gradient, col_weight=layer.scan.u)
-        return row if self.signed else row.clamp(min=0)
+    def _rows(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+        """Every layer's own row; for the mean over all tokens nothing but the backward pass is needed."""
+        with self._traced(inputs, target, gradients=True, rules=_direct.OwnInputs()) as (record, logit):
+            layers = require("MambaAttribution", record.layers, ScanLayer)
+            if query is None and all(map(_direct.reads_all, layers)):
+                outputs, inner = _direct.gradients(layers, logit)
+                rows = [_direct.summed_rows(*each) for each in zip(layers, outputs, inner, strict=True)]
+            else:
+                found = _of_one_token(layers, record.gradients(logit))
+                rows = [_row(layer, query, found[layer.name]) for layer in layers]
+        rows = rows if self.signed else [row.clamp(min=0) for row in rows]
+        return [(layer.layout, row) for layer, row in zip(layers, rows, strict=True)]
+
+
+def _row(layer: ScanLayer, query: Query, gradient: Tensor) -> Float[Tensor, "batch tokens"]:
+    """The mean of the query's rows. That the logit is finite says that the layers are; the map is looked at later."""
+    tokens, scan = query_tokens(layer.layout, query), layer.scan
+    if len(tokens) > 1:
+        vector = query_weights(layer, query)
+        return ops.left_product(scan, vector=vector, fold="sum", row_weight=gradient, col_weight=scan.u)
+    # one row needs one token's weights: nothing is gathered for the others
+    weight = gradient[:, None, :, tokens[0], None].expand(-1, scan.routes, -1, scan.length)
+    return ops.attention_row(scan, row=tokens[0], fold="sum", row_weight=weight, col_weight=scan.u)
 
 
 def _of_one_token(layers: Sequence[ScanLayer], gradients: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from mamba_attn.attribution import MambaAttribution
+from mamba_attn.attribution._queries import query_tokens
 from mamba_attn.attribution._weighted import gradient_x_attention, positive_attention
 from mamba_attn.ops import reference
 from mamba_attn.tracing import trace
@@ -73,7 +74,7 @@ def test_default_against_the_dense_product_of_explicit_matrices(name):
     close(MambaAttribution(model, signed=True).attribute(inputs, target=TARGET), expected)
 
 
-@pytest.mark.parametrize("name", ["middle", "vmamba"])
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("signed", [False, True])
 def test_rows_without_rollout(name, signed):
     model, inputs = MODELS[name](), images()
@@ -83,6 +84,29 @@ def test_rows_without_rollout(name, signed):
         maps.append((layout, row if signed else row.clamp(min=0)))
     actual = MambaAttribution(model, rollout=False, signed=signed).attribute(inputs, target=TARGET)
     close(actual, in_pixels(maps))
+
+
+@pytest.mark.parametrize("name", ["middle", "vmamba"])
+@pytest.mark.parametrize("query", [(20, 3), (2, 2, 20, 30)])
+def test_rows_of_a_query_without_rollout(name, query):
+    model, inputs = MODELS[name](), images()
+    maps = []
+    for layout, matrix in gradient_times_matrices(model, inputs):
+        tokens = query_tokens(layout, query)
+        maps.append((layout, of_one_token(layout, matrix[:, tokens].mean(1)).clamp(min=0)))
+    close(MambaAttribution(model, rollout=False).attribute(inputs, target=TARGET, query=query), in_pixels(maps))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_rows_of_a_model_without_rollout_in_float32_and_frozen(frozen):
+    model, inputs = vmamba(), images()
+    expected = MambaAttribution(model, rollout=False, signed=True).attribute(inputs, target=1)
+    model = model.float().requires_grad_(not frozen)
+    actual = MambaAttribution(model, rollout=False, signed=True).attribute(inputs.float(), target=1)
+    close(actual.double(), expected, 1e-4)
+    with torch.inference_mode():
+        found = MambaAttribution(model, rollout=False, signed=True).attribute(inputs.float(), target=1)
+    assert torch.equal(found, actual)
 
 
 def retained(model, inputs, receives):

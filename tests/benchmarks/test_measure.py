@@ -156,3 +156,15 @@ def test_the_models_are_measured_from_end_to_end(monkeypatch):
     assert figures[2].spread.median == 500
     assert details["matrices"] == [(1, n, n) for n in (256,) * 2 + (64,) * 2 + (16,) * 8 + (4,) * 2]
     assert set(details["milliseconds"]) == {"transformer", "plain", "attention"}
+
+
+def test_attribution_is_measured_beside_a_pass(monkeypatch):
+    monkeypatch.setattr(run, "peak_memory", lambda function, what, **_: len(what))
+    figures, details = run.measure_attribution("vmamba_micro", 32, (2,), 1)
+    (row,) = (item.row() for item in figures)
+    assert row["what"] == "vmamba_micro: MambaAttribution's row form / one forward + backward"
+    found = details["batch 2"]
+    assert list(found) == ["forward", "forward + backward", "rows", "dense", "signed"]
+    ratio = found["rows"]["milliseconds"].median / found["forward + backward"]["milliseconds"].median
+    assert row["value"] == pytest.approx(ratio)
+    assert all(each["peak_bytes"] == len(what) for what, each in found.items())
