@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mamba_attn.adapters import _registered
+from mamba_attn.attribution import catalogue
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.testing import LawError, check_adapter
 
@@ -75,3 +76,17 @@ def test_the_adapter_has_about_forty_lines() -> None:
     text = (DOCS / "adding_a_family.md").read_text()
     adapter = text[text.index("class EfficientVMambaAdapter") : text.index("What each method is for")]
     assert len([line for line in adapter.splitlines() if line.strip()]) <= 50
+
+
+def test_comparing_in_code() -> None:
+    found = run("comparing.md")
+    assert found["cell"] == 8
+    assert 0 <= found["positive"] <= 80
+    assert 0 <= found["negative"] <= 80
+
+
+def test_every_method_that_folds_attention_is_on_the_page_about_folding() -> None:
+    text = (DOCS / "aggregation.md").read_text()
+    named = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
+    assert named <= set(catalogue.METHODS)
+    assert {name for name, entry in catalogue.METHODS.items() if entry.made_of != catalogue.ANY} == named

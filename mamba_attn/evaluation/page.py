@@ -10,7 +10,7 @@ from mamba_attn.evaluation.contestants import Model
 from mamba_attn.evaluation.localisation import HALF
 from mamba_attn.evaluation.metrics import METRICS
 from mamba_attn.evaluation.plan import Plan
-from mamba_attn.evaluation.published import ABSENT, beside
+from mamba_attn.evaluation.published import ABSENT, VIM, Published, beside
 from mamba_attn.evaluation.samples import Sample
 from mamba_attn.evaluation.store import Store
 from mamba_attn.evaluation.summary import Table
@@ -174,19 +174,23 @@ def _published(tables: Sequence[Table]) -> str:
         if not rows:
             continue
         names = list(rows[0].figures)
-        header = [
-            "model",
-            "method",
-            *(f"{METRICS[name].title}, {whose}" for name in names for whose in ("paper", "ours")),
-        ]
-        cells = []
-        for row in rows:
-            ours = [table.figures.get(name, {}).get(row.ours) if row.model == "Vim-S" else None for name in names]
-            shown = ["" if its is None else f"{its.interval.value:.2f}" for its in ours]
-            pairs = zip((f"{row.figures[name]:g}" for name in names), shown, strict=True)
-            cells.append([row.model, row.paper, *(text for pair in pairs for text in pair)])
-        parts.append(_html_table(f"{_title(table)}, beside Ali et al., 2403.01590", header, cells))
+        titles = (f"{METRICS[name].title}, {whose}" for name in names for whose in ("paper", "ours"))
+        cells = [cells for row in rows for cells in _beside(table, row, names)]
+        title = f"{_title(table)}, beside Ali et al., 2403.01590"
+        parts.append(_html_table(title, ["model", "method", "ours", *titles], cells))
     return "".join(parts) or f"<p class=note>{safe(ABSENT)}</p>"
+
+
+def _beside(table: Table, row: Published, names: Sequence[str]) -> list[list[str]]:
+    """A published row, once for every variant of ours."""
+    ours = [method for method in table.methods if method.partition(":")[0] == row.ours and row.model == VIM]
+    found = []
+    for method in ours or [""]:
+        shown = [table.figures.get(name, {}).get(method) for name in names]
+        texts = ["" if its is None else f"{its.interval.value:.2f}" for its in shown]
+        pairs = zip((f"{row.figures[name]:g}" for name in names), texts, strict=True)
+        found.append([row.model, row.paper, method, *(text for pair in pairs for text in pair)])
+    return found
 
 
 def _html_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

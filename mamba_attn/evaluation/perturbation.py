@@ -154,9 +154,9 @@ def deletion(probability: np.ndarray, clean: np.ndarray, blank: np.ndarray) -> n
     After Petsiuk et al., RISE, BMVC 2018, in steps of 10 %.
 
     Args:
-        probability: of the explained class, as in ``Perturbed``.
-        clean: of the whole image.
-        blank: of an image of the fill alone.
+        probability: (..., 2, 9), as in ``Perturbed``.
+        clean: (...), nothing removed.
+        blank: (...), everything removed.
     """
     positive = probability[..., 0, :]
     return np.asarray(np.concatenate([clean[..., None], positive, blank[..., None]], -1) @ _WHOLE)
@@ -169,9 +169,9 @@ def insertion(probability: np.ndarray, clean: np.ndarray, blank: np.ndarray) -> 
     RISE begins with a blurred image; this one with the fill.
 
     Args:
-        probability: of the explained class, as in ``Perturbed``.
-        clean: of the whole image.
-        blank: of an image of the fill alone.
+        probability: (..., 2, 9), as in ``Perturbed``.
+        clean: (...), nothing removed.
+        blank: (...), everything removed.
     """
     negative = probability[..., 1, ::-1]
     return np.asarray(np.concatenate([blank[..., None], negative, clean[..., None]], -1) @ _WHOLE)

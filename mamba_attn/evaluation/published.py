@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from mamba_attn.evaluation.labels import is_imagenet
 from mamba_attn.evaluation.summary import Table
 
+VIM = "Vim-S"
 MAMBA = "vim_small"
 _CLASSES = 1000
 
@@ -40,18 +41,18 @@ def _seg(paper: str, ours: str, model: str, accuracy: float, precision: float, m
 
 
 PERTURBATION = (
-    _auc("Raw-Attention", "raw_attention", "Vim-S", 17.268, 34.025),
-    _auc("Attn-Rollout", "attention_rollout", "Vim-S", 18.806, 41.864),
-    _auc("Mamba-Attr", "mamba_attribution", "Vim-S", 16.619, 39.632),
+    _auc("Raw-Attention", "raw_attention", VIM, 17.268, 34.025),
+    _auc("Attn-Rollout", "attention_rollout", VIM, 18.806, 41.864),
+    _auc("Mamba-Attr", "mamba_attribution", VIM, 16.619, 39.632),
     _auc("Raw-Attention", "raw_attention", "Transformer-S", 20.687, 40.766),
     _auc("Attn-Rollout", "attention_rollout", "Transformer-S", 20.594, 43.525),
     _auc("Transformer-Attr", "transformer_attribution", "Transformer-S", 15.351, 48.089),
 )
 SEGMENTATION = (
-    _seg("Raw-Attention", "raw_attention", "Vim-S", 67.64, 74.88, 45.09),
-    _seg("Attn-Rollout", "attention_rollout", "Vim-S", 71.01, 80.78, 51.51),
-    _seg("LRP attribution (Jafari et al.)", "mamba_lrp", "Vim-S", 71.19, 77.04, 49.98),
-    _seg("Mamba-Attr", "mamba_attribution", "Vim-S", 74.72, 81.70, 54.24),
+    _seg("Raw-Attention", "raw_attention", VIM, 67.64, 74.88, 45.09),
+    _seg("Attn-Rollout", "attention_rollout", VIM, 71.01, 80.78, 51.51),
+    _seg("LRP attribution (Jafari et al.)", "mamba_lrp", VIM, 71.19, 77.04, 49.98),
+    _seg("Mamba-Attr", "mamba_attribution", VIM, 74.72, 81.70, 54.24),
     _seg("Raw-Attention", "raw_attention", "Transformer-S", 59.69, 77.25, 36.94),
     _seg("Attn-Rollout", "attention_rollout", "Transformer-S", 66.84, 80.34, 47.85),
     _seg("Transformer-Attr", "transformer_attribution", "Transformer-S", 79.26, 84.85, 60.63),

@@ -1,0 +1,58 @@
+"""Published figures stand beside ours only where weights and images are the paper's."""
+
+import pytest
+
+from mamba_attn.evaluation import contestants
+from mamba_attn.evaluation.bootstrap import Interval
+from mamba_attn.evaluation.contestants import Model
+from mamba_attn.evaluation.page import _published
+from mamba_attn.evaluation.published import PERTURBATION, SEGMENTATION, beside
+from mamba_attn.evaluation.samples import Data
+from mamba_attn.evaluation.summary import Figure, Table
+from mamba_attn.models import create, transform
+from mamba_attn.subjects import Subject
+
+
+class Empty(Data):
+    _picture = _regions = None
+
+
+IMAGENET = Empty("val", "val", [], classes=[f"n{index:08d}" for index in range(1000)])
+SEGMENTS = Empty("gtsegs_ijcv.mat", "gtsegs_ijcv.mat-123", [])
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    model = create("vim_micro", depth=1, num_classes=1000)
+    subject = Subject("vim_small", model, [str(index) for index in range(1000)], transform("vim_micro"))
+    monkeypatch.setattr(contestants, "_subject", lambda model: subject)
+
+
+def test_only_there():
+    official = Model("vim_small", "w.pth")
+    assert beside(Table(IMAGENET, official, 5)) is PERTURBATION
+    assert beside(Table(SEGMENTS, official, 5)) is SEGMENTATION
+    some = Empty("val", "val", [], classes=IMAGENET.classes[:10])
+    assert beside(Table(some, official, 5)) == ()
+    assert beside(Table(IMAGENET, Model("vim_tiny", "w.pth"), 5)) == ()
+    assert beside(Table(IMAGENET, Model("vim_small"), 5)) == ()
+    assert "none are shown" in _published([Table(some, official, 5)])
+
+
+def test_every_variant_of_ours_has_a_row():
+    table = Table(IMAGENET, Model("vim_small", "official"), 5)
+    value = Figure(Interval(12.25, 12.0, (12.0, 13.0), 13.0), 5)
+    names = ("raw_attention", "raw_attention:convention=hidden_mamba")
+    table.figures = {"positive_auc_target": dict.fromkeys(names, value)}
+    html = _published([table])
+    assert html.count("12.25") == 2
+    assert "17.268" in html
+    assert all(f"<td>{name}</td>" in html for name in names)
+    assert html.count("<tr>") == 1 + 6 + 1
+
+
+def test_the_tables_are_those_of_the_paper():
+    ours = {row.ours: row.figures for row in PERTURBATION if row.model == "Vim-S"}
+    assert ours["mamba_attribution"] == {"positive_auc_target": 16.619, "negative_auc_target": 39.632}
+    assert len(SEGMENTATION) == 7
+    assert {"mamba_lrp": 49.98}.items() <= {row.ours: row.figures["miou"] for row in SEGMENTATION}.items()
