@@ -58,7 +58,9 @@ class Run:
         self.step, self.wall, self.cpu = 0, 0.0, 0.0
         self.losses: list[float] = []  # of this epoch
         options = {"num_classes": len(train.classes), "image_size": args.pixels, **args.options}
-        self.model = zoo.create(args.name, drop_path=RECIPE["drop_path"], weights=args.init, **options)
+        self.model = zoo.create(
+            args.name, drop_path=RECIPE["drop_path"], weights=args.init, part=args.init_part, **options
+        )
         self.options = options
         groups = zoo.decay_groups(self.model, RECIPE["weight_decay"])
         self.optimizer = create_optimizer_v2(groups, opt="adamw", lr=args.lr, betas=tuple(RECIPE["betas"]))
@@ -226,6 +228,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=1, help="two runs of one thread each beat one run of two")
     add("--init", help="start from these weights, of any resolution (safetensors, or last.pt of another run)")
+    add("--init-part", action="store_true", help="take of --init what has a place: of a deeper model, of other classes")
     add("--minutes", type=float, help="stop after so long, with a checkpoint; call again to go on")
     add("--checkpoint-minutes", type=float, default=5.0)
     add("--val-every", type=int, default=1, help="validate every so many epochs")

@@ -9,8 +9,9 @@ from torch import nn
 
 
 def create(
-    name: str, *, num_classes: int, image_size: int, drop_path: float = 0.0, weights: str | None = None, **options: Any
-) -> nn.Module:
+    name: str, *, num_classes: int, image_size: int, drop_path: float = 0.0, weights: str | None = None,
+    part: bool = False, **options: Any,
+) -> nn.Module:  # fmt: skip
     """Build a model, from weights of any resolution if given.
 
     Args:
@@ -19,24 +20,32 @@ def create(
         image_size: in pixels.
         drop_path: rate of stochastic depth.
         weights: a .safetensors file, or last.pt of a run (its averaged weights).
+        part: the weights are of a deeper model, or of other classes: take what has a place, leave the rest random.
         options: further options of the model.
     """
     import mamba_attn.models
 
     with tempfile.TemporaryDirectory() as folder:
-        if weights is not None and Path(weights).suffix == ".pt":  # a run's checkpoint holds more than weights
+        options |= {"num_classes": num_classes, "image_size": image_size, "drop_path": drop_path}
+        if weights is not None and (part or Path(weights).suffix == ".pt"):  # a checkpoint holds more than weights
             from safetensors.torch import save_file
 
-            path = Path(folder) / "averaged.safetensors"
-            save_file({key: value.contiguous() for key, value in read(weights).items()}, path)
-            weights = str(path)
-        model = mamba_attn.models.create(
-            name, num_classes=num_classes, image_size=image_size, drop_path=drop_path, weights=weights, **options
-        )
+            state = read(weights)
+            if part:
+                own = mamba_attn.models.create(name, **options).state_dict()
+                state = {key: _placed(key, state.get(key), value) for key, value in own.items()}
+            weights = f"{folder}/weights.safetensors"
+            save_file({key: value.contiguous() for key, value in state.items()}, weights)
+        model = mamba_attn.models.create(name, weights=weights, **options)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # the fused backward is no gain in half precision on a CPU
     return model
+
+
+def _placed(key: str, given: torch.Tensor | None, own: torch.Tensor) -> torch.Tensor:
+    """The given weights where they have a place (position embeddings are interpolated later), else the model's own."""
+    return own if given is None or (given.shape != own.shape and key != "pos_embed") else given
 
 
 def read(path: str | Path) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from mamba_attn.models.vit import vision_transformer
 from mamba_attn.models.vmamba import VSSM
 
 _MICRO: dict[str, Any] = {"image_size": 128, "num_classes": 20}
-_DIGITS: dict[str, Any] = {"image_size": 64, "num_classes": 10, "patch_size": 4, "embed_dim": 64, "depth": 6}
+_DIGITS: dict[str, Any] = {"image_size": 64, "num_classes": 10, "patch_size": 8, "embed_dim": 128, "depth": 6}
 _VANILLA: dict[str, Any] = {"generation": "v0", "d_state": 16, "ssm_ratio": 2.0, "mlp_ratio": 0.0}
 _CONFIGS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
     "vim_tiny": (VisionMamba, {"embed_dim": 192}),
@@ -36,7 +36,7 @@ _CONFIGS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
     "vmamba_micro": (VSSM, {"depths": (1, 1, 2, 1), "dims": 48, **_MICRO}),
     "vit_micro": (vision_transformer, {"patch_size": 8, "embed_dim": 128, "depth": 12, "num_heads": 4, **_MICRO}),
     "vim_digits": (VisionMamba, {"d_state": 8, **_DIGITS}),
-    "vmamba_digits": (VSSM, {"depths": (1, 2, 1), "dims": 32, "image_size": 64, "num_classes": 10}),
+    "vmamba_digits": (VSSM, {"depths": (1, 1), "dims": 48, "image_size": 64, "num_classes": 10}),
     "vit_digits": (vision_transformer, {"num_heads": 4, **_DIGITS}),
 }
 _SUFFIX = "bimambav2_final_pool_mean_abs_pos_embed_with_{}_div2"

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from benchmarks import images, train, zoo
+from mamba_attn.errors import WeightsError
 
 TINY = {"embed_dim": 16, "depth": 2, "num_heads": 2}
 
@@ -226,3 +227,22 @@ def test_only_the_model_that_is_trained_is_unfused():
     model = zoo.create("vit_micro", num_classes=4, image_size=16, **TINY)
     assert not any(block.attn.fused_attn for block in model.blocks)
     assert timm.layers.use_fused_attn() == fused
+
+
+def test_a_part_of_a_deeper_models_weights(tmp_path):
+    from safetensors.torch import save_file
+
+    deep = zoo.create("vit_micro", num_classes=20, image_size=32, **{**TINY, "depth": 3})
+    save_file(deep.state_dict(), tmp_path / "deep.safetensors")
+    torch.manual_seed(1)
+    fresh = zoo.create("vit_micro", num_classes=4, image_size=16, **TINY).state_dict()
+    torch.manual_seed(1)
+    weights = str(tmp_path / "deep.safetensors")
+    part = zoo.create("vit_micro", num_classes=4, image_size=16, weights=weights, part=True, **TINY).state_dict()
+    assert torch.equal(part["blocks.1.attn.qkv.weight"], deep.state_dict()["blocks.1.attn.qkv.weight"])
+    assert torch.equal(part["head.weight"], fresh["head.weight"])  # of other classes
+    assert part["pos_embed"].shape == (1, 5, 16)
+    assert torch.equal(part["pos_embed"][:, 0], deep.state_dict()["pos_embed"][:, 0])
+    assert not any(key.startswith("blocks.2") for key in part)
+    with pytest.raises(WeightsError, match="do not fit"):
+        zoo.create("vit_micro", num_classes=4, image_size=16, weights=weights, **TINY)
