@@ -1,8 +1,26 @@
-"""What every command checks before it begins: the extras it needs, the folder it writes to."""
+"""What all commands have in common: their place under ``mamba-attn``, the extras and the folder that they need."""
 
+import argparse
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
+
+
+def subcommand(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, what: str, epilog: str
+) -> argparse.ArgumentParser:
+    """Add a command and return its parser.
+
+    Args:
+        commands: of ``mamba-attn``.
+        name: of the command.
+        what: it does, in a line.
+        epilog: printed as it stands.
+    """
+    return commands.add_parser(
+        name, help=what, description=what.capitalize() + ".", epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
 
 
 def require_extras(needed: Mapping[str, str]) -> None:

@@ -6,7 +6,7 @@ of the model, the only place that touches a user's model: nothing else calls the
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -185,7 +185,7 @@ def _repeatable(name: str, module: nn.Module, finish: Callable[[Tensor], Tensor]
     return refuse
 
 
-def watch_layout(stack: ExitStack, model: nn.Module, adapters: set[AnyAdapter], seen: Seen) -> None:
+def watch_layout(stack: ExitStack, model: nn.Module, adapters: Iterable[AnyAdapter], seen: Seen) -> None:
     """Learn the image size from the first convolution's input, and the token frame from the patch embedding."""
     thread = get_ident()
 

@@ -160,7 +160,8 @@ def trace(
     record = Trace(list(mixers))
     seen = Seen(layout=layout)
     with ExitStack() as stack:
-        watch_layout(stack, model, {adapter for _, adapter in found.values()}, seen)  # families tell it each other
+        families = dict.fromkeys(adapter for _, adapter in found.values())  # also of mixers that were not asked for
+        watch_layout(stack, model, families, seen)
         rule(stack, model, mixers, rules)
         for name, (module, adapter) in mixers.items():
             use = Use(name, record._store, seen, adapter, attention, rules, get_ident())

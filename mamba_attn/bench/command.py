@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mamba_attn._command import require_extras, writable
+from mamba_attn._command import require_extras, subcommand, writable
 from mamba_attn.errors import MambaAttnError, nearest
 
 if TYPE_CHECKING:
@@ -59,10 +59,7 @@ class Job:
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command and its arguments."""
     what = "what hidden attention costs on this machine, and what it could cost"
-    parser = commands.add_parser(
-        "bench", help=what, description=what.capitalize() + ".", epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = subcommand(commands, "bench", what, _EPILOG)
     parser.add_argument("--out", default="mamba_attn_bench", metavar="FOLDER", help="default: ./mamba_attn_bench")
     parser.add_argument("--quick", action="store_true", help="small sizes: does everything run?")
     add_options(parser)

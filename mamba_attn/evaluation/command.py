@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mamba_attn._command import require_extras, writable
+from mamba_attn._command import require_extras, subcommand, writable
 from mamba_attn._table import plain, show
 from mamba_attn.errors import MambaAttnError, nearest
 
@@ -43,10 +43,7 @@ again, or after a kill, the same command goes on from there.
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command and its arguments."""
     what = "attribution methods of several models on one scale: perturbation, localisation, sanity, cost"
-    parser = commands.add_parser(
-        "compare", help=what, description=what.capitalize() + ".", epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = subcommand(commands, "compare", what, _EPILOG)
     add = parser.add_argument
     add(
         "--models",

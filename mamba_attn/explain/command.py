@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from mamba_attn import images
-from mamba_attn._command import require_extras, writable
+from mamba_attn._command import require_extras, subcommand, writable
 from mamba_attn.errors import MambaAttnError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -48,10 +48,7 @@ class Job(NamedTuple):
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command and its arguments."""
     what = "classes, attention maps and matrices of images"
-    parser = commands.add_parser(
-        "explain", help=what, description=what.capitalize() + ".", epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = subcommand(commands, "explain", what, _EPILOG)
     add = parser.add_argument
     add("image", nargs="*", metavar="IMAGE", help="files, folders or patterns; default: images of this package")
     add("--model", default="vim_micro", metavar="NAME", help="default: vim_micro")

@@ -43,7 +43,6 @@ def test_a_configuration_from_end_to_end(bench, model):
     assert blocked.seconds.median == pytest.approx(blocked.shapes[0].seconds, rel=0.5)
     assert blocked.shapes[0].scans.layers == 12
     assert 0 < blocked.fraction < 1
-    assert loops.seconds.median > 0
     assert [row.extrapolated[:12] for row in rows if row.extrapolated] == ["extrapolated"]
     assert loops.extrapolated
     assert of(rows, "scan", "mamba-ssm").reason == "mamba-ssm's scan has no CPU path"
