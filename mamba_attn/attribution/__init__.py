@@ -19,6 +19,7 @@ from mamba_attn.attribution.layer_grad_cam import LayerGradCam
 from mamba_attn.attribution.mamba_attribution import MambaAttribution
 from mamba_attn.attribution.mamba_lrp import MambaLRP
 from mamba_attn.attribution.raw_attention import RawAttention
+from mamba_attn.attribution.relevance_attention_ranks import RelevanceAttentionRanks
 from mamba_attn.attribution.transformer_attribution import TransformerAttribution
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Occlusion",
     "RandomMap",
     "RawAttention",
+    "RelevanceAttentionRanks",
     "Saliency",
     "TokenAttribution",
     "TransformerAttribution",

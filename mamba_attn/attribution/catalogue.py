@@ -20,6 +20,7 @@ from mamba_attn.attribution.layer_grad_cam import LayerGradCam
 from mamba_attn.attribution.mamba_attribution import MambaAttribution
 from mamba_attn.attribution.mamba_lrp import MambaLRP
 from mamba_attn.attribution.raw_attention import RawAttention
+from mamba_attn.attribution.relevance_attention_ranks import RelevanceAttentionRanks
 from mamba_attn.attribution.transformer_attribution import TransformerAttribution
 from mamba_attn.errors import UnsupportedModelError, nearest
 
@@ -93,6 +94,9 @@ METHODS: dict[str, Entry] = {
         Entry("mamba_lrp", "MambaLRP", MambaLRP,
               "The class's relevance, handed back layer by layer to the tokens; signed, and it adds up.", (SCANS,),
               instead="transformer_attribution", check=_linearised.require_known),
+        Entry("relevance_attention_ranks", "ranks of relevance and attention", RelevanceAttentionRanks,
+              "Patches in the order of what decides (MambaLRP), then of what is looked at (attention): ranks, our own "
+              "combination.", (SCANS,), instead="transformer_attribution_lrp", check=_linearised.require_known),
         Entry("transformer_attribution", "Transformer-Attribution", TransformerAttribution, _GRADIENT_WEIGHTED,
               (SOFTMAX,), instead="mamba_attribution"),
         Entry("transformer_attribution_lrp", "Transformer-Attribution, LRP", TransformerAttribution,

@@ -1,0 +1,102 @@
+"""Our combination: its ranks by their definition, its formula from the methods it is made of, what it refuses."""
+
+import pytest
+import scipy.stats
+import torch
+
+from mamba_attn.attribution import ImplicitAttention, MambaLRP, RawAttention, RelevanceAttentionRanks
+from mamba_attn.attribution.relevance_attention_ranks import ranks
+from mamba_attn.errors import UnsupportedModelError
+from tests.attribution.cases import MODELS, images, vim, vmamba
+from tests.attribution.test_vit import build
+
+
+def scipy_ranks(maps):
+    """Mean ranks, 0 to 1, image by image."""
+    rows = [scipy.stats.rankdata(each.flatten().numpy()) - 1 for each in maps]
+    return torch.stack([torch.from_numpy(row / max(len(row) - 1, 1)) for row in rows]).view_as(maps)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 1, 1, 3), (3, 1, 5, 4)])
+def test_ranks_are_mean_ranks(shape):
+    generator = torch.Generator().manual_seed(0)
+    for values in (torch.randn(shape, generator=generator), torch.randint(-2, 2, shape, generator=generator).double()):
+        expected = scipy_ranks(values)
+        torch.testing.assert_close(ranks(values).double(), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(ranks(values * 3 + 7), ranks(values), rtol=0, atol=0)
+    assert torch.equal(ranks(torch.full(shape, 2.5)).unique(), torch.tensor([0.5 if values[0].numel() > 1 else 0.0]))
+
+
+@pytest.mark.parametrize("kind", ["middle", "pooled", "overlapping"])
+def test_it_is_the_formula_of_its_docstring(kind):
+    model, x = MODELS[kind](), images(2)
+    smooth = MambaLRP(model, gamma_layers="*", gamma=1.0)
+    relevance, *extent = (
+        scipy_ranks(cells(method, x))
+        for method in (MambaLRP(model), smooth, ImplicitAttention(model), RawAttention(model))
+    )
+    expected = scipy_ranks(2 * relevance**6 + scipy_ranks(sum(extent)))
+    found = RelevanceAttentionRanks(model).attribute(x, 3, grid=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    two = RelevanceAttentionRanks(model, extent=("raw_attention", "smooth_relevance"), power=2, weight=0.5)
+    expected = scipy_ranks(0.5 * relevance**2 + scipy_ranks(extent[0] + extent[2]))
+    torch.testing.assert_close(two.attribute(x, 3, grid=True), expected, rtol=0, atol=1e-12)
+
+
+def cells(method, x):
+    """A map in pixels, averaged over the pixels nearest to each token."""
+    maps = method.attribute(x, 3)
+    model = method.model
+    step = model.patch_embed.proj.stride[0]
+    size = model.patch_embed.proj.kernel_size[0]
+    rows, columns = ((n - size) // step + 1 for n in x.shape[2:])
+    owner = [
+        ((torch.arange(n) + 0.5 - size / 2) / step + 0.5).floor().clamp(0, count - 1).long()
+        for n, count in zip(x.shape[2:], (rows, columns), strict=True)
+    ]
+    inside = [torch.nn.functional.one_hot(each).T.double() for each in owner]
+    inside = [each / each.sum(1, keepdim=True) for each in inside]
+    return inside[0] @ maps @ inside[1].T
+
+
+def test_stages_are_ranked_on_the_second_grid():
+    model, x = vmamba(depths=(1, 1)), images(2, (48, 32))
+    maps = RelevanceAttentionRanks(model).attribute(x, 1)
+    assert maps.shape == (2, 1, 48, 32)
+    centres = maps[:, 0, 4::8, 4::8]  # 6 x 4 cells of 8 pixels, of the first stage's 12 x 8 of 4
+    assert maps.min() >= 0
+    assert maps.max() <= 1
+    assert centres.shape == (2, 6, 4)
+    assert (maps.flatten(1).diff().abs() > 0).any()
+    grid = RelevanceAttentionRanks(model).attribute(x, 1, grid=True)
+    assert grid.shape == (2, 1, 12, 8)
+
+
+def test_relevance_comes_first_and_the_class_matters():
+    model, x = vim(), images(2)
+    heavy = RelevanceAttentionRanks(model, weight=1e6, power=1)
+    expected = scipy_ranks(cells(MambaLRP(model), x))
+    torch.testing.assert_close(heavy.attribute(x, 3, grid=True), expected, rtol=0, atol=1e-12)
+    plain = RelevanceAttentionRanks(model)
+    assert not torch.equal(plain.attribute(x, 1), plain.attribute(x, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"power": -1.0}, r"RelevanceAttentionRanks\(power=-1\.0\): expected a number of at least 0"),
+        ({"weight": float("nan")}, "weight=nan"),
+        ({"gamma": -0.5}, r"RelevanceAttentionRanks\(gamma=-0\.5\)"),
+        ({"extent": "raw"}, "raw_attention"),
+        ({"extent": ()}, "raw_attention"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        RelevanceAttentionRanks(vim(), **options)
+
+
+def test_softmax_attention_is_refused():
+    model, _ = build("pooled")
+    with pytest.raises(UnsupportedModelError, match="MambaLRP"):
+        RelevanceAttentionRanks(model).attribute(images(1))
