@@ -1,9 +1,10 @@
-"""Measure operators, models, attribution, maps, kernels, their build, foreign code: tables, and JSON under results/.
+"""Measure operators, models, attribution and its maps, kernels, foreign code: tables, and JSON under results/.
 
     python benchmarks/run.py ops
     python benchmarks/run.py models
     python benchmarks/run.py attribution
     python benchmarks/run.py maps --data FOLDER
+    python benchmarks/run.py compare --data FOLDER
     python benchmarks/run.py kernel [--device cuda]
     python benchmarks/run.py build
     python benchmarks/run.py dropin --checkouts FOLDER
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 import torch
 
-from benchmarks import cases, dropin, maps, verify, without_gpu
+from benchmarks import cases, comparison, dropin, maps, verify, without_gpu
 from benchmarks.cases import Shape
 from benchmarks.measure import Spread, interleave, paired, peak_memory, slope
 from benchmarks.report import Figure, figure, finish, show
@@ -36,6 +37,7 @@ WHAT = {
     "models": "models: time and memory of a forward pass and of its attention",
     "attribution": "attribution: time and memory of MambaAttribution beside one forward + backward",
     "maps": "maps: energy in boxes, deletion, time of the command",
+    "compare": "attribution methods judged on one scale: perturbation, boxes, masks, digits, sanity, cost",
     "kernel": "hidden attention and what it costs: models, backends, ceilings, on a CPU or a GPU",
     "dropin": "other people's model code, as it stands in clones of their repositories, traced",
     "build": "the CUDA kernels without a GPU: registers, spills, and the error of their source on the host",
@@ -212,6 +214,8 @@ def main(argv: list[str] | None = None) -> None:
         command.add_argument("--out", type=Path, help=f"folder; default: {RESULTS.name}, if nothing is left out")
         if what == "maps":
             maps.add_options(command)
+        if what == "compare":
+            comparison.add_options(command)
         if what == "kernel":
             bench.add_options(command)
         if what == "dropin":
@@ -223,6 +227,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.what == "maps":
         found, partial = maps.run_maps(args), args.quick or maps.partial(args)
+    elif args.what == "compare":
+        found, partial = [("compare", *comparison.run_comparison(args))], args.quick or comparison.partial(args)
     elif args.what == "dropin":
         found, partial = [("dropin", *dropin.run_dropin(args))], args.quick or dropin.partial(args)
     else:

@@ -95,8 +95,8 @@ METHODS: dict[str, Entry] = {
               "The class's relevance, handed back layer by layer to the tokens; signed, and it adds up.", (SCANS,),
               instead="transformer_attribution", check=_linearised.require_known),
         Entry("relevance_attention_ranks", "ranks of relevance and attention", RelevanceAttentionRanks,
-              "Patches in the order of what decides (MambaLRP), then of what is looked at (attention): ranks, our own "
-              "combination.", (SCANS,), instead="transformer_attribution_lrp", check=_linearised.require_known),
+              "The class's relevance, in the order of what decides (MambaLRP), then of what is looked at (attention); "
+              "our own combination.", (SCANS,), instead="transformer_attribution_lrp", check=_linearised.require_known),
         Entry("transformer_attribution", "Transformer-Attribution", TransformerAttribution, _GRADIENT_WEIGHTED,
               (SOFTMAX,), instead="mamba_attribution"),
         Entry("transformer_attribution_lrp", "Transformer-Attribution, LRP", TransformerAttribution,

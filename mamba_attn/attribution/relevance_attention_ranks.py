@@ -1,4 +1,4 @@
-"""RelevanceAttentionRanks: what decides stands first, where the model looks comes after; our own combination."""
+"""RelevanceAttentionRanks: what decides comes first, what is looked at next; our own combination."""
 
 from typing import ClassVar
 
@@ -13,28 +13,28 @@ from mamba_attn.attribution.implicit_attention import ImplicitAttention
 from mamba_attn.attribution.mamba_lrp import MambaLRP
 from mamba_attn.attribution.raw_attention import RawAttention
 from mamba_attn.errors import nearest
-from mamba_attn.layout import TokenLayout
 
+_Part = ImplicitAttention | MambaLRP | RawAttention
 EXTENT = ("smooth_relevance", "implicit_attention", "raw_attention")
 
 
 class RelevanceAttentionRanks(PixelAttribution):
-    """Ranks of MambaLRP's relevance and of attention, added up; a combination of our own, from no paper.
+    """MambaLRP's relevance in an order that attention has a say in; a combination of our own, from no paper.
 
     Relevance names the few patches that decide and is noise on the rest of the object; attention covers the object and
     does not know what decides. With r(m) the rank of every patch in a map m, 0 the lowest and 1 the highest, ties at
-    their mean,
+    their mean, patches are ordered by
 
-        map = r( weight * r(relevance) ** power + r( sum of r(m) over ``extent`` ) )
+        weight * r(relevance) ** power + r( sum of r(m) over ``extent`` )
+
+    and the positive part of relevance is handed out anew in that order, its largest number to the first. So the order
+    is that of both, the map is as concentrated as relevance is, and it is nowhere negative. The power leaves of
+    relevance's rank what stands at the top.
 
     relevance is ``MambaLRP``; ``extent`` may hold ``"smooth_relevance"``, MambaLRP with the generalised gamma rule in
-    every linear layer and convolution, ``"implicit_attention"`` and ``"raw_attention"``, each with its defaults. The
-    power leaves of relevance what stands at the top. Every map is averaged over cells before it is ranked: the tokens
-    of the model's first grid, or of its second where there are several, as in VMamba.
-
-    The map is a rank: it says which patch comes before which and not by how much, and it has no sign. What it costs is
-    four forward passes and three backward ones. The defaults were chosen by ablation on one half of the test images
-    (see docs/comparing.md).
+    every linear layer and convolution, ``"implicit_attention"`` and ``"raw_attention"``, each with its defaults. All
+    are averaged over the cells of the model's first token grid. What it costs is four forward passes and three
+    backward ones. The defaults were chosen by ablation on one half of the test images (docs/comparing.md).
 
     Args:
         model: Vim or VMamba, with fused_add_norm=False where it has that.
@@ -81,20 +81,25 @@ class RelevanceAttentionRanks(PixelAttribution):
     def _maps(
         self, images: Tensor, target: Target, query: Query, size: tuple[int, int], grid: bool
     ) -> Float[Tensor, "batch 1 height width"]:
-        frames = self._layouts(images)
-        cells = next((frame for frame in frames if frame.grid != frames[0].grid), frames[0])
-        extent = torch.stack([_ranked(method, images, target, cells) for method in self.extent]).sum(0)
-        decisive = _ranked(self.relevance, images, target, cells) ** self.power
-        map_ = ranks(self.weight * decisive + ranks(extent))
-        if grid and cells.grid == frames[0].grid:
-            return map_
-        return self._in_shape(cells.to_pixels(map_, size), images, grid)
+        cells = self._layouts(images)[0]
+
+        def read(method: _Part) -> Tensor:
+            return cell_means(method.attribute(images, target), cells)
+
+        relevance = read(self.relevance)
+        extent = torch.stack([ranks(read(method)) for method in self.extent]).sum(0)
+        order = self.weight * ranks(relevance) ** self.power + ranks(extent)
+        found = in_order(relevance.clamp(min=0), order)
+        return found if grid else cells.to_pixels(found, size)
 
 
-def _ranked(
-    method: ImplicitAttention | MambaLRP | RawAttention, images: Tensor, target: Target, cells: TokenLayout
+def in_order(
+    values: Float[Tensor, "batch 1 rows columns"], order: Float[Tensor, "batch 1 rows columns"]
 ) -> Float[Tensor, "batch 1 rows columns"]:
-    return ranks(cell_means(method.attribute(images, target), cells))
+    """Return every map's own numbers, its largest where ``order`` is largest; ties from the last to the first."""
+    place = order.flatten(1).argsort(dim=1, stable=True)
+    ordered = values.flatten(1).sort(1).values
+    return torch.zeros_like(ordered).scatter(1, place, ordered).view_as(values)
 
 
 def ranks(values: Float[Tensor, "batch 1 rows columns"]) -> Float[Tensor, "batch 1 rows columns"]:

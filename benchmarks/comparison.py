@@ -1,0 +1,197 @@
+"""The table of attribution methods: ``mamba-attn compare`` on the demo models, and how far ours leads the baselines.
+
+``--data`` names the folder with imagenette128.zip and localise.zip. What is measured is kept in ``--runs``, so that a
+killed run goes on. Our combination's options were chosen on the images that ``--half choose`` keeps; perturbation is
+measured on the other half, and of boxes and masks that half is shown beside all.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Spread
+from benchmarks.report import Figure, figure, show
+
+OURS = "relevance_attention_ranks"
+MICRO = ("vmamba_micro", "vim_micro", "vit_micro")
+DIGITS = ("vmamba_digits", "vim_digits", "vit_digits")
+PUBLISHED = (
+    *(f"{method}:convention={code}" for method in ("raw_attention", "attention_rollout", "mamba_attribution")
+      for code in ("hidden_mamba", "implicit_unified")),
+    *(f"{method}:convention=vmamba_analysis" for method in ("raw_attention", "attention_rollout")),
+    "mamba_attribution:rule=paper", "mamba_attribution:rule=published_code",
+)  # fmt: skip
+CAPTUM = ("integrated_gradients", "input_x_gradient", "saliency", "occlusion", "grad_cam")
+BASELINES = ("random", "raw_attention", *PUBLISHED, *CAPTUM)  # by key, or by name with any options
+SLOW = ("integrated_gradients:n_steps=16", "occlusion:sliding_window_shapes=32,strides=16")
+MOST = {"perturbation": 60, "localisation": 50}  # images of slow methods, and in the former of published ones
+
+
+@dataclass(frozen=True)
+class Part:
+    """One comparison.
+
+    Args:
+        name: of its results.
+        data: files under ``--data``, with a part.
+        measures: taken on them.
+        models: that are asked.
+        half: of the images.
+        limit: images per collection.
+        aims: metrics of which a lead is reported.
+    """
+
+    name: str
+    data: tuple[str, ...]
+    measures: tuple[str, ...]
+    models: tuple[str, ...] = MICRO
+    half: str = "all"
+    limit: int | None = None
+    aims: tuple[str, ...] = ()
+
+
+PARTS = (
+    Part("perturbation", ("imagenette128.zip",), ("perturbation",), half="report", limit=500,
+         aims=("positive_auc_top", "negative_auc_top")),
+    Part("boxes", ("localise.zip:imagenette_boxes224",), ("localisation",), aims=("miou",)),
+    Part("masks", ("localise.zip:coco_masks256",), ("localisation",)),
+    Part("digits", ("localise.zip:digits64",), ("localisation",), DIGITS, limit=200),
+    Part("sanity and cost", ("imagenette128.zip",), ("sanity", "cost"), half="report"),
+)  # fmt: skip
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the benchmark is asked."""
+    parser.add_argument("--data", type=Path, required=True, help="folder with imagenette128.zip and localise.zip")
+    parser.add_argument("--runs", type=Path, default=Path("compare_runs"), help="folder of what is measured")
+    parser.add_argument("--parts", nargs="+", choices=[part.name for part in PARTS], help="default: all")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
+
+
+def partial(args: argparse.Namespace) -> bool:
+    """Whether something is left out."""
+    return args.parts is not None
+
+
+def run_comparison(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
+    """Measure what the runs lack, and report."""
+    figures: list[Figure] = []
+    details: dict[str, Any] = {"how": __doc__, "baselines": BASELINES}
+    for part in PARTS:
+        if args.parts is None or part.name in args.parts:
+            found, details[part.name] = _measure(part, args)
+            figures += found
+    return figures, details
+
+
+def _measure(part: Part, args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
+    from mamba_attn.evaluation.running import bar, run
+    from mamba_attn.evaluation.store import Store
+    from mamba_attn.evaluation.summary import summarise
+    from mamba_attn.evaluation.tables import text_tables
+
+    planned = plan(part, args.data, 4 if args.quick else part.limit)
+    planned.check()
+    args.runs.mkdir(parents=True, exist_ok=True)
+    store = Store(args.runs / "measured.jsonl")
+    with bar() as progress:
+        run(planned, store, args.workers, progress)
+    tables = summarise(planned, store)
+    details: dict[str, Any] = {
+        "tables": [_brief(table) for table in tables],
+        "notes": list(dict.fromkeys(planned.notes)),
+    }
+    for title, header, rows in text_tables(tables):
+        show(title, header, rows)
+    if planned.half == "all":
+        details["halves"] = {
+            half: [_brief(table) for table in summarise(planned, store, half)] for half in ("choose", "report")
+        }
+    return leads(part, planned, store), details
+
+
+def plan(part: Part, data: Path, limit: int | None) -> Any:
+    """What ``mamba-attn compare`` makes of a command line."""
+    from mamba_attn.evaluation.contestants import Model, Options, choose_methods
+    from mamba_attn.evaluation.plan import Plan
+
+    texts = list(_methods(part))
+    methods, least, unasked = choose_methods(texts)
+    return Plan(
+        [Model(name) for name in part.models], [str(data / each) for each in part.data], methods, part.measures, {},
+        least, unasked, Options(precision="bfloat16"), part.half, limit,
+    )  # fmt: skip
+
+
+def _methods(part: Part) -> Sequence[str]:
+    """All that fit, the slow ones cheaper; on photos the published ones too, beside the plain ones."""
+    if part.models != MICRO:
+        return "all", SLOW[0], "occlusion:sliding_window_shapes=16,strides=8"
+    measure = part.measures[0]
+    few = f"@{MOST[measure]}" if measure in MOST else ""
+    published = [f"{text}{few if measure == 'perturbation' else ''}" for text in PUBLISHED]
+    return (
+        "all",
+        *(f"{text}{few}" for text in SLOW),
+        *published,
+        "raw_attention",
+        "attention_rollout",
+        "mamba_attribution",
+    )
+
+
+def leads(part: Part, planned: Any, store: Any) -> list[Figure]:
+    """How far ours is ahead of the best baseline, on the images of both that chose nothing."""
+    from mamba_attn.evaluation.metrics import METRICS
+    from mamba_attn.evaluation.summary import compare
+
+    figures = []
+    for selector, model in planned.pairs:
+        data, names = planned.data[selector], planned.fitting(model)
+        if OURS not in names:
+            continue
+        reported = set(data.chosen("report"))
+        indices = [index for index in planned.indices(selector, part.measures[0]) if index in reported]
+        lines = {
+            name: {
+                index: line for index in indices
+                if (line := store.get(planned.key(data, index, model, name, part.measures[0]))) and "error" not in line
+            }
+            for name in names if name == OURS or name in BASELINES or name.partition(":")[0] in CAPTUM
+        }  # fmt: skip
+        for aim in part.aims:
+            order = compare(METRICS[aim], lines, indices)
+            best = next(name for name in order if name != OURS)
+            (first, second) = compare(METRICS[aim], {name: lines[name] for name in (OURS, best)}, indices).items()
+            gap, sign = second[1].behind, 1 if first[0] == OURS else -1
+            low, high = sorted(sign * quartile for quartile in gap.quartiles)
+            spread = Spread(sign * gap.value, low, high, min(order[OURS].images, order[best].images))
+            figures.append(figure(f"{model.name} {aim}", best, spread))
+    return figures
+
+
+def _brief(table: Any) -> dict[str, Any]:
+    """All figures of a table: value, interval, images, place, and what ours is really ahead of."""
+    figures = {
+        name: {
+            method: [
+                *(_short(x) for x in (its.interval.value, its.interval.low, its.interval.high)),
+                its.images,
+                its.rank,
+            ]
+            for method, its in found.items()
+        }
+        for name, found in table.figures.items()
+    }
+    ahead = {name: found[OURS].ahead_of for name, found in table.figures.items() if OURS in found}
+    return {
+        "data": table.data.name, "model": table.model.name, "images": table.images, "accuracy": table.accuracy,
+        "figures [value, low, high, images, place]": figures, "ours is ahead of": ahead, "curves": table.curves,
+        "flags": table.flags, "failed": table.failed,
+    }  # fmt: skip
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.4g}") if abs(value) < float("inf") else None  # NaN too: JSON has neither
