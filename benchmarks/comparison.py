@@ -1,8 +1,8 @@
-"""The table of attribution methods: ``mamba-attn compare`` on the demo models, and how far ours leads the baselines.
+"""Attribution methods compared, as ``mamba-attn compare`` does, on the demo models; how far ours leads the baselines.
 
 ``--data`` names the folder with imagenette128.zip and localise.zip. What is measured is kept in ``--runs``, so that a
-killed run goes on. Our combination's options were chosen on the images that ``--half choose`` keeps; perturbation is
-measured on the other half, and of boxes and masks that half is shown beside all.
+killed run goes on. Our combination was chosen on the images that ``--half choose`` keeps, where its ablations are
+measured; perturbation is measured on the other half, and of boxes, masks and digits the halves are shown beside all.
 """
 
 import argparse
@@ -26,7 +26,13 @@ PUBLISHED = (
 CAPTUM = ("integrated_gradients", "input_x_gradient", "saliency", "occlusion", "grad_cam")
 BASELINES = ("random", "raw_attention", *PUBLISHED, *CAPTUM)  # by key, or by name with any options
 SLOW = ("integrated_gradients:n_steps=16", "occlusion:sliding_window_shapes=32,strides=16")
-MOST = {"perturbation": 60, "localisation": 50}  # images of slow methods, and in the former of published ones
+CHEAPER = ("saliency", "attention_rollout_signed", "centre")
+ABLATIONS = (
+    OURS, f"{OURS}:weight=0", f"{OURS}:power=1", f"{OURS}:gamma=0.25",
+    *(f"{OURS}:extent={name}" for name in ("smooth_relevance", "implicit_attention", "raw_attention")),
+    "mamba_lrp", "mamba_lrp:gamma_layers=*,gamma=1", "implicit_attention", "raw_attention",
+)  # fmt: skip
+MOST = {"perturbation": 60, "localisation": 50, "sanity": 2}  # images of slow methods
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Part:
         half: of the images.
         limit: images per collection.
         aims: metrics of which a lead is reported.
+        methods: alone; empty: all that fit.
     """
 
     name: str
@@ -50,6 +57,7 @@ class Part:
     half: str = "all"
     limit: int | None = None
     aims: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
 
 
 PARTS = (
@@ -57,7 +65,10 @@ PARTS = (
          aims=("positive_auc_top", "negative_auc_top")),
     Part("boxes", ("localise.zip:imagenette_boxes224",), ("localisation",), aims=("miou",)),
     Part("masks", ("localise.zip:coco_masks256",), ("localisation",)),
-    Part("digits", ("localise.zip:digits64",), ("localisation",), DIGITS, limit=200),
+    Part("digits", ("localise.zip:digits64",), ("localisation",), DIGITS),
+    Part("ablation", ("imagenette128.zip",), ("perturbation",), MICRO[:2], "choose", 60, methods=ABLATIONS),
+    Part("ablation, boxes", ("localise.zip:imagenette_boxes224",), ("localisation",), MICRO[:2], "choose",
+         methods=ABLATIONS),
     Part("sanity and cost", ("imagenette128.zip",), ("sanity", "cost"), half="report"),
 )  # fmt: skip
 
@@ -126,20 +137,15 @@ def plan(part: Part, data: Path, limit: int | None) -> Any:
 
 
 def _methods(part: Part) -> Sequence[str]:
-    """All that fit, the slow ones cheaper; on photos the published ones too, beside the plain ones."""
+    """All that fit: slow ones on fewer images; of photos the published ones too, beside the plain ones."""
+    if part.methods:
+        return part.methods
     if part.models != MICRO:
-        return "all", SLOW[0], "occlusion:sliding_window_shapes=16,strides=8"
-    measure = part.measures[0]
-    few = f"@{MOST[measure]}" if measure in MOST else ""
-    published = [f"{text}{few if measure == 'perturbation' else ''}" for text in PUBLISHED]
-    return (
-        "all",
-        *(f"{text}{few}" for text in SLOW),
-        *published,
-        "raw_attention",
-        "attention_rollout",
-        "mamba_attribution",
-    )
+        return "all", f"{SLOW[0]}@100", "occlusion:sliding_window_shapes=16,strides=8@100"
+    few = f"@{MOST[part.measures[0]]}"
+    many = "" if part.measures == ("localisation",) else few  # boxes and masks cost a map alone
+    texts = [*(f"{text}{few}" for text in SLOW), *(f"{text}{many}" for text in (*PUBLISHED, *CHEAPER))]
+    return "all", *texts, "raw_attention", "attention_rollout", "mamba_attribution"
 
 
 def leads(part: Part, planned: Any, store: Any) -> list[Figure]:
