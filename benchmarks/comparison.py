@@ -6,7 +6,7 @@ measured; perturbation is measured on the other half, and of boxes, masks and di
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,12 +154,11 @@ def leads(part: Part, planned: Any, store: Any) -> list[Figure]:
     from mamba_attn.evaluation.summary import compare
 
     figures = []
-    for selector, model in planned.pairs:
+    for selector, model in planned.pairs if part.aims else []:
         data, names = planned.data[selector], planned.fitting(model)
         if OURS not in names:
             continue
-        reported = set(data.chosen("report"))
-        indices = [index for index in planned.indices(selector, part.measures[0]) if index in reported]
+        indices = sorted({*planned.indices(selector, part.measures[0])} & {*data.chosen("report")})
         lines = {
             name: {
                 index: line for index in indices
@@ -168,29 +167,34 @@ def leads(part: Part, planned: Any, store: Any) -> list[Figure]:
             for name in names if name == OURS or name in BASELINES or name.partition(":")[0] in CAPTUM
         }  # fmt: skip
         for aim in part.aims:
-            order = compare(METRICS[aim], lines, indices)
-            best = next(name for name in order if name != OURS)
-            (first, second) = compare(METRICS[aim], {name: lines[name] for name in (OURS, best)}, indices).items()
-            gap, sign = second[1].behind, 1 if first[0] == OURS else -1
-            low, high = sorted(sign * quartile for quartile in gap.quartiles)
-            spread = Spread(sign * gap.value, low, high, min(order[OURS].images, order[best].images))
-            figures.append(figure(f"{model.name} {aim}", best, spread))
+            baselines = (name for name in compare(METRICS[aim], lines, indices) if name != OURS)
+            best = next(baselines)
+            both = compare(METRICS[aim], {OURS: lines[OURS], best: lines[best]}, indices)
+            figures.append(figure(f"{model.name} {aim}", best, lead(both)))
     return figures
+
+
+def lead(both: Mapping[str, Any]) -> Spread:
+    """By how much ours is better than the other, with the quartiles of the paired bootstrap.
+
+    Args:
+        both: the figures of ours and one other, best first.
+    """
+    first, (_, second) = next(iter(both)), both.values()
+    sign = 1 if first == OURS else -1
+    low, high = sorted(sign * quartile for quartile in second.behind.quartiles)
+    return Spread(sign * second.behind.value, low, high, min(its.images for its in both.values()))
 
 
 def _brief(table: Any) -> dict[str, Any]:
     """All figures of a table: value, interval, images, place, and what ours is really ahead of."""
     figures = {
         name: {
-            method: [
-                *(_short(x) for x in (its.interval.value, its.interval.low, its.interval.high)),
-                its.images,
-                its.rank,
-            ]
+            method: [*map(_short, (its.interval.value, its.interval.low, its.interval.high)), its.images, its.rank]
             for method, its in found.items()
         }
         for name, found in table.figures.items()
-    }
+    }  # fmt: skip
     ahead = {name: found[OURS].ahead_of for name, found in table.figures.items() if OURS in found}
     return {
         "data": table.data.name, "model": table.model.name, "images": table.images, "accuracy": table.accuracy,

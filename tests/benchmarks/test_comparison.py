@@ -1,0 +1,78 @@
+"""The table of methods: what is planned, and how a lead is read from what was measured."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks import comparison
+from benchmarks.cases import AIMS, EXPLAINED, TARGETS
+from benchmarks.comparison import BASELINES, OURS, PARTS, Part
+from mamba_attn import images
+from mamba_attn.attribution import catalogue
+from mamba_attn.evaluation.store import Store
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    (tmp_path / "photos").mkdir()
+    for path in images.samples():
+        for copy in range(4):
+            shutil.copy(path, tmp_path / "photos" / f"{path.stem}_{copy}.jpg")
+    return tmp_path
+
+
+def part(**changes: object) -> Part:
+    settings = {"models": ("vim_digits", "vit_digits"), "methods": (OURS, "random", "saliency:colours=sum", "centre")}
+    return Part("small", ("photos",), ("perturbation",), **{**settings, **changes})  # type: ignore[arg-type]
+
+
+def line(tenths: int) -> dict[str, object]:
+    """Right for so many tenths of the image removed, in either order."""
+    answers = [[3] * tenths + [4] * (9 - tenths)] * 2
+    return {"answers": answers, "label": None, "predicted": 3, "clean": 0.9, "blank": 0.1,
+            "probability": [[0.5] * 9] * 2}  # fmt: skip
+
+
+def test_every_aim_has_its_target_and_its_part() -> None:
+    aims = [aim for part in PARTS for aim in part.aims]
+    assert sorted(aims) == sorted(AIMS)
+    assert {f"{name} {aim}" for name in EXPLAINED for aim in aims} <= set(TARGETS)
+    for name in (OURS, *(name.partition(":")[0] for name in BASELINES)):
+        assert name in catalogue.METHODS
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
+def test_parts_ask_for_methods_that_there_are(part: Part, photos: Path) -> None:
+    for each in part.data:
+        (photos / each).parent.mkdir(exist_ok=True)
+    planned = comparison.plan(Part(part.name, ("photos",), part.measures, part.models, part.half, 3, (), part.methods),
+                              photos, 3)  # fmt: skip
+    assert OURS in planned.methods
+    assert len(planned.methods) >= 10
+    if not part.methods and part.models == comparison.MICRO:
+        assert set(comparison.PUBLISHED) <= set(planned.methods)
+        assert {"random", "raw_attention", "attention_rollout", "mamba_attribution"} <= set(planned.methods)
+
+
+def test_a_lead_is_over_the_best_baseline_on_the_half_that_chose_nothing(photos: Path, tmp_path: Path) -> None:
+    small = part(aims=("negative_auc_top", "positive_auc_top"))
+    planned = comparison.plan(small, photos, None)
+    store = Store(tmp_path / "measured.jsonl")
+    ((selector, vim), _) = planned.pairs
+    data = planned.data[selector]
+    report = data.chosen("report")
+    assert 0 < len(report) < len(data)
+    tenths = {OURS: 6, "random": 2, "saliency:colours=sum": 4, "centre": 9}  # the centre is no baseline
+    for method, count in tenths.items():
+        for index in range(len(data)):
+            kept = count if index in report else 9 - count
+            store.add([(planned.key(data, index, vim, method, "perturbation"), line(kept))])
+    negative, positive = comparison.leads(small, planned, store)
+    assert (negative.how, positive.how) == ("saliency:colours=sum", "random")
+    assert negative.spread.median == pytest.approx(20)  # two tenths of 100
+    assert positive.spread.median == pytest.approx(-40)
+    assert negative.spread.high - negative.spread.low < 1e-9  # all images alike
+    assert negative.spread.count == len(report)
+    assert negative.target == "vim_digits negative_auc_top"
+    assert comparison.leads(part(), planned, store) == []
