@@ -144,7 +144,8 @@ def _methods(part: Part) -> Sequence[str]:
         return "all", f"{SLOW[0]}@100", "occlusion:sliding_window_shapes=16,strides=8@100"
     few = f"@{MOST[part.measures[0]]}"
     many = "" if part.measures == ("localisation",) else few  # boxes and masks cost a map alone
-    texts = [*(f"{text}{few}" for text in SLOW), *(f"{text}{many}" for text in (*PUBLISHED, *CHEAPER))]
+    slow = [f"{SLOW[0]}@300" if part.measures == ("perturbation",) else f"{SLOW[0]}{few}", f"{SLOW[1]}{few}"]
+    texts = [*slow, *(f"{text}{many}" for text in (*PUBLISHED, *CHEAPER))]
     return "all", *texts, "raw_attention", "attention_rollout", "mamba_attribution"
 
 
