@@ -67,7 +67,7 @@ class MapAttribution(Attribution, ABC):
             colours is the map. For a tuple of one tensor, as captum's metrics hand it over, a tuple of one.
 
         Raises:
-            TypeError: several inputs.
+            TypeError: several inputs, or none that is a tensor.
             ValueError: inputs that are no batch, a target that the output does not have, or none where there is no
                 predicted class; a query outside the image, or for a method that reads no rows; ``grid=True`` for layers
                 of several grids, or with ``expand=True``.
@@ -104,8 +104,10 @@ class MapAttribution(Attribution, ABC):
         """Return the maps in pixels, ``size`` (rows, columns), or on the tokens' grid. Called without gradients."""
 
     def _size(self, method: str, inputs: Tensor, query: Query) -> tuple[int, int]:
-        """The images' (rows, columns) in pixels; ValueError for inputs that are no batch, or a query outside them."""
+        """The images' (rows, columns) in pixels; refuses inputs that are no batch, or a query outside them."""
         call = f"{type(self).__name__}.{method}"
+        if not isinstance(inputs, Tensor):
+            raise TypeError(f"{call}(inputs): expected a tensor of images, got {type(inputs).__name__}.")
         if inputs.ndim != 4 or len(inputs) == 0:
             raise ValueError(f"{call}(inputs{tuple(inputs.shape)}): expected images (batch, colours, rows, columns).")
         size = (inputs.shape[2], inputs.shape[3])

@@ -27,6 +27,9 @@ def check_query(call: str, query: Query, size: tuple[int, int]) -> None:
         return
     rows, columns = size
     where = f"{call}(query={query!r})"
+    numbers = not isinstance(query, str) and hasattr(query, "__len__")
+    if not numbers or not all(hasattr(each, "__float__") for each in query):
+        raise ValueError(f"{where}: expected (row, column) or (x0, y0, x1, y1), in pixels.")
     if len(query) == 2:
         if not (0 <= query[0] < rows and 0 <= query[1] < columns):
             raise ValueError(f"{where}: the pixel (row, column) is outside the image of {rows} x {columns} pixels.")

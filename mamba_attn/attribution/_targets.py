@@ -79,9 +79,9 @@ def _as_indices(where: str, target: Any, batch: int) -> Int[Tensor, "batch axes"
     if isinstance(tuples, list) and any(isinstance(each, tuple) for each in tuples):
         if len({len(each) if isinstance(each, tuple) else -1 for each in tuples}) > 1:
             raise ValueError(f"{where}: expected tuples of as many indices each.")
-        found = torch.as_tensor(tuples)
+        found = _as_tensor(where, tuples)
     else:
-        found = torch.as_tensor(tuples)
+        found = _as_tensor(where, tuples)
         if found.ndim == 0:
             found = found.expand(batch)
         found = found.unsqueeze(1)
@@ -90,6 +90,14 @@ def _as_indices(where: str, target: Any, batch: int) -> Int[Tensor, "batch axes"
     if found.ndim != 2 or len(found) != batch:
         raise ValueError(f"{where}: expected one class index, or one for each of the {batch} images.")
     return found.long()
+
+
+def _as_tensor(where: str, target: Any) -> Tensor:
+    """The numbers; names and other things are none."""
+    try:
+        return torch.as_tensor(target)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{where}: expected a class index, or one per image, as integers.") from error
 
 
 def _called(call: str, function: Function, output: Any, batch: int) -> Tensor:

@@ -169,7 +169,8 @@ class Occlusion(PixelAttribution):
     ) -> Float[Tensor, "batch 1 height width"]:
         asked = self._ask(images, target)
         colours = images.shape[1]
-        window, strides = self.sliding_window_shapes or max(1, min(size) // _WINDOWS), self.strides
+        window, strides = self.sliding_window_shapes, self.strides
+        window = max(1, min(size) // _WINDOWS) if window is None else window
         if isinstance(window, int):
             window = (colours, window, window)
         if strides is None:

@@ -8,6 +8,7 @@ from captum.metrics import infidelity, sensitivity_max
 from torch import nn
 
 from mamba_attn.attribution import AttentionRollout, MambaAttribution, MambaLRP, RawAttention, catalogue
+from mamba_attn.attribution._queries import check_query
 from mamba_attn.attribution._targets import target_indices, target_values
 from mamba_attn.errors import NonFiniteError
 from tests.attribution.cases import SIZE, _livelier, images, vim, vmamba
@@ -184,6 +185,9 @@ def test_other_outputs_need_a_function():
         ([(0, 0, 0), (0, 0)], "tuples of as many indices each"),
         ([(0, 0, 0), 1], "tuples of as many indices each"),
         (torch.ones(2), "as integers"),
+        ("cat", "as integers"),
+        (["cat", "dog"], "as integers"),
+        ([None, None], "as integers"),
         (lambda y: y, r"the function returned torch.float32 \(2, 4, 5, 3\); expected a scalar, or one number for each"),
         (lambda y: y[:, 0, 0, 0] > 0, "the function returned torch.bool"),
         (lambda y: float(y.sum()), "the function returned float"),
@@ -214,6 +218,12 @@ def test_maps_that_no_class_changes_need_no_target(method, segmenter):
 def test_a_target_is_needed_where_no_class_is_predicted(segmenter):
     with pytest.raises(ValueError, match=r"MambaAttribution\.attribute\(target=None\): .* no predicted class; give"):
         MambaAttribution(segmenter).attribute(images(2))
+
+
+@pytest.mark.parametrize("query", [5, "ab", (None, 3)])
+def test_a_query_that_is_none(query):
+    with pytest.raises(ValueError, match=r"expected \(row, column\) or \(x0, y0, x1, y1\), in pixels"):
+        check_query("call", query, (40, 24))
 
 
 def test_two_shapes_at_once():
