@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -45,12 +46,16 @@ class FileData(Data):
     def _regions(self, item: Item, picture: "Image", transform: EvaluationTransform) -> Regions:
         if item.boxes is not None:
             size = (picture.height, picture.width)
+            _check_boxes(item)
             return (box_coverage(item.boxes, size, transform) if item.boxes else None), None
         if item.mask is None:
             return None, None
         mask = self._files.picture(self._base + item.mask)
         if mask.size != picture.size:
             raise ImageError(f"{item.key}: its mask has {mask.size} pixels, the image {picture.size}.")
+        colours = np.asarray(mask)
+        if (colours != colours[..., :1]).any():  # a palette's colours, say, are not its regions' numbers
+            raise ImageError(f"{item.key}: its mask is in colours; expected 8-bit grey, the regions' numbers.")
         values = transformed_mask(mask, transform)
         return _where(values, item.values), _where(values, item.traps) if item.traps else None
 
@@ -122,6 +127,8 @@ def _classes(rows: Iterable[dict[str, str]]) -> dict[str, Any]:
     names: dict[int, str] = {}
     indices: dict[int, int] = {}
     for row in rows:
+        if int(row["label"]) < 0:
+            raise ValueError(f"label {row['label']} of {row['file']} is below 0")
         names[int(row["label"])] = row.get("name") or row["label"]
         if row.get("imagenet1k_index"):
             indices[int(row["label"])] = int(row["imagenet1k_index"])
@@ -141,7 +148,7 @@ def _labelled(files: Files, base: str, rows: list[dict[str, str]], split: str, n
     chosen = _of_split(rows, split)
     masks = bool(chosen) and "mask" in chosen[0]
     traps = frozenset({2} if masks else ())
-    items = [Item(row["file"], int(row["label"]), mask=row.get("mask"), traps=traps) for row in chosen]
+    items = [Item(row["file"], int(row["label"]), mask=row.get("mask") or None, traps=traps) for row in chosen]
     return FileData(files, base, name, identity, items, truth="masks" if masks else "", **_classes(rows))
 
 
@@ -175,6 +182,15 @@ def _sorted_by_class(files: Files, base: str, name: str, identity: str) -> Data:
     labels = {each: index for index, each in enumerate(classes)}
     items = [Item(file, labels[first] if rest else None) for file, (first, _, rest) in folders.items()]
     return FileData(files, base, name, identity, items, classes=classes)
+
+
+def _check_boxes(item: Item) -> None:
+    """Refuse what is no list of boxes; a table of thousands may hold one of those."""
+    for box in item.boxes if isinstance(item.boxes, list) else [item.boxes]:
+        numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(each, int | float) for each in box)
+        # NaN compares as false
+        if not (numbers and -math.inf < box[0] < box[2] < math.inf and -math.inf < box[1] < box[3] < math.inf):
+            raise ImageError(f"{item.key}: expected boxes [x0, y0, x1, y1] with x0 < x1 and y0 < y1, got {box!r}.")
 
 
 def _where(values: np.ndarray, chosen: frozenset[int]) -> torch.Tensor:

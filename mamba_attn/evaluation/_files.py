@@ -1,7 +1,9 @@
 """Files of a collection, in a folder or in a zip: what there is, and their bytes."""
 
 import io
+import lzma
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import cached_property
@@ -12,6 +14,9 @@ from mamba_attn import images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+# what a damaged or encrypted member of a zip makes its reader raise
+_DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError)
 
 
 class Files(ABC):
@@ -33,10 +38,12 @@ class Files(ABC):
         """Return a table's text.
 
         Raises:
-            ValueError: it is not UTF-8.
+            ValueError: it is not UTF-8, or damaged.
         """
         try:
             return self._bytes(name).decode("utf-8-sig")
+        except _DAMAGED as error:
+            raise ValueError(f"{self.root}: {name}: the zip is damaged there ({error}).") from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.root}: {name} is not UTF-8 text.") from error
 
@@ -51,7 +58,7 @@ class Files(ABC):
             content = self._bytes(name)
         except (OSError, KeyError) as error:
             raise images.ImageError(f"{where}: there is no such file.") from error
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        except _DAMAGED as error:
             raise images.ImageError(f"{where}: the zip is damaged there ({error}).") from error
         return images.read(io.BytesIO(content), where)
 

@@ -4,7 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class Item:
     Args:
         key: its name in the collection.
         label: index into the collection's classes.
-        boxes: (x0, y0, x1, y1) of its objects, in pixels of the file.
+        boxes: (x0, y0, x1, y1) of its objects, in pixels of the file; as it was read, checked with the image.
         mask: the name of its mask.
         values: of the mask's pixels that are the object.
         traps: of those that only resemble it.
@@ -53,7 +53,7 @@ class Item:
 
     key: str
     label: int | None = None
-    boxes: Sequence[Sequence[float]] | None = None
+    boxes: Any = None
     mask: str | None = None
     values: frozenset[int] = frozenset({1})
     traps: frozenset[int] = frozenset()

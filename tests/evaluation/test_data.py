@@ -1,10 +1,12 @@
 """Selectors: what they read, and what they say where there is nothing to read."""
 
+import json
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mamba_attn import models
 from mamba_attn.evaluation.data import open_data
@@ -152,6 +154,58 @@ def test_damaged_images_are_an_error_of_their_own(tmp_path):
         data.load(places["val/0.jpg"], WHOLE)
     with pytest.raises(ImageError, match="its mask has"):
         data.load(places["val/1.jpg"], WHOLE)
+
+
+def test_a_damaged_stream_in_a_zip_is_an_error_of_its_image(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.ppm", b"P6 32 40 255\n" + cases.picture(0).tobytes() + bytes(4000))
+        start = archive.infolist()[0].header_offset + 30 + len("0.ppm")
+    content = bytearray(path.read_bytes())
+    content[start : start + 300] = bytes(byte ^ 0x5A for byte in content[start : start + 300])
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match=r"a\.zip: 0\.ppm: the zip is damaged there"):
+        open_data(str(path)).load(0, WHOLE)
+
+
+@pytest.mark.parametrize(
+    "boxes", [[[1, 2, 3]], [[9, 2, 3, 9]], [[1, 9, 3, 9]], [[float("nan"), 2, 3, 9]], [[1, 2, float("inf"), 9]],
+              [1, 2, 3, 9], {"x0": 1}, [["1", "2", "3", "9"]], [[4, 8, 20, 24], None]]
+)  # fmt: skip
+def test_what_is_no_box_is_an_error_of_its_image(tmp_path, boxes):
+    rows = [{"file": f"{index}.png", "label": 0, "name": "red", "boxes_xyxy": json.dumps(its)}
+            for index, its in enumerate(([[4, 8, 20, 24]], boxes))]  # fmt: skip
+    for index in range(2):
+        (tmp_path / f"{index}.png").write_bytes(cases.encoded(cases.picture(index)))
+    (tmp_path / "boxes.csv").write_text(cases.table(rows))
+    data = open_data(str(tmp_path))
+    places = {item.key: index for index, item in enumerate(data.items)}
+    assert data.load(places["0.png"], WHOLE).inside.sum() == 16 * 16
+    with pytest.raises(ImageError, match=r"1\.png: expected boxes \[x0, y0, x1, y1\] with x0 < x1 and y0 < y1, got"):
+        data.load(places["1.png"], WHOLE)
+
+
+def test_masks_that_are_absent_or_in_colours(tmp_path):
+    mask = np.zeros((40, 32), np.uint8)
+    mask[8:16, 4:12] = 1
+    palette = Image.fromarray(mask).convert("P")
+    palette.putpalette([0, 0, 0, 128, 0, 0] + [0] * 762)
+    palette.save(tmp_path / "1m.png")
+    rows = [{"file": f"{index}.png", "label": 0, "mask": mask} for index, mask in enumerate(("", "1m.png"))]
+    for index in range(2):
+        (tmp_path / f"{index}.png").write_bytes(cases.encoded(cases.picture(index)))
+    (tmp_path / "labels.csv").write_text(cases.table(rows))
+    data = open_data(str(tmp_path))
+    places = {item.key: index for index, item in enumerate(data.items)}
+    assert data.load(places["0.png"], WHOLE).inside is None
+    with pytest.raises(ImageError, match=r"1\.png: its mask is in colours; expected 8-bit grey"):
+        data.load(places["1.png"], WHOLE)
+
+
+def test_a_label_below_zero_is_no_last_class(tmp_path):
+    (tmp_path / "labels.csv").write_text(cases.table([{"file": "0.png", "label": -1}]))
+    with pytest.raises(ValueError, match=r"label -1 of 0\.png is below 0"):
+        open_data(str(tmp_path))
 
 
 def test_a_longer_run_holds_the_shorter_one_and_halves_do_not_meet(tmp_path):
