@@ -11,10 +11,12 @@ from torch import nn
 
 from mamba_attn import subjects
 from mamba_attn.attribution import MapAttribution, catalogue, named
-from mamba_attn.errors import MambaAttnError, nearest
+from mamba_attn.errors import nearest
 from mamba_attn.subjects import Subject
 
 PREDICTED, LABEL = "predicted", "label"
+# what models, methods and images raise; captum asserts
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,14 @@ class Model:
 
     @classmethod
     def parse(cls, text: str, device: str = "cpu") -> "Model":
-        """Read ``NAME`` or ``NAME=WEIGHTS``."""
+        """Read ``NAME`` or ``NAME=WEIGHTS``.
+
+        Raises:
+            ValueError: nothing after the sign of equality.
+        """
         name, given, weights = text.partition("=")
+        if given and not weights:
+            raise ValueError(f"--models {text}: expected demo, official or a file after the =.")
         return cls(name, weights if given else "demo", device)
 
     @property
@@ -125,8 +133,8 @@ def misfit(method: str, model: Model) -> str | None:
     if refusal is None and its.options:
         try:
             its.build(subject.model).attribute(torch.zeros(1, 3, *subject.transform.size, device=subject.device))
-        except (MambaAttnError, ValueError, TypeError) as error:
-            return str(error)
+        except FAILURES as error:
+            return str(error) or type(error).__name__
     return refusal
 
 

@@ -86,7 +86,7 @@ def _localised(batch: Batch, maps: Tensor, method: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for sample, values in zip(batch.samples, maps, strict=True):
         if sample.inside is None:
-            found.append({"skipped": "it has no boxes"})
+            found.append({"skipped": "it has neither boxes nor a mask"})
         else:
             found.append(locate(values, sample.inside, sample.trap).as_dict())
     return found

@@ -121,7 +121,7 @@ def perturb(
 
     Raises:
         ValueError: maps of another size than the images.
-        NonFiniteError: NaN or Inf in a map.
+        NonFiniteError: NaN or Inf in a map, or in an answer.
     """
     if maps.shape != (len(images), *images.shape[2:]):
         raise ValueError(f"perturb: expected a map per image in pixels, got {tuple(maps.shape)} for "
@@ -135,6 +135,8 @@ def perturb(
             changed = torch.where(gone.unsqueeze(1), value, image)
             answers.append(torch.cat([model(part) for part in changed.split(batch)]).float().softmax(1))
     chances = torch.stack(answers).unflatten(1, (2, len(TENTHS)))
+    if not bool(chances.isfinite().all()):
+        raise NonFiniteError("the model's answer to an image with cells removed holds NaN or Inf.")
     probability = chances.gather(3, explained.to(chances.device).view(-1, 1, 1, 1).expand(-1, *chances.shape[1:3], 1))
     return Perturbed(chances.argmax(3), probability.squeeze(3))
 

@@ -1,5 +1,6 @@
 """One task: explain some images with every method that lacks figures, and measure; no image can end the run."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -7,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from mamba_attn import images as image_files
+from mamba_attn.errors import NonFiniteError
 from mamba_attn.evaluation import perturbation
-from mamba_attn.evaluation.contestants import LABEL
+from mamba_attn.evaluation.contestants import FAILURES, LABEL
 from mamba_attn.evaluation.data import open_data
 from mamba_attn.evaluation.judges import JUDGES, Batch, answers, explainer
 from mamba_attn.evaluation.labels import class_indices
@@ -19,8 +22,6 @@ from mamba_attn.evaluation.ranking import check_finite
 from mamba_attn.evaluation.samples import Data, Sample
 from mamba_attn.evaluation.store import Key
 
-# what models, methods and images raise; captum asserts
-FAILURES = (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError, AssertionError, MemoryError)
 Record = tuple[Key, dict[str, Any]]
 
 
@@ -75,10 +76,35 @@ def _measured(batch: Batch, data: Data, method: str, needs: Mapping[int, tuple[s
     for measure in dict.fromkeys(name for names in needs.values() for name in names):
         chosen = [index for index in batch.indices if measure in needs[index]]
         place = [batch.indices.index(index) for index in chosen]
-        found = JUDGES[measure](batch.part(chosen), maps[place], method)
-        for index, values in zip(chosen, found, strict=True):
-            lines.append((_key(batch.task, data, index, method, measure), values))
+        lines += _judged(batch.part(chosen), maps[place], data, method, measure)
     return lines
+
+
+def _judged(batch: Batch, maps: Tensor, data: Data, method: str, measure: str) -> list[Record]:
+    """All lines of a measure; where it fails, the others stay, and images that are tried again one by one."""
+    try:
+        found = JUDGES[measure](batch, maps, method)
+        _check_numbers(measure, found)
+    except FAILURES as error:
+        if len(batch.indices) == 1:
+            return _failed(batch.task, data, {method: {batch.indices[0]: (measure,)}}, error)
+        return [
+            line
+            for place, index in enumerate(batch.indices)
+            for line in _judged(batch.part([index]), maps[[place]], data, method, measure)
+        ]
+    return [
+        (_key(batch.task, data, index, method, measure), values)
+        for index, values in zip(batch.indices, found, strict=True)
+    ]
+
+
+def _check_numbers(measure: str, lines: list[dict[str, Any]]) -> None:
+    """Refuse what a store cannot hold."""
+    try:
+        json.dumps(lines, allow_nan=False)
+    except ValueError as error:
+        raise NonFiniteError(f"{measure}: a figure is NaN or Inf.") from error
 
 
 def _explained(task: Task, data: Data, index: int, labels: Sequence[int | None]) -> int | None:

@@ -125,6 +125,15 @@ def test_a_model_that_cannot_be_traced_gets_fourteen_cells():
     assert token_cell(torch.nn.Flatten(), torch.zeros(1, 3, 56, 70)) == 4
 
 
+def test_an_answer_of_nan_to_a_perturbed_image_is_named():
+    def model(images):
+        return torch.log(images.mean((1, 2, 3)) - 0.9)[:, None].expand(-1, 2)  # black is below
+
+    _, images, maps = setting()
+    with pytest.raises(NonFiniteError, match="answer to an image with cells removed holds NaN"):
+        perturbation.perturb(model, images, maps, torch.tensor([1, 1]), cell=4)
+
+
 def test_what_is_refused():
     model, images, maps = setting()
     maps[1, 0, 0] = torch.nan

@@ -68,7 +68,7 @@ def test_all_measures_of_all_fitting_methods(models, boxes, tmp_path):
     assert vim.figures["other_class"]["raw_attention"].interval.value == 1  # it does not see the class
     assert vim.figures["peak_megabytes"]["raw_attention"].interval.value > 0.01
     assert 0 <= vim.accuracy <= 1
-    assert "1 of 6 images have no boxes and are left out of the localisation." in vim.flags
+    assert "1 of 6 images have neither boxes nor a mask and are left out of the localisation." in vim.flags
     assert any("is made of softmax attention; use transformer_attribution" in note for note in wanted.notes)
 
 
@@ -196,6 +196,27 @@ def test_bad_maps_cost_their_image_alone(models, boxes, tmp_path, monkeypatch, f
     ((reason, count),) = table.failed["raw_attention"].items()
     assert message in reason
     assert count == 1
+
+
+def test_a_measure_that_fails_costs_itself_alone(models, boxes, tmp_path, monkeypatch):
+    sane = judges.JUDGES["sanity"]
+
+    def sometimes(batch, maps, method):
+        if 0 in batch.indices:
+            raise KeyError("no such block")
+        return sane(batch, maps, method)
+
+    def nothing(batch, maps, method):
+        return [{"seconds": float("nan"), "peak_bytes": 0} for _ in batch.indices]
+
+    monkeypatch.setitem(judges.JUDGES, "sanity", sometimes)
+    monkeypatch.setitem(judges.JUDGES, "cost", nothing)
+    wanted = small(models[:1], boxes, measures=("perturbation", "sanity", "cost"))
+    (table,) = summarise(wanted, done(wanted, tmp_path / "s.jsonl"))
+    assert table.figures["positive_auc_top"]["raw_attention"].images == 6
+    assert table.figures["again"]["raw_attention"].images == 1
+    assert "seconds" not in table.figures
+    assert table.failed["raw_attention"] == {"'no such block'": 1, "cost: a figure is NaN or Inf.": 1}
 
 
 def test_constant_maps_are_defined_and_flagged(models, boxes, tmp_path, monkeypatch):
