@@ -21,6 +21,7 @@ from mamba_attn.errors import MambaAttnError, nearest
 if TYPE_CHECKING:
     from mamba_attn.evaluation.plan import Plan
     from mamba_attn.evaluation.store import Store
+    from mamba_attn.evaluation.summary import Table
 
 _NEEDED = {"captum": "captum", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
 _STORE = "measured.jsonl"
@@ -191,8 +192,8 @@ def _report(plan: "Plan", store: "Store", folder: Path, command: str) -> int:
 
     tables = summarise(plan, store)
     failed = [
-        f"{table.model.name}, {table.data.name}, {method}: {count} figures missing: {reason}"
-        for table in tables for method, reasons in table.failed.items() for reason, count in reasons.items()
+        f"{table.model.name}, {table.data.name}, {sentence}"
+        for table in tables for sentence in _missing(table, plan.fitting(table.model))
     ]  # fmt: skip
     flags = [f"{table.model.name}, {table.data.name}: {flag}" for table in tables for flag in table.flags]
     about: dict[str, Any] = {
@@ -216,3 +217,16 @@ def _report(plan: "Plan", store: "Store", folder: Path, command: str) -> int:
         (folder / name).write_text(text, encoding="utf-8")
     print(f"open {folder / 'compare.html'}")
     return 1 if failed else 0
+
+
+def _missing(table: "Table", methods: Sequence[str]) -> list[str]:
+    """What failed: one sentence per reason, since a damaged image fails with every method."""
+    reasons: dict[str, dict[str, int]] = {}
+    for method, its in table.failed.items():
+        for reason, count in its.items():
+            reasons.setdefault(reason, {})[method] = count
+    return [
+        f"{'all methods' if len(methods) > 1 and set(counts) == set(methods) else ', '.join(counts)}: "
+        f"{sum(counts.values())} figures missing: {reason}"
+        for reason, counts in reasons.items()
+    ]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mamba_attn.evaluation import plots
-from mamba_attn.evaluation.contestants import Model
+from mamba_attn.evaluation.contestants import FAILURES, Model
 from mamba_attn.evaluation.localisation import HALF
 from mamba_attn.evaluation.metrics import METRICS
 from mamba_attn.evaluation.plan import Plan
@@ -14,12 +14,11 @@ from mamba_attn.evaluation.published import ABSENT, VIM, Published, beside
 from mamba_attn.evaluation.samples import Sample
 from mamba_attn.evaluation.store import Store
 from mamba_attn.evaluation.summary import Table
-from mamba_attn.evaluation.tables import LEGEND, text_tables
+from mamba_attn.evaluation.tables import LEGEND, mark, text_tables
 from mamba_attn.figures import png
 from mamba_attn.figures.colours import PERCENTILE, limits
 from mamba_attn.figures.document import OPACITY, document, safe
 from mamba_attn.figures.picture import data_uri
-from mamba_attn.images import ImageError
 
 _EDGE = (0, 255, 255)
 _STYLE = """
@@ -55,10 +54,11 @@ def page(plan: Plan, store: Store, tables: Sequence[Table], about: Mapping[str, 
         f"<h2>Pictures</h2><p class=note>Every map has its own colours: positive ones run from dark (low) to bright "
         f"(high); signed ones are white at zero, blue below, red above. The largest {100 - PERCENTILE:g} % of the "
         f"values share the last colour. Beside each photo: what the model takes it for; its object, where known, is "
-        f"outlined.</p>{OPACITY}"
+        f"outlined. An empty place: the method does not fit the model, or failed.</p>{OPACITY}"
         f"{''.join(_pictures(plan, store, selector) for selector in plan.data)}"
         f"<h2>Perturbation</h2>{_curves(tables, looks)}<h2>Ranking</h2><p class=note>Values with 95 % intervals of a "
-        f"bootstrap over images; best first.</p>{_rankings(tables, looks)}"
+        f"bootstrap over images; best first; * the first, = those it is not ahead of by the paired interval.</p>"
+        f"{_rankings(tables, looks)}"
         f"<h2>Tables</h2><p class=note>{safe(LEGEND)}</p>{_tables(tables)}"
         f"<h2>Published figures</h2>{_published(tables)}<h2>Notes</h2><ul class=note>{facts}</ul>"
         f"<h2>Again</h2><p><code>{safe(str(about.get('command', '')))}</code></p>"
@@ -96,7 +96,7 @@ def _row(
 ) -> str:
     try:
         sample = plan.data[selector].load(index, model.subject.transform)
-    except (ImageError, OSError) as error:
+    except (*FAILURES, OSError) as error:
         return f'<tr><td colspan="{len(lines) + 2}">{safe(str(error))}</td></tr>'
     classes = model.subject.classes
     known = next((line for line in lines.values() if line and "map" in line), {})
@@ -154,6 +154,7 @@ def _rankings(tables: Sequence[Table], looks: Mapping[str, str]) -> str:
             plots.intervals(
                 f"{METRICS[name].title} ({'higher' if METRICS[name].better > 0 else 'lower'} is better)",
                 {method: figure.interval for method, figure in table.figures[name].items()}, looks,
+                {method: mark(figure) for method, figure in table.figures[name].items()},
             )
             for name in _RANKED if name in table.figures
         ]  # fmt: skip

@@ -62,19 +62,22 @@ def curves(title: str, lines: Mapping[str, Sequence[float]], looks: Mapping[str,
     return f'<svg class=plot width="{_WIDTH}" height="{_HEIGHT}" role="img">{"".join(parts)}</svg>'
 
 
-def intervals(title: str, figures: Mapping[str, Interval], looks: Mapping[str, str], width: int = 640) -> str:
+def intervals(
+    title: str, figures: Mapping[str, Interval], looks: Mapping[str, str], marks: Mapping[str, str], width: int = 700
+) -> str:
     """Return figures with their intervals, one line each, in the given order.
 
     Args:
         title: above it.
         figures: by method.
         looks: from ``styles``.
+        marks: by method, what stands behind its numbers.
         width: in pixels.
     """
     names, row = 240, 19
     low, high = min(each.low for each in figures.values()), max(each.high for each in figures.values())
     low, high = (low, high) if high > low else (low - 1, high + 1)
-    span = width - names - 70
+    span = width - names - 155
 
     def x(value: float) -> float:
         return names + span * (value - low) / (high - low)
@@ -82,13 +85,14 @@ def intervals(title: str, figures: Mapping[str, Interval], looks: Mapping[str, s
     parts = [_text(names, 13, title, "start", bold=True)]
     for place, (method, each) in enumerate(figures.items()):
         y = 24 + row * place + row / 2
-        label = f"{each.value:.3g} ({each.low:.3g} to {each.high:.3g})"
+        value, below, above = (f"{round(number, 9) + 0.0:.3g}" for number in (each.value, each.low, each.high))
+        label = f"{value} ({below} to {above}){marks.get(method, '')}"
         parts += [
             _text(names - 8, y + 4, method if len(method) <= _LONGEST else f"{method[: _LONGEST - 1]}…", "end"),
             f'<line x1="{x(each.low):.1f}" y1="{y}" x2="{x(each.high):.1f}" y2="{y}" stroke-width="2" '
             f"{looks[method].split(' stroke-dasharray')[0]}><title>{safe(method)}: {label}</title></line>",
             f'<circle cx="{x(each.value):.1f}" cy="{y}" r="3.5" fill="{looks[method].split(chr(34))[1]}"/>',
-            _text(width - 2, y + 4, f"{each.value:.3g}", "end"),
+            _text(width - 140, y + 4, label, "start"),
         ]
     height = 28 + row * len(figures)
     return f'<svg class=plot width="{width}" height="{height}" role="img">{"".join(parts)}</svg>'

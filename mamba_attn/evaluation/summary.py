@@ -137,6 +137,9 @@ def compare(metric: Metric, lines: Mapping[str, Lines], indices: Sequence[int], 
         return drawn[key]
 
     whole = {method: draws(method, valid) for method, (_, valid) in columns.items()}
+    columns = {method: both for method, both in columns.items() if np.isfinite(whole[method][0])}  # accuracy 0: no gap
+    if not columns:
+        return {}
     order = _order(metric.better or 1, columns, draws)
     found = {}
     for place, method in enumerate(order):
@@ -231,9 +234,10 @@ def _note(table: Table, measure: str, lines: Mapping[str, Lines]) -> None:
         if flat and measure in ("perturbation", "localisation"):
             what = "their cells are ranked at random" if measure == "perturbation" else "their average precision is 1/2"
             table.flags.append(f"{method}, {measure}: {flat} of {len(its)} maps are constant; {what}.")
-    its = next(iter(lines.values()), {})
-    if skipped := sum("skipped" in line for line in its.values()):
-        table.flags.append(f"{skipped} of {len(its)} images have no boxes and are left out of the localisation.")
-    if single := sum(bool(line.get("one_class")) for line in its.values()):
-        table.flags.append(f"{single} of {len(its)} images are all object or all background; those without an object "
-                           "are left out of pointing and energy.")  # fmt: skip
+    every = {index: line for its in lines.values() for index, line in its.items() if "error" not in line}
+    if skipped := sum("skipped" in line for line in every.values()):
+        table.flags.append(f"{skipped} of {len(every)} images have neither boxes nor a mask and are left out of the "
+                           "localisation.")  # fmt: skip
+    if single := sum(bool(line.get("one_class")) for line in every.values()):
+        table.flags.append(f"{single} of {len(every)} images are all object or all background; those without an "
+                           "object are left out of pointing and energy.")  # fmt: skip

@@ -63,12 +63,17 @@ def cell(figure: Figure | None, most: int = 0) -> str:
     if figure is None:
         return ""
     its = figure.interval
-    spread = "" if its.high == its.low else f" ({_short((its.high - its.low) / 2)})"
-    mark = ""
-    if figure.rank:
-        mark = " *" if figure.rank == 1 else "" if figure.behind is None or figure.behind.clear else " ="
+    half = _short((its.high - its.low) / 2)
+    spread = "" if half == "0" else f" ({half})"
     fewer = f" [{figure.images}]" if figure.images < most else ""
-    return f"{_short(its.value)}{spread}{fewer}{mark}"
+    return f"{_short(its.value)}{spread}{fewer}{mark(figure)}"
+
+
+def mark(figure: Figure) -> str:
+    """Return " *" for the first, " =" for one that it is not ahead of by the paired interval, else nothing."""
+    if not figure.rank:
+        return ""
+    return " *" if figure.rank == 1 else "" if figure.behind is None or figure.behind.clear else " ="
 
 
 def as_csv(tables: Sequence[Table]) -> str:
@@ -147,6 +152,7 @@ def _finite(value: Any) -> Any:
 
 
 def _short(value: float) -> str:
-    if value == 0 or 0.1 <= abs(value) < 100:
-        return f"{value:.2f}".rstrip("0").rstrip(".") if value == 0 else f"{value:.2f}"
-    return f"{value:.3g}"
+    value = round(value, 9)  # rounding errors are no figures
+    if value == 0:
+        return "0"
+    return f"{value:.2f}" if 0.1 <= abs(value) < 100 else f"{value:.3g}"

@@ -93,6 +93,25 @@ def test_bad_images_and_damaged_lines_are_named_and_the_rest_done(place, models,
     assert "perturbation, 5 images" in said
 
 
+def test_a_bad_box_loses_neither_the_run_nor_the_page(place, models, capsys):
+    (place / "boxed").mkdir()
+    rows = [{"file": f"{index}.png", "label": 0, "name": "red", "boxes_xyxy": its}
+            for index, its in enumerate(("[[4, 8, 20, 24]]", "[[1, 2, 3]]", "[[NaN, 2, 3, 9]]", "[]"))]  # fmt: skip
+    for index in range(4):
+        (place / f"boxed/{index}.png").write_bytes(cases.encoded(cases.picture(index)))
+    (place / "boxed/boxes.csv").write_text(cases.table(rows))
+    call = ["compare", "--models", models, "--data", "boxed", "--out", "out", "--methods", "raw_attention,random",
+            "--measures", "localisation,picture"]  # fmt: skip
+    assert cli.main(call) == 1
+    said = capsys.readouterr().out
+    assert "boxed: localisation, 1 images" in said
+    assert "1 of 2 images have neither boxes nor a mask and are left out of the localisation." in said
+    notes = [line for line in said.splitlines() if "figures missing" in line]
+    assert len(notes) == 2 * 2  # a line for all methods, per model and image
+    assert all(", all methods: 4 figures missing: " in line for line in notes)
+    assert "1.png: expected boxes [x0, y0, x1, y1]" in (place / "out/compare.html").read_text()
+
+
 def test_photos_without_labels(place, models, capsys):
     photo(place / "mine")
     shutil.copyfile(place / "mine/a.jpg", place / "mine/[red]b.jpg")
@@ -123,6 +142,9 @@ def test_photos_without_labels(place, models, capsys):
         (["--data", "photos", "--models", "vim_micor"], "no such model. Did you mean 'vim_micro'"),
         (["--data", "photos", "--models", "vim_micro=none.pth"], "there is no such file"),
         (["--data", "photos", "--models", ","], "--models: expected names of models"),
+        (["--data", "photos", "--models", "vim_micro="], "--models vim_micro=: expected demo, official or a file"),
+        (["--data", "photos", "--methods", "occlusion:strides=99"], "Stride dimension (3, 99, 99) cannot be larger"),
+        (["--data", "photos", "--methods", "integrated_gradients:n_steps=0"], "number of steps has to be larger than"),
         (["--data", "photos", "--out", "photos/red/0.png/x"], "this folder cannot be written"),
     ],
 )

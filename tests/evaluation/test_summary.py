@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from mamba_attn.evaluation.bootstrap import Interval
 from mamba_attn.evaluation.metrics import METRICS
-from mamba_attn.evaluation.summary import compare
+from mamba_attn.evaluation.summary import Figure, compare
+from mamba_attn.evaluation.tables import cell
 
 
 def perturbed(kept, label=1, predicted=1):
@@ -48,6 +50,29 @@ def test_segmentation_is_over_the_set():
     assert value("miou", lines) == pytest.approx(100 * (20 / 24 + 6 / 10) / 2)
     assert value("energy_ratio", lines) == 2
     assert value("map", lines) == 50
+
+
+def test_a_figure_that_is_no_number_has_no_place():
+    lines = {"m": {0: perturbed((0, 9), label=0)}}  # never right: no gap to the label
+    assert compare(METRICS["gap_target"], lines, [0]) == {}
+    assert compare(METRICS["gap_top"], lines, [0])["m"].interval.value == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "text"),
+    [(12.5, 11.0, 14.0, "12.50 (1.50) *"), (65, 65 - 7e-15, 65 + 7e-15, "65.00 *"), (5e-18, -1, 1, "0 (1.00) *"),
+     (0.0123, 0.01, 0.014, "0.0123 (0.002) *"), (123.4, 123.4, 123.4, "123 *")],
+)  # fmt: skip
+def test_a_cell_says_no_rounding_errors(value, low, high, text):
+    assert cell(Figure(Interval(value, low, (low, high), high), 3, rank=1)) == text
+
+
+def test_marks_say_first_and_not_behind():
+    def figure(low, high):
+        return Figure(Interval(1.0, 0.5, (0.8, 1.2), 1.5), 3, rank=2, behind=Interval(1.0, low, (low, high), high))
+
+    assert cell(figure(-0.1, 2.0)) == "1.00 (0.50) ="
+    assert cell(figure(0.1, 2.0), 4) == "1.00 (0.50) [3]"
 
 
 def test_large_objects_are_left_out_of_the_small_ones():
