@@ -1,6 +1,7 @@
 """Whose rows a method reads: the tokens of a query on a layer's token frame."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from mamba_attn.layout import TokenLayout
 Query = Sequence[float] | None  # (row, column) or (x0, y0, x1, y1), in pixels
 
 
-def check_query(call: str, query: Query, size: tuple[int, int]) -> None:
+def check_query(call: str, query: Any, size: tuple[int, int]) -> None:
     """Refuse a query that is not inside the image.
 
     Args:

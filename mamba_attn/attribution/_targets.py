@@ -14,7 +14,7 @@ Target = int | Tensor | tuple[int, ...] | Sequence[int] | Sequence[tuple[int, ..
 _DENSE = "target=(class, row, column) or whatever indexes it, a list of such tuples, or a function of the output"
 
 
-def target_values(call: str, output: Any, target: Target, batch: int) -> Tensor:
+def target_values(call: str, output: Any, target: Any, batch: int) -> Tensor:
     """Return what is explained of every image, (batch,), or its sum where a function returned a scalar.
 
     Args:
@@ -34,7 +34,7 @@ def target_values(call: str, output: Any, target: Target, batch: int) -> Tensor:
     return chosen
 
 
-def target_indices(call: str, output: Any, target: Target, batch: int) -> Int[Tensor, "batch axes"]:
+def target_indices(call: str, output: Any, target: Any, batch: int) -> Int[Tensor, "batch axes"]:
     """Return where in each image's output the explained number stands.
 
     Args:

@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from mamba_attn._types import Float
 from mamba_attn.attribution._pixels import PixelAttribution, cell_means
 from mamba_attn.attribution._queries import Query
-from mamba_attn.attribution._targets import Target
+from mamba_attn.attribution._targets import Target, target_values
 from mamba_attn.attribution.implicit_attention import ImplicitAttention
 from mamba_attn.attribution.mamba_lrp import MambaLRP
 from mamba_attn.attribution.raw_attention import RawAttention
 from mamba_attn.errors import nearest
+from mamba_attn.layout import TokenLayout
+from mamba_attn.tracing import trace
 
 _Part = ImplicitAttention | MambaLRP | RawAttention
 EXTENT = ("smooth_relevance", "implicit_attention", "raw_attention")
@@ -33,8 +35,9 @@ class RelevanceAttentionRanks(PixelAttribution):
 
     relevance is ``MambaLRP``; ``extent`` may hold ``"smooth_relevance"``, MambaLRP with the generalised gamma rule in
     every linear layer and convolution, ``"implicit_attention"`` and ``"raw_attention"``, each with its defaults. All
-    are averaged over the cells of the model's first token grid. What it costs is four forward passes and three
-    backward ones. The defaults were chosen by ablation on one half of the test images (docs/comparing.md).
+    are averaged over the cells of the model's first token grid. What it costs is five forward passes, three backward
+    ones and, for ``"implicit_attention"``, a dense matrix of tokens per layer. The defaults were chosen by ablation on
+    one half of the test images (docs/comparing.md).
 
     Args:
         model: Vim or VMamba, with fused_add_norm=False where it has that.
@@ -81,7 +84,7 @@ class RelevanceAttentionRanks(PixelAttribution):
     def _maps(
         self, images: Tensor, target: Target, query: Query, size: tuple[int, int], grid: bool
     ) -> Float[Tensor, "batch 1 height width"]:
-        cells = self._layouts(images)[0]
+        cells = self._cells(images, target)
 
         def read(method: _Part) -> Tensor:
             return cell_means(method.attribute(images, target), cells)
@@ -91,6 +94,13 @@ class RelevanceAttentionRanks(PixelAttribution):
         order = self.weight * ranks(relevance) ** self.power + ranks(extent)
         found = in_order(relevance.clamp(min=0), order)
         return found if grid else cells.to_pixels(found, size)
+
+    def _cells(self, images: Tensor, target: Target) -> TokenLayout:
+        """The first token grid; what is wrong with the target is said in this method's name, not in its parts'."""
+        with torch.inference_mode(False), torch.no_grad(), trace(self.model) as record:
+            output = self.model(images.clone() if images.is_inference() else images)
+        target_values(f"{type(self).__name__}.attribute", output, target, len(images))
+        return record.layers[0].layout
 
 
 def in_order(
