@@ -63,7 +63,7 @@ def curves(title: str, lines: Mapping[str, Sequence[float]], looks: Mapping[str,
 
 
 def intervals(
-    title: str, figures: Mapping[str, Interval], looks: Mapping[str, str], marks: Mapping[str, str], width: int = 700
+    title: str, figures: Mapping[str, Interval], looks: Mapping[str, str], marks: Mapping[str, str], width: int = 706
 ) -> str:
     """Return figures with their intervals, one line each, in the given order.
 
@@ -77,7 +77,7 @@ def intervals(
     names, row = 240, 19
     low, high = min(each.low for each in figures.values()), max(each.high for each in figures.values())
     low, high = (low, high) if high > low else (low - 1, high + 1)
-    span = width - names - 155
+    span = width - names - 172
 
     def x(value: float) -> float:
         return names + span * (value - low) / (high - low)
@@ -92,7 +92,7 @@ def intervals(
             f'<line x1="{x(each.low):.1f}" y1="{y}" x2="{x(each.high):.1f}" y2="{y}" stroke-width="2" '
             f"{looks[method].split(' stroke-dasharray')[0]}><title>{safe(method)}: {label}</title></line>",
             f'<circle cx="{x(each.value):.1f}" cy="{y}" r="3.5" fill="{looks[method].split(chr(34))[1]}"/>',
-            _text(width - 140, y + 4, label, "start"),
+            _text(width - 160, y + 4, label, "start"),
         ]
     height = 28 + row * len(figures)
     return f'<svg class=plot width="{width}" height="{height}" role="img">{"".join(parts)}</svg>'
