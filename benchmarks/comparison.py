@@ -3,6 +3,7 @@
 ``--data`` names the folder with imagenette128.zip and localise.zip. What is measured is kept in ``--runs``, so that a
 killed run goes on. Our combination was chosen on the images that ``--half choose`` keeps, where its ablations are
 measured; perturbation is measured on the other half, and of boxes, masks and digits the halves are shown beside all.
+Models answer in bfloat16 when they are perturbed; maps are of float32.
 """
 
 import argparse
@@ -113,6 +114,8 @@ def _measure(part: Part, args: argparse.Namespace) -> tuple[list[Figure], dict[s
     details: dict[str, Any] = {
         "tables": [_brief(table) for table in tables],
         "notes": list(dict.fromkeys(planned.notes)),
+        "half": planned.half,
+        "options": vars(planned.options),
     }
     for title, header, rows in text_tables(tables):
         show(title, header, rows)

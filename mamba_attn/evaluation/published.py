@@ -1,7 +1,8 @@
 """Published figures, and when ours may stand beside them: official weights, ImageNet's images.
 
 Ali, Zimerman and Wolf, "The Hidden Attention of Mamba Models" (arXiv 2403.01590v2; ACL 2025): perturbation, Table 1
-(predicted class, ImageNet validation images, AUC x 100); segmentation, Table 2 (ImageNet-Segmentation, percent).
+(ImageNet validation images, AUC x 100; maps of the predicted class, accuracy against the label, as the code that the
+protocol is of: our ``..._target``); segmentation, Table 2 (ImageNet-Segmentation, percent).
 The models are Vim-S and a Transformer of the same size. The row of MambaLRP is in the ACL version only.
 """
 

@@ -26,7 +26,8 @@ SHOWN = {
 }  # fmt: skip
 LEGEND = (
     "value (half of the 95 % interval); * first, = not behind the first by the paired interval; pos: lower is better, "
-    "neg: higher is better; [n] of n images alone, placed by its difference to the others on the same ones"
+    "neg: higher is better; top: against the clean prediction, target: against the label; gap: (neg - pos AUC) over "
+    "80 times the share of clean hits; [n] of n images alone, placed by its difference to the others on the same ones"
 )
 
 
