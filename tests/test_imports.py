@@ -21,6 +21,7 @@ HOUSE = [
     ["bench"],
     ["evaluation"],
     ["analytics"],
+    ["datasets"],
     ["testing"],
     ["subjects"],
     ["stand_ins"],

@@ -185,8 +185,8 @@ def _compare(plan: "Plan", args: argparse.Namespace, command: str) -> int:
 
 def _report(plan: "Plan", store: "Store", folder: Path, command: str) -> int:
     """Print and write everything; the exit code says whether something failed."""
+    from mamba_attn.datasets.samples import HALVES
     from mamba_attn.evaluation.page import page
-    from mamba_attn.evaluation.samples import HALVES
     from mamba_attn.evaluation.summary import summarise
     from mamba_attn.evaluation.tables import LEGEND, as_csv, as_json, text_tables
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamba_attn.datasets.samples import Sample
 from mamba_attn.evaluation import perturbation, sanity
 from mamba_attn.evaluation.contestants import Model, build
 from mamba_attn.evaluation.cost import cost
 from mamba_attn.evaluation.localisation import locate
 from mamba_attn.evaluation.plan import Task
 from mamba_attn.evaluation.ranking import cells, constant, token_cell
-from mamba_attn.evaluation.samples import Sample
 
 
 @dataclass(frozen=True)

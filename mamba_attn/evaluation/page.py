@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 
+from mamba_attn.datasets.samples import Sample
 from mamba_attn.evaluation import plots
 from mamba_attn.evaluation.contestants import FAILURES, Model
 from mamba_attn.evaluation.localisation import HALF
 from mamba_attn.evaluation.metrics import METRICS
 from mamba_attn.evaluation.plan import Plan
 from mamba_attn.evaluation.published import ABSENT, VIM, Published, beside
-from mamba_attn.evaluation.samples import Sample
 from mamba_attn.evaluation.store import Store
 from mamba_attn.evaluation.summary import Table
 from mamba_attn.evaluation.tables import LEGEND, mark, text_tables

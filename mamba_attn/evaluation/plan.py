@@ -5,10 +5,10 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from mamba_attn.datasets.data import open_data
+from mamba_attn.datasets.labels import class_indices
+from mamba_attn.datasets.samples import Data
 from mamba_attn.evaluation.contestants import LABEL, Model, Options, misfit
-from mamba_attn.evaluation.data import open_data
-from mamba_attn.evaluation.labels import class_indices
-from mamba_attn.evaluation.samples import Data
 from mamba_attn.evaluation.store import Key, Store
 
 MEASURES = ("perturbation", "pixels", "localisation", "sanity", "cost", "picture")

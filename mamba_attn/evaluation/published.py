@@ -8,7 +8,7 @@ The models are Vim-S and a Transformer of the same size. The row of MambaLRP is 
 
 from dataclasses import dataclass
 
-from mamba_attn.evaluation.labels import is_imagenet
+from mamba_attn.datasets.labels import is_imagenet
 from mamba_attn.evaluation.summary import Table
 
 VIM = "Vim-S"

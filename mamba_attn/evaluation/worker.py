@@ -11,15 +11,15 @@ import numpy as np
 from torch import Tensor
 
 from mamba_attn import images as image_files
+from mamba_attn.datasets.data import open_data
+from mamba_attn.datasets.labels import class_indices
+from mamba_attn.datasets.samples import Data, Sample
 from mamba_attn.errors import NonFiniteError
 from mamba_attn.evaluation import perturbation
 from mamba_attn.evaluation.contestants import FAILURES, LABEL
-from mamba_attn.evaluation.data import open_data
 from mamba_attn.evaluation.judges import JUDGES, Batch, answers, explainer
-from mamba_attn.evaluation.labels import class_indices
 from mamba_attn.evaluation.plan import Needs, Task
 from mamba_attn.evaluation.ranking import check_finite
-from mamba_attn.evaluation.samples import Data, Sample
 from mamba_attn.evaluation.store import Key
 
 Record = tuple[Key, dict[str, Any]]

@@ -2,12 +2,12 @@
 
 import pytest
 
+from mamba_attn.datasets.samples import Data
 from mamba_attn.evaluation import contestants
 from mamba_attn.evaluation.bootstrap import Interval
 from mamba_attn.evaluation.contestants import Model
 from mamba_attn.evaluation.page import _published
 from mamba_attn.evaluation.published import PERTURBATION, SEGMENTATION, beside
-from mamba_attn.evaluation.samples import Data
 from mamba_attn.evaluation.summary import Figure, Table
 from mamba_attn.models import create, transform
 from mamba_attn.subjects import Subject

@@ -3,7 +3,7 @@
 import re
 
 from mamba_attn import _torchvision
-from mamba_attn.evaluation.samples import Data
+from mamba_attn.datasets.samples import Data
 from mamba_attn.subjects import Subject
 
 _IMAGENET = 1000

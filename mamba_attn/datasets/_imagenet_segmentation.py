@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mamba_attn.evaluation.regions import transformed_mask
-from mamba_attn.evaluation.samples import Data, Item, Regions
+from mamba_attn.datasets.regions import transformed_mask
+from mamba_attn.datasets.samples import Data, Item, Regions
 from mamba_attn.images import ImageError
 from mamba_attn.models.transforms import EvaluationTransform
 

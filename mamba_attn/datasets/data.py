@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from mamba_attn.evaluation import _collections, _files
-from mamba_attn.evaluation._imagenet_segmentation import ImageNetSegmentation
-from mamba_attn.evaluation.samples import Data
+from mamba_attn.datasets import _collections, _files
+from mamba_attn.datasets._imagenet_segmentation import ImageNetSegmentation
+from mamba_attn.datasets.samples import Data
 
 _SELECTOR = "give a folder of images, ZIP, ZIP:PART or gtsegs_ijcv.mat"
 

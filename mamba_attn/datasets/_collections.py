@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mamba_attn.evaluation._files import Files, pictures
-from mamba_attn.evaluation.regions import box_coverage, transformed_mask
-from mamba_attn.evaluation.samples import Data, Item, Regions
+from mamba_attn.datasets._files import Files, pictures
+from mamba_attn.datasets.regions import box_coverage, transformed_mask
+from mamba_attn.datasets.samples import Data, Item, Regions
 from mamba_attn.images import ImageError
 from mamba_attn.models.transforms import EvaluationTransform
 
