@@ -99,7 +99,8 @@ def run_comparison(args: argparse.Namespace) -> tuple[list[Figure], dict[str, An
 
 
 def _measure(part: Part, args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
-    from mamba_attn.evaluation.running import bar, run
+    from mamba_attn._table import bar
+    from mamba_attn.evaluation.running import run
     from mamba_attn.evaluation.store import Store
     from mamba_attn.evaluation.summary import summarise
     from mamba_attn.evaluation.tables import text_tables

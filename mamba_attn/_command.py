@@ -23,18 +23,19 @@ def subcommand(
     )  # fmt: skip
 
 
-def require_extras(needed: Mapping[str, str]) -> None:
+def require_extras(needed: Mapping[str, str], extra: str = "explain") -> None:
     """Check that modules are installed.
 
     Args:
         needed: packages by the names of the modules that are imported.
+        extra: of this package, that brings them.
 
     Raises:
         ImportError: the packages that are missing, and the extra that brings them.
     """
     missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise ImportError(f"{' and '.join(missing)} not installed: pip install 'mamba_attn[explain]'")
+        raise ImportError(f"{' and '.join(missing)} not installed: pip install 'mamba_attn[{extra}]'")
 
 
 def writable(out: str) -> Path:

@@ -1,7 +1,11 @@
-"""A table on the terminal."""
+"""A table and a progress bar on the terminal."""
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -35,3 +39,15 @@ def plain(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> s
         for row in (header, *rows)
     ]
     return "".join(f"{line}\n" for line in ("", title, *lines))
+
+
+def bar(console: object | None = None) -> "Progress":
+    """Return a progress bar that says how much is left.
+
+    Args:
+        console: rich's, where it is shown. Default: standard output.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console)  # type: ignore[arg-type]

@@ -41,6 +41,10 @@ class WeightsError(MambaAttnError):
     """A checkpoint that does not fit, is damaged, or is not safe to load."""
 
 
+class StoreError(MambaAttnError):
+    """A store of collected attention that is half written, damaged, of another version or of another model."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return the sentence that helps after a misspelt name: the nearest names, or all of them when few.
 

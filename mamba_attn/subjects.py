@@ -1,8 +1,10 @@
 """The models that commands work on: built by name, with the names of their classes and what they are shown."""
 
+import hashlib
 import importlib.util
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -29,12 +31,16 @@ class Subject:
         model: in eval mode.
         classes: the names of its classes.
         transform: what it is shown of an image.
+        weights: "demo", "official" or a file; "" when the model was made in memory.
+        options: of ``mamba_attn.models.create``, that it was built with.
     """
 
     name: str
     model: nn.Module
     classes: list[str]
     transform: EvaluationTransform
+    weights: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def layers(self) -> list[str]:
@@ -45,6 +51,15 @@ class Subject:
     def softmax(self) -> bool:
         """Whether all layers are softmax attention, as in a ViT."""
         return all(isinstance(adapter, AttentionAdapter) for _, adapter in find_mixers(self.model).values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the weights, and of their names."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            digest.update(name.encode() + flat.numpy().tobytes())
+        return digest.hexdigest()[:12]
 
     @property
     def device(self) -> torch.device:
@@ -78,9 +93,10 @@ def load(name: str, weights: str, device: str = "cpu") -> Subject:
     beside = Path(weights).with_suffix(".json")
     if weights not in ("demo", "official") and beside.is_file():
         card = _card(beside)
-    model = models.create(name, weights=weights, **({} if weights == "demo" else card.get("options", {})))
+    options = card.get("options", {})
+    model = models.create(name, weights=weights, **options)
     transform = models.transform(name, cast(tuple[int, int], model.image_size))
-    return Subject(name, model.to(device), _class_names(model, card), transform)
+    return Subject(name, model.to(device), _class_names(model, card), transform, weights, options)
 
 
 def load_companion(name: str | None, subject: Subject, device: str = "cpu") -> Subject | None:

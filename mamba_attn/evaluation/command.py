@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mamba_attn._command import require_extras, subcommand, writable
-from mamba_attn._table import plain, show
+from mamba_attn._table import bar, plain, show
 from mamba_attn.errors import MambaAttnError, nearest
 
 if TYPE_CHECKING:
@@ -167,7 +167,6 @@ def _measures(option: str, text: str) -> tuple[str, ...]:
 def _compare(plan: "Plan", args: argparse.Namespace, command: str) -> int:
     from rich.console import Console
 
-    from mamba_attn.evaluation.running import bar
     from mamba_attn.evaluation.running import run as measure
     from mamba_attn.evaluation.store import Store
 

@@ -1,6 +1,5 @@
 """What is compared, from text: models with their weights, methods by name, and what all figures depend on."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -78,7 +77,7 @@ class Model:
     @property
     def identity(self) -> str:
         """Name and hash of the weights, as results are filed under it."""
-        return f"{self.name}:{_weights_hash(self)}"
+        return f"{self.name}:{self.subject.fingerprint}"
 
     def explained(self, options: Options) -> int | None:
         """Return the class that ``target`` names; None for "predicted" and "label".
@@ -146,11 +145,3 @@ def build(method: str, model: nn.Module) -> MapAttribution:
 @cache
 def _subject(model: Model) -> Subject:
     return subjects.load(model.name, model.weights, model.device)
-
-
-@cache
-def _weights_hash(model: Model) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(model.subject.model.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from mamba_attn.evaluation.plan import Plan, Task
 from mamba_attn.evaluation.store import Store
@@ -34,12 +34,6 @@ def run(plan: Plan, store: Store, workers: int = 1, progress: Progress | None = 
         if progress is not None and bar is not None:
             data = plan.data[task.selector].name
             progress.update(bar, advance=task.records, description=f"{task.model.name}, {data}")
-
-
-def bar(console: object | None = None) -> Progress:
-    """Return a progress bar that says how much is left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console)  # type: ignore[arg-type]
 
 
 def _done(tasks: Iterable[Task], workers: int) -> Iterator[tuple[Task, list[Record]]]:

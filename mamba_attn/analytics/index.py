@@ -1,0 +1,236 @@
+"""What a store holds, but for the numbers: ``store.json``, written in one step, the last of every change."""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mamba_attn.errors import StoreError
+from mamba_attn.layout import TokenLayout
+
+FORMAT = 1  # raised when a store changes its meaning: others are refused by name
+INDEX = "store.json"
+_LARGEST = 2**28  # bytes of an index that is read: a million images
+_STATISTICS = re.compile(r"statistics-\d{1,9}")
+
+
+@dataclass(frozen=True, eq=False)
+class StoredLayer:
+    """A layer whose attention was collected.
+
+    Args:
+        name: in the model.
+        kind: "selective scans" or "softmax attention".
+        stage: of the model, from 0.
+        block: in its stage, from 0.
+        routes: scans of the layer; 1 for softmax attention.
+        layout: where its tokens sit in the image.
+        orders: (routes, length), the token that a route visits at each step.
+        exact: whether features are matrices as they are, and no projections of them.
+        scale: what exact features are multiplied with on the disk, a power of two.
+        moments: shape (routes, channels, length) of the states' moments, or None.
+    """
+
+    name: str
+    kind: str
+    stage: int
+    block: int
+    routes: int
+    layout: TokenLayout
+    orders: np.ndarray
+    exact: bool
+    scale: float = 1.0
+    moments: tuple[int, int, int] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Side of the layer's matrices."""
+        return self.layout.tokens
+
+    def same_as(self, other: "StoredLayer") -> bool:
+        """Whether two layers are the same layer of the same model, whatever was collected of them."""
+        names = ("name", "kind", "routes", "layout", "moments")
+        same = all(getattr(self, name) == getattr(other, name) for name in names)
+        return same and np.array_equal(self.orders, other.orders)
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image that was counted.
+
+    Args:
+        key: its name in the collection.
+        label: name of its class: the model's, where the model has it, else the collection's; None without labels.
+        predicted: name of the class that the model found likeliest; None when the model has no classes.
+        correct: whether that is the label; None where this is not known.
+        kept: whether its matrices are stored in full.
+        row: its place in the store.
+    """
+
+    key: str
+    label: str | None
+    predicted: str | None
+    correct: bool | None
+    kept: bool
+    row: int
+
+
+@dataclass
+class Index:
+    """``store.json``: what was collected of which model, and which images count.
+
+    Args:
+        model: "name", "weights", "options", "fingerprint".
+        classes: names of the model's.
+        transform: "size", "cover", "interpolation".
+        data: "name" and "identity" of every collection.
+        routes: "each" or "sum": whether routes were collected one by one.
+        keep: how many images are kept in full.
+        layers: in execution order.
+        images: those that are counted, in order.
+        unreadable: reasons by key of images that could not be used.
+        statistics: name of the folder with the statistics of exactly these images.
+        wanted: images that were asked for, readable or not.
+        command: how to go on.
+        package: version of this package.
+    """
+
+    model: dict[str, Any]
+    classes: list[str]
+    transform: dict[str, Any]
+    data: list[dict[str, str]]
+    routes: str
+    keep: int
+    layers: list[StoredLayer]
+    images: list[StoredImage] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    statistics: str = ""
+    wanted: int = 0
+    command: str = ""
+    package: str = ""
+
+    @property
+    def finished(self) -> bool:
+        """Whether every image that was asked for is counted, or known to be unreadable."""
+        return bool(self.statistics) and len(self.images) + len(self.unreadable) >= self.wanted
+
+    def write(self, folder: Path) -> None:
+        """Replace the index of a store in one step: a kill leaves the old one or the new one.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        layers = [{**asdict(layer), "orders": layer.orders.tolist()} for layer in self.layers]
+        for layer in layers:
+            layer["layout"].pop("tokens")
+        images = [[i.key, i.label, i.predicted, i.correct, i.kept] for i in self.images]
+        content = {"format": FORMAT, **vars(self), "layers": layers, "images": images, "package": package_version()}
+        temporary = folder / f"{INDEX}.new"
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(content, file, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(folder / INDEX)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Index":
+        """Read the index of a store.
+
+        Raises:
+            StoreError: there is none, it is damaged, or of another version.
+        """
+        path = folder / INDEX
+        if not folder.is_dir():
+            raise StoreError(f"{folder}: there is no such folder; make a store with mamba-attn collect --out {folder}.")
+        if not path.is_file():
+            raise StoreError(
+                f"{folder}: this folder is no store of mamba-attn collect, or one whose {INDEX} is lost; name another."
+            )
+        if path.stat().st_size > _LARGEST:
+            raise StoreError(f"{path}: larger than {_LARGEST:,} bytes; this is not what mamba-attn collect wrote.")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise StoreError(f"{path}: this is not JSON, or damaged ({error}); collect into a new folder.") from error
+        found = content.pop("format", None) if isinstance(content, dict) else None
+        if found != FORMAT:
+            raise StoreError(
+                f"{path}: a store of format {found!r}, and mamba_attn {package_version()} reads format {FORMAT}; "
+                "collect into a new folder, or use the version that wrote it "
+                f"({content.get('package', 'unknown') if isinstance(content, dict) else 'unknown'})."
+            )
+        try:
+            return cls._from(content)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise StoreError(f"{path}: it is damaged ({error!r}); collect into a new folder.") from error
+
+    @classmethod
+    def _from(cls, content: dict[str, Any]) -> "Index":
+        layers = [_layer(each) for each in content.pop("layers")]
+        images = [_image(row, *each) for row, each in enumerate(content.pop("images"))]
+        index = cls(**content, layers=layers, images=images)
+        expected: Mapping[str, type] = {
+            "model": dict, "classes": list, "transform": dict, "data": list, "unreadable": dict, "statistics": str,
+            "wanted": int, "keep": int, "routes": str,
+        }  # fmt: skip
+        wrong = [name for name, kind in expected.items() if not isinstance(getattr(index, name), kind)]
+        wrong += [f"image {image.row}" for image in images if not isinstance(image.key, str)]
+        if wrong or (index.statistics and not _STATISTICS.fullmatch(index.statistics)):
+            raise ValueError(wrong or index.statistics)
+        return index
+
+
+def place_of(names: Sequence[str], grids: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return (stage, block) of every layer: the numbers in its name, or the change of the grid where names have others.
+
+    Args:
+        names: of the layers, in execution order.
+        grids: theirs.
+    """
+    numbers = [[int(part) for part in name.split(".") if part.isdecimal()] for name in names]
+    if all(len(each) == 2 for each in numbers):
+        return [(stage, block) for stage, block in numbers]
+    if all(len(each) == 1 for each in numbers):
+        return [(0, block) for (block,) in numbers]
+    places: list[tuple[int, int]] = []
+    for at, grid in enumerate(grids):
+        stage, block = places[-1] if places else (0, -1)
+        places.append((stage, block + 1) if not at or grid == grids[at - 1] else (stage + 1, 0))
+    return places
+
+
+def package_version() -> str:
+    """Version of this package; "unknown" when it is not installed."""
+    try:
+        return version("mamba_attn")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _layer(content: dict[str, Any]) -> StoredLayer:
+    found: dict[str, Any] = content.pop("layout")
+    layout: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+    orders = np.asarray(content.pop("orders"), dtype=np.int64)
+    moments = content.pop("moments")
+    layer = StoredLayer(
+        **content, layout=TokenLayout(**layout), orders=orders, moments=None if moments is None else tuple(moments)
+    )
+    if orders.ndim != 2 or orders.shape[0] != layer.routes or not _within(orders, layer.tokens):
+        raise ValueError(f"orders of {layer.name}")
+    return layer
+
+
+def _image(
+    row: int, key: str, label: str | None, predicted: str | None, correct: bool | None, kept: bool
+) -> StoredImage:
+    return StoredImage(key, label, predicted, correct, kept, row)
+
+
+def _within(orders: np.ndarray, tokens: int) -> bool:
+    return bool(orders.size) and int(orders.min()) >= 0 and int(orders.max()) < tokens

@@ -1,0 +1,88 @@
+"""What is collected, of which model and images; and the layers that this stands for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mamba_attn.analytics.index import StoredLayer, place_of
+from mamba_attn.analytics.projection import EXACT
+from mamba_attn.datasets import Data
+from mamba_attn.layers import Layer, ScanLayer
+from mamba_attn.subjects import Subject
+from mamba_attn.tracing import trace
+
+ROUTES = ("each", "sum")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is collected.
+
+    Args:
+        subject: the model.
+        data: the images.
+        limit: take the first so many. Default: all.
+        keep: store the matrices of the first so many in full.
+        batch: images at once. Default: what the matrices' size allows, at most 16.
+        layers: names or patterns. Default: all.
+        routes: "each": statistics of every route and of their sum; "sum": of the sum alone.
+        interval: seconds between checkpoints, at least.
+        command: how to go on after a kill, for messages.
+
+    Raises:
+        ValueError: a number below the least, other ``routes``.
+    """
+
+    subject: Subject
+    data: Data
+    limit: int | None = None
+    keep: int = 0
+    batch: int | None = None
+    layers: Sequence[str] | None = None
+    routes: str = "each"
+    interval: float = 20.0
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        for name, least in (("limit", 1), ("batch", 1), ("keep", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name} {value}: expected a number from {least} on.")
+        if self.routes not in ROUTES:
+            raise ValueError(f"--routes {self.routes}: expected one of {ROUTES}.")
+
+    @property
+    def wanted(self) -> list[int]:
+        """Indices of the images, each key once."""
+        first = {self.data.items[index].key: index for index in reversed(self.data.chosen(limit=self.limit))}
+        return sorted(first.values())
+
+
+def describe(request: Request) -> list[StoredLayer]:
+    """Return the layers of a request, from a forward pass over an empty image.
+
+    Args:
+        request: what is collected.
+
+    Raises:
+        UnknownLayerError: a pattern fits no layer.
+        TraceError: a layer whose tokens' place is not known.
+    """
+    subject = request.subject
+    empty = torch.zeros(1, 3, *subject.transform.size, device=subject.device)
+    with torch.no_grad(), trace(subject.model, layers=request.layers) as found:
+        subject.model(empty)
+    layers = found.layers
+    places = place_of([layer.name for layer in layers], [layer.layout.grid for layer in layers])
+    return [_described(layer, *place) for layer, place in zip(layers, places, strict=True)]
+
+
+def _described(layer: Layer, stage: int, block: int) -> StoredLayer:
+    scan = layer.scan if isinstance(layer, ScanLayer) else None
+    routes = 1 if scan is None else scan.routes
+    orders = torch.arange(layer.tokens)[None] if scan is None else scan.read_order
+    return StoredLayer(
+        layer.name, layer.kind, stage, block, routes, layer.layout, orders.cpu().numpy(), layer.tokens**2 <= EXACT,
+        moments=None if scan is None else (routes, scan.channels, scan.length),
+    )  # fmt: skip

@@ -1,0 +1,141 @@
+"""Mean and variance of matrices that come in batches, in float64; two of them merge (Chan, Golub and LeVeque, 1979)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mamba_attn._types import Float
+from mamba_attn.errors import NonFiniteError
+
+_AT_ONCE = 2**17  # numbers of a batch that are treated at once: they stay in the cache
+
+
+@dataclass(eq=False)
+class Running:
+    """Mean, and sum of squared deviations from it, of matrices that are not kept.
+
+    Args:
+        mean: float64.
+        m2: float64; divided by the number of matrices it is their variance.
+    """
+
+    mean: Float[Tensor, "tokens tokens"]
+    m2: Float[Tensor, "tokens tokens"]
+
+    @classmethod
+    def zeros(cls, tokens: int) -> "Running":
+        """Return the statistics of nothing."""
+        return cls(*torch.zeros(2, tokens, tokens, dtype=torch.float64))
+
+    def update(self, values: Float[Tensor, "batch tokens tokens"], before: int) -> None:
+        """Count a batch.
+
+        Args:
+            values: the batch, on the CPU.
+            before: matrices that are counted already.
+
+        Raises:
+            NonFiniteError: there are NaN or Inf; the statistics are then of no use.
+        """
+        batch, tokens = values.shape[:2]
+        rows = max(1, _AT_ONCE // (batch * tokens))
+        for start in range(0, tokens, rows):
+            part = values[:, start : start + rows].to(torch.float64, copy=True)
+            mean = part.mean(0)
+            m2 = part.sub_(mean).square_().sum(0)
+            _merge(self.mean[start : start + rows], self.m2[start : start + rows], before, mean, m2, batch)
+        if not bool(torch.isfinite(self.mean.sum())):
+            raise NonFiniteError("attention contains NaN or Inf; check the weights.")
+
+    def merge(self, other: "Running", before: int, count: int) -> None:
+        """Count the matrices of another.
+
+        Args:
+            other: its statistics.
+            before: matrices counted here.
+            count: matrices counted there.
+        """
+        _merge(self.mean, self.m2, before, other.mean, other.m2, count)
+
+
+@dataclass(eq=False)
+class LayerStatistics:
+    """What is kept of one layer.
+
+    Args:
+        routes: statistics by "sum", "0", "1", ...
+        moments: (2, routes, channels, length) float64, the states' means and mean squares; None without states.
+    """
+
+    routes: dict[str, Running]
+    moments: Tensor | None = None
+
+    @classmethod
+    def zeros(cls, routes: list[str], tokens: int, moments: tuple[int, int, int] | None) -> "LayerStatistics":
+        """Return the statistics of nothing."""
+        states = None if moments is None else torch.zeros(2, *moments, dtype=torch.float64)
+        return cls({route: Running.zeros(tokens) for route in routes}, states)
+
+    def update_moments(self, moments: tuple[Tensor, Tensor], before: int, count: int) -> None:
+        """Count the states of a batch.
+
+        Args:
+            moments: of the batch.
+            before: images counted already.
+            count: of the batch.
+
+        Raises:
+            NonFiniteError: there are NaN or Inf.
+        """
+        if self.moments is not None:
+            found = torch.stack(moments).to("cpu", torch.float64)
+            self.moments += (found - self.moments) * (count / (before + count))
+            if not bool(torch.isfinite(found).all()):
+                raise NonFiniteError("the states of the scans contain NaN or Inf; check the weights.")
+
+    def merge(self, other: "LayerStatistics", before: int, count: int) -> None:
+        """Count the images of another; the arguments are those of ``Running.merge``."""
+        for route, running in self.routes.items():
+            running.merge(other.routes[route], before, count)
+        if self.moments is not None and other.moments is not None:
+            self.moments += (other.moments - self.moments) * (count / (before + count))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return everything by name."""
+        found: dict[str, np.ndarray] = {}
+        for route, running in self.routes.items():
+            found |= {f"mean/{route}": running.mean.numpy(), f"m2/{route}": running.m2.numpy()}
+        return found if self.moments is None else {**found, "moments": self.moments.numpy()}
+
+    def load(self, arrays: dict[str, np.ndarray]) -> None:
+        """Take over what ``arrays`` gave."""
+        for name, own in self.arrays().items():
+            own[...] = arrays[name]
+
+
+@dataclass(eq=False)
+class Statistics:
+    """Statistics of all layers, of the same images.
+
+    Args:
+        layers: in the order of the store's.
+        count: images.
+    """
+
+    layers: list[LayerStatistics]
+    count: int = 0
+
+    def merge(self, other: "Statistics") -> None:
+        """Count the images of another."""
+        for own, its in zip(self.layers, other.layers, strict=True):
+            own.merge(its, self.count, other.count)
+        self.count += other.count
+
+
+def _merge(mean: Tensor, m2: Tensor, before: int, other_mean: Tensor, other_m2: Tensor, count: int) -> None:
+    """Chan's update, in place."""
+    difference = other_mean - mean
+    mean += difference * (count / (before + count))
+    m2 += other_m2 + difference.square_() * (before * count / (before + count))
