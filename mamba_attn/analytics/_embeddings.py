@@ -33,7 +33,7 @@ def load(folder: Path, key: str, statistics: str) -> tuple[np.ndarray, dict[str,
     try:
         if path.stat().st_size > _LARGEST:
             raise ValueError(f"more than {_LARGEST:,} bytes")
-        with np.load(path, allow_pickle=False) as content:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
             said, array = json.loads(str(content["said"])), content["array"]
         fits = said["key"] == key and said["statistics"] == statistics
         return (array, dict(said["about"])) if fits else None

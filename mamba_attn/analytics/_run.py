@@ -60,8 +60,10 @@ class Run:
                 self._checkpoint()
                 last = time.monotonic()
                 took = last - now
-        if left:
+        if self.pending or not self.statistics.count:
             self._checkpoint()
+        elif left:  # unreadable ones alone
+            self.index.write(self.writer.folder)
         self.advance(self.done, len(wanted))
 
     def _batches(self, numbers: Sequence[int]) -> Iterator[list[Sample]]:

@@ -1,0 +1,117 @@
+"""``mamba-attn collect`` as a stranger meets it."""
+
+import json
+
+import pytest
+
+from mamba_attn import cli
+from mamba_attn.analytics import AttentionStore
+from tests.analytics import cases
+from tests.datasets.cases import boxes_zip
+from tests.explain.cases import VMAMBA, save
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("weights"), "vmamba_micro", VMAMBA, cases.CLASSES)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cases.folder_of(tmp_path, 1)
+    boxes_zip(tmp_path / "a.zip")
+    return tmp_path
+
+
+def collected(weights, *arguments):
+    return cli.main(["collect", "--model", "vmamba_micro", "--weights", weights, *arguments])
+
+
+def refused(capsys, *arguments):
+    assert cli.main(["collect", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    last = captured.err.strip().splitlines()[-1]
+    assert last.startswith("mamba-attn collect: ")
+    return last
+
+
+def test_a_folder_and_a_part_of_a_zip_and_both(place, weights, capsys):
+    assert collected(weights, "--data", "photos", "--out", "one", "--keep", "1") == 0
+    assert collected(weights, "--data", "a.zip:boxes", "--limit", "4", "--out", "two") == 0
+    said = capsys.readouterr()
+    assert said.out == "3 images added, 3 in one\n4 images added, 4 in two\n"
+    assert "collecting" in said.err
+    assert cli.main(["collect", "--merge", "one", "two", "--out", "both"]) == 0
+    assert capsys.readouterr().out == "7 images in both\n"
+    store = AttentionStore.open("both")
+    assert len(store.images) == 7
+    assert store.model()(store.subject.transform("photos/red/0.png")[None]).shape == (1, 3)
+    index = json.loads((place / "one/store.json").read_text())
+    assert index["command"].startswith("mamba-attn collect --model vmamba_micro --weights ")
+
+
+def test_unreadable_images_are_listed_and_skipped_and_counted_once(place, weights, capsys):
+    (place / "photos" / "red" / "no.png").write_bytes(b"no image")
+    for new in (3, 0):
+        assert collected(weights, "--data", "photos", "--out", "store") == 1
+        said = capsys.readouterr()
+        assert said.out == f"{new} images added, 3 in store, 1 skipped\n"
+        assert said.err.count("skipped: photos: red/no.png: this is not an image") == 1
+    assert list(AttentionStore.open("store").unreadable) == ["red/no.png"]
+
+
+def test_images_of_which_none_can_be_read(place, weights, capsys):
+    (place / "bad").mkdir()
+    for name in "ab":
+        (place / "bad" / f"{name}.png").write_bytes(b"no image")
+    arguments = ("--model", "vmamba_micro", "--weights", weights, "--data", "bad", "--out", "store")
+    sentence = "none of the 2 images of bad could be used; the first: bad: "
+    assert sentence in refused(capsys, *arguments)
+    assert {path.name for path in (place / "store").iterdir()} == {".lock"}
+    assert sentence in refused(capsys, *arguments)  # and not that there is something else
+    (place / "bad" / "c.png").write_bytes((place / "photos" / "red" / "0.png").read_bytes())
+    assert collected(weights, "--data", "bad", "--out", "store") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--data", "empty"], "--data empty: it holds no images."),
+        (["--data", "absent"], "there is no file or folder 'absent'"),
+        (["--data", "a.zip"], "it has several parts; name one"),
+        (["--data", "photos", "--limit", "0"], "--limit 0: expected a number from 1 on"),
+        (["--data", "photos", "--keep", "-1"], "--keep -1: expected a number from 0 on"),
+        (["--data", "photos", "--batch", "0"], "--batch 0: expected a number from 1 on"),
+        (["--data", "photos", "--layer", "x*"], "'x*' fits no layer"),
+        (["--data", "photos", "--model", "vim_mcro"], "no such model. Did you mean 'vim_micro'"),
+        (["--data", "photos", "--weights", "no.pt"], "there is no such file"),
+        (["--merge", "a", "b"], "a: there is no such folder; make a store with mamba-attn collect --out a"),
+    ],
+)
+def test_calls_that_are_refused(place, capsys, arguments, sentence):
+    (place / "empty").mkdir()
+    assert sentence in refused(capsys, "--out", "store", *arguments)
+    assert not (place / "store").exists()
+
+
+def test_the_missing_extra_is_named(place, capsys, monkeypatch):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "zarr" else real(name))
+    said = refused(capsys, "--data", "photos", "--out", "store")
+    assert said.endswith("zarr not installed: pip install 'mamba_attn[analytics]'")
+
+
+def test_stopping_says_how_to_go_on(place, weights, capsys, monkeypatch):
+    from mamba_attn.analytics import _run
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_run.Run, "_count", stop)
+    assert collected(weights, "--data", "photos", "--out", "store") == 130
+    assert "stopped; the same command goes on from the last checkpoint" in capsys.readouterr().err

@@ -1,0 +1,66 @@
+"""Running statistics: any split into batches, and any merge, gives the mean and the variance of all."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mamba_attn.analytics.statistics import LayerStatistics, Running, Statistics
+from mamba_attn.errors import NonFiniteError
+
+
+def counted(values, sizes):
+    running, before = Running.zeros(values.shape[-1]), 0
+    for size in sizes:
+        running.update(values[before : before + size], before)
+        before += size
+    return running
+
+
+@given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=5), offset=st.sampled_from([0.0, 1e4]))
+def test_any_split_gives_the_same(sizes, offset):
+    torch.manual_seed(0)
+    values = torch.randn(sum(sizes), 7, 7, dtype=torch.float64) + offset
+    kept = values.clone()
+    running = counted(values, sizes)
+    assert torch.equal(values, kept)
+    assert np.allclose(running.mean, values.mean(0), rtol=1e-14)
+    exact = (values - values.mean(0)).square().sum(0)
+    assert np.allclose(running.m2, exact, rtol=1e-9, atol=1e-12 * max(offset, 1) ** 2)
+
+
+@given(first=st.integers(1, 5), second=st.integers(1, 5))
+def test_merging_is_counting_all(first, second):
+    torch.manual_seed(0)
+    values = torch.randn(first + second, 5, 5)
+    states = torch.randn(first + second, 2, 1, 3, 4, dtype=torch.float64)
+    whole, *parts = (
+        Statistics([LayerStatistics.zeros(["sum"], 5, (1, 3, 4))]) for _ in range(3)
+    )  # fmt: skip
+    for statistics, part, own in (
+        (whole, values, states), (parts[0], values[:first], states[:first]), (parts[1], values[first:], states[first:])
+    ):  # fmt: skip
+        statistics.layers[0].routes["sum"].update(part, 0)
+        statistics.layers[0].update_moments(tuple(own.mean(0)), 0, len(part))
+        statistics.count = len(part)
+    parts[0].merge(parts[1])
+    assert parts[0].count == whole.count
+    for name, array in whole.layers[0].arrays().items():
+        assert np.allclose(parts[0].layers[0].arrays()[name], array, rtol=1e-9, atol=1e-12)
+
+
+def test_blocks_of_rows_cover_the_matrix():
+    torch.manual_seed(0)
+    values = torch.randn(3, 401, 401)
+    running = counted(values, [2, 1])
+    assert np.allclose(running.mean, values.double().mean(0), rtol=0, atol=1e-14)
+    assert np.allclose(running.m2 / 3, values.double().var(0, correction=0), rtol=0, atol=1e-13)
+
+
+def test_nan_is_an_error():
+    with pytest.raises(NonFiniteError, match="contains NaN or Inf; check the weights"):
+        Running.zeros(2).update(torch.full((1, 2, 2), torch.nan), 0)
+    layer = LayerStatistics.zeros(["sum"], 2, (1, 1, 2))
+    with pytest.raises(NonFiniteError, match="states of the scans contain NaN"):
+        layer.update_moments((torch.full((1, 1, 2), torch.inf), torch.zeros(1, 1, 2)), 0, 1)
