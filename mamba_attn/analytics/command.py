@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from mamba_attn._command import require_extras, subcommand
 from mamba_attn.errors import MambaAttnError
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 _NEEDED = {"zarr": "zarr", "PIL": "pillow", "rich": "rich"}
 _SHOWN = 10
+_PARAMETERS_PER_THREAD = 5_000_000  # threads that share less wait for each other longer than they work
 _EPILOG = """\
 data: a folder of images, with or without class folders; a zip of them; ZIP:PART, a folder in it. Images are taken in
 the order of the hashes of their names, so that the first N are a fair sample.
@@ -71,8 +74,10 @@ def _request(args: argparse.Namespace, command: str) -> "Request":
     from mamba_attn.datasets import open_data
 
     data = open_data(args.data)  # before the model, which takes longer
+    subject = subjects.load(args.model, args.weights, args.device)
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), subject.parameters // _PARAMETERS_PER_THREAD)))
     return Request(
-        subjects.load(args.model, args.weights, args.device), data, args.limit, args.keep, args.batch, args.layer,
+        subject, data, args.limit, args.keep, args.batch, args.layer,
         args.routes, command=command,
     )  # fmt: skip
 
