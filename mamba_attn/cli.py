@@ -1,9 +1,10 @@
-"""The command line: ``mamba-attn explain``, ``compare`` and ``bench``."""
+"""The command line: ``mamba-attn explain``, ``compare``, ``erf`` and ``bench``."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
+from mamba_attn.analytics import erf_command as erf
 from mamba_attn.bench import command as bench
 from mamba_attn.evaluation import command as compare
 from mamba_attn.explain import command as explain
@@ -16,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     explain.add_parser(commands)
     compare.add_parser(commands)
+    erf.add_parser(commands)
     bench.add_parser(commands)
     args = parser.parse_args(given)
     return int(args.run(args, given))

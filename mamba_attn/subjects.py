@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -29,12 +29,14 @@ class Subject:
         model: in eval mode.
         classes: the names of its classes.
         transform: what it is shown of an image.
+        options: that it was built with, beside its name.
     """
 
     name: str
     model: nn.Module
     classes: list[str]
     transform: EvaluationTransform
+    options: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def layers(self) -> list[str]:
@@ -80,7 +82,7 @@ def load(name: str, weights: str, device: str = "cpu") -> Subject:
         card = _card(beside)
     model = models.create(name, weights=weights, **({} if weights == "demo" else card.get("options", {})))
     transform = models.transform(name, cast(tuple[int, int], model.image_size))
-    return Subject(name, model.to(device), _class_names(model, card), transform)
+    return Subject(name, model.to(device), _class_names(model, card), transform, card.get("options", {}))
 
 
 def load_companion(name: str | None, subject: Subject, device: str = "cpu") -> Subject | None:

@@ -131,7 +131,8 @@ def state_trajectory(
         TraceError: the tokens' place in the image is not known.
 
     Example:
-        >>> with torch.no_grad(), mamba_attn.trace(model) as record:
+        >>> from mamba_attn import trace
+        >>> with torch.no_grad(), trace(model) as record:
         ...     logits = model(images)
         >>> state_trajectory(record["layers.6.mixer"], route=1).norm_map().shape
         (14, 14)
