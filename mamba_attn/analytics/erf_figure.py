@@ -41,7 +41,8 @@ def panels(fields: Mapping[str, ReceptiveField]) -> dict[str, Any]:
     first = next(iter(fields.values()))
     layers = [] if first.reach is None else first.reach.layers
     names = ", ".join(fields)
-    title = f"{names}: receptive field of {first.reader}, {first.images} images"
+    count = f"{first.images} image{'' if first.images == 1 else 's'}"
+    title = f"{names}: receptive field of {first.reader}, {count}"
     return {
         "maps": maps, "titles": titles, "marks": marks, "layers": layers, "series": series, "levels": levels,
         "title": title, "size": max(140, min(260, round(1100 / sum(each.shape[1] / each.shape[0] for each in maps)))),

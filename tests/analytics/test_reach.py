@@ -128,5 +128,6 @@ def test_arrays_and_panels():
     assert set(drawn["series"]) == {"what the patch in the middle reads", "what all patches read, mean"}
     assert set(drawn["levels"]) == {"gradient", "rollout"}
     assert drawn["maps"][0].max() == drawn["maps"][1].max() == 1
+    assert drawn["title"] == "vim: receptive field of the patch in the middle, 2 images"
     several = panels(fields)
     assert several["titles"] == ["vim: gradient", "vim: rollout", "other: gradient", "other: rollout"]
