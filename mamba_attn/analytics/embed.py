@@ -158,7 +158,8 @@ def _tsne(features: np.ndarray, seed: int, options: Mapping[str, Any]) -> tuple[
         raise ImportError(f"embed(method='tsne') needs scikit-learn: {_HINT}") from error
     perplexity = options.get("perplexity", min(30.0, (len(features) - 1) / 3))
     start = components(features, 2, seed).points  # signs are fixed there, so that machines agree
-    start = start / (start[:, 0].std() or 1.0) * 1e-4
+    start = start / (start[:, 0].std() or 1.0) + 0.1 * np.random.default_rng(seed).standard_normal(start.shape)
+    start *= 1e-4  # without what is random there, all seeds would give the same points
     given = {"init": start.astype(np.float32), **options, "perplexity": perplexity, "random_state": seed}
     made = TSNE(2, n_jobs=1, **given)
     return made.fit_transform(features), {"perplexity": float(perplexity), "divergence": float(made.kl_divergence_)}

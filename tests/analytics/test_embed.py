@@ -95,6 +95,7 @@ def test_tsne_is_seeded_and_keeps_clusters(first):
     features, label = clusters()
     found = embed(features, "tsne", first=first, seed=4)
     np.testing.assert_array_equal(embed(features, "tsne", first=first, seed=4).points, found.points)
+    assert np.abs(embed(features, "tsne", first=first, seed=5).points - found.points).max() > 0.01
     assert purity(found.points, label) == 1
     assert found.about["first"] == first
     assert found.about["perplexity"] == pytest.approx(59 / 3)
@@ -247,6 +248,7 @@ def test_whether_pca_is_needed_is_measured():
     assert most == pytest.approx(np.abs(differences - mean).max())
     assert len(check.alike) == 2
     assert len(check.seeds_alike) == 1
+    assert 0 < check.seeds_alike[0] < 1
 
 
 def test_needed_asks_every_seed():
