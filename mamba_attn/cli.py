@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from mamba_attn.analytics import command as collect
+from mamba_attn.analytics import erf_command as erf
 from mamba_attn.bench import command as bench
 from mamba_attn.evaluation import command as compare
 from mamba_attn.explain import command as explain
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     explain.add_parser(commands)
     compare.add_parser(commands)
     collect.add_parser(commands)
+    erf.add_parser(commands)
     bench.add_parser(commands)
     args = parser.parse_args(given)
     return int(args.run(args, given))

@@ -249,6 +249,25 @@ class ScanLayer(Layer):
         product = ops.left_product(self.scan, vector=vector, fold=fold, row_weight=row_weight, col_weight=col_weight)
         return vector + product if residual else product
 
+    def states(
+        self, route: int = 0, channels: int | Iterable[int] | None = None
+    ) -> Float[Tensor, "batch channels states length"]:
+        """Return the hidden states of one route after each of its steps, in linear time; nothing else is stored.
+
+        ``scan.read_order[route]`` is the token of each step. C . h + D u is what the route puts out.
+
+        Args:
+            route: its number.
+            channels: the number of one channel, or several. Default: all.
+
+        Raises:
+            ValueError: a route or channel that is not there.
+            NonFiniteError: the layer met NaN or Inf.
+            MatrixTooLargeError: the states would not fit the memory; name fewer channels.
+        """
+        self._require_finite()
+        return ops.scan_states(self.scan, routes=route, channels=channels).squeeze(1)
+
     def _route(self, route: str | int) -> slice:
         if not isinstance(route, int) or not 0 <= route < self.scan.routes:
             raise ValueError(

@@ -13,7 +13,8 @@ from mamba_attn.figures.depth import depth_grid
 from mamba_attn.figures.layers import layer_grid
 from mamba_attn.figures.matrix import matrix
 from mamba_attn.figures.overlay import overlay
+from mamba_attn.figures.reach import reach
 from mamba_attn.figures.roofline import roofline
 from mamba_attn.figures.scan_path import scan_path
 
-__all__ = ["depth_grid", "layer_grid", "matrix", "overlay", "roofline", "scan_path"]
+__all__ = ["depth_grid", "layer_grid", "matrix", "overlay", "reach", "roofline", "scan_path"]

@@ -13,6 +13,7 @@ try:
     from PIL import Image, ImageDraw, ImageFont
 
     from mamba_attn.figures.path_rgb import scan_path_rgb as scan_path_rgb
+    from mamba_attn.figures.reach_rgb import reach_rgb as reach_rgb
     from mamba_attn.figures.roofline_rgb import roofline_rgb as roofline_rgb
 except ImportError as error:
     raise ImportError("mamba_attn.figures.png needs Pillow: pip install 'mamba_attn[explain]'") from error

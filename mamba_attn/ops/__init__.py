@@ -1,4 +1,4 @@
-"""The operators: the hidden attention of a selective scan, its rows, columns and products, and the scan itself.
+"""The operators: the hidden attention of a selective scan, its rows, columns and products, the scan and its states.
 
 Each validates once, chooses a backend and calls it. ``delta`` is after bias and softplus; ``A`` is negative.
 Half-precision inputs are computed and returned in float32.
@@ -7,6 +7,7 @@ Half-precision inputs are computed and returned in float32.
 from mamba_attn.ops._dispatch import BACKENDS
 from mamba_attn.ops.attention import hidden_attention, selective_scan
 from mamba_attn.ops.linear import attention_column, attention_row, left_product, right_product
+from mamba_attn.ops.states import scan_states
 
 __all__ = [
     "BACKENDS",
@@ -15,5 +16,6 @@ __all__ = [
     "hidden_attention",
     "left_product",
     "right_product",
+    "scan_states",
     "selective_scan",
 ]

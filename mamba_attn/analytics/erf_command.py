@@ -1,0 +1,196 @@
+"""``mamba-attn erf``: its arguments, the images, what it writes.
+
+Exit codes: 0 all done, 1 some images could not be used, 2 nothing was done because of how it was called.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mamba_attn import images
+from mamba_attn._command import require_extras, subcommand, writable
+from mamba_attn._table import show
+from mamba_attn.errors import MambaAttnError, nearest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mamba_attn.analytics.erf import ReceptiveField
+    from mamba_attn.models.transforms import EvaluationTransform
+    from mamba_attn.subjects import Subject
+
+_NEEDED = {"captum": "captum", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
+_UNTRAINED = "untrained"
+_EPILOG = """\
+FOLDER receives erf.html (the figure, which needs no network), erf.png and erf.npz: the gradient of the token's features
+with respect to the pixels, averaged over the images; what the token reads in every layer; the attention rollout.
+
+The table says how large a square around the token holds 20, 30, 50 and 99 % of the gradient, its side in pixels and the
+part of the image inside, and mean distances in pixels.
+"""
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command and its arguments."""
+    what = "effective receptive field of a model, beside the reach of its attention"
+    parser = subcommand(commands, "erf", what, _EPILOG)
+    add = parser.add_argument
+    add("image", nargs="*", metavar="IMAGE", help="files, folders or patterns; default: images of this package")
+    add("--model", default="vim_micro", metavar="NAME", help="default: vim_micro")
+    add("--weights", default="demo", metavar="demo|FILE|official", help="default: demo, those of this package")
+    add("--untrained", action="store_true", help="show the same model with random weights beside it")
+    add("--size", metavar="ROWS,COLUMNS", help="of the images, in pixels; default: the model's")
+    add("--query", metavar="ROW,COL|X0,Y0,X1,Y1|class", help="whose field, in pixels; default: the patch in the middle")
+    add("--layer", metavar="LAYER", help="index or name; default: behind the last layer")
+    add("--limit", type=int, metavar="N", help="images at most; default: all")
+    add("--seed", type=int, default=0, help="of random weights; default: 0")
+    add("--out", default="mamba_attn_erf", metavar="FOLDER", help="default: ./mamba_attn_erf")
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, command: Sequence[str]) -> int:
+    """Do what the arguments say, and return the exit code."""
+    try:
+        require_extras(_NEEDED)
+        return _erf(args, f"mamba-attn {shlex.join(command)}")
+    except (ValueError, TypeError, OSError, ImportError, MambaAttnError) as error:
+        print(f"mamba-attn erf: {error}", file=sys.stderr)
+        return 2
+
+
+def _erf(args: argparse.Namespace, command: str) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from mamba_attn import subjects
+    from mamba_attn.analytics.erf import ReceptiveField, receptive_field
+    from mamba_attn.attribution._queries import check_query
+
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit}: expected a number from 1 on.")
+    paths = (images.find(args.image) if args.image else images.samples())[: args.limit]
+    subject = subjects.load(args.model, args.weights, args.device)
+    transform, query = _transform(args.size, subject), _query(args.query)
+    if not isinstance(query, str):
+        check_query("--query", query, transform.size)
+    layer, models = _layer(args.layer, subject), {subject.name: subject.model}
+    if args.untrained:
+        models[_UNTRAINED] = _untrained(subject, args.seed)
+    folder = writable(args.out)
+    fields: dict[str, ReceptiveField] = {}
+    damaged: set[str] = set()
+    with Progress(console=Console(stderr=True)) as progress:
+        for name, model in models.items():
+            shown = progress.track(paths, description=f"receptive field, {name}")
+            good = _read(shown, transform, subject.device, damaged, progress.console)
+            fields[name] = receptive_field(model, good, query, layer=layer)
+    _write(folder, fields, command)
+    _table(fields)
+    skipped = sum(len(each.skipped) for each in fields.values())
+    for name, each in fields.items():
+        if each.skipped:
+            print(f"{name}: {len(each.skipped)} images gave NaN or Inf and were left out")
+    print(f"open {folder / 'erf.html'}")
+    return 1 if damaged or skipped else 0
+
+
+def _read(
+    paths: Iterable[Path], transform: "EvaluationTransform", device: torch.device, damaged: set[str], console: "Console"
+) -> Iterator[Tensor]:
+    """Images one by one; what cannot be read is said once."""
+    for path in paths:
+        try:
+            image = transform(path)
+        except images.ImageError as error:
+            if str(error) not in damaged:
+                console.print(f"skipped: {error}", markup=False, highlight=False, soft_wrap=True)
+            damaged.add(str(error))
+            continue
+        yield image[None].to(device)
+
+
+def _transform(text: str | None, subject: "Subject") -> "EvaluationTransform":
+    from mamba_attn import models
+
+    if text is None:
+        return subject.transform
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise ValueError(f"--size {text}: expected ROWS,COLUMNS in pixels, e.g. 224,320.")
+    size = (int(parts[0]), int(parts[1]))
+    if subject.softmax and size != subject.transform.size:
+        rows, columns = subject.transform.size
+        raise ValueError(f"--size {text}: {subject.name} takes images of {rows},{columns} pixels alone.")
+    return models.transform(subject.name, size)
+
+
+def _query(text: str | None) -> tuple[float, ...] | str | None:
+    if text is None or text == "class":
+        return text
+    try:
+        query = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        query = ()
+    if len(query) not in (2, 4):
+        raise ValueError(f"--query {text}: expected ROW,COLUMN or X0,Y0,X1,Y1 in pixels, or class.")
+    return query
+
+
+def _layer(text: str | None, subject: "Subject") -> str | None:
+    if text is None or text in subject.layers:
+        return text
+    if text.isdecimal() and int(text) < len(subject.layers):
+        return subject.layers[int(text)]
+    known = f"{subject.name} has {len(subject.layers)} layers, 0..{len(subject.layers) - 1}. "
+    raise ValueError(f"--layer {text}: no such layer; {known}{nearest(text, subject.layers)}")
+
+
+def _untrained(subject: "Subject", seed: int) -> torch.nn.Module:
+    """A copy whose parameters are as a new model of its kind has them."""
+    from mamba_attn import models
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return models.create(subject.name, **subject.options).to(subject.device)
+
+
+def _write(folder: Path, fields: "dict[str, ReceptiveField]", command: str) -> None:
+    """erf.html, erf.png and erf.npz."""
+    import numpy as np
+
+    from mamba_attn import figures
+    from mamba_attn.analytics.erf_figure import panels
+    from mamba_attn.figures.png import reach_rgb, save_png
+
+    drawn = panels(fields)
+    figures.reach(**drawn).write_html(folder / "erf.html", include_plotlyjs=True)
+    save_png(folder / "erf.png", reach_rgb(**drawn))
+    first = next(iter(fields))
+    arrays = {"command": np.array(command)}
+    for name, each in fields.items():
+        arrays |= each.arrays("" if name == first else f"{name}.")
+    np.savez_compressed(folder / "erf.npz", **arrays)  # type: ignore[arg-type]
+
+
+def _table(fields: "dict[str, ReceptiveField]") -> None:
+    from mamba_attn.analytics.erf import SHARES
+
+    header = ["model", "images", *(f"{share:.0%}" for share in SHARES), "field", "rollout", "attention by layer"]
+    rows = []
+    for name, each in fields.items():
+        squares = (each.rectangle(share) for share in SHARES) if each.gradient.any() else [(0, 0.0)] * len(SHARES)
+        reach = each.reach
+        distances = [] if reach is None else list(reach.row_distance.values())
+        spread = f"{min(distances):.1f} to {max(distances):.1f}" if distances else ""
+        rolled = "" if reach is None else f"{reach.rollout_distance:.1f}"
+        sides = [f"{side} px, {area:.0%}" for side, area in squares]
+        rows.append([name, str(each.images), *sides, f"{each.distance:.1f}", rolled, spread])
+    first = next(iter(fields.values()))
+    show(f"effective receptive field of {first.reader} behind {first.layer}; distances in pixels", header, rows)

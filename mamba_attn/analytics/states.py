@@ -1,0 +1,184 @@
+"""Where the hidden state of a scan goes: its path on principal components, its norm over the image, its distances."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mamba_attn.analytics._ranks import spearman
+from mamba_attn.analytics.pca import Components, components
+from mamba_attn.errors import UnsupportedModelError
+from mamba_attn.layers import Layer, ScanLayer
+from mamba_attn.layout import TokenLayout
+from mamba_attn.scan import ScanRecord
+
+KINDS = ("grid", "raster", "sequence")
+_MOST_PAIRS_OF = 1024  # steps
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Distance between states against the distance of their tokens, over all pairs of some steps.
+
+    Args:
+        kind: "grid", Euclidean on the patch grid; "raster", difference of raster indices; "sequence", steps between.
+        distance: (bins,) of the tokens: 0 < 1 < ..., for "grid" rounded to whole patches.
+        mean: (bins,) of the Euclidean distance between states.
+        deviation: (bins,) its standard deviation.
+        pairs: (bins,) how many.
+        correlation: Spearman's, between both distances over all pairs; NaN where one of them never changes.
+    """
+
+    kind: str
+    distance: np.ndarray
+    mean: np.ndarray
+    deviation: np.ndarray
+    pairs: np.ndarray
+    correlation: float
+
+
+@dataclass(frozen=True)
+class StateTrajectory:
+    """The hidden state of one route, of one image, after every step.
+
+    Args:
+        states: (length, features): channels times states of each channel.
+        order: (length,) token that was read at each step.
+        layout: where the tokens sit in the image.
+    """
+
+    states: np.ndarray
+    order: np.ndarray
+    layout: TokenLayout
+
+    def __post_init__(self) -> None:
+        if self.states.ndim != 2 or self.order.shape != self.states.shape[:1] or not self.states.size:
+            raise ValueError(
+                f"StateTrajectory(states{self.states.shape}, order{self.order.shape}): expected (length, features) and "
+                "the token of every step."
+            )
+        if self.order.min() < 0 or self.order.max() >= self.layout.tokens:
+            raise ValueError(f"StateTrajectory(order): tokens outside the layout's 0..{self.layout.tokens - 1}.")
+
+    def standardised(self) -> "StateTrajectory":
+        """Return the trajectory whose features have mean 0 and standard deviation 1; constant ones are zeros."""
+        spread = self.states.std(0)
+        scaled = (self.states - self.states.mean(0)) / np.where(spread > 0, spread, 1)
+        return StateTrajectory(np.where(spread > 0, scaled, 0.0), self.order, self.layout)
+
+    def path(self, count: int = 2) -> Components:
+        """Return the states on their first principal components, in the order of the steps.
+
+        Args:
+            count: how many components.
+        """
+        return components(self.states, count)
+
+    def norm(self) -> np.ndarray:
+        """Return the state's Euclidean norm at every step, (length,)."""
+        return np.asarray(np.linalg.norm(self.states, axis=1))
+
+    def norm_map(self) -> np.ndarray:
+        """Return the state's norm where each patch was read, (height, width); NaN where the route does not go."""
+        tokens = np.full(self.layout.tokens, np.nan)
+        tokens[self.order] = self.norm()
+        return self.layout.to_grid(torch.from_numpy(tokens)).numpy()
+
+    def distances(self, kind: str = "sequence", *, steps: int = _MOST_PAIRS_OF, seed: int = 0) -> Distances:
+        """Return the distance between states by the distance of their tokens.
+
+        Steps that read no patch (class tokens, registers, padding) are left out; of longer routes, pairs of a random
+        choice of steps are taken.
+
+        Args:
+            kind: "grid", "raster" or "sequence".
+            steps: at most so many are paired.
+            seed: of the choice.
+
+        Raises:
+            ValueError: an unknown kind, or fewer than two steps.
+        """
+        if kind not in KINDS or steps < 2:
+            raise ValueError(f"distances(kind={kind!r}, steps={steps}): expected one of {KINDS} and two steps.")
+        place = np.full(self.layout.tokens, -1)
+        place[self.layout.patches.numpy()] = np.arange(len(self.layout.patches))
+        (on_patches,) = np.nonzero(place[self.order] >= 0)
+        if len(on_patches) < 2:
+            raise ValueError(f"distances(kind={kind!r}): the route reads fewer than two patches.")
+        if len(on_patches) > steps:
+            on_patches = np.sort(np.random.default_rng(seed).choice(on_patches, steps, replace=False))
+        first, second = np.triu_indices(len(on_patches), 1)
+        between = _pairwise(self.states[on_patches])[first, second]
+        apart = _apart(kind, on_patches, place[self.order[on_patches]], self.layout.grid[1], first, second)
+        return _binned(kind, apart, between)
+
+
+def state_trajectory(
+    layer: Layer, route: int = 0, channels: int | Iterable[int] | None = None, image: int = 0
+) -> StateTrajectory:
+    """Return the hidden states of one route of a traced layer, of one image; only what is asked for is computed.
+
+    Args:
+        layer: of selective scans.
+        route: its number.
+        channels: the number of one channel, or several. Default: all.
+        image: its number in the batch.
+
+    Raises:
+        UnsupportedModelError: a layer of softmax attention, which has no states.
+        ValueError: a route, channel or image that is not there.
+        TraceError: the tokens' place in the image is not known.
+
+    Example:
+        >>> from mamba_attn import trace
+        >>> with torch.no_grad(), trace(model) as record:
+        ...     logits = model(images)
+        >>> state_trajectory(record["layers.6.mixer"], route=1).norm_map().shape
+        (14, 14)
+    """
+    if not isinstance(layer, ScanLayer):
+        raise UnsupportedModelError(f"state_trajectory: {layer.name} is {layer.kind}, which has no hidden state.")
+    if not 0 <= image < layer.batch:
+        raise ValueError(f"state_trajectory(image={image}): {layer.name} saw 0..{layer.batch - 1}.")
+    states = ScanLayer(layer.name, _of_image(layer.scan, image)).states(route, channels)[0]
+    flat = states.flatten(0, 1).T.double().cpu().numpy()
+    return StateTrajectory(flat, layer.scan.read_order[route].cpu().numpy(), layer.layout)
+
+
+def _of_image(scan: ScanRecord, image: int) -> ScanRecord:
+    own = slice(image, image + 1)
+    one = scan.replace(
+        source_u=scan.source_u[own], source_delta=scan.source_delta[own], source_B=scan.source_B[own],
+        source_C=scan.source_C[own], gate=None, bypass=None,
+    )  # fmt: skip
+    return one.map_tensors(torch.Tensor.detach)
+
+
+def _pairwise(states: np.ndarray) -> np.ndarray:
+    """(steps, steps) Euclidean distances."""
+    centred = states - states.mean(0)
+    squares = np.einsum("sf,sf->s", centred, centred)
+    distances: np.ndarray = np.sqrt(np.maximum(squares[:, None] + squares - 2 * centred @ centred.T, 0))
+    return distances
+
+
+def _apart(
+    kind: str, steps: np.ndarray, patches: np.ndarray, width: int, first: np.ndarray, second: np.ndarray
+) -> np.ndarray:
+    """Distances of the tokens of pairs of steps."""
+    if kind == "grid":
+        rows, columns = np.divmod(patches, width)
+        return np.asarray(np.hypot(rows[first] - rows[second], columns[first] - columns[second]))
+    places = steps if kind == "sequence" else patches
+    return np.asarray(np.abs(places[first] - places[second]), dtype=np.float64)
+
+
+def _binned(kind: str, apart: np.ndarray, between: np.ndarray) -> Distances:
+    places = np.rint(apart).astype(np.int64)
+    pairs = np.bincount(places)
+    (bins,) = np.nonzero(pairs)
+    mean = np.bincount(places, between)[bins] / pairs[bins]
+    square = np.bincount(places, (between - np.bincount(bins, mean)[places]) ** 2)[bins] / pairs[bins]
+    even = np.round(between / (between.max() or 1), 9)  # rounding errors must not rank equal distances
+    return Distances(kind, bins, mean, np.sqrt(square), pairs[bins], spearman(apart, even))

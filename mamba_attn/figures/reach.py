@@ -1,0 +1,134 @@
+"""Where a token's information comes from: maps of receptive fields, and distances by layer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from mamba_attn.figures.colours import INK, SEQUENTIAL, as_values, plotly_scale, scale
+from mamba_attn.figures.roof import PALETTE
+from mamba_attn.figures.theme import FONT, plain
+
+_GRID = "#e4e4e4"
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "star")
+_DASHES = ("dash", "dot", "dashdot", "longdash")
+
+
+def reach(
+    maps: Sequence[Any],
+    titles: Sequence[str],
+    *,
+    marks: Sequence[tuple[float, float] | None] | None = None,
+    layers: Sequence[str] = (),
+    series: Mapping[str, Sequence[float]] | None = None,
+    levels: Mapping[str, float] | None = None,
+    title: str | None = None,
+    size: int = 260,
+) -> go.Figure:
+    """Show maps side by side, and below them distances by layer.
+
+    Args:
+        maps: (rows, columns) each; sizes may differ.
+        titles: one above each.
+        marks: per map the (row, column) of its token, in cells of the map, or None. Default: none.
+        layers: names, first to last: the axis of the chart. Without them there is no chart.
+        series: per name a distance for each layer, in pixels; NaN is left out.
+        levels: per name one distance, drawn as a line across.
+        title: above the figure.
+        size: height of a map in pixels.
+
+    Raises:
+        ValueError: no maps, or lists of different lengths.
+    """
+    arrays = check_reach("reach", maps, titles, marks, layers, series)
+    chart = bool(layers)
+    shown = chart_series(series, levels)
+    widths = [array.shape[1] / array.shape[0] for array in arrays]
+    rows = [[{} for _ in arrays], [{"colspan": len(arrays)}, *[None] * (len(arrays) - 1)]]
+    figure = make_subplots(
+        rows=2 if chart else 1, cols=len(arrays), subplot_titles=list(titles), specs=rows if chart else rows[:1],
+        column_widths=[width / sum(widths) for width in widths], row_heights=[0.55, 0.45] if chart else None,
+        vertical_spacing=0.12, horizontal_spacing=0.02,
+    )  # fmt: skip
+    width, height = round(size * sum(widths)) + 40 * len(arrays) + 60, round(size / 0.48) + 120
+    plain(figure, title=title, width=max(width, 560 if chart else 0), height=height if chart else size + 60)
+    for column, (array, mark) in enumerate(zip(arrays, marks or [None] * len(arrays), strict=True), start=1):
+        _map(figure, array, mark, column)
+    if chart:
+        _chart(figure, list(layers), shown)
+    figure.update_annotations(font={**FONT, "size": 12})
+    return figure
+
+
+def check_reach(
+    call: str, maps: Sequence[Any], titles: Sequence[str], marks: Sequence[Any] | None, layers: Sequence[str],
+    series: Mapping[str, Sequence[float]] | None,
+) -> list[np.ndarray]:  # fmt: skip
+    """Return the maps as arrays.
+
+    Raises:
+        ValueError: no maps, or lists of different lengths.
+    """
+    arrays = [as_values(f"{call}(maps[{index}])", values) for index, values in enumerate(maps)]
+    if not arrays or len(titles) != len(arrays) or (marks is not None and len(marks) != len(arrays)):
+        raise ValueError(f"{call}: expected a title, and if any a mark, per map; got {len(arrays)} maps, {len(titles)} "
+                         f"titles, {'no' if marks is None else len(marks)} marks.")  # fmt: skip
+    wrong = [name for name, values in (series or {}).items() if len(values) != len(layers)]
+    if wrong:
+        raise ValueError(f"{call}(series): expected a distance per layer, {len(layers)}, which {wrong[0]!r} has not.")
+    return arrays
+
+
+def chart_series(
+    series: Mapping[str, Sequence[float]] | None, levels: Mapping[str, float] | None
+) -> list[tuple[str, str, np.ndarray | float]]:
+    """Return (name, colour, distances or one level) of what the chart shows; what is NaN throughout is left out."""
+    every: list[tuple[str, np.ndarray | float]] = [
+        (name, np.asarray(values, dtype=np.float64)) for name, values in (series or {}).items()
+    ]
+    every += [(name, float(value)) for name, value in (levels or {}).items()]
+    there = [(name, values) for name, values in every if np.isfinite(values).any()]
+    return [(name, PALETTE[index % len(PALETTE)], values) for index, (name, values) in enumerate(there)]
+
+
+def _map(figure: go.Figure, array: np.ndarray, mark: tuple[float, float] | None, column: int) -> None:
+    its = scale(array, colours=SEQUENTIAL, signed=False)
+    place = {"row": 1, "col": column}
+    heat = go.Heatmap(
+        z=array.astype(np.float32), zmin=its.low, zmax=its.high, colorscale=plotly_scale(its.colours), showscale=False,
+        hovertemplate="row %{y}, column %{x}: %{z:.3g}<extra></extra>",
+    )  # fmt: skip
+    figure.add_trace(heat, **place)
+    if mark is not None:
+        cross = {"symbol": "cross-thin", "size": 11, "line": {"color": "#00ffff", "width": 2}}
+        figure.add_trace(
+            go.Scatter(x=[mark[1]], y=[mark[0]], mode="markers", marker=cross, hoverinfo="skip", showlegend=False),
+            **place,
+        )
+    figure.update_xaxes(visible=False, constrain="domain", range=[-0.5, array.shape[1] - 0.5], **place)
+    figure.update_yaxes(visible=False, constrain="domain", range=[array.shape[0] - 0.5, -0.5], **place)
+    axis = next(figure.select_yaxes(**place))
+    axis.scaleanchor = axis.anchor
+
+
+def _chart(figure: go.Figure, layers: list[str], shown: list[tuple[str, str, np.ndarray | float]]) -> None:
+    numbers = list(range(1, len(layers) + 1))
+    for index, (name, colour, values) in enumerate(shown):
+        whole = isinstance(values, float)
+        y = [values] * len(layers) if whole else np.asarray(values)
+        line = {"color": colour, "width": 2, "dash": _DASHES[index % len(_DASHES)] if whole else "solid"}
+        marker = {"symbol": _SYMBOLS[index % len(_SYMBOLS)], "size": 7}
+        figure.add_trace(
+            go.Scatter(
+                x=numbers, y=y, name=name, mode="lines" if whole else "lines+markers", line=line, marker=marker,
+                text=layers, hovertemplate=f"{name}<br>%{{text}}: %{{y:.3g}} pixels<extra></extra>",
+            ),
+            row=2, col=1,
+        )  # fmt: skip
+    axis = {"gridcolor": _GRID, "linecolor": INK, "ticks": "outside"}
+    figure.update_xaxes(title="layer", dtick=-(-len(layers) // 16), tick0=1, row=2, col=1, **axis)
+    figure.update_yaxes(title="mean distance in pixels", rangemode="tozero", row=2, col=1, **axis)
+    figure.update_layout(showlegend=True, legend={"orientation": "h", "x": 0, "y": -0.28, "font": {"size": 12}})
+    figure.update_layout(margin={"l": 60, "r": 20, "b": 100})
