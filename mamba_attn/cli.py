@@ -1,4 +1,4 @@
-"""The command line: ``mamba-attn explain``, ``compare`` and ``bench``."""
+"""The command line: ``mamba-attn explain``, ``compare``, ``bench`` and ``explore``."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from mamba_attn.bench import command as bench
 from mamba_attn.evaluation import command as compare
 from mamba_attn.explain import command as explain
+from mamba_attn.explorer import command as explore
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     explain.add_parser(commands)
     compare.add_parser(commands)
     bench.add_parser(commands)
+    explore.add_parser(commands)
     args = parser.parse_args(given)
     return int(args.run(args, given))
 

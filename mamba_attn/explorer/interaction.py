@@ -1,0 +1,157 @@
+"""Callbacks that change what is chosen or shown: clicks, boxes, lassos, keys, the gallery, a second pane."""
+
+from dataclasses import replace
+from typing import Any
+
+import dash
+from dash import ALL, Input, Output, ctx, no_update
+from dash.exceptions import PreventUpdate
+
+from mamba_attn.explorer.context import Context
+from mamba_attn.explorer.gestures import clicked, dragged, moved, numbers
+from mamba_attn.explorer.page import page
+from mamba_attn.explorer.state import CHOICES, State
+
+_CONTROLS = {"pane": ALL, "set": ALL}
+
+
+def register(app: dash.Dash, context: Context) -> None:
+    """Add these callbacks."""
+    _choose(app, context)
+    _panes(app, context)
+    _keys(app)
+
+
+def _view(name: str) -> dict[str, Any]:
+    return {"pane": ALL, "view": name}
+
+
+def _choose(app: dash.Dash, context: Context) -> None:
+    @app.callback(
+        Output("selection", "data", allow_duplicate=True),
+        Output(_CONTROLS, "value"),
+        Input(_view("patches"), "clickData"),
+        Input(_view("patches"), "selectedData"),
+        Input(_view("scatter"), "clickData"),
+        Input(_view("scatter"), "selectedData"),
+        Input({"pane": ALL, "do": ALL}, "n_clicks"),
+        Input({"pane": ALL, "pick": ALL}, "n_clicks"),
+        Input({"block": ALL}, "n_clicks"),
+        Input("key", "data"),
+        dash.State("selection", "data"),
+        dash.State(_CONTROLS, "value"),
+        prevent_initial_call=True,
+    )
+    def _act(*given: Any) -> Any:
+        if not ctx.triggered or not ctx.triggered[0]["value"]:
+            raise PreventUpdate  # a button that just appeared, or a selection that plotly dropped
+        controls = ctx.states_list[1]
+        state = context.state(context.panes(controls), given[-2])
+        changed = _after(context, state, ctx.triggered_id, ctx.triggered[0])
+        if changed is None:
+            raise PreventUpdate
+        chosen = no_update if changed.cells == state.cells and changed.points == state.points else changed
+        return (
+            chosen if chosen is no_update else context.selection(changed),
+            [_value(state, changed, item["id"]) for item in controls],
+        )
+
+
+def _after(context: Context, state: State, source: Any, event: dict[str, Any]) -> State | None:
+    """The state after a gesture, None where it means nothing."""
+    value = event["value"]
+    if source == "key":
+        return _pressed(context, state, str(value.get("key")) if isinstance(value, dict) else "")
+    if "block" in source:
+        return state.with_pane(0, layer=source["block"])
+    index = min(int(source["pane"]), len(state.panes) - 1)
+    pane = state.panes[index]
+    views = context.views(pane)
+    grid = tuple(views.source.layer(pane).layout.grid)
+    if "pick" in source:
+        return state.with_pane(index, image=source["pick"], what="image")
+    if "do" in source:
+        return replace(state, grid=grid, cells=(-1,) if source["do"] == "class" else (), points=())
+    drag = event["prop_id"].endswith("selectedData")
+    if source["view"] == "patches":
+        cells = dragged(value, grid) if drag else clicked(value, grid)
+        return replace(state, grid=grid, cells=tuple(cells)) if cells else None
+    points = views.points(pane)
+    found = numbers(value, len(points.xy))
+    if points.pairs is None:
+        return replace(state, grid=grid, cells=tuple(found)) if found else None
+    pairs = tuple((int(layer), int(image)) for layer, image in points.pairs[found])
+    if drag or not pairs:
+        return replace(state, points=pairs) if pairs else None
+    return replace(state, points=pairs).with_pane(index, layer=pairs[0][0], image=pairs[0][1], what="image")
+
+
+def _pressed(context: Context, state: State, key: str) -> State | None:
+    pane = state.panes[0]
+    source = context.views(pane).source
+    grid = tuple(source.layer(pane).layout.grid)
+    if key.startswith("Arrow") and key[5:] in ("Up", "Down", "Left", "Right"):
+        return replace(state, cells=tuple(moved(state, key, grid)), grid=grid)
+    if key == "Escape":
+        return replace(state, cells=(), points=())
+    if key in ("[", "]"):
+        layer = min(pane.layer, len(source.layers) - 1) + (1 if key == "]" else -1)
+        return state.with_pane(0, layer=min(max(layer, 0), len(source.layers) - 1))
+    if key.isdecimal() and len(key) == 1:
+        route = int(key) - 1
+        return state.with_pane(0, route=route) if route < source.layer(pane).routes else None
+    cycled = {"r": "direction", "m": "what", "v": "mode"}.get(key)
+    if cycled:
+        values = CHOICES[cycled]
+        return state.with_pane(0, **{cycled: values[(values.index(getattr(pane, cycled)) + 1) % len(values)]})
+    return state.with_pane(0, path=not pane.path) if key == "p" else None
+
+
+def _value(before: State, after: State, its: dict[str, Any]) -> Any:
+    """The new value of a control, if it has one."""
+    index = min(its["pane"], len(after.panes) - 1)
+    old, new = getattr(before.panes[index], its["set"]), getattr(after.panes[index], its["set"])
+    if old == new:
+        return no_update
+    return (["on"] if new else []) if isinstance(new, bool) else new
+
+
+def _panes(app: dash.Dash, context: Context) -> None:
+    @app.callback(
+        Output("page", "children", allow_duplicate=True),
+        Input("compare", "n_clicks"),
+        Input({"pane": ALL, "set": "store"}, "value"),
+        dash.State(_CONTROLS, "value"),
+        dash.State("selection", "data"),
+        prevent_initial_call=True,
+    )
+    def _change(clicks: int | None, _: Any, __: Any, selection: Any) -> Any:
+        controls = ctx.states_list[0]
+        if not controls:
+            raise PreventUpdate
+        state = context.state(context.panes(controls), selection)
+        if ctx.triggered_id == "compare":
+            if not clicks:
+                raise PreventUpdate
+            first = state.panes[0]
+            state = replace(state, panes=(first,) if len(state.panes) == 2 else (first, first))
+        elif not any(item["value"] is not None for item in ctx.triggered) or _same_models(context, state, controls):
+            raise PreventUpdate
+        return page(context.sources, state)
+
+
+def _same_models(context: Context, state: State, controls: Any) -> bool:
+    """Whether the page was built for these stores: a new page's own controls report themselves too."""
+    return len(context.sources) == 1
+
+
+def _keys(app: dash.Dash) -> None:
+    @app.callback(
+        Output("keys", "className"), Input("open-keys", "n_clicks"), Input("key", "data"),
+        dash.State("keys", "className"), prevent_initial_call=True,
+    )  # fmt: skip
+    def _toggle(_: Any, key: Any, now: str) -> str:
+        pressed = ctx.triggered_id == "open-keys" or (isinstance(key, dict) and key.get("key") == "?")
+        if not pressed or not ctx.triggered[0]["value"]:
+            raise PreventUpdate
+        return "keys" if "hidden" in now else "keys hidden"
