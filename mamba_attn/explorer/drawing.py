@@ -5,7 +5,7 @@ from typing import Any
 import dash
 from dash import ALL, MATCH, ClientsideFunction, Input, Output, Patch, ctx, html, no_update
 
-from mamba_attn import figures
+from mamba_attn.figures.embedding import highlighted
 from mamba_attn.explorer.card import card, thumbnail
 from mamba_attn.explorer.context import Context
 from mamba_attn.explorer.gestures import clicked, numbers
@@ -50,7 +50,7 @@ def _scatter(app: dash.Dash, context: Context) -> None:
         key += [] if pane.mode == "blocks" else [views.source.route(pane), pane.direction]
         try:
             if key == drawn:
-                marked = figures.highlighted(views.scatter(pane, State()), views.selected(pane, state))
+                marked = highlighted(views.scatter(pane, State()), views.selected(pane, state))
                 patch = Patch()
                 for index, points in enumerate(marked):
                     patch["data"][index]["selectedpoints"] = points
@@ -60,9 +60,8 @@ def _scatter(app: dash.Dash, context: Context) -> None:
         except (ImportError, ValueError) as error:
             return {}, "Points", str(error), None
         about = views.points(pane).about
-        title = f"Stage {layer.stage}" if pane.mode == "blocks" else f"Stage {layer.stage}, block {layer.block}"
         figure.update_layout(height=None, uirevision=str(key))
-        return figure, f"{title}: {about}", "", key
+        return figure, about, "", key
 
 
 def _patches(app: dash.Dash, context: Context) -> None:
@@ -116,7 +115,7 @@ def _words(found: Any, pane: Pane) -> list[Any]:
     verb = "reads most" if pane.direction == "row" else "most read by"
     items = [
         ("patch", f"row {found.row}, column {found.column}"),
-        *([("step in route 1, 2, …", f"{ranks} of {found.steps}")] if ranks else []),
+        *([("step in each route", f"{ranks} of {found.steps}")] if ranks else []),
         (verb, strongest),
         ("values", unit(pane)),
     ]

@@ -68,8 +68,8 @@ def _pane(sources: Sequence[Source], index: int, pane: Pane) -> html.Article:
     source = sources[min(pane.store, len(sources) - 1)]
     views = html.Div(
         [
-            _view(index, "scatter", "Points", "choose with a click or a lasso"),
-            _view(index, "patches", "Patches", "click a patch, or drag over a region"),
+            _view(index, "scatter", "Points", "click, or drag a lasso"),
+            _view(index, "patches", "Patches", "click, or drag a region"),
         ],
         className="views",
     )
@@ -146,7 +146,7 @@ def _display(source: Source, index: int, pane: Pane) -> html.Details:
         _choice(index, "palette", "map", _named("palette"), pane.palette),
         _labelled("opacity", dcc.Slider(0, 1, 0.05, value=pane.opacity, id=_id(index, "opacity"), **slider), "slider"),
         _switches(index, {"path": "scan path"}, pane),
-        _labelled("step", dcc.Slider(0, steps, 1, value=pane.step, id=_id(index, "step"), **slider), "slider"),
+        _labelled("steps of it (0: all)", dcc.Slider(0, steps, 1, value=pane.step, id=_id(index, "step"), **slider), "slider"),
     ]
     return html.Details([html.Summary("Display"), html.Div(controls, className="controls")], open=pane != Pane())
 

@@ -65,7 +65,7 @@ class Views:
         features = [np.asarray(self.source.store.features(self.source.layers[index])) for index in layers]
         pairs = [(index, image) for index in layers for image in range(len(self.source.images))]
         xy = embed(np.concatenate(features).astype(np.float32), pane.method, cache=self.source.store).points
-        return Points(xy, np.array(pairs), f"{len(layers)} blocks × {len(self.source.images)} images")
+        return Points(xy, np.array(pairs), f"Stage {self.source.layer(pane).stage}: blocks × {len(self.source.images)} images")
 
     def _patches(self, pane: Pane) -> Points:
         layer = self.source.layer(pane)
@@ -73,7 +73,7 @@ class Views:
         patches = layer.layout.patches.numpy()
         rows = (matrix if pane.direction == "row" else matrix.T)[patches]
         xy = embed(np.ascontiguousarray(rows), pane.method, cache=self.source.store).points
-        return Points(xy, None, f"{len(patches)} patches, mean of {len(self.source.images)} images")
+        return Points(xy, None, f"Stage {layer.stage}, block {layer.block}: {len(patches)} patches")
 
     def selected(self, pane: Pane, state: State) -> list[int]:
         """Return the numbers of the points that the selection means."""
@@ -109,7 +109,8 @@ class Views:
             layer, image = self.source.layers[index], self.source.images[number]
             kinds.append({"block": f"block {layer.block}", "class": str(image.label)}.get(colour, str(image.predicted)))
             texts.append(f"stage {layer.stage}, block {layer.block}<br>{image.key}<br>{image.label}")
-        return figures.embedding(xy, kinds, texts=texts, colour_title=colour, **shared)
+        sizes = np.full(len(xy), 10.0 if len(xy) <= 400 else 7.0)
+        return figures.embedding(xy, kinds, sizes=sizes, texts=texts, colour_title=colour, **shared)
 
     def _scatter_patches(self, pane: Pane, xy: np.ndarray, colour: str, shared: dict[str, Any]) -> go.Figure:
         layer = self.source.layer(pane)

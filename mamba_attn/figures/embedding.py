@@ -11,6 +11,7 @@ from mamba_attn.figures.theme import plain
 
 _WEBGL = 1500  # points, beyond which SVG gets slow
 _FAINT = 0.12  # opacity of points outside the selection
+_LIT = 10  # size in pixels of points inside it
 _SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "x", "star", "pentagon"]
 
 
@@ -108,9 +109,9 @@ def _trace(
 ) -> go.Scatter:  # fmt: skip
     kind = go.Scattergl if count > _WEBGL else go.Scatter
     return kind(
-        x=places[numbers, 0], y=places[numbers, 1], mode="markers", customdata=numbers, text=words[numbers],
+        x=places[numbers, 0], y=places[numbers, 1], mode="markers", customdata=numbers.tolist(), text=words[numbers],
         hovertemplate="%{text}<extra></extra>", marker=marker, unselected={"marker": {"opacity": _FAINT}},
-        selected={"marker": {"opacity": 1.0}}, hoverlabel={"font": {"color": INK}, "bgcolor": "white"},
+        selected={"marker": {"opacity": 1.0, "size": _LIT}}, hoverlabel={"font": {"color": INK}, "bgcolor": "white"},
         selectedpoints=[place for place, number in enumerate(numbers) if int(number) in chosen] if chosen else None,
         **options,
     )  # fmt: skip

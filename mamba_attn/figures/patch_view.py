@@ -15,6 +15,7 @@ from mamba_attn.figures.theme import plain, square_cells
 
 HEAT = "heat"
 CHOSEN = "chosen"
+_GAPS = 300  # cells, up to which lines between them help
 
 
 def patch_view(
@@ -88,14 +89,14 @@ def _heat(
         array, limits=limits or own.get("limits"), signed=signed,
         colours=colours or (BLUE_ORANGE if signed or (signed is None and (array < 0).any()) else VIRIDIS),
     )  # fmt: skip
+    gap = 1 if array.size <= _GAPS else 0
     bar = {
         "title": {"text": title, "side": "right"}, "thickness": 10, "outlinewidth": 0, "x": 1.0, "xpad": 6,
         "exponentformat": "power", "nticks": 6,
     }  # fmt: skip
     return go.Heatmap(
         z=array.astype(np.float32), zmin=chosen.low, zmax=chosen.high, colorscale=plotly_scale(chosen.colours),
-        opacity=opacity, colorbar=bar, name=HEAT, xgap=0.5 if array.size <= 1600 else 0,
-        ygap=0.5 if array.size <= 1600 else 0, hovertemplate="row %{y}, column %{x}: %{z:.3g}<extra></extra>",
+        opacity=opacity, colorbar=bar, name=HEAT, xgap=gap, ygap=gap, hovertemplate="row %{y}, column %{x}: %{z:.3g}<extra></extra>",
     )  # fmt: skip
 
 
