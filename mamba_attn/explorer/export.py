@@ -13,6 +13,7 @@ from mamba_attn.explorer.source import Unavailable
 from mamba_attn.explorer.state import Pane, State
 from mamba_attn.explorer.views import Views, caption
 
+_CONFIG = {"displaylogo": False, "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]]}
 _BUTTONS = {"pane": ALL, "export": ALL}
 
 
@@ -59,7 +60,7 @@ def as_html(views: Views, pane: Pane, state: State, view: str) -> str:
     """
     figure = getattr(views, view)(pane, state, 640)
     figure.update_layout(title={"text": _title(views, pane, state, view), "font": {"size": 14}}, margin={"t": 44})
-    return str(figure.to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False}))
+    return str(figure.to_html(include_plotlyjs=True, full_html=True, config=_CONFIG))
 
 
 def as_npz(views: Views, pane: Pane, state: State, view: str) -> bytes:

@@ -97,8 +97,8 @@ def _view(index: int, view: str, title: str, hint: str) -> html.Section:
     )  # fmt: skip
     config = {
         "displaylogo": False, "responsive": True, "scrollZoom": False, "doubleClick": False,
-        "modeBarButtonsToAdd": ["select2d", "lasso2d"],
-        "modeBarButtonsToRemove": ["zoomIn2d", "zoomOut2d", "autoScale2d", "toImage"],
+        # named one by one: plotly's own list has buttons that send figures to a cloud
+        "modeBarButtons": [["select2d", "lasso2d", "zoom2d", "pan2d", "resetScale2d"]],
     }  # fmt: skip
     graph = dcc.Graph(id={"pane": index, "view": view}, config=config, className=f"graph {view}", responsive=True)
     notice = html.P(id={"pane": index, "notice": view}, className="notice", role="status")

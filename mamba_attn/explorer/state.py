@@ -64,7 +64,7 @@ class Pane:
     method: str = "pca"
     colour: str = "column"
     palette: str = "viridis"
-    opacity: float = 0.75
+    opacity: float = 0.9
     path: bool = False
     step: int = 0
 

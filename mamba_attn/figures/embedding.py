@@ -60,7 +60,7 @@ def embedding(
     figure.update_xaxes(title={"text": axes[0], "standoff": 4}, **line).update_yaxes(
         title={"text": axes[1], "standoff": 4}, **line
     )
-    margin = {"l": 26, "r": 8, "t": 34 if title else 8, "b": 26}
+    margin = {"l": 26, "r": 8, "t": 34 if title else 28, "b": 26}
     return figure.update_layout(
         width=None, autosize=True, margin=margin, dragmode="lasso", hovermode="closest",
         legend={"title": {"text": colour_title}, "itemsizing": "constant"},

@@ -7,7 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from mamba_attn.figures import colours as _colours
-from mamba_attn.figures.colours import BLUE_ORANGE, INK, PATH, VIRIDIS, Scale, as_image, as_values, plotly_scale
+from mamba_attn.figures.colours import BLUE_ORANGE, INK, PATH, VIRIDIS, Scale, as_image, as_values, plotly_scale, to_rgb
 from mamba_attn.figures.path import as_marks, as_route, shown_steps, stroke
 from mamba_attn.figures.picture import data_uri, photo
 from mamba_attn.figures.scan_path import ends, lines
@@ -15,6 +15,8 @@ from mamba_attn.figures.theme import plain, square_cells
 
 HEAT = "heat"
 CHOSEN = "chosen"
+_STEPS = 33  # colours of a scale that lets an image through
+_THIN = 0.35  # of the opacity, what is left at zero
 _GAPS = 300  # cells, up to which lines between them help
 
 
@@ -25,7 +27,7 @@ def patch_view(
     marks: Iterable[int] = (),
     order: Any | None = None,
     step: int | None = None,
-    opacity: float = 0.7,
+    opacity: float = 0.9,
     limits: tuple[float, float] | None = None,
     signed: bool | None = None,
     colours: list[str] | None = None,
@@ -41,7 +43,7 @@ def patch_view(
         marks: patches in a frame around all that touch, as raster indices.
         order: the patch visited at each step, whose path is drawn.
         step: draw the first steps of it only. Default: all.
-        opacity: of the map over an image, 0 to 1.
+        opacity: of the largest values over an image, 0 to 1; smaller ones let more of it through.
         limits: values of the first and the last colour. Default: the map's range without the largest half percent.
         signed: centre on zero. Default: whether a value is negative.
         colours: from low to high. Default: Viridis, for signed values blue below zero and orange above.
@@ -71,7 +73,7 @@ def patch_view(
     figure.update_xaxes(visible=False, range=[-0.5, width - 0.5]).update_yaxes(
         visible=False, scaleanchor="x", range=[height - 0.5, -0.5], autorange=False
     )
-    margin = {"l": 8, "r": 8, "t": 34 if title else 8, "b": 8}
+    margin = {"l": 8, "r": 8, "t": 34 if title else 28, "b": 8}
     line = {"color": INK, "width": 1.5, "dash": "dot"}
     return figure.update_layout(
         width=None, autosize=True, margin=margin, dragmode="select", showlegend=False, hovermode="closest",
@@ -95,9 +97,22 @@ def _heat(
         "exponentformat": "power", "nticks": 6,
     }  # fmt: skip
     return go.Heatmap(
-        z=array.astype(np.float32), zmin=chosen.low, zmax=chosen.high, colorscale=plotly_scale(chosen.colours),
-        opacity=opacity, colorbar=bar, name=HEAT, xgap=gap, ygap=gap, hovertemplate="row %{y}, column %{x}: %{z:.3g}<extra></extra>",
+        z=array.astype(np.float32), zmin=chosen.low, zmax=chosen.high, colorscale=_clear(chosen, opacity), colorbar=bar, name=HEAT, xgap=gap, ygap=gap, hovertemplate="row %{y}, column %{x}: %{z:.3g}<extra></extra>",
     )  # fmt: skip
+
+
+def _clear(chosen: Scale, opacity: float) -> list[list[float | str]]:
+    """A colorscale that lets the image through where values are near zero, or near the lowest."""
+    if opacity >= 1:
+        return plotly_scale(chosen.colours)
+    position = np.linspace(0, 1, _STEPS)
+    rgb = to_rgb(position, Scale(0.0, 1.0, chosen.colours))
+    strength = np.abs(2 * position - 1) if chosen.low < 0 < chosen.high else position
+    alpha = opacity * (_THIN + (1 - _THIN) * np.sqrt(strength))
+    colours = [
+        "rgba({}, {}, {}, {:.3f})".format(*channels, one) for channels, one in zip(rgb, alpha, strict=True)
+    ]
+    return plotly_scale(colours)
 
 
 def _frame(marks: np.ndarray, grid: tuple[int, int], cell: float) -> list[go.Scatter]:
