@@ -17,7 +17,7 @@ _SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "x", "star", 
 
 def embedding(
     points: Any,
-    colour: Sequence[Any],
+    colour: Any,
     *,
     sizes: Any | None = None,
     texts: Sequence[str] | None = None,

@@ -1,10 +1,11 @@
 // Keys that are not meant for a control become the value of the store "key".
 document.addEventListener("keydown", (event) => {
   const target = event.target;
-  const typing = target.closest("input:not([type=radio]):not([type=checkbox]), textarea, select, [role=listbox], [role=combobox], [role=slider]");
+  const button = target.matches("input[type=radio], input[type=checkbox]");
+  const typing = !button && target.closest("input, textarea, select, [role=listbox], [role=combobox], [role=slider]");
   const arrow = event.key.startsWith("Arrow");
   if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
-  if (arrow && target.matches("input")) return; // radio buttons move with arrows
+  if (arrow && button) return; // radio buttons move with arrows
   if (arrow || ["Escape", "[", "]", "r", "m", "v", "p", "?"].includes(event.key) || /^[0-9]$/.test(event.key)) {
     event.preventDefault();
     window.dash_clientside.set_props("key", { data: { key: event.key, at: Date.now() } });
@@ -21,7 +22,7 @@ window.dash_clientside = Object.assign({}, window.dash_clientside, {
     picture: (...clicks) => {
       const context = window.dash_clientside.callback_context;
       const id = context.triggered_id;
-      if (!id || !context.triggered[0].value) return null;
+      if (!id || !id.export.endsWith("-PNG") || !context.triggered[0].value) return null;
       const view = id.export.split("-")[0];
       const graphs = document.querySelectorAll(".graph." + view + " .js-plotly-plot");
       Plotly.downloadImage(graphs[id.pane], { format: "png", scale: 2, width: 720, height: 640, filename: "mamba_attn_" + view });
