@@ -5,13 +5,13 @@ from typing import Any
 import dash
 from dash import ALL, MATCH, ClientsideFunction, Input, Output, Patch, ctx, html, no_update
 
-from mamba_attn.figures.embedding import highlighted
 from mamba_attn.explorer.card import card, thumbnail
 from mamba_attn.explorer.context import Context
 from mamba_attn.explorer.gestures import clicked, numbers
 from mamba_attn.explorer.source import Unavailable
 from mamba_attn.explorer.state import Pane, State
 from mamba_attn.explorer.views import caption, unit
+from mamba_attn.figures.embedding import highlighted
 
 _STRIP = 60  # thumbnails of chosen images
 _CONTROLS = {"pane": MATCH, "set": ALL}

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import dash
-from dash import ALL, Input, Output, ctx, no_update
+from dash import ALL, ClientsideFunction, Input, Output, ctx, no_update
 from dash.exceptions import PreventUpdate
 
 from mamba_attn.explorer.context import Context
@@ -13,6 +13,7 @@ from mamba_attn.explorer.page import page
 from mamba_attn.explorer.state import CHOICES, State
 
 _CONTROLS = {"pane": ALL, "set": ALL}
+_KEYS = 32  # of one message
 
 
 def register(app: dash.Dash, context: Context) -> None:
@@ -30,6 +31,7 @@ def _choose(app: dash.Dash, context: Context) -> None:
     @app.callback(
         Output("selection", "data", allow_duplicate=True),
         Output(_CONTROLS, "value"),
+        Output("acted", "data"),
         Input(_view("patches"), "clickData"),
         Input(_view("patches"), "selectedData"),
         Input(_view("scatter"), "clickData"),
@@ -48,20 +50,24 @@ def _choose(app: dash.Dash, context: Context) -> None:
         controls = ctx.states_list[1]
         state = context.state(context.panes(controls), given[-2])
         changed = _after(context, state, ctx.triggered_id, ctx.triggered[0])
-        if changed is None:
-            raise PreventUpdate
-        chosen = no_update if changed.cells == state.cells and changed.points == state.points else changed
-        return (
-            chosen if chosen is no_update else context.selection(changed),
-            [_value(state, changed, item["id"]) for item in controls],
-        )
+        same = changed.cells == state.cells and changed.points == state.points
+        values = [_value(state, changed, item["id"]) for item in controls]
+        at = ctx.triggered[0]["value"].get("at") if ctx.triggered_id == "key" else no_update
+        return no_update if same else context.selection(changed), values, at
+
+    app.clientside_callback(
+        ClientsideFunction("explorer", "acted"), Output("written", "data", allow_duplicate=True), Input("acted", "data"),
+        prevent_initial_call=True,
+    )  # fmt: skip
 
 
-def _after(context: Context, state: State, source: Any, event: dict[str, Any]) -> State | None:
-    """The state after a gesture, None where it means nothing."""
+def _after(context: Context, state: State, source: Any, event: dict[str, Any]) -> State:
+    """The state after a gesture, the same where it means nothing."""
     value = event["value"]
     if source == "key":
-        return _pressed(context, state, str(value.get("key")) if isinstance(value, dict) else "")
+        for key in _keys_of(value):
+            state = _pressed(context, state, key)
+        return state
     if "block" in source:
         return state.with_pane(0, layer=source["block"])
     index = min(int(source["pane"]), len(state.panes) - 1)
@@ -75,18 +81,23 @@ def _after(context: Context, state: State, source: Any, event: dict[str, Any]) -
     drag = event["prop_id"].endswith("selectedData")
     if source["view"] == "patches":
         cells = dragged(value, grid) if drag else clicked(value, grid)
-        return replace(state, grid=grid, cells=tuple(cells)) if cells else None
+        return replace(state, grid=grid, cells=tuple(cells)) if cells else state
     points = views.points(pane)
     found = numbers(value, len(points.xy))
     if points.pairs is None:
-        return replace(state, grid=grid, cells=tuple(found)) if found else None
+        return replace(state, grid=grid, cells=tuple(found)) if found else state
     pairs = tuple((int(layer), int(image)) for layer, image in points.pairs[found])
     if drag or not pairs:
-        return replace(state, points=pairs) if pairs else None
+        return replace(state, points=pairs) if pairs else state
     return replace(state, points=pairs).with_pane(index, layer=pairs[0][0], image=pairs[0][1], what="image")
 
 
-def _pressed(context: Context, state: State, key: str) -> State | None:
+def _keys_of(value: Any) -> list[str]:
+    keys = value.get("keys") if isinstance(value, dict) else None
+    return [key for key in keys[:_KEYS] if isinstance(key, str)] if isinstance(keys, list) else []
+
+
+def _pressed(context: Context, state: State, key: str) -> State:
     pane = state.panes[0]
     source = context.views(pane).source
     grid = tuple(source.layer(pane).layout.grid)
@@ -99,12 +110,12 @@ def _pressed(context: Context, state: State, key: str) -> State | None:
         return state.with_pane(0, layer=min(max(layer, 0), len(source.layers) - 1))
     if key.isdecimal() and len(key) == 1:
         route = int(key) - 1
-        return state.with_pane(0, route=route) if route < source.layer(pane).routes else None
+        return state.with_pane(0, route=route) if route < source.layer(pane).routes else state
     cycled = {"r": "direction", "m": "what", "v": "mode"}.get(key)
     if cycled:
         values = CHOICES[cycled]
         return state.with_pane(0, **{cycled: values[(values.index(getattr(pane, cycled)) + 1) % len(values)]})
-    return state.with_pane(0, path=not pane.path) if key == "p" else None
+    return state.with_pane(0, path=not pane.path) if key == "p" else state
 
 
 def _value(before: State, after: State, its: dict[str, Any]) -> Any:
@@ -135,14 +146,9 @@ def _panes(app: dash.Dash, context: Context) -> None:
                 raise PreventUpdate
             first = state.panes[0]
             state = replace(state, panes=(first,) if len(state.panes) == 2 else (first, first))
-        elif not any(item["value"] is not None for item in ctx.triggered) or _same_models(context, state, controls):
+        elif len(context.sources) == 1:
             raise PreventUpdate
         return page(context.sources, state)
-
-
-def _same_models(context: Context, state: State, controls: Any) -> bool:
-    """Whether the page was built for these stores: a new page's own controls report themselves too."""
-    return len(context.sources) == 1
 
 
 def _keys(app: dash.Dash) -> None:
@@ -151,7 +157,7 @@ def _keys(app: dash.Dash) -> None:
         dash.State("keys", "className"), prevent_initial_call=True,
     )  # fmt: skip
     def _toggle(_: Any, key: Any, now: str) -> str:
-        pressed = ctx.triggered_id == "open-keys" or (isinstance(key, dict) and key.get("key") == "?")
+        pressed = ctx.triggered_id == "open-keys" or "?" in _keys_of(key)
         if not pressed or not ctx.triggered[0]["value"]:
             raise PreventUpdate
         return "keys" if "hidden" in now else "keys hidden"

@@ -26,7 +26,7 @@ def shell() -> html.Div:
     return html.Div(
         [
             dcc.Location(id="address", refresh=False), dcc.Store(id="selection", data={}), dcc.Store(id="link"),
-            dcc.Store(id="key"), dcc.Store(id="written"), dcc.Download(id="file"), html.Main(id="page"),
+            dcc.Store(id="key"), dcc.Store(id="written"), dcc.Store(id="acted"), dcc.Download(id="file"), html.Main(id="page"),
         ]
     )  # fmt: skip
 
@@ -102,7 +102,9 @@ def _view(index: int, view: str, title: str, hint: str) -> html.Section:
     }  # fmt: skip
     graph = dcc.Graph(id={"pane": index, "view": view}, config=config, className=f"graph {view}", responsive=True)
     notice = html.P(id={"pane": index, "notice": view}, className="notice", role="status")
-    return html.Section([bar, dcc.Loading(graph, delay_show=400, type="dot", color="#0072b2"), notice], className="view")
+    return html.Section(
+        [bar, dcc.Loading(graph, delay_show=400, type="dot", color="#0072b2"), notice], className="view"
+    )
 
 
 def _export(index: int, view: str, kind: str) -> html.Button:
@@ -146,7 +148,9 @@ def _display(source: Source, index: int, pane: Pane) -> html.Details:
         _choice(index, "palette", "map", _named("palette"), pane.palette),
         _labelled("opacity", dcc.Slider(0, 1, 0.05, value=pane.opacity, id=_id(index, "opacity"), **slider), "slider"),
         _switches(index, {"path": "scan path"}, pane),
-        _labelled("steps of it (0: all)", dcc.Slider(0, steps, 1, value=pane.step, id=_id(index, "step"), **slider), "slider"),
+        _labelled(
+            "steps of it (0: all)", dcc.Slider(0, steps, 1, value=pane.step, id=_id(index, "step"), **slider), "slider"
+        ),
     ]
     return html.Details([html.Summary("Display"), html.Div(controls, className="controls")], open=pane != Pane())
 

@@ -51,5 +51,7 @@ def _socket(host: str, port: int) -> socket.socket:
                 f"port {port} of {host} is in use, perhaps by another explorer; name another with --port, or --port 0 "
                 "for any that is free."
             ) from error
-        raise OSError(f"{host}:{port} cannot be bound ({error.strerror}); name others with --host and --port.") from error
+        raise OSError(
+            f"{host}:{port} cannot be bound ({error.strerror}); name others with --host and --port."
+        ) from error
     return listening

@@ -65,7 +65,9 @@ class Views:
         features = [np.asarray(self.source.store.features(self.source.layers[index])) for index in layers]
         pairs = [(index, image) for index in layers for image in range(len(self.source.images))]
         xy = embed(np.concatenate(features).astype(np.float32), pane.method, cache=self.source.store).points
-        return Points(xy, np.array(pairs), f"Stage {self.source.layer(pane).stage}: blocks × {len(self.source.images)} images")
+        return Points(
+            xy, np.array(pairs), f"Stage {self.source.layer(pane).stage}: blocks × {len(self.source.images)} images"
+        )
 
     def _patches(self, pane: Pane) -> Points:
         layer = self.source.layer(pane)

@@ -47,7 +47,9 @@ def embedding(
     wanted = {"colour": colour, "sizes": sizes, "texts": texts}
     given = {name: len(items) for name, items in wanted.items() if items is not None}
     if places.ndim != 2 or places.shape[1] != 2 or set(given.values()) != {len(places)}:
-        raise ValueError(f"embedding: expected points (points, 2) and as many of each else, got {places.shape}, {given}.")
+        raise ValueError(
+            f"embedding: expected points (points, 2) and as many of each else, got {places.shape}, {given}."
+        )
     diameters = np.full(len(places), 8.0) if sizes is None else np.asarray(sizes, dtype=np.float64)
     words = np.array([""] * len(places) if texts is None else list(texts), dtype=object)
     chosen = set(selected)

@@ -67,7 +67,9 @@ def patch_view(
         route = as_route("patch_view", order, (height, width))
         count = shown_steps("patch_view", step, len(route))
         scale = Scale(0, max(len(route) - 1, 1), PATH)
-        figure.add_traces([*lines(route, count, scale, stroke(cell), halo=True), ends(route[:count], scale, cell, bar=False)])
+        figure.add_traces(
+            [*lines(route, count, scale, stroke(cell), halo=True), ends(route[:count], scale, cell, bar=False)]
+        )
     plain(figure, title=title, width=size, height=size)
     square_cells(figure)
     figure.update_xaxes(visible=False, range=[-0.5, width - 0.5]).update_yaxes(
@@ -109,9 +111,7 @@ def _clear(chosen: Scale, opacity: float) -> list[list[float | str]]:
     rgb = to_rgb(position, Scale(0.0, 1.0, chosen.colours))
     strength = np.abs(2 * position - 1) if chosen.low < 0 < chosen.high else position
     alpha = opacity * (_THIN + (1 - _THIN) * np.sqrt(strength))
-    colours = [
-        "rgba({}, {}, {}, {:.3f})".format(*channels, one) for channels, one in zip(rgb, alpha, strict=True)
-    ]
+    colours = ["rgba({}, {}, {}, {:.3f})".format(*channels, one) for channels, one in zip(rgb, alpha, strict=True)]
     return plotly_scale(colours)
 
 
@@ -121,7 +121,13 @@ def _frame(marks: np.ndarray, grid: tuple[int, int], cell: float) -> list[go.Sca
     wide = min(max(0.08 * cell, 1.5), 3.0)
     return [
         go.Scatter(
-            x=x, y=y, mode="lines", hoverinfo="skip", cliponaxis=False, name=CHOSEN, line={"color": colour, "width": line}
+            x=x,
+            y=y,
+            mode="lines",
+            hoverinfo="skip",
+            cliponaxis=False,
+            name=CHOSEN,
+            line={"color": colour, "width": line},
         )  # fmt: skip
         for colour, line in (("white", wide + 2.5), (INK, wide))
     ]

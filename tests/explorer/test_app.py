@@ -50,7 +50,10 @@ def test_a_port_in_use_is_a_sentence(app, monkeypatch, capsys):
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(OSError, match=rf"port {port} of 127.0.0.1 is in use.*--port 0"), bound(app, "127.0.0.1", port):
+        with (
+            pytest.raises(OSError, match=rf"port {port} of 127.0.0.1 is in use.*--port 0"),
+            bound(app, "127.0.0.1", port),
+        ):
             pass
         monkeypatch.setattr(command, "_stores", lambda paths: [tiny(1)])
         assert main(["explore", "x", "--port", str(port)]) == 2

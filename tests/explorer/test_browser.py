@@ -63,7 +63,9 @@ class Explorer:
         self.page, self.wrong = page, []
         page.on("console", lambda m: self.wrong.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: self.wrong.append(str(error)))
-        page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else self.wrong.append(r.url))
+        page.on(
+            "request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else self.wrong.append(r.url)
+        )
         page.on("response", lambda r: self.wrong.append(f"{r.status} {r.url}") if r.status >= 400 else None)
 
     def open(self, address):
@@ -102,7 +104,9 @@ class Explorer:
         self.page.mouse.up()
 
     def choose(self, label, text):
-        self.page.locator(".control", has=self.page.get_by_text(label, exact=True)).get_by_text(text, exact=True).click()
+        self.page.locator(".control", has=self.page.get_by_text(label, exact=True)).get_by_text(
+            text, exact=True
+        ).click()
 
 
 @pytest.fixture
@@ -155,7 +159,9 @@ def test_a_lasso_over_points_frames_their_patches(explorer, store):
     width, height = box["width"] * 0.495, box["height"] * 0.495
     turn = [2 * math.pi * step / 24 for step in range(25)]
     # a superellipse that holds all but points in the corners
-    square = [(x + width * max(-1, min(1, 1.3 * math.cos(a))), y + height * max(-1, min(1, 1.3 * math.sin(a)))) for a in turn]
+    square = [
+        (x + width * max(-1, min(1, 1.3 * math.cos(a))), y + height * max(-1, min(1, 1.3 * math.sin(a)))) for a in turn
+    ]
     explorer.drag(square)
     heading = explorer.page.get_by_role("heading", name="patches, on average, read").filter(has_not_text="all")
     heading.wait_for()

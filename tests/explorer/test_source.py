@@ -36,12 +36,11 @@ def explicit(store, number, layer, gate=False, skip=False, route=None):
     scan = record.layers[layer].scan
     if route is not None:
         scan = scan.select_routes(slice(route, route + 1))
-    weight = scan.gate if gate else torch.ones(1, scan.channels, scan.tokens)
-    matrix = mamba_attn.hidden_attention(scan, row_weight=weight, fold="none")[0].double()
+    matrix = mamba_attn.hidden_attention(scan, fold="each")[0].double()
     if skip:  # D reads the token itself, once per route
-        diagonal = (scan.D.double()[:, :, None] * weight.double()).sum(0 if len(scan.D) == 1 else 0)
-        diagonal = (scan.D.double().sum(0)[:, None] * weight[0].double()) * scan.scale
-        matrix = matrix + torch.diag_embed(diagonal)
+        matrix = matrix + scan.scale * scan.D.double().sum(0)[:, None, None] * torch.eye(scan.tokens)
+    if gate:
+        matrix = matrix * scan.gate[0].double()[..., None]
     return matrix.mean(0).numpy()
 
 

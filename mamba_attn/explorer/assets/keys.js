@@ -1,4 +1,11 @@
-// Keys that are not meant for a control become the value of the store "key".
+// Keys that are not meant for a control become the value of the store "key". Those pressed before the last ones have
+// their effect wait for it: what they change depends on it.
+const pressed = { waiting: [], sent: 0 };
+function send() {
+  if (!pressed.waiting.length || Date.now() - pressed.sent < 3000) return;
+  pressed.sent = Date.now();
+  window.dash_clientside.set_props("key", { data: { keys: pressed.waiting.splice(0, 32), at: pressed.sent } });
+}
 document.addEventListener("keydown", (event) => {
   const target = event.target;
   const button = target.matches("input[type=radio], input[type=checkbox]");
@@ -8,7 +15,8 @@ document.addEventListener("keydown", (event) => {
   if (arrow && button) return; // radio buttons move with arrows
   if (arrow || ["Escape", "[", "]", "r", "m", "v", "p", "?"].includes(event.key) || /^[0-9]$/.test(event.key)) {
     event.preventDefault();
-    window.dash_clientside.set_props("key", { data: { key: event.key, at: Date.now() } });
+    pressed.waiting.push(event.key);
+    send();
   }
 });
 
@@ -17,6 +25,11 @@ window.dash_clientside = Object.assign({}, window.dash_clientside, {
     address: (state) => {
       if (state) history.replaceState(null, "", "?state=" + state);
       return null;
+    },
+    acted: () => {
+      pressed.sent = 0;
+      setTimeout(send, 0);
+      return window.dash_clientside.no_update;
     },
     // plotly's own export: the browser draws the picture, nothing is sent
     picture: (...clicks) => {
