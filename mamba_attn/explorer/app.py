@@ -19,7 +19,8 @@ LARGEST = 16 * 2**20  # bytes of a request: a lasso over a hundred thousand poin
 # the page runs what this process serves; WebGL figures are compiled, pictures are data: addresses
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; connect-src 'self'; worker-src 'self' blob:; frame-ancestors 'none'; form-action 'none'"
+    "img-src 'self' data: blob:; connect-src 'self'; worker-src 'self' blob:; frame-ancestors 'none'; "
+    "form-action 'none'"
 )
 
 

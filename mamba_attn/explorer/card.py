@@ -41,7 +41,7 @@ def card(views: Views, pane: Pane, cell: int) -> Card:
 
     Raises:
         ValueError: no such patch.
-        Unavailable: as in ``Views.heat``.
+        UnavailableError: as in ``Views.heat``.
     """
     layer = views.source.layer(pane)
     height, width = layer.layout.grid

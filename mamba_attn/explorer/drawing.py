@@ -1,5 +1,6 @@
 """Callbacks that draw: the two views of a pane, what they light up, the card, the gallery, the address."""
 
+from dataclasses import asdict
 from typing import Any
 
 import dash
@@ -8,10 +9,11 @@ from dash import ALL, MATCH, ClientsideFunction, Input, Output, Patch, ctx, html
 from mamba_attn.explorer.card import card, thumbnail
 from mamba_attn.explorer.context import Context
 from mamba_attn.explorer.gestures import clicked, numbers
-from mamba_attn.explorer.source import Unavailable
+from mamba_attn.explorer.source import UnavailableError
 from mamba_attn.explorer.state import Pane, State
 from mamba_attn.explorer.views import caption, unit
 from mamba_attn.figures.embedding import highlighted
+from mamba_attn.figures.patch_view import CHOSEN, HEAT
 
 _STRIP = 60  # thumbnails of chosen images
 _CONTROLS = {"pane": MATCH, "set": ALL}
@@ -50,7 +52,9 @@ def _scatter(app: dash.Dash, context: Context) -> None:
         key += [] if pane.mode == "blocks" else [views.source.route(pane), pane.direction]
         try:
             if key == drawn:
-                marked = highlighted(views.scatter(pane, State()), views.selected(pane, state))
+                chosen = views.selected(pane, state)
+                one = pane.mode == "patches"  # all patches are points of one trace, in their order
+                marked = [chosen or None] if one else highlighted(views.scatter(pane, State()), chosen)
                 patch = Patch()
                 for index, points in enumerate(marked):
                     patch["data"][index]["selectedpoints"] = points
@@ -69,17 +73,33 @@ def _patches(app: dash.Dash, context: Context) -> None:
         Output(_of("patches"), "figure"),
         Output(_of("patches", "title"), "children"),
         Output(_of("patches", "notice"), "children"),
+        Output(_of("patches", "drawn"), "data"),
         Input(_CONTROLS, "value"),
         Input("selection", "data"),
+        dash.State(_of("patches", "drawn"), "data"),
     )
-    def _draw(_: Any, selection: Any) -> Any:
+    def _draw(_: Any, selection: Any, drawn: Any) -> Any:
         pane = context.pane(ctx.inputs_list[0])
         views, state = context.views(pane), context.state([pane], selection)
+        key = list(asdict(pane).values())  # while it stays, the image and the path stay
         try:
-            figure = views.patches(pane, state)
-        except Unavailable as error:
-            return no_update, no_update, str(error)
-        return figure.update_layout(height=None), caption(views.source, pane, state), ""
+            figure = views.patches(pane, state, photo=key != drawn)
+        except UnavailableError as error:
+            return no_update, no_update, str(error), no_update
+        words = caption(views.source, pane, state)
+        return (_changes(figure) if key == drawn else figure.update_layout(height=None)), words, "", key
+
+
+def _changes(figure: Any) -> Patch:
+    """What another selection changes of a patch view that is drawn already."""
+    patch = Patch()
+    heat, *frames = (trace for trace in figure.data if trace.name in (HEAT, CHOSEN))
+    for name in ("z", "zmin", "zmax", "colorscale"):
+        patch["data"][1][name] = getattr(heat, name)  # behind the image
+    for index, frame in enumerate(frames, 2):
+        patch["data"][index]["x"], patch["data"][index]["y"] = frame.x, frame.y
+    patch["layout"]["selections"] = []
+    return patch
 
 
 def _card(app: dash.Dash, context: Context) -> None:
@@ -105,12 +125,12 @@ def _card(app: dash.Dash, context: Context) -> None:
             return [] if pairs is None or not found else _image(context, pane, *pairs[found[0]].tolist())
         try:
             return _words(card(views, pane, cells[0]), pane) if cells else []
-        except Unavailable as error:
+        except UnavailableError as error:
             return str(error)
 
 
 def _words(found: Any, pane: Pane) -> list[Any]:
-    ranks = ", ".join("–" if rank is None else str(rank) for rank in found.ranks)
+    ranks = ", ".join("-" if rank is None else str(rank) for rank in found.ranks)
     strongest = ", ".join(f"({row}, {column}) {value:.2g}" for row, column, value in found.strongest)
     verb = "reads most" if pane.direction == "row" else "most read by"
     items = [
@@ -177,7 +197,7 @@ def _gallery(app: dash.Dash, context: Context) -> None:
         views, state = context.views(pane), context.state([pane], selection)
         try:
             maps = views.gallery(pane, state)
-        except Unavailable as error:
+        except UnavailableError as error:
             return str(error), "gallery"
         current = min(pane.layer, len(maps) - 1)
         return [

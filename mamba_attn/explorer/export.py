@@ -9,7 +9,7 @@ from dash import ALL, ClientsideFunction, Input, Output, ctx, dcc
 from dash.exceptions import PreventUpdate
 
 from mamba_attn.explorer.context import Context
-from mamba_attn.explorer.source import Unavailable
+from mamba_attn.explorer.source import UnavailableError
 from mamba_attn.explorer.state import Pane, State
 from mamba_attn.explorer.views import Views, caption
 
@@ -39,7 +39,7 @@ def register(app: dash.Dash, context: Context) -> None:
                 return {"content": as_html(views, pane, state, view), "filename": f"mamba_attn_{view}.html"}
             if kind == "NPZ":
                 return dcc.send_bytes(as_npz(views, pane, state, view), f"mamba_attn_{view}.npz")
-        except Unavailable:
+        except UnavailableError:
             pass  # the view says why; there is nothing to save
         raise PreventUpdate
 

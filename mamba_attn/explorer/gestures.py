@@ -25,7 +25,7 @@ def clicked(event: Any, grid: tuple[int, int]) -> list[int]:
 
 
 def dragged(event: Any, grid: tuple[int, int]) -> list[int]:
-    """Return the patches whose centres lie inside a box, or lasso, of the patch view; a small box takes the cells it cuts.
+    """Return the patches that a box of the patch view cuts, or whose centres lie in a lasso.
 
     Args:
         event: plotly's.

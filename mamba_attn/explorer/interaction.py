@@ -56,7 +56,8 @@ def _choose(app: dash.Dash, context: Context) -> None:
         return no_update if same else context.selection(changed), values, at
 
     app.clientside_callback(
-        ClientsideFunction("explorer", "acted"), Output("written", "data", allow_duplicate=True), Input("acted", "data"),
+        ClientsideFunction("explorer", "acted"), Output("written", "data", allow_duplicate=True),
+        Input("acted", "data"),
         prevent_initial_call=True,
     )  # fmt: skip
 
@@ -134,9 +135,10 @@ def _panes(app: dash.Dash, context: Context) -> None:
         Input({"pane": ALL, "set": "store"}, "value"),
         dash.State(_CONTROLS, "value"),
         dash.State("selection", "data"),
+        dash.State({"pane": ALL, "built": "store"}, "data"),
         prevent_initial_call=True,
     )
-    def _change(clicks: int | None, _: Any, __: Any, selection: Any) -> Any:
+    def _change(clicks: int | None, _: Any, __: Any, selection: Any, built: list[Any]) -> Any:
         controls = ctx.states_list[0]
         if not controls:
             raise PreventUpdate
@@ -146,8 +148,8 @@ def _panes(app: dash.Dash, context: Context) -> None:
                 raise PreventUpdate
             first = state.panes[0]
             state = replace(state, panes=(first,) if len(state.panes) == 2 else (first, first))
-        elif len(context.sources) == 1:
-            raise PreventUpdate
+        elif built == [pane.store for pane in state.panes]:
+            raise PreventUpdate  # the controls of a new page report themselves too
         return page(context.sources, state)
 
 

@@ -82,9 +82,10 @@ def _pane(sources: Sequence[Source], index: int, pane: Pane) -> html.Article:
          html.Div(id={"pane": index, "strip": "images"}, className="strip")],
         className="below",
     )  # fmt: skip
-    drawn = dcc.Store(id={"pane": index, "drawn": "scatter"})
+    drawn = [dcc.Store(id={"pane": index, "drawn": view}) for view in ("scatter", "patches")]
+    built = dcc.Store(id={"pane": index, "built": "store"}, data=pane.store)
     label = f"pane {index + 1}"
-    return html.Article([_controls(sources, source, index, pane), views, below, drawn], **{"aria-label": label})
+    return html.Article([_controls(sources, source, index, pane), views, below, *drawn, built], **{"aria-label": label})
 
 
 def _view(index: int, view: str, title: str, hint: str) -> html.Section:
@@ -116,7 +117,7 @@ def _export(index: int, view: str, kind: str) -> html.Button:
 
 def _controls(sources: Sequence[Source], source: Source, index: int, pane: Pane) -> html.Div:
     layers = {
-        number: f"stage {layer.stage} · block {layer.block}   {layer.layout.grid[0]}×{layer.layout.grid[1]}"
+        number: f"stage {layer.stage} · block {layer.block}   {layer.layout.grid[0]} x {layer.layout.grid[1]}"
         for number, layer in enumerate(source.layers)
     }
     routes = max(layer.routes for layer in source.layers)

@@ -20,7 +20,7 @@ _ROWS = 48  # tokens, up to which rows are read one by one
 Item = TypeVar("Item")
 
 
-class Unavailable(MambaAttnError):
+class UnavailableError(MambaAttnError):
     """Something that this store and model cannot show; the message is for the page."""
 
 
@@ -79,16 +79,16 @@ class Source:
             tokens: of the layer's token frame; none of them stands for all.
 
         Raises:
-            Unavailable: gate or D of the mean, which only images have; an image without a model that runs.
+            UnavailableError: gate or D of the mean, which only images have; an image without a model that runs.
         """
         layer = self.layer(pane)
         chosen = list(tokens) or list(range(layer.layout.tokens))
         if pane.what == "mean":
             if pane.gate or pane.skip:
-                raise Unavailable("Gate and D belong to an image: show 'image' instead of 'mean'.")
+                raise UnavailableError("Gate and D belong to an image: show 'image' instead of 'mean'.")
             return self._of_mean(pane, chosen)
         if pane.what == "difference" and (pane.gate or pane.skip):
-            raise Unavailable("The mean knows no gate and no D: switch them off for the difference.")
+            raise UnavailableError("The mean knows no gate and no D: switch them off for the difference.")
         values = self._of_image(pane, chosen)
         return values - self._of_mean(pane, chosen) if pane.what == "difference" else values
 

@@ -76,7 +76,7 @@ class Pane:
             ValueError: a field that cannot be.
         """
         if not isinstance(given, dict):
-            raise ValueError(f"a pane is an object, got {type(given).__name__}.")
+            raise ValueError(f"a pane is an object, got {type(given).__name__}.")  # noqa: TRY004 - of parsed text
         values: dict[str, Any] = {}
         for its in fields(cls):
             if its.name in given:
@@ -117,7 +117,7 @@ class State:
             ValueError: it is none; the message says which part.
         """
         if not isinstance(given, dict):
-            raise ValueError("the state is an object.")
+            raise ValueError("the state is an object.")  # noqa: TRY004 - of parsed text
         panes = given.get("panes", [{}])
         if not isinstance(panes, list) or not 1 <= len(panes) <= 2:
             raise ValueError("the state has one or two panes.")
@@ -191,7 +191,7 @@ def _checked(name: str, value: Any, default: Any) -> Any:
         return value
     if isinstance(default, bool):
         if not isinstance(value, bool):
-            raise ValueError(f"{name} is true or false.")
+            raise ValueError(f"{name} is true or false.")  # noqa: TRY004 - of parsed text
         return value
     if isinstance(default, int):
         (number,) = _integers(name, [value])

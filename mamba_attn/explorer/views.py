@@ -66,7 +66,7 @@ class Views:
         pairs = [(index, image) for index in layers for image in range(len(self.source.images))]
         xy = embed(np.concatenate(features).astype(np.float32), pane.method, cache=self.source.store).points
         return Points(
-            xy, np.array(pairs), f"Stage {self.source.layer(pane).stage}: blocks × {len(self.source.images)} images"
+            xy, np.array(pairs), f"Stage {self.source.layer(pane).stage}: blocks, {len(self.source.images)} images"
         )
 
     def _patches(self, pane: Pane) -> Points:
@@ -145,7 +145,7 @@ class Views:
         """Return the map of the selection, (height, width), as it is shown.
 
         Raises:
-            Unavailable: gate or D where there is none.
+            UnavailableError: gate or D where there is none.
         """
         layer = self.source.layer(pane)
         cells = [*state.on_grid(tuple(layer.layout.grid)), *(cell for cell in state.cells if cell < 0)]
@@ -156,23 +156,24 @@ class Views:
         grid = self.source.layer(pane).layout.to_grid(torch.from_numpy(np.ascontiguousarray(values))).numpy()
         return figures.shown(grid, sign=pane.sign, normalise=pane.normalise, log=pane.log)
 
-    def patches(self, pane: Pane, state: State, size: int = 460) -> go.Figure:
+    def patches(self, pane: Pane, state: State, size: int = 460, photo: bool = True) -> go.Figure:
         """Return the patch view.
 
         Args:
             pane: which attention.
             state: whose selection is shown.
             size: height in pixels.
+            photo: draw the image below the map.
 
         Raises:
-            Unavailable: as in ``heat``.
+            UnavailableError: as in ``heat``.
         """
         layer = self.source.layer(pane)
         order = self.path(pane) if pane.path and len(layer.orders) else None
         values = self.heat(pane, state)
         palette = colours.CIVIDIS if pane.palette == "cividis" else colours.VIRIDIS
         return figures.patch_view(
-            values, image=self.source.pixels(pane), order=order,
+            values, image=self.source.pixels(pane) if photo else None, order=order,
             marks=state.on_grid(tuple(layer.layout.grid)),
             step=None if order is None or not 0 < pane.step <= len(order) else pane.step, opacity=pane.opacity,
             colours=None if (values < 0).any() else palette, bar_title=unit(pane), size=size,
@@ -189,7 +190,7 @@ class Views:
 
 def unit(pane: Pane) -> str:
     """Return what the numbers of a pane's map are, in a few words."""
-    kind = "attention" if pane.what != "difference" else "image − mean"
+    kind = "attention" if pane.what != "difference" else "image less mean"
     kind = kind if pane.sign == "signed" else f"{pane.sign} {kind}"
     of = {"none": "", "largest": " / largest", "range": ", 0 to 1", "sum": " / sum"}[pane.normalise]
     return f"{kind}{of}{', decades' if pane.log else ''}"

@@ -27,7 +27,7 @@ def patch_view(
     marks: Iterable[int] = (),
     order: Any | None = None,
     step: int | None = None,
-    opacity: float = 0.9,
+    opacity: float | None = None,
     limits: tuple[float, float] | None = None,
     signed: bool | None = None,
     colours: list[str] | None = None,
@@ -43,7 +43,7 @@ def patch_view(
         marks: patches in a frame around all that touch, as raster indices.
         order: the patch visited at each step, whose path is drawn.
         step: draw the first steps of it only. Default: all.
-        opacity: of the largest values over an image, 0 to 1; smaller ones let more of it through.
+        opacity: of the largest values, 0 to 1; below 1, smaller ones are fainter. Default: 0.9 over an image, else 1.
         limits: values of the first and the last colour. Default: the map's range without the largest half percent.
         signed: centre on zero. Default: whether a value is negative.
         colours: from low to high. Default: Viridis, for signed values blue below zero and orange above.
@@ -60,7 +60,7 @@ def patch_view(
     if image is not None:
         picture = as_image("patch_view(image)", image)
         figure.add_trace(photo(data_uri(picture), picture.shape[:2], (height, width)))
-    figure.add_trace(_heat(array, 1.0 if image is None else opacity, limits, signed, colours, bar_title))
+    figure.add_trace(_heat(array, (1.0 if image is None else 0.9) if opacity is None else opacity, limits, signed, colours, bar_title))
     cell = (size - 30) / max(height, width)
     figure.add_traces(_frame(as_marks("patch_view", marks, (height, width)), (height, width), cell))
     if order is not None:
@@ -99,7 +99,8 @@ def _heat(
         "exponentformat": "power", "nticks": 6,
     }  # fmt: skip
     return go.Heatmap(
-        z=array.astype(np.float32), zmin=chosen.low, zmax=chosen.high, colorscale=_clear(chosen, opacity), colorbar=bar, name=HEAT, xgap=gap, ygap=gap, hovertemplate="row %{y}, column %{x}: %{z:.3g}<extra></extra>",
+        z=array.astype(np.float32), zmin=chosen.low, zmax=chosen.high, colorscale=_clear(chosen, opacity),
+        colorbar=bar, name=HEAT, xgap=gap, ygap=gap, hovertemplate="row %{y}, column %{x}: %{z:.3g}<extra></extra>",
     )  # fmt: skip
 
 
@@ -120,15 +121,7 @@ def _frame(marks: np.ndarray, grid: tuple[int, int], cell: float) -> list[go.Sca
     x, y = outline(marks, grid)
     wide = min(max(0.08 * cell, 1.5), 3.0)
     return [
-        go.Scatter(
-            x=x,
-            y=y,
-            mode="lines",
-            hoverinfo="skip",
-            cliponaxis=False,
-            name=CHOSEN,
-            line={"color": colour, "width": line},
-        )  # fmt: skip
+        go.Scatter(x=x, y=y, mode="lines", hoverinfo="skip", name=CHOSEN, line={"color": colour, "width": line})
         for colour, line in (("white", wide + 2.5), (INK, wide))
     ]
 

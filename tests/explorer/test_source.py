@@ -9,7 +9,7 @@ import torch
 import mamba_attn
 from mamba_attn import images
 from mamba_attn.explorer.card import card
-from mamba_attn.explorer.source import Source, Unavailable, tokens_of
+from mamba_attn.explorer.source import Source, UnavailableError, tokens_of
 from mamba_attn.explorer.state import Pane, State
 from mamba_attn.explorer.views import Views
 from tests.explorer.double import Double, tiny
@@ -71,7 +71,7 @@ def test_a_row_is_read_without_its_matrix(store, monkeypatch):
 
 @pytest.mark.parametrize("pane", [Pane(gate=True), Pane(skip=True), Pane(what="difference", gate=True)])
 def test_gate_and_d_of_a_mean_are_refused_in_words(store, pane):
-    with pytest.raises(Unavailable, match="an image|switch them off"):
+    with pytest.raises(UnavailableError, match=r"an image|switch them off"):
         Source(store).read(pane, [0])
 
 
