@@ -70,7 +70,7 @@ def serve(stores: Sequence[Any], host: str, port: int) -> None:
 def _stores(paths: Sequence[str]) -> list[Any]:
     from mamba_attn.analytics import AttentionStore
 
-    return [AttentionStore.open(path) for path in paths or [demo_store()]]
+    return [AttentionStore.open(path) for path in (paths or [str(demo_store())])]
 
 
 def demo_store() -> Path:

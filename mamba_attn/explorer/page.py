@@ -26,7 +26,8 @@ def shell() -> html.Div:
     return html.Div(
         [
             dcc.Location(id="address", refresh=False), dcc.Store(id="selection", data={}), dcc.Store(id="link"),
-            dcc.Store(id="key"), dcc.Store(id="written"), dcc.Store(id="acted"), dcc.Download(id="file"), html.Main(id="page"),
+            dcc.Store(id="key"), dcc.Store(id="written"), dcc.Store(id="acted"), dcc.Download(id="file"),
+            html.Main(id="page"),
         ]
     )  # fmt: skip
 

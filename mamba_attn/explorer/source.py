@@ -97,7 +97,7 @@ class Source:
         ready = self._kept.get(("mean", layer.name, route))
         if ready is None and pane.direction == "row" and len(tokens) <= _ROWS:
             rows = [np.asarray(self.store.mean_row(layer, token, route)) for token in tokens]
-            return np.mean(rows, axis=0, dtype=np.float64)
+            return np.asarray(np.mean(rows, axis=0, dtype=np.float64))
         return _fold(self.mean(layer, route), tokens, pane.direction)
 
     def _of_image(self, pane: Pane, tokens: list[int]) -> np.ndarray:
@@ -145,4 +145,4 @@ def tokens_of(layout: "TokenLayout", cells: Sequence[int]) -> list[int]:
 
 def _fold(matrix: np.ndarray, tokens: list[int], direction: str) -> np.ndarray:
     lines = matrix[tokens] if direction == "row" else matrix[:, tokens].T
-    return lines.mean(axis=0, dtype=np.float64)
+    return np.asarray(lines.mean(axis=0, dtype=np.float64))

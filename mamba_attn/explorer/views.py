@@ -131,7 +131,7 @@ class Views:
         ranks = np.full((len(layer.orders), layer.layout.tokens), np.nan)
         for route, order in enumerate(np.asarray(layer.orders)):
             ranks[route, order] = np.arange(len(order))
-        return ranks[:, layer.layout.patches.numpy()]
+        return np.asarray(ranks[:, layer.layout.patches.numpy()])
 
     def path(self, pane: Pane) -> np.ndarray:
         """Return the patches that the pane's route, of a sum the first one, visits, as raster indices; step by step."""
@@ -139,7 +139,7 @@ class Views:
         number = np.full(layer.layout.tokens, -1)
         number[layer.layout.patches.numpy()] = np.arange(len(layer.layout.patches))
         visited = number[np.asarray(layer.orders)[min(max(pane.route, 0), len(layer.orders) - 1)]]
-        return visited[visited >= 0]
+        return np.asarray(visited[visited >= 0])
 
     def heat(self, pane: Pane, state: State) -> np.ndarray:
         """Return the map of the selection, (height, width), as it is shown.

@@ -60,7 +60,11 @@ def patch_view(
     if image is not None:
         picture = as_image("patch_view(image)", image)
         figure.add_trace(photo(data_uri(picture), picture.shape[:2], (height, width)))
-    figure.add_trace(_heat(array, (1.0 if image is None else 0.9) if opacity is None else opacity, limits, signed, colours, bar_title))
+    figure.add_trace(
+        _heat(
+            array, (1.0 if image is None else 0.9) if opacity is None else opacity, limits, signed, colours, bar_title
+        )
+    )
     cell = (size - 30) / max(height, width)
     figure.add_traces(_frame(as_marks("patch_view", marks, (height, width)), (height, width), cell))
     if order is not None:

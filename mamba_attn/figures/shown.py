@@ -52,4 +52,4 @@ def _magnitude(array: np.ndarray) -> np.ndarray:
         return array
     with np.errstate(divide="ignore"):
         decades = np.log10(np.abs(array) / largest) + _DECADES
-    return np.sign(array) * np.maximum(decades, 0.0)
+    return np.asarray(np.sign(array) * np.maximum(decades, 0.0))
