@@ -122,7 +122,10 @@ def _controls(sources: Sequence[Source], source: Source, index: int, pane: Pane)
         for number, layer in enumerate(source.layers)
     }
     routes = max(layer.routes for layer in source.layers)
-    images = {number: f"{image.key} · {image.label}" for number, image in enumerate(source.images[:MANY])}
+    images = {
+        number: image.key if image.label is None else f"{image.key} · {image.label}"
+        for number, image in enumerate(source.images[:MANY])
+    }
     stores = {number: each.store.model_name for number, each in enumerate(sources)}
     offered = dict(enumerate((str(route + 1) for route in range(routes)), 0)) if routes > 1 else {}
     main = [

@@ -109,8 +109,13 @@ class Views:
         kinds, texts = [], []
         for index, number in pairs.tolist():
             layer, image = self.source.layers[index], self.source.images[number]
-            kinds.append({"block": f"block {layer.block}", "class": str(image.label)}.get(colour, str(image.predicted)))
-            texts.append(f"stage {layer.stage}, block {layer.block}<br>{image.key}<br>{image.label}")
+            kinds.append(
+                {
+                    "block": f"block {layer.block}",
+                    "class": "not known" if image.label is None else str(image.label),
+                }.get(colour, str(image.predicted))
+            )
+            texts.append(f"stage {layer.stage}, block {layer.block}<br>{image.key}")
         sizes = np.full(len(xy), 10.0 if len(xy) <= 400 else 7.0)
         return figures.embedding(xy, kinds, sizes=sizes, texts=texts, colour_title=colour, **shared)
 
