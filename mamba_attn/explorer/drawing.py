@@ -147,7 +147,8 @@ def _words(found: Any, pane: Pane) -> list[Any]:
 def _image(context: Context, pane: Pane, layer: int, image: int) -> list[Any]:
     source = context.views(pane).source
     its, shown = source.layers[layer], source.images[image]
-    items = [("block", f"stage {its.stage}, block {its.block}"), ("image", shown.key), ("class", "not known" if shown.label is None else str(shown.label)),
+    label = "not known" if shown.label is None else str(shown.label)
+    items = [("block", f"stage {its.stage}, block {its.block}"), ("image", shown.key), ("class", label),
              ("predicted", str(shown.predicted))]  # fmt: skip
     listed = [part for name, text in items for part in (html.Dt(name), html.Dd(text))]
     return [html.Img(src=_small(context, pane, image), alt=shown.key), html.Dl(listed)]
