@@ -1,4 +1,4 @@
-"""The command line: ``mamba-attn explain``, ``compare``, ``collect`` and ``bench``."""
+"""The command line: ``mamba-attn explain``, ``compare``, ``collect``, ``explore``, ``erf`` and ``bench``."""
 
 import argparse
 import sys
@@ -9,6 +9,7 @@ from mamba_attn.analytics import erf_command as erf
 from mamba_attn.bench import command as bench
 from mamba_attn.evaluation import command as compare
 from mamba_attn.explain import command as explain
+from mamba_attn.explorer import command as explore
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     collect.add_parser(commands)
     erf.add_parser(commands)
     bench.add_parser(commands)
+    explore.add_parser(commands)
     args = parser.parse_args(given)
     return int(args.run(args, given))
 

@@ -8,6 +8,12 @@ import plotly.colors
 
 SEQUENTIAL = list(plotly.colors.sequential.Inferno)
 DIVERGING = list(reversed(plotly.colors.diverging.RdBu))  # blue below zero, red above
+VIRIDIS = list(plotly.colors.sequential.Viridis)
+CIVIDIS = list(plotly.colors.sequential.Cividis)
+BLUE_ORANGE = [  # blue below zero; differs in lightness and in hue for every kind of colour vision
+    "#08306b", "#2166ac", "#67a3d1", "#b8d5ea", "#f7f7f5", "#fcd3a1", "#f5a04a", "#d4650f", "#7f3300",
+]  # fmt: skip
+CATEGORIES = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#5b4a9e", "#8a8a00"]
 PATH = list(plotly.colors.sequential.Plasma[:-1])  # the last one is lost on white
 MISSING = (128, 128, 128)  # NaN and Inf
 EMPTY = np.array([240, 240, 240], dtype=np.uint8)  # cells without a value
@@ -143,6 +149,13 @@ def to_rgb(values: np.ndarray, chosen: Scale) -> np.ndarray:
 def mix(below: np.ndarray, above: np.ndarray, opacity: float) -> np.ndarray:
     """Return colours laid over others, uint8."""
     return (opacity * above.astype(np.float64) + (1 - opacity) * below).round().astype(np.uint8)
+
+
+def categories(count: int) -> list[str]:
+    """Return colours for unordered kinds: eight that all tell apart, beyond that steps of Viridis."""
+    if count <= len(CATEGORIES):
+        return CATEGORIES[:count]
+    return [css(colour) for colour in to_rgb(np.arange(count), Scale(0, count - 1, VIRIDIS))]
 
 
 def css(rgb: np.ndarray) -> str:

@@ -75,9 +75,9 @@ def scan_path(
         traces = [
             *below,
             _cells(points[:count], grid, chosen, 0.0 if below else 0.25),
-            *_lines(points, count, chosen, stroke(cell), halo=bool(below)),
+            *lines(points, count, chosen, stroke(cell), halo=bool(below)),
             *_frames(framed, cell),
-            _ends(points[:count], chosen, cell, bar=index == 0 and length > 1),
+            ends(points[:count], chosen, cell, bar=index == 0 and length > 1),
         ]
         figure.add_traces(traces, rows=[place["row"]] * len(traces), cols=[place["col"]] * len(traces))
     return figure
@@ -93,8 +93,8 @@ def _cells(points: np.ndarray, grid: tuple[int, int], chosen: Scale, opacity: fl
     )  # fmt: skip
 
 
-def _lines(points: np.ndarray, count: int, chosen: Scale, width: float, *, halo: bool) -> Iterator[go.Scatter]:
-    """The path in pieces of one colour each; over an image, a light line below them."""
+def lines(points: np.ndarray, count: int, chosen: Scale, width: float, *, halo: bool) -> Iterator[go.Scatter]:
+    """Yield the path in pieces of one colour each; over an image, a light line below them."""
     far = jumps(points)[: count - 1]
     if halo:
         yield _line(_runs(points[:count], far), "rgba(255, 255, 255, 0.7)", 2 * width + 1)
@@ -125,8 +125,8 @@ def _frames(points: np.ndarray, cell: float) -> Iterator[go.Scatter]:
         yield _markers(points, marker)
 
 
-def _ends(points: np.ndarray, chosen: Scale, cell: float, *, bar: bool) -> go.Scatter:
-    """The first step, a circle, and the last one drawn, a square."""
+def ends(points: np.ndarray, chosen: Scale, cell: float, *, bar: bool) -> go.Scatter:
+    """Return the marks of the first step, a circle, and of the last one drawn, a square."""
     last = len(points) - 1
     marker = {
         "symbol": ["circle", "square"], "size": mark(cell), "color": [0, last],

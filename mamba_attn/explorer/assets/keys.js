@@ -1,0 +1,45 @@
+// Keys that are not meant for a control become the value of the store "key". Those pressed before the last ones have
+// their effect wait for it: what they change depends on it.
+const pressed = { waiting: [], sent: 0 };
+function send() {
+  if (!pressed.waiting.length || Date.now() - pressed.sent < 3000) return;
+  pressed.sent = Date.now();
+  window.dash_clientside.set_props("key", { data: { keys: pressed.waiting.splice(0, 32), at: pressed.sent } });
+}
+document.addEventListener("keydown", (event) => {
+  const target = event.target;
+  const button = target.matches("input[type=radio], input[type=checkbox]");
+  const typing = !button && target.closest("input, textarea, select, [role=listbox], [role=combobox], [role=slider]");
+  const arrow = event.key.startsWith("Arrow");
+  if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (arrow && button) return; // radio buttons move with arrows
+  if (arrow || ["Escape", "[", "]", "r", "m", "v", "p", "?"].includes(event.key) || /^[0-9]$/.test(event.key)) {
+    event.preventDefault();
+    pressed.waiting.push(event.key);
+    send();
+  }
+});
+
+window.dash_clientside = Object.assign({}, window.dash_clientside, {
+  explorer: {
+    address: (state) => {
+      if (state) history.replaceState(null, "", "?state=" + state);
+      return null;
+    },
+    acted: () => {
+      pressed.sent = 0;
+      setTimeout(send, 0);
+      return window.dash_clientside.no_update;
+    },
+    // plotly's own export: the browser draws the picture, nothing is sent
+    picture: (...clicks) => {
+      const context = window.dash_clientside.callback_context;
+      const id = context.triggered_id;
+      if (!id || !id.export.endsWith("-PNG") || !context.triggered[0].value) return null;
+      const view = id.export.split("-")[0];
+      const graphs = document.querySelectorAll(".graph." + view + " .js-plotly-plot");
+      Plotly.downloadImage(graphs[id.pane], { format: "png", scale: 2, width: 720, height: 640, filename: "mamba_attn_" + view });
+      return null;
+    },
+  },
+});

@@ -1,0 +1,88 @@
+"""``mamba-attn explore``: its arguments, and the server.
+
+Exit codes: 0 stopped by the user, 2 nothing was done because of how it was called.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mamba_attn._command import require_extras, subcommand
+from mamba_attn.errors import MambaAttnError
+
+_NEEDED = {"dash": "dash", "plotly": "plotly", "PIL": "pillow"}
+_EPILOG = """\
+Two linked views of the attention between patches: points (a stage's blocks over images, or a block's patches) and the
+patch grid over the image. Click, drag a box or a lasso in one; the other follows. Several STOREs, e.g. of models with
+other patch orders, can be seen side by side. The page's address holds what is shown. Ctrl+C stops.
+
+The explorer answers to this machine only, unless --host says otherwise; whoever reaches it sees the store's images.
+"""
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command and its arguments."""
+    parser = subcommand(commands, "explore", "linked views of attention between patches, in a browser", _EPILOG)
+    add = parser.add_argument
+    add("store", nargs="*", metavar="STORE", help="of mamba-attn collect; default: one of this package's images")
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, this machine only")
+    add("--port", default=8050, type=_port, metavar="P", help="default: 8050; 0: any that is free")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, command: Sequence[str]) -> int:
+    """Do what the arguments say, and return the exit code."""
+    try:
+        require_extras(_NEEDED)
+        serve(_stores(args.store), args.host, args.port)
+    except (ValueError, TypeError, OSError, ImportError, MambaAttnError) as error:
+        print(f"mamba-attn explore: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def serve(stores: Sequence[Any], host: str, port: int) -> None:
+    """Serve stores until Ctrl+C.
+
+    Args:
+        stores: ``AttentionStore`` objects.
+        host: address to bind to.
+        port: 0 for any that is free.
+
+    Raises:
+        OSError: the port is in use, or the address cannot be bound.
+        ValueError: a store without images.
+    """
+    from mamba_attn.explorer.app import build
+    from mamba_attn.explorer.serving import bound
+
+    with bound(build(stores, host=host), host, port) as server:
+        name = f"[{host}]" if ":" in host else host
+        print(f"mamba-attn explore: http://{name}:{server.port}/ (Ctrl+C stops)", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+
+
+def _stores(paths: Sequence[str]) -> list[Any]:
+    from mamba_attn.analytics import AttentionStore
+
+    return [AttentionStore.open(path) for path in (paths or [str(demo_store())])]
+
+
+def demo_store() -> Path:
+    """Return the store of the package's own images, collected when it is not there yet.
+
+    Raises:
+        ValueError: until stores can be collected from here.
+    """
+    raise ValueError("name a STORE, as mamba-attn collect writes it.")
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}: a port is a number in 0..65535")
+    return int(text)

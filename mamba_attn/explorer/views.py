@@ -1,0 +1,221 @@
+"""What a state looks like: the figures and arrays of its two views, without a browser or a server."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import torch
+
+from mamba_attn import figures
+from mamba_attn.analytics.embed import embed
+from mamba_attn.explorer.source import Source, tokens_of
+from mamba_attn.explorer.state import Pane, State
+from mamba_attn.figures import colours
+
+STRONGEST = 5  # targets that are named
+COLOURS = {"patches": ("column", "row", "rank"), "blocks": ("block", "class", "predicted")}
+_SIZES = (5.0, 13.0)  # pixels, of the first and the last row
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """The points of a scatterplot.
+
+    Args:
+        xy: (points, 2).
+        pairs: (points, 2) numbers of layer and image, in mode "blocks".
+        about: how they were made.
+    """
+
+    xy: np.ndarray
+    pairs: np.ndarray | None
+    about: str
+
+
+class Views:
+    """The views of one store; embeddings are remembered.
+
+    Args:
+        source: of the numbers.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._points: dict[tuple[Any, ...], Points] = {}
+
+    def points(self, pane: Pane) -> Points:
+        """Return the points of a pane's scatterplot: a stage's (block, image) pairs, or a block's patches.
+
+        Raises:
+            ImportError: the method's package is not installed.
+            ValueError: too few points.
+        """
+        source, layer = self.source, self.source.layer(pane)
+        if pane.mode == "blocks":
+            key: tuple[Any, ...] = ("blocks", layer.stage, pane.method)
+        else:
+            key = ("patches", layer.name, source.route(pane), pane.direction, pane.method)
+        if key not in self._points:
+            self._points[key] = self._blocks(pane) if pane.mode == "blocks" else self._patches(pane)
+        return self._points[key]
+
+    def _blocks(self, pane: Pane) -> Points:
+        layers = self.source.stage(pane)
+        features = [np.asarray(self.source.store.features(self.source.layers[index])) for index in layers]
+        pairs = [(index, image) for index in layers for image in range(len(self.source.images))]
+        xy = embed(np.concatenate(features).astype(np.float32), pane.method, cache=self.source.store).points
+        return Points(
+            xy, np.array(pairs), f"Stage {self.source.layer(pane).stage}: blocks, {len(self.source.images)} images"
+        )
+
+    def _patches(self, pane: Pane) -> Points:
+        layer = self.source.layer(pane)
+        matrix = self.source.mean(layer, self.source.route(pane))
+        patches = layer.layout.patches.numpy()
+        rows = (matrix if pane.direction == "row" else matrix.T)[patches]
+        xy = embed(np.ascontiguousarray(rows), pane.method, cache=self.source.store).points
+        return Points(xy, None, f"Stage {layer.stage}, block {layer.block}: {len(patches)} patches")
+
+    def selected(self, pane: Pane, state: State) -> list[int]:
+        """Return the numbers of the points that the selection means."""
+        if pane.mode == "patches":
+            return state.on_grid(tuple(self.source.layer(pane).layout.grid))
+        pairs = self.points(pane).pairs
+        wanted = set(state.points)
+        if pairs is None or not wanted:
+            return []
+        return [index for index, pair in enumerate(pairs.tolist()) if tuple(pair) in wanted]
+
+    def scatter(self, pane: Pane, state: State, size: int = 460) -> go.Figure:
+        """Return the scatterplot view.
+
+        Args:
+            pane: which attention.
+            state: whose selection is lit up.
+            size: height in pixels.
+        """
+        points = self.points(pane)
+        colour = pane.colour if pane.colour in COLOURS[pane.mode] else COLOURS[pane.mode][0]
+        method = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}[pane.method]
+        shared = {
+            "selected": self.selected(pane, state), "axes": (f"{method} 1", f"{method} 2"), "size": size,
+        }  # fmt: skip
+        if points.pairs is not None:
+            return self._scatter_blocks(points.xy, points.pairs, colour, shared)
+        return self._scatter_patches(pane, points.xy, colour, shared)
+
+    def _scatter_blocks(self, xy: np.ndarray, pairs: np.ndarray, colour: str, shared: dict[str, Any]) -> go.Figure:
+        kinds, texts = [], []
+        for index, number in pairs.tolist():
+            layer, image = self.source.layers[index], self.source.images[number]
+            kinds.append(
+                {
+                    "block": f"block {layer.block}",
+                    "class": "not known" if image.label is None else str(image.label),
+                }.get(colour, str(image.predicted))
+            )
+            texts.append(f"stage {layer.stage}, block {layer.block}<br>{image.key}")
+        sizes = np.full(len(xy), 10.0 if len(xy) <= 400 else 7.0)
+        return figures.embedding(xy, kinds, sizes=sizes, texts=texts, colour_title=colour, **shared)
+
+    def _scatter_patches(self, pane: Pane, xy: np.ndarray, colour: str, shared: dict[str, Any]) -> go.Figure:
+        layer = self.source.layer(pane)
+        rows, columns = np.divmod(np.arange(len(xy)), layer.layout.grid[1])
+        values = {"column": columns, "row": rows, "rank": self.ranks(pane)[max(pane.route, 0)]}[colour]
+        # as in arXiv 2502.20764: colour says the column and size the row
+        sized = columns if colour == "row" else rows
+        sizes = np.interp(sized, (0, max(int(sized.max()), 1)), _SIZES) * (0.6 if len(xy) > 1500 else 1.0)
+        title = f"rank in route {max(pane.route, 0) + 1}" if colour == "rank" else colour
+        texts = [f"row {row}, column {column}" for row, column in zip(rows, columns, strict=True)]
+        return figures.embedding(xy, values, sizes=sizes, texts=texts, colour_title=title, **shared)
+
+    def ranks(self, pane: Pane) -> np.ndarray:
+        """Return at which step every route visits each patch: (routes, patches), NaN where it does not."""
+        layer = self.source.layer(pane)
+        ranks = np.full((len(layer.orders), layer.layout.tokens), np.nan)
+        for route, order in enumerate(np.asarray(layer.orders)):
+            ranks[route, order] = np.arange(len(order))
+        return np.asarray(ranks[:, layer.layout.patches.numpy()])
+
+    def path(self, pane: Pane) -> np.ndarray:
+        """Return the patches that the pane's route, of a sum the first one, visits, as raster indices; step by step."""
+        layer = self.source.layer(pane)
+        number = np.full(layer.layout.tokens, -1)
+        number[layer.layout.patches.numpy()] = np.arange(len(layer.layout.patches))
+        visited = number[np.asarray(layer.orders)[min(max(pane.route, 0), len(layer.orders) - 1)]]
+        return np.asarray(visited[visited >= 0])
+
+    def heat(self, pane: Pane, state: State) -> np.ndarray:
+        """Return the map of the selection, (height, width), as it is shown.
+
+        Raises:
+            UnavailableError: gate or D where there is none.
+        """
+        layer = self.source.layer(pane)
+        cells = [*state.on_grid(tuple(layer.layout.grid)), *(cell for cell in state.cells if cell < 0)]
+        return self.shown(pane, self.source.read(pane, tokens_of(layer.layout, cells)))
+
+    def shown(self, pane: Pane, values: np.ndarray) -> np.ndarray:
+        """Return one number per token on the grid, as it is shown."""
+        grid = self.source.layer(pane).layout.to_grid(torch.from_numpy(np.ascontiguousarray(values))).numpy()
+        return figures.shown(grid, sign=pane.sign, normalise=pane.normalise, log=pane.log)
+
+    def patches(self, pane: Pane, state: State, size: int = 460, photo: bool = True) -> go.Figure:
+        """Return the patch view.
+
+        Args:
+            pane: which attention.
+            state: whose selection is shown.
+            size: height in pixels.
+            photo: draw the image below the map.
+
+        Raises:
+            UnavailableError: as in ``heat``.
+        """
+        layer = self.source.layer(pane)
+        order = self.path(pane) if pane.path and len(layer.orders) else None
+        values = self.heat(pane, state)
+        palette = colours.CIVIDIS if pane.palette == "cividis" else colours.VIRIDIS
+        return figures.patch_view(
+            values, image=self.source.pixels(pane) if photo else None, order=order,
+            marks=state.on_grid(tuple(layer.layout.grid)),
+            step=None if order is None or not 0 < pane.step <= len(order) else pane.step, opacity=pane.opacity,
+            colours=None if (values < 0).any() else palette, bar_title=unit(pane), size=size,
+        )  # fmt: skip
+
+    def gallery(self, pane: Pane, state: State) -> list[np.ndarray]:
+        """Return the map of the selection in every layer, each on its own grid."""
+        found = []
+        for index in range(len(self.source.layers)):
+            its = Pane(**{**pane.__dict__, "layer": index})
+            found.append(self.heat(its, state))
+        return found
+
+
+def unit(pane: Pane) -> str:
+    """Return what the numbers of a pane's map are, in a few words."""
+    kind = "attention" if pane.what != "difference" else "image less mean"
+    kind = kind if pane.sign == "signed" else f"{pane.sign} {kind}"
+    of = {"none": "", "largest": " / largest", "range": ", 0 to 1", "sum": " / sum"}[pane.normalise]
+    return f"{kind}{of}{', decades' if pane.log else ''}"
+
+
+def caption(source: Source, pane: Pane, state: State) -> str:
+    """Return what the patch view shows, as a sentence."""
+    layer = source.layer(pane)
+    patches = state.on_grid(tuple(layer.layout.grid))
+    rest = [cell for cell in state.cells if cell < 0]
+    width = layer.layout.grid[1]
+    if len(patches) == 1 and not rest:
+        row, column = divmod(patches[0], width)
+        who = f"patch ({row}, {column})"
+    elif not patches and not rest:
+        who = "all patches, on average,"
+    elif not patches:
+        who = "the class token" if rest == [-1] and layer.layout.class_tokens else f"{len(rest)} extra tokens"
+    else:
+        who = f"{len(patches)} patches, on average,"
+    plural = who.endswith(",") or who.endswith("tokens")
+    verb = ("read" if plural else "reads") if pane.direction == "row" else ("are read" if plural else "is read")
+    return f"{'Where' if pane.direction == 'column' else 'What'} {who} {verb}"

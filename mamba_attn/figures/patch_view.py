@@ -1,0 +1,150 @@
+"""The patch grid over its image: a map, the chosen patches in a frame, the path of a route."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from mamba_attn.figures import colours as _colours
+from mamba_attn.figures.colours import BLUE_ORANGE, INK, PATH, VIRIDIS, Scale, as_image, as_values, plotly_scale, to_rgb
+from mamba_attn.figures.path import as_marks, as_route, shown_steps, stroke
+from mamba_attn.figures.picture import data_uri, photo
+from mamba_attn.figures.scan_path import ends, lines
+from mamba_attn.figures.theme import plain, square_cells
+
+HEAT = "heat"
+CHOSEN = "chosen"
+_STEPS = 33  # colours of a scale that lets an image through
+_THIN = 0.35  # of the opacity, what is left at zero
+_GAPS = 300  # cells, up to which lines between them help
+
+
+def patch_view(
+    values: Any,
+    *,
+    image: Any | None = None,
+    marks: Iterable[int] = (),
+    order: Any | None = None,
+    step: int | None = None,
+    opacity: float | None = None,
+    limits: tuple[float, float] | None = None,
+    signed: bool | None = None,
+    colours: list[str] | None = None,
+    bar_title: str = "",
+    title: str | None = None,
+    size: int = 460,
+) -> go.Figure:
+    """Show a map on the patch grid; cells can be clicked, and dragged over.
+
+    Args:
+        values: (height, width) on the grid.
+        image: (rows, columns, 3), uint8 or in 0..1, drawn below and stretched to the grid.
+        marks: patches in a frame around all that touch, as raster indices.
+        order: the patch visited at each step, whose path is drawn.
+        step: draw the first steps of it only. Default: all.
+        opacity: of the largest values, 0 to 1; below 1, smaller ones are fainter. Default: 0.9 over an image, else 1.
+        limits: values of the first and the last colour. Default: the map's range without the largest half percent.
+        signed: centre on zero. Default: whether a value is negative.
+        colours: from low to high. Default: Viridis, for signed values blue below zero and orange above.
+        bar_title: what the colours mean.
+        title: above the figure.
+        size: height of the figure in pixels; the width is that of its container.
+
+    Raises:
+        ValueError: values that are not a grid, patches outside it, a step that does not exist, limits that do not fit.
+    """
+    array = as_values("patch_view(values)", values)
+    height, width = array.shape
+    figure = go.Figure()
+    if image is not None:
+        picture = as_image("patch_view(image)", image)
+        figure.add_trace(photo(data_uri(picture), picture.shape[:2], (height, width)))
+    figure.add_trace(
+        _heat(
+            array, (1.0 if image is None else 0.9) if opacity is None else opacity, limits, signed, colours, bar_title
+        )
+    )
+    cell = (size - 30) / max(height, width)
+    figure.add_traces(_frame(as_marks("patch_view", marks, (height, width)), (height, width), cell))
+    if order is not None:
+        route = as_route("patch_view", order, (height, width))
+        count = shown_steps("patch_view", step, len(route))
+        scale = Scale(0, max(len(route) - 1, 1), PATH)
+        figure.add_traces(
+            [*lines(route, count, scale, stroke(cell), halo=True), ends(route[:count], scale, cell, bar=False)]
+        )
+    plain(figure, title=title, width=size, height=size)
+    square_cells(figure)
+    figure.update_xaxes(visible=False, range=[-0.5, width - 0.5]).update_yaxes(
+        visible=False, scaleanchor="x", range=[height - 0.5, -0.5], autorange=False
+    )
+    margin = {"l": 8, "r": 8, "t": 34 if title else 28, "b": 8}
+    line = {"color": INK, "width": 1.5, "dash": "dot"}
+    return figure.update_layout(
+        width=None, autosize=True, margin=margin, dragmode="select", showlegend=False, hovermode="closest",
+        newselection={"line": line}, activeselection={"fillcolor": "white", "opacity": 0.12},
+    )  # fmt: skip
+
+
+def _heat(
+    array: np.ndarray, opacity: float, limits: tuple[float, float] | None, signed: bool | None,
+    colours: list[str] | None, title: str,
+) -> go.Heatmap:  # fmt: skip
+    own = {} if limits is not None or signed is False else _colours.limits(np.nan_to_num(array))
+    signed = own.get("signed", signed)
+    chosen = _colours.scale(
+        array, limits=limits or own.get("limits"), signed=signed,
+        colours=colours or (BLUE_ORANGE if signed or (signed is None and (array < 0).any()) else VIRIDIS),
+    )  # fmt: skip
+    gap = 1 if array.size <= _GAPS else 0
+    bar = {
+        "title": {"text": title, "side": "right"}, "thickness": 10, "outlinewidth": 0, "x": 1.0, "xpad": 6,
+        "exponentformat": "power", "nticks": 6,
+    }  # fmt: skip
+    return go.Heatmap(
+        z=array.astype(np.float32), zmin=chosen.low, zmax=chosen.high, colorscale=_clear(chosen, opacity),
+        colorbar=bar, name=HEAT, xgap=gap, ygap=gap, hovertemplate="row %{y}, column %{x}: %{z:.3g}<extra></extra>",
+    )  # fmt: skip
+
+
+def _clear(chosen: Scale, opacity: float) -> list[list[float | str]]:
+    """A colorscale that lets the image through where values are near zero, or near the lowest."""
+    if opacity >= 1:
+        return plotly_scale(chosen.colours)
+    position = np.linspace(0, 1, _STEPS)
+    rgb = to_rgb(position, Scale(0.0, 1.0, chosen.colours))
+    strength = np.abs(2 * position - 1) if chosen.low < 0 < chosen.high else position
+    alpha = opacity * (_THIN + (1 - _THIN) * np.sqrt(strength))
+    colours = ["rgba({}, {}, {}, {:.3f})".format(*channels, one) for channels, one in zip(rgb, alpha, strict=True)]
+    return plotly_scale(colours)
+
+
+def _frame(marks: np.ndarray, grid: tuple[int, int], cell: float) -> list[go.Scatter]:
+    """One outline, dark on light to show on any image; a trace without points, if there are no marks, to select by."""
+    x, y = outline(marks, grid)
+    wide = min(max(0.08 * cell, 1.5), 3.0)
+    return [
+        go.Scatter(x=x, y=y, mode="lines", hoverinfo="skip", name=CHOSEN, line={"color": colour, "width": line})
+        for colour, line in (("white", wide + 2.5), (INK, wide))
+    ]
+
+
+def outline(marks: np.ndarray, grid: tuple[int, int]) -> tuple[list[float | None], list[float | None]]:
+    """Return x and y of the edges around some cells, None between edges.
+
+    Args:
+        marks: (row, column) of each cell.
+        grid: (height, width).
+    """
+    inside = np.zeros((grid[0] + 2, grid[1] + 2), dtype=bool)
+    inside[marks[:, 0] + 1, marks[:, 1] + 1] = True
+    x: list[float | None] = []
+    y: list[float | None] = []
+    for row, column in np.argwhere(inside[1:] != inside[:-1]):  # an edge below row - 1
+        x += [column - 1.5, column - 0.5, None]
+        y += [row - 0.5, row - 0.5, None]
+    for row, column in np.argwhere(inside[:, 1:] != inside[:, :-1]):
+        x += [column - 0.5, column - 0.5, None]
+        y += [row - 1.5, row - 0.5, None]
+    return x, y

@@ -1,0 +1,120 @@
+"""What the explorer reads equals the matrices, stored or of a live model."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import mamba_attn
+from mamba_attn import images
+from mamba_attn.explorer.card import card
+from mamba_attn.explorer.source import Source, UnavailableError, tokens_of
+from mamba_attn.explorer.state import Pane, State
+from mamba_attn.explorer.views import Views
+from tests.explorer.double import Double, tiny
+
+
+@pytest.fixture(scope="module")
+def store():
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def gated():
+    """A Vim, which has a class token and a gate."""
+    torch.manual_seed(1)
+    model = mamba_attn.models.create("vim_micro", image_size=(24, 40), depth=2, num_classes=3)
+    pixels = np.random.default_rng(1).integers(0, 255, (2, 24, 40, 3), dtype=np.uint8)
+    return Double(model, pixels, ["cat", "dog"], keep=0, name="vim_micro")
+
+
+def explicit(store, number, layer, gate=False, skip=False, route=None):
+    """The matrix of one image, from its definition."""
+    with torch.no_grad(), mamba_attn.trace(store.model()) as record:
+        store.model()(images.normalise(store.pixels(store.images[number])[None]))
+    scan = record.layers[layer].scan
+    if route is not None:
+        scan = scan.select_routes(slice(route, route + 1))
+    matrix = mamba_attn.hidden_attention(scan, fold="each")[0].double()
+    if skip:  # D reads the token itself, once per route
+        matrix = matrix + scan.scale * scan.D.double().sum(0)[:, None, None] * torch.eye(scan.tokens)
+    if gate:
+        matrix = matrix * scan.gate[0].double()[..., None]
+    return matrix.mean(0).numpy()
+
+
+@pytest.mark.parametrize("direction", ["row", "column"])
+@pytest.mark.parametrize(("gate", "skip", "route"), [(0, 0, -1), (1, 0, -1), (0, 1, 1), (1, 1, -1)])
+def test_a_live_model_gives_rows_and_columns_of_the_matrix(gated, direction, gate, skip, route):
+    pane = Pane(layer=1, what="image", image=1, direction=direction, gate=bool(gate), skip=bool(skip), route=route)
+    matrix = explicit(gated, 1, 1, gate, skip, None if route < 0 else route)
+    matrix = matrix if direction == "row" else matrix.T
+    for tokens in ([3], [0, 5, 6]):
+        found = Source(gated).read(pane, tokens)
+        np.testing.assert_allclose(found, matrix[tokens].mean(0), atol=1e-6 * np.abs(matrix).max())
+
+
+def test_the_difference_is_the_image_less_the_mean(store):
+    source = Source(store)
+    for image in (0, 2):  # kept in the store, and not
+        pane = Pane(what="difference", image=image)
+        expected = explicit(store, image, 0)[7] - store.mean(store.layers[0])[7]
+        np.testing.assert_allclose(source.read(pane, [7]), expected, atol=1e-6 * np.abs(expected).max())
+
+
+def test_a_row_is_read_without_its_matrix(store, monkeypatch):
+    source = Source(store)
+    monkeypatch.setattr(store, "mean", lambda *_: pytest.fail("the whole matrix was read"))
+    np.testing.assert_allclose(source.read(Pane(), [4, 9]), store._mean[store.layers[0].name, "sum"][[4, 9]].mean(0))
+
+
+@pytest.mark.parametrize("pane", [Pane(gate=True), Pane(skip=True), Pane(what="difference", gate=True)])
+def test_gate_and_d_of_a_mean_are_refused_in_words(store, pane):
+    with pytest.raises(UnavailableError, match=r"an image|switch them off"):
+        Source(store).read(pane, [0])
+
+
+def test_numbers_beyond_the_store_show_the_last_or_the_sum(store):
+    source = Source(store)
+    wild = Pane(layer=99, image=99, route=99)
+    assert source.layer(wild) is store.layers[-1]
+    assert source.image(wild) is store.images[-1]
+    assert source.route(wild) == "sum"
+
+
+def test_the_class_token_is_a_cell_of_its_own(gated):
+    layout = gated.layers[0].layout
+    assert tokens_of(layout, [0, -1, 999, -9]) == [int(layout.patches[0]), layout.class_tokens[0]]
+    views = Views(Source(gated))
+    heat = views.heat(Pane(), State(grid=tuple(layout.grid), cells=(-1,)))
+    expected = gated.mean(gated.layers[0])[layout.class_tokens[0]][layout.patches.numpy()]
+    np.testing.assert_allclose(heat.ravel(), expected)
+
+
+def test_the_card_knows_where_a_patch_is_and_what_it_reads(store):
+    views = Views(Source(store))
+    found = card(views, Pane(sign="absolute"), 29)
+    row = np.abs(store.mean(store.layers[0])[29])
+    assert (found.row, found.column) == (2, 5)
+    assert found.ranks == [30, 43, 67, 54]
+    assert [r * 12 + c for r, c, _ in found.strongest] == np.argsort(-row)[:5].tolist()
+    with pytest.raises(ValueError, match="the grid is 8x12"):
+        card(views, Pane(), 96)
+
+
+def test_points_of_a_block_and_of_a_stage(store):
+    views = Views(Source(store))
+    patches, blocks = views.points(Pane()), views.points(Pane(mode="blocks", layer=2))
+    assert patches.xy.shape == (96, 2)
+    assert blocks.pairs.tolist() == [[layer, image] for layer in (2, 3) for image in range(4)]
+    state = State(grid=(8, 12), cells=(3, 4), points=((3, 1),))
+    assert views.selected(Pane(), state) == [3, 4]
+    assert views.selected(Pane(mode="blocks", layer=2), state) == [5]
+
+
+def test_the_path_of_a_route_visits_patches_as_raster_indices(gated):
+    views = Views(Source(gated))
+    count = len(gated.layers[0].layout.patches)
+    assert views.path(Pane(route=0)).tolist() == list(range(count))
+    assert views.path(replace(Pane(), route=1)).tolist() == list(range(count))[::-1]
