@@ -21,5 +21,6 @@ from mamba_attn.figures.scan_path import scan_path
 from mamba_attn.figures.shown import shown
 
 __all__ = [
-    "depth_grid", "embedding", "layer_grid", "matrix", "overlay", "patch_view", "reach", "roofline", "scan_path", "shown",
+    "depth_grid", "embedding", "layer_grid", "matrix", "overlay", "patch_view", "reach", "roofline",
+    "scan_path", "shown",
 ]  # fmt: skip
