@@ -211,7 +211,7 @@ def test_missing_extras_are_named_with_the_remedy(capsys, monkeypatch):
 
 
 def test_only_what_exists_is_offered(capsys):
-    for arguments in ([], ["compare"], ["erf"], ["explain", "--method"], ["explain", "--device", "tpu"]):
+    for arguments in ([], ["compare"], ["findings"], ["explain", "--method"], ["explain", "--device", "tpu"]):
         with pytest.raises(SystemExit) as stop:
             cli.main(arguments)
         assert stop.value.code == 2
@@ -222,4 +222,4 @@ def test_only_what_exists_is_offered(capsys):
     shown = capsys.readouterr().out
     assert "explain" in shown
     assert "compare" in shown
-    assert "erf" not in shown
+    assert "findings" not in shown
