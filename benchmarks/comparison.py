@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import cases
+from benchmarks.cases import EXPLAINED
 from benchmarks.measure import Spread
 from benchmarks.report import Figure, figure, show
 
 OURS = "relevance_attention_ranks"
-MICRO = ("vmamba_micro", "vim_micro", "vit_micro")
-DIGITS = ("vmamba_digits", "vim_digits", "vit_digits")
+MICRO = (*EXPLAINED, "vit_micro")
+DIGITS = (*cases.DIGITS, "vit_digits")
 PUBLISHED = (
     *(f"{method}:convention={code}" for method in ("raw_attention", "attention_rollout", "mamba_attribution")
       for code in ("hidden_mamba", "implicit_unified")),
@@ -68,8 +70,8 @@ PARTS = (
     Part("boxes", ("localise.zip:imagenette_boxes224",), ("localisation",), aims=("miou",)),
     Part("masks", ("localise.zip:coco_masks256",), ("localisation",)),
     Part("digits", ("localise.zip:digits64",), ("localisation",), DIGITS, aims=("miou",)),
-    Part("ablation", ("imagenette128.zip",), ("perturbation",), MICRO[:2], "choose", 60, methods=ABLATIONS),
-    Part("ablation, boxes", ("localise.zip:imagenette_boxes224",), ("localisation",), MICRO[:2], "choose",
+    Part("ablation", ("imagenette128.zip",), ("perturbation",), EXPLAINED, "choose", 60, methods=ABLATIONS),
+    Part("ablation, boxes", ("localise.zip:imagenette_boxes224",), ("localisation",), EXPLAINED, "choose",
          methods=ABLATIONS),
     Part("sanity and cost", ("imagenette128.zip",), ("sanity", "cost"), half="report"),
 )  # fmt: skip

@@ -44,8 +44,6 @@ def test_every_aim_has_its_target_and_its_part() -> None:
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
 def test_parts_ask_for_methods_that_there_are(part: Part, photos: Path) -> None:
-    for each in part.data:
-        (photos / each).parent.mkdir(exist_ok=True)
     planned = comparison.plan(Part(part.name, ("photos",), part.measures, part.models, part.half, 3, (), part.methods),
                               photos, 3)  # fmt: skip
     assert OURS in planned.methods
