@@ -33,6 +33,8 @@ TRANSFORMER = "deit_tiny_patch16_224"
 
 FORMS: dict[str, dict[str, bool]] = {"rows": {"rollout": False}, "dense": {}, "signed": {"signed": True}}
 EXPLAINED = ("vim_micro", "vmamba_micro")
+DIGITS = ("vim_digits", "vmamba_digits")
+ON_DIGITS = {"miou": "mIoU of digits"}
 AIMS = {"positive_auc_top": "positive AUC", "negative_auc_top": "negative AUC", "miou": "mIoU of boxes"}
 
 TARGETS = {
@@ -65,8 +67,8 @@ TARGETS = {
     },
     **{
         f"{name} {aim}": Target(f"{name}: {what}, lead of our combination over the best baseline", 0, 0, higher=True)
-        for name in EXPLAINED
-        for aim, what in AIMS.items()
+        for name, aims in [*((name, AIMS) for name in EXPLAINED), *((name, ON_DIGITS) for name in DIGITS)]
+        for aim, what in aims.items()
     },
     **{
         f"{name} {part}": Target(f"{name}: {what}", at_least, aim, higher=True, unit="x")

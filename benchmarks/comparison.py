@@ -7,17 +7,20 @@ Models answer in bfloat16 when they are perturbed; maps are of float32.
 """
 
 import argparse
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import cases
+from benchmarks.cases import EXPLAINED
 from benchmarks.measure import Spread
 from benchmarks.report import Figure, figure, show
 
 OURS = "relevance_attention_ranks"
-MICRO = ("vmamba_micro", "vim_micro", "vit_micro")
-DIGITS = ("vmamba_digits", "vim_digits", "vit_digits")
+MICRO = (*EXPLAINED, "vit_micro")
+DIGITS = (*cases.DIGITS, "vit_digits")
 PUBLISHED = (
     *(f"{method}:convention={code}" for method in ("raw_attention", "attention_rollout", "mamba_attribution")
       for code in ("hidden_mamba", "implicit_unified")),
@@ -66,9 +69,9 @@ PARTS = (
          aims=("positive_auc_top", "negative_auc_top")),
     Part("boxes", ("localise.zip:imagenette_boxes224",), ("localisation",), aims=("miou",)),
     Part("masks", ("localise.zip:coco_masks256",), ("localisation",)),
-    Part("digits", ("localise.zip:digits64",), ("localisation",), DIGITS),
-    Part("ablation", ("imagenette128.zip",), ("perturbation",), MICRO[:2], "choose", 60, methods=ABLATIONS),
-    Part("ablation, boxes", ("localise.zip:imagenette_boxes224",), ("localisation",), MICRO[:2], "choose",
+    Part("digits", ("localise.zip:digits64",), ("localisation",), DIGITS, aims=("miou",)),
+    Part("ablation", ("imagenette128.zip",), ("perturbation",), EXPLAINED, "choose", 60, methods=ABLATIONS),
+    Part("ablation, boxes", ("localise.zip:imagenette_boxes224",), ("localisation",), EXPLAINED, "choose",
          methods=ABLATIONS),
     Part("sanity and cost", ("imagenette128.zip",), ("sanity", "cost"), half="report"),
 )  # fmt: skip
@@ -109,11 +112,14 @@ def _measure(part: Part, args: argparse.Namespace) -> tuple[list[Figure], dict[s
     planned.check()
     args.runs.mkdir(parents=True, exist_ok=True)
     store = Store(args.runs / "measured.jsonl")
+    started, before = time.perf_counter(), len(store)
     with bar() as progress:
         run(planned, store, args.workers, progress)
+    seconds, lines = time.perf_counter() - started, len(store) - before
     tables = summarise(planned, store)
     details: dict[str, Any] = {
         "tables": [_brief(table) for table in tables],
+        "measured in this run": {"lines": lines, "wall seconds": seconds, "workers": args.workers},
         "notes": list(dict.fromkeys(planned.notes)),
         "half": planned.half,
         "options": vars(planned.options),

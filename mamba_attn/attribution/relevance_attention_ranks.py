@@ -36,8 +36,8 @@ class RelevanceAttentionRanks(PixelAttribution):
     relevance is ``MambaLRP``; ``extent`` may hold ``"smooth_relevance"``, MambaLRP with the generalised gamma rule in
     every linear layer and convolution, ``"implicit_attention"`` and ``"raw_attention"``, each with its defaults. All
     are averaged over the cells of the model's first token grid. What it costs is five forward passes, three backward
-    ones and, for ``"implicit_attention"``, a dense matrix of tokens per layer. The defaults were chosen by ablation on
-    one half of the test images (docs/comparing.md).
+    ones and, for ``"implicit_attention"``, a dense matrix of tokens per layer. The defaults were chosen on one half
+    of the test images (docs/comparing.md). Cells beyond the positive ones are 0, all alike.
 
     Args:
         model: Vim or VMamba, with fused_add_norm=False where it has that.
