@@ -60,6 +60,9 @@ TARGETS = {
     "collect memory": Target("`mamba-attn collect`: added peak memory, 1,000 / 100 images", 1.05, 1.01, unit="x"),
     "collect time": Target("`mamba-attn collect`, 1,000 images, wall seconds", 600, 300, unit="s"),
     "collect mean": Target("error of the store's means / largest entry, against explicit matrices", 1e-6, 1e-7),
+    "embed kept": Target("neighbours that 100 principal components keep", 0.8, 0.95, higher=True),
+    "embed trust": Target("what PCA-100 before the embedding adds to its trustworthiness", 0, 0, higher=True),
+    "embed overlap": Target("what PCA-100 before the embedding adds to the neighbours it keeps", 0, 0, higher=True),
     "explain": Target("`mamba-attn explain` with its defaults, wall seconds", 60, 20, unit="s"),
     **{
         f"{name} rows": Target(f"{name}: MambaAttribution's row form / one forward + backward", 1.3, 1.1, unit="x")

@@ -1,0 +1,66 @@
+"""Is PCA needed before t-SNE and UMAP? Embeddings of the demo models' attention with and without it."""
+
+import argparse
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.cases import EXPLAINED
+from benchmarks.measure import Spread
+from benchmarks.report import Figure, figure
+from mamba_attn.analytics import AttentionStore, Request, collect
+from mamba_attn.analytics.neighbours import PcaCheck, pca_check
+from mamba_attn.analytics.request import describe
+from mamba_attn.datasets import open_data
+from mamba_attn.subjects import load
+
+METHODS = ("tsne", "umap")
+SEEDS = (0, 1, 2)
+POINTS = 600
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which images."""
+    parser.add_argument("--data", required=True, metavar="DIR|ZIP[:PART]", help=f"at least {POINTS} images")
+
+
+def features(name: str, data: str, points: int) -> np.ndarray:
+    """The summed matrix of every block and image as one row, (points, features); blocks of the finest grid alone.
+
+    Args:
+        name: of a demo model.
+        data: the images.
+        points: blocks x images.
+    """
+    request = Request(load(name, "demo"), open_data(data), 1, routes="sum")
+    layers = describe(request)
+    finest = [layer.name for layer in layers if layer.tokens == max(each.tokens for each in layers)]
+    request = dataclasses.replace(request, limit=points // len(finest), layers=finest)
+    with tempfile.TemporaryDirectory() as folder:
+        collect(request, Path(folder) / "store")
+        store = AttentionStore.open(Path(folder) / "store")
+        return np.concatenate([store.features(layer) for layer in store.layers])
+
+
+def run_embed(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
+    """What PCA adds to every model's embeddings."""
+    points, first, options = (24, 5, {"count": 4}) if args.quick else (POINTS, 100, {})
+    figures: list[Figure] = []
+    details: dict[str, Any] = {"how": __doc__, "points": points}
+    for name in EXPLAINED:
+        values = features(name, args.data, points)
+        for method in METHODS:
+            found = pca_check(values, method, first=first, seeds=SEEDS, unit_norm=True, **options)
+            details[f"{name}, {method}"] = {**dataclasses.asdict(found), "needed": found.needed}
+            how = f"{name}, {method}"
+            figures += [figure(f"embed {measure}", how, _gain(found, measure)) for measure in ("trust", "overlap")]
+            figures.append(figure("embed kept", how, found.kept))
+    return figures, details
+
+
+def _gain(found: PcaCheck, measure: str) -> Spread:
+    values = {"trust": found.trustworthiness, "overlap": found.overlap}[measure]
+    return Spread.of(np.subtract(values["with"], values["without"]).tolist())
