@@ -19,8 +19,9 @@ from mamba_attn.figures.reach import reach
 from mamba_attn.figures.roofline import roofline
 from mamba_attn.figures.scan_path import scan_path
 from mamba_attn.figures.shown import shown
+from mamba_attn.figures.state_trajectory import state_trajectory
 
 __all__ = [
     "depth_grid", "embedding", "layer_grid", "matrix", "overlay", "patch_view", "reach", "roofline",
-    "scan_path", "shown",
+    "scan_path", "shown", "state_trajectory",
 ]  # fmt: skip
