@@ -57,6 +57,7 @@ TARGETS = {
     "drop-in changed": Target("other people's model code: outputs that observing changed by a bit", 0, 0),
     "drop-in logits": Target("our model / the official code, same weights: largest difference of logits", 1e-4, 1e-5),
     "drop-in matrices": Target("our model / the official code, same weights: worst error of a matrix", 1e-5, 1e-6),
+    "compare time": Target("`run.py compare`: the table, hours of one core", 2, 2, unit="h"),
     "explain": Target("`mamba-attn explain` with its defaults, wall seconds", 60, 20, unit="s"),
     **{
         f"{name} rows": Target(f"{name}: MambaAttribution's row form / one forward + backward", 1.3, 1.1, unit="x")
