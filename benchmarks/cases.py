@@ -63,6 +63,7 @@ TARGETS = {
     "embed kept": Target("neighbours that 100 principal components keep", 0.8, 0.95, higher=True),
     "embed trust": Target("what PCA-100 before the embedding adds to its trustworthiness", 0, 0, higher=True),
     "embed overlap": Target("what PCA-100 before the embedding adds to the neighbours it keeps", 0, 0, higher=True),
+    "compare time": Target("`run.py compare`: the table, hours of one core", 2, 2, unit="h"),
     "explain": Target("`mamba-attn explain` with its defaults, wall seconds", 60, 20, unit="s"),
     **{
         f"{name} rows": Target(f"{name}: MambaAttribution's row form / one forward + backward", 1.3, 1.1, unit="x")

@@ -7,6 +7,7 @@ Models answer in bfloat16 when they are perturbed; maps are of float32.
 """
 
 import argparse
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ ABLATIONS = (
     *(f"{OURS}:extent={name}" for name in ("smooth_relevance", "implicit_attention", "raw_attention")),
     "mamba_lrp", "mamba_lrp:gamma_layers=*,gamma=1", "implicit_attention", "raw_attention",
 )  # fmt: skip
+TIMED = 16  # images of each collection, from which the time of the whole is told
 MOST = {"perturbation": 60, "localisation": 50, "sanity": 2}  # images of slow methods
 
 
@@ -94,11 +96,38 @@ def run_comparison(args: argparse.Namespace) -> tuple[list[Figure], dict[str, An
     """Measure what the runs lack, and report."""
     figures: list[Figure] = []
     details: dict[str, Any] = {"how": __doc__, "baselines": BASELINES}
-    for part in PARTS:
-        if args.parts is None or part.name in args.parts:
-            found, details[part.name] = _measure(part, args)
-            figures += found
+    parts = [part for part in PARTS if args.parts is None or part.name in args.parts]
+    for part in parts:
+        found, details[part.name] = _measure(part, args)
+        figures += found
+    if table := [part for part in parts if "ablation" not in part.name and "cost" not in part.measures]:
+        hours = {part.name: core_hours(part, args.data, 2 if args.quick else TIMED) for part in table}
+        details["core hours"] = {"timed images": TIMED, **hours}
+        figures.append(figure("compare time", ", ".join(hours), sum(hours.values())))
     return figures, details
+
+
+def core_hours(part: Part, data: Path, images: int) -> float:
+    """Hours that one thread takes for a part, told from its first images; methods get their share of these.
+
+    Args:
+        part: of the comparison.
+        data: folder of the collections.
+        images: of each collection.
+    """
+    from mamba_attn.evaluation.running import run
+    from mamba_attn.evaluation.store import Store
+
+    planned = plan(part, data, part.limit)
+    whole = len(planned.indices(planned.selectors[0], part.measures[0]))
+    planned.limit = min(images, whole)
+    planned.most = {name: max(1, round(count * planned.limit / whole)) for name, count in planned.most.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder) / "measured.jsonl")
+        list(planned.tasks(store))  # models and methods are loaded before the clock starts
+        started = time.perf_counter()
+        run(planned, store, workers=1)
+        return (time.perf_counter() - started) * whole / planned.limit / 3600
 
 
 def _measure(part: Part, args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:

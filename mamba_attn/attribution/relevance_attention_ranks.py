@@ -13,6 +13,7 @@ from mamba_attn.attribution.implicit_attention import ImplicitAttention
 from mamba_attn.attribution.mamba_lrp import MambaLRP
 from mamba_attn.attribution.raw_attention import RawAttention
 from mamba_attn.errors import nearest
+from mamba_attn.layers import ScanLayer, require
 from mamba_attn.layout import TokenLayout
 from mamba_attn.tracing import trace
 
@@ -96,9 +97,10 @@ class RelevanceAttentionRanks(PixelAttribution):
         return found if grid else cells.to_pixels(found, size)
 
     def _cells(self, images: Tensor, target: Target) -> TokenLayout:
-        """The first token grid; what is wrong with the target is said in this method's name, not in its parts'."""
+        """The first token grid; what is wrong with model or target is said in this method's name, not in its parts'."""
         with torch.inference_mode(False), torch.no_grad(), trace(self.model) as record:
             output = self.model(images.clone() if images.is_inference() else images)
+        require(type(self).__name__, record.layers, ScanLayer)
         target_values(f"{type(self).__name__}.attribute", output, target, len(images))
         return record.layers[0].layout
 

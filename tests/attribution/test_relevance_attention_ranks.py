@@ -107,5 +107,5 @@ def test_options_out_of_range(options, message):
 
 def test_softmax_attention_is_refused():
     model, _ = build("pooled")
-    with pytest.raises(UnsupportedModelError, match="MambaLRP"):
+    with pytest.raises(UnsupportedModelError, match=r"^RelevanceAttentionRanks is defined"):
         RelevanceAttentionRanks(model).attribute(images(1))
