@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 # from the roof to the cellar; names on one line are one room
 HOUSE = [
     ["cli"],
+    ["report"],
     ["explorer"],
     ["explain"],
     ["bench"],
