@@ -36,7 +36,8 @@ FOLDER receives erf.html (the figure, which needs no network), erf.png and erf.n
 with respect to the pixels, averaged over the images; what the token reads in every layer; the attention rollout.
 
 The table says how large a square around the token holds 20, 30, 50 and 99 % of the gradient, its side in pixels and the
-part of the image inside, and mean distances in pixels.
+part of the image inside, and mean distances in pixels. Of a collection (--data) images are taken in the order of the
+hashes of their names, so that the first N are a fair sample.
 """
 
 

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,12 +106,26 @@ def gather(
     return content
 
 
+class _ReadOnly:
+    """A store that perhaps cannot be written: points that it cannot remember are made anew next time."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def save_embedding(self, *args: Any) -> None:
+        with suppress(OSError):
+            self._store.save_embedding(*args)
+
+
 class _Store:
     """One store on its way into the page."""
 
     def __init__(self, store: Any, content: Content, methods: Sequence[str]) -> None:
         self.name, self.content, self.methods = store.model_name, content, methods
-        self.views = Views(Source(store))
+        self.views = Views(Source(_ReadOnly(store)))
         self.source = self.views.source
         if not self.source.images:
             raise ReportError(f"{store.folder}: a store without images has nothing to show.")

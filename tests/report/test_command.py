@@ -1,5 +1,8 @@
 """mamba-attn report as a stranger meets it."""
 
+import json
+import shutil
+
 import pytest
 
 from mamba_attn import cli
@@ -57,6 +60,15 @@ def test_refusals(folder, tmp_path, capsys, monkeypatch, options, sentence):
     (tmp_path / "empty").mkdir()
     assert sentence in refused(capsys, *(option.format(store=folder) for option in options))
     assert not list(tmp_path.glob("*.html"))
+
+
+def test_a_store_half_written_or_of_another_version(folder, tmp_path, capsys):
+    for changed, sentence in (({"wanted": 99}, "half written: 2 of 99 images"), ({"format": 7}, "a store of format 7")):
+        copy = shutil.copytree(folder, tmp_path / next(iter(changed)))
+        index = json.loads((copy / "store.json").read_text())
+        (copy / "store.json").write_text(json.dumps({**index, **changed}))
+        assert sentence in refused(capsys, copy, "--out", tmp_path / "a.html")
+    assert not (tmp_path / "a.html").exists()
 
 
 def test_an_older_page_stays_when_a_new_one_cannot_be_made(folder, tmp_path, capsys, monkeypatch):

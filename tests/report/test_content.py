@@ -4,6 +4,7 @@ import base64
 import importlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,18 @@ def test_points_are_the_store_s_and_are_remembered_there(store, monkeypatch):
     methods = importlib.import_module("mamba_attn.analytics.embed")._METHODS
     monkeypatch.setitem(methods, "pca", None)  # whoever calls it fails
     cases.report(store)
+
+
+def test_a_store_that_cannot_be_written_is_shown_too(tmp_path, monkeypatch):
+    def no(*_):
+        raise PermissionError("read-only")
+
+    store = cases.stored(tmp_path, images=2)
+    whole = about(cases.report(store)[0])["stores"][0]["points"]
+    shutil.rmtree(store.folder / "embeddings")
+    monkeypatch.setattr(type(store), "save_embedding", no)
+    assert about(cases.report(store)[0])["stores"][0]["points"] == whole
+    assert not (store.folder / "embeddings").exists()
 
 
 def test_a_page_is_never_larger_than_it_may_be_and_says_what_is_missing(store, vim):

@@ -47,7 +47,7 @@ function build() {
   const path = steps(its).length;
   byId('controls').replaceChildren(...[
     about.stores.length > 1 && list('store', 'model', about.stores.map((one, at) => [at, `${at + 1}: ${one.name}`])),
-    list('layer', 'block', store().layers.map((one, at) => [at, `stage ${one.stage} · block ${one.block}   ${one.grid.join(' x ')}`])),
+    list('layer', 'block', store().layers.map((one, at) => [at, `stage ${one.stage} · block ${one.block} · ${one.grid.join(' x ')}`])),
     routes.length > 1 && choice('route', 'route', routes),
     choice('mode', 'points', [['blocks', 'blocks'], ['patches', 'patches']]),
     choice('direction', 'a patch', [['row', 'reads'], ['column', 'is read']]),
