@@ -12,7 +12,8 @@ import numpy as np
 from mamba_attn.figures import colours
 from mamba_attn.figures.document import safe
 from mamba_attn.figures.patch_view import THIN
-from mamba_attn.report.content import Content, gather
+from mamba_attn.report.budget import Content
+from mamba_attn.report.content import gather
 from mamba_attn.report.quantised import ERROR, STEPS
 
 SCRIPTS = ("data.js", "colours.js", "points.js", "patches.js", "controls.js", "start.js")

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from mamba_attn import cli
-from mamba_attn.report import content
+from mamba_attn.report import stored
 from tests.report import cases
 
 
@@ -36,7 +36,7 @@ def test_a_page_of_two_stores(folder, tmp_path, capsys):
 
 
 def test_what_is_left_out_is_said(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(content, "CELLS", 24)
+    monkeypatch.setattr(stored, "CELLS", 24)
     assert cli.main(["report", str(folder), "--out", str(tmp_path / "a.html"), "--size", "0.5"]) == 0
     captured = capsys.readouterr()
     assert (tmp_path / "a.html").stat().st_size <= 500_000

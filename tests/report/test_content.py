@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mamba_attn.report.content import ReportError
+from mamba_attn.report.budget import ReportError
 from mamba_attn.report.page import as_json
 from mamba_attn.report.quantised import ERROR, unpacked
 from tests.report import cases
@@ -116,14 +116,14 @@ def test_softmax_attention_has_no_path(tmp_path):
 
 
 def test_grids_that_are_too_large_are_left_to_the_explorer(store, monkeypatch):
-    from mamba_attn.report import content
+    from mamba_attn.report import stored
 
-    monkeypatch.setattr(content, "CELLS", 24)
+    monkeypatch.setattr(stored, "CELLS", 24)
     page, made = cases.report(store)
     (told,) = about(page)["stores"]
     assert [its["number"] for its in told["layers"]] == [1, 2]
     assert "1 layer of more than 24 patches (8x12) is left out. mamba-attn explore store shows them" in made.notes[0]
-    monkeypatch.setattr(content, "CELLS", 4)
+    monkeypatch.setattr(stored, "CELLS", 4)
     with pytest.raises(ReportError, match=r"grids of more than 4 patches\. mamba-attn explore store .*linear time"):
         cases.report(store)
 
