@@ -43,17 +43,22 @@ def collecting(name: str, data: str, limit: int) -> Callable[[], None]:
     return call
 
 
-def mean_error(name: str, data: str, limit: int) -> float:
+def mean_error(name: str, data: str, limit: int, size: int | None = None) -> float:
     """Largest difference between a store's means and those of explicit matrices, relative to the mean's largest entry.
 
-    The explicit matrices are of the same batches: a forward pass itself differs by float32's rounding between batches.
+    Args:
+        name: of the model.
+        data: of the images.
+        limit: of them.
+        size: of the batches of the explicit matrices; a forward pass itself differs by float32's rounding between
+            batches of other sizes. Default: the store's.
     """
     request = Request(load(name, "demo"), open_data(data), limit)
     with tempfile.TemporaryDirectory() as folder:
         collect(request, Path(folder) / "store")
         store = AttentionStore.open(Path(folder) / "store")
         sums: dict[tuple[str, str | int], np.ndarray] = {}
-        for batch in batched(request.wanted, batch_size(store.layers)):
+        for batch in batched(request.wanted, size or batch_size(store.layers)):
             pixels = [request.data.load(number, request.subject.transform).pixels for number in batch]
             with torch.no_grad(), trace(request.subject.model) as found:
                 request.subject.model(images.normalise(np.stack(pixels)))
@@ -84,11 +89,12 @@ def run_collect(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]
         command = [sys.executable, "-m", "mamba_attn.cli", "collect", "--model", name, "--data", data, "--limit",
                    str(many), "--out", "{folder}/store"]  # fmt: skip
         seconds = wall_seconds(command, 1)[0]
-        error = mean_error(name, data, compared)
+        error, alone = mean_error(name, data, compared), mean_error(name, data, compared, size=1)
         figures += [
             figure("collect memory", name, memory[1] / memory[0]),
             figure("collect time", name, seconds),
             figure("collect mean", name, error),
         ]
-        details[name] = {"images": (few, many), "peak_bytes": memory, "seconds": seconds, "error": error}
+        details[name] = {"images": (few, many), "peak_bytes": memory, "seconds": seconds, "error": error,
+                         "error_one_by_one": alone}  # fmt: skip
     return figures, details

@@ -34,6 +34,9 @@ class AttentionLayer(Layer):
         record = self.record
         return f"AttentionLayer({self.name!r}, batch={self.batch}, heads={record.heads}, tokens={self.tokens})"
 
+    def _facts(self) -> dict[str, object]:
+        return {"heads": self.record.heads}
+
     @property
     def variable(self) -> Tensor:
         """The probabilities (batch, heads, tokens, tokens)."""

@@ -1,4 +1,4 @@
-"""The command line: ``mamba-attn explain``, ``compare``, ``collect``, ``explore``, ``erf`` and ``bench``."""
+"""The command line: ``mamba-attn`` and its commands."""
 
 import argparse
 import sys
@@ -10,6 +10,7 @@ from mamba_attn.bench import command as bench
 from mamba_attn.evaluation import command as compare
 from mamba_attn.explain import command as explain
 from mamba_attn.explorer import command as explore
+from mamba_attn.report import command as report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     erf.add_parser(commands)
     bench.add_parser(commands)
     explore.add_parser(commands)
+    report.add_parser(commands)
     args = parser.parse_args(given)
     return int(args.run(args, given))
 

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from mamba_attn import ops
+from mamba_attn import _notebook, ops
 from mamba_attn._types import Float
-from mamba_attn.errors import NonFiniteError, TraceError, UnsupportedModelError
+from mamba_attn.errors import MambaAttnError, NonFiniteError, TraceError, UnsupportedModelError
 from mamba_attn.layout import TokenLayout
 from mamba_attn.ops._arguments import working_dtype
 from mamba_attn.scan import ScanRecord
@@ -46,6 +46,28 @@ class Layer(ABC):
         self._layout = record.layout
         self._output = output
         self._tail = tail
+
+    def _repr_html_(self) -> str:
+        """In a notebook: what the first image's patch in the middle reads, and where it is read; no matrix is made."""
+        facts = {"kind": self.kind, "batch": self.batch, "tokens": self.tokens, **self._facts()}
+        try:
+            grid, patches = self.layout.grid, self.layout.patches
+            facts["grid"] = "{} x {}".format(*grid)
+            place = (grid[0] // 2, grid[1] // 2)
+            token = int(patches[place[0] * grid[1] + place[1]])
+            with torch.no_grad():
+                lines = {"reads": self.row(token)[0], "is read": self.column(token)[0]}
+                maps = {what: self.layout.to_grid(line[None])[0].float().cpu().numpy() for what, line in lines.items()}
+        except MambaAttnError as error:
+            return _notebook.card(self.name, facts, _notebook.safe(error))
+        named = {"reads": f"what patch {place} reads", "is read": f"where patch {place} is read"}
+        return _notebook.card(
+            self.name, facts, _notebook.row([_notebook.picture(its, named[what]) for what, its in maps.items()])
+        )
+
+    def _facts(self) -> dict[str, object]:
+        """What a notebook shows of this kind of layer."""
+        return {}
 
     @property
     def layout(self) -> TokenLayout:
@@ -173,6 +195,9 @@ class ScanLayer(Layer):
             f"ScanLayer({self.name!r}, batch={scan.batch}, routes={scan.routes}, channels={scan.channels}, "
             f"states={scan.states}, tokens={scan.tokens})"
         )
+
+    def _facts(self) -> dict[str, object]:
+        return {"routes": self.scan.routes, "channels": self.scan.channels, "states": self.scan.states}
 
     @property
     def variable(self) -> Tensor:

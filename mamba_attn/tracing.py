@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
+from mamba_attn import _notebook
 from mamba_attn._routing import Use, observed, routed, watch_layout
 from mamba_attn._ruling import require_rulable, rule
 from mamba_attn.adapters import AnyAdapter, Seen, find_mixers, require_supported
@@ -24,6 +25,7 @@ from mamba_attn.rules import Rules
 
 _MODES = ("route", "observe")
 _GRADIENTS = ("y", "output")
+_SHOWN = 12  # layers in a notebook
 
 
 class Trace(Mapping[str, Layer]):
@@ -51,6 +53,16 @@ class Trace(Mapping[str, Layer]):
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    def _repr_html_(self) -> str:
+        """In a notebook: every layer, one below the other."""
+        if not self._layers:
+            return _notebook.card("Trace", {}, "No layer has run yet: call the model inside the with-block.")
+        shown = list(self._layers)[:_SHOWN]
+        more = len(self._layers) - len(shown)
+        names = f"<div>and {more} more: {_notebook.safe(', '.join(list(self._layers)[_SHOWN:]))}</div>" if more else ""
+        body = "".join(f"<div>{_of(self, name)}</div>" for name in shown)
+        return f"<div>{body}{names}</div>"
 
     @property
     def layers(self) -> list[Layer]:
@@ -101,6 +113,13 @@ class Trace(Mapping[str, Layer]):
         if layer.name in self._layers:
             self._repeated.add(layer.name)
         self._layers[layer.name] = layer
+
+
+def _of(layers: Trace, name: str) -> str:
+    try:
+        return layers[name]._repr_html_()
+    except TraceError as error:
+        return _notebook.card(name, {}, _notebook.safe(error))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 # from the roof to the cellar; names on one line are one room
 HOUSE = [
     ["cli"],
+    ["report"],
     ["explorer"],
     ["explain"],
     ["bench"],
@@ -41,7 +42,7 @@ HOUSE = [
     ["scan", "softmax"],
     ["layout", "orders"],
     ["images"],
-    ["errors", "_types", "_torchvision", "_command", "_table"],
+    ["errors", "_types", "_torchvision", "_command", "_table", "_notebook"],
 ]
 FLOOR = {name: depth for depth, names in enumerate(HOUSE) for name in names}
 ANY_ROOM = ("__init__", "__main__")  # the front doors

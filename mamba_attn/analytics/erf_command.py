@@ -6,10 +6,12 @@ Exit codes: 0 all done, 1 some images could not be used, 2 nothing was done beca
 import argparse
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,17 +24,20 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mamba_attn.analytics.erf import ReceptiveField
+    from mamba_attn.datasets import Data
     from mamba_attn.models.transforms import EvaluationTransform
     from mamba_attn.subjects import Subject
 
 _NEEDED = {"captum": "captum", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
 _UNTRAINED = "untrained"
+_Picture = Callable[["EvaluationTransform"], np.ndarray]
 _EPILOG = """\
 FOLDER receives erf.html (the figure, which needs no network), erf.png and erf.npz: the gradient of the token's features
 with respect to the pixels, averaged over the images; what the token reads in every layer; the attention rollout.
 
 The table says how large a square around the token holds 20, 30, 50 and 99 % of the gradient, its side in pixels and the
-part of the image inside, and mean distances in pixels.
+part of the image inside, and mean distances in pixels. Of a collection (--data) images are taken in the order of the
+hashes of their names, so that the first N are a fair sample.
 """
 
 
@@ -42,6 +47,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = subcommand(commands, "erf", what, _EPILOG)
     add = parser.add_argument
     add("image", nargs="*", metavar="IMAGE", help="files, folders or patterns; default: images of this package")
+    add(
+        "--data", metavar="DIR|ZIP[:PART]", help="a collection instead, as collect takes it: a fair sample with --limit"
+    )
     add("--model", default="vim_micro", metavar="NAME", help="default: vim_micro")
     add("--weights", default="demo", metavar="demo|FILE|official", help="default: demo, those of this package")
     add("--untrained", action="store_true", help="show the same model with random weights beside it")
@@ -75,7 +83,7 @@ def _erf(args: argparse.Namespace, command: str) -> int:
 
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: expected a number from 1 on.")
-    paths = (images.find(args.image) if args.image else images.samples())[: args.limit]
+    pictures = _pictures(args)  # before the model, which takes longer
     subject = subjects.load(args.model, args.weights, args.device)
     transform, query = _transform(args.size, subject), _query(args.query)
     if not isinstance(query, str):
@@ -88,7 +96,7 @@ def _erf(args: argparse.Namespace, command: str) -> int:
     damaged: set[str] = set()
     with Progress(console=Console(stderr=True)) as progress:
         for name, model in models.items():
-            shown = progress.track(paths, description=f"receptive field, {name}")
+            shown = progress.track(pictures, description=f"receptive field, {name}")
             good = _read(shown, transform, subject.device, damaged, progress.console)
             fields[name] = receptive_field(model, good, query, layer=layer)
     _write(folder, fields, command)
@@ -101,19 +109,41 @@ def _erf(args: argparse.Namespace, command: str) -> int:
     return 1 if damaged or skipped else 0
 
 
+def _pictures(args: argparse.Namespace) -> list[_Picture]:
+    """What gives each image as a model's transform leaves it, uint8."""
+    from mamba_attn.datasets import open_data
+
+    if args.data is None:
+        paths = images.find(args.image) if args.image else images.samples()
+        return [partial(_of_file, path) for path in paths[: args.limit]]
+    if args.image:
+        raise ValueError(f"--data {args.data}: give a collection or IMAGE ({args.image[0]}), not both.")
+    data = open_data(args.data)
+    return [partial(_of_data, data, index) for index in data.chosen(limit=args.limit)]
+
+
+def _of_file(path: Path, transform: "EvaluationTransform") -> np.ndarray:
+    return transform.pixels(path)
+
+
+def _of_data(data: "Data", index: int, transform: "EvaluationTransform") -> np.ndarray:
+    return data.load(index, transform).pixels
+
+
 def _read(
-    paths: Iterable[Path], transform: "EvaluationTransform", device: torch.device, damaged: set[str], console: "Console"
-) -> Iterator[Tensor]:
+    pictures: Iterable[_Picture], transform: "EvaluationTransform", device: torch.device, damaged: set[str],
+    console: "Console",
+) -> Iterator[Tensor]:  # fmt: skip
     """Images one by one; what cannot be read is said once."""
-    for path in paths:
+    for picture in pictures:
         try:
-            image = transform(path)
+            image = images.normalise(picture(transform)[None])
         except images.ImageError as error:
             if str(error) not in damaged:
                 console.print(f"skipped: {error}", markup=False, highlight=False, soft_wrap=True)
             damaged.add(str(error))
             continue
-        yield image[None].to(device)
+        yield image.to(device)
 
 
 def _transform(text: str | None, subject: "Subject") -> "EvaluationTransform":
@@ -163,8 +193,6 @@ def _untrained(subject: "Subject", seed: int) -> torch.nn.Module:
 
 def _write(folder: Path, fields: "dict[str, ReceptiveField]", command: str) -> None:
     """erf.html, erf.png and erf.npz."""
-    import numpy as np
-
     from mamba_attn import figures
     from mamba_attn.analytics.erf_figure import panels
     from mamba_attn.figures.png import reach_rgb, save_png

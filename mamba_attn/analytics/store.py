@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from mamba_attn import models
+from mamba_attn import _notebook, models
 from mamba_attn._types import Float
 from mamba_attn.analytics import _embeddings
 from mamba_attn.analytics._arrays import Arrays
@@ -20,6 +20,7 @@ from mamba_attn.models.transforms import EvaluationTransform
 from mamba_attn.subjects import Subject
 
 _ROWS_AT_ONCE = 64
+_PICTURES, _MAPS = 6, 12  # in a notebook
 
 
 class AttentionStore(Names):
@@ -40,6 +41,19 @@ class AttentionStore(Names):
 
     def __repr__(self) -> str:
         return f"AttentionStore({str(self.folder)!r}, {self.model_name}, {len(self.images)} images)"
+
+    def _repr_html_(self) -> str:
+        """In a notebook: some images, and per layer what the patch in the middle reads on average."""
+        images = [_notebook.photo(self.pixels(each), each.label or each.key, 72) for each in self.images[:_PICTURES]]
+        maps = []
+        for layer in self.layers[:_MAPS]:
+            patches, (height, width) = layer.layout.patches.numpy(), layer.layout.grid
+            middle = int(patches[height // 2 * width + width // 2])
+            read = self.mean_row(layer, middle)[patches].reshape(height, width)
+            maps.append(_notebook.picture(read, f"stage {layer.stage}, block {layer.block}", 110))
+        facts = {"images": len(self.images), "layers": len(self.layers), "folder": self.folder}
+        reads = "<div>What the patch in the middle reads, mean of all images:</div>"
+        return _notebook.card(self.model_name, facts, _notebook.row(images) + reads + _notebook.row(maps))
 
     @classmethod
     def open(cls, path: str | Path, unfinished: bool = False) -> "AttentionStore":

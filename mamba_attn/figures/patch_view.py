@@ -16,7 +16,7 @@ from mamba_attn.figures.theme import plain, square_cells
 HEAT = "heat"
 CHOSEN = "chosen"
 _STEPS = 33  # colours of a scale that lets an image through
-_THIN = 0.35  # of the opacity, what is left at zero
+THIN = 0.35  # of the opacity, what is left at zero
 _GAPS = 300  # cells, up to which lines between them help
 
 
@@ -115,7 +115,7 @@ def _clear(chosen: Scale, opacity: float) -> list[list[float | str]]:
     position = np.linspace(0, 1, _STEPS)
     rgb = to_rgb(position, Scale(0.0, 1.0, chosen.colours))
     strength = np.abs(2 * position - 1) if chosen.low < 0 < chosen.high else position
-    alpha = opacity * (_THIN + (1 - _THIN) * np.sqrt(strength))
+    alpha = opacity * (THIN + (1 - THIN) * np.sqrt(strength))
     colours = ["rgba({}, {}, {}, {:.3f})".format(*channels, one) for channels, one in zip(rgb, alpha, strict=True)]
     return plotly_scale(colours)
 

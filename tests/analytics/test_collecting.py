@@ -1,5 +1,7 @@
 """What a store holds equals what explicit matrices of every image give."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -23,13 +25,14 @@ def collected(request, tmp_path_factory):
     return asked, AttentionStore.open(folder / "store"), explicit(asked)
 
 
-def explicit(asked):
-    traces = []
-    for number in asked.wanted:
-        sample = asked.data.load(number, asked.subject.transform)
+def explicit(asked, batch=1):
+    """(first sample, trace, its class) of every batch."""
+    traces, samples = [], [asked.data.load(number, asked.subject.transform) for number in asked.wanted]
+    for start in range(0, len(samples), batch):
+        pixels = np.stack([sample.pixels for sample in samples[start : start + batch]])
         with torch.no_grad(), trace(asked.subject.model) as found:
-            logits = asked.subject.model(images.normalise(sample.pixels[None]))
-        traces.append((sample, found, int(logits.argmax())))
+            logits = asked.subject.model(images.normalise(pixels))
+        traces.append((samples[start], found, int(logits[0].argmax())))
     return traces
 
 
@@ -44,6 +47,7 @@ def routes(layer):
 
 
 def test_mean_and_variance_are_those_of_explicit_matrices(collected):
+    """Of images one by one; float32 itself gives a forward pass of a batch other last digits than one of an image."""
     _, store, traces = collected
     for layer in store.layers:
         for route in routes(layer):
@@ -54,6 +58,31 @@ def test_mean_and_variance_are_those_of_explicit_matrices(collected):
             assert np.abs(store.variance(layer, route) - exact.var(0)).max() <= 1e-6 * scale**2
             assert store.mean(layer, route).dtype == np.float64
             assert exact.var(0).max() > 0
+
+
+def test_of_the_same_batches_the_means_are_exact(collected):
+    """What collecting adds: nothing to a route's mean, and to the sum's the rounding of a float32 sum of routes."""
+    asked, store, _ = collected
+    traces = explicit(asked, asked.batch)
+    for layer in store.layers:
+        for route in routes(layer):
+            exact = matrices(traces, layer, route).mean(0)
+            bound = 2.0**-52 * 8 if route != "sum" or layer.routes == 1 else 2.0**-24 * layer.routes
+            assert np.abs(store.mean(layer, route) - exact).max() <= bound * np.abs(exact).max()
+
+
+def test_a_batch_is_as_near_to_float64_as_an_image_alone(collected):
+    asked, store, traces = collected
+    precise, truth = copy.deepcopy(asked.subject.model).double(), {layer.name: 0 for layer in store.layers}
+    for sample, _, _ in traces:
+        with torch.no_grad(), trace(precise) as found:
+            precise(images.normalise(sample.pixels[None]).double())
+            for name in truth:
+                truth[name] = truth[name] + found[name].attention()[0].numpy() / len(traces)
+    for layer in store.layers:
+        alone, exact = matrices(traces, layer, "sum").mean(0), truth[layer.name]
+        errors = [np.abs(mean - exact).max() / np.abs(exact).max() for mean in (store.mean(layer), alone)]
+        assert errors[0] <= 2 * errors[1] + 2e-7
 
 
 def test_rows_and_columns_are_the_matrix_s(collected):

@@ -4,8 +4,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mamba_attn import cli, images
+from mamba_attn import cli, images, subjects
 from mamba_attn.analytics import erf_command
+from mamba_attn.analytics.erf import receptive_field
+from mamba_attn.datasets import open_data
+from mamba_attn.images import normalise
+from mamba_attn.models import transform as transform_of
+from tests.datasets.cases import boxes_zip, class_folders
 from tests.explain.cases import VIM, VIT, VMAMBA, photo, save
 
 
@@ -81,6 +86,30 @@ def test_broken_images_are_named_and_the_rest_done(tmp_path, weights, photos, ca
         assert arrays["images"] == 2
 
 
+def test_a_collection_is_averaged_image_by_image(tmp_path, weights, capsys):
+    """Of a folder in classes and of a part of a zip; not square; a fair sample; what is broken is named."""
+    folder = class_folders(tmp_path / "photos", 2)
+    boxes_zip(tmp_path / "a.zip")
+    (folder / "red" / "broken.png").write_bytes(b"no image")
+    options = ["--weights", weights["vim_micro"], "--size", "24,56"]
+    assert erf("--data", folder, *options, "--out", tmp_path / "all") == 1
+    assert capsys.readouterr().err.count("red/broken.png: this is not an image") == 1
+    data, transform = open_data(str(folder)), transform_of("vim_micro", (24, 56))
+    good = [number for number in data.chosen() if "broken" not in data.items[number].key]
+    model = subjects.load("vim_micro", weights["vim_micro"]).model
+    each = [
+        receptive_field(model, normalise(data.load(number, transform).pixels[None]), reach=False) for number in good
+    ]
+    with np.load(tmp_path / "all" / "erf.npz") as arrays:
+        assert arrays["images"] == 6
+        expected = np.mean([one.gradient for one in each], axis=0)
+        assert np.abs(arrays["erf"] - expected).max() <= 1e-6 * expected.max()
+        assert arrays["row.layers.1.mixer"].shape == (3, 7)
+    assert erf("--data", f"{tmp_path / 'a.zip'}:boxes", "--limit", 4, *options, "--out", tmp_path / "four") == 0
+    with np.load(tmp_path / "four" / "erf.npz") as arrays:
+        assert arrays["images"] == 4
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -91,6 +120,8 @@ def test_broken_images_are_named_and_the_rest_done(tmp_path, weights, photos, ca
         (["--layer", "7"], "--layer 7: no such layer; vim_micro has 2 layers, 0..1."),
         (["--limit", "0"], "--limit 0: expected a number from 1 on"),
         (["--model", "vim_mikro"], "no such model"),
+        (["--data", "nowhere.zip"], "--data nowhere.zip: there is no file or folder 'nowhere.zip'"),
+        (["a.jpg", "--data", "photos"], "--data photos: give a collection or IMAGE (a.jpg), not both."),
         (["nowhere.jpg"], "there is no file or folder 'nowhere.jpg'"),
     ],
 )

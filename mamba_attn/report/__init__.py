@@ -1,0 +1,1 @@
+"""A report: the explorer's two linked views of stores of attention in one file, without a server or a network."""

@@ -1,0 +1,62 @@
+"""Matrices as text in a page: 16 bits a number, a scale per row, compressed.
+
+A row is stored as whole numbers in -32767..32767 times its largest absolute value / 32767, so no number is off by more
+than 1 / 65534 of the largest of its row (and float32's rounding, 6e-8 of the number).
+"""
+
+import base64
+import zlib
+
+import numpy as np
+
+from mamba_attn._types import Float
+
+STEPS = 32767  # whole numbers on either side of zero
+ERROR = 0.5 / STEPS  # of a number at most, as a part of its row's largest
+
+
+def packed(matrix: Float[np.ndarray, "rows columns"]) -> bytes:
+    """Return a matrix as compressed bytes: the rows' scales as float32, all upper bytes, all lower bytes.
+
+    Bytes of one kind compress better together.
+
+    Args:
+        matrix: finite.
+    """
+    largest = np.abs(matrix).max(axis=1, keepdims=True)
+    scales = (largest / STEPS).astype("<f4")
+    scales[largest[:, 0] > 0] = np.maximum(scales[largest[:, 0] > 0], np.finfo(np.float32).tiny)
+    numbers = np.rint(matrix / np.where(scales > 0, scales, 1).astype(np.float64)).clip(-STEPS, STEPS).astype("<i2")
+    lower, upper = numbers.view(np.uint8).reshape(-1, 2).T
+    return zlib.compress(scales.tobytes() + upper.tobytes() + lower.tobytes(), 9)
+
+
+def unpacked(content: bytes, rows: int, columns: int) -> Float[np.ndarray, "rows columns"]:
+    """Return the matrix of such bytes, float32; what the page's script does.
+
+    Args:
+        content: of ``packed``.
+        rows: of the matrix.
+        columns: of the matrix.
+    """
+    raw = zlib.decompress(content)
+    scales = np.frombuffer(raw, "<f4", rows)
+    upper, lower = np.frombuffer(raw, np.uint8, offset=4 * rows).reshape(2, rows, columns)
+    numbers = (upper.astype(np.uint16) << 8 | lower).view(np.int16)
+    return np.asarray(numbers * scales[:, None], dtype=np.float32)
+
+
+def places(xy: Float[np.ndarray, "points 2"]) -> str:
+    """Return points as text: base64 of 16-bit numbers, all x and then all y, the longer side of their box 0..65535.
+
+    Args:
+        xy: finite.
+    """
+    low = xy.min(axis=0)
+    side = float((xy.max(axis=0) - low).max()) or 1.0
+    return as_text(np.rint((xy - low) / side * 65535).astype("<u2").T.tobytes())
+
+
+def as_text(content: bytes) -> str:
+    """Return bytes as base64."""
+    return base64.b64encode(content).decode("ascii")
