@@ -12,7 +12,7 @@ import numpy as np
 
 from mamba_attn.analytics import resampling
 from mamba_attn.analytics.findings import FINDINGS, Finding
-from mamba_attn.analytics.measured import MODEL, Measured
+from mamba_attn.analytics.measured import Measured
 from mamba_attn.analytics.measuring import Advance, Measuring
 from mamba_attn.analytics.rebuild import order_of, takes_order
 from mamba_attn.analytics.resampling import Estimate

@@ -43,7 +43,7 @@ def distance(shares: np.ndarray, places: Places) -> np.ndarray:
 
 
 def neighbour_share(shares: np.ndarray, places: Places) -> np.ndarray:
-    """sum of s_ij over the patch itself and its eight neighbours, mean over rows (arXiv 2502.20764, complementary).
+    """Sum of s_ij over the patch itself and its eight neighbours, mean over rows (arXiv 2502.20764, complementary).
 
     Args:
         shares: of images.

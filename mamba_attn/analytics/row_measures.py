@@ -180,4 +180,3 @@ def _similarity(rows: Rows, labels: np.ndarray) -> float:
     if same.all() or not same.any():
         return float("nan")
     return float(squares[~same].mean() - squares[same].mean()) / 2
-
