@@ -1,4 +1,4 @@
-"""The command line: ``mamba-attn explain``, ``compare``, ``collect``, ``explore``, ``findings``, ``erf`` and ``bench``."""
+"""The command line: ``mamba-attn explain``, ``compare``, ``collect``, ``explore``, ``findings``, ``erf``, ``bench``."""
 
 import argparse
 import sys

@@ -34,7 +34,7 @@ def matrices_rgb(stores: Mapping[str, AttentionStore]) -> np.ndarray:
             row = matrix[middle].reshape(height, width)
             for values, what in ((pooled(matrix), "matrix"), (row, "middle patch")):
                 panels.append(_enlarged(png.matrix_rgb(values, **limits(values))))
-                captions.append(f"{name}, {depth:.0%}, {layer.name}: {what}")
+                captions.append(f"{name}, {depth:.0%}" if what == "matrix" else what)
     return png.side_by_side(panels, captions, height=_SIDE, columns=2 * len(DEPTHS))
 
 
@@ -95,9 +95,9 @@ def _plot(title: str, lines: Sequence[tuple[str, str, str, list[tuple[float, flo
 
     parts = [_text(_LEFT + wide / 2, 14, title, "middle", ' font-weight="600"')]
     for value in np.linspace(low + pad, high - pad, 3):
-        y = at(0, float(value)).partition(",")[2]
-        parts.append(f'<line x1="{_LEFT}" x2="{_LEFT + wide}" y1="{y}" y2="{y}" stroke="#e4e4e4"/>')
-        parts.append(_text(_LEFT - 4, float(y) + 4, f"{value:.3g}", "end"))
+        level = at(0, float(value)).partition(",")[2]
+        parts.append(f'<line x1="{_LEFT}" x2="{_LEFT + wide}" y1="{level}" y2="{level}" stroke="#e4e4e4"/>')
+        parts.append(_text(_LEFT - 4, float(level) + 4, f"{value:.3g}", "end"))
     for x, text in ((0.0, "first block"), (1.0, "last")):
         parts.append(_text(_LEFT + wide * x, _HIGH - 8, text, "end" if x else "start"))
     for name, colour, dash, points in lines:

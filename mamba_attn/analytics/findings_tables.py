@@ -29,7 +29,7 @@ _HEADER = [
     "training",
     "paper",
     "reordered",
-    "order",
+    "trained order",
     "shuffled",
 ]
 
@@ -53,7 +53,7 @@ def side_by_side(reports: Sequence[Report]) -> Texts:
         reports: of the stores.
     """
     rows = []
-    for name, finding in FINDINGS.items():
+    for finding in FINDINGS.values():
         found = [_of_all(report, finding) for report in reports]
         if any(found):
             rows.append([finding.of, finding.title, *("" if row is None else _short(row) for row in found)])
@@ -97,8 +97,8 @@ def orders_sentence(orders: Orders) -> str:
         name, its, corrected = found
         certain = "" if corrected < 0.05 else ", which is no evidence"
         parts.append(
-            f"Strongest with accuracy: {FINDINGS[name].title}, rank correlation {its.correlation:+.2f} over {its.count} "
-            f"orders, p = {its.chance:.3f}; times {len(orders.correlations)} findings {corrected:.2f}{certain}. So few "
+            f"Strongest with accuracy: {FINDINGS[name].title}, rank correlation {its.correlation:+.2f} over "
+            f"{its.count} orders, p = {its.chance:.3f}; times {len(orders.correlations)} findings {corrected:.2f}{certain}. So few "
             "orders can show a strong relation alone."
         )
     return " ".join(parts)
@@ -121,7 +121,8 @@ def as_csv(reports: Sequence[Report]) -> str:
     names = ["trained", "training", "order"]
     writer.writerow(
         ["store", "model", "scan_order", "images", "finding", "of", "place", "random", "reordered", "shuffled", "claim",
-         "paper", "verdict", "order_verdict", *(f"{name}_{what}" for name in names for what in ("value", "low", "high"))]
+         "paper", "verdict", "order_verdict",
+         *(f"{name}_{what}" for name in names for what in ("value", "low", "high"))]
     )  # fmt: skip
     for report in reports:
         for row in report.rows:

@@ -110,11 +110,11 @@ class Measuring:
         for _ in range(start, stop):
             self.advance()
 
-    def _path(self, how: str, about: list[object], which: int) -> Path:
+    def _path(self, how: str, about: Sequence[object], which: int) -> Path:
         text = json.dumps([findings.VERSION, how, self.count, self._images, about], sort_keys=True, default=str)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}-{which}.npz"
 
-    def _known(self, how: str, about: list[object], shuffled: bool) -> list[Measured] | None:
+    def _known(self, how: str, about: Sequence[object], shuffled: bool) -> list[Measured] | None:
         found = [Measured.load(self._path(how, about, which)) for which in range(2 if shuffled else 1)]
         if any(each is None for each in found):
             return None
@@ -123,7 +123,7 @@ class Measuring:
             self.advance()
         return [each for each in found if each is not None]
 
-    def _keep(self, found: list[Measured], how: str, about: list[object]) -> list[Measured]:
+    def _keep(self, found: list[Measured], how: str, about: Sequence[object]) -> list[Measured]:
         self.folder.mkdir(parents=True, exist_ok=True)
         for which, each in enumerate(found):
             each.save(self._path(how, about, which))
