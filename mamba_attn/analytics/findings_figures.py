@@ -107,8 +107,8 @@ def _plot(title: str, lines: Sequence[tuple[str, str, str, list[tuple[float, flo
         parts.append(f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="1.8"{style}>'
                      f"<title>{label}</title></polyline>")  # fmt: skip
         if len(points) == 1:
-            x, y = at(*points[0]).split(",")
-            parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>')
+            across, down = at(*points[0]).split(",")
+            parts.append(f'<circle cx="{across}" cy="{down}" r="3" fill="{colour}"/>')
     return f'<svg class=plot width="{_WIDE}" height="{_HIGH}" role="img">{"".join(parts)}</svg>'
 
 

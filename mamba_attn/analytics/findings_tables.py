@@ -98,8 +98,8 @@ def orders_sentence(orders: Orders) -> str:
         certain = "" if corrected < 0.05 else ", which is no evidence"
         parts.append(
             f"Strongest with accuracy: {FINDINGS[name].title}, rank correlation {its.correlation:+.2f} over "
-            f"{its.count} orders, p = {its.chance:.3f}; times {len(orders.correlations)} findings {corrected:.2f}{certain}. So few "
-            "orders can show a strong relation alone."
+            f"{its.count} orders, p = {its.chance:.3f}; times {len(orders.correlations)} findings "
+            f"{corrected:.2f}{certain}. So few orders can show a strong relation alone."
         )
     return " ".join(parts)
 

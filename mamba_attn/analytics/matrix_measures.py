@@ -62,13 +62,11 @@ def preceding_lift(shares: np.ndarray, places: Places) -> np.ndarray:
         places: of the patches.
     """
     others = 1 - np.einsum("bii->bi", shares)
-    found = np.einsum("bij,ij->bi", shares, places.before.astype(np.float32))
-    found = np.divide(found, others, out=np.full_like(found, np.nan), where=others > 1e-6)
-    expected = places.before.sum(1).mean() / (len(places) - 1)
-    with np.errstate(invalid="ignore"):
-        counted = np.isfinite(found)
-        mean = np.where(counted, found, 0).sum(1) / np.maximum(counted.sum(1), 1)
-    return np.where(counted.any(1) & (expected > 0), mean / (expected or 1), np.nan)
+    counted = shares.any(2) & (others > 1e-6)
+    found = np.einsum("bij,ij->bi", shares, places.before.astype(np.float32)) / np.where(counted, others, 1)
+    expected = np.where(counted, places.before.sum(1) / (len(places) - 1), 0).sum(1)
+    lift: np.ndarray = np.where(expected > 0, (found * counted).sum(1) / np.where(expected > 0, expected, 1), np.nan)
+    return lift
 
 
 def _mean(rows: np.ndarray, shares: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from mamba_attn.analytics._ranks import ranks, spearman
 DRAWS = 2000
 _EXACT = 7  # numbers whose orders are all tried
 _PERCENT = (2.5, 97.5)
+_ROUNDING = 1e-6  # what float32 alone makes of a matrix that does not change
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Estimate:
             sign: ">" or "<".
             number: the border.
         """
-        if self.low is None or self.high is None or self.low <= number <= self.high:
+        if self.low is None or self.high is None or self.low - _ROUNDING <= number <= self.high + _ROUNDING:
             return None
         return (self.low > number) == (sign == ">")
 

@@ -32,7 +32,7 @@ class Rows:
         lengths = np.einsum("nf,nf->n", self.points, self.points)
         found = lengths[:, None] + lengths - 2 * self.points @ self.points.T
         np.fill_diagonal(found, 0)
-        return np.maximum(found, 0)
+        return np.asarray(np.maximum(found, 0))
 
     @cached_property
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
@@ -43,7 +43,7 @@ class Rows:
     def ranked(self) -> np.ndarray:
         """Ranks of the pairs' distances less their mean; distances are rounded, so that equal rows tie."""
         found = ranks(np.round(self.squares[self.pairs], 12))
-        return found - found.mean()
+        return np.asarray(found - found.mean())
 
     def follow(self, ranked: np.ndarray) -> float:
         """Spearman's correlation of the pairs' distances with others; NaN where one of the two is constant.
