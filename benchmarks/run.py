@@ -9,6 +9,7 @@
     python benchmarks/run.py build
     python benchmarks/run.py dropin --checkouts FOLDER
     python benchmarks/run.py collect --data FOLDER
+    python benchmarks/run.py findings --runs FOLDER --data FOLDER
 
 One thread, CPU time, the competitors in turn (A B A B) in one process; peak memory in child processes. ``kernel`` is
 ``mamba-attn bench``; on a GPU it measures between CUDA events.
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 import torch
 
-from benchmarks import analytics, cases, comparison, dropin, maps, verify, without_gpu
+from benchmarks import analytics, cases, comparison, dropin, findings, maps, verify, without_gpu
 from benchmarks.cases import Shape
 from benchmarks.measure import Spread, interleave, paired, peak_memory, slope
 from benchmarks.report import Figure, figure, finish, show
@@ -40,6 +41,7 @@ WHAT = {
     "maps": "maps: energy in boxes, deletion, time of the command",
     "compare": "attribution methods judged on one scale: perturbation, boxes, masks, digits, sanity, cost",
     "collect": "mamba-attn collect: memory against images, time, means against explicit ones",
+    "findings": "mamba-attn findings: the paper's findings, trained, with random weights, in other patch orders",
     "kernel": "hidden attention and what it costs: models, backends, ceilings, on a CPU or a GPU",
     "dropin": "other people's model code, as it stands in clones of their repositories, traced",
     "build": "the CUDA kernels without a GPU: registers, spills, and the error of their source on the host",
@@ -222,6 +224,8 @@ def main(argv: list[str] | None = None) -> None:
             bench.add_options(command)
         if what == "collect":
             analytics.add_options(command)
+        if what == "findings":
+            findings.add_options(command)
         if what == "dropin":
             dropin.add_options(command)
     args = parser.parse_args(argv)
@@ -235,6 +239,8 @@ def main(argv: list[str] | None = None) -> None:
         found, partial = [("compare", *comparison.run_comparison(args))], args.quick or comparison.partial(args)
     elif args.what == "collect":
         found, partial = [("collect", *analytics.run_collect(args))], args.quick or analytics.partial(args)
+    elif args.what == "findings":
+        found, partial = [("findings", *findings.run_findings(args))], args.quick or findings.partial(args)
     elif args.what == "dropin":
         found, partial = [("dropin", *dropin.run_dropin(args))], args.quick or dropin.partial(args)
     else:

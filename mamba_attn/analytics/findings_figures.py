@@ -16,13 +16,14 @@ _SIDE = 256  # of a matrix, in pixels
 _WIDE, _HIGH, _LEFT, _TOP, _BOTTOM = 330, 190, 46, 24, 26
 
 
-def matrices_rgb(stores: Mapping[str, AttentionStore]) -> np.ndarray:
+def matrices_rgb(stores: Mapping[str, AttentionStore], side: int = _SIDE) -> np.ndarray:
     """Return mean attention at 25, 50 and 75 % of the depth, a row per model, and what the patch in the middle reads.
 
     Patches are in raster order; every panel has its own colours. Larger matrices are shrunk by averaging.
 
     Args:
         stores: by name.
+        side: of a panel, in pixels.
     """
     panels, captions = [], []
     for name, store in stores.items():
@@ -32,13 +33,13 @@ def matrices_rgb(stores: Mapping[str, AttentionStore]) -> np.ndarray:
             middle = (height // 2) * width + width // 2
             matrix = store.mean(layer)[np.ix_(patches, patches)]
             row = matrix[middle].reshape(height, width)
-            for values, what in ((pooled(matrix), "matrix"), (row, "middle patch")):
-                panels.append(_enlarged(png.matrix_rgb(values, **limits(values))))
+            for values, what in ((pooled(matrix, side), "matrix"), (row, "middle patch")):
+                panels.append(_enlarged(png.matrix_rgb(values, **limits(values)), side))
                 captions.append(f"{name}, {depth:.0%}" if what == "matrix" else what)
-    return png.side_by_side(panels, captions, height=_SIDE, columns=2 * len(DEPTHS))
+    return png.side_by_side(panels, captions, height=side, columns=2 * len(DEPTHS))
 
 
-def pooled(matrix: np.ndarray, most: int = _SIDE) -> np.ndarray:
+def pooled(matrix: np.ndarray, most: int) -> np.ndarray:
     """Return a matrix of at most so many rows and columns: means of equal squares, an incomplete one at the end cut.
 
     Args:
@@ -116,7 +117,7 @@ def _text(x: float, y: float, text: str, anchor: str, style: str = "") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{style}>{safe(text)}</text>'
 
 
-def _enlarged(rgb: np.ndarray) -> np.ndarray:
+def _enlarged(rgb: np.ndarray, side: int) -> np.ndarray:
     """Whole pixels, so that cells keep their edges."""
-    times = max(1, _SIDE // max(rgb.shape[:2]))
+    times = max(1, side // max(rgb.shape[:2]))
     return rgb.repeat(times, 0).repeat(times, 1)

@@ -50,7 +50,7 @@ class Measured:
     def load(cls, path: Path) -> "Measured | None":
         """Return what was saved; None where there is nothing, or something damaged."""
         try:
-            with np.load(path, allow_pickle=False) as found:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
                 names = [tuple(each) for each in json.loads(str(found["names"]))]
                 return cls({(name, place): found[str(number)] for number, (name, place) in enumerate(names)})
         except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):

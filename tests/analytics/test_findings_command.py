@@ -119,7 +119,7 @@ def test_stores_of_one_name_are_told_apart(place, tmp_path):
 
 
 def test_pictures_of_larger_matrices_are_shrunk(place):
-    values = pooled(np.arange(36.0).reshape(6, 6), most=3)
+    values = pooled(np.arange(36.0).reshape(6, 6), 3)
     assert values.tolist() == [[3.5, 5.5, 7.5], [15.5, 17.5, 19.5], [27.5, 29.5, 31.5]]
     stores = findings_command.named([str(place / "vit")])
     assert matrices_rgb(stores).shape[2] == 3
