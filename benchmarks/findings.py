@@ -108,7 +108,7 @@ def run_findings(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
         details[part]["title"], details[part]["side by side"] = part, side_by_side(reports)[1:] if reports else []
         if reports:
             show(*side_by_side(reports))
-        if part == "models":
+        if part == "models" and stores:
             draw(args, "findings_matrices.png", matrices_rgb(stores, 160))
         if part == "class tokens":
             details["class token rows"] = class_token_rows(args, stores)
