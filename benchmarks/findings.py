@@ -104,7 +104,7 @@ def run_findings(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
         reports = measured(args, models, str(data / selector))
         stores = {name: AttentionStore.open(folder_of(args, name, *its)) for name, its in models.items()}
         every += reports
-        details[part] = _finite(as_json(reports, over_orders(reports), {}))
+        details[part] = brief(as_json(reports, over_orders(reports), {}), part == "digits")
         details[part]["title"], details[part]["side by side"] = part, side_by_side(reports)[1:] if reports else []
         if reports:
             show(*side_by_side(reports))
@@ -143,6 +143,16 @@ def folder_of(args: argparse.Namespace, name: str, model: str, weights: str) -> 
     """The folder of a store: other weights, or other numbers of images, have another."""
     folder: Path = args.work / "stores" / f"{name.replace(' ', '_')}_{load(model, weights).fingerprint}_{args.images}"
     return folder
+
+
+def brief(results: dict[str, Any], summary: bool) -> dict[str, Any]:
+    """The results in five digits; of many models only what stands for the whole model."""
+    for store in results["stores"]:
+        store["rows"] = [row for row in store["rows"] if not summary or row["place"] in ("all", "model")]
+    found: dict[str, Any] = json.loads(
+        json.dumps(_finite(results)), parse_float=lambda text: float(f"{float(text):.5g}")
+    )  # fmt: skip
+    return found
 
 
 def reordered(weights: dict[str, Path], selector: Path, count: int) -> dict[str, Any]:

@@ -75,8 +75,8 @@ def training(details: dict[str, Any]) -> str:
             ]
             for verdict in ("more", "less", "no difference")
         }
-        said = [f"{verdict}: {', '.join(names)}" for verdict, names in by_verdict.items() if names]
-        lines.append(f"- **{store['name']}**, trained against random weights: {'; '.join(said)}.")
+        said = [f"*{verdict}*: {'; '.join(names)}" for verdict, names in by_verdict.items() if names]
+        lines.append(f"- **{store['name']}**, trained against random weights. {'. '.join(said)}.")
     return "\n".join(lines) + "\n"
 
 
