@@ -64,6 +64,8 @@ TARGETS = {
     "embed trust": Target("what PCA-100 before the embedding adds to its trustworthiness", 0, 0, higher=True),
     "embed overlap": Target("what PCA-100 before the embedding adds to the neighbours it keeps", 0, 0, higher=True),
     "compare time": Target("`run.py compare`: the table, hours of one core", 2, 2, unit="h"),
+    "findings orders": Target("`mamba-attn findings`: patch orders that models were trained in", 5, 7, higher=True),
+    "findings families": Target("`mamba-attn findings`: families of Mamba models", 2, 2, higher=True),
     "explain": Target("`mamba-attn explain` with its defaults, wall seconds", 60, 20, unit="s"),
     **{
         f"{name} rows": Target(f"{name}: MambaAttribution's row form / one forward + backward", 1.3, 1.1, unit="x")

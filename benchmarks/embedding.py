@@ -27,6 +27,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="DIR|ZIP[:PART]", help=f"at least {POINTS} images")
 
 
+def partial(_: argparse.Namespace) -> bool:
+    """Whether something is left out."""
+    return False
+
+
 def features(name: str, data: str, points: int) -> np.ndarray:
     """The summed matrix of every block and image as one row, (points, features); blocks of the finest grid alone.
 

@@ -10,6 +10,7 @@
     python benchmarks/run.py dropin --checkouts FOLDER
     python benchmarks/run.py collect --data FOLDER
     python benchmarks/run.py embed --data FOLDER
+    python benchmarks/run.py findings --runs FOLDER --data FOLDER
 
 One thread, CPU time, the competitors in turn (A B A B) in one process; peak memory in child processes. ``kernel`` is
 ``mamba-attn bench``; on a GPU it measures between CUDA events.
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 import torch
 
-from benchmarks import analytics, cases, comparison, dropin, embedding, maps, verify, without_gpu
+from benchmarks import analytics, cases, comparison, dropin, embedding, findings, maps, verify, without_gpu
 from benchmarks.cases import Shape
 from benchmarks.measure import Spread, interleave, paired, peak_memory, slope
 from benchmarks.report import Figure, figure, finish, show
@@ -42,9 +43,18 @@ WHAT = {
     "compare": "attribution methods judged on one scale: perturbation, boxes, masks, digits, sanity, cost",
     "collect": "mamba-attn collect: memory against images, time, means against explicit ones",
     "embed": "t-SNE and UMAP of attention, with PCA before them and without",
+    "findings": "mamba-attn findings: the paper's findings, trained, with random weights, in other patch orders",
     "kernel": "hidden attention and what it costs: models, backends, ceilings, on a CPU or a GPU",
     "dropin": "other people's model code, as it stands in clones of their repositories, traced",
     "build": "the CUDA kernels without a GPU: registers, spills, and the error of their source on the host",
+}
+ON_DATA: dict[str, tuple[Any, Any]] = {  # the module with the options, and what measures
+    "maps": (maps, maps.run_maps),
+    "compare": (comparison, comparison.run_comparison),
+    "collect": (analytics, analytics.run_collect),
+    "embed": (embedding, embedding.run_embed),
+    "findings": (findings, findings.run_findings),
+    "dropin": (dropin, dropin.run_dropin),
 }
 
 
@@ -216,33 +226,20 @@ def main(argv: list[str] | None = None) -> None:
         command = commands.add_parser(what, help=text, description=text.capitalize() + ".")
         command.add_argument("--quick", action="store_true", help="small sizes: does everything run?")
         command.add_argument("--out", type=Path, help=f"folder; default: {RESULTS.name}, if nothing is left out")
-        if what == "maps":
-            maps.add_options(command)
-        if what == "compare":
-            comparison.add_options(command)
+        if what in ON_DATA:
+            ON_DATA[what][0].add_options(command)
         if what == "kernel":
             bench.add_options(command)
-        if what == "collect":
-            analytics.add_options(command)
-        if what == "embed":
-            embedding.add_options(command)
-        if what == "dropin":
-            dropin.add_options(command)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if args.what == "kernel":
         run_kernel(args, parser)
         return
-    if args.what == "maps":
+    if args.what == "maps":  # one result per model
         found, partial = maps.run_maps(args), args.quick or maps.partial(args)
-    elif args.what == "compare":
-        found, partial = [("compare", *comparison.run_comparison(args))], args.quick or comparison.partial(args)
-    elif args.what == "collect":
-        found, partial = [("collect", *analytics.run_collect(args))], args.quick or analytics.partial(args)
-    elif args.what == "embed":
-        found, partial = [("embed", *embedding.run_embed(args))], args.quick
-    elif args.what == "dropin":
-        found, partial = [("dropin", *dropin.run_dropin(args))], args.quick or dropin.partial(args)
+    elif args.what in ON_DATA:
+        module, measure = ON_DATA[args.what]
+        found, partial = [(args.what, *measure(args))], args.quick or module.partial(args)
     else:
         runs = {"ops": run_ops, "models": run_models, "attribution": run_attribution, "build": without_gpu.run_build}
         found, partial = [(args.what, *runs[args.what](args.quick))], args.quick

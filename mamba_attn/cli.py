@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mamba_attn.analytics import command as collect
 from mamba_attn.analytics import erf_command as erf
+from mamba_attn.analytics import findings_command as findings
 from mamba_attn.bench import command as bench
 from mamba_attn.evaluation import command as compare
 from mamba_attn.explain import command as explain
@@ -21,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     explain.add_parser(commands)
     compare.add_parser(commands)
     collect.add_parser(commands)
+    findings.add_parser(commands)
     erf.add_parser(commands)
     bench.add_parser(commands)
     explore.add_parser(commands)

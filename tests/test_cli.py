@@ -222,4 +222,4 @@ def test_only_what_exists_is_offered(capsys):
     shown = capsys.readouterr().out
     assert "explain" in shown
     assert "compare" in shown
-    assert "findings" not in shown
+    assert "findings" in shown

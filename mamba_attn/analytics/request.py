@@ -69,9 +69,22 @@ def describe(request: Request) -> list[StoredLayer]:
         UnknownLayerError: a pattern fits no layer.
         TraceError: a layer whose tokens' place is not known.
     """
-    subject = request.subject
+    return described(request.subject, request.layers)
+
+
+def described(subject: Subject, patterns: Sequence[str] | None = None) -> list[StoredLayer]:
+    """Return the layers of a model, from a forward pass over an empty image.
+
+    Args:
+        subject: the model.
+        patterns: names or patterns of layers. Default: all.
+
+    Raises:
+        UnknownLayerError: a pattern fits no layer.
+        TraceError: a layer whose tokens' place is not known.
+    """
     empty = torch.zeros(1, 3, *subject.transform.size, device=subject.device)
-    with torch.no_grad(), trace(subject.model, layers=request.layers) as found:
+    with torch.no_grad(), trace(subject.model, layers=patterns) as found:
         subject.model(empty)
     layers = found.layers
     places = place_of([layer.name for layer in layers], [layer.layout.grid for layer in layers])

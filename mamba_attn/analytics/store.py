@@ -6,24 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
-from mamba_attn import _notebook, models
+from mamba_attn import _notebook
 from mamba_attn._types import Float
 from mamba_attn.analytics import _embeddings
 from mamba_attn.analytics._arrays import Arrays
-from mamba_attn.analytics._names import Names, NotStoredError
+from mamba_attn.analytics._models import Models
+from mamba_attn.analytics._names import NotStoredError
 from mamba_attn.analytics.index import Index, StoredImage, StoredLayer
 from mamba_attn.analytics.projection import feature_size
 from mamba_attn.errors import StoreError
-from mamba_attn.models.transforms import EvaluationTransform
-from mamba_attn.subjects import Subject
 
 _ROWS_AT_ONCE = 64
 _PICTURES, _MAPS = 6, 12  # in a notebook
 
 
-class AttentionStore(Names):
+class AttentionStore(Models):
     """A store of collected attention.
 
     Attention is the signed mean over channels, or heads, in the token frame: row i is what token i reads. Layers are
@@ -79,53 +77,9 @@ class AttentionStore(Names):
         return cls(folder, index)
 
     @property
-    def model_name(self) -> str:
-        """Name of the model, as ``mamba_attn.models.create`` takes it."""
-        return str(self.index.model["name"])
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of the model's classes."""
-        return list(self.index.classes)
-
-    @property
-    def transform(self) -> EvaluationTransform:
-        """What the model was shown of an image."""
-        found = self.index.transform
-        size, cover = ((int(side[0]), int(side[1])) for side in (found["size"], found["cover"]))
-        return EvaluationTransform(size, cover, str(found["interpolation"]))
-
-    @property
     def unreadable(self) -> dict[str, str]:
         """Reasons by key of images that could not be used."""
         return dict(self.index.unreadable)
-
-    @cached_property
-    def subject(self) -> Subject:
-        """The model with its classes and transform, rebuilt from what the store says of it; see ``model``."""
-        about = self.index.model
-        if not about["weights"]:
-            raise StoreError(
-                f"{self.folder}: it was collected from a {self.model_name} that was made in memory, whose weights are "
-                "in no file; trace that model itself."
-            )
-        model = models.create(self.model_name, weights=about["weights"], **about["options"])
-        subject = Subject(self.model_name, model, self.classes, self.transform, about["weights"], about["options"])
-        if subject.fingerprint != about["fingerprint"]:
-            raise StoreError(
-                f"{self.folder}: it was collected with weights {about['fingerprint']}, and {about['weights']!r} now "
-                f"holds {subject.fingerprint}; collect anew, into another folder."
-            )
-        return subject
-
-    def model(self) -> nn.Module:
-        """Return the model, in eval mode.
-
-        Raises:
-            StoreError: its weights are in no file, or others are there now.
-            WeightsError: they are gone.
-        """
-        return self.subject.model
 
     def mean(self, layer: StoredLayer | str | int, route: str | int = "sum") -> Float[np.ndarray, "tokens tokens"]:
         """Return the mean attention over the images, float64.
@@ -238,11 +192,18 @@ class AttentionStore(Names):
 
         Raises:
             NotStoredError: there is no such layer.
+            StoreError: they are of another projection, or damaged.
         """
         number = self._number(layer)
         scale, count = np.float32(self.index.layers[number].scale), len(self.index.images)
+        size = feature_size(self.index.layers[number].tokens)
         for start in range(0, count, rows):
             found = self._rows.read(f"features/{number:03d}", slice(start, min(start + rows, count)))
+            if found.shape[1:] != (size,):
+                raise StoreError(
+                    f"{self.folder}: features of {self.index.layers[number].name} are {found.shape[1:]} numbers, those "
+                    f"of this version {size}; they are of another projection: collect into a new folder."
+                )
             yield start, found.astype(np.float32) / scale
 
     def embedding(self, key: str) -> tuple[np.ndarray, dict[str, Any]] | None:

@@ -117,6 +117,18 @@ def create(name: str, weights: str | Path | None = None, **options: Any) -> nn.M
     return model.eval()
 
 
+def builder(name: str) -> Callable[..., nn.Module]:
+    """Return what builds a model; its parameters are the options of ``create``.
+
+    Args:
+        name: as in ``create``.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    return _CONFIGS[_known("builder", name)][0]
+
+
 def transform(name: str, image_size: int | Sequence[int] | None = None) -> EvaluationTransform:
     """Return the evaluation transform of a model: a function from a Pillow image or a path to (3, height, width).
 

@@ -1,0 +1,241 @@
+"""The findings of the demo models and of models trained in other patch orders, beside random weights; docs/findings.md.
+
+    python benchmarks/run.py findings --runs FOLDER --data FOLDER
+    python benchmarks/findings.py              writes the tables of docs/findings.md from results/findings.json
+
+``--runs`` holds what benchmarks/train.py wrote: <order>/vmamba_micro.safetensors with its card, class_token_first/ and
+class_token_middle/vim_micro.safetensors, digits/<order>_<seed>/*.safetensors. What is missing there is left out, and
+named in the results. ``--data`` holds imagenette128.zip and localise.zip. Stores, and what was measured of them, lie in
+``--work``, so that a killed run goes on.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from any folder
+
+import numpy as np
+import torch
+
+from benchmarks.findings_page import PICTURES, update
+from benchmarks.report import Figure, figure, show
+from mamba_attn import images, orders
+from mamba_attn.analytics import AttentionStore, Request, collect
+from mamba_attn.analytics.accuracy import known_accuracy, over_orders
+from mamba_attn.analytics.controls import Report, report
+from mamba_attn.analytics.findings_command import _finite
+from mamba_attn.analytics.findings_figures import matrices_rgb
+from mamba_attn.analytics.findings_tables import as_json, side_by_side
+from mamba_attn.datasets import Data, class_indices, open_data
+from mamba_attn.figures import png
+from mamba_attn.figures.colours import limits
+from mamba_attn.subjects import Subject, load
+
+DEMOS = ("vim_micro", "vmamba_micro", "vit_micro")
+CLASS_TOKENS = ("class_token_first", "class_token_middle")
+OBJECTS, DIGITS = "imagenette128.zip", "localise.zip:digits64"
+RESULTS = Path(__file__).parent / "results"
+_BATCH = 64
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the benchmark is asked."""
+    parser.add_argument("--data", type=Path, required=True, help="folder with imagenette128.zip and localise.zip")
+    parser.add_argument("--runs", type=Path, required=True, help="folder of trained models, as above")
+    parser.add_argument("--work", type=Path, default=Path("findings_work"), help="default: ./findings_work")
+    parser.add_argument("--images", type=int, default=200, help="of each store; default: 200")
+    parser.add_argument("--seeds", type=int, default=5, help="models with random weights; default: 5")
+    parser.add_argument("--workers", type=int, default=2, help="processes; default: 2")
+    parser.add_argument("--answers", type=int, default=500, help="images that reordered models classify; default: 500")
+
+
+def partial(args: argparse.Namespace) -> bool:
+    """Whether something is left out."""
+    return (args.images, args.seeds, args.answers) != (200, 5, 500) or bool(missing(args.runs))
+
+
+def missing(runs: Path) -> list[str]:
+    """What the folder of runs should hold and does not: five orders, both class tokens, five orders of digits."""
+    found = []
+    if len(trained_orders(runs)) < 5:
+        found.append(f"{5 - len(trained_orders(runs))} orders of vmamba_micro")
+    found += [name for name in CLASS_TOKENS if not weights_in(runs / name)]
+    digits = {path.parent.name.rpartition("_")[0] for path in runs.glob("digits/*/*.safetensors")}
+    return found + ([f"{5 - len(digits)} orders of digits"] if len(digits) < 5 else [])
+
+
+def trained_orders(runs: Path) -> dict[str, Path]:
+    """Weights by the order that they were trained in."""
+    found = {name: weights_in(runs / name) for name in orders.ORDERS}
+    return {name: path for name, path in found.items() if path is not None}
+
+
+def weights_in(folder: Path) -> Path | None:
+    """The weights in the folder of a run, once it is finished: the card is written last."""
+    return next((path for path in sorted(folder.glob("*.safetensors")) if path.with_suffix(".json").is_file()), None)
+
+
+def run_findings(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
+    """Collect, measure, report."""
+    if args.quick:
+        args.images, args.seeds, args.answers = 8, 2, 16
+    started, data, runs = time.perf_counter(), args.data.expanduser(), args.runs.expanduser()
+    orders_found = trained_orders(runs)
+    objects = {f"order {name}": (path.stem, str(path)) for name, path in orders_found.items()}
+    tokens = {name: (path.stem, str(path)) for name in CLASS_TOKENS if (path := weights_in(runs / name)) is not None}
+    digits = {
+        f"digits {path.parent.name}": (path.stem, str(path))
+        for path in sorted(runs.glob("digits/*/*.safetensors")) if path.with_suffix(".json").is_file()
+    }  # fmt: skip
+    parts = {
+        "models": ({name: (name, "demo") for name in DEMOS}, OBJECTS), "orders": (objects, OBJECTS),
+        "class tokens": (tokens, OBJECTS), "digits": (digits, DIGITS),
+    }  # fmt: skip
+    details: dict[str, Any] = {"how": __doc__, "images": args.images, "seeds": args.seeds, "missing": missing(runs)}
+    every: list[Report] = []
+    for part, (models, selector) in parts.items():
+        reports = measured(args, models, str(data / selector))
+        stores = {name: AttentionStore.open(folder_of(args, name, *its)) for name, its in models.items()}
+        every += reports
+        details[part] = brief(as_json(reports, over_orders(reports), {}), part == "digits")
+        details[part]["title"], details[part]["side by side"] = part, side_by_side(reports)[1:] if reports else []
+        if reports:
+            show(*side_by_side(reports))
+        if part == "models" and stores:
+            draw(args, "findings_matrices.png", matrices_rgb(stores, 160))
+        if part == "class tokens":
+            details["class token rows"] = class_token_rows(args, stores)
+    details["reordered"] = reordered(orders_found, data / OBJECTS, args.answers)
+    details["wall seconds"] = time.perf_counter() - started
+    families = {each.model.partition("_")[0] for each in every if each.order}
+    count = len({each.order for each in every if each.name.startswith("order ")})
+    return [figure("findings orders", "vmamba_micro", count), figure("findings families", "", len(families))], details
+
+
+def measured(args: argparse.Namespace, models: dict[str, tuple[str, str]], selector: str) -> list[Report]:
+    """The findings of models beside their controls, some models at a time."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.workers, context, torch.set_num_threads, (1,)) as pool:
+        jobs = [pool.submit(measure, args, name, *its, selector) for name, its in models.items()]
+        return [job.result() for job in jobs]
+
+
+def measure(args: argparse.Namespace, name: str, model: str, weights: str, selector: str) -> Report:
+    """Collect a model's store as far as it is not there yet, and measure it."""
+    folder = folder_of(args, name, model, weights)
+    collect(Request(load(model, weights), open_data(selector), args.images), folder)
+    print(f"{name}: {folder} is collected", flush=True)
+    store = AttentionStore.open(folder)
+    found = report(name, store, args.work / "measured", seeds=args.seeds)
+    found.accuracy = known_accuracy(store)
+    print(f"{name}: measured", flush=True)
+    return found
+
+
+def folder_of(args: argparse.Namespace, name: str, model: str, weights: str) -> Path:
+    """The folder of a store: other weights, or other numbers of images, have another."""
+    folder: Path = args.work / "stores" / f"{name.replace(' ', '_')}_{load(model, weights).fingerprint}_{args.images}"
+    return folder
+
+
+def brief(results: dict[str, Any], summary: bool) -> dict[str, Any]:
+    """The results in five digits; of many models only what stands for the whole model."""
+    for store in results["stores"]:
+        store["rows"] = [row for row in store["rows"] if not summary or row["place"] in ("all", "model")]
+    found: dict[str, Any] = json.loads(
+        json.dumps(_finite(results)), parse_float=lambda text: float(f"{float(text):.5g}")
+    )  # fmt: skip
+    return found
+
+
+def reordered(weights: dict[str, Path], selector: Path, count: int) -> dict[str, Any]:
+    """Accuracy, in percent, of a model trained in one order (row) whose scans follow another (column) at inference."""
+    if not weights:
+        return {"orders": [], "top1": [], "images": 0}
+    from mamba_attn import models
+
+    data, names = open_data(str(selector)), list(weights)
+    table = []
+    batches: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for path in weights.values():
+        subject = load(path.stem, str(path))
+        batches = batches or list(labelled(data, subject, count))
+        row = []
+        for order in names:
+            model = models.create(path.stem, weights=str(path), **{**subject.options, "order": order})
+            row.append(top1(model, batches))
+        table.append(row)
+        print(f"reordered: {len(table)} of {len(names)}", flush=True)
+    return {"orders": names, "top1": table, "images": sum(len(labels) for _, labels in batches)}
+
+
+def labelled(data: Data, subject: Subject, count: int) -> "list[tuple[torch.Tensor, torch.Tensor]]":
+    """Images and the model's classes for them, in batches."""
+    known = class_indices(data, subject)
+    samples = [data.load(number, subject.transform) for number in data.chosen(limit=count)]
+    fitting = [(each.pixels, known[each.label]) for each in samples if each.label is not None]
+    pairs = [(pixels, label) for pixels, label in fitting if label is not None]
+    return [
+        (images.normalise(np.stack([pixels for pixels, _ in part])), torch.tensor([label for _, label in part]))
+        for start in range(0, len(pairs), _BATCH) if (part := pairs[start : start + _BATCH])
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def top1(model: torch.nn.Module, batches: "Sequence[tuple[torch.Tensor, torch.Tensor]]") -> float:
+    """Top-1 in percent."""
+    right = torch.cat([model(pixels).argmax(1) == labels for pixels, labels in batches])
+    return round(100 * right.double().mean().item(), 2)
+
+
+def class_token_rows(args: argparse.Namespace, stores: dict[str, AttentionStore]) -> dict[str, Any]:
+    """What the class token reads, on average: drawn side by side, and where its centre lies, in parts of the image."""
+    panels, captions, found = [], [], {}
+    for name, store in stores.items():
+        rows = []
+        for layer in store.layers:
+            (token,) = layer.layout.class_tokens
+            row = np.abs(store.mean_row(layer, token)[layer.layout.patches.numpy()]).reshape(layer.layout.grid)
+            rows.append(row / (row.sum() or 1))
+        mean = np.mean(rows, axis=0)
+        for depth in (0.25, 0.5, 0.75, 1.0):
+            panels.append(enlarged(rows[round(depth * (len(rows) - 1))]))
+            captions.append(f"{name}, {depth:.0%}")
+        panels.append(enlarged(mean))
+        captions.append(f"{name}, mean")
+        height = mean.shape[0]
+        found[name] = {
+            "upper third": float(mean[: height // 3].sum()), "lower third": float(mean[-(height // 3) :].sum()),
+            "middle": float(mean[height // 3 : -(height // 3)].sum()),
+            "entropy": float(-(mean[mean > 0] * np.log(mean[mean > 0])).sum() / np.log(mean.size)),
+            "centre": [float((mean.sum(1) * (np.arange(height) + 0.5)).sum() / height),
+                       float((mean.sum(0) * (np.arange(mean.shape[1]) + 0.5)).sum() / mean.shape[1])],
+        }  # fmt: skip
+    if panels:
+        draw(args, "findings_class_token.png", png.side_by_side(panels, captions, columns=5))
+    return found
+
+
+def enlarged(row: np.ndarray) -> np.ndarray:
+    """A map in whole pixels."""
+    rgb = png.matrix_rgb(row, **limits(row))
+    times = max(1, 160 // max(rgb.shape[:2]))
+    return rgb.repeat(times, 0).repeat(times, 1)
+
+
+def draw(args: argparse.Namespace, name: str, rgb: np.ndarray) -> None:
+    """Write a picture: where the pages are if nothing is left out, else beside the results."""
+    folder = args.out or (args.work if args.quick or partial(args) else PICTURES)
+    folder.mkdir(parents=True, exist_ok=True)
+    png.save_png(folder / name, rgb)
+
+
+if __name__ == "__main__":
+    update(json.loads((RESULTS / "findings.json").read_text()))

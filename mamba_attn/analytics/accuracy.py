@@ -1,0 +1,133 @@
+"""What goes with accuracy over patch orders, and whether accuracy differs over orders at all."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mamba_attn.analytics.controls import ALL, Report
+from mamba_attn.analytics.findings import FINDINGS
+from mamba_attn.analytics.measured import MODEL
+from mamba_attn.analytics.resampling import Together, together
+from mamba_attn.analytics.store import AttentionStore
+from mamba_attn.errors import WeightsError
+from mamba_attn.models import registry
+
+LEAST = 3  # orders, for a correlation
+_DRAWS = 10_000
+
+
+@dataclass(frozen=True)
+class Orders:
+    """Models that differ in their order, and in the seed of their training, alone.
+
+    Args:
+        model: their name.
+        options: that all have.
+        accuracy: top-1 in percent by order, one per model.
+        correlations: by finding: the numbers of the orders' models, averaged, against their averaged accuracy.
+    """
+
+    model: str
+    options: dict[str, object]
+    accuracy: dict[str, list[float]]
+    correlations: dict[str, Together]
+
+    @property
+    def spread(self) -> float:
+        """Largest less least mean accuracy of an order, in percentage points."""
+        means = [float(np.mean(each)) for each in self.accuracy.values()]
+        return max(means) - min(means)
+
+    @property
+    def seeds_spread(self) -> float | None:
+        """The same within an order, over its seeds, on average; None with one seed each."""
+        ranges = [float(np.ptp(each)) for each in self.accuracy.values() if len(each) > 1]
+        return float(np.mean(ranges)) if ranges else None
+
+    @property
+    def chance(self) -> float | None:
+        """Which part of random assignments of models to orders lets the orders' means differ as much; None likewise."""
+        if self.seeds_spread is None:
+            return None
+        label = np.repeat(np.arange(len(self.accuracy)), [len(each) for each in self.accuracy.values()])
+        values = np.concatenate([np.asarray(each, dtype=np.float64) for each in self.accuracy.values()])
+        random = np.random.default_rng(0)
+        drawn = np.stack([values, *(random.permutation(values) for _ in range(_DRAWS - 1))])
+        means = np.stack([drawn[:, label == order].mean(1) for order in range(len(self.accuracy))])
+        sizes = np.bincount(label)[:, None]
+        between = (sizes * (means - values.mean()) ** 2).sum(0)
+        return float((between >= between[0] - 1e-9).mean())
+
+    @property
+    def strongest(self) -> tuple[str, Together, float] | None:
+        """The finding that goes with accuracy most, and its p-value times the number of findings; None without any."""
+        known = {name: each for name, each in self.correlations.items() if np.isfinite(each.correlation)}
+        if not known:
+            return None
+        name = max(known, key=lambda name: abs(known[name].correlation))
+        return name, known[name], min(1.0, known[name].chance * len(known))
+
+
+def over_orders(reports: Sequence[Report]) -> list[Orders]:
+    """Return what goes with accuracy, for each model of which there are several orders.
+
+    Args:
+        reports: of stores; those without accuracy are left out.
+    """
+    families: dict[str, list[Report]] = {}
+    for report in reports:
+        if report.order and report.accuracy is not None:
+            key = json.dumps([report.model, _common(report)], sort_keys=True, default=str)
+            families.setdefault(key, []).append(report)
+    found = []
+    for members in families.values():
+        orders = list(dict.fromkeys(report.order for report in members))
+        if len(orders) > 1:
+            found.append(_compared(members, orders))
+    return found
+
+
+def known_accuracy(store: AttentionStore) -> float | None:
+    """Return the accuracy that the card of a store's weights names, top-1 in percent; None where there is none.
+
+    Args:
+        store: the store.
+    """
+    weights = str(store.index.model["weights"])
+    try:
+        if weights == "demo":
+            card = registry.demo_card(store.model_name)
+        else:
+            path = Path(weights).with_suffix(".json")
+            card = json.loads(path.read_text(encoding="utf-8")) if weights and path.is_file() else {}
+        found = card.get("top1")
+    except (WeightsError, OSError, ValueError, AttributeError):
+        return None
+    return float(found) if isinstance(found, int | float) and np.isfinite(found) else None
+
+
+def _common(report: Report) -> dict[str, object]:
+    return {name: value for name, value in report.options.items() if name != "order"}
+
+
+def _compared(members: Sequence[Report], orders: Sequence[str]) -> Orders:
+    accuracy = {order: [float(m.accuracy) for m in members if m.order == order and m.accuracy is not None]
+                for order in orders}  # fmt: skip
+    means = np.array([np.mean(each) for each in accuracy.values()])
+    correlations = {}
+    for name, finding in FINDINGS.items():
+        place = MODEL if finding.level == "model" else ALL
+        numbers = [_number(members, order, name, place) for order in orders]
+        known = np.isfinite(numbers)
+        if known.sum() >= LEAST:
+            correlations[name] = together(np.array(numbers)[known], means[known])
+    return Orders(members[0].model, _common(members[0]), accuracy, correlations)
+
+
+def _number(members: Sequence[Report], order: str, name: str, place: str) -> float:
+    rows = [member.row(name, place) for member in members if member.order == order]
+    values = [row.trained.value for row in rows if row is not None]
+    return float(np.mean(values)) if values else float("nan")

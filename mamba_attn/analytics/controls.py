@@ -1,0 +1,233 @@
+"""The findings of a store's model beside its controls: random weights, another scan order, places dealt out at random.
+
+What a trained model shows may be its training's or its architecture's: a recurrence that decays reads near patches
+whatever its weights. Only what differs from random weights is training's.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from mamba_attn.analytics import resampling
+from mamba_attn.analytics.findings import FINDINGS, Finding
+from mamba_attn.analytics.measured import Measured
+from mamba_attn.analytics.measuring import Advance, Measuring
+from mamba_attn.analytics.rebuild import order_of, takes_order
+from mamba_attn.analytics.resampling import Estimate
+from mamba_attn.analytics.store import AttentionStore
+from mamba_attn.errors import MambaAttnError
+
+ALL = "all"  # the mean over blocks, or stages
+SHUFFLED_ORDER = "random"  # one of mamba_attn.orders.ORDERS
+
+
+@dataclass(frozen=True)
+class Row:
+    """A finding at a place.
+
+    Args:
+        finding: its name.
+        place: a layer, "stage 0", "model", or "all": the mean over layers or stages.
+        trained: of the store's model.
+        random: the mean over seeds; None without any.
+        seeds: every seed's own.
+        training: trained less random weights, resampled over images and seeds.
+        reordered: of the trained weights scanning in a random order.
+        order: trained less reordered, resampled over images.
+        shuffled: of the trained model with the patches' places dealt out at random: what chance gives.
+    """
+
+    finding: str
+    place: str
+    trained: Estimate
+    random: float | None = None
+    seeds: tuple[float, ...] = ()
+    training: Estimate | None = None
+    reordered: float | None = None
+    order: Estimate | None = None
+    shuffled: float | None = None
+
+    @property
+    def about(self) -> Finding:
+        """The finding."""
+        return FINDINGS[self.finding]
+
+    @property
+    def claimed(self) -> str:
+        """Whether the paper's claim holds: "holds", "fails", "open" when the interval decides neither; "" without."""
+        if self.about.claim is None:
+            return ""
+        found = self.trained.beyond(*self.about.claim)
+        return "open" if found is None else "holds" if found else "fails"
+
+    @property
+    def verdict(self) -> str:
+        """What training changed: "more", "less", "no difference"; "" where this is not known."""
+        return _verdict(self.training)
+
+    @property
+    def order_verdict(self) -> str:
+        """What the order it was trained in changes, likewise."""
+        return _verdict(self.order)
+
+
+@dataclass
+class Report:
+    """What was found in one store.
+
+    Args:
+        name: of the store.
+        model: name of its model.
+        options: that it was built with.
+        order: that it scans in; "" for softmax attention.
+        images: that were looked at.
+        groups: of images, for findings about mean matrices.
+        rows: all findings at all places.
+        depths: places of blocks, first to last.
+        notes: what could not be done, and why.
+        accuracy: top-1 in percent, where it is known.
+    """
+
+    name: str
+    model: str
+    options: dict[str, object]
+    order: str
+    images: int
+    groups: int
+    rows: list[Row] = field(default_factory=list)
+    depths: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    accuracy: float | None = None
+
+    def row(self, finding: str, place: str = ALL) -> Row | None:
+        """Return a finding at a place, or None where it is undefined.
+
+        Args:
+            finding: its name.
+            place: see ``Row``.
+        """
+        return next((row for row in self.rows if (row.finding, row.place) == (finding, place)), None)
+
+
+def steps(store: AttentionStore, count: int, seeds: int) -> int:
+    """How often ``report`` will call ``advance``, at most.
+
+    Args:
+        store: the store.
+        count: images.
+        seeds: of random weights.
+    """
+    return count * (1 + seeds + (1 if takes_order(store.model_name) else 0))
+
+
+def report(
+    name: str, store: AttentionStore, folder: Path, *, images: int | None = None, seeds: int = 5,
+    advance: Advance = lambda: None,
+) -> Report:  # fmt: skip
+    """Measure a store's model and its controls on the store's own images.
+
+    Args:
+        name: what the store is called.
+        store: the store.
+        folder: where numbers are kept, so that a killed call goes on.
+        images: the first so many. Default: all.
+        seeds: models with random weights.
+        advance: called after every image of every model.
+
+    Raises:
+        StoreError: the store is damaged, or of another projection.
+        OSError: the folder cannot be written.
+    """
+    count = min(images or len(store.images), len(store.images))
+    measuring = Measuring(store, count, folder, advance)
+    notes: list[str] = []
+    own = _tried(lambda: measuring.model(store.subject, shuffled=True), "the trained model", notes)
+    if own is None:
+        own = measuring.kept()
+        notes.append(_what_is_kept(measuring))
+    random = []
+    for seed in range(seeds):
+        found = _tried(lambda: measuring.model(store.untrained(seed)), f"random weights, seed {seed}", notes)  # noqa: B023
+        if found is None:
+            break  # what failed once fails for every seed
+        random += found
+    reordered = _reordered(store, measuring, notes)
+    if count < 2:
+        notes.append("one image alone: no intervals, and nothing that compares images.")
+    result = Report(name, store.model_name, dict(store.index.model["options"]), order_of(store.index), count, 0,
+                    depths=[layer.name for layer in store.layers], notes=notes)  # fmt: skip
+    result.rows = list(_rows(own, random, reordered))
+    result.groups = max((row.trained.units for row in result.rows if row.about.kind == "rows"), default=0)
+    return result
+
+
+def _reordered(store: AttentionStore, measuring: Measuring, notes: list[str]) -> list[Measured]:
+    order = order_of(store.index)
+    if not order:
+        return []
+    if order == SHUFFLED_ORDER:
+        notes.append("it was trained in a random order, so that no model scans in another one for comparison.")
+        return []
+    return _tried(lambda: measuring.model(store.reordered(SHUFFLED_ORDER)), "the random scan order", notes) or []
+
+
+def _tried(measure: Callable[[], list[Measured]], what: str, notes: list[str]) -> list[Measured] | None:
+    try:
+        return measure()
+    except (MambaAttnError, ImportError) as error:
+        notes.append(f"{what}: not measured. {error}")
+        return None
+
+
+def _what_is_kept(measuring: Measuring) -> str:
+    names = ", ".join(layer.name for layer in measuring.projected)
+    means = f"; of {names} only means and projections are, so that some numbers are missing or have no interval"
+    return f"the trained numbers are of the matrices that the store kept{means if names else ''}."
+
+
+def _rows(own: Sequence[Measured], random: Sequence[Measured], reordered: Sequence[Measured]) -> Iterator[Row]:
+    shuffled = own[1].values if len(own) > 1 else {}
+    models = [own[0].values, *(each.values for each in random), *(each.values for each in reordered), shuffled]
+    tables = [_with_means(values) for values in models]
+    first, seeds, shuffle = tables[0], tables[1 : 1 + len(random)], tables[-1]
+    others = tables[1 + len(random) : -1]
+    for key in sorted(first, key=lambda key: list(FINDINGS).index(key[0])):
+        trained = resampling.mean(first[key])
+        if trained is None:
+            continue
+        controls = [each[key] for each in seeds if key in each]
+        each_seed = tuple(float(np.nanmean(each)) for each in controls if np.isfinite(each).any())
+        yield Row(
+            *key, trained,
+            float(np.mean(each_seed)) if each_seed else None, each_seed,
+            resampling.difference(first[key], controls),
+            _mean(others[0].get(key)) if others else None,
+            resampling.difference(first[key], [others[0][key]]) if others and key in others[0] else None,
+            _mean(shuffle.get(key)),
+        )  # fmt: skip
+
+
+def _with_means(values: dict[tuple[str, str], np.ndarray]) -> dict[tuple[str, str], np.ndarray]:
+    """The same, and every finding's mean over its places, image by image."""
+    found = dict(values)
+    for name in FINDINGS:
+        each = [array for (its, place), array in values.items() if its == name and np.isfinite(array).any()]
+        longest = max((len(array) for array in each), default=0)
+        whole = [array for array in each if len(array) == longest]
+        if whole:
+            known = np.isfinite(np.stack(whole)).all(0)
+            found[name, ALL] = np.where(known, np.stack(whole).mean(0), np.nan)
+    return found
+
+
+def _mean(values: np.ndarray | None) -> float | None:
+    return None if values is None or not np.isfinite(values).any() else float(np.nanmean(values))
+
+
+def _verdict(found: Estimate | None) -> str:
+    if found is None or found.low is None:
+        return ""
+    beyond = found.beyond(">", 0.0)
+    return "no difference" if beyond is None else "more" if beyond else "less"

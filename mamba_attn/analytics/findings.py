@@ -1,0 +1,140 @@
+"""The findings of arXiv 2502.20764 as measurements: what is asked, what the paper says of it, which function answers.
+
+Attention is the signed mean over channels, or heads, between patches, routes summed. Numbers of single images come from
+each image's matrix; numbers of rows come from mean matrices of groups of images, because a mean over images is what
+cancels their content.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mamba_attn.analytics import block_measures, matrix_measures, row_measures
+from mamba_attn.errors import nearest
+
+VERSION = 1  # of the measurements: what an older one left in a folder is measured again
+GROUPS = 10  # of images, at most
+LEAST = 16  # patches, for a finding about rows
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One measurement.
+
+    Args:
+        name: of it.
+        of: the finding of the paper that it stands for, F1 to F7; "" for one that the paper does not state.
+        title: in a table.
+        question: that it answers.
+        kind: what ``function`` takes: "matrix" (shares of images, places), "rows" (rows of a mean matrix, places),
+            "features" (a block's features), "blocks" (a stage), "depth" (numbers of blocks).
+        claim: what the paper says of a trained model: a sign and a number; None where it says nothing.
+        function: with the formula.
+        source: the finding that a "depth" is about.
+    """
+
+    name: str
+    of: str
+    title: str
+    question: str
+    kind: str
+    claim: tuple[str, float] | None
+    function: Callable[..., Any]
+    source: str = ""
+
+    @property
+    def level(self) -> str:
+        """What has one number: a "block", a "stage" or the "model"."""
+        return {"blocks": "stage", "depth": "model"}.get(self.kind, "block")
+
+    @property
+    def needs_two(self) -> bool:
+        """Whether images are compared with each other."""
+        return self.kind == "features" or self.name in ("block_silhouette", "block_neighbours")
+
+
+def _finding(of: str, title: str, kind: str, claim: str, function: Callable[..., Any], question: str) -> Finding:
+    sign, _, number = claim.partition(" ")
+    return Finding(
+        function.__name__, of, title, question, kind, (sign, float(number)) if claim else None, function
+    )  # fmt: skip
+
+
+def _depth(of: str, source: str, title: str, claim: str, question: str) -> Finding:
+    sign, _, number = claim.partition(" ")
+    return Finding(
+        f"{source}_by_depth", of, title, question, "depth", (sign, float(number)) if claim else None,
+        block_measures.by_depth, source,
+    )  # fmt: skip
+
+
+FINDINGS: dict[str, Finding] = {
+    each.name: each
+    for each in (
+        _finding("F1", "silhouette of blocks", "blocks", "> 0.5", block_measures.block_silhouette,
+                 "Do the blocks of a stage form clusters of their own?"),
+        _finding("F1", "nearest point of the same block", "blocks", "> 0.95", block_measures.block_neighbours,
+                 "Is an image's matrix nearest to others of the same block?"),
+        _finding("F2", "read just before / uniform", "matrix", "> 1", matrix_measures.preceding_lift,
+                 "Do patches read those just before them in a scan?"),
+        _finding("F3", "least correlation of two blocks", "blocks", "< 0", block_measures.block_correlation,
+                 "Do two blocks of a stage complement each other?"),
+        _finding("F3", "range of distances over blocks", "blocks", "", block_measures.distance_range,
+                 "Do some blocks of a stage look far and others near?"),
+        _finding("F3", "share of neighbours and self", "matrix", "", matrix_measures.neighbour_share,
+                 "How much is read from the patch itself and its neighbours?"),
+        _finding("F4", "cosine, same less other column", "rows", "> 0", row_measures.column_similarity,
+                 "Do patches of one column read alike?"),
+        _finding("F4", "cosine, same less other row", "rows", "", row_measures.row_similarity,
+                 "Do patches of one row read alike?"),
+        _finding("F4", "purity of columns", "rows", "> 0", row_measures.column_purity,
+                 "Are the patches that read most alike in one column?"),
+        _finding("F4", "purity of rows", "rows", "", row_measures.row_purity,
+                 "Are the patches that read most alike in one row?"),
+        _finding("F7", "purity of z-blocks", "rows", "", row_measures.block_purity,
+                 "Are the patches that read most alike in one z-block?"),
+        _finding("F5", "rows follow the image", "rows", "> 0", row_measures.grid_locality,
+                 "Do patches that are close in the image read alike?"),
+        _finding("F5", "rows follow the scan", "rows", "> 0", row_measures.sequence_locality,
+                 "Do patches that are close in a scan read alike?"),
+        _finding("F7", "own order over raster", "rows", "> 0", row_measures.order_over_raster,
+                 "Does the pattern follow the order that is scanned, rather than the raster?"),
+        _finding("F6", "part that differs by image", "features", "", block_measures.image_share,
+                 "How much of a block's attention depends on the image?"),
+        _finding("", "entropy", "matrix", "", matrix_measures.entropy,
+                 "How widely is attention spread?"),
+        _finding("", "mean attention distance, px", "matrix", "", matrix_measures.distance,
+                 "How far does attention reach?"),
+        _depth("F6", "image_share", "part that differs, by depth", "> 0",
+               "Does attention depend more on the image in later blocks?"),
+        _depth("F6", "grid_locality", "rows follow the image, by depth", "< 0",
+               "Does the order of patches fade in later blocks?"),
+        _depth("", "distance", "mean distance, by depth", "",
+               "Do later blocks look farther?"),
+        _depth("", "entropy", "entropy, by depth", "",
+               "Is attention spread more widely in later blocks?"),
+    )
+}  # fmt: skip
+
+
+def of_kind(kind: str) -> list[Finding]:
+    """Return the findings of a kind.
+
+    Args:
+        kind: see ``Finding``.
+    """
+    return [each for each in FINDINGS.values() if each.kind == kind]
+
+
+def finding(name: str) -> Finding:
+    """Return a finding.
+
+    Args:
+        name: of it.
+
+    Raises:
+        ValueError: no such finding.
+    """
+    if name not in FINDINGS:
+        raise ValueError(f"finding({name!r}): no such finding. {nearest(name, FINDINGS)}")
+    return FINDINGS[name]

@@ -1,0 +1,213 @@
+"""Findings as tables: aligned text, CSV and JSON."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from mamba_attn.analytics.accuracy import Orders
+from mamba_attn.analytics.controls import ALL, Report, Row
+from mamba_attn.analytics.findings import FINDINGS, Finding
+from mamba_attn.analytics.measured import MODEL
+from mamba_attn.analytics.resampling import Estimate
+
+Texts = tuple[str, list[str], list[list[str]]]
+LEGEND = (
+    "Numbers are means over images and blocks, in brackets 95 % of a bootstrap over images (for findings about rows, "
+    "over groups of images). Trained less random is resampled over images and seeds; 'no difference' is said where its "
+    "interval holds 0. Paper: whether what arXiv 2502.20764 says of a trained model holds here, 'open' where the "
+    "interval decides neither. Reordered: the trained weights scanning in a random order. Shuffled: the trained "
+    "attention, the patches' places dealt out at random: what chance gives. Of many intervals, one in twenty errs."
+)
+_HEADER = [
+    "",
+    "finding",
+    "trained",
+    "random",
+    "trained less random",
+    "training",
+    "paper",
+    "reordered",
+    "trained order",
+    "shuffled",
+]
+
+
+def summary(report: Report) -> Texts:
+    """Return title, header and rows of a store's findings, averaged over its blocks.
+
+    Args:
+        report: of the store.
+    """
+    rows = [_cells(row) for name in FINDINGS if (row := _of_all(report, FINDINGS[name])) is not None]
+    known = "" if report.accuracy is None else f", top-1 {report.accuracy:.2f} %"
+    order = f", {report.order} order" if report.order else ""
+    return f"{report.name}: {report.model}{order}, {report.images} images{known}", _HEADER, rows
+
+
+def side_by_side(reports: Sequence[Report]) -> Texts:
+    """Return title, header and rows of all stores: trained, and what training changed.
+
+    Args:
+        reports: of the stores.
+    """
+    rows = []
+    for finding in FINDINGS.values():
+        found = [_of_all(report, finding) for report in reports]
+        if any(found):
+            rows.append([finding.of, finding.title, *("" if row is None else _short(row) for row in found)])
+    title = "side by side: trained (random); ! where training makes a difference"
+    return title, ["", "finding", *(report.name for report in reports)], rows
+
+
+def orders_table(orders: Orders) -> Texts:
+    """Return title, header and rows of what goes with accuracy over orders.
+
+    Args:
+        orders: of one model.
+    """
+    rows = [
+        [FINDINGS[name].of, FINDINGS[name].title, f"{its.correlation:+.2f}", f"{its.border:.2f}", f"{its.chance:.3f}"]
+        for name, its in sorted(orders.correlations.items(), key=lambda pair: -abs(pair[1].correlation))
+    ]
+    title = f"{orders.model}: what goes with accuracy over {len(orders.accuracy)} orders"
+    return title, ["", "finding", "rank correlation", "95 % of chance below", "p"], rows
+
+
+def orders_sentence(orders: Orders) -> str:
+    """Return in words whether accuracy differs over orders, and what goes with it.
+
+    Args:
+        orders: of one model.
+    """
+    count, models = len(orders.accuracy), sum(len(each) for each in orders.accuracy.values())
+    parts = [f"{orders.model}: top-1 of {models} models in {count} orders differs by {orders.spread:.2f} points."]
+    if orders.chance is None:
+        parts.append("With one seed each, this cannot be told from what the seed changes.")
+    else:
+        differ = "more than by chance" if orders.chance < 0.05 else "no more than by chance"
+        parts.append(
+            f"Seeds of one order differ by {orders.seeds_spread:.2f}; orders differ {differ} (p = {orders.chance:.3f})."
+        )
+    found = orders.strongest
+    if found is None:
+        parts.append("That is too few orders, or numbers, for a correlation.")
+    else:
+        name, its, corrected = found
+        certain = "" if corrected < 0.05 else ", which is no evidence"
+        parts.append(
+            f"Strongest with accuracy: {FINDINGS[name].title}, rank correlation {its.correlation:+.2f} over "
+            f"{its.count} orders, p = {its.chance:.3f}; times {len(orders.correlations)} findings "
+            f"{corrected:.2f}{certain}. So few orders can show a strong relation alone."
+        )
+    return " ".join(parts)
+
+
+def blocks_table(report: Report) -> Texts:
+    """Return title, header and rows of everything, place by place.
+
+    Args:
+        report: of a store.
+    """
+    rows = [[row.place, *_cells(row)] for row in report.rows if row.place not in (ALL, MODEL)]
+    return f"{report.name}: by block and stage", ["place", *_HEADER], rows
+
+
+def as_csv(reports: Sequence[Report]) -> str:
+    """Return every number of every store, a line each."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    names = ["trained", "training", "order"]
+    writer.writerow(
+        ["store", "model", "scan_order", "images", "finding", "of", "place", "random", "reordered", "shuffled", "claim",
+         "paper", "verdict", "order_verdict",
+         *(f"{name}_{what}" for name in names for what in ("value", "low", "high"))]
+    )  # fmt: skip
+    for report in reports:
+        for row in report.rows:
+            claim = "" if row.about.claim is None else "{} {:g}".format(*row.about.claim)
+            writer.writerow(
+                [report.name, report.model, report.order, report.images, row.finding, row.about.of, row.place,
+                 *map(_number, (row.random, row.reordered, row.shuffled)), claim, row.claimed, row.verdict,
+                 row.order_verdict, *(_number(value) for name in names for value in _three(getattr(row, name)))]
+            )  # fmt: skip
+    return file.getvalue()
+
+
+def as_json(reports: Sequence[Report], orders: Sequence[Orders], about: dict[str, Any]) -> dict[str, Any]:
+    """Return everything as JSON can say it.
+
+    Args:
+        reports: of the stores.
+        orders: what goes with accuracy.
+        about: of the call.
+    """
+    return {
+        **about,
+        "findings": {name: _described(each) for name, each in FINDINGS.items()},
+        "stores": [_plain(report) for report in reports],
+        "orders": [
+            {**asdict(each), "spread": each.spread, "seeds_spread": each.seeds_spread, "chance": each.chance,
+             "sentence": orders_sentence(each)}
+            for each in orders
+        ],
+    }  # fmt: skip
+
+
+def _plain(report: Report) -> dict[str, Any]:
+    rows = [
+        {**{name: value for name, value in asdict(row).items() if value is not None}, "paper": row.claimed,
+         "verdict": row.verdict, "order_verdict": row.order_verdict}
+        for row in report.rows
+    ]  # fmt: skip
+    return {**asdict(report), "rows": rows}
+
+
+def _described(finding: Finding) -> dict[str, Any]:
+    source = f" of {finding.source}" if finding.source else ""
+    return {
+        "of": finding.of, "title": finding.title, "question": finding.question, "level": finding.level,
+        "claim": finding.claim, "formula": f"{(finding.function.__doc__ or '').partition(chr(10))[0]}{source}",
+    }  # fmt: skip
+
+
+def _of_all(report: Report, finding: Finding) -> Row | None:
+    """The row that stands for the whole model."""
+    return report.row(finding.name, MODEL if finding.level == "model" else ALL)
+
+
+def _cells(row: Row) -> list[str]:
+    claim = "" if row.about.claim is None else "{} {:g} ".format(*row.about.claim)
+    return [
+        row.about.of, row.about.title, shown(row.trained), number(row.random), shown(row.training), row.verdict,
+        f"{claim}{row.claimed}", number(row.reordered), row.order_verdict, number(row.shuffled),
+    ]  # fmt: skip
+
+
+def _short(row: Row) -> str:
+    mark = "!" if row.verdict in ("more", "less") else ""
+    beside = "" if row.random is None else f" ({number(row.random)}){mark}"
+    return f"{number(row.trained.value)}{beside}"
+
+
+def shown(estimate: Estimate | None) -> str:
+    """Return an estimate as text, with its interval where it has one."""
+    if estimate is None:
+        return ""
+    if estimate.low is None:
+        return number(estimate.value)
+    return f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}]"
+
+
+def number(value: float | None) -> str:
+    """Return a number as text: three digits, never "-0"; nothing for None."""
+    return "" if value is None else f"{round(value, 12) + 0.0:.3g}" if abs(value) >= 0.0005 else "0"
+
+
+def _three(estimate: Estimate | None) -> tuple[float | None, float | None, float | None]:
+    return (None, None, None) if estimate is None else (estimate.value, estimate.low, estimate.high)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"

@@ -1,0 +1,121 @@
+"""The page about the findings says what the results say; the benchmark finds runs and reorders models."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import findings, findings_page
+from benchmarks.findings_page import PAGE, filled
+from mamba_attn.figures import png
+from tests.analytics import cases
+from tests.explain.cases import save
+
+RESULTS = Path(findings.RESULTS) / "findings.json"
+
+
+def details():
+    return json.loads(RESULTS.read_text())["details"] if RESULTS.is_file() else {}
+
+
+def test_the_page_says_what_the_results_say():
+    assert filled(PAGE.read_text(), details()) == PAGE.read_text(), "python benchmarks/findings.py writes the page"
+
+
+def test_every_part_of_the_page_has_its_place():
+    named = re.findall(r"<!-- (\w[\w ]*): from", PAGE.read_text())
+    assert sorted(named) == sorted(findings_page._PARTS)
+    with pytest.raises(ValueError, match="'weather' is no part of the page"):
+        filled("<!-- weather: from results/findings.json -->\n<!-- end -->", {})
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Runs of two orders and of both class tokens, tiny."""
+    options = {**cases.OPTIONS["vmamba_micro"], "image_size": (32, 32)}
+    names = list(cases.CLASSES)
+    for order in ("raster", "morton"):
+        save(tmp_path / order, "vmamba_micro", {**options, "order": order}, names)
+    for token in ("first", "middle"):
+        size = {**cases.OPTIONS["vim_micro"], "image_size": (48, 48), "depth": 3}
+        save(tmp_path / f"class_token_{token}", "vim_micro", {**size, "class_token": token}, names)
+    for path in [*tmp_path.glob("*/w.safetensors"), *tmp_path.glob("*/w.json")]:
+        model = "vim_micro" if "class_token" in path.parent.name else "vmamba_micro"
+        shutil.move(path, path.with_stem(model))
+    for number, card in enumerate(sorted(tmp_path.glob("*/*.json"))):
+        card.write_text(json.dumps({**json.loads(card.read_text()), "top1": 60.0 + number}))
+    return tmp_path
+
+
+def test_runs_are_found_where_they_are_finished(runs):
+    assert list(findings.trained_orders(runs)) == ["raster", "morton"]
+    said = ["3 orders of vmamba_micro", "5 orders of digits"]
+    assert findings.missing(runs) == said
+    (runs / "morton" / "vmamba_micro.json").unlink()
+    (runs / "class_token_first" / "vim_micro.json").unlink()
+    assert findings.missing(runs) == ["4 orders of vmamba_micro", "class_token_first", "5 orders of digits"]
+
+
+def test_all_is_measured_and_the_page_is_written_from_it(runs, tmp_path, monkeypatch, capsys):
+    import argparse
+
+    data = tmp_path / "data"
+    cases.class_folders(data / "photos", 1)
+    monkeypatch.setattr(findings, "OBJECTS", "photos")
+    monkeypatch.setattr(findings, "DIGITS", "photos")
+    monkeypatch.setattr(findings, "DEMOS", ())
+    monkeypatch.setattr(
+        findings,
+        "measured",
+        lambda args, models, selector: [findings.measure(args, name, *its, selector) for name, its in models.items()],
+    )
+    parser = argparse.ArgumentParser()
+    findings.add_options(parser)
+    args = parser.parse_args(["--data", str(data), "--runs", str(runs), "--work", str(tmp_path / "work")])
+    args.images, args.seeds, args.answers, args.quick, args.out = 2, 1, 3, False, tmp_path / "out"
+    monkeypatch.setattr(
+        findings, "draw", drawn := lambda *a: None if a[1].startswith("findings_matrices") else _drawn(*a)
+    )
+    assert drawn is findings.draw
+    figures, found = findings.run_findings(args)
+    assert [each.spread.median for each in figures] == [2, 2]
+    assert [store["name"] for store in found["orders"]["stores"]] == ["order raster", "order morton"]
+    assert found["orders"]["orders"][0]["spread"] == 1
+    page = filled(PAGE.read_text(), json.loads(json.dumps(found)))
+    assert "top-1 of 2 models in 2 orders differs by 1.00 points" in page
+    assert re.search(r"- morton: [-0-9.]+ \[.*\], so rows follow (the order|the raster|undecided); without", page)
+    assert page.count("| class_token_") == 2
+    table = found["reordered"]["top1"]
+    assert np.shape(table) == (2, 2)
+    assert found["reordered"]["images"] == 3
+    assert filled(page, json.loads(json.dumps(found))) == page
+    assert "Not measured yet" not in re.search(r"<!-- reordered.*?end -->", page, re.DOTALL)[0]
+
+
+def _drawn(args, name, rgb):
+    args.out.mkdir(exist_ok=True)
+    png.save_png(args.out / name, rgb)
+
+
+def test_accuracy_is_of_the_right_answers():
+    class Second(torch.nn.Module):
+        def forward(self, pixels):
+            return torch.tensor([[0.0, 1.0]]).expand(len(pixels), 2)
+
+    batches = [(torch.zeros(3, 3, 4, 4), torch.tensor([1, 1, 0])), (torch.zeros(1, 3, 4, 4), torch.tensor([1]))]
+    assert findings.top1(Second(), batches) == 75.0
+
+
+def test_what_the_numbers_decide_is_said_by_them():
+    def row(low, high, random):
+        about = {"finding": "grid_locality", "place": "all", "trained": {"value": 0.5, "low": low, "high": high},
+                 "random": random, "paper": "holds" if low > 0 else "open"}  # fmt: skip
+        return findings_page._holds(about, [">", 0.0])
+
+    assert row(0.1, 0.9, 0.3) == "holds, random weights too: 0.5"
+    assert row(0.1, 0.9, -0.3) == "holds, random weights do not: 0.5"
+    assert row(-0.1, 0.9, 0.3) == "open: 0.5"
