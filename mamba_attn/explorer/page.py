@@ -26,7 +26,8 @@ def shell() -> html.Div:
     return html.Div(
         [
             dcc.Location(id="address", refresh=False), dcc.Store(id="selection", data={}), dcc.Store(id="link"),
-            dcc.Store(id="key"), dcc.Store(id="written"), dcc.Store(id="acted"), dcc.Download(id="file"),
+            dcc.Store(id="key"), dcc.Store(id="written"), dcc.Store(id="acted"), dcc.Store(id="shift"),
+            dcc.Store(id="gallery-of"), dcc.Store(id="picture"), dcc.Download(id="file"),
             html.Main(id="page"),
         ]
     )  # fmt: skip
@@ -84,6 +85,8 @@ def _pane(sources: Sequence[Source], index: int, pane: Pane) -> html.Article:
         className="below",
     )  # fmt: skip
     drawn = [dcc.Store(id={"pane": index, "drawn": view}) for view in ("scatter", "patches")]
+    drawn += [dcc.Store(id={"pane": index, part: "points"}) for part in ("lit", "shone")]
+    drawn += [dcc.Store(id={"pane": index, part: "patches"}) for part in ("map", "shone")]
     built = dcc.Store(id={"pane": index, "built": "store"}, data=pane.store)
     label = f"pane {index + 1}"
     return html.Article([_controls(sources, source, index, pane), views, below, *drawn, built], **{"aria-label": label})

@@ -35,7 +35,7 @@ class Double:
         self._pixels = list(pixels)
         self.layers, self.images = [], []
         self._mean, self._matrix, self._features, self._embeddings = {}, {}, {}, {}
-        self.rows_read = 0
+        self.lines_read = []
         for number, picture in enumerate(self._pixels):
             with torch.no_grad(), mamba_attn.trace(self._model) as record:
                 logits = self._model(images.normalise(picture[None]))
@@ -70,12 +70,10 @@ class Double:
     def mean(self, layer, route="sum"):
         return self._mean[layer.name, route]
 
-    def mean_row(self, layer, token, route="sum"):
-        self.rows_read += 1
-        return self._mean[layer.name, route][token]
-
-    def mean_column(self, layer, token, route="sum"):
-        return self._mean[layer.name, route][:, token]
+    def lines(self, layer, start, stop, route="sum", *, image=None, columns=False):
+        self.lines_read.append((layer.name, start, stop))
+        found = self.mean(layer, route) if image is None else self.matrix(layer, image, route)
+        return found[:, start:stop].T if columns else found[start:stop]
 
     def matrix(self, layer, image, route="sum"):
         return self._matrix[layer.name, route, image.key]
@@ -83,8 +81,13 @@ class Double:
     def features(self, layer):
         return np.stack(self._features[layer.name])
 
+    def feature_rows(self, layer, rows):
+        found = self.features(layer)
+        for start in range(0, len(found), rows):
+            yield start, found[start : start + rows].astype(np.float32)
+
     def embedding(self, key):
-        return self._embeddings[key]
+        return self._embeddings.get(key)
 
     def save_embedding(self, key, array, about):
         self._embeddings[key] = (array, about)

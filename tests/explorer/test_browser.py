@@ -27,9 +27,16 @@ DRAWN = """([pane, view]) => {
         z: heat ? Array.from(heat.z, (row) => Array.from(row)) : null,
         frame: lines.length ? lines[0].x.length / 3 : 0,
         traces: graph._fullData.length,
-        points: graph._fullData.map((trace) => trace.x ? trace.x.length : 0),
-        selected: graph._fullData.map((trace) => trace.selectedpoints ? trace.selectedpoints.length : null),
+        points: graph._fullData[0].x ? graph._fullData[0].x.length : 0,
+        lit: graph.drawnPoints ? graph.drawnPoints.lit : null,
     };
+}"""
+
+
+PLACE = """([pane, number]) => {
+    const graph = document.querySelectorAll('.graph.scatter .js-plotly-plot')[pane];
+    const { xaxis, yaxis } = graph._fullLayout, trace = graph._fullData[0], box = graph.getBoundingClientRect();
+    return [box.x + xaxis._offset + xaxis.l2p(trace.x[number]), box.y + yaxis._offset + yaxis.l2p(trace.y[number])];
 }"""
 
 
@@ -96,6 +103,18 @@ class Explorer:
         box = self.box("patches")
         return box["x"] + (column + 0.5) / grid[1] * box["width"], box["y"] + (row + 0.5) / grid[0] * box["height"]
 
+    def points(self, count, pane=0):
+        """Wait until there are so many points."""
+        self.page.wait_for_function(
+            """([pane, count]) => document.querySelectorAll('.graph.scatter')[pane].querySelector('.js-plotly-plot')
+            ._fullData?.[0]?.x?.length === count""",
+            arg=[pane, count],
+        )
+
+    def point(self, number, pane=0):
+        """Where a point is on the screen."""
+        return self.page.evaluate(PLACE, [pane, number])
+
     def drag(self, corners):
         self.page.mouse.move(*corners[0])
         self.page.mouse.down()
@@ -133,7 +152,7 @@ def test_a_click_on_a_patch_draws_its_row_and_lights_its_point(explorer, store):
     explorer.choose("a patch", "is read")
     explorer.wait("Where patch (2, 5) is read")
     explorer.heat(grid(mean[:, 2 * 12 + 5]))
-    assert explorer.drawn("scatter")["selected"] == [1]
+    assert explorer.drawn("scatter")["lit"] == [2 * 12 + 5]
     # its row, column, step in every route
     text = explorer.page.locator(".card").inner_text()
     assert "row 2, column 5" in text
@@ -168,7 +187,7 @@ def test_a_lasso_over_points_frames_their_patches(explorer, store):
     count = int(heading.inner_text().split()[1])
     assert 0 < count <= 96
     explorer.page.wait_for_timeout(300)
-    assert explorer.drawn("scatter")["selected"] == [count]
+    assert len(explorer.drawn("scatter")["lit"]) == count
     state = explorer.page.evaluate("new URLSearchParams(location.search).get('state')")
     cells = list(State.from_url(state).cells)
     assert len(cells) == count
@@ -179,10 +198,8 @@ def test_points_become_blocks_of_a_stage_and_a_click_opens_one(explorer, store):
     explorer.page.keyboard.press("]")
     explorer.page.keyboard.press("]")
     explorer.choose("points", "blocks")
-    explorer.page.wait_for_function("document.querySelectorAll('.graph.scatter .point').length === 8")
-    assert explorer.drawn("scatter")["points"] == [4, 4]  # two blocks, four images
-    point = explorer.page.locator(".graph.scatter .point").nth(4).bounding_box()  # block 1, image 0, kept in full
-    explorer.page.mouse.click(point["x"] + point["width"] / 2, point["y"] + point["height"] / 2)
+    explorer.points(8)  # two blocks, four images
+    explorer.page.mouse.click(*explorer.point(4))  # block 1, image 0, kept in full
     expected = store.matrix(store.layers[3], store.images[0]).mean(0).reshape(2, 3)
     explorer.heat(expected)
     assert explorer.page.locator(".strip img").count() == 1
