@@ -60,6 +60,8 @@ TARGETS = {
     "collect memory": Target("`mamba-attn collect`: added peak memory, 1,000 / 100 images", 1.05, 1.01, unit="x"),
     "collect time": Target("`mamba-attn collect`, 1,000 images, wall seconds", 600, 300, unit="s"),
     "collect mean": Target("error of the store's means / largest entry, against explicit matrices", 1e-6, 1e-7),
+    "explore median": Target("`mamba-attn explore`, 56 x 56 patches: gesture to picture, median", 200, 100, unit="ms"),
+    "explore 95": Target("the same, 95th percentile", 200, 100, unit="ms"),
     "explain": Target("`mamba-attn explain` with its defaults, wall seconds", 60, 20, unit="s"),
     **{
         f"{name} rows": Target(f"{name}: MambaAttribution's row form / one forward + backward", 1.3, 1.1, unit="x")

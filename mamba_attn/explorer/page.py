@@ -101,7 +101,7 @@ def _view(index: int, view: str, title: str, hint: str) -> html.Section:
         className="bar",
     )  # fmt: skip
     config = {
-        "displaylogo": False, "responsive": True, "scrollZoom": False, "doubleClick": False,
+        "displaylogo": False, "responsive": True, "scrollZoom": False, "doubleClick": False, "doubleClickDelay": 1,
         # named one by one: plotly's own list has buttons that send figures to a cloud
         "modeBarButtons": [["select2d", "lasso2d", "zoom2d", "pan2d", "resetScale2d"]],
     }  # fmt: skip

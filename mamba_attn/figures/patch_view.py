@@ -120,7 +120,7 @@ def _heat(
     chosen = _chosen(array, limits, signed, colours)
     gap = 1 if array.size <= _GAPS else 0
     bar = {
-        "title": {"text": title, "side": "right"}, "thickness": 10, "outlinewidth": 0, "x": 1.0, "xpad": 6,
+        "title": {"text": title, "side": "top"}, "thickness": 10, "outlinewidth": 0, "x": 1.0, "xpad": 6,
         "exponentformat": "power", "nticks": 6,
     }  # fmt: skip
     return go.Heatmap(

@@ -102,10 +102,10 @@ def demo(count=6, weights="demo", name="vmamba_micro"):
     return Double(model, pixels, [path.stem.split("_")[1] for path in paths], keep=2, name=name)
 
 
-def tiny(count=4):
+def tiny(count=4, **options):
     """A VMamba of random weights on a grid of 8 x 12, 4 x 6, ..."""
     torch.manual_seed(0)
-    model = mamba_attn.models.create("vmamba_micro", image_size=(32, 48), num_classes=3)
+    model = mamba_attn.models.create("vmamba_micro", image_size=(32, 48), num_classes=3, **options)
     generator = np.random.default_rng(0)
     pixels = [generator.integers(0, 255, (32, 48, 3), dtype=np.uint8) for _ in range(count)]
     return Double(model, pixels, ["cat", "dog", "cat", "dog"][:count])

@@ -78,7 +78,7 @@ function drawPoints(graph) {
   if (lit.size < 40) context.strokeStyle = "#222222";
   for (const point of lit) draw(point, 2);
   context.restore();
-  graph.drawnPoints = { lit: [...lit], at: performance.now() };
+  graph.drawnPoints = { lit: [...lit], x: trace.x, count: trace.x.length }; // for whoever asks what is drawn
 }
 function follow(graph) {
   if (graph.followed) return;
@@ -92,15 +92,12 @@ function whenMade(view, pane, act, tries = 100) {
   if (graph?.on && graph._fullLayout) act(graph);
   else if (tries) requestAnimationFrame(() => whenMade(view, pane, act, tries - 1));
 }
-function unframe(graph) { // the frame of a drag goes when what it chose is drawn
-  if (graph.layout.selections?.length) Plotly.relayout(graph, { selections: [] });
-}
 function light(pane, points) {
   whenMade("scatter", pane, (graph) => {
     graph.lit = points || [];
     follow(graph);
     drawPoints(graph);
-    unframe(graph);
+    if (graph.layout.selections?.length) Plotly.relayout(graph, { selections: [] }); // the frame of a drag
   });
 }
 // another map on the grid that is there: one restyle, several times as fast as a new figure
@@ -111,10 +108,10 @@ function remap(pane, given) {
     for (let start = 0; start < values.length; start += given.width) z.push(values.slice(start, start + given.width));
     const { zmin, zmax, colorscale, unit, x, y } = given, none = undefined;
     const heat = graph.data.findIndex((trace) => trace.type === "heatmap");
-    Plotly.restyle(graph, {
+    const drag = graph.layout.selections?.length ? { selections: [] } : {}; // its frame goes in the same stroke
+    Plotly.update(graph, {
       z: [z, none, none], zmin: [zmin, none, none], zmax: [zmax, none, none], colorscale: [colorscale, none, none],
       "colorbar.title.text": [unit, none, none], x: [none, x, x], y: [none, y, y],
-    }, [heat, heat + 1, heat + 2]);
-    unframe(graph);
+    }, drag, [heat, heat + 1, heat + 2]);
   });
 }
