@@ -1,6 +1,7 @@
 """The page: controls, the two linked views of every pane, the card of the patch under the pointer, the gallery."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dash import dcc, html
@@ -129,7 +130,7 @@ def _controls(sources: Sequence[Source], source: Source, index: int, pane: Pane)
         number: image.key if image.label is None else f"{image.key} · {image.label}"
         for number, image in enumerate(source.images[:MANY])
     }
-    stores = {number: each.store.model_name for number, each in enumerate(sources)}
+    stores = _store_names(sources)
     offered = dict(enumerate((str(route + 1) for route in range(routes)), 0)) if routes > 1 else {}
     main = [
         *([_list(index, "store", "model", stores, pane.store)] if len(sources) > 1 else []),
@@ -141,6 +142,16 @@ def _controls(sources: Sequence[Source], source: Source, index: int, pane: Pane)
         _list(index, "image", "image", images, min(pane.image, len(source.images) - 1)),
     ]
     return html.Div([html.Div(main, className="controls"), _display(source, index, pane)])
+
+
+def _store_names(sources: Sequence[Source]) -> dict[int, str]:
+    """The models' names; of stores of one model, numbered or with their folders."""
+    names = [source.store.model_name for source in sources]
+    folders = [Path(getattr(source.store, "folder", f"{number}")).name for number, source in enumerate(sources, 1)]
+    return {
+        number: name if names.count(name) == 1 else f"{name} ({folder})"
+        for number, (name, folder) in enumerate(zip(names, folders, strict=True))
+    }
 
 
 def _display(source: Source, index: int, pane: Pane) -> html.Details:

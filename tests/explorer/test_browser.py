@@ -391,7 +391,7 @@ def test_two_stores_side_by_side_each_in_its_order(browser, store):
         page.get_by_role("button", name="side by side").click()
         page.wait_for_function("document.querySelectorAll('.graph.patches .js-plotly-plot').length === 2")
         page.locator("article").nth(1).locator(".dash-dropdown").first.click()
-        page.get_by_role("option").nth(1).click()
+        page.get_by_role("option", name="vmamba_micro (2)").click()
         opened.heat(grid(other.mean(other.layers[0]).mean(0)), pane=1)
         page.mouse.click(*opened.cell(5, 5))
         opened.heat(grid(store.mean(store.layers[0])[65]), pane=0)
