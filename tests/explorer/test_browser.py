@@ -22,7 +22,7 @@ DRAWN = """([pane, view]) => {
     const lines = graph._fullData.filter((trace) => trace.name === 'chosen');
     return {
         z: heat ? Array.from(heat.z, (row) => Array.from(row)) : null,
-        frame: lines.length ? lines[0].x.length / 3 : 0,
+        frame: lines.length && lines[0].x ? lines[0].x.length / 3 : 0,
         traces: graph._fullData.length,
         points: graph._fullData[0].x ? graph._fullData[0].x.length : 0,
         lit: graph.drawnPoints ? graph.drawnPoints.lit : null,
@@ -393,6 +393,8 @@ def test_two_stores_side_by_side_each_in_its_order(browser, store):
         page.locator("article").nth(1).locator(".dash-dropdown").first.click()
         page.get_by_role("option", name="vmamba_micro (2)").click()
         opened.heat(grid(other.mean(other.layers[0]).mean(0)), pane=1)
+        opened.heat(grid(store.mean(store.layers[0]).mean(0)), pane=0)
+        page.wait_for_timeout(500)  # the panes were made anew
         page.mouse.click(*opened.cell(5, 5))
         opened.heat(grid(store.mean(store.layers[0])[65]), pane=0)
         opened.heat(grid(other.mean(other.layers[0])[65]), pane=1)
