@@ -24,7 +24,7 @@ DRAWN = """([pane, view]) => {
         z: heat ? Array.from(heat.z, (row) => Array.from(row)) : null,
         frame: lines.length && lines[0].x ? lines[0].x.length / 3 : 0,
         traces: graph._fullData.length,
-        points: graph._fullData[0].x ? graph._fullData[0].x.length : 0,
+        points: graph._fullData[0]?.x?.length ?? 0,
         lit: graph.drawnPoints ? graph.drawnPoints.lit : null,
     };
 }"""
