@@ -66,6 +66,8 @@ TARGETS = {
     "compare time": Target("`run.py compare`: the table, hours of one core", 2, 2, unit="h"),
     "findings orders": Target("`mamba-attn findings`: patch orders that models were trained in", 5, 7, higher=True),
     "findings families": Target("`mamba-attn findings`: families of Mamba models", 2, 2, higher=True),
+    "explore median": Target("`mamba-attn explore`, 56 x 56 patches: gesture to picture, median", 200, 100, unit="ms"),
+    "explore 95": Target("the same, 95th percentile", 200, 100, unit="ms"),
     "explain": Target("`mamba-attn explain` with its defaults, wall seconds", 60, 20, unit="s"),
     **{
         f"{name} rows": Target(f"{name}: MambaAttribution's row form / one forward + backward", 1.3, 1.1, unit="x")

@@ -11,6 +11,7 @@
     python benchmarks/run.py collect --data FOLDER
     python benchmarks/run.py embed --data FOLDER
     python benchmarks/run.py findings --runs FOLDER --data FOLDER
+    python benchmarks/run.py explore
 
 One thread, CPU time, the competitors in turn (A B A B) in one process; peak memory in child processes. ``kernel`` is
 ``mamba-attn bench``; on a GPU it measures between CUDA events.
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 import torch
 
-from benchmarks import analytics, cases, comparison, dropin, embedding, findings, maps, verify, without_gpu
+from benchmarks import analytics, cases, comparison, dropin, embedding, explorer, findings, maps, verify, without_gpu
 from benchmarks.cases import Shape
 from benchmarks.measure import Spread, interleave, paired, peak_memory, slope
 from benchmarks.report import Figure, figure, finish, show
@@ -44,6 +45,7 @@ WHAT = {
     "collect": "mamba-attn collect: memory against images, time, means against explicit ones",
     "embed": "t-SNE and UMAP of attention, with PCA before them and without",
     "findings": "mamba-attn findings: the paper's findings, trained, with random weights, in other patch orders",
+    "explore": "mamba-attn explore in a real browser: from a gesture to the picture",
     "kernel": "hidden attention and what it costs: models, backends, ceilings, on a CPU or a GPU",
     "dropin": "other people's model code, as it stands in clones of their repositories, traced",
     "build": "the CUDA kernels without a GPU: registers, spills, and the error of their source on the host",
@@ -241,7 +243,10 @@ def main(argv: list[str] | None = None) -> None:
         module, measure = ON_DATA[args.what]
         found, partial = [(args.what, *measure(args))], args.quick or module.partial(args)
     else:
-        runs = {"ops": run_ops, "models": run_models, "attribution": run_attribution, "build": without_gpu.run_build}
+        runs = {
+            "ops": run_ops, "models": run_models, "attribution": run_attribution, "build": without_gpu.run_build,
+            "explore": explorer.run_explore,
+        }  # fmt: skip
         found, partial = [(args.what, *runs[args.what](args.quick))], args.quick
     folder = args.out or (None if partial else RESULTS)
     for name, figures, details in found:

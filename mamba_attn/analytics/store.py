@@ -120,6 +120,33 @@ class AttentionStore(Models):
         """
         return self._statistic("mean", layer, route, (slice(None), self._token(layer, token)))
 
+    def lines(
+        self, layer: StoredLayer | str | int, start: int, stop: int, route: str | int = "sum", *,
+        image: StoredImage | str | int | None = None, columns: bool = False,
+    ) -> Float[np.ndarray, "lines tokens"]:  # fmt: skip
+        """Return neighbouring rows of the mean, or of one image; only the tiles that they lie in are read.
+
+        Args:
+            layer: of the model.
+            start: first token.
+            stop: behind the last token.
+            route: "sum" of the routes, or the number of one.
+            image: one that is kept in full. Default: the mean over all.
+            columns: return columns, one per token, instead of rows.
+
+        Raises:
+            IndexError: no such tokens.
+            NotStoredError: as ``mean`` and ``matrix``.
+        """
+        if not 0 <= start < stop <= self.layer(layer).tokens:
+            raise IndexError(f"tokens {start}..{stop}: expected some of 0..{self.layer(layer).tokens}.")
+        where = (slice(None), slice(start, stop)) if columns else (slice(start, stop), slice(None))
+        if image is None:
+            found = self._statistic("mean", layer, route, where)
+        else:
+            found = self._matrix(layer, image, route, where)
+        return found.T if columns else found
+
     def state_moments(
         self, layer: StoredLayer | str | int
     ) -> tuple[Float[np.ndarray, "routes channels length"], Float[np.ndarray, "routes channels length"]]:
@@ -150,15 +177,7 @@ class AttentionStore(Models):
         Raises:
             NotStoredError: no such layer, route or image, or an image that is not kept.
         """
-        number, found = self._number(layer), self.image(image)
-        name = self._route(number, route)
-        if not found.kept:
-            kept = sum(each.kept for each in self.index.images)
-            raise NotStoredError(
-                f"{found.key}: of this image no matrices are stored, only of the first {kept}; collect with a larger "
-                "--keep, or compute them: trace(store.model()), then layer.attention(), layer.row(token)."
-            )
-        return self._rows.read(f"matrices/{number:03d}/{name}", found.row)
+        return self._matrix(layer, image, route, ())
 
     def pixels(self, image: StoredImage | str | int) -> np.ndarray:
         """Return what the model saw of an image, (height, width, 3) uint8.
@@ -241,3 +260,16 @@ class AttentionStore(Models):
     def _statistic(self, what: str, layer: StoredLayer | str | int, route: str | int, selection: Any) -> np.ndarray:
         number = self._number(layer)
         return self._statistics.read(f"{number:03d}/{what}/{self._route(number, route)}", selection)
+
+    def _matrix(
+        self, layer: StoredLayer | str | int, image: StoredImage | str | int, route: str | int, where: tuple[Any, ...]
+    ) -> np.ndarray:
+        number, found = self._number(layer), self.image(image)
+        name = self._route(number, route)
+        if not found.kept:
+            kept = sum(each.kept for each in self.index.images)
+            raise NotStoredError(
+                f"{found.key}: of this image no matrices are stored, only of the first {kept}; collect with a larger "
+                "--keep, or compute them: trace(store.model()), then layer.attention(), layer.row(token)."
+            )
+        return self._rows.read(f"matrices/{number:03d}/{name}", (found.row, *where))

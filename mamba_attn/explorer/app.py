@@ -9,7 +9,7 @@ import dash
 from dash import Input, Output
 from flask import Response, abort, request
 
-from mamba_attn.explorer import drawing, export, interaction
+from mamba_attn.explorer import acting, beside, drawing, export, interaction
 from mamba_attn.explorer.context import Context
 from mamba_attn.explorer.page import page, shell
 from mamba_attn.explorer.source import Source
@@ -45,6 +45,8 @@ def build(stores: Sequence[Any], *, host: str = "127.0.0.1") -> dash.Dash:
     app.layout = shell()
     context = Context(sources)
     drawing.register(app, context)
+    acting.register(app, context)
+    beside.register(app, context)
     interaction.register(app, context)
     export.register(app, context)
 

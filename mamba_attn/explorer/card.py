@@ -6,7 +6,7 @@ import numpy as np
 
 from mamba_attn.explorer.source import tokens_of
 from mamba_attn.explorer.state import Pane
-from mamba_attn.explorer.views import STRONGEST, Views
+from mamba_attn.explorer.views import STRONGEST, Views, palette
 from mamba_attn.figures import colours
 from mamba_attn.figures.picture import data_uri
 
@@ -66,8 +66,7 @@ def thumbnail(values: np.ndarray, pane: Pane, pixels: int = 112) -> str:
         pixels: of its longer side, at least.
     """
     limits: dict[str, Any] = colours.limits(values)
-    palette = colours.CIVIDIS if pane.palette == "cividis" else colours.VIRIDIS
-    chosen = colours.scale(values, colours=colours.BLUE_ORANGE if limits["signed"] else palette, **limits)
+    chosen = colours.scale(values, colours=colours.BLUE_ORANGE if limits["signed"] else palette(pane), **limits)
     rgb = colours.to_rgb(values, chosen)
     factor = max(1, pixels // max(values.shape))
     return data_uri(np.ascontiguousarray(rgb.repeat(factor, 0).repeat(factor, 1)))

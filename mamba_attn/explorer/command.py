@@ -6,13 +6,12 @@ Exit codes: 0 stopped by the user, 2 nothing was done because of how it was call
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from mamba_attn._command import require_extras, subcommand
 from mamba_attn.errors import MambaAttnError
 
-_NEEDED = {"dash": "dash", "plotly": "plotly", "PIL": "pillow"}
+_NEEDED = {"dash": "dash", "plotly": "plotly", "PIL": "pillow", "zarr": "zarr"}
 _EPILOG = """\
 Two linked views of the attention between patches: points (a stage's blocks over images, or a block's patches) and the
 patch grid over the image. Click, drag a box or a lasso in one; the other follows. Several STOREs, e.g. of models with
@@ -26,7 +25,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Add the command and its arguments."""
     parser = subcommand(commands, "explore", "linked views of attention between patches, in a browser", _EPILOG)
     add = parser.add_argument
-    add("store", nargs="*", metavar="STORE", help="of mamba-attn collect; default: one of this package's images")
+    add("store", nargs="*", metavar="STORE", help="of mamba-attn collect; default: this package's images")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, this machine only")
     add("--port", default=8050, type=_port, metavar="P", help="default: 8050; 0: any that is free")
     parser.set_defaults(run=run)
@@ -35,7 +34,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(args: argparse.Namespace, command: Sequence[str]) -> int:
     """Do what the arguments say, and return the exit code."""
     try:
-        require_extras(_NEEDED)
+        require_extras(_NEEDED, "app")
         serve(_stores(args.store), args.host, args.port)
     except (ValueError, TypeError, OSError, ImportError, MambaAttnError) as error:
         print(f"mamba-attn explore: {error}", file=sys.stderr)
@@ -69,17 +68,9 @@ def serve(stores: Sequence[Any], host: str, port: int) -> None:
 
 def _stores(paths: Sequence[str]) -> list[Any]:
     from mamba_attn.analytics import AttentionStore
+    from mamba_attn.explorer.demo import demo_store
 
     return [AttentionStore.open(path) for path in (paths or [str(demo_store())])]
-
-
-def demo_store() -> Path:
-    """Return the store of the package's own images, collected when it is not there yet.
-
-    Raises:
-        ValueError: until stores can be collected from here.
-    """
-    raise ValueError("name a STORE, as mamba-attn collect writes it.")
 
 
 def _port(text: str) -> int:

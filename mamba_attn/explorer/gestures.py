@@ -1,5 +1,6 @@
 """Gestures in the browser to cells and points: clicks, boxes, lassos, keys. Nothing that comes in is believed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,20 +33,35 @@ def dragged(event: Any, grid: tuple[int, int]) -> list[int]:
         grid: (height, width).
     """
     rows, columns = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    return _held(event, columns, rows, lambda edge: float(round(edge)))
+
+
+def enclosed(event: Any, points: np.ndarray) -> list[int]:
+    """Return the numbers of the points in a box or lasso of the scatterplot.
+
+    Args:
+        event: plotly's.
+        points: (points, 2).
+    """
+    return _held(event, points[:, 0], points[:, 1], float)
+
+
+def _held(event: Any, x: np.ndarray, y: np.ndarray, edge: Callable[[float], float]) -> list[int]:
+    """Numbers of the places in a lasso, or in a box with such edges."""
     if not isinstance(event, dict):
         return []
     try:
         if "lassoPoints" in event:
-            x, y = (np.asarray(event["lassoPoints"][axis][:_CORNERS], dtype=np.float64) for axis in "xy")
-            inside = _inside(columns, rows, x, y)
+            corners = (np.asarray(event["lassoPoints"][axis][:_CORNERS], dtype=np.float64) for axis in "xy")
+            inside = _inside(x, y, *corners)
         elif "range" in event:
-            (left, right), (low, high) = (sorted(map(float, event["range"][axis])) for axis in "xy")
-            inside = (columns >= round(left)) & (columns <= round(right)) & (rows >= round(low)) & (rows <= round(high))
+            (left, right), (low, high) = (sorted(edge(float(one)) for one in event["range"][axis]) for axis in "xy")
+            inside = (x >= left) & (x <= right) & (y >= low) & (y <= high)
         else:
             return []
     except (KeyError, TypeError, ValueError, OverflowError):
         return []
-    return [int(cell) for cell in np.flatnonzero(inside)]
+    return [int(number) for number in np.flatnonzero(inside)]
 
 
 def numbers(event: Any, count: int) -> list[int]:

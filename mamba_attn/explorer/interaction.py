@@ -1,14 +1,14 @@
-"""Callbacks that change what is chosen or shown: clicks, boxes, lassos, keys, the gallery, a second pane."""
+"""What gestures and keys mean: the state after a click, a box, a lasso, a key; and a second pane."""
 
 from dataclasses import replace
 from typing import Any
 
 import dash
-from dash import ALL, ClientsideFunction, Input, Output, ctx, no_update
+from dash import ALL, Input, Output, ctx
 from dash.exceptions import PreventUpdate
 
 from mamba_attn.explorer.context import Context
-from mamba_attn.explorer.gestures import clicked, dragged, moved, numbers
+from mamba_attn.explorer.gestures import clicked, dragged, enclosed, moved, numbers
 from mamba_attn.explorer.page import page
 from mamba_attn.explorer.state import CHOICES, State
 
@@ -17,53 +17,21 @@ _KEYS = 32  # of one message
 
 
 def register(app: dash.Dash, context: Context) -> None:
-    """Add these callbacks."""
-    _choose(app, context)
+    """Add the callbacks of the whole page: panes, help."""
     _panes(app, context)
     _keys(app)
 
 
-def _view(name: str) -> dict[str, Any]:
-    return {"pane": ALL, "view": name}
+def after(context: Context, state: State, source: Any, event: dict[str, Any], *, add: bool = False) -> State:
+    """Return the state after a gesture, the same where it means nothing.
 
-
-def _choose(app: dash.Dash, context: Context) -> None:
-    @app.callback(
-        Output("selection", "data", allow_duplicate=True),
-        Output(_CONTROLS, "value"),
-        Output("acted", "data"),
-        Input(_view("patches"), "clickData"),
-        Input(_view("patches"), "selectedData"),
-        Input(_view("scatter"), "clickData"),
-        Input(_view("scatter"), "selectedData"),
-        Input({"pane": ALL, "do": ALL}, "n_clicks"),
-        Input({"pane": ALL, "pick": ALL}, "n_clicks"),
-        Input({"block": ALL}, "n_clicks"),
-        Input("key", "data"),
-        dash.State("selection", "data"),
-        dash.State(_CONTROLS, "value"),
-        prevent_initial_call=True,
-    )
-    def _act(*given: Any) -> Any:
-        if not ctx.triggered or not ctx.triggered[0]["value"]:
-            raise PreventUpdate  # a button that just appeared, or a selection that plotly dropped
-        controls = ctx.states_list[1]
-        state = context.state(context.panes(controls), given[-2])
-        changed = _after(context, state, ctx.triggered_id, ctx.triggered[0])
-        same = changed.cells == state.cells and changed.points == state.points
-        values = [_value(state, changed, item["id"]) for item in controls]
-        at = ctx.triggered[0]["value"].get("at") if ctx.triggered_id == "key" else no_update
-        return no_update if same else context.selection(changed), values, at
-
-    app.clientside_callback(
-        ClientsideFunction("explorer", "acted"), Output("written", "data", allow_duplicate=True),
-        Input("acted", "data"),
-        prevent_initial_call=True,
-    )  # fmt: skip
-
-
-def _after(context: Context, state: State, source: Any, event: dict[str, Any]) -> State:
-    """The state after a gesture, the same where it means nothing."""
+    Args:
+        context: of the stores.
+        state: before it.
+        source: id of what it happened to.
+        event: dash's, with "value" and "prop_id".
+        add: to what is chosen, instead of in its place; a click takes away what is chosen already.
+    """
     value = event["value"]
     if source == "key":
         for key in _keys_of(value):
@@ -81,16 +49,36 @@ def _after(context: Context, state: State, source: Any, event: dict[str, Any]) -
         return replace(state, grid=grid, cells=(-1,) if source["do"] == "class" else (), points=())
     drag = event["prop_id"].endswith("selectedData")
     if source["view"] == "patches":
-        cells = dragged(value, grid) if drag else clicked(value, grid)
-        return replace(state, grid=grid, cells=tuple(cells)) if cells else state
+        return _cells(state, grid, dragged(value, grid) if drag else clicked(value, grid), add, drag)
     points = views.points(pane)
-    found = numbers(value, len(points.xy))
+    found = enclosed(value, points.xy) if drag else numbers(value, len(points.xy))
     if points.pairs is None:
-        return replace(state, grid=grid, cells=tuple(found)) if found else state
-    pairs = tuple((int(layer), int(image)) for layer, image in points.pairs[found])
-    if drag or not pairs:
-        return replace(state, points=pairs) if pairs else state
-    return replace(state, points=pairs).with_pane(index, layer=pairs[0][0], image=pairs[0][1], what="image")
+        return _cells(state, grid, found, add, drag)
+    return _pairs(state, index, [(int(layer), int(image)) for layer, image in points.pairs[found]], add, drag)
+
+
+def _cells(state: State, grid: tuple[int, int], cells: list[int], add: bool, drag: bool) -> State:
+    if not cells:
+        return state
+    if add:
+        cells = _joined([*state.on_grid(grid), *(cell for cell in state.cells if cell < 0)], cells, drag)
+    return replace(state, grid=grid, cells=tuple(cells))
+
+
+def _pairs(state: State, index: int, pairs: list[tuple[int, int]], add: bool, drag: bool) -> State:
+    if not pairs:
+        return state
+    if add:
+        return replace(state, points=tuple(_joined(list(state.points), pairs, drag)))
+    state = replace(state, points=tuple(pairs))
+    return state if drag else state.with_pane(index, layer=pairs[0][0], image=pairs[0][1], what="image")
+
+
+def _joined(before: list[Any], new: list[Any], drag: bool) -> list[Any]:
+    """Both, in the order in which they were chosen; a click on something chosen leaves it out."""
+    if not drag and new[0] in before:
+        return [each for each in before if each != new[0]]
+    return list(dict.fromkeys([*before, *new]))
 
 
 def _keys_of(value: Any) -> list[str]:
@@ -117,15 +105,6 @@ def _pressed(context: Context, state: State, key: str) -> State:
         values = CHOICES[cycled]
         return state.with_pane(0, **{cycled: values[(values.index(getattr(pane, cycled)) + 1) % len(values)]})
     return state.with_pane(0, path=not pane.path) if key == "p" else state
-
-
-def _value(before: State, after: State, its: dict[str, Any]) -> Any:
-    """The new value of a control, if it has one."""
-    index = min(its["pane"], len(after.panes) - 1)
-    old, new = getattr(before.panes[index], its["set"]), getattr(after.panes[index], its["set"])
-    if old == new:
-        return no_update
-    return (["on"] if new else []) if isinstance(new, bool) else new
 
 
 def _panes(app: dash.Dash, context: Context) -> None:

@@ -1,6 +1,7 @@
 """The page: controls, the two linked views of every pane, the card of the patch under the pointer, the gallery."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dash import dcc, html
@@ -26,7 +27,8 @@ def shell() -> html.Div:
     return html.Div(
         [
             dcc.Location(id="address", refresh=False), dcc.Store(id="selection", data={}), dcc.Store(id="link"),
-            dcc.Store(id="key"), dcc.Store(id="written"), dcc.Store(id="acted"), dcc.Download(id="file"),
+            dcc.Store(id="key"), dcc.Store(id="written"), dcc.Store(id="acted"), dcc.Store(id="shift"),
+            dcc.Store(id="gallery-of"), dcc.Store(id="picture"), dcc.Download(id="file"),
             html.Main(id="page"),
         ]
     )  # fmt: skip
@@ -84,6 +86,8 @@ def _pane(sources: Sequence[Source], index: int, pane: Pane) -> html.Article:
         className="below",
     )  # fmt: skip
     drawn = [dcc.Store(id={"pane": index, "drawn": view}) for view in ("scatter", "patches")]
+    drawn += [dcc.Store(id={"pane": index, part: "points"}) for part in ("lit", "shone")]
+    drawn += [dcc.Store(id={"pane": index, part: "patches"}) for part in ("map", "shone")]
     built = dcc.Store(id={"pane": index, "built": "store"}, data=pane.store)
     label = f"pane {index + 1}"
     return html.Article([_controls(sources, source, index, pane), views, below, *drawn, built], **{"aria-label": label})
@@ -98,7 +102,7 @@ def _view(index: int, view: str, title: str, hint: str) -> html.Section:
         className="bar",
     )  # fmt: skip
     config = {
-        "displaylogo": False, "responsive": True, "scrollZoom": False, "doubleClick": False,
+        "displaylogo": False, "responsive": True, "scrollZoom": False, "doubleClick": False, "doubleClickDelay": 1,
         # named one by one: plotly's own list has buttons that send figures to a cloud
         "modeBarButtons": [["select2d", "lasso2d", "zoom2d", "pan2d", "resetScale2d"]],
     }  # fmt: skip
@@ -126,7 +130,7 @@ def _controls(sources: Sequence[Source], source: Source, index: int, pane: Pane)
         number: image.key if image.label is None else f"{image.key} · {image.label}"
         for number, image in enumerate(source.images[:MANY])
     }
-    stores = {number: each.store.model_name for number, each in enumerate(sources)}
+    stores = _store_names(sources)
     offered = dict(enumerate((str(route + 1) for route in range(routes)), 0)) if routes > 1 else {}
     main = [
         *([_list(index, "store", "model", stores, pane.store)] if len(sources) > 1 else []),
@@ -138,6 +142,16 @@ def _controls(sources: Sequence[Source], source: Source, index: int, pane: Pane)
         _list(index, "image", "image", images, min(pane.image, len(source.images) - 1)),
     ]
     return html.Div([html.Div(main, className="controls"), _display(source, index, pane)])
+
+
+def _store_names(sources: Sequence[Source]) -> dict[int, str]:
+    """The models' names; of stores of one model, numbered or with their folders."""
+    names = [source.store.model_name for source in sources]
+    folders = [Path(getattr(source.store, "folder", f"{number}")).name for number, source in enumerate(sources, 1)]
+    return {
+        number: name if names.count(name) == 1 else f"{name} ({folder})"
+        for number, (name, folder) in enumerate(zip(names, folders, strict=True))
+    }
 
 
 def _display(source: Source, index: int, pane: Pane) -> html.Details:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mamba_attn.layout import TokenLayout
 
 _REMEMBERED = 256 * 2**20  # bytes of matrices and pictures
-_ROWS = 48  # tokens, up to which rows are read one by one
+_BAND = 256  # rows, or columns, read at once: as many as the tiles that one of them lies in hold anyway
 Item = TypeVar("Item")
 
 
@@ -65,11 +65,10 @@ class Source:
         image = self.image(pane)
         return self._remember(("pixels", image.key), lambda: np.asarray(self.store.pixels(image)))
 
-    def mean(self, layer: Any, route: str | int) -> np.ndarray:
-        """Return the mean attention of all images, (tokens, tokens) float32, remembered."""
-        return self._remember(
-            ("mean", layer.name, route), lambda: np.asarray(self.store.mean(layer, route)).astype(np.float32)
-        )
+    def mean(self, pane: Pane) -> np.ndarray:
+        """Return the mean attention of all images, (tokens, tokens) float32; columns as rows if the pane shows them."""
+        layer = self.layer(pane)
+        return np.concatenate([self._band(pane, None, number) for number in range(_bands(layer.layout.tokens))])
 
     def read(self, pane: Pane, tokens: Sequence[int]) -> np.ndarray:
         """Return the mean of some tokens' rows, or columns, of the attention that a pane shows: (tokens,).
@@ -93,24 +92,43 @@ class Source:
         return values - self._of_mean(pane, chosen) if pane.what == "difference" else values
 
     def _of_mean(self, pane: Pane, tokens: list[int]) -> np.ndarray:
-        layer, route = self.layer(pane), self.route(pane)
-        ready = self._kept.get(("mean", layer.name, route))
-        if ready is None and pane.direction == "row" and len(tokens) <= _ROWS:
-            rows = [np.asarray(self.store.mean_row(layer, token, route)) for token in tokens]
-            return np.asarray(np.mean(rows, axis=0, dtype=np.float64))
-        return _fold(self.mean(layer, route), tokens, pane.direction)
+        return self._stored(pane, tokens, None)
 
     def _of_image(self, pane: Pane, tokens: list[int]) -> np.ndarray:
         layer, route, image = self.layer(pane), self.route(pane), self.image(pane)
         if image.kept and not pane.gate and not pane.skip:
-            key = ("image", layer.name, image.key, route)
-            matrix = self._remember(
-                key, lambda: np.asarray(self.store.matrix(layer, image, route)).astype(np.float32)
-            )  # fmt: skip
-            return _fold(matrix, tokens, pane.direction)
+            return self._stored(pane, tokens, image)
         return self.live.read(
             image, layer.name, tokens, route=route, direction=pane.direction, gate=pane.gate, skip=pane.skip
         )  # fmt: skip
+
+    def _stored(self, pane: Pane, tokens: list[int], image: Any) -> np.ndarray:
+        """Mean over tokens of the lines in the store; that over all is remembered, as it needs the whole matrix."""
+        layer = self.layer(pane)
+        every = len(tokens) == layer.layout.tokens
+
+        def total() -> np.ndarray:
+            found = np.zeros(layer.layout.tokens)
+            for number in sorted({token // _BAND for token in tokens}):
+                its = [token % _BAND for token in tokens if token // _BAND == number]
+                found += self._band(pane, image, number)[its].sum(axis=0, dtype=np.float64)
+            return found / len(tokens)
+
+        key = ("all", layer.name, self.route(pane), pane.direction, image and image.key)
+        return self._remember(key, total) if every else total()
+
+    def _band(self, pane: Pane, image: Any, number: int) -> np.ndarray:
+        """Some neighbouring lines, (lines, tokens) float32."""
+        layer, route = self.layer(pane), self.route(pane)
+        start = number * _BAND
+        stop = min(start + _BAND, layer.layout.tokens)
+        key = ("band", layer.name, route, pane.direction, number, image and image.key)
+        return self._remember(
+            key,
+            lambda: np.ascontiguousarray(
+                self.store.lines(layer, start, stop, route, image=image, columns=pane.direction == "column")
+            ).astype(np.float32),
+        )
 
     def _remember(self, key: Hashable, make: Callable[[], np.ndarray]) -> np.ndarray:
         with self._lock:
@@ -143,6 +161,5 @@ def tokens_of(layout: "TokenLayout", cells: Sequence[int]) -> list[int]:
     ]
 
 
-def _fold(matrix: np.ndarray, tokens: list[int], direction: str) -> np.ndarray:
-    lines = matrix[tokens] if direction == "row" else matrix[:, tokens].T
-    return np.asarray(lines.mean(axis=0, dtype=np.float64))
+def _bands(tokens: int) -> int:
+    return -(-tokens // _BAND)

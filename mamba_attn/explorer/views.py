@@ -1,5 +1,7 @@
 """What a state looks like: the figures and arrays of its two views, without a browser or a server."""
 
+import math
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +11,17 @@ import torch
 
 from mamba_attn import figures
 from mamba_attn.analytics.embed import embed
+from mamba_attn.analytics.projection import SIZE, feature_size, project
 from mamba_attn.explorer.source import Source, tokens_of
 from mamba_attn.explorer.state import Pane, State
 from mamba_attn.figures import colours
+from mamba_attn.figures.patch_view import patch_view_changes
 
 STRONGEST = 5  # targets that are named
 COLOURS = {"patches": ("column", "row", "rank"), "blocks": ("block", "class", "predicted")}
+_POINTS = 1  # raised when points are made in another way: those in caches are then made again
+_WHOLE = 2**27  # numbers of features, half a gigabyte; beyond it each row is projected to 4,096
+_AT_ONCE = 16  # rows of features that are read together
 _SIZES = (5.0, 13.0)  # pixels, of the first and the last row
 
 
@@ -57,31 +64,54 @@ class Views:
         else:
             key = ("patches", layer.name, source.route(pane), pane.direction, pane.method)
         if key not in self._points:
-            self._points[key] = self._blocks(pane) if pane.mode == "blocks" else self._patches(pane)
+            self._points[key] = self._made(pane, key)
         return self._points[key]
 
-    def _blocks(self, pane: Pane) -> Points:
-        layers = self.source.stage(pane)
-        features = [np.asarray(self.source.store.features(self.source.layers[index])) for index in layers]
-        pairs = [(index, image) for index in layers for image in range(len(self.source.images))]
-        xy = embed(np.concatenate(features).astype(np.float32), pane.method, cache=self.source.store).points
-        return Points(
-            xy, np.array(pairs), f"Stage {self.source.layer(pane).stage}: blocks, {len(self.source.images)} images"
-        )
+    def _made(self, pane: Pane, key: tuple[Any, ...]) -> Points:
+        """Points from the store's cache, without a look at what they were made of; made, and cached, at first."""
+        source, layer = self.source, self.source.layer(pane)
+        pairs = self.pairs(pane)
+        count = len(layer.layout.patches) if pairs is None else len(pairs)
+        about = f"Stage {layer.stage}, block {layer.block}: {count} patches"
+        if pairs is not None:
+            about = f"Stage {layer.stage}: blocks, {len(source.images)} images"
+        name = f"explorer {_POINTS}: {' '.join(map(str, key))}"
+        known = source.store.embedding(name)
+        if known is not None and known[0].shape == (count, 2):
+            return Points(known[0], pairs, about)
+        xy, how = embed(self._features(pane), pane.method)
+        with suppress(OSError):  # a store that cannot be written has its points made anew each time
+            source.store.save_embedding(name, xy, how)
+        return Points(xy, pairs, about)
 
-    def _patches(self, pane: Pane) -> Points:
-        layer = self.source.layer(pane)
-        matrix = self.source.mean(layer, self.source.route(pane))
-        patches = layer.layout.patches.numpy()
-        rows = (matrix if pane.direction == "row" else matrix.T)[patches]
-        xy = embed(np.ascontiguousarray(rows), pane.method, cache=self.source.store).points
-        return Points(xy, None, f"Stage {layer.stage}, block {layer.block}: {len(patches)} patches")
+    def _features(self, pane: Pane) -> np.ndarray:
+        """One row of numbers per point."""
+        source, layer = self.source, self.source.layer(pane)
+        if pane.mode == "patches":
+            patches = layer.layout.patches.numpy()
+            return np.ascontiguousarray(source.mean(pane)[patches])
+        layers, images = [source.layers[index] for index in source.stage(pane)], len(source.images)
+        size = feature_size(layer.layout.tokens)
+        projected = size > SIZE and len(layers) * images * size > _WHOLE
+        found = np.empty((len(layers) * images, SIZE if projected else size), np.float32)
+        for number, its in enumerate(layers):
+            for start, rows in source.store.feature_rows(its, _AT_ONCE):
+                first = number * images + start
+                found[first : first + len(rows)] = [project(_square(row)) for row in rows] if projected else rows
+        return found
+
+    def pairs(self, pane: Pane) -> np.ndarray | None:
+        """Return (points, 2) numbers of layer and image of the points in mode "blocks"; None for patches."""
+        if pane.mode == "patches":
+            return None
+        images = range(len(self.source.images))
+        return np.array([(index, image) for index in self.source.stage(pane) for image in images])
 
     def selected(self, pane: Pane, state: State) -> list[int]:
         """Return the numbers of the points that the selection means."""
         if pane.mode == "patches":
             return state.on_grid(tuple(self.source.layer(pane).layout.grid))
-        pairs = self.points(pane).pairs
+        pairs = self.pairs(pane)
         wanted = set(state.points)
         if pairs is None or not wanted:
             return []
@@ -161,14 +191,13 @@ class Views:
         grid = self.source.layer(pane).layout.to_grid(torch.from_numpy(np.ascontiguousarray(values))).numpy()
         return figures.shown(grid, sign=pane.sign, normalise=pane.normalise, log=pane.log)
 
-    def patches(self, pane: Pane, state: State, size: int = 460, photo: bool = True) -> go.Figure:
+    def patches(self, pane: Pane, state: State, size: int = 460) -> go.Figure:
         """Return the patch view.
 
         Args:
             pane: which attention.
             state: whose selection is shown.
             size: height in pixels.
-            photo: draw the image below the map.
 
         Raises:
             UnavailableError: as in ``heat``.
@@ -176,13 +205,19 @@ class Views:
         layer = self.source.layer(pane)
         order = self.path(pane) if pane.path and len(layer.orders) else None
         values = self.heat(pane, state)
-        palette = colours.CIVIDIS if pane.palette == "cividis" else colours.VIRIDIS
         return figures.patch_view(
-            values, image=self.source.pixels(pane) if photo else None, order=order,
+            values, image=self.source.pixels(pane), order=order,
             marks=state.on_grid(tuple(layer.layout.grid)),
             step=None if order is None or not 0 < pane.step <= len(order) else pane.step, opacity=pane.opacity,
-            colours=None if (values < 0).any() else palette, bar_title=unit(pane), size=size,
+            colours=None if (values < 0).any() else palette(pane), bar_title=unit(pane), size=size,
         )  # fmt: skip
+
+    def changes(self, pane: Pane, state: State) -> dict[str, Any]:
+        """Return what another selection, route or scale changes of a patch view that is drawn; as ``patches``."""
+        values = self.heat(pane, state)
+        marks = state.on_grid(tuple(self.source.layer(pane).layout.grid))
+        shades = None if (values < 0).any() else palette(pane)
+        return patch_view_changes(values, marks=marks, opacity=pane.opacity, colours=shades)
 
     def gallery(self, pane: Pane, state: State) -> list[np.ndarray]:
         """Return the map of the selection in every layer, each on its own grid."""
@@ -191,6 +226,16 @@ class Views:
             its = Pane(**{**pane.__dict__, "layer": index})
             found.append(self.heat(its, state))
         return found
+
+
+def _square(row: np.ndarray) -> np.ndarray:
+    side = math.isqrt(len(row))
+    return row.reshape(side, side)
+
+
+def palette(pane: Pane) -> list[str]:
+    """Return a pane's colours of values that are not negative."""
+    return colours.CIVIDIS if pane.palette == "cividis" else colours.VIRIDIS
 
 
 def unit(pane: Pane) -> str:

@@ -87,24 +87,56 @@ def patch_view(
     )  # fmt: skip
 
 
+def patch_view_changes(
+    values: Any, *, marks: Iterable[int] = (), opacity: float = 0.9, colours: list[str] | None = None
+) -> dict[str, Any]:
+    """Return what another map and other marks change of a ``patch_view`` over an image; without building a figure.
+
+    Args:
+        values: as in ``patch_view``, of the same grid.
+        marks: likewise.
+        opacity: likewise.
+        colours: likewise.
+
+    Returns:
+        "z", "zmin", "zmax", "colorscale" of the heatmap, and "x", "y" of the frame, as plotly takes them.
+
+    Raises:
+        ValueError: as ``patch_view``.
+    """
+    array = as_values("patch_view_changes(values)", values)
+    chosen = _chosen(array, None, None, colours)
+    x, y = outline(as_marks("patch_view_changes", marks, (array.shape[0], array.shape[1])), array.shape)
+    return {
+        "z": array.astype(np.float32), "zmin": chosen.low, "zmax": chosen.high,
+        "colorscale": _clear(chosen, opacity), "x": x, "y": y,
+    }  # fmt: skip
+
+
 def _heat(
     array: np.ndarray, opacity: float, limits: tuple[float, float] | None, signed: bool | None,
     colours: list[str] | None, title: str,
 ) -> go.Heatmap:  # fmt: skip
-    own = {} if limits is not None or signed is False else _colours.limits(np.nan_to_num(array))
-    signed = own.get("signed", signed)
-    chosen = _colours.scale(
-        array, limits=limits or own.get("limits"), signed=signed,
-        colours=colours or (BLUE_ORANGE if signed or (signed is None and (array < 0).any()) else VIRIDIS),
-    )  # fmt: skip
+    chosen = _chosen(array, limits, signed, colours)
     gap = 1 if array.size <= _GAPS else 0
     bar = {
-        "title": {"text": title, "side": "right"}, "thickness": 10, "outlinewidth": 0, "x": 1.0, "xpad": 6,
+        "title": {"text": title, "side": "top"}, "thickness": 10, "outlinewidth": 0, "x": 1.0, "xpad": 6,
         "exponentformat": "power", "nticks": 6,
     }  # fmt: skip
     return go.Heatmap(
         z=array.astype(np.float32), zmin=chosen.low, zmax=chosen.high, colorscale=_clear(chosen, opacity),
         colorbar=bar, name=HEAT, xgap=gap, ygap=gap, hovertemplate="row %{y}, column %{x}: %{z:.3g}<extra></extra>",
+    )  # fmt: skip
+
+
+def _chosen(
+    array: np.ndarray, limits: tuple[float, float] | None, signed: bool | None, colours: list[str] | None
+) -> Scale:
+    own = {} if limits is not None or signed is False else _colours.limits(np.nan_to_num(array))
+    signed = own.get("signed", signed)
+    return _colours.scale(
+        array, limits=limits or own.get("limits"), signed=signed,
+        colours=colours or (BLUE_ORANGE if signed or (signed is None and (array < 0).any()) else VIRIDIS),
     )  # fmt: skip
 
 

@@ -92,6 +92,15 @@ def test_rows_and_columns_are_the_matrix_s(collected):
         for token in (0, layer.tokens // 2, layer.tokens - 1):
             assert np.array_equal(store.mean_row(layer, token), mean[token])
             assert np.array_equal(store.mean_column(layer.name, token), mean[:, token])
+        last = layer.tokens
+        assert np.array_equal(store.lines(layer, 1, last), mean[1:])
+        assert np.array_equal(store.lines(layer, 0, 2, columns=True), mean[:, :2].T)
+        kept = store.matrix(layer, 0)
+        assert np.array_equal(store.lines(layer, last - 1, last, image=0), kept[last - 1 :])
+        assert np.array_equal(store.lines(layer, 1, 3, image=0, columns=True), kept[:, 1:3].T)
+        for start, stop in ((2, 2), (-1, 2), (0, last + 1)):
+            with pytest.raises(IndexError, match=r"expected some of 0\.\."):
+                store.lines(layer, start, stop)
 
 
 def test_features_kept_matrices_and_pixels(collected):

@@ -35,7 +35,7 @@ class Double:
         self._pixels = list(pixels)
         self.layers, self.images = [], []
         self._mean, self._matrix, self._features, self._embeddings = {}, {}, {}, {}
-        self.rows_read = 0
+        self.lines_read = []
         for number, picture in enumerate(self._pixels):
             with torch.no_grad(), mamba_attn.trace(self._model) as record:
                 logits = self._model(images.normalise(picture[None]))
@@ -70,12 +70,10 @@ class Double:
     def mean(self, layer, route="sum"):
         return self._mean[layer.name, route]
 
-    def mean_row(self, layer, token, route="sum"):
-        self.rows_read += 1
-        return self._mean[layer.name, route][token]
-
-    def mean_column(self, layer, token, route="sum"):
-        return self._mean[layer.name, route][:, token]
+    def lines(self, layer, start, stop, route="sum", *, image=None, columns=False):
+        self.lines_read.append((layer.name, start, stop))
+        found = self.mean(layer, route) if image is None else self.matrix(layer, image, route)
+        return found[:, start:stop].T if columns else found[start:stop]
 
     def matrix(self, layer, image, route="sum"):
         return self._matrix[layer.name, route, image.key]
@@ -83,8 +81,13 @@ class Double:
     def features(self, layer):
         return np.stack(self._features[layer.name])
 
+    def feature_rows(self, layer, rows):
+        found = self.features(layer)
+        for start in range(0, len(found), rows):
+            yield start, found[start : start + rows].astype(np.float32)
+
     def embedding(self, key):
-        return self._embeddings[key]
+        return self._embeddings.get(key)
 
     def save_embedding(self, key, array, about):
         self._embeddings[key] = (array, about)
@@ -99,10 +102,10 @@ def demo(count=6, weights="demo", name="vmamba_micro"):
     return Double(model, pixels, [path.stem.split("_")[1] for path in paths], keep=2, name=name)
 
 
-def tiny(count=4):
+def tiny(count=4, **options):
     """A VMamba of random weights on a grid of 8 x 12, 4 x 6, ..."""
     torch.manual_seed(0)
-    model = mamba_attn.models.create("vmamba_micro", image_size=(32, 48), num_classes=3)
+    model = mamba_attn.models.create("vmamba_micro", image_size=(32, 48), num_classes=3, **options)
     generator = np.random.default_rng(0)
     pixels = [generator.integers(0, 255, (32, 48, 3), dtype=np.uint8) for _ in range(count)]
     return Double(model, pixels, ["cat", "dog", "cat", "dog"][:count])

@@ -1,35 +1,48 @@
 """The explorer in a real browser: what is drawn after each gesture, no errors, nothing leaves the machine."""
 
 import math
-import shutil
 import threading
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from benchmarks.browser import FLAGS, chromium
 from mamba_attn.explorer.app import build
 from mamba_attn.explorer.serving import bound
 from mamba_attn.explorer.state import State
 from tests.explorer.double import tiny
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser's driver is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
+CHROMIUM = chromium()
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium, or playwright install")
 DRAWN = """([pane, view]) => {
     const graph = document.querySelectorAll('.graph.' + view + ' .js-plotly-plot')[pane];
     const heat = graph._fullData.find((trace) => trace.type === 'heatmap');
     const lines = graph._fullData.filter((trace) => trace.name === 'chosen');
     return {
         z: heat ? Array.from(heat.z, (row) => Array.from(row)) : null,
-        frame: lines.length ? lines[0].x.length / 3 : 0,
+        frame: lines.length && lines[0].x ? lines[0].x.length / 3 : 0,
         traces: graph._fullData.length,
-        points: graph._fullData.map((trace) => trace.x ? trace.x.length : 0),
-        selected: graph._fullData.map((trace) => trace.selectedpoints ? trace.selectedpoints.length : null),
+        points: graph._fullData[0]?.x?.length ?? 0,
+        lit: graph.drawnPoints ? graph.drawnPoints.lit : null,
     };
+}"""
+
+
+PLACE = """([pane, number]) => {
+    const graph = document.querySelectorAll('.graph.scatter .js-plotly-plot')[pane];
+    const { xaxis, yaxis } = graph._fullLayout, trace = graph._fullData[0], box = graph.getBoundingClientRect();
+    return [box.x + xaxis._offset + xaxis.l2p(trace.x[number]), box.y + yaxis._offset + yaxis.l2p(trace.y[number])];
+}"""
+
+
+PIXEL = """(number) => {
+    const graph = document.querySelector('.graph.scatter .js-plotly-plot'), { xaxis, yaxis } = graph._fullLayout;
+    const x = xaxis._offset + xaxis.l2p(graph._fullData[0].x[number]);
+    const y = yaxis._offset + yaxis.l2p(graph._fullData[0].y[number]), dense = window.devicePixelRatio;
+    const canvas = graph.querySelector('canvas.points').getContext('2d');
+    return Array.from(canvas.getImageData(x * dense, y * dense, 1, 1).data);
 }"""
 
 
@@ -96,12 +109,51 @@ class Explorer:
         box = self.box("patches")
         return box["x"] + (column + 0.5) / grid[1] * box["width"], box["y"] + (row + 0.5) / grid[0] * box["height"]
 
+    def points(self, count, pane=0):
+        """Wait until there are so many points."""
+        self.page.wait_for_function(
+            """([pane, count]) => document.querySelectorAll('.graph.scatter')[pane].querySelector('.js-plotly-plot')
+            ._fullData?.[0]?.x?.length === count""",
+            arg=[pane, count],
+        )
+
+    def point(self, number, pane=0):
+        """Where a point is on the screen."""
+        return self.page.evaluate(PLACE, [pane, number])
+
+    def click(self, x, y):
+        """Move, rest, click: plotly looks where the pointer is every 50 ms only."""
+        self.page.mouse.move(x, y)
+        self.page.wait_for_timeout(200)
+        self.page.mouse.click(x, y)
+
     def drag(self, corners):
         self.page.mouse.move(*corners[0])
         self.page.mouse.down()
         for corner in corners[1:]:
             self.page.mouse.move(*corner, steps=4)
         self.page.mouse.up()
+
+    def lit(self, expected, pane=0):
+        """Wait until these points are lit."""
+        for _ in range(50):
+            found = sorted(self.drawn("scatter", pane)["lit"] or [])
+            if found == sorted(expected):
+                return
+            self.page.wait_for_timeout(100)
+        assert found == sorted(expected)
+
+    def pixel(self, number):
+        """The canvas's colour, and how much it covers, where a point is drawn."""
+        return self.page.evaluate(PIXEL, number)
+
+    def saved(self, title, folder):
+        """A file that a button saves."""
+        with self.page.expect_download() as download:
+            self.page.get_by_title(title).click()
+        path = folder / download.value.suggested_filename
+        download.value.save_as(path)
+        return path
 
     def choose(self, label, text):
         self.page.locator(".control", has=self.page.get_by_text(label, exact=True)).get_by_text(
@@ -133,7 +185,7 @@ def test_a_click_on_a_patch_draws_its_row_and_lights_its_point(explorer, store):
     explorer.choose("a patch", "is read")
     explorer.wait("Where patch (2, 5) is read")
     explorer.heat(grid(mean[:, 2 * 12 + 5]))
-    assert explorer.drawn("scatter")["selected"] == [1]
+    assert explorer.drawn("scatter")["lit"] == [2 * 12 + 5]
     # its row, column, step in every route
     text = explorer.page.locator(".card").inner_text()
     assert "row 2, column 5" in text
@@ -168,7 +220,7 @@ def test_a_lasso_over_points_frames_their_patches(explorer, store):
     count = int(heading.inner_text().split()[1])
     assert 0 < count <= 96
     explorer.page.wait_for_timeout(300)
-    assert explorer.drawn("scatter")["selected"] == [count]
+    assert len(explorer.drawn("scatter")["lit"]) == count
     state = explorer.page.evaluate("new URLSearchParams(location.search).get('state')")
     cells = list(State.from_url(state).cells)
     assert len(cells) == count
@@ -179,10 +231,8 @@ def test_points_become_blocks_of_a_stage_and_a_click_opens_one(explorer, store):
     explorer.page.keyboard.press("]")
     explorer.page.keyboard.press("]")
     explorer.choose("points", "blocks")
-    explorer.page.wait_for_function("document.querySelectorAll('.graph.scatter .point').length === 8")
-    assert explorer.drawn("scatter")["points"] == [4, 4]  # two blocks, four images
-    point = explorer.page.locator(".graph.scatter .point").nth(4).bounding_box()  # block 1, image 0, kept in full
-    explorer.page.mouse.click(point["x"] + point["width"] / 2, point["y"] + point["height"] / 2)
+    explorer.points(8)  # two blocks, four images
+    explorer.page.mouse.click(*explorer.point(4))  # block 1, image 0, kept in full
     expected = store.matrix(store.layers[3], store.images[0]).mean(0).reshape(2, 3)
     explorer.heat(expected)
     assert explorer.page.locator(".strip img").count() == 1
@@ -204,19 +254,157 @@ def test_two_panes_share_the_choice_and_the_address_brings_it_back(explorer, sto
     explorer.heat(grid(store.mean(store.layers[0], 3)[52]), pane=1)
 
 
+def test_what_is_under_the_pointer_and_what_shift_adds(explorer, store):
+    mean, mouse = store.mean(store.layers[0]), explorer.page.mouse
+    mouse.move(*explorer.cell(3, 7))
+    card = explorer.page.locator(".card")
+    card.get_by_text("row 3, column 7").wait_for()
+    row = np.argsort(-np.abs(mean[3 * 12 + 7]))[0]
+    assert f"({row // 12}, {row % 12}) {mean[3 * 12 + 7, row]:.2g}" in card.inner_text()
+    assert card.locator("img").evaluate("(image) => image.naturalWidth") >= 12  # its map
+    assert explorer.drawn("patches")["frame"] == 0  # nothing is chosen
+
+    mouse.click(*explorer.cell(3, 7))
+    explorer.lit([43])
+    assert explorer.pixel(43)[3] == 255  # drawn in full
+    assert 0 < explorer.pixel(95)[3] < 60  # faint
+    explorer.page.keyboard.down("Shift")
+    explorer.click(*explorer.cell(0, 0))
+    explorer.lit([0, 43])
+    explorer.drag([explorer.cell(6, 0), explorer.cell(7, 1)])
+    explorer.lit([0, 43, 72, 73, 84, 85])
+    explorer.click(*explorer.cell(3, 7))
+    explorer.lit([0, 72, 73, 84, 85])  # taken away again
+    explorer.page.keyboard.up("Shift")
+    explorer.heat(grid(mean[[0, 72, 73, 84, 85]].mean(0)))
+    explorer.page.get_by_role("button", name="all patches").click()
+    explorer.lit([])
+    explorer.heat(grid(mean.mean(0)))
+
+
+def test_a_box_and_a_click_among_the_points(explorer, store):
+    page, mean = explorer.page, store.mean(store.layers[0])
+    explorer.points(96)
+    page.mouse.move(*explorer.point(17))
+    page.locator(".card").get_by_text("row 1, column 5").wait_for()
+    page.mouse.click(*explorer.point(17))
+    explorer.lit([17])
+    explorer.heat(grid(mean[17]))
+    page.locator(".graph.scatter .modebar-btn[data-title='Box Select']").click()
+    box = explorer.box("scatter")
+    explorer.drag([
+        (box["x"] + 3, box["y"] + 3), (box["x"] + box["width"] - 3, box["y"] + box["height"] - 3),
+    ])  # fmt: skip
+    explorer.wait("What 96 patches, on average, read")
+    explorer.lit(range(96))
+
+
+def test_keys_choose_patches_routes_blocks_and_modes(explorer, store):
+    press, mean = explorer.page.keyboard.press, store.mean(store.layers[0])
+    press("ArrowUp")  # the middle comes first
+    explorer.wait("What patch (4, 6) reads")
+    for key in ("ArrowLeft", "ArrowUp", "r"):
+        press(key)
+    explorer.heat(grid(mean[:, 3 * 12 + 5]))
+    press("2")
+    explorer.heat(grid(store.mean(store.layers[0], 1)[:, 3 * 12 + 5]))
+    press("Escape")
+    explorer.wait("Where all patches, on average, are read")
+    press("v")
+    explorer.points(4)
+    press("?")
+    explorer.page.locator("#keys").get_by_text("move the chosen patch").wait_for()
+
+
+def test_the_path_of_a_route_step_by_step(explorer):
+    explorer.page.get_by_text("Display", exact=True).click()
+    before = explorer.drawn("patches")["traces"]
+    explorer.page.get_by_text("scan path", exact=True).click()
+    explorer.page.wait_for_function(
+        "(count) => document.querySelector('.graph.patches .js-plotly-plot')._fullData.length > count", arg=before
+    )
+    slider = explorer.page.locator(".control", has=explorer.page.get_by_text("steps of it (0: all)")).get_by_role(
+        "slider"
+    )
+    slider.focus()
+    for _ in range(5):
+        explorer.page.keyboard.press("ArrowRight")
+    steps = """() => document.querySelector('.graph.patches .js-plotly-plot')._fullData
+        .filter((trace) => trace.name !== 'chosen' && trace.mode?.includes('lines'))
+        .map((trace) => trace.x.filter((x) => x !== null).length)"""
+    explorer.page.wait_for_function(f"Math.max(...({steps})()) <= 10")
+
+
+def test_all_blocks_lead_to_one_and_are_saved(explorer, store, tmp_path):
+    explorer.page.get_by_role("button", name="all blocks").click()
+    gallery = explorer.page.locator("#gallery")
+    gallery.locator("img").nth(len(store.layers) - 1).wait_for()
+    assert gallery.locator("button.current").inner_text().startswith("stage 0 · block 0")
+    with np.load(explorer.saved("save the gallery as NPZ", tmp_path)) as arrays:
+        for layer in store.layers:
+            expected = store.mean(layer).mean(0).reshape(layer.layout.grid)
+            np.testing.assert_allclose(arrays[layer.name], expected, rtol=1e-4)
+    assert "all blocks, all routes" in explorer.saved("save the gallery as HTML", tmp_path).read_text()
+    assert explorer.saved("save the gallery as PNG", tmp_path).read_bytes()[:4] == b"\x89PNG"
+    gallery.get_by_text("stage 2 · block 1").click()
+    last = next(layer for layer in store.layers if (layer.stage, layer.block) == (2, 1))
+    explorer.heat(store.mean(last).mean(0).reshape(last.layout.grid))
+
+
 def test_views_are_saved_whole(explorer, store, tmp_path):
     explorer.page.mouse.click(*explorer.cell(0, 3))
     explorer.wait("What patch (0, 3) reads")
-    saved = {}
-    for kind in ("HTML", "NPZ", "PNG"):
-        with explorer.page.expect_download() as download:
-            explorer.page.get_by_title(f"save the patches view as {kind}").click()
-        saved[kind] = tmp_path / download.value.suggested_filename
-        download.value.save_as(saved[kind])
-    with np.load(saved["NPZ"]) as arrays:
-        np.testing.assert_allclose(arrays["map"], grid(store.mean(store.layers[0])[3]))
+    saved = {
+        (view, kind): explorer.saved(f"save the {view} view as {kind}", tmp_path)
+        for view in ("patches", "scatter") for kind in ("HTML", "NPZ", "PNG")
+    }  # fmt: skip
+    with np.load(saved["patches", "NPZ"]) as arrays:
+        np.testing.assert_allclose(arrays["map"], grid(store.mean(store.layers[0])[3]), rtol=1e-5)
         assert arrays["patches"].tolist() == [3]
-    assert saved["PNG"].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    page = saved["HTML"].read_text()
-    assert "<script src=" not in page
-    assert "What patch (0, 3) reads" in page
+    with np.load(saved["scatter", "NPZ"]) as arrays:
+        assert arrays["points"].shape == (96, 2)
+        assert arrays["selected"].tolist() == [3]
+    for view in ("patches", "scatter"):
+        picture = np.asarray(Image.open(saved[view, "PNG"]).convert("RGB"))
+        assert min(picture.shape[:2]) > 600
+        assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
+        page = saved[view, "HTML"].read_text()
+        assert "<script src=" not in page
+    assert "What patch (0, 3) reads" in saved["patches", "HTML"].read_text()
+
+
+def test_a_saved_page_draws_itself_without_a_network(explorer, browser, tmp_path):
+    path = explorer.saved("save the scatter view as HTML", tmp_path)
+    context = browser.new_context(offline=True)
+    page, asked = context.new_page(), []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(path.as_uri())
+    page.wait_for_function("document.querySelectorAll('.point').length === 96")
+    assert [url for url in asked if not url.startswith(("data:", "blob:", "file:"))] == []
+    context.close()
+
+
+def test_two_stores_side_by_side_each_in_its_order(browser, store):
+    other = tiny(1, order="diagonal")
+    with bound(build([store, other]), "127.0.0.1", 0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        address = f"http://127.0.0.1:{server.port}/"
+        page = browser.new_page(viewport={"width": 1600, "height": 1000})
+        opened = Explorer(page, address)
+        opened.open(address)
+        page.get_by_role("button", name="side by side").click()
+        page.wait_for_function("document.querySelectorAll('.graph.patches .js-plotly-plot').length === 2")
+        page.locator("article").nth(1).locator(".dash-dropdown").first.click()
+        page.get_by_role("option", name="vmamba_micro (2)").click()
+        opened.heat(grid(other.mean(other.layers[0]).mean(0)), pane=1)
+        opened.heat(grid(store.mean(store.layers[0]).mean(0)), pane=0)
+        page.wait_for_timeout(500)  # the panes were made anew
+        page.mouse.click(*opened.cell(5, 5))
+        opened.heat(grid(store.mean(store.layers[0])[65]), pane=0)
+        opened.heat(grid(other.mean(other.layers[0])[65]), pane=1)
+        opened.lit([65], pane=1)
+        page.close()
+        server.shutdown()
+        thread.join()
+    assert opened.wrong == []

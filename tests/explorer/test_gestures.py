@@ -1,6 +1,7 @@
+import numpy as np
 import pytest
 
-from mamba_attn.explorer.gestures import clicked, dragged, moved, numbers
+from mamba_attn.explorer.gestures import clicked, dragged, enclosed, moved, numbers
 from mamba_attn.explorer.state import State
 
 GRID = (3, 4)
@@ -37,6 +38,20 @@ def test_a_click_is_a_cell_or_nothing(event, cells):
 )
 def test_a_drag_is_the_cells_that_it_holds(event, cells):
     assert dragged(event, GRID) == cells
+
+
+@pytest.mark.parametrize(
+    ("event", "found"),
+    [
+        ({"range": {"x": [2, -0.1], "y": [-1, 1]}}, [0, 1]),
+        ({"lassoPoints": {"x": [0.5, 3, 3, 0.5], "y": [-1, -1, 6, 6]}}, [1, 2]),
+        ({"range": {"x": [float("nan"), 1], "y": [0, 1]}}, []),
+        ({"points": [{"customdata": 1}]}, []),
+        (None, []),
+    ],
+)
+def test_a_drag_is_the_points_that_it_holds(event, found):
+    assert enclosed(event, np.array([[0.0, 0.0], [1.0, 0.5], [2.0, 5.0]])) == found
 
 
 def test_numbers_of_points_are_counted_once_and_within_bounds():

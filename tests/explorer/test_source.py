@@ -65,8 +65,40 @@ def test_the_difference_is_the_image_less_the_mean(store):
 
 def test_a_row_is_read_without_its_matrix(store, monkeypatch):
     source = Source(store)
-    monkeypatch.setattr(store, "mean", lambda *_: pytest.fail("the whole matrix was read"))
-    np.testing.assert_allclose(source.read(Pane(), [4, 9]), store._mean[store.layers[0].name, "sum"][[4, 9]].mean(0))
+    monkeypatch.setattr("mamba_attn.explorer.source._BAND", 16)
+    store.lines_read.clear()
+    expected = store._mean[store.layers[0].name, "sum"]
+    np.testing.assert_allclose(source.read(Pane(), [4, 9]), expected[[4, 9]].mean(0), rtol=1e-5)
+    name = store.layers[0].name
+    assert store.lines_read == [(name, 0, 16)]
+    np.testing.assert_allclose(
+        source.read(Pane(direction="column"), [5, 90, 95]), expected[:, [5, 90, 95]].mean(1), rtol=1e-5
+    )
+    assert store.lines_read[1:] == [(name, 0, 16), (name, 80, 96)]
+    source.read(Pane(), [0])
+    assert len(store.lines_read) == 3  # remembered
+
+
+def test_points_come_from_the_cache_without_a_look_at_features(store, monkeypatch):
+    for pane in (Pane(layer=2, mode="blocks"), Pane(layer=2)):
+        first = Views(Source(store)).points(pane)
+        with monkeypatch.context() as blind:
+            for name in ("features", "feature_rows", "lines", "mean"):
+                blind.setattr(store, name, lambda *_, **__: pytest.fail("features were read"))
+            again = Views(Source(store))
+            np.testing.assert_array_equal(again.points(pane).xy, first.xy)
+            expected = [5 if pane.mode == "blocks" else 3]
+            assert again.selected(pane, State(grid=(2, 3), cells=(3,), points=((3, 1),))) == expected
+
+
+def test_features_of_many_images_are_projected_as_they_are_read(store, monkeypatch):
+    whole = Views(Source(store))._features(Pane(mode="blocks"))
+    monkeypatch.setattr("mamba_attn.explorer.views._WHOLE", 1000)
+    few = Views(Source(store))._features(Pane(mode="blocks"))
+    assert whole.shape == (4, 96 * 96)
+    assert few.shape == (4, 4096)
+    apart = [np.linalg.norm(each[:, None] - each[None], axis=-1) for each in (whole, few)]
+    np.testing.assert_allclose(apart[1], apart[0], rtol=0.1)
 
 
 @pytest.mark.parametrize("pane", [Pane(gate=True), Pane(skip=True), Pane(what="difference", gate=True)])

@@ -20,25 +20,42 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
+// plotly's events do not say whether Shift was held
+let shift = null;
+document.addEventListener("mousedown", (event) => {
+  if (event.shiftKey !== shift) window.dash_clientside.set_props("shift", { data: event.shiftKey });
+  shift = event.shiftKey;
+}, true);
+
 window.dash_clientside = Object.assign({}, window.dash_clientside, {
   explorer: {
     address: (state) => {
       if (state) history.replaceState(null, "", "?state=" + state);
       return null;
     },
+    light: (points, figure, id) => {
+      light(id.pane, points);
+      return null;
+    },
+    map: (given, id) => {
+      if (given) remap(id.pane, given);
+      return null;
+    },
+    gallery: (clicks, link) => {
+      if (!((clicks || 0) % 2)) return [window.dash_clientside.no_update, "gallery hidden"];
+      return [link, "gallery"];
+    },
     acted: () => {
       pressed.sent = 0;
       setTimeout(send, 0);
       return window.dash_clientside.no_update;
     },
-    // plotly's own export: the browser draws the picture, nothing is sent
-    picture: (...clicks) => {
-      const context = window.dash_clientside.callback_context;
-      const id = context.triggered_id;
-      if (!id || !id.export.endsWith("-PNG") || !context.triggered[0].value) return null;
-      const view = id.export.split("-")[0];
-      const graphs = document.querySelectorAll(".graph." + view + " .js-plotly-plot");
-      Plotly.downloadImage(graphs[id.pane], { format: "png", scale: 2, width: 720, height: 640, filename: "mamba_attn_" + view });
+    // the browser draws the picture, nothing is sent
+    picture: (given) => {
+      if (given) {
+        const { figure, ...how } = given;
+        Plotly.downloadImage(figure, how);
+      }
       return null;
     },
   },

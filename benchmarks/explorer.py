@@ -1,0 +1,198 @@
+"""`mamba-attn explore` in a real browser: milliseconds from a gesture to the picture that it draws."""
+
+import importlib.util
+import statistics
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.browser import FLAGS, chromium
+from benchmarks.report import Figure, figure
+from mamba_attn import models, subjects
+from mamba_attn.analytics import AttentionStore, Request, collect
+from mamba_attn.bench.timing import Spread
+from mamba_attn.datasets import open_data
+from mamba_attn.explorer.app import build
+from mamba_attn.explorer.serving import bound
+
+MODEL, PIXELS, GRID = "vmamba_tiny_s1l8", 224, 56
+KINDS = ("patch click", "hover", "region drag", "route switch", "mode switch", "scatter click")
+WARM = 3  # interactions of every kind before those that count
+# The event that starts a gesture's answer, and whether the answer is drawn; both on the page's own clock. What is
+# measured ends with the frame after the one in which everything is there.
+PROBE = """() => {
+    const graph = (view) => document.querySelector('.graph.' + view + ' .js-plotly-plot');
+    const seen = () => ({
+        map: graph('patches').querySelector('.heatmaplayer image')?.getAttribute('href')
+            || graph('patches').querySelector('.heatmaplayer image')?.getAttribute('xlink:href'),
+        lit: (graph('scatter').drawnPoints || {}).lit?.join() ?? '',
+        points: Array.from((graph('scatter').drawnPoints || {}).x?.slice(0, 40) ?? []).join(),
+        drawn: (graph('scatter').drawnPoints || {}).count,
+        card: document.querySelector('.card').innerText,
+        image: document.querySelector('.card img')?.src,
+    });
+    let began = 0;
+    for (const kind of ['mouseup', 'mousemove', 'click'])
+        document.addEventListener(kind, (event) => { if (kind === window.probe.kind) began = event.timeStamp; }, true);
+    window.probe = {
+        kind: 'mouseup',
+        before: null,
+        arm: (kind) => { window.probe.kind = kind; window.probe.before = seen(); },
+        until: (what) => new Promise((done, fail) => {
+            const late = performance.now() + 20000;
+            const look = () => {
+                const now = seen();
+                if (what.every((name) => now[name] !== window.probe.before[name] && now[name] !== undefined))
+                    requestAnimationFrame(() => done(performance.now() - began));
+                else if (performance.now() > late) fail('not drawn: ' + what);
+                else requestAnimationFrame(look);
+            };
+            look();
+        }),
+    };
+}"""
+
+
+def collected(folder: Path, pixels: int) -> Path:
+    """A store of a VMamba of random weights over two synthetic images, its first stage alone."""
+    photos = folder / "photos"
+    photos.mkdir()
+    y, x = np.mgrid[0:pixels, 0:pixels] / pixels
+    for number in (1, 2):
+        rgb = [np.sin(9 * x * number), np.cos(7 * y), np.hypot(x - 0.5, y - 0.5) * 2 - 1]
+        Image.fromarray(np.uint8(127.5 + 127.5 * np.clip(np.stack(rgb, -1), -1, 1))).save(photos / f"{number}.png")
+    torch.manual_seed(0)
+    weights = folder / "weights.pth"
+    torch.save(models.create(MODEL, image_size=pixels).state_dict(), weights)
+    weights.with_suffix(".json").write_text(f'{{"options": {{"image_size": {pixels}}}}}')
+    subject = subjects.load(MODEL, str(weights))
+    collect(Request(subject, open_data(str(photos)), layers=["layers.0.*"]), folder / "store")
+    return folder / "store"
+
+
+@contextmanager
+def served(store: Path) -> Iterator[str]:
+    """The address of an explorer of a store, in threads of this process."""
+    with bound(build([AttentionStore.open(store)]), "127.0.0.1", 0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.port}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class Hand:
+    """What moves the mouse over the page, and how long the page takes to follow.
+
+    Args:
+        page: of the browser.
+        grid: patches on a side.
+    """
+
+    def __init__(self, page: Any, grid: int) -> None:
+        self.page, self.grid = page, grid
+        self.random = np.random.default_rng(0)
+        page.wait_for_function("document.querySelector('.graph.scatter .js-plotly-plot')?.drawnPoints?.count > 1")
+        page.wait_for_selector(".graph.patches .heatmaplayer image")
+        page.evaluate(PROBE)
+
+    def place(self, margin: int = 2) -> tuple[float, float]:
+        """A patch on the screen, anywhere."""
+        box = self.page.locator(".graph.patches .nsewdrag").first.bounding_box()
+        row, column = self.random.integers(margin, self.grid - margin, 2) + 0.5
+        return box["x"] + column * box["width"] / self.grid, box["y"] + row * box["height"] / self.grid
+
+    def timed(self, act: Callable[[], None], what: tuple[str, ...], kind: str = "mouseup") -> float:
+        """Milliseconds from the gesture's last event until all these have changed and are drawn."""
+        self.page.evaluate("(kind) => window.probe.arm(kind)", kind)
+        act()
+        found = float(self.page.evaluate("(what) => window.probe.until(what)", list(what)))
+        self.page.wait_for_timeout(120)  # a person looks first
+        return found
+
+    def patch_click(self) -> float:
+        """A click on a patch: its map, and its point."""
+        self.page.mouse.move(*(at := self.place()))
+        self.page.wait_for_timeout(150)
+        return self.timed(lambda: self.page.mouse.click(*at), ("map", "lit"))
+
+    def hover(self) -> float:
+        """The pointer comes to rest on another patch: its card, with its map."""
+        return self.timed(lambda: self.page.mouse.move(*self.place()), ("card", "image"), "mousemove")
+
+    def region_drag(self) -> float:
+        """A box over patches: the mean of their maps, and their points."""
+        self.page.mouse.move(*self.place(4))
+        self.page.mouse.down()
+        self.page.mouse.move(*self.place(4), steps=5)
+        return self.timed(self.page.mouse.up, ("map", "lit"))
+
+    def route_switch(self) -> float:
+        """Another route: another map, and other points."""
+        current = self.page.locator(".segments").first.locator("label:has(input:checked)").inner_text()
+        other = {"1": "2"}.get(current.strip(), "1")
+        label = self.page.locator(".segments").first.get_by_text(other, exact=True)
+        return self.timed(label.click, ("map", "points"), "click")
+
+    def mode_switch(self) -> float:
+        """From the patches of a block to the blocks of a stage, or back: other points."""
+        control = self.page.locator(".control", has=self.page.get_by_text("points", exact=True))
+        label = control.locator("label:not(:has(input:checked))").first
+        return self.timed(label.click, ("points", "drawn"), "click")
+
+    def scatter_click(self) -> float:
+        """A click on a point: it is lit, and the map of its patch."""
+        number = int(self.random.integers(self.grid**2))
+        at = self.page.evaluate(
+            """(number) => { const g = document.querySelector('.graph.scatter .js-plotly-plot'), l = g._fullLayout,
+            t = g._fullData[0], b = g.getBoundingClientRect();
+            return [b.x + l.xaxis._offset + l.xaxis.l2p(t.x[number]), b.y + l.yaxis._offset + l.yaxis.l2p(t.y[number])]
+            }""",
+            number,
+        )
+        self.page.mouse.move(*at)
+        self.page.wait_for_timeout(150)
+        return self.timed(lambda: self.page.mouse.click(*at), ("map", "lit"))
+
+
+def run_explore(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
+    """All rows about the explorer."""
+    found = chromium()
+    if found is None or importlib.util.find_spec("playwright") is None:
+        raise SystemExit("benchmarks/run.py explore needs playwright and chromium: pip install playwright, then "
+                         "apt-get install chromium or playwright install chromium.")  # fmt: skip
+    from playwright.sync_api import sync_playwright
+
+    pixels, rounds = (64, 4) if quick else (PIXELS, 40)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        served(collected(Path(folder), pixels)) as address,
+        sync_playwright() as driver,
+    ):
+        browser = driver.chromium.launch(executable_path=found, headless=True, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        page.goto(address)
+        hand = Hand(page, pixels // 4)
+        milliseconds = {}
+        for kind in KINDS:
+            gesture = getattr(hand, kind.replace(" ", "_"))
+            milliseconds[kind] = [gesture() for _ in range(WARM + rounds)][WARM:]
+            if kind == "mode switch" and (WARM + rounds) % 2:
+                gesture()  # back to patches
+        version = browser.version
+        browser.close()
+    figures = []
+    for kind, sample in milliseconds.items():
+        figures.append(figure("explore median", kind, Spread.of(sample)))
+        figures.append(figure("explore 95", kind, statistics.quantiles(sample, n=20, method="inclusive")[-1]))
+    details = {"model": MODEL, "pixels": pixels, "grid": pixels // 4, "browser": version, "milliseconds": milliseconds}
+    return figures, details

@@ -1,0 +1,95 @@
+"""The callback that gestures, keys and controls share: one request brings the choice, the maps and the lit points."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import dash
+from dash import ALL, ClientsideFunction, Input, Output, ctx, no_update
+from dash.exceptions import PreventUpdate
+
+from mamba_attn.explorer.beside import strip
+from mamba_attn.explorer.context import Context
+from mamba_attn.explorer.drawing import drawn_map
+from mamba_attn.explorer.interaction import after
+from mamba_attn.explorer.state import State
+
+_CONTROLS = {"pane": ALL, "set": ALL}
+
+
+def register(app: dash.Dash, context: Context) -> None:
+    """Add these callbacks."""
+
+    @app.callback(
+        Output("selection", "data", allow_duplicate=True),
+        Output(_CONTROLS, "value"),
+        Output(_every("patches", "view"), "figure"),
+        Output(_every("patches", "map"), "data"),
+        Output(_every("patches", "title"), "children"),
+        Output(_every("patches", "notice"), "children"),
+        Output(_every("patches", "drawn"), "data"),
+        Output(_every("points", "lit"), "data"),
+        Output(_every("images", "strip"), "children"),
+        Output("link", "data"),
+        Output("acted", "data"),
+        Input(_CONTROLS, "value"),
+        *(Input(_every(view, "view"), event) for view in ("patches", "scatter") for event in _GESTURES),
+        Input({"pane": ALL, "do": ALL}, "n_clicks"),
+        Input({"pane": ALL, "pick": ALL}, "n_clicks"),
+        Input({"block": ALL}, "n_clicks"),
+        Input("key", "data"),
+        dash.State("selection", "data"),
+        dash.State(_every("patches", "drawn"), "data"),
+        dash.State("shift", "data"),
+        prevent_initial_call="initial_duplicate",
+    )
+    def _act(*given: Any) -> Any:
+        controls, (selection, drawn, shift) = ctx.inputs_list[0], given[-3:]
+        if not controls:
+            raise PreventUpdate
+        before = context.state(context.panes(controls), selection)
+        source, event = ctx.triggered_id, (ctx.triggered or [{"value": None}])[0]
+        gesture = source is not None and not (isinstance(source, dict) and "set" in source)
+        if gesture and not event["value"] and None not in drawn:
+            raise PreventUpdate  # a button that just appeared, or a selection that plotly dropped
+        state = after(context, before, source, event, add=bool(shift)) if gesture and event["value"] else before
+        found = _draw(context, before, state, drawn)
+        same = state.cells == before.cells and state.points == before.points and state.grid == before.grid
+        values = [_value(before, state, item["id"]) for item in controls]
+        at = event["value"].get("at") if source == "key" and isinstance(event["value"], dict) else no_update
+        return no_update if same else context.selection(state), values, *found, state.to_url(), at
+
+    for function, trigger in (("acted", "acted"), ("address", "link")):
+        app.clientside_callback(
+            ClientsideFunction("explorer", function), Output("written", "data", allow_duplicate=True),
+            Input(trigger, "data"), prevent_initial_call=True,
+        )  # fmt: skip
+
+
+_GESTURES = ("clickData", "selectedData")
+
+
+def _every(name: str, part: str) -> dict[str, Any]:
+    return {"pane": ALL, part: name}
+
+
+def _draw(context: Context, before: State, state: State, drawn: Sequence[Any]) -> list[list[Any]]:
+    """Outputs of all panes for a state."""
+    maps = [
+        drawn_map(context, pane, state, known) for pane, known in zip(state.panes, drawn, strict=False)
+    ]  # fmt: skip
+    points = [context.views(pane).selected(pane, state) for pane in state.panes]
+    fresh = any(known is None for known in drawn)
+    strips = [
+        strip(context, pane, number, state) if fresh or before.points != state.points else no_update
+        for number, pane in enumerate(state.panes)
+    ]
+    return [*map(list, zip(*maps, strict=True)), points, strips]
+
+
+def _value(before: State, after: State, its: dict[str, Any]) -> Any:
+    """The new value of a control, if it has one."""
+    index = min(its["pane"], len(after.panes) - 1)
+    old, new = getattr(before.panes[index], its["set"]), getattr(after.panes[index], its["set"])
+    if old == new:
+        return no_update
+    return (["on"] if new else []) if isinstance(new, bool) else new
