@@ -28,14 +28,13 @@ from benchmarks.findings_page import PICTURES, update
 from benchmarks.report import Figure, figure, show
 from mamba_attn import images, orders
 from mamba_attn.analytics import AttentionStore, Request, collect
-from mamba_attn.analytics.accuracy import known_accuracy, over_orders
-from mamba_attn.analytics.controls import Report, report
-from mamba_attn.analytics.findings_command import _finite
-from mamba_attn.analytics.findings_figures import matrices_rgb
-from mamba_attn.analytics.findings_tables import as_json, side_by_side
 from mamba_attn.datasets import Data, class_indices, open_data
 from mamba_attn.figures import png
 from mamba_attn.figures.colours import limits
+from mamba_attn.findings.accuracy import known_accuracy, over_orders
+from mamba_attn.findings.controls import Report, report
+from mamba_attn.findings.figures import matrices_rgb
+from mamba_attn.findings.tables import as_json, finite, side_by_side
 from mamba_attn.subjects import Subject, load
 
 DEMOS = ("vim_micro", "vmamba_micro", "vit_micro")
@@ -150,7 +149,7 @@ def brief(results: dict[str, Any], summary: bool) -> dict[str, Any]:
     for store in results["stores"]:
         store["rows"] = [row for row in store["rows"] if not summary or row["place"] in ("all", "model")]
     found: dict[str, Any] = json.loads(
-        json.dumps(_finite(results)), parse_float=lambda text: float(f"{float(text):.5g}")
+        json.dumps(finite(results)), parse_float=lambda text: float(f"{float(text):.5g}")
     )  # fmt: skip
     return found
 

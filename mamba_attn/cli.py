@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from mamba_attn.analytics import command as collect
 from mamba_attn.analytics import erf_command as erf
-from mamba_attn.analytics import findings_command as findings
 from mamba_attn.bench import command as bench
 from mamba_attn.evaluation import command as compare
 from mamba_attn.explain import command as explain
 from mamba_attn.explorer import command as explore
+from mamba_attn.findings import command as findings
 from mamba_attn.report import command as report
 
 

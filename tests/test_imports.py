@@ -21,6 +21,7 @@ HOUSE = [
     ["explain"],
     ["bench"],
     ["evaluation"],
+    ["findings"],
     ["analytics"],
     ["datasets"],
     ["testing"],

@@ -21,9 +21,9 @@ from mamba_attn._table import plain, show
 from mamba_attn.errors import MambaAttnError, nearest
 
 if TYPE_CHECKING:
-    from mamba_attn.analytics.accuracy import Orders
-    from mamba_attn.analytics.controls import Report
     from mamba_attn.analytics.store import AttentionStore
+    from mamba_attn.findings.accuracy import Orders
+    from mamba_attn.findings.controls import Report
 
 _NEEDED = {"zarr": "zarr", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
 _EPILOG = """\
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 def _findings(args: argparse.Namespace, command: str) -> int:
-    from mamba_attn.analytics.accuracy import over_orders
+    from mamba_attn.findings.accuracy import over_orders
 
     if args.seeds < 0:
         raise ValueError(f"--seeds {args.seeds}: expected a number from 0 on.")
@@ -122,10 +122,10 @@ def write(
     Raises:
         OSError: the folder cannot be written.
     """
-    from mamba_attn.analytics import findings_tables as tables
-    from mamba_attn.analytics.findings_figures import matrices_rgb
-    from mamba_attn.analytics.findings_page import page
     from mamba_attn.figures.png import save_png
+    from mamba_attn.findings import tables
+    from mamba_attn.findings.figures import matrices_rgb
+    from mamba_attn.findings.page import page
 
     every = [tables.summary(report) for report in reports]
     every += [tables.side_by_side(reports)] if len(reports) > 1 else []
@@ -139,7 +139,7 @@ def write(
     text = "".join(plain(*each) for each in every) + "\n" + "\n\n".join([*sentences, *notes, tables.LEGEND, command])
     (folder / "findings.txt").write_text(f"{text}\n", encoding="utf-8")
     (folder / "findings.csv").write_text(tables.as_csv(reports), encoding="utf-8")
-    found = json.dumps(_finite(tables.as_json(reports, orders, {"command": command})), indent=1, allow_nan=False)
+    found = json.dumps(tables.finite(tables.as_json(reports, orders, {"command": command})), indent=1, allow_nan=False)
     (folder / "findings.json").write_text(f"{found}\n", encoding="utf-8")
     save_png(folder / "matrices.png", matrices_rgb(stores))
     (folder / "findings.html").write_text(page(reports, orders, stores, command), encoding="utf-8")
@@ -151,8 +151,8 @@ def _measured(
     from rich.console import Console
 
     from mamba_attn._table import bar
-    from mamba_attn.analytics.accuracy import known_accuracy
-    from mamba_attn.analytics.controls import report, steps
+    from mamba_attn.findings.accuracy import known_accuracy
+    from mamba_attn.findings.controls import report, steps
 
     reports = []
     with bar(Console(stderr=True)) as progress:
@@ -179,12 +179,3 @@ def _accuracies(texts: Sequence[str], stores: "dict[str, AttentionStore]") -> di
             raise ValueError(f"--accuracy {text}: expected NAME=VALUE, a number from 0 to 100.")
         found[name] = number
     return found
-
-
-def _finite(value: object) -> object:
-    """The same without NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mamba_attn.analytics import block_measures, findings
 from mamba_attn.analytics.index import StoredLayer
-from mamba_attn.analytics.matrix_measures import shares_of
-from mamba_attn.analytics.places import Places, places_of
 from mamba_attn.analytics.projection import SIZE, project
-from mamba_attn.analytics.row_measures import Rows
+from mamba_attn.findings import block_measures
+from mamba_attn.findings import registry as findings
+from mamba_attn.findings.matrix_measures import shares_of
+from mamba_attn.findings.places import Places, places_of
+from mamba_attn.findings.row_measures import Rows
 
 MOST_ROWS = 1024  # patches whose rows are compared; of larger grids so many are drawn
 MODEL = "model"

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mamba_attn.analytics.controls import Report
-from mamba_attn.analytics.findings import FINDINGS
 from mamba_attn.analytics.store import AttentionStore
 from mamba_attn.figures import png
 from mamba_attn.figures.colours import categories, limits
 from mamba_attn.figures.document import safe
+from mamba_attn.findings.controls import Report
+from mamba_attn.findings.registry import FINDINGS
 
 DEPTHS = (0.25, 0.5, 0.75)
 _SIDE = 256  # of a matrix, in pixels

@@ -6,7 +6,7 @@ axes. Rows that read nothing are left out.
 
 import numpy as np
 
-from mamba_attn.analytics.places import Places
+from mamba_attn.findings.places import Places
 
 
 def shares_of(matrices: np.ndarray) -> np.ndarray:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mamba_attn.analytics import resampling
-from mamba_attn.analytics.findings import FINDINGS, Finding
-from mamba_attn.analytics.measured import Measured
-from mamba_attn.analytics.measuring import Advance, Measuring
 from mamba_attn.analytics.rebuild import order_of, takes_order
-from mamba_attn.analytics.resampling import Estimate
 from mamba_attn.analytics.store import AttentionStore
 from mamba_attn.errors import MambaAttnError
+from mamba_attn.findings import resampling
+from mamba_attn.findings.measured import Measured
+from mamba_attn.findings.measuring import Advance, Measuring
+from mamba_attn.findings.registry import FINDINGS, Finding
+from mamba_attn.findings.resampling import Estimate
 
 ALL = "all"  # the mean over blocks, or stages
 SHUFFLED_ORDER = "random"  # one of mamba_attn.orders.ORDERS

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mamba_attn.analytics import block_measures, matrix_measures, row_measures
 from mamba_attn.errors import nearest
+from mamba_attn.findings import block_measures, matrix_measures, row_measures
 
 VERSION = 1  # of the measurements: what an older one left in a folder is measured again
 GROUPS = 10  # of images, at most

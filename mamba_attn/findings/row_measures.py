@@ -10,7 +10,7 @@ import numpy as np
 
 from mamba_attn.analytics._ranks import ranks
 from mamba_attn.analytics.pca import components
-from mamba_attn.analytics.places import Places
+from mamba_attn.findings.places import Places
 
 FIRST = 100  # principal components
 NEIGHBOURS = 5  # that purity looks at

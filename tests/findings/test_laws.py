@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from mamba_attn import orders
-from mamba_attn.analytics import block_measures, findings, matrix_measures, row_measures
-from mamba_attn.analytics.findings import FINDINGS, finding
 from mamba_attn.analytics.index import StoredLayer
-from mamba_attn.analytics.places import places_of
 from mamba_attn.analytics.reach import attention_distance
+from mamba_attn.findings import block_measures, matrix_measures, row_measures
+from mamba_attn.findings import registry as findings
+from mamba_attn.findings.places import places_of
+from mamba_attn.findings.registry import FINDINGS, finding
 from mamba_attn.layout import TokenLayout
 
 GRIDS = [(4, 5), (8, 8), (6, 3)]

@@ -2,15 +2,16 @@
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from mamba_attn.analytics.accuracy import Orders
-from mamba_attn.analytics.controls import ALL, Report, Row
-from mamba_attn.analytics.findings import FINDINGS, Finding
-from mamba_attn.analytics.measured import MODEL
-from mamba_attn.analytics.resampling import Estimate
+from mamba_attn.findings.accuracy import Orders
+from mamba_attn.findings.controls import ALL, Report, Row
+from mamba_attn.findings.measured import MODEL
+from mamba_attn.findings.registry import FINDINGS, Finding
+from mamba_attn.findings.resampling import Estimate
 
 Texts = tuple[str, list[str], list[list[str]]]
 LEGEND = (
@@ -211,3 +212,16 @@ def _three(estimate: Estimate | None) -> tuple[float | None, float | None, float
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
+
+
+def finite(value: object) -> object:
+    """Return the same without NaN, which JSON does not have.
+
+    Args:
+        value: of dicts, lists and numbers.
+    """
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 
 from mamba_attn import cli
-from mamba_attn.analytics import collect, findings_command
-from mamba_attn.analytics.findings_figures import by_depth, matrices_rgb, pooled
-from mamba_attn.analytics.findings_tables import number
+from mamba_attn.analytics import collect
+from mamba_attn.findings import command as findings_command
+from mamba_attn.findings.figures import by_depth, matrices_rgb, pooled
+from mamba_attn.findings.tables import number
 from tests.analytics import cases
-from tests.analytics.test_findings import BIG, weights
+from tests.findings.test_findings import BIG, weights
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 
-from mamba_attn.analytics import findings_figures as figures
-from mamba_attn.analytics.accuracy import Orders
-from mamba_attn.analytics.controls import Report
-from mamba_attn.analytics.findings import FINDINGS
-from mamba_attn.analytics.findings_tables import (
+from mamba_attn.analytics.store import AttentionStore
+from mamba_attn.figures.document import document, safe
+from mamba_attn.figures.picture import data_uri
+from mamba_attn.findings import figures as figures
+from mamba_attn.findings.accuracy import Orders
+from mamba_attn.findings.controls import Report
+from mamba_attn.findings.registry import FINDINGS
+from mamba_attn.findings.tables import (
     LEGEND,
     Texts,
     blocks_table,
@@ -15,9 +18,6 @@ from mamba_attn.analytics.findings_tables import (
     side_by_side,
     summary,
 )
-from mamba_attn.analytics.store import AttentionStore
-from mamba_attn.figures.document import document, safe
-from mamba_attn.figures.picture import data_uri
 
 _STYLE = """
 body{max-width:1680px}

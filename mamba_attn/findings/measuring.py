@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from mamba_attn import images
-from mamba_attn.analytics import findings
 from mamba_attn.analytics._memory import batch_size
 from mamba_attn.analytics.index import StoredLayer
-from mamba_attn.analytics.measured import Block, Measured, gathered
 from mamba_attn.analytics.request import described
 from mamba_attn.analytics.store import AttentionStore
+from mamba_attn.findings import registry as findings
+from mamba_attn.findings.measured import Block, Measured, gathered
 from mamba_attn.subjects import Subject
 from mamba_attn.tracing import trace
 
