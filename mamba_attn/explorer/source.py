@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from mamba_attn.analytics import NotStoredError
 from mamba_attn.errors import MambaAttnError
 from mamba_attn.explorer.live import Live
 from mamba_attn.explorer.state import Pane
@@ -78,7 +79,8 @@ class Source:
             tokens: of the layer's token frame; none of them stands for all.
 
         Raises:
-            UnavailableError: gate or D of the mean, which only images have; an image without a model that runs.
+            UnavailableError: gate or D of the mean, which only images have; an image without a model that runs; the
+                mean of a route where sums alone were collected.
         """
         layer = self.layer(pane)
         chosen = list(tokens) or list(range(layer.layout.tokens))
@@ -123,12 +125,15 @@ class Source:
         start = number * _BAND
         stop = min(start + _BAND, layer.layout.tokens)
         key = ("band", layer.name, route, pane.direction, number, image and image.key)
-        return self._remember(
-            key,
-            lambda: np.ascontiguousarray(
-                self.store.lines(layer, start, stop, route, image=image, columns=pane.direction == "column")
-            ).astype(np.float32),
-        )
+
+        def lines() -> np.ndarray:
+            try:
+                found = self.store.lines(layer, start, stop, route, image=image, columns=pane.direction == "column")
+            except NotStoredError as error:  # such as the mean of a route, of a store of sums
+                raise UnavailableError(str(error)) from error
+            return np.ascontiguousarray(found).astype(np.float32)
+
+        return self._remember(key, lines)
 
     def _remember(self, key: Hashable, make: Callable[[], np.ndarray]) -> np.ndarray:
         with self._lock:

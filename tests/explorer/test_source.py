@@ -8,10 +8,12 @@ import torch
 
 import mamba_attn
 from mamba_attn import images
+from mamba_attn.analytics import AttentionStore, collect
 from mamba_attn.explorer.card import card
 from mamba_attn.explorer.source import Source, UnavailableError, tokens_of
 from mamba_attn.explorer.state import Pane, State
 from mamba_attn.explorer.views import Views
+from tests.analytics.cases import folder_of, request
 from tests.explorer.double import Double, tiny
 
 
@@ -150,3 +152,11 @@ def test_the_path_of_a_route_visits_patches_as_raster_indices(gated):
     count = len(gated.layers[0].layout.patches)
     assert views.path(Pane(route=0)).tolist() == list(range(count))
     assert views.path(replace(Pane(), route=1)).tolist() == list(range(count))[::-1]
+
+
+def test_of_a_store_of_sums_the_mean_of_a_route_is_refused_in_a_sentence(tmp_path):
+    collect(request(folder_of(tmp_path), "vmamba_micro", routes="sum"), tmp_path / "store")
+    source = Source(AttentionStore.open(tmp_path / "store"))
+    assert source.read(Pane(route=-1), [0]).shape == (60,)
+    with pytest.raises(UnavailableError, match="route"):
+        source.read(Pane(route=1), [0])
