@@ -59,6 +59,17 @@ def setting(details: dict[str, Any]) -> str:
     )
 
 
+def matrices(_: dict[str, Any]) -> str:
+    """The picture of mean matrices."""
+    text = "Mean attention of the models at three depths: matrices, and the row of the patch in the middle"
+    return f"![{text}](findings_matrices.png)\n"
+
+
+def class_token_maps(_: dict[str, Any]) -> str:
+    """The picture of what class tokens read."""
+    return "![What the class token reads, first above, in the middle below](findings_class_token.png)\n"
+
+
 def models(details: dict[str, Any]) -> str:
     """Every finding of the demo models: trained, random, difference, verdict."""
     return _findings_table(details["models"])
@@ -262,5 +273,6 @@ _FOUND = ("models", "orders", "class tokens", "digits")
 _PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "setting": setting, "models": models, "training": training, "paper": paper, "order findings": order_findings,
     "order pattern": order_pattern, "accuracy": accuracy, "goes with accuracy": goes_with_accuracy,
-    "reordered": reordered, "class tokens": class_tokens, "by layer": by_layer,
+    "reordered": reordered, "class tokens": class_tokens, "by layer": by_layer, "matrices": matrices,
+    "class token maps": class_token_maps,
 }  # fmt: skip
