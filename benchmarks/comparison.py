@@ -179,7 +179,7 @@ def _methods(part: Part) -> Sequence[str]:
     if part.methods:
         return part.methods
     if part.models != MICRO:
-        return "all", SLOW[0], "occlusion:sliding_window_shapes=16,strides=8"
+        return "all", f"{SLOW[0]}@100", "occlusion:sliding_window_shapes=16,strides=8@300"
     few = f"@{MOST[part.measures[0]]}"
     many = "" if part.measures == ("localisation",) else few  # boxes and masks cost a map alone
     rival = "" if part.measures == ("perturbation",) else few  # the nearest there
