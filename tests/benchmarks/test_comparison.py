@@ -1,11 +1,12 @@
 """The table of methods: what is planned, and how a lead is read from what was measured."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from benchmarks import comparison
+from benchmarks import comparison, comparison_table
 from benchmarks.cases import AIMS, DIGITS, EXPLAINED, ON_DIGITS, TARGETS
 from benchmarks.comparison import BASELINES, OURS, PARTS, Part
 from mamba_attn import images
@@ -85,3 +86,28 @@ def test_the_time_of_the_whole_is_told_from_a_fair_share(photos: Path, monkeypat
     assert comparison.core_hours(small, photos, 6) == 4  # an hour for 6 of 24 images
     ((planned, workers),) = seen
     assert (planned.limit, planned.most, workers) == (6, {"centre": 3}, 1)
+
+
+def test_the_page_has_the_tables_of_the_results() -> None:
+    page = comparison_table.PAGE.read_text()
+    assert comparison_table.filled(page, json.loads(comparison_table.RESULTS.read_text())) == page
+
+
+def test_the_page_says_what_ours_is_not_ahead_of() -> None:
+    figures = {
+        "saliency": [9.0, 8.0, 10.0, 4, 1], "mamba_lrp": [10.0, 9.0, 11.0, 4, 2], OURS: [12.0, 11.0, 13.0, 4, 3],
+        "occlusion:strides=8": [13.0, 12.0, 14.0, 2, 4], "random": [30.0, 29.0, 31.0, 4, 5],
+    }  # fmt: skip
+    table = {"model": "vim_micro", "images": 4, comparison_table.FIGURES: {"positive_auc_top": figures},
+             "ours is ahead of": {"positive_auc_top": ["random"]}}  # fmt: skip
+    nothing = {**table, comparison_table.FIGURES: {"negative_auc_top": {}, "miou": {}}}
+    details = {"perturbation": {"tables": [table]}, "boxes": {"halves": {"report": [nothing]}},
+               "digits": {"halves": {"report": [nothing]}}}  # fmt: skip
+    table[comparison_table.FIGURES] |= {"negative_auc_top": {}}
+    row = comparison_table.standing_table({"details": details}).splitlines()[-1]
+    assert row == ("| vim_micro, positive AUC | 1 of 3 | `saliency`, `occlusion` | `saliency`, `mamba_lrp` |")
+    rows = comparison_table.methods_table({"details": details}).splitlines()
+    assert rows[2] == "| `saliency` | 9.0 / - / - / - |  |  |"
+    assert "| `occlusion` | 13.0 (2) / - / - / - |  |  |" in rows
+    with pytest.raises(ValueError, match="expected the lines"):
+        comparison_table.filled("no marks", {"details": details})
