@@ -37,7 +37,7 @@ ABLATIONS = (
     *(f"{OURS}:extent={name}" for name in ("smooth_relevance", "implicit_attention", "raw_attention")),
     "mamba_lrp", "mamba_lrp:gamma_layers=*,gamma=1", "implicit_attention", "raw_attention",
 )  # fmt: skip
-TIMED = 8  # images of each collection, from which the time of the whole is told
+TIMED = 16  # images of each collection, from which the time of the whole is told
 MOST = {"perturbation": 60, "localisation": 50, "sanity": 2}  # images of slow methods
 
 
@@ -180,10 +180,10 @@ def _methods(part: Part) -> Sequence[str]:
     if part.methods:
         return part.methods
     if part.models != MICRO:
-        return "all", f"{SLOW[0]}@100", "occlusion:sliding_window_shapes=16,strides=8@300"
+        return "all", f"{SLOW[0]}@100", "occlusion:sliding_window_shapes=16,strides=8@100"
     few = f"@{MOST[part.measures[0]]}"
     many = "" if part.measures == ("localisation",) else few  # boxes and masks cost a map alone
-    rival = "" if part.measures == ("perturbation",) else few  # the nearest there
+    rival = "@300" if part.measures == ("perturbation",) else few  # the nearest there
     texts = [f"{SLOW[0]}{rival}", f"{SLOW[1]}{few}", *(f"{text}{many}" for text in (*PUBLISHED, *CHEAPER))]
     return "all", *texts, "raw_attention", "attention_rollout", "mamba_attribution"
 

@@ -1,6 +1,7 @@
 """A figure beside what it should reach; the table on the terminal and the JSON file."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,8 +66,18 @@ def finish(title: str, figures: Sequence[Figure], details: dict[str, Any], path:
         "details": details,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(contents, indent=2, default=asdict) + "\n")
+    path.write_text(written(contents))
     print(f"\nwritten: {path}")
+
+
+def written(contents: dict[str, Any]) -> str:
+    """Return results as JSON; lists of numbers alone stand on one line.
+
+    Args:
+        contents: of the file; dataclasses are taken apart.
+    """
+    text = json.dumps(contents, indent=2, default=asdict)
+    return re.sub(r"\[\s+([^\[\]{}\"]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
 def _number(value: float, unit: str) -> str:

@@ -168,3 +168,11 @@ def test_attribution_is_measured_beside_a_pass(monkeypatch):
     ratio = found["rows"]["milliseconds"].median / found["forward + backward"]["milliseconds"].median
     assert row["value"] == pytest.approx(ratio)
     assert all(each["peak_bytes"] == len(what) for what, each in found.items())
+
+
+def test_results_are_written_with_lists_of_numbers_on_one_line():
+    contents = {"a": [1.5, None, 2], "b [x,  y]": ["[1, 2]", [3, 4]], "c": {"d": []}, "e": [{"f": [[1, 2], [3, 4]]}]}
+    text = report.written(contents)
+    assert json.loads(text) == contents
+    assert '"a": [1.5, null, 2]' in text
+    assert len(text.splitlines()) < len(json.dumps(contents, indent=2).splitlines())
