@@ -9,6 +9,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from any folder
 
 from benchmarks.comparison import OURS, is_baseline
+from benchmarks.marked_pages import filled
 
 PAGE = Path(__file__).parents[1] / "docs" / "comparing.md"
 RESULTS = Path(__file__).parent / "results" / "compare.json"
@@ -66,22 +67,6 @@ def standing_table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def filled(page: str, results: Mapping[str, Any]) -> str:
-    """Return the page with both tables between their marks.
-
-    Args:
-        page: text of docs/comparing.md.
-        results: contents of compare.json.
-    """
-    for mark, table in (("methods", methods_table(results)), ("standing", standing_table(results))):
-        first, last = f"<!-- {mark}: written by benchmarks/comparison_table.py -->", f"<!-- end of {mark} -->"
-        head, found, rest = page.partition(first)
-        if not found or last not in rest:
-            raise ValueError(f"{PAGE}: expected the lines {first!r} and {last!r}.")
-        page = f"{head}{first}\n{table}\n{last}{rest.partition(last)[2]}"
-    return page
-
-
 def _tables(results: Mapping[str, Any], part: str, half: str | None, _: str) -> list[dict[str, Any]]:
     details = results["details"][part]
     found: list[dict[str, Any]] = details["tables"] if half is None else details["halves"][half]
@@ -102,5 +87,7 @@ def _cell(found: Mapping[tuple[str, str], str], family: str) -> str:
     return " / ".join(text or "-" for text in texts) if any(texts) else ""
 
 
+PARTS = {"methods": methods_table, "standing": standing_table}
+
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(), json.loads(RESULTS.read_text())))
+    PAGE.write_text(filled(PAGE.read_text(), PARTS, json.loads(RESULTS.read_text())))

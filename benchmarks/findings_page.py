@@ -1,13 +1,13 @@
 """The parts of docs/findings.md that depend on numbers: tables and sentences between markers, from findings.json."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.marked_pages import filled
+
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "findings.md"
 PICTURES = PAGE.parent
-_MARK = re.compile(r"(<!-- (\w[\w ]*): from results/findings\.json -->\n).*?(<!-- end -->)", re.DOTALL)
 _MODEL_FINDINGS = ("block_silhouette", "block_neighbours", "preceding_lift", "block_correlation", "distance_range",
                    "column_similarity", "row_similarity", "column_purity", "row_purity", "block_purity",
                    "grid_locality", "sequence_locality", "order_over_raster", "image_share", "entropy", "distance",
@@ -23,12 +23,12 @@ def update(results: dict[str, Any], page: Path = PAGE) -> None:
         page: the file.
 
     Raises:
-        ValueError: a marker of the page is none of ours.
+        ValueError: a mark of the page is none of ours, or one of ours is missing.
     """
-    page.write_text(filled(page.read_text(encoding="utf-8"), results["details"]), encoding="utf-8")
+    page.write_text(written(page.read_text(encoding="utf-8"), results["details"]), encoding="utf-8")
 
 
-def filled(text: str, details: dict[str, Any]) -> str:
+def written(text: str, details: dict[str, Any]) -> str:
     """Return the page with its marked parts from the numbers.
 
     Args:
@@ -36,16 +36,9 @@ def filled(text: str, details: dict[str, Any]) -> str:
         details: of the results; empty before the first run.
 
     Raises:
-        ValueError: a marker is none of ours.
+        ValueError: a mark of the page is none of ours, or one of ours is missing.
     """
-
-    def part(match: re.Match[str]) -> str:
-        name = match[2]
-        if name not in _PARTS:
-            raise ValueError(f"{name!r} is no part of the page; they are {', '.join(_PARTS)}.")
-        return f"{match[1]}{_PARTS[name](details) if details else _NOTHING}{match[3]}"
-
-    return _MARK.sub(part, text)
+    return filled(text, PARTS if details else dict.fromkeys(PARTS, lambda _: _NOTHING), details)
 
 
 def setting(details: dict[str, Any]) -> str:
@@ -270,7 +263,7 @@ def _number(value: float | None) -> str:
 
 
 _FOUND = ("models", "orders", "class tokens", "digits")
-_PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
+PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "setting": setting, "models": models, "training": training, "paper": paper, "order findings": order_findings,
     "order pattern": order_pattern, "accuracy": accuracy, "goes with accuracy": goes_with_accuracy,
     "reordered": reordered, "class tokens": class_tokens, "by layer": by_layer, "matrices": matrices,
