@@ -7,7 +7,7 @@ from typing import Any
 _MARK = re.compile(r"(<!-- (\w[\w ]*): from results/[\w.]+ -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def filled(text: str, parts: Mapping[str, Callable[[Mapping[str, Any]], str]], results: Mapping[str, Any]) -> str:
+def filled(text: str, parts: Mapping[str, Callable[[dict[str, Any]], str]], results: dict[str, Any]) -> str:
     """Return the page with every marked part written anew.
 
     Args:
