@@ -154,6 +154,7 @@ def _pca(features: np.ndarray, seed: int, options: Mapping[str, Any]) -> tuple[n
 def _tsne(features: np.ndarray, seed: int, options: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
     try:
         from sklearn.manifold import TSNE
+        from threadpoolctl import threadpool_limits
     except ImportError as error:
         raise ImportError(f"embed(method='tsne') needs scikit-learn: {_HINT}") from error
     perplexity = options.get("perplexity", min(30.0, (len(features) - 1) / 3))
@@ -162,7 +163,9 @@ def _tsne(features: np.ndarray, seed: int, options: Mapping[str, Any]) -> tuple[
     start *= 1e-4  # without what is random there, all seeds would give the same points
     given = {"init": start.astype(np.float32), **options, "perplexity": perplexity, "random_state": seed}
     made = TSNE(2, n_jobs=1, **given)
-    return made.fit_transform(features), {"perplexity": float(perplexity), "divergence": float(made.kl_divergence_)}
+    with threadpool_limits(1, user_api="openmp"):  # after UMAP it has several, which spin while they wait
+        points = made.fit_transform(features)
+    return points, {"perplexity": float(perplexity), "divergence": float(made.kl_divergence_)}
 
 
 def _umap(features: np.ndarray, seed: int, options: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
