@@ -10,7 +10,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,10 @@ ABLATIONS = (
     OURS, f"{OURS}:weight=0", f"{OURS}:power=1", f"{OURS}:gamma=0.25",
     *(f"{OURS}:extent={name}" for name in ("smooth_relevance", "implicit_attention", "raw_attention")),
     "mamba_lrp", "mamba_lrp:gamma_layers=*,gamma=1", "implicit_attention", "raw_attention",
+)  # fmt: skip
+BRIEF = (
+    OURS, "mamba_lrp", "frozen_contribution", "mamba_attribution", "transformer_attribution", "raw_attention",
+    "attention_rollout", "grad_cam", "attention_grad_cam", "input_x_gradient", "saliency", "random", "centre",
 )  # fmt: skip
 TIMED = 16  # images of each collection, from which the time of the whole is told
 MOST = {"perturbation": 60, "localisation": 50, "sanity": 2}  # images of slow methods
@@ -101,9 +105,16 @@ def run_comparison(args: argparse.Namespace) -> tuple[list[Figure], dict[str, An
         found, details[part.name] = _measure(part, args)
         figures += found
     if table := [part for part in parts if "ablation" not in part.name and "cost" not in part.measures]:
-        hours = {part.name: core_hours(part, args.data, 2 if args.quick else TIMED) for part in table}
-        details["core hours"] = {"timed images": TIMED, **hours}
-        figures.append(figure("compare time", ", ".join(hours), sum(hours.values())))
+        details["core hours"] = {"timed images": TIMED, "quick methods": BRIEF}
+        for what, methods in (("all methods", None), ("quick methods", BRIEF)):
+            hours = {
+                part.name: core_hours(
+                    replace(part, methods=methods or part.methods), args.data, 2 if args.quick else TIMED
+                )
+                for part in table
+            }
+            details["core hours"][f"with {what}"] = hours
+            figures.append(figure("compare time", f"{what}: {', '.join(hours)}", sum(hours.values())))
     return figures, details
 
 
@@ -180,10 +191,10 @@ def _methods(part: Part) -> Sequence[str]:
     if part.methods:
         return part.methods
     if part.models != MICRO:
-        return "all", f"{SLOW[0]}@100", "occlusion:sliding_window_shapes=16,strides=8@100"
+        return "all", f"{SLOW[0]}@100", "occlusion:sliding_window_shapes=16,strides=8@300"
     few = f"@{MOST[part.measures[0]]}"
     many = "" if part.measures == ("localisation",) else few  # boxes and masks cost a map alone
-    rival = "@300" if part.measures == ("perturbation",) else few  # the nearest there
+    rival = "" if part.measures == ("perturbation",) else few  # the nearest there
     texts = [f"{SLOW[0]}{rival}", f"{SLOW[1]}{few}", *(f"{text}{many}" for text in (*PUBLISHED, *CHEAPER))]
     return "all", *texts, "raw_attention", "attention_rollout", "mamba_attribution"
 
