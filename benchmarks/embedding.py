@@ -1,14 +1,23 @@
-"""Is PCA needed before t-SNE and UMAP? Embeddings of the demo models' attention with and without it."""
+"""Is PCA needed before t-SNE and UMAP? Embeddings of the demo models' attention with and without it.
+
+``python benchmarks/run.py embed --data FOLDER`` measures; ``python benchmarks/embedding.py`` writes the answer in
+docs/exploring.md from results/embed.json.
+"""
 
 import argparse
 import dataclasses
+import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from any folder
+
 import numpy as np
 
 from benchmarks.cases import EXPLAINED
+from benchmarks.marked_pages import filled
 from benchmarks.measure import Spread
 from benchmarks.report import Figure, figure
 from mamba_attn.analytics import AttentionStore, Request, collect
@@ -17,6 +26,8 @@ from mamba_attn.analytics.request import describe
 from mamba_attn.datasets import open_data
 from mamba_attn.subjects import load
 
+PAGE = Path(__file__).parents[1] / "docs" / "exploring.md"
+RESULTS = Path(__file__).parent / "results" / "embed.json"
 METHODS = ("tsne", "umap")
 SEEDS = (0, 1, 2)
 POINTS = 600
@@ -69,3 +80,32 @@ def run_embed(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
 def _gain(found: PcaCheck, measure: str) -> Spread:
     values = {"trust": found.trustworthiness, "overlap": found.overlap}[measure]
     return Spread.of(np.subtract(values["with"], values["without"]).tolist())
+
+
+def answer(results: dict[str, Any]) -> str:
+    """Return the answer as a table and a sentence.
+
+    Args:
+        results: contents of embed.json.
+    """
+    details = results["details"]
+    checks = {how: its for how, its in details.items() if isinstance(its, dict)}
+    lines = ["| model, method | trustworthiness, with PCA / without | neighbours kept, with / without | needed |",
+             "|---|---|---|---|"]  # fmt: skip
+    for how, its in checks.items():
+        cells = (" / ".join(f"{np.mean(its[measure][name]):.3f}" for name in ("with", "without"))
+                 for measure in ("trustworthiness", "overlap"))  # fmt: skip
+        lines.append(f"| {how} | {' | '.join(cells)} | {'yes' if its['needed'] else 'no'} |")
+    needed = sum(its["needed"] for its in checks.values())
+    kept = [its["kept"] for its in checks.values()]
+    said = f"Needed in {needed} of {len(checks)} cases" if needed else "Not needed in any of these cases"
+    return "\n".join([*lines, "", f"{said}: {details['points']} points of unit norm, means over {len(SEEDS)} seeds; "
+                      "needed is what makes every seed more trustworthy and keeps more neighbours on average. "
+                      f"The 100 components themselves keep {min(kept):.0%} to {max(kept):.0%} of the 12 nearest "
+                      "neighbours."])  # fmt: skip
+
+
+PARTS = {"pca first": answer}
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text(), PARTS, json.loads(RESULTS.read_text())))
