@@ -6,6 +6,7 @@ images that it counts. Until that step the store is what it was before: what the
 by the same images. Nothing that the index names is ever changed.
 """
 
+import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,8 @@ def locked(folder: Path) -> Iterator[None]:
         if system is not None:
             try:
                 system.flock(file, system.LOCK_EX | system.LOCK_NB)
+                if not os.path.samestat(os.fstat(file.fileno()), (folder / _LOCK).stat()):
+                    raise OSError("the lock was taken away by a call that ended meanwhile")
             except OSError as error:
                 raise StoreError(
                     f"{folder}: another mamba-attn collect is writing this store; wait for it, or name another folder."

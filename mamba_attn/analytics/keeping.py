@@ -29,7 +29,7 @@ def keep_from(text: str, data: Data, limit: int | None = None) -> int | list[str
     parts = [part.strip() for part in ([text] if _found(text, keys) else text.split(",")) if part.strip()]
     if not parts:
         raise ValueError(f"--keep {text!r}: expected a number, or names of images between commas.")
-    return list(checked([_key(part, keys) for part in parts], data, limit))
+    return checked([_key(part, keys) for part in parts], data, limit)
 
 
 def checked(keep: Keep, data: Data, limit: int | None = None) -> int | list[str]:
