@@ -41,8 +41,8 @@ def test_every_cell_runs_and_shows_what_the_text_says(shown: list[Any]) -> None:
     assert values[0] == "t-shirt"
     assert isinstance(values[1], Layer)
     assert (tuple(values[2][0]), values[2][1]) == ((64, 64), True)
-    kinds = [type(value) for value in values[3:]]
-    assert kinds == [go.Figure, go.Figure, AttentionStore, go.Figure, go.Figure]
+    kinds = [go.Figure, go.Figure, AttentionStore, go.Figure, go.Figure]
+    assert all(isinstance(value, kind) for value, kind in zip(values[3:], kinds, strict=True))
     points = values[6].data[0]
     assert len(points.x) == 256
     assert len(points.selectedpoints) == 16

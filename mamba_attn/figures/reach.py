@@ -9,7 +9,7 @@ from plotly.subplots import make_subplots
 
 from mamba_attn.figures.colours import INK, SEQUENTIAL, as_values, plotly_scale, scale
 from mamba_attn.figures.roof import PALETTE
-from mamba_attn.figures.theme import FONT, plain
+from mamba_attn.figures.theme import FONT, Figure, plain
 
 _GRID = "#e4e4e4"
 _CHART, _BETWEEN, _AXIS, _LINE = 230, 50, 48, 20  # heights in pixels: chart, above it, below it, a legend's line
@@ -52,7 +52,7 @@ def reach(
     figure = make_subplots(
         rows=2 if chart else 1, cols=len(arrays), subplot_titles=list(titles), specs=specs if chart else specs[:1],
         column_widths=[width / sum(widths) for width in widths], row_heights=[size, _CHART] if chart else None,
-        vertical_spacing=_BETWEEN / area, horizontal_spacing=0.02,
+        vertical_spacing=_BETWEEN / area, horizontal_spacing=0.02, figure=Figure(),
     )  # fmt: skip
     width = round(size * sum(widths)) + 40 * len(arrays) + 60
     plain(figure, title=title, width=max(width, 560 if chart else 0), height=area)
@@ -83,7 +83,7 @@ def distances(
     """
     check_reach("distances", [np.zeros((1, 1))], [""], None, layers, series)
     shown = chart_series(series, levels)
-    figure = plain(go.Figure(), title=None, width=_CHART, height=_CHART)
+    figure = plain(Figure(), title=None, width=_CHART, height=_CHART)
     figure.update_layout(width=None, margin_t=12)
     _chart(figure, list(layers), shown, {})
     _legend_below(figure, len(shown), _CHART)
