@@ -93,8 +93,9 @@ class Run:
                     self._count([sample])
             return
         start = len(self.index.images) + len(self.pending)
+        kept = [at for at, sample in enumerate(samples) if self.index.keeps(start + at, sample.key)]
         for number, layer in enumerate(found.layers):
-            self._count_layer(number, layer, start)
+            self._count_layer(number, layer, start, kept)
         self.writer.add_pixels(start, np.stack([sample.pixels for sample in samples]))
         self.statistics.count += len(samples)
         self.pending += self._named(samples, logits, start)
@@ -111,23 +112,26 @@ class Run:
         return found, logits
 
     @torch.no_grad()
-    def _count_layer(self, number: int, layer: Layer, start: int) -> None:
+    def _count_layer(self, number: int, layer: Layer, start: int, kept: Sequence[int]) -> None:
         own, before = self.statistics.layers[number], self.statistics.count
         total: Tensor | None = None
         if isinstance(layer, ScanLayer):
             for name in own.routes:
                 if name != "sum":
                     matrix = layer.attention(routes=int(name)).cpu()
-                    self._take(own, number, name, matrix, start)
+                    self._take(own, number, name, matrix, start, kept)
                     total = matrix if total is None else total.add_(matrix)
             own.update_moments(state_moments(layer.scan), before, layer.batch)
         total = layer.attention().cpu() if total is None else total
-        self._take(own, number, "sum", total, start)
+        self._take(own, number, "sum", total, start, kept)
         self.writer.add_rows(start, number, self._features(number, total))
 
-    def _take(self, own: LayerStatistics, number: int, route: str, matrix: Tensor, start: int) -> None:
+    def _take(
+        self, own: LayerStatistics, number: int, route: str, matrix: Tensor, start: int, kept: Sequence[int]
+    ) -> None:  # fmt: skip
         own.routes[route].update(matrix, self.statistics.count)
-        self.writer.keep(start, number, route, matrix.numpy())
+        for at in kept:
+            self.writer.write_matrix(start + at, number, route, matrix[at].numpy())
 
     def _features(self, number: int, matrices: Tensor) -> np.ndarray:
         """(images, features) of the summed matrices, as they stand on the disk."""
@@ -157,7 +161,7 @@ class Run:
                     label if known is None else names[known],
                     None if best is None else names[best],
                     None if known is None or best is None else known == best,
-                    row < self.index.keep,
+                    self.index.keeps(row, sample.key),
                     row,
                 )
             )

@@ -6,16 +6,18 @@ images that it counts. Until that step the store is what it was before: what the
 by the same images. Nothing that the index names is ever changed.
 """
 
+import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from mamba_attn._command import writable
 from mamba_attn.analytics._arrays import Arrays, tile
 from mamba_attn.analytics.index import INDEX, Index, StoredImage, StoredLayer
 from mamba_attn.analytics.projection import feature_size
@@ -28,7 +30,7 @@ _OURS = {_LOCK, f"{INDEX}.new"}  # what a run that was killed at once leaves
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a folder for this process; the lock ends with it, however it ends.
+    """Keep a folder for this process; the lock ends with it, however it ends. Without a store no trace of it is left.
 
     Raises:
         StoreError: another process has it.
@@ -39,11 +41,36 @@ def locked(folder: Path) -> Iterator[None]:
         if system is not None:
             try:
                 system.flock(file, system.LOCK_EX | system.LOCK_NB)
+                if not os.path.samestat(os.fstat(file.fileno()), (folder / _LOCK).stat()):
+                    raise OSError("the lock was taken away by a call that ended meanwhile")
             except OSError as error:
                 raise StoreError(
                     f"{folder}: another mamba-attn collect is writing this store; wait for it, or name another folder."
                 ) from error
-        yield
+        try:
+            yield
+        finally:
+            if not (folder / INDEX).exists():
+                with suppress(OSError):  # Windows removes no file that is open
+                    (folder / _LOCK).unlink()
+
+
+@contextmanager
+def folder_for(out: str | Path) -> Iterator[Path]:
+    """Make a folder; after an error those that were made for it go again, as far as they are empty.
+
+    Raises:
+        OSError: it cannot be made or written.
+    """
+    folder = Path(out).expanduser()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield writable(str(out))
+    except BaseException:
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+        raise
 
 
 def is_new(folder: Path) -> bool:
@@ -62,8 +89,10 @@ def is_new(folder: Path) -> bool:
 
 def discard(folder: Path) -> None:
     """Remove a store that counts no image."""
-    (folder / INDEX).unlink(missing_ok=True)
-    shutil.rmtree(folder / "images", ignore_errors=True)
+    for name in (INDEX, f"{INDEX}.new"):
+        (folder / name).unlink(missing_ok=True)
+    for path in (folder / "images", *folder.glob("statistics-*")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def route_names(layer: StoredLayer, routes: str) -> list[str]:
@@ -118,12 +147,6 @@ class StoreWriter:
         """Write what the model saw of images that are not counted yet."""
         self._rows.write("pixels", pixels, start)
 
-    def keep(self, start: int, layer: int, route: str, matrices: np.ndarray) -> None:
-        """Write matrices in full; those of images beyond the first ``keep`` are left out."""
-        chosen = matrices[: max(0, self.index.keep - start)]
-        if len(chosen):
-            self._rows.write(f"matrices/{layer:03d}/{route}", chosen, start)
-
     def write_matrix(self, row: int, layer: int, route: str, matrix: np.ndarray) -> None:
         """Write the matrix of one image in full."""
         self._rows.write(f"matrices/{layer:03d}/{route}", matrix[None], row)
@@ -170,8 +193,14 @@ class StoreWriter:
         for number, layer in enumerate(self.index.layers):
             self._rows.grow(f"features/{number:03d}", self.index.wanted)
             for route in route_names(layer, self.index.routes) if self.index.keep else ():
-                self._rows.grow(f"matrices/{number:03d}/{route}", min(self.index.keep, self.index.wanted))
+                self._rows.grow(f"matrices/{number:03d}/{route}", self._most_kept)
         self._rows.grow("pixels", self.index.wanted)
+
+    @property
+    def _most_kept(self) -> int:
+        """Rows that kept matrices may have: named images can be anywhere, and what is never written takes no room."""
+        keep = self.index.keep
+        return min(keep, self.index.wanted) if isinstance(keep, int) else self.index.wanted
 
 
 def empty_statistics(layers: Sequence[StoredLayer], routes: str) -> Statistics:

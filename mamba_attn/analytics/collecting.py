@@ -9,10 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from mamba_attn._command import writable
 from mamba_attn.analytics._memory import batch_size, require_memory
 from mamba_attn.analytics._run import Run
-from mamba_attn.analytics._writer import StoreWriter, discard, is_new, locked
+from mamba_attn.analytics._writer import StoreWriter, discard, folder_for, is_new, locked
 from mamba_attn.analytics.index import Index, StoredLayer
 from mamba_attn.analytics.request import Request, describe
 from mamba_attn.errors import StoreError
@@ -49,8 +48,7 @@ def collect(
     layers = describe(request)
     size = request.batch or batch_size(layers)
     require_memory(layers, request.routes, size)
-    folder = writable(str(out))
-    with locked(folder):
+    with folder_for(out) as folder, locked(folder):
         new = is_new(folder)
         index = _index(request, layers) if new else _continued(folder, request, layers)
         before, asked = len(index.images), index.wanted
@@ -74,7 +72,7 @@ def _index(request: Request, layers: list[StoredLayer]) -> Index:
     }  # fmt: skip
     return Index(
         model, list(subject.classes), asdict(subject.transform), [{"name": data.name, "identity": data.identity}],
-        request.routes, request.keep, layers, command=request.command,
+        request.routes, request.kept, layers, command=request.command,
     )  # fmt: skip
 
 
@@ -88,7 +86,7 @@ def _continued(folder: Path, request: Request, layers: list[StoredLayer]) -> Ind
         "model": (f"{index.model['name']} with weights {index.model['fingerprint']}",
                   f"{subject.name} with weights {subject.fingerprint}"),
         "images": (" and ".join(each["name"] for each in index.data), data.name),
-        "--keep": (index.keep, request.keep), "--routes": (index.routes, request.routes),
+        "--keep": (_said(index.keep), _said(request.kept)), "--routes": (index.routes, request.routes),
         "size of images": (size, list(subject.transform.size)),
     }  # fmt: skip
     for what, (found, asked) in there.items():
@@ -103,3 +101,7 @@ def _continued(folder: Path, request: Request, layers: list[StoredLayer]) -> Ind
         raise StoreError(f"{folder}: this store is of other layers, orders or grids of this model; nothing was "
                          "changed. Name another folder.")  # fmt: skip
     return index
+
+
+def _said(keep: int | list[str]) -> str:
+    return str(keep) if isinstance(keep, int) else ",".join(keep)

@@ -8,6 +8,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +29,8 @@ the order of the hashes of their names, so that the first N are a fair sample.
 
 STORE receives, per layer, the mean and variance of the attention over the images (of every route and of their sum), the
 moments of the states, a row of features per image, what the model saw of each, and with --keep the matrices of the
-first N in full. Called again, or after a kill, the same command goes on from there; a larger --limit adds images.
+first N in full, or of the images that are named: by their path in the folder or zip, or the end of it. Called again, or
+after a kill, the same command goes on from there; a larger --limit adds images.
 --merge makes one store of two that were collected from the same model on other images.
 """
 
@@ -44,7 +46,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     source.add_argument("--merge", nargs=2, metavar="STORE", help="two stores, instead of images")
     add("--limit", type=int, metavar="N", help="images; default: all")
     add("--out", required=True, metavar="STORE", help="a folder, new or of a store to go on with")
-    add("--keep", type=int, default=0, metavar="N", help="of how many images matrices are kept in full; default: 0")
+    add("--keep", default="0", metavar="N|NAME,NAME", help="matrices kept in full: of the first N images, or of those "
+        "named; default: 0")  # fmt: skip
     add("--batch", type=int, metavar="N", help="images at once; default: what the matrices' size allows")
     add("--layer", nargs="+", action="extend", metavar="LAYER", help="names or patterns; default: all")
     add("--routes", default="each", choices=("each", "sum"), help="statistics of each route, or of their sum alone; "
@@ -70,14 +73,16 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> int:
 
 def _request(args: argparse.Namespace, command: str) -> "Request":
     from mamba_attn import subjects
+    from mamba_attn.analytics.keeping import keep_from
     from mamba_attn.analytics.request import Request
     from mamba_attn.datasets import open_data
 
     data = open_data(args.data)  # before the model, which takes longer
+    keep = keep_from(args.keep, data, args.limit)
     subject = subjects.load(args.model, args.weights, args.device)
     torch.set_num_threads(max(1, min(torch.get_num_threads(), subject.parameters // _PARAMETERS_PER_THREAD)))
     return Request(
-        subject, data, args.limit, args.keep, args.batch, args.layer,
+        subject, data, args.limit, keep, args.batch, args.layer,
         args.routes, command=command,
     )  # fmt: skip
 
@@ -88,11 +93,16 @@ def _collect(request: "Request", out: str) -> int:
     from mamba_attn._table import bar
     from mamba_attn.analytics.collecting import collect
 
-    with bar(Console(stderr=True)) as progress:
-        task = progress.add_task("collecting", total=None)
-        found = collect(
-            request, out, advance=lambda done, wanted: progress.update(task, completed=done, total=wanted)
-        )  # fmt: skip
+    progress = bar(Console(stderr=True))
+    task = progress.add_task("collecting", total=None)
+    with ExitStack() as shown:
+
+        def advance(done: int, wanted: int) -> None:
+            if not progress.live.is_started:  # not before: what is refused shows no bar
+                shown.enter_context(progress)
+            progress.update(task, completed=done, total=wanted)
+
+        found = collect(request, out, advance=advance)
     return _report(found, out)
 
 

@@ -32,7 +32,7 @@ _NEEDED = {"captum": "captum", "plotly": "plotly", "PIL": "pillow", "rich": "ric
 _UNTRAINED = "untrained"
 _Picture = Callable[["EvaluationTransform"], np.ndarray]
 _EPILOG = """\
-FOLDER receives erf.html (the figure, which needs no network), erf.png and erf.npz: the gradient of the token's features
+FOLDER receives erf.html (a page that needs no network), erf.png and erf.npz: the gradient of the token's features
 with respect to the pixels, averaged over the images; what the token reads in every layer; the attention rollout.
 
 The table says how large a square around the token holds 20, 30, 50 and 99 % of the gradient, its side in pixels and the
@@ -193,12 +193,12 @@ def _untrained(subject: "Subject", seed: int) -> torch.nn.Module:
 
 def _write(folder: Path, fields: "dict[str, ReceptiveField]", command: str) -> None:
     """erf.html, erf.png and erf.npz."""
-    from mamba_attn import figures
     from mamba_attn.analytics.erf_figure import panels
+    from mamba_attn.analytics.erf_page import page
     from mamba_attn.figures.png import reach_rgb, save_png
 
     drawn = panels(fields)
-    figures.reach(**drawn).write_html(folder / "erf.html", include_plotlyjs=True)
+    (folder / "erf.html").write_text(page(fields, command), encoding="utf-8")
     save_png(folder / "erf.png", reach_rgb(**drawn))
     first = next(iter(fields))
     arrays = {"command": np.array(command)}
@@ -208,17 +208,8 @@ def _write(folder: Path, fields: "dict[str, ReceptiveField]", command: str) -> N
 
 
 def _table(fields: "dict[str, ReceptiveField]") -> None:
-    from mamba_attn.analytics.erf import SHARES
+    from mamba_attn.analytics.erf_page import HEADER, table
 
-    header = ["model", "images", *(f"{share:.0%}" for share in SHARES), "field", "rollout", "attention by layer"]
-    rows = []
-    for name, each in fields.items():
-        squares = (each.rectangle(share) for share in SHARES) if each.gradient.any() else [(0, 0.0)] * len(SHARES)
-        reach = each.reach
-        distances = [] if reach is None else list(reach.row_distance.values())
-        spread = f"{min(distances):.1f} to {max(distances):.1f}" if distances else ""
-        rolled = "" if reach is None else f"{reach.rollout_distance:.1f}"
-        sides = [f"{side} px, {area:.0%}" for side, area in squares]
-        rows.append([name, str(each.images), *sides, f"{each.distance:.1f}", rolled, spread])
     first = next(iter(fields.values()))
-    show(f"effective receptive field of {first.reader} behind {first.layer}; distances in pixels", header, rows)
+    title = f"effective receptive field of {first.reader} behind {first.layer}; distances in pixels"
+    show(title, HEADER, table(fields))

@@ -36,8 +36,10 @@ def panels(fields: Mapping[str, ReceptiveField]) -> dict[str, Any]:
             titles.append(f"{of}rollout")
             marks.append(_mark(each, reach.rollout.shape))
             levels[f"{of}rollout"] = reach.rollout_distance
-        series[f"{of}what {each.reader} reads"] = list(reach.row_distance.values())
+        series[f"{of}what it reads"] = list(reach.row_distance.values())
         series[f"{of}what all patches read, mean"] = list(reach.mean_distance.values())
+    series = dict(sorted(series.items(), key=lambda pair: "all patches" in pair[0]))  # models beside each other
+    levels = dict(sorted(levels.items(), key=lambda pair: pair[0].endswith("rollout")))
     first = next(iter(fields.values()))
     layers = [] if first.reach is None else first.reach.layers
     names = ", ".join(fields)

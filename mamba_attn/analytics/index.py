@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ class Index:
         transform: "size", "cover", "interpolation".
         data: "name" and "identity" of every collection.
         routes: "each" or "sum": whether routes were collected one by one.
-        keep: how many images are kept in full.
+        keep: how many images are kept in full, the first; or keys of those that are.
         layers: in execution order.
         images: those that are counted, in order.
         unreadable: reasons by key of images that could not be used.
@@ -106,7 +107,7 @@ class Index:
     transform: dict[str, Any]
     data: list[dict[str, str]]
     routes: str
-    keep: int
+    keep: int | list[str]
     layers: list[StoredLayer]
     images: list[StoredImage] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
@@ -119,6 +120,10 @@ class Index:
     def finished(self) -> bool:
         """Whether every image that was asked for is counted, or known to be unreadable."""
         return bool(self.statistics) and len(self.images) + len(self.unreadable) >= self.wanted
+
+    def keeps(self, row: int, key: str) -> bool:
+        """Whether the matrices of an image are kept in full."""
+        return row < self.keep if isinstance(self.keep, int) else key in self.keep
 
     def write(self, folder: Path) -> None:
         """Replace the index of a store in one step: a kill leaves the old one or the new one.
@@ -175,9 +180,9 @@ class Index:
         layers = [_layer(each) for each in content.pop("layers")]
         images = [_image(row, *each) for row, each in enumerate(content.pop("images"))]
         index = cls(**content, layers=layers, images=images)
-        expected: Mapping[str, type] = {
+        expected: Mapping[str, type | UnionType] = {
             "model": dict, "classes": list, "transform": dict, "data": list, "unreadable": dict, "statistics": str,
-            "wanted": int, "keep": int, "routes": str,
+            "wanted": int, "keep": int | list, "routes": str,
         }  # fmt: skip
         wrong = [name for name, kind in expected.items() if not isinstance(getattr(index, name), kind)]
         wrong += [f"image {image.row}" for image in images if not isinstance(image.key, str)]

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
-from mamba_attn.analytics._writer import StoreWriter, empty_statistics, is_new, locked, read_statistics, route_names
+from mamba_attn.analytics._writer import (
+    StoreWriter,
+    empty_statistics,
+    folder_for,
+    is_new,
+    locked,
+    read_statistics,
+    route_names,
+)
 from mamba_attn.analytics.index import Index, StoredImage, StoredLayer
 from mamba_attn.analytics.store import AttentionStore
 from mamba_attn.errors import StoreError
@@ -27,13 +35,10 @@ def merge_stores(first: str | Path, second: str | Path, out: str | Path) -> int:
     """
     stores = [AttentionStore.open(each) for each in (first, second)]
     _require_same(*stores)
-    folder = Path(out).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    index, images = _merged_index(*stores), _images(*stores)
+    with folder_for(out) as folder, locked(folder):
         if not is_new(folder):
             raise StoreError(f"{folder}: there is a store already; nothing was changed. Name another folder.")
-        index = _merged_index(*stores)
-        images = _images(*stores)
         index.wanted = len(images) + len(index.unreadable)
         writer = StoreWriter(folder, index, new=True)
         statistics = writer.statistics()

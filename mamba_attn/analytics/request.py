@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from mamba_attn.analytics.index import StoredLayer, place_of
+from mamba_attn.analytics.keeping import Keep, checked
 from mamba_attn.analytics.projection import EXACT
 from mamba_attn.datasets import Data
 from mamba_attn.layers import Layer, ScanLayer
@@ -23,7 +24,7 @@ class Request:
         subject: the model.
         data: the images.
         limit: take the first so many. Default: all.
-        keep: store the matrices of the first so many in full.
+        keep: store the matrices of the first so many in full, or of the images with these keys.
         batch: images at once. Default: what the matrices' size allows, at most 16.
         layers: names or patterns. Default: all.
         routes: "each": statistics of every route and of their sum; "sum": of the sum alone.
@@ -31,13 +32,13 @@ class Request:
         command: how to go on after a kill, for messages.
 
     Raises:
-        ValueError: a number below the least, other ``routes``.
+        ValueError: a number below the least, other ``routes``, an image in ``keep`` that is not collected.
     """
 
     subject: Subject
     data: Data
     limit: int | None = None
-    keep: int = 0
+    keep: Keep = 0
     batch: int | None = None
     layers: Sequence[str] | None = None
     routes: str = "each"
@@ -45,12 +46,18 @@ class Request:
     command: str = ""
 
     def __post_init__(self) -> None:
-        for name, least in (("limit", 1), ("batch", 1), ("keep", 0)):
+        for name, least in (("limit", 1), ("batch", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} {value}: expected a number from {least} on.")
         if self.routes not in ROUTES:
             raise ValueError(f"--routes {self.routes}: expected one of {ROUTES}.")
+        checked(self.keep, self.data, self.limit)
+
+    @property
+    def kept(self) -> int | list[str]:
+        """Of which images matrices are stored in full: the first so many, or sorted keys."""
+        return checked(self.keep, self.data, self.limit)
 
     @property
     def wanted(self) -> list[int]:

@@ -7,7 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from mamba_attn.figures.colours import CIVIDIS, INK, categories, plotly_scale
-from mamba_attn.figures.theme import plain
+from mamba_attn.figures.theme import Figure, plain
 
 _WEBGL = 1500  # points, beyond which SVG gets slow
 _FAINT = 0.12  # opacity of points outside the selection
@@ -57,7 +57,7 @@ def embedding(
         traces = _kinds(places, list(colour), diameters, words, chosen)
     else:
         traces = [_numbers(places, np.asarray(colour, dtype=np.float64), diameters, words, chosen, colour_title)]
-    figure = plain(go.Figure(traces), title=title, width=size, height=size)
+    figure = plain(Figure(traces), title=title, width=size, height=size)
     line = {"showgrid": True, "gridcolor": "#eef0f2", "zeroline": False, "showticklabels": False, "ticks": ""}
     figure.update_xaxes(title={"text": axes[0], "standoff": 4}, **line).update_yaxes(
         title={"text": axes[1], "standoff": 4}, **line

@@ -6,7 +6,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from mamba_attn.figures.colours import as_values, plotly_scale, scale
-from mamba_attn.figures.theme import plain, square_cells
+from mamba_attn.figures.theme import Figure, plain, square_cells
 
 
 def matrix(
@@ -39,7 +39,7 @@ def matrix(
         z=array, zmin=chosen.low, zmax=chosen.high, colorscale=plotly_scale(chosen.colours),
         hovertemplate="token %{y} reads token %{x}: %{z:.3g}<extra></extra>",
     )  # fmt: skip
-    figure = plain(go.Figure(heat), title=title, width=size + 60, height=size)
+    figure = plain(Figure(heat), title=title, width=size + 60, height=size)
     square_cells(figure)
     figure.update_xaxes(title="token read")
     figure.update_yaxes(title="reading token", scaleanchor="x")

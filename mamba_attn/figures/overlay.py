@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from mamba_attn.figures.colours import as_image, as_values, plotly_scale, scale
 from mamba_attn.figures.picture import data_uri, photo
-from mamba_attn.figures.theme import plain, square_cells
+from mamba_attn.figures.theme import Figure, plain, square_cells
 
 
 def overlay(
@@ -45,7 +45,7 @@ def overlay(
         hovertemplate="row %{y}, column %{x}: %{z:.3g}<extra></extra>",
     )  # fmt: skip
     width = round(size * array.shape[1] / array.shape[0]) + 60
-    figure = go.Figure([photo(data_uri(picture), array.shape, array.shape), heat])
+    figure = Figure([photo(data_uri(picture), array.shape, array.shape), heat])
     plain(figure, title=title, width=width, height=size)
     square_cells(figure)
     figure.update_xaxes(visible=False)

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from mamba_attn.figures.colours import plotly_scale, scales
-from mamba_attn.figures.theme import FONT, plain, square_cells
+from mamba_attn.figures.theme import FONT, Figure, plain, square_cells
 
 GAP = 12  # pixels between panels
 CAPTION = 24  # pixels above each row of panels
@@ -50,7 +50,7 @@ def panels(
     width, height = shape[1] * across + GAP * (across - 1), shape[0] * down + (GAP + caption) * (down - 1)
     figure = make_subplots(
         rows=down, cols=across, subplot_titles=list(titles), horizontal_spacing=GAP / width,
-        vertical_spacing=(GAP + caption) / height,
+        vertical_spacing=(GAP + caption) / height, figure=Figure(),
     )  # fmt: skip
     margin = {"l": EDGE, "r": BAR if bar else EDGE, "t": EDGE + caption + (40 if title else 0), "b": EDGE}
     width, height = round(width + margin["l"] + margin["r"]), round(height + margin["t"] + margin["b"])

@@ -11,7 +11,7 @@ from mamba_attn.figures.colours import BLUE_ORANGE, INK, PATH, VIRIDIS, Scale, a
 from mamba_attn.figures.path import as_marks, as_route, shown_steps, stroke
 from mamba_attn.figures.picture import data_uri, photo
 from mamba_attn.figures.scan_path import ends, lines
-from mamba_attn.figures.theme import plain, square_cells
+from mamba_attn.figures.theme import Figure, plain, square_cells
 
 HEAT = "heat"
 CHOSEN = "chosen"
@@ -56,7 +56,7 @@ def patch_view(
     """
     array = as_values("patch_view(values)", values)
     height, width = array.shape
-    figure = go.Figure()
+    figure = Figure()
     if image is not None:
         picture = as_image("patch_view(image)", image)
         figure.add_trace(photo(data_uri(picture), picture.shape[:2], (height, width)))

@@ -9,9 +9,10 @@ from plotly.subplots import make_subplots
 
 from mamba_attn.figures.colours import INK, SEQUENTIAL, as_values, plotly_scale, scale
 from mamba_attn.figures.roof import PALETTE
-from mamba_attn.figures.theme import FONT, plain
+from mamba_attn.figures.theme import FONT, Figure, plain
 
 _GRID = "#e4e4e4"
+_CHART, _BETWEEN, _AXIS, _LINE = 230, 50, 48, 20  # heights in pixels: chart, above it, below it, a legend's line
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "star")
 _DASHES = ("dash", "dot", "dashdot", "longdash")
 
@@ -46,19 +47,46 @@ def reach(
     chart = bool(layers)
     shown = chart_series(series, levels)
     widths = [array.shape[1] / array.shape[0] for array in arrays]
-    rows = [[{} for _ in arrays], [{"colspan": len(arrays)}, *[None] * (len(arrays) - 1)]]
+    specs = [[{} for _ in arrays], [{"colspan": len(arrays)}, *[None] * (len(arrays) - 1)]]
+    area = size + _BETWEEN + _CHART if chart else size
     figure = make_subplots(
-        rows=2 if chart else 1, cols=len(arrays), subplot_titles=list(titles), specs=rows if chart else rows[:1],
-        column_widths=[width / sum(widths) for width in widths], row_heights=[0.55, 0.45] if chart else None,
-        vertical_spacing=0.12, horizontal_spacing=0.02,
+        rows=2 if chart else 1, cols=len(arrays), subplot_titles=list(titles), specs=specs if chart else specs[:1],
+        column_widths=[width / sum(widths) for width in widths], row_heights=[size, _CHART] if chart else None,
+        vertical_spacing=_BETWEEN / area, horizontal_spacing=0.02, figure=Figure(),
     )  # fmt: skip
-    width, height = round(size * sum(widths)) + 40 * len(arrays) + 60, round(size / 0.48) + 120
-    plain(figure, title=title, width=max(width, 560 if chart else 0), height=height if chart else size + 60)
+    width = round(size * sum(widths)) + 40 * len(arrays) + 60
+    plain(figure, title=title, width=max(width, 560 if chart else 0), height=area)
+    if not chart:
+        figure.update_layout(margin={"l": 20, "r": 20, "b": 10})
+    figure.update_layout(height=area + figure.layout.margin.b + (70 if title else 30), margin_t=70 if title else 30)
     for column, (array, mark) in enumerate(zip(arrays, marks or [None] * len(arrays), strict=True), start=1):
         _map(figure, array, mark, column)
     if chart:
-        _chart(figure, list(layers), shown)
+        _chart(figure, list(layers), shown, {"row": 2, "col": 1})
+        _legend_below(figure, len(shown), area)
     figure.update_annotations(font={**FONT, "size": 12})
+    return figure
+
+
+def distances(
+    layers: Sequence[str], series: Mapping[str, Sequence[float]], levels: Mapping[str, float] | None = None
+) -> go.Figure:
+    """Show distances by layer alone, as wide as the page.
+
+    Args:
+        layers: names, first to last.
+        series: per name a distance for each layer, in pixels; NaN is left out.
+        levels: per name one distance, drawn as a line across.
+
+    Raises:
+        ValueError: a series of another length.
+    """
+    check_reach("distances", [np.zeros((1, 1))], [""], None, layers, series)
+    shown = chart_series(series, levels)
+    figure = plain(Figure(), title=None, width=_CHART, height=_CHART)
+    figure.update_layout(width=None, margin_t=12)
+    _chart(figure, list(layers), shown, {})
+    _legend_below(figure, len(shown), _CHART)
     return figure
 
 
@@ -113,7 +141,9 @@ def _map(figure: go.Figure, array: np.ndarray, mark: tuple[float, float] | None,
     axis.scaleanchor = axis.anchor
 
 
-def _chart(figure: go.Figure, layers: list[str], shown: list[tuple[str, str, np.ndarray | float]]) -> None:
+def _chart(
+    figure: go.Figure, layers: list[str], shown: list[tuple[str, str, np.ndarray | float]], where: dict[str, int]
+) -> None:
     numbers = list(range(1, len(layers) + 1))
     for index, (name, colour, values) in enumerate(shown):
         whole = isinstance(values, float)
@@ -125,10 +155,19 @@ def _chart(figure: go.Figure, layers: list[str], shown: list[tuple[str, str, np.
                 x=numbers, y=y, name=name, mode="lines" if whole else "lines+markers", line=line, marker=marker,
                 text=layers, hovertemplate=f"{name}<br>%{{text}}: %{{y:.3g}} pixels<extra></extra>",
             ),
-            row=2, col=1,
+            **where,
         )  # fmt: skip
     axis = {"gridcolor": _GRID, "linecolor": INK, "ticks": "outside"}
-    figure.update_xaxes(title="layer", dtick=-(-len(layers) // 16), tick0=1, row=2, col=1, **axis)
-    figure.update_yaxes(title="mean distance in pixels", rangemode="tozero", row=2, col=1, **axis)
-    figure.update_layout(showlegend=True, legend={"orientation": "h", "x": 0, "y": -0.28, "font": {"size": 12}})
-    figure.update_layout(margin={"l": 60, "r": 20, "b": 100})
+    figure.update_xaxes(title={"text": "layer", "standoff": 6}, dtick=-(-len(layers) // 16), tick0=1, **where, **axis)
+    figure.update_yaxes(title="mean distance in pixels", rangemode="tozero", **where, **axis)
+
+
+def _legend_below(figure: go.Figure, entries: int, area: int) -> None:
+    """The legend right below the axis, in two columns, and the height that all of it needs."""
+    below = _AXIS + _LINE * -(-entries // 2) + 8
+    legend = {
+        "orientation": "h", "x": 0, "y": -_AXIS / area, "yanchor": "top", "font": {"size": 12},
+        "entrywidthmode": "fraction", "entrywidth": 0.5 if entries > 1 else 1,
+    }  # fmt: skip
+    figure.update_layout(showlegend=True, legend=legend, margin={"l": 60, "r": 20, "b": below})
+    figure.update_layout(height=area + below + figure.layout.margin.t)

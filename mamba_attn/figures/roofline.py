@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from mamba_attn.figures.colours import INK
 from mamba_attn.figures.roof import Ceiling, roof, short
-from mamba_attn.figures.theme import plain
+from mamba_attn.figures.theme import Figure, plain
 
 _GRID = "#e4e4e4"
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "star")
@@ -49,7 +49,7 @@ def roofline(
         raise ValueError(f"roofline: expected a label and a floor per point, got {len(labels)} labels and "
                          f"{len(groups)} groups.")  # fmt: skip
     its = roof("roofline", intensity, rate, groups, estimated, bandwidth, rates, () if best is None else best)
-    figure = go.Figure()
+    figure = Figure()
     for ceiling in its.ceilings:
         slope = ceiling is its.ceilings[0]
         figure.add_trace(_line(ceiling, slope))

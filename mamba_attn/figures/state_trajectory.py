@@ -9,7 +9,7 @@ from plotly.subplots import make_subplots
 
 from mamba_attn.figures.colours import CIVIDIS, INK, SEQUENTIAL, as_values, plotly_scale, scale
 from mamba_attn.figures.roof import PALETTE
-from mamba_attn.figures.theme import FONT, plain
+from mamba_attn.figures.theme import FONT, Figure, plain
 
 _GRID = "#e4e4e4"
 _DASHES = ("solid", "dash", "dot", "dashdot")
@@ -56,7 +56,7 @@ def state_trajectory(
     lines = {kind: _checked(kind, given) for kind, given in distances.items()}
     if not lines:
         raise ValueError("state_trajectory(distances={}): expected at least one kind of distance, e.g. 'sequence'.")
-    figure = make_subplots(rows=1, cols=3, subplot_titles=_TITLES, horizontal_spacing=0.1)
+    figure = make_subplots(rows=1, cols=3, subplot_titles=_TITLES, horizontal_spacing=0.1, figure=Figure())
     plain(figure, title=title, width=round(3.6 * size) + 90, height=size + (110 if title else 80))
     _path(figure, steps, explained)
     _norms(figure, norms)

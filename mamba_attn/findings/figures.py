@@ -13,7 +13,7 @@ from mamba_attn.findings.registry import FINDINGS
 
 DEPTHS = (0.25, 0.5, 0.75)
 _SIDE = 256  # of a matrix, in pixels
-_WIDE, _HIGH, _LEFT, _TOP, _BOTTOM = 330, 190, 46, 24, 26
+_WIDE, _HIGH, _LEFT, _TOP, _BOTTOM = 330, 190, 62, 24, 26  # a label has up to nine characters
 
 
 def matrices_rgb(stores: Mapping[str, AttentionStore], side: int = _SIDE) -> np.ndarray:
@@ -110,7 +110,7 @@ def _plot(title: str, lines: Sequence[tuple[str, str, str, list[tuple[float, flo
         if len(points) == 1:
             across, down = at(*points[0]).split(",")
             parts.append(f'<circle cx="{across}" cy="{down}" r="3" fill="{colour}"/>')
-    return f'<svg class=plot width="{_WIDE}" height="{_HIGH}" role="img">{"".join(parts)}</svg>'
+    return f'<svg class=plot viewBox="0 0 {_WIDE} {_HIGH}" role="img">{"".join(parts)}</svg>'
 
 
 def _text(x: float, y: float, text: str, anchor: str, style: str = "") -> str:

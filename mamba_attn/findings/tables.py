@@ -14,25 +14,22 @@ from mamba_attn.findings.registry import FINDINGS, Finding
 from mamba_attn.findings.resampling import Estimate
 
 Texts = tuple[str, list[str], list[list[str]]]
-LEGEND = (
-    "Numbers are means over images and blocks, in brackets 95 % of a bootstrap over images (for findings about rows, "
-    "over groups of images). Trained less random is resampled over images and seeds; 'no difference' is said where its "
-    "interval holds 0. Paper: whether what arXiv 2502.20764 says of a trained model holds here, 'open' where the "
-    "interval decides neither. Reordered: the trained weights scanning in a random order. Shuffled: the trained "
-    "attention, the patches' places dealt out at random: what chance gives. Of many intervals, one in twenty errs."
-)
-_HEADER = [
-    "",
-    "finding",
-    "trained",
-    "random",
-    "trained less random",
-    "training",
-    "paper",
-    "reordered",
-    "trained order",
-    "shuffled",
-]
+TERMS = {
+    "trained": "mean over images and blocks, in brackets 95 % of a bootstrap over images (for findings about rows, "
+    "over groups of images).",
+    "random": "the same architecture with random weights, mean over seeds.",
+    "trained less random": "resampled over images and seeds.",
+    "training": "what training does to the number: more, less, or no difference, where that interval holds 0.",
+    "paper says": "what arXiv 2502.20764 says of a trained model, and whether it holds here; open where the interval "
+    "decides neither.",
+    "reordered": "the trained weights scanning in a random order.",
+    "its own order": "whether the trained model's number is more or less in the order that it was trained in than "
+    "reordered.",
+    "shuffled": "the trained attention, the patches' places dealt out at random: what chance gives.",
+}
+CAUTION = "Of many intervals, one in twenty errs."
+LEGEND = "\n".join([*(f"{term}: {what}" for term, what in TERMS.items()), CAUTION])
+_HEADER = ["", "finding", *TERMS]
 
 
 def summary(report: Report) -> Texts:

@@ -19,8 +19,9 @@ One page with the two linked views of mamba-attn explore, for grids of up to 32 
 over images, or a block's patches) and the patch grid over the image. It needs no server and no network: send it, open
 it from the disk. It contains the images that it shows, and the names of all.
 
-What matters most goes in first: the blocks' means, their points, each route's means, then the images that collect
---keep kept in full. What does not fit --size is left out, and the page says so.
+What matters most goes in first: the blocks' means, their points, one image, each route's means, then the other --images
+of those that collect --keep kept in full. What does not fit --size is left out; the page and the command say how much,
+and which --size, or --images, would show it.
 """
 
 
@@ -31,8 +32,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("store", nargs="+", metavar="STORE", help="of mamba-attn collect; several can be compared in one page")
     add("--out", required=True, metavar="FILE", help="the page, e.g. report.html; an older one is replaced")
     add("--method", nargs="+", default=["pca"], choices=_METHODS, help="of dimension reduction; default: pca")
-    add("--images", type=int, default=8, metavar="N", help="of those kept in full, per store; default: 8")
-    add("--size", type=float, default=20.0, metavar="MB", help="of the page at most, in 10^6 bytes; default: 20")
+    add("--images", type=int, default=4, metavar="N", help="of those kept in full, per store; default: 4")
+    add("--size", type=float, default=8.0, metavar="MB", help="of the page at most, in 10^6 bytes; default: 8")
     parser.set_defaults(run=run)
 
 

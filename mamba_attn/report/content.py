@@ -16,7 +16,7 @@ def gather(
 ) -> Content:  # fmt: skip
     """Collect what the page shows; what matters most comes first, and what no longer fits is said.
 
-    Means of the routes' sum come first, then points, each route's means, then images' matrices.
+    Means of the routes' sum come first, then points, an image, each route's means, then the other images' matrices.
 
     Args:
         stores: ``AttentionStore`` objects.
@@ -39,7 +39,7 @@ def gather(
     if content.size > limit:
         raise ReportError(f"names and orders alone need {content.size:,} of {limit:,} bytes; name a larger --size.")
     steps: list[Callable[[Stored], None]] = [
-        Stored.means, Stored.points, Stored.routes, lambda each: each.pictures(images),
+        Stored.means, Stored.points, lambda each: each.pictures(images), Stored.first_image, Stored.routes,
     ]  # fmt: skip
     for step in steps:
         for each in kept:
@@ -49,5 +49,7 @@ def gather(
     waiting = [each.images() for each in kept]
     while waiting:  # by turns, so that none takes the others' place
         waiting = [its for its in waiting if next(its, None) is not None]
+    for each in kept:
+        each.say_what_is_left_out()
     content.stores = [each.told() for each in kept if each.shown]
     return content

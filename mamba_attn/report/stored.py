@@ -18,6 +18,7 @@ from mamba_attn.report.quantised import as_text, places
 CELLS = 32 * 32  # of the largest grid that is shown
 PICTURES = 400  # images of which the page has a small picture
 _SMALL = 56  # pixels of it
+_OF_IMAGES = "matrices of images"
 _LEFT_OUT = 3  # layers that are named
 MEAN = "mean"
 
@@ -60,6 +61,8 @@ class Stored:
         self.kept: list[int] = []
         self.photos: dict[int, str] = {}
         self.small: list[str] = []
+        self.wanted: dict[str, tuple[int, list[int]]] = {}  # by kind: matrices, and bytes of each that is left out
+        self._too_large: float = np.inf  # side of the smallest matrix that did not fit
         large = [layer for n, layer in enumerate(self.source.layers) if n not in self.matrices]
         if large:
             grids = ", ".join("{}x{}".format(*layer.layout.grid) for layer in large[:_LEFT_OUT])
@@ -96,12 +99,11 @@ class Stored:
     def routes(self) -> None:
         """Add the mean of each route, and its points."""
         for number, route in self._routes():
-            if not self._matrix(number, MEAN, route):
-                return self._too_much("means of routes")
+            if not self._fits("means of routes", number, MEAN, route):
+                continue
             for direction in ("row", "column"):
                 self._point(f"{number}/{route}/{direction}/{self.methods[0]}", Pane(
                     layer=number, route=route, direction=direction, method=self.methods[0]))  # fmt: skip
-        return None
 
     def pictures(self, count: int) -> None:
         """Add what the model saw of images whose matrices follow, or of the first; and small pictures of many.
@@ -111,6 +113,12 @@ class Stored:
         """
         images = self.source.images
         self.kept = [number for number, image in enumerate(images) if image.kept][:count]
+        beyond = sum(image.kept for image in images) - len(self.kept)
+        if beyond:
+            self.content.notes.append(
+                f"{self.name}: {beyond} of {beyond + len(self.kept)} images kept in full are not in this page; "
+                f"--images {beyond + len(self.kept)} adds them."
+            )
         for number in self.kept or [0]:
             photo = self.content.add(_jpeg(self.source.store.pixels(images[number]), None))
             if photo is not None:
@@ -121,15 +129,33 @@ class Stored:
                 break
             self.small.append(small)
 
+    def first_image(self) -> None:
+        """Add the first image's matrices of the routes' sum."""
+        for number in self.shown if self.kept else ():
+            self._fits(_OF_IMAGES, number, self.kept[0], "sum")
+
     def images(self) -> Iterator[int]:
-        """Add matrices of images, one at each turn."""
-        wanted: list[tuple[int, int, str | int]] = [(n, image, "sum") for image in self.kept for n in self.shown]
+        """Add matrices of the other images, and those of routes, one at each turn."""
+        wanted: list[tuple[int, int, str | int]] = [(n, image, "sum") for image in self.kept[1:] for n in self.shown]
         wanted += [(n, image, route) for image in self.kept for n, route in self._routes()]
         for number, image, route in wanted:
-            if image not in self.photos or not self._matrix(number, image, route):
-                return self._too_much("matrices of images")
-            yield number
-        return None
+            if self._fits(_OF_IMAGES, number, image, route):
+                yield number
+
+    def say_what_is_left_out(self) -> None:
+        """Add the sentence about what did not fit: how much, and what would hold it."""
+        missing = [f"{len(lost)} of {count} {what}" for what, (count, lost) in self.wanted.items() if lost]
+        if not missing:
+            return
+        bytes_more = sum(sum(lost) for _, lost in self.wanted.values())
+        enough = -int(-1.02 * (self.content.size + bytes_more) // 1e6)
+        whole = sum(all(f"{image}/sum" in self.matrices[n] for n in self.shown) for image in self.kept)
+        images = f" ({whole} of {_count(len(self.kept), 'image')} can be shown in every block)" if self.kept else ""
+        fewer = ", fewer --images leave room" if len(self.kept) > 1 else ""
+        self.content.notes.append(
+            f"{self.name}: {' and '.join(missing)} are left out to stay within --size {self.content.limit / 1e6:g}"
+            f"{images}. --size {enough} holds all{fewer}; mamba-attn explore shows them without a page."
+        )
 
     def told(self) -> dict[str, Any]:
         """Return what the page's script knows of it, as JSON values."""
@@ -168,6 +194,20 @@ class Stored:
         if added is not None:
             self.matrices[number][f"{what}/{route}"] = added
         return added is not None
+
+    def _fits(self, what: str, number: int, image: str | int, route: str | int) -> bool:
+        """Add a matrix, or count it as left out; after one that did not fit, none as large is tried."""
+        count, lost = self.wanted.get(what, (0, []))
+        self.wanted[what] = count + 1, lost
+        tokens = self.source.layers[number].tokens
+        known = image == MEAN or image in self.photos
+        if known and tokens < self._too_large and self._matrix(number, image, route):
+            return True
+        self._too_large = min(self._too_large, tokens) if known else self._too_large
+        held = self.matrices[number]
+        alike = held.get(f"{MEAN}/{route}", held[f"{MEAN}/sum"])  # its text is about as long
+        lost.append(len(self.content.matrices[alike]))
+        return False
 
     def _point(self, key: str, pane: Pane) -> None:
         if key not in self.scatter:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from mamba_attn import cli
@@ -70,8 +71,10 @@ def test_images_of_which_none_can_be_read(place, weights, capsys):
     arguments = ("--model", "vmamba_micro", "--weights", weights, "--data", "bad", "--out", "store")
     sentence = "none of the 2 images of bad could be used; the first: bad: "
     assert sentence in refused(capsys, *arguments)
-    assert {path.name for path in (place / "store").iterdir()} == {".lock"}
+    assert not (place / "store").exists()
+    (place / "store").mkdir()  # what was there stays there
     assert sentence in refused(capsys, *arguments)  # and not that there is something else
+    assert list((place / "store").iterdir()) == []
     (place / "bad" / "c.png").write_bytes((place / "photos" / "red" / "0.png").read_bytes())
     assert collected(weights, "--data", "bad", "--out", "store") == 1
 
@@ -95,6 +98,49 @@ def test_calls_that_are_refused(place, capsys, arguments, sentence):
     (place / "empty").mkdir()
     assert sentence in refused(capsys, "--out", "store", *arguments)
     assert not (place / "store").exists()
+
+
+def test_named_images_are_kept(place, weights, capsys):
+    (place / "photos" / "red" / "far").mkdir()
+    (place / "photos" / "red" / "far" / "b.png").write_bytes((place / "photos" / "red" / "0.png").read_bytes())
+    asked = ("--data", "photos", "--routes", "sum", "--out", "store", "--keep")
+    named = "photos/red/0.png, far/b.png"  # with the folder's name; the end of a path
+    assert collected(weights, *asked, named, "--limit", "4") == 0
+    store = AttentionStore.open("store")
+    assert sorted(image.key for image in store.images if image.kept) == ["red/0.png", "red/far/b.png"]
+    for image in store.images:
+        if image.kept:
+            assert np.allclose(store.matrix(0, image).reshape(-1), store.features(0)[image.row], rtol=0.01, atol=1e-3)
+    capsys.readouterr()
+    assert collected(weights, *asked, "red/far/b.png,red/0.png,") == 0  # the same in another order: goes on
+    assert "0 images added, 4 in store" in capsys.readouterr().out
+    arguments = ("--model", "vmamba_micro", "--weights", weights, *asked)
+    for keep, sentence in (
+        ("red/9.png", "--keep red/9.png: photos has no such image. Did you mean 'red/0.png'"),
+        ("0.png", "--keep 0.png: 3 images are named so, "),
+        (" , ", "--keep ' , ': expected a number, or names of images between commas."),
+        ("1", "this store is of --keep red/0.png,red/far/b.png, not 1; nothing was changed"),
+    ):
+        said = refused(capsys, *arguments, keep)
+        assert sentence in said
+    last = next(image.key for image in store.images if image.row == 3)
+    assert "is not among the first 3 of photos; name a larger --limit" in refused(
+        capsys, *arguments, last, "--limit", "3"
+    )
+
+
+def test_what_is_refused_shows_no_bar_and_leaves_nothing(place, weights, capsys):
+    assert collected(weights, "--data", "photos", "--out", "store", "--limit", "1") == 0
+    (place / "taken").mkdir()
+    (place / "taken" / "letter.txt").write_text("mine")
+    for arguments in (("--out", "store", "--keep", "1"), ("--out", "taken"), ("--out", "new/deep", "--layer", "x")):
+        capsys.readouterr()
+        assert collected(weights, "--data", "photos", *arguments) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert [path.name for path in (place / "taken").iterdir()] == ["letter.txt"]
+    assert not (place / "new").exists()
+    assert cli.main(["collect", "--merge", "store", "store", "--out", "both"]) == 2
+    assert not (place / "both").exists()
 
 
 def test_the_missing_extra_is_named(place, capsys, monkeypatch):

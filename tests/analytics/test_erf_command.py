@@ -1,5 +1,7 @@
 """mamba-attn erf from end to end, and what it refuses."""
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -144,3 +146,18 @@ def test_no_good_images_and_missing_packages(tmp_path, weights, capsys, monkeypa
     assert not list((tmp_path / "out").iterdir())
     monkeypatch.setitem(erf_command._NEEDED, "no_such_module", "no-such-package")
     assert "no-such-package not installed: pip install 'mamba_attn[explain]'" in refused(capsys)
+
+
+def test_the_page_says_what_is_seen_and_needs_no_network(tmp_path, weights, photos):
+    assert erf(photos, "--weights", weights["vim_micro"], "--untrained", "--out", tmp_path / "out") == 0
+    page = (tmp_path / "out" / "erf.html").read_text()
+    text = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    for said in (
+        "vim_micro, untrained: receptive field of the patch in the middle",
+        "How far, by layer",
+        "20%",
+        "Again",
+    ):
+        assert said in text
+    assert not re.search(r'<(script|link|img)[^>]+(src|href)="?http', page)
+    assert page.count("Plotly.newPlot(") >= 3

@@ -170,7 +170,8 @@ def test_one_process_at_a_time(tmp_path, place):
     with locked(tmp_path / "store"):
         with pytest.raises(StoreError, match="another mamba-attn collect is writing this store"):
             collect(cases.request(selector, **OPTIONS), tmp_path / "store")
-    assert os.listdir(tmp_path / "store") == [".lock"]
+        assert os.listdir(tmp_path / "store") == [".lock"]
+    assert os.listdir(tmp_path / "store") == []
     assert collect(cases.request(selector, **OPTIONS), tmp_path / "store").counted == 6
 
 

@@ -152,7 +152,7 @@ def test_names_that_it_does_not_hold(place):
         store.pixels(f"{key}x")
     with pytest.raises(KeyError, match="it holds no image -1 of 3"):
         store.pixels(-1)
-    with pytest.raises(NotStoredError, match=r"of this image no matrices are stored, only of the first 1; .*--keep"):
+    with pytest.raises(NotStoredError, match=r"of this image no matrices are stored, only of 1 others; .*--keep"):
         store.matrix(0, 1)
     with pytest.raises(IndexError, match=r"token 16: expected the index of a token, 0\.\.15"):
         store.mean_row(0, 16)

@@ -1,5 +1,9 @@
 import base64
+import copy
 import io
+import re
+import sys
+import types
 
 import numpy as np
 import plotly.graph_objects as go
@@ -8,6 +12,7 @@ import pytest
 from PIL import Image
 
 from mamba_attn import figures
+from mamba_attn.figures import theme
 from mamba_attn.figures.colours import DIVERGING, SEQUENTIAL
 
 POSITIVE = np.arange(12.0).reshape(3, 4) + 1
@@ -175,3 +180,29 @@ def test_panels_have_the_size_that_was_asked_for():
     for columns in (0, -1):
         with pytest.raises(ValueError, match=rf"depth_grid\(columns={columns}\): expected at least one column"):
             figures.depth_grid([POSITIVE], ["a"], columns=columns)
+
+
+def test_a_figure_as_html_brings_its_script_along():
+    trajectory = np.random.default_rng(0).random((6, 4))
+    drawn = [draw(POSITIVE) for draw in DRAW.values()]
+    drawn += [
+        figures.patch_view(POSITIVE),
+        figures.reach([POSITIVE], ["a"]),
+        figures.embedding(trajectory[:, :2], range(6)),
+    ]
+    for figure in [*drawn, copy.deepcopy(drawn[0])]:
+        html = figure._repr_html_()
+        assert not re.search(r"""<(script|link)[^>]+(src|href)=["']?(http|//)""", html)
+        assert len(html) > 1_000_000
+
+
+def test_a_notebook_without_nbformat_shows_it_too(monkeypatch):
+    shown = []
+    display = types.SimpleNamespace(display_html=lambda html, raw: shown.append((html, raw)))
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(display=display))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.setattr(theme, "find_spec", lambda name: None)
+    figures.matrix(POSITIVE)._ipython_display_()
+    ((html, raw),) = shown
+    assert raw
+    assert "Plotly.newPlot(" in html

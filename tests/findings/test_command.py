@@ -11,6 +11,7 @@ from PIL import Image
 from mamba_attn import cli
 from mamba_attn.analytics import collect
 from mamba_attn.findings import command as findings_command
+from mamba_attn.findings import tables
 from mamba_attn.findings.figures import by_depth, matrices_rgb, pooled
 from mamba_attn.findings.tables import number
 from tests.analytics import cases
@@ -62,6 +63,10 @@ def test_stores_side_by_side(place, tmp_path, capsys):
     page = (out / "findings.html").read_text()
     assert "http" not in page.replace("http-equiv", "")
     assert page.count("<svg class=plot") > 8
+    for term in tables.TERMS:  # every column of the head row is explained
+        assert f"<dt>{term}</dt>" in page
+        assert f"\n{term}: " in (out / "findings.txt").read_text()
+    assert '<table class="figures wrapped">' in page  # formulas are not cut
     with Image.open(out / "matrices.png") as picture:
         assert picture.height > 3 * 256
         assert picture.width > 6 * 256
