@@ -54,7 +54,7 @@ def register(app: dash.Dash, context: Context) -> None:
         state = after(context, before, source, event, add=bool(shift)) if gesture and event["value"] else before
         found = _draw(context, before, state, drawn)
         same = state.cells == before.cells and state.points == before.points and state.grid == before.grid
-        values = [_value(before, state, item["id"]) for item in controls]
+        values = [_value(state, item) for item in controls]
         at = event["value"].get("at") if source == "key" and isinstance(event["value"], dict) else no_update
         return no_update if same else context.selection(state), values, *found, state.to_url(), at
 
@@ -86,10 +86,9 @@ def _draw(context: Context, before: State, state: State, drawn: Sequence[Any]) -
     return [*map(list, zip(*maps, strict=True)), points, strips]
 
 
-def _value(before: State, after: State, its: dict[str, Any]) -> Any:
-    """The new value of a control, if it has one."""
-    index = min(its["pane"], len(after.panes) - 1)
-    old, new = getattr(before.panes[index], its["set"]), getattr(after.panes[index], its["set"])
-    if old == new:
-        return no_update
-    return (["on"] if new else []) if isinstance(new, bool) else new
+def _value(state: State, control: dict[str, Any]) -> Any:
+    """The new value of a control, if it shows another: after a gesture, or when its own is not to be had."""
+    its = control["id"]
+    value = getattr(state.panes[min(its["pane"], len(state.panes) - 1)], its["set"])
+    shown = (["on"] if value else []) if isinstance(value, bool) else value
+    return no_update if shown == control.get("value") else shown

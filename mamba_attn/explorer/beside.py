@@ -10,7 +10,7 @@ from mamba_attn.explorer.context import Context
 from mamba_attn.explorer.gestures import clicked, numbers
 from mamba_attn.explorer.source import UnavailableError
 from mamba_attn.explorer.state import Pane, State
-from mamba_attn.explorer.views import caption, unit
+from mamba_attn.explorer.words import caption, unit
 
 _STRIP = 60  # thumbnails of chosen images
 _CONTROLS = {"pane": MATCH, "set": ALL}

@@ -6,7 +6,8 @@ import numpy as np
 
 from mamba_attn.explorer.source import tokens_of
 from mamba_attn.explorer.state import Pane
-from mamba_attn.explorer.views import STRONGEST, Views, palette
+from mamba_attn.explorer.views import STRONGEST, Views
+from mamba_attn.explorer.words import palette
 from mamba_attn.figures import colours
 from mamba_attn.figures.picture import data_uri
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from mamba_attn.explorer.offer import fitting
 from mamba_attn.explorer.source import Source
 from mamba_attn.explorer.state import Pane, State
 from mamba_attn.explorer.views import Views
@@ -24,7 +25,10 @@ class Context:
         return self._views[min(max(pane.store, 0), len(self._views) - 1)]
 
     def pane(self, inputs: Any) -> Pane:
-        """Return the pane that controls say, from one entry of ``ctx.inputs_list`` or ``ctx.states_list``.
+        """Return the pane that controls say, as far as its store has it.
+
+        Args:
+            inputs: one entry of ``ctx.inputs_list`` or ``ctx.states_list``.
 
         Raises:
             ValueError: a value that no control has.
@@ -36,7 +40,8 @@ class Context:
                 given[name] = value == ["on"]
             elif value is None:
                 del given[name]
-        return Pane.parsed(given)
+        pane = Pane.parsed(given)
+        return fitting(self.views(pane).source, pane)
 
     def panes(self, inputs: Any) -> tuple[Pane, ...]:
         """Return all panes that the page's controls say, in order."""

@@ -12,9 +12,10 @@ from dash import ALL, MATCH, ClientsideFunction, Input, Output, ctx, no_update
 
 from mamba_attn.explorer.canvas import on_canvas
 from mamba_attn.explorer.context import Context
+from mamba_attn.explorer.offer import colours
 from mamba_attn.explorer.source import UnavailableError
 from mamba_attn.explorer.state import Pane, State
-from mamba_attn.explorer.views import caption, unit
+from mamba_attn.explorer.words import caption, unit
 
 # of the map; what else a pane says changes its colours alone, or the points
 _PICTURE = ("store", "layer", "image", "palette", "opacity", "path", "step")
@@ -63,6 +64,14 @@ def register(app: dash.Dash, context: Context) -> None:
         except (ImportError, ValueError) as error:
             return {}, "Points", str(error), None
         return figure.update_layout(height=None, uirevision=str(key)), views.points(pane).about, "", key
+
+    @app.callback(
+        Output({"pane": MATCH, "set": "colour"}, "options"), Input({"pane": MATCH, "set": "mode"}, "value"),
+        dash.State({"pane": MATCH, "built": "store"}, "data"), prevent_initial_call=True,
+    )  # fmt: skip
+    def _colours(mode: str, store: int) -> Any:
+        pane = Pane.parsed({"mode": mode, "store": store})
+        return [{"label": each, "value": each} for each in colours(context.views(pane).source, pane.mode)]
 
     app.clientside_callback(
         ClientsideFunction("explorer", "light"), Output(_of("points", "shone"), "data"),

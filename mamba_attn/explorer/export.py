@@ -14,7 +14,8 @@ from mamba_attn import figures
 from mamba_attn.explorer.context import Context
 from mamba_attn.explorer.source import UnavailableError
 from mamba_attn.explorer.state import Pane, State
-from mamba_attn.explorer.views import Views, caption, palette
+from mamba_attn.explorer.views import Views
+from mamba_attn.explorer.words import caption, palette
 from mamba_attn.figures.colours import BLUE_ORANGE
 
 _CONFIG = {"displaylogo": False, "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]]}

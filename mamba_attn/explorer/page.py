@@ -6,9 +6,9 @@ from typing import Any
 
 from dash import dcc, html
 
+from mamba_attn.explorer.offer import colours, fitting
 from mamba_attn.explorer.source import Source, others
 from mamba_attn.explorer.state import CHOICES, Pane, State
-from mamba_attn.explorer.views import COLOURS
 
 MANY = 2000  # images that the list offers; the others can be reached by a click on their point
 LABELS = {
@@ -43,7 +43,8 @@ def page(sources: Sequence[Source], state: State, message: str = "") -> list[Any
         message: a sentence on top, e.g. about an address that could not be read.
     """
     two = len(state.panes) == 2
-    first = sources[min(state.panes[0].store, len(sources) - 1)]
+    panes = [fitting(_source(sources, pane), pane) for pane in state.panes]
+    first = _source(sources, panes[0])
     return [
         html.Header(
             [
@@ -61,14 +62,18 @@ def page(sources: Sequence[Source], state: State, message: str = "") -> list[Any
         ),
         html.Section(id="gallery", className="gallery hidden"),
         html.Div(
-            [_pane(sources, index, pane) for index, pane in enumerate(state.panes)],
+            [_pane(sources, index, pane) for index, pane in enumerate(panes)],
             className="panes two" if two else "panes one",
         ),
     ]
 
 
+def _source(sources: Sequence[Source], pane: Pane) -> Source:
+    return sources[min(max(pane.store, 0), len(sources) - 1)]
+
+
 def _pane(sources: Sequence[Source], index: int, pane: Pane) -> html.Article:
-    source = sources[min(pane.store, len(sources) - 1)]
+    source = _source(sources, pane)
     views = html.Div(
         [
             _view(index, "scatter", "Points", "click, or drag a lasso"),
@@ -155,7 +160,6 @@ def _store_names(sources: Sequence[Source]) -> dict[int, str]:
 
 
 def _display(source: Source, index: int, pane: Pane) -> html.Details:
-    colours = {name: name for name in dict.fromkeys((*COLOURS["patches"], *COLOURS["blocks"]))}
     steps = max((len(layer.orders[0]) for layer in source.layers if len(layer.orders)), default=1)
     slider = {"updatemode": "drag", "marks": None, "tooltip": {"placement": "bottom"}, "allow_direct_input": False}
     controls = [
@@ -163,7 +167,7 @@ def _display(source: Source, index: int, pane: Pane) -> html.Details:
         _choice(index, "normalise", "scaled", _named("normalise"), pane.normalise),
         _switches(index, {"log": "log", "gate": "gate", "skip": "D"}, pane),
         _choice(index, "method", "reduction", _named("method"), pane.method),
-        _list(index, "colour", "colour of points", colours, pane.colour),
+        _list(index, "colour", "colour of points", {each: each for each in colours(source, pane.mode)}, pane.colour),
         _choice(index, "palette", "map", _named("palette"), pane.palette),
         _labelled("opacity", dcc.Slider(0, 1, 0.05, value=pane.opacity, id=_id(index, "opacity"), **slider), "slider"),
         _switches(index, {"path": "scan path"}, pane),

@@ -12,6 +12,7 @@ from mamba_attn.analytics import NotStoredError
 from mamba_attn.errors import MambaAttnError
 from mamba_attn.explorer.live import Live
 from mamba_attn.explorer.state import Pane
+from mamba_attn.layers import ScanLayer
 
 if TYPE_CHECKING:
     from mamba_attn.layout import TokenLayout
@@ -38,6 +39,11 @@ class Source:
         self.images = list(store.images)
         self._kept: OrderedDict[Hashable, np.ndarray] = OrderedDict()
         self._lock = RLock()
+
+    @cached_property
+    def scans(self) -> bool:
+        """Whether any layer scans its tokens, and so has routes, a path, perhaps a gate and D."""
+        return any(layer.kind == ScanLayer.kind for layer in self.layers)
 
     @cached_property
     def live(self) -> Live:

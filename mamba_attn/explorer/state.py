@@ -12,6 +12,11 @@ LONGEST = 20_000  # characters of an address that are parsed
 _LARGEST = 2**20  # bytes of JSON in it
 _CELLS = 2**16  # chosen cells, or points
 
+# what points' colours can mean: a block's patches are of one stage, and their mean is of all classes
+COLOURS: dict[str, tuple[str, ...]] = {
+    "patches": ("column", "row", "rank"),
+    "blocks": ("block", "class", "predicted"),
+}
 CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("blocks", "patches"),
     "direction": ("row", "column"),
@@ -19,7 +24,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "normalise": ("none", "largest", "range", "sum"),
     "what": ("mean", "image", "difference"),
     "method": ("pca", "tsne", "umap"),
-    "colour": ("column", "row", "rank", "class", "block", "stage"),
+    "colour": tuple(name for names in COLOURS.values() for name in names),
     "palette": ("viridis", "cividis"),
 }
 

@@ -12,17 +12,17 @@ import torch
 from mamba_attn import figures
 from mamba_attn.analytics.embed import embed
 from mamba_attn.analytics.projection import SIZE, feature_size, project
+from mamba_attn.explorer.offer import fitting
+from mamba_attn.explorer.scatter import of_blocks, of_patches
 from mamba_attn.explorer.source import Source, tokens_of
 from mamba_attn.explorer.state import Pane, State
-from mamba_attn.figures import colours
+from mamba_attn.explorer.words import palette, unit
 from mamba_attn.figures.patch_view import patch_view_changes
 
 STRONGEST = 5  # targets that are named
-COLOURS = {"patches": ("column", "row", "rank"), "blocks": ("block", "class", "predicted")}
 _POINTS = 1  # raised when points are made in another way: those in caches are then made again
 _WHOLE = 2**27  # numbers of features, half a gigabyte; beyond it each row is projected to 4,096
 _AT_ONCE = 16  # rows of features that are read together
-_SIZES = (5.0, 13.0)  # pixels, of the first and the last row
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,39 +126,14 @@ class Views:
             size: height in pixels.
         """
         points = self.points(pane)
-        colour = pane.colour if pane.colour in COLOURS[pane.mode] else COLOURS[pane.mode][0]
+        colour = fitting(self.source, pane).colour
         method = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}[pane.method]
         shared = {
             "selected": self.selected(pane, state), "axes": (f"{method} 1", f"{method} 2"), "size": size,
         }  # fmt: skip
         if points.pairs is not None:
-            return self._scatter_blocks(points.xy, points.pairs, colour, shared)
-        return self._scatter_patches(pane, points.xy, colour, shared)
-
-    def _scatter_blocks(self, xy: np.ndarray, pairs: np.ndarray, colour: str, shared: dict[str, Any]) -> go.Figure:
-        kinds, texts = [], []
-        for index, number in pairs.tolist():
-            layer, image = self.source.layers[index], self.source.images[number]
-            kinds.append(
-                {
-                    "block": f"block {layer.block}",
-                    "class": "not known" if image.label is None else str(image.label),
-                }.get(colour, str(image.predicted))
-            )
-            texts.append(f"stage {layer.stage}, block {layer.block}<br>{image.key}")
-        sizes = np.full(len(xy), 10.0 if len(xy) <= 400 else 7.0)
-        return figures.embedding(xy, kinds, sizes=sizes, texts=texts, colour_title=colour, **shared)
-
-    def _scatter_patches(self, pane: Pane, xy: np.ndarray, colour: str, shared: dict[str, Any]) -> go.Figure:
-        layer = self.source.layer(pane)
-        rows, columns = np.divmod(np.arange(len(xy)), layer.layout.grid[1])
-        values = {"column": columns, "row": rows, "rank": self.ranks(pane)[max(pane.route, 0)]}[colour]
-        # as in arXiv 2502.20764: colour says the column and size the row
-        sized = columns if colour == "row" else rows
-        sizes = np.interp(sized, (0, max(int(sized.max()), 1)), _SIZES) * (0.6 if len(xy) > 1500 else 1.0)
-        title = f"rank in route {max(pane.route, 0) + 1}" if colour == "rank" else colour
-        texts = [f"row {row}, column {column}" for row, column in zip(rows, columns, strict=True)]
-        return figures.embedding(xy, values, sizes=sizes, texts=texts, colour_title=title, **shared)
+            return of_blocks(self.source, points.xy, points.pairs, colour, shared)
+        return of_patches(self.source.layer(pane), points.xy, self.ranks(pane), max(pane.route, 0), colour, shared)
 
     def ranks(self, pane: Pane) -> np.ndarray:
         """Return at which step every route visits each patch: (routes, patches), NaN where it does not."""
@@ -231,36 +206,3 @@ class Views:
 def _square(row: np.ndarray) -> np.ndarray:
     side = math.isqrt(len(row))
     return row.reshape(side, side)
-
-
-def palette(pane: Pane) -> list[str]:
-    """Return a pane's colours of values that are not negative."""
-    return colours.CIVIDIS if pane.palette == "cividis" else colours.VIRIDIS
-
-
-def unit(pane: Pane) -> str:
-    """Return what the numbers of a pane's map are, in a few words."""
-    kind = "attention" if pane.what != "difference" else "image less mean"
-    kind = kind if pane.sign == "signed" else f"{pane.sign} {kind}"
-    of = {"none": "", "largest": " / largest", "range": ", 0 to 1", "sum": " / sum"}[pane.normalise]
-    return f"{kind}{of}{', decades' if pane.log else ''}"
-
-
-def caption(source: Source, pane: Pane, state: State) -> str:
-    """Return what the patch view shows, as a sentence."""
-    layer = source.layer(pane)
-    patches = state.on_grid(tuple(layer.layout.grid))
-    rest = [cell for cell in state.cells if cell < 0]
-    width = layer.layout.grid[1]
-    if len(patches) == 1 and not rest:
-        row, column = divmod(patches[0], width)
-        who = f"patch ({row}, {column})"
-    elif not patches and not rest:
-        who = "all patches, on average,"
-    elif not patches:
-        who = "the class token" if rest == [-1] and layer.layout.class_tokens else f"{len(rest)} extra tokens"
-    else:
-        who = f"{len(patches)} patches, on average,"
-    plural = who.endswith(",") or who.endswith("tokens")
-    verb = ("read" if plural else "reads") if pane.direction == "row" else ("are read" if plural else "is read")
-    return f"{'Where' if pane.direction == 'column' else 'What'} {who} {verb}"
