@@ -11,7 +11,8 @@ from mamba_attn.explorer.beside import strip
 from mamba_attn.explorer.context import Context
 from mamba_attn.explorer.drawing import drawn_map
 from mamba_attn.explorer.interaction import after
-from mamba_attn.explorer.state import State
+from mamba_attn.explorer.saying import FAILURES, said
+from mamba_attn.explorer.state import Pane, State
 
 _CONTROLS = {"pane": ALL, "set": ALL}
 
@@ -31,6 +32,7 @@ def register(app: dash.Dash, context: Context) -> None:
         Output(_every("images", "strip"), "children"),
         Output("link", "data"),
         Output("acted", "data"),
+        Output("message", "children", allow_duplicate=True),
         Input(_CONTROLS, "value"),
         *(Input(_every(view, "view"), event) for view in ("patches", "scatter") for event in _GESTURES),
         Input({"pane": ALL, "do": ALL}, "n_clicks"),
@@ -56,7 +58,8 @@ def register(app: dash.Dash, context: Context) -> None:
         same = state.cells == before.cells and state.points == before.points and state.grid == before.grid
         values = [_value(state, item) for item in controls]
         at = event["value"].get("at") if source == "key" and isinstance(event["value"], dict) else no_update
-        return no_update if same else context.selection(state), values, *found, state.to_url(), at
+        chosen = no_update if same else context.selection(state)
+        return chosen, values, *found, state.to_url(), at, no_update if source is None else ""
 
     for function, trigger in (("acted", "acted"), ("address", "link")):
         app.clientside_callback(
@@ -80,10 +83,18 @@ def _draw(context: Context, before: State, state: State, drawn: Sequence[Any]) -
     points = [context.views(pane).selected(pane, state) for pane in state.panes]
     fresh = any(known is None for known in drawn)
     strips = [
-        strip(context, pane, number, state) if fresh or before.points != state.points else no_update
+        _strip(context, pane, number, state) if fresh or before.points != state.points else no_update
         for number, pane in enumerate(state.panes)
     ]
     return [*map(list, zip(*maps, strict=True)), points, strips]
+
+
+def _strip(context: Context, pane: Pane, number: int, state: State) -> list[Any]:
+    """The strip, or why there is none: the views beside it can be drawn all the same."""
+    try:
+        return strip(context, pane, number, state)
+    except FAILURES as error:
+        return [said(error)]
 
 
 def _value(state: State, control: dict[str, Any]) -> Any:

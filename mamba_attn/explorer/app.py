@@ -12,6 +12,7 @@ from flask import Response, abort, request
 from mamba_attn.explorer import acting, beside, drawing, export, interaction
 from mamba_attn.explorer.context import Context
 from mamba_attn.explorer.page import page, shell
+from mamba_attn.explorer.saying import on_error, said
 from mamba_attn.explorer.source import Source
 from mamba_attn.explorer.state import State
 
@@ -40,7 +41,7 @@ def build(stores: Sequence[Any], *, host: str = "127.0.0.1") -> dash.Dash:
         raise ValueError("explore: a store without images has nothing to show; collect one with mamba-attn collect.")
     app = dash.Dash(
         __name__, title="Attention between patches", update_title="", serve_locally=True, assets_folder="assets",
-        suppress_callback_exceptions=True, compress=False,
+        suppress_callback_exceptions=True, compress=False, on_error=on_error,
     )  # fmt: skip
     app.layout = shell()
     context = Context(sources)
@@ -50,15 +51,18 @@ def build(stores: Sequence[Any], *, host: str = "127.0.0.1") -> dash.Dash:
     interaction.register(app, context)
     export.register(app, context)
 
-    @app.callback(Output("page", "children"), Output("selection", "data"), Input("address", "search"))
-    def _open(search: str | None) -> tuple[list[Any], dict[str, Any]]:
+    @app.callback(
+        Output("page", "children"), Output("selection", "data"), Output("message", "children"),
+        Input("address", "search"),
+    )  # fmt: skip
+    def _open(search: str | None) -> tuple[list[Any], dict[str, Any], str]:
         state, message = State(), ""
         try:
             given = parse_qs((search or "")[1:], max_num_fields=4).get("state", [""])[0]
             state = State.from_url(given) if given else state
         except ValueError as error:
-            message = f"{str(error)[0].upper()}{str(error)[1:]} The default view is shown."
-        return page(sources, state, message), context.selection(state)
+            message = f"{said(error)} The default view is shown."
+        return page(sources, state), context.selection(state), message
 
     _guard(app, host)
     return app

@@ -13,12 +13,15 @@ from dash import ALL, MATCH, ClientsideFunction, Input, Output, ctx, no_update
 from mamba_attn.explorer.canvas import on_canvas
 from mamba_attn.explorer.context import Context
 from mamba_attn.explorer.offer import colours
-from mamba_attn.explorer.source import UnavailableError
+from mamba_attn.explorer.saying import BLANK, FAILURES, said
 from mamba_attn.explorer.state import Pane, State
 from mamba_attn.explorer.words import caption, unit
 
 # of the map; what else a pane says changes its colours alone, or the points
 _PICTURE = ("store", "layer", "image", "palette", "opacity", "path", "step")
+
+
+_NOTHING = "nothing"  # the key of a view that could not be drawn: the next change tries again
 
 
 class Drawn(NamedTuple):
@@ -61,8 +64,8 @@ def register(app: dash.Dash, context: Context) -> None:
             return no_update, no_update, no_update, no_update
         try:
             figure = on_canvas(views.scatter(pane, State()))
-        except (ImportError, ValueError) as error:
-            return {}, "Points", str(error), None
+        except (*FAILURES, ValueError) as error:  # ValueError: too few points
+            return BLANK, "Points", said(error), None
         return figure.update_layout(height=None, uirevision=str(key)), views.points(pane).about, "", key
 
     @app.callback(
@@ -103,8 +106,8 @@ def drawn_map(context: Context, pane: Pane, state: State, before: Any) -> Drawn:
             changes = {**_packed(views.changes(pane, state)), "unit": unit(pane)}
         else:
             figure = views.patches(pane, state).update_layout(height=None)
-    except UnavailableError as error:
-        return Drawn(no_update, no_update, no_update, str(error), no_update)
+    except FAILURES as error:
+        return Drawn(BLANK, no_update, "Patches", said(error), _NOTHING)
     return Drawn(figure, changes, caption(views.source, pane, state), "", [picture, values])
 
 

@@ -12,7 +12,6 @@ from dash.exceptions import PreventUpdate
 
 from mamba_attn import figures
 from mamba_attn.explorer.context import Context
-from mamba_attn.explorer.source import UnavailableError
 from mamba_attn.explorer.state import Pane, State
 from mamba_attn.explorer.views import Views
 from mamba_attn.explorer.words import caption, palette
@@ -38,14 +37,12 @@ def register(app: dash.Dash, context: Context) -> None:
         pane = panes[min(ctx.triggered_id["pane"], len(panes) - 1)]
         state, views = context.state([pane], selection), context.views(pane)
         name = f"mamba_attn_{view}"
-        try:
-            if kind == "HTML":
-                return {"content": as_html(views, pane, state, view), "filename": f"{name}.html"}, no_update
-            if kind == "NPZ":
-                return dcc.send_bytes(as_npz(views, pane, state, view), f"{name}.npz"), no_update
-            figure = as_figure(views, pane, state, view)
-        except UnavailableError as error:  # the view says why; there is nothing to save
-            raise PreventUpdate from error
+        # where there is nothing to save, the page says why: see saying
+        if kind == "HTML":
+            return {"content": as_html(views, pane, state, view), "filename": f"{name}.html"}, no_update
+        if kind == "NPZ":
+            return dcc.send_bytes(as_npz(views, pane, state, view), f"{name}.npz"), no_update
+        figure = as_figure(views, pane, state, view)
         size = {"width": figure.layout.width or 720, "height": figure.layout.height}
         return no_update, {"figure": figure, "filename": name, "format": "png", "scale": 2, **size}
 

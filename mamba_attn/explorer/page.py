@@ -29,18 +29,17 @@ def shell() -> html.Div:
             dcc.Location(id="address", refresh=False), dcc.Store(id="selection", data={}), dcc.Store(id="link"),
             dcc.Store(id="key"), dcc.Store(id="written"), dcc.Store(id="acted"), dcc.Store(id="shift"),
             dcc.Store(id="gallery-of"), dcc.Store(id="picture"), dcc.Download(id="file"),
-            html.Main(id="page"),
+            html.Main([html.P(id="message", role="status", className="message"), html.Div(id="page")]),
         ]
     )  # fmt: skip
 
 
-def page(sources: Sequence[Source], state: State, message: str = "") -> list[Any]:
+def page(sources: Sequence[Source], state: State) -> list[Any]:
     """Return the page of a state.
 
     Args:
         sources: of the stores that are open.
         state: what to show.
-        message: a sentence on top, e.g. about an address that could not be read.
     """
     two = len(state.panes) == 2
     panes = [fitting(_source(sources, pane), pane) for pane in state.panes]
@@ -56,7 +55,6 @@ def page(sources: Sequence[Source], state: State, message: str = "") -> list[Any
                 html.Button("keys", id="open-keys", n_clicks=0, title="?"),
             ]
         ),
-        html.P(message, id="message", role="status", className="message"),
         html.Dl(
             [item for key, what in KEYS for item in (html.Dt(key), html.Dd(what))], id="keys", className="keys hidden"
         ),

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from mamba_attn.analytics import NotStoredError
-from mamba_attn.errors import MambaAttnError
 from mamba_attn.explorer.live import Live
+from mamba_attn.explorer.saying import UnavailableError
 from mamba_attn.explorer.state import Pane
 from mamba_attn.layers import ScanLayer
 
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 _REMEMBERED = 256 * 2**20  # bytes of matrices and pictures
 _BAND = 256  # rows, or columns, read at once: as many as the tiles that one of them lies in hold anyway
 Item = TypeVar("Item")
-
-
-class UnavailableError(MambaAttnError):
-    """Something that this store and model cannot show; the message is for the page."""
 
 
 class Source:

@@ -10,7 +10,8 @@ import mamba_attn
 from mamba_attn import images
 from mamba_attn.analytics import AttentionStore, collect
 from mamba_attn.explorer.card import card
-from mamba_attn.explorer.source import Source, UnavailableError, tokens_of
+from mamba_attn.explorer.saying import UnavailableError
+from mamba_attn.explorer.source import Source, tokens_of
 from mamba_attn.explorer.state import Pane, State
 from mamba_attn.explorer.views import Views
 from tests.analytics.cases import folder_of, request

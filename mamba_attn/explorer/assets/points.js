@@ -51,9 +51,12 @@ function sheet(graph, layout) {
 }
 function drawPoints(graph) {
   const layout = graph._fullLayout, trace = graph._fullData && graph._fullData[0];
-  if (!layout || !layout.xaxis || !trace) return;
-  const context = sheet(graph, layout), look = graph.data[0].meta;
-  if (!look) return;
+  if (!layout || !layout.xaxis) return;
+  const context = sheet(graph, layout), look = trace && graph.data[0].meta;
+  if (!look) {
+    graph.drawnPoints = { lit: [], x: [], count: 0 };
+    return;
+  }
   const { xaxis, yaxis } = layout, colours = palette(look);
   const lit = new Set((graph.lit || []).filter((point) => point < trace.x.length));
   context.beginPath();
