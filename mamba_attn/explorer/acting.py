@@ -59,7 +59,7 @@ def register(app: dash.Dash, context: Context) -> None:
         values = [_value(state, item) for item in controls]
         at = event["value"].get("at") if source == "key" and isinstance(event["value"], dict) else no_update
         chosen = no_update if same else context.selection(state)
-        return chosen, values, *found, state.to_url(), at, no_update if source is None else ""
+        return chosen, values, *found, state.to_url(), at, no_update if source is None or None in drawn else ""
 
     for function, trigger in (("acted", "acted"), ("address", "link")):
         app.clientside_callback(

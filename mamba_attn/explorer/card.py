@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mamba_attn.explorer.source import tokens_of
+from mamba_attn.explorer.source import scans, tokens_of
 from mamba_attn.explorer.state import Pane
 from mamba_attn.explorer.views import STRONGEST, Views
 from mamba_attn.explorer.words import palette
@@ -52,9 +52,9 @@ def card(views: Views, pane: Pane, cell: int) -> Card:
     order = np.argsort(-np.abs(values), axis=None, kind="stable")[:STRONGEST]
     strongest = [(int(at) // width, int(at) % width, float(values.flat[at])) for at in order]
     ranks: list[int | None] = [
-        None if np.isnan(rank) else int(rank) + 1 for rank in (views.ranks(pane)[:, cell] if len(layer.orders) else [])
+        None if np.isnan(rank) else int(rank) + 1 for rank in (views.ranks(pane)[:, cell] if scans(layer) else [])
     ]
-    steps = np.asarray(layer.orders).shape[-1] if len(layer.orders) else 0
+    steps = np.asarray(layer.orders).shape[-1] if scans(layer) else 0
     return Card(cell // width, cell % width, ranks, steps, strongest, thumbnail(values, pane))
 
 

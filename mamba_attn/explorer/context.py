@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from werkzeug.exceptions import BadRequest
+
 from mamba_attn.explorer.offer import fitting
 from mamba_attn.explorer.source import Source
 from mamba_attn.explorer.state import Pane, State
@@ -30,8 +32,7 @@ class Context:
         Args:
             inputs: one entry of ``ctx.inputs_list`` or ``ctx.states_list``.
 
-        Raises:
-            ValueError: a value that no control has.
+        A value that no control has ends the request, 400.
         """
         given = {item["id"]["set"]: item.get("value") for item in inputs}
         plain = Pane()
@@ -40,7 +41,10 @@ class Context:
                 given[name] = value == ["on"]
             elif value is None:
                 del given[name]
-        pane = Pane.parsed(given)
+        try:
+            pane = Pane.parsed(given)
+        except ValueError as error:
+            raise BadRequest(str(error)) from error
         return fitting(self.views(pane).source, pane)
 
     def panes(self, inputs: Any) -> tuple[Pane, ...]:
@@ -51,13 +55,15 @@ class Context:
     def state(self, panes: Sequence[Pane], selection: Any) -> State:
         """Return the state of panes and of the store "selection".
 
-        Raises:
-            ValueError: a selection that is none.
+        A selection that is none ends the request, 400.
         """
         plain = State().to_json()
-        return State.from_json(
-            {**plain, **(selection or {}), "panes": [State(panes=(pane,)).to_json()["panes"][0] for pane in panes]}
-        )
+        given = selection if isinstance(selection, dict) else {}
+        panes_said = [State(panes=(pane,)).to_json()["panes"][0] for pane in panes]
+        try:
+            return State.from_json({**plain, **given, "panes": panes_said})
+        except ValueError as error:
+            raise BadRequest(str(error)) from error
 
     @staticmethod
     def selection(state: State) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def register(app: dash.Dash, context: Context) -> None:
         layer = views.source.layer(pane)
         # what the points depend on; a change of anything else leaves them where they are
         key = [pane.store, pane.mode, layer.stage if pane.mode == "blocks" else layer.name, pane.method, pane.colour]
+        key += [] if pane.method == "pca" else [pane.first]
         key += [] if pane.mode == "blocks" else [views.source.route(pane), pane.direction]
         if key == drawn:
             return no_update, no_update, no_update, no_update
@@ -119,7 +120,7 @@ def _key(pane: Pane, state: State) -> list[str]:
     """What the picture below the map is of, and what the map is of; short, as it goes to the page and back."""
     fields = asdict(pane)
     picture = [fields.pop(name) for name in _PICTURE] + [pane.route if pane.path else None]
-    for name in ("mode", "method", "colour"):
+    for name in ("mode", "method", "first", "colour"):
         fields.pop(name)
     rest = [*fields.values(), state.grid, state.cells]
     return [hashlib.sha256(json.dumps(each).encode()).hexdigest()[:16] for each in (picture, rest)]

@@ -160,18 +160,22 @@ def _store_names(sources: Sequence[Source]) -> dict[int, str]:
 def _display(source: Source, index: int, pane: Pane) -> html.Details:
     steps = max((len(layer.orders[0]) for layer in source.layers if len(layer.orders)), default=1)
     slider = {"updatemode": "drag", "marks": None, "tooltip": {"placement": "bottom"}, "allow_direct_input": False}
-    controls = [
-        _choice(index, "sign", "values", _named("sign"), pane.sign),
-        _choice(index, "normalise", "scaled", _named("normalise"), pane.normalise),
-        _switches(index, {"log": "log", "gate": "gate", "skip": "D"}, pane),
-        _choice(index, "method", "reduction", _named("method"), pane.method),
-        _list(index, "colour", "colour of points", {each: each for each in colours(source, pane.mode)}, pane.colour),
-        _choice(index, "palette", "map", _named("palette"), pane.palette),
-        _labelled("opacity", dcc.Slider(0, 1, 0.05, value=pane.opacity, id=_id(index, "opacity"), **slider), "slider"),
+    path = [
         _switches(index, {"path": "scan path"}, pane),
         _labelled(
             "steps of it (0: all)", dcc.Slider(0, steps, 1, value=pane.step, id=_id(index, "step"), **slider), "slider"
         ),
+    ]
+    controls = [
+        _choice(index, "sign", "values", _named("sign"), pane.sign),
+        _choice(index, "normalise", "scaled", _named("normalise"), pane.normalise),
+        _switches(index, {"log": "log", **({"gate": "gate", "skip": "D"} if source.scans else {})}, pane),
+        _choice(index, "method", "reduction", _named("method"), pane.method),
+        _switches(index, {"first": "PCA to 100 first"}, pane),
+        _list(index, "colour", "colour of points", {each: each for each in colours(source, pane.mode)}, pane.colour),
+        _choice(index, "palette", "map", _named("palette"), pane.palette),
+        _labelled("opacity", dcc.Slider(0, 1, 0.05, value=pane.opacity, id=_id(index, "opacity"), **slider), "slider"),
+        *(path if source.scans else []),
     ]
     return html.Details([html.Summary("Display"), html.Div(controls, className="controls")], open=pane != Pane())
 

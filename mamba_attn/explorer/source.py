@@ -39,7 +39,7 @@ class Source:
     @cached_property
     def scans(self) -> bool:
         """Whether any layer scans its tokens, and so has routes, a path, perhaps a gate and D."""
-        return any(layer.kind == ScanLayer.kind for layer in self.layers)
+        return any(scans(layer) for layer in self.layers)
 
     @cached_property
     def live(self) -> Live:
@@ -147,6 +147,11 @@ class Source:
             while len(self._kept) > 1 and sum(each.nbytes for each in self._kept.values()) > _REMEMBERED:
                 self._kept.popitem(last=False)
             return made
+
+
+def scans(layer: Any) -> bool:
+    """Return whether a layer scans its tokens; softmax attention reads them in no order."""
+    return bool(layer.kind == ScanLayer.kind)
 
 
 def others(layout: "TokenLayout") -> list[int]:

@@ -14,7 +14,7 @@ from mamba_attn.analytics.embed import embed
 from mamba_attn.analytics.projection import SIZE, feature_size, project
 from mamba_attn.explorer.offer import fitting
 from mamba_attn.explorer.scatter import of_blocks, of_patches
-from mamba_attn.explorer.source import Source, tokens_of
+from mamba_attn.explorer.source import Source, scans, tokens_of
 from mamba_attn.explorer.state import Pane, State
 from mamba_attn.explorer.words import palette, unit
 from mamba_attn.figures.patch_view import patch_view_changes
@@ -22,6 +22,7 @@ from mamba_attn.figures.patch_view import patch_view_changes
 STRONGEST = 5  # targets that are named
 _POINTS = 1  # raised when points are made in another way: those in caches are then made again
 _WHOLE = 2**27  # numbers of features, half a gigabyte; beyond it each row is projected to 4,096
+_FIRST = 100  # principal components for t-SNE and UMAP, as in arXiv 2502.20764
 _AT_ONCE = 16  # rows of features that are read together
 
 
@@ -63,6 +64,7 @@ class Views:
             key: tuple[Any, ...] = ("blocks", layer.stage, pane.method)
         else:
             key = ("patches", layer.name, source.route(pane), pane.direction, pane.method)
+        key += () if pane.first or pane.method == "pca" else ("all features",)
         if key not in self._points:
             self._points[key] = self._made(pane, key)
         return self._points[key]
@@ -79,7 +81,7 @@ class Views:
         known = source.store.embedding(name)
         if known is not None and known[0].shape == (count, 2):
             return Points(known[0], pairs, about)
-        xy, how = embed(self._features(pane), pane.method)
+        xy, how = embed(self._features(pane), pane.method, first=_FIRST if pane.first else None)
         with suppress(OSError):  # a store that cannot be written has its points made anew each time
             source.store.save_embedding(name, xy, how)
         return Points(xy, pairs, about)
@@ -108,14 +110,20 @@ class Views:
         return np.array([(index, image) for index in self.source.stage(pane) for image in images])
 
     def selected(self, pane: Pane, state: State) -> list[int]:
-        """Return the numbers of the points that the selection means."""
+        """Return the numbers of the points that the selection means; of blocks, without one, those that are shown."""
         if pane.mode == "patches":
             return state.on_grid(tuple(self.source.layer(pane).layout.grid))
         pairs = self.pairs(pane)
-        wanted = set(state.points)
-        if pairs is None or not wanted:
+        wanted = set(state.points) or set(self.open_points(pane))
+        if pairs is None:
             return []
         return [index for index, pair in enumerate(pairs.tolist()) if tuple(pair) in wanted]
+
+    def open_points(self, pane: Pane) -> list[tuple[int, int]]:
+        """Return the (layer, image) pairs that the patch view shows: of a mean, all of its images."""
+        source = self.source
+        images = range(len(source.images)) if pane.what == "mean" else [min(pane.image, len(source.images) - 1)]
+        return [(min(pane.layer, len(source.layers) - 1), image) for image in images]
 
     def scatter(self, pane: Pane, state: State, size: int = 460) -> go.Figure:
         """Return the scatterplot view.
@@ -178,7 +186,7 @@ class Views:
             UnavailableError: as in ``heat``.
         """
         layer = self.source.layer(pane)
-        order = self.path(pane) if pane.path and len(layer.orders) else None
+        order = self.path(pane) if pane.path and scans(layer) else None
         values = self.heat(pane, state)
         return figures.patch_view(
             values, image=self.source.pixels(pane), order=order,

@@ -9,7 +9,10 @@ import torch
 import mamba_attn
 from mamba_attn import images
 from mamba_attn.analytics import AttentionStore, collect
+from mamba_attn.explorer import offer
 from mamba_attn.explorer.card import card
+from mamba_attn.explorer.context import Context
+from mamba_attn.explorer.interaction import after
 from mamba_attn.explorer.saying import UnavailableError
 from mamba_attn.explorer.source import Source, tokens_of
 from mamba_attn.explorer.state import Pane, State
@@ -146,6 +149,66 @@ def test_points_of_a_block_and_of_a_stage(store):
     state = State(grid=(8, 12), cells=(3, 4), points=((3, 1),))
     assert views.selected(Pane(), state) == [3, 4]
     assert views.selected(Pane(mode="blocks", layer=2), state) == [5]
+
+
+def test_with_nothing_chosen_the_points_of_what_is_shown_are_lit(store):
+    views = Views(Source(store))
+    mean = Pane(mode="blocks", layer=3)
+    assert views.selected(mean, State()) == [4, 5, 6, 7]
+    assert views.selected(replace(mean, what="image", image=2), State()) == [6]
+    assert views.selected(replace(mean, what="difference", image=99), State()) == [7]
+    assert views.selected(Pane(), State()) == []
+
+
+def test_a_lasso_over_blocks_opens_the_first_point_unless_one_is_shown(store):
+    context = Context([Source(store)])
+    xy = context.views(Pane()).points(Pane(mode="blocks", layer=2)).xy
+    around = {axis: [float(xy.min()) - 1, float(xy.max()) + 1] for axis in "xy"}
+    event = {"value": {"range": around}, "prop_id": "x.selectedData"}
+    source = {"pane": 0, "view": "scatter"}
+    for pane, opened in (
+        (Pane(mode="blocks", layer=2), (2, 0, "image")),
+        (Pane(mode="blocks", layer=3, image=1, what="difference"), (3, 1, "difference")),
+    ):
+        found = after(context, State((pane,)), source, event)
+        assert len(found.points) == 8
+        assert (found.panes[0].layer, found.panes[0].image, found.panes[0].what) == opened
+    x, y = (float(one) for one in xy[5])
+    near = {"value": {"range": {"x": [x - 1e-9, x + 1e-9], "y": [y - 1e-9, y + 1e-9]}}, "prop_id": "x.selectedData"}
+    found = after(context, State((Pane(mode="blocks", layer=2, what="image"),)), source, near)
+    assert (found.points, found.panes[0].layer, found.panes[0].image) == (((3, 1),), 3, 1)
+
+
+def test_a_hundred_components_come_first_or_not_and_each_is_remembered(store, monkeypatch):
+    asked = []
+
+    def embed(features, method, *, first):
+        asked.append((method, first))
+        return np.full((len(features), 2), first or 0, np.float32), {}
+
+    monkeypatch.setattr("mamba_attn.explorer.views.embed", embed)
+    pane = Pane(layer=2, method="tsne")
+    for _ in range(2):
+        views = Views(Source(store))
+        assert views.points(pane).xy[0, 0] == 100
+        assert views.points(replace(pane, first=False)).xy[0, 0] == 0
+    assert asked == [("tsne", 100), ("tsne", None)]
+
+
+def test_softmax_attention_has_no_rank_no_path_and_no_gate(store, monkeypatch):
+    source = Source(store)
+    source.layers = [replace(layer, kind="softmax attention") for layer in source.layers]
+    context = Context([source])
+    assert offer.colours(source, "patches") == ("column", "row")
+    wishes = {"colour": "rank", "gate": ["on"], "skip": ["on"], "path": ["on"]}
+    controls = [{"id": {"pane": 0, "set": name}, "value": value} for name, value in wishes.items()]
+    assert context.pane(controls) == Pane()
+    assert Context([Source(store)]).pane(controls) == Pane(colour="rank", gate=True, skip=True, path=True)
+
+
+def test_scans_without_a_gate_say_so(store):
+    with pytest.raises(UnavailableError, match="This model's scans have no gate: switch it off"):
+        Source(store).read(Pane(what="image", gate=True), [0])
 
 
 def test_the_path_of_a_route_visits_patches_as_raster_indices(gated):
