@@ -81,7 +81,11 @@ def _draw(context: Context, before: State, state: State, drawn: Sequence[Any]) -
         drawn_map(context, pane, state, known) for pane, known in zip(state.panes, drawn, strict=False)
     ]  # fmt: skip
     points = [context.views(pane).selected(pane, state) for pane in state.panes]
-    fresh = any(known is None for known in drawn)
+    fresh = any(known is None for known in drawn) or [pane.mode for pane in state.panes] != [
+        pane.mode for pane in before.panes
+    ]  # fmt: skip
+    source = ctx.triggered_id
+    fresh = fresh or (isinstance(source, dict) and source.get("set") == "mode")
     strips = [
         _strip(context, pane, number, state) if fresh or before.points != state.points else no_update
         for number, pane in enumerate(state.panes)
@@ -92,7 +96,7 @@ def _draw(context: Context, before: State, state: State, drawn: Sequence[Any]) -
 def _strip(context: Context, pane: Pane, number: int, state: State) -> list[Any]:
     """The strip, or why there is none: the views beside it can be drawn all the same."""
     try:
-        return strip(context, pane, number, state)
+        return strip(context, pane, number, state) if pane.mode == "blocks" else []
     except FAILURES as error:
         return [said(error)]
 

@@ -10,7 +10,7 @@ from mamba_attn.explorer.context import Context
 from mamba_attn.explorer.gestures import clicked, numbers
 from mamba_attn.explorer.saying import FAILURES, said
 from mamba_attn.explorer.state import Pane, State
-from mamba_attn.explorer.words import caption, unit
+from mamba_attn.explorer.words import heading, unit
 
 _STRIP = 60  # thumbnails of chosen images
 _CONTROLS = {"pane": MATCH, "set": ALL}
@@ -140,5 +140,5 @@ def _gallery(app: dash.Dash, context: Context) -> None:
             )
             for index, (values, layer) in enumerate(zip(maps, views.source.layers, strict=True))
         ]  # fmt: skip
-        title = html.H2(f"All blocks: {caption(views.source, pane, state)}")
+        title = html.H2(f"All blocks: {heading(views.source, pane, state)}")
         return [html.Div([title, html.Span(className="space"), *saving], className="bar"), *blocks]

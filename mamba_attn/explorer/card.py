@@ -7,7 +7,7 @@ import numpy as np
 from mamba_attn.explorer.source import scans, tokens_of
 from mamba_attn.explorer.state import Pane
 from mamba_attn.explorer.views import STRONGEST, Views
-from mamba_attn.explorer.words import palette
+from mamba_attn.explorer.words import palette, signed
 from mamba_attn.figures import colours
 from mamba_attn.figures.picture import data_uri
 
@@ -66,7 +66,7 @@ def thumbnail(values: np.ndarray, pane: Pane, pixels: int = 112) -> str:
         pane: whose colours.
         pixels: of its longer side, at least.
     """
-    limits: dict[str, Any] = colours.limits(values)
+    limits: dict[str, Any] = colours.limits(values, signed(pane))
     chosen = colours.scale(values, colours=colours.BLUE_ORANGE if limits["signed"] else palette(pane), **limits)
     rgb = colours.to_rgb(values, chosen)
     factor = max(1, pixels // max(values.shape))

@@ -15,7 +15,7 @@ from mamba_attn.explorer.context import Context
 from mamba_attn.explorer.offer import colours
 from mamba_attn.explorer.saying import BLANK, FAILURES, said
 from mamba_attn.explorer.state import Pane, State
-from mamba_attn.explorer.words import caption, unit
+from mamba_attn.explorer.words import heading, legend
 
 # of the map; what else a pane says changes its colours alone, or the points
 _PICTURE = ("store", "layer", "image", "palette", "opacity", "path", "step")
@@ -104,12 +104,12 @@ def drawn_map(context: Context, pane: Pane, state: State, before: Any) -> Drawn:
     figure = changes = no_update
     try:
         if same:
-            changes = {**_packed(views.changes(pane, state)), "unit": unit(pane)}
+            changes = {**_packed(views.changes(pane, state)), "unit": legend(views.source, pane)}
         else:
             figure = views.patches(pane, state).update_layout(height=None)
     except FAILURES as error:
         return Drawn(BLANK, no_update, "Patches", said(error), _NOTHING)
-    return Drawn(figure, changes, caption(views.source, pane, state), "", [picture, values])
+    return Drawn(figure, changes, heading(views.source, pane, state), "", [picture, values])
 
 
 def _of(name: str, part: str = "view") -> dict[str, Any]:

@@ -43,12 +43,12 @@ def page(sources: Sequence[Source], state: State) -> list[Any]:
     """
     two = len(state.panes) == 2
     panes = [fitting(_source(sources, pane), pane) for pane in state.panes]
-    first = _source(sources, panes[0])
+    named = [f"{its.store.model_name} · {len(its.images)} images" for its in (_source(sources, pane) for pane in panes)]
     return [
         html.Header(
             [
                 html.H1("Attention between patches"),
-                html.Span(f"{first.store.model_name} · {len(first.images)} images", className="model"),
+                html.Span(" | ".join(dict.fromkeys(named)), className="model"),
                 html.Span(className="space"),
                 html.Button("one pane" if two else "side by side", id="compare", n_clicks=0),
                 html.Button("all blocks", id="open-gallery", n_clicks=0),
@@ -100,7 +100,7 @@ def _view(index: int, view: str, title: str, hint: str) -> html.Section:
     bar = html.Div(
         [
             html.H2(title, id={"pane": index, "title": view}), html.Span(hint, className="hint"),
-            html.Span(className="space"), *(_export(index, view, kind) for kind in ("HTML", "PNG", "NPZ")),
+            *(_export(index, view, kind) for kind in ("HTML", "PNG", "NPZ")),
         ],
         className="bar",
     )  # fmt: skip
@@ -125,7 +125,7 @@ def _export(index: int, view: str, kind: str) -> html.Button:
 
 def _controls(sources: Sequence[Source], source: Source, index: int, pane: Pane) -> html.Div:
     layers = {
-        number: f"stage {layer.stage} · block {layer.block}   {layer.layout.grid[0]} x {layer.layout.grid[1]}"
+        number: f"stage {layer.stage} · block {layer.block} · {layer.layout.grid[0]} x {layer.layout.grid[1]}"
         for number, layer in enumerate(source.layers)
     }
     routes = max(layer.routes for layer in source.layers)

@@ -16,7 +16,7 @@ from mamba_attn.explorer.offer import fitting
 from mamba_attn.explorer.scatter import of_blocks, of_patches
 from mamba_attn.explorer.source import Source, scans, tokens_of
 from mamba_attn.explorer.state import Pane, State
-from mamba_attn.explorer.words import palette, unit
+from mamba_attn.explorer.words import drawn_route, legend, palette, signed
 from mamba_attn.figures.patch_view import patch_view_changes
 
 STRONGEST = 5  # targets that are named
@@ -156,7 +156,7 @@ class Views:
         layer = self.source.layer(pane)
         number = np.full(layer.layout.tokens, -1)
         number[layer.layout.patches.numpy()] = np.arange(len(layer.layout.patches))
-        visited = number[np.asarray(layer.orders)[min(max(pane.route, 0), len(layer.orders) - 1)]]
+        visited = number[np.asarray(layer.orders)[drawn_route(self.source, pane)]]
         return np.asarray(visited[visited >= 0])
 
     def heat(self, pane: Pane, state: State) -> np.ndarray:
@@ -192,15 +192,16 @@ class Views:
             values, image=self.source.pixels(pane), order=order,
             marks=state.on_grid(tuple(layer.layout.grid)),
             step=None if order is None or not 0 < pane.step <= len(order) else pane.step, opacity=pane.opacity,
-            colours=None if (values < 0).any() else palette(pane), bar_title=unit(pane), size=size,
+            signed=signed(pane), colours=None if signed(pane) else palette(pane),
+            bar_title=legend(self.source, pane), size=size,
         )  # fmt: skip
 
     def changes(self, pane: Pane, state: State) -> dict[str, Any]:
         """Return what another selection, route or scale changes of a patch view that is drawn; as ``patches``."""
         values = self.heat(pane, state)
         marks = state.on_grid(tuple(self.source.layer(pane).layout.grid))
-        shades = None if (values < 0).any() else palette(pane)
-        return patch_view_changes(values, marks=marks, opacity=pane.opacity, colours=shades)
+        shades = None if signed(pane) else palette(pane)
+        return patch_view_changes(values, marks=marks, opacity=pane.opacity, signed=signed(pane), colours=shades)
 
     def gallery(self, pane: Pane, state: State) -> list[np.ndarray]:
         """Return the map of the selection in every layer, each on its own grid."""

@@ -1,6 +1,6 @@
 """What a pane shows, in words and colours: captions, units, palettes."""
 
-from mamba_attn.explorer.source import Source
+from mamba_attn.explorer.source import Source, scans
 from mamba_attn.explorer.state import Pane, State
 from mamba_attn.figures import colours
 
@@ -8,6 +8,36 @@ from mamba_attn.figures import colours
 def palette(pane: Pane) -> list[str]:
     """Return a pane's colours of values that are not negative."""
     return colours.CIVIDIS if pane.palette == "cividis" else colours.VIRIDIS
+
+
+def signed(pane: Pane) -> bool | None:
+    """Return True where colours are centred on zero, whatever the values; None: the values say."""
+    return True if pane.sign == "signed" and pane.normalise != "range" else None
+
+
+def of(source: Source, pane: Pane) -> str:
+    """Return of which images a pane's map is."""
+    if pane.what == "mean":
+        count = len(source.images)
+        return f"mean of {count} images" if count > 1 else "the one image"
+    name = source.image(pane).key.rpartition("/")[2]
+    return name if pane.what == "image" else f"{name} less the mean"
+
+
+def heading(source: Source, pane: Pane, state: State) -> str:
+    """Return a title of maps: what is shown, and of which images."""
+    return f"{caption(source, pane, state)} · {of(source, pane)}"
+
+
+def legend(source: Source, pane: Pane) -> str:
+    """Return what stands above a map: what its colours are, and whose path is drawn."""
+    path = f" · path of route {drawn_route(source, pane) + 1}" if pane.path and scans(source.layer(pane)) else ""
+    return f"{unit(pane)}{path}"
+
+
+def drawn_route(source: Source, pane: Pane) -> int:
+    """Return the number of the route whose path stands for the pane's: of a sum the first."""
+    return min(max(pane.route, 0), int(source.layer(pane).routes) - 1)
 
 
 def unit(pane: Pane) -> str:

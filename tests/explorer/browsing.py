@@ -1,5 +1,6 @@
 """The explorer in a real browser, for tests: gestures, and what is drawn after them."""
 
+import re
 import threading
 from contextlib import contextmanager
 
@@ -72,7 +73,7 @@ class Explorer:
         self.wait("What all patches, on average, read")
 
     def wait(self, title):
-        self.page.get_by_role("heading", name=title, exact=True).first.wait_for()
+        self.page.get_by_role("heading", name=re.compile(f"^{re.escape(title)} · ")).first.wait_for()
 
     def drawn(self, view, pane=0):
         return self.page.evaluate(DRAWN, [pane, view])

@@ -81,7 +81,24 @@ def test_a_lasso_over_blocks_opens_one_and_what_is_open_is_lit(explorer):
     explorer.drag([(x - 4, y - 4), (x + 4, y - 4), (x + 4, y + 4), (x - 4, y + 4), (x - 4, y - 4)])
     assert box["x"] <= x <= box["x"] + box["width"]
     explorer.lit([2])
-    explorer.page.locator(".segments input:checked + *", has_text="image").or_(
-        explorer.page.locator(".segments label:has(input:checked)", has_text="image")
-    ).first.wait_for()
+    explorer.page.get_by_role("heading", name="What all patches, on average, read · image_2.jpg").wait_for()
     explorer.page.locator(".list", has_text="image_2.jpg").wait_for()
+    explorer.page.locator(".strip img").wait_for()
+    explorer.choose("points", "patches")
+    explorer.points(96)
+    explorer.page.locator(".strip img").wait_for(state="detached")
+
+
+def test_side_by_side_views_line_up_and_what_cannot_be_saved_says_why(explorer):
+    page = explorer.page
+    page.get_by_role("button", name="side by side").click()
+    page.wait_for_function("document.querySelectorAll('.graph.patches .js-plotly-plot').length === 2")
+    page.get_by_text("Display", exact=True).first.click()
+    page.wait_for_timeout(300)
+    for view in ("scatter", "patches"):
+        first, second = (page.locator(f".graph.{view}").nth(pane).bounding_box() for pane in (0, 1))
+        assert first["y"] == second["y"]
+    page.get_by_text("gate", exact=True).first.click()
+    page.locator(".notice", has_text="Gate and D belong to an image").wait_for()
+    page.get_by_title("save the patches view as PNG").first.click()
+    page.locator("#message", has_text="Gate and D belong to an image").wait_for()

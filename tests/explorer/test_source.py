@@ -10,13 +10,14 @@ import mamba_attn
 from mamba_attn import images
 from mamba_attn.analytics import AttentionStore, collect
 from mamba_attn.explorer import offer
-from mamba_attn.explorer.card import card
+from mamba_attn.explorer.card import card, thumbnail
 from mamba_attn.explorer.context import Context
 from mamba_attn.explorer.interaction import after
 from mamba_attn.explorer.saying import UnavailableError
 from mamba_attn.explorer.source import Source, tokens_of
 from mamba_attn.explorer.state import Pane, State
 from mamba_attn.explorer.views import Views
+from mamba_attn.explorer.words import heading, legend
 from tests.analytics.cases import folder_of, request
 from tests.explorer.double import Double, tiny
 
@@ -209,6 +210,30 @@ def test_softmax_attention_has_no_rank_no_path_and_no_gate(store, monkeypatch):
 def test_scans_without_a_gate_say_so(store):
     with pytest.raises(UnavailableError, match="This model's scans have no gate: switch it off"):
         Source(store).read(Pane(what="image", gate=True), [0])
+
+
+def test_what_is_shown_is_said(store):
+    source, state = Source(store), State(grid=(8, 12), cells=(14,))
+    assert heading(source, Pane(), State()) == "What all patches, on average, read · mean of 4 images"
+    assert heading(source, Pane(what="image", image=2), state) == "What patch (1, 2) reads · image_2.jpg"
+    assert heading(source, Pane(what="difference"), state) == "What patch (1, 2) reads · image_0.jpg less the mean"
+    assert legend(source, Pane(path=True, sign="absolute")) == "absolute attention · path of route 1"
+    assert legend(source, Pane(path=True, route=2)) == "attention · path of route 3"
+    assert legend(source, Pane(route=2)) == "attention"
+
+
+def test_signed_colours_stay_centred_on_zero_whatever_the_values(store):
+    values = np.array([[0.0, 1.0], [2.0, 3.0]])
+    palettes = {sign: thumbnail(values, Pane(sign=sign)) for sign in ("signed", "positive")}
+    assert palettes["signed"] != palettes["positive"]
+    views = Views(Source(store))
+    views.heat = lambda *_: np.arange(96.0).reshape(8, 12)
+    heat, changes = views.patches(Pane(), State()).data[1], views.changes(Pane(), State())
+    assert heat.zmin == -heat.zmax == changes["zmin"] == -changes["zmax"]
+    heat = views.patches(Pane(sign="positive"), State()).data[1]
+    assert (heat.zmin, heat.zmax) == (0, np.percentile(np.arange(96), 99.5))
+    assert heat.colorbar.ticktext[0] == "0"
+    assert heat.colorbar.ticktext[-1] == "\N{GREATER-THAN OR EQUAL TO} 94.5"  # the largest one is beyond it
 
 
 def test_the_path_of_a_route_visits_patches_as_raster_indices(gated):

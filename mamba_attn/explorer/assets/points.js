@@ -109,12 +109,13 @@ function remap(pane, given) {
     const bytes = Uint8Array.from(atob(given.z), (letter) => letter.charCodeAt(0));
     const values = new Float32Array(bytes.buffer), z = [];
     for (let start = 0; start < values.length; start += given.width) z.push(values.slice(start, start + given.width));
-    const { zmin, zmax, colorscale, unit, x, y } = given, none = undefined;
+    const { zmin, zmax, colorscale, tickvals, ticktext, unit, x, y } = given, none = undefined;
     const heat = graph.data.findIndex((trace) => trace.type === "heatmap");
-    const drag = graph.layout.selections?.length ? { selections: [] } : {}; // its frame goes in the same stroke
+    const other = { "annotations[0].text": unit };
+    if (graph.layout.selections?.length) other.selections = []; // its frame goes in the same stroke
     Plotly.update(graph, {
       z: [z, none, none], zmin: [zmin, none, none], zmax: [zmax, none, none], colorscale: [colorscale, none, none],
-      "colorbar.title.text": [unit, none, none], x: [none, x, x], y: [none, y, y],
-    }, drag, [heat, heat + 1, heat + 2]);
+      "colorbar.tickvals": [tickvals, none, none], "colorbar.ticktext": [ticktext, none, none], x: [none, x, x], y: [none, y, y],
+    }, other, [heat, heat + 1, heat + 2]);
   });
 }
