@@ -1,6 +1,7 @@
 """The page: controls, the two linked views of every pane, the card of the patch under the pointer, the gallery."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,16 @@ KEYS = (
     ("[ ]", "previous, next block"), ("0 1 2 …", "sum, or a route"), ("m", "mean, image, difference"),
     ("v", "blocks / patches"), ("p", "path of the route"), ("?", "these keys"),
 )  # fmt: skip
+_ABOVE = (
+    "store",
+    "layer",
+    "route",
+    "mode",
+    "direction",
+    "what",
+    "image",
+    "colour",
+)  # seen without "Display", or of the mode
 
 
 def shell() -> html.Div:
@@ -177,7 +188,9 @@ def _display(source: Source, index: int, pane: Pane) -> html.Details:
         _labelled("opacity", dcc.Slider(0, 1, 0.05, value=pane.opacity, id=_id(index, "opacity"), **slider), "slider"),
         *(path if source.scans else []),
     ]
-    return html.Details([html.Summary("Display"), html.Div(controls, className="controls")], open=pane != Pane())
+    above = {name: getattr(pane, name) for name in _ABOVE}
+    changed = pane != replace(Pane(), **above)
+    return html.Details([html.Summary("Display"), html.Div(controls, className="controls")], open=changed)
 
 
 def _id(index: int, name: str) -> dict[str, Any]:

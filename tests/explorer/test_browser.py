@@ -248,7 +248,7 @@ def test_a_saved_page_draws_itself_without_a_network(explorer, browser, tmp_path
 def test_two_stores_side_by_side_each_in_its_order(browser, store):
     other = tiny(1, order="diagonal")
     with served(store, other) as address:
-        page = browser.new_page(viewport={"width": 1600, "height": 1000})
+        page = browser.new_page(viewport={"width": 1600, "height": 1400})
         opened = Explorer(page, address)
         opened.open(address)
         page.get_by_role("button", name="side by side").click()
