@@ -1,8 +1,10 @@
 """Zarr arrays of a store: tiles, checksums, and what is said when one of them is missing or damaged.
 
-Every chunk has a checksum, and what was never written reads as NaN: lost or damaged numbers are an error, never zeros.
+Every chunk has a checksum. What was never written reads as NaN, or, of whole numbers, is missed as a file: lost or
+damaged numbers are an error, never zeros.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from mamba_attn.errors import StoreError
 TILE = 256  # side of a matrix's tiles: a row or a column of 3,136 tokens touches 13 of them
 _ROWS_PER_CHUNK = 16
 _CHUNK_BYTES = 2**20
+# attribute of arrays whose chunks are all on the disk, also those of zeros alone; arrays of older stores are without it
+_WHOLE = "every chunk is a file"
 
 
 class Arrays:
@@ -53,6 +57,7 @@ class Arrays:
         self._open[name] = self._group.create_array(
             name, shape=shape, chunks=chunks, dtype=dtype, fill_value=np.nan if np.dtype(dtype).kind == "f" else 0,
             compressors=[BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"), Crc32cCodec()],
+            config={"write_empty_chunks": True}, attributes={_WHOLE: True},
         )  # fmt: skip
 
     def create_rows(self, name: str, row: tuple[int, ...], dtype: str, alone: bool = False) -> None:
@@ -109,7 +114,18 @@ class Arrays:
             raise self._damaged(name, error) from error
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise self._damaged(name, "numbers are missing")
+        if values.dtype.kind != "f" and array.attrs.get(_WHOLE):
+            self._check_files(name, array, selection)
         return values
+
+    def _check_files(self, name: str, array: Any, selection: Any) -> None:
+        """Look for the chunks of the rows that were read: zarr gives zeros for those that are lost."""
+        first = selection[0] if isinstance(selection, tuple) and selection else selection
+        rows = np.arange(array.shape[0])[first if isinstance(first, int | np.integer | slice) else slice(None)]
+        counts = [-(-side // chunk) for side, chunk in zip(array.shape[1:], array.chunks[1:], strict=True)]
+        for place in itertools.product(np.unique(rows // array.chunks[0]).tolist(), *map(range, counts)):
+            if not (self.folder / name / array.metadata.encode_chunk_key(place)).is_file():
+                raise self._damaged(name, f"chunk {place[0]} is lost")
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of an array.
@@ -121,8 +137,11 @@ class Arrays:
 
     def _array(self, name: str) -> Any:
         if name not in self._open:
+            import zarr
+
             try:
-                self._open[name] = self._group[name]
+                with zarr.config.set({"array.write_empty_chunks": True}):  # kept by the array, stored nowhere
+                    self._open[name] = self._group[name]
             except (OSError, ValueError, TypeError, KeyError) as error:
                 raise self._damaged(name, error) from error
         return self._open[name]

@@ -11,7 +11,8 @@ from mamba_attn.explorer.beside import strip
 from mamba_attn.explorer.context import Context
 from mamba_attn.explorer.drawing import drawn_map
 from mamba_attn.explorer.interaction import after
-from mamba_attn.explorer.state import State
+from mamba_attn.explorer.saying import FAILURES, said
+from mamba_attn.explorer.state import Pane, State
 
 _CONTROLS = {"pane": ALL, "set": ALL}
 
@@ -31,6 +32,7 @@ def register(app: dash.Dash, context: Context) -> None:
         Output(_every("images", "strip"), "children"),
         Output("link", "data"),
         Output("acted", "data"),
+        Output("message", "children", allow_duplicate=True),
         Input(_CONTROLS, "value"),
         *(Input(_every(view, "view"), event) for view in ("patches", "scatter") for event in _GESTURES),
         Input({"pane": ALL, "do": ALL}, "n_clicks"),
@@ -54,9 +56,10 @@ def register(app: dash.Dash, context: Context) -> None:
         state = after(context, before, source, event, add=bool(shift)) if gesture and event["value"] else before
         found = _draw(context, before, state, drawn)
         same = state.cells == before.cells and state.points == before.points and state.grid == before.grid
-        values = [_value(before, state, item["id"]) for item in controls]
+        values = [_value(state, item) for item in controls]
         at = event["value"].get("at") if source == "key" and isinstance(event["value"], dict) else no_update
-        return no_update if same else context.selection(state), values, *found, state.to_url(), at
+        chosen = no_update if same else context.selection(state)
+        return chosen, values, *found, state.to_url(), at, no_update if source is None or None in drawn else ""
 
     for function, trigger in (("acted", "acted"), ("address", "link")):
         app.clientside_callback(
@@ -78,18 +81,29 @@ def _draw(context: Context, before: State, state: State, drawn: Sequence[Any]) -
         drawn_map(context, pane, state, known) for pane, known in zip(state.panes, drawn, strict=False)
     ]  # fmt: skip
     points = [context.views(pane).selected(pane, state) for pane in state.panes]
-    fresh = any(known is None for known in drawn)
+    fresh = any(known is None for known in drawn) or [pane.mode for pane in state.panes] != [
+        pane.mode for pane in before.panes
+    ]  # fmt: skip
+    source = ctx.triggered_id
+    fresh = fresh or (isinstance(source, dict) and source.get("set") == "mode")
     strips = [
-        strip(context, pane, number, state) if fresh or before.points != state.points else no_update
+        _strip(context, pane, number, state) if fresh or before.points != state.points else no_update
         for number, pane in enumerate(state.panes)
     ]
     return [*map(list, zip(*maps, strict=True)), points, strips]
 
 
-def _value(before: State, after: State, its: dict[str, Any]) -> Any:
-    """The new value of a control, if it has one."""
-    index = min(its["pane"], len(after.panes) - 1)
-    old, new = getattr(before.panes[index], its["set"]), getattr(after.panes[index], its["set"])
-    if old == new:
-        return no_update
-    return (["on"] if new else []) if isinstance(new, bool) else new
+def _strip(context: Context, pane: Pane, number: int, state: State) -> list[Any]:
+    """The strip, or why there is none: the views beside it can be drawn all the same."""
+    try:
+        return strip(context, pane, number, state) if pane.mode == "blocks" else []
+    except FAILURES as error:
+        return [said(error)]
+
+
+def _value(state: State, control: dict[str, Any]) -> Any:
+    """The new value of a control, if it shows another: after a gesture, or when its own is not to be had."""
+    its = control["id"]
+    value = getattr(state.panes[min(its["pane"], len(state.panes) - 1)], its["set"])
+    shown = (["on"] if value else []) if isinstance(value, bool) else value
+    return no_update if shown == control.get("value") else shown

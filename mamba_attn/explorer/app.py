@@ -1,27 +1,19 @@
 """The Dash application: assembled here, with what it may serve and what it parses."""
 
-import ipaddress
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import parse_qs
 
 import dash
 from dash import Input, Output
-from flask import Response, abort, request
 
 from mamba_attn.explorer import acting, beside, drawing, export, interaction
 from mamba_attn.explorer.context import Context
+from mamba_attn.explorer.guard import guard
 from mamba_attn.explorer.page import page, shell
+from mamba_attn.explorer.saying import on_error, said
 from mamba_attn.explorer.source import Source
 from mamba_attn.explorer.state import State
-
-LARGEST = 16 * 2**20  # bytes of a request: a lasso over a hundred thousand points
-# the page runs what this process serves; WebGL figures are compiled, pictures are data: addresses
-_POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; connect-src 'self'; worker-src 'self' blob:; frame-ancestors 'none'; "
-    "form-action 'none'"
-)
 
 
 def build(stores: Sequence[Any], *, host: str = "127.0.0.1") -> dash.Dash:
@@ -40,7 +32,7 @@ def build(stores: Sequence[Any], *, host: str = "127.0.0.1") -> dash.Dash:
         raise ValueError("explore: a store without images has nothing to show; collect one with mamba-attn collect.")
     app = dash.Dash(
         __name__, title="Attention between patches", update_title="", serve_locally=True, assets_folder="assets",
-        suppress_callback_exceptions=True, compress=False,
+        suppress_callback_exceptions=True, compress=False, on_error=on_error,
     )  # fmt: skip
     app.layout = shell()
     context = Context(sources)
@@ -50,41 +42,18 @@ def build(stores: Sequence[Any], *, host: str = "127.0.0.1") -> dash.Dash:
     interaction.register(app, context)
     export.register(app, context)
 
-    @app.callback(Output("page", "children"), Output("selection", "data"), Input("address", "search"))
-    def _open(search: str | None) -> tuple[list[Any], dict[str, Any]]:
+    @app.callback(
+        Output("page", "children"), Output("selection", "data"), Output("message", "children"),
+        Input("address", "search"),
+    )  # fmt: skip
+    def _open(search: str | None) -> tuple[list[Any], dict[str, Any], str]:
         state, message = State(), ""
         try:
             given = parse_qs((search or "")[1:], max_num_fields=4).get("state", [""])[0]
             state = State.from_url(given) if given else state
         except ValueError as error:
-            message = f"{str(error)[0].upper()}{str(error)[1:]} The default view is shown."
-        return page(sources, state, message), context.selection(state)
+            message = f"{said(error)} The default view is shown."
+        return page(sources, state), context.selection(state), message
 
-    _guard(app, host)
+    guard(app, host)
     return app
-
-
-def _guard(app: dash.Dash, host: str) -> None:
-    server = app.server
-    server.config["MAX_CONTENT_LENGTH"] = LARGEST
-    local = _loopback(host)
-
-    @server.before_request
-    def _names() -> None:
-        if local and not _loopback(request.host.rpartition(":")[0] if ":" in request.host[-6:] else request.host):
-            abort(403, "This explorer answers to 127.0.0.1 and localhost only.")
-
-    @server.after_request
-    def _headers(response: Response) -> Response:
-        response.headers["Content-Security-Policy"] = _POLICY
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["Referrer-Policy"] = "no-referrer"
-        return response
-
-
-def _loopback(name: str) -> bool:
-    bare = name.strip("[]")
-    try:
-        return ipaddress.ip_address(bare).is_loopback
-    except ValueError:
-        return bare == "localhost"

@@ -8,9 +8,9 @@ from dash import ALL, MATCH, ClientsideFunction, Input, Output, ctx, html, no_up
 from mamba_attn.explorer.card import card, thumbnail
 from mamba_attn.explorer.context import Context
 from mamba_attn.explorer.gestures import clicked, numbers
-from mamba_attn.explorer.source import UnavailableError
+from mamba_attn.explorer.saying import FAILURES, said
 from mamba_attn.explorer.state import Pane, State
-from mamba_attn.explorer.views import caption, unit
+from mamba_attn.explorer.words import heading, unit
 
 _STRIP = 60  # thumbnails of chosen images
 _CONTROLS = {"pane": MATCH, "set": ALL}
@@ -47,10 +47,7 @@ def _card(app: dash.Dash, context: Context) -> None:
             pairs = views.points(pane).pairs
             found = numbers(over_points, 0 if pairs is None else len(pairs))
             return [] if pairs is None or not found else _image(context, pane, *pairs[found[0]].tolist())
-        try:
-            return _words(card(views, pane, cells[0]), pane) if cells else []
-        except UnavailableError as error:
-            return str(error)
+        return _words(card(views, pane, cells[0]), pane) if cells else []
 
 
 def _words(found: Any, pane: Pane) -> list[Any]:
@@ -128,8 +125,8 @@ def _gallery(app: dash.Dash, context: Context) -> None:
         views, state = context.views(pane), context.state([pane], selection)
         try:
             maps = views.gallery(pane, state)
-        except UnavailableError as error:
-            return str(error)
+        except FAILURES as error:
+            return said(error)
         current = min(pane.layer, len(maps) - 1)
         saving = [
             html.Button(kind, id={"pane": 0, "export": f"gallery-{kind}"}, n_clicks=0, className="quiet",
@@ -143,5 +140,5 @@ def _gallery(app: dash.Dash, context: Context) -> None:
             )
             for index, (values, layer) in enumerate(zip(maps, views.source.layers, strict=True))
         ]  # fmt: skip
-        title = html.H2(f"All blocks: {caption(views.source, pane, state)}")
+        title = html.H2(f"All blocks: {heading(views.source, pane, state)}")
         return [html.Div([title, html.Span(className="space"), *saving], className="bar"), *blocks]

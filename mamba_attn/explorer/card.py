@@ -4,9 +4,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mamba_attn.explorer.source import tokens_of
+from mamba_attn.explorer.source import scans, tokens_of
 from mamba_attn.explorer.state import Pane
-from mamba_attn.explorer.views import STRONGEST, Views, palette
+from mamba_attn.explorer.views import STRONGEST, Views
+from mamba_attn.explorer.words import palette, signed
 from mamba_attn.figures import colours
 from mamba_attn.figures.picture import data_uri
 
@@ -51,9 +52,9 @@ def card(views: Views, pane: Pane, cell: int) -> Card:
     order = np.argsort(-np.abs(values), axis=None, kind="stable")[:STRONGEST]
     strongest = [(int(at) // width, int(at) % width, float(values.flat[at])) for at in order]
     ranks: list[int | None] = [
-        None if np.isnan(rank) else int(rank) + 1 for rank in (views.ranks(pane)[:, cell] if len(layer.orders) else [])
+        None if np.isnan(rank) else int(rank) + 1 for rank in (views.ranks(pane)[:, cell] if scans(layer) else [])
     ]
-    steps = np.asarray(layer.orders).shape[-1] if len(layer.orders) else 0
+    steps = np.asarray(layer.orders).shape[-1] if scans(layer) else 0
     return Card(cell // width, cell % width, ranks, steps, strongest, thumbnail(values, pane))
 
 
@@ -65,7 +66,7 @@ def thumbnail(values: np.ndarray, pane: Pane, pixels: int = 112) -> str:
         pane: whose colours.
         pixels: of its longer side, at least.
     """
-    limits: dict[str, Any] = colours.limits(values)
+    limits: dict[str, Any] = colours.limits(values, signed(pane))
     chosen = colours.scale(values, colours=colours.BLUE_ORANGE if limits["signed"] else palette(pane), **limits)
     rgb = colours.to_rgb(values, chosen)
     factor = max(1, pixels // max(values.shape))

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from werkzeug.exceptions import BadRequest
+
+from mamba_attn.explorer.offer import fitting
 from mamba_attn.explorer.source import Source
 from mamba_attn.explorer.state import Pane, State
 from mamba_attn.explorer.views import Views
@@ -24,10 +27,12 @@ class Context:
         return self._views[min(max(pane.store, 0), len(self._views) - 1)]
 
     def pane(self, inputs: Any) -> Pane:
-        """Return the pane that controls say, from one entry of ``ctx.inputs_list`` or ``ctx.states_list``.
+        """Return the pane that controls say, as far as its store has it.
 
-        Raises:
-            ValueError: a value that no control has.
+        Args:
+            inputs: one entry of ``ctx.inputs_list`` or ``ctx.states_list``.
+
+        A value that no control has ends the request, 400.
         """
         given = {item["id"]["set"]: item.get("value") for item in inputs}
         plain = Pane()
@@ -36,7 +41,11 @@ class Context:
                 given[name] = value == ["on"]
             elif value is None:
                 del given[name]
-        return Pane.parsed(given)
+        try:
+            pane = Pane.parsed(given)
+        except ValueError as error:
+            raise BadRequest(str(error)) from error
+        return fitting(self.views(pane).source, pane)
 
     def panes(self, inputs: Any) -> tuple[Pane, ...]:
         """Return all panes that the page's controls say, in order."""
@@ -46,13 +55,15 @@ class Context:
     def state(self, panes: Sequence[Pane], selection: Any) -> State:
         """Return the state of panes and of the store "selection".
 
-        Raises:
-            ValueError: a selection that is none.
+        A selection that is none ends the request, 400.
         """
         plain = State().to_json()
-        return State.from_json(
-            {**plain, **(selection or {}), "panes": [State(panes=(pane,)).to_json()["panes"][0] for pane in panes]}
-        )
+        given = selection if isinstance(selection, dict) else {}
+        panes_said = [State(panes=(pane,)).to_json()["panes"][0] for pane in panes]
+        try:
+            return State.from_json({**plain, **given, "panes": panes_said})
+        except ValueError as error:
+            raise BadRequest(str(error)) from error
 
     @staticmethod
     def selection(state: State) -> dict[str, Any]:

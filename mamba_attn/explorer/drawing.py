@@ -12,12 +12,16 @@ from dash import ALL, MATCH, ClientsideFunction, Input, Output, ctx, no_update
 
 from mamba_attn.explorer.canvas import on_canvas
 from mamba_attn.explorer.context import Context
-from mamba_attn.explorer.source import UnavailableError
+from mamba_attn.explorer.offer import colours
+from mamba_attn.explorer.saying import BLANK, FAILURES, said
 from mamba_attn.explorer.state import Pane, State
-from mamba_attn.explorer.views import caption, unit
+from mamba_attn.explorer.words import heading, legend
 
 # of the map; what else a pane says changes its colours alone, or the points
 _PICTURE = ("store", "layer", "image", "palette", "opacity", "path", "step")
+
+
+_NOTHING = "nothing"  # the key of a view that could not be drawn: the next change tries again
 
 
 class Drawn(NamedTuple):
@@ -55,14 +59,23 @@ def register(app: dash.Dash, context: Context) -> None:
         layer = views.source.layer(pane)
         # what the points depend on; a change of anything else leaves them where they are
         key = [pane.store, pane.mode, layer.stage if pane.mode == "blocks" else layer.name, pane.method, pane.colour]
+        key += [] if pane.method == "pca" else [pane.first]
         key += [] if pane.mode == "blocks" else [views.source.route(pane), pane.direction]
         if key == drawn:
             return no_update, no_update, no_update, no_update
         try:
             figure = on_canvas(views.scatter(pane, State()))
-        except (ImportError, ValueError) as error:
-            return {}, "Points", str(error), None
+        except (*FAILURES, ValueError) as error:  # ValueError: too few points
+            return BLANK, "Points", said(error), None
         return figure.update_layout(height=None, uirevision=str(key)), views.points(pane).about, "", key
+
+    @app.callback(
+        Output({"pane": MATCH, "set": "colour"}, "options"), Input({"pane": MATCH, "set": "mode"}, "value"),
+        dash.State({"pane": MATCH, "built": "store"}, "data"), prevent_initial_call=True,
+    )  # fmt: skip
+    def _colours(mode: str, store: int) -> Any:
+        pane = Pane.parsed({"mode": mode, "store": store})
+        return [{"label": each, "value": each} for each in colours(context.views(pane).source, pane.mode)]
 
     app.clientside_callback(
         ClientsideFunction("explorer", "light"), Output(_of("points", "shone"), "data"),
@@ -91,12 +104,12 @@ def drawn_map(context: Context, pane: Pane, state: State, before: Any) -> Drawn:
     figure = changes = no_update
     try:
         if same:
-            changes = {**_packed(views.changes(pane, state)), "unit": unit(pane)}
+            changes = {**_packed(views.changes(pane, state)), "unit": legend(views.source, pane)}
         else:
             figure = views.patches(pane, state).update_layout(height=None)
-    except UnavailableError as error:
-        return Drawn(no_update, no_update, no_update, str(error), no_update)
-    return Drawn(figure, changes, caption(views.source, pane, state), "", [picture, values])
+    except FAILURES as error:
+        return Drawn(BLANK, no_update, "Patches", said(error), _NOTHING)
+    return Drawn(figure, changes, heading(views.source, pane, state), "", [picture, values])
 
 
 def _of(name: str, part: str = "view") -> dict[str, Any]:
@@ -107,7 +120,7 @@ def _key(pane: Pane, state: State) -> list[str]:
     """What the picture below the map is of, and what the map is of; short, as it goes to the page and back."""
     fields = asdict(pane)
     picture = [fields.pop(name) for name in _PICTURE] + [pane.route if pane.path else None]
-    for name in ("mode", "method", "colour"):
+    for name in ("mode", "method", "first", "colour"):
         fields.pop(name)
     rest = [*fields.values(), state.grid, state.cells]
     return [hashlib.sha256(json.dumps(each).encode()).hexdigest()[:16] for each in (picture, rest)]

@@ -12,9 +12,9 @@ from dash.exceptions import PreventUpdate
 
 from mamba_attn import figures
 from mamba_attn.explorer.context import Context
-from mamba_attn.explorer.source import UnavailableError
 from mamba_attn.explorer.state import Pane, State
-from mamba_attn.explorer.views import Views, caption, palette
+from mamba_attn.explorer.views import Views
+from mamba_attn.explorer.words import caption, of, palette, signed
 from mamba_attn.figures.colours import BLUE_ORANGE
 
 _CONFIG = {"displaylogo": False, "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]]}
@@ -37,14 +37,12 @@ def register(app: dash.Dash, context: Context) -> None:
         pane = panes[min(ctx.triggered_id["pane"], len(panes) - 1)]
         state, views = context.state([pane], selection), context.views(pane)
         name = f"mamba_attn_{view}"
-        try:
-            if kind == "HTML":
-                return {"content": as_html(views, pane, state, view), "filename": f"{name}.html"}, no_update
-            if kind == "NPZ":
-                return dcc.send_bytes(as_npz(views, pane, state, view), f"{name}.npz"), no_update
-            figure = as_figure(views, pane, state, view)
-        except UnavailableError as error:  # the view says why; there is nothing to save
-            raise PreventUpdate from error
+        # where there is nothing to save, the page says why: see saying
+        if kind == "HTML":
+            return {"content": as_html(views, pane, state, view), "filename": f"{name}.html"}, no_update
+        if kind == "NPZ":
+            return dcc.send_bytes(as_npz(views, pane, state, view), f"{name}.npz"), no_update
+        figure = as_figure(views, pane, state, view)
         size = {"width": figure.layout.width or 720, "height": figure.layout.height}
         return no_update, {"figure": figure, "filename": name, "format": "png", "scale": 2, **size}
 
@@ -69,15 +67,14 @@ def as_figure(views: Views, pane: Pane, state: State, view: str) -> go.Figure:
     if view == "gallery":
         names = [f"stage {layer.stage} · block {layer.block}" for layer in views.source.layers]
         maps = views.gallery(pane, state)
-        signed = any(bool((values < 0).any()) for values in maps)
-        colours = BLUE_ORANGE if signed else palette(pane)
+        colours = BLUE_ORANGE if signed(pane) else palette(pane)
         figure = figures.layer_grid(
-            views.source.pixels(pane), maps, names, opacity=pane.opacity, signed=signed, colours=colours
+            views.source.pixels(pane), maps, names, opacity=pane.opacity, signed=bool(signed(pane)), colours=colours
         )
     else:
         figure = getattr(views, view)(pane, state, 640)
     title = {"text": "<br>".join(textwrap.wrap(_title(views, pane, state, view), 92)), "font": {"size": 14}}
-    return figure.update_layout(title=title, margin={"t": 64})
+    return figure.update_layout(title=title, margin={"t": 84})
 
 
 def as_html(views: Views, pane: Pane, state: State, view: str) -> str:
@@ -110,10 +107,9 @@ def as_npz(views: Views, pane: Pane, state: State, view: str) -> bytes:
 
 def _title(views: Views, pane: Pane, state: State, view: str) -> str:
     source, layer = views.source, views.source.layer(pane)
-    of = source.image(pane).key if pane.what == "image" else f"{pane.what} of {len(source.images)} images"
     what = views.points(pane).about if view == "scatter" else caption(source, pane, state)
     route = source.route(pane)
     named = "all routes" if route == "sum" else f"route {int(route) + 1}"
     if view == "gallery":
-        return f"{source.store.model_name}, all blocks, {named}: {what} ({of})"
-    return f"{source.store.model_name}, stage {layer.stage}, block {layer.block}, {named}: {what} ({of})"
+        return f"{source.store.model_name}, all blocks, {named}: {what} ({of(source, pane)})"
+    return f"{source.store.model_name}, stage {layer.stage}, block {layer.block}, {named}: {what} ({of(source, pane)})"

@@ -11,6 +11,7 @@ from mamba_attn.explorer.context import Context
 from mamba_attn.explorer.gestures import clicked, dragged, enclosed, moved, numbers
 from mamba_attn.explorer.page import page
 from mamba_attn.explorer.state import CHOICES, State
+from mamba_attn.explorer.views import Views
 
 _CONTROLS = {"pane": ALL, "set": ALL}
 _KEYS = 32  # of one message
@@ -54,7 +55,11 @@ def after(context: Context, state: State, source: Any, event: dict[str, Any], *,
     found = enclosed(value, points.xy) if drag else numbers(value, len(points.xy))
     if points.pairs is None:
         return _cells(state, grid, found, add, drag)
-    return _pairs(state, index, [(int(layer), int(image)) for layer, image in points.pairs[found]], add, drag)
+    if not found:
+        return state
+    pairs = [(int(layer), int(image)) for layer, image in points.pairs[found]]
+    chosen = _joined(list(state.points), pairs, drag) if add else pairs
+    return _opened(replace(state, points=tuple(chosen)), views, index, clicked=not add and not drag)
 
 
 def _cells(state: State, grid: tuple[int, int], cells: list[int], add: bool, drag: bool) -> State:
@@ -65,13 +70,13 @@ def _cells(state: State, grid: tuple[int, int], cells: list[int], add: bool, dra
     return replace(state, grid=grid, cells=tuple(cells))
 
 
-def _pairs(state: State, index: int, pairs: list[tuple[int, int]], add: bool, drag: bool) -> State:
-    if not pairs:
+def _opened(state: State, views: Views, index: int, clicked: bool) -> State:
+    """The patch view on a chosen point: on the one that was clicked, else on the first, unless it shows one of them."""
+    pane = state.panes[index]
+    if not state.points or (not clicked and pane.what != "mean" and views.open_points(pane)[0] in state.points):
         return state
-    if add:
-        return replace(state, points=tuple(_joined(list(state.points), pairs, drag)))
-    state = replace(state, points=tuple(pairs))
-    return state if drag else state.with_pane(index, layer=pairs[0][0], image=pairs[0][1], what="image")
+    layer, image = state.points[0]
+    return state.with_pane(index, layer=layer, image=image, what="image")
 
 
 def _joined(before: list[Any], new: list[Any], drag: bool) -> list[Any]:

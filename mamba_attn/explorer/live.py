@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mamba_attn import images, ops
+from mamba_attn.explorer.saying import UnavailableError
 from mamba_attn.layers import Layer, ScanLayer
 from mamba_attn.scan import ScanRecord
 from mamba_attn.tracing import Trace, trace
@@ -44,6 +45,10 @@ class Live:
             direction: "row" or "column".
             gate: weigh rows by the gate, where the mixer has one.
             skip: add D, times the gate if that is on, to the diagonal.
+
+        Raises:
+            UnavailableError: the layer has no gate, or no D.
+            MambaAttnError: the model cannot be built, e.g. as its weights moved.
         """
         with self._lock:
             record = self._trace(image)[layer]
@@ -66,16 +71,21 @@ class Live:
 
 
 def _product(layer: Layer, vector: Tensor, route: str | int, direction: str, gate: bool, skip: bool) -> Tensor:
-    if not isinstance(layer, ScanLayer):  # softmax attention has neither gate nor D
+    if not isinstance(layer, ScanLayer):
+        if gate or skip:
+            raise UnavailableError("Softmax attention has neither a gate nor D: switch them off for this block.")
         matrix = layer.attention()
         return (vector[:, None] @ matrix)[:, 0] if direction == "row" else (matrix @ vector[..., None])[..., 0]
     scan = layer.scan
     if isinstance(route, int):
         scan = scan.select_routes(slice(route, route + 1))
+    lacking = "gate" if gate and scan.gate is None else "D" if skip and scan.D is None else ""
+    if lacking:
+        raise UnavailableError(f"This model's scans have no {lacking}: switch it off.")
     weight = scan.gate if gate else None
     product = ops.left_product if direction == "row" else ops.right_product
     values = product(scan, vector=vector, row_weight=weight)
-    return values + vector * _skip(scan, weight) if skip and scan.D is not None else values
+    return values + vector * _skip(scan, weight) if skip else values
 
 
 def _skip(scan: ScanRecord, weight: Tensor | None) -> Tensor:

@@ -1,14 +1,15 @@
 """The page: controls, the two linked views of every pane, the card of the patch under the pointer, the gallery."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dash import dcc, html
 
+from mamba_attn.explorer.offer import colours, fitting
 from mamba_attn.explorer.source import Source, others
 from mamba_attn.explorer.state import CHOICES, Pane, State
-from mamba_attn.explorer.views import COLOURS
 
 MANY = 2000  # images that the list offers; the others can be reached by a click on their point
 LABELS = {
@@ -20,6 +21,16 @@ KEYS = (
     ("[ ]", "previous, next block"), ("0 1 2 …", "sum, or a route"), ("m", "mean, image, difference"),
     ("v", "blocks / patches"), ("p", "path of the route"), ("?", "these keys"),
 )  # fmt: skip
+_ABOVE = (
+    "store",
+    "layer",
+    "route",
+    "mode",
+    "direction",
+    "what",
+    "image",
+    "colour",
+)  # seen without "Display", or of the mode
 
 
 def shell() -> html.Div:
@@ -29,46 +40,49 @@ def shell() -> html.Div:
             dcc.Location(id="address", refresh=False), dcc.Store(id="selection", data={}), dcc.Store(id="link"),
             dcc.Store(id="key"), dcc.Store(id="written"), dcc.Store(id="acted"), dcc.Store(id="shift"),
             dcc.Store(id="gallery-of"), dcc.Store(id="picture"), dcc.Download(id="file"),
-            html.Main(id="page"),
+            html.Main([html.P(id="message", role="status", className="message"), html.Div(id="page")]),
         ]
     )  # fmt: skip
 
 
-def page(sources: Sequence[Source], state: State, message: str = "") -> list[Any]:
+def page(sources: Sequence[Source], state: State) -> list[Any]:
     """Return the page of a state.
 
     Args:
         sources: of the stores that are open.
         state: what to show.
-        message: a sentence on top, e.g. about an address that could not be read.
     """
     two = len(state.panes) == 2
-    first = sources[min(state.panes[0].store, len(sources) - 1)]
+    panes = [fitting(_source(sources, pane), pane) for pane in state.panes]
+    named = [f"{its.store.model_name} · {len(its.images)} images" for its in (_source(sources, pane) for pane in panes)]
     return [
         html.Header(
             [
                 html.H1("Attention between patches"),
-                html.Span(f"{first.store.model_name} · {len(first.images)} images", className="model"),
+                html.Span(" | ".join(dict.fromkeys(named)), className="model"),
                 html.Span(className="space"),
                 html.Button("one pane" if two else "side by side", id="compare", n_clicks=0),
                 html.Button("all blocks", id="open-gallery", n_clicks=0),
                 html.Button("keys", id="open-keys", n_clicks=0, title="?"),
             ]
         ),
-        html.P(message, id="message", role="status", className="message"),
         html.Dl(
             [item for key, what in KEYS for item in (html.Dt(key), html.Dd(what))], id="keys", className="keys hidden"
         ),
         html.Section(id="gallery", className="gallery hidden"),
         html.Div(
-            [_pane(sources, index, pane) for index, pane in enumerate(state.panes)],
+            [_pane(sources, index, pane) for index, pane in enumerate(panes)],
             className="panes two" if two else "panes one",
         ),
     ]
 
 
+def _source(sources: Sequence[Source], pane: Pane) -> Source:
+    return sources[min(max(pane.store, 0), len(sources) - 1)]
+
+
 def _pane(sources: Sequence[Source], index: int, pane: Pane) -> html.Article:
-    source = sources[min(pane.store, len(sources) - 1)]
+    source = _source(sources, pane)
     views = html.Div(
         [
             _view(index, "scatter", "Points", "click, or drag a lasso"),
@@ -97,7 +111,7 @@ def _view(index: int, view: str, title: str, hint: str) -> html.Section:
     bar = html.Div(
         [
             html.H2(title, id={"pane": index, "title": view}), html.Span(hint, className="hint"),
-            html.Span(className="space"), *(_export(index, view, kind) for kind in ("HTML", "PNG", "NPZ")),
+            *(_export(index, view, kind) for kind in ("HTML", "PNG", "NPZ")),
         ],
         className="bar",
     )  # fmt: skip
@@ -122,7 +136,7 @@ def _export(index: int, view: str, kind: str) -> html.Button:
 
 def _controls(sources: Sequence[Source], source: Source, index: int, pane: Pane) -> html.Div:
     layers = {
-        number: f"stage {layer.stage} · block {layer.block}   {layer.layout.grid[0]} x {layer.layout.grid[1]}"
+        number: f"stage {layer.stage} · block {layer.block} · {layer.layout.grid[0]} x {layer.layout.grid[1]}"
         for number, layer in enumerate(source.layers)
     }
     routes = max(layer.routes for layer in source.layers)
@@ -155,23 +169,28 @@ def _store_names(sources: Sequence[Source]) -> dict[int, str]:
 
 
 def _display(source: Source, index: int, pane: Pane) -> html.Details:
-    colours = {name: name for name in dict.fromkeys((*COLOURS["patches"], *COLOURS["blocks"]))}
     steps = max((len(layer.orders[0]) for layer in source.layers if len(layer.orders)), default=1)
     slider = {"updatemode": "drag", "marks": None, "tooltip": {"placement": "bottom"}, "allow_direct_input": False}
-    controls = [
-        _choice(index, "sign", "values", _named("sign"), pane.sign),
-        _choice(index, "normalise", "scaled", _named("normalise"), pane.normalise),
-        _switches(index, {"log": "log", "gate": "gate", "skip": "D"}, pane),
-        _choice(index, "method", "reduction", _named("method"), pane.method),
-        _list(index, "colour", "colour of points", colours, pane.colour),
-        _choice(index, "palette", "map", _named("palette"), pane.palette),
-        _labelled("opacity", dcc.Slider(0, 1, 0.05, value=pane.opacity, id=_id(index, "opacity"), **slider), "slider"),
+    path = [
         _switches(index, {"path": "scan path"}, pane),
         _labelled(
             "steps of it (0: all)", dcc.Slider(0, steps, 1, value=pane.step, id=_id(index, "step"), **slider), "slider"
         ),
     ]
-    return html.Details([html.Summary("Display"), html.Div(controls, className="controls")], open=pane != Pane())
+    controls = [
+        _choice(index, "sign", "values", _named("sign"), pane.sign),
+        _choice(index, "normalise", "scaled", _named("normalise"), pane.normalise),
+        _switches(index, {"log": "log", **({"gate": "gate", "skip": "D"} if source.scans else {})}, pane),
+        _choice(index, "method", "reduction", _named("method"), pane.method),
+        _switches(index, {"first": "PCA to 100 first"}, pane),
+        _list(index, "colour", "colour of points", {each: each for each in colours(source, pane.mode)}, pane.colour),
+        _choice(index, "palette", "map", _named("palette"), pane.palette),
+        _labelled("opacity", dcc.Slider(0, 1, 0.05, value=pane.opacity, id=_id(index, "opacity"), **slider), "slider"),
+        *(path if source.scans else []),
+    ]
+    above = {name: getattr(pane, name) for name in _ABOVE}
+    changed = pane != replace(Pane(), **above)
+    return html.Details([html.Summary("Display"), html.Div(controls, className="controls")], open=changed)
 
 
 def _id(index: int, name: str) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from mamba_attn.analytics import NotStoredError
-from mamba_attn.errors import MambaAttnError
 from mamba_attn.explorer.live import Live
+from mamba_attn.explorer.saying import UnavailableError
 from mamba_attn.explorer.state import Pane
+from mamba_attn.layers import ScanLayer
 
 if TYPE_CHECKING:
     from mamba_attn.layout import TokenLayout
@@ -19,10 +20,6 @@ if TYPE_CHECKING:
 _REMEMBERED = 256 * 2**20  # bytes of matrices and pictures
 _BAND = 256  # rows, or columns, read at once: as many as the tiles that one of them lies in hold anyway
 Item = TypeVar("Item")
-
-
-class UnavailableError(MambaAttnError):
-    """Something that this store and model cannot show; the message is for the page."""
 
 
 class Source:
@@ -38,6 +35,11 @@ class Source:
         self.images = list(store.images)
         self._kept: OrderedDict[Hashable, np.ndarray] = OrderedDict()
         self._lock = RLock()
+
+    @cached_property
+    def scans(self) -> bool:
+        """Whether any layer scans its tokens, and so has routes, a path, perhaps a gate and D."""
+        return any(scans(layer) for layer in self.layers)
 
     @cached_property
     def live(self) -> Live:
@@ -145,6 +147,11 @@ class Source:
             while len(self._kept) > 1 and sum(each.nbytes for each in self._kept.values()) > _REMEMBERED:
                 self._kept.popitem(last=False)
             return made
+
+
+def scans(layer: Any) -> bool:
+    """Return whether a layer scans its tokens; softmax attention reads them in no order."""
+    return bool(layer.kind == ScanLayer.kind)
 
 
 def others(layout: "TokenLayout") -> list[int]:

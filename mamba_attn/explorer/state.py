@@ -8,10 +8,17 @@ from typing import Any, Self
 
 import numpy as np
 
+from mamba_attn.explorer import runs
+
 LONGEST = 20_000  # characters of an address that are parsed
 _LARGEST = 2**20  # bytes of JSON in it
 _CELLS = 2**16  # chosen cells, or points
 
+# what points' colours can mean: a block's patches are of one stage, and their mean is of all classes
+COLOURS: dict[str, tuple[str, ...]] = {
+    "patches": ("column", "row", "rank"),
+    "blocks": ("block", "class", "predicted"),
+}
 CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("blocks", "patches"),
     "direction": ("row", "column"),
@@ -19,7 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "normalise": ("none", "largest", "range", "sum"),
     "what": ("mean", "image", "difference"),
     "method": ("pca", "tsne", "umap"),
-    "colour": ("column", "row", "rank", "class", "block", "stage"),
+    "colour": tuple(name for names in COLOURS.values() for name in names),
     "palette": ("viridis", "cividis"),
 }
 
@@ -42,6 +49,7 @@ class Pane:
         gate: weigh rows by the mixer's gate; of an image only.
         skip: add D to the diagonal; of an image only.
         method: of dimension reduction.
+        first: t-SNE and UMAP are given the first 100 principal components instead of the features.
         colour: what the points' colours mean.
         palette: of values that are not negative.
         opacity: of the map over the image.
@@ -62,6 +70,7 @@ class Pane:
     gate: bool = False
     skip: bool = False
     method: str = "pca"
+    first: bool = True
     colour: str = "column"
     palette: str = "viridis"
     opacity: float = 0.9
@@ -134,9 +143,12 @@ class State:
         return cls(tuple(Pane.parsed(pane) for pane in panes), (height, width), cells, points)  # type: ignore[arg-type]
 
     def to_url(self) -> str:
-        """Return the state as letters that an address may have."""
-        packed = zlib.compress(json.dumps(self.to_json(), separators=(",", ":")).encode(), 9)
-        return base64.urlsafe_b64encode(packed).decode("ascii").rstrip("=")
+        """Return the state as letters that an address may have; without a choice that is too long for one."""
+        given = self.to_json()
+        given |= {"cells": runs.packed(self.cells), "points": runs.packed_pairs(self.points)}
+        packed = zlib.compress(json.dumps(given, separators=(",", ":")).encode(), 9)
+        text = base64.urlsafe_b64encode(packed).decode("ascii").rstrip("=")
+        return text if len(text) <= LONGEST else replace(self, cells=(), points=()).to_url()
 
     @classmethod
     def from_url(cls, text: str) -> Self:
@@ -153,7 +165,7 @@ class State:
             raw = unpacker.decompress(packed, _LARGEST)
             if unpacker.unconsumed_tail:
                 raise ValueError(f"more than {_LARGEST} bytes")
-            return cls.from_json(json.loads(raw))
+            return cls.from_json(_unpacked(json.loads(raw)))
         except (ValueError, zlib.error, RecursionError) as error:  # ValueError includes base64's and JSON's
             raise ValueError(f"the state in the address cannot be read ({error}).") from error
 
@@ -182,6 +194,18 @@ class State:
         # and the new cells that hold an old one's centre, where the new ones are larger
         there[((rows + 0.5) * grid[0] / height).astype(int), ((columns + 0.5) * grid[1] / width).astype(int)] = True
         return [int(cell) for cell in np.flatnonzero(there)]
+
+
+def _unpacked(given: Any) -> Any:
+    """JSON with lists for runs; older addresses have lists."""
+    if not isinstance(given, dict):
+        return given
+    cells, points = given.get("cells"), given.get("points")
+    if isinstance(cells, str):
+        given = {**given, "cells": runs.unpacked(cells, _CELLS)}
+    if isinstance(points, dict):
+        given = {**given, "points": runs.unpacked_pairs(points, _CELLS)}
+    return given
 
 
 def _checked(name: str, value: Any, default: Any) -> Any:

@@ -12,17 +12,18 @@ import torch
 from mamba_attn import figures
 from mamba_attn.analytics.embed import embed
 from mamba_attn.analytics.projection import SIZE, feature_size, project
-from mamba_attn.explorer.source import Source, tokens_of
+from mamba_attn.explorer.offer import fitting
+from mamba_attn.explorer.scatter import of_blocks, of_patches
+from mamba_attn.explorer.source import Source, scans, tokens_of
 from mamba_attn.explorer.state import Pane, State
-from mamba_attn.figures import colours
+from mamba_attn.explorer.words import drawn_route, legend, palette, signed
 from mamba_attn.figures.patch_view import patch_view_changes
 
 STRONGEST = 5  # targets that are named
-COLOURS = {"patches": ("column", "row", "rank"), "blocks": ("block", "class", "predicted")}
 _POINTS = 1  # raised when points are made in another way: those in caches are then made again
 _WHOLE = 2**27  # numbers of features, half a gigabyte; beyond it each row is projected to 4,096
+_FIRST = 100  # principal components for t-SNE and UMAP, as in arXiv 2502.20764
 _AT_ONCE = 16  # rows of features that are read together
-_SIZES = (5.0, 13.0)  # pixels, of the first and the last row
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,7 @@ class Views:
             key: tuple[Any, ...] = ("blocks", layer.stage, pane.method)
         else:
             key = ("patches", layer.name, source.route(pane), pane.direction, pane.method)
+        key += () if pane.first or pane.method == "pca" else ("all features",)
         if key not in self._points:
             self._points[key] = self._made(pane, key)
         return self._points[key]
@@ -79,7 +81,7 @@ class Views:
         known = source.store.embedding(name)
         if known is not None and known[0].shape == (count, 2):
             return Points(known[0], pairs, about)
-        xy, how = embed(self._features(pane), pane.method)
+        xy, how = embed(self._features(pane), pane.method, first=_FIRST if pane.first else None)
         with suppress(OSError):  # a store that cannot be written has its points made anew each time
             source.store.save_embedding(name, xy, how)
         return Points(xy, pairs, about)
@@ -108,14 +110,20 @@ class Views:
         return np.array([(index, image) for index in self.source.stage(pane) for image in images])
 
     def selected(self, pane: Pane, state: State) -> list[int]:
-        """Return the numbers of the points that the selection means."""
+        """Return the numbers of the points that the selection means; of blocks, without one, those that are shown."""
         if pane.mode == "patches":
             return state.on_grid(tuple(self.source.layer(pane).layout.grid))
         pairs = self.pairs(pane)
-        wanted = set(state.points)
-        if pairs is None or not wanted:
+        wanted = set(state.points) or set(self.open_points(pane))
+        if pairs is None:
             return []
         return [index for index, pair in enumerate(pairs.tolist()) if tuple(pair) in wanted]
+
+    def open_points(self, pane: Pane) -> list[tuple[int, int]]:
+        """Return the (layer, image) pairs that the patch view shows: of a mean, all of its images."""
+        source = self.source
+        images = range(len(source.images)) if pane.what == "mean" else [min(pane.image, len(source.images) - 1)]
+        return [(min(pane.layer, len(source.layers) - 1), image) for image in images]
 
     def scatter(self, pane: Pane, state: State, size: int = 460) -> go.Figure:
         """Return the scatterplot view.
@@ -126,39 +134,14 @@ class Views:
             size: height in pixels.
         """
         points = self.points(pane)
-        colour = pane.colour if pane.colour in COLOURS[pane.mode] else COLOURS[pane.mode][0]
+        colour = fitting(self.source, pane).colour
         method = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}[pane.method]
         shared = {
             "selected": self.selected(pane, state), "axes": (f"{method} 1", f"{method} 2"), "size": size,
         }  # fmt: skip
         if points.pairs is not None:
-            return self._scatter_blocks(points.xy, points.pairs, colour, shared)
-        return self._scatter_patches(pane, points.xy, colour, shared)
-
-    def _scatter_blocks(self, xy: np.ndarray, pairs: np.ndarray, colour: str, shared: dict[str, Any]) -> go.Figure:
-        kinds, texts = [], []
-        for index, number in pairs.tolist():
-            layer, image = self.source.layers[index], self.source.images[number]
-            kinds.append(
-                {
-                    "block": f"block {layer.block}",
-                    "class": "not known" if image.label is None else str(image.label),
-                }.get(colour, str(image.predicted))
-            )
-            texts.append(f"stage {layer.stage}, block {layer.block}<br>{image.key}")
-        sizes = np.full(len(xy), 10.0 if len(xy) <= 400 else 7.0)
-        return figures.embedding(xy, kinds, sizes=sizes, texts=texts, colour_title=colour, **shared)
-
-    def _scatter_patches(self, pane: Pane, xy: np.ndarray, colour: str, shared: dict[str, Any]) -> go.Figure:
-        layer = self.source.layer(pane)
-        rows, columns = np.divmod(np.arange(len(xy)), layer.layout.grid[1])
-        values = {"column": columns, "row": rows, "rank": self.ranks(pane)[max(pane.route, 0)]}[colour]
-        # as in arXiv 2502.20764: colour says the column and size the row
-        sized = columns if colour == "row" else rows
-        sizes = np.interp(sized, (0, max(int(sized.max()), 1)), _SIZES) * (0.6 if len(xy) > 1500 else 1.0)
-        title = f"rank in route {max(pane.route, 0) + 1}" if colour == "rank" else colour
-        texts = [f"row {row}, column {column}" for row, column in zip(rows, columns, strict=True)]
-        return figures.embedding(xy, values, sizes=sizes, texts=texts, colour_title=title, **shared)
+            return of_blocks(self.source, points.xy, points.pairs, colour, shared)
+        return of_patches(self.source.layer(pane), points.xy, self.ranks(pane), max(pane.route, 0), colour, shared)
 
     def ranks(self, pane: Pane) -> np.ndarray:
         """Return at which step every route visits each patch: (routes, patches), NaN where it does not."""
@@ -173,7 +156,7 @@ class Views:
         layer = self.source.layer(pane)
         number = np.full(layer.layout.tokens, -1)
         number[layer.layout.patches.numpy()] = np.arange(len(layer.layout.patches))
-        visited = number[np.asarray(layer.orders)[min(max(pane.route, 0), len(layer.orders) - 1)]]
+        visited = number[np.asarray(layer.orders)[drawn_route(self.source, pane)]]
         return np.asarray(visited[visited >= 0])
 
     def heat(self, pane: Pane, state: State) -> np.ndarray:
@@ -203,21 +186,22 @@ class Views:
             UnavailableError: as in ``heat``.
         """
         layer = self.source.layer(pane)
-        order = self.path(pane) if pane.path and len(layer.orders) else None
+        order = self.path(pane) if pane.path and scans(layer) else None
         values = self.heat(pane, state)
         return figures.patch_view(
             values, image=self.source.pixels(pane), order=order,
             marks=state.on_grid(tuple(layer.layout.grid)),
             step=None if order is None or not 0 < pane.step <= len(order) else pane.step, opacity=pane.opacity,
-            colours=None if (values < 0).any() else palette(pane), bar_title=unit(pane), size=size,
+            signed=signed(pane), colours=None if signed(pane) else palette(pane),
+            bar_title=legend(self.source, pane), size=size,
         )  # fmt: skip
 
     def changes(self, pane: Pane, state: State) -> dict[str, Any]:
         """Return what another selection, route or scale changes of a patch view that is drawn; as ``patches``."""
         values = self.heat(pane, state)
         marks = state.on_grid(tuple(self.source.layer(pane).layout.grid))
-        shades = None if (values < 0).any() else palette(pane)
-        return patch_view_changes(values, marks=marks, opacity=pane.opacity, colours=shades)
+        shades = None if signed(pane) else palette(pane)
+        return patch_view_changes(values, marks=marks, opacity=pane.opacity, signed=signed(pane), colours=shades)
 
     def gallery(self, pane: Pane, state: State) -> list[np.ndarray]:
         """Return the map of the selection in every layer, each on its own grid."""
@@ -231,36 +215,3 @@ class Views:
 def _square(row: np.ndarray) -> np.ndarray:
     side = math.isqrt(len(row))
     return row.reshape(side, side)
-
-
-def palette(pane: Pane) -> list[str]:
-    """Return a pane's colours of values that are not negative."""
-    return colours.CIVIDIS if pane.palette == "cividis" else colours.VIRIDIS
-
-
-def unit(pane: Pane) -> str:
-    """Return what the numbers of a pane's map are, in a few words."""
-    kind = "attention" if pane.what != "difference" else "image less mean"
-    kind = kind if pane.sign == "signed" else f"{pane.sign} {kind}"
-    of = {"none": "", "largest": " / largest", "range": ", 0 to 1", "sum": " / sum"}[pane.normalise]
-    return f"{kind}{of}{', decades' if pane.log else ''}"
-
-
-def caption(source: Source, pane: Pane, state: State) -> str:
-    """Return what the patch view shows, as a sentence."""
-    layer = source.layer(pane)
-    patches = state.on_grid(tuple(layer.layout.grid))
-    rest = [cell for cell in state.cells if cell < 0]
-    width = layer.layout.grid[1]
-    if len(patches) == 1 and not rest:
-        row, column = divmod(patches[0], width)
-        who = f"patch ({row}, {column})"
-    elif not patches and not rest:
-        who = "all patches, on average,"
-    elif not patches:
-        who = "the class token" if rest == [-1] and layer.layout.class_tokens else f"{len(rest)} extra tokens"
-    else:
-        who = f"{len(patches)} patches, on average,"
-    plural = who.endswith(",") or who.endswith("tokens")
-    verb = ("read" if plural else "reads") if pane.direction == "row" else ("are read" if plural else "is read")
-    return f"{'Where' if pane.direction == 'column' else 'What'} {who} {verb}"

@@ -116,12 +116,16 @@ def scales(
     return [scale(every if shared else array, limits=limits, signed=signed, colours=colours) for array in arrays]
 
 
-def limits(values: np.ndarray) -> dict[str, Any]:
+def limits(values: np.ndarray, signed: bool | None = None) -> dict[str, Any]:
     """Return the colour range of a map or matrix, as keyword arguments of the figures.
 
     Signed values are centred on zero; the largest half percent are not told apart.
+
+    Args:
+        values: any shape.
+        signed: whether they are. Default: whether a value is negative.
     """
-    signed = bool((values < 0).any())
+    signed = bool((values < 0).any()) if signed is None else signed
     low, high = (0.0, float(np.percentile(np.abs(values), PERCENTILE))) if signed else _range(values)
     if not high > low:
         return {"signed": signed}

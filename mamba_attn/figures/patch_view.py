@@ -17,6 +17,7 @@ HEAT = "heat"
 CHOSEN = "chosen"
 _STEPS = 33  # colours of a scale that lets an image through
 THIN = 0.35  # of the opacity, what is left at zero
+_TICKS = 5  # of the colour bar: zero is the middle one of signed values
 _GAPS = 300  # cells, up to which lines between them help
 
 
@@ -47,7 +48,7 @@ def patch_view(
         limits: values of the first and the last colour. Default: the map's range without the largest half percent.
         signed: centre on zero. Default: whether a value is negative.
         colours: from low to high. Default: Viridis, for signed values blue below zero and orange above.
-        bar_title: what the colours mean.
+        bar_title: what the colours mean, above the map.
         title: above the figure.
         size: height of the figure in pixels; the width is that of its container.
 
@@ -61,9 +62,7 @@ def patch_view(
         picture = as_image("patch_view(image)", image)
         figure.add_trace(photo(data_uri(picture), picture.shape[:2], (height, width)))
     figure.add_trace(
-        _heat(
-            array, (1.0 if image is None else 0.9) if opacity is None else opacity, limits, signed, colours, bar_title
-        )
+        _heat(array, (1.0 if image is None else 0.9) if opacity is None else opacity, limits, signed, colours)
     )
     cell = (size - 30) / max(height, width)
     figure.add_traces(_frame(as_marks("patch_view", marks, (height, width)), (height, width), cell))
@@ -81,6 +80,10 @@ def patch_view(
     )
     margin = {"l": 8, "r": 8, "t": 34 if title else 28, "b": 8}
     line = {"color": INK, "width": 1.5, "dash": "dot"}
+    # above the map: as the bar's own title it takes its width from the map
+    figure.add_annotation(
+        text=bar_title, x=0, y=1, xref="paper", yref="paper", xanchor="left", yanchor="bottom", showarrow=False
+    )
     return figure.update_layout(
         width=None, autosize=True, margin=margin, dragmode="select", showlegend=False, hovermode="closest",
         newselection={"line": line}, activeselection={"fillcolor": "white", "opacity": 0.12},
@@ -88,7 +91,12 @@ def patch_view(
 
 
 def patch_view_changes(
-    values: Any, *, marks: Iterable[int] = (), opacity: float = 0.9, colours: list[str] | None = None
+    values: Any,
+    *,
+    marks: Iterable[int] = (),
+    opacity: float = 0.9,
+    signed: bool | None = None,
+    colours: list[str] | None = None,
 ) -> dict[str, Any]:
     """Return what another map and other marks change of a ``patch_view`` over an image; without building a figure.
 
@@ -96,33 +104,32 @@ def patch_view_changes(
         values: as in ``patch_view``, of the same grid.
         marks: likewise.
         opacity: likewise.
+        signed: likewise.
         colours: likewise.
 
     Returns:
-        "z", "zmin", "zmax", "colorscale" of the heatmap, and "x", "y" of the frame, as plotly takes them.
+        "z", "zmin", "zmax", "colorscale" of the heatmap, "tickvals" and "ticktext" of its colour bar, and "x", "y" of
+        the frame, as plotly takes them.
 
     Raises:
         ValueError: as ``patch_view``.
     """
     array = as_values("patch_view_changes(values)", values)
-    chosen = _chosen(array, None, None, colours)
+    chosen = _chosen(array, None, signed, colours)
     x, y = outline(as_marks("patch_view_changes", marks, (array.shape[0], array.shape[1])), array.shape)
     return {
         "z": array.astype(np.float32), "zmin": chosen.low, "zmax": chosen.high,
-        "colorscale": _clear(chosen, opacity), "x": x, "y": y,
+        "colorscale": _clear(chosen, opacity), "x": x, "y": y, **_ticks(array, chosen),
     }  # fmt: skip
 
 
 def _heat(
     array: np.ndarray, opacity: float, limits: tuple[float, float] | None, signed: bool | None,
-    colours: list[str] | None, title: str,
+    colours: list[str] | None,
 ) -> go.Heatmap:  # fmt: skip
     chosen = _chosen(array, limits, signed, colours)
     gap = 1 if array.size <= _GAPS else 0
-    bar = {
-        "title": {"text": title, "side": "top"}, "thickness": 10, "outlinewidth": 0, "x": 1.0, "xpad": 6,
-        "exponentformat": "power", "nticks": 6,
-    }  # fmt: skip
+    bar = {"thickness": 10, "outlinewidth": 0, "x": 1.0, "xpad": 6, **_ticks(array, chosen)}
     return go.Heatmap(
         z=array.astype(np.float32), zmin=chosen.low, zmax=chosen.high, colorscale=_clear(chosen, opacity),
         colorbar=bar, name=HEAT, xgap=gap, ygap=gap, hovertemplate="row %{y}, column %{x}: %{z:.3g}<extra></extra>",
@@ -132,12 +139,21 @@ def _heat(
 def _chosen(
     array: np.ndarray, limits: tuple[float, float] | None, signed: bool | None, colours: list[str] | None
 ) -> Scale:
-    own = {} if limits is not None or signed is False else _colours.limits(np.nan_to_num(array))
+    own = {} if limits is not None or signed is False else _colours.limits(np.nan_to_num(array), signed)
     signed = own.get("signed", signed)
     return _colours.scale(
         array, limits=limits or own.get("limits"), signed=signed,
         colours=colours or (BLUE_ORANGE if signed or (signed is None and (array < 0).any()) else VIRIDIS),
     )  # fmt: skip
+
+
+def _ticks(array: np.ndarray, chosen: Scale) -> dict[str, Any]:
+    """Of a colour bar: evenly, both ends among them, which say so where values lie beyond them."""
+    values = np.linspace(chosen.low, chosen.high, _TICKS).tolist()
+    texts = [f"{value:.3g}".replace("-", "\N{MINUS SIGN}") for value in values]
+    texts[0] = f"\N{LESS-THAN OR EQUAL TO} {texts[0]}" if np.nanmin(array) < chosen.low else texts[0]
+    texts[-1] = f"\N{GREATER-THAN OR EQUAL TO} {texts[-1]}" if np.nanmax(array) > chosen.high else texts[-1]
+    return {"tickmode": "array", "tickvals": values, "ticktext": texts}
 
 
 def _clear(chosen: Scale, opacity: float) -> list[list[float | str]]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mamba_attn.analytics import AttentionStore, NotStoredError, collect
+from mamba_attn.analytics._arrays import Arrays
 from mamba_attn.analytics.index import place_of
 from mamba_attn.errors import StoreError, WeightsError
 from tests.analytics import cases
@@ -135,6 +136,24 @@ def test_missing_and_damaged_numbers_are_never_zeros(copy):
     shutil.rmtree(copy / "images")
     with pytest.raises(StoreError, match="what should hold its arrays is missing or damaged"):
         AttentionStore.open(copy).pixels(0)
+
+
+def test_lost_pixels_are_an_error_and_black_ones_are_not(copy, tmp_path):
+    arrays = Arrays(tmp_path / "arrays", writable=True)
+    arrays.create_rows("pixels", (4, 5, 3), "u1")
+    arrays.grow("pixels", 20)
+    arrays.write("pixels", np.ones((2, 4, 5, 3), np.uint8), 0)
+    again = Arrays(tmp_path / "arrays", writable=True)  # as after a kill
+    again.write("pixels", np.zeros((20, 4, 5, 3), np.uint8), 0)
+    assert not Arrays(tmp_path / "arrays").read("pixels", 17).any()
+    before = AttentionStore.open(copy).pixels(0)
+    (copy / "images" / "pixels" / "c" / "0" / "0" / "0" / "0").unlink()
+    with pytest.raises(StoreError, match=r"array 'pixels' is missing or damaged \(chunk 0 is lost\)"):
+        AttentionStore.open(copy).pixels(0)
+    # older stores did not write chunks of black images: they read as they did
+    about = copy / "images" / "pixels" / "zarr.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "attributes": {}}))
+    np.testing.assert_array_equal(AttentionStore.open(copy).pixels(0), np.zeros_like(before))
 
 
 def test_names_that_it_does_not_hold(place):

@@ -12,6 +12,7 @@ from mamba_attn import images
 @dataclass(frozen=True, eq=False)
 class Layer:
     name: str
+    kind: str
     stage: int
     block: int
     layout: object
@@ -59,7 +60,7 @@ class Double:
         parts = layer.name.split(".")
         stage, block = (int(parts[1]), int(parts[3])) if len(parts) > 3 else (0, int(parts[1]))
         orders = layer.scan.read_order.numpy()
-        return Layer(layer.name, stage, block, layer.layout, orders, len(orders))
+        return Layer(layer.name, "selective scans", stage, block, layer.layout, orders, len(orders))
 
     def model(self):
         return self._model

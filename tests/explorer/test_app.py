@@ -4,7 +4,8 @@ import pytest
 
 from mamba_attn.cli import main
 from mamba_attn.explorer import command
-from mamba_attn.explorer.app import LARGEST, build
+from mamba_attn.explorer.app import build
+from mamba_attn.explorer.guard import LARGEST
 from mamba_attn.explorer.serving import bound
 from tests.explorer.double import tiny
 
@@ -38,6 +39,38 @@ def test_files_beside_the_assets_are_not_served_and_floods_are_refused(app):
         assert b"import" not in client.get(path).data
     flood = client.post("/_dash-update-component", data=b"{" + b" " * LARGEST + b"}", content_type="application/json")
     assert flood.status_code == 413
+
+
+@pytest.mark.parametrize(
+    "body", [b"[]", b"{}", b"null", b"7", b"[" * 200_000, b'{"a":' * 100_000, b"\xff", b"", b'{"output": "x.y"}'],
+    ids=["list", "object", "null", "number", "deep", "deep objects", "no text", "nothing", "no callback"],
+)  # fmt: skip
+def test_what_is_no_call_of_the_page_is_refused(app, body):
+    client = app.server.test_client()
+    assert client.post("/_dash-update-component", data=body, content_type="application/json").status_code == 400
+
+
+def test_calls_of_the_page_with_wrong_parts_are_refused(app):
+    client = app.server.test_client()
+    opening = next(name for name in app.callback_map if "message.children" in name and "page.children" in name)
+    part = {"id": "address", "property": "search", "value": ""}
+    outputs = [
+        {"id": name.partition(".")[0], "property": name.partition(".")[2]} for name in opening[2:-2].split("...")
+    ]
+    good = {"output": opening, "outputs": outputs, "inputs": [part], "changedPropIds": ["address.search"]}
+    assert client.post("/_dash-update-component", json=good).status_code == 200
+    wrong = [{"inputs": []}, {"inputs": 3}, {"inputs": [None]}, {"inputs": [[[part]]]}, {"inputs": [{"id": 3}]},
+             {"outputs": None}, {"outputs": [1]}, {"state": [part]}, {"changedPropIds": 5}]  # fmt: skip
+    for each in wrong:
+        assert client.post("/_dash-update-component", json={**good, **each}).status_code == 400, each
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../../etc/passwd", "dash/../../x", "dash/%2e%2e/__init__.py", "os/../x.js", "os/x.js", "dash/none.js"],
+)
+def test_odd_paths_are_not_found(app, path):
+    assert app.server.test_client().get(f"/_dash-component-suites/{path}").status_code == 404
 
 
 def test_no_debugger_runs(app):

@@ -9,10 +9,15 @@ import torch
 import mamba_attn
 from mamba_attn import images
 from mamba_attn.analytics import AttentionStore, collect
-from mamba_attn.explorer.card import card
-from mamba_attn.explorer.source import Source, UnavailableError, tokens_of
+from mamba_attn.explorer import offer
+from mamba_attn.explorer.card import card, thumbnail
+from mamba_attn.explorer.context import Context
+from mamba_attn.explorer.interaction import after
+from mamba_attn.explorer.saying import UnavailableError
+from mamba_attn.explorer.source import Source, tokens_of
 from mamba_attn.explorer.state import Pane, State
 from mamba_attn.explorer.views import Views
+from mamba_attn.explorer.words import heading, legend
 from tests.analytics.cases import folder_of, request
 from tests.explorer.double import Double, tiny
 
@@ -145,6 +150,90 @@ def test_points_of_a_block_and_of_a_stage(store):
     state = State(grid=(8, 12), cells=(3, 4), points=((3, 1),))
     assert views.selected(Pane(), state) == [3, 4]
     assert views.selected(Pane(mode="blocks", layer=2), state) == [5]
+
+
+def test_with_nothing_chosen_the_points_of_what_is_shown_are_lit(store):
+    views = Views(Source(store))
+    mean = Pane(mode="blocks", layer=3)
+    assert views.selected(mean, State()) == [4, 5, 6, 7]
+    assert views.selected(replace(mean, what="image", image=2), State()) == [6]
+    assert views.selected(replace(mean, what="difference", image=99), State()) == [7]
+    assert views.selected(Pane(), State()) == []
+
+
+def test_a_lasso_over_blocks_opens_the_first_point_unless_one_is_shown(store):
+    context = Context([Source(store)])
+    xy = context.views(Pane()).points(Pane(mode="blocks", layer=2)).xy
+    around = {axis: [float(xy.min()) - 1, float(xy.max()) + 1] for axis in "xy"}
+    event = {"value": {"range": around}, "prop_id": "x.selectedData"}
+    source = {"pane": 0, "view": "scatter"}
+    for pane, opened in (
+        (Pane(mode="blocks", layer=2), (2, 0, "image")),
+        (Pane(mode="blocks", layer=3, image=1, what="difference"), (3, 1, "difference")),
+    ):
+        found = after(context, State((pane,)), source, event)
+        assert len(found.points) == 8
+        assert (found.panes[0].layer, found.panes[0].image, found.panes[0].what) == opened
+    x, y = (float(one) for one in xy[5])
+    near = {"value": {"range": {"x": [x - 1e-9, x + 1e-9], "y": [y - 1e-9, y + 1e-9]}}, "prop_id": "x.selectedData"}
+    found = after(context, State((Pane(mode="blocks", layer=2, what="image"),)), source, near)
+    assert (found.points, found.panes[0].layer, found.panes[0].image) == (((3, 1),), 3, 1)
+
+
+def test_a_hundred_components_come_first_or_not_and_each_is_remembered(store, monkeypatch):
+    asked = []
+
+    def embed(features, method, *, first):
+        asked.append((method, first))
+        return np.full((len(features), 2), first or 0, np.float32), {}
+
+    monkeypatch.setattr("mamba_attn.explorer.views.embed", embed)
+    pane = Pane(layer=2, method="tsne")
+    for _ in range(2):
+        views = Views(Source(store))
+        assert views.points(pane).xy[0, 0] == 100
+        assert views.points(replace(pane, first=False)).xy[0, 0] == 0
+    assert asked == [("tsne", 100), ("tsne", None)]
+
+
+def test_softmax_attention_has_no_rank_no_path_and_no_gate(store, monkeypatch):
+    source = Source(store)
+    source.layers = [replace(layer, kind="softmax attention") for layer in source.layers]
+    context = Context([source])
+    assert offer.colours(source, "patches") == ("column", "row")
+    wishes = {"colour": "rank", "gate": ["on"], "skip": ["on"], "path": ["on"]}
+    controls = [{"id": {"pane": 0, "set": name}, "value": value} for name, value in wishes.items()]
+    assert context.pane(controls) == Pane()
+    assert Context([Source(store)]).pane(controls) == Pane(colour="rank", gate=True, skip=True, path=True)
+
+
+def test_scans_without_a_gate_say_so(store):
+    with pytest.raises(UnavailableError, match="This model's scans have no gate: switch it off"):
+        Source(store).read(Pane(what="image", gate=True), [0])
+
+
+def test_what_is_shown_is_said(store):
+    source, state = Source(store), State(grid=(8, 12), cells=(14,))
+    assert heading(source, Pane(), State()) == "What all patches, on average, read · mean of 4 images"
+    assert heading(source, Pane(what="image", image=2), state) == "What patch (1, 2) reads · image_2.jpg"
+    assert heading(source, Pane(what="difference"), state) == "What patch (1, 2) reads · image_0.jpg less the mean"
+    assert legend(source, Pane(path=True, sign="absolute")) == "absolute attention · path of route 1"
+    assert legend(source, Pane(path=True, route=2)) == "attention · path of route 3"
+    assert legend(source, Pane(route=2)) == "attention"
+
+
+def test_signed_colours_stay_centred_on_zero_whatever_the_values(store):
+    values = np.array([[0.0, 1.0], [2.0, 3.0]])
+    palettes = {sign: thumbnail(values, Pane(sign=sign)) for sign in ("signed", "positive")}
+    assert palettes["signed"] != palettes["positive"]
+    views = Views(Source(store))
+    views.heat = lambda *_: np.arange(96.0).reshape(8, 12)
+    heat, changes = views.patches(Pane(), State()).data[1], views.changes(Pane(), State())
+    assert heat.zmin == -heat.zmax == changes["zmin"] == -changes["zmax"]
+    heat = views.patches(Pane(sign="positive"), State()).data[1]
+    assert (heat.zmin, heat.zmax) == (0, np.percentile(np.arange(96), 99.5))
+    assert heat.colorbar.ticktext[0] == "0"
+    assert heat.colorbar.ticktext[-1] == "\N{GREATER-THAN OR EQUAL TO} 94.5"  # the largest one is beyond it
 
 
 def test_the_path_of_a_route_visits_patches_as_raster_indices(gated):

@@ -1,4 +1,7 @@
+import base64
 import json
+import random
+import zlib
 
 import pytest
 
@@ -47,10 +50,39 @@ def test_an_address_that_is_none_is_refused_in_words(text):
         State.from_url(text)
 
 
-def test_an_address_cannot_unfold_to_a_flood():
-    import base64
-    import zlib
+def test_any_lasso_over_a_thousand_images_fits_an_address():
+    pairs = [(layer, image) for layer in range(12) for image in range(1000)]
+    chance = random.Random(0)
+    for count in (1000, 6000, 9000, 12_000):
+        state = State(points=tuple(sorted(chance.sample(pairs, count))), grid=(64, 64), cells=tuple(range(4096)))
+        assert State.from_url(state.to_url()) == state
+    # an order that no gesture makes is left out
+    wild = State((Pane(layer=2),), points=tuple(chance.sample(pairs, 12_000)))
+    assert State.from_url(wild.to_url()) == State((Pane(layer=2),))
 
+
+def test_addresses_of_lists_are_still_read():
+    old = base64.urlsafe_b64encode(zlib.compress(json.dumps(FULL.to_json()).encode())).decode().rstrip("=")
+    assert State.from_url(old) == FULL
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"cells": "0:9999999"}, "more than 65536 numbers"),
+        ({"cells": "1:x"}, "no run of numbers"),
+        ({"points": {"of": [1], "runs": []}}, "points are runs"),
+        ({"points": {"of": ["a"], "runs": ["1"]}}, "points is a list of 2 whole numbers"),
+        ({"points": {"of": [1] * 3, "runs": ["0:30000"] * 3}}, "more than 5534 numbers"),
+    ],
+)
+def test_runs_that_are_none_are_refused_in_words(given, sentence):
+    text = base64.urlsafe_b64encode(zlib.compress(json.dumps(given).encode())).decode().rstrip("=")
+    with pytest.raises(ValueError, match=sentence):
+        State.from_url(text)
+
+
+def test_an_address_cannot_unfold_to_a_flood():
     flood = base64.urlsafe_b64encode(zlib.compress(b"[" * 2**23, 9)).decode().rstrip("=")
     assert len(flood) < LONGEST
     with pytest.raises(ValueError, match="more than 1048576 bytes"):

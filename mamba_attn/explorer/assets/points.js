@@ -51,9 +51,12 @@ function sheet(graph, layout) {
 }
 function drawPoints(graph) {
   const layout = graph._fullLayout, trace = graph._fullData && graph._fullData[0];
-  if (!layout || !layout.xaxis || !trace) return;
-  const context = sheet(graph, layout), look = graph.data[0].meta;
-  if (!look) return;
+  if (!layout || !layout.xaxis) return;
+  const context = sheet(graph, layout), look = trace && graph.data[0].meta;
+  if (!look) {
+    graph.drawnPoints = { lit: [], x: [], count: 0 };
+    return;
+  }
   const { xaxis, yaxis } = layout, colours = palette(look);
   const lit = new Set((graph.lit || []).filter((point) => point < trace.x.length));
   context.beginPath();
@@ -106,12 +109,13 @@ function remap(pane, given) {
     const bytes = Uint8Array.from(atob(given.z), (letter) => letter.charCodeAt(0));
     const values = new Float32Array(bytes.buffer), z = [];
     for (let start = 0; start < values.length; start += given.width) z.push(values.slice(start, start + given.width));
-    const { zmin, zmax, colorscale, unit, x, y } = given, none = undefined;
+    const { zmin, zmax, colorscale, tickvals, ticktext, unit, x, y } = given, none = undefined;
     const heat = graph.data.findIndex((trace) => trace.type === "heatmap");
-    const drag = graph.layout.selections?.length ? { selections: [] } : {}; // its frame goes in the same stroke
+    const other = { "annotations[0].text": unit };
+    if (graph.layout.selections?.length) other.selections = []; // its frame goes in the same stroke
     Plotly.update(graph, {
       z: [z, none, none], zmin: [zmin, none, none], zmax: [zmax, none, none], colorscale: [colorscale, none, none],
-      "colorbar.title.text": [unit, none, none], x: [none, x, x], y: [none, y, y],
-    }, drag, [heat, heat + 1, heat + 2]);
+      "colorbar.tickvals": [tickvals, none, none], "colorbar.ticktext": [ticktext, none, none], x: [none, x, x], y: [none, y, y],
+    }, other, [heat, heat + 1, heat + 2]);
   });
 }

@@ -1,0 +1,15 @@
+import pytest
+
+from benchmarks.browser import FLAGS
+from tests.explorer.browsing import CHROMIUM
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="the browser's driver is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no chromium: apt-get install chromium, or playwright install")
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+        yield running
+        running.close()
