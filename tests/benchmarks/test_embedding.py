@@ -12,8 +12,8 @@ def test_the_page_has_the_answer_of_the_results() -> None:
 
 
 def test_the_answer_follows_the_numbers() -> None:
-    check = {"trustworthiness": {"with": [0.9, 0.8], "without": [0.7, 0.7]}, "overlap": {"with": [0.5], "without": [0.4]},
-             "kept": 0.6, "needed": True}  # fmt: skip
+    trust, overlap = {"with": [0.9, 0.8], "without": [0.7, 0.7]}, {"with": [0.5], "without": [0.4]}
+    check = {"trustworthiness": trust, "overlap": overlap, "kept": 0.6, "needed": True}
     details = {"how": "", "points": 20, "a, tsne": check, "a, umap": check | {"needed": False, "kept": 0.7}}
     rows = embedding.answer({"details": details}).splitlines()
     assert rows[2] == "| a, tsne | 0.850 / 0.700 | 0.500 / 0.400 | yes |"
