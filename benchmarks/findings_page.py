@@ -41,6 +41,24 @@ def written(text: str, details: dict[str, Any]) -> str:
     return filled(text, PARTS if details else dict.fromkeys(PARTS, lambda _: _NOTHING), details)
 
 
+def in_short(details: dict[str, Any]) -> str:
+    """How many of the paper's claims hold, how many of these without training too, and what the order changes."""
+    lines = []
+    for store in details["models"]["stores"]:
+        claims = [(row, details["models"]["findings"][row["finding"]]["claim"])
+                  for row in _summary_rows(details["models"], store)]  # fmt: skip
+        said = [_holds(row, claim) for row, claim in claims if claim is not None]
+        held = [text for text in said if text.startswith("holds")]
+        too = sum("random weights too" in text for text in held)
+        lines.append(f"- {store['name']}: {len(held)} of {len(said)} claims of the paper hold; {too} of them with "
+                     "random weights too.")  # fmt: skip
+    known = [(store["accuracy"], store["order"]) for store in details["orders"]["stores"] if store["accuracy"]]
+    if len(known) > 1:
+        (low, worst), (high, best) = min(known), max(known)
+        lines.append(f"- {len(known)} orders of one model: top-1 from {low:.1f} % ({worst}) to {high:.1f} % ({best}).")
+    return "\n".join(lines) + "\n"
+
+
 def setting(details: dict[str, Any]) -> str:
     """Which models, how many images and seeds; what is missing."""
     stores = [store for part in _FOUND for store in details[part]["stores"]]
@@ -264,8 +282,8 @@ def _number(value: float | None) -> str:
 
 _FOUND = ("models", "orders", "class tokens", "digits")
 PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "setting": setting, "models": models, "training": training, "paper": paper, "order findings": order_findings,
-    "order pattern": order_pattern, "accuracy": accuracy, "goes with accuracy": goes_with_accuracy,
-    "reordered": reordered, "class tokens": class_tokens, "by layer": by_layer, "matrices": matrices,
-    "class token maps": class_token_maps,
+    "in short": in_short, "setting": setting, "models": models, "training": training, "paper": paper,
+    "order findings": order_findings, "order pattern": order_pattern, "accuracy": accuracy,
+    "goes with accuracy": goes_with_accuracy, "reordered": reordered, "class tokens": class_tokens,
+    "by layer": by_layer, "matrices": matrices, "class token maps": class_token_maps,
 }  # fmt: skip
