@@ -4,15 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import findings_tables as tables
 from benchmarks.marked_pages import filled
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "findings.md"
 PICTURES = PAGE.parent
-_MODEL_FINDINGS = ("block_silhouette", "block_neighbours", "preceding_lift", "block_correlation", "distance_range",
-                   "column_similarity", "row_similarity", "column_purity", "row_purity", "block_purity",
-                   "grid_locality", "sequence_locality", "order_over_raster", "image_share", "entropy", "distance",
-                   "image_share_by_depth", "grid_locality_by_depth")  # fmt: skip
-_NOTHING = "Not measured yet.\n"
 
 
 def update(results: dict[str, Any], page: Path = PAGE) -> None:
@@ -38,7 +34,7 @@ def written(text: str, details: dict[str, Any]) -> str:
     Raises:
         ValueError: a mark of the page is none of ours, or one of ours is missing.
     """
-    return filled(text, PARTS if details else dict.fromkeys(PARTS, lambda _: _NOTHING), details)
+    return filled(text, PARTS if details else dict.fromkeys(PARTS, lambda _: tables.NOTHING), details)
 
 
 def in_short(details: dict[str, Any]) -> str:
@@ -46,8 +42,8 @@ def in_short(details: dict[str, Any]) -> str:
     lines = []
     for store in details["models"]["stores"]:
         claims = [(row, details["models"]["findings"][row["finding"]]["claim"])
-                  for row in _summary_rows(details["models"], store)]  # fmt: skip
-        said = [_holds(row, claim) for row, claim in claims if claim is not None]
+                  for row in tables.summary_rows(details["models"], store)]  # fmt: skip
+        said = [tables.holds(row, claim) for row, claim in claims if claim is not None]
         held = [text for text in said if text.startswith("holds")]
         too = sum("random weights too" in text for text in held)
         lines.append(f"- {store['name']}: {len(held)} of {len(said)} claims of the paper hold; {too} of them with "
@@ -81,61 +77,18 @@ def class_token_maps(_: dict[str, Any]) -> str:
     return "![What the class token reads, first above, in the middle below](findings_class_token.png)\n"
 
 
-def models(details: dict[str, Any]) -> str:
-    """Every finding of the demo models: trained, random, difference, verdict."""
-    return _findings_table(details["models"])
-
-
-def training(details: dict[str, Any]) -> str:
-    """Per demo model, what training changed and what it did not."""
-    lines = []
-    for store in details["models"]["stores"]:
-        rows = _summary_rows(details["models"], store)
-        by_verdict = {
-            verdict: [
-                details["models"]["findings"][row["finding"]]["title"] for row in rows if row["verdict"] == verdict
-            ]
-            for verdict in ("more", "less", "no difference")
-        }
-        said = [f"*{verdict}*: {'; '.join(names)}" for verdict, names in by_verdict.items() if names]
-        lines.append(f"- **{store['name']}**, trained against random weights. {'. '.join(said)}.")
-    return "\n".join(lines) + "\n"
-
-
-def paper(details: dict[str, Any]) -> str:
-    """What the paper says of trained models, and whether it holds here, with training or without."""
-    lines = ["| | finding | the paper says | " + " | ".join(s["name"] for s in details["models"]["stores"]) + " |"]
-    lines.append("|" + "---|" * (3 + len(details["models"]["stores"])))
-    about = details["models"]["findings"]
-    for name in _MODEL_FINDINGS:
-        if about[name]["claim"] is None:
-            continue
-        cells = []
-        for store in details["models"]["stores"]:
-            row = _row(details["models"], store, name)
-            cells.append("" if row is None else _holds(row, about[name]["claim"]))
-        sign, number = about[name]["claim"]
-        lines.append(f"| {about[name]['of']} | {about[name]['title']} | {sign} {number:g} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def order_findings(details: dict[str, Any]) -> str:
-    """Every finding of the models trained in other orders."""
-    return _short_table(details["orders"])
-
-
 def order_pattern(details: dict[str, Any]) -> str:
     """Whether the pattern follows the order, in words."""
     lines = []
     for store in details["orders"]["stores"]:
-        row = _row(details["orders"], store, "order_over_raster")
+        row = tables.row_of(details["orders"], store, "order_over_raster")
         if row is None:
             continue
         low, high = row["trained"]["low"], row["trained"]["high"]
         says = "undecided" if low is None or low <= 0 <= high else "the order" if low > 0 else "the raster"
-        lines.append(f"- {store['order']}: {_shown(row['trained'])}, so rows follow {says}; without training "
-                     f"{_number(row.get('random'))}.")  # fmt: skip
-    return "\n".join(lines) + "\n" if lines else _NOTHING
+        lines.append(f"- {store['order']}: {tables.shown(row['trained'])}, so rows follow {says}; without training "
+                     f"{tables.short(row.get('random'))}.")  # fmt: skip
+    return "\n".join(lines) + "\n" if lines else tables.NOTHING
 
 
 def accuracy(details: dict[str, Any]) -> str:
@@ -149,7 +102,7 @@ def accuracy(details: dict[str, Any]) -> str:
                 spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
                 found.append(f"| {order} | {sum(values) / len(values):.2f}{spread} | {len(values)} |")
             found += ["", each["sentence"], ""]
-    return "\n".join(found) + "\n" if found else _NOTHING
+    return "\n".join(found) + "\n" if found else tables.NOTHING
 
 
 def goes_with_accuracy(details: dict[str, Any]) -> str:
@@ -168,14 +121,14 @@ def goes_with_accuracy(details: dict[str, Any]) -> str:
                 found.append(f"| {about['of']} | {about['title']} | {correlation} | {its['border']:.2f} | "
                              f"{its['chance']:.3f} |")  # fmt: skip
             found.append("")
-    return "\n".join(found) + "\n" if found else _NOTHING
+    return "\n".join(found) + "\n" if found else tables.NOTHING
 
 
 def reordered(details: dict[str, Any]) -> str:
     """Accuracy of models whose scans follow another order than they were trained in."""
     names, table = details["reordered"]["orders"], details["reordered"]["top1"]
     if not names:
-        return _NOTHING
+        return tables.NOTHING
     lines = ["| trained in \\ scanned in | " + " | ".join(names) + " |", "|" + "---|" * (1 + len(names))]
     for at, (name, row) in enumerate(zip(names, table, strict=True)):
         cells = (f"**{value:.1f}**" if place == at else f"{value:.1f}" for place, value in enumerate(row))
@@ -192,7 +145,7 @@ def class_tokens(details: dict[str, Any]) -> str:
     """Where the class token reads."""
     found = details["class token rows"]
     if not found:
-        return _NOTHING
+        return tables.NOTHING
     lines = ["| vim_micro | upper third | middle | lower third | entropy | top-1, % |", "|---|---|---|---|---|---|"]
     accuracies = {store["name"]: store["accuracy"] for store in details["class tokens"]["stores"]}
     for name, row in found.items():
@@ -202,88 +155,11 @@ def class_tokens(details: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def by_layer(details: dict[str, Any]) -> str:
-    """Neighbourhood and distance of every block of the demo models, for F3."""
-    lines = ["| model | block | self, neighbours | mean distance, px | read just before / uniform | differs by image |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
-    names = ("neighbour_share", "distance", "preceding_lift", "image_share")
-    for store in details["models"]["stores"]:
-        for place in store["depths"]:
-            rows = [_row(details["models"], store, name, place) for name in names]
-            cells = " | ".join("" if row is None else _number(row["trained"]["value"]) for row in rows)
-            lines.append(f"| {store['name']} | {place} | {cells} |")
-    return "\n".join(lines) + "\n"
-
-
-def _findings_table(part: dict[str, Any]) -> str:
-    lines = []
-    for store in part["stores"]:
-        known = "" if store["accuracy"] is None else f", top-1 {store['accuracy']:.2f} %"
-        lines += [f"**{store['name']}** ({store['images']} images{known}):", "",
-                  "| | finding | trained | random | trained - random | training | reordered | chance |",
-                  "|---|---|---|---|---|---|---|---|"]  # fmt: skip
-        for row in _summary_rows(part, store):
-            about = part["findings"][row["finding"]]
-            lines.append(
-                f"| {about['of']} | {about['title']} | {_shown(row['trained'])} | {_number(row.get('random'))} | "
-                f"{_shown(row.get('training'))} | {row['verdict']} | {_number(row.get('reordered'))} | "
-                f"{_number(row.get('shuffled'))} |"
-            )
-        lines.append("")
-    return "\n".join(lines) + "\n" if lines else _NOTHING
-
-
-def _short_table(part: dict[str, Any]) -> str:
-    if not part["stores"]:
-        return _NOTHING
-    lines = ["| | finding | " + " | ".join(store["order"] for store in part["stores"]) + " |"]
-    lines.append("|" + "---|" * (2 + len(part["stores"])))
-    for name in _MODEL_FINDINGS:
-        rows = [_row(part, store, name) for store in part["stores"]]
-        if not any(rows):
-            continue
-        cells = [
-            "" if row is None else f"{_number(row['trained']['value'])} ({_number(row.get('random'))})"
-            + ("!" if row["verdict"] in ("more", "less") else "")
-            for row in rows
-        ]  # fmt: skip
-        lines.append(f"| {part['findings'][name]['of']} | {part['findings'][name]['title']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _summary_rows(part: dict[str, Any], store: dict[str, Any]) -> list[dict[str, Any]]:
-    return [row for name in _MODEL_FINDINGS if (row := _row(part, store, name)) is not None]
-
-
-def _row(part: dict[str, Any], store: dict[str, Any], name: str, place: str = "") -> dict[str, Any] | None:
-    where = place or ("model" if part["findings"][name]["level"] == "model" else "all")
-    return next((row for row in store["rows"] if (row["finding"], row["place"]) == (name, where)), None)
-
-
-def _holds(row: dict[str, Any], claim: list[Any]) -> str:
-    """The verdict, and whether random weights do it too."""
-    sign, number = claim
-    random = row.get("random")
-    too = random is not None and (random > number if sign == ">" else random < number)
-    without = "" if row["paper"] != "holds" else ", random weights too" if too else ", random weights do not"
-    return f"{row['paper']}{without}: {_number(row['trained']['value'])}"
-
-
-def _shown(estimate: dict[str, Any] | None) -> str:
-    if estimate is None:
-        return ""
-    value = _number(estimate["value"])
-    return value if estimate["low"] is None else f"{value} [{_number(estimate['low'])}, {_number(estimate['high'])}]"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}" if abs(value) >= 0.0005 else "0"
-
-
 _FOUND = ("models", "orders", "class tokens", "digits")
 PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "in short": in_short, "setting": setting, "models": models, "training": training, "paper": paper,
-    "order findings": order_findings, "order pattern": order_pattern, "accuracy": accuracy,
+    "in short": in_short, "setting": setting, "models": tables.models, "training": tables.training,
+    "paper": tables.paper,
+    "order findings": tables.order_findings, "order pattern": order_pattern, "accuracy": accuracy,
     "goes with accuracy": goes_with_accuracy, "reordered": reordered, "class tokens": class_tokens,
-    "by layer": by_layer, "matrices": matrices, "class token maps": class_token_maps,
+    "by layer": tables.by_layer, "matrices": matrices, "class token maps": class_token_maps,
 }  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import findings, findings_page
+from benchmarks import findings, findings_tables
 from benchmarks.findings_page import PAGE, written
 from mamba_attn.figures import png
 from tests.analytics import cases
@@ -107,7 +107,7 @@ def test_what_the_numbers_decide_is_said_by_them():
     def row(low, high, random):
         about = {"finding": "grid_locality", "place": "all", "trained": {"value": 0.5, "low": low, "high": high},
                  "random": random, "paper": "holds" if low > 0 else "open"}  # fmt: skip
-        return findings_page._holds(about, [">", 0.0])
+        return findings_tables.holds(about, [">", 0.0])
 
     assert row(0.1, 0.9, 0.3) == "holds, random weights too: 0.5"
     assert row(0.1, 0.9, -0.3) == "holds, random weights do not: 0.5"
