@@ -64,7 +64,7 @@ def unpacked_pairs(given: dict[str, Any], most: int) -> list[list[int]]:
     """
     firsts, lines = given.get("of", []), given.get("runs", [])
     fits = isinstance(firsts, list) and isinstance(lines, list) and len(firsts) == len(lines)
-    if not fits or not all(isinstance(line, str) for line in lines):
+    if not fits or {type(first) for first in firsts} - {int} or {type(line) for line in lines} - {str}:
         raise ValueError("points are runs of numbers")
     found: list[list[int]] = []
     for first, line in zip(firsts, lines, strict=True):

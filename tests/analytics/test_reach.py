@@ -125,7 +125,7 @@ def test_arrays_and_panels():
     drawn = panels({"vim": fields["vim"]})
     assert drawn["titles"] == ["gradient", "rollout"]
     assert drawn["marks"] == [(19.5, 11.5), (2.0, 1.0)]
-    assert set(drawn["series"]) == {"what the patch in the middle reads", "what all patches read, mean"}
+    assert set(drawn["series"]) == {"what it reads", "what all patches read, mean"}
     assert set(drawn["levels"]) == {"gradient", "rollout"}
     assert drawn["maps"][0].max() == drawn["maps"][1].max() == 1
     assert drawn["title"] == "vim: receptive field of the patch in the middle, 2 images"

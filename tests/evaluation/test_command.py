@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mamba_attn import cli
+from tests.datasets import cases as datasets
 from tests.evaluation import cases
 from tests.explain.cases import photo
 
@@ -99,7 +100,7 @@ def test_a_bad_box_loses_neither_the_run_nor_the_page(place, models, capsys):
             for index, its in enumerate(("[[4, 8, 20, 24]]", "[[1, 2, 3]]", "[[NaN, 2, 3, 9]]", "[]"))]  # fmt: skip
     for index in range(4):
         (place / f"boxed/{index}.png").write_bytes(cases.encoded(cases.picture(index)))
-    (place / "boxed/boxes.csv").write_text(cases.table(rows))
+    (place / "boxed/boxes.csv").write_text(datasets.table(rows))
     call = ["compare", "--models", models, "--data", "boxed", "--out", "out", "--methods", "raw_attention,random",
             "--measures", "localisation,picture"]  # fmt: skip
     assert cli.main(call) == 1

@@ -80,7 +80,7 @@ class Explorer:
 
     def heat(self, expected, pane=0):
         """Wait until the map is what it shall be."""
-        for _ in range(50):
+        for _ in range(200):
             found = np.array(self.drawn("patches", pane)["z"])
             if found.shape == expected.shape and np.allclose(found, expected, rtol=1e-4, atol=1e-12):
                 return
@@ -121,7 +121,7 @@ class Explorer:
 
     def lit(self, expected, pane=0):
         """Wait until these points are lit."""
-        for _ in range(50):
+        for _ in range(200):
             found = sorted(self.drawn("scatter", pane)["lit"] or [])
             if found == sorted(expected):
                 return

@@ -38,6 +38,7 @@ def test_colours_of_points_are_those_that_the_mode_has(explorer):
     page.locator(".graph.scatter .legendtitletext", has_text="predicted").wait_for()
     page.wait_for_timeout(300)
     page.goto(page.url)
+    page.get_by_text("Display", exact=True).click()
     colour.filter(has_text="predicted").wait_for()
     explorer.choose("points", "patches")
     colour.filter(has_text="column").wait_for()

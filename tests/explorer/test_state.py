@@ -72,7 +72,7 @@ def test_addresses_of_lists_are_still_read():
         ({"cells": "0:9999999"}, "more than 65536 numbers"),
         ({"cells": "1:x"}, "no run of numbers"),
         ({"points": {"of": [1], "runs": []}}, "points are runs"),
-        ({"points": {"of": ["a"], "runs": ["1"]}}, "points is a list of 2 whole numbers"),
+        ({"points": {"of": ["a"], "runs": ["1"]}}, "points are runs"),
         ({"points": {"of": [1] * 3, "runs": ["0:30000"] * 3}}, "more than 5534 numbers"),
     ],
 )
