@@ -134,6 +134,7 @@ class Hand:
         self.page.mouse.move(*self.place(4))
         self.page.mouse.down()
         self.page.mouse.move(*self.place(4), steps=5)
+        self.page.wait_for_timeout(150)  # plotly answers 100 ms after the last move, at the soonest
         return self.timed(self.page.mouse.up, ("map", "lit"))
 
     def route_switch(self) -> float:
@@ -150,14 +151,17 @@ class Hand:
         return self.timed(label.click, ("points", "drawn"), "click")
 
     def scatter_click(self) -> float:
-        """A click on a point: it is lit, and the map of its patch."""
-        number = int(self.random.integers(self.grid**2))
+        """A click on a point that no other covers: it is lit, and the map of its patch."""
         at = self.page.evaluate(
-            """(number) => { const g = document.querySelector('.graph.scatter .js-plotly-plot'), l = g._fullLayout,
+            """(draw) => { const g = document.querySelector('.graph.scatter .js-plotly-plot'), l = g._fullLayout,
             t = g._fullData[0], b = g.getBoundingClientRect();
-            return [b.x + l.xaxis._offset + l.xaxis.l2p(t.x[number]), b.y + l.yaxis._offset + l.yaxis.l2p(t.y[number])]
-            }""",
-            number,
+            const at = (axis, side, value) => side + axis._offset + axis.l2p(value);
+            const place = (k) => [at(l.xaxis, b.x, t.x[k]), at(l.yaxis, b.y, t.y[k])];
+            const all = Array.from(t.x, (_, k) => place(k)), now = (g.drawnPoints || {}).lit?.join();
+            const alone = all.filter((p, k) => String(k) !== now && all.every((q, i) => i === k
+                || Math.hypot(p[0] - q[0], p[1] - q[1]) > 15));
+            return alone[Math.floor(draw * alone.length)]; }""",
+            self.random.random(),
         )
         self.page.mouse.move(*at)
         self.page.wait_for_timeout(150)

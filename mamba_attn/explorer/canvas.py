@@ -3,8 +3,10 @@
 Plotly takes 0.2 s to light up some of 3,000 points where no graphics card helps; a canvas takes a few milliseconds.
 """
 
+import base64
 from typing import Any
 
+import dash
 import numpy as np
 import plotly.graph_objects as go
 
@@ -47,6 +49,22 @@ def on_canvas(figure: go.Figure) -> go.Figure:
     shown = go.Figure([points, *map(_legend, figure.data)], figure.layout)
     shown.update_xaxes(range=_range(x)).update_yaxes(range=_range(y))
     return shown.update_layout(legend={"itemclick": False, "itemdoubleclick": False})
+
+
+def moved(xy: np.ndarray, revision: str) -> dash.Patch:
+    """Return what changes of an ``on_canvas`` figure when its points, the same ones, lie elsewhere.
+
+    Args:
+        xy: (points, 2).
+        revision: of the figure, so that what the user zoomed to is forgotten.
+    """
+    change = dash.Patch()
+    for name, values in zip("xy", xy.T.astype("<f4"), strict=True):
+        packed = base64.b64encode(np.ascontiguousarray(values).tobytes()).decode("ascii")
+        change["data"][0][name] = {"dtype": "f4", "bdata": packed}  # plotly's own way to write an array
+        change["layout"][f"{name}axis"]["range"] = _range(values)
+    change["layout"]["uirevision"] = revision
+    return change
 
 
 def _legend(trace: Any) -> go.Scatter:

@@ -10,7 +10,7 @@ import dash
 import numpy as np
 from dash import ALL, MATCH, ClientsideFunction, Input, Output, ctx, no_update
 
-from mamba_attn.explorer.canvas import on_canvas
+from mamba_attn.explorer.canvas import moved, on_canvas
 from mamba_attn.explorer.context import Context
 from mamba_attn.explorer.offer import colours
 from mamba_attn.explorer.saying import BLANK, FAILURES, said
@@ -21,6 +21,7 @@ from mamba_attn.explorer.words import heading, legend
 _PICTURE = ("store", "layer", "image", "palette", "opacity", "path", "step")
 
 
+_KEPT = 16  # figures of points
 _NOTHING = "nothing"  # the key of a view that could not be drawn: the next change tries again
 
 
@@ -44,6 +45,7 @@ class Drawn(NamedTuple):
 
 def register(app: dash.Dash, context: Context) -> None:
     """Add the callbacks that draw points; maps are drawn by those of ``acting``."""
+    kept: dict[str, Any] = {}  # figures of points, which take longer to make than to send
 
     @app.callback(
         Output(_of("scatter"), "figure"),
@@ -60,14 +62,22 @@ def register(app: dash.Dash, context: Context) -> None:
         # what the points depend on; a change of anything else leaves them where they are
         key = [pane.store, pane.mode, layer.stage if pane.mode == "blocks" else layer.name, pane.method, pane.colour]
         key += [] if pane.method == "pca" else [pane.first]
-        key += [] if pane.mode == "blocks" else [views.source.route(pane), pane.direction]
-        if key == drawn:
+        places = [] if pane.mode == "blocks" else [views.source.route(pane), pane.direction]
+        if drawn == [key, places]:
             return no_update, no_update, no_update, no_update
         try:
-            figure = on_canvas(views.scatter(pane, State()))
+            name = str([key, places])
+            if isinstance(drawn, list) and drawn[:1] == [key] and pane.colour != "rank":
+                return moved(views.points(pane).xy, name), no_update, "", [key, places]
+            figure = kept.get(name)
+            if figure is None:
+                figure = on_canvas(views.scatter(pane, State())).update_layout(height=None, uirevision=name)
+                kept[name] = figure
+                for oldest in list(kept)[:-_KEPT]:
+                    kept.pop(oldest, None)
         except (*FAILURES, ValueError) as error:  # ValueError: too few points
             return BLANK, "Points", said(error), None
-        return figure.update_layout(height=None, uirevision=str(key)), views.points(pane).about, "", key
+        return figure, views.points(pane).about, "", [key, places]
 
     @app.callback(
         Output({"pane": MATCH, "set": "colour"}, "options"), Input({"pane": MATCH, "set": "mode"}, "value"),

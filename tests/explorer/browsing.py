@@ -102,6 +102,26 @@ class Explorer:
             arg=[pane, count],
         )
 
+    def places(self, pane=0):
+        """Where the points lie, (points, 2)."""
+        found = self.page.evaluate(
+            """(pane) => { const trace = document.querySelectorAll('.graph.scatter .js-plotly-plot')[pane]._fullData[0];
+            return [Array.from(trace.x), Array.from(trace.y)]; }""",
+            pane,
+        )
+        return np.array(found).T
+
+    def lie(self, expected, pane=0):
+        """Wait until the points lie where they shall, and are drawn there."""
+        near = 1e-5 * float(np.abs(expected).max())
+        for _ in range(200):
+            if np.allclose(self.places(pane), expected, rtol=0, atol=near):
+                break
+            self.page.wait_for_timeout(100)
+        np.testing.assert_allclose(self.places(pane), expected, rtol=0, atol=near)
+        drawn = self.page.evaluate("document.querySelector('.graph.scatter .js-plotly-plot').drawnPoints.x[0]")
+        assert abs(drawn - expected[0][0]) <= near
+
     def point(self, number, pane=0):
         """Where a point is on the screen."""
         return self.page.evaluate(PLACE, [pane, number])

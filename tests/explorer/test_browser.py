@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mamba_attn.analytics.embed import embed
 from mamba_attn.explorer.state import State
 from tests.explorer.browsing import Explorer, served
 from tests.explorer.double import tiny
@@ -60,9 +61,14 @@ def test_a_dragged_region_draws_the_mean_of_its_rows_and_routes_switch(explorer,
     region = [row * 12 + column for row in range(1, 4) for column in range(2, 7)]
     explorer.heat(grid(store.mean(layer)[region].mean(0)))
     assert explorer.drawn("patches")["frame"] == 2 * (3 + 5)
+    of_sum = explorer.places()
     explorer.choose("route", "3")
     explorer.heat(grid(store.mean(layer, 2)[region].mean(0)))
+    explorer.lie(embed(store.mean(layer, 2)[layer.layout.patches.numpy()]).points)
+    assert explorer.places().shape == of_sum.shape
+    assert np.abs(explorer.places() - of_sum).max() > 0.1 * np.abs(of_sum).max()
     explorer.page.keyboard.press("0")
+    explorer.lie(of_sum)
     explorer.heat(grid(store.mean(layer)[region].mean(0)))
 
 
