@@ -103,7 +103,7 @@ def run_findings(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
         reports = measured(args, models, str(data / selector))
         stores = {name: AttentionStore.open(folder_of(args, name, *its)) for name, its in models.items()}
         every += reports
-        details[part] = brief(as_json(reports, over_orders(reports), {}), part == "digits")
+        details[part] = brief(as_json(reports, over_orders(reports), {}), part != "models")
         details[part]["title"], details[part]["side by side"] = part, side_by_side(reports)[1:] if reports else []
         if reports:
             show(*side_by_side(reports))

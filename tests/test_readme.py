@@ -18,7 +18,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 def formatted(value: float, unit: str) -> str:
     if unit == "B":
         return f"{value / 1e9:.2g} GB"
-    return f"{value:.2g}{' x' if unit == 'x' else ''}" if value < 100 else f"{value:.0f}{' x' if unit == 'x' else ''}"
+    said = f" {unit}" if unit in ("x", "ms") else ""
+    return f"{value:.2g}{said}" if value < 100 else f"{value:.0f}{said}"
 
 
 def test_every_figure_is_a_measured_one() -> None:
