@@ -77,6 +77,17 @@ def class_token_maps(_: dict[str, Any]) -> str:
     return "![What the class token reads, first above, in the middle below](findings_class_token.png)\n"
 
 
+def averaging(details: dict[str, Any]) -> str:
+    """How much of the matrices a mean over images leaves out."""
+    lines = []
+    for store in details["models"]["stores"]:
+        row = tables.row_of(details["models"], store, "image_share")
+        if row is not None:
+            lines.append(f"- {store['name']}: {tables.shown(row['trained'])}, with random weights "
+                         f"{tables.short(row.get('random'))}.")  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
 def order_pattern(details: dict[str, Any]) -> str:
     """Whether the pattern follows the order, in words."""
     lines = []
@@ -158,8 +169,8 @@ def class_tokens(details: dict[str, Any]) -> str:
 _FOUND = ("models", "orders", "class tokens", "digits")
 PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "in short": in_short, "setting": setting, "models": tables.models, "training": tables.training,
-    "paper": tables.paper,
-    "order findings": tables.order_findings, "order pattern": order_pattern, "accuracy": accuracy,
+    "paper": tables.paper, "averaging": averaging, "order findings": tables.order_findings,
+    "order pattern": order_pattern, "accuracy": accuracy,
     "goes with accuracy": goes_with_accuracy, "reordered": reordered, "class tokens": class_tokens,
     "by layer": tables.by_layer, "matrices": matrices, "class token maps": class_token_maps,
 }  # fmt: skip

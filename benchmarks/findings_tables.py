@@ -42,6 +42,8 @@ def paper(details: dict[str, Any]) -> str:
         for store in details["models"]["stores"]:
             row = row_of(details["models"], store, name)
             cells.append("" if row is None else holds(row, about[name]["claim"]))
+        if not any(cells):
+            continue  # of other models alone
         sign, number = about[name]["claim"]
         lines.append(f"| {about[name]['of']} | {about[name]['title']} | {sign} {number:g} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
