@@ -1,7 +1,11 @@
 """Where a chromium is, for tests and measurements: they drive the page as a user does."""
 
 import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -22,3 +26,19 @@ def chromium() -> str | None:
     with sync_playwright() as driver:
         path = Path(driver.chromium.executable_path)
     return str(path) if path.is_file() else None
+
+
+@contextmanager
+def served(*stores: Any) -> Iterator[str]:
+    """The address of an explorer of stores, in threads of this process."""
+    from mamba_attn.explorer.app import build
+    from mamba_attn.explorer.serving import bound
+
+    with bound(build(list(stores)), "127.0.0.1", 0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.port}/"
+        finally:
+            server.shutdown()
+            thread.join()

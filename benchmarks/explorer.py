@@ -3,9 +3,7 @@
 import importlib.util
 import statistics
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.browser import FLAGS, chromium
+from benchmarks.browser import FLAGS, chromium, served
 from benchmarks.report import Figure, figure
 from mamba_attn import models, subjects
 from mamba_attn.analytics import AttentionStore, Request, collect
 from mamba_attn.bench.timing import Spread
 from mamba_attn.datasets import open_data
-from mamba_attn.explorer.app import build
-from mamba_attn.explorer.serving import bound
 
 MODEL, PIXELS, GRID = "vmamba_tiny_s1l8", 224, 56
 KINDS = ("patch click", "hover", "region drag", "route switch", "mode switch", "scatter click")
@@ -75,19 +71,6 @@ def collected(folder: Path, pixels: int) -> Path:
     subject = subjects.load(MODEL, str(weights))
     collect(Request(subject, open_data(str(photos)), layers=["layers.0.*"]), folder / "store")
     return folder / "store"
-
-
-@contextmanager
-def served(store: Path) -> Iterator[str]:
-    """The address of an explorer of a store, in threads of this process."""
-    with bound(build([AttentionStore.open(store)]), "127.0.0.1", 0) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.port}/"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 class Hand:
@@ -179,7 +162,7 @@ def run_explore(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
     pixels, rounds = (64, 4) if quick else (PIXELS, 40)
     with (
         tempfile.TemporaryDirectory() as folder,
-        served(collected(Path(folder), pixels)) as address,
+        served(AttentionStore.open(collected(Path(folder), pixels))) as address,
         sync_playwright() as driver,
     ):
         browser = driver.chromium.launch(executable_path=found, headless=True, args=FLAGS)

@@ -81,6 +81,12 @@ def weights_in(folder: Path) -> Path | None:
     return next((path for path in sorted(folder.glob("*.safetensors")) if path.with_suffix(".json").is_file()), None)
 
 
+def recipe(weights: Path) -> dict[str, Any]:
+    """How weights were trained, from their card; empty where it does not say."""
+    card = json.loads(weights.with_suffix(".json").read_text())
+    return {key: card[key] for key in ("pixels", "epochs", "seed", "training_images", "command") if key in card}
+
+
 def run_findings(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
     """Collect, measure, report."""
     if args.quick:
@@ -111,6 +117,7 @@ def run_findings(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
             draw(args, "findings_matrices.png", matrices_rgb(stores, 160))
         if part == "class tokens":
             details["class token rows"] = class_token_rows(args, stores)
+    details["training"] = {name: recipe(Path(path)) for name, (_, path) in {**objects, **tokens, **digits}.items()}
     details["reordered"] = reordered(orders_found, data / OBJECTS, args.answers)
     details["wall seconds"] = time.perf_counter() - started
     families = {each.model.partition("_")[0] for each in every if each.order}

@@ -77,6 +77,18 @@ def class_token_maps(_: dict[str, Any]) -> str:
     return "![What the class token reads, first above, in the middle below](findings_class_token.png)\n"
 
 
+def training(details: dict[str, Any]) -> str:
+    """How the models of orders, class tokens and digits were trained."""
+    lines = []
+    for kind, said in (("order", "each order"), ("class_token", "both class tokens"), ("digits", "digits")):
+        found = [its for name, its in details["training"].items() if name.startswith(kind) and "epochs" in its]
+        if found:
+            sets = {key: sorted({its[key] for its in found}) for key in ("epochs", "pixels", "training_images", "seed")}
+            epochs, pixels, images, seeds = (" or ".join(map(str, values)) for values in sets.values())
+            lines.append(f"- {said}: {epochs} epochs of {images} images, {pixels} pixels, seed {seeds}.")
+    return "\n".join(lines) + "\n" if lines else tables.NOTHING
+
+
 def averaging(details: dict[str, Any]) -> str:
     """How much of the matrices a mean over images leaves out."""
     lines = []
@@ -169,7 +181,7 @@ def class_tokens(details: dict[str, Any]) -> str:
 _FOUND = ("models", "orders", "class tokens", "digits")
 PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "in short": in_short, "setting": setting, "models": tables.models, "training": tables.training,
-    "paper": tables.paper, "averaging": averaging, "order findings": tables.order_findings,
+    "paper": tables.paper, "recipes": training, "averaging": averaging, "order findings": tables.order_findings,
     "order pattern": order_pattern, "accuracy": accuracy,
     "goes with accuracy": goes_with_accuracy, "reordered": reordered, "class tokens": class_tokens,
     "by layer": tables.by_layer, "matrices": matrices, "class token maps": class_token_maps,

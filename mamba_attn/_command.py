@@ -1,9 +1,12 @@
-"""What all commands have in common: their place under ``mamba-attn``, the extras and the folder that they need."""
+"""What all commands have in common: their place under ``mamba-attn``, how they end, what they need."""
 
 import argparse
 import importlib.util
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from mamba_attn.errors import MambaAttnError
 
 
 def subcommand(
@@ -21,6 +24,24 @@ def subcommand(
         name, help=what, description=what.capitalize() + ".", epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+
+
+def exit_code(name: str, call: Callable[[], int], stopped: str = "stopped.") -> int:
+    """Call what a command does, and return its exit code: 2 for what it refuses, in a sentence, and 130 for Ctrl+C.
+
+    Args:
+        name: of the command.
+        call: what it does; it returns the exit code.
+        stopped: what is said after Ctrl+C.
+    """
+    try:
+        return call()
+    except (ValueError, TypeError, OSError, ImportError, MambaAttnError) as error:
+        print(f"mamba-attn {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"mamba-attn {name}: {stopped}", file=sys.stderr)
+        return 130
 
 
 def require_extras(needed: Mapping[str, str], extra: str = "explain") -> None:

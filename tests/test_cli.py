@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from mamba_attn import cli, images, models
+from mamba_attn._command import exit_code
 from mamba_attn.explain import command
 from mamba_attn.subjects import _class_names
 from tests.explain.cases import VIM, VIT, VMAMBA, photo, save
@@ -223,3 +224,17 @@ def test_only_what_exists_is_offered(capsys):
     assert "explain" in shown
     assert "compare" in shown
     assert "findings" in shown
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [(ValueError("no such thing"), 2, "no such thing"), (KeyboardInterrupt(), 130, "stopped; it goes on.")],
+)
+def test_all_commands_end_alike(error, code, said, capsys):
+    def call():
+        raise error
+
+    assert exit_code("explore", call, "stopped; it goes on.") == code
+    assert capsys.readouterr().err == f"mamba-attn explore: {said}\n"
+    with pytest.raises(ZeroDivisionError):  # a bug stays one
+        exit_code("explore", lambda: 1 // 0)

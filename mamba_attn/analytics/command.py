@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mamba_attn._command import require_extras, subcommand
-from mamba_attn.errors import MambaAttnError
+from mamba_attn._command import exit_code, require_extras, subcommand
 
 if TYPE_CHECKING:
     from mamba_attn.analytics.collecting import Collected
@@ -58,17 +57,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace, command: Sequence[str]) -> int:
     """Do what the arguments say, and return the exit code."""
-    try:
-        require_extras(_NEEDED, "analytics")
-        if args.merge:
-            return _merge(args)
-        return _collect(_request(args, f"mamba-attn {shlex.join(command)}"), args.out)
-    except (ValueError, TypeError, OSError, ImportError, MambaAttnError) as error:
-        print(f"mamba-attn collect: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("mamba-attn collect: stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
-        return 130
+    stopped = "stopped; the same command goes on from the last checkpoint."
+    return exit_code("collect", lambda: _run(args, f"mamba-attn {shlex.join(command)}"), stopped)
+
+
+def _run(args: argparse.Namespace, command: str) -> int:
+    require_extras(_NEEDED, "analytics")
+    return _merge(args) if args.merge else _collect(_request(args, command), args.out)
 
 
 def _request(args: argparse.Namespace, command: str) -> "Request":

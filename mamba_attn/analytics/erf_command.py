@@ -5,7 +5,6 @@ Exit codes: 0 all done, 1 some images could not be used, 2 nothing was done beca
 
 import argparse
 import shlex
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor
 
 from mamba_attn import images
-from mamba_attn._command import require_extras, subcommand, writable
+from mamba_attn._command import exit_code, require_extras, subcommand, writable
 from mamba_attn._table import show
-from mamba_attn.errors import MambaAttnError, nearest
+from mamba_attn.errors import nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,15 +64,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace, command: Sequence[str]) -> int:
     """Do what the arguments say, and return the exit code."""
-    try:
-        require_extras(_NEEDED)
-        return _erf(args, f"mamba-attn {shlex.join(command)}")
-    except (ValueError, TypeError, OSError, ImportError, MambaAttnError) as error:
-        print(f"mamba-attn erf: {error}", file=sys.stderr)
-        return 2
+    return exit_code("erf", lambda: _erf(args, f"mamba-attn {shlex.join(command)}"))
 
 
 def _erf(args: argparse.Namespace, command: str) -> int:
+    require_extras(_NEEDED)
     from rich.console import Console
     from rich.progress import Progress
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mamba_attn._command import require_extras, subcommand, writable
-from mamba_attn.errors import MambaAttnError, nearest
+from mamba_attn._command import exit_code, require_extras, subcommand, writable
+from mamba_attn.errors import nearest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,14 +80,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, command: Sequence[str]) -> int:
     """Do what the arguments say, and return the exit code."""
-    try:
-        require_extras(_NEEDED)
-        its = job(args)
-        folder = writable(args.out)
-        measure(its, folder / "bench.json", folder)
-    except (ValueError, TypeError, OSError, ImportError, MambaAttnError) as error:
-        print(f"mamba-attn bench: {error}", file=sys.stderr)
-        return 2
+    return exit_code("bench", lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    require_extras(_NEEDED)
+    its = job(args)
+    folder = writable(args.out)
+    measure(its, folder / "bench.json", folder)
     print(f"written: {folder / 'bench.json'}; open {folder / 'roofline.html'}")
     return 0
 

@@ -6,7 +6,6 @@ it was called, 130 stopped by the user.
 
 import argparse
 import shlex
-import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mamba_attn._command import require_extras, subcommand, writable
+from mamba_attn._command import exit_code, require_extras, subcommand, writable
 from mamba_attn._table import bar, plain, show
 from mamba_attn.errors import MambaAttnError, nearest
 
@@ -88,21 +87,21 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace, command: Sequence[str]) -> int:
     """Do what the arguments say, and return the exit code."""
+    call = f"mamba-attn {shlex.join(command)}"
+    return exit_code("compare", lambda: _run(args, call), "stopped; the same command goes on from here.")
+
+
+def _run(args: argparse.Namespace, command: str) -> int:
+    require_extras(_NEEDED)
+    plan = _plan(args)
+    plan.check()
     try:
-        require_extras(_NEEDED)
-        plan = _plan(args)
-        plan.check()
-        return _compare(plan, args, f"mamba-attn {shlex.join(command)}")
-    except BrokenProcessPool:
-        print("mamba-attn compare: a worker process ended at once, perhaps for want of memory; what was measured is "
-              "kept: call it again, with fewer --workers.", file=sys.stderr)  # fmt: skip
-        return 2
-    except (ValueError, TypeError, OSError, ImportError, MambaAttnError) as error:
-        print(f"mamba-attn compare: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("mamba-attn compare: stopped; the same command goes on from here.", file=sys.stderr)
-        return 130
+        return _compare(plan, args, command)
+    except BrokenProcessPool as error:
+        raise MambaAttnError(
+            "a worker process ended at once, perhaps for want of memory; what was measured is kept: call it again, "
+            "with fewer --workers."
+        ) from error
 
 
 def _plan(args: argparse.Namespace) -> "Plan":

@@ -5,7 +5,6 @@ Exit codes: 0 all done, 1 some images could not be explained, 2 nothing was done
 
 import argparse
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from mamba_attn import images
-from mamba_attn._command import require_extras, subcommand, writable
-from mamba_attn.errors import MambaAttnError, NonFiniteError
+from mamba_attn._command import exit_code, require_extras, subcommand, writable
+from mamba_attn.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -78,13 +77,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace, command: Sequence[str]) -> int:
     """Do what the arguments say, and return the exit code."""
-    try:
-        require_extras(_NEEDED)
-        job = _job(args, f"mamba-attn {shlex.join(command)}")
-        return _explain(job)
-    except (ValueError, TypeError, OSError, ImportError, MambaAttnError) as error:
-        print(f"mamba-attn explain: {error}", file=sys.stderr)
-        return 2
+    return exit_code("explain", lambda: _run(args, f"mamba-attn {shlex.join(command)}"))
+
+
+def _run(args: argparse.Namespace, command: str) -> int:
+    require_extras(_NEEDED)
+    return _explain(_job(args, command))
 
 
 def _job(args: argparse.Namespace, command: str) -> Job:

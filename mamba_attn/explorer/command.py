@@ -4,12 +4,10 @@ Exit codes: 0 stopped by the user, 2 nothing was done because of how it was call
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mamba_attn._command import require_extras, subcommand
-from mamba_attn.errors import MambaAttnError
+from mamba_attn._command import exit_code, require_extras, subcommand
 
 _NEEDED = {"dash": "dash", "plotly": "plotly", "PIL": "pillow", "zarr": "zarr"}
 _EPILOG = """\
@@ -33,12 +31,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace, command: Sequence[str]) -> int:
     """Do what the arguments say, and return the exit code."""
-    try:
-        require_extras(_NEEDED, "app")
-        serve(_stores(args.store), args.host, args.port)
-    except (ValueError, TypeError, OSError, ImportError, MambaAttnError) as error:
-        print(f"mamba-attn explore: {error}", file=sys.stderr)
-        return 2
+    return exit_code("explore", lambda: _explore(args))
+
+
+def _explore(args: argparse.Namespace) -> int:
+    require_extras(_NEEDED, "app")
+    serve(_stores(args.store), args.host, args.port)
     return 0
 
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mamba_attn._command import require_extras, subcommand, writable
+from mamba_attn._command import exit_code, require_extras, subcommand, writable
 from mamba_attn._table import plain, show
-from mamba_attn.errors import MambaAttnError, nearest
+from mamba_attn.errors import nearest
 
 if TYPE_CHECKING:
     from mamba_attn.analytics.store import AttentionStore
@@ -52,18 +52,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace, command: Sequence[str]) -> int:
     """Do what the arguments say, and return the exit code."""
-    try:
-        require_extras(_NEEDED, "analytics")
-        return _findings(args, f"mamba-attn {shlex.join(command)}")
-    except (ValueError, TypeError, OSError, ImportError, MambaAttnError) as error:
-        print(f"mamba-attn findings: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("mamba-attn findings: stopped; the same command goes on after the last model.", file=sys.stderr)
-        return 130
+    stopped = "stopped; the same command goes on after the last model."
+    return exit_code("findings", lambda: _findings(args, f"mamba-attn {shlex.join(command)}"), stopped)
 
 
 def _findings(args: argparse.Namespace, command: str) -> int:
+    require_extras(_NEEDED, "analytics")
     from mamba_attn.findings.accuracy import over_orders
 
     if args.seeds < 0:

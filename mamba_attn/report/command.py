@@ -9,8 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mamba_attn._command import require_extras, subcommand
-from mamba_attn.errors import MambaAttnError
+from mamba_attn._command import exit_code, require_extras, subcommand
 
 _NEEDED = {"zarr": "zarr", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
 _METHODS = ("pca", "tsne", "umap")
@@ -39,15 +38,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace, command: Sequence[str]) -> int:
     """Do what the arguments say, and return the exit code."""
-    try:
-        require_extras(_NEEDED, "analytics")
-        return _report(args)
-    except (ValueError, TypeError, OSError, ImportError, MambaAttnError) as error:
-        print(f"mamba-attn report: {error}", file=sys.stderr)
-        return 2
+    return exit_code("report", lambda: _report(args))
 
 
 def _report(args: argparse.Namespace) -> int:
+    require_extras(_NEEDED, "analytics")
     from rich.console import Console
     from rich.progress import Progress
 

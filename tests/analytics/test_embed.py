@@ -7,6 +7,7 @@ import pytest
 from sklearn.decomposition import PCA
 from sklearn.manifold import trustworthiness as sklearn_trustworthiness
 from sklearn.neighbors import NearestNeighbors
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from mamba_attn.analytics import neighbours, pca
 from mamba_attn.analytics.embed import METHODS, cache_key, embed
@@ -100,6 +101,21 @@ def test_tsne_is_seeded_and_keeps_clusters(first):
     assert found.about["first"] == first
     assert found.about["perplexity"] == pytest.approx(59 / 3)
     assert embed(features, "tsne", first=first, perplexity=5).about["perplexity"] == 5
+
+
+def test_tsne_runs_in_one_thread_whatever_ran_before(monkeypatch):
+    from sklearn.manifold import TSNE
+
+    threads, original = [], TSNE.fit_transform
+
+    def counted(self, features):
+        threads.extend(each["num_threads"] for each in threadpool_info() if each["user_api"] == "openmp")
+        return original(self, features)
+
+    monkeypatch.setattr(TSNE, "fit_transform", counted)
+    with threadpool_limits(2, user_api="openmp"):  # as UMAP leaves it
+        embed(clusters(20, 5)[0], "tsne")
+    assert set(threads) == {1}
 
 
 def test_umap_is_seeded_and_keeps_clusters():

@@ -1,14 +1,10 @@
 """The explorer in a real browser, for tests: gestures, and what is drawn after them."""
 
 import re
-import threading
-from contextlib import contextmanager
 
 import numpy as np
 
 from benchmarks.browser import chromium
-from mamba_attn.explorer.app import build
-from mamba_attn.explorer.serving import bound
 
 CHROMIUM = chromium()
 DRAWN = """([pane, view]) => {
@@ -39,19 +35,6 @@ PIXEL = """(number) => {
     const canvas = graph.querySelector('canvas.points').getContext('2d');
     return Array.from(canvas.getImageData(x * dense, y * dense, 1, 1).data);
 }"""
-
-
-@contextmanager
-def served(*stores):
-    """Serve stores; yields the address."""
-    with bound(build(list(stores)), "127.0.0.1", 0) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.port}/"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 class Explorer:

@@ -1,7 +1,7 @@
 import pytest
 
 from benchmarks.browser import FLAGS
-from tests.explorer.browsing import CHROMIUM
+from tests.explorer.browsing import CHROMIUM, Explorer
 
 
 @pytest.fixture(scope="module")
@@ -13,3 +13,14 @@ def browser():
         running = driver.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
         yield running
         running.close()
+
+
+@pytest.fixture
+def explorer(browser, address):
+    """A page at the module's own address; nothing may have gone wrong on it."""
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    opened = Explorer(page, address)
+    opened.open(address)
+    yield opened
+    page.close()
+    assert opened.wrong == []

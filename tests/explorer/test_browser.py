@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.browser import served
 from mamba_attn.analytics.embed import embed
 from mamba_attn.explorer.state import State
-from tests.explorer.browsing import Explorer, served
+from tests.explorer.browsing import Explorer
 from tests.explorer.double import tiny
 
 
@@ -21,16 +22,6 @@ def store():
 def address(store):
     with served(store) as address:
         yield address
-
-
-@pytest.fixture
-def explorer(browser, address):
-    page = browser.new_page(viewport={"width": 1400, "height": 900})
-    opened = Explorer(page, address)
-    opened.open(address)
-    yield opened
-    page.close()
-    assert opened.wrong == []
 
 
 def grid(values):

@@ -4,9 +4,10 @@ import shutil
 
 import pytest
 
+from benchmarks.browser import served
 from mamba_attn.analytics import AttentionStore, collect
 from tests.analytics.cases import folder_of, request
-from tests.explorer.browsing import Explorer, served
+from tests.explorer.browsing import Explorer
 
 
 @pytest.fixture

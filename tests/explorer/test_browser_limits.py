@@ -2,9 +2,10 @@
 
 import pytest
 
+from benchmarks.browser import served
 from mamba_attn.analytics import AttentionStore, collect
 from tests.analytics.cases import folder_of, request
-from tests.explorer.browsing import Explorer, served
+from tests.explorer.browsing import Explorer
 from tests.explorer.double import tiny
 
 
@@ -12,16 +13,6 @@ from tests.explorer.double import tiny
 def address():
     with served(tiny()) as address:
         yield address
-
-
-@pytest.fixture
-def explorer(browser, address):
-    page = browser.new_page(viewport={"width": 1400, "height": 900})
-    opened = Explorer(page, address)
-    opened.open(address)
-    yield opened
-    page.close()
-    assert opened.wrong == []
 
 
 def test_colours_of_points_are_those_that_the_mode_has(explorer):
