@@ -16,7 +16,7 @@ from mamba_attn import images, trace
 from mamba_attn.analytics import AttentionStore, Request, collect
 from mamba_attn.analytics._memory import batch_size
 from mamba_attn.datasets import open_data
-from mamba_attn.subjects import load
+from mamba_attn.datasets.loaded_model import load
 
 MODELS = ("vim_micro", "vmamba_micro")
 
@@ -86,8 +86,8 @@ def run_collect(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]
     data = str(Path(args.data).expanduser().resolve()) if Path(args.data).exists() else args.data
     for name in args.models:
         memory = [peak_memory("benchmarks.analytics:collecting", name=name, data=data, limit=n) for n in (few, many)]
-        command = [sys.executable, "-m", "mamba_attn.cli", "collect", "--model", name, "--data", data, "--limit",
-                   str(many), "--out", "{folder}/store"]  # fmt: skip
+        command = [sys.executable, "-m", "mamba_attn.commands.cli", "collect", "--model", name, "--data", data,
+                   "--limit", str(many), "--out", "{folder}/store"]  # fmt: skip
         seconds = wall_seconds(command, 1)[0]
         error, alone = mean_error(name, data, compared), mean_error(name, data, compared, size=1)
         figures += [

@@ -31,8 +31,8 @@ def chromium() -> str | None:
 @contextmanager
 def served(*stores: Any) -> Iterator[str]:
     """The address of an explorer of stores, in threads of this process."""
-    from mamba_attn.explorer.app import build
-    from mamba_attn.explorer.serving import bound
+    from mamba_attn.viewer.app import build
+    from mamba_attn.viewer.serving import bound
 
     with bound(build(list(stores)), "127.0.0.1", 0) as server:
         thread = threading.Thread(target=server.serve_forever)

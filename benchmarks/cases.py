@@ -92,7 +92,7 @@ TARGETS = {
 def usable_backends() -> list[str]:
     """Backends that can run float32 on this machine, without the slow specification."""
     from mamba_attn.ops import BACKENDS
-    from mamba_attn.ops._arguments import as_record
+    from mamba_attn.ops.arguments import as_record
 
     record = as_record("benchmark", None, *inputs(Shape(2, 2, 2))).record
     return [name for name, backend in BACKENDS.items() if name != "reference" and not backend.unavailable(record)]
@@ -174,9 +174,9 @@ def explained(name: str, what: str, batch: int, pixels: int = 128) -> Call:
 def _model(name: str, pixels: int) -> Any:
     torch.manual_seed(0)
     if name == TRANSFORMER:
-        from mamba_attn import _torchvision
+        from mamba_attn.models import torchvision_repair
 
-        _torchvision.prepare()  # timm imports torchvision
+        torchvision_repair.prepare()  # timm imports torchvision
         import timm
 
         return timm.create_model(name, img_size=pixels).eval()

@@ -142,7 +142,7 @@ def core_hours(part: Part, data: Path, images: int) -> float:
 
 
 def _measure(part: Part, args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
-    from mamba_attn._table import bar
+    from mamba_attn.core.terminal import bar
     from mamba_attn.evaluation.running import run
     from mamba_attn.evaluation.store import Store
     from mamba_attn.evaluation.summary import summarise

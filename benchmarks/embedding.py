@@ -24,7 +24,7 @@ from mamba_attn.analytics import AttentionStore, Request, collect
 from mamba_attn.analytics.neighbours import PcaCheck, pca_check
 from mamba_attn.analytics.request import describe
 from mamba_attn.datasets import open_data
-from mamba_attn.subjects import load
+from mamba_attn.datasets.loaded_model import load
 
 PAGE = Path(__file__).parents[1] / "docs" / "exploring.md"
 RESULTS = Path(__file__).parent / "results" / "embed.json"

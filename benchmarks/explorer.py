@@ -13,10 +13,10 @@ from PIL import Image
 
 from benchmarks.browser import FLAGS, chromium, served
 from benchmarks.report import Figure, figure
-from mamba_attn import models, subjects
+from mamba_attn import models
 from mamba_attn.analytics import AttentionStore, Request, collect
 from mamba_attn.bench.timing import Spread
-from mamba_attn.datasets import open_data
+from mamba_attn.datasets import loaded_model, open_data
 
 MODEL, PIXELS, GRID = "vmamba_tiny_s1l8", 224, 56
 KINDS = ("patch click", "hover", "region drag", "route switch", "mode switch", "scatter click")
@@ -68,7 +68,7 @@ def collected(folder: Path, pixels: int) -> Path:
     weights = folder / "weights.pth"
     torch.save(models.create(MODEL, image_size=pixels).state_dict(), weights)
     weights.with_suffix(".json").write_text(f'{{"options": {{"image_size": {pixels}}}}}')
-    subject = subjects.load(MODEL, str(weights))
+    subject = loaded_model.load(MODEL, str(weights))
     collect(Request(subject, open_data(str(photos)), layers=["layers.0.*"]), folder / "store")
     return folder / "store"
 

@@ -29,13 +29,13 @@ from benchmarks.report import Figure, figure, show
 from mamba_attn import images, orders
 from mamba_attn.analytics import AttentionStore, Request, collect
 from mamba_attn.datasets import Data, class_indices, open_data
+from mamba_attn.datasets.loaded_model import Subject, load
 from mamba_attn.figures import png
 from mamba_attn.figures.colours import limits
 from mamba_attn.findings.accuracy import known_accuracy, over_orders
 from mamba_attn.findings.controls import Report, report
 from mamba_attn.findings.figures import matrices_rgb
 from mamba_attn.findings.tables import as_json, finite, side_by_side
-from mamba_attn.subjects import Subject, load
 
 DEMOS = ("vim_micro", "vmamba_micro", "vit_micro")
 CLASS_TOKENS = ("class_token_first", "class_token_middle")

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import mamba_attn
-from mamba_attn import _torchvision
+from mamba_attn.models import torchvision_repair
 
-_torchvision.prepare()  # this code imports timm, and that torchvision
+torchvision_repair.prepare()  # this code imports timm, and that torchvision
 
 
 def load(root: Path, module: str, *more: str) -> ModuleType:

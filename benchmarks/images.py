@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamba_attn import _torchvision
+from mamba_attn.models import torchvision_repair
 
-_torchvision.prepare()  # timm imports torchvision
+torchvision_repair.prepare()  # timm imports torchvision
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD  # noqa: E402
 from timm.data.transforms import RandomResizedCropAndInterpolation  # noqa: E402

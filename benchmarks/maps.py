@@ -29,7 +29,7 @@ PARTS = ("energy", "deletion", "time")
 IMAGES = 500  # for deletion
 RANDOM = 3  # random deletions per image
 BATCH = 25
-EXPLAIN = [sys.executable, "-m", "mamba_attn.cli", "explain", "--out", "{folder}"]
+EXPLAIN = [sys.executable, "-m", "mamba_attn.commands.cli", "explain", "--out", "{folder}"]
 NOTES = {
     "energy": "energy of the map's positive part inside the boxes / their area, images with boxes below half of the "
     "image; 'ratio' (the headline): mean over images of the ratio, 'ratio of means': mean share of the energy / mean "

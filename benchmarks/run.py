@@ -33,7 +33,7 @@ from benchmarks import analytics, cases, comparison, dropin, embedding, explorer
 from benchmarks.cases import Shape
 from benchmarks.measure import Spread, interleave, paired, peak_memory, slope
 from benchmarks.report import Figure, figure, finish, show
-from mamba_attn.bench import command as bench
+from mamba_attn.commands import bench
 
 RESULTS = Path(__file__).parent / "results"
 WHAT = {

@@ -19,8 +19,8 @@ from benchmarks.cases import Shape
 from benchmarks.report import Figure, figure, show
 from mamba_attn import ops
 from mamba_attn.bench.verify import Truth
-from mamba_attn.ops import _cubins, _kernels, _nvrtc
-from mamba_attn.ops._arguments import as_record
+from mamba_attn.ops.arguments import as_record
+from mamba_attn.ops.cuda import cubins, kernels, nvrtc
 
 SOURCE = Path(__file__).resolve().parents[1] / "cuda" / "hidden_attention.cu"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_120")
@@ -53,12 +53,12 @@ def registers(compiler: str, architecture: str) -> dict[str, dict[str, int]]:
 
 def nvrtc_seconds() -> dict[str, float]:
     """Seconds in which the shipped loader's NVRTC compiles the sources: what a user waits once per machine."""
-    compiler, sources = _nvrtc.compiler(), _cubins.sources()
+    compiler, sources = nvrtc.compiler(), cubins.sources()
     headers = {name: text for name, text in sources.items() if name != SOURCE.name}
     seconds = {}
     for architecture in ARCHITECTURES:
         started = time.perf_counter()
-        compiler.compile(sources[SOURCE.name], SOURCE.name, headers, architecture, _nvrtc.OPTIONS)
+        compiler.compile(sources[SOURCE.name], SOURCE.name, headers, architecture, nvrtc.OPTIONS)
         seconds[architecture] = time.perf_counter() - started
     return seconds
 
@@ -76,7 +76,7 @@ def errors(shapes: tuple[Shape, ...]) -> list[dict[str, Any]]:
             row["blocked"] = truth.error(ops.hidden_attention(*values, backend="blocked"))
             with emulated() as launcher:
                 for kernel in KERNELS:
-                    found = _kernels.attention(launcher, record, (None, None), "mean", False, kernel=kernel)[1]
+                    found = kernels.attention(launcher, record, (None, None), "mean", False, kernel=kernel)[1]
                     row[kernel] = truth.error(found[:, 0])
             rows.append(row)
     shown = [[f"{v:.2g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
@@ -101,7 +101,7 @@ def run_build(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
     figures += [figure("kernel error", kernel, max(row[kernel] for row in rows) / plain) for kernel in KERNELS]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
     details = {
-        "nvcc": version, "nvrtc": ".".join(map(str, _nvrtc.compiler().version)), "compiled": compiled,
+        "nvcc": version, "nvrtc": ".".join(map(str, nvrtc.compiler().version)), "compiled": compiled,
         "nvrtc seconds": nvrtc_seconds(), "errors": rows, "errors are": NOTE, "torch threads": torch.get_num_threads(),
     }  # fmt: skip
     return figures, details

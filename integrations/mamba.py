@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mamba_attn import _patch_embedding
-from mamba_attn.adapters import Adapter, LayoutSource, Seen
+from mamba_attn.core.rules import Rules
+from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.models import vim_mixer
-from mamba_attn.rules import Rules
-from mamba_attn.scan import ScanRecord
+from mamba_attn.tracing import patch_embedding
+from mamba_attn.tracing.adapters import Adapter, LayoutSource, Seen
 
 _PARTS = ("in_proj", "conv1d", "x_proj", "dt_proj", "A_log", "D", "out_proj")
 _NAMES_SHOWN = 6
@@ -82,7 +82,7 @@ class MambaAdapter(Adapter):
 
     def layout_sources(self, model: nn.Module) -> Iterable[LayoutSource]:
         """Return the patch embedding and the first layer, where the model has them."""
-        return _patch_embedding.layout_sources(model)
+        return patch_embedding.layout_sources(model)
 
     def _foreign(self, module: nn.Module) -> Iterator[str]:
         """Names of inputs, submodules, parameters, buffers and settings that nothing here knows."""

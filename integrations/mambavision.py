@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mamba_attn.adapters import Adapter, LayoutSource, Seen, unknown_parts
+from mamba_attn.core.layout import TokenLayout
+from mamba_attn.core.rules import Rules
+from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import UnsupportedModelError
-from mamba_attn.layout import TokenLayout
 from mamba_attn.models import mambavision_mixer
-from mamba_attn.rules import Rules
-from mamba_attn.scan import ScanRecord
+from mamba_attn.tracing.adapters import Adapter, LayoutSource, Seen, unknown_parts
 
 _CHILDREN = ("in_proj", "conv1d_x", "conv1d_z", "x_proj", "dt_proj", "out_proj")
 _PARAMETERS = ("A_log", "D")

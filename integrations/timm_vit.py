@@ -11,12 +11,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.adapters import AttentionAdapter, LayoutSource, Seen, unknown_parts
+from mamba_attn.core.attention_record import AttentionRecord
+from mamba_attn.core.layout import TokenLayout
+from mamba_attn.core.rules import Rules
 from mamba_attn.errors import UnsupportedModelError
-from mamba_attn.layout import TokenLayout
-from mamba_attn.ops._dispatch import require_bytes
-from mamba_attn.rules import Rules
-from mamba_attn.softmax import AttentionRecord
+from mamba_attn.ops.dispatch import require_bytes
+from mamba_attn.tracing.adapters import AttentionAdapter, LayoutSource, Seen, unknown_parts
 
 _PARTS = ("qkv", "proj", "num_heads", "scale")
 _INPUTS = ("x", "attn_mask", "is_causal")

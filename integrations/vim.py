@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from mamba_attn.adapters import Seen
+from mamba_attn.core.rules import Rules
+from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.models import vim_mixer
-from mamba_attn.rules import Rules
-from mamba_attn.scan import ScanRecord
+from mamba_attn.tracing.adapters import Seen
 
 from .mamba import MambaAdapter, is_ours
 

@@ -4,11 +4,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mamba_attn.adapters import Adapter, Seen
+from mamba_attn.core.rules import Rules
+from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.models import ss2d
-from mamba_attn.rules import Rules
-from mamba_attn.scan import ScanRecord
+from mamba_attn.tracing.adapters import Adapter, Seen
 
 from ._ss2d_variants import channel_first, check_parts, is_ours, variant
 

@@ -8,9 +8,9 @@ if not (_HERE / "integrations").is_dir():
     __path__.append(str(_HERE.parent))
 
 from mamba_attn import models, orders, ops  # noqa: E402, I001
-from mamba_attn.adapters import Adapter, AttentionAdapter, register_adapter  # noqa: E402
+from mamba_attn.tracing.adapters import Adapter, AttentionAdapter, register_adapter  # noqa: E402
 from mamba_attn.errors import MambaAttnError  # noqa: E402
-from mamba_attn.layout import TokenLayout  # noqa: E402
+from mamba_attn.core.layout import TokenLayout  # noqa: E402
 from mamba_attn.ops import (  # noqa: E402
     attention_column,
     attention_row,
@@ -19,10 +19,10 @@ from mamba_attn.ops import (  # noqa: E402
     right_product,
     selective_scan,
 )
-from mamba_attn.scan import ScanRecord  # noqa: E402
-from mamba_attn.softmax import AttentionRecord  # noqa: E402
+from mamba_attn.core.scan_record import ScanRecord  # noqa: E402
+from mamba_attn.core.attention_record import AttentionRecord  # noqa: E402
 from mamba_attn.stand_ins import cpu_stand_ins  # noqa: E402
-from mamba_attn.tracing import Trace, trace  # noqa: E402
+from mamba_attn.tracing.tracer import Trace, trace  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -23,9 +23,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Before any test module is imported, so that each of them sees the watched trace and a timm that imports."""
     torch.set_num_threads(1)
     if hasattr(session.config, "workerinput") or session.config.getoption("dist") == "no":
-        importlib.import_module("mamba_attn._torchvision").prepare()
-        if importlib.util.find_spec("mamba_attn.tracing"):
-            WATCH.install(importlib.import_module("mamba_attn.tracing"))
+        importlib.import_module("mamba_attn.models.torchvision_repair").prepare()
+        if importlib.util.find_spec("mamba_attn.tracing.tracer"):
+            WATCH.install(importlib.import_module("mamba_attn.tracing.tracer"))
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from mamba_attn import ops
-from mamba_attn.ops import _operators
+from mamba_attn.ops.cuda import operators
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parent / "cuda"
@@ -92,11 +92,11 @@ class Emulator:
 def emulated(launcher: Emulator | None = None) -> Iterator[Emulator]:
     """Let backend="fused" run on the host."""
     launcher = launcher or Emulator()
-    before, _operators.launcher = _operators.launcher, launcher
+    before, operators.launcher = operators.launcher, launcher
     try:
         yield launcher
     finally:
-        _operators.launcher = before
+        operators.launcher = before
 
 
 def hidden_attention(delta: np.ndarray, A: np.ndarray, B: np.ndarray, C: np.ndarray, **options: object) -> np.ndarray:

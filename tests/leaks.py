@@ -1,8 +1,8 @@
 """What a trace may leave behind on a model: nothing. Snapshots of modules before, and the differences after.
 
-``Watch`` wraps ``mamba_attn.tracing.trace`` for the whole test session. Modules are remembered when a trace first
-reaches them and compared when the last open trace is left, so that nested traces, traces of a submodule and traces in
-several threads need no special case.
+``Watch`` wraps ``mamba_attn.trace`` for the whole test session. Modules are remembered when a trace first reaches them
+and compared when the last open trace is left, so that nested traces, traces of a submodule and traces in several
+threads need no special case.
 """
 
 import functools

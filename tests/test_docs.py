@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from mamba_attn.adapters import _registered
 from mamba_attn.attribution import catalogue
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.testing import LawError, check_adapter
+from mamba_attn.tracing.adapters import _registered
 
 DOCS = Path(__file__).parents[1] / "docs"
 

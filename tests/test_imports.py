@@ -15,39 +15,23 @@ ROOT = Path(__file__).parent.parent
 
 # from the roof to the cellar; names on one line are one room
 HOUSE = [
-    ["cli"],
-    ["report"],
-    ["explorer"],
-    ["explain"],
-    ["bench"],
-    ["evaluation"],
+    ["commands"],
+    ["viewer", "bench"],
     ["findings"],
-    ["analytics"],
+    ["analytics", "erf", "evaluation", "explanations"],
     ["datasets"],
-    ["testing"],
-    ["subjects"],
-    ["stand_ins"],
-    ["attribution"],
-    ["figures"],
-    ["tracing"],
-    ["_ruling"],
-    ["_routing"],
-    ["attention_layer"],
-    ["layers"],
-    ["integrations"],
-    ["_patch_embedding"],
-    ["adapters"],  # reaches integrations by name only
+    ["attribution", "testing"],
+    ["stand_ins", "integrations"],
+    ["tracing"],  # reaches integrations by name only
     ["models"],
-    ["rules"],
     ["ops"],
-    ["scan", "softmax"],
-    ["layout", "orders"],
-    ["images"],
-    ["errors", "_types", "_torchvision", "_command", "_table", "_notebook"],
+    ["core"],
+    ["images", "orders"],
+    ["figures", "errors", "_types"],
 ]
 FLOOR = {name: depth for depth, names in enumerate(HOUSE) for name in names}
 ANY_ROOM = ("__init__", "__main__")  # the front doors
-CORE = [f"mamba_attn.{name}" for name in ("models", "ops", "adapters", "tracing", "rules", "scan", "layout", "orders")]
+CORE = [f"mamba_attn.{name}" for name in ("models", "ops", "tracing", "core", "orders")]
 HEAVY = ("timm", "torchvision", "captum", "plotly", "PIL", "rich", "safetensors", "sklearn", "umap", "dash", "zarr")
 
 
@@ -111,21 +95,29 @@ def test_every_file_has_a_room_and_imports_only_rooms_below(module):
 @pytest.mark.parametrize(
     ("module", "source", "broken"),
     [
-        ("mamba_attn.ops.x", "from mamba_attn.scan import ScanRecord", None),
+        ("mamba_attn.ops.x", "from mamba_attn.core.scan_record import ScanRecord", None),
         ("mamba_attn.ops.x", "from . import reference", None),
         ("mamba_attn.ops.x", "from ..models import vim", "ops stands below models"),
         ("mamba_attn.ops.x", "def f():\n    from mamba_attn import models", "ops stands below models"),
-        ("mamba_attn.scan", "import mamba_attn.ops.reference", "scan stands below ops"),
-        ("mamba_attn.scan", "from mamba_attn.layout import TokenLayout", None),
-        ("mamba_attn.scan", "from mamba_attn import ScanRecord", "mamba_attn.ScanRecord is no room"),
+        ("mamba_attn.core.scan_record", "import mamba_attn.ops.reference", "core stands below ops"),
+        ("mamba_attn.core.scan_record", "from mamba_attn.core.layout import TokenLayout", None),
+        ("mamba_attn.core.scan_record", "from mamba_attn import ScanRecord", "mamba_attn.ScanRecord is no room"),
         ("mamba_attn.attribution.x", "import mamba_attn.integrations.vim", "found by name"),
-        ("mamba_attn.adapters", "from mamba_attn.integrations import vim", "found by name"),
-        ("mamba_attn.adapters", "import integrations", "found by name"),
-        ("mamba_attn.figures.x", "from mamba_attn.scan import ScanRecord", "figures import nothing of ours"),
+        ("mamba_attn.tracing.adapters", "from mamba_attn.integrations import vim", "found by name"),
+        ("mamba_attn.tracing.adapters", "import integrations", "found by name"),
+        (
+            "mamba_attn.figures.x",
+            "from mamba_attn.core.scan_record import ScanRecord",
+            "figures import nothing of ours",
+        ),
         ("mamba_attn.figures.x", "from mamba_attn.figures.theme import INK", None),
-        ("mamba_attn.integrations.vim", "from mamba_attn.adapters import Adapter", None),
-        ("mamba_attn.integrations.vim", "from mamba_attn.tracing import trace", "integrations stands below tracing"),
-        ("mamba_attn.__init__", "from mamba_attn.tracing import trace", None),
+        ("mamba_attn.integrations.vim", "from mamba_attn.tracing.adapters import Adapter", None),
+        (
+            "mamba_attn.integrations.vim",
+            "from mamba_attn.attribution import RawAttention",
+            "integrations stands below attribution",
+        ),
+        ("mamba_attn.__init__", "from mamba_attn.tracing.tracer import trace", None),
         ("mamba_attn.ops.x", "import torch", None),
     ],
 )

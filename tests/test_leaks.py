@@ -16,7 +16,7 @@ from jaxtyping import TypeCheckError
 from torch import nn
 
 from mamba_attn import orders
-from mamba_attn.layout import TokenLayout
+from mamba_attn.core.layout import TokenLayout
 from tests.leaks import Watch
 from tests.typechecker import check
 

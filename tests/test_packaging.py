@@ -85,7 +85,7 @@ def test_metadata(metadata, wheel):
     assert {r.name for r in requirements if not r.marker} == {"torch", "numpy", "einops"}
     assert not {r.name for r in requirements} & {"mamba-ssm", "causal-conv1d", "mambavision", "triton"}
     entry_points = wheel.read(f"mamba_attn-{VERSION}.dist-info/entry_points.txt").decode()
-    assert entry_points.split() == ["[console_scripts]", "mamba-attn", "=", "mamba_attn.cli:main"]
+    assert entry_points.split() == ["[console_scripts]", "mamba-attn", "=", "mamba_attn.commands.cli:main"]
     licence = wheel.read(f"mamba_attn-{VERSION}.dist-info/licenses/LICENSE")
     assert licence == (ROOT / "LICENSE").read_bytes()
     assert b"Apache License\n                           Version 2.0, January 2004" in licence
@@ -94,7 +94,8 @@ def test_metadata(metadata, wheel):
 def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
     wheel.extractall(tmp_path / "site")
     code = """
-import importlib.resources, sys, mamba_attn, mamba_attn.cli, mamba_attn.integrations.vim, mamba_attn.integrations.vmamba
+import importlib.resources, sys, mamba_attn
+import mamba_attn.commands.cli, mamba_attn.integrations.vim, mamba_attn.integrations.vmamba
 assert mamba_attn.__file__.startswith(sys.argv[1]), mamba_attn.__file__
 assert len(mamba_attn.__path__) == 1, mamba_attn.__path__
 assert importlib.resources.files("mamba_attn.cuda").joinpath("README.md").is_file()

@@ -6,7 +6,7 @@ import torch
 import mamba_attn
 from mamba_attn import ops
 from mamba_attn.errors import TraceError
-from mamba_attn.ops import _cache
+from mamba_attn.ops import build_cache
 from tests.ops.cases import Case, double, make
 from tests.ops.test_gradients import leaves
 
@@ -83,8 +83,8 @@ def test_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("MAMBA_ATTN_CACHE", raising=False)
-    monkeypatch.setattr(_cache.Path, "home", nowhere)
-    assert _cache.cache_folder().is_dir()
+    monkeypatch.setattr(build_cache.Path, "home", nowhere)
+    assert build_cache.cache_folder().is_dir()
 
 
 def test_a_forward_that_the_user_wraps_inside_stays() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from benchmarks.tour import LARGEST, MADE_BY, NOTEBOOK, digest, run_cell, text_of
 from mamba_attn.analytics import AttentionStore
-from mamba_attn.layers import Layer
+from mamba_attn.tracing.layers import Layer
 
 TOUR = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
 CODE = [cell for cell in TOUR["cells"] if cell["cell_type"] == "code"]

@@ -6,8 +6,8 @@ from torch import nn
 
 from mamba_attn.analytics import rebuild
 from mamba_attn.analytics._names import Names
+from mamba_attn.datasets.loaded_model import Subject
 from mamba_attn.models.transforms import EvaluationTransform
-from mamba_attn.subjects import Subject
 
 
 class Models(Names):

@@ -17,8 +17,8 @@ from mamba_attn.analytics.state_moments import state_moments
 from mamba_attn.analytics.statistics import LayerStatistics
 from mamba_attn.datasets import Sample, class_indices
 from mamba_attn.errors import NonFiniteError, StoreError
-from mamba_attn.layers import Layer, ScanLayer
-from mamba_attn.tracing import Trace, trace
+from mamba_attn.tracing.layers import Layer, ScanLayer
+from mamba_attn.tracing.tracer import Trace, trace
 
 _LARGEST_HALF = 65504.0
 _CHECKPOINT_SHARE = 10  # between checkpoints ten times as long as one takes

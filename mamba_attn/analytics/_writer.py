@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from mamba_attn._command import writable
 from mamba_attn.analytics._arrays import Arrays, tile
 from mamba_attn.analytics.index import INDEX, Index, StoredImage, StoredLayer
 from mamba_attn.analytics.projection import feature_size
 from mamba_attn.analytics.statistics import LayerStatistics, Statistics
+from mamba_attn.core.requirements import writable
 from mamba_attn.errors import StoreError
 
 _LOCK = ".lock"

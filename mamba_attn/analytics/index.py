@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import StoreError
-from mamba_attn.layout import TokenLayout
 
 FORMAT = 1  # raised when a store changes its meaning: others are refused by name
 INDEX = "store.json"

@@ -15,10 +15,10 @@ from torch import nn
 from mamba_attn import models
 from mamba_attn.analytics.index import Index, StoredLayer
 from mamba_attn.analytics.request import described
+from mamba_attn.datasets.loaded_model import Subject
 from mamba_attn.errors import StoreError
 from mamba_attn.models import registry
 from mamba_attn.models.transforms import EvaluationTransform
-from mamba_attn.subjects import Subject
 
 
 def trained(folder: Path, index: Index) -> Subject:

@@ -9,9 +9,9 @@ from mamba_attn.analytics.index import StoredLayer, place_of
 from mamba_attn.analytics.keeping import Keep, checked
 from mamba_attn.analytics.projection import EXACT
 from mamba_attn.datasets import Data
-from mamba_attn.layers import Layer, ScanLayer
-from mamba_attn.subjects import Subject
-from mamba_attn.tracing import trace
+from mamba_attn.datasets.loaded_model import Subject
+from mamba_attn.tracing.layers import Layer, ScanLayer
+from mamba_attn.tracing.tracer import trace
 
 ROUTES = ("each", "sum")
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mamba_attn import ops
 from mamba_attn._types import Float
-from mamba_attn.scan import ScanRecord
+from mamba_attn.core.scan_record import ScanRecord
 
 Moment = Float[Tensor, "routes channels length"]
 

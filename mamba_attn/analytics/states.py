@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mamba_attn.analytics._ranks import spearman
 from mamba_attn.analytics.pca import Components, components
+from mamba_attn.core.layout import TokenLayout
+from mamba_attn.core.ranks import spearman
+from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import UnsupportedModelError
-from mamba_attn.layers import Layer, ScanLayer
-from mamba_attn.layout import TokenLayout
-from mamba_attn.scan import ScanRecord
+from mamba_attn.tracing.layers import Layer, ScanLayer
 
 KINDS = ("grid", "raster", "sequence")
 _MOST_PAIRS_OF = 1024  # steps

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from mamba_attn import _notebook
 from mamba_attn._types import Float
 from mamba_attn.analytics import _embeddings
 from mamba_attn.analytics._arrays import Arrays
@@ -15,6 +14,7 @@ from mamba_attn.analytics._models import Models
 from mamba_attn.analytics._names import NotStoredError
 from mamba_attn.analytics.index import Index, StoredImage, StoredLayer
 from mamba_attn.analytics.projection import feature_size
+from mamba_attn.core import notebook
 from mamba_attn.errors import StoreError
 
 _ROWS_AT_ONCE = 64
@@ -42,16 +42,16 @@ class AttentionStore(Models):
 
     def _repr_html_(self) -> str:
         """In a notebook: some images, and per layer what the patch in the middle reads on average."""
-        images = [_notebook.photo(self.pixels(each), each.label or each.key, 72) for each in self.images[:_PICTURES]]
+        images = [notebook.photo(self.pixels(each), each.label or each.key, 72) for each in self.images[:_PICTURES]]
         maps = []
         for layer in self.layers[:_MAPS]:
             patches, (height, width) = layer.layout.patches.numpy(), layer.layout.grid
             middle = int(patches[height // 2 * width + width // 2])
             read = self.mean_row(layer, middle)[patches].reshape(height, width)
-            maps.append(_notebook.picture(read, f"stage {layer.stage}, block {layer.block}", 110))
+            maps.append(notebook.picture(read, f"stage {layer.stage}, block {layer.block}", 110))
         facts = {"images": len(self.images), "layers": len(self.layers), "folder": self.folder}
         reads = "<div>What the patch in the middle reads, mean of all images:</div>"
-        return _notebook.card(self.model_name, facts, _notebook.row(images) + reads + _notebook.row(maps))
+        return notebook.card(self.model_name, facts, notebook.row(images) + reads + notebook.row(maps))
 
     @classmethod
     def open(cls, path: str | Path, unfinished: bool = False) -> "AttentionStore":

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from mamba_attn._types import Float
 from mamba_attn.attribution._queries import Query, check_query
 from mamba_attn.attribution._targets import Target, target_values
+from mamba_attn.core.layout import TokenLayout
+from mamba_attn.core.rules import Rules
 from mamba_attn.errors import NonFiniteError, TraceError
-from mamba_attn.layers import Layer
-from mamba_attn.layout import TokenLayout
-from mamba_attn.rules import Rules
-from mamba_attn.tracing import Trace, trace
+from mamba_attn.tracing.layers import Layer
+from mamba_attn.tracing.tracer import Trace, trace
 
 __all__ = ["Images", "MapAttribution", "Row", "Target", "TokenAttribution"]
 

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from mamba_attn import ops
 from mamba_attn._types import Float
-from mamba_attn.attribution._bare import on_axis_1
-from mamba_attn.attribution._conventions import Watch
-from mamba_attn.attribution._taps import Taps, plain, shifts
+from mamba_attn.attribution.conv_shifts import Taps, plain, shifts
+from mamba_attn.attribution.lrp.functional_layers import on_axis_1
+from mamba_attn.attribution.published.conventions import Watch
+from mamba_attn.core.rules import LINEAR
+from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import UnsupportedModelError
-from mamba_attn.layers import ScanLayer
 from mamba_attn.ops.attention import scan_output
-from mamba_attn.rules import LINEAR
-from mamba_attn.scan import ScanRecord
+from mamba_attn.tracing.layers import ScanLayer
 
 PARTS = ("skip", "gate", "conv", "activation")
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from mamba_attn._types import Float
 from mamba_attn.attribution._base import MapAttribution
 from mamba_attn.attribution._targets import Function, Target, target_indices, target_values
+from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import NonFiniteError, nearest
-from mamba_attn.layout import TokenLayout
-from mamba_attn.tracing import trace
+from mamba_attn.tracing.tracer import trace
 
 COLOURS = ("sum", "absolute")
 

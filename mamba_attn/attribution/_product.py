@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mamba_attn._types import Float
 from mamba_attn.attribution._stages import to_finer
-from mamba_attn.layers import AnyLayer, Layer
+from mamba_attn.tracing.layers import AnyLayer, Layer
 
 Product = Callable[[Tensor], Tensor]  # row -> row @ W
 Step = Callable[[AnyLayer], tuple[Product, Tensor | float]]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from mamba_attn._types import Float
-from mamba_attn.layers import Layer
-from mamba_attn.layout import TokenLayout
+from mamba_attn.core.layout import TokenLayout
+from mamba_attn.tracing.layers import Layer
 
 Query = Sequence[float] | None  # (row, column) or (x0, y0, x1, y1), in pixels
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from mamba_attn._types import Float
+from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import UnsupportedModelError
-from mamba_attn.layout import TokenLayout
 
 
 def to_finer(

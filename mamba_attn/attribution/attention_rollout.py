@@ -5,12 +5,12 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.attribution import _conventions, _published, _vmamba_analysis
 from mamba_attn.attribution._base import Row, TokenAttribution
 from mamba_attn.attribution._queries import Query, query_weights
 from mamba_attn.attribution._stages import to_finer
 from mamba_attn.attribution._targets import Target
-from mamba_attn.layers import Layer
+from mamba_attn.attribution.published import base, conventions, vmamba_analysis
+from mamba_attn.tracing.layers import Layer
 
 
 class AttentionRollout(TokenAttribution):
@@ -48,21 +48,21 @@ class AttentionRollout(TokenAttribution):
         *,
         layers: Iterable[str] | None = None,
         signed: bool = False,
-        convention: str = _conventions.EXACT,
+        convention: str = conventions.EXACT,
     ) -> None:
         super().__init__(model, layers=layers)
-        _conventions.check_convention("AttentionRollout", convention, _conventions.ALL, signed=signed)
+        conventions.check_convention("AttentionRollout", convention, conventions.ALL, signed=signed)
         self.signed = signed
         self.convention = convention
 
     def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
-        if self.convention in _conventions.CLASS_TOKEN:
-            return _published.explain(
+        if self.convention in conventions.CLASS_TOKEN:
+            return base.explain(
                 self, self.convention, inputs, target, query,
-                lambda rows, _, token: _published.attention_rollout(rows, token),
+                lambda rows, _, token: base.attention_rollout(rows, token),
             )  # fmt: skip
-        if self.convention in _conventions.ANALYSIS:
-            return _vmamba_analysis.attention_rollout(self, self.convention, inputs, target, query)
+        if self.convention in conventions.ANALYSIS:
+            return vmamba_analysis.attention_rollout(self, self.convention, inputs, target, query)
         with self._traced(inputs, target) as (record, _):
             layers = record.layers
         start = query_weights(layers[-1], query)

@@ -7,22 +7,23 @@ from typing import Any
 
 from torch import nn
 
-from mamba_attn.adapters import AttentionAdapter, find_mixers
-from mamba_attn.attribution import _linearised, _vit_relevance
 from mamba_attn.attribution._base import MapAttribution
-from mamba_attn.attribution.attention_grad_cam import AttentionGradCAM
 from mamba_attn.attribution.attention_rollout import AttentionRollout
 from mamba_attn.attribution.captum_methods import InputXGradient, IntegratedGradients, Occlusion, Saliency
 from mamba_attn.attribution.controls import CentreMap, RandomMap
-from mamba_attn.attribution.frozen_contribution import FrozenContribution
 from mamba_attn.attribution.implicit_attention import ImplicitAttention
 from mamba_attn.attribution.layer_grad_cam import LayerGradCam
+from mamba_attn.attribution.lrp import linear_backward
+from mamba_attn.attribution.lrp.frozen_contribution import FrozenContribution
+from mamba_attn.attribution.lrp.mamba_lrp import MambaLRP
 from mamba_attn.attribution.mamba_attribution import MambaAttribution
-from mamba_attn.attribution.mamba_lrp import MambaLRP
 from mamba_attn.attribution.raw_attention import RawAttention
 from mamba_attn.attribution.relevance_attention_ranks import RelevanceAttentionRanks
-from mamba_attn.attribution.transformer_attribution import TransformerAttribution
+from mamba_attn.attribution.vit import block_relevance
+from mamba_attn.attribution.vit.attention_grad_cam import AttentionGradCAM
+from mamba_attn.attribution.vit.transformer_attribution import TransformerAttribution
 from mamba_attn.errors import UnsupportedModelError, nearest
+from mamba_attn.tracing.adapters import AttentionAdapter, find_mixers
 
 SCANS, SOFTMAX = "selective scans", "softmax attention"
 ANY = ("any model",)  # known to trace() or not
@@ -93,22 +94,23 @@ METHODS: dict[str, Entry] = {
               "multiplied over the layers.", (SCANS,), class_option="gradient", instead="transformer_attribution"),
         Entry("mamba_lrp", "MambaLRP", MambaLRP,
               "The class's relevance, handed back layer by layer to the tokens; signed, and it adds up.", (SCANS,),
-              instead="transformer_attribution", check=_linearised.require_known),
+              instead="transformer_attribution", check=linear_backward.require_known),
         Entry("relevance_attention_ranks", "ranks of relevance and attention", RelevanceAttentionRanks,
               "The class's relevance, in the order of what decides (MambaLRP), then of what is looked at (attention); "
-              "our own combination.", (SCANS,), instead="transformer_attribution_lrp", check=_linearised.require_known),
+              "our own combination.", (SCANS,), instead="transformer_attribution_lrp",
+              check=linear_backward.require_known),
         Entry("transformer_attribution", "Transformer-Attribution", TransformerAttribution, _GRADIENT_WEIGHTED,
               (SOFTMAX,), instead="mamba_attribution"),
         Entry("transformer_attribution_lrp", "Transformer-Attribution, LRP", TransformerAttribution,
               "Relevance of the attention, weighted by the gradient of the class, multiplied over the layers.",
               (SOFTMAX,), instead="mamba_attribution", options={"variant": "lrp"},
-              check=lambda model: _vit_relevance.require_known("transformer_attribution_lrp", model)),
+              check=lambda model: block_relevance.require_known("transformer_attribution_lrp", model)),
         Entry("attention_grad_cam", "attention GradCAM", AttentionGradCAM,
               "What {reader} reads in the last layer, heads weighted by the gradient of the class.", (SOFTMAX,),
               instead="grad_cam"),
         Entry("frozen_contribution", "frozen contribution", FrozenContribution,
               "What every token gives the class when gates, steps and attention are held fixed; signed, and it adds "
-              "up.", check=_linearised.require_known),
+              "up.", check=linear_backward.require_known),
         Entry("grad_cam", "GradCAM", LayerGradCam,
               "Features of the last tokens that reach the head, weighted by the gradient of the class."),
         Entry("integrated_gradients", "integrated gradients", IntegratedGradients,

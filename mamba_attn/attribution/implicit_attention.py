@@ -11,8 +11,8 @@ from mamba_attn.attribution._base import Row, Target, TokenAttribution
 from mamba_attn.attribution._implicit import PARTS, Implicit, ImplicitWatch
 from mamba_attn.attribution._product import Product, dense, of_one_token, roll_out
 from mamba_attn.attribution._queries import Query, query_weights
-from mamba_attn.attribution._weighted import gated_gradients
-from mamba_attn.layers import ScanLayer, require
+from mamba_attn.attribution.published.weighted import gated_gradients
+from mamba_attn.tracing.layers import ScanLayer, require
 
 
 class ImplicitAttention(TokenAttribution):

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.adapters import find_mixers
 from mamba_attn.attribution._pixels import Asked, PixelAttribution, cell_means
 from mamba_attn.attribution._queries import Query
 from mamba_attn.attribution._targets import Target
+from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import UnsupportedModelError, nearest
-from mamba_attn.layout import TokenLayout
+from mamba_attn.tracing.adapters import find_mixers
 
 _STAGED = ("VMamba",)  # families whose last stage's output all lead to the head
 

@@ -6,15 +6,16 @@ from torch import Tensor, nn
 
 from mamba_attn import ops
 from mamba_attn._types import Float
-from mamba_attn.attribution import _conventions, _direct, _published
+from mamba_attn.attribution import row_sums
 from mamba_attn.attribution._base import Row, TokenAttribution
-from mamba_attn.attribution._conventions import Watch
 from mamba_attn.attribution._product import Product, Step, dense, of_one_token, roll_out
 from mamba_attn.attribution._queries import Query, query_tokens, query_weights
 from mamba_attn.attribution._targets import Target
-from mamba_attn.attribution._weighted import gated_gradients, gradient_x_attention, paper, published
+from mamba_attn.attribution.published import base, conventions
+from mamba_attn.attribution.published.conventions import Watch
+from mamba_attn.attribution.published.weighted import gated_gradients, gradient_x_attention, paper, published
 from mamba_attn.errors import nearest
-from mamba_attn.layers import ScanLayer, require
+from mamba_attn.tracing.layers import ScanLayer, require
 
 RULES = ("gradient_x_attention", "paper", "published_code")
 
@@ -79,11 +80,11 @@ class MambaAttribution(TokenAttribution):
         rule: str = "gradient_x_attention",
         rollout: bool = True,
         signed: bool = False,
-        convention: str = _conventions.EXACT,
+        convention: str = conventions.EXACT,
     ) -> None:
         super().__init__(model, layers=layers)
-        known = (_conventions.EXACT, *_conventions.CLASS_TOKEN)
-        _conventions.check_convention("MambaAttribution", convention, known, signed=signed)
+        known = (conventions.EXACT, *conventions.CLASS_TOKEN)
+        conventions.check_convention("MambaAttribution", convention, known, signed=signed)
         _check_rule(rule, convention, rollout=rollout, signed=signed)
         self.rule = rule
         self.rollout = rollout
@@ -91,11 +92,11 @@ class MambaAttribution(TokenAttribution):
         self.convention = convention
 
     def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
-        if self.convention != _conventions.EXACT:
+        if self.convention != conventions.EXACT:
             name = self.convention
-            return _published.explain(
+            return base.explain(
                 self, name, inputs, target, query,
-                lambda rows, gradients, token: _published.mamba_attribution(name, rows, gradients, token),
+                lambda rows, gradients, token: base.mamba_attribution(name, rows, gradients, token),
                 gradients=True,
             )  # fmt: skip
         if not self.rollout:
@@ -109,7 +110,7 @@ class MambaAttribution(TokenAttribution):
             else:
                 gradients = record.gradients(logit, of="output" if self.rule == "published_code" else "y")
         if self.rule == "published_code":
-            layers = layers if self.layers is not None else _conventions.late_layers(layers)
+            layers = layers if self.layers is not None else conventions.late_layers(layers)
             return self._rolled(layers, query, lambda layer: _rows_divided(published(layer, gradients[layer.name])))
         gradients = _of_one_token(layers, gradients)
         if self.rule == "paper":
@@ -126,11 +127,11 @@ class MambaAttribution(TokenAttribution):
 
     def _rows(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
         """Every layer's own row; for the mean over all tokens nothing but the backward pass is needed."""
-        with self._traced(inputs, target, gradients=True, rules=_direct.OwnInputs()) as (record, logit):
+        with self._traced(inputs, target, gradients=True, rules=row_sums.OwnInputs()) as (record, logit):
             layers = require("MambaAttribution", record.layers, ScanLayer)
-            if query is None and all(map(_direct.reads_all, layers)):
-                outputs, inner = _direct.gradients(layers, logit)
-                rows = [_direct.summed_rows(*each) for each in zip(layers, outputs, inner, strict=True)]
+            if query is None and all(map(row_sums.reads_all, layers)):
+                outputs, inner = row_sums.gradients(layers, logit)
+                rows = [row_sums.summed_rows(*each) for each in zip(layers, outputs, inner, strict=True)]
             else:
                 found = _of_one_token(layers, record.gradients(logit))
                 rows = [_row(layer, query, found[layer.name]) for layer in layers]
@@ -172,7 +173,7 @@ def _check_rule(rule: str, convention: str, *, rollout: bool, signed: bool) -> N
         raise ValueError(
             f"MambaAttribution({', '.join(other + options)}): {options[0]} is for rule='gradient_x_attention' alone."
         )
-    if convention != _conventions.EXACT and (other or options):
+    if convention != conventions.EXACT and (other or options):
         raise ValueError(
             f"MambaAttribution(convention={convention!r}, {', '.join(other + options)}): a published convention has a "
             "rule of its own; leave these out."

@@ -5,11 +5,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from mamba_attn.attribution import _conventions, _published, _vmamba_analysis
 from mamba_attn.attribution._base import Row, TokenAttribution
 from mamba_attn.attribution._queries import Query, read_rows
 from mamba_attn.attribution._targets import Target
-from mamba_attn.tracing import trace
+from mamba_attn.attribution.published import base, conventions, vmamba_analysis
+from mamba_attn.tracing.tracer import trace
 
 
 class RawAttention(TokenAttribution):
@@ -45,10 +45,10 @@ class RawAttention(TokenAttribution):
         *,
         layers: Iterable[str] | None = None,
         signed: bool = False,
-        convention: str = _conventions.EXACT,
+        convention: str = conventions.EXACT,
     ) -> None:
         super().__init__(model, layers=layers)
-        _conventions.check_convention("RawAttention", convention, _conventions.ALL, signed=signed)
+        conventions.check_convention("RawAttention", convention, conventions.ALL, signed=signed)
         self.signed = signed
         self.convention = convention
 
@@ -69,12 +69,12 @@ class RawAttention(TokenAttribution):
             return {layer.name: read_rows(layer, query) for layer in self._ran(record)}
 
     def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
-        if self.convention in _conventions.CLASS_TOKEN:
-            return _published.explain(
-                self, self.convention, inputs, target, query, lambda rows, _, __: _published.raw_attention(rows)
+        if self.convention in conventions.CLASS_TOKEN:
+            return base.explain(
+                self, self.convention, inputs, target, query, lambda rows, _, __: base.raw_attention(rows)
             )
-        if self.convention in _conventions.ANALYSIS:
-            return _vmamba_analysis.raw_attention(self, self.convention, inputs, target, query)
+        if self.convention in conventions.ANALYSIS:
+            return vmamba_analysis.raw_attention(self, self.convention, inputs, target, query)
         with self._traced(inputs, target) as (record, _):
             layers = record.layers
         signed = ((layer.layout, read_rows(layer, query)) for layer in layers)

@@ -10,12 +10,12 @@ from mamba_attn.attribution._pixels import PixelAttribution, cell_means
 from mamba_attn.attribution._queries import Query
 from mamba_attn.attribution._targets import Target, target_values
 from mamba_attn.attribution.implicit_attention import ImplicitAttention
-from mamba_attn.attribution.mamba_lrp import MambaLRP
+from mamba_attn.attribution.lrp.mamba_lrp import MambaLRP
 from mamba_attn.attribution.raw_attention import RawAttention
+from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import nearest
-from mamba_attn.layers import ScanLayer, require
-from mamba_attn.layout import TokenLayout
-from mamba_attn.tracing import trace
+from mamba_attn.tracing.layers import ScanLayer, require
+from mamba_attn.tracing.tracer import trace
 
 _Part = ImplicitAttention | MambaLRP | RawAttention
 EXTENT = ("smooth_relevance", "implicit_attention", "raw_attention")

@@ -13,8 +13,8 @@ from mamba_attn.bench.counting import Scans
 from mamba_attn.bench.published import LoopRows, loop_products, vmamba_formula
 from mamba_attn.bench.subjects import Model, Part, Subject, Unavailable
 from mamba_attn.bench.timing import Call
-from mamba_attn.scan import ScanRecord
-from mamba_attn.tracing import trace
+from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.tracing.tracer import trace
 
 LOOP_LENGTH = 160  # the published loops are run on rows below this
 LOOP_ROWS = 4

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mamba_attn import _torchvision, models, ops
+from mamba_attn import models, ops
 from mamba_attn.bench import counting
 from mamba_attn.bench.counting import Scans, Work
 from mamba_attn.bench.timing import Call
-from mamba_attn.layers import ScanLayer
-from mamba_attn.scan import ScanRecord
-from mamba_attn.tracing import trace
+from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.models import torchvision_repair
+from mamba_attn.tracing.layers import ScanLayer
+from mamba_attn.tracing.tracer import trace
 
 MODELS = (
     "vim_tiny", "vim_small", "vim_base", "vmamba_tiny_s1l8", "vmamba_small_s1l20", "vmamba_base_s1l20",
@@ -170,8 +171,8 @@ class Model:
 
 def default_backend(record: ScanRecord) -> str:
     """Return the name of the backend that ``backend=None`` takes for a record."""
-    from mamba_attn.ops._arguments import as_record
-    from mamba_attn.ops._dispatch import choose
+    from mamba_attn.ops.arguments import as_record
+    from mamba_attn.ops.dispatch import choose
 
     chosen = choose(as_record("bench", None, record, None, None, None), None)
     return next(name for name, backend in ops.BACKENDS.items() if backend is chosen)
@@ -183,7 +184,7 @@ def _mamba(its: Configuration) -> nn.Module:
 
 def _transformer(its: Configuration) -> nn.Module:
     try:
-        _torchvision.prepare()  # timm imports torchvision
+        torchvision_repair.prepare()  # timm imports torchvision
         import timm
     except ImportError as error:
         raise ImportError("timm is not installed: pip install 'mamba_attn[timm]'") from error

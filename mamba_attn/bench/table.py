@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mamba_attn._table import show
 from mamba_attn.bench.ceilings import Ceilings
 from mamba_attn.bench.rows import Row
+from mamba_attn.core.terminal import show
 
 if TYPE_CHECKING:
     import numpy as np

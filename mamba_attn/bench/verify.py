@@ -8,8 +8,8 @@ from torch import Tensor
 from mamba_attn import ops
 from mamba_attn.bench.inputs import Shape, inputs
 from mamba_attn.bench.subjects import DTYPES
+from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import MambaAttnError
-from mamba_attn.scan import ScanRecord
 
 TOLERANCE = 1e-5  # of the sum of absolute terms, float32
 RANGE = 1e-30  # what float32 cannot hold next to its smallest normal number is not an error

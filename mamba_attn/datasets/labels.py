@@ -2,9 +2,9 @@
 
 import re
 
-from mamba_attn import _torchvision
+from mamba_attn.datasets.loaded_model import Subject
 from mamba_attn.datasets.samples import Data
-from mamba_attn.subjects import Subject
+from mamba_attn.models import torchvision_repair
 
 _IMAGENET = 1000
 _SYNSET = re.compile(r"n\d{8}")
@@ -36,7 +36,7 @@ def is_imagenet(data: Data) -> bool:
 
 
 def _synsets() -> list[str]:
-    _torchvision.prepare()
+    torchvision_repair.prepare()
     from timm.data.imagenet_info import ImageNetInfo
 
     return list(ImageNetInfo().label_names())  # type: ignore[no-untyped-call]

@@ -8,10 +8,10 @@ from functools import cache
 import torch
 from torch import nn
 
-from mamba_attn import subjects
-from mamba_attn.attribution import MapAttribution, catalogue, named
+from mamba_attn.attribution import MapAttribution, catalogue, spec
+from mamba_attn.datasets import loaded_model
+from mamba_attn.datasets.loaded_model import Subject
 from mamba_attn.errors import nearest
-from mamba_attn.subjects import Subject
 
 PREDICTED, LABEL = "predicted", "label"
 # what models, methods and images raise; captum asserts
@@ -87,7 +87,7 @@ class Model:
         """
         if options.target in (PREDICTED, LABEL):
             return None
-        return subjects.parse_target(options.target, self.subject)
+        return loaded_model.parse_target(options.target, self.subject)
 
 
 def choose_methods(texts: Sequence[str]) -> tuple[list[str], dict[str, int], set[str]]:
@@ -112,7 +112,7 @@ def choose_methods(texts: Sequence[str]) -> tuple[list[str], dict[str, int], set
         if at and not (count.isdecimal() and int(count)):
             raise ValueError(f"--methods {piece}: expected a number of images after @.")
         name, colon, rest = text.partition(":")
-        its = named.method(name.lower() + colon + rest, "--methods")
+        its = spec.method(name.lower() + colon + rest, "--methods")
         if its.name in found and its.key != its.name and "all" in map(str.lower, texts):
             found.remove(its.name)
         found.append(its.key)
@@ -127,7 +127,7 @@ def choose_methods(texts: Sequence[str]) -> tuple[list[str], dict[str, int], set
 @cache
 def misfit(method: str, model: Model) -> str | None:
     """Return why a method does not fit a model, and which would; None if it does. Options are tried once."""
-    its, subject = named.method(method, "--methods"), model.subject
+    its, subject = spec.method(method, "--methods"), model.subject
     refusal = catalogue.refusal(its.name, subject.model, model.name)
     if refusal is None and its.options:
         try:
@@ -139,9 +139,9 @@ def misfit(method: str, model: Model) -> str | None:
 
 def build(method: str, model: nn.Module) -> MapAttribution:
     """Return a method on a model."""
-    return named.method(method, "--methods").build(model)
+    return spec.method(method, "--methods").build(model)
 
 
 @cache
 def _subject(model: Model) -> Subject:
-    return subjects.load(model.name, model.weights, model.device)
+    return loaded_model.load(model.name, model.weights, model.device)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mamba_attn._types import Bool, Float, Int
 from mamba_attn.errors import MambaAttnError, NonFiniteError
-from mamba_attn.tracing import trace
+from mamba_attn.tracing.tracer import trace
 
 _FEWEST = 14  # cells a side: the grid of the published protocol
 

@@ -6,8 +6,8 @@ from functools import cached_property
 
 import numpy as np
 
-from mamba_attn.analytics._ranks import spearman
 from mamba_attn.analytics.pca import components
+from mamba_attn.core.ranks import spearman
 from mamba_attn.findings.row_measures import FIRST, unit
 
 MOST_POINTS = 1024  # of Mode 1: blocks x images; the first images are taken

@@ -13,10 +13,10 @@ from mamba_attn.analytics._memory import batch_size
 from mamba_attn.analytics.index import StoredLayer
 from mamba_attn.analytics.request import described
 from mamba_attn.analytics.store import AttentionStore
+from mamba_attn.datasets.loaded_model import Subject
 from mamba_attn.findings import registry as findings
 from mamba_attn.findings.measured import Block, Measured, gathered
-from mamba_attn.subjects import Subject
-from mamba_attn.tracing import trace
+from mamba_attn.tracing.tracer import trace
 
 SHUFFLE = 0  # seed of the places that are dealt out at random
 Advance = Callable[[], None]

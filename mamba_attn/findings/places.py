@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from mamba_attn import orders
-from mamba_attn.analytics._ranks import ranks
 from mamba_attn.analytics.index import StoredLayer
+from mamba_attn.core.ranks import ranks
 
 BEFORE = 3  # steps that count as "just before"
 _FAR = np.iinfo(np.int32).max

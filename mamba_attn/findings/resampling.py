@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mamba_attn.analytics._ranks import ranks, spearman
+from mamba_attn.core.ranks import ranks, spearman
 
 DRAWS = 2000
 _EXACT = 7  # numbers whose orders are all tried

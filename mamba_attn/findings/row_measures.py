@@ -8,8 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
-from mamba_attn.analytics._ranks import ranks
 from mamba_attn.analytics.pca import components
+from mamba_attn.core.ranks import ranks
 from mamba_attn.findings.places import Places
 
 FIRST = 100  # principal components

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import WeightsError
-from mamba_attn.layout import TokenLayout
 from mamba_attn.models.vim import VisionMamba, resize_positions
 from mamba_attn.models.vit import position_layout
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from mamba_attn import orders as patch_orders
 from mamba_attn._types import Float, Int
-from mamba_attn.layout import TokenLayout
+from mamba_attn.core.layout import TokenLayout
+from mamba_attn.core.rules import PLAIN, Rules
+from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.models._layers import full_precision, step_projection, undecayed
 from mamba_attn.ops.attention import scan_output
-from mamba_attn.rules import PLAIN, Rules
-from mamba_attn.scan import ScanRecord
 
 ROUTES = 4
 

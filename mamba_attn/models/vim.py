@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mamba_attn import orders as patch_orders
 from mamba_attn._types import Float, Int
+from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import nearest
-from mamba_attn.layout import TokenLayout
 from mamba_attn.models._layers import DropPath, RMSNorm, full_precision
 from mamba_attn.models.vim_mixer import VimMixer, finish, project
 

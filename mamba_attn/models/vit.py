@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from mamba_attn import _torchvision
-from mamba_attn.layout import TokenLayout
+from mamba_attn.core.layout import TokenLayout
+from mamba_attn.models import torchvision_repair
 
 
 def vision_transformer(*, image_size: int | Sequence[int] = 224, drop_path: float = 0.0, **options: Any) -> nn.Module:
@@ -22,7 +22,7 @@ def vision_transformer(*, image_size: int | Sequence[int] = 224, drop_path: floa
         TypeError: an unknown option.
     """
     try:
-        _torchvision.prepare()
+        torchvision_repair.prepare()
         from timm.models.vision_transformer import VisionTransformer
     except ImportError as error:
         raise ImportError("a ViT needs timm: pip install 'mamba_attn[timm]'") from error

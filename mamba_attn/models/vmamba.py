@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
+from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import nearest
-from mamba_attn.layout import TokenLayout
 from mamba_attn.models._layers import DropPath
 from mamba_attn.models.ss2d import SS2D, finish, project
 from mamba_attn.orders import ORDERS

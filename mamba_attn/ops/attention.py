@@ -5,9 +5,9 @@ from typing import cast
 
 from torch import Tensor
 
-from mamba_attn.ops._arguments import as_record, check_fold, scan_weight
-from mamba_attn.ops._dispatch import choose, require_memory
-from mamba_attn.scan import ScanRecord
+from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.ops.arguments import as_record, check_fold, scan_weight
+from mamba_attn.ops.dispatch import choose, require_memory
 
 
 def hidden_attention(

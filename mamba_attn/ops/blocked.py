@@ -17,10 +17,10 @@ from einops import rearrange
 from torch import Tensor
 
 from mamba_attn._types import Float
-from mamba_attn.ops._arguments import Weights, gathered, pick, working_dtype
-from mamba_attn.ops._backend import Backend
+from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.ops.arguments import Weights, gathered, pick, working_dtype
+from mamba_attn.ops.backend import Backend
 from mamba_attn.ops.reference import merge, merge_tokens
-from mamba_attn.scan import ScanRecord
 
 _LEAF = 4  # nodes up to this length are computed pair by pair
 _WORKSPACE = 2**24  # elements of one temporary

@@ -6,20 +6,12 @@ import torch
 from torch import Tensor
 
 from mamba_attn._types import Float
-from mamba_attn.ops import fused, native
-from mamba_attn.ops._arguments import (
-    Call,
-    Weights,
-    as_record,
-    check_fold,
-    check_index,
-    pick,
-    scan_weight,
-    working_dtype,
-)
-from mamba_attn.ops._backend import Backend
+from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.ops.arguments import Call, Weights, as_record, check_fold, check_index, pick, scan_weight, working_dtype
+from mamba_attn.ops.backend import Backend
 from mamba_attn.ops.blocked import Channels, per_channel, recurrence
-from mamba_attn.scan import ScanRecord
+from mamba_attn.ops.cpu import native
+from mamba_attn.ops.cuda import fused
 
 _WORKSPACE = 2**22  # elements of one temporary
 _SIGNED = ("mean", "sum")

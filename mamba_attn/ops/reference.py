@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mamba_attn._types import Float
-from mamba_attn.scan import ScanRecord
+from mamba_attn.core.scan_record import ScanRecord
 
 Weight = Float[Tensor, "batch routes channels length"]
 

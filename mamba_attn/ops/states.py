@@ -5,11 +5,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mamba_attn.ops._arguments import Call, as_record, working_dtype
-from mamba_attn.ops._backend import Backend
-from mamba_attn.ops._dispatch import choose, require_bytes
+from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.ops.arguments import Call, as_record, working_dtype
+from mamba_attn.ops.backend import Backend
 from mamba_attn.ops.blocked import per_channel
-from mamba_attn.scan import ScanRecord
+from mamba_attn.ops.dispatch import choose, require_bytes
 
 _WORKSPACE = 2**22  # elements of one temporary
 

@@ -8,7 +8,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from mamba_attn import _torchvision
+from mamba_attn.models import torchvision_repair
 from mamba_attn.stand_ins import _served
 from mamba_attn.stand_ins._modules import AroundLoader, StandIn, StandInLoader, fill
 from mamba_attn.stand_ins._repairs import REPAIRS, repair
@@ -103,7 +103,7 @@ class StandInFinder(MetaPathFinder):
             try:
                 run()
             except RuntimeError as error:
-                if not _torchvision.declare(error):  # a CPU build of torch beside PyPI's torchvision
+                if not torchvision_repair.declare(error):  # a CPU build of torch beside PyPI's torchvision
                     raise
                 run()
 

@@ -5,7 +5,7 @@ import torch
 from mamba_attn import models
 from mamba_attn.analytics import Request
 from mamba_attn.datasets import open_data
-from mamba_attn.subjects import Subject
+from mamba_attn.datasets.loaded_model import Subject
 from tests.datasets.cases import CLASSES, class_folders
 
 __all__ = ["CLASSES", "class_folders", "folder_of", "request", "subject"]

@@ -8,8 +8,8 @@ import torch
 
 from mamba_attn import images, trace
 from mamba_attn.analytics import AttentionStore, collect
+from mamba_attn.datasets.loaded_model import Subject
 from mamba_attn.ops import reference
-from mamba_attn.subjects import Subject
 from tests.analytics import cases
 
 NAMES = ("vim_micro", "vmamba_micro", "vit_micro")
@@ -227,10 +227,10 @@ def test_an_image_that_makes_nan_is_left_out(tmp_path, monkeypatch):
 
 
 def test_the_model_comes_back(tmp_path):
-    from mamba_attn import subjects
-    from tests.explain.cases import VIM, save
+    from mamba_attn.datasets import loaded_model
+    from tests.explanations.cases import VIM, save
 
-    loaded = subjects.load("vim_micro", save(tmp_path / "weights", "vim_micro", VIM, cases.CLASSES))
+    loaded = loaded_model.load("vim_micro", save(tmp_path / "weights", "vim_micro", VIM, cases.CLASSES))
     asked = cases.request(cases.folder_of(tmp_path, 1))
     object.__setattr__(asked, "subject", loaded)
     collect(asked, tmp_path / "store")

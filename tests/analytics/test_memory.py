@@ -6,8 +6,8 @@ import pytest
 from mamba_attn.analytics import _memory, collect
 from mamba_attn.analytics._memory import batch_size, require_memory
 from mamba_attn.analytics.index import StoredLayer
+from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import MatrixTooLargeError
-from mamba_attn.layout import TokenLayout
 from tests.analytics import cases
 
 

@@ -16,7 +16,7 @@ from mamba_attn.analytics._writer import locked
 from mamba_attn.analytics.index import Index
 from mamba_attn.errors import StoreError
 from tests.analytics import cases
-from tests.explain.cases import VIM, save
+from tests.explanations.cases import VIM, save
 
 OPTIONS = {"layers": ["*.1.*"], "keep": 3}  # one layer: few writes
 
@@ -103,12 +103,12 @@ def test_a_kill_at_any_change_of_the_disk(place, tmp_path, part):
 def test_a_process_that_is_killed(tmp_path, place):
     selector, _, _ = place
     weights = save(tmp_path / "weights", "vim_micro", VIM, cases.CLASSES)
-    call = [sys.executable, "-m", "mamba_attn.cli", "collect", "--model", "vim_micro", "--weights", weights, "--data",
-            selector, "--out", str(tmp_path / "store"), "--batch", "1"]  # fmt: skip
+    call = [sys.executable, "-m", "mamba_attn.commands.cli", "collect", "--model", "vim_micro", "--weights", weights,
+            "--data", selector, "--out", str(tmp_path / "store"), "--batch", "1"]  # fmt: skip
     slow = f"""
 import time
 from mamba_attn.analytics import _run, command
-from mamba_attn.cli import main
+from mamba_attn.commands.cli import main
 made, count = command._request, _run.Run._count
 
 def request(*args):

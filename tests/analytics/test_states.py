@@ -6,12 +6,12 @@ import torch
 from scipy.stats import spearmanr
 
 from mamba_attn import models, orders, trace
-from mamba_attn.analytics._ranks import ranks, spearman
 from mamba_attn.analytics.states import StateTrajectory, state_trajectory
+from mamba_attn.core.layout import TokenLayout
+from mamba_attn.core.ranks import ranks, spearman
+from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import NonFiniteError, UnsupportedModelError
-from mamba_attn.layers import ScanLayer
-from mamba_attn.layout import TokenLayout
-from mamba_attn.scan import ScanRecord
+from mamba_attn.tracing.layers import ScanLayer
 
 RNG = np.random.default_rng(0)
 GRID = (3, 5)

@@ -190,7 +190,7 @@ def test_a_model_made_in_memory_does_not_come_back(place):
 
 
 def test_other_weights_in_the_model_s_file(copy, tmp_path):
-    from tests.explain.cases import save
+    from tests.explanations.cases import save
 
     weights = save(tmp_path / "weights", "vim_micro", cases.OPTIONS["vim_micro"])
     index = json.loads((copy / "store.json").read_text())

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from mamba_attn.models.vim import VisionMamba
 from mamba_attn.models.vmamba import VSSM
 from mamba_attn.ops import hidden_attention, reference
-from mamba_attn.tracing import trace
+from mamba_attn.tracing.tracer import trace
 
 SIZE = (40, 24)  # not square; 5 x 3 patches of 8
 VIM = {"image_size": SIZE, "patch_size": 8, "embed_dim": 16, "depth": 3, "d_state": 3, "num_classes": 5}

@@ -9,7 +9,7 @@ from mamba_attn.attribution import InputXGradient, IntegratedGradients, Occlusio
 from mamba_attn.errors import NonFiniteError, UnsupportedModelError
 from tests.attribution.cases import SIZE, images, vim, vmamba
 from tests.attribution.test_contract import Segmenter, _livelier
-from tests.attribution.test_vit import build
+from tests.attribution.vit.test_vit import build
 
 ALL = pytest.mark.parametrize("method", [IntegratedGradients, InputXGradient, Saliency, Occlusion])
 WINDOW = (3, 9, 8)

@@ -8,7 +8,7 @@ from mamba_attn import attribution
 from mamba_attn.attribution import MapAttribution, TransformerAttribution, catalogue
 from mamba_attn.errors import UnsupportedModelError
 from tests.attribution.cases import images, vim, vmamba
-from tests.attribution.test_vit import SIZE, build
+from tests.attribution.vit.test_vit import SIZE, build
 
 FAST = {
     "occlusion": {"sliding_window_shapes": 20, "strides": 20},

@@ -12,7 +12,7 @@ from mamba_attn.attribution._queries import check_query
 from mamba_attn.attribution._targets import target_indices, target_values
 from mamba_attn.errors import NonFiniteError
 from tests.attribution.cases import SIZE, _livelier, images, vim, vmamba
-from tests.attribution.test_vit import build
+from tests.attribution.vit.test_vit import build
 
 METRICS = pytest.mark.parametrize("method", [RawAttention, AttentionRollout, MambaAttribution, MambaLRP])
 MODELS = {

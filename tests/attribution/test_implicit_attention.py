@@ -2,12 +2,12 @@ import pytest
 import torch
 
 from mamba_attn.attribution import ImplicitAttention
-from mamba_attn.attribution._conventions import Watch, class_row
 from mamba_attn.attribution._implicit import PARTS, Implicit, ImplicitWatch
+from mamba_attn.attribution.published.conventions import Watch, class_row
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.models import create
 from mamba_attn.models.vit import vision_transformer
-from mamba_attn.tracing import trace
+from mamba_attn.tracing.tracer import trace
 from tests.attribution.cases import (
     MODELS,
     SIZE,

@@ -9,7 +9,7 @@ from torch import nn
 from mamba_attn.attribution import LayerGradCam
 from mamba_attn.errors import UnsupportedModelError
 from tests.attribution.cases import SIZE, images, vim, vmamba
-from tests.attribution.test_vit import build
+from tests.attribution.vit.test_vit import build
 
 
 def expected(model, module, x, classes, at_input, relu=True):

@@ -3,9 +3,9 @@ import torch
 
 from mamba_attn.attribution import MambaAttribution
 from mamba_attn.attribution._queries import query_tokens
-from mamba_attn.attribution._weighted import gradient_x_attention, positive_attention
+from mamba_attn.attribution.published.weighted import gradient_x_attention, positive_attention
 from mamba_attn.ops import reference
-from mamba_attn.tracing import trace
+from mamba_attn.tracing.tracer import trace
 from tests.attribution.cases import (
     MODELS,
     SIZE,
@@ -173,7 +173,7 @@ def test_published_code_on_true_matrices(make, first):
 def test_channels_in_blocks_are_channels_at_once(monkeypatch):
     (layer,) = layers_of(vim(depth=1), images())
     mean, largest = positive_attention(layer.scan)
-    monkeypatch.setattr("mamba_attn.attribution._weighted._WORKSPACE", 1)
+    monkeypatch.setattr("mamba_attn.attribution.published.weighted._WORKSPACE", 1)
     again = positive_attention(layer.scan)
     close(again[0], mean, 1e-14)
     assert torch.equal(again[1], largest)

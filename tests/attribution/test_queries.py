@@ -3,7 +3,7 @@ import torch
 
 from mamba_attn.attribution import AttentionRollout, RawAttention
 from mamba_attn.attribution._queries import query_tokens
-from mamba_attn.layout import TokenLayout
+from mamba_attn.core.layout import TokenLayout
 from tests.attribution.cases import images, matrices, vim
 
 MIDDLE = TokenLayout((3, 2), patch_size=8, class_tokens=(3,))  # tokens 0 1 / 2 [3] 4 / 5 6

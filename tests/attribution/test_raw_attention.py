@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mamba_attn.attribution import RawAttention
-from mamba_attn.tracing import trace
+from mamba_attn.tracing.tracer import trace
 from tests.attribution.cases import MODELS, images, in_pixels, matrices, vmamba
 
 

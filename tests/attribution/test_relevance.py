@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from mamba_attn.attribution import TransformerAttribution, _relevance, _vit_relevance
+from mamba_attn.attribution import TransformerAttribution
+from mamba_attn.attribution.lrp import propagation
+from mamba_attn.attribution.vit import block_relevance
 from mamba_attn.errors import UnsupportedModelError
 from tests.attribution.cases import _livelier, images, vim
-from tests.attribution.test_vit import SIZE, build
+from tests.attribution.vit.test_vit import SIZE, build
 
 HEADS, WIDTH = 3, 8
 OPTIONS = {"img_size": SIZE, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": HEADS, "num_classes": 5}
@@ -115,13 +117,13 @@ def test_it_is_the_published_method(start):
 def test_relevance_is_conserved_from_block_to_block():
     model, x = vit(depth=4), images(2, SIZE)
     with torch.no_grad():
-        kept, last = _vit_relevance.run(model, x)
-        torch.testing.assert_close(_vit_relevance.logits_of(model, last), model(x))
+        kept, last = block_relevance.run(model, x)
+        torch.testing.assert_close(block_relevance.logits_of(model, last), model(x))
         start = F.one_hot(torch.tensor([1, 3]), 5).double()
-        relevance = _vit_relevance.from_logits(model, start, last)
+        relevance = block_relevance.from_logits(model, start, last)
         for block, values in zip(reversed(model.blocks), reversed(kept), strict=True):
             torch.testing.assert_close(relevance.sum((1, 2)), torch.ones(2, dtype=x.dtype), rtol=1e-5, atol=0)
-            relevance, _ = _vit_relevance.through_block(block, relevance, values)
+            relevance, _ = block_relevance.through_block(block, relevance, values)
     torch.testing.assert_close(relevance.sum((1, 2)), torch.ones(2, dtype=x.dtype), rtol=1e-5, atol=0)
     _, sums = published(model.state_dict(), tokens(model, x[0]), 1, depth=4)
     torch.testing.assert_close(torch.stack(sums), torch.ones(5, dtype=x.dtype))
@@ -131,17 +133,17 @@ def test_every_rule_conserves_and_keeps_images_apart():
     a, b = torch.randn(2, 3, 4).double(), torch.randn(2, 3, 4).double()
     relevance = torch.randn(2, 3, 4).double()
     out, wide, weight = torch.randn(2, 3, 5).double(), torch.randn(2, 3, 40).double(), torch.randn(5, 40).double()
-    torch.testing.assert_close(_relevance.linear(out, wide, weight).sum(-1), out.sum(-1), rtol=1e-6, atol=1e-6)
-    halves = _relevance.product(torch.randn(2, 3, 3).double(), a, b.mT)
+    torch.testing.assert_close(propagation.linear(out, wide, weight).sum(-1), out.sum(-1), rtol=1e-6, atol=1e-6)
+    halves = propagation.product(torch.randn(2, 3, 3).double(), a, b.mT)
     assert halves[0].shape == a.shape
     torch.testing.assert_close(halves[0].sum((1, 2)), halves[1].sum((1, 2)), rtol=1e-6, atol=1e-6)
-    first, second = _relevance.add(relevance, a, b)
+    first, second = propagation.add(relevance, a, b)
     torch.testing.assert_close((first + second).sum((1, 2)), relevance.sum((1, 2)), rtol=1e-6, atol=1e-6)
-    alone = _relevance.add(relevance[:1], a[:1], b[:1])
+    alone = propagation.add(relevance[:1], a[:1], b[:1])
     torch.testing.assert_close(alone[0], first[:1])
-    pooled = _relevance.mean(relevance[:, 0], a)
+    pooled = propagation.mean(relevance[:, 0], a)
     torch.testing.assert_close(pooled.sum(1), relevance[:, 0], rtol=1e-6, atol=1e-6)
-    assert _relevance.divide(torch.ones(1), torch.zeros(1)) == 0
+    assert propagation.divide(torch.ones(1), torch.zeros(1)) == 0
 
 
 @pytest.mark.parametrize("name", ["class token", "distilled", "pooled"])
@@ -155,8 +157,8 @@ def test_other_heads_and_pools_and_batches(name):
     assert (maps.flatten(1).std(1) > 0).all()
     torch.testing.assert_close(maps[1:2], method.attribute(x[1:2], 1), rtol=1e-6, atol=1e-12)
     with torch.no_grad():
-        _, last = _vit_relevance.run(model, x)
-        relevance = _vit_relevance.from_logits(model, torch.ones(3, 5).to(x) / 5, last)
+        _, last = block_relevance.run(model, x)
+        relevance = block_relevance.from_logits(model, torch.ones(3, 5).to(x) / 5, last)
     torch.testing.assert_close(relevance.sum((1, 2)), torch.ones(3).to(x), rtol=1e-6, atol=0)
     with torch.inference_mode():
         torch.testing.assert_close(method.attribute(x, [0, 1, 2]), maps)

@@ -7,9 +7,9 @@ import torch
 from mamba_attn.attribution import ImplicitAttention, MambaLRP, RawAttention, RelevanceAttentionRanks
 from mamba_attn.attribution.relevance_attention_ranks import ranks
 from mamba_attn.errors import UnsupportedModelError
-from mamba_attn.tracing import trace
+from mamba_attn.tracing.tracer import trace
 from tests.attribution.cases import MODELS, images, vim, vmamba
-from tests.attribution.test_vit import build
+from tests.attribution.vit.test_vit import build
 
 
 def scipy_ranks(maps):

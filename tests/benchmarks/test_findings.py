@@ -13,7 +13,7 @@ from benchmarks import findings, findings_tables
 from benchmarks.findings_page import PAGE, written
 from mamba_attn.figures import png
 from tests.analytics import cases
-from tests.explain.cases import save
+from tests.explanations.cases import save
 
 RESULTS = Path(findings.RESULTS) / "findings.json"
 

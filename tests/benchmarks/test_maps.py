@@ -306,4 +306,4 @@ def test_the_time_of_the_command_is_a_figure(monkeypatch):
     found, details = maps.measure_time(3)
     assert found.row()["value"] == 10
     assert (details["first"], details["seconds"]) == (30, [9, 10, 12])
-    assert maps.EXPLAIN[1:4] == ["-m", "mamba_attn.cli", "explain"]
+    assert maps.EXPLAIN[1:4] == ["-m", "mamba_attn.commands.cli", "explain"]

@@ -11,10 +11,10 @@ from PIL import Image
 from mamba_attn import models
 from mamba_attn.datasets.data import open_data
 from mamba_attn.datasets.labels import class_indices
+from mamba_attn.datasets.loaded_model import Subject
 from mamba_attn.datasets.samples import HALVES, Data, half_of
 from mamba_attn.images import ImageError
 from mamba_attn.models.transforms import EvaluationTransform
-from mamba_attn.subjects import Subject
 from tests.datasets import cases
 
 WHOLE = EvaluationTransform((40, 32), (40, 32), "bilinear")

@@ -1,7 +1,7 @@
 """Tiny models with random weights as files, beside the collections of the tests of datasets."""
 
 from tests.datasets.cases import CLASSES, boxes_zip, class_folders, digits_zip, encoded, picture, segments_zip
-from tests.explain.cases import VIM, VIT, save
+from tests.explanations.cases import VIM, VIT, save
 
 __all__ = ["CLASSES", "MODELS", "boxes_zip", "class_folders", "digits_zip", "encoded", "picture", "segments_zip",
            "weights"]  # fmt: skip

@@ -8,7 +8,7 @@ from mamba_attn import evaluation, models
 from mamba_attn.errors import NonFiniteError
 from mamba_attn.evaluation import perturbation
 from mamba_attn.evaluation.ranking import ranking, to_pixels, token_cell
-from tests.explain.cases import VIM
+from tests.explanations.cases import VIM
 
 
 class Corner(torch.nn.Module):

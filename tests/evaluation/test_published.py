@@ -2,6 +2,7 @@
 
 import pytest
 
+from mamba_attn.datasets.loaded_model import Subject
 from mamba_attn.datasets.samples import Data
 from mamba_attn.evaluation import contestants
 from mamba_attn.evaluation.bootstrap import Interval
@@ -10,7 +11,6 @@ from mamba_attn.evaluation.page import _published
 from mamba_attn.evaluation.published import PERTURBATION, SEGMENTATION, beside
 from mamba_attn.evaluation.summary import Figure, Table
 from mamba_attn.models import create, transform
-from mamba_attn.subjects import Subject
 
 
 class Empty(Data):

@@ -9,7 +9,7 @@ from mamba_attn import models
 from mamba_attn.attribution import RawAttention
 from mamba_attn.evaluation import sanity
 from mamba_attn.evaluation.cost import cost
-from tests.explain.cases import VIM, VIT, VMAMBA
+from tests.explanations.cases import VIM, VIT, VMAMBA
 
 
 def test_spearman_is_scipys():

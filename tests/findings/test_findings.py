@@ -19,7 +19,7 @@ from mamba_attn.findings.measuring import Measuring
 from mamba_attn.findings.resampling import Estimate
 from mamba_attn.findings.tables import orders_sentence
 from tests.analytics import cases
-from tests.explain.cases import save
+from tests.explanations.cases import save
 
 BIG = {"image_size": (32, 40), "depth": 3, "num_classes": 3, "embed_dim": 16, "d_state": 2}
 STAGES = {"image_size": (48, 64), "depths": (1, 3), "dims": 8, "num_classes": 3}
@@ -40,17 +40,16 @@ def weights(folder, name, options):
 @pytest.fixture(scope="module")
 def stores(folder):
     """A Vim whose weights are in a file, a VMamba that was made in memory, a ViT."""
-    from mamba_attn import subjects
     from mamba_attn.analytics import Request
-    from mamba_attn.datasets import open_data
+    from mamba_attn.datasets import loaded_model, open_data
 
     data = open_data(cases.folder_of(folder, 2))
     file = weights(folder / "vim_weights", "vim_micro", BIG)
     vit = weights(folder / "vit_weights", "vit_micro", {**cases.OPTIONS["vit_micro"], "image_size": (32, 40)})
     made = {
-        "vim": Request(subjects.load("vim_micro", str(file)), data, batch=2),
+        "vim": Request(loaded_model.load("vim_micro", str(file)), data, batch=2),
         "vmamba": Request(cases.subject("vmamba_micro", **STAGES), data, batch=2),
-        "vit": Request(subjects.load("vit_micro", str(vit)), data, batch=2),
+        "vit": Request(loaded_model.load("vit_micro", str(vit)), data, batch=2),
     }
     for name, request in made.items():
         collect(request, folder / name)
@@ -198,12 +197,11 @@ def test_a_killed_call_goes_on_and_other_images_are_measured_anew(stores, tmp_pa
 
 
 def test_a_model_in_random_order_has_no_other(stores, folder, tmp_path):
-    from mamba_attn import subjects
     from mamba_attn.analytics import Request
-    from mamba_attn.datasets import open_data
+    from mamba_attn.datasets import loaded_model, open_data
 
     file = weights(tmp_path / "weights", "vim_micro", {**BIG, "order": "random"})
-    request = Request(subjects.load("vim_micro", str(file)), open_data(str(folder / "photos")), 2)
+    request = Request(loaded_model.load("vim_micro", str(file)), open_data(str(folder / "photos")), 2)
     collect(request, tmp_path / "store")
     found = report("store", AttentionStore.open(tmp_path / "store"), tmp_path / "measured", seeds=0)
     assert found.order == "random"

@@ -6,12 +6,12 @@ import torch
 
 from mamba_attn import orders
 from mamba_attn.analytics.index import StoredLayer
-from mamba_attn.analytics.reach import attention_distance
+from mamba_attn.core.layout import TokenLayout
+from mamba_attn.erf.reach import attention_distance
 from mamba_attn.findings import block_measures, matrix_measures, row_measures
 from mamba_attn.findings import registry as findings
 from mamba_attn.findings.places import places_of
 from mamba_attn.findings.registry import FINDINGS, finding
-from mamba_attn.layout import TokenLayout
 
 GRIDS = [(4, 5), (8, 8), (6, 3)]
 

@@ -8,12 +8,12 @@ from mamba_attn.integrations.vim import VimAdapter
 from torch import nn
 
 import mamba_attn
-from mamba_attn.adapters import Adapter, Seen, _registered
+from mamba_attn.core.rules import Rules
+from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.models import vim_mixer
-from mamba_attn.rules import Rules
-from mamba_attn.scan import ScanRecord
 from mamba_attn.testing import LawError, check_adapter
+from mamba_attn.tracing.adapters import Adapter, Seen, _registered
 
 VIM = {"depth": 2, "embed_dim": 16}
 MODELS = {

@@ -11,12 +11,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mamba_attn
-from mamba_attn.adapters import Seen, find_mixers
 from mamba_attn.attribution import AttentionRollout, MambaAttribution, RawAttention, TransformerAttribution
 from mamba_attn.attribution._stages import to_finer
+from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import MatrixTooLargeError, TraceError, UnsupportedModelError
-from mamba_attn.layout import TokenLayout
 from mamba_attn.testing import LawError, check_adapter
+from mamba_attn.tracing.adapters import Seen, find_mixers
 from tests.integrations.small_mambavision import (
     Attention,
     Block,
@@ -326,8 +326,8 @@ def test_each_mixer_has_one_family():
 
 def test_windows_too_many_for_one_matrix_are_refused(monkeypatch):
     model, x = model_of("padded")
-    monkeypatch.setattr("mamba_attn.ops._dispatch._UNASKED", 0)
-    monkeypatch.setattr("mamba_attn.ops._dispatch.free_bytes", lambda device: 10**6)
+    monkeypatch.setattr("mamba_attn.ops.dispatch._UNASKED", 0)
+    monkeypatch.setattr("mamba_attn.ops.dispatch.free_bytes", lambda device: 10**6)
     with torch.no_grad(), mamba_attn.trace(model):
         with pytest.raises(
             MatrixTooLargeError,

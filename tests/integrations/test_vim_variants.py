@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import mamba_attn
-from mamba_attn._patch_embedding import _tokens_of_patches
 from mamba_attn.attribution import RawAttention
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.testing import check_adapter
+from mamba_attn.tracing.patch_embedding import _tokens_of_patches
 from tests.integrations.small_vim import Backbone, Mamba, Vim
 
 MARKS: dict[str, dict[str, Any]] = {

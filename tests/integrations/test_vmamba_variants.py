@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import mamba_attn
-from mamba_attn.adapters import Seen
+from mamba_attn.core.rules import Rules
 from mamba_attn.errors import UnsupportedModelError
-from mamba_attn.rules import Rules
 from mamba_attn.testing import check_adapter
+from mamba_attn.tracing.adapters import Seen
 from tests.integrations.ss2d_variants import (
     FEATURES,
     V0,

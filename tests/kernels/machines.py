@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mamba_attn.ops import _operators
-from mamba_attn.ops._launcher import LAUNCHER, Launcher
+from mamba_attn.ops.cuda import operators
+from mamba_attn.ops.cuda.launcher import LAUNCHER, Launcher
 from tests.emulation import Emulator, emulated
 
 MACHINES = ("host", *(("device",) if torch.cuda.is_available() else ()))
@@ -51,6 +51,6 @@ def machine(name: str, **options: int) -> Iterator[Recorder]:
     """
     with emulated(Emulator(**options)) as emulator:
         recorder = Recorder(emulator if name == "host" else LAUNCHER)
-        _operators.launcher = recorder
+        operators.launcher = recorder
         with torch.device("cpu" if name == "host" else "cuda"):
             yield recorder

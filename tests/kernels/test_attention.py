@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mamba_attn import ops
-from mamba_attn.ops import _dispatch, _kernels, blocked
-from mamba_attn.scan import ScanRecord
+from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.ops import blocked, dispatch
+from mamba_attn.ops.cuda import kernels
 from tests.emulation import library
 from tests.kernels.machines import MACHINES, Recorder, machine
 from tests.ops.bounds import assert_within, excess, magnitude, weights
@@ -15,7 +16,7 @@ from tests.ops.cases import CASES, Case, double, make
 
 FOLDS = ("mean", "sum", "each", "positive", "absolute")
 SIGNED = ("mean", "sum")
-KERNELS = tuple(_kernels._TILES)
+KERNELS = tuple(kernels._TILES)
 LONG = [
     Case(routes=1, channels=3, states=2, grid=(1, 65)),
     Case(batch=1, routes=2, channels=17, states=16, grid=(14, 14), class_token=True),  # Vim's 197 tokens
@@ -26,7 +27,7 @@ LONG = [
     Case(batch=1, routes=1, channels=1, states=1, grid=(1, 600), delta_scale=5.0),
 ]
 cases = pytest.mark.parametrize("case", CASES + LONG, ids=lambda case: case.id)
-kernels = pytest.mark.parametrize("kernel", KERNELS)
+each_kernel = pytest.mark.parametrize("kernel", KERNELS)
 
 
 @pytest.fixture(params=MACHINES)
@@ -37,7 +38,7 @@ def there(request: pytest.FixtureRequest) -> Iterator[Recorder]:
 
 def attention(there: Recorder, record: ScanRecord, fold: str = "mean", merged: bool = True, **options) -> torch.Tensor:
     rows_and_columns = options.pop("weights", (None, None))
-    return _kernels.attention(there, record, rows_and_columns, fold, merged, **options)[1]
+    return kernels.attention(there, record, rows_and_columns, fold, merged, **options)[1]
 
 
 def no_worse_than_torch(record: ScanRecord, fold: str, w: dict[str, torch.Tensor], *values: torch.Tensor) -> None:
@@ -72,8 +73,8 @@ def test_folds_of_channels_equal_the_reference(there: Recorder, case: Case, fold
 @cases
 def test_routes_stay_apart_and_nothing_is_above_the_diagonal(there: Recorder, case: Case) -> None:
     record = make(case)
-    truth = _dispatch.BACKENDS["reference"].hidden_attention(double(record), None, None, "each", False)
-    bound = _dispatch.BACKENDS["reference"].hidden_attention(magnitude(double(record)), None, None, "each", False)
+    truth = dispatch.BACKENDS["reference"].hidden_attention(double(record), None, None, "each", False)
+    bound = dispatch.BACKENDS["reference"].hidden_attention(magnitude(double(record)), None, None, "each", False)
     each = attention(there, record, "each", merged=False)
     assert_within(each, truth, bound, 1e-6 if case.delta_scale < 10 else 1e-5)
     assert (each.triu(1) == 0).all()
@@ -93,15 +94,15 @@ def test_half_precision_is_read_without_loss(there: Recorder, dtype: torch.dtype
     columns = torch.randn(1, 19, 72).to(dtype)
     again, rows = record.map_tensors(torch.Tensor.float), (None, columns.float())
     for kernel in KERNELS:
-        half = _kernels.attention(there, record, (None, columns), "sum", True, with_y=True, kernel=kernel)
-        whole = _kernels.attention(there, again, rows, "sum", True, with_y=True, kernel=kernel)
+        half = kernels.attention(there, record, (None, columns), "sum", True, with_y=True, kernel=kernel)
+        whole = kernels.attention(there, again, rows, "sum", True, with_y=True, kernel=kernel)
         for a, b in zip(half, whole, strict=True):
             assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
     assert whole[0].isinf().any()
     no_worse_than_torch(record, "sum", {"col_weight": columns}, half[1])
 
 
-@kernels
+@each_kernel
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 1e3])
 def test_extreme_steps(there: Recorder, kernel: str, scale: float) -> None:
     record = make(Case(routes=1, channels=3, states=2, grid=(1, 150), delta_scale=scale))
@@ -135,10 +136,9 @@ def test_channels_divided_among_blocks(multiprocessors: int) -> None:
     record = make(Case(batch=1, routes=2, channels=70, states=1, grid=(9, 9)))  # 5 x 16, for 3, 4 or 5 blocks
     with machine("host", multiprocessors=multiprocessors) as there:
         for fold in FOLDS:
-            kernels = KERNELS if fold in SIGNED else KERNELS[:1]
-            no_worse_than_torch(
-                record, fold, {}, *(attention(there, record, fold, kernel=kernel) for kernel in kernels)
-            )
+            fitting = KERNELS if fold in SIGNED else KERNELS[:1]
+            found = [attention(there, record, fold, kernel=kernel) for kernel in fitting]
+            no_worse_than_torch(record, fold, {}, *found)
 
 
 def test_every_tile_of_the_longest_matrices_has_its_block() -> None:
@@ -150,7 +150,7 @@ def test_every_tile_of_the_longest_matrices_has_its_block() -> None:
 
 def test_a_shape_chooses_its_formulation() -> None:
     def chosen(length: int, fold: str, limit: int = 227 * 1024) -> str:
-        return _kernels.formulation(make(Case(batch=1, routes=1, grid=(1, length))), fold, limit)
+        return kernels.formulation(make(Case(batch=1, routes=1, grid=(1, length))), fold, limit)
 
     assert chosen(197, "mean") == "attention_factored_64"
     assert chosen(784, "sum") == "attention_factored_128"
@@ -213,7 +213,7 @@ def test_results_do_not_depend_on_the_schedule(kernel: str) -> None:
     results = []
     for schedule in (0, 1, 2, 3, 77):
         with machine("host", schedule=schedule) as there:
-            results.append(_kernels.attention(there, record, (None, None), "sum", True, with_y=True, kernel=kernel))
+            results.append(kernels.attention(there, record, (None, None), "sum", True, with_y=True, kernel=kernel))
     assert all(torch.isfinite(x).all() for x in results[0])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mamba_attn.ops import _cubins, _nvrtc
+from mamba_attn.ops.cuda import cubins, nvrtc
 
 SOURCE = Path(__file__).parents[2] / "cuda" / "hidden_attention.cu"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_120")
@@ -41,10 +41,10 @@ def test_nvcc_spills_nothing_and_keeps_the_registers_of_its_block(architecture: 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_shipped_loader_compiles_the_shipped_source(architecture: str) -> None:
-    nvrtc = _nvrtc.compiler()
-    assert _cubins.units() == ("hidden_attention.cu",)
-    image = _cubins.image("hidden_attention.cu", architecture, nvrtc)
+    compiler = nvrtc.compiler()
+    assert cubins.units() == ("hidden_attention.cu",)
+    image = cubins.image("hidden_attention.cu", architecture, compiler)
     assert image[:4] == b"\x7fELF"
     for name in KERNELS:
         assert f".text.{name}\0".encode() in image
-    assert _cubins.image("hidden_attention.cu", architecture, nvrtc) == image  # from the disk
+    assert cubins.image("hidden_attention.cu", architecture, compiler) == image  # from the disk

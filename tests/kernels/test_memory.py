@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from mamba_attn import ops
-from mamba_attn.ops import _kernels, _operators, _orders, fused
-from mamba_attn.ops._structures import call, output
-from mamba_attn.scan import ScanRecord
+from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.ops.cuda import checked_orders, fused, kernels, operators
+from mamba_attn.ops.cuda.kernel_args import call, output
 from tests.emulation import Emulator, emulated
 from tests.ops.bounds import weights
 from tests.ops.cases import Case, make
@@ -49,10 +49,10 @@ def run(record: ScanRecord, w: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     results: Given = []
     for merged in (True, False):
         y = fused.BACKEND.selective_scan(record, merged)
-        results += [y, *_kernels.backward(_operators.launcher, record, torch.ones_like(y), merged)]
+        results += [y, *kernels.backward(operators.launcher, record, torch.ones_like(y), merged)]
         rows_and_columns = (w["row_weight"] if merged else None, w["col_weight"])
-        for kernel in _kernels._TILES:
-            results += _kernels.attention(_operators.launcher, record, rows_and_columns, "mean", merged, True, kernel)
+        for kernel in kernels._TILES:
+            results += kernels.attention(operators.launcher, record, rows_and_columns, "mean", merged, True, kernel)
         for axis in ("row", "column"):
             results.append(fused.BACKEND.attention_line(record, axis, 65, rows_and_columns, "each", merged))
     return [x for x in results if x is not None]
@@ -99,8 +99,8 @@ class Watcher(Emulator):
         rows = told.batch * told.routes
         if name == "selective_scan_backward":
             self.scratch = self.floats(job.entering, (rows * told.channels, math.ceil(told.length / 128), told.states))
-        elif name in _kernels._TILES:
-            tile = _kernels._TILES[name][0]
+        elif name in kernels._TILES:
+            tile = kernels._TILES[name][0]
             self.scratch = self.floats(told.before, (rows * told.heads, math.ceil(told.length / tile), 2))
 
     def floats(self, address: int, shape: Sequence[int]) -> torch.Tensor:
@@ -109,12 +109,12 @@ class Watcher(Emulator):
         ).clone()  # fmt: skip
 
 
-@pytest.mark.parametrize("kernel", _kernels._TILES)
+@pytest.mark.parametrize("kernel", kernels._TILES)
 def test_every_head_keeps_its_own_sums(kernel: str) -> None:
     record = make(Case(routes=2, channels=12, heads=6, states=2, grid=(1, 300)))
     with emulated(Watcher()) as watcher:
-        _kernels.attention(watcher, record, (None, None), "mean", True, kernel=kernel)
-    tile = _kernels._TILES[kernel][0]
+        kernels.attention(watcher, record, (None, None), "mean", True, kernel=kernel)
+    tile = kernels._TILES[kernel][0]
     sums = record.source_delta.double().cumsum(-1)[..., tile - 1 :: tile].flatten(0, 2)
     scratch = watcher.scratch.double().sum(-1)
     assert (scratch[:, 0] == 0).all()
@@ -136,7 +136,7 @@ def test_every_channel_keeps_its_own_states() -> None:
 
 def test_orders_that_point_outside_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nobody could look at them before, while a CUDA graph is captured."""
-    monkeypatch.setattr(_orders, "capturing", lambda order: True)
+    monkeypatch.setattr(checked_orders, "capturing", lambda order: True)
     record = make(Case(batch=1, routes=2, channels=3, states=2, grid=(2, 3)))
     with emulated():
         usual = ops.selective_scan(record, attention="mean", backend="fused")
@@ -161,7 +161,7 @@ def test_orders_of_any_layout_and_integer_type() -> None:
 def test_a_block_that_scans_has_room_for_its_states() -> None:
     record = make(Case(batch=1, routes=1, channels=4, states=2400, grid=(1, 3)))
     with emulated() as emulator:
-        y, _ = _kernels.attention(emulator, record, (None, None), "mean", True, with_y=True, kernel="attention_direct")
+        y, _ = kernels.attention(emulator, record, (None, None), "mean", True, with_y=True, kernel="attention_direct")
     torch.testing.assert_close(y, ops.selective_scan(record, backend="blocked"), rtol=1e-4, atol=1e-4)
-    for kernel, (_, threads) in _kernels._TILES.items():
-        assert _kernels._attention_shared(kernel, 9999) == 4 + threads // 32 * 9999 * 4  # behind the block's number
+    for kernel, (_, threads) in kernels._TILES.items():
+        assert kernels._attention_shared(kernel, 9999) == 4 + threads // 32 * 9999 * 4  # behind the block's number

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mamba_attn
-from mamba_attn.ops import fused
+from mamba_attn.ops.cuda import fused
 from tests.kernels.machines import MACHINES, Recorder, machine
 
 SMALL = {"vim_micro": {"depth": 2}, "vmamba_micro": {"depths": (1, 1, 1, 1)}}

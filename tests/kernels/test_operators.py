@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from mamba_attn import ops
+from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import BackendUnavailableError, MambaAttnError, MatrixTooLargeError
-from mamba_attn.ops import _dispatch, _kernels, _operators, _orders, _structures, fused
-from mamba_attn.scan import ScanRecord
+from mamba_attn.ops import dispatch
+from mamba_attn.ops.cuda import checked_orders, fused, kernel_args, kernels, operators
 from tests import emulation
 from tests.kernels.machines import MACHINES, Recorder, machine
 from tests.ops.bounds import weights
@@ -38,20 +39,20 @@ def leaves(record: ScanRecord) -> ScanRecord:
 @pytest.mark.parametrize("skip", [True, False])
 def test_opcheck(there: Recorder, merged: bool, skip: bool) -> None:
     record = leaves(make(Case(batch=1, routes=2, channels=3, states=2, grid=(2, 3), skip=skip)))
-    fields = _operators.flat(record)
+    fields = operators.flat(record)
     rows = torch.randn(1, 2, 3, 6, requires_grad=True)
     checks = (
-        (_operators.selective_scan, (*fields, merged)),
-        (_operators.scan_and_attention, (*fields, merged, "mean")),
-        (_operators.hidden_attention, (*fields, merged, rows, None, "sum")),
-        (_operators.hidden_attention, (*fields, merged, None, None, "each")),
+        (operators.selective_scan, (*fields, merged)),
+        (operators.scan_and_attention, (*fields, merged, "mean")),
+        (operators.hidden_attention, (*fields, merged, rows, None, "sum")),
+        (operators.hidden_attention, (*fields, merged, None, None, "each")),
     )
     for operator, arguments in checks:
         torch.library.opcheck(operator, arguments)
     with torch.no_grad():
-        y = _operators.selective_scan(*fields, merged)
-        detached = _operators.flat(record.map_tensors(torch.Tensor.detach))
-        torch.library.opcheck(_operators.selective_scan_backward, (torch.ones_like(y), *detached, merged))
+        y = operators.selective_scan(*fields, merged)
+        detached = operators.flat(record.map_tensors(torch.Tensor.detach))
+        torch.library.opcheck(operators.selective_scan_backward, (torch.ones_like(y), *detached, merged))
 
 
 COMPILED = """
@@ -127,7 +128,7 @@ def test_deterministic_launches_have_one_writer_an_entry(monkeypatch: pytest.Mon
 
     def launch(self: emulation.Emulator, *rest: Any) -> None:
         call = getattr(rest[4], "call", rest[4])
-        blocks = 1 if call.fold == _kernels._FOLDS["each"] else rest[1] if rest[0] == "attention_line" else call.splits
+        blocks = 1 if call.fold == kernels._FOLDS["each"] else rest[1] if rest[0] == "attention_line" else call.splits
         writers.append(call.routes * blocks)
         usual(self, *rest)
 
@@ -155,11 +156,11 @@ def test_deterministic_launches_have_one_writer_an_entry(monkeypatch: pytest.Mon
 
 def test_structures_are_those_of_the_source() -> None:
     library = emulation.library()
-    mirrored = {"Call": _structures.CCall, "Backward": _structures.CBackward, "Line": _structures.CLine}
+    mirrored = {"Call": kernel_args.CCall, "Backward": kernel_args.CBackward, "Line": kernel_args.CLine}
     for name, structure in mirrored.items():
         assert library.size_of(name.encode()) == ctypes.sizeof(structure)
-    for kernel in _kernels._TILES:
-        assert library.size_of(kernel.encode()) == _kernels._attention_shared(kernel, 1)
+    for kernel in kernels._TILES:
+        assert library.size_of(kernel.encode()) == kernels._attention_shared(kernel, 1)
 
 
 def test_arrays_through_the_emulator() -> None:
@@ -189,7 +190,7 @@ def test_an_order_that_points_outside_is_refused_and_never_followed(
     order[1, 2] = -1
     with pytest.raises(ValueError, match=r"write_order visits -1\.\.5"):  # the same tensor, changed since
         ops.selective_scan(wrong, backend="fused")
-    monkeypatch.setattr(_orders, "capturing", lambda order: True)  # no look is possible while a graph is captured
+    monkeypatch.setattr(checked_orders, "capturing", lambda order: True)  # a captured graph allows no look
     found = ops.hidden_attention(wrong, backend="fused")
     rest = [t for t in range(6) if t != record.write_order[1, 2]]
     torch.testing.assert_close(found[:, rest], ops.hidden_attention(record, backend="fused")[:, rest])
@@ -243,6 +244,6 @@ def test_what_the_kernels_do_not_take_is_a_sentence() -> None:
         with pytest.warns(UserWarning, match="2147483648 channels x 1 steps need more than"):
             assert fused.BACKEND.unavailable(deep)
         with pytest.raises(MatrixTooLargeError, match="attention_row"):
-            _dispatch.require_memory(ops._arguments.Call(endless, True, True, "call"), "mean")
+            dispatch.require_memory(ops._arguments.Call(endless, True, True, "call"), "mean")
     with pytest.raises(BackendUnavailableError, match="it runs on CUDA devices and the tensors are on cpu"):
         ops.selective_scan(record, backend="fused")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mamba_attn import ops
-from mamba_attn.ops import _kernels, fused
-from mamba_attn.scan import ScanRecord
+from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.ops.cuda import fused, kernels
 from tests.kernels.machines import MACHINES, Recorder, machine
 from tests.ops.bounds import assert_within, excess, magnitude, weights
 from tests.ops.cases import CASES, Case, double, make
@@ -154,7 +154,7 @@ def test_lines_take_weights_of_tokens(there: Recorder, axis: str) -> None:
     record = make(Case(channels=4, grid=(3, 5), order="spiral", frame="tokens"))
     record = record.replace(write_order=torch.stack([torch.randperm(15) for _ in range(2)]))
     tokens = (torch.rand(2, 4, 15), torch.rand(2, 4, 15))
-    matrix = _kernels.attention(there, record, tokens, "each", True)[1]
+    matrix = kernels.attention(there, record, tokens, "each", True)[1]
     line = fused.BACKEND.attention_line(record, axis, 4, tokens, "each", True)
     torch.testing.assert_close(line, matrix[..., 4, :] if axis == "row" else matrix[..., 4], rtol=1e-5, atol=1e-6)
 

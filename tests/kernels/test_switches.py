@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mamba_attn import ops
-from mamba_attn.ops import _kernels
+from mamba_attn.ops.cuda import kernels
 from tests.emulation import emulated
 from tests.ops.cases import CASES, double, make
 
@@ -32,7 +32,7 @@ def test_orders_may_be_made_in_inference_mode() -> None:
 def test_tf32_by_the_older_switch() -> None:
     for precision, allowed in (("highest", False), ("high", True), ("medium", True)):
         torch.set_float32_matmul_precision(precision)
-        assert _kernels._tf32() is allowed
+        assert kernels._tf32() is allowed
 
 
 @pytest.mark.usefixtures("_precision")
@@ -40,4 +40,4 @@ def test_tf32_by_the_older_switch() -> None:
 def test_tf32_by_the_newer_switch() -> None:
     for precision, allowed in (("tf32", True), ("ieee", False)):
         torch.backends.cuda.matmul.fp32_precision = precision
-        assert _kernels._tf32() is allowed
+        assert kernels._tf32() is allowed

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 import mamba_attn.models
+from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import WeightsError
-from mamba_attn.layout import TokenLayout
 from mamba_attn.models import checkpoints
 from mamba_attn.models.vim import VisionMamba, resize_positions
 from mamba_attn.models.vmamba import VSSM

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mamba_attn.layout import TokenLayout
+from mamba_attn.core.layout import TokenLayout
+from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.models import mambavision_mixer
 from mamba_attn.models.mambavision_mixer import MambaVisionMixer
 from mamba_attn.ops.attention import scan_output
-from mamba_attn.scan import ScanRecord
 from tests.integrations.small_mambavision import Mixer, same_convolution
 
 VARIANTS = {

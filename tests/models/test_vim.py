@@ -4,12 +4,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from mamba_attn import orders as patch_orders
-from mamba_attn.layout import TokenLayout
+from mamba_attn.core.layout import TokenLayout
+from mamba_attn.core.rules import Rules
 from mamba_attn.models import vim
 from mamba_attn.models._layers import CausalConv1d, DropPath, RMSNorm
 from mamba_attn.models.vim import VisionMamba
 from mamba_attn.ops import reference
-from mamba_attn.rules import Rules
 from tests.models import naive
 
 SMALL = {"image_size": (24, 40), "patch_size": 8, "num_classes": 5, "embed_dim": 20, "depth": 2, "d_state": 3}

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from mamba_attn import orders as patch_orders
-from mamba_attn.layout import TokenLayout
+from mamba_attn.core.layout import TokenLayout
+from mamba_attn.core.rules import Rules
 from mamba_attn.models import vmamba
 from mamba_attn.models.vmamba import SS2D, VSSM
 from mamba_attn.ops import reference
-from mamba_attn.rules import Rules
 from tests.models import naive
 
 SMALL = {"num_classes": 5, "dims": 16, "depths": (1, 2, 1), "d_state": 2}

@@ -2,7 +2,7 @@
 
 import torch
 
-from mamba_attn.scan import ScanRecord
+from mamba_attn.core.scan_record import ScanRecord
 
 TINY = 1e-34  # below the smallest normal float32 entries count as zero
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from mamba_attn import orders
-from mamba_attn.scan import ScanRecord
+from mamba_attn.core.scan_record import ScanRecord
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ops.fake_cuda import FakeCuda, build
+from tests.ops.cuda.fake_cuda import FakeCuda, build
 
 
 @pytest.fixture(scope="session")

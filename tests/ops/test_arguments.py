@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mamba_attn import ops
+from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import BackendUnavailableError, MatrixTooLargeError
-from mamba_attn.ops import _dispatch, reference
-from mamba_attn.scan import ScanRecord
+from mamba_attn.ops import dispatch, reference
 
 
 def tensors(batch: int = 2, channels: int = 4, states: int = 3, length: int = 6) -> tuple[torch.Tensor, ...]:
@@ -92,8 +92,8 @@ def test_a_matrix_that_does_not_fit_is_refused_before_it_is_allocated(monkeypatc
     needed = length * length * 4
     with pytest.raises(MatrixTooLargeError, match=rf"needs {needed:,} bytes.*attention_row"):
         ops.hidden_attention(delta, A, B, B)
-    monkeypatch.setattr(_dispatch, "_UNASKED", 0)
-    monkeypatch.setattr(_dispatch, "free_bytes", lambda device: 143)
+    monkeypatch.setattr(dispatch, "_UNASKED", 0)
+    monkeypatch.setattr(dispatch, "free_bytes", lambda device: 143)
     with pytest.raises(MatrixTooLargeError, match="needs 144 bytes, 143 are free on cpu"):
         ops.hidden_attention(*tensors(batch=1))
 
@@ -133,7 +133,7 @@ def test_the_page_cache_of_a_container_counts_as_free(monkeypatch: pytest.Monkey
     files = {"memory.max": "1000\n", "memory.current": "900\n", "memory.stat": "anon 200\ninactive_file 650\n"}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(_dispatch, "Path", lambda folder: tmp_path)
-    assert _dispatch._cgroup_available() == 750
+    monkeypatch.setattr(dispatch, "Path", lambda folder: tmp_path)
+    assert dispatch._cgroup_available() == 750
     (tmp_path / "memory.max").write_text("max\n")
-    assert _dispatch._cgroup_available() is None
+    assert dispatch._cgroup_available() is None

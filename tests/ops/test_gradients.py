@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mamba_attn import ops
-from mamba_attn.scan import ScanRecord
+from mamba_attn.core.scan_record import ScanRecord
 from tests.ops.cases import Case, make
 
 FIELDS = ("source_u", "source_delta", "A", "source_B", "source_C", "D")

@@ -5,7 +5,7 @@ import torch
 
 from mamba_attn import models, ops, trace
 from mamba_attn.errors import MatrixTooLargeError, NonFiniteError
-from mamba_attn.ops import _dispatch, reference, states
+from mamba_attn.ops import dispatch, reference, states
 from tests.ops.bounds import assert_within, magnitude
 from tests.ops.cases import CASES, Case, double, make
 
@@ -139,8 +139,8 @@ def test_refusals_of_tensors():
 
 
 def test_what_does_not_fit_is_refused_before_it_is_allocated(monkeypatch):
-    monkeypatch.setattr(_dispatch, "_UNASKED", 0)
-    monkeypatch.setattr(_dispatch, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(dispatch, "_UNASKED", 0)
+    monkeypatch.setattr(dispatch, "free_bytes", lambda device: 1000)
     record = make(Case())
     with pytest.raises(MatrixTooLargeError, match=r"the states \(2, 2, 5, 3, 15\).*Name fewer routes= or channels="):
         ops.scan_states(record)

@@ -1,0 +1,4 @@
+"""Layer-wise relevance propagation: one backward pass in which scans, gates, norms and activations act linearly.
+
+``MambaLRP`` and ``FrozenContribution`` are the methods; the other files are the rules they install for that pass.
+"""

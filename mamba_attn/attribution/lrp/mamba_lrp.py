@@ -1,0 +1,131 @@
+"""MambaLRP: layer-wise relevance propagation through selective scans."""
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor, nn
+
+from mamba_attn._types import Float
+from mamba_attn.attribution._base import Target
+from mamba_attn.attribution.lrp.gamma import check_gamma_layers, generalised_gamma
+from mamba_attn.attribution.lrp.linear_backward import LinearisedAttribution
+from mamba_attn.attribution.lrp.linear_rules import LinearRules, fitting
+from mamba_attn.tracing.layers import ScanLayer, require
+from mamba_attn.tracing.tracer import Trace
+
+
+class MambaLRP(LinearisedAttribution):
+    """Relevance of the tokens behind the patch embedding for a class: MambaLRP (arXiv 2406.07592); signed.
+
+    R[i] = sum over features of E[i] * dlogit/dE[i], E the tokens that enter the first layer (patches with their
+    position embeddings; in VMamba the tokens behind the stem). The forward pass is the model's own; the gradient is
+    that of these rules, so that relevance is handed on layer by layer and neither made nor lost:
+
+    ===============  ==================================================================================================
+    SiLU, GELU       y = x [act(x) / x] with the ratio fixed, in the MLPs too
+    selective scan   linear in u: delta, A, B, C fixed, D u kept
+    gate             y * act(z): half of the relevance to either factor, none fixed
+    norms            LN-rule: the denominator is fixed, the mean of a layer norm is linear and stays
+    linear, conv     LRP-0, the plain gradient; or, where ``gamma_layers`` says so, the generalised gamma rule
+    ===============  ==================================================================================================
+
+    Stabilisers: act(x) / x is taken at +-eps, the precision's epsilon, where x is smaller; the gamma rule
+    hands on nothing where its denominator, and so the output, is exactly 0. There is no other, so relevance is
+    conserved: R summed over all tokens and the relevance that biases keep are the logit, without biases R alone. Every
+    call checks this.
+
+    Of the published code it does not copy: a gamma rule that raises NameError on linear layers and yields NaN where its
+    denominator is 0; a ratio taken at x + 1e-6 sign(x), which loses relevance near 0; an empty list of rules that
+    leaves plain gradient x input; a fast path that skips the rule of SiLU; biases set to zero, which changes the model;
+    one model and one device.
+
+    The class token's relevance is no part of the map; ``relevances`` reports it.
+
+    Args:
+        model: a model of selective scans that ``mamba_attn.trace`` knows, with fused_add_norm=False where it has that.
+        layers: names or patterns of mixers: relevance of what enters them; maps averaged. Default: the first one.
+        gamma_layers: names or patterns of linear layers and convolutions with the generalised gamma rule, e.g.
+            ``"layers.*.in_proj"``. Default: none, LRP-0 everywhere.
+        gamma: of that rule, at least 0; 0 is LRP-0.
+
+    Raises:
+        ValueError: a gamma below 0, a pattern that fits no linear layer; when called, a query.
+        UnsupportedModelError: when called, layers that are softmax attention; norms that no rule is known for.
+
+    Example:
+        >>> MambaLRP(model, gamma_layers=["*.in_proj", "*.out_proj"]).attribute(images, target=281).shape
+        torch.Size([2, 1, 224, 224])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: Iterable[str] | None = None,
+        gamma_layers: Iterable[str] | str | None = None,
+        gamma: float = 0.25,
+    ) -> None:
+        super().__init__(model, layers=layers)
+        patterns = (gamma_layers,) if isinstance(gamma_layers, str) else tuple(gamma_layers or ())
+        check_gamma_layers("MambaLRP", model, patterns, gamma)
+        self.gamma_layers = patterns
+        self.gamma = gamma
+
+    def relevances(self, inputs: Tensor, target: Target = None) -> dict[str, Float[Tensor, "batch tokens"]]:
+        """Return the relevance of all tokens, class tokens included, by the names of the layers that they enter.
+
+        Args:
+            inputs: as in ``attribute``.
+            target: as in ``attribute``.
+
+        Raises:
+            ValueError: inputs that are no batch, a target that is no class.
+        """
+        self._size("relevances", inputs, None)
+        entrances, _ = self._entrances(inputs, target, self._rules())
+        return {entrance.layer.name: entrance.shares for entrance in entrances}
+
+    def bias_relevances(self, inputs: Tensor, target: Target = None) -> dict[str, Float[Tensor, " batch"]]:
+        """Return the relevance that biases keep, by the names of these parameters: behind the first of ``layers``.
+
+        Args:
+            inputs: as in ``attribute``.
+            target: as in ``attribute``.
+
+        Raises:
+            ValueError: inputs that are no batch, a target that is no class.
+        """
+        self._size("bias_relevances", inputs, None)
+        return self._entrances(inputs, target, self._rules())[1]
+
+    def _rules(self) -> LinearRules:
+        return LRPRules(self.model, self.gamma_layers, self.gamma)
+
+    def _check(self, record: Trace) -> None:
+        require("MambaLRP", record.layers, ScanLayer)
+
+
+class LRPRules(LinearRules):
+    """The linear rules with half of the relevance to either factor of a gate, and the gamma rule.
+
+    Args:
+        model: whose modules get names.
+        gamma_layers: patterns of names.
+        gamma: of the gamma rule.
+    """
+
+    def __init__(self, model: nn.Module, gamma_layers: tuple[str, ...] = (), gamma: float = 0.25) -> None:
+        super().__init__(model)
+        self.gamma_layers = gamma_layers
+        self.gamma = gamma
+
+    def gate(self, y: Tensor, gate: Tensor) -> Tensor:
+        """Multiply, with half of the gradient."""
+        half = 0.5 * (y * gate)
+        return half + half.detach()
+
+    def linear(self, module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply LRP-0, or the gamma rule where it is asked for."""
+        if not self.gamma or not fitting(self.names.get(module, ""), self.gamma_layers):
+            return super().linear(module, x, call)
+        y, constant = generalised_gamma(module, x, call, self.gamma)
+        return self._noted(module, y, constant)

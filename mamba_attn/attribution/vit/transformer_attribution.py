@@ -1,0 +1,146 @@
+"""Transformer-Attribution: attention probabilities weighted by the gradient of a class, rolled out over the layers."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mamba_attn.attribution._base import Row, TokenAttribution
+from mamba_attn.attribution._product import Product, dense, of_one_token, roll_out
+from mamba_attn.attribution._queries import Query, query_weights
+from mamba_attn.attribution._targets import Target, target_values
+from mamba_attn.attribution.vit import block_relevance
+from mamba_attn.errors import UnsupportedModelError, nearest
+from mamba_attn.tracing.attention_layer import AttentionLayer
+from mamba_attn.tracing.layers import require
+
+VARIANTS = ("gradient_x_attention", "lrp")
+_LRP_START = 1  # the published evaluation leaves the first block out
+
+
+class TransformerAttribution(TokenAttribution):
+    """The query's row of the product of a ViT's gradient-weighted attention; depends on the class.
+
+    I + W are multiplied over the layers, last to first, their rows not divided by anything, and the query's row of the
+    product is read, less what the residual streams alone carry, which is the query itself.
+
+    ============================  =====================================================================================
+    variant                       W
+    ============================  =====================================================================================
+    ``"gradient_x_attention"``    mean over heads of the positive part of dlogit/dP_h * P_h, P_h the probabilities of a
+                                  head (arXiv 2103.15679, eq. 5 and 6)
+    ``"lrp"``                     mean over heads of the positive part of dlogit/dP_h * R(P_h) (arXiv 2012.09838,
+                                  section 3): R is the relevance of the probabilities, propagated from 1 at the target
+                                  through timm's ViT with alpha = 1, beta = 0
+    ============================  =====================================================================================
+
+    The positive part is taken per head, before the mean; ``MambaAttribution``, the counterpart of the first variant,
+    takes it after the sum over channels. In a model without a class token the gradients, and the relevances, are
+    multiplied by the number of patches, as there; the published code knows models with a class token alone. Where the
+    target is a function of the output, relevance starts from its gradient, which is 1 at the class for a class.
+
+    Args:
+        model: a model of softmax attention that ``mamba_attn.trace`` knows; for "lrp" a ViT or DeiT of timm.
+        layers: names or patterns of the layers to use; the others act as the identity. Default: all from
+            ``start_layer`` on.
+        variant: one of the two above.
+        start_layer: number of the first layer that is used. Default: 0; for "lrp" 1, as published evaluations.
+
+    Raises:
+        ValueError: an unknown variant, both ``layers`` and ``start_layer``; when called, a ``start_layer`` that is not
+            there.
+        UnsupportedModelError: when called, layers that are selective scans; for "lrp" a model with parts for which no
+            rule is known, or whose forward does other things than its parts say.
+
+    Example:
+        >>> TransformerAttribution(vit).attribute(torch.randn(2, 3, 224, 224), target=[281, 207]).shape
+        torch.Size([2, 1, 224, 224])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: Iterable[str] | None = None,
+        variant: str = "gradient_x_attention",
+        start_layer: int | None = None,
+    ) -> None:
+        super().__init__(model, layers=layers)
+        if variant not in VARIANTS:
+            raise ValueError(
+                f"TransformerAttribution(variant={variant!r}): no such variant. {nearest(variant, VARIANTS)}"
+            )
+        if layers is not None and start_layer is not None:
+            raise ValueError(
+                f"TransformerAttribution(layers=..., start_layer={start_layer}): both choose layers; leave one out."
+            )
+        self.variant = variant
+        self.start_layer = start_layer
+
+    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+        with self._traced(inputs, target, gradients=True) as (record, logit):
+            layers = require("TransformerAttribution", record.layers, AttentionLayer)
+            gradients = record.gradients(logit)
+        layers = self._chosen(layers)
+        lrp = self.variant == "lrp"
+        factors = self._relevances(inputs, target, layers) if lrp else [layer.attention("each") for layer in layers]
+        weighted = {
+            layer.name: (of_one_token(layer, gradients[layer.name]) * factor).clamp(min=0).mean(1)
+            for layer, factor in zip(layers, factors, strict=True)
+        }
+
+        def step(layer: AttentionLayer) -> tuple[Product, float]:
+            return dense(weighted[layer.name])
+
+        row = roll_out(layers, query_weights(layers[-1], query), step)
+        return [(layers[0].layout, row)]
+
+    def _chosen(self, layers: list[AttentionLayer]) -> list[AttentionLayer]:
+        if self.layers is not None:
+            return layers
+        start = self.start_layer
+        if start is None:
+            start = min(_LRP_START, len(layers) - 1) if self.variant == "lrp" else 0
+        if not 0 <= start < len(layers):
+            raise ValueError(
+                f"TransformerAttribution(start_layer={start}): the model has the layers 0..{len(layers) - 1}."
+            )
+        return layers[start:]
+
+    @torch.inference_mode(False)  # relevance starts from a gradient
+    @torch.no_grad()
+    def _relevances(self, images: Tensor, target: Target, layers: Sequence[AttentionLayer]) -> list[Tensor]:
+        """R(P_h) of every layer, as of a head that reads one token."""
+        call = "TransformerAttribution(variant='lrp')"
+        block_relevance.require_known(call, self.model)
+        blocks = list(self.model.get_submodule("blocks").children())
+        kept, tokens = block_relevance.run(self.model, images)
+        logits = block_relevance.logits_of(self.model, tokens)
+        with torch.enable_grad():
+            logits.requires_grad_()
+            value = target_values(f"{type(self).__name__}.attribute", logits, target, len(images)).sum()
+            (start,) = torch.autograd.grad(value, logits)
+        relevance = block_relevance.from_logits(self.model, start, tokens)
+        wanted = {id(self.model.get_submodule(layer.name)): layer for layer in layers}
+        found: dict[str, Tensor] = {}
+        for block, values in zip(reversed(blocks), reversed(kept), strict=True):
+            relevance, own = block_relevance.through_block(block, relevance, values)
+            layer = wanted.get(id(block.get_submodule("attn")))
+            if layer is None:
+                continue
+            _require_same(call, layer, values.probabilities)
+            found[layer.name] = of_one_token(layer, own)
+            if len(found) == len(wanted):
+                break
+        return [found[layer.name] for layer in layers]
+
+
+def _require_same(call: str, layer: AttentionLayer, probabilities: Tensor) -> None:
+    """Refuse a model whose own forward does not give what its parts give one after the other."""
+    difference = float((layer.record.probabilities - probabilities).abs().max())
+    if not difference < 1e-3:
+        raise UnsupportedModelError(
+            f"{call}: {layer.name} attends otherwise (by {difference:.2g}) than the model's parts say one after the "
+            "other: something else changes its tokens, as dropout in training mode does; call model.eval(), or use "
+            "variant='gradient_x_attention'."
+        )

@@ -1,0 +1,210 @@
+"""``mamba-attn erf``: its arguments, the images, what it writes.
+
+Exit codes: 0 all done, 1 some images could not be used, 2 nothing was done because of how it was called.
+"""
+
+import argparse
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mamba_attn import images
+from mamba_attn.core.requirements import exit_code, require_extras, subcommand, writable
+from mamba_attn.core.terminal import show
+from mamba_attn.errors import nearest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mamba_attn.datasets import Data
+    from mamba_attn.datasets.loaded_model import Subject
+    from mamba_attn.erf.receptive_field import ReceptiveField
+    from mamba_attn.models.transforms import EvaluationTransform
+
+_NEEDED = {"captum": "captum", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
+_UNTRAINED = "untrained"
+_Picture = Callable[["EvaluationTransform"], np.ndarray]
+_EPILOG = """\
+FOLDER receives erf.html (a page that needs no network), erf.png and erf.npz: the gradient of the token's features
+with respect to the pixels, averaged over the images; what the token reads in every layer; the attention rollout.
+
+The table says how large a square around the token holds 20, 30, 50 and 99 % of the gradient, its side in pixels and the
+part of the image inside, and mean distances in pixels. Of a collection (--data) images are taken in the order of the
+hashes of their names, so that the first N are a fair sample.
+"""
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command and its arguments."""
+    what = "effective receptive field of a model, beside the reach of its attention"
+    parser = subcommand(commands, "erf", what, _EPILOG)
+    add = parser.add_argument
+    add("image", nargs="*", metavar="IMAGE", help="files, folders or patterns; default: images of this package")
+    add(
+        "--data", metavar="DIR|ZIP[:PART]", help="a collection instead, as collect takes it: a fair sample with --limit"
+    )
+    add("--model", default="vim_micro", metavar="NAME", help="default: vim_micro")
+    add("--weights", default="demo", metavar="demo|FILE|official", help="default: demo, those of this package")
+    add("--untrained", action="store_true", help="show the same model with random weights beside it")
+    add("--size", metavar="ROWS,COLUMNS", help="of the images, in pixels; default: the model's")
+    add("--query", metavar="ROW,COL|X0,Y0,X1,Y1|class", help="whose field, in pixels; default: the patch in the middle")
+    add("--layer", metavar="LAYER", help="index or name; default: behind the last layer")
+    add("--limit", type=int, metavar="N", help="images at most; default: all")
+    add("--seed", type=int, default=0, help="of random weights; default: 0")
+    add("--out", default="mamba_attn_erf", metavar="FOLDER", help="default: ./mamba_attn_erf")
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, command: Sequence[str]) -> int:
+    """Do what the arguments say, and return the exit code."""
+    return exit_code("erf", lambda: _erf(args, f"mamba-attn {shlex.join(command)}"))
+
+
+def _erf(args: argparse.Namespace, command: str) -> int:
+    require_extras(_NEEDED)
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from mamba_attn.attribution._queries import check_query
+    from mamba_attn.datasets import loaded_model
+    from mamba_attn.erf.receptive_field import ReceptiveField, receptive_field
+
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit}: expected a number from 1 on.")
+    pictures = _pictures(args)  # before the model, which takes longer
+    subject = loaded_model.load(args.model, args.weights, args.device)
+    transform, query = _transform(args.size, subject), _query(args.query)
+    if not isinstance(query, str):
+        check_query("--query", query, transform.size)
+    layer, models = _layer(args.layer, subject), {subject.name: subject.model}
+    if args.untrained:
+        models[_UNTRAINED] = _untrained(subject, args.seed)
+    folder = writable(args.out)
+    fields: dict[str, ReceptiveField] = {}
+    damaged: set[str] = set()
+    with Progress(console=Console(stderr=True)) as progress:
+        for name, model in models.items():
+            shown = progress.track(pictures, description=f"receptive field, {name}")
+            good = _read(shown, transform, subject.device, damaged, progress.console)
+            fields[name] = receptive_field(model, good, query, layer=layer)
+    _write(folder, fields, command)
+    _table(fields)
+    skipped = sum(len(each.skipped) for each in fields.values())
+    for name, each in fields.items():
+        if each.skipped:
+            print(f"{name}: {len(each.skipped)} images gave NaN or Inf and were left out")
+    print(f"open {folder / 'erf.html'}")
+    return 1 if damaged or skipped else 0
+
+
+def _pictures(args: argparse.Namespace) -> list[_Picture]:
+    """What gives each image as a model's transform leaves it, uint8."""
+    from mamba_attn.datasets import open_data
+
+    if args.data is None:
+        paths = images.find(args.image) if args.image else images.samples()
+        return [partial(_of_file, path) for path in paths[: args.limit]]
+    if args.image:
+        raise ValueError(f"--data {args.data}: give a collection or IMAGE ({args.image[0]}), not both.")
+    data = open_data(args.data)
+    return [partial(_of_data, data, index) for index in data.chosen(limit=args.limit)]
+
+
+def _of_file(path: Path, transform: "EvaluationTransform") -> np.ndarray:
+    return transform.pixels(path)
+
+
+def _of_data(data: "Data", index: int, transform: "EvaluationTransform") -> np.ndarray:
+    return data.load(index, transform).pixels
+
+
+def _read(
+    pictures: Iterable[_Picture], transform: "EvaluationTransform", device: torch.device, damaged: set[str],
+    console: "Console",
+) -> Iterator[Tensor]:  # fmt: skip
+    """Images one by one; what cannot be read is said once."""
+    for picture in pictures:
+        try:
+            image = images.normalise(picture(transform)[None])
+        except images.ImageError as error:
+            if str(error) not in damaged:
+                console.print(f"skipped: {error}", markup=False, highlight=False, soft_wrap=True)
+            damaged.add(str(error))
+            continue
+        yield image.to(device)
+
+
+def _transform(text: str | None, subject: "Subject") -> "EvaluationTransform":
+    from mamba_attn import models
+
+    if text is None:
+        return subject.transform
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise ValueError(f"--size {text}: expected ROWS,COLUMNS in pixels, e.g. 224,320.")
+    size = (int(parts[0]), int(parts[1]))
+    if subject.softmax and size != subject.transform.size:
+        rows, columns = subject.transform.size
+        raise ValueError(f"--size {text}: {subject.name} takes images of {rows},{columns} pixels alone.")
+    return models.transform(subject.name, size)
+
+
+def _query(text: str | None) -> tuple[float, ...] | str | None:
+    if text is None or text == "class":
+        return text
+    try:
+        query = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        query = ()
+    if len(query) not in (2, 4):
+        raise ValueError(f"--query {text}: expected ROW,COLUMN or X0,Y0,X1,Y1 in pixels, or class.")
+    return query
+
+
+def _layer(text: str | None, subject: "Subject") -> str | None:
+    if text is None or text in subject.layers:
+        return text
+    if text.isdecimal() and int(text) < len(subject.layers):
+        return subject.layers[int(text)]
+    known = f"{subject.name} has {len(subject.layers)} layers, 0..{len(subject.layers) - 1}. "
+    raise ValueError(f"--layer {text}: no such layer; {known}{nearest(text, subject.layers)}")
+
+
+def _untrained(subject: "Subject", seed: int) -> torch.nn.Module:
+    """A copy whose parameters are as a new model of its kind has them."""
+    from mamba_attn import models
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return models.create(subject.name, **subject.options).to(subject.device)
+
+
+def _write(folder: Path, fields: "dict[str, ReceptiveField]", command: str) -> None:
+    """erf.html, erf.png and erf.npz."""
+    from mamba_attn.erf.figure import panels
+    from mamba_attn.erf.page import page
+    from mamba_attn.figures.png import reach_rgb, save_png
+
+    drawn = panels(fields)
+    (folder / "erf.html").write_text(page(fields, command), encoding="utf-8")
+    save_png(folder / "erf.png", reach_rgb(**drawn))
+    first = next(iter(fields))
+    arrays = {"command": np.array(command)}
+    for name, each in fields.items():
+        arrays |= each.arrays("" if name == first else f"{name}.")
+    np.savez_compressed(folder / "erf.npz", **arrays)  # type: ignore[arg-type]
+
+
+def _table(fields: "dict[str, ReceptiveField]") -> None:
+    from mamba_attn.erf.page import HEADER, table
+
+    first = next(iter(fields.values()))
+    title = f"effective receptive field of {first.reader} behind {first.layer}; distances in pixels"
+    show(title, HEADER, table(fields))

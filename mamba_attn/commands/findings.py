@@ -1,0 +1,175 @@
+"""``mamba-attn findings``: its arguments, the stores, what it writes.
+
+Exit codes: 0 all done, 1 some controls could not be measured, 2 nothing was done because of how it was called, 130
+stopped by the user.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mamba_attn.core.requirements import exit_code, require_extras, subcommand, writable
+from mamba_attn.core.terminal import plain, show
+from mamba_attn.errors import nearest
+
+if TYPE_CHECKING:
+    from mamba_attn.analytics.store import AttentionStore
+    from mamba_attn.findings.accuracy import Orders
+    from mamba_attn.findings.controls import Report
+
+_NEEDED = {"zarr": "zarr", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
+_EPILOG = """\
+STORE: a folder of mamba-attn collect. Its model is built again, and measured on the store's own images beside
+models of the same architecture with random weights and beside itself scanning in a random order. A model that cannot be
+built again is measured by what the store kept of it.
+
+FOLDER receives findings.html (no network), findings.txt, findings.csv, findings.json and matrices.png; in measured/
+what every model gave, so that a killed call goes on.
+"""
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command and its arguments."""
+    what = "what attention does in the blocks of a model, beside random weights and other scan orders"
+    parser = subcommand(commands, "findings", what, _EPILOG)
+    add = parser.add_argument
+    add("store", nargs="+", metavar="STORE", help="folders of mamba-attn collect")
+    add("--out", default="mamba_attn_findings", metavar="FOLDER", help="default: ./mamba_attn_findings")
+    add("--seeds", type=int, default=5, metavar="N", help="models with random weights; default: 5")
+    add("--images", type=int, metavar="N", help="the first N of each store; default: all")
+    add("--accuracy", action="append", default=[], metavar="NAME=VALUE", help="top-1 of a store's model in percent; "
+        "default: what the card beside its weights says")  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, command: Sequence[str]) -> int:
+    """Do what the arguments say, and return the exit code."""
+    stopped = "stopped; the same command goes on after the last model."
+    return exit_code("findings", lambda: _findings(args, f"mamba-attn {shlex.join(command)}"), stopped)
+
+
+def _findings(args: argparse.Namespace, command: str) -> int:
+    require_extras(_NEEDED, "analytics")
+    from mamba_attn.findings.accuracy import over_orders
+
+    if args.seeds < 0:
+        raise ValueError(f"--seeds {args.seeds}: expected a number from 0 on.")
+    if args.images is not None and args.images < 1:
+        raise ValueError(f"--images {args.images}: expected a number from 1 on.")
+    stores = named(args.store)
+    accuracies = _accuracies(args.accuracy, stores)
+    folder = writable(args.out)
+    torch.set_num_threads(1)  # threads of small models wait for each other longer than they work
+    reports = _measured(stores, accuracies, folder / "measured", args.images, args.seeds)
+    orders = over_orders(reports)
+    write(folder, reports, orders, stores, command)
+    for report in reports:
+        for note in report.notes:
+            print(f"{report.name}: {note}", file=sys.stderr)
+    print(f"open {folder / 'findings.html'}")
+    return 1 if any("not measured" in note for report in reports for note in report.notes) else 0
+
+
+def named(paths: Sequence[str]) -> "dict[str, AttentionStore]":
+    """Open stores, each by the name of its folder; where two share it, by as much of the path as tells them apart.
+
+    Args:
+        paths: of the stores.
+
+    Raises:
+        ValueError: one is named twice.
+        StoreError: one is none, half written, damaged or of another version.
+    """
+    from mamba_attn.analytics.store import AttentionStore
+
+    folders = [Path(path).expanduser().resolve() for path in paths]
+    twice = next((path for path in folders if folders.count(path) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice}: this store is named twice.")
+    parts = 1
+    while len({folder.parts[-parts:] for folder in folders}) < len(folders):
+        parts += 1
+    return {"/".join(folder.parts[-parts:]): AttentionStore.open(folder) for folder in folders}
+
+
+def write(
+    folder: Path, reports: "Sequence[Report]", orders: "Sequence[Orders]", stores: "dict[str, AttentionStore]",
+    command: str,
+) -> None:  # fmt: skip
+    """Print the tables, and write findings.html, .txt, .csv, .json and matrices.png.
+
+    Args:
+        folder: where to.
+        reports: of the stores.
+        orders: what goes with accuracy.
+        stores: by name.
+        command: how to make them again.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    from mamba_attn.figures.png import save_png
+    from mamba_attn.findings import tables
+    from mamba_attn.findings.figures import matrices_rgb
+    from mamba_attn.findings.page import page
+
+    every = [tables.summary(report) for report in reports]
+    every += [tables.side_by_side(reports)] if len(reports) > 1 else []
+    every += [tables.orders_table(each) for each in orders]
+    sentences = [tables.orders_sentence(each) for each in orders]
+    for each in every:
+        show(*each)
+    for sentence in sentences:
+        print(f"\n{sentence}")
+    notes = [f"{report.name}: {note}" for report in reports for note in report.notes]
+    text = "".join(plain(*each) for each in every) + "\n" + "\n\n".join([*sentences, *notes, tables.LEGEND, command])
+    (folder / "findings.txt").write_text(f"{text}\n", encoding="utf-8")
+    (folder / "findings.csv").write_text(tables.as_csv(reports), encoding="utf-8")
+    found = json.dumps(tables.finite(tables.as_json(reports, orders, {"command": command})), indent=1, allow_nan=False)
+    (folder / "findings.json").write_text(f"{found}\n", encoding="utf-8")
+    save_png(folder / "matrices.png", matrices_rgb(stores))
+    (folder / "findings.html").write_text(page(reports, orders, stores, command), encoding="utf-8")
+
+
+def _measured(
+    stores: "dict[str, AttentionStore]", accuracies: dict[str, float], folder: Path, images: int | None, seeds: int
+) -> "list[Report]":
+    from rich.console import Console
+
+    from mamba_attn.core.terminal import bar
+    from mamba_attn.findings.accuracy import known_accuracy
+    from mamba_attn.findings.controls import report, steps
+
+    reports = []
+    with bar(Console(stderr=True)) as progress:
+        for name, store in stores.items():
+            count = min(images or len(store.images), len(store.images))
+            task = progress.add_task(name, total=steps(store, count, seeds))
+            found = report(name, store, folder, images=images, seeds=seeds, advance=partial(progress.advance, task))
+            found.accuracy = accuracies.get(name, known_accuracy(store))
+            reports.append(found)
+    return reports
+
+
+def _accuracies(texts: Sequence[str], stores: "dict[str, AttentionStore]") -> dict[str, float]:
+    found = {}
+    for text in texts:
+        name, _, value = text.rpartition("=")
+        if name not in stores:
+            raise ValueError(f"--accuracy {text}: there is no store {name!r}. {nearest(name, stores)}")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not 0 <= number <= 100:
+            raise ValueError(f"--accuracy {text}: expected NAME=VALUE, a number from 0 to 100.")
+        found[name] = number
+    return found

@@ -1,0 +1,91 @@
+"""``mamba-attn report``: its arguments, what it writes.
+
+Exit codes: 0 written, 2 nothing was written because of how it was called.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mamba_attn.core.requirements import exit_code, require_extras, subcommand
+
+_NEEDED = {"zarr": "zarr", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
+_METHODS = ("pca", "tsne", "umap")
+_EPILOG = """\
+One page with the two linked views of mamba-attn explore, for grids of up to 32 x 32 patches: points (a stage's blocks
+over images, or a block's patches) and the patch grid over the image. It needs no server and no network: send it, open
+it from the disk. It contains the images that it shows, and the names of all.
+
+What matters most goes in first: the blocks' means, their points, one image, each route's means, then the other --images
+of those that collect --keep kept in full. What does not fit --size is left out; the page and the command say how much,
+and which --size, or --images, would show it.
+"""
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command and its arguments."""
+    parser = subcommand(commands, "report", "stores of attention as one page that needs no server", _EPILOG)
+    add = parser.add_argument
+    add("store", nargs="+", metavar="STORE", help="of mamba-attn collect; several can be compared in one page")
+    add("--out", required=True, metavar="FILE", help="the page, e.g. report.html; an older one is replaced")
+    add("--method", nargs="+", default=["pca"], choices=_METHODS, help="of dimension reduction; default: pca")
+    add("--images", type=int, default=4, metavar="N", help="of those kept in full, per store; default: 4")
+    add("--size", type=float, default=8.0, metavar="MB", help="of the page at most, in 10^6 bytes; default: 8")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, command: Sequence[str]) -> int:
+    """Do what the arguments say, and return the exit code."""
+    return exit_code("report", lambda: _report(args))
+
+
+def _report(args: argparse.Namespace) -> int:
+    require_extras(_NEEDED, "analytics")
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from mamba_attn.analytics import AttentionStore
+    from mamba_attn.analytics.index import package_version
+    from mamba_attn.viewer.report.page import make
+
+    if not 0.5 <= args.size <= 1000:
+        raise ValueError(f"--size {args.size:g}: expected 10^6 bytes, from 0.5 to 1000.")
+    if args.images < 0:
+        raise ValueError(f"--images {args.images}: expected a number from 0 on.")
+    path = _file(args.out)
+    stores = [AttentionStore.open(store) for store in args.store]
+    methods = list(dict.fromkeys(args.method))
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("report", total=None)
+        text, content = make(
+            stores, methods, args.images, int(args.size * 1e6), f"mamba_attn {package_version()}",
+            advance=lambda what: progress.update(task, description=f"report, {what}"),
+        )  # fmt: skip
+    _replace(path, text)
+    for note in content.notes:
+        print(note, file=sys.stderr)
+    print(f"{len(text.encode()) / 1e6:.1f} MB, {len(content.matrices)} matrices; open {path}")
+    return 0
+
+
+def _file(out: str) -> Path:
+    path = Path(out).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"--out {out}: this is a folder; name a file, e.g. {path / 'report.html'}.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: there is no folder {str(path.parent)!r}.")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"--out {out}: this folder cannot be written; name another.")
+    return path
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole, or leave the old one."""
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,170 @@
+"""The models that commands work on: built by name, with the names of their classes and what they are shown."""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from mamba_attn import models
+from mamba_attn.errors import nearest
+from mamba_attn.models import registry, torchvision_repair
+from mamba_attn.models.transforms import EvaluationTransform
+from mamba_attn.tracing.adapters import AttentionAdapter, find_mixers
+
+NO_COMPANION = "none"
+_COMPANION = "vit_micro"  # of the micro models; the others have none of their size inside
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model to explain.
+
+    Args:
+        name: of the model.
+        model: in eval mode.
+        classes: the names of its classes.
+        transform: what it is shown of an image.
+        weights: "demo", "official" or a file; "" when the model was made in memory.
+        options: of ``mamba_attn.models.create``, that it was built with.
+    """
+
+    name: str
+    model: nn.Module
+    classes: list[str]
+    transform: EvaluationTransform
+    weights: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def layers(self) -> list[str]:
+        """Names of the layers that can be traced, first to last."""
+        return list(find_mixers(self.model))
+
+    @cached_property
+    def softmax(self) -> bool:
+        """Whether all layers are softmax attention, as in a ViT."""
+        return all(isinstance(adapter, AttentionAdapter) for _, adapter in find_mixers(self.model).values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the weights, and of their names."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            digest.update(name.encode() + flat.numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the model."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def load(name: str, weights: str, device: str = "cpu") -> Subject:
+    """Build a model with its weights.
+
+    Args:
+        name: see ``mamba_attn.models.create``.
+        weights: "demo", "official" or a file; a .json card beside the file, as ``benchmarks/train.py`` writes it, gives
+            the model's options and the names of the classes.
+        device: "cpu" or "cuda".
+
+    Raises:
+        ValueError: an unknown name, a device that is not there, a card that is not one.
+        WeightsError: weights that are absent or do not fit.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu.")
+    card: dict[str, Any] = {}
+    if weights == "demo" and name in registry.demos():
+        card = registry.demo_card(name)
+    beside = Path(weights).with_suffix(".json")
+    if weights not in ("demo", "official") and beside.is_file():
+        card = _card(beside)
+    options = card.get("options", {})
+    model = models.create(name, weights=weights, **options)
+    transform = models.transform(name, cast(tuple[int, int], model.image_size))
+    return Subject(name, model.to(device), _class_names(model, card), transform, weights, options)
+
+
+def load_companion(name: str | None, subject: Subject, device: str = "cpu") -> Subject | None:
+    """Build the model that is shown beside another, with its demo weights.
+
+    Args:
+        name: of the model, or "none". Default: a ViT of the same size beside the micro models.
+        subject: the model it is shown beside.
+        device: "cpu" or "cuda".
+
+    Raises:
+        ValueError: an unknown name.
+        WeightsError: no demo weights for this name.
+    """
+    if name is None:
+        fits = subject.name.endswith("_micro") and not subject.softmax and _COMPANION in registry.demos()
+        name = _COMPANION if fits else NO_COMPANION
+    return None if name == NO_COMPANION else load(name, "demo", device)
+
+
+def parse_target(text: str | None, subject: Subject) -> int | None:
+    """Return the index of a class; None for None.
+
+    Args:
+        text: an index, or a name in any case.
+        subject: the model whose classes these are.
+
+    Raises:
+        ValueError: no such class, or several of this name.
+    """
+    if text is None:
+        return None
+    lowered = [name.lower() for name in subject.classes]
+    named = [index for index, name in enumerate(lowered) if name == text.lower()]
+    if len(named) > 1:
+        numbers = " and ".join(map(str, named))
+        raise ValueError(f"--target {text}: the classes {numbers} have this name; give the index.")
+    if named:
+        return named[0]
+    if text.isdecimal() and int(text) < len(lowered):
+        return int(text)
+    known = f"{subject.name} knows {len(lowered)} classes, 0..{len(lowered) - 1}. "
+    raise ValueError(f"--target {text}: no such class; {known}{nearest(text.lower(), lowered)}")
+
+
+def _card(path: Path) -> dict[str, Any]:
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: this card beside the weights is not JSON ({error}).") from error
+    card = card if isinstance(card, dict) else {"options": None}
+    found = {"options": card.get("options", {}), "classes": card.get("classes", [])}
+    fits = isinstance(found["options"], dict) and isinstance(found["classes"], list)
+    if not fits:
+        raise ValueError(f"{path}: expected a card with 'options' (an object) and 'classes' (a list of names).")
+    return found
+
+
+def _class_names(model: nn.Module, card: dict[str, Any]) -> list[str]:
+    """The card's names; ImageNet's for 1000 classes, if timm is there; else numbers."""
+    count = int(getattr(model, "num_classes", 0))
+    names = [str(name) for name in card.get("classes", [])]
+    if len(names) == count:
+        return names
+    if count == 1000 and importlib.util.find_spec("timm") is not None:
+        torchvision_repair.prepare()
+        from timm.data.imagenet_info import ImageNetInfo
+
+        info = ImageNetInfo()
+        return [str(info.index_to_description(index)).partition(",")[0] for index in range(count)]
+    return [f"class {index}" for index in range(count)]

@@ -1,0 +1,258 @@
+"""The effective receptive field: which pixels a token's features depend on, averaged over images."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mamba_attn._types import Float
+from mamba_attn.attribution._queries import Query, check_query, query_tokens
+from mamba_attn.core.layout import TokenLayout
+from mamba_attn.erf.features import Features
+from mamba_attn.erf.reach import Reach, ReachSum
+from mamba_attn.errors import NonFiniteError
+from mamba_attn.tracing.layers import Layer
+from mamba_attn.tracing.tracer import trace
+
+CLASS_TOKEN = "class"
+SHARES = (0.2, 0.3, 0.5, 0.99)  # that arXiv 2203.06717 draws rectangles for
+_SIGNS = ("positive", "absolute")
+
+
+@dataclass(frozen=True)
+class ReceptiveField:
+    """The effective receptive field of one token.
+
+    Args:
+        gradient: (rows, columns) float64: mean over images of d(sum of positive features) / d(pixel), its positive part
+            or absolute value, summed over colours.
+        centre: (row, column) of the token's centre in pixels; of the image for a class token.
+        layer: whose tokens.
+        reader: whose field it is, in words.
+        images: how many were averaged.
+        skipped: numbers of the images that gave NaN or Inf.
+        reach: how far attention reaches by itself, if that was asked for.
+    """
+
+    gradient: np.ndarray
+    centre: tuple[float, float]
+    layer: str
+    reader: str
+    images: int
+    skipped: list[int]
+    reach: Reach | None
+
+    def shown(self, power: float = 0.2) -> np.ndarray:
+        """Return the field as it is drawn, (rows, columns) in 0..1: to the power of 0.2, over the largest value.
+
+        Args:
+            power: of the gradient.
+        """
+        drawn = self.gradient**power
+        shown: np.ndarray = drawn / (drawn.max() or 1.0)
+        return shown
+
+    def rectangle(self, share: float) -> tuple[int, float]:
+        """Return side and area of the smallest square around the token that holds more than a share of the field.
+
+        Args:
+            share: of the sum of all gradients, 0 to 1.
+
+        Returns:
+            The side in pixels, and which part of the image lies inside: the square ends at the image's borders. For a
+            token in the middle of a square image these are the numbers of arXiv 2203.06717.
+
+        Raises:
+            ValueError: a share that is none, or a field that is zero everywhere.
+        """
+        total = float(self.gradient.sum())
+        if not 0 <= share < 1 or not total:
+            raise ValueError(f"rectangle(share={share}): expected 0 <= share < 1, and a field that is not zero.")
+        away = self._away(np.maximum)
+        order = np.argsort(away, axis=None, kind="stable")
+        inside = np.cumsum(self.gradient.ravel()[order])
+        reached = away.ravel()[order][min(int(np.searchsorted(inside, share * total, side="right")), away.size - 1)]
+        return round(2 * float(reached) + 1), float((away <= reached).mean())
+
+    @property
+    def distance(self) -> float:
+        """Mean distance from the token, in pixels, weighted by the field."""
+        total = float(self.gradient.sum())
+        return float((self.gradient * self._away(np.hypot)).sum() / total) if total else float("nan")
+
+    def _away(self, norm: np.ufunc) -> np.ndarray:
+        """Distance of the pixels' centres from the token's."""
+        rows, columns = (
+            np.abs(np.arange(n) + 0.5 - at) for n, at in zip(self.gradient.shape, self.centre, strict=True)
+        )
+        return np.asarray(norm(rows[:, None], columns[None]))
+
+    def arrays(self, prefix: str = "") -> dict[str, np.ndarray]:
+        """Return all of it by the names of the .npz file, each after a prefix."""
+        named = {
+            "erf": self.gradient, "centre": np.array(self.centre), "images": np.array(self.images),
+            "skipped": np.array(self.skipped, dtype=np.int64), "layer": np.array(self.layer),
+            "distance": np.array(self.distance),
+        }  # fmt: skip
+        if self.reach is not None:
+            reach = self.reach
+            named |= {f"row.{name}": row for name, row in reach.rows.items()}
+            named |= {
+                "layers": np.array(reach.layers), "row_distance": np.array(list(reach.row_distance.values())),
+                "mean_distance": np.array(list(reach.mean_distance.values())),
+                "rollout_distance": np.array(reach.rollout_distance),
+            }  # fmt: skip
+            named |= {} if reach.rollout is None else {"rollout": reach.rollout}
+        return {prefix + name: array for name, array in named.items()}
+
+
+def receptive_field(
+    model: nn.Module,
+    images: Tensor | Iterable[Tensor],
+    query: Query | str = None,
+    *,
+    layer: str | None = None,
+    sign: str = "positive",
+    reach: bool = True,
+) -> ReceptiveField:
+    """Return the effective receptive field of a token (arXiv 1701.04128), as arXiv 2203.06717 and VMamba measure it.
+
+    Per image: the positive features of the token are summed, and the positive part of that sum's gradient with respect
+    to the pixels is summed over colours. Features are what the model hands on behind its last layer, on any grid.
+    Images with NaN or Inf are left out and counted.
+
+    Args:
+        model: one that ``mamba_attn.trace`` knows, as it is; it is not changed.
+        images: normalised, (batch, colours, rows, columns), all of one size, square or not; or several such batches.
+        query: (row, column) or a box (x0, y0, x1, y1) in pixels, whose tokens' mean it is; "class" for the class token.
+            Default: the patch in the middle, (height // 2, width // 2).
+        layer: whose block's output is meant. Default: behind the last one.
+        sign: of the gradient: "positive" part, as published, or its "absolute" value.
+        reach: also say how far attention reaches: distances per layer, and the rollout.
+
+    Raises:
+        ValueError: no images, images of several sizes, a query outside them, no class token, an unknown sign.
+        UnknownLayerError: no such layer.
+        UnsupportedModelError: no output behind the layer holds its tokens.
+        NonFiniteError: every image gave NaN or Inf.
+        TraceError: the tokens' place in the image is not known.
+
+    Example:
+        >>> field = receptive_field(model, images, query=(100, 40), reach=False)
+        >>> field.gradient.shape
+        (224, 224)
+    """
+    if sign not in _SIGNS:
+        raise ValueError(f"receptive_field(sign={sign!r}): expected one of {_SIGNS}.")
+    total = _Sum(model, query, layer, sign, reach)
+    for batch in [images] if isinstance(images, Tensor) else images:
+        total.add(batch)
+    return total.result()
+
+
+@dataclass
+class _Sum:
+    """Adds up images."""
+
+    model: nn.Module
+    query: Query | str
+    layer: str | None
+    sign: str
+    reach: bool
+    gradient: Tensor | None = None
+    used: int = 0
+    seen: int = 0
+    skipped: list[int] = field(default_factory=list)
+    centre: tuple[float, float] = (0.0, 0.0)
+    name: str = ""
+    reader: str = ""
+    attention: ReachSum | None = None
+
+    def add(self, images: Tensor) -> None:
+        """Look at a batch."""
+        size = self._size(images)
+        if self.gradient is None:
+            self.gradient = torch.zeros(size, dtype=torch.float64)
+        gradients, tokens = self._gradients(images, size)
+        finite = gradients.isfinite().flatten(1).all(1)
+        self.skipped += [self.seen + number for number in (~finite).nonzero().flatten().tolist()]
+        self.seen += len(images)
+        self.used += int(finite.sum())
+        self.gradient += gradients[finite].sum(0).cpu()
+        if self.attention is not None and bool(finite.any()):
+            self.attention.add(self.model, images[finite], tokens, self.name)
+
+    def result(self) -> ReceptiveField:
+        """Return the means."""
+        if self.gradient is None:
+            raise ValueError("receptive_field(images): there are none.")
+        if not self.used:
+            raise NonFiniteError(
+                f"receptive_field: all {self.seen} images gave NaN or Inf; check the images, the weights and the "
+                "precision of the model."
+            )
+        reach = None if self.attention is None else self.attention.result()
+        mean = (self.gradient / self.used).numpy()
+        return ReceptiveField(mean, self.centre, self.name, self.reader, self.used, self.skipped, reach)
+
+    def _size(self, images: Tensor) -> tuple[int, int]:
+        if images.ndim != 4 or not len(images) or not images.is_floating_point():
+            raise ValueError(
+                f"receptive_field(images{tuple(images.shape)} of {images.dtype}): expected normalised images (batch, "
+                "colours, rows, columns)."
+            )
+        size = (images.shape[2], images.shape[3])
+        if self.gradient is not None and size != tuple(self.gradient.shape):
+            raise ValueError(
+                f"receptive_field(images): {size[0]} x {size[1]} pixels after {self.gradient.shape[0]} x "
+                f"{self.gradient.shape[1]}; fields of several sizes cannot be averaged."
+            )
+        return size
+
+    def _gradients(self, images: Tensor, size: tuple[int, int]) -> tuple[Float[Tensor, "batch rows columns"], int]:
+        """Every image's gradient, signed as asked and summed over colours; the largest number of tokens of a layer."""
+        with torch.inference_mode(False), torch.enable_grad(), Features(self.model, self.layer) as features:
+            pixels = images.detach().clone().requires_grad_()
+            with trace(self.model) as record:
+                self.model(pixels)
+                layers = record.layers
+                last = record[features.layer or layers[-1].name]
+                tokens = self._tokens(last, size)
+                chosen = features.of(last)[:, tokens]
+                (gradient,) = torch.autograd.grad(chosen.relu().sum() / len(tokens), pixels)
+        signed = gradient.clamp(min=0) if self.sign == "positive" else gradient.abs()
+        # clamp makes numbers of -inf, and a feature that is NaN may lose its way in relu
+        bad = ~(gradient.isfinite().flatten(1).all(1) & chosen.isfinite().flatten(1).all(1))
+        summed = signed.double().sum(1)
+        summed[bad] = float("nan")
+        return summed, max(layer.tokens for layer in layers)
+
+    def _tokens(self, layer: Layer, size: tuple[int, int]) -> list[int]:
+        """The query's tokens; the first time, also where that is, in pixels and words."""
+        layout = layer.layout
+        query, centre, reader = _place(layout, self.query, size)
+        if not self.name:
+            self.name, self.reader = layer.name, reader
+            self.centre = centre
+            if self.reach:
+                self.attention = ReachSum(query, None if query is None else centre)
+        return query_tokens(layout, query)
+
+
+def _place(layout: TokenLayout, query: Query | str, size: tuple[int, int]) -> tuple[Query, tuple[float, float], str]:
+    """The query in pixels or None for the class token, its centre, its name."""
+    if isinstance(query, str):
+        if query != CLASS_TOKEN or not layout.class_tokens:
+            what = f"expected pixels or {CLASS_TOKEN!r}" if query != CLASS_TOKEN else "there is no class token"
+            raise ValueError(f"receptive_field(query={query!r}): {what}.")
+        return None, (size[0] / 2, size[1] / 2), "the class token"
+    if query is None:
+        row, column = (n // 2 * layout.step + layout.centre for n in layout.grid)
+        return (row, column), (row, column), "the patch in the middle"
+    check_query("receptive_field", query, size)
+    patches = layout.patches.tolist()
+    places = [divmod(patches.index(token), layout.grid[1]) for token in query_tokens(layout, query)]
+    row, column = (float(np.mean(each)) * layout.step + layout.centre for each in zip(*places, strict=True))
+    return query, (row, column), f"pixel {query[0]:g}, {query[1]:g}" if len(query) == 2 else "the marked box"

@@ -1,0 +1,125 @@
+"""One image, one model: its maps, matrices, rows and probabilities, as arrays."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mamba_attn import images
+from mamba_attn.attribution import RawAttention
+from mamba_attn.attribution.spec import Method
+from mamba_attn.explanations.choices import Question
+from mamba_attn.tracing.tracer import trace
+
+DEPTHS = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is shown and stored about one image and one model.
+
+    Args:
+        question: what was asked.
+        image: (rows, columns, 3) uint8, what the model saw.
+        probabilities: (classes,).
+        explained: the class whose logit the maps of a class explain.
+        reader: whose attention it is, in words.
+        maps: (rows, columns) by method.
+        matrices: attention matrices, channels or heads averaged, (tokens, tokens) by layer.
+        read: what the query reads in every layer, (tokens,) by layer.
+    """
+
+    question: Question
+    image: np.ndarray
+    probabilities: np.ndarray
+    explained: int
+    reader: str
+    maps: dict[str, np.ndarray]
+    matrices: dict[str, np.ndarray]
+    read: dict[str, np.ndarray]
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.question.subject.name
+
+    @property
+    def methods(self) -> Sequence[Method]:
+        """The methods of the maps."""
+        return self.question.methods
+
+    def class_name(self, index: int) -> str:
+        """The name of a class."""
+        return self.question.subject.classes[index]
+
+    def best(self, count: int = 5) -> list[tuple[str, float]]:
+        """The likeliest classes and their probabilities."""
+        order = np.argsort(-self.probabilities, kind="stable")[:count].tolist()
+        return [(self.class_name(index), float(self.probabilities[index])) for index in order]
+
+    def depth(self, layer: str) -> str:
+        """Where a layer stands, e.g. "layer 3 of 12"."""
+        names = self.question.subject.layers
+        return f"layer {names.index(layer) + 1} of {len(names)}"
+
+    def arrays(self, prefix: str = "") -> dict[str, np.ndarray]:
+        """All of it by the names of the .npz file, each after a prefix."""
+        named = {
+            "image": self.image,
+            "probabilities": self.probabilities,
+            "classes": np.array(self.question.subject.classes),
+            "explained": np.array(self.explained),
+            "layers": np.array(self.question.subject.layers),
+            **self.maps,
+            **{f"attention.{name}": matrix for name, matrix in self.matrices.items()},
+            **{f"row.{name}": row for name, row in self.read.items()},
+        }
+        return {prefix + name: array for name, array in named.items()}
+
+
+def answer(question: Question, path: Path) -> Answer:
+    """Explain one image.
+
+    Raises:
+        ImageError: the file cannot be used.
+        NonFiniteError: a layer met NaN or Inf.
+        ValueError, MambaAttnError: what was asked does not fit the model.
+    """
+    subject, layers, query = question.subject, list(question.layers), question.query
+    picture = subject.transform.pixels(path)
+    inputs = images.normalise(picture[None]).to(subject.device)
+    shown = layers or _at_depths(subject.layers)
+    with torch.no_grad(), trace(subject.model, layers=shown, attention="mean") as record:
+        logits = subject.model(inputs)
+    explained = int(logits[0].argmax()) if question.target is None else question.target
+    with torch.no_grad():
+        matrices = {layer.name: layer.attention()[0].cpu().numpy() for layer in record.layers}
+    maps = {
+        method.key: method.build(subject.model, layers or None).attribute(inputs, explained, query)[0, 0].cpu().numpy()
+        for method in question.methods
+    }
+    rows = RawAttention(subject.model, layers=layers or None).rows(inputs, query)
+    return Answer(
+        question=question,
+        image=picture,
+        probabilities=logits.softmax(1)[0].cpu().numpy(),
+        explained=explained,
+        reader=_reader(query, bool(record.layers[-1].layout.class_tokens)),
+        maps=maps,
+        matrices=matrices,
+        read={name: row[0].cpu().numpy() for name, row in rows.items()},
+    )
+
+
+def _reader(query: Sequence[float] | None, class_token: bool) -> str:
+    if query is not None:
+        return "the marked patch" if len(query) == 2 else "the marked box"
+    return "the class token" if class_token else "the mean patch"
+
+
+def _at_depths(layers: Sequence[str]) -> list[str]:
+    """The layers at a quarter, half and three quarters of the depth."""
+    last = len(layers) - 1
+    return list(dict.fromkeys(layers[int(depth * last + 0.5)] for depth in DEPTHS))

@@ -1,0 +1,78 @@
+"""Compiles native.cpp once per machine and remembers why it could not."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from mamba_attn.errors import BackendUnavailableError
+from mamba_attn.ops.build_cache import cache_folder
+
+_FLAGS = (
+    "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno",
+    "-fno-trapping-math",
+)  # fmt: skip
+
+
+def library() -> ctypes.CDLL:
+    """Return the loaded kernel library; ``library_problem()`` says beforehand whether there is one."""
+    loaded, problem = _load()
+    if loaded is None:
+        raise BackendUnavailableError(problem)
+    return loaded
+
+
+def library_problem() -> str | None:
+    """Return why there is no kernel library, or None; warns once when there is none."""
+    return _load()[1]
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    try:
+        return ctypes.CDLL(str(_compiled())), None
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+        problem = f"its C++ source could not be compiled or loaded: {detail.strip()[-800:]} Install g++ or set CXX."
+        warnings.warn(f"mamba_attn runs without its CPU kernel (the slower blocked path runs): {problem}", stacklevel=4)
+        return None, problem
+
+
+def _compiled() -> Path:
+    """Path of the shared object for this source, compiler and CPU; compiled now if it is not there."""
+    found = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    compiler = shlex.split(os.environ.get("CXX", "")) or ([found] if found else [])  # CXX may be "ccache g++"
+    if not compiler:
+        raise FileNotFoundError("no C++ compiler found (looked for $CXX, g++, clang++, c++).")
+    source = files("mamba_attn.ops.cpu").joinpath("native.cpp").read_bytes()
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    key = hashlib.sha256(source + repr((_FLAGS, version, _cpu())).encode()).hexdigest()[:20]
+    target = cache_folder() / f"native-{key}.so"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            made = Path(scratch, "native.so")
+            command = [*compiler, *_wide_vectors(), *_FLAGS, "-x", "c++", "-", "-o", str(made)]
+            subprocess.run(command, input=source.decode(), capture_output=True, text=True, check=True, timeout=300)
+            made.replace(target)  # atomic: two processes may compile at once
+    return target
+
+
+def _wide_vectors() -> tuple[str, ...]:
+    return ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
+
+
+def _cpu() -> str:
+    """What -march=native depends on: a cached file must not meet another CPU."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() + platform.machine()
+    lines = info.read_text().splitlines()
+    return "".join(next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags"))

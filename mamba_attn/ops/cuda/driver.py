@@ -1,0 +1,203 @@
+"""The CUDA driver through ctypes: load compiled kernels into a device's primary context, and launch them.
+
+The primary context is the one that torch uses; it is made current for each call and what was current comes back.
+"""
+
+import ctypes
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+from mamba_attn.errors import BackendUnavailableError
+from mamba_attn.ops.cuda.driver_errors import NOT_FOUND, error_of
+
+GRID_LIMIT = 2**31 - 1
+BLOCK_LIMIT = 1024
+SHARED_OPTIN = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+MULTIPROCESSORS = 16
+
+_LIBRARIES = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so")
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_ERROR_LOG, _ERROR_LOG_BYTES, _LOG_BYTES = 5, 6, 4096  # CU_JIT_ERROR_LOG_BUFFER, ..._SIZE_BYTES
+_CAPTURE_RELAXED = 2
+
+_INT, _POINTER, _UNSIGNED, _TEXT = ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_char_p
+_SIGNATURES = {
+    "cuInit": (_UNSIGNED,),
+    "cuDriverGetVersion": (_POINTER,),
+    "cuDeviceGet": (_POINTER, _INT),
+    "cuDeviceGetAttribute": (_POINTER, _INT, _INT),
+    "cuDevicePrimaryCtxRetain": (_POINTER, _INT),
+    "cuCtxPushCurrent_v2": (_POINTER,),
+    "cuCtxPopCurrent_v2": (_POINTER,),
+    "cuThreadExchangeStreamCaptureMode": (_POINTER,),
+    "cuModuleLoadDataEx": (_POINTER, _TEXT, _UNSIGNED, _POINTER, _POINTER),
+    "cuModuleGetFunction": (_POINTER, _POINTER, _TEXT),
+    "cuFuncSetAttribute": (_POINTER, _INT, _INT),
+    "cuLaunchKernel": (_POINTER, *[_UNSIGNED] * 7, _POINTER, _POINTER, _POINTER),
+    "cuGetErrorName": (_INT, _POINTER),
+    "cuGetErrorString": (_INT, _POINTER),
+}
+
+
+@dataclass
+class Kernel:
+    """One function of a loaded module.
+
+    Attributes:
+        name: as in the source.
+        handle: the driver's.
+        context: of the device that it was loaded on.
+        parameter_bytes: size of its one argument; None when the driver (before 12.4) does not say.
+        shared_bytes: dynamic shared memory that a block was last allowed to ask for.
+    """
+
+    name: str
+    handle: int
+    context: int
+    parameter_bytes: int | None
+    shared_bytes: int = 0
+
+
+class Driver:
+    """The functions of libcuda that a launch needs; errors come as exceptions (see ``_driver_errors``)."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        for name, signature in _SIGNATURES.items():
+            getattr(library, name).argtypes = signature
+        self.library = library
+        self._call("start", "cuInit", 0)
+
+    def version(self) -> tuple[int, int]:
+        """CUDA version that the driver supports, (major, minor)."""
+        number = ctypes.c_int()
+        self._call("tell its version", "cuDriverGetVersion", ctypes.byref(number))
+        return number.value // 1000, number.value % 1000 // 10
+
+    def attribute(self, device: int, attribute: int) -> int:
+        """One number that describes a device, ``SHARED_OPTIN`` (bytes) or ``MULTIPROCESSORS``."""
+        value = ctypes.c_int()
+        handle = self._device(device)
+        self._call(f"describe cuda:{device}", "cuDeviceGetAttribute", ctypes.byref(value), attribute, handle)
+        return value.value
+
+    def primary_context(self, device: int) -> int:
+        """Handle of the context that torch uses on a device; created if torch has not yet."""
+        context = ctypes.c_void_p()
+        handle = self._device(device)
+        self._call(f"open cuda:{device}", "cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
+        return context.value or 0
+
+    def load(self, context: int, image: bytes) -> int:
+        """Load a cubin, or PTX that ends in NUL, and return the module's handle.
+
+        Raises:
+            ImageRejectedError: the driver is too old for it, or it is for another architecture.
+        """
+        module, log = ctypes.c_void_p(), ctypes.create_string_buffer(_LOG_BYTES)
+        options = (ctypes.c_int * 2)(_ERROR_LOG, _ERROR_LOG_BYTES)
+        values = (ctypes.c_void_p * 2)(ctypes.addressof(log), _LOG_BYTES)
+        with self._current(context), self._relaxed_capture():
+            status = self.library.cuModuleLoadDataEx(ctypes.byref(module), image, 2, options, values)
+        self._check(status, "load the compiled kernels", log.value.decode(errors="replace").strip())
+        return module.value or 0
+
+    def kernel(self, context: int, modules: Sequence[int], name: str) -> Kernel:
+        """Return a function of one of these modules.
+
+        Raises:
+            MambaAttnError: none has one of that name.
+        """
+        handle, status = ctypes.c_void_p(), NOT_FOUND
+        with self._current(context), self._relaxed_capture():
+            for module in modules:
+                status = self.library.cuModuleGetFunction(ctypes.byref(handle), module, name.encode())
+                if status != NOT_FOUND:
+                    break
+            self._check(status, f"find kernel {name!r}")
+            return Kernel(name, handle.value or 0, context, self._parameter_bytes(handle))
+
+    def allow_shared(self, kernel: Kernel, size: int) -> None:
+        """Let blocks of a kernel ask for this much dynamic shared memory, in bytes."""
+        doing = f"give a block of {kernel.name!r} {size:,} bytes of shared memory"
+        with self._current(kernel.context):
+            self._call(doing, "cuFuncSetAttribute", kernel.handle, _MAX_DYNAMIC_SHARED, size)
+        kernel.shared_bytes = size
+
+    def launch(
+        self, kernel: Kernel, grid: int, block: int, shared_bytes: int, stream: int, arguments: ctypes.Structure
+    ) -> None:
+        """Start a kernel on a stream; the arguments are copied before this returns."""
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        sizes = (grid, 1, 1, block, 1, 1, shared_bytes)
+        with self._current(kernel.context):
+            status = self.library.cuLaunchKernel(kernel.handle, *sizes, stream, parameters, None)
+        self._check(status, f"launch {kernel.name!r} with {grid:,} blocks of {block} threads, {shared_bytes:,} bytes")
+
+    @contextmanager
+    def _current(self, context: int) -> Iterator[None]:
+        self._call("switch to the device", "cuCtxPushCurrent_v2", context)
+        try:
+            yield
+        finally:
+            self.library.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+
+    @contextmanager
+    def _relaxed_capture(self) -> Iterator[None]:
+        """Loading allocates, which a thread may not do while it captures a graph, unless it says that it knows."""
+        mode = ctypes.c_int(_CAPTURE_RELAXED)
+        self.library.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        try:
+            yield
+        finally:
+            self.library.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
+    def _device(self, device: int) -> int:
+        handle = ctypes.c_int()
+        self._call(f"find cuda:{device}", "cuDeviceGet", ctypes.byref(handle), device)
+        return handle.value
+
+    def _parameter_bytes(self, handle: ctypes.c_void_p) -> int | None:
+        if not hasattr(self.library, "cuFuncGetParamInfo"):
+            return None
+        offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+        status = self.library.cuFuncGetParamInfo(handle, ctypes.c_size_t(0), ctypes.byref(offset), ctypes.byref(size))
+        return size.value if status == 0 else None
+
+    def _call(self, doing: str, function: str, *arguments: object) -> None:
+        self._check(getattr(self.library, function)(*arguments), doing)
+
+    def _check(self, status: int, doing: str, log: str = "") -> None:
+        if status == 0:
+            return
+        name, text = ctypes.c_char_p(), ctypes.c_char_p()
+        self.library.cuGetErrorName(status, ctypes.byref(name))
+        self.library.cuGetErrorString(status, ctypes.byref(text))
+        words = (text.value or b"unknown error").decode() + (f"; {log}" if log else "")
+        raise error_of(status, (name.value or b"unknown").decode(), words, doing)
+
+
+@cache
+def driver() -> Driver:
+    """Return the driver, started.
+
+    Raises:
+        BackendUnavailableError: there is none, or it cannot start.
+    """
+    tried = []
+    for name in _LIBRARIES:
+        try:
+            library = ctypes.CDLL(name)
+        except OSError as error:
+            tried.append(str(error))
+            continue
+        try:
+            return Driver(library)
+        except AttributeError as error:
+            tried.append(f"it is too old: {error}")
+    raise BackendUnavailableError(
+        f"there is no NVIDIA driver ({'; '.join(tried)}). Install the driver of the GPU, and inside a container run it "
+        "with the NVIDIA runtime (--gpus all)."
+    )

@@ -1,0 +1,119 @@
+"""What a kernel is told, as cuda/call.cuh declares it: tensors by pointer and strides, sizes, and where results go."""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mamba_attn.core.scan_record import ScanRecord
+
+STEP, READ, WRITE = range(3)  # what a tensor's position is: a step, the token read or written there
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_STRIDES = ("batch", "route", "group", "axis", "position")
+
+
+class CTensor(ctypes.Structure):
+    """A tensor that is read."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in _STRIDES),
+        ("type", ctypes.c_int32),
+        ("frame", ctypes.c_int32),
+    ]
+
+
+class COutput(ctypes.Structure):
+    """A float32 tensor that is written, or added to."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in _STRIDES),
+        ("add", ctypes.c_int32),
+        ("frame", ctypes.c_int32),
+    ]
+
+
+class CCall(ctypes.Structure):
+    """One scan, or attention, of a record."""
+
+    _fields_ = [
+        *((name, CTensor) for name in ("u", "delta", "A", "B", "C", "D", "row_weight", "col_weight")),
+        *((name, COutput) for name in ("y", "attention")),
+        *((name, ctypes.c_void_p) for name in ("read", "write", "before", "counters")),
+        *((name, ctypes.c_int32) for name in
+          ("batch", "routes", "channels", "heads", "groups", "states", "length", "tokens",
+           "fold", "splits", "products", "want_y", "want_attention")),
+        *((name, ctypes.c_float) for name in ("y_scale", "attention_scale")),
+    ]  # fmt: skip
+
+
+class CBackward(ctypes.Structure):
+    """The gradients of a scan's output."""
+
+    _fields_ = [
+        ("call", CCall),
+        ("gradient", CTensor),
+        *((name, COutput) for name in ("u", "delta", "A", "B", "C", "D")),
+        ("entering", ctypes.c_void_p),
+    ]
+
+
+class CLine(ctypes.Structure):
+    """One row or column."""
+
+    _fields_ = [("call", CCall), *((name, ctypes.c_int32) for name in ("first", "index", "column", "token"))]
+
+
+def tensor(x: Tensor | None, axes: Sequence[str | None], frame: int = STEP) -> CTensor:
+    """Pointer and strides.
+
+    Args:
+        x: float32, bfloat16 or float16; None is a null pointer.
+        axes: what each axis of ``x`` is: "batch", "route", "group", "axis" or "position". An axis of size 1 does not
+            move, so that one entry is shared by all.
+        frame: STEP, READ or WRITE.
+    """
+    if x is None:
+        return CTensor()
+    return CTensor(data=x.data_ptr(), type=_TYPES[x.dtype], frame=frame, **_strides(x, axes))
+
+
+def output(x: Tensor | None, axes: Sequence[str | None], frame: int = STEP, add: bool = False) -> COutput:
+    """Likewise for a result; ``add``: several writers meet in zeros."""
+    if x is None:
+        return COutput()
+    return COutput(data=x.data_ptr(), add=add, frame=frame, **_strides(x, axes))
+
+
+def call(record: ScanRecord, read: Tensor | None, write: Tensor | None) -> CCall:
+    """The inputs of a record; the two orders are int64 and contiguous, and live as long as the call."""
+    frame = READ if record.source_frame == "tokens" else STEP
+    channels = ("batch", "route", "axis", "position")
+    states = ("batch", "route", "group", "axis", "position")
+    return CCall(
+        u=tensor(record.source_u, channels, frame),
+        delta=tensor(record.source_delta, channels, frame),
+        A=tensor(record.A, ("route", "group", "position")),
+        B=tensor(record.source_B, states, frame),
+        C=tensor(record.source_C, states, frame),
+        D=tensor(record.D, ("route", "axis")),
+        read=None if read is None else read.data_ptr(), write=None if write is None else write.data_ptr(),
+        batch=record.batch, routes=record.routes,
+        channels=record.channels, heads=record.heads, groups=record.source_B.shape[2], states=record.states,
+        length=record.length, tokens=record.tokens, splits=1, y_scale=1.0, attention_scale=1.0,
+    )  # fmt: skip
+
+
+def supported(x: Tensor | None) -> bool:
+    """Whether a kernel reads this type."""
+    return x is None or x.dtype in _TYPES
+
+
+def _strides(x: Tensor, axes: Sequence[str | None]) -> dict[str, int]:
+    return {
+        axis: 0 if size == 1 else stride
+        for axis, size, stride in zip(axes, x.shape, x.stride(), strict=True)
+        if axis is not None
+    }

@@ -1,0 +1,273 @@
+"""From a record to launches: which kernel, how many blocks, how much memory, and what it is told.
+
+Runs on whatever the launcher runs on; the tests' launcher takes CPU tensors.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.ops.arguments import Weights
+from mamba_attn.ops.cuda.checked_orders import told_orders
+from mamba_attn.ops.cuda.driver import GRID_LIMIT
+from mamba_attn.ops.cuda.kernel_args import (
+    READ,
+    STEP,
+    WRITE,
+    CBackward,
+    CCall,
+    CLine,
+    CTensor,
+    call,
+    output,
+    supported,
+    tensor,
+)
+from mamba_attn.ops.cuda.launcher import Launcher
+
+_FOLDS = {"sum": 0, "mean": 0, "positive": 1, "absolute": 2, "each": 3}
+_SIGNED = ("sum", "mean")
+# as in cuda/*.cuh
+_CHANNELS, _STATES, _INNER, _SPAN = 16, 16, 16, 128
+_SCAN_THREADS, _BACKWARD_THREADS, _LINE_THREADS, _LINE_CHANNELS = 256, 256, 256, 64
+_TILES = {  # steps, threads
+    "attention_direct": (64, 128),
+    "attention_factored_64": (64, 128),
+    "attention_factored_128": (128, 512),
+}
+_SHARED_BACKWARD = 2 * _BACKWARD_THREADS // 32 * _SPAN * 4
+_SHARED_LINE = 8 * _LINE_CHANNELS + _LINE_THREADS // 32 * _SPAN * 4 + 4
+_SHORT, _LONG = 16, 512  # lengths below which pairs are few, and from which large tiles are full
+_THREADS_PER_MULTIPROCESSOR = 1024  # wanted of attention blocks, when channels can be divided among them
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
+
+
+def limits(record: ScanRecord, launcher: Launcher) -> str | None:
+    """Return why the kernels cannot take the sizes of a record, or None."""
+    needed, limit = _SHARED_BACKWARD + 64 * record.states, launcher.shared_limit(record.source_delta.device)
+    if needed > limit:
+        return (
+            f"{record.states} states need {needed:,} bytes of shared memory per block and this GPU has {limit:,}; use "
+            "backend='blocked'."
+        )
+    blocks = record.batch * record.routes * (record.channels + _pairs(record, 64))
+    if blocks > GRID_LIMIT or record.tokens > GRID_LIMIT:
+        return (
+            f"{record.batch} images x {record.routes} routes x {record.channels} channels x {record.length} steps need "
+            f"more than {GRID_LIMIT:,} blocks; split the batch, or use backend='blocked'."
+        )
+    return None
+
+
+def formulation(record: ScanRecord, fold: str, shared_limit: int) -> str:
+    """Name the kernel whose operations, counted, cost least.
+
+    Folds that are not linear need every channel's entries, pair by pair. Tiles of 128 steps need half the exponentials
+    of tiles of 64, but a short sequence leaves them empty.
+    """
+    if fold not in _SIGNED or record.length <= _SHORT:
+        return "attention_direct"
+    fits = _attention_shared("attention_factored_128", record.states) <= shared_limit
+    return "attention_factored_128" if record.length >= _LONG and fits else "attention_factored_64"
+
+
+def scan(launcher: Launcher, record: ScanRecord, merged: bool) -> Tensor:
+    """y: (batch, channels, tokens) merged, else (batch, routes, channels, length)."""
+    y = _new_y(record, merged)
+    warps = _SCAN_THREADS // 32
+    for part, read, write in _parts(record, merged):
+        told = call(part, read, write)
+        _ask_for_y(told, record, y, merged)
+        blocks = part.batch * part.routes * math.ceil(part.channels / warps)
+        launcher.launch("selective_scan", blocks, _SCAN_THREADS, warps * part.states * 4, told, y.device)
+    return y
+
+
+def attention(
+    launcher: Launcher, record: ScanRecord, weights: Weights, fold: str, merged: bool, with_y: bool = False,
+    kernel: str | None = None,
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+    """y, when wanted, and (batch, [channels,] tokens, tokens) merged, else (batch, routes, [channels,] length, length).
+
+    Args:
+        launcher: runs the kernels.
+        record: the scan.
+        weights: of rows and columns: None, (batch, routes, channels, length) or, merged, (batch, channels, tokens).
+        fold: see ``hidden_attention``.
+        merged: routes summed in the token frame, times the record's scale.
+        with_y: the scan's output too, by the same launch.
+        kernel: insists on a formulation; default: ``formulation``.
+    """
+    device = record.source_delta.device
+    kernel = kernel or formulation(record, fold, launcher.shared_limit(device))
+    y = _new_y(record, merged) if with_y else None
+    side = record.tokens if merged else record.length
+    axes = (*(() if merged else (record.routes,)), *((record.channels,) if fold == "each" else ()))
+    out = torch.zeros(record.batch, *axes, side, side, device=device)
+    start = 0
+    for part, read, write in _parts(record, merged):
+        own = slice(start, start + part.routes)
+        start = own.stop
+        rows, columns = (_weight(weight, own, frame) for weight, frame in zip(weights, (WRITE, READ), strict=True))
+        told = call(part, read, write)
+        told.row_weight, told.col_weight = rows[1], columns[1]
+        if y is not None:
+            _ask_for_y(told, record, y, merged)
+        _launch_attention(launcher, kernel, told, part, out, fold, merged, several=merged and record.routes > 1)
+    return y, out
+
+
+def backward(launcher: Launcher, record: ScanRecord, gradient: Tensor, merged: bool) -> Gradients:
+    """Gradients of y with respect to source_u, source_delta, A, source_B, source_C and D, float32, in their shapes."""
+    gradient = gradient if gradient.dtype != torch.float64 else gradient.float()
+    told = record.map_tensors(torch.Tensor.detach)
+    sources = (told.source_u, told.source_delta, told.A, told.source_B, told.source_C, told.D)
+    results = [None if x is None else torch.zeros(x.shape, device=x.device) for x in sources]
+    u, delta, A, B, C, D = results
+    read, write = told_orders(record, merged)
+    spans = math.ceil(record.length / _SPAN)
+    entering = gradient.new_empty(
+        (record.batch, record.routes, record.channels, spans, record.states), dtype=torch.float32
+    )
+    frame = READ if record.source_frame == "tokens" else STEP
+    shared = {name: x.shape[1] < record.routes for name, x in (("u", told.source_u), ("delta", told.source_delta))}
+    channels, states = ("batch", "route", "axis", "position"), ("batch", "route", "group", "axis", "position")
+    job = CBackward(
+        call=call(told, read, write),
+        gradient=tensor(gradient, ("batch", "axis", "position"), WRITE) if merged else tensor(gradient, channels),
+        u=output(u, channels, frame, add=shared["u"]),
+        delta=output(delta, channels, frame, add=shared["delta"] or record.heads < record.channels),
+        A=output(A, ("route", "group", "position"), add=True),
+        B=output(B, states, frame, add=True),
+        C=output(C, states, frame, add=True),
+        D=output(D, ("route", "axis"), add=True),
+        entering=entering.data_ptr(),
+    )  # fmt: skip
+    job.call.y_scale = record.scale if merged else 1.0
+    groups, warps = record.source_B.shape[2], _BACKWARD_THREADS // 32
+    blocks = record.batch * record.routes * groups * math.ceil(record.channels // groups / warps)
+    shared_bytes = _SHARED_BACKWARD + 2 * warps * record.states * 4
+    launcher.launch("selective_scan_backward", blocks, _BACKWARD_THREADS, shared_bytes, job, gradient.device)
+    return tuple(results)  # type: ignore[return-value]
+
+
+def attention_line(
+    launcher: Launcher, record: ScanRecord, axis: str, index: int, weights: Weights, fold: str, merged: bool
+) -> Tensor:
+    """One line of ``attention``: (batch, [channels,] tokens) merged, else (batch, routes, [channels,] length)."""
+    size = record.tokens if merged else record.length
+    kept = (*(() if merged else (record.routes,)), *((record.channels,) if fold == "each" else ()))
+    out = torch.zeros(record.batch, *kept, size, device=record.source_delta.device)
+    start = 0
+    for part, read, write in _parts(record, merged):
+        own = slice(start, start + part.routes)
+        start = own.stop
+        rows, columns = (_weight(weight, own, frame) for weight, frame in zip(weights, (WRITE, READ), strict=True))
+        told = call(part, read, write)
+        told.row_weight, told.col_weight = rows[1], columns[1]
+        axes = ("batch", *(() if merged else ("route",)), *(("group",) if fold == "each" else ()), "position")
+        frame = (READ if axis == "row" else WRITE) if merged else STEP
+        several = (fold != "each" and record.channels > _LINE_CHANNELS) or (merged and record.routes > 1)
+        told.attention = output(out, axes, frame, add=several)
+        told.fold, told.attention_scale = _FOLDS[fold], _scale(record, fold, merged)
+        parts = math.ceil(part.channels / _LINE_CHANNELS)
+        together = 1 if deterministic() and fold != "each" else parts
+        for first in range(0, parts, together):
+            line = CLine(call=told, first=first * _LINE_CHANNELS, index=index, column=axis == "column", token=merged)
+            blocks = part.batch * part.routes * together
+            launcher.launch("attention_line", blocks, _LINE_THREADS, _SHARED_LINE, line, out.device)
+    return out
+
+
+def _launch_attention(
+    launcher: Launcher, kernel: str, told: CCall, part: ScanRecord, out: Tensor, fold: str, merged: bool, several: bool
+) -> None:
+    """``several``: other routes add to the same entries, in this launch or in another."""
+    tile, threads = _TILES[kernel]
+    device = out.device
+    tiles = part.batch * part.routes * _pairs(part, tile)
+    wanted = launcher.multiprocessors(device) * _THREADS_PER_MULTIPROCESSOR // threads
+    splits = 1 if deterministic() else max(1, min(math.ceil(part.channels / _CHANNELS), wanted // tiles))
+    axes = (*(() if merged else ("route",)), *(("group",) if fold == "each" else ()), "axis", "position")
+    add = several or (splits > 1 and fold != "each")
+    before = torch.empty(part.batch, part.routes, part.heads, math.ceil(part.length / tile), 2, device=device)
+    counters = torch.zeros(1 + part.batch * part.routes, dtype=torch.int32, device=device)
+    told.attention = output(out, ("batch", *axes), READ if merged else STEP, add)
+    told.before, told.counters = before.data_ptr(), counters.data_ptr()
+    told.fold, told.splits, told.products = _FOLDS[fold], splits, 1 if _tf32() else 3
+    told.want_attention, told.attention_scale = 1, _scale(part, fold, merged)
+    scanning = part.batch * part.routes * math.ceil(part.channels / (threads // 32))
+    shared_bytes = _attention_shared(kernel, part.states)
+    launcher.launch(kernel, scanning + tiles * splits, threads, shared_bytes, told, device)
+
+
+def _attention_shared(kernel: str, states: int) -> int:
+    """Bytes of a block: what it stages and, in a factored kernel, a slab; or its warps' states while it scans."""
+    tile, threads = _TILES[kernel]
+    sides = 2 * tile
+    stage = 8 + 12 * _CHANNELS * (sides + 2) + 4 * (_STATES + 1) * sides + 8 * _CHANNELS * _STATES
+    slab = 0 if kernel == "attention_direct" else 4 * _INNER * (sides + 8)
+    return max(stage + slab, 4 + threads // 32 * states * 4)
+
+
+def _ask_for_y(told: CCall, record: ScanRecord, y: Tensor, merged: bool) -> None:
+    axes = ("batch", "axis", "position") if merged else ("batch", "route", "axis", "position")
+    told.y = output(y, axes, WRITE if merged else STEP, add=merged and record.routes > 1)
+    told.want_y, told.y_scale = 1, record.scale if merged else 1.0
+
+
+def _new_y(record: ScanRecord, merged: bool) -> Tensor:
+    shape = (record.batch, record.channels, record.tokens) if merged else (
+        record.batch, record.routes, record.channels, record.length
+    )  # fmt: skip
+    return torch.zeros(shape, device=record.source_delta.device)
+
+
+def _weight(weight: Tensor | None, routes: slice, frame: int) -> tuple[Tensor | None, CTensor]:
+    """A weight's tensor, to be kept alive, and how it is told; (batch, channels, tokens) is read in the token frame."""
+    if weight is None:
+        return None, CTensor()
+    weight = weight.detach() if supported(weight) else weight.detach().float()
+    if weight.ndim == 3:
+        return weight, tensor(weight, ("batch", "axis", "position"), frame)
+    weight = weight[:, routes]
+    return weight, tensor(weight, ("batch", "route", "axis", "position"))
+
+
+def _parts(record: ScanRecord, merged: bool) -> Iterator[tuple[ScanRecord, Tensor | None, Tensor | None]]:
+    """The record and its orders: all routes at once or, where results may not depend on who adds first, one by one."""
+    record = record.map_tensors(torch.Tensor.detach)
+    read, write = told_orders(record, merged)
+    size = 1 if merged and deterministic() else record.routes
+    for start in range(0, record.routes, size):
+        own = slice(start, start + size)
+        part = record if size == record.routes else record.select_routes(own)
+        yield part, None if read is None else read[own], None if write is None else write[own]
+
+
+def deterministic() -> bool:
+    """Whether torch was told to use no algorithm whose result depends on timing."""
+    strict = not torch.is_deterministic_algorithms_warn_only_enabled()
+    return torch.are_deterministic_algorithms_enabled() and strict
+
+
+def _tf32() -> bool:
+    """Whether the user allows float32 matrix products to lose digits."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9: once it is set, the older question raises
+        return bool(matmul.fp32_precision == "tf32")
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+def _scale(record: ScanRecord, fold: str, merged: bool) -> float:
+    mean = record.channels if fold in ("mean", "positive", "absolute") else 1
+    return (record.scale if merged else 1.0) / mean
+
+
+def _pairs(record: ScanRecord, tile: int) -> int:
+    chunks = math.ceil(record.length / tile)
+    return chunks * (chunks + 1) // 2

@@ -1,0 +1,119 @@
+"""Which backend runs a call: the one a user insists on, or the fastest that can."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.errors import BackendUnavailableError, MatrixTooLargeError
+from mamba_attn.ops import blocked, reference
+from mamba_attn.ops.arguments import Call, matrix_bytes, working_dtype
+from mamba_attn.ops.backend import Backend
+from mamba_attn.ops.cpu import native
+from mamba_attn.ops.cuda import fused
+
+
+class _Reference(Backend):
+    """The specification in the shape of a backend; computes in float64, returns the working type."""
+
+    def unavailable(self, record: ScanRecord) -> str | None:
+        return None
+
+    def selective_scan(self, record: ScanRecord, merged: bool) -> Tensor:
+        y = reference.selective_scan(record)
+        return (reference.merge_tokens(record, y) if merged else y).to(working_dtype(record))
+
+    def hidden_attention(
+        self, record: ScanRecord, row_weight: Tensor | None, col_weight: Tensor | None, fold: str, merged: bool
+    ) -> Tensor:
+        attention = reference.hidden_attention(record, row_weight, col_weight, fold)
+        return (reference.merge(record, attention) if merged else attention).to(working_dtype(record))
+
+
+BACKENDS: dict[str, Backend] = {
+    "reference": _Reference(),
+    "blocked": blocked.BACKEND,
+    "native": native.BACKEND,
+    "fused": fused.BACKEND,
+}
+_UNASKED = 2**26  # bytes that are allocated without asking the system first: that takes longer than a small layer
+_FASTEST_FIRST = ("fused", "native", "blocked")
+
+
+def choose(call: Call, backend: str | None) -> Backend:
+    """Return the backend of a call.
+
+    Raises:
+        ValueError: an unknown name.
+        BackendUnavailableError: the one insisted upon cannot run; there is no fallback.
+    """
+    if backend is None:
+        return next(BACKENDS[name] for name in _FASTEST_FIRST if not BACKENDS[name].unavailable(call.record))
+    if backend not in BACKENDS:
+        raise ValueError(f"{call.text}: backend={backend!r} is not one of {tuple(BACKENDS)}.")
+    reason = BACKENDS[backend].unavailable(call.record)
+    if reason:
+        raise BackendUnavailableError(f"{call.text}: backend={backend!r} was insisted upon, but {reason}")
+    return BACKENDS[backend]
+
+
+def require_memory(call: Call, fold: str) -> None:
+    """Refuse a dense matrix that would not fit, before anything is allocated.
+
+    Raises:
+        MatrixTooLargeError: with the bytes, and the linear-time way.
+    """
+    record = call.record
+    side = record.tokens if call.merged else record.length
+    require_bytes(
+        f"{call.text}: the dense attention matrix ({record.batch} images, {side} x {side}, fold={fold!r})",
+        matrix_bytes(record, fold, call.merged),
+        record.source_delta.device,
+        "Rows, columns and products take linear memory: attention_row, attention_column, left_product, right_product.",
+    )
+
+
+def require_bytes(what: str, needed: int, device: torch.device, remedy: str) -> None:
+    """Refuse what would not fit the memory of a device; little is allocated unasked.
+
+    Args:
+        what: that needs the memory, for the message.
+        needed: bytes.
+        device: where.
+        remedy: a sentence.
+
+    Raises:
+        MatrixTooLargeError: fewer bytes are free.
+    """
+    free = free_bytes(device) if needed > _UNASKED else None
+    if free is not None and needed > free:
+        raise MatrixTooLargeError(f"{what} needs {needed:,} bytes, {free:,} are free on {device}. {remedy}")
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can still be allocated on a device, in bytes; None when the system does not say."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    limits = [limit for limit in (_meminfo_available(), _cgroup_available()) if limit is not None]
+    return min(limits, default=None)
+
+
+def _meminfo_available() -> int | None:
+    if not os.path.exists("/proc/meminfo"):
+        return None
+    with open("/proc/meminfo") as lines:
+        kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    return kilobytes["MemAvailable"] * 1024
+
+
+def _cgroup_available() -> int | None:
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return limit - used + int(statistics.get("inactive_file", 0))  # the page cache gives way
+    except (OSError, ValueError):  # no cgroup v2, or "max": no limit
+        return None

@@ -1,0 +1,274 @@
+"""What a family of models must say about itself to be traced, and the registry of those that do.
+
+An adapter is small and refuses what it does not know. The families' adapters stand in ``mamba_attn.integrations`` and
+are found by name; ``register_adapter`` adds one of your own. ``mamba_attn.testing.check_adapter`` tests it.
+"""
+
+import importlib
+import inspect
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from mamba_attn.core.attention_record import AttentionRecord
+from mamba_attn.core.layout import TokenLayout
+from mamba_attn.core.rules import Rules
+from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.errors import UnsupportedModelError
+
+_FAMILIES = ("vim", "mamba", "vmamba", "mambavision", "timm_vit")  # asked in this order
+
+
+@dataclass
+class Seen:
+    """What a forward pass has shown so far.
+
+    Args:
+        batch: number of images.
+        image_size: (rows, columns) of the model's input in pixels.
+        padded_stem: whether the first convolution is padded to see around a pixel, as ``padding = (kernel - 1) / 2``.
+        layout: the token frame, from the patch embedding or from the user.
+        frames: the token frames of single modules, where a model's parts have their own.
+    """
+
+    batch: int | None = None
+    image_size: tuple[int, int] | None = None
+    padded_stem: bool = False
+    layout: TokenLayout | None = None
+    frames: dict[nn.Module, TokenLayout] = field(default_factory=dict)
+    _said: set[str] = field(default_factory=set, init=False, repr=False)
+
+    def warn_once(self, sentence: str) -> None:
+        """Warn of something that many mixers of a model share, once in a trace.
+
+        Args:
+            sentence: what happens, and what to do.
+        """
+        if sentence not in self._said:
+            self._said.add(sentence)
+            warnings.warn(sentence, UserWarning, stacklevel=2)
+
+    def grid_layout(self, height: int, width: int, window: int | None = None) -> TokenLayout:
+        """Return the layout of a pyramid's stage, whose grid is the image's divided by a power of two.
+
+        Stages round down or up. Of the powers that give this grid, the one nearest to image / grid is taken.
+
+        Args:
+            height: of the stage's grid.
+            width: likewise.
+            window: side of the windows that its tokens are mixed within, if they are.
+        """
+        rows, columns = self.image_size or (height, width)
+
+        def distance(size: int) -> float:
+            return abs(math.log2(rows / (height * size))) + abs(math.log2(columns / (width * size)))
+
+        sizes = [2**power for power in range(max(rows, columns).bit_length() + 1)]
+        fitting = [
+            s for s in sizes if rows // s <= height <= -(-rows // s) and columns // s <= width <= -(-columns // s)
+        ]
+        # the stages' convolutions between tokens are padded like the stem's
+        offset = 0.5 if self.padded_stem else None
+        return TokenLayout((height, width), min(fitting or sizes, key=distance), offset=offset, window=window)
+
+    def frame_of(self, module: nn.Module, sequences: int, length: int) -> TokenLayout | None:
+        """Return the token frame of a mixer that was called on so many sequences of so many tokens, if it is known.
+
+        A frame with windows is one whose windows of all images the sequences are; another, one of ``length`` tokens.
+
+        Args:
+            module: the mixer.
+            sequences: size of its input's first axis.
+            length: size of the axis of tokens.
+        """
+        for layout in (self.layout, self.frames.get(module)):
+            if layout is None:
+                continue
+            windows, inside = layout.windows().shape
+            images = sequences if layout.window is None else self.batch
+            if inside == length and images is not None and sequences == images * windows:
+                return layout
+        return None
+
+
+@dataclass(frozen=True)
+class LayoutSource:
+    """A submodule whose call shows the token frame.
+
+    Args:
+        module: the submodule.
+        read: function of what was seen so far and the submodule's (inputs, output) that returns the layout, or None
+            when it is not known.
+        before: whether the inputs are read, when the submodule starts, with None for the output.
+        inside: whether the frame is that of the modules inside the submodule, and not of the whole model.
+    """
+
+    module: nn.Module
+    read: Callable[[Seen, tuple[Any, ...], Any], TokenLayout | None]
+    before: bool = False
+    inside: bool = False
+
+
+class MixerAdapter(ABC):
+    """What the adapters of scans and of softmax attention have in common."""
+
+    family: ClassVar[str]
+
+    @abstractmethod
+    def recognises(self, module: nn.Module) -> bool:
+        """Whether the module is a mixer of this family, by its attributes; never by names of classes alone."""
+
+    def refusal(self, module: nn.Module, model: nn.Module) -> str | None:
+        """Return why this variant cannot be treated exactly, or None.
+
+        Args:
+            module: the mixer.
+            model: the model that holds it.
+        """
+        return None
+
+    def layout_sources(self, model: nn.Module) -> Iterable[LayoutSource]:
+        """Return where the token frame of this family's model can be read, when the mixers' inputs do not show it."""
+        return ()
+
+
+class Adapter(MixerAdapter):
+    """A family of mixers of selective scans; subclass it, give ``family`` a name, register an instance."""
+
+    @abstractmethod
+    def project(self, module: nn.Module, *args: Any, **kwargs: Any) -> ScanRecord:
+        """Return everything before the scans, from the arguments of the mixer's forward.
+
+        Two keyword arguments come with them: ``rules`` (Rules), what an attribution method changes, and ``seen``
+        (Seen), what the forward pass has shown of the image so far.
+        """
+
+    @abstractmethod
+    def finish(self, module: nn.Module, record: ScanRecord, y: Tensor, rules: Rules) -> Any:
+        """Return the mixer's output from the scans' merged output y (batch, channels, tokens)."""
+
+    @abstractmethod
+    def scan_output(self, module: nn.Module, record: ScanRecord, y: Tensor) -> tuple[nn.Module, Tensor]:
+        """Return the submodule that receives y, and y in the form it receives: what law 1 is checked against."""
+
+
+class AttentionAdapter(MixerAdapter):
+    """A family of softmax-attention modules; subclass it, give ``family`` a name, register an instance."""
+
+    @abstractmethod
+    def project(self, module: nn.Module, *args: Any, **kwargs: Any) -> AttentionRecord:
+        """Return everything up to the softmax, from the arguments of the module's forward.
+
+        The keyword arguments ``rules`` and ``seen`` come with them, as for ``Adapter``.
+        """
+
+    @abstractmethod
+    def finish(self, module: nn.Module, record: AttentionRecord, probabilities: Tensor, rules: Rules) -> Any:
+        """Return the module's output from the probabilities (batch, heads, tokens, tokens)."""
+
+    @abstractmethod
+    def mixed_values(
+        self, module: nn.Module, record: AttentionRecord, probabilities: Tensor
+    ) -> tuple[nn.Module, Tensor]:
+        """Return the submodule that receives probabilities @ value, and these in the form it receives."""
+
+
+AnyAdapter = Adapter | AttentionAdapter
+
+
+class _Integration(Protocol):
+    ADAPTER: AnyAdapter
+
+
+_registered: list[AnyAdapter] = []
+
+
+def register_adapter(adapter: AnyAdapter) -> None:
+    """Add an adapter; it is asked before those registered earlier and before the built-in families.
+
+    Args:
+        adapter: the adapter.
+
+    Raises:
+        TypeError: neither an Adapter nor an AttentionAdapter.
+    """
+    if not isinstance(adapter, AnyAdapter):
+        raise TypeError(
+            f"register_adapter({adapter!r}): expected an instance of a subclass of mamba_attn.Adapter or "
+            "mamba_attn.AttentionAdapter."
+        )
+    _registered.insert(0, adapter)
+
+
+def known_adapters() -> list[AnyAdapter]:
+    """Return all adapters, in the order in which they are asked."""
+    built_in: Iterator[_Integration] = (importlib.import_module(f"mamba_attn.integrations.{f}") for f in _FAMILIES)
+    return [*_registered, *(module.ADAPTER for module in built_in)]
+
+
+def find_mixers(
+    model: nn.Module, adapters: Iterable[AnyAdapter] | None = None
+) -> dict[str, tuple[nn.Module, AnyAdapter]]:
+    """Return the mixers of a model by name, each with its adapter; mixers inside mixers are not looked for.
+
+    Args:
+        model: any model.
+        adapters: asked before the known ones.
+
+    Raises:
+        UnsupportedModelError: there are none; the message names the module types seen and the families known.
+    """
+    candidates = [*(adapters or ()), *known_adapters()]
+    found: dict[str, tuple[nn.Module, AnyAdapter]] = {}
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in found if outer):
+            continue
+        adapter = next((adapter for adapter in candidates if adapter.recognises(module)), None)
+        if adapter is not None:
+            found[name] = (module, adapter)
+    if not found:
+        seen = Counter(type(module).__name__ for module in model.modules())
+        families = ", ".join(dict.fromkeys(adapter.family for adapter in candidates))
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no layer that can be traced. Families known: {families}. Module types seen: "
+            f"{', '.join(f'{name} x {count}' for name, count in seen.most_common(12))}. "
+            "See register_adapter for a family of your own."
+        )
+    return found
+
+
+def unknown_parts(
+    module: nn.Module, *, inputs: Collection[str] = (), children: Collection[str] = (),
+    parameters: Collection[str] = (), settings: Collection[str] = (),
+) -> list[str]:  # fmt: skip
+    """Return what a mixer has and its adapter does not list, by name: what a refusal is made of.
+
+    Args:
+        module: the mixer.
+        inputs: arguments of its forward, beside the first.
+        children: submodules.
+        parameters: its own parameters; buffers are never listed.
+        settings: attributes that are numbers, words or tuples.
+    """
+    found = [name for name in list(inspect.signature(type(module).forward).parameters)[2:] if name not in inputs]
+    found += [name for name, _ in module.named_children() if name not in children]
+    found += [name for name, _ in module.named_parameters(recurse=False) if name not in parameters]
+    found += [name for name, _ in module.named_buffers(recurse=False)]
+    found += [
+        name for name, value in vars(module).items()
+        if not name.startswith("_") and name not in settings and isinstance(value, int | float | str | tuple)
+    ]  # fmt: skip
+    return list(dict.fromkeys(found))
+
+
+def require_supported(name: str, module: nn.Module, adapter: AnyAdapter, model: nn.Module) -> None:
+    """Raise UnsupportedModelError, with the adapter's reason, for a variant that it refuses."""
+    reason = adapter.refusal(module, model)
+    if reason:
+        raise UnsupportedModelError(f"{name} ({type(module).__name__}, family {adapter.family}): {reason}")

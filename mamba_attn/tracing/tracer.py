@@ -1,0 +1,235 @@
+"""trace(model): with ``_routing.py`` and ``_ruling.py``, which install, the only place that touches a user's model.
+
+Everything installed is owned by one ExitStack and by one entry of the context manager: nothing is left on the model
+after normal exit, an exception, a failure half way through, nesting, or another thread's use of the same model.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from threading import get_ident
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
+
+from mamba_attn.core import notebook
+from mamba_attn.core.layout import TokenLayout
+from mamba_attn.core.rules import Rules
+from mamba_attn.errors import TraceError, UnknownLayerError, UnsupportedModelError, nearest
+from mamba_attn.ops.arguments import FOLDS
+from mamba_attn.tracing.adapters import AnyAdapter, Seen, find_mixers, require_supported
+from mamba_attn.tracing.layers import Layer
+from mamba_attn.tracing.module_rules import require_rulable, rule
+from mamba_attn.tracing.patching import Use, observed, routed, watch_layout
+
+_MODES = ("route", "observe")
+_GRADIENTS = ("y", "output")
+_SHOWN = 12  # layers in a notebook
+
+
+class Trace(Mapping[str, Layer]):
+    """The layers of one forward pass, by name, in execution order."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = list(names)
+        self._layers: dict[str, Layer] = {}
+        self._repeated: set[str] = set()
+
+    def __getitem__(self, name: str) -> Layer:
+        if name not in self._names:
+            raise UnknownLayerError(f"no traced layer is called {name!r}. {nearest(name, self._names)}")
+        if name not in self._layers:
+            raise TraceError(f"{name} has not run: call the model inside the with-block first, then read the trace.")
+        if name in self._repeated:
+            raise TraceError(f"{name} ran twice inside one trace(): use one trace per forward pass.")
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._layers
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def _repr_html_(self) -> str:
+        """In a notebook: every layer, one below the other."""
+        if not self._layers:
+            return notebook.card("Trace", {}, "No layer has run yet: call the model inside the with-block.")
+        shown = list(self._layers)[:_SHOWN]
+        more = len(self._layers) - len(shown)
+        names = f"<div>and {more} more: {notebook.safe(', '.join(list(self._layers)[_SHOWN:]))}</div>" if more else ""
+        body = "".join(f"<div>{_of(self, name)}</div>" for name in shown)
+        return f"<div>{body}{names}</div>"
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers in execution order."""
+        return [self[name] for name in self]
+
+    def gradients(self, scalar: Tensor, of: str = "y") -> dict[str, Tensor]:
+        """Return the gradient of a scalar with respect to every layer's ``variable``, or ``output``.
+
+        The graph is kept, so several targets can be asked for. Nothing accumulates in ``.grad``.
+
+        Args:
+            scalar: computed from this forward pass, e.g. ``logits[:, 7].sum()``.
+            of: "y", the layers' ``variable``: y (batch, channels, tokens) of scans, the probabilities (batch, heads,
+                tokens, tokens) of attention; or "output", what the mixer returned, in the mixer's own shape.
+
+        Raises:
+            TraceError: the forward pass ran without gradients, or the scalar does not depend on it; dropout was active
+                in mode "observe"; a mixer that returned no tensor.
+            ValueError: another ``of``.
+        """
+        if of not in _GRADIENTS:
+            raise ValueError(f"gradients(of={of!r}): expected one of {_GRADIENTS}.")
+        layers = self.layers
+        direct = [layer.variable if of == "y" and layer._tail is None else layer.output for layer in layers]
+        attached = [tensor for tensor in direct if tensor.requires_grad]
+        if len(attached) < len(layers) or not scalar.requires_grad:
+            raise TraceError(
+                "gradients(): the forward pass ran without gradients; call the model outside no_grad(), and where it "
+                "checkpoints activations, with use_reentrant=False."
+            )
+        try:
+            found = torch.autograd.grad(scalar, attached, retain_graph=True, allow_unused=True)
+        except CheckpointError as error:
+            raise TraceError(
+                "gradients(): the model checkpoints activations, so its forward runs again now, and no longer traced; "
+                "call gradients() inside the with-block."
+            ) from error
+        if all(gradient is None for gradient in found):
+            raise TraceError("gradients(): the scalar does not depend on this forward pass; take it from its output.")
+        result = {}
+        for layer, tensor, gradient in zip(layers, attached, found, strict=True):
+            filled = torch.zeros_like(tensor) if gradient is None else gradient
+            result[layer.name] = filled if of == "output" or layer._tail is None else _through_tail(layer, filled)
+        return result
+
+    def _store(self, layer: Layer) -> None:
+        if layer.name in self._layers:
+            self._repeated.add(layer.name)
+        self._layers[layer.name] = layer
+
+
+def _of(layers: Trace, name: str) -> str:
+    try:
+        return layers[name]._repr_html_()
+    except TraceError as error:
+        return notebook.card(name, {}, notebook.safe(error))
+
+
+@contextmanager
+def trace(
+    model: nn.Module,
+    *,
+    layers: Iterable[str] | None = None,
+    mode: str = "route",
+    attention: str | None = None,
+    layout: TokenLayout | None = None,
+    rules: Rules | None = None,
+    adapters: Iterable[AnyAdapter] | None = None,
+) -> Iterator[Trace]:
+    """Record the selective scans, and the softmax attention, of the next forward pass of a model.
+
+    Args:
+        model: a model with mixers of a known family, as it is; it is neither switched to eval nor changed. Inside
+            DistributedDataParallel, and DataParallel on one device, names are those of the wrapped model.
+        layers: names or patterns (``"layers.1?.mixer"``) of mixers. Default: all.
+        mode: "route" runs the mixers' equations through ``mamba_attn.ops``, and softmax attention through its explicit
+            probabilities, submodules called as modules; "observe" leaves the model's own forward untouched and
+            recomputes the record from each mixer's input.
+        attention: a fold whose matrix is computed during the pass; None computes matrices when asked.
+        layout: the token frame, where it cannot be read from the model.
+        rules: what an attribution method changes in the forward (mode "route"): in the mixers, and where the rules
+            ask for it in the norms, activations and linear layers of the whole model.
+        adapters: asked before the known ones.
+
+    Yields:
+        A Trace: a mapping from names to layers, filled by the forward pass. Records keep the autograd graph when the
+        pass ran with gradients.
+
+    Raises:
+        UnsupportedModelError: nothing to trace, a variant that is refused, a compiled model, copies on several devices;
+            norms that rules for the whole model do not know.
+        UnknownLayerError: a name or pattern that fits no mixer.
+        ValueError: an unknown mode or fold, rules in mode "observe".
+
+    Example:
+        >>> with trace(model) as record:
+        ...     logits = model(images)
+        >>> record["layers.6.mixer"].attention().shape
+        torch.Size([2, 197, 197])
+    """
+    if mode not in _MODES:
+        raise ValueError(f"trace(mode={mode!r}): expected one of {_MODES}.")
+    if attention is not None and attention not in FOLDS:
+        raise ValueError(f"trace(attention={attention!r}): expected one of {FOLDS}.")
+    if rules is not None and mode == "observe":
+        raise ValueError("trace(rules=..., mode='observe'): rules change the forward; use mode='route'.")
+    model = _unwrapped(model)
+    found = find_mixers(model, adapters)
+    mixers = _select(found, layers)
+    for name, (module, adapter) in mixers.items():
+        require_supported(name, module, adapter, model)
+    require_rulable(model, mixers, rules)
+    record = Trace(list(mixers))
+    seen = Seen(layout=layout)
+    with ExitStack() as stack:
+        families = dict.fromkeys(adapter for _, adapter in found.values())  # also of mixers that were not asked for
+        watch_layout(stack, model, families, seen)
+        rule(stack, model, mixers, rules)
+        for name, (module, adapter) in mixers.items():
+            use = Use(name, record._store, seen, adapter, attention, rules, get_ident())
+            stack.enter_context(routed(module, use) if mode == "route" else observed(module, use))
+        yield record
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a wrapper for several devices, or the reason why it cannot be traced there."""
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        raise UnsupportedModelError(
+            f"trace(DataParallel on {len(model.device_ids)} devices): it runs copies of the model, which no trace "
+            "sees. Write: with trace(model.module): model.module(images)."
+        )
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return _unwrapped(model.module)
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            its = f"model.{name}" if name else "model"
+            instead = (
+                f"Keep the model as it was before torch.compile ({its}._orig_mod) and trace and call that."
+                if hasattr(module, "_orig_mod")
+                else f"Write {its}._compiled_call_impl = None, or trace and call the model before {its}.compile()."
+            )
+            raise UnsupportedModelError(f"trace(...): {its} is compiled, so its forward is not what runs. {instead}")
+    return model
+
+
+def _through_tail(layer: Layer, gradient: Tensor) -> Tensor:
+    """The gradient with respect to the layer's variable, from the one at the mixer's output."""
+    if layer._tail is None:
+        raise TraceError(f"{layer.name}: no recomputed tail.")
+    with torch.enable_grad():
+        variable = layer.variable.detach().requires_grad_()
+        (result,) = torch.autograd.grad(layer._tail(variable), variable, gradient)
+    return result
+
+
+def _select(
+    mixers: dict[str, tuple[nn.Module, AnyAdapter]], patterns: Iterable[str] | None
+) -> dict[str, tuple[nn.Module, AnyAdapter]]:
+    if patterns is None:
+        return mixers
+    if isinstance(patterns, str):
+        raise TypeError(f"trace(layers={patterns!r}): expected a list of names or patterns, e.g. [{patterns!r}].")
+    chosen: set[str] = set()
+    for pattern in patterns:
+        fitting = {name for name in mixers if fnmatchcase(name, pattern)}
+        if not fitting:
+            raise UnknownLayerError(f"trace(layers=...): {pattern!r} fits no layer. {nearest(pattern, mixers)}")
+        chosen |= fitting
+    return {name: mixer for name, mixer in mixers.items() if name in chosen}

@@ -1,0 +1,144 @@
+"""Callbacks of what stands beside the two views: the card of what is under the pointer, and the gallery."""
+
+from typing import Any
+
+import dash
+from dash import ALL, MATCH, ClientsideFunction, Input, Output, ctx, html, no_update
+
+from mamba_attn.viewer.card import card, thumbnail
+from mamba_attn.viewer.context import Context
+from mamba_attn.viewer.gestures import clicked, numbers
+from mamba_attn.viewer.saying import FAILURES, said
+from mamba_attn.viewer.state import Pane, State
+from mamba_attn.viewer.words import heading, unit
+
+_STRIP = 60  # thumbnails of chosen images
+_CONTROLS = {"pane": MATCH, "set": ALL}
+
+
+def register(app: dash.Dash, context: Context) -> None:
+    """Add these callbacks."""
+    _card(app, context)
+    _gallery(app, context)
+
+
+def _of(name: str, part: str = "view") -> dict[str, Any]:
+    return {"pane": MATCH, part: name}
+
+
+def _card(app: dash.Dash, context: Context) -> None:
+    @app.callback(
+        Output(_of("patch", "card"), "children"),
+        Input(_of("patches"), "hoverData"),
+        Input(_of("scatter"), "hoverData"),
+        dash.State(_CONTROLS, "value"),
+        prevent_initial_call=True,
+    )
+    def _show(over_patches: Any, over_points: Any, _: Any) -> Any:
+        pane = context.pane(ctx.states_list[0])
+        views = context.views(pane)
+        source = views.source
+        grid = source.layer(pane).layout.grid
+        if ctx.triggered_id["view"] == "patches":
+            cells = clicked(over_patches, grid)
+        elif pane.mode == "patches":
+            cells = numbers(over_points, grid[0] * grid[1])
+        else:
+            pairs = views.points(pane).pairs
+            found = numbers(over_points, 0 if pairs is None else len(pairs))
+            return [] if pairs is None or not found else _image(context, pane, *pairs[found[0]].tolist())
+        return _words(card(views, pane, cells[0]), pane) if cells else []
+
+
+def _words(found: Any, pane: Pane) -> list[Any]:
+    ranks = ", ".join("-" if rank is None else str(rank) for rank in found.ranks)
+    strongest = ", ".join(f"({row}, {column}) {value:.2g}" for row, column, value in found.strongest)
+    verb = "reads most" if pane.direction == "row" else "most read by"
+    items = [
+        ("patch", f"row {found.row}, column {found.column}"),
+        *([("step in each route", f"{ranks} of {found.steps}")] if ranks else []),
+        (verb, strongest),
+        ("values", unit(pane)),
+    ]
+    what = f"map of patch ({found.row}, {found.column})"
+    listed = [part for name, text in items for part in (html.Dt(name), html.Dd(text))]
+    return [html.Img(src=found.picture, alt=what), html.Dl(listed)]
+
+
+def _image(context: Context, pane: Pane, layer: int, image: int) -> list[Any]:
+    source = context.views(pane).source
+    its, shown = source.layers[layer], source.images[image]
+    label = "not known" if shown.label is None else str(shown.label)
+    items = [("block", f"stage {its.stage}, block {its.block}"), ("image", shown.key), ("class", label),
+             ("predicted", str(shown.predicted))]  # fmt: skip
+    listed = [part for name, text in items for part in (html.Dt(name), html.Dd(text))]
+    return [html.Img(src=_small(context, pane, image), alt=shown.key), html.Dl(listed)]
+
+
+def _small(context: Context, pane: Pane, image: int) -> str:
+    from mamba_attn.figures.picture import data_uri
+
+    pixels = context.views(pane).source.pixels(Pane(image=image))
+    every = max(1, max(pixels.shape[:2]) // 112)
+    return data_uri(pixels[::every, ::every].copy())
+
+
+def strip(context: Context, pane: Pane, number: int, state: State) -> list[Any]:
+    """Return the images of the chosen points, as buttons.
+
+    Args:
+        context: of the stores.
+        pane: whose store.
+        number: of the pane.
+        state: with the chosen points.
+    """
+    source = context.views(pane).source
+    counts: dict[int, int] = {}
+    for _layer, image in state.points:
+        if 0 <= image < len(source.images):
+            counts[image] = counts.get(image, 0) + 1
+    return [
+        html.Button(
+            [html.Img(src=_small(context, pane, image), alt=source.images[image].key),
+             f"{count} point{'s' if count > 1 else ''}"],
+            id={"pane": number, "pick": image}, n_clicks=0,
+            title=f"{source.images[image].key}, {source.images[image].label}",
+        )
+        for image, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_STRIP]
+    ]  # fmt: skip
+
+
+def _gallery(app: dash.Dash, context: Context) -> None:
+    app.clientside_callback(
+        ClientsideFunction("explorer", "gallery"), Output("gallery-of", "data"), Output("gallery", "className"),
+        Input("open-gallery", "n_clicks"), Input("link", "data"),
+    )  # fmt: skip
+
+    @app.callback(
+        Output("gallery", "children"), Input("gallery-of", "data"), dash.State("selection", "data"),
+        dash.State({"pane": 0, "set": ALL}, "value"), prevent_initial_call=True,
+    )  # fmt: skip
+    def _show(_: Any, selection: Any, __: Any) -> Any:
+        if not ctx.states_list[1]:
+            return no_update
+        pane = context.pane(ctx.states_list[1])
+        views, state = context.views(pane), context.state([pane], selection)
+        try:
+            maps = views.gallery(pane, state)
+        except FAILURES as error:
+            return said(error)
+        current = min(pane.layer, len(maps) - 1)
+        saving = [
+            html.Button(kind, id={"pane": 0, "export": f"gallery-{kind}"}, n_clicks=0, className="quiet",
+                        title=f"save the gallery as {kind}")
+            for kind in ("HTML", "PNG", "NPZ")
+        ]  # fmt: skip
+        blocks = [
+            html.Button(
+                [html.Img(src=thumbnail(values, pane), alt=""), f"stage {layer.stage} · block {layer.block}"],
+                id={"block": index}, n_clicks=0, className="current" if index == current else "",
+            )
+            for index, (values, layer) in enumerate(zip(maps, views.source.layers, strict=True))
+        ]  # fmt: skip
+        title = html.H2(f"All blocks: {heading(views.source, pane, state)}")
+        return [html.Div([title, html.Span(className="space"), *saving], className="bar"), *blocks]

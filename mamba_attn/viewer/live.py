@@ -1,0 +1,99 @@
+"""Attention that no store holds, from a traced forward pass of one image: rows and regions in linear time."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mamba_attn import images, ops
+from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.tracing.layers import Layer, ScanLayer
+from mamba_attn.tracing.tracer import Trace, trace
+from mamba_attn.viewer.saying import UnavailableError
+
+_TRACES = 4  # images whose records are remembered
+
+
+class Live:
+    """A store's model, run on an image when that is asked for.
+
+    Args:
+        store: an ``AttentionStore``.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self._model = store.model()
+        self._traces: OrderedDict[str, Trace] = OrderedDict()
+        self._lock = Lock()  # a trace belongs to one thread, and the server has several
+
+    def read(
+        self, image: Any, layer: str, tokens: Sequence[int], *, route: str | int = "sum", direction: str = "row",
+        gate: bool = False, skip: bool = False,
+    ) -> np.ndarray:  # fmt: skip
+        """Return the mean of some tokens' rows, or columns, of an image's attention: (tokens,).
+
+        Args:
+            image: of the store.
+            layer: its name.
+            tokens: at least one.
+            route: number, or "sum".
+            direction: "row" or "column".
+            gate: weigh rows by the gate, where the mixer has one.
+            skip: add D, times the gate if that is on, to the diagonal.
+
+        Raises:
+            UnavailableError: the layer has no gate, or no D.
+            MambaAttnError: the model cannot be built, e.g. as its weights moved.
+        """
+        with self._lock:
+            record = self._trace(image)[layer]
+            vector = torch.zeros(1, record.tokens, dtype=record.dtype)
+            vector[0, list(tokens)] = 1 / len(tokens)
+            with torch.no_grad():
+                return _product(record, vector, route, direction, gate, skip)[0].double().numpy()
+
+    def _trace(self, image: Any) -> Trace:
+        if image.key in self._traces:
+            self._traces.move_to_end(image.key)
+            return self._traces[image.key]
+        batch = images.normalise(np.asarray(self._store.pixels(image))[None])
+        with torch.no_grad(), trace(self._model) as record:
+            self._model(batch)
+        self._traces[image.key] = record
+        if len(self._traces) > _TRACES:
+            self._traces.popitem(last=False)
+        return record
+
+
+def _product(layer: Layer, vector: Tensor, route: str | int, direction: str, gate: bool, skip: bool) -> Tensor:
+    if not isinstance(layer, ScanLayer):
+        if gate or skip:
+            raise UnavailableError("Softmax attention has neither a gate nor D: switch them off for this block.")
+        matrix = layer.attention()
+        return (vector[:, None] @ matrix)[:, 0] if direction == "row" else (matrix @ vector[..., None])[..., 0]
+    scan = layer.scan
+    if isinstance(route, int):
+        scan = scan.select_routes(slice(route, route + 1))
+    lacking = "gate" if gate and scan.gate is None else "D" if skip and scan.D is None else ""
+    if lacking:
+        raise UnavailableError(f"This model's scans have no {lacking}: switch it off.")
+    weight = scan.gate if gate else None
+    product = ops.left_product if direction == "row" else ops.right_product
+    values = product(scan, vector=vector, row_weight=weight)
+    return values + vector * _skip(scan, weight) if skip else values
+
+
+def _skip(scan: ScanRecord, weight: Tensor | None) -> Tensor:
+    """(batch or 1, tokens) of D on the diagonal, as the channel mean, once for every route that reads the token."""
+    if scan.D is None:
+        raise ValueError("this mixer has no D.")
+    diagonal = torch.zeros(scan.channels, scan.tokens, dtype=scan.D.dtype)
+    for route in range(scan.routes):
+        diagonal[:, scan.write_order[route]] += scan.D[route, :, None]
+    weighted = diagonal[None] if weight is None else diagonal * weight
+    return weighted.mean(1) * scan.scale

@@ -1,0 +1,116 @@
+"""The page: its frame, style and script, and what it shows as data that no name in it can break out of."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from mamba_attn.figures import colours
+from mamba_attn.figures.document import safe
+from mamba_attn.figures.patch_view import THIN
+from mamba_attn.viewer.report.budget import Content
+from mamba_attn.viewer.report.content import gather
+from mamba_attn.viewer.report.quantised import ERROR, STEPS
+
+SCRIPTS = ("data.js", "colours.js", "points.js", "patches.js", "controls.js", "start.js")
+KEYS = (
+    ("← ↑ → ↓", "move the chosen patch, or to another block or image"), ("Esc", "choose nothing: all patches"),
+    ("r", "reads / is read"), ("[ ]", "previous, next block"), ("0 1 2 …", "sum, or a route"), ("m", "mean / image"),
+    ("v", "blocks / patches"), ("p", "path of the route"), ("- +", "steps of the path"), ("s", "sign of the values"),
+)  # fmt: skip
+_TITLE = "Attention between patches"
+_PALETTES = {
+    "viridis": colours.VIRIDIS, "cividis": colours.CIVIDIS, "signed": colours.BLUE_ORANGE, "path": colours.PATH,
+    "kinds": colours.CATEGORIES,
+}  # fmt: skip
+_NOTE = (
+    "Numbers are stored with 16 bits, a scale for each row of a matrix: none is off by more than "
+    f"1/{round(1 / ERROR):,} of the largest of its row."
+)
+
+
+def make(
+    stores: Sequence[Any], methods: Sequence[str], images: int, limit: int, made_with: str,
+    advance: Callable[[str], None] = lambda what: None,
+) -> tuple[str, Content]:  # fmt: skip
+    """Return the page of some stores, and what it holds.
+
+    Args:
+        stores: ``AttentionStore`` objects.
+        methods: of dimension reduction; but for the first, of the routes' sum alone.
+        images: per store, how many of those kept in full are shown.
+        limit: bytes of the page.
+        made_with: what the page is said to be from.
+        advance: told what is being done.
+
+    Raises:
+        ReportError: nothing can be shown, or the names alone do not fit.
+        ImportError: a method's package is not installed.
+    """
+    content = gather(
+        stores, methods, images, limit, frame=lambda empty: len(page(empty, made_with).encode()), advance=advance
+    )
+    return page(content, made_with), content
+
+
+def page(content: Content, made_with: str) -> str:
+    """Return the whole page.
+
+    Args:
+        content: of ``gather``.
+        made_with: the command, or whatever says where it is from.
+    """
+    script = "(() => {\n'use strict';\n" + "\n".join(_asset(name) for name in SCRIPTS) + "\n})();"
+    names = ", ".join(dict.fromkeys(store["name"] for store in content.stores))
+    data = "".join(
+        f'<script type="text/plain" id="matrix-{number}">{text}</script>\n'
+        for number, text in enumerate(content.matrices)
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{_policy(script)}'
+        f'<meta name="viewport" content="width=device-width"><title>{safe(f"{_TITLE}: {names}")}</title>'
+        f"<style>{_asset('report.css')}</style></head>\n<body>{_body(content, made_with)}\n"
+        f'<script type="application/json" id="about">{as_json(_about(content))}</script>\n{data}'
+        f"<script>{script}</script></body></html>\n"
+    )
+
+
+def as_json(value: Any) -> str:
+    """Return JSON that may stand in a script element: no character of it ends one."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))  # ASCII alone
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _policy(script: str) -> str:
+    """This script and no other; no address is ever asked for anything."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    rules = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:"
+    return f'<meta http-equiv="Content-Security-Policy" content="{rules}">'
+
+
+def _about(content: Content) -> dict[str, Any]:
+    return {
+        "stores": content.stores, "steps": STEPS, "percentile": colours.PERCENTILE, "thin": THIN, "ink": colours.INK,
+        "palettes": {name: _channels(its) for name, its in _PALETTES.items()},
+    }  # fmt: skip
+
+
+def _channels(its: list[str]) -> list[list[int]]:
+    """Red, green and blue of every colour."""
+    chosen = colours.Scale(0, len(its) - 1, its)
+    found: list[list[int]] = colours.to_rgb(np.arange(len(its), dtype=np.float64), chosen).tolist()
+    return found
+
+
+def _body(content: Content, made_with: str) -> str:
+    keys = "".join(f"<dt>{safe(key)}</dt><dd>{safe(what)}</dd>" for key, what in KEYS)
+    notes = "".join(f"<p>{safe(note)}</p>" for note in [*content.notes, _NOTE, f"Made with {made_with}."])
+    return _asset("body.html").replace("{{keys}}", keys).replace("{{notes}}", notes)
+
+
+def _asset(name: str) -> str:
+    return files("mamba_attn.viewer.report").joinpath("assets", name).read_text(encoding="utf-8")

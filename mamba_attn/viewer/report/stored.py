@@ -1,0 +1,247 @@
+"""A store on its way into a page: which of its layers, matrices, points and pictures go in."""
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mamba_attn.tracing.layers import ScanLayer
+from mamba_attn.viewer.report.budget import Content, ReportError
+from mamba_attn.viewer.report.quantised import as_text, places
+from mamba_attn.viewer.source import Source, others
+from mamba_attn.viewer.state import Pane
+from mamba_attn.viewer.views import Views
+
+CELLS = 32 * 32  # of the largest grid that is shown
+PICTURES = 400  # images of which the page has a small picture
+_SMALL = 56  # pixels of it
+_OF_IMAGES = "matrices of images"
+_LEFT_OUT = 3  # layers that are named
+MEAN = "mean"
+
+
+class _ReadOnly:
+    """A store that perhaps cannot be written: points that it cannot remember are made anew next time."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def save_embedding(self, *args: Any) -> None:
+        with suppress(OSError):
+            self._store.save_embedding(*args)
+
+
+class Stored:
+    """One store on its way into the page.
+
+    Args:
+        store: an ``AttentionStore``.
+        content: of the page.
+        methods: of dimension reduction; but for the first, of the routes' sum alone.
+
+    Raises:
+        ReportError: it has no images.
+    """
+
+    def __init__(self, store: Any, content: Content, methods: Sequence[str]) -> None:
+        self.name, self.content, self.methods = store.model_name, content, methods
+        self.views = Views(Source(_ReadOnly(store)))
+        self.source = self.views.source
+        if not self.source.images:
+            raise ReportError(f"{store.folder}: a store without images has nothing to show.")
+        self.shown = [n for n, layer in enumerate(self.source.layers) if np.prod(layer.layout.grid) <= CELLS]
+        self.matrices: dict[int, dict[str, int]] = {number: {} for number in self.shown}
+        self.scatter: dict[str, str] = {}
+        self.kept: list[int] = []
+        self.photos: dict[int, str] = {}
+        self.small: list[str] = []
+        self.wanted: dict[str, tuple[int, list[int]]] = {}  # by kind: matrices, and bytes of each that is left out
+        self._too_large: float = np.inf  # side of the smallest matrix that did not fit
+        large = [layer for n, layer in enumerate(self.source.layers) if n not in self.matrices]
+        if large:
+            grids = ", ".join("{}x{}".format(*layer.layout.grid) for layer in large[:_LEFT_OUT])
+            content.notes.append(
+                f"{self.name}: {_count(len(large), 'layer')} of more than {CELLS:,} patches ({grids}"
+                f"{', ...' if len(large) > _LEFT_OUT else ''}) {'is' if len(large) == 1 else 'are'} left out. "
+                f"{elsewhere([store])}"
+            )
+
+    def means(self) -> None:
+        """Add the mean of every layer's routes' sum."""
+        for number in list(self.shown):
+            if not self._matrix(number, MEAN, "sum"):
+                at = self.shown.index(number)
+                if not at:
+                    raise ReportError(
+                        f"the mean of {self.source.layers[number].name} does not fit {self.content.limit:,} bytes; "
+                        "name a larger --size."
+                    )
+                self._too_much("later layers")
+                self.shown = self.shown[:at]
+                return
+
+    def points(self) -> None:
+        """Add points of the stages, and of the layers' patches."""
+        for number in self.shown:
+            for method in self.methods:
+                self._point(f"stage{self.source.layers[number].stage}/{method}", Pane(
+                    layer=number, mode="blocks", method=method))  # fmt: skip
+                for direction in ("row", "column"):
+                    self._point(f"{number}/sum/{direction}/{method}", Pane(
+                        layer=number, direction=direction, method=method))  # fmt: skip
+
+    def routes(self) -> None:
+        """Add the mean of each route, and its points."""
+        for number, route in self._routes():
+            if not self._fits("means of routes", number, MEAN, route):
+                continue
+            for direction in ("row", "column"):
+                self._point(f"{number}/{route}/{direction}/{self.methods[0]}", Pane(
+                    layer=number, route=route, direction=direction, method=self.methods[0]))  # fmt: skip
+
+    def pictures(self, count: int) -> None:
+        """Add what the model saw of images whose matrices follow, or of the first; and small pictures of many.
+
+        Args:
+            count: of images that are kept in full.
+        """
+        images = self.source.images
+        self.kept = [number for number, image in enumerate(images) if image.kept][:count]
+        beyond = sum(image.kept for image in images) - len(self.kept)
+        if beyond:
+            self.content.notes.append(
+                f"{self.name}: {beyond} of {beyond + len(self.kept)} images kept in full are not in this page; "
+                f"--images {beyond + len(self.kept)} adds them."
+            )
+        for number in self.kept or [0]:
+            photo = self.content.add(_jpeg(self.source.store.pixels(images[number]), None))
+            if photo is not None:
+                self.photos[number] = photo
+        for image in images[:PICTURES]:
+            small = self.content.add(_jpeg(self.source.store.pixels(image), _SMALL))
+            if small is None:
+                break
+            self.small.append(small)
+
+    def first_image(self) -> None:
+        """Add the first image's matrices of the routes' sum."""
+        for number in self.shown if self.kept else ():
+            self._fits(_OF_IMAGES, number, self.kept[0], "sum")
+
+    def images(self) -> Iterator[int]:
+        """Add matrices of the other images, and those of routes, one at each turn."""
+        wanted: list[tuple[int, int, str | int]] = [(n, image, "sum") for image in self.kept[1:] for n in self.shown]
+        wanted += [(n, image, route) for image in self.kept for n, route in self._routes()]
+        for number, image, route in wanted:
+            if self._fits(_OF_IMAGES, number, image, route):
+                yield number
+
+    def say_what_is_left_out(self) -> None:
+        """Add the sentence about what did not fit: how much, and what would hold it."""
+        missing = [f"{len(lost)} of {count} {what}" for what, (count, lost) in self.wanted.items() if lost]
+        if not missing:
+            return
+        bytes_more = sum(sum(lost) for _, lost in self.wanted.values())
+        enough = -int(-1.02 * (self.content.size + bytes_more) // 1e6)
+        whole = sum(all(f"{image}/sum" in self.matrices[n] for n in self.shown) for image in self.kept)
+        images = f" ({whole} of {_count(len(self.kept), 'image')} can be shown in every block)" if self.kept else ""
+        fewer = ", fewer --images leave room" if len(self.kept) > 1 else ""
+        self.content.notes.append(
+            f"{self.name}: {' and '.join(missing)} are left out to stay within --size {self.content.limit / 1e6:g}"
+            f"{images}. --size {enough} holds all{fewer}; mamba-attn explore shows them without a page."
+        )
+
+    def told(self) -> dict[str, Any]:
+        """Return what the page's script knows of it, as JSON values."""
+        layers = []
+        for number in self.shown:
+            layer = self.source.layers[number]
+            cells = _cells(layer.layout)
+            of_token = {token: cell for cell, token in enumerate(cells)}
+            scans = layer.orders.tolist() if layer.kind == ScanLayer.kind else []
+            orders = [[of_token.get(token, -1) for token in order] for order in scans]
+            layers.append({
+                "number": number, "name": layer.name, "stage": layer.stage, "block": layer.block,
+                "grid": list(layer.layout.grid), "tokens": len(cells), "routes": layer.routes, "orders": orders,
+                "classes": len(layer.layout.class_tokens), "matrices": self.matrices[number],
+            })  # fmt: skip
+        stages: dict[int, list[int]] = {}
+        for number, layer in enumerate(self.source.layers):
+            stages.setdefault(layer.stage, []).append(number)
+        return {
+            "name": self.name, "layers": layers, "points": self.scatter, "photos": self.photos, "small": self.small,
+            "stages": stages, "blocks": [layer.block for layer in self.source.layers],
+            "images": [[image.key, image.label, image.predicted] for image in self.source.images],
+        }  # fmt: skip
+
+    def _routes(self) -> Iterator[tuple[int, int]]:
+        for number in self.shown:
+            layer = self.source.layers[number]
+            if layer.routes > 1 and self.source.store.index.routes == "each":
+                yield from ((number, route) for route in range(layer.routes))
+
+    def _matrix(self, number: int, what: str | int, route: str | int) -> bool:
+        layer, store = self.source.layers[number], self.source.store
+        matrix = store.mean(layer, route) if what == MEAN else store.matrix(layer, int(what), route)
+        cells = _cells(layer.layout)
+        added = self.content.add_matrix(np.asarray(matrix)[np.ix_(cells, cells)])
+        if added is not None:
+            self.matrices[number][f"{what}/{route}"] = added
+        return added is not None
+
+    def _fits(self, what: str, number: int, image: str | int, route: str | int) -> bool:
+        """Add a matrix, or count it as left out; after one that did not fit, none as large is tried."""
+        count, lost = self.wanted.get(what, (0, []))
+        self.wanted[what] = count + 1, lost
+        tokens = self.source.layers[number].tokens
+        known = image == MEAN or image in self.photos
+        if known and tokens < self._too_large and self._matrix(number, image, route):
+            return True
+        self._too_large = min(self._too_large, tokens) if known else self._too_large
+        held = self.matrices[number]
+        alike = held.get(f"{MEAN}/{route}", held[f"{MEAN}/sum"])  # its text is about as long
+        lost.append(len(self.content.matrices[alike]))
+        return False
+
+    def _point(self, key: str, pane: Pane) -> None:
+        if key not in self.scatter:
+            try:
+                points = self.content.add(places(self.views.points(pane).xy))
+            except ValueError:
+                return  # a single patch or image: no plane
+            if points is not None:
+                self.scatter[key] = points
+
+    def _too_much(self, what: str) -> None:
+        self.content.notes.append(
+            f"{self.name}: {what} are left out, in part or all, to stay within --size; mamba-attn explore shows them."
+        )
+
+
+def _cells(layout: Any) -> list[int]:
+    """Tokens as the page numbers them: patches, class tokens, registers."""
+    return [*layout.patches.tolist(), *others(layout)]
+
+
+def elsewhere(stores: Sequence[Any]) -> str:
+    """Return what shows grids of any size, in a sentence."""
+    names = " ".join(store.folder.name for store in stores)
+    return f"mamba-attn explore {names} shows them, with rows that are read, or computed in linear time, when asked."
+
+
+def _jpeg(pixels: np.ndarray, side: int | None) -> str:
+    image, file = Image.fromarray(pixels), io.BytesIO()
+    if side is not None:
+        image.thumbnail((side, side))
+    image.save(file, "JPEG", quality=88 if side is None else 75)
+    return f"data:image/jpeg;base64,{as_text(file.getvalue())}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

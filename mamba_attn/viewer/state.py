@@ -1,0 +1,234 @@
+"""What the explorer shows: one small dataclass, that goes into JSON and into the address of the page."""
+
+import base64
+import json
+import zlib
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Self
+
+import numpy as np
+
+from mamba_attn.viewer import runs
+
+LONGEST = 20_000  # characters of an address that are parsed
+_LARGEST = 2**20  # bytes of JSON in it
+_CELLS = 2**16  # chosen cells, or points
+
+# what points' colours can mean: a block's patches are of one stage, and their mean is of all classes
+COLOURS: dict[str, tuple[str, ...]] = {
+    "patches": ("column", "row", "rank"),
+    "blocks": ("block", "class", "predicted"),
+}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "mode": ("blocks", "patches"),
+    "direction": ("row", "column"),
+    "sign": ("signed", "positive", "absolute"),
+    "normalise": ("none", "largest", "range", "sum"),
+    "what": ("mean", "image", "difference"),
+    "method": ("pca", "tsne", "umap"),
+    "colour": tuple(name for names in COLOURS.values() for name in names),
+    "palette": ("viridis", "cividis"),
+}
+
+
+@dataclass(frozen=True)
+class Pane:
+    """One side: which attention, and how it is shown.
+
+    Args:
+        store: number of the store among those that are open.
+        layer: number of the layer in it.
+        route: number of a route, or -1 for their sum.
+        mode: points are (block, image) pairs, "blocks", or one block's "patches".
+        direction: "row", what patches read; "column", where they are read.
+        what: the "mean" of all images, one "image", or their "difference".
+        image: number of the image in the store.
+        sign: of what is shown, see ``figures.shown``.
+        normalise: likewise.
+        log: likewise.
+        gate: weigh rows by the mixer's gate; of an image only.
+        skip: add D to the diagonal; of an image only.
+        method: of dimension reduction.
+        first: t-SNE and UMAP are given the first 100 principal components instead of the features.
+        colour: what the points' colours mean.
+        palette: of values that are not negative.
+        opacity: of the map over the image.
+        path: draw the route's path.
+        step: steps of it that are drawn; 0 for all.
+    """
+
+    store: int = 0
+    layer: int = 0
+    route: int = -1
+    mode: str = "patches"
+    direction: str = "row"
+    what: str = "mean"
+    image: int = 0
+    sign: str = "signed"
+    normalise: str = "none"
+    log: bool = False
+    gate: bool = False
+    skip: bool = False
+    method: str = "pca"
+    first: bool = True
+    colour: str = "column"
+    palette: str = "viridis"
+    opacity: float = 0.9
+    path: bool = False
+    step: int = 0
+
+    @classmethod
+    def parsed(cls, given: Any) -> Self:
+        """Return the pane of JSON; fields that are absent take their defaults, others are ignored.
+
+        Raises:
+            ValueError: a field that cannot be.
+        """
+        if not isinstance(given, dict):
+            raise ValueError(f"a pane is an object, got {type(given).__name__}.")  # noqa: TRY004 - of parsed text
+        values: dict[str, Any] = {}
+        for its in fields(cls):
+            if its.name in given:
+                values[its.name] = _checked(its.name, given[its.name], its.default)
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class State:
+    """The whole page.
+
+    Args:
+        panes: one, or two side by side.
+        grid: (height, width) that the chosen cells are of.
+        cells: chosen patches as raster indices; -1, -2, ... are the tokens that are not patches, in their order.
+        points: chosen (layer, image) pairs.
+    """
+
+    panes: tuple[Pane, ...] = (Pane(),)
+    grid: tuple[int, int] = (1, 1)
+    cells: tuple[int, ...] = ()
+    points: tuple[tuple[int, int], ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what JSON can say, with defaults left out."""
+        plain = asdict(Pane())
+        panes = [{name: value for name, value in asdict(pane).items() if value != plain[name]} for pane in self.panes]
+        return {
+            "panes": panes, "grid": list(self.grid), "cells": list(self.cells),
+            "points": [list(pair) for pair in self.points],
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, given: Any) -> Self:
+        """Return the state of JSON from anywhere.
+
+        Raises:
+            ValueError: it is none; the message says which part.
+        """
+        if not isinstance(given, dict):
+            raise ValueError("the state is an object.")  # noqa: TRY004 - of parsed text
+        panes = given.get("panes", [{}])
+        if not isinstance(panes, list) or not 1 <= len(panes) <= 2:
+            raise ValueError("the state has one or two panes.")
+        height, width = _integers("grid", given.get("grid", [1, 1]), 2)
+        if not (1 <= height <= 4096 and 1 <= width <= 4096):
+            raise ValueError(f"a grid of {height}x{width} cells is none.")
+        cells = _integers("cells", given.get("cells", []))
+        if any(not -64 <= cell < height * width for cell in cells):
+            raise ValueError(f"cells outside a grid of {height}x{width}.")
+        pairs = given.get("points", [])
+        if not isinstance(pairs, list) or len(pairs) > _CELLS:
+            raise ValueError("points are a list of pairs.")
+        points = tuple(_integers("points", pair, 2) for pair in pairs)
+        return cls(tuple(Pane.parsed(pane) for pane in panes), (height, width), cells, points)  # type: ignore[arg-type]
+
+    def to_url(self) -> str:
+        """Return the state as letters that an address may have; without a choice that is too long for one."""
+        given = self.to_json()
+        given |= {"cells": runs.packed(self.cells), "points": runs.packed_pairs(self.points)}
+        packed = zlib.compress(json.dumps(given, separators=(",", ":")).encode(), 9)
+        text = base64.urlsafe_b64encode(packed).decode("ascii").rstrip("=")
+        return text if len(text) <= LONGEST else replace(self, cells=(), points=()).to_url()
+
+    @classmethod
+    def from_url(cls, text: str) -> Self:
+        """Return the state of such letters.
+
+        Raises:
+            ValueError: they are none, or too many.
+        """
+        if len(text) > LONGEST:
+            raise ValueError(f"the address holds {len(text)} characters of state, more than {LONGEST}.")
+        try:
+            packed = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+            unpacker = zlib.decompressobj()
+            raw = unpacker.decompress(packed, _LARGEST)
+            if unpacker.unconsumed_tail:
+                raise ValueError(f"more than {_LARGEST} bytes")
+            return cls.from_json(_unpacked(json.loads(raw)))
+        except (ValueError, zlib.error, RecursionError) as error:  # ValueError includes base64's and JSON's
+            raise ValueError(f"the state in the address cannot be read ({error}).") from error
+
+    def with_pane(self, index: int, **changes: Any) -> "State":
+        """Return the state with one pane changed."""
+        panes = list(self.panes)
+        panes[index] = replace(panes[index], **changes)
+        return replace(self, panes=tuple(panes))
+
+    def on_grid(self, grid: tuple[int, int]) -> list[int]:
+        """Return the chosen patches on another grid over the same image: the cells that lie there.
+
+        Args:
+            grid: (height, width).
+        """
+        patches = [cell for cell in self.cells if cell >= 0]
+        if grid == self.grid or not patches:
+            return patches
+        height, width = self.grid
+        mask = np.zeros(self.grid, dtype=bool)
+        rows, columns = np.divmod(np.array(patches), width)
+        mask[rows, columns] = True
+        down = ((np.arange(grid[0]) + 0.5) * height / grid[0]).astype(int)  # where each new cell's centre lies
+        right = ((np.arange(grid[1]) + 0.5) * width / grid[1]).astype(int)
+        there = mask[np.ix_(down, right)]
+        # and the new cells that hold an old one's centre, where the new ones are larger
+        there[((rows + 0.5) * grid[0] / height).astype(int), ((columns + 0.5) * grid[1] / width).astype(int)] = True
+        return [int(cell) for cell in np.flatnonzero(there)]
+
+
+def _unpacked(given: Any) -> Any:
+    """JSON with lists for runs; older addresses have lists."""
+    if not isinstance(given, dict):
+        return given
+    cells, points = given.get("cells"), given.get("points")
+    if isinstance(cells, str):
+        given = {**given, "cells": runs.unpacked(cells, _CELLS)}
+    if isinstance(points, dict):
+        given = {**given, "points": runs.unpacked_pairs(points, _CELLS)}
+    return given
+
+
+def _checked(name: str, value: Any, default: Any) -> Any:
+    if name in CHOICES:
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name} is one of {CHOICES[name]}.")
+        return value
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is true or false.")  # noqa: TRY004 - of parsed text
+        return value
+    if isinstance(default, int):
+        (number,) = _integers(name, [value])
+        if not -1 <= number <= 10**6:
+            raise ValueError(f"{name} is out of range.")
+        return number
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name} lies in 0..1.")
+    return float(value)
+
+
+def _integers(name: str, values: Any, count: int | None = None) -> tuple[int, ...]:
+    fits = isinstance(values, list) and len(values) <= _CELLS and (count is None or len(values) == count)
+    if not fits or any(isinstance(value, bool) or not isinstance(value, int) for value in values):
+        raise ValueError(f"{name} is a list of {'' if count is None else f'{count} '}whole numbers.")
+    return tuple(values)

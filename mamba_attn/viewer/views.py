@@ -1,0 +1,217 @@
+"""What a state looks like: the figures and arrays of its two views, without a browser or a server."""
+
+import math
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import torch
+
+from mamba_attn import figures
+from mamba_attn.analytics.embed import embed
+from mamba_attn.analytics.projection import SIZE, feature_size, project
+from mamba_attn.figures.patch_view import patch_view_changes
+from mamba_attn.viewer.offer import fitting
+from mamba_attn.viewer.scatter import of_blocks, of_patches
+from mamba_attn.viewer.source import Source, scans, tokens_of
+from mamba_attn.viewer.state import Pane, State
+from mamba_attn.viewer.words import drawn_route, legend, palette, signed
+
+STRONGEST = 5  # targets that are named
+_POINTS = 1  # raised when points are made in another way: those in caches are then made again
+_WHOLE = 2**27  # numbers of features, half a gigabyte; beyond it each row is projected to 4,096
+_FIRST = 100  # principal components for t-SNE and UMAP, as in arXiv 2502.20764
+_AT_ONCE = 16  # rows of features that are read together
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """The points of a scatterplot.
+
+    Args:
+        xy: (points, 2).
+        pairs: (points, 2) numbers of layer and image, in mode "blocks".
+        about: how they were made.
+    """
+
+    xy: np.ndarray
+    pairs: np.ndarray | None
+    about: str
+
+
+class Views:
+    """The views of one store; embeddings are remembered.
+
+    Args:
+        source: of the numbers.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._points: dict[tuple[Any, ...], Points] = {}
+
+    def points(self, pane: Pane) -> Points:
+        """Return the points of a pane's scatterplot: a stage's (block, image) pairs, or a block's patches.
+
+        Raises:
+            ImportError: the method's package is not installed.
+            ValueError: too few points.
+        """
+        source, layer = self.source, self.source.layer(pane)
+        if pane.mode == "blocks":
+            key: tuple[Any, ...] = ("blocks", layer.stage, pane.method)
+        else:
+            key = ("patches", layer.name, source.route(pane), pane.direction, pane.method)
+        key += () if pane.first or pane.method == "pca" else ("all features",)
+        if key not in self._points:
+            self._points[key] = self._made(pane, key)
+        return self._points[key]
+
+    def _made(self, pane: Pane, key: tuple[Any, ...]) -> Points:
+        """Points from the store's cache, without a look at what they were made of; made, and cached, at first."""
+        source, layer = self.source, self.source.layer(pane)
+        pairs = self.pairs(pane)
+        count = len(layer.layout.patches) if pairs is None else len(pairs)
+        about = f"Stage {layer.stage}, block {layer.block}: {count} patches"
+        if pairs is not None:
+            about = f"Stage {layer.stage}: blocks, {len(source.images)} images"
+        name = f"explorer {_POINTS}: {' '.join(map(str, key))}"
+        known = source.store.embedding(name)
+        if known is not None and known[0].shape == (count, 2):
+            return Points(known[0], pairs, about)
+        xy, how = embed(self._features(pane), pane.method, first=_FIRST if pane.first else None)
+        with suppress(OSError):  # a store that cannot be written has its points made anew each time
+            source.store.save_embedding(name, xy, how)
+        return Points(xy, pairs, about)
+
+    def _features(self, pane: Pane) -> np.ndarray:
+        """One row of numbers per point."""
+        source, layer = self.source, self.source.layer(pane)
+        if pane.mode == "patches":
+            patches = layer.layout.patches.numpy()
+            return np.ascontiguousarray(source.mean(pane)[patches])
+        layers, images = [source.layers[index] for index in source.stage(pane)], len(source.images)
+        size = feature_size(layer.layout.tokens)
+        projected = size > SIZE and len(layers) * images * size > _WHOLE
+        found = np.empty((len(layers) * images, SIZE if projected else size), np.float32)
+        for number, its in enumerate(layers):
+            for start, rows in source.store.feature_rows(its, _AT_ONCE):
+                first = number * images + start
+                found[first : first + len(rows)] = [project(_square(row)) for row in rows] if projected else rows
+        return found
+
+    def pairs(self, pane: Pane) -> np.ndarray | None:
+        """Return (points, 2) numbers of layer and image of the points in mode "blocks"; None for patches."""
+        if pane.mode == "patches":
+            return None
+        images = range(len(self.source.images))
+        return np.array([(index, image) for index in self.source.stage(pane) for image in images])
+
+    def selected(self, pane: Pane, state: State) -> list[int]:
+        """Return the numbers of the points that the selection means; of blocks, without one, those that are shown."""
+        if pane.mode == "patches":
+            return state.on_grid(tuple(self.source.layer(pane).layout.grid))
+        pairs = self.pairs(pane)
+        wanted = set(state.points) or set(self.open_points(pane))
+        if pairs is None:
+            return []
+        return [index for index, pair in enumerate(pairs.tolist()) if tuple(pair) in wanted]
+
+    def open_points(self, pane: Pane) -> list[tuple[int, int]]:
+        """Return the (layer, image) pairs that the patch view shows: of a mean, all of its images."""
+        source = self.source
+        images = range(len(source.images)) if pane.what == "mean" else [min(pane.image, len(source.images) - 1)]
+        return [(min(pane.layer, len(source.layers) - 1), image) for image in images]
+
+    def scatter(self, pane: Pane, state: State, size: int = 460) -> go.Figure:
+        """Return the scatterplot view.
+
+        Args:
+            pane: which attention.
+            state: whose selection is lit up.
+            size: height in pixels.
+        """
+        points = self.points(pane)
+        colour = fitting(self.source, pane).colour
+        method = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}[pane.method]
+        shared = {
+            "selected": self.selected(pane, state), "axes": (f"{method} 1", f"{method} 2"), "size": size,
+        }  # fmt: skip
+        if points.pairs is not None:
+            return of_blocks(self.source, points.xy, points.pairs, colour, shared)
+        return of_patches(self.source.layer(pane), points.xy, self.ranks(pane), max(pane.route, 0), colour, shared)
+
+    def ranks(self, pane: Pane) -> np.ndarray:
+        """Return at which step every route visits each patch: (routes, patches), NaN where it does not."""
+        layer = self.source.layer(pane)
+        ranks = np.full((len(layer.orders), layer.layout.tokens), np.nan)
+        for route, order in enumerate(np.asarray(layer.orders)):
+            ranks[route, order] = np.arange(len(order))
+        return np.asarray(ranks[:, layer.layout.patches.numpy()])
+
+    def path(self, pane: Pane) -> np.ndarray:
+        """Return the patches that the pane's route, of a sum the first one, visits, as raster indices; step by step."""
+        layer = self.source.layer(pane)
+        number = np.full(layer.layout.tokens, -1)
+        number[layer.layout.patches.numpy()] = np.arange(len(layer.layout.patches))
+        visited = number[np.asarray(layer.orders)[drawn_route(self.source, pane)]]
+        return np.asarray(visited[visited >= 0])
+
+    def heat(self, pane: Pane, state: State) -> np.ndarray:
+        """Return the map of the selection, (height, width), as it is shown.
+
+        Raises:
+            UnavailableError: gate or D where there is none.
+        """
+        layer = self.source.layer(pane)
+        cells = [*state.on_grid(tuple(layer.layout.grid)), *(cell for cell in state.cells if cell < 0)]
+        return self.shown(pane, self.source.read(pane, tokens_of(layer.layout, cells)))
+
+    def shown(self, pane: Pane, values: np.ndarray) -> np.ndarray:
+        """Return one number per token on the grid, as it is shown."""
+        grid = self.source.layer(pane).layout.to_grid(torch.from_numpy(np.ascontiguousarray(values))).numpy()
+        return figures.shown(grid, sign=pane.sign, normalise=pane.normalise, log=pane.log)
+
+    def patches(self, pane: Pane, state: State, size: int = 460) -> go.Figure:
+        """Return the patch view.
+
+        Args:
+            pane: which attention.
+            state: whose selection is shown.
+            size: height in pixels.
+
+        Raises:
+            UnavailableError: as in ``heat``.
+        """
+        layer = self.source.layer(pane)
+        order = self.path(pane) if pane.path and scans(layer) else None
+        values = self.heat(pane, state)
+        return figures.patch_view(
+            values, image=self.source.pixels(pane), order=order,
+            marks=state.on_grid(tuple(layer.layout.grid)),
+            step=None if order is None or not 0 < pane.step <= len(order) else pane.step, opacity=pane.opacity,
+            signed=signed(pane), colours=None if signed(pane) else palette(pane),
+            bar_title=legend(self.source, pane), size=size,
+        )  # fmt: skip
+
+    def changes(self, pane: Pane, state: State) -> dict[str, Any]:
+        """Return what another selection, route or scale changes of a patch view that is drawn; as ``patches``."""
+        values = self.heat(pane, state)
+        marks = state.on_grid(tuple(self.source.layer(pane).layout.grid))
+        shades = None if signed(pane) else palette(pane)
+        return patch_view_changes(values, marks=marks, opacity=pane.opacity, signed=signed(pane), colours=shades)
+
+    def gallery(self, pane: Pane, state: State) -> list[np.ndarray]:
+        """Return the map of the selection in every layer, each on its own grid."""
+        found = []
+        for index in range(len(self.source.layers)):
+            its = Pane(**{**pane.__dict__, "layer": index})
+            found.append(self.heat(its, state))
+        return found
+
+
+def _square(row: np.ndarray) -> np.ndarray:
+    side = math.isqrt(len(row))
+    return row.reshape(side, side)

@@ -1,0 +1,96 @@
+"""The arrays of an image are those of the methods."""
+
+import numpy as np
+import pytest
+import torch
+
+from mamba_attn import images, trace
+from mamba_attn.attribution import AttentionRollout, MambaAttribution, RawAttention, TransformerAttribution
+from mamba_attn.datasets import loaded_model
+from mamba_attn.explanations import choices
+from mamba_attn.explanations.answer import _at_depths, answer
+from tests.explanations.cases import CLASSES, VIM, VIT, VMAMBA, photo, save
+
+CASES = {"vim_micro": VIM, "vmamba_micro": VMAMBA, "vit_micro": VIT}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def loaded(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    return loaded_model.load(request.param, save(folder, request.param, CASES[request.param])), photo(folder)
+
+
+def ask(loaded, **more):
+    return answer(choices.Question(loaded[0], choices.parse_methods([], loaded[0]), **more), loaded[1])
+
+
+def inputs(loaded):
+    return loaded[0].transform(loaded[1])[None]
+
+
+def test_maps_are_those_of_the_methods(loaded):
+    found, model = ask(loaded), loaded[0].model
+    last = TransformerAttribution if loaded[0].softmax else MambaAttribution
+    for method, built in zip(found.methods, (RawAttention, AttentionRollout, last), strict=True):
+        truth = built(model).attribute(inputs(loaded))[0, 0].numpy()
+        np.testing.assert_allclose(found.maps[method.key], truth, rtol=1e-5, atol=1e-6 * np.abs(truth).max())
+        assert found.maps[method.key].shape == found.image.shape[:2] == loaded[0].transform.size
+
+
+def test_matrices_and_rows_are_those_of_the_trace(loaded):
+    found = ask(loaded)
+    with torch.no_grad(), trace(loaded[0].model) as record:
+        logits = loaded[0].model(inputs(loaded))
+    np.testing.assert_allclose(found.probabilities, logits.softmax(1)[0].numpy(), atol=1e-6)
+    assert list(found.read) == list(record)
+    for name, matrix in found.matrices.items():
+        truth = record[name].attention()[0].numpy()
+        np.testing.assert_allclose(matrix, truth, rtol=1e-4, atol=1e-6 * np.abs(truth).max())
+    token = record.layers[0].layout.class_tokens
+    for name, row in found.read.items():
+        matrix = record[name].attention()[0].numpy()
+        truth = matrix[token[0]] if token else matrix.mean(0)
+        np.testing.assert_allclose(row, truth, rtol=1e-4, atol=1e-6 * np.abs(matrix).max())
+    assert found.reader == ("the class token" if token else "the mean patch")
+
+
+def test_target_layers_and_query_reach_the_methods(loaded):
+    model, layers = loaded[0].model, loaded[0].layers[:1]  # of the last one only the class token's row counts
+    found = ask(loaded, layers=layers, target=2, query=(3.0, 5.0))
+    last = TransformerAttribution if loaded[0].softmax else MambaAttribution
+    truth = last(model, layers=layers).attribute(inputs(loaded), 2, (3, 5))[0, 0].numpy()
+    np.testing.assert_allclose(found.maps[found.methods[2].key], truth, rtol=1e-5, atol=1e-6 * np.abs(truth).max())
+    other = ask(loaded, layers=layers, target=1, query=(3.0, 5.0)).maps[found.methods[2].key]
+    assert np.abs(truth - other).max() > 1e-3 * np.abs(truth).max() > 0
+    assert list(found.matrices) == list(found.read) == layers
+    assert (found.explained, found.reader) == (2, "the marked patch")
+
+
+def test_arrays_have_names(loaded):
+    found = ask(loaded)
+    arrays = found.arrays()
+    assert arrays["classes"].tolist() == CLASSES
+    assert arrays["layers"].tolist() == loaded[0].layers
+    assert int(arrays["explained"]) == found.probabilities.argmax()
+    expected = {"image", "probabilities", "classes", "explained", "layers", *found.maps}
+    expected |= {f"attention.{name}" for name in found.matrices} | {f"row.{name}" for name in loaded[0].layers}
+    assert set(arrays) == expected
+    assert set(found.arrays("x.")) == {f"x.{name}" for name in expected}
+    assert np.array_equal(arrays["image"], loaded[0].transform.pixels(loaded[1]))
+    assert found.best(2)[0] == (CLASSES[int(found.probabilities.argmax())], found.probabilities.max())
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(1, [0]), (2, [0, 1]), (3, [1, 2]), (5, [1, 2, 3]), (12, [3, 6, 8]), (24, [6, 12, 17])]
+)
+def test_a_quarter_half_and_three_quarters(count, expected):
+    names = [str(index) for index in range(count)]
+    assert [int(name) for name in _at_depths(names)] == expected
+
+
+def test_official_models_see_the_crop_that_they_were_measured_with(tmp_path):
+    path = save(tmp_path / "tiny", "vim_tiny", {**VIM, "image_size": [32, 48]})
+    found = ask((loaded_model.load("vim_tiny", path), photo(tmp_path)))
+    picture = images.read(photo(tmp_path))
+    expected = images.crop(picture, (32, 48), cover=(36, 54), interpolation="bicubic")
+    assert np.array_equal(found.image, expected)

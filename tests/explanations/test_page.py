@@ -1,0 +1,127 @@
+"""The page and the picture: complete, readable, without network."""
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mamba_attn.datasets import loaded_model
+from mamba_attn.explanations import choices
+from mamba_attn.explanations.answer import answer
+from mamba_attn.explanations.page import index, page
+from mamba_attn.explanations.sheet import marked, sheet
+from mamba_attn.figures.colours import limits
+from tests.explanations.cases import VIM, VIT, photo, save
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    vim = loaded_model.load("vim_micro", save(folder / "vim", "vim_micro", VIM))
+    vit = loaded_model.load("vit_micro", save(folder / "vit", "vit_micro", VIT))
+    question = choices.Question(vim, choices.parse_methods([], vim), query=(9.0, 20.0), target=2)
+    path = photo(folder)
+    return [answer(question, path), answer(question.of_companion(vit), path)]
+
+
+class Tags(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "input", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def all(self, name):
+        return [attributes for tag, attributes in self.tags if tag == name]
+
+
+def picture(uri):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,")))))
+
+
+def test_everything_is_inside_and_named(answers):
+    text = page("a & <b>.jpg", answers, "mamba-attn explain 'a & <b>.jpg'")
+    tags = Tags(text)
+    pictures = tags.all("img")
+    # per model: the photo, the photo under each of three maps, the maps, the matrices
+    assert len(pictures) == sum(1 + 2 * 3 + len(each.matrices) for each in answers)
+    assert all(image["src"].startswith("data:image/png;base64,") and image["alt"] for image in pictures)
+    assert not re.search(r"https?:|<script|<link|@import|url\(", text)
+    assert "a &amp; &lt;b&gt;.jpg" in text
+    assert "<b>.jpg" not in text
+    for words in ("raw attention", "attention rollout", "Mamba-Attribution", "Transformer-Attribution"):
+        assert f"<b>{words}</b>" in text
+    assert text.count("[red]not markup[/red]") == 2 * (1 + 1)  # among the likeliest, and as the class explained
+    assert text.count("the marked patch") == 4
+    assert tags.open == []
+
+
+def test_the_photo_and_the_maps_are_pictures_of_the_arrays(answers):
+    from mamba_attn.figures import png
+
+    sources = [image["src"] for image in Tags(page("a", answers, "")).all("img")]
+    assert np.array_equal(picture(sources[0]), answers[0].image)
+    raw = answers[0].maps["raw_attention"]
+    assert np.array_equal(picture(sources[2]), png.matrix_rgb(raw, **limits(raw)))
+
+
+def test_the_query_is_marked_where_it_is(answers):
+    (circle, *_) = Tags(page("a", answers, "")).all("circle")
+    assert (circle["cx"], circle["cy"]) == ("20", "9")
+    box = answers[0].question._replace(query=(2.0, 4.0, 30.0, 20.0))
+    replaced = type(answers[0])(**{**vars(answers[0]), "question": box})
+    (rectangle, *_) = Tags(page("a", [replaced], "")).all("rect")
+    assert [rectangle[name] for name in ("x", "y", "width", "height")] == ["2", "4", "28", "16"]
+
+
+def test_the_list_of_pages_links_them():
+    tags = Tags(index(["a & b.jpg", "c.png"], ["a & b", "c"]))
+    assert [link["href"] for link in tags.all("a")] == ["a & b.html", "c.html"]
+    assert [image["src"] for image in tags.all("img")] == ["a & b.png", "c.png"]
+
+
+def test_the_sheet_has_a_row_per_model(answers):
+    one, both = sheet(answers[:1]), sheet(answers)
+    panels = 1 + 3 + len(answers[0].matrices)
+    assert one.shape[1] == panels * 256 + (panels + 1) * 8
+    assert both.shape[0] == 2 * one.shape[0]
+    assert np.array_equal(both[: one.shape[0], : one.shape[1]], one)
+    crop = Image.fromarray(answers[0].image).resize((256, 256), Image.Resampling.BICUBIC)
+    ours = np.asarray(
+        Image.fromarray(marked(answers[0].image, (9.0, 20.0))).resize((256, 256), Image.Resampling.BICUBIC)
+    )
+    assert np.array_equal(one[8:264, 8:264], ours)
+    assert not np.array_equal(one[8:264, 8:264], np.asarray(crop))
+
+
+def test_marks_are_drawn_at_the_query():
+    image = np.full((64, 96, 3), 255, dtype=np.uint8)
+    assert marked(image, None) is image
+    rows, columns = np.nonzero((marked(image, (20.0, 70.0)) != 255).any(-1))
+    assert abs(rows.mean() - 20) < 1
+    assert abs(columns.mean() - 70) < 1
+    rows, columns = np.nonzero((marked(image, (10.0, 20.0, 50.0, 60.0)) != 255).any(-1))
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (20, 59, 10, 49)
+    assert bool((image == 255).all())
+
+
+def test_a_few_large_values_do_not_hide_the_rest():
+    values = np.linspace(1, 2, 1000).reshape(20, 50)
+    values[0, 0] = 1e6
+    low, high = limits(values)["limits"]
+    assert low > 1
+    assert high < 2.01
+    low, high = limits(-values)["limits"]
+    assert (low, limits(-values)["signed"]) == (-high, True)
+    assert limits(np.zeros((3, 3))) == {"signed": False}

@@ -1,0 +1,26 @@
+import pytest
+
+from benchmarks.browser import FLAGS
+from tests.viewer.browsing import CHROMIUM, Explorer
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="the browser's driver is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no chromium: apt-get install chromium, or playwright install")
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def explorer(browser, address):
+    """A page at the module's own address; nothing may have gone wrong on it."""
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    opened = Explorer(page, address)
+    opened.open(address)
+    yield opened
+    page.close()
+    assert opened.wrong == []
