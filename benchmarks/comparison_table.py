@@ -1,4 +1,7 @@
-"""The comparison's figures as the tables of docs/comparing.md: ``python benchmarks/comparison_table.py``."""
+"""The comparison's figures as the tables and sentences of docs/comparing.md: ``python benchmarks/comparison_table.py``.
+
+The leads among the figures of results/compare.json are derived again before.
+"""
 
 import json
 import sys
@@ -8,8 +11,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from any folder
 
-from benchmarks.comparison import OURS, is_baseline
+from benchmarks.cases import EXPLAINED, TARGETS
+from benchmarks.comparison import OURS
+from benchmarks.comparison_leads import FIGURES, derive, difference
 from benchmarks.marked_pages import filled
+from benchmarks.report import written
+from mamba_attn.evaluation.metrics import METRICS
 
 PAGE = Path(__file__).parents[1] / "docs" / "comparing.md"
 RESULTS = Path(__file__).parent / "results" / "compare.json"
@@ -19,8 +26,8 @@ COLUMNS = {  # part, half, metric
     "mIoU of boxes": ("boxes", "report", "miou"),
     "mIoU of digits": ("digits", "report", "miou"),
 }
-FIGURES = "figures [value, low, high, images, place]"
 FAMILIES = ("vim", "vmamba", "vit")
+SANITY = 8  # images that are asked
 Cells = dict[str, dict[tuple[str, str], str]]
 
 
@@ -34,7 +41,7 @@ def methods_table(results: Mapping[str, Any]) -> str:
     order: dict[str, tuple[int, float]] = {}
     for column, where in COLUMNS.items():
         for table in _tables(results, *where):
-            family = table["model"].partition("_")[0]
+            family = _family(table)
             for method, (value, _, _, images, _) in table[FIGURES][where[2]].items():
                 fewer = f" ({images})" if images < table["images"] else ""
                 name = _short(method)
@@ -47,24 +54,148 @@ def methods_table(results: Mapping[str, Any]) -> str:
 
 
 def standing_table(results: Mapping[str, Any]) -> str:
-    """Return where our combination stands: ahead of which baselines by the paired interval, and behind what.
+    """Return where our combination stands: its lead over the best other method, what it is ahead of and what it is not.
 
     Args:
         results: contents of compare.json.
     """
-    lines = ["| | ours is ahead of, of the baselines | not ahead of | before it in the table |", "|---|---|---|---|"]
+    lines = ["| | lead over the best other method | ahead of | not ahead of |", "|---|---|---|---|"]
     for what, where in COLUMNS.items():
         for table in _tables(results, *where):
             found, ahead = table[FIGURES][where[2]], table["ours is ahead of"].get(where[2], [])
             if OURS not in found:
                 continue
-            baselines = [name for name in found if is_baseline(name)]
-            missed = [name for name in baselines if name not in ahead]
+            others = [name for name in found if name != OURS]
             before = list(found)[: list(found).index(OURS)]
-            row = (f"{table['model']}, {what}", f"{len(baselines) - len(missed)} of {len(baselines)}", _names(missed),
-                   _names(before))  # fmt: skip
-            lines.append(f"| {' | '.join(row)} |")
+            missed = [f"**{_name(name)}**" if name in before else _name(name) for name in others if name not in ahead]
+            lead = _lead(results, table["model"], where[2])
+            lines.append(f"| {table['model']}, {what} | {lead} | {len(others) - len(missed)} of {len(others)} | "
+                         f"{', '.join(missed) or 'none'} |")  # fmt: skip
     return "\n".join(lines)
+
+
+def rival(results: Mapping[str, Any]) -> str:
+    """Return in words how far our combination is from MambaLRP when cells are removed.
+
+    Args:
+        results: contents of compare.json.
+    """
+    tables = _tables(results, "perturbation", None, "")
+    said = []
+    for aim, what in (("positive_auc_top", "positive"), ("negative_auc_top", "negative")):
+        found = [table[FIGURES][aim] for table in tables if table["model"] in EXPLAINED]
+        said.append(f"{' / '.join(_difference(each, 'mamba_lrp', OURS, aim) for each in found)} ({what} AUC)")
+    return (
+        f"When cells are removed, `{OURS}`, our own combination, is behind MambaLRP, which is published, by "
+        f"{' and '.join(said)} AUC points on {' / '.join(EXPLAINED)}."
+    )
+
+
+def raw(results: Mapping[str, Any]) -> str:
+    """Return in words what raw attention is worth on VMamba when cells are removed.
+
+    Args:
+        results: contents of compare.json.
+    """
+    (table,) = (each for each in _tables(results, "perturbation", None, "") if each["model"] == "vmamba_micro")
+    cells = {
+        (name, aim): "{:.1f} [{:.1f}, {:.1f}]".format(*table[FIGURES][aim][name][:3])
+        for name in ("raw_attention", "random")
+        for aim in ("positive_auc_top", "negative_auc_top")
+    }
+    return (
+        "On vmamba_micro, raw attention is below random maps when what it marks highest is blackened first: positive "
+        f"AUC {cells['raw_attention', 'positive_auc_top']} against {cells['random', 'positive_auc_top']}, lower is "
+        f"better. Lowest first, it is above them: {cells['raw_attention', 'negative_auc_top']} against "
+        f"{cells['random', 'negative_auc_top']}. It shows what is read, not what decides."
+    )
+
+
+def sanity_table(results: Mapping[str, Any]) -> str:
+    """Return a table of how little maps depend on the weights and on the class, by method and model.
+
+    Args:
+        results: contents of compare.json.
+    """
+    tables = {_family(table): table for table in _tables(results, "sanity and cost", None, "")}
+    names = list(dict.fromkeys(name for table in tables.values() for name in table[FIGURES]["randomised_all"]))
+    size = {
+        name: next(abs(its[FIGURES]["randomised_all"][name][0]) for its in tables.values()
+                   if name in its[FIGURES]["randomised_all"])
+        for name in names
+    }  # fmt: skip
+    lines = [f"| method | {' | '.join(FAMILIES)} |", f"|---|{'---|' * len(FAMILIES)}"]
+    for name in sorted(names, key=lambda each: size[each]):
+        cells = (_sanity(tables[family][FIGURES], name) for family in FAMILIES)
+        lines.append(f"| {_name(name)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def sanity_words(results: Mapping[str, Any]) -> str:
+    """Return in words what the sanity check says of our combination.
+
+    Args:
+        results: contents of compare.json.
+    """
+    tables = [table for table in _tables(results, "sanity and cost", None, "") if table["model"] in EXPLAINED]
+    ours, theirs = (
+        [
+            " / ".join(_hundredths(table[FIGURES][metric][name][0]) for table in tables)
+            for metric in ("randomised_all", "other_class")
+        ]
+        for name in (OURS, "mamba_lrp")
+    )
+    return (
+        f"On {' / '.join(EXPLAINED)} the map of `{OURS}` correlates by {ours[0]} with that of the fully randomised "
+        f"model and by {ours[1]} with that of the second class; MambaLRP's by {theirs[0]} and {theirs[1]}. So our "
+        "combination is much less about the class and the weights than the method that it is built on; raw attention, "
+        "which has a say in its order, is the same for every class."
+    )
+
+
+def ablation_table(results: Mapping[str, Any]) -> str:
+    """Return a table of the options of our combination, on the half of the images that chose them.
+
+    Args:
+        results: contents of compare.json.
+    """
+    removed = {table["model"]: table[FIGURES] for table in _tables(results, "ablation", None, "")}
+    boxes = {table["model"]: table[FIGURES] for table in _tables(results, "ablation, boxes", None, "")}
+    lines = [f"| method | {' | '.join(EXPLAINED)} |", f"|---|{'---|' * len(EXPLAINED)}"]
+    for name in removed[EXPLAINED[0]]["positive_auc_top"]:
+        cells = []
+        for model in EXPLAINED:
+            found = [removed[model][aim][name] for aim in ("positive_auc_top", "negative_auc_top")]
+            found.append(boxes[model]["miou"][name])
+            cells.append(" / ".join(_with_interval(its) for its in found))
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def ablation_words(results: Mapping[str, Any]) -> str:
+    """Return in words what ``power=1`` gains and what the default gains over it.
+
+    Args:
+        results: contents of compare.json.
+    """
+    other = f"{OURS}:power=1.0"
+    removed, boxes = (
+        [table for table in _tables(results, part, None, "") if table["model"] in EXPLAINED]
+        for part in ("ablation", "ablation, boxes")
+    )
+    positive, negative = (
+        " / ".join(_difference(table[FIGURES][aim], other, OURS, aim) for table in removed)
+        for aim in ("positive_auc_top", "negative_auc_top")
+    )
+    gained = " / ".join(_difference(table[FIGURES]["miou"], OURS, other, "miou") for table in boxes)
+    clear = all(other in table["ours is ahead of"]["miou"] for table in boxes)
+    surely = "ahead by the paired interval" if clear else "not ahead by the paired interval on both"
+    return (
+        f"`power=1` perturbs better than the default, `power=6`: by {positive} (positive AUC) and {negative} (negative "
+        f"AUC) on {' / '.join(EXPLAINED)}. Over {removed[0]['images']} images, with intervals as above, that is not "
+        f"certain. The default wins on boxes: mIoU by {gained} over {boxes[0]['images']} images, {surely}. It trades "
+        "perturbation for boxes."
+    )
 
 
 def hours(results: Mapping[str, Any]) -> str:
@@ -93,8 +224,50 @@ def _short(method: str) -> str:
     return method.partition(":")[0] if method.startswith(("occlusion", "integrated")) else method
 
 
+def _family(table: Mapping[str, Any]) -> str:
+    return str(table["model"].partition("_")[0])
+
+
+def _name(method: str) -> str:
+    return f"`{_short(method)}`"
+
+
 def _names(methods: Sequence[str]) -> str:
-    return ", ".join(f"`{_short(name)}`" for name in methods) or "none"
+    return ", ".join(map(_name, methods)) or "none"
+
+
+def _with_interval(its: Sequence[Any]) -> str:
+    return "{:.1f} [{:.1f}, {:.1f}]".format(*its[:3])
+
+
+def _difference(found: Mapping[str, Any], first: str, second: str, aim: str) -> str:
+    return _with_interval(difference(found[first], found[second], METRICS[aim].better))
+
+
+def _sanity(found: Mapping[str, Any], name: str) -> str:
+    """Both correlations, and of how many images where these are fewer than eight."""
+    if name not in found["randomised_all"]:
+        return ""
+    texts = []
+    for metric in ("randomised_all", "other_class"):
+        value, low, high, images, _ = found[metric][name]
+        fewer = f" ({images})" if images < SANITY else ""
+        texts.append(f"{_hundredths(value)} [{_hundredths(low)}, {_hundredths(high)}]{fewer}")
+    return " / ".join(texts)
+
+
+def _hundredths(value: float) -> str:
+    return f"{round(value, 2) + 0.0:.2f}"  # never "-0.00"
+
+
+def _lead(results: Mapping[str, Any], model: str, aim: str) -> str:
+    """Of the best other method, by name, and by how much ours is ahead of it or behind."""
+    what = TARGETS[f"{model} {aim}"].what
+    row = next(row for row in results["figures"] if row["what"] == what)
+    sign = 1 if row["value"] > 0 else -1
+    ends = sorted(sign * end for end in row.get("interval", ()))
+    interval = " [{:.1f}, {:.1f}]".format(*ends) if ends else ""
+    return f"{_name(row['how'])}: {abs(row['value']):.1f} {'ahead' if sign > 0 else 'behind'}{interval}"
 
 
 def _cell(found: Mapping[tuple[str, str], str], family: str) -> str:
@@ -102,7 +275,13 @@ def _cell(found: Mapping[tuple[str, str], str], family: str) -> str:
     return " / ".join(text or "-" for text in texts) if any(texts) else ""
 
 
-PARTS = {"hours": hours, "methods": methods_table, "standing": standing_table}
+PARTS = {
+    "hours": hours, "methods": methods_table, "rival": rival, "standing": standing_table, "raw": raw,
+    "sanity": sanity_table, "sanity words": sanity_words, "ablation": ablation_table, "ablation words": ablation_words,
+}  # fmt: skip
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(), PARTS, json.loads(RESULTS.read_text())))
+    found = json.loads(RESULTS.read_text())
+    derive(found)
+    RESULTS.write_text(written(found))
+    PAGE.write_text(filled(PAGE.read_text(), PARTS, found))

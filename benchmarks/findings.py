@@ -1,7 +1,8 @@
 """The findings of the demo models and of models trained in other patch orders, beside random weights; docs/findings.md.
 
     python benchmarks/run.py findings --runs FOLDER --data FOLDER
-    python benchmarks/findings.py              writes the tables of docs/findings.md from results/findings.json
+    python benchmarks/findings.py              derives the verdicts of results/findings.json from its numbers again, and
+                                               writes the tables of docs/findings.md
 
 ``--runs`` holds what benchmarks/train.py wrote: <order>/vmamba_micro.safetensors with its card, class_token_first/ and
 class_token_middle/vim_micro.safetensors, digits/<order>_<seed>/*.safetensors. What is missing there is left out, and
@@ -25,7 +26,9 @@ import numpy as np
 import torch
 
 from benchmarks.findings_page import PICTURES, update
-from benchmarks.report import Figure, figure, show
+from benchmarks.findings_tables import digits as in_digits
+from benchmarks.findings_verdicts import derive
+from benchmarks.report import Figure, figure, show, written
 from mamba_attn import images, orders
 from mamba_attn.analytics import AttentionStore, Request, collect
 from mamba_attn.datasets import Data, class_indices, open_data
@@ -35,7 +38,7 @@ from mamba_attn.figures.colours import limits
 from mamba_attn.findings.accuracy import known_accuracy, over_orders
 from mamba_attn.findings.controls import Report, report
 from mamba_attn.findings.figures import matrices_rgb
-from mamba_attn.findings.tables import as_json, finite, side_by_side
+from mamba_attn.findings.tables import as_json, side_by_side
 
 DEMOS = ("vim_micro", "vmamba_micro", "vit_micro")
 CLASS_TOKENS = ("class_token_first", "class_token_middle")
@@ -110,13 +113,14 @@ def run_findings(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
         stores = {name: AttentionStore.open(folder_of(args, name, *its)) for name, its in models.items()}
         every += reports
         details[part] = brief(as_json(reports, over_orders(reports), {}), part != "models")
-        details[part]["title"], details[part]["side by side"] = part, side_by_side(reports)[1:] if reports else []
+        details[part]["title"] = part
         if reports:
             show(*side_by_side(reports))
         if part == "models" and stores:
             draw(args, "findings_matrices.png", matrices_rgb(stores, 160))
         if part == "class tokens":
             details["class token rows"] = class_token_rows(args, stores)
+    derive(details)
     details["training"] = {name: recipe(Path(path)) for name, (_, path) in {**objects, **tokens, **digits}.items()}
     details["reordered"] = reordered(orders_found, data / OBJECTS, args.answers)
     details["wall seconds"] = time.perf_counter() - started
@@ -155,10 +159,7 @@ def brief(results: dict[str, Any], summary: bool) -> dict[str, Any]:
     """The results in five digits; of many models only what stands for the whole model."""
     for store in results["stores"]:
         store["rows"] = [row for row in store["rows"] if not summary or row["place"] in ("all", "model")]
-    found: dict[str, Any] = json.loads(
-        json.dumps(finite(results)), parse_float=lambda text: float(f"{float(text):.5g}")
-    )  # fmt: skip
-    return found
+    return in_digits(results)
 
 
 def reordered(weights: dict[str, Path], selector: Path, count: int) -> dict[str, Any]:
@@ -244,4 +245,7 @@ def draw(args: argparse.Namespace, name: str, rgb: np.ndarray) -> None:
 
 
 if __name__ == "__main__":
-    update(json.loads((RESULTS / "findings.json").read_text()))
+    results = json.loads((RESULTS / "findings.json").read_text())
+    derive(results["details"])
+    (RESULTS / "findings.json").write_text(written(results))
+    update(results)

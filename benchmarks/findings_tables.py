@@ -1,21 +1,20 @@
 """The findings as tables of docs/findings.md: per model, per order, per block, and beside what the paper says."""
 
+import json
 from typing import Any
 
-_MODEL_FINDINGS = ("block_silhouette", "block_neighbours", "preceding_lift", "block_correlation", "distance_range",
-                   "column_similarity", "row_similarity", "column_purity", "row_purity", "block_purity",
-                   "grid_locality", "sequence_locality", "order_over_raster", "image_share", "entropy", "distance",
-                   "image_share_by_depth", "grid_locality_by_depth")  # fmt: skip
+from mamba_attn.findings.tables import OUTSIDE, finite, in_words, minimum_over, probability
+
 NOTHING = "Not measured yet.\n"
 
 
 def models(details: dict[str, Any]) -> str:
-    """Every finding of the demo models: trained, random, difference, verdict."""
+    """Every finding of the demo models: trained, untrained, p, verdict."""
     return _findings_table(details["models"])
 
 
-def training(details: dict[str, Any]) -> str:
-    """Per demo model, what training changed and what it did not."""
+def untrained(details: dict[str, Any]) -> str:
+    """Per demo model, which findings are outside the range expected of untrained models and which are inside."""
     lines = []
     for store in details["models"]["stores"]:
         rows = summary_rows(details["models"], store)
@@ -23,10 +22,10 @@ def training(details: dict[str, Any]) -> str:
             verdict: [
                 details["models"]["findings"][row["finding"]]["title"] for row in rows if row["verdict"] == verdict
             ]
-            for verdict in ("more", "less", "no difference")
+            for verdict in (*OUTSIDE, "inside")
         }
-        said = [f"*{verdict}*: {'; '.join(names)}" for verdict, names in by_verdict.items() if names]
-        lines.append(f"- **{store['name']}**, trained against random weights. {'. '.join(said)}.")
+        said = [f"*{in_words(verdict)}*: {'; '.join(names)}" for verdict, names in by_verdict.items() if names]
+        lines.append(f"- **{store['name']}**. {'. '.join(said)}.")
     return "\n".join(lines) + "\n"
 
 
@@ -35,13 +34,14 @@ def paper(details: dict[str, Any]) -> str:
     lines = ["| | finding | the paper says | " + " | ".join(s["name"] for s in details["models"]["stores"]) + " |"]
     lines.append("|" + "---|" * (3 + len(details["models"]["stores"])))
     about = details["models"]["findings"]
-    for name in _MODEL_FINDINGS:
+    for name in about:
         if about[name]["claim"] is None:
             continue
         cells = []
         for store in details["models"]["stores"]:
             row = row_of(details["models"], store, name)
-            cells.append("" if row is None else holds(row, about[name]["claim"]))
+            over = minimum_over(name, store["pairs"])
+            cells.append("" if row is None else f"{holds(row, about[name]['claim'])}{over}")
         if not any(cells):
             continue  # of other models alone
         sign, number = about[name]["claim"]
@@ -72,14 +72,16 @@ def _findings_table(part: dict[str, Any]) -> str:
     for store in part["stores"]:
         known = "" if store["accuracy"] is None else f", top-1 {store['accuracy']:.2f} %"
         lines += [f"**{store['name']}** ({store['images']} images{known}):", "",
-                  "| | finding | trained | random | trained - random | training | reordered | chance |",
+                  "| | finding | trained | untrained | p | range of untrained | reordered | chance |",
                   "|---|---|---|---|---|---|---|---|"]  # fmt: skip
         for row in summary_rows(part, store):
             about = part["findings"][row["finding"]]
+            its = row.get("untrained")
             lines.append(
-                f"| {about['of']} | {about['title']} | {shown(row['trained'])} | {short(row.get('random'))} | "
-                f"{shown(row.get('training'))} | {row['verdict']} | {short(row.get('reordered'))} | "
-                f"{short(row.get('shuffled'))} |"
+                f"| {about['of']} | {about['title']}{minimum_over(row['finding'], store['pairs'])} | "
+                f"{shown(row['trained'])} | {shown(None if its is None else {'value': row['random'], **its})} | "
+                f"{'' if its is None else probability(its['corrected'])} | {in_words(row['verdict'])} | "
+                f"{short(row.get('reordered'))} | {short(row.get('shuffled'))} |"
             )
         lines.append("")
     return "\n".join(lines) + "\n" if lines else NOTHING
@@ -90,14 +92,14 @@ def _short_table(part: dict[str, Any]) -> str:
         return NOTHING
     lines = ["| | finding | " + " | ".join(store["order"] for store in part["stores"]) + " |"]
     lines.append("|" + "---|" * (2 + len(part["stores"])))
-    for name in _MODEL_FINDINGS:
+    for name in part["findings"]:
         rows = [row_of(part, store, name) for store in part["stores"]]
         if not any(rows):
             continue
         cells = [
             "" if row is None else f"{short(row['trained']['value'])} ({short(row.get('random'))})"
-            + ("!" if row["verdict"] in ("more", "less") else "")
-            for row in rows
+            + ("!" if row["verdict"] in OUTSIDE else "") + minimum_over(name, store["pairs"])
+            for row, store in zip(rows, part["stores"], strict=True)
         ]  # fmt: skip
         lines.append(f"| {part['findings'][name]['of']} | {part['findings'][name]['title']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -105,7 +107,7 @@ def _short_table(part: dict[str, Any]) -> str:
 
 def summary_rows(part: dict[str, Any], store: dict[str, Any]) -> list[dict[str, Any]]:
     """What stands for the whole model, a row per finding."""
-    return [row for name in _MODEL_FINDINGS if (row := row_of(part, store, name)) is not None]
+    return [row for name in part["findings"] if (row := row_of(part, store, name)) is not None]
 
 
 def row_of(part: dict[str, Any], store: dict[str, Any], name: str, place: str = "") -> dict[str, Any] | None:
@@ -134,3 +136,15 @@ def shown(estimate: dict[str, Any] | None) -> str:
 def short(value: float | None) -> str:
     """Three digits."""
     return "" if value is None else f"{value:.3g}" if abs(value) >= 0.0005 else "0"
+
+
+def digits(results: dict[str, Any]) -> dict[str, Any]:
+    """Return results in five digits, without NaN.
+
+    Args:
+        results: of dicts, lists and numbers.
+    """
+    found: dict[str, Any] = json.loads(
+        json.dumps(finite(results)), parse_float=lambda text: float(f"{float(text):.5g}")
+    )  # fmt: skip
+    return found

@@ -16,25 +16,30 @@ __all__ = ["Figure", "figure", "finish", "show"]
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured figure: ``target`` is a key of TARGETS, ``how`` says with which backend or method."""
+    """A measured figure: ``target`` is a key of TARGETS, ``how`` says with which backend or method.
+
+    ``interval``: of 95 %, where one is known.
+    """
 
     target: str
     how: str
     spread: Spread
+    interval: tuple[float, float] | None = None
 
     def row(self) -> dict[str, Any]:
         """As it stands in the JSON file."""
         target = TARGETS[self.target]
+        interval = {} if self.interval is None else {"interval": [*self.interval]}
         return {
             "what": target.what, "how": self.how, "value": self.spread.median, "unit": target.unit,
             "quartiles": [self.spread.low, self.spread.high], "rounds": self.spread.count,
-            "at_least": target.at_least, "aim": target.aim, "met": target.met(self.spread.median),
+            "at_least": target.at_least, "aim": target.aim, "met": target.met(self.spread.median), **interval,
         }  # fmt: skip
 
 
-def figure(target: str, how: str, value: Spread | float) -> Figure:
+def figure(target: str, how: str, value: Spread | float, interval: tuple[float, float] | None = None) -> Figure:
     """Make a figure of a sample's spread or of a single number."""
-    return Figure(target, how, value if isinstance(value, Spread) else Spread.of([value]))
+    return Figure(target, how, value if isinstance(value, Spread) else Spread.of([value]), interval)
 
 
 def finish(title: str, figures: Sequence[Figure], details: dict[str, Any], path: Path | None, quick: bool) -> None:

@@ -15,7 +15,12 @@ README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def formatted(value: float, unit: str) -> str:
+def formatted(row: dict[str, Any]) -> str:
+    value, unit = row["value"], row["unit"]
+    if unit == "AUC points":
+        sign = -1 if value < 0 else 1
+        low, high = sorted(sign * end for end in row["interval"])
+        return f"{'behind' if value < 0 else 'ahead'} by {abs(value):.1f} AUC points [{low:.1f}, {high:.1f}]"
     if unit == "B":
         return f"{value / 1e9:.2g} GB"
     said = f" {unit}" if unit in ("x", "ms") else ""
@@ -33,7 +38,7 @@ def test_every_figure_is_a_measured_one() -> None:
             if row["value"] is None:
                 continue  # not measured on this machine
             what = row["what"] + (f" ({row['how']})" if row["how"] else "")
-            measured[what] = formatted(row["value"], row["unit"])
+            measured[what] = formatted(row)
     assert len(rows) >= 8
     for what, value in rows.items():
         assert measured.get(what) == value, f"{what}: the README says {value}, the results {measured.get(what)}"

@@ -20,6 +20,9 @@ class RawAttention(TokenAttribution):
     the layers. Layers on different grids, as in VMamba, meet in pixels; what a token has is spread over the area that
     it covers. In a ViT the heads' probabilities are averaged.
 
+    It shows what is read, not what decides: on ``vmamba_micro``, removing the patches that it marks highest changes the
+    answer less than removing random ones (docs/comparing.md).
+
     Args:
         model: a model that ``mamba_attn.trace`` knows.
         layers: names or patterns of the mixers to use, e.g. ``["layers.2.*"]`` for one stage of VMamba. Default: all.

@@ -30,15 +30,18 @@ class RelevanceAttentionRanks(PixelAttribution):
 
         weight * r(relevance) ** power + r( sum of r(m) over ``extent`` )
 
-    and the positive part of relevance is handed out anew in that order, its largest number to the first. So the order
+    and the positive part of relevance is handed out in that order, its largest number to the first. So the order
     is that of both, the map is as concentrated as relevance is, and it is nowhere negative. The power leaves of
     relevance's rank what stands at the top.
 
     relevance is ``MambaLRP``; ``extent`` may hold ``"smooth_relevance"``, MambaLRP with the generalised gamma rule in
     every linear layer and convolution, ``"implicit_attention"`` and ``"raw_attention"``, each with its defaults. All
     are averaged over the cells of the model's first token grid. What it costs is five forward passes, three backward
-    ones and, for ``"implicit_attention"``, a dense matrix of tokens per layer. The defaults were chosen on one half
-    of the test images (docs/comparing.md). Cells beyond the positive ones are 0, all alike.
+    ones and, for ``"implicit_attention"``, a dense matrix of tokens per layer. Cells beyond the positive ones are 0,
+    all alike.
+
+    ``MambaLRP`` alone is ahead of it when patches are removed, and depends more on the class and the weights; it is
+    ahead of MambaLRP on photos' boxes. The defaults were chosen on one half of the test images (docs/comparing.md).
 
     Args:
         model: Vim or VMamba, with fused_add_norm=False where it has that.

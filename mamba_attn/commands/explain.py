@@ -31,6 +31,7 @@ methods: raw_attention, attention_rollout, attention_rollout_signed, frozen_cont
 mamba_attribution, implicit_attention, mamba_lrp; for softmax attention transformer_attribution,
 transformer_attribution_lrp, attention_grad_cam; grad_cam, integrated_gradients, input_x_gradient, saliency, occlusion,
 whose maps do not heed --layer; as controls random, centre.
+raw_attention shows what is read, not what decides: on vmamba_micro it is below random when what it marks is removed.
 Options follow a colon: attention_rollout:signed, mamba_attribution:rule=paper, raw_attention:convention=hidden_mamba.
 """
 

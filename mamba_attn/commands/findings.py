@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 _NEEDED = {"zarr": "zarr", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
 _EPILOG = """\
 STORE: a folder of mamba-attn collect. Its model is built again, and measured on the store's own images beside
-models of the same architecture with random weights and beside itself scanning in a random order. A model that cannot be
-built again is measured by what the store kept of it.
+models of the same architecture with random weights and beside itself scanning in a random order. A number is called
+outside the range expected of untrained models by Student's t over their seeds, with Holm's correction: this is about
+one trained model, not about training. A model that cannot be built again is measured by what the store kept of it.
 
 FOLDER receives findings.html (no network), findings.txt, findings.csv, findings.json and matrices.png; in measured/
 what every model gave, so that a killed call goes on.
@@ -38,12 +39,18 @@ what every model gave, so that a killed call goes on.
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command and its arguments."""
-    what = "what attention does in the blocks of a model, beside random weights and other scan orders"
+    what = "what attention does in the blocks of a model, and whether untrained models or other scan orders do it too"
     parser = subcommand(commands, "findings", what, _EPILOG)
     add = parser.add_argument
     add("store", nargs="+", metavar="STORE", help="folders of mamba-attn collect")
     add("--out", default="mamba_attn_findings", metavar="FOLDER", help="default: ./mamba_attn_findings")
-    add("--seeds", type=int, default=5, metavar="N", help="models with random weights; default: 5")
+    add(
+        "--seeds",
+        type=int,
+        default=5,
+        metavar="N",
+        help="models with random weights, at least 2 for a range; default: 5",
+    )
     add("--images", type=int, metavar="N", help="the first N of each store; default: all")
     add("--accuracy", action="append", default=[], metavar="NAME=VALUE", help="top-1 of a store's model in percent; "
         "default: what the card beside its weights says")  # fmt: skip

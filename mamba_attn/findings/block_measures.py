@@ -80,7 +80,9 @@ def block_neighbours(stage: Stage) -> np.ndarray:
 
 
 def block_correlation(stage: Stage) -> np.ndarray:
-    """Least Pearson correlation of |mean attention| between two blocks, off the diagonal; below 0 they complement.
+    """Least Pearson correlation of |mean attention| over pairs of blocks, off the diagonal; below 0 two complement.
+
+    A minimum: n blocks have n (n - 1) / 2 pairs, and the more there are, the lower it is by itself.
 
     Args:
         stage: of at least two blocks.

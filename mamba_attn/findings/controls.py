@@ -1,11 +1,12 @@
-"""The findings of a store's model beside its controls: random weights, another scan order, places dealt out at random.
+"""The findings of a store's model beside its controls: random weights, another scan order, shuffled places.
 
-What a trained model shows may be its training's or its architecture's: a recurrence that decays reads near patches
-whatever its weights. Only what differs from random weights is training's.
+What a trained model shows may be its architecture's: a recurrence that decays reads near patches whatever its weights.
+What lies inside the range expected of untrained models says nothing of training; what lies outside is a fact about this
+one trained model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from mamba_attn.analytics.rebuild import order_of, takes_order
 from mamba_attn.analytics.store import AttentionStore
 from mamba_attn.errors import MambaAttnError
 from mamba_attn.findings import resampling
-from mamba_attn.findings.measured import Measured
+from mamba_attn.findings.expected import LEVEL, Expected, expected, holm
+from mamba_attn.findings.measured import MODEL, Measured
 from mamba_attn.findings.measuring import Advance, Measuring
 from mamba_attn.findings.registry import FINDINGS, Finding
 from mamba_attn.findings.resampling import Estimate
@@ -33,10 +35,11 @@ class Row:
         trained: of the store's model.
         random: the mean over seeds; None without any.
         seeds: every seed's own.
-        training: trained less random weights, resampled over images and seeds.
+        untrained: where one more model with random weights is expected, and the p-value of the trained one; see
+            ``compared``.
         reordered: of the trained weights scanning in a random order.
         order: trained less reordered, resampled over images.
-        shuffled: of the trained model with the patches' places dealt out at random: what chance gives.
+        shuffled: of the trained model with the patches' places shuffled: what chance gives.
     """
 
     finding: str
@@ -44,7 +47,7 @@ class Row:
     trained: Estimate
     random: float | None = None
     seeds: tuple[float, ...] = ()
-    training: Estimate | None = None
+    untrained: Expected | None = None
     reordered: float | None = None
     order: Estimate | None = None
     shuffled: float | None = None
@@ -64,13 +67,20 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """What training changed: "more", "less", "no difference"; "" where this is not known."""
-        return _verdict(self.training)
+        """Where the model is, to the range expected of untrained ones: "above", "below", "inside"; "" if not known."""
+        if self.random is None or self.untrained is None:
+            return ""
+        if self.untrained.corrected > LEVEL:
+            return "inside"
+        return "above" if self.trained.value > self.random else "below"
 
     @property
     def order_verdict(self) -> str:
-        """What the order it was trained in changes, likewise."""
-        return _verdict(self.order)
+        """What its own order changes: "more", "less", "no difference"; "" where this is not known."""
+        if self.order is None or self.order.low is None:
+            return ""
+        beyond = self.order.beyond(">", 0.0)
+        return "no difference" if beyond is None else "more" if beyond else "less"
 
 
 @dataclass
@@ -86,6 +96,7 @@ class Report:
         groups: of images, for findings about mean matrices.
         rows: all findings at all places.
         depths: places of blocks, first to last.
+        pairs: of blocks, in every stage that has some; ``block_correlation`` is a minimum over them.
         notes: what could not be done, and why.
         accuracy: top-1 in percent, where it is known.
     """
@@ -98,6 +109,7 @@ class Report:
     groups: int
     rows: list[Row] = field(default_factory=list)
     depths: list[str] = field(default_factory=list)
+    pairs: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     accuracy: float | None = None
 
@@ -157,10 +169,44 @@ def report(
     if count < 2:
         notes.append("one image alone: no intervals, and nothing that compares images.")
     result = Report(name, store.model_name, dict(store.index.model["options"]), order_of(store.index), count, 0,
-                    depths=[layer.name for layer in store.layers], notes=notes)  # fmt: skip
-    result.rows = list(_rows(own, random, reordered))
+                    depths=[layer.name for layer in store.layers], pairs=pairs([each.stage for each in store.layers]),
+                    notes=notes)  # fmt: skip
+    result.rows = compared(list(_rows(own, random, reordered)))
     result.groups = max((row.trained.units for row in result.rows if row.about.kind == "rows"), default=0)
     return result
+
+
+def compared(rows: Sequence[Row]) -> list[Row]:
+    """Return rows with the range that is expected of untrained models, from their seeds.
+
+    p-values are corrected over the rows of a table: those of the whole model, and those of its blocks and stages.
+
+    Args:
+        rows: of one store.
+    """
+    ranges = [expected(row.trained.value, row.seeds) for row in rows]
+    found = [replace(row, untrained=its) for row, its in zip(rows, ranges, strict=True)]
+    for whole in (True, False):
+        table = {
+            at: its.chance
+            for at, its in enumerate(ranges)
+            if its is not None and (rows[at].place in (ALL, MODEL)) == whole
+        }
+        for at, chance in zip(table, holm([*table.values()]), strict=True):
+            its = ranges[at]
+            if its is not None:
+                found[at] = replace(found[at], untrained=replace(its, corrected=chance))
+    return found
+
+
+def pairs(stages: Sequence[int]) -> list[int]:
+    """Return how many pairs of blocks each stage of at least two blocks has.
+
+    Args:
+        stages: of the blocks.
+    """
+    blocks = [stages.count(stage) for stage in sorted(set(stages))]
+    return [count * (count - 1) // 2 for count in blocks if count > 1]
 
 
 def _reordered(store: AttentionStore, measuring: Measuring, notes: list[str]) -> list[Measured]:
@@ -202,17 +248,16 @@ def _rows(own: Sequence[Measured], random: Sequence[Measured], reordered: Sequen
         yield Row(
             *key, trained,
             float(np.mean(each_seed)) if each_seed else None, each_seed,
-            resampling.difference(first[key], controls),
-            _mean(others[0].get(key)) if others else None,
-            resampling.difference(first[key], [others[0][key]]) if others and key in others[0] else None,
-            _mean(shuffle.get(key)),
+            reordered=_mean(others[0].get(key)) if others else None,
+            order=resampling.difference(first[key], others[0][key]) if others and key in others[0] else None,
+            shuffled=_mean(shuffle.get(key)),
         )  # fmt: skip
 
 
 def _with_means(values: dict[tuple[str, str], np.ndarray]) -> dict[tuple[str, str], np.ndarray]:
-    """The same, and every finding's mean over its places, image by image."""
+    """The same, and the mean over its places of every finding that has several, image by image."""
     found = dict(values)
-    for name in FINDINGS:
+    for name in (name for name, finding in FINDINGS.items() if finding.level != "model"):
         each = [array for (its, place), array in values.items() if its == name and np.isfinite(array).any()]
         longest = max((len(array) for array in each), default=0)
         whole = [array for array in each if len(array) == longest]
@@ -224,10 +269,3 @@ def _with_means(values: dict[tuple[str, str], np.ndarray]) -> dict[tuple[str, st
 
 def _mean(values: np.ndarray | None) -> float | None:
     return None if values is None or not np.isfinite(values).any() else float(np.nanmean(values))
-
-
-def _verdict(found: Estimate | None) -> str:
-    if found is None or found.low is None:
-        return ""
-    beyond = found.beyond(">", 0.0)
-    return "no difference" if beyond is None else "more" if beyond else "less"

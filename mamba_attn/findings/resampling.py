@@ -1,8 +1,7 @@
-"""Intervals of a bootstrap over images and seeds, and whether two orders of numbers go together."""
+"""Intervals of a bootstrap over images, and whether two orders of numbers go together."""
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,30 +58,15 @@ def mean(values: np.ndarray, seed: int = 0) -> Estimate | None:
     return Estimate(float(known.mean()), *_percentiles(drawn), len(known))
 
 
-def difference(values: np.ndarray, others: Sequence[np.ndarray], seed: int = 0) -> Estimate | None:
-    """Return the mean of numbers less that of the same images' numbers in other models.
-
-    Resampled are the images, the same ones in all models, and the other models, as chance made these too.
+def difference(values: np.ndarray, other: np.ndarray, seed: int = 0) -> Estimate | None:
+    """Return the mean of numbers less that of the same images' numbers in another model; None without a common image.
 
     Args:
         values: (units,).
-        others: (units,) each.
+        other: (units,).
         seed: of the resampling.
     """
-    if not others or any(len(each) != len(values) for each in others):
-        return None
-    table = np.stack(others)
-    known = np.isfinite(values) & np.isfinite(table).all(0)
-    if not known.any():
-        return None
-    value = float(values[known].mean() - table[:, known].mean())
-    units = int(known.sum())
-    if units < 2:
-        return Estimate(value, None, None, units)
-    images = _counts(units, seed) / units
-    models = _counts(len(table), seed + 1) / len(table)
-    drawn = images @ values[known] - np.einsum("dm,mu,du->d", models, table[:, known], images, optimize=True)
-    return Estimate(value, *_percentiles(drawn), units)
+    return None if len(values) != len(other) else mean(values - other, seed)
 
 
 @dataclass(frozen=True)

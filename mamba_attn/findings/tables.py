@@ -17,18 +17,26 @@ Texts = tuple[str, list[str], list[list[str]]]
 TERMS = {
     "trained": "mean over images and blocks, in brackets 95 % of a bootstrap over images (for findings about rows, "
     "over groups of images).",
-    "random": "the same architecture with random weights, mean over seeds.",
-    "trained less random": "resampled over images and seeds.",
-    "training": "what training does to the number: more, less, or no difference, where that interval holds 0.",
+    "untrained": "the same architecture with random weights: mean over seeds, in brackets the range in which one more "
+    "such model lies with 95 % (Student's prediction interval).",
+    "p": "which part of untrained models lies as far from their mean as the trained one, by Student's t, after Holm's "
+    "correction over the rows of the table.",
+    "range of untrained": "where the trained model is, to the range expected of untrained models: outside (above or "
+    "below) where p is at most 0.05, else inside. It is one trained model: what training does in general is not asked.",
     "paper says": "what arXiv 2502.20764 says of a trained model, and whether it holds here; open where the interval "
     "decides neither.",
     "reordered": "the trained weights scanning in a random order.",
     "its own order": "whether the trained model's number is more or less in the order that it was trained in than "
     "reordered.",
-    "shuffled": "the trained attention, the patches' places dealt out at random: what chance gives.",
+    "shuffled": "the trained attention, the patches' places in random order: what chance gives.",
 }
-CAUTION = "Of many intervals, one in twenty errs."
+CAUTION = (
+    "Intervals, unlike p, are not corrected for their number: of twenty, one errs. The least correlation of two blocks "
+    "is a minimum over as many pairs as are named, and lower by itself the more there are: models with other numbers "
+    "of pairs cannot be compared in it."
+)
 LEGEND = "\n".join([*(f"{term}: {what}" for term, what in TERMS.items()), CAUTION])
+OUTSIDE = ("above", "below")  # verdicts
 _HEADER = ["", "finding", *TERMS]
 
 
@@ -38,14 +46,15 @@ def summary(report: Report) -> Texts:
     Args:
         report: of the store.
     """
-    rows = [_cells(row) for name in FINDINGS if (row := _of_all(report, FINDINGS[name])) is not None]
+    found = [row for name in FINDINGS if (row := _of_all(report, FINDINGS[name])) is not None]
+    rows = [_cells(row, report.pairs) for row in found]
     known = "" if report.accuracy is None else f", top-1 {report.accuracy:.2f} %"
     order = f", {report.order} order" if report.order else ""
     return f"{report.name}: {report.model}{order}, {report.images} images{known}", _HEADER, rows
 
 
 def side_by_side(reports: Sequence[Report]) -> Texts:
-    """Return title, header and rows of all stores: trained, and what training changed.
+    """Return title, header and rows of all stores: trained, untrained, and what is outside the range of untrained.
 
     Args:
         reports: of the stores.
@@ -54,8 +63,10 @@ def side_by_side(reports: Sequence[Report]) -> Texts:
     for finding in FINDINGS.values():
         found = [_of_all(report, finding) for report in reports]
         if any(found):
-            rows.append([finding.of, finding.title, *("" if row is None else _short(row) for row in found)])
-    title = "side by side: trained (random); ! where training makes a difference"
+            pairs = zip(found, reports, strict=True)
+            cells = ["" if row is None else _short(row, report.pairs) for row, report in pairs]
+            rows.append([finding.of, finding.title, *cells])
+    title = "side by side: trained (untrained); ! outside the range expected of untrained models"
     return title, ["", "finding", *(report.name for report in reports)], rows
 
 
@@ -108,7 +119,7 @@ def blocks_table(report: Report) -> Texts:
     Args:
         report: of a store.
     """
-    rows = [[row.place, *_cells(row)] for row in report.rows if row.place not in (ALL, MODEL)]
+    rows = [[row.place, *_cells(row, [])] for row in report.rows if row.place not in (ALL, MODEL)]
     return f"{report.name}: by block and stage", ["place", *_HEADER], rows
 
 
@@ -116,18 +127,21 @@ def as_csv(reports: Sequence[Report]) -> str:
     """Return every number of every store, a line each."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    names = ["trained", "training", "order"]
+    names = ["trained", "order"]
     writer.writerow(
-        ["store", "model", "scan_order", "images", "finding", "of", "place", "random", "reordered", "shuffled", "claim",
-         "paper", "verdict", "order_verdict",
+        ["store", "model", "scan_order", "images", "finding", "of", "place", "random",
+         "untrained_low", "untrained_high", "chance", "corrected", "reordered", "shuffled", "claim", "paper", "verdict",
+         "order_verdict",
          *(f"{name}_{what}" for name in names for what in ("value", "low", "high"))]
     )  # fmt: skip
     for report in reports:
         for row in report.rows:
             claim = "" if row.about.claim is None else "{} {:g}".format(*row.about.claim)
+            its = row.untrained
+            untrained = [None] * 4 if its is None else [its.low, its.high, its.chance, its.corrected]
             writer.writerow(
                 [report.name, report.model, report.order, report.images, row.finding, row.about.of, row.place,
-                 *map(_number, (row.random, row.reordered, row.shuffled)), claim, row.claimed, row.verdict,
+                 *map(_number, (row.random, *untrained, row.reordered, row.shuffled)), claim, row.claimed, row.verdict,
                  row.order_verdict, *(_number(value) for name in names for value in _three(getattr(row, name)))]
             )  # fmt: skip
     return file.getvalue()
@@ -153,13 +167,18 @@ def as_json(reports: Sequence[Report], orders: Sequence[Orders], about: dict[str
     }  # fmt: skip
 
 
+def row_as_json(row: Row) -> dict[str, Any]:
+    """Return a row with its verdicts as JSON can say it.
+
+    Args:
+        row: of a report.
+    """
+    known = {name: value for name, value in asdict(row).items() if value is not None}
+    return {**known, "paper": row.claimed, "verdict": row.verdict, "order_verdict": row.order_verdict}
+
+
 def _plain(report: Report) -> dict[str, Any]:
-    rows = [
-        {**{name: value for name, value in asdict(row).items() if value is not None}, "paper": row.claimed,
-         "verdict": row.verdict, "order_verdict": row.order_verdict}
-        for row in report.rows
-    ]  # fmt: skip
-    return {**asdict(report), "rows": rows}
+    return {**asdict(report), "rows": [row_as_json(row) for row in report.rows]}
 
 
 def _described(finding: Finding) -> dict[str, Any]:
@@ -175,18 +194,51 @@ def _of_all(report: Report, finding: Finding) -> Row | None:
     return report.row(finding.name, MODEL if finding.level == "model" else ALL)
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, pairs: Sequence[int]) -> list[str]:
     claim = "" if row.about.claim is None else "{} {:g} ".format(*row.about.claim)
+    its = row.untrained
+    untrained = number(row.random) + (f" [{number(its.low)}, {number(its.high)}]" if its is not None else "")
     return [
-        row.about.of, row.about.title, shown(row.trained), number(row.random), shown(row.training), row.verdict,
-        f"{claim}{row.claimed}", number(row.reordered), row.order_verdict, number(row.shuffled),
+        row.about.of, f"{row.about.title}{minimum_over(row.finding, pairs)}", shown(row.trained), untrained,
+        "" if its is None else probability(its.corrected), in_words(row.verdict), f"{claim}{row.claimed}",
+        number(row.reordered), row.order_verdict, number(row.shuffled),
     ]  # fmt: skip
 
 
-def _short(row: Row) -> str:
-    mark = "!" if row.verdict in ("more", "less") else ""
+def _short(row: Row, pairs: Sequence[int]) -> str:
+    mark = "!" if row.verdict in OUTSIDE else ""
     beside = "" if row.random is None else f" ({number(row.random)}){mark}"
-    return f"{number(row.trained.value)}{beside}"
+    return f"{number(row.trained.value)}{beside}{minimum_over(row.finding, pairs)}"
+
+
+def minimum_over(finding: str, pairs: Sequence[int]) -> str:
+    """Return over how many pairs of blocks a finding is a minimum, as text; nothing for other findings.
+
+    Args:
+        finding: its name.
+        pairs: of blocks, in every stage that has some.
+    """
+    if finding != "block_correlation" or not pairs:
+        return ""
+    return f", of {' and '.join(map(str, pairs))} pair{'' if pairs == [1] else 's'}"
+
+
+def in_words(verdict: str) -> str:
+    """Return where a model is to the range expected of untrained ones, as text.
+
+    Args:
+        verdict: of a row.
+    """
+    return f"outside, {verdict}" if verdict in OUTSIDE else verdict
+
+
+def probability(value: float) -> str:
+    """Return a p-value as text.
+
+    Args:
+        value: from 0 to 1.
+    """
+    return "< 0.001" if value < 0.001 else f"{value:.3g}"
 
 
 def shown(estimate: Estimate | None) -> str:

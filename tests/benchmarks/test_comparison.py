@@ -4,11 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from benchmarks import comparison, comparison_table
+from benchmarks import comparison, comparison_leads, comparison_table
 from benchmarks.cases import AIMS, DIGITS, EXPLAINED, ON_DIGITS, TARGETS
-from benchmarks.comparison import BASELINES, OURS, PARTS, Part
+from benchmarks.comparison import OURS, PARTS, PUBLISHED, Part
 from benchmarks.marked_pages import filled
 from mamba_attn import images
 from mamba_attn.attribution import catalogue
@@ -40,7 +41,7 @@ def test_every_aim_has_its_target_and_its_part() -> None:
     aims = {(name, aim) for part in PARTS for aim in part.aims for name in part.models if not name.startswith("vit")}
     assert aims == {*((n, aim) for n in EXPLAINED for aim in AIMS), *((n, aim) for n in DIGITS for aim in ON_DIGITS)}
     assert {f"{name} {aim}" for name, aim in aims} <= set(TARGETS)
-    for name in (OURS, *(name.partition(":")[0] for name in BASELINES)):
+    for name in (OURS, *(name.partition(":")[0] for name in PUBLISHED)):
         assert name in catalogue.METHODS
 
 
@@ -55,7 +56,7 @@ def test_parts_ask_for_methods_that_there_are(part: Part, photos: Path) -> None:
         assert {"random", "raw_attention", "attention_rollout", "mamba_attribution"} <= set(planned.methods)
 
 
-def test_a_lead_is_over_the_best_baseline_on_the_half_that_chose_nothing(photos: Path, tmp_path: Path) -> None:
+def test_a_lead_is_over_the_best_other_method_on_the_half_that_chose_nothing(photos: Path, tmp_path: Path) -> None:
     small = part(aims=("negative_auc_top", "positive_auc_top"))
     planned = comparison.plan(small, photos, None)
     store = Store(tmp_path / "measured.jsonl")
@@ -63,15 +64,16 @@ def test_a_lead_is_over_the_best_baseline_on_the_half_that_chose_nothing(photos:
     data = planned.data[selector]
     report = data.chosen("report")
     assert 0 < len(report) < len(data)
-    tenths = {OURS: 6, "random": 2, "saliency:colours=sum": 4, "centre": 9}  # the centre is no baseline
+    tenths = {OURS: 6, "random": 2, "saliency:colours=sum": 4, "centre": 9}
     for method, count in tenths.items():
         for index in range(len(data)):
             kept = count if index in report else 9 - count
             store.add([(planned.key(data, index, vim, method, "perturbation"), line(kept))])
     negative, positive = comparison.leads(small, planned, store)
-    assert (negative.how, positive.how) == ("saliency:colours=sum", "random")
-    assert negative.spread.median == pytest.approx(20)  # two tenths of 100
+    assert (negative.how, positive.how) == ("centre", "random")  # controls count, too
+    assert negative.spread.median == pytest.approx(-25)  # the trapezoid's end counts half
     assert positive.spread.median == pytest.approx(-40)
+    assert negative.interval == pytest.approx((-25, -25))
     assert negative.spread.high - negative.spread.low < 1e-9  # all images alike
     assert negative.spread.count == len(report)
     assert negative.target == "vim_digits negative_auc_top"
@@ -94,6 +96,51 @@ def test_the_page_has_the_tables_of_the_results() -> None:
     assert filled(page, comparison_table.PARTS, json.loads(comparison_table.RESULTS.read_text())) == page
 
 
+def test_the_leads_are_those_of_the_stored_figures_and_leave_no_method_out() -> None:
+    results = json.loads(comparison_table.RESULTS.read_text())
+    derived = json.loads(json.dumps(results))
+    comparison_leads.derive(derived)
+    assert derived == results, "python benchmarks/comparison_table.py derives them"
+    rows = {row["what"]: row for row in results["figures"] if "lead of" in row["what"]}
+    assert len(rows) == 2 * len(AIMS) + 2
+    for table in results["details"]["perturbation"]["tables"]:
+        if table["model"] in EXPLAINED:
+            found = table[comparison_leads.FIGURES]["positive_auc_top"]
+            best = min((name for name in found if name != OURS), key=lambda name: found[name][0])
+            row = rows[TARGETS[f"{table['model']} positive_auc_top"].what]
+            assert row["how"] == best == "mamba_lrp"
+            assert row["value"] == pytest.approx(found[best][0] - found[OURS][0])
+            assert row["interval"][0] < row["value"] < row["interval"][1]
+
+
+def test_a_lead_from_two_intervals_is_that_of_two_samples() -> None:
+    random = np.random.default_rng(0)
+    held = []
+    for _ in range(300):
+        figures = []
+        for truth in (5.0, 3.0):
+            sample = truth + 4 * random.standard_normal(100)
+            half = 1.96 * sample.std() / 10
+            figures.append((sample.mean(), sample.mean() - half, sample.mean() + half, 100, 1))
+        value, low, high = comparison_leads.difference(*figures, 1)
+        assert value == pytest.approx(figures[0][0] - figures[1][0])
+        assert comparison_leads.difference(*figures, -1) == pytest.approx((-value, -high, -low))
+        held.append(low <= 2 <= high)
+    assert 0.9 < np.mean(held) < 0.99
+
+
+def test_a_measured_lead_is_kept_and_one_without_pairs_is_refused() -> None:
+    results = json.loads(comparison_table.RESULTS.read_text())
+    row = next(row for row in results["figures"] if row["how"].startswith("occlusion"))
+    paired = {**results["figures"][0], "interval": [-5.0, -3.0]}
+    results["figures"][0] = paired
+    comparison_leads.derive(results)
+    assert results["figures"][0] == paired
+    results["figures"].remove(row)
+    with pytest.raises(ValueError, match="got fewer images, and no paired lead over it is stored"):
+        comparison_leads.derive(results)
+
+
 def test_the_page_says_what_ours_is_not_ahead_of() -> None:
     figures = {
         "saliency": [9.0, 8.0, 10.0, 4, 1], "mamba_lrp": [10.0, 9.0, 11.0, 4, 2], OURS: [12.0, 11.0, 13.0, 4, 3],
@@ -105,8 +152,13 @@ def test_the_page_says_what_ours_is_not_ahead_of() -> None:
     details = {"perturbation": {"tables": [table]}, "boxes": {"halves": {"report": [nothing]}},
                "digits": {"halves": {"report": [nothing]}}}  # fmt: skip
     table[comparison_table.FIGURES] |= {"negative_auc_top": {}}
-    row = comparison_table.standing_table({"details": details}).splitlines()[-1]
-    assert row == ("| vim_micro, positive AUC | 1 of 3 | `saliency`, `occlusion` | `saliency`, `mamba_lrp` |")
+    results = {"figures": [], "details": details}
+    comparison_leads.derive(results)
+    row = comparison_table.standing_table(results).splitlines()[-1]
+    assert row == (
+        "| vim_micro, positive AUC | `saliency`: 3.0 behind [1.6, 4.4] | 1 of 4 | **`saliency`**, **`mamba_lrp`**, "
+        "`occlusion` |"
+    )
     rows = comparison_table.methods_table({"details": details}).splitlines()
     assert rows[2] == "| `saliency` | 9.0 / - / - / - |  |  |"
     assert "| `occlusion` | 13.0 (2) / - / - / - |  |  |" in rows

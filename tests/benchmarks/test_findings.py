@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import findings, findings_tables
+from benchmarks import findings, findings_tables, findings_verdicts
 from benchmarks.findings_page import PAGE, written
 from mamba_attn.figures import png
 from tests.analytics import cases
@@ -24,6 +24,25 @@ def details():
 
 def test_the_page_says_what_the_results_say():
     assert written(PAGE.read_text(), details()) == PAGE.read_text(), "python benchmarks/findings.py writes the page"
+
+
+def test_the_verdicts_are_those_of_the_stored_numbers():
+    stored, derived = details(), details()
+    findings_verdicts.derive(derived)
+    assert derived == stored, "python benchmarks/findings.py derives them"
+
+
+def test_an_untrained_model_is_hardly_ever_called_outside_its_own_range():
+    alone, corrected = findings_verdicts.called_outside(details())
+    assert len(alone) == len(corrected) > 1900
+    assert np.mean(alone) < 0.1  # the seeds' numbers are neither normal nor independent
+    assert np.mean(corrected) <= 0.05
+    tables = list(findings_verdicts.untrained_in_place(details()))
+    assert len(tables) == 5 * 25
+    assert np.mean([any(row.verdict != "inside" for row in rows) for rows in tables]) <= 0.05
+    trained = [row["verdict"] for store in details()["models"]["stores"] for row in store["rows"]]
+    assert "above" in trained  # the rule can say so
+    assert "below" in trained
 
 
 @pytest.fixture
@@ -80,7 +99,7 @@ def test_all_is_measured_and_the_page_is_written_from_it(runs, tmp_path, monkeyp
     assert found["orders"]["orders"][0]["spread"] == 1
     page = written(PAGE.read_text(), json.loads(json.dumps(found)))
     assert "top-1 of 2 models in 2 orders differs by 1.00 points" in page
-    assert re.search(r"- morton: [-0-9.]+ \[.*\], so rows follow (the order|the raster|undecided); without", page)
+    assert re.search(r"- morton: [-0-9.]+ \[.*\], so rows follow (the order|the raster|undecided); untrained", page)
     assert page.count("| class_token_") == 2
     table = found["reordered"]["top1"]
     assert np.shape(table) == (2, 2)

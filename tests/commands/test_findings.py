@@ -53,7 +53,7 @@ def test_stores_side_by_side(place, tmp_path, capsys):
     assert findings(place / "raster", place / "morton", place / "vit", "--seeds", 1, "--out", out, *accuracy) == 0
     captured = capsys.readouterr()
     assert "raster: vim_micro, raster order, 3 images, top-1 71.50 %" in captured.out
-    assert "side by side: trained (random)" in captured.out
+    assert "side by side: trained (untrained); ! outside the range expected of untrained models" in captured.out
     assert "vim_micro: top-1 of 2 models in 2 orders differs by 1.50 points." in captured.out
     assert f"open {out / 'findings.html'}" in captured.out
     assert {path.name for path in out.iterdir()} == {
@@ -70,6 +70,10 @@ def test_stores_side_by_side(place, tmp_path, capsys):
         assert picture.height > 3 * 256
         assert picture.width > 6 * 256
     assert (out / "findings.txt").read_text().count("rows follow the scan") == 4
+    assert page.count("least correlation of two blocks, of 3 pairs") == 2  # of the Vims
+    assert page.count("least correlation of two blocks, of 1 pair<") == 1
+    assert "models with other numbers of pairs cannot be compared" in page
+    assert "training makes" not in page
 
 
 def test_csv_and_json_hold_the_same_numbers(place, tmp_path, capsys):
@@ -82,6 +86,8 @@ def test_csv_and_json_hold_the_same_numbers(place, tmp_path, capsys):
         assert (line["finding"], line["place"], line["verdict"]) == (row["finding"], row["place"], row["verdict"])
         assert float(line["trained_value"]) == pytest.approx(row["trained"]["value"], rel=1e-4, abs=1e-12)
         assert float(line["random"]) == pytest.approx(row["random"], rel=1e-4, abs=1e-12)
+        assert float(line["corrected"]) == pytest.approx(row["untrained"]["corrected"], rel=1e-4, abs=1e-12)
+        assert line["verdict"] in ("above", "below", "inside")
     assert found["findings"]["entropy"]["formula"].startswith("-sum_j s_ij log s_ij / log n")
     assert found["command"].startswith("mamba-attn findings ")
 

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from mamba_attn.analytics import AttentionStore, collect
 from mamba_attn.errors import StoreError
-from mamba_attn.findings import controls
 from mamba_attn.findings import registry as findings
 from mamba_attn.findings.accuracy import known_accuracy, over_orders
 from mamba_attn.findings.controls import ALL, Report, Row, report
@@ -68,13 +67,17 @@ def test_a_model_is_measured_beside_its_controls(reports):
     row = found.row("entropy")
     assert row.trained.low <= row.trained.value <= row.trained.high
     assert len(row.seeds) == 2
-    assert row.training.value == pytest.approx(row.trained.value - row.random, abs=1e-9)
+    assert row.untrained.low < row.random < row.untrained.high
+    assert row.random == pytest.approx(np.mean(row.seeds))
     assert row.order.value == pytest.approx(row.trained.value - row.reordered, abs=1e-9)
     assert row.shuffled == pytest.approx(row.trained.value, abs=1e-5)  # entropy knows no places
     assert found.row("distance").shuffled != pytest.approx(found.row("distance").trained.value, abs=1e-3)
     blocks = [found.row("entropy", place).trained.value for place in found.depths]
     assert row.trained.value == pytest.approx(np.mean(blocks))
     assert found.row("block_silhouette", "stage 0").trained.units == 6
+    assert found.row("entropy_by_depth") is None  # one number, in one row
+    assert found.row("entropy_by_depth", "model").untrained is not None
+    assert found.pairs == [3]
 
 
 def test_the_pass_gives_what_the_store_kept(stores, folder):
@@ -97,6 +100,7 @@ def test_a_model_made_in_memory_is_measured_by_what_was_kept(reports):
     assert "the random scan order: not measured." in found.notes[2]
     assert found.row("block_silhouette", "stage 1").trained.units == 6
     assert found.row("block_silhouette", "stage 0") is None  # of one block
+    assert found.pairs == [3]
 
 
 def test_softmax_attention_has_no_order_to_change(reports):
@@ -145,7 +149,7 @@ def test_a_model_that_cannot_be_rebuilt_still_has_its_trained_numbers(stores, tm
     assert not any("seed 1" in note for note in found.notes)
     row = found.row("entropy")
     assert row.trained.value > 0
-    assert (row.random, row.training, row.verdict) == (None, None, "")
+    assert (row.random, row.untrained, row.verdict) == (None, None, "")
 
 
 def test_layers_that_are_projections_have_means_and_no_intervals(stores, tmp_path, monkeypatch):
@@ -303,11 +307,12 @@ def test_accuracy_comes_from_the_card_beside_the_weights(stores, tmp_path):
 
 def test_verdicts_are_read_from_intervals():
     def row(name, low, high):
-        return Row(name, ALL, Estimate((low + high) / 2, low, high, 9), training=Estimate(0, low, high, 9))
+        return Row(name, ALL, Estimate((low + high) / 2, low, high, 9), order=Estimate(0, low, high, 9))
 
     assert row("preceding_lift", 1.1, 2).claimed == "holds"
     assert row("preceding_lift", 0.9, 2).claimed == "open"
     assert row("block_correlation", 0.1, 0.2).claimed == "fails"
     assert row("entropy", 0.1, 0.2).claimed == ""
-    assert [row("entropy", *each).verdict for each in ((-1, 1), (1, 2), (-2, -1))] == ["no difference", "more", "less"]
-    assert controls._verdict(None) == ""
+    said = [row("entropy", *each).order_verdict for each in ((-1, 1), (1, 2), (-2, -1))]
+    assert said == ["no difference", "more", "less"]
+    assert Row("entropy", ALL, Estimate(1.0, None, None, 1)).order_verdict == ""
