@@ -166,7 +166,7 @@ class TokenAttribution(MapAttribution):
                 layers = self._ran(record)
                 if not bool(logit.detach().isfinite()):
                     for layer in layers:
-                        layer._require_finite()  # says where it began
+                        layer.require_finite()  # says where it began
                     raise NonFiniteError(f"{call}: what is to be explained is NaN or Inf; check the model's head.")
                 with torch.no_grad():
                     yield record, logit

@@ -159,7 +159,7 @@ def _rows_divided(weighted: Float[Tensor, "batch tokens tokens"]) -> tuple[Produ
 
 
 def _signed(layer: ScanLayer, gradient: Float[Tensor, "batch channels tokens"]) -> tuple[Product, float]:
-    layer._require_finite()
+    layer.require_finite()
     scan = layer.scan
     return lambda row: ops.left_product(scan, vector=row, row_weight=gradient, col_weight=scan.u, fold="sum"), 1.0
 

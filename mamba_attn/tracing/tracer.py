@@ -1,4 +1,4 @@
-"""trace(model): with ``_routing.py`` and ``_ruling.py``, which install, the only place that touches a user's model.
+"""trace(model): what is traced. With ``patching`` and ``module_rules``, the only place that touches a user's model.
 
 Everything installed is owned by one ExitStack and by one entry of the context manager: nothing is left on the model
 after normal exit, an exception, a failure half way through, nesting, or another thread's use of the same model.
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
+from mamba_attn import ops
 from mamba_attn.core import notebook
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.rules import Rules
 from mamba_attn.errors import TraceError, UnknownLayerError, UnsupportedModelError, nearest
-from mamba_attn.ops.arguments import FOLDS
 from mamba_attn.tracing.adapters import AnyAdapter, Seen, find_mixers, require_supported
 from mamba_attn.tracing.layers import Layer
-from mamba_attn.tracing.module_rules import require_rulable, rule
-from mamba_attn.tracing.patching import Use, observed, routed, watch_layout
+from mamba_attn.tracing.module_rules import check_rules_apply, install_rules
+from mamba_attn.tracing.patching import Interest, observed, patched, watch_layout
 
 _MODES = ("route", "observe")
 _GRADIENTS = ("y", "output")
@@ -87,7 +87,7 @@ class Trace(Mapping[str, Layer]):
         if of not in _GRADIENTS:
             raise ValueError(f"gradients(of={of!r}): expected one of {_GRADIENTS}.")
         layers = self.layers
-        direct = [layer.variable if of == "y" and layer._tail is None else layer.output for layer in layers]
+        direct = [layer.variable if of == "y" and layer.tail is None else layer.output for layer in layers]
         attached = [tensor for tensor in direct if tensor.requires_grad]
         if len(attached) < len(layers) or not scalar.requires_grad:
             raise TraceError(
@@ -106,7 +106,7 @@ class Trace(Mapping[str, Layer]):
         result = {}
         for layer, tensor, gradient in zip(layers, attached, found, strict=True):
             filled = torch.zeros_like(tensor) if gradient is None else gradient
-            result[layer.name] = filled if of == "output" or layer._tail is None else _through_tail(layer, filled)
+            result[layer.name] = filled if of == "output" or layer.tail is None else _through_tail(layer, filled)
         return result
 
     def _store(self, layer: Layer) -> None:
@@ -166,8 +166,8 @@ def trace(
     """
     if mode not in _MODES:
         raise ValueError(f"trace(mode={mode!r}): expected one of {_MODES}.")
-    if attention is not None and attention not in FOLDS:
-        raise ValueError(f"trace(attention={attention!r}): expected one of {FOLDS}.")
+    if attention is not None and attention not in ops.FOLDS:
+        raise ValueError(f"trace(attention={attention!r}): expected one of {ops.FOLDS}.")
     if rules is not None and mode == "observe":
         raise ValueError("trace(rules=..., mode='observe'): rules change the forward; use mode='route'.")
     model = _unwrapped(model)
@@ -175,16 +175,16 @@ def trace(
     mixers = _select(found, layers)
     for name, (module, adapter) in mixers.items():
         require_supported(name, module, adapter, model)
-    require_rulable(model, mixers, rules)
+    check_rules_apply(model, mixers, rules)
     record = Trace(list(mixers))
     seen = Seen(layout=layout)
     with ExitStack() as stack:
         families = dict.fromkeys(adapter for _, adapter in found.values())  # also of mixers that were not asked for
         watch_layout(stack, model, families, seen)
-        rule(stack, model, mixers, rules)
+        install_rules(stack, model, mixers, rules)
         for name, (module, adapter) in mixers.items():
-            use = Use(name, record._store, seen, adapter, attention, rules, get_ident())
-            stack.enter_context(routed(module, use) if mode == "route" else observed(module, use))
+            interest = Interest(name, record._store, seen, adapter, attention, rules, get_ident())
+            stack.enter_context(patched(module, interest) if mode == "route" else observed(module, interest))
         yield record
 
 
@@ -211,11 +211,11 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 def _through_tail(layer: Layer, gradient: Tensor) -> Tensor:
     """The gradient with respect to the layer's variable, from the one at the mixer's output."""
-    if layer._tail is None:
+    if layer.tail is None:
         raise TraceError(f"{layer.name}: no recomputed tail.")
     with torch.enable_grad():
         variable = layer.variable.detach().requires_grad_()
-        (result,) = torch.autograd.grad(layer._tail(variable), variable, gradient)
+        (result,) = torch.autograd.grad(layer.tail(variable), variable, gradient)
     return result
 
 

@@ -57,7 +57,7 @@ def test_opcheck(there: Recorder, merged: bool, skip: bool) -> None:
 
 COMPILED = """
 import sys, torch
-from mamba_attn.ops import _operators, fused
+from mamba_attn.ops.cuda import fused
 from tests.kernels.machines import machine
 from tests.ops.bounds import weights
 from tests.ops.cases import Case, make
@@ -244,6 +244,6 @@ def test_what_the_kernels_do_not_take_is_a_sentence() -> None:
         with pytest.warns(UserWarning, match="2147483648 channels x 1 steps need more than"):
             assert fused.BACKEND.unavailable(deep)
         with pytest.raises(MatrixTooLargeError, match="attention_row"):
-            dispatch.require_memory(ops._arguments.Call(endless, True, True, "call"), "mean")
+            dispatch.require_memory(ops.arguments.Call(endless, True, True, "call"), "mean")
     with pytest.raises(BackendUnavailableError, match="it runs on CUDA devices and the tensors are on cpu"):
         ops.selective_scan(record, backend="fused")

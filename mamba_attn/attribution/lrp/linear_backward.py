@@ -14,7 +14,7 @@ from mamba_attn.attribution.lrp.linear_rules import LinearRules, fitting
 from mamba_attn.errors import TraceError, UnknownLayerError, nearest
 from mamba_attn.tracing.adapters import find_mixers
 from mamba_attn.tracing.layers import Layer
-from mamba_attn.tracing.module_rules import require_rulable
+from mamba_attn.tracing.module_rules import check_rules_apply
 from mamba_attn.tracing.tracer import Trace
 
 # of all shares; rounding leaves 1e-7, one GELU that escapes 1e-3. float64 models may compute in float32 somewhere
@@ -93,7 +93,7 @@ class LinearisedAttribution(TokenAttribution):
                     raise TraceError(f"{type(self).__name__}: the target does not depend on what enters {name}.")
                 parts = (_token_frame(record[name], part).detach() for part in (tensor, gradient))
                 entrances.append(Entrance(record[name], *parts))
-                record[name]._require_finite()
+                record[name].require_finite()
             rules.entered.clear()
             self._balance(entrances[0].shares, entrances[0].tokens.dtype, rules.constants, logit)
         return entrances, dict(rules.constants)
@@ -143,7 +143,7 @@ def require_known(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: see above.
     """
-    require_rulable(model, find_mixers(model), LinearRules(model))
+    check_rules_apply(model, find_mixers(model), LinearRules(model))
 
 
 def _autocast(kind: str) -> torch.dtype:
@@ -152,7 +152,7 @@ def _autocast(kind: str) -> torch.dtype:
 
 def _holds_tokens(layer: Layer, x: Tensor) -> bool:
     if x.ndim == 3:
-        windows = 1 if layer._layout is None else len(layer.layout.windows())
+        windows = len(layer.layout.windows()) if layer.has_layout else 1
         return x.shape[0] * x.shape[1] == layer.batch * layer.tokens and x.shape[0] == layer.batch * windows
     return x.ndim == 4 and layer.layout.grid in (x.shape[1:3], x.shape[2:])
 
@@ -160,7 +160,7 @@ def _holds_tokens(layer: Layer, x: Tensor) -> bool:
 def _token_frame(layer: Layer, x: Tensor) -> Float[Tensor, "batch tokens features"]:
     """Tokens in the token frame, from it or windows of it, (batch, rows, columns, features) or channels first."""
     if x.ndim == 3:
-        return x if layer._layout is None else layer.layout.from_windows(x, axis=1)
+        return layer.layout.from_windows(x, axis=1) if layer.has_layout else x
     layout = layer.layout
     patches = x.flatten(1, 2) if layout.grid == tuple(x.shape[1:3]) else x.flatten(2).mT
     frame = patches.new_zeros(len(patches), layout.tokens, patches.shape[2])  # windows may be padded

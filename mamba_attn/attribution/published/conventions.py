@@ -125,7 +125,7 @@ def class_row(
         token: index of the class token.
         watch: what watched the forward pass, for "implicit_unified".
     """
-    layer._require_finite()
+    layer.require_finite()
     if convention == "hidden_mamba":
         return _hidden_mamba_row(layer.scan, token)
     return _implicit_unified_row(model.get_submodule(layer.name), layer, token, watch)

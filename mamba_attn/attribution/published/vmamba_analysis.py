@@ -72,7 +72,7 @@ def analysis_map(layer: ScanLayer, formula: str) -> Float[Tensor, "batch tokens 
         layer: a layer of VMamba.
         formula: "CwBw" or "CwBdtw".
     """
-    layer._require_finite()
+    layer.require_finite()
     scan = layer.scan
     routes = []
     for route in range(scan.routes):

@@ -6,8 +6,7 @@ from mamba_attn._types import Float
 from mamba_attn.attribution._base import Row, TokenAttribution
 from mamba_attn.attribution._queries import Query, query_tokens
 from mamba_attn.attribution._targets import Target
-from mamba_attn.tracing.attention_layer import AttentionLayer
-from mamba_attn.tracing.layers import require
+from mamba_attn.tracing.layers import AttentionLayer, require
 
 
 class AttentionGradCAM(TokenAttribution):

@@ -11,8 +11,7 @@ from mamba_attn.attribution._queries import Query, query_weights
 from mamba_attn.attribution._targets import Target, target_values
 from mamba_attn.attribution.vit import block_relevance
 from mamba_attn.errors import UnsupportedModelError, nearest
-from mamba_attn.tracing.attention_layer import AttentionLayer
-from mamba_attn.tracing.layers import require
+from mamba_attn.tracing.layers import AttentionLayer, require
 
 VARIANTS = ("gradient_x_attention", "lrp")
 _LRP_START = 1  # the published evaluation leaves the first block out

@@ -90,9 +90,9 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(torch, "__file__", str(tmp_path / "site/torch/__init__.py"))
     monkeypatch.setattr(torch.version, "cuda", "12.6")
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
-    monkeypatch.setattr(nvrtc, "find_spec", lambda name: None)
+    monkeypatch.setattr(loader, "find_spec", lambda name: None)
     monkeypatch.setattr(
-        nvrtc, "Path", lambda *parts: Path(*[str(p).replace("/usr/local", str(tmp_path)) for p in parts])
+        loader, "Path", lambda *parts: Path(*[str(p).replace("/usr/local", str(tmp_path)) for p in parts])
     )
     monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
     for variable in ("CUDA_HOME", "CUDA_PATH"):
