@@ -161,7 +161,9 @@ class ScanRecord:
             TraceError: the layout is not known.
         """
         if self.layout is None:
-            raise TraceError("ScanRecord.on_grid: the tokens' place in the image is not known; give the record layout=.")
+            raise TraceError(
+                "ScanRecord.on_grid: the tokens' place in the image is not known; give the record layout=."
+            )
         placed: Tensor = x.mT.unflatten(1, self.layout.grid)
         return placed
 

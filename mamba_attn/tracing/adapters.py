@@ -173,9 +173,7 @@ class AttentionAdapter(MixerAdapter):
         """Return the module's output from the probabilities (batch, heads, tokens, tokens)."""
 
     @abstractmethod
-    def mixed_values(
-        self, module: Any, record: AttentionRecord, probabilities: Tensor
-    ) -> tuple[nn.Module, Tensor]:
+    def mixed_values(self, module: Any, record: AttentionRecord, probabilities: Tensor) -> tuple[nn.Module, Tensor]:
         """Return the submodule that receives probabilities @ value, and these in the form it receives."""
 
 
@@ -244,9 +242,13 @@ def find_mixers(
 
 
 def unknown_parts(
-    module: nn.Module, *, inputs: Collection[str] = (), children: Collection[str] = (),
-    parameters: Collection[str] = (), settings: Collection[str] = (),
-) -> list[str]:  # fmt: skip
+    module: nn.Module,
+    *,
+    inputs: Collection[str] = (),
+    children: Collection[str] = (),
+    parameters: Collection[str] = (),
+    settings: Collection[str] = (),
+) -> list[str]:
     """Return what a mixer has and its adapter does not list, by name: what a refusal is made of.
 
     Args:
@@ -261,9 +263,10 @@ def unknown_parts(
     found += [name for name, _ in module.named_parameters(recurse=False) if name not in parameters]
     found += [name for name, _ in module.named_buffers(recurse=False)]
     found += [
-        name for name, value in vars(module).items()
+        name
+        for name, value in vars(module).items()
         if not name.startswith("_") and name not in settings and isinstance(value, int | float | str | tuple)
-    ]  # fmt: skip
+    ]
     return list(dict.fromkeys(found))
 
 

@@ -146,9 +146,14 @@ class Layer(ABC):
 
     @abstractmethod
     def left_product(
-        self, vector: Float[Tensor, "batch tokens"], *, fold: str = "mean", row_weight: Tensor | None = None,
-        col_weight: Tensor | None = None, residual: bool = True,
-    ) -> Float[Tensor, "batch tokens"]:  # fmt: skip
+        self,
+        vector: Float[Tensor, "batch tokens"],
+        *,
+        fold: str = "mean",
+        row_weight: Tensor | None = None,
+        col_weight: Tensor | None = None,
+        residual: bool = True,
+    ) -> Float[Tensor, "batch tokens"]:
         """Return ``vector @ (I + attention)``, one step of a signed rollout; without ``residual`` the I is left out."""
 
     @cached_property
@@ -209,9 +214,15 @@ class ScanLayer(Layer):
     kind: ClassVar[str] = "selective scans"
 
     def __init__(
-        self, name: str, scan: ScanRecord, *, y: Tensor | None = None, output: Any = None,
-        tail: Tail | None = None, attention: tuple[str, Tensor] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        scan: ScanRecord,
+        *,
+        y: Tensor | None = None,
+        output: Any = None,
+        tail: Tail | None = None,
+        attention: tuple[str, Tensor] | None = None,
+    ) -> None:
         super().__init__(name, scan, output, tail)
         self.scan = scan
         self._y = y
@@ -299,9 +310,14 @@ class ScanLayer(Layer):
         return ops.attention_column(self.scan, column=token, fold=fold, row_weight=row_weight, col_weight=col_weight)
 
     def left_product(
-        self, vector: Float[Tensor, "batch tokens"], *, fold: str = "mean", row_weight: Tensor | None = None,
-        col_weight: Tensor | None = None, residual: bool = True,
-    ) -> Float[Tensor, "batch tokens"]:  # fmt: skip
+        self,
+        vector: Float[Tensor, "batch tokens"],
+        *,
+        fold: str = "mean",
+        row_weight: Tensor | None = None,
+        col_weight: Tensor | None = None,
+        residual: bool = True,
+    ) -> Float[Tensor, "batch tokens"]:
         """Return ``vector @ (I + attention)`` in linear time; without ``residual`` the I is left out."""
         self.require_finite()
         product = ops.left_product(self.scan, vector=vector, fold=fold, row_weight=row_weight, col_weight=col_weight)
@@ -430,9 +446,14 @@ class AttentionLayer(Layer):
         return _fold(column, fold)
 
     def left_product(
-        self, vector: Float[Tensor, "batch tokens"], *, fold: str = "mean", row_weight: Tensor | None = None,
-        col_weight: Tensor | None = None, residual: bool = True,
-    ) -> Float[Tensor, "batch tokens"]:  # fmt: skip
+        self,
+        vector: Float[Tensor, "batch tokens"],
+        *,
+        fold: str = "mean",
+        row_weight: Tensor | None = None,
+        col_weight: Tensor | None = None,
+        residual: bool = True,
+    ) -> Float[Tensor, "batch tokens"]:
         """Return ``vector @ (I + attention)``; without ``residual`` the I is left out.
 
         Raises:
