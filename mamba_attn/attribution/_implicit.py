@@ -16,7 +16,7 @@ from mamba_attn.attribution._taps import Taps, plain, shifts
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.layers import ScanLayer
 from mamba_attn.ops.attention import scan_output
-from mamba_attn.rules import LINEAR
+from mamba_attn.rules import LINEAR, TOKENS
 from mamba_attn.scan import ScanRecord
 
 PARTS = ("skip", "gate", "conv", "activation")
@@ -37,12 +37,16 @@ class ImplicitWatch(Watch):
         convolutions: per record, the calls.
     """
 
-    wants: ClassVar[frozenset[str]] = frozenset({LINEAR})
+    wants: ClassVar[frozenset[str]] = frozenset({LINEAR, TOKENS})
 
     def __init__(self) -> None:
         super().__init__()
         self.convolutions: dict[ScanRecord, list[_Call]] = {}
         self._calls: list[_Call] = []
+
+    def enter(self, layer: str, x: Tensor) -> None:
+        """Forget the convolutions of mixers that are not traced."""
+        self._calls = []
 
     def linear(self, module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
         """Keep a depthwise convolution's input and output."""
