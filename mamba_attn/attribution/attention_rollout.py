@@ -35,7 +35,7 @@ class AttentionRollout(TokenAttribution):
 
     Raises:
         ValueError: an unknown convention, or one that the model is not made for; a published one with
-            ``signed=True``, or, where it knows the class token's row alone, with a query.
+            ``signed=True``, or, where it knows the class token's row alone, with a pixel or box.
 
     Example:
         >>> AttentionRollout(model, signed=True).attribute(torch.randn(2, 3, 224, 224)).shape
@@ -55,7 +55,7 @@ class AttentionRollout(TokenAttribution):
         self.signed = signed
         self.convention = convention
 
-    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+    def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         if self.convention in _conventions.CLASS_TOKEN:
             return _published.explain(
                 self, self.convention, inputs, target, query,
