@@ -207,7 +207,6 @@ def test_distance_and_what_is_shown():
     [
         ({"sign": "negative"}, ValueError, r"receptive_field\(sign='negative'\): expected one of"),
         ({"pixel": (40, 3)}, ValueError, "outside the image of 40 x 24 pixels"),
-        ({"pixel": [(4, 3), (4, 5)]}, ValueError, "expected one .row, column. for all images"),
         ({"pixel": (4, 3), "box": (0, 0, 9, 9)}, ValueError, "both say whose rows are read"),
         ({"query": "class", "pixel": (4, 3)}, ValueError, "give this, pixel or box alone"),
         ({"query": "middle"}, ValueError, "query='middle'.: expected 'class'"),
