@@ -269,8 +269,9 @@ def test_a_layer_whose_tokens_nothing_returns():
 
 
 def test_two_numbers_of_a_query_are_still_a_pixel():
+    model = vim()
     with pytest.warns(
         DeprecationWarning, match=r"receptive_field\(query=\(9, 20\)\): query is deprecated; write pixel="
     ):
-        found = receptive_field(vim(), images(2), (9, 20), reach=False)
-    np.testing.assert_allclose(found.gradient, receptive_field(vim(), images(2), pixel=(9, 20), reach=False).gradient)
+        found = receptive_field(model, images(2), (9, 20), reach=False)
+    np.testing.assert_allclose(found.gradient, receptive_field(model, images(2), pixel=(9, 20), reach=False).gradient)
