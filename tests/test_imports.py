@@ -43,7 +43,7 @@ HOUSE = [
     ["scan", "softmax"],
     ["layout", "orders"],
     ["images"],
-    ["errors", "_types", "_torchvision", "_command", "_table", "_notebook"],
+    ["errors", "_types", "_torchvision", "_command", "_table", "_notebook", "_order_check"],
 ]
 FLOOR = {name: depth for depth, names in enumerate(HOUSE) for name in names}
 ANY_ROOM = ("__init__", "__main__")  # the front doors

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mamba_attn._order_check import require_distinct
 from mamba_attn.ops import blocked
 from mamba_attn.ops._arguments import Weights, pick
 from mamba_attn.ops._backend import Backend
@@ -288,11 +289,7 @@ def _frame(record: ScanRecord, merged: bool, source: bool) -> _Frame:
 def _order(record: ScanRecord, name: str, size: int) -> Tensor:
     """An order as the kernel indexes with it: int64, contiguous, nowhere outside; it would write there unchecked."""
     order: Tensor = getattr(record, name)
-    smallest, largest = (int(end) for end in order.aminmax())
-    if smallest < 0 or largest >= size:
-        raise ValueError(
-            f"ScanRecord: {name} visits {smallest}..{largest}, but there are {size} tokens; pass tokens= too."
-        )
+    require_distinct(f"ScanRecord: {name}", order, size)
     return order.long().contiguous()
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from mamba_attn import ops
-from mamba_attn.ops import _kernels, _operators, _orders, fused
+from mamba_attn import _order_check, ops
+from mamba_attn.ops import _kernels, _operators, fused
 from mamba_attn.ops._structures import call, output
 from mamba_attn.scan import ScanRecord
 from tests.emulation import Emulator, emulated
@@ -136,7 +136,7 @@ def test_every_channel_keeps_its_own_states() -> None:
 
 def test_orders_that_point_outside_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nobody could look at them before, while a CUDA graph is captured."""
-    monkeypatch.setattr(_orders, "capturing", lambda order: True)
+    monkeypatch.setattr(_order_check, "capturing", lambda order: True)
     record = make(Case(batch=1, routes=2, channels=3, states=2, grid=(2, 3)))
     with emulated():
         usual = ops.selective_scan(record, attention="mean", backend="fused")
