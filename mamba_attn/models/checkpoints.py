@@ -164,8 +164,8 @@ def _named(pickled: io.BytesIO) -> Iterator[str]:
         elif opcode.name == "MEMOIZE":
             memo.append(top)
         else:
-            got = opcode.name in ("BINGET", "LONG_BINGET") and isinstance(argument, int) and argument < len(memo)
-            top = memo[argument] if got else argument if isinstance(argument, str) else None
+            known = isinstance(argument, int) and opcode.name in ("BINGET", "LONG_BINGET") and argument < len(memo)
+            top = memo[argument] if known else argument if isinstance(argument, str) else None
             if top is not None:
                 strings.append(top)
 

@@ -15,6 +15,7 @@ import torch
 from mamba_attn import _order_check, ops
 from mamba_attn.errors import BackendUnavailableError, MambaAttnError, MatrixTooLargeError
 from mamba_attn.ops import _dispatch, _kernels, _operators, _structures, fused
+from mamba_attn.ops._flat_records import flatten
 from mamba_attn.scan import ScanRecord
 from tests import emulation
 from tests.kernels.machines import MACHINES, Recorder, machine
@@ -38,7 +39,7 @@ def leaves(record: ScanRecord) -> ScanRecord:
 @pytest.mark.parametrize("skip", [True, False])
 def test_opcheck(there: Recorder, merged: bool, skip: bool) -> None:
     record = leaves(make(Case(batch=1, routes=2, channels=3, states=2, grid=(2, 3), skip=skip)))
-    fields = _operators.flat(record)
+    fields = flatten(record)
     rows = torch.randn(1, 2, 3, 6, requires_grad=True)
     checks = (
         (_operators.selective_scan, (*fields, merged)),
@@ -50,7 +51,7 @@ def test_opcheck(there: Recorder, merged: bool, skip: bool) -> None:
         torch.library.opcheck(operator, arguments)
     with torch.no_grad():
         y = _operators.selective_scan(*fields, merged)
-        detached = _operators.flat(record.map_tensors(torch.Tensor.detach))
+        detached = flatten(record.map_tensors(torch.Tensor.detach))
         torch.library.opcheck(_operators.selective_scan_backward, (torch.ones_like(y), *detached, merged))
 
 
