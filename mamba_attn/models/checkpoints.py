@@ -164,8 +164,10 @@ def _named(pickled: io.BytesIO) -> Iterator[str]:
         elif opcode.name == "MEMOIZE":
             memo.append(top)
         else:
-            known = isinstance(argument, int) and opcode.name in ("BINGET", "LONG_BINGET") and argument < len(memo)
-            top = memo[argument] if known else argument if isinstance(argument, str) else None
+            if opcode.name in ("BINGET", "LONG_BINGET") and isinstance(argument, int) and argument < len(memo):
+                top = memo[argument]
+            else:
+                top = argument if isinstance(argument, str) else None
             if top is not None:
                 strings.append(top)
 

@@ -99,9 +99,8 @@ class Native(Backend):
         if len(parts) > 1:
             return _fold_groups(self, parts, row_weight, col_weight, fold, merged)
         (part,) = parts
-        run = _attention_operator if torch.compiler.is_compiling() else _Attention.apply
-        attention: Tensor = run(*flatten(part), merged, row_weight, col_weight, fold)
-        return attention
+        run: Callable[..., Tensor] = _attention_operator if torch.compiler.is_compiling() else _Attention.apply
+        return run(*flatten(part), merged, row_weight, col_weight, fold)
 
     def _scan_group(self, record: ScanRecord, merged: bool) -> Tensor:
         channels = record.channels
@@ -112,8 +111,8 @@ class Native(Backend):
         B, C = torch.broadcast_tensors(record.source_B.float(), record.source_C.float())  # routes may share one
         read = record.read_order if record.source_frame == "tokens" else None
         write = record.write_order if merged else None
-        run = _scan_operator if torch.compiler.is_compiling() else _Scan.apply
-        y: Tensor = run(u, delta, A, B, C, D, read, write, record.tokens, record.scale if merged else 1.0)
+        run: Callable[..., Tensor] = _scan_operator if torch.compiler.is_compiling() else _Scan.apply
+        y = run(u, delta, A, B, C, D, read, write, record.tokens, record.scale if merged else 1.0)
         return y[..., :channels, :] if padding else y
 
 
@@ -269,12 +268,11 @@ class _Attention(torch.autograd.Function):
 def attention_line(record: ScanRecord, axis: str, step: int, weights: Weights, fold: str) -> Tensor:
     """One row or column of a record of one route and one group: (batch, [channels,] length), in scan order."""
     (part,) = _groups(record)
-    run = _line_operator if torch.compiler.is_compiling() else _line
-    line: Tensor = run(*flatten(part), *weights, fold, axis, step)
-    return line
+    run: Callable[..., Tensor] = _line_operator if torch.compiler.is_compiling() else _line
+    return run(*flatten(part), *weights, fold, axis, step)
 
 
-def _line_shape(u: Tensor, read_order: Tensor, fold: str) -> tuple[int, ...]:
+def _line_shape(u: Tensor, read_order: Tensor, fold: str) -> tuple[int | torch.SymInt, ...]:
     return (u.shape[0], *((u.shape[2],) if fold == "each" else ()), read_order.shape[1])
 
 
@@ -337,7 +335,9 @@ def _fold_groups(
     return total if fold == "sum" else total / len(parts)
 
 
-def _rows(u: Tensor, A: Tensor, read: Tensor | None, write: Tensor | None, tokens: int) -> tuple[int, ...]:
+def _rows(
+    u: Tensor, A: Tensor, read: Tensor | None, write: Tensor | None, tokens: int | torch.SymInt
+) -> tuple[int | torch.SymInt, ...]:
     """Shape of a scan's output, channels last."""
     length = u.shape[3] if read is None else read.shape[1]
     return (u.shape[0], *((A.shape[0], length) if write is None else (tokens,)), u.shape[2])

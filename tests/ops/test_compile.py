@@ -97,7 +97,8 @@ def test_compiled_is_plain(backend: str, subject: str) -> None:
 @pytest.mark.parametrize("skip", [True, False])
 def test_opcheck(merged: bool, frame: str, skip: bool) -> None:
     record = make(Case(**SIZES, frame=frame, skip=skip)).map_tensors(lambda x: x.detach().clone().requires_grad_())
-    u, delta = (native._channels_last(x, 0) for x in (record.source_u, record.source_delta))
+    sources = record.source_u, record.source_delta
+    u, delta = (native._channels_last(x.detach(), 0).requires_grad_() for x in sources)
     B, C = record.source_B, record.source_C
     read, write = (record.read_order if frame == "tokens" else None), (record.write_order if merged else None)
     scan = (u, delta, record.A, B, C, record.D, read, write, record.tokens, 0.5)
