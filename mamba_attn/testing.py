@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import MambaAttnError
 from mamba_attn.ops import reference
-from mamba_attn.tracing.adapters import Adapter, AnyAdapter, AttentionAdapter, find_mixers
+from mamba_attn.tracing.adapters import Adapter, AnyAdapter, AttentionAdapter, find_mixers, nothing_found
 from mamba_attn.tracing.layers import AttentionLayer, Layer, ScanLayer
 from mamba_attn.tracing.tracer import Trace, trace
 
@@ -95,6 +95,8 @@ def check_adapter(
     run = call or (lambda m, x: m(x))
     adapters = list(adapters or ())
     mixers = find_mixers(model, adapters)
+    if not mixers:
+        raise nothing_found(model, adapters)
     with torch.no_grad():
         with _unchanged(model), trace(model, adapters=adapters) as record:
             routed = _first_tensor(run(model, inputs))

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_attn import ops
-from mamba_attn.stand_ins._states import ScanStates
+from mamba_attn.tracing.doors import ScanInputs
+from mamba_attn.tracing.scan_states import ScanStates
 
 
 class Inputs(NamedTuple):
@@ -111,7 +112,7 @@ def _forward(name: str, given: Inputs, softplus: object, dtype: torch.dtype | No
     with torch.no_grad():
         y, gated = run(name, given, softplus)
         # as the extensions: the layout of delta, the type of u
-        found = [_like(given.delta, y, dtype or given.u.dtype), ScanStates.of(given, softplus)]
+        found = [_like(given.delta, y, dtype or given.u.dtype), ScanStates.of(ScanInputs(*given, softplus))]
         return found if given.z is None else [*found, _like(given.z, gated)]
 
 

@@ -2,12 +2,17 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from mamba_attn.stand_ins import _scan
+from mamba_attn.stand_ins import _served
 from mamba_attn.stand_ins._conv import Inputs, convolve
-from mamba_attn.stand_ins._states import ScanStates
+from mamba_attn.stand_ins._modules import StandIn, fill
+
+selective_scan_cuda = StandIn("selective_scan_cuda")
+fill(selective_scan_cuda, _served.ALWAYS["selective_scan_cuda"])
 
 
 def selective_scan_fn(
@@ -31,13 +36,30 @@ def selective_scan_fn(
     Raises:
         ValueError: complex A, or tensors that do not fit together.
     """
-    given = _scan.Inputs(u, delta, A, B, C, D, z, delta_bias)
-    _, gated = _scan.run("selective_scan_fn", given, delta_softplus)
-    out = gated.to(u.dtype)
-    if not return_last_state:
-        return out
-    detached = _scan.Inputs(*(None if t is None else t.detach() for t in given))  # type: ignore[arg-type]
-    return out, ScanStates.of(detached, delta_softplus)[:, :, -1, 1::2]
+    out, states = _Scan.apply(u, delta, A, B, C, D, z, delta_bias, bool(delta_softplus))
+    return (out, states[:, :, -1, 1::2]) if return_last_state else out
+
+
+class _Scan(torch.autograd.Function):
+    """As the package's own: the extension's functions are looked up at every call, so that a trace sees the scan."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Any:
+        """The output, after the gate where there is one, and the states."""
+        out, states, *gated = selective_scan_cuda.fwd(*given)
+        ctx.save_for_backward(*given[:8], states)
+        ctx.softplus = given[8]
+        ctx.mark_non_differentiable(states)
+        return (gated[0] if gated else out).to(given[0].dtype), states
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, _: Any) -> Any:
+        """Gradients by the extension's ``bwd``."""
+        *given, states = ctx.saved_tensors
+        found = selective_scan_cuda.bwd(*given, dout.contiguous(), states, None, None, ctx.softplus, False)
+        du, ddelta, dA, dB, dC, dD, dbias, *dz = found
+        return du, ddelta, dA, dB, dC, dD, dz[0] if dz else None, dbias, None
 
 
 selective_scan_ref = selective_scan_fn

@@ -28,26 +28,43 @@ class Layer(ABC):
 
     Args:
         name: the mixer's name in the model.
-        record: everything that the call depended on.
         output: what the mixer returned.
         tail: recomputes the output from ``variable``, in mode "observe".
     """
 
     kind: ClassVar[str]  # in words
 
-    def __init__(
-        self, name: str, record: ScanRecord | AttentionRecord, output: Any = None, tail: Tail | None = None
-    ) -> None:
+    def __init__(self, name: str, output: Any = None, tail: Tail | None = None) -> None:
         self.name = name
-        self.batch = record.batch
-        self.tokens = record.tokens
-        if isinstance(record, ScanRecord):
-            self.dtype, self.device = working_dtype(record), record.source_delta.device
-        else:
-            self.dtype, self.device = record.dtype, record.device
-        self._layout = record.layout
         self._output = output
         self.tail = tail
+
+    @property
+    @abstractmethod
+    def _described(self) -> ScanRecord | AttentionRecord:
+        """The record of the call."""
+
+    @property
+    def batch(self) -> int:
+        """Number of images (or sequences)."""
+        return self._described.batch
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in the token frame."""
+        return self._described.tokens
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is computed from the record."""
+        record = self._described
+        return working_dtype(record) if isinstance(record, ScanRecord) else record.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the record."""
+        record = self._described
+        return record.source_delta.device if isinstance(record, ScanRecord) else record.device
 
     def _repr_html_(self) -> str:
         """In a notebook: what the first image's patch in the middle reads, and where it is read; no matrix is made."""
@@ -79,7 +96,7 @@ class Layer(ABC):
     @property
     def has_layout(self) -> bool:
         """Whether the tokens' place in the image is known."""
-        return self._layout is not None
+        return self._described.layout is not None
 
     @property
     def layout(self) -> TokenLayout:
@@ -88,12 +105,13 @@ class Layer(ABC):
         Raises:
             TraceError: the layout is not known.
         """
-        if self._layout is None:
+        layout = self._described.layout
+        if layout is None:
             raise TraceError(
                 f"{self.name}: the tokens' place in the image is not known, so there are no maps; pass "
                 "layout=TokenLayout(grid=(height, width), ...) to trace()."
             )
-        return self._layout
+        return layout
 
     @property
     def output(self) -> Tensor:
@@ -223,10 +241,19 @@ class ScanLayer(Layer):
         tail: Tail | None = None,
         attention: tuple[str, Tensor] | None = None,
     ) -> None:
-        super().__init__(name, scan, output, tail)
-        self.scan = scan
+        super().__init__(name, output, tail)
+        self._scan = scan
         self._y = y
         self._ready = dict([attention]) if attention else {}
+
+    @property
+    def scan(self) -> ScanRecord:
+        """Everything that the scans depended on, in the token frame."""
+        return self._scan
+
+    @property
+    def _described(self) -> ScanRecord:
+        return self.scan
 
     def __repr__(self) -> str:
         scan = self.scan
@@ -366,8 +393,12 @@ class AttentionLayer(Layer):
     kind: ClassVar[str] = "softmax attention"
 
     def __init__(self, name: str, record: AttentionRecord, *, output: Any = None, tail: Tail | None = None) -> None:
-        super().__init__(name, record, output, tail)
+        super().__init__(name, output, tail)
         self.record = record
+
+    @property
+    def _described(self) -> AttentionRecord:
+        return self.record
 
     def __repr__(self) -> str:
         record = self.record
