@@ -1,7 +1,7 @@
 """What every attribution method shares: the contract of ``attribute``, and the way from tokens to pixels."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, TypeVar
 
@@ -15,7 +15,7 @@ from mamba_attn.attribution._targets import Target, target_values
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.rules import Rules
 from mamba_attn.errors import NonFiniteError, TraceError
-from mamba_attn.tracing.layers import Layer
+from mamba_attn.tracing.layers import Layer, LayerNames, listed_layers
 from mamba_attn.tracing.tracer import Trace, trace
 
 __all__ = ["Images", "MapAttribution", "Row", "Target", "TokenAttribution"]
@@ -72,7 +72,7 @@ class MapAttribution(Attribution, ABC):
                 predicted class; a query outside the image, or for a method that reads no rows; ``grid=True`` for layers
                 of several grids, or with ``expand=True``.
             TraceError: a model whose tokens' place in the image is not known.
-            UnknownLayerError: a layer name or pattern that fits none.
+            UnknownLayerError: a layer name or pattern that fits none, a number that is out of range.
             NonFiniteError: a layer, the target or the map is NaN or Inf.
         """
         call = f"{type(self).__name__}.attribute"
@@ -120,17 +120,18 @@ class TokenAttribution(MapAttribution):
 
     Args:
         model: a model that ``mamba_attn.trace`` knows; it is called with the inputs alone.
-        layers: names or patterns of the mixers to use. Default: all.
+        layers: names, patterns or numbers of the mixers to use, or one of them, as in ``mamba_attn.trace``. Default:
+            all.
 
     Raises:
-        TypeError: not a module.
+        TypeError: not a module; ``layers`` that are neither names nor numbers.
     """
 
     reads_rows: ClassVar[bool] = True
 
-    def __init__(self, model: nn.Module, *, layers: Iterable[str] | None = None) -> None:
+    def __init__(self, model: nn.Module, *, layers: LayerNames | None = None) -> None:
         super().__init__(model)
-        self.layers = layers if layers is None or isinstance(layers, str) else list(layers)
+        self.layers = listed_layers(f"{type(self).__name__}(layers=...)", layers)
 
     @abstractmethod
     def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:

@@ -13,7 +13,7 @@ from mamba_attn._types import Float
 from mamba_attn.attribution.conv_shifts import Taps, plain, shifts
 from mamba_attn.attribution.lrp.functional_layers import on_axis_1
 from mamba_attn.attribution.published.conventions import Watch
-from mamba_attn.core.rules import LINEAR
+from mamba_attn.core.rules import LINEAR, TOKENS
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.ops.attention import scan_output
@@ -37,12 +37,16 @@ class ImplicitWatch(Watch):
         convolutions: per record, the calls.
     """
 
-    wants: ClassVar[frozenset[str]] = frozenset({LINEAR})
+    wants: ClassVar[frozenset[str]] = frozenset({LINEAR, TOKENS})
 
     def __init__(self) -> None:
         super().__init__()
         self.convolutions: dict[ScanRecord, list[_Call]] = {}
         self._calls: list[_Call] = []
+
+    def enter(self, layer: str, x: Tensor) -> None:
+        """Forget the convolutions of mixers that are not traced."""
+        self._calls = []
 
     def linear(self, module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
         """Keep a depthwise convolution's input and output."""

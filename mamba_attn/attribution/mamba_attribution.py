@@ -1,6 +1,6 @@
 """Mamba-Attribution: hidden attention weighted by the gradient of a class, rolled out over the layers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from mamba_attn.attribution.published import base, conventions
 from mamba_attn.attribution.published.conventions import Watch
 from mamba_attn.attribution.published.weighted import gated_gradients, gradient_x_attention, paper, published
 from mamba_attn.errors import nearest
-from mamba_attn.tracing.layers import ScanLayer, require
+from mamba_attn.tracing.layers import LayerNames, ScanLayer, require
 
 RULES = ("gradient_x_attention", "paper", "published_code")
 
@@ -53,7 +53,7 @@ class MambaAttribution(TokenAttribution):
 
     Args:
         model: a model that ``mamba_attn.trace`` knows.
-        layers: names or patterns of the mixers to use; the others act as the identity. Default: all.
+        layers: names, patterns or numbers of the mixers to use; the others act as the identity. Default: all.
         rule: one of the three above.
         rollout: False averages the layers' rows instead, each query's as in ``RawAttention``, in linear time;
             "gradient_x_attention" only. The positive part is then taken after the mean over the query's tokens.
@@ -76,7 +76,7 @@ class MambaAttribution(TokenAttribution):
         self,
         model: nn.Module,
         *,
-        layers: Iterable[str] | None = None,
+        layers: LayerNames | None = None,
         rule: str = "gradient_x_attention",
         rollout: bool = True,
         signed: bool = False,

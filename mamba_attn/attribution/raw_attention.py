@@ -1,7 +1,5 @@
 """Raw hidden attention: what the query reads, layer by layer, averaged."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +7,7 @@ from mamba_attn.attribution._base import Row, TokenAttribution
 from mamba_attn.attribution._queries import Query, read_rows
 from mamba_attn.attribution._targets import Target
 from mamba_attn.attribution.published import base, conventions, vmamba_analysis
+from mamba_attn.tracing.layers import ByLayer, LayerNames
 from mamba_attn.tracing.tracer import trace
 
 
@@ -22,7 +21,8 @@ class RawAttention(TokenAttribution):
 
     Args:
         model: a model that ``mamba_attn.trace`` knows.
-        layers: names or patterns of the mixers to use, e.g. ``["layers.2.*"]`` for one stage of VMamba. Default: all.
+        layers: names, patterns or numbers of the mixers to use, e.g. ``["layers.2.*"]`` for one stage of VMamba.
+            Default: all.
         signed: keep the negative entries.
         convention: "exact"; "hidden_mamba" or "implicit_unified", the class token's row as the code published with
             arXiv 2403.01590 or 2405.16504 computes it, each late layer scaled to 0..1 per image (the second repository
@@ -43,7 +43,7 @@ class RawAttention(TokenAttribution):
         self,
         model: nn.Module,
         *,
-        layers: Iterable[str] | None = None,
+        layers: LayerNames | None = None,
         signed: bool = False,
         convention: str = conventions.EXACT,
     ) -> None:
@@ -52,7 +52,7 @@ class RawAttention(TokenAttribution):
         self.signed = signed
         self.convention = convention
 
-    def rows(self, inputs: Tensor, query: Query = None) -> dict[str, Tensor]:
+    def rows(self, inputs: Tensor, query: Query = None) -> ByLayer[Tensor]:
         """Return the query's signed row in every layer, (batch, tokens) each, by the layers' names; always exact.
 
         Args:
@@ -66,7 +66,7 @@ class RawAttention(TokenAttribution):
         with torch.no_grad():
             with trace(self.model, layers=self.layers) as record:
                 self.model(inputs)
-            return {layer.name: read_rows(layer, query) for layer in self._ran(record)}
+            return ByLayer({layer.name: read_rows(layer, query) for layer in self._ran(record)})
 
     def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
         if self.convention in conventions.CLASS_TOKEN:

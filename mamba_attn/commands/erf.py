@@ -171,7 +171,7 @@ def _query(text: str | None) -> tuple[float, ...] | str | None:
 def _layer(text: str | None, subject: "Subject") -> str | None:
     if text is None or text in subject.layers:
         return text
-    if text.isdecimal() and int(text) < len(subject.layers):
+    if text.removeprefix("-").isdecimal() and -len(subject.layers) <= int(text) < len(subject.layers):
         return subject.layers[int(text)]
     known = f"{subject.name} has {len(subject.layers)} layers, 0..{len(subject.layers) - 1}. "
     raise ValueError(f"--layer {text}: no such layer; {known}{nearest(text, subject.layers)}")

@@ -13,7 +13,7 @@ from mamba_attn.core.layout import TokenLayout
 from mamba_attn.erf.features import Features
 from mamba_attn.erf.reach import Reach, ReachSum
 from mamba_attn.errors import NonFiniteError
-from mamba_attn.tracing.layers import Layer
+from mamba_attn.tracing.layers import Layer, LayerName
 from mamba_attn.tracing.tracer import trace
 
 CLASS_TOKEN = "class"
@@ -113,7 +113,7 @@ def receptive_field(
     images: Tensor | Iterable[Tensor],
     query: Query | str = None,
     *,
-    layer: str | None = None,
+    layer: LayerName | None = None,
     sign: str = "positive",
     reach: bool = True,
 ) -> ReceptiveField:
@@ -128,7 +128,7 @@ def receptive_field(
         images: normalised, (batch, colours, rows, columns), all of one size, square or not; or several such batches.
         query: (row, column) or a box (x0, y0, x1, y1) in pixels, whose tokens' mean it is; "class" for the class token.
             Default: the patch in the middle, (height // 2, width // 2).
-        layer: whose block's output is meant. Default: behind the last one.
+        layer: whose block's output is meant, by name or number. Default: behind the last one.
         sign: of the gradient: "positive" part, as published, or its "absolute" value.
         reach: also say how far attention reaches: distances per layer, and the rollout.
 
@@ -158,7 +158,7 @@ class _Sum:
 
     model: nn.Module
     query: Query | str
-    layer: str | None
+    layer: LayerName | None
     sign: str
     reach: bool
     gradient: Tensor | None = None

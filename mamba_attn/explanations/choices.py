@@ -74,7 +74,7 @@ def parse_layers(texts: Sequence[str], subject: Subject) -> list[str]:
     """Return the names of layers, first to last.
 
     Args:
-        texts: indices, names or patterns.
+        texts: indices, negative ones from the last, names or patterns.
         subject: the model whose layers these are.
 
     Raises:
@@ -82,7 +82,7 @@ def parse_layers(texts: Sequence[str], subject: Subject) -> list[str]:
     """
     chosen = set()
     for text in texts:
-        if text.isdecimal() and int(text) < len(subject.layers):
+        if text.removeprefix("-").isdecimal() and -len(subject.layers) <= int(text) < len(subject.layers):
             chosen.add(subject.layers[int(text)])
             continue
         fitting = [name for name in subject.layers if fnmatchcase(name, text)]

@@ -3,7 +3,9 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
 from functools import cached_property
+from numbers import Integral
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -15,11 +17,94 @@ from mamba_attn.core import notebook
 from mamba_attn.core.attention_record import AttentionRecord
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.scan_record import ScanRecord
-from mamba_attn.errors import MambaAttnError, NonFiniteError, TraceError, UnsupportedModelError
+from mamba_attn.errors import (
+    MambaAttnError,
+    NonFiniteError,
+    TraceError,
+    UnknownLayerError,
+    UnsupportedModelError,
+    nearest,
+)
 from mamba_attn.ops.arguments import working_dtype
 
 Tail = Callable[[Tensor], Tensor]
 AnyLayer = TypeVar("AnyLayer", bound="Layer")
+Value = TypeVar("Value")
+LayerName = str | int  # a name, or a number that counts layers from 0, from the last one when negative
+LayerNames = LayerName | Iterable[LayerName]  # patterns too
+
+
+class ByLayer(dict[str, Value]):
+    """One value per layer, by name and in order; ``found[0]`` and ``found[-1]`` count the layers."""
+
+    def __missing__(self, layer: LayerName) -> Value:
+        """Look a number up, or refuse a name that is not there."""
+        return self[layer_name(f"[{layer!r}]", layer, list(self))]
+
+
+def listed_layers(call: str, layers: Any) -> list[LayerName] | None:
+    """Return what was asked for as a list; None stays None and stands for the default.
+
+    Args:
+        call: the argument as it is written, for the message.
+        layers: names, patterns and numbers, or one of them.
+
+    Raises:
+        TypeError: anything else, True and False too.
+    """
+    if layers is None:
+        return None
+    one = isinstance(layers, str | Integral) or not isinstance(layers, Iterable)
+    listed = [layers] if one else list(layers)
+    for each in listed:
+        if isinstance(each, bool) or not isinstance(each, str | Integral):
+            raise TypeError(
+                f"{call}: expected names, patterns or numbers of layers, e.g. ['layers.0.mixer', -1], got {each!r}."
+            )
+    return [each if isinstance(each, str) else int(each) for each in listed]
+
+
+def layer_names(call: str, layers: LayerNames, names: Sequence[str]) -> list[str]:
+    """Return the names that were asked for, in the order of all names.
+
+    Args:
+        call: the argument as it is written, for the message.
+        layers: names, patterns (``"layers.1?.mixer"``) and numbers, or one of them.
+        names: of all layers, in order.
+
+    Raises:
+        TypeError: neither names nor numbers.
+        UnknownLayerError: a name or pattern that fits no layer, a number that is out of range.
+    """
+    chosen: set[str] = set()
+    for each in listed_layers(call, layers) or []:
+        fitting = [name for name in names if fnmatchcase(name, each)] if isinstance(each, str) else []
+        chosen.update(fitting or [layer_name(call, each, names)])
+    return [name for name in names if name in chosen]
+
+
+def layer_name(call: str, layer: LayerName, names: Sequence[str]) -> str:
+    """Return the name of one layer.
+
+    Args:
+        call: the argument as it is written, for the message.
+        layer: a name or a number.
+        names: of all layers, in order.
+
+    Raises:
+        TypeError: neither a name nor a number.
+        UnknownLayerError: no such layer.
+    """
+    listed_layers(call, [layer])
+    if isinstance(layer, str):
+        if layer in names:
+            return layer
+        raise UnknownLayerError(f"{call}: {layer!r} fits no layer. {nearest(layer, names)}")
+    if not -len(names) <= layer < len(names):
+        count = f"{len(names)} layer{'' if len(names) == 1 else 's'}"
+        known = f"; expected {-len(names)}..{len(names) - 1}" if names else ""
+        raise UnknownLayerError(f"{call}: there is no layer {layer} of {count}{known}.")
+    return names[layer]
 
 
 class Layer(ABC):

@@ -6,7 +6,7 @@ after normal exit, an exception, a failure half way through, nesting, or another
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from fnmatch import fnmatchcase
+from numbers import Integral
 from threading import get_ident
 
 import torch
@@ -19,7 +19,7 @@ from mamba_attn.core.rules import Rules
 from mamba_attn.errors import TraceError, UnknownLayerError, UnsupportedModelError, nearest
 from mamba_attn.ops.arguments import FOLDS
 from mamba_attn.tracing.adapters import AnyAdapter, Seen, find_mixers, require_supported
-from mamba_attn.tracing.layers import Layer
+from mamba_attn.tracing.layers import ByLayer, Layer, LayerName, LayerNames, layer_name, layer_names
 from mamba_attn.tracing.module_rules import require_rulable, rule
 from mamba_attn.tracing.patching import Use, observed, routed, watch_layout
 
@@ -29,14 +29,20 @@ _SHOWN = 12  # layers in a notebook
 
 
 class Trace(Mapping[str, Layer]):
-    """The layers of one forward pass, by name, in execution order."""
+    """The layers of one forward pass, by name, in execution order; ``trace[0]`` and ``trace[-1]`` count them."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = list(names)
         self._layers: dict[str, Layer] = {}
         self._repeated: set[str] = set()
 
-    def __getitem__(self, name: str) -> Layer:
+    def __getitem__(self, name: LayerName) -> Layer:
+        if not isinstance(name, str):
+            if not self._layers:
+                raise TraceError(
+                    "no layer has run yet: call the model inside the with-block first, then read the trace."
+                )
+            name = layer_name(f"trace[{name!r}]", name, list(self._layers))
         if name not in self._names:
             raise UnknownLayerError(f"no traced layer is called {name!r}. {nearest(name, self._names)}")
         if name not in self._layers:
@@ -49,6 +55,8 @@ class Trace(Mapping[str, Layer]):
         return iter(self._layers)
 
     def __contains__(self, name: object) -> bool:
+        if isinstance(name, Integral) and not isinstance(name, bool):
+            return -len(self) <= int(name) < len(self)
         return name in self._layers
 
     def __len__(self) -> int:
@@ -65,14 +73,20 @@ class Trace(Mapping[str, Layer]):
         return f"<div>{body}{names}</div>"
 
     @property
+    def names(self) -> list[str]:
+        """Names of the layers that are traced, in the model's order, whether they ran or not."""
+        return list(self._names)
+
+    @property
     def layers(self) -> list[Layer]:
         """The layers in execution order."""
         return [self[name] for name in self]
 
-    def gradients(self, scalar: Tensor, of: str = "y") -> dict[str, Tensor]:
+    def gradients(self, scalar: Tensor, of: str = "y") -> ByLayer[Tensor]:
         """Return the gradient of a scalar with respect to every layer's ``variable``, or ``output``.
 
-        The graph is kept, so several targets can be asked for. Nothing accumulates in ``.grad``.
+        By the layers' names or numbers, as the trace. The graph is kept, so several targets can be asked for. Nothing
+        accumulates in ``.grad``.
 
         Args:
             scalar: computed from this forward pass, e.g. ``logits[:, 7].sum()``.
@@ -103,7 +117,7 @@ class Trace(Mapping[str, Layer]):
             ) from error
         if all(gradient is None for gradient in found):
             raise TraceError("gradients(): the scalar does not depend on this forward pass; take it from its output.")
-        result = {}
+        result: ByLayer[Tensor] = ByLayer()
         for layer, tensor, gradient in zip(layers, attached, found, strict=True):
             filled = torch.zeros_like(tensor) if gradient is None else gradient
             result[layer.name] = filled if of == "output" or layer._tail is None else _through_tail(layer, filled)
@@ -126,7 +140,7 @@ def _of(layers: Trace, name: str) -> str:
 def trace(
     model: nn.Module,
     *,
-    layers: Iterable[str] | None = None,
+    layers: LayerNames | None = None,
     mode: str = "route",
     attention: str | None = None,
     layout: TokenLayout | None = None,
@@ -138,7 +152,8 @@ def trace(
     Args:
         model: a model with mixers of a known family, as it is; it is neither switched to eval nor changed. Inside
             DistributedDataParallel, and DataParallel on one device, names are those of the wrapped model.
-        layers: names or patterns (``"layers.1?.mixer"``) of mixers. Default: all.
+        layers: names, patterns (``"layers.1?.mixer"``) or numbers of mixers, or one of them; numbers count the
+            model's mixers in the order of its modules, negative ones from the last. Default: all.
         mode: "route" runs the mixers' equations through ``mamba_attn.ops``, and softmax attention through its explicit
             probabilities, submodules called as modules; "observe" leaves the model's own forward untouched and
             recomputes the record from each mixer's input.
@@ -155,7 +170,8 @@ def trace(
     Raises:
         UnsupportedModelError: nothing to trace, a variant that is refused, a compiled model, copies on several devices;
             norms that rules for the whole model do not know.
-        UnknownLayerError: a name or pattern that fits no mixer.
+        UnknownLayerError: a name or pattern that fits no mixer, a number that is out of range.
+        TypeError: ``layers`` that are neither names nor numbers.
         ValueError: an unknown mode or fold, rules in mode "observe".
 
     Example:
@@ -172,7 +188,8 @@ def trace(
         raise ValueError("trace(rules=..., mode='observe'): rules change the forward; use mode='route'.")
     model = _unwrapped(model)
     found = find_mixers(model, adapters)
-    mixers = _select(found, layers)
+    chosen = list(found) if layers is None else layer_names("trace(layers=...)", layers, list(found))
+    mixers = {name: found[name] for name in chosen}
     for name, (module, adapter) in mixers.items():
         require_supported(name, module, adapter, model)
     require_rulable(model, mixers, rules)
@@ -217,19 +234,3 @@ def _through_tail(layer: Layer, gradient: Tensor) -> Tensor:
         variable = layer.variable.detach().requires_grad_()
         (result,) = torch.autograd.grad(layer._tail(variable), variable, gradient)
     return result
-
-
-def _select(
-    mixers: dict[str, tuple[nn.Module, AnyAdapter]], patterns: Iterable[str] | None
-) -> dict[str, tuple[nn.Module, AnyAdapter]]:
-    if patterns is None:
-        return mixers
-    if isinstance(patterns, str):
-        raise TypeError(f"trace(layers={patterns!r}): expected a list of names or patterns, e.g. [{patterns!r}].")
-    chosen: set[str] = set()
-    for pattern in patterns:
-        fitting = {name for name in mixers if fnmatchcase(name, pattern)}
-        if not fitting:
-            raise UnknownLayerError(f"trace(layers=...): {pattern!r} fits no layer. {nearest(pattern, mixers)}")
-        chosen |= fitting
-    return {name: mixer for name, mixer in mixers.items() if name in chosen}

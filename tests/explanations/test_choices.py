@@ -131,7 +131,8 @@ def test_layers(subjects):
     assert len(vmamba.layers) == 3
     assert choices.parse_layers([], vmamba) == []
     assert choices.parse_layers(["2", "layers.0.*", "2"], vmamba) == [vmamba.layers[0], vmamba.layers[2]]
-    for text in ("3", "layers.7.*"):
+    assert choices.parse_layers(["-1", "-3"], vmamba) == [vmamba.layers[0], vmamba.layers[2]]
+    for text in ("3", "-4", "layers.7.*"):
         with pytest.raises(ValueError, match=rf"--layer {text}: no such layer; vmamba_micro has 3 layers, 0..2."):
             choices.parse_layers([text], vmamba)
     with pytest.raises(ValueError, match=r"Did you mean 'layers\.1\.mixer'"):

@@ -1,7 +1,7 @@
 """What MambaLRP and FrozenContribution share: one backward pass through linear rules, and the books it must balance."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from mamba_attn._types import Float
 from mamba_attn.attribution._base import Row, Target, TokenAttribution
 from mamba_attn.attribution._queries import Query
-from mamba_attn.attribution.lrp.linear_rules import LinearRules, fitting
-from mamba_attn.errors import TraceError, UnknownLayerError, nearest
+from mamba_attn.attribution.lrp.linear_rules import LinearRules
+from mamba_attn.errors import TraceError
 from mamba_attn.tracing.adapters import find_mixers
-from mamba_attn.tracing.layers import Layer
+from mamba_attn.tracing.layers import Layer, LayerNames, layer_names, listed_layers
 from mamba_attn.tracing.module_rules import require_rulable
 from mamba_attn.tracing.tracer import Trace
 
@@ -47,15 +47,15 @@ class LinearisedAttribution(TokenAttribution):
 
     Args:
         model: a model that ``mamba_attn.trace`` knows.
-        layers: names or patterns of mixers, before which the shares are read; their maps are averaged. All mixers take
-            part either way. Default: the first one, behind the patch embedding.
+        layers: names, patterns or numbers of mixers, before which the shares are read; their maps are averaged. All
+            mixers take part either way. Default: the first one, behind the patch embedding.
     """
 
     reads_rows: ClassVar[bool] = False
 
-    def __init__(self, model: nn.Module, *, layers: Iterable[str] | None = None) -> None:
+    def __init__(self, model: nn.Module, *, layers: LayerNames | None = None) -> None:
         super().__init__(model)  # traces all layers
-        self.before = (layers,) if isinstance(layers, str) else None if layers is None else tuple(layers)
+        self.before = listed_layers(f"{type(self).__name__}(layers=...)", layers)
 
     @abstractmethod
     def _rules(self) -> LinearRules:
@@ -99,15 +99,12 @@ class LinearisedAttribution(TokenAttribution):
         return entrances, dict(rules.constants)
 
     def _chosen(self, record: Trace) -> list[str]:
-        names = list(record)
-        if self.before is None:
-            return names[:1]
-        for pattern in self.before:
-            if not any(fitting(name, (pattern,)) for name in names):
-                raise UnknownLayerError(
-                    f"{type(self).__name__}(layers=...): {pattern!r} fits no layer. {nearest(pattern, names)}"
-                )
-        return [name for name in names if fitting(name, self.before)]
+        call = f"{type(self).__name__}(layers=...)"
+        asked = list(record)[:1] if self.before is None else layer_names(call, self.before, record.names)
+        chosen = [name for name in record if name in asked]
+        if not chosen:
+            raise TraceError(f"{call}: the model's forward called none of {', '.join(asked)}.")
+        return chosen
 
     def _tokens(self, layer: Layer, entered: Sequence[Tensor]) -> Tensor:
         """The outermost tensor that holds the layer's tokens: with their residual stream."""

@@ -9,7 +9,7 @@ from mamba_attn.attribution._base import Target
 from mamba_attn.attribution.lrp.gamma import check_gamma_layers, generalised_gamma
 from mamba_attn.attribution.lrp.linear_backward import LinearisedAttribution
 from mamba_attn.attribution.lrp.linear_rules import LinearRules, fitting
-from mamba_attn.tracing.layers import ScanLayer, require
+from mamba_attn.tracing.layers import ByLayer, LayerNames, ScanLayer, require
 from mamba_attn.tracing.tracer import Trace
 
 
@@ -42,7 +42,8 @@ class MambaLRP(LinearisedAttribution):
 
     Args:
         model: a model of selective scans that ``mamba_attn.trace`` knows, with fused_add_norm=False where it has that.
-        layers: names or patterns of mixers: relevance of what enters them; maps averaged. Default: the first one.
+        layers: names, patterns or numbers of mixers: relevance of what enters them; maps averaged. Default: the
+            first one.
         gamma_layers: names or patterns of linear layers and convolutions with the generalised gamma rule, e.g.
             ``"layers.*.in_proj"``. Default: none, LRP-0 everywhere.
         gamma: of that rule, at least 0; 0 is LRP-0.
@@ -60,7 +61,7 @@ class MambaLRP(LinearisedAttribution):
         self,
         model: nn.Module,
         *,
-        layers: Iterable[str] | None = None,
+        layers: LayerNames | None = None,
         gamma_layers: Iterable[str] | str | None = None,
         gamma: float = 0.25,
     ) -> None:
@@ -70,7 +71,7 @@ class MambaLRP(LinearisedAttribution):
         self.gamma_layers = patterns
         self.gamma = gamma
 
-    def relevances(self, inputs: Tensor, target: Target = None) -> dict[str, Float[Tensor, "batch tokens"]]:
+    def relevances(self, inputs: Tensor, target: Target = None) -> ByLayer[Float[Tensor, "batch tokens"]]:
         """Return the relevance of all tokens, class tokens included, by the names of the layers that they enter.
 
         Args:
@@ -82,7 +83,7 @@ class MambaLRP(LinearisedAttribution):
         """
         self._size("relevances", inputs, None)
         entrances, _ = self._entrances(inputs, target, self._rules())
-        return {entrance.layer.name: entrance.shares for entrance in entrances}
+        return ByLayer({entrance.layer.name: entrance.shares for entrance in entrances})
 
     def bias_relevances(self, inputs: Tensor, target: Target = None) -> dict[str, Float[Tensor, " batch"]]:
         """Return the relevance that biases keep, by the names of these parameters: behind the first of ``layers``.
