@@ -6,7 +6,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from tests.attribution.test_vit import build
 
 from mamba_attn import attribution, trace
 from mamba_attn.attribution import catalogue
@@ -14,6 +13,7 @@ from mamba_attn.erf.features import Features
 from mamba_attn.errors import UnknownLayerError
 from mamba_attn.tracing.layers import ByLayer, layer_names, listed_layers
 from tests.attribution.cases import images, vim, vmamba
+from tests.attribution.vit.test_vit import build
 
 NAMES = ["layers.0.mixer", "layers.1.mixer", "layers.2.mixer"]
 METHODS = sorted(

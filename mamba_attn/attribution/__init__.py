@@ -8,7 +8,6 @@ try:
 except ImportError as error:
     raise ImportError("mamba_attn.attribution needs captum: pip install 'mamba_attn[captum]'") from error
 
-from mamba_attn.attribution._base import MapAttribution, TokenAttribution
 from mamba_attn.attribution.attention_rollout import AttentionRollout
 from mamba_attn.attribution.captum_methods import InputXGradient, IntegratedGradients, Occlusion, Saliency
 from mamba_attn.attribution.controls import CentreMap, RandomMap
@@ -17,6 +16,7 @@ from mamba_attn.attribution.layer_grad_cam import LayerGradCam
 from mamba_attn.attribution.lrp.frozen_contribution import FrozenContribution
 from mamba_attn.attribution.lrp.mamba_lrp import MambaLRP
 from mamba_attn.attribution.mamba_attribution import MambaAttribution
+from mamba_attn.attribution.maps import MapAttribution, TokenAttribution
 from mamba_attn.attribution.raw_attention import RawAttention
 from mamba_attn.attribution.relevance_attention_ranks import RelevanceAttentionRanks
 from mamba_attn.attribution.vit.attention_grad_cam import AttentionGradCAM

@@ -1,0 +1,470 @@
+"""What every attribution method shares: the contract of ``attribute``, targets, queries, and the way to pixels.
+
+From the caller to the picture: ``MapAttribution`` (any model) checks the call; ``TokenAttribution`` (a traced model)
+runs one traced pass and turns rows of tokens into maps; below them what is explained (targets) and who reads (queries).
+"""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from captum.attr import Attribution
+from torch import Tensor, nn
+
+from mamba_attn._types import Float, Int
+from mamba_attn.core.layout import TokenLayout
+from mamba_attn.core.rules import Rules
+from mamba_attn.errors import NonFiniteError, TraceError, nearest
+from mamba_attn.tracing.layers import Layer, LayerNames, listed_layers
+from mamba_attn.tracing.tracer import Trace, trace
+
+Images = TypeVar("Images", Tensor, tuple[Tensor])  # captum's metrics hand a tuple of one, and want one back
+Function = Callable[[Any], Tensor]
+Target = int | Tensor | tuple[int, ...] | Sequence[int] | Sequence[tuple[int, ...]] | Function | None
+Query = Sequence[float] | None  # (row, column) or (x0, y0, x1, y1), in pixels
+Row = tuple[TokenLayout, Tensor]  # one number per token (batch, tokens), and where the tokens sit
+
+_DENSE = "target=(class, row, column) or whatever indexes it, a list of such tuples, or a function of the output"
+
+
+class MapAttribution(Attribution, ABC):
+    """An attribution method that gives every image a map.
+
+    Neither the model nor the inputs change; the model is not switched to eval mode either.
+
+    Args:
+        model: called with the images alone; returns logits (batch, classes), or whatever a target can be named in.
+
+    Raises:
+        TypeError: not a module.
+    """
+
+    reads_rows: ClassVar[bool] = False  # whether a query means anything to it
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{type(self).__name__}(model): expected a torch.nn.Module, got {type(model).__name__}.")
+        super().__init__(model)
+        self.model = model
+        self.called = type(self).__name__  # in messages; other where this method stands in for another's option
+
+    def attribute(
+        self, inputs: Images, target: Target = None, query: Query = None, *, grid: bool = False, expand: bool = False
+    ) -> Images:
+        """Return one map per image.
+
+        Args:
+            inputs: (batch, colours, height, width), images as the model takes them.
+            target: class index, or one per image, as a list or tensor; for dense outputs a tuple of indices, as
+                (class, row, column), or a list of one tuple per image; or a function of the model's output that returns
+                one number per image, each from its own image, or their sum. Default: the predicted class, of models
+                that return (batch, classes). Methods that do not depend on the class check what is given all the same.
+            query: (row, column) of a pixel, or a box (x0, y0, x1, y1) in pixels, whose tokens' rows are read, their
+                mean where there are several. Default: the class token; for models without one the mean over patches.
+            grid: return the tokens' grid instead of pixels.
+            expand: return the inputs' shape, an equal part of the map in every colour, so that captum's metrics and
+                pictures, which sum or compare all channels, run.
+
+        Returns:
+            (batch, 1, height, width) at the inputs' size in pixels, interpolated linearly between patch centres; with
+            ``grid=True`` that of the patch grid; with ``expand=True`` (batch, colours, height, width), whose sum over
+            colours is the map. For a tuple of one tensor, as captum's metrics hand it over, a tuple of one.
+
+        Raises:
+            TypeError: several inputs, or none that is a tensor.
+            ValueError: inputs that are no batch, a target that the output does not have, or none where there is no
+                predicted class; a query outside the image, or for a method that reads no rows; ``grid=True`` for layers
+                of several grids, or with ``expand=True``.
+            TraceError: a model whose tokens' place in the image is not known.
+            UnknownLayerError: a layer name or pattern that fits none, a number that is out of range.
+            NonFiniteError: a layer, the target or the map is NaN or Inf.
+        """
+        call = f"{self.called}.attribute"
+        if isinstance(inputs, tuple) and len(inputs) != 1:
+            raise TypeError(f"{call}(inputs): expected one tensor of images, got a tuple of {len(inputs)}.")
+        images = inputs[0] if isinstance(inputs, tuple) else inputs
+        size = self._size("attribute", images, query)
+        if grid and expand:
+            raise ValueError(f"{call}(grid=True, expand=True): the inputs' shape is in pixels; leave one of them out.")
+        if query is not None and not self.reads_rows:
+            raise ValueError(f"{call}(query={query!r}): this method reads no token's row; leave query out.")
+        with torch.no_grad():
+            maps = self._maps(images, target, query, size, grid)
+        finite = maps.isfinite().flatten(1).all(1)
+        if not bool(finite.all()):
+            which = ", ".join(str(index) for index in (~finite).nonzero().flatten().tolist())
+            raise NonFiniteError(
+                f"{call}: the maps of images {which} hold NaN or Inf; check the images, the weights and the "
+                "precision of the model."
+            )
+        if expand:
+            maps = (maps / images.shape[1]).expand(-1, images.shape[1], -1, -1).contiguous()
+        return (maps,) if isinstance(inputs, tuple) else maps
+
+    @abstractmethod
+    def _maps(
+        self, images: Tensor, target: Target, query: Query, size: tuple[int, int], grid: bool
+    ) -> Float[Tensor, "batch 1 height width"]:
+        """Return the maps in pixels, ``size`` (rows, columns), or on the tokens' grid. Called without gradients."""
+
+    def _size(self, method: str, inputs: Tensor, query: Query) -> tuple[int, int]:
+        """The images' (rows, columns) in pixels; refuses inputs that are no batch, or a query outside them."""
+        call = f"{self.called}.{method}"
+        if not isinstance(inputs, Tensor):
+            raise TypeError(f"{call}(inputs): expected a tensor of images, got {type(inputs).__name__}.")
+        if inputs.ndim != 4 or len(inputs) == 0:
+            raise ValueError(f"{call}(inputs{tuple(inputs.shape)}): expected images (batch, colours, rows, columns).")
+        size = (inputs.shape[2], inputs.shape[3])
+        check_query(call, query, size)
+        return size
+
+    def _output(self, images: Tensor, target: Target) -> Any:
+        """The model's output, once the target is known to fit it and to be finite.
+
+        Raises:
+            ValueError: a target that does not fit the output.
+            NonFiniteError: what is to be explained is NaN or Inf.
+        """
+        call = f"{self.called}.attribute"
+        output = self.model(images)
+        if not bool(target_values(call, output, target, len(images)).isfinite().all()):
+            raise NonFiniteError(
+                f"{call}: what is to be explained is NaN or Inf; check the images, the weights and the precision of "
+                "the model."
+            )
+        return output
+
+
+class TokenAttribution(MapAttribution):
+    """An attribution method that gives every token of one or more layers a number.
+
+    Args:
+        model: a model that ``mamba_attn.trace`` knows; it is called with the inputs alone.
+        layers: names, patterns or numbers of the mixers to use, or one of them, as in ``mamba_attn.trace``. Default:
+            all.
+
+    Raises:
+        TypeError: not a module; ``layers`` that are neither names nor numbers.
+    """
+
+    reads_rows: ClassVar[bool] = True
+
+    def __init__(self, model: nn.Module, *, layers: LayerNames | None = None) -> None:
+        super().__init__(model)
+        self.layers = listed_layers(f"{type(self).__name__}(layers=...)", layers)
+
+    def _published(self, kind: type["TokenAttribution"], option: str) -> "TokenAttribution | None":
+        """The method of ``attribution.published`` that an option's value names; None for its default, this method.
+
+        Published code has none of the other options, so a value that names it excludes them all.
+
+        Args:
+            kind: the class whose options these are; every option is an attribute of the same name.
+            option: "convention" or "rule".
+
+        Raises:
+            ValueError: a value that names no method, or other options together with it.
+        """
+        from mamba_attn.attribution.published import METHODS  # which is built on this file
+
+        options = [each for each in inspect.signature(kind.__init__).parameters.values() if each.name != "layers"]
+        default = {each.name: each.default for each in options if each.kind is each.KEYWORD_ONLY}
+        value, methods = getattr(self, option), METHODS[kind.__name__, option]
+        if value == default[option]:
+            return None
+        call = f"{kind.__name__}({option}={value!r}"
+        if value not in methods:
+            raise ValueError(f"{call}): no such {option}. {nearest(value, [default[option], *methods])}")
+        changed = ", ".join(
+            f"{name}={getattr(self, name)!r}"
+            for name, normal in default.items()
+            if name != option and getattr(self, name) != normal
+        )
+        if changed:
+            raise ValueError(
+                f"{call}, {changed}): {option}={value!r} is published code, which has no such option; leave {changed} "
+                f"out, or {option}={value!r}."
+            )
+        method = methods[value](self.model, layers=self.layers)
+        method.called = f"{call})"
+        return method
+
+    @abstractmethod
+    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+        """Return the rows whose maps are averaged: one, or one per layer. Called without gradients."""
+
+    def _maps(
+        self, images: Tensor, target: Target, query: Query, size: tuple[int, int], grid: bool
+    ) -> Float[Tensor, "batch 1 height width"]:
+        return self._render(self._explain(images, target, query), size, grid)
+
+    @contextmanager
+    def _traced(
+        self, inputs: Tensor, target: Target, *, gradients: bool = False, rules: Rules | None = None
+    ) -> Iterator[tuple[Trace, Tensor]]:
+        """One traced forward pass, and the sum of what is explained of the images.
+
+        Gradients are taken inside the block, where a model that checkpoints its activations is still traced.
+
+        Args:
+            inputs: as in ``attribute``.
+            target: as in ``attribute``; where no gradients are asked for, None is not looked up.
+            gradients: keep the graph.
+            rules: what watches, or changes, the forward.
+        """
+        call = f"{self.called}.attribute"
+        with torch.inference_mode(False):
+            images = inputs.clone() if inputs.is_inference() else inputs  # nothing is saved of inference tensors
+            with trace(self.model, layers=self.layers, rules=rules) as record:
+                with torch.set_grad_enabled(gradients):
+                    output = self.model(images)
+                    needed = gradients or target is not None
+                    logit = target_values(call, output, target, len(inputs)).sum() if needed else torch.zeros(())
+                layers = self._ran(record)
+                if not bool(logit.detach().isfinite()):
+                    for layer in layers:  # the first layer that is not finite names itself: where it began
+                        layer._require_finite()
+                    raise NonFiniteError(f"{call}: what is to be explained is NaN or Inf; check the model's head.")
+                with torch.no_grad():
+                    yield record, logit
+
+    def _ran(self, record: Trace) -> list[Layer]:
+        """The layers of the pass.
+
+        Raises:
+            TraceError: none of the layers asked for ran.
+        """
+        if not record:
+            raise TraceError(f"{self.called}: the model's forward called none of the layers asked for.")
+        return record.layers
+
+    def _render(self, rows: Sequence[Row], size: tuple[int, int], grid: bool) -> Float[Tensor, "batch 1 height width"]:
+        """The mean of the rows' maps."""
+        merged: dict[TokenLayout, Tensor] = {}
+        for layout, values in rows:  # sums of rows on the same grid first: interpolation is linear
+            merged[layout] = merged[layout] + values if layout in merged else values
+        if grid and len({layout.grid for layout in merged}) > 1:
+            grids = ", ".join(f"{layout.grid[0]}x{layout.grid[1]}" for layout in merged)
+            raise ValueError(
+                f"{self.called}.attribute(grid=True): the layers stand on several grids ({grids}); name the "
+                "layers of one with layers=, or leave grid=False for a map in pixels."
+            )
+        # a token of a coarser grid spreads what it has over the finer tokens that it covers
+        finest = max(len(layout.patches) for layout in merged)
+        maps = [layout.to_grid(values) * (len(layout.patches) / finest) for layout, values in merged.items()]
+        if not grid:
+            maps = [layout.to_pixels(values, size) for layout, values in zip(merged, maps, strict=True)]
+        return (torch.stack(maps).sum(0) / len(rows)).unsqueeze(1)
+
+
+def layouts(model: nn.Module, images: Tensor) -> list[TokenLayout]:
+    """Return where the tokens of every layer sit, from a pass of the first image."""
+    with torch.no_grad(), trace(model) as record:
+        model(images[:1])
+    return [layer.layout for layer in record.layers]
+
+
+def cell_means(
+    maps: Float[Tensor, "batch 1 rows columns"], layout: TokenLayout
+) -> Float[Tensor, "batch 1 height width"]:
+    """The mean over every token's cell: the pixels that are nearer to its centre than to any other's."""
+    vertical, horizontal = (
+        _means(pixels, count, layout).to(maps) for pixels, count in zip(maps.shape[2:], layout.grid, strict=True)
+    )
+    return vertical @ maps @ horizontal.mT
+
+
+def _means(pixels: int, count: int, layout: TokenLayout) -> Float[Tensor, "count pixels"]:
+    position = (torch.arange(pixels, dtype=torch.float64) + 0.5 - layout.centre) / layout.step
+    owner = (position + 0.5).floor().clamp(0, count - 1)
+    inside = (owner == torch.arange(count)[:, None]).double()
+    return inside / inside.sum(1, keepdim=True).clamp(min=1)
+
+
+def target_values(call: str, output: Any, target: Any, batch: int) -> Tensor:
+    """Return what is explained of every image, (batch,), or its sum where a function returned a scalar.
+
+    Args:
+        call: the name of the caller, for the message.
+        output: of the model.
+        target: a class, one per image, a tuple of indices behind the batch's or a list of them, a function of the
+            output; None for the predicted class.
+        batch: number of images.
+
+    Raises:
+        ValueError: a target that does not fit the output.
+    """
+    if callable(target) and not isinstance(target, Tensor):
+        return _called(call, target, output, batch)
+    indices = target_indices(call, output, target, batch)
+    chosen: Tensor = output[(torch.arange(batch, device=output.device), *indices.unbind(1))]
+    return chosen
+
+
+def target_indices(call: str, output: Any, target: Any, batch: int) -> Int[Tensor, "batch axes"]:
+    """Return where in each image's output the explained number stands.
+
+    Args:
+        call: the name of the caller, for the message.
+        output: of the model.
+        target: as in ``target_values``, but no function.
+        batch: number of images.
+
+    Raises:
+        ValueError: a target that does not fit the output.
+    """
+    where = f"{call}(target={target!r})"
+    if not isinstance(output, Tensor) or output.ndim < 1 or len(output) != batch:
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"{where}: the model returned {shape}, not one result for each of the {batch} images; give a function of "
+            "the output, e.g. target=lambda output: output['scores'].sum()."
+        )
+    if target is None:
+        if output.ndim != 2:
+            raise ValueError(
+                f"{where}: the model returned {tuple(output.shape)}, not (batch, classes), so there is no predicted "
+                f"class; give {_DENSE}."
+            )
+        return output.argmax(1, keepdim=True)
+    indices = _as_indices(where, target, batch).to(output.device)
+    sizes = torch.tensor(output.shape[1:], device=output.device)
+    if indices.shape[1] != len(sizes):
+        raise ValueError(
+            f"{where}: the model returned {tuple(output.shape)}, which needs {len(sizes)} indices behind the batch's, "
+            f"not {indices.shape[1]}; give {_DENSE}."
+        )
+    if bool(((indices < 0) | (indices >= sizes)).any()):
+        known = ", ".join(f"0..{size - 1}" for size in output.shape[1:])
+        raise ValueError(f"{where}: expected {'class indices' if len(sizes) == 1 else 'indices'} in {known}.")
+    return indices
+
+
+def _as_indices(where: str, target: Any, batch: int) -> Int[Tensor, "batch axes"]:
+    """The indices as the user meant them, whatever the output is."""
+    tuples = [target] * batch if isinstance(target, tuple) else target
+    if isinstance(tuples, list) and any(isinstance(each, tuple) for each in tuples):
+        if len({len(each) if isinstance(each, tuple) else -1 for each in tuples}) > 1:
+            raise ValueError(f"{where}: expected tuples of as many indices each.")
+        found = _as_tensor(where, tuples)
+    else:
+        found = _as_tensor(where, tuples)
+        if found.ndim == 0:
+            found = found.expand(batch)
+        found = found.unsqueeze(1)
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise ValueError(f"{where}: expected a class index, or one per image, as integers.")
+    if found.ndim != 2 or len(found) != batch:
+        raise ValueError(f"{where}: expected one class index, or one for each of the {batch} images.")
+    return found.long()
+
+
+def _as_tensor(where: str, target: Any) -> Tensor:
+    """The numbers; names and other things are none."""
+    try:
+        return torch.as_tensor(target)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{where}: expected a class index, or one per image, as integers.") from error
+
+
+def _called(call: str, function: Function, output: Any, batch: int) -> Tensor:
+    found = function(output)
+    if isinstance(found, Tensor) and found.is_floating_point() and found.shape in ((), (1,), (batch,)):
+        return found
+    what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    raise ValueError(
+        f"{call}(target={function!r}): the function returned {what}; expected a scalar, or one number for each of the "
+        f"{batch} images, as a tensor."
+    )
+
+
+def check_query(call: str, query: Any, size: tuple[int, int]) -> None:
+    """Refuse a query that is not inside the image.
+
+    Args:
+        call: the name of the caller, for the message.
+        query: (row, column) or (x0, y0, x1, y1) in pixels, or None.
+        size: (rows, columns) of the image.
+
+    Raises:
+        ValueError: a pixel outside the image, an empty box or one that leaves it, or neither of the two.
+    """
+    if query is None:
+        return
+    rows, columns = size
+    where = f"{call}(query={query!r})"
+    numbers = not isinstance(query, str) and hasattr(query, "__len__")
+    if not numbers or not all(hasattr(each, "__float__") for each in query):
+        raise ValueError(f"{where}: expected (row, column) or (x0, y0, x1, y1), in pixels.")
+    if len(query) == 2:
+        if not (0 <= query[0] < rows and 0 <= query[1] < columns):
+            raise ValueError(f"{where}: the pixel (row, column) is outside the image of {rows} x {columns} pixels.")
+    elif len(query) == 4:
+        x0, y0, x1, y1 = query
+        if not (0 <= x0 < x1 <= columns and 0 <= y0 < y1 <= rows):
+            raise ValueError(
+                f"{where}: expected a box with 0 <= x0 < x1 <= {columns} and 0 <= y0 < y1 <= {rows}, the image's size."
+            )
+    else:
+        raise ValueError(f"{where}: expected (row, column) or (x0, y0, x1, y1), in pixels.")
+
+
+def query_tokens(layout: TokenLayout, query: Query) -> list[int]:
+    """Return the token indices of a query.
+
+    Args:
+        layout: the token frame.
+        query: (row, column): the token whose patch centre is nearest; (x0, y0, x1, y1): those whose centre is inside,
+            or the nearest to the box's centre; None: the class tokens, or without them all patches.
+    """
+    if query is None:
+        return list(layout.class_tokens) or layout.patches.tolist()
+    if len(query) == 2:
+        return [_nearest(layout, query[0], query[1])]
+    x0, y0, x1, y1 = query
+    centres = [torch.arange(n) * layout.step + layout.centre for n in layout.grid]
+    rows, columns = (centres[0] >= y0) & (centres[0] < y1), (centres[1] >= x0) & (centres[1] < x1)
+    inside = layout.patches[(rows[:, None] & columns[None, :]).flatten()].tolist()
+    return inside or [_nearest(layout, (y0 + y1) / 2, (x0 + x1) / 2)]
+
+
+def query_weights(layer: Layer, query: Query) -> Float[Tensor, "batch tokens"]:
+    """Return the mean over a query's tokens as a row vector: 1 / count on each of them, 0 elsewhere."""
+    tokens = query_tokens(layer.layout, query)
+    weights = torch.zeros(layer.batch, layer.tokens, dtype=layer.dtype, device=layer.device)
+    weights[:, tokens] = 1 / len(tokens)
+    return weights
+
+
+def read_rows(
+    layer: Layer,
+    query: Query,
+    *,
+    fold: str = "mean",
+    row_weight: Float[Tensor, "batch channels tokens"] | None = None,
+    col_weight: Float[Tensor, "batch routes channels length"] | None = None,
+) -> Float[Tensor, "batch tokens"]:
+    """Return the mean of the rows of a query's tokens in the folded attention, signed; for scans in linear time.
+
+    Args:
+        layer: the layer.
+        query: whose rows.
+        fold: "mean" or "sum" over channels or heads.
+        row_weight: as in the layer's ``row``.
+        col_weight: likewise.
+    """
+    tokens = query_tokens(layer.layout, query)
+    if len(tokens) == 1:
+        return layer.row(tokens[0], fold=fold, row_weight=row_weight, col_weight=col_weight)
+    # left_product(weights) - weights would cancel: attention can be thousands of times smaller than the identity
+    vector = query_weights(layer, query)
+    return layer.left_product(vector, fold=fold, row_weight=row_weight, col_weight=col_weight, residual=False)
+
+
+def _nearest(layout: TokenLayout, row: float, column: float) -> int:
+    """The token nearest to a pixel; pixels at the border that no patch covers belong to the last one."""
+    last = [(n - 1) * layout.step + layout.patch_size - 1 for n in layout.grid]
+    return layout.token_at(min(row, last[0]), min(column, last[1]))
