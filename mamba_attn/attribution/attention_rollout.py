@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.attribution.maps import Query, Row, Target, TokenAttribution, query_weights
+from mamba_attn.attribution.maps import Row, Target, TokenAttribution
+from mamba_attn.attribution.queries import Query, query_weights
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.tracing.layers import AnyLayer, Layer, LayerNames

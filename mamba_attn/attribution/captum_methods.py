@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.attribution.maps import Function, MapAttribution, Query, Target, cell_means, layouts, target_indices
+from mamba_attn.attribution.maps import Function, MapAttribution, Target, cell_means, layouts, target_indices
+from mamba_attn.attribution.queries import Query
 from mamba_attn.errors import nearest
 
 _COLOURS = ("sum", "absolute")

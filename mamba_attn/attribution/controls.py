@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.attribution.maps import MapAttribution, Query, Target, cell_means, layouts
+from mamba_attn.attribution.maps import MapAttribution, Target, cell_means, layouts
+from mamba_attn.attribution.queries import Query
 
 
 class _Control(MapAttribution):

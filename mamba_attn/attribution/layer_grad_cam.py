@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mamba_attn._types import Float
 from mamba_attn.attribution.captum_methods import Asked, FromCaptum
-from mamba_attn.attribution.maps import Query, Target, cell_means, layouts
+from mamba_attn.attribution.maps import Target, cell_means, layouts
+from mamba_attn.attribution.queries import Query
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import UnsupportedModelError, nearest
 from mamba_attn.tracing.adapters import find_mixers

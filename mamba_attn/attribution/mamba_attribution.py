@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from mamba_attn import ops
 from mamba_attn._types import Float
 from mamba_attn.attribution.attention_rollout import Product, dense, of_one_token, roll_out_weighted
-from mamba_attn.attribution.maps import Query, Row, Target, TokenAttribution, query_tokens, query_weights
+from mamba_attn.attribution.maps import Row, Target, TokenAttribution
+from mamba_attn.attribution.queries import Query, query_tokens, query_weights
 from mamba_attn.core.rules import Rules
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from mamba_attn.attribution.maps import Query, Row, Target, TokenAttribution, read_rows
+from mamba_attn.attribution.maps import Row, Target, TokenAttribution
+from mamba_attn.attribution.queries import Query, read_rows
 from mamba_attn.tracing.layers import ByLayer, LayerNames
 from mamba_attn.tracing.tracer import trace
 

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from mamba_attn._types import Float
 from mamba_attn.attribution.implicit_attention import ImplicitAttention
 from mamba_attn.attribution.lrp.mamba_lrp import MambaLRP
-from mamba_attn.attribution.maps import MapAttribution, Query, Target, cell_means, target_values
+from mamba_attn.attribution.maps import MapAttribution, Target, cell_means, target_values
+from mamba_attn.attribution.queries import Query
 from mamba_attn.attribution.raw_attention import RawAttention
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.ranks import ranks

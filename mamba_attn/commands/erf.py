@@ -72,7 +72,7 @@ def _erf(args: argparse.Namespace, command: str) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from mamba_attn.attribution.maps import check_query
+    from mamba_attn.attribution.queries import check_query
     from mamba_attn.datasets import loaded_model
     from mamba_attn.erf.receptive_field import ReceptiveField, receptive_field
 

@@ -87,7 +87,7 @@ def _run(args: argparse.Namespace, command: str) -> int:
 
 def _job(args: argparse.Namespace, command: str) -> Job:
     """Check everything that can be checked before the first image."""
-    from mamba_attn.attribution.maps import check_query
+    from mamba_attn.attribution.queries import check_query
     from mamba_attn.datasets import loaded_model
     from mamba_attn.explanations import choices
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.attribution.maps import Query, check_query, query_tokens
+from mamba_attn.attribution.queries import Query, check_query, query_tokens
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.erf.features import Features
 from mamba_attn.erf.reach import Reach, ReachSum

@@ -3,8 +3,8 @@ import torch
 
 from mamba_attn.attribution import MambaAttribution
 from mamba_attn.attribution.mamba_attribution import gradient_x_attention
-from mamba_attn.attribution.maps import query_tokens
 from mamba_attn.attribution.published.true_matrices import positive_attention
+from mamba_attn.attribution.queries import query_tokens
 from mamba_attn.ops import reference
 from mamba_attn.tracing.tracer import trace
 from tests.attribution.cases import (

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mamba_attn.attribution import AttentionRollout, RawAttention
-from mamba_attn.attribution.maps import query_tokens
+from mamba_attn.attribution.queries import query_tokens
 from mamba_attn.core.layout import TokenLayout
 from tests.attribution.cases import images, matrices, vim
 

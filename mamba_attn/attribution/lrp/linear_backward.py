@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from mamba_attn._types import Float
 from mamba_attn.attribution.lrp.linear_rules import LinearRules
-from mamba_attn.attribution.maps import Query, Row, Target, TokenAttribution
+from mamba_attn.attribution.maps import Row, Target, TokenAttribution
+from mamba_attn.attribution.queries import Query
 from mamba_attn.errors import TraceError
 from mamba_attn.tracing.adapters import find_mixers
 from mamba_attn.tracing.layers import Layer, LayerNames, layer_names, listed_layers

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from mamba_attn._types import Float
-from mamba_attn.attribution.maps import Query, Row, Target, TokenAttribution, query_tokens
+from mamba_attn.attribution.maps import Row, Target, TokenAttribution
+from mamba_attn.attribution.queries import Query, query_tokens
 from mamba_attn.tracing.attention_layer import AttentionLayer
 from mamba_attn.tracing.layers import require
 

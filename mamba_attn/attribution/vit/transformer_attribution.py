@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from mamba_attn.attribution.attention_rollout import Product, dense, of_one_token, roll_out_weighted
-from mamba_attn.attribution.maps import Query, Row, Target, TokenAttribution, query_weights, target_values
+from mamba_attn.attribution.maps import Row, Target, TokenAttribution, target_values
+from mamba_attn.attribution.queries import Query, query_weights
 from mamba_attn.attribution.vit import block_relevance
 from mamba_attn.errors import UnsupportedModelError, nearest
 from mamba_attn.tracing.attention_layer import AttentionLayer
