@@ -40,7 +40,7 @@ class AttentionRollout(TokenAttribution):
 
     Raises:
         ValueError: an unknown convention, a published one with ``signed=True``; when called, one that the model is not
-            made for, or, where it knows the class token's row alone, a query.
+            made for, or, where it knows the class token's row alone, a pixel or box.
 
     Example:
         >>> AttentionRollout(model, signed=True).attribute(torch.randn(2, 3, 224, 224)).shape
@@ -60,7 +60,7 @@ class AttentionRollout(TokenAttribution):
         self.convention = convention
         self._other = self._published(AttentionRollout, "convention")
 
-    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+    def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         if self._other is not None:
             return self._other._explain(inputs, target, query)
         with self._traced(inputs, target) as (record, _):

@@ -1,7 +1,8 @@
 """captum's own methods behind the same contract: they are called, never written again.
 
 ``FromCaptum`` is the adapter: it hands captum our target in its words. ``PixelsFromCaptum`` reduces what comes back to
-one map and, with ``grid=True``, to the means over the tokens' cells. Any model will do.
+one map and, with ``grid=True``, to the means over the tokens' cells. Any model will do; ``pixel`` and ``box`` have no
+meaning here and are refused.
 """
 
 from abc import abstractmethod
@@ -89,7 +90,7 @@ class PixelsFromCaptum(FromCaptum):
         return values.sum(1, keepdim=True)
 
     def _maps(
-        self, images: Tensor, target: Target, query: Query, size: tuple[int, int], grid: bool
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
     ) -> Float[Tensor, "batch 1 height width"]:
         asked = self._ask(images, target)
         with torch.inference_mode(False):

@@ -17,7 +17,7 @@ class _Control(MapAttribution):
         raise NotImplementedError
 
     def _maps(
-        self, images: Tensor, target: Target, query: Query, size: tuple[int, int], grid: bool
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
     ) -> Float[Tensor, "batch 1 height width"]:
         if target is not None:
             self._output(images, target)

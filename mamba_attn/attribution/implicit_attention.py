@@ -4,7 +4,7 @@ The method; depthwise convolutions as weighted shifts of tokens (``Taps``), whic
 map of one layer (``Implicit``), with what must be seen of the pass for it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, NamedTuple
@@ -18,7 +18,7 @@ from mamba_attn._types import Float, Int
 from mamba_attn.attribution.activation_recorder import ActivationRecorder, gated_gradients
 from mamba_attn.attribution.attention_rollout import Product, dense, of_one_token, roll_out_weighted
 from mamba_attn.attribution.maps import Row, Target, TokenAttribution
-from mamba_attn.attribution.queries import Query, query_weights
+from mamba_attn.attribution.queries import Place, Query, query_weights
 from mamba_attn.core.rules import LINEAR, TOKENS
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import UnsupportedModelError
@@ -99,22 +99,27 @@ class ImplicitAttention(TokenAttribution):
         self.signed = signed
         self.parts = dict(zip(PARTS, (skip, gate, conv, activation), strict=True))
 
-    def rows(self, inputs: Tensor, query: Query = None) -> ByLayer[Float[Tensor, "batch tokens"]]:
+    def rows(
+        self, inputs: Tensor, query: Sequence[float] | None = None, *, pixel: Place | None = None,
+        box: Place | None = None,
+    ) -> ByLayer[Float[Tensor, "batch tokens"]]:  # fmt: skip
         """Return the query's signed row of mean_c M_c in every layer by the layers' names, in linear time.
 
         Args:
             inputs: as in ``attribute``.
-            query: as in ``attribute``.
+            query: deprecated, as in ``attribute``.
+            pixel: as in ``attribute``.
+            box: as in ``attribute``.
 
         Raises:
-            ValueError: inputs that are no batch, a query outside the image.
+            ValueError: inputs that are no batch, a pixel or box outside the image, both of them.
         """
-        self._size("rows", inputs, query)
+        asked = self._asked("rows", inputs, query, pixel, box)
         with torch.no_grad():
             weighted = self._weighted(inputs, None, gradient=False)
-            return ByLayer({part.layer.name: part.row(query_weights(part.layer, query)) for part in weighted})
+            return ByLayer({part.layer.name: part.row(query_weights(part.layer, asked)) for part in weighted})
 
-    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+    def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         weighted = self._weighted(inputs, target, gradient=self.gradient)
         if not self.rollout:
             rows = ((part.layer, part.row(query_weights(part.layer, query))) for part in weighted)

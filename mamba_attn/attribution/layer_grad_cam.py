@@ -55,7 +55,7 @@ class LayerGradCam(FromCaptum):
         self.relu = relu
 
     def _maps(
-        self, images: Tensor, target: Target, query: Query, size: tuple[int, int], grid: bool
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
     ) -> Float[Tensor, "batch 1 height width"]:
         asked = self._ask(images, target)
         name, at_input = self._place()

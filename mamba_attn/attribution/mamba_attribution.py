@@ -9,7 +9,7 @@ from mamba_attn import ops
 from mamba_attn._types import Float
 from mamba_attn.attribution.attention_rollout import Product, dense, of_one_token, roll_out_weighted
 from mamba_attn.attribution.maps import Row, Target, TokenAttribution
-from mamba_attn.attribution.queries import Query, query_tokens, query_weights
+from mamba_attn.attribution.queries import Query, query_weights, single_token
 from mamba_attn.core.rules import Rules
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError
@@ -53,7 +53,7 @@ class MambaAttribution(TokenAttribution):
 
     Raises:
         ValueError: an unknown rule or convention, or other options together with one; when called, a model without a
-            class token or a query where the convention needs the one and has no row for the other.
+            class token, or a pixel or box, where the convention needs the one and has no row for the other.
         UnsupportedModelError: when called, layers that are softmax attention.
 
     Example:
@@ -78,7 +78,7 @@ class MambaAttribution(TokenAttribution):
         self.convention = convention
         self._other = self._published(MambaAttribution, "convention") or self._published(MambaAttribution, "rule")
 
-    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+    def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         if self._other is not None:
             return self._other._explain(inputs, target, query)
         if not self.rollout:
@@ -95,7 +95,7 @@ class MambaAttribution(TokenAttribution):
 
         return [(layers[0].layout, roll_out_weighted(layers, query_weights(layers[-1], query), step))]
 
-    def _rows(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+    def _rows(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         """Every layer's own row; for the mean over all tokens nothing but the backward pass is needed."""
         with self._traced(inputs, target, gradients=True, rules=OwnInputs()) as (record, logit):
             layers = require(self.called, record.layers, ScanLayer)
@@ -109,15 +109,15 @@ class MambaAttribution(TokenAttribution):
         return [(layer.layout, row) for layer, row in zip(layers, rows, strict=True)]
 
 
-def _row(layer: ScanLayer, query: Query, gradient: Tensor) -> Float[Tensor, "batch tokens"]:
+def _row(layer: ScanLayer, query: Query | None, gradient: Tensor) -> Float[Tensor, "batch tokens"]:
     """The mean of the query's rows. That the logit is finite says that the layers are; the map is looked at later."""
-    tokens, scan = query_tokens(layer.layout, query), layer.scan
-    if len(tokens) > 1:
+    token, scan = single_token(layer.layout, query), layer.scan
+    if token is None:
         vector = query_weights(layer, query)
         return ops.left_product(scan, vector=vector, fold="sum", row_weight=gradient, col_weight=scan.u)
     # one row needs one token's weights: nothing is gathered for the others
-    weight = gradient[:, None, :, tokens[0], None].expand(-1, scan.routes, -1, scan.length)
-    return ops.attention_row(scan, row=tokens[0], fold="sum", row_weight=weight, col_weight=scan.u)
+    weight = gradient[:, None, :, token, None].expand(-1, scan.routes, -1, scan.length)
+    return ops.attention_row(scan, row=token, fold="sum", row_weight=weight, col_weight=scan.u)
 
 
 def _of_one_token(layers: Sequence[ScanLayer], gradients: dict[str, Tensor]) -> dict[str, Tensor]:

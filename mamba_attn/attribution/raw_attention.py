@@ -1,10 +1,12 @@
 """Raw hidden attention: what the query reads, layer by layer, averaged."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from mamba_attn.attribution.maps import Row, Target, TokenAttribution
-from mamba_attn.attribution.queries import Query, read_rows
+from mamba_attn.attribution.queries import Place, Query, read_rows
 from mamba_attn.tracing.layers import ByLayer, LayerNames
 from mamba_attn.tracing.tracer import trace
 
@@ -28,7 +30,7 @@ class RawAttention(TokenAttribution):
 
     Raises:
         ValueError: an unknown convention, a published one with ``signed=True``; when called, one that the model is not
-            made for, or, where it knows the class token's row alone, a query.
+            made for, or, where it knows the class token's row alone, a pixel or box.
 
     Example:
         >>> RawAttention(model).attribute(torch.randn(2, 3, 224, 224)).shape
@@ -48,23 +50,28 @@ class RawAttention(TokenAttribution):
         self.convention = convention
         self._other = self._published(RawAttention, "convention")
 
-    def rows(self, inputs: Tensor, query: Query = None) -> ByLayer[Tensor]:
+    def rows(
+        self, inputs: Tensor, query: Sequence[float] | None = None, *, pixel: Place | None = None,
+        box: Place | None = None,
+    ) -> ByLayer[Tensor]:  # fmt: skip
         """Return the query's signed row in every layer, (batch, tokens) each, by the layers' names; always exact.
 
         Args:
             inputs: as in ``attribute``.
-            query: as in ``attribute``.
+            query: deprecated, as in ``attribute``.
+            pixel: as in ``attribute``.
+            box: as in ``attribute``.
 
         Raises:
-            ValueError: inputs that are no batch, a query outside the image.
+            ValueError: inputs that are no batch, a pixel or box outside the image, both of them.
         """
-        self._size("rows", inputs, query)
+        asked = self._asked("rows", inputs, query, pixel, box)
         with torch.no_grad():
             with trace(self.model, layers=self.layers) as record:
                 self.model(inputs)
-            return ByLayer({layer.name: read_rows(layer, query) for layer in self._ran(record)})
+            return ByLayer({layer.name: read_rows(layer, asked) for layer in self._ran(record)})
 
-    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+    def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         if self._other is not None:
             return self._other._explain(inputs, target, query)
         with self._traced(inputs, target) as (record, _):

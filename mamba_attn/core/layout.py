@@ -186,7 +186,7 @@ class TokenLayout:
         if count == self.tokens:
             return self.to_grid(values)
         if count == height * width:
-            return values.unflatten(-1, self.grid)
+            return values.reshape(*values.shape[:-1], height, width)
         per_token = f"(..., {self.tokens}) with one number per token" if self.tokens != height * width else ""
         raise ValueError(
             f"to_pixels(values{tuple(values.shape)}): expected a map (..., {height}, {width}) on the patch grid, "

@@ -68,7 +68,7 @@ class FrozenContribution(LinearisedAttribution):
         positions: add to each patch the share of its position embedding.
 
     Raises:
-        ValueError: when called, a query.
+        ValueError: when called, a pixel or box.
         UnsupportedModelError: when called, norms that no rule is known for.
         TraceError: when called, shares that do not add up, because something escaped the rules.
 
@@ -91,7 +91,7 @@ class FrozenContribution(LinearisedAttribution):
         Raises:
             ValueError: inputs that are no batch, a target that is no class.
         """
-        self._size("contributions", inputs, None)
+        self._size("contributions", inputs)
         rules = FrozenRules(self.model)
         (first, *_), biases = self._entrances(inputs, target, rules)
         positions = rules.position_shares(first)

@@ -64,7 +64,7 @@ class LinearisedAttribution(TokenAttribution):
     def _check(self, record: Trace) -> None:
         """Refuse layers that the method is not made for."""
 
-    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+    def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         rules = self._rules()
         entrances, _ = self._entrances(inputs, target, rules)
         return [(entrance.layer.layout, self._row(entrance, rules)) for entrance in entrances]

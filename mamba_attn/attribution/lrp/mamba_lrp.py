@@ -59,7 +59,7 @@ class MambaLRP(LinearisedAttribution):
         gamma: of that rule, at least 0; 0 is LRP-0.
 
     Raises:
-        ValueError: a gamma below 0, a pattern that fits no linear layer; when called, a query.
+        ValueError: a gamma below 0, a pattern that fits no linear layer; when called, a pixel or box.
         UnsupportedModelError: when called, layers that are softmax attention; norms that no rule is known for.
 
     Example:
@@ -91,7 +91,7 @@ class MambaLRP(LinearisedAttribution):
         Raises:
             ValueError: inputs that are no batch, a target that is no class.
         """
-        self._size("relevances", inputs, None)
+        self._size("relevances", inputs)
         entrances, _ = self._entrances(inputs, target, self._rules())
         return ByLayer({entrance.layer.name: entrance.shares for entrance in entrances})
 
@@ -105,7 +105,7 @@ class MambaLRP(LinearisedAttribution):
         Raises:
             ValueError: inputs that are no batch, a target that is no class.
         """
-        self._size("bias_relevances", inputs, None)
+        self._size("bias_relevances", inputs)
         return self._entrances(inputs, target, self._rules())[1]
 
     def _rules(self) -> LinearRules:

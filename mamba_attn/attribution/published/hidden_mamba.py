@@ -29,7 +29,7 @@ class ClassTokenAttribution(TokenAttribution):
         layers: names, patterns or numbers of the mixers to use. Default: the late ones, see ``late_layers``.
 
     Raises:
-        ValueError: when called, a model without a class token or with several, a query.
+        ValueError: when called, a model without a class token or with several; a pixel or box.
         UnsupportedModelError: when called, layers that are softmax attention.
     """
 
@@ -49,7 +49,7 @@ class ClassTokenAttribution(TokenAttribution):
         """Return the class token's row of every channel."""
         return hidden_mamba_row(layer, token)
 
-    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+    def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         recorder = self._recorder()
         with self._traced(inputs, target, gradients=self.gradients, rules=recorder) as (record, logit):
             layers = require(self.called, record.layers, ScanLayer)
@@ -59,8 +59,8 @@ class ClassTokenAttribution(TokenAttribution):
         rows = [self._class_row(layer, token, recorder) for layer in chosen]
         return [(chosen[0].layout, self._combine(rows, [found[layer.name] for layer in chosen if found], token))]
 
-    def _class_token(self, layers: Sequence[ScanLayer], query: Query) -> int:
-        """The class token's index; refuses models without one, such as VMamba, and a query, which has no row here."""
+    def _class_token(self, layers: Sequence[ScanLayer], query: Query | None) -> int:
+        """The class token's index; refuses models without one, as VMamba, and a pixel or box, which have no row."""
         tokens = layers[0].layout.class_tokens
         if len(tokens) != 1:
             raise ValueError(
@@ -69,8 +69,8 @@ class ClassTokenAttribution(TokenAttribution):
             )
         if query is not None:
             raise ValueError(
-                f"{self.called}: this convention computes the class token's row alone, so it has none for "
-                f"query={query!r}; leave query out, or use convention='exact'."
+                f"{self.called}: this convention computes the class token's row alone, so it has none for {query}; "
+                f"leave {query.kind} out, or use convention='exact'."
             )
         return tokens[0]
 

@@ -33,7 +33,7 @@ class Equation24(TokenAttribution):
         layers: names, patterns or numbers of the mixers to use; the others act as the identity. Default: all.
     """
 
-    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+    def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         recorder = ActivationRecorder()
         with self._traced(inputs, target, gradients=True, rules=recorder) as (record, logit):
             layers = require(self.called, record.layers, ScanLayer)
@@ -60,7 +60,7 @@ class PublishedRecipe(TokenAttribution):
         layers: names, patterns or numbers of the mixers to use. Default: the late ones, see ``late_layers``.
     """
 
-    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+    def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         with self._traced(inputs, target, gradients=True) as (record, logit):
             layers = require(self.called, record.layers, ScanLayer)
             gradients = record.gradients(logit, of="output")

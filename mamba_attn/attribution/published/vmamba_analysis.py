@@ -57,7 +57,7 @@ class _AnalysisAttribution(TokenAttribution):
 class VMambaAnalysisMap(_AnalysisAttribution):
     """The query's row of the analysis map of the third stage's second block, or of every layer named."""
 
-    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+    def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         layers = self._layers(inputs, target)
         if self.layers is None:
             stage = _stage(layers)
@@ -72,7 +72,7 @@ class VMambaAnalysisRollout(_AnalysisAttribution):
         ValueError: when called, layers on several grids.
     """
 
-    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+    def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         layers = self._layers(inputs, target)
         layers = _stage(layers) if self.layers is None else layers
         if len({layer.layout.grid for layer in layers}) > 1:

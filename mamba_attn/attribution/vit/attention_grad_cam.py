@@ -4,7 +4,7 @@ from torch import Tensor
 
 from mamba_attn._types import Float
 from mamba_attn.attribution.maps import Row, Target, TokenAttribution
-from mamba_attn.attribution.queries import Query, query_tokens
+from mamba_attn.attribution.queries import Query, query_weights
 from mamba_attn.tracing.attention_layer import AttentionLayer
 from mamba_attn.tracing.layers import require
 
@@ -29,7 +29,7 @@ class AttentionGradCAM(TokenAttribution):
         torch.Size([2, 1, 224, 224])
     """
 
-    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+    def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         with self._traced(inputs, target, gradients=True) as (record, logit):
             layers = require(self.called, record.layers, AttentionLayer)
             gradients = record.gradients(logit)
@@ -38,9 +38,9 @@ class AttentionGradCAM(TokenAttribution):
 
 
 def _cam(
-    layer: AttentionLayer, gradient: Float[Tensor, "batch heads tokens tokens"], query: Query
+    layer: AttentionLayer, gradient: Float[Tensor, "batch heads tokens tokens"], query: Query | None
 ) -> Float[Tensor, "batch tokens"]:
-    tokens, patches = query_tokens(layer.layout, query), layer.layout.patches.to(gradient.device)
-    weight = gradient[:, :, tokens].index_select(-1, patches).mean((2, 3))
-    rows = layer.attention("each")[:, :, tokens].mean(2)
-    return (weight.unsqueeze(-1) * rows).mean(1).clamp(min=0)
+    chosen, patches = query_weights(layer, query)[:, None, None], layer.layout.patches.to(gradient.device)
+    weight = (chosen.to(gradient) @ gradient).index_select(-1, patches).mean(-1, keepdim=True)
+    rows = chosen @ layer.attention("each")
+    return (weight * rows).squeeze(2).mean(1).clamp(min=0)
