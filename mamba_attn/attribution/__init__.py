@@ -1,6 +1,8 @@
-"""Attribution methods with Captum's interface: ``Method(model).attribute(images)`` gives one map per image.
+"""Attribution methods with captum's interface: ``Method(model).attribute(images)`` gives one map per image.
 
-Imported on demand only, because it needs captum.
+The room answers one question: which parts of the image does a model's output, or a token, depend on. Public are the
+methods in ``__all__`` and their two base classes, which methods of your own extend; ``published``, the maps of other
+people's code; and ``catalogue`` and ``spec``, all methods by name. Imported on demand only, because it needs captum.
 """
 
 try:

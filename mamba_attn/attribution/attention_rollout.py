@@ -150,7 +150,7 @@ def to_finer(
     A token takes the mean of the block of tokens that it covers. Convolutions with overlapping windows, as VMamba's of
     3 and stride 2, are treated so too: of all averages on their windows it is the only one that counts every token of
     the finer grid alike. Plain means over the windows count every other row and column twice, and one corner of the
-    image more than the other. What a row has at the padding of windows goes nowhere: zeros, put there anew.
+    image more than the other. What a row has at the padding of windows goes nowhere: every call puts zeros there.
 
     Args:
         row: over the coarser layer's tokens.
@@ -175,7 +175,7 @@ def to_finer(
 
 
 def _blocks(fine: int, coarse: int, stride: int) -> Float[Tensor, "coarse fine"]:
-    """Means over blocks of so many neighbours, the last one maybe smaller; if that does not fit, as equal as can be."""
+    """Means over blocks of ``stride`` neighbours, the last maybe smaller; blocks as equal as can be if that fails."""
     owner = torch.arange(fine) // max(stride, 1)
     if owner[-1] != coarse - 1:
         owner = torch.arange(fine) * coarse // fine

@@ -43,7 +43,7 @@ class Entry:
         made_of: the kinds of layers that the model may be made of.
         of_a_class: whether the map depends on the class.
         class_option: an option that, when False, makes it the same for every class.
-        instead: the method that does the like for other models.
+        instead: the counterpart for other models.
         options: arguments of the class.
         check: raises UnsupportedModelError for models that the method refuses all the same.
     """
@@ -196,7 +196,7 @@ def refusal(name: str, model: nn.Module, called: str | None = None) -> str | Non
 
 
 def counterpart(name: str, model: nn.Module) -> str:
-    """Return the method itself where it fits the model, else the one that does the like, else a general one."""
+    """Return the method itself where it fits the model, else its counterpart, else a general one."""
     candidates = (name, get(name).instead, "attention_rollout", "integrated_gradients")
     return next(each for each in candidates if _made_of_fits(get(each), model))
 

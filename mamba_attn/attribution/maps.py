@@ -1,7 +1,8 @@
-"""What every attribution method shares: the contract of ``attribute``, targets, queries, and the way to pixels.
+"""What every attribution method shares: the contract of ``attribute``, targets, and the way from tokens to pixels.
 
-From the caller to the picture: ``MapAttribution`` (any model) checks the call; ``TokenAttribution`` (a traced model)
-runs one traced pass and turns rows of tokens into maps; below them what is explained (targets) and who reads (queries).
+``MapAttribution`` (any model) checks the call; ``TokenAttribution`` (a traced model) runs one traced pass and turns
+rows of tokens into maps. Below them: maps on the tokens' grid, and what is explained (targets). ``queries`` has who
+reads.
 """
 
 import inspect

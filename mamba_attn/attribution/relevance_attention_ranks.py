@@ -28,7 +28,7 @@ class RelevanceAttentionRanks(MapAttribution):
 
         weight * r(relevance) ** power + r( sum of r(m) over ``extent`` )
 
-    and the positive part of relevance is handed out again in that order, its largest number to the first. So the order
+    and the numbers of relevance's positive part are sorted into that order, the largest first. So the order
     is that of both, the map is as concentrated as relevance is, and it is nowhere negative. A high power keeps only
     the top of the relevance ranking.
 
@@ -93,7 +93,7 @@ class RelevanceAttentionRanks(MapAttribution):
         return found if grid else cells.to_pixels(found, size)
 
     def _cells(self, images: Tensor, target: Target) -> TokenLayout:
-        """The first token grid; what is wrong with model or target is said in this method's name, not in its parts'."""
+        """The first token grid; errors of model or target are reported in this method's name, not in its parts'."""
         with torch.inference_mode(False), torch.no_grad(), trace(self.model) as record:
             output = self.model(images.clone() if images.is_inference() else images)
         require(type(self).__name__, record.layers, ScanLayer)

@@ -51,7 +51,7 @@ class LinearRules(Rules):
     def activation(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Apply an activation as the product of its input and a fixed ratio."""
         with torch.no_grad():
-            eps = torch.finfo(x.dtype).eps  # f(x) / x is 0 / 0 at 0, and rounding alone a little beside it
+            eps = torch.finfo(x.dtype).eps  # f(x) / x is 0 / 0 at 0, and mostly rounding close to it
             away = torch.where(x.abs() < eps, torch.copysign(torch.full_like(x, eps), x), x)
             value = function(away.clone())  # which some change in place, and an identity returns
             ratio = value / away

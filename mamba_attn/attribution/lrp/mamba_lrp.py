@@ -150,9 +150,9 @@ def generalised_gamma(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the layer's output with the gradient of the rule, and what its bias adds there.
 
-    With w+ = max(w, 0), w- = min(w, 0), likewise x and b (arXiv 2406.07592): where the output z is positive,
-    z' = (w + gamma w+) x+ + (w + gamma w-) x- + b + gamma b+; elsewhere w+ and w-, b+ and b- change places. The
-    gradient is that of z' (z / z'), the ratio fixed. z' is z and gamma times its terms of z's own sign, so
+    With w+ = max(w, 0), w- = min(w, 0), and x and b split in the same way (arXiv 2406.07592): where the output z is
+    positive, z' = (w + gamma w+) x+ + (w + gamma w-) x- + b + gamma b+; elsewhere w+ and w-, b+ and b- change places.
+    The gradient is that of z' (z / z'), the ratio fixed. z' is z and gamma times its terms of z's own sign, so
     |z'| >= |z|: where z' is 0 so is z, and the layer hands on nothing.
 
     Args:

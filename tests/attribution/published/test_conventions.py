@@ -1,9 +1,13 @@
 """The class token's row, the rollout and the three maps of two published codes, against loops written from them."""
 
+import inspect
+
 import pytest
 import torch
 
+from mamba_attn import attribution
 from mamba_attn.attribution import AttentionRollout, MambaAttribution, RawAttention
+from mamba_attn.attribution import published as published_methods
 from mamba_attn.attribution.activation_recorder import ActivationRecorder
 from mamba_attn.attribution.published.hidden_mamba import broadcast_rollout, hidden_mamba_row, late_layers, min_max
 from mamba_attn.attribution.published.implicit_unified import unified_row
@@ -246,3 +250,19 @@ def test_implicit_unified_needs_a_convolution():
     activated = recorder.activated[record.layers[0].scan]
     with pytest.raises(ValueError, match=r"layers\.0\.mixer is no Vim mixer \(a gate and causal convolutions"):
         unified_row(torch.nn.Identity(), record.layers[0], 7, activated)
+
+
+@pytest.mark.parametrize(("owner", "option"), published_methods.METHODS)
+def test_an_option_of_an_exact_method_is_a_published_class(owner, option):
+    exact = getattr(attribution, owner)
+    assert option in inspect.signature(exact.__init__).parameters
+    for value, make in published_methods.METHODS[owner, option].items():
+        assert value in exact.__doc__
+        model = vmamba(depths=(1, 2, 1)) if "vmamba" in value else vim(depth=3)
+        method = make(model, layers=None)
+        expected = exact(model, **{option: value}).attribute(images(), TARGET)
+        assert torch.equal(method.attribute(images(), TARGET), expected), value
+        with pytest.raises(ValueError, match=rf"^{type(method).__name__}\.attribute\(target=9\): expected class ind"):
+            method.attribute(images(), 9)
+        with pytest.raises(ValueError, match=rf"^{owner}\({option}='{value}'\)\.attribute\(target=9\): expected class"):
+            exact(model, **{option: value}).attribute(images(), 9)
