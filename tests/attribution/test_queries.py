@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from tests.attribution.test_vit import build
+from tests.attribution.vit.test_vit import build
 
 from mamba_attn.attribution import AttentionRollout, MambaLRP, RawAttention, catalogue
 from mamba_attn.attribution.queries import Query, make_query, query_tokens
