@@ -3,12 +3,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from tests.attribution.vit.test_vit import build
 
 from mamba_attn.attribution import AttentionRollout, MambaLRP, RawAttention, catalogue
 from mamba_attn.attribution.queries import Query, make_query, query_tokens
 from mamba_attn.core.layout import TokenLayout
 from tests.attribution.cases import images, matrices, vim, vmamba
+from tests.attribution.vit.test_vit import build
 
 MIDDLE = TokenLayout((3, 2), patch_size=8, class_tokens=(3,))  # tokens 0 1 / 2 [3] 4 / 5 6
 DENSE = TokenLayout((5, 3), patch_size=8, stride=4)  # centres at 4, 8, 12, 16, 20

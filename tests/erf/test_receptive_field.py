@@ -207,7 +207,6 @@ def test_distance_and_what_is_shown():
     [
         ({"sign": "negative"}, ValueError, r"receptive_field\(sign='negative'\): expected one of"),
         ({"pixel": (40, 3)}, ValueError, "outside the image of 40 x 24 pixels"),
-        ({"pixel": [(4, 3), (4, 5)]}, ValueError, "expected one .row, column. for all images"),
         ({"pixel": (4, 3), "box": (0, 0, 9, 9)}, ValueError, "both say whose rows are read"),
         ({"query": "class", "pixel": (4, 3)}, ValueError, "give this, pixel or box alone"),
         ({"query": "middle"}, ValueError, "query='middle'.: expected 'class'"),
@@ -270,8 +269,9 @@ def test_a_layer_whose_tokens_nothing_returns():
 
 
 def test_two_numbers_of_a_query_are_still_a_pixel():
+    model = vim()
     with pytest.warns(
         DeprecationWarning, match=r"receptive_field\(query=\(9, 20\)\): query is deprecated; write pixel="
     ):
-        found = receptive_field(vim(), images(2), (9, 20), reach=False)
-    np.testing.assert_allclose(found.gradient, receptive_field(vim(), images(2), pixel=(9, 20), reach=False).gradient)
+        found = receptive_field(model, images(2), (9, 20), reach=False)
+    np.testing.assert_allclose(found.gradient, receptive_field(model, images(2), pixel=(9, 20), reach=False).gradient)
