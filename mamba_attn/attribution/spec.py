@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from mamba_attn.attribution import catalogue
-from mamba_attn.attribution._base import MapAttribution
+from mamba_attn.attribution.maps import MapAttribution
 from mamba_attn.errors import nearest
 from mamba_attn.tracing.layer_names import LayerNames
 

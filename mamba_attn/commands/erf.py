@@ -73,7 +73,7 @@ def _erf(args: argparse.Namespace, command: str) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from mamba_attn.attribution._queries import Query, require_inside
+    from mamba_attn.attribution.queries import Query, require_inside
     from mamba_attn.datasets import loaded_model
     from mamba_attn.erf.receptive_field import ReceptiveField, receptive_field
 

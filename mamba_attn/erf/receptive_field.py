@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.attribution._queries import Query, make_query, query_tokens, split_query
+from mamba_attn.attribution.queries import Query, make_query, query_tokens, split_query
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.erf.features import Features
 from mamba_attn.erf.reach import Reach, ReachSum

@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from mamba_attn.attribution import catalogue
-from mamba_attn.attribution._queries import Query, require_inside
+from mamba_attn.attribution.queries import Query, require_inside
 from mamba_attn.attribution.spec import Method, method
 from mamba_attn.core.requirements import parse_place
 from mamba_attn.datasets.loaded_model import Subject

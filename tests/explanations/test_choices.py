@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from mamba_attn import attribution
-from mamba_attn.attribution._queries import Query
+from mamba_attn.attribution.queries import Query
 from mamba_attn.datasets.loaded_model import load, parse_target
 from mamba_attn.explanations import choices
 from tests.explanations.cases import CLASSES, VIM, VIT, VMAMBA, save

@@ -81,7 +81,7 @@ def make_query(call: str, size: tuple[int, int], batch: int | None, pixel: Any, 
         size: (rows, columns) of the images.
         batch: number of images; None where every image must have the same place.
         pixel: (row, column) in pixels; one, or one per image.
-        box: (x0, y0, x1, y1) in pixels, likewise.
+        box: (x0, y0, x1, y1) in pixels; one, or one per image.
 
     Raises:
         ValueError: both; other counts of numbers or places than expected; a place outside the image.
@@ -170,7 +170,7 @@ def read_rows(
         query: whose rows.
         fold: "mean" or "sum" over channels or heads.
         row_weight: as in the layer's ``row``.
-        col_weight: likewise.
+        col_weight: as in the layer's ``row``.
     """
     token = single_token(layer.layout, query)
     if token is not None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mamba_attn.attribution import MambaAttribution, row_sums
+from mamba_attn.attribution import MambaAttribution, mamba_attribution
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError
@@ -39,17 +39,17 @@ def records():
 
 @pytest.mark.parametrize("record", list(records()))
 def test_summed_rows_are_a_left_product(record):
-    rules = row_sums.OwnInputs()
+    rules = mamba_attribution.OwnInputs()
     with torch.enable_grad():
         record = rules.scan(record)
         y = selective_scan(record)
         layer = ScanLayer("x", record.replace(layout=TokenLayout((2, 3))), y=y)
         weights = torch.randn(y.shape, dtype=y.dtype)
-        _, (own,) = row_sums.gradients([layer], (y * weights).sum())
+        _, (own,) = mamba_attribution.own_gradients([layer], (y * weights).sum())
     ones = torch.ones(2, 6, dtype=y.dtype)
     detached = record.map_tensors(torch.Tensor.detach)
     expected = left_product(detached, vector=ones, fold="sum", row_weight=weights, col_weight=detached.u)
-    torch.testing.assert_close(row_sums.summed_rows(layer, weights, own), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(mamba_attribution.summed_rows(layer, weights, own), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_a_target_that_depends_on_nothing():

@@ -1,7 +1,13 @@
-"""What every attribution method shares: the contract of ``attribute``, and the way from tokens to pixels."""
+"""What every attribution method shares: the contract of ``attribute``, targets, and the way from tokens to pixels.
 
+``MapAttribution`` (any model) checks the call; ``TokenAttribution`` (a traced model) runs one traced pass and turns
+rows of tokens into maps. Below them: maps on the tokens' grid, and what is explained (targets). ``queries`` has who
+reads.
+"""
+
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
@@ -9,20 +15,21 @@ import torch
 from captum.attr import Attribution
 from torch import Tensor, nn
 
-from mamba_attn._types import Float
-from mamba_attn.attribution._queries import Place, Query, make_query, split_query
-from mamba_attn.attribution._targets import Target, target_values
+from mamba_attn._types import Float, Int
+from mamba_attn.attribution.queries import Place, Query, make_query, split_query
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.rules import Rules
-from mamba_attn.errors import NonFiniteError, TraceError
+from mamba_attn.errors import NonFiniteError, TraceError, nearest
 from mamba_attn.tracing.layer_names import LayerNames, listed_layers
 from mamba_attn.tracing.layers import Layer
 from mamba_attn.tracing.tracer import Trace, trace
 
-__all__ = ["Images", "MapAttribution", "Row", "Target", "TokenAttribution"]
-
-Row = tuple[TokenLayout, Tensor]  # one number per token (batch, tokens), and where the tokens sit
 Images = TypeVar("Images", Tensor, tuple[Tensor])  # captum's metrics hand a tuple of one, and want one back
+Function = Callable[[Any], Tensor]
+Target = int | Tensor | tuple[int, ...] | Sequence[int] | Sequence[tuple[int, ...]] | Function | None
+Row = tuple[TokenLayout, Tensor]  # one number per token (batch, tokens), and where the tokens sit
+
+_DENSE = "target=(class, row, column) or whatever indexes it, a list of such tuples, or a function of the output"
 
 
 class MapAttribution(Attribution, ABC):
@@ -44,11 +51,19 @@ class MapAttribution(Attribution, ABC):
             raise TypeError(f"{type(self).__name__}(model): expected a torch.nn.Module, got {type(model).__name__}.")
         super().__init__(model)
         self.model = model
+        self.called = type(self).__name__  # in messages; other where this method stands in for another's option
 
     def attribute(
-        self, inputs: Images, target: Target = None, query: Sequence[float] | None = None, *,
-        pixel: Place | None = None, box: Place | None = None, grid: bool = False, expand: bool = False,
-    ) -> Images:  # fmt: skip
+        self,
+        inputs: Images,
+        target: Target = None,
+        query: Sequence[float] | None = None,
+        *,
+        pixel: Place | None = None,
+        box: Place | None = None,
+        grid: bool = False,
+        expand: bool = False,
+    ) -> Images:
         """Return one map per image.
 
         Args:
@@ -81,7 +96,7 @@ class MapAttribution(Attribution, ABC):
             UnknownLayerError: a layer name or pattern that fits none, a number that is out of range.
             NonFiniteError: a layer, the target or the map is NaN or Inf.
         """
-        call = f"{type(self).__name__}.attribute"
+        call = f"{self.called}.attribute"
         if isinstance(inputs, tuple) and len(inputs) != 1:
             raise TypeError(f"{call}(inputs): expected one tensor of images, got a tuple of {len(inputs)}.")
         images = inputs[0] if isinstance(inputs, tuple) else inputs
@@ -111,18 +126,34 @@ class MapAttribution(Attribution, ABC):
 
     def _asked(self, method: str, inputs: Tensor, query: Any, pixel: Any, box: Any) -> Query | None:
         """Whose rows are read; refuses inputs that are no batch, or places outside them."""
-        call, size = f"{type(self).__name__}.{method}", self._size(method, inputs)
+        call, size = f"{self.called}.{method}", self._size(method, inputs)
         pixel, box = split_query(call, query, pixel, box, stacklevel=4)
         return make_query(call, size, len(inputs), pixel, box)
 
     def _size(self, method: str, inputs: Tensor) -> tuple[int, int]:
         """The images' (rows, columns) in pixels; refuses inputs that are no batch."""
-        call = f"{type(self).__name__}.{method}"
+        call = f"{self.called}.{method}"
         if not isinstance(inputs, Tensor):
             raise TypeError(f"{call}(inputs): expected a tensor of images, got {type(inputs).__name__}.")
         if inputs.ndim != 4 or len(inputs) == 0:
             raise ValueError(f"{call}(inputs{tuple(inputs.shape)}): expected images (batch, colours, rows, columns).")
         return inputs.shape[2], inputs.shape[3]
+
+    def _output(self, images: Tensor, target: Target) -> Any:
+        """The model's output, once the target is known to fit it and to be finite.
+
+        Raises:
+            ValueError: a target that does not fit the output.
+            NonFiniteError: what is to be explained is NaN or Inf.
+        """
+        call = f"{self.called}.attribute"
+        output = self.model(images)
+        if not bool(target_values(call, output, target, len(images)).isfinite().all()):
+            raise NonFiniteError(
+                f"{call}: what is to be explained is NaN or Inf; check the images, the weights and the precision of "
+                "the model."
+            )
+        return output
 
 
 class TokenAttribution(MapAttribution):
@@ -142,6 +173,42 @@ class TokenAttribution(MapAttribution):
     def __init__(self, model: nn.Module, *, layers: LayerNames | None = None) -> None:
         super().__init__(model)
         self.layers = listed_layers(f"{type(self).__name__}(layers=...)", layers)
+
+    def _published(self, kind: type["TokenAttribution"], option: str) -> "TokenAttribution | None":
+        """The method of ``attribution.published`` that an option's value names; None for its default, this method.
+
+        Published code has none of the other options, so a value that names it excludes them all.
+
+        Args:
+            kind: the class whose options these are; every option is an attribute of the same name.
+            option: "convention" or "rule".
+
+        Raises:
+            ValueError: a value that names no method, or other options together with it.
+        """
+        from mamba_attn.attribution.published import METHODS  # which is built on this file
+
+        options = [each for each in inspect.signature(kind.__init__).parameters.values() if each.name != "layers"]
+        default = {each.name: each.default for each in options if each.kind is each.KEYWORD_ONLY}
+        value, methods = getattr(self, option), METHODS[kind.__name__, option]
+        if value == default[option]:
+            return None
+        call = f"{kind.__name__}({option}={value!r}"
+        if value not in methods:
+            raise ValueError(f"{call}): no such {option}. {nearest(value, [default[option], *methods])}")
+        changed = ", ".join(
+            f"{name}={getattr(self, name)!r}"
+            for name, normal in default.items()
+            if name != option and getattr(self, name) != normal
+        )
+        if changed:
+            raise ValueError(
+                f"{call}, {changed}): {option}={value!r} is published code, which has no such option; leave {changed} "
+                f"out, or {option}={value!r}."
+            )
+        method = methods[value](self.model, layers=self.layers)
+        method.called = f"{call})"
+        return method
 
     @abstractmethod
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
@@ -166,7 +233,7 @@ class TokenAttribution(MapAttribution):
             gradients: keep the graph.
             rules: what watches, or changes, the forward.
         """
-        call = f"{type(self).__name__}.attribute"
+        call = f"{self.called}.attribute"
         with torch.inference_mode(False):
             images = inputs.clone() if inputs.is_inference() else inputs  # nothing is saved of inference tensors
             with trace(self.model, layers=self.layers, rules=rules) as record:
@@ -176,8 +243,8 @@ class TokenAttribution(MapAttribution):
                     logit = target_values(call, output, target, len(inputs)).sum() if needed else torch.zeros(())
                 layers = self._ran(record)
                 if not bool(logit.detach().isfinite()):
-                    for layer in layers:
-                        layer.require_finite()  # says where it began
+                    for layer in layers:  # the first layer that is not finite names itself: where it began
+                        layer.require_finite()
                     raise NonFiniteError(f"{call}: what is to be explained is NaN or Inf; check the model's head.")
                 with torch.no_grad():
                     yield record, logit
@@ -189,7 +256,7 @@ class TokenAttribution(MapAttribution):
             TraceError: none of the layers asked for ran.
         """
         if not record:
-            raise TraceError(f"{type(self).__name__}: the model's forward called none of the layers asked for.")
+            raise TraceError(f"{self.called}: the model's forward called none of the layers asked for.")
         return record.layers
 
     def _render(self, rows: Sequence[Row], size: tuple[int, int], grid: bool) -> Float[Tensor, "batch 1 height width"]:
@@ -200,7 +267,7 @@ class TokenAttribution(MapAttribution):
         if grid and len({layout.grid for layout in merged}) > 1:
             grids = ", ".join(f"{layout.grid[0]}x{layout.grid[1]}" for layout in merged)
             raise ValueError(
-                f"{type(self).__name__}.attribute(grid=True): the layers stand on several grids ({grids}); name the "
+                f"{self.called}.attribute(grid=True): the layers stand on several grids ({grids}); name the "
                 "layers of one with layers=, or leave grid=False for a map in pixels."
             )
         # a token of a coarser grid spreads what it has over the finer tokens that it covers
@@ -209,3 +276,124 @@ class TokenAttribution(MapAttribution):
         if not grid:
             maps = [layout.to_pixels(values, size) for layout, values in zip(merged, maps, strict=True)]
         return (torch.stack(maps).sum(0) / len(rows)).unsqueeze(1)
+
+
+def layouts(model: nn.Module, images: Tensor) -> list[TokenLayout]:
+    """Return where the tokens of every layer sit, from a pass of the first image."""
+    with torch.no_grad(), trace(model) as record:
+        model(images[:1])
+    return [layer.layout for layer in record.layers]
+
+
+def cell_means(
+    maps: Float[Tensor, "batch 1 rows columns"], layout: TokenLayout
+) -> Float[Tensor, "batch 1 height width"]:
+    """The mean over every token's cell: the pixels that are nearer to its centre than to any other's."""
+    vertical, horizontal = (
+        _means(pixels, count, layout).to(maps) for pixels, count in zip(maps.shape[2:], layout.grid, strict=True)
+    )
+    return vertical @ maps @ horizontal.mT
+
+
+def _means(pixels: int, count: int, layout: TokenLayout) -> Float[Tensor, "count pixels"]:
+    position = (torch.arange(pixels, dtype=torch.float64) + 0.5 - layout.centre) / layout.step
+    owner = (position + 0.5).floor().clamp(0, count - 1)
+    inside = (owner == torch.arange(count)[:, None]).double()
+    return inside / inside.sum(1, keepdim=True).clamp(min=1)
+
+
+def target_values(call: str, output: Any, target: Any, batch: int) -> Tensor:
+    """Return what is explained of every image, (batch,), or its sum where a function returned a scalar.
+
+    Args:
+        call: the name of the caller, for the message.
+        output: of the model.
+        target: a class, one per image, a tuple of indices behind the batch's or a list of them, a function of the
+            output; None for the predicted class.
+        batch: number of images.
+
+    Raises:
+        ValueError: a target that does not fit the output.
+    """
+    if callable(target) and not isinstance(target, Tensor):
+        return _called(call, target, output, batch)
+    indices = target_indices(call, output, target, batch)
+    chosen: Tensor = output[(torch.arange(batch, device=output.device), *indices.unbind(1))]
+    return chosen
+
+
+def target_indices(call: str, output: Any, target: Any, batch: int) -> Int[Tensor, "batch axes"]:
+    """Return where in each image's output the explained number stands.
+
+    Args:
+        call: the name of the caller, for the message.
+        output: of the model.
+        target: as in ``target_values``, but no function.
+        batch: number of images.
+
+    Raises:
+        ValueError: a target that does not fit the output.
+    """
+    where = f"{call}(target={target!r})"
+    if not isinstance(output, Tensor) or output.ndim < 1 or len(output) != batch:
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"{where}: the model returned {shape}, not one result for each of the {batch} images; give a function of "
+            "the output, e.g. target=lambda output: output['scores'].sum()."
+        )
+    if target is None:
+        if output.ndim != 2:
+            raise ValueError(
+                f"{where}: the model returned {tuple(output.shape)}, not (batch, classes), so there is no predicted "
+                f"class; give {_DENSE}."
+            )
+        return output.argmax(1, keepdim=True)
+    indices = _as_indices(where, target, batch).to(output.device)
+    sizes = torch.tensor(output.shape[1:], device=output.device)
+    if indices.shape[1] != len(sizes):
+        raise ValueError(
+            f"{where}: the model returned {tuple(output.shape)}, which needs {len(sizes)} indices behind the batch's, "
+            f"not {indices.shape[1]}; give {_DENSE}."
+        )
+    if bool(((indices < 0) | (indices >= sizes)).any()):
+        known = ", ".join(f"0..{size - 1}" for size in output.shape[1:])
+        raise ValueError(f"{where}: expected {'class indices' if len(sizes) == 1 else 'indices'} in {known}.")
+    return indices
+
+
+def _as_indices(where: str, target: Any, batch: int) -> Int[Tensor, "batch axes"]:
+    """The indices as the user meant them, whatever the output is."""
+    tuples = [target] * batch if isinstance(target, tuple) else target
+    if isinstance(tuples, list) and any(isinstance(each, tuple) for each in tuples):
+        if len({len(each) if isinstance(each, tuple) else -1 for each in tuples}) > 1:
+            raise ValueError(f"{where}: expected tuples of as many indices each.")
+        found = _as_tensor(where, tuples)
+    else:
+        found = _as_tensor(where, tuples)
+        if found.ndim == 0:
+            found = found.expand(batch)
+        found = found.unsqueeze(1)
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise ValueError(f"{where}: expected a class index, or one per image, as integers.")
+    if found.ndim != 2 or len(found) != batch:
+        raise ValueError(f"{where}: expected one class index, or one for each of the {batch} images.")
+    return found.long()
+
+
+def _as_tensor(where: str, target: Any) -> Tensor:
+    """The numbers; names and other things are none."""
+    try:
+        return torch.as_tensor(target)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{where}: expected a class index, or one per image, as integers.") from error
+
+
+def _called(call: str, function: Function, output: Any, batch: int) -> Tensor:
+    found = function(output)
+    if isinstance(found, Tensor) and found.is_floating_point() and found.shape in ((), (1,), (batch,)):
+        return found
+    what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    raise ValueError(
+        f"{call}(target={function!r}): the function returned {what}; expected a scalar, or one number for each of the "
+        f"{batch} images, as a tensor."
+    )
