@@ -40,7 +40,7 @@ def __getattr__(name: str) -> Any:
     try:
         module = import_module(f"{__name__}.{_WHERE.get(name, name)}")
     except ImportError as error:
-        raise ImportError(f"figures.{name} needs plotly and Pillow: pip install 'mamba_attn[viz]'") from error
+        raise ImportError(f"figures.{name} needs plotly: pip install 'mamba_attn[viz]'") from error
     return module if name not in _WHERE else getattr(module, name)
 
 

@@ -236,6 +236,23 @@ assert not {"plotly", "PIL", "matplotlib"} & set(sys.modules)
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_without_plotly_a_figure_says_what_to_install_and_arrays_are_drawn():
+    code = """
+import sys
+sys.modules["plotly"] = sys.modules["PIL"] = None
+import numpy as np
+from mamba_attn import figures
+assert figures.overlay_rgb(np.zeros((2, 3, 3)), np.ones((2, 3))).shape == (2, 3, 3)
+try:
+    figures.overlay
+except ImportError as error:
+    assert str(error) == "figures.overlay needs plotly: pip install 'mamba_attn[viz]'", error
+else:
+    raise AssertionError("not refused")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_lists_of_colours_are_plotlys():
     sequential, diverging = plotly.colors.sequential, plotly.colors.diverging
     pairs = [
