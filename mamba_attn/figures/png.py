@@ -259,7 +259,7 @@ def reach_rgb(
         add_text(figure, left, top - _CAPTION / 2, caption, most=across)
         panel = add_axes(figure, left, top, across, size)
         rgb = to_rgb(array, scale(array, colours=SEQUENTIAL, signed=False))
-        panel.imshow(rgb, aspect="auto", interpolation="antialiased")
+        panel.imshow(rgb, aspect="auto", interpolation="nearest" if len(rgb) <= size else "antialiased")
         if place is not None:
             for colour, thick in ((INK, 3), ("#00ffff", 1.5)):
                 panel.plot(place[1], place[0], "+", ms=10, mew=thick, color=colour)
