@@ -86,8 +86,7 @@ def roofline(rows: Sequence[Row], ceilings: Ceilings, title: str) -> "tuple[go.F
         ceilings: of the machine.
         title: above the picture.
     """
-    from mamba_attn import figures
-    from mamba_attn.figures.png import roofline_rgb
+    from mamba_attn.bench import roofline as chart
 
     points = [(row, shape) for row in rows for shape in row.shapes if shape.seconds > 0]
     if not points:
@@ -106,7 +105,7 @@ def roofline(rows: Sequence[Row], ceilings: Ceilings, title: str) -> "tuple[go.F
         "title": title,
     }
     labels = [f"{row.its}: {shape.scans}" for row, shape in points]
-    return figures.roofline(intensity, rate, labels, **shared), roofline_rgb(intensity, rate, **shared)
+    return chart.roofline(intensity, rate, labels, **shared), chart.roofline_rgb(intensity, rate, **shared)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

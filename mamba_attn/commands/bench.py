@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mamba_attn.bench.rows import Row
     from mamba_attn.bench.subjects import Configuration
 
-_NEEDED = {"plotly": "plotly", "PIL": "pillow", "rich": "rich"}
+_NEEDED = {"matplotlib": "matplotlib", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
 _DTYPES = ("float32", "bfloat16")
 _TINY = ("vim_tiny", "vmamba_tiny_s1l8", "deit_tiny_patch16_224")  # what a CPU measures
 _GPU_TIME = (

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mamba_attn.erf.receptive_field import ReceptiveField
     from mamba_attn.models.transforms import EvaluationTransform
 
-_NEEDED = {"captum": "captum", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
+_NEEDED = {"captum": "captum", "matplotlib": "matplotlib", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
 _UNTRAINED = "untrained"
 _Picture = Callable[["EvaluationTransform"], np.ndarray]
 _EPILOG = """\

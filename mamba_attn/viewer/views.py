@@ -12,7 +12,7 @@ import torch
 from mamba_attn import figures
 from mamba_attn.analytics.embed import embed
 from mamba_attn.analytics.projection import SIZE, feature_size, project
-from mamba_attn.figures.patch_view import patch_view_changes
+from mamba_attn.figures.patch_grid import patch_view_changes
 from mamba_attn.viewer.offer import fitting
 from mamba_attn.viewer.scatter import of_blocks, of_patches
 from mamba_attn.viewer.source import Source, scans, tokens_of

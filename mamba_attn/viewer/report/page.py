@@ -8,10 +8,11 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
+from mamba_attn.core.document import render
 from mamba_attn.figures import colours
-from mamba_attn.figures.document import safe
-from mamba_attn.figures.patch_view import THIN
+from mamba_attn.figures.patch_grid import THIN
 from mamba_attn.viewer.report.budget import Content
 from mamba_attn.viewer.report.content import gather
 from mamba_attn.viewer.report.quantised import ERROR, STEPS
@@ -66,16 +67,16 @@ def page(content: Content, made_with: str) -> str:
     """
     script = "(() => {\n'use strict';\n" + "\n".join(_asset(name) for name in SCRIPTS) + "\n})();"
     names = ", ".join(dict.fromkeys(store["name"] for store in content.stores))
-    data = "".join(
-        f'<script type="text/plain" id="matrix-{number}">{text}</script>\n'
-        for number, text in enumerate(content.matrices)
-    )
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{_policy(script)}'
-        f'<meta name="viewport" content="width=device-width"><title>{safe(f"{_TITLE}: {names}")}</title>'
-        f"<style>{_asset('report.css')}</style></head>\n<body>{_body(content, made_with)}\n"
-        f'<script type="application/json" id="about">{as_json(_about(content))}</script>\n{data}'
-        f"<script>{script}</script></body></html>\n"
+    return render(
+        "report.html",
+        title=f"{_TITLE}: {names}",
+        policy=Markup(_policy(script)),
+        style=Markup(_asset("report.css")),
+        keys=KEYS,
+        notes=[*content.notes, _NOTE, f"Made with {made_with}."],
+        about=Markup(as_json(_about(content))),
+        matrices=[Markup(text) for text in content.matrices],
+        script=Markup(script),
     )
 
 
@@ -88,8 +89,7 @@ def as_json(value: Any) -> str:
 def _policy(script: str) -> str:
     """This script and no other; no address is ever asked for anything."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    rules = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:"
-    return f'<meta http-equiv="Content-Security-Policy" content="{rules}">'
+    return f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:"
 
 
 def _about(content: Content) -> dict[str, Any]:
@@ -104,12 +104,6 @@ def _channels(its: list[str]) -> list[list[int]]:
     chosen = colours.Scale(0, len(its) - 1, its)
     found: list[list[int]] = colours.to_rgb(np.arange(len(its), dtype=np.float64), chosen).tolist()
     return found
-
-
-def _body(content: Content, made_with: str) -> str:
-    keys = "".join(f"<dt>{safe(key)}</dt><dd>{safe(what)}</dd>" for key, what in KEYS)
-    notes = "".join(f"<p>{safe(note)}</p>" for note in [*content.notes, _NOTE, f"Made with {made_with}."])
-    return _asset("body.html").replace("{{keys}}", keys).replace("{{notes}}", notes)
 
 
 def _asset(name: str) -> str:

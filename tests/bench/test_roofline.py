@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 
-from mamba_attn import figures
-from mamba_attn.figures import png
-from mamba_attn.figures.roof import PALETTE, roof, short
+from mamba_attn.bench.roofline import roof, roofline, roofline_rgb, short
+from mamba_attn.figures.colours import CATEGORIES
 
 INTENSITY, RATE = [0.5, 80.0, 500.0], [2e9, 4e10, 5e9]
 OPTIONS = {
@@ -18,7 +17,7 @@ def by_name(figure):
 
 
 def test_points_stand_where_they_were_measured_and_say_what_they_are():
-    figure = figures.roofline(INTENSITY, RATE, LABELS, title="T", **OPTIONS)
+    figure = roofline(INTENSITY, RATE, LABELS, title="T", **OPTIONS)
     traces = by_name(figure)
     assert list(traces["ours"].x) == INTENSITY[:2]
     assert list(traces["ours"].y) == RATE[:2]
@@ -33,16 +32,16 @@ def test_points_stand_where_they_were_measured_and_say_what_they_are():
 
 
 def test_what_was_extrapolated_is_open():
-    traces = by_name(figures.roofline(INTENSITY, RATE, LABELS, **OPTIONS))
+    traces = by_name(roofline(INTENSITY, RATE, LABELS, **OPTIONS))
     assert not traces["ours"].marker.symbol.endswith("-open")
     assert traces["loops (extrapolated)"].marker.symbol.endswith("-open")
     assert traces["ours"].marker.color != traces["loops (extrapolated)"].marker.color
     colours = {traces["ours"].marker.color, traces["loops (extrapolated)"].marker.color}
-    assert colours == set(PALETTE[:2])
+    assert colours == set(CATEGORIES[:2])
 
 
 def test_ceilings_meet_at_their_ridges():
-    figure = figures.roofline(INTENSITY, RATE, LABELS, **OPTIONS)
+    figure = roofline(INTENSITY, RATE, LABELS, **OPTIONS)
     traces = by_name(figure)
     slope, flat = traces["copy, 10 GB/s"], traces["exponentials, 20 Gop/s"]
     assert [y / x for x, y in zip(slope.x, slope.y, strict=True)] == pytest.approx([1e10, 1e10])
@@ -64,12 +63,12 @@ def test_everything_lies_on_the_axes():
 
 
 def test_the_picture_shows_the_same():
-    rgb = png.roofline_rgb(INTENSITY, RATE, title="T", size=500, **OPTIONS)
+    rgb = roofline_rgb(INTENSITY, RATE, title="T", size=500, **OPTIONS)
     assert rgb.shape == (500, 775, 3)
     colours = {tuple(pixel) for pixel in rgb.reshape(-1, 3)}
-    for colour in PALETTE[:2]:
+    for colour in CATEGORIES[:2]:
         assert tuple(int(colour[place : place + 2], 16) for place in (1, 3, 5)) in colours
-    without = png.roofline_rgb(INTENSITY, RATE, title="T", size=500, **{**OPTIONS, "floors": None})
+    without = roofline_rgb(INTENSITY, RATE, title="T", size=500, **{**OPTIONS, "floors": None})
     assert without.shape == rgb.shape
     assert (without != rgb).any()
     assert (rgb[:, -1] == 255).all()  # white to the edge: nothing is cut
@@ -90,10 +89,10 @@ def test_the_picture_shows_the_same():
 )
 def test_what_does_not_fit_is_refused(change, sentence):
     with pytest.raises(ValueError, match=sentence):
-        figures.roofline(INTENSITY, RATE, LABELS, **{**OPTIONS, **change})
+        roofline(INTENSITY, RATE, LABELS, **{**OPTIONS, **change})
     if "groups" not in change:
         with pytest.raises(ValueError, match=sentence):
-            png.roofline_rgb(INTENSITY, RATE, **{**OPTIONS, **change})
+            roofline_rgb(INTENSITY, RATE, **{**OPTIONS, **change})
 
 
 def test_rates_for_people():
