@@ -89,7 +89,7 @@ def test_products_and_rows_are_differentiable() -> None:
 
 
 @pytest.mark.parametrize("backend", ["native", "blocked", "reference"])
-def test_a_matrix_asks_for_no_gradient_because_of_u_or_D(backend):
+def test_a_matrix_asks_for_no_gradient_because_of_input_or_skip(backend):
     record = make(Case(batch=2, routes=1, channels=3, states=2, grid=(1, 5)))
     record = record.replace(source_u=record.source_u.requires_grad_(), D=record.D.requires_grad_())
     assert not ops.hidden_attention(record, backend=backend).requires_grad
