@@ -34,6 +34,11 @@ def flatten(record: ScanRecord) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def flatten_for_matrix(record: ScanRecord) -> tuple[Any, ...]:
+    """The same without D and the values of u: the matrix does not depend on them, nor does it need their gradients."""
+    return flatten(record.replace(source_u=record.source_u.detach(), D=None))
+
+
 def y_shape(u: Tensor, read_order: Tensor, tokens: int, merged: bool) -> Sequence[int | torch.SymInt]:
     """Shape of a scan's output."""
     routes, length = read_order.shape

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mamba_attn.ops import native
+from mamba_attn.ops.cpu import native
 from mamba_attn.ops.cpu.build import library_problem
 from mamba_attn.ops.flat_records import flatten
 from tests.ops.cases import Case, make

@@ -20,7 +20,15 @@ from mamba_attn.ops import blocked
 from mamba_attn.ops.arguments import Weights, pick
 from mamba_attn.ops.backend import Backend
 from mamba_attn.ops.cpu.build import library, library_problem
-from mamba_attn.ops.flat_records import REST, attention_gradient, attention_shape, flatten, keep, unflatten
+from mamba_attn.ops.flat_records import (
+    REST,
+    attention_gradient,
+    attention_shape,
+    flatten,
+    flatten_for_matrix,
+    keep,
+    unflatten,
+)
 
 _LANES = 16
 _FOLDS = {"sum": 0, "mean": 0, "positive": 1, "absolute": 2, "each": 3}
@@ -100,7 +108,7 @@ class Native(Backend):
             return _fold_groups(self, parts, row_weight, col_weight, fold, merged)
         (part,) = parts
         run: Callable[..., Tensor] = _attention_operator if torch.compiler.is_compiling() else _Attention.apply
-        return run(*flatten(part), merged, row_weight, col_weight, fold)
+        return run(*flatten_for_matrix(part), merged, row_weight, col_weight, fold)
 
     def _scan_group(self, record: ScanRecord, merged: bool) -> Tensor:
         channels = record.channels
