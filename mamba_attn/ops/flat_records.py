@@ -35,7 +35,7 @@ def flatten(record: ScanRecord) -> tuple[Any, ...]:
 
 
 def flatten_for_matrix(record: ScanRecord) -> tuple[Any, ...]:
-    """A record whose matrix is asked for: it depends on neither u nor D, so neither makes it require a gradient."""
+    """The same without D and the values of u: the matrix does not depend on them, nor does it need their gradients."""
     return flatten(record.replace(source_u=record.source_u.detach(), D=None))
 
 

@@ -24,6 +24,7 @@ from mamba_attn.ops.flat_records import (
     REST,
     attention_gradient,
     attention_shape,
+    flatten,
     flatten_for_matrix,
     keep,
     unflatten,
