@@ -70,7 +70,8 @@ def hidden_attention_backward(
             return blocked.attention_gradients(record, weights, fold, merged, gradient, needed)
 
     with ThreadPoolExecutor(1) as other:  # in an operator's own thread autograd is off
-        a, b, c, d, e, f = (u.new_empty(0) if x is None else x for x in other.submit(run).result())
+        # contiguous, as the fake says
+        a, b, c, d, e, f = (u.new_empty(0) if x is None else x.contiguous() for x in other.submit(run).result())
     return a, b, c, d, e, f
 
 
