@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from benchmarks import run
+from benchmarks.kernel import ceilings, machine, timing, verify
+from benchmarks.kernel.ceilings import Ceilings, tf32
 from mamba_attn import ops
-from mamba_attn.bench import ceilings, machine, timing, verify
-from mamba_attn.bench.ceilings import Ceilings, tf32
 from mamba_attn.commands import bench, cli
 
 CPU = torch.device("cpu")

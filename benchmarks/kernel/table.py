@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mamba_attn.bench.ceilings import Ceilings
-from mamba_attn.bench.rows import Row
+from benchmarks.kernel.ceilings import Ceilings
+from benchmarks.kernel.rows import Row
 from mamba_attn.core.terminal import show
 
 if TYPE_CHECKING:

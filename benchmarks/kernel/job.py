@@ -1,40 +1,35 @@
-"""``mamba-attn bench``: its arguments, and the loop over the grid.
+"""``benchmarks/run.py kernel``: its arguments, and the loop over the grid.
 
-Exit codes: 0 the table is complete (rows may be "not measured"), 2 nothing was done because of how it was called.
+Without options: on a GPU Vim and VMamba tiny to base and DeiT tiny and small at 224, 512 and 1024 pixels, batch 1, 8
+and 64, float32 and bfloat16; on a CPU three tiny models at 224 pixels, batch 1, float32, on one thread, in CPU time.
 """
 
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mamba_attn.core.requirements import exit_code, require_extras, subcommand, writable
+from benchmarks.kernel import ceilings, machine, measuring, subjects, table, targets, verify
+from benchmarks.kernel.rows import Row
+from benchmarks.kernel.subjects import Configuration, Model
+from mamba_attn import models
 from mamba_attn.errors import nearest
 
 if TYPE_CHECKING:
     import numpy as np
     import plotly.graph_objects as go
 
-    from mamba_attn.bench.rows import Row
-    from mamba_attn.bench.subjects import Configuration
-
-_NEEDED = {"plotly": "plotly", "PIL": "pillow", "rich": "rich"}
 _DTYPES = ("float32", "bfloat16")
 _TINY = ("vim_tiny", "vmamba_tiny_s1l8", "deit_tiny_patch16_224")  # what a CPU measures
 _GPU_TIME = (
     "between CUDA events, cold L2 cache; forward: from an idle GPU, so slow launches count; attention and scan: kernels"
 )
 _SMALLEST = 32  # pixels: what patches of 16 and four stages leave tokens of
-_EPILOG = """\
-Without options: on a GPU Vim and VMamba tiny to base and DeiT tiny and small at 224, 512 and 1024 pixels, batch 1, 8
-and 64, float32 and bfloat16; on a CPU three tiny models at 224 pixels, batch 1, float32, on one thread, in CPU time.
-FOLDER receives bench.json (everything measured, and what not and why), roofline.html and roofline.png.
-"""
 
 
 @dataclass(frozen=True)
@@ -50,24 +45,14 @@ class Job:
     """
 
     device: torch.device
-    grid: "list[Configuration]"
+    grid: list[Configuration]
     budget: float
     quick: bool
     tf32: bool
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command and its arguments."""
-    what = "what hidden attention costs on this machine, and what it could cost"
-    parser = subcommand(commands, "bench", what, _EPILOG)
-    parser.add_argument("--out", default="mamba_attn_bench", metavar="FOLDER", help="default: ./mamba_attn_bench")
-    parser.add_argument("--quick", action="store_true", help="small sizes: does everything run?")
-    add_options(parser)
-    parser.set_defaults(run=run)
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what ``job`` reads, but ``--quick``, to any parser."""
+    """Add what ``job`` reads, but ``--quick``."""
     add = parser.add_argument
     add("--models", nargs="+", action="extend", metavar="NAME", help="of mamba_attn.models, or DeiT's names in timm")
     add("--pixels", nargs="+", action="extend", type=int, metavar="SIDE", help="multiples of 32")
@@ -78,29 +63,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--tf32", action="store_true", help="allow TF32 in products and convolutions of float32")
 
 
-def run(args: argparse.Namespace, command: Sequence[str]) -> int:
-    """Do what the arguments say, and return the exit code."""
-    return exit_code("bench", lambda: _run(args))
-
-
-def _run(args: argparse.Namespace) -> int:
-    require_extras(_NEEDED)
-    its = job(args)
-    folder = writable(args.out)
-    measure(its, folder / "bench.json", folder)
-    print(f"written: {folder / 'bench.json'}; open {folder / 'roofline.html'}")
-    return 0
-
-
 def job(args: argparse.Namespace) -> Job:
     """Check the arguments.
 
     Raises:
         ValueError: an unknown model, a size that does not fit, a device that is not there.
     """
-    from mamba_attn import models
-    from mamba_attn.bench import subjects
-
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu.")
@@ -139,9 +107,6 @@ def measure(its: Job, path: Path | None, folder: Path | None) -> None:
         path: of the JSON file; None writes none.
         folder: of the pictures; None draws none.
     """
-    from mamba_attn.bench import ceilings, machine, measuring, table, targets, verify
-    from mamba_attn.bench.subjects import Model
-
     rows: list[Row] = []
     with _one_thread(its.device), ceilings.tf32(its.tf32):
         roof = ceilings.measure(its.device, rounds=2 if its.quick else 7, quick=its.quick)
