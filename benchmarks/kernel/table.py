@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.kernel.ceilings import Ceilings
 from benchmarks.kernel.rows import Row
-from mamba_attn.core.terminal import show
+from mamba_attn.commands.terminal import show
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,47 +1,8 @@
-"""What all commands have in common: their place under ``mamba-attn``, how they end, what they need."""
+"""What has to be there before work begins: packages of an extra, a folder that can be written."""
 
-import argparse
 import importlib.util
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-
-from mamba_attn.errors import MambaAttnError
-
-
-def subcommand(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, what: str, epilog: str
-) -> argparse.ArgumentParser:
-    """Add a command and return its parser.
-
-    Args:
-        commands: of ``mamba-attn``.
-        name: of the command.
-        what: it does, in a line.
-        epilog: printed as it stands.
-    """
-    return commands.add_parser(
-        name, help=what, description=what.capitalize() + ".", epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-
-
-def exit_code(name: str, call: Callable[[], int], stopped: str = "stopped.") -> int:
-    """Call what a command does, and return its exit code: 2 for what it refuses, in a sentence, and 130 for Ctrl+C.
-
-    Args:
-        name: of the command.
-        call: what it does; it returns the exit code.
-        stopped: what is said after Ctrl+C.
-    """
-    try:
-        return call()
-    except (ValueError, TypeError, OSError, ImportError, MambaAttnError) as error:
-        print(f"mamba-attn {name}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"mamba-attn {name}: {stopped}", file=sys.stderr)
-        return 130
 
 
 def require_extras(needed: Mapping[str, str], extra: str = "explain") -> None:
@@ -60,10 +21,10 @@ def require_extras(needed: Mapping[str, str], extra: str = "explain") -> None:
 
 
 def writable(out: str) -> Path:
-    """Return the folder of ``--out``, made and tried.
+    """Return a folder, made and tried.
 
     Args:
-        out: as given; ``~`` is the home folder.
+        out: its path; ``~`` is the home folder.
 
     Raises:
         OSError: it cannot be made or written.
@@ -75,5 +36,5 @@ def writable(out: str) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OSError(f"--out {out}: this folder cannot be written ({error.strerror}); name another.") from error
+        raise OSError(f"out={out!r}: this folder cannot be written ({error.strerror}); name another.") from error
     return folder

@@ -12,22 +12,22 @@ from mamba_attn.errors import nearest
 _DEFAULT = ("raw_attention", "attention_rollout", "mamba_attribution")
 
 
-def parse_methods(texts: Sequence[str], subject: Subject) -> list[Method]:
+def parse_methods(methods: Sequence[str], subject: Subject) -> list[Method]:
     """Return the methods that a user named, each once; without any, those that fit the model.
 
     Args:
-        texts: ``NAME`` or ``NAME:OPTION=VALUE,OPTION`` each, e.g. ``attention_rollout:signed``.
+        methods: ``NAME`` or ``NAME:OPTION=VALUE,OPTION`` each, e.g. ``attention_rollout:signed``.
         subject: the model they are for.
 
     Raises:
         ValueError: an unknown name, option or value, or a method that the model has nothing for.
     """
     default = [catalogue.counterpart(name, subject.model) for name in _DEFAULT]
-    found = {its.key: its for its in map(method, texts or default)}
+    found = {its.key: its for its in map(method, methods or default)}
     for its in found.values():
         refusal = catalogue.refusal(its.name, subject.model, subject.name)
         if refusal:
-            raise ValueError(f"--method {its.key}: {refusal}")
+            raise ValueError(f"methods={its.key!r}: {refusal}")
         its.build(subject.model)  # options that exclude each other
     return list(found.values())
 
@@ -38,25 +38,25 @@ def counterparts(methods: Sequence[Method], beside: Subject) -> list[Method]:
     return [Method(name) for name in names]
 
 
-def parse_query(text: str | None, subject: Subject) -> tuple[float, ...] | None:
+def parse_query(query: str | None, subject: Subject) -> tuple[float, ...] | None:
     """Return (row, column) or (x0, y0, x1, y1) in pixels of what the model sees; None for None.
 
     Raises:
         ValueError: not two or four numbers.
     """
-    if text is None:
+    if query is None:
         return None
     try:
-        query = tuple(float(part) for part in text.split(","))
+        numbers = tuple(float(part) for part in query.split(","))
     except ValueError:
-        query = ()
-    if len(query) not in (2, 4):
+        numbers = ()
+    if len(numbers) not in (2, 4):
         rows, columns = subject.transform.size
         raise ValueError(
-            f"--query {text}: expected ROW,COLUMN or X0,Y0,X1,Y1 in pixels of what {subject.name} sees, "
+            f"query={query!r}: expected ROW,COLUMN or X0,Y0,X1,Y1 in pixels of what {subject.name} sees, "
             f"{rows} rows x {columns} columns."
         )
-    return query
+    return numbers
 
 
 def check_query(query: tuple[float, ...] | None, methods: Sequence[Method]) -> None:
@@ -67,28 +67,28 @@ def check_query(query: tuple[float, ...] | None, methods: Sequence[Method]) -> N
     """
     deaf = [method.key for method in methods if not method.entry.reads_rows]
     if query is not None and deaf:
-        raise ValueError(f"--query: {', '.join(deaf)} read no token's row; leave out --query, or them.")
+        raise ValueError(f"query={query}: {', '.join(deaf)} read no token's row; leave out the query, or them.")
 
 
-def parse_layers(texts: Sequence[str], subject: Subject) -> list[str]:
+def parse_layers(layers: Sequence[str], subject: Subject) -> list[str]:
     """Return the names of layers, first to last.
 
     Args:
-        texts: indices, names or patterns.
+        layers: indices, names or patterns.
         subject: the model whose layers these are.
 
     Raises:
         ValueError: one that fits no layer.
     """
     chosen = set()
-    for text in texts:
+    for text in layers:
         if text.isdecimal() and int(text) < len(subject.layers):
             chosen.add(subject.layers[int(text)])
             continue
         fitting = [name for name in subject.layers if fnmatchcase(name, text)]
         if not fitting:
             known = f"{subject.name} has {len(subject.layers)} layers, 0..{len(subject.layers) - 1}. "
-            raise ValueError(f"--layer {text}: no such layer; {known}{nearest(text, subject.layers)}")
+            raise ValueError(f"layers={text!r}: no such layer; {known}{nearest(text, subject.layers)}")
         chosen.update(fitting)
     return [name for name in subject.layers if name in chosen]
 
