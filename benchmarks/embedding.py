@@ -19,9 +19,9 @@ import numpy as np
 from benchmarks.cases import EXPLAINED
 from benchmarks.marked_pages import filled
 from benchmarks.measure import Spread
+from benchmarks.neighbours import PcaCheck, pca_check
 from benchmarks.report import Figure, figure
 from mamba_attn.analytics import AttentionStore, Request, collect
-from mamba_attn.analytics.neighbours import PcaCheck, pca_check
 from mamba_attn.analytics.request import describe
 from mamba_attn.datasets import open_data
 from mamba_attn.datasets.loaded_model import load

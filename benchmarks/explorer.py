@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from benchmarks.browser import FLAGS, chromium, served
+from benchmarks.kernel.timing import Spread
 from benchmarks.report import Figure, figure
 from mamba_attn import models
 from mamba_attn.analytics import AttentionStore, Request, collect
-from mamba_attn.bench.timing import Spread
 from mamba_attn.datasets import loaded_model, open_data
 
 MODEL, PIXELS, GRID = "vmamba_tiny_s1l8", 224, 56

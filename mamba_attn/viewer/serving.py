@@ -38,7 +38,7 @@ def _socket(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, OverflowError) as error:
-        raise OSError(f"--host {host}: no such address ({error}).") from error
+        raise OSError(f"host={host!r}: no such address ({error}).") from error
     listening = socket.socket(family, kind, protocol)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -48,10 +48,10 @@ def _socket(host: str, port: int) -> socket.socket:
         listening.close()
         if error.errno == errno.EADDRINUSE:
             raise OSError(
-                f"port {port} of {host} is in use, perhaps by another explorer; name another with --port, or --port 0 "
-                "for any that is free."
+                f"port={port}: on {host} this port is in use, perhaps by another explorer; name another, or port=0 for "
+                "any that is free."
             ) from error
         raise OSError(
-            f"{host}:{port} cannot be bound ({error.strerror}); name others with --host and --port."
+            f"host={host!r} port={port}: this address cannot be bound ({error.strerror}); name another."
         ) from error
     return listening

@@ -37,7 +37,10 @@ def gather(
     content.stores = [each.told() for each in kept]
     content.size = frame(content) + _NOTES * len(kept)
     if content.size > limit:
-        raise ReportError(f"names and orders alone need {content.size:,} of {limit:,} bytes; name a larger --size.")
+        raise ReportError(
+            f"size={limit / 1e6:g}: names and orders alone need {content.size:,} bytes; "
+            f"size={-int(-content.size // 1e6)} holds them."
+        )
     steps: list[Callable[[Stored], None]] = [
         Stored.means, Stored.points, lambda each: each.pictures(images), Stored.first_image, Stored.routes,
     ]  # fmt: skip

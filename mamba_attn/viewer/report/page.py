@@ -35,7 +35,7 @@ _NOTE = (
 
 
 def make(
-    stores: Sequence[Any], methods: Sequence[str], images: int, limit: int, made_with: str,
+    stores: Sequence[Any], methods: Sequence[str], images: int, size: float, made_with: str,
     advance: Callable[[str], None] = lambda what: None,
 ) -> tuple[str, Content]:  # fmt: skip
     """Return the page of some stores, and what it holds.
@@ -44,7 +44,7 @@ def make(
         stores: ``AttentionStore`` objects.
         methods: of dimension reduction; but for the first, of the routes' sum alone.
         images: per store, how many of those kept in full are shown.
-        limit: bytes of the page.
+        size: of the page at most, in 10^6 bytes.
         made_with: what the page is said to be from.
         advance: told what is being done.
 
@@ -53,7 +53,12 @@ def make(
         ImportError: a method's package is not installed.
     """
     content = gather(
-        stores, methods, images, limit, frame=lambda empty: len(page(empty, made_with).encode()), advance=advance
+        stores,
+        methods,
+        images,
+        int(size * 1e6),
+        advance=advance,
+        frame=lambda empty: len(page(empty, made_with).encode()),
     )
     return page(content, made_with), content
 

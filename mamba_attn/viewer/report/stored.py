@@ -79,8 +79,8 @@ class Stored:
                 at = self.shown.index(number)
                 if not at:
                     raise ReportError(
-                        f"the mean of {self.source.layers[number].name} does not fit {self.content.limit:,} bytes; "
-                        "name a larger --size."
+                        f"size={self.content.limit / 1e6:g}: the mean of {self.source.layers[number].name} does not "
+                        "fit; name a larger size."
                     )
                 self._too_much("later layers")
                 self.shown = self.shown[:at]
@@ -117,7 +117,7 @@ class Stored:
         if beyond:
             self.content.notes.append(
                 f"{self.name}: {beyond} of {beyond + len(self.kept)} images kept in full are not in this page; "
-                f"--images {beyond + len(self.kept)} adds them."
+                f"images={beyond + len(self.kept)} adds them."
             )
         for number in self.kept or [0]:
             photo = self.content.add(_jpeg(self.source.store.pixels(images[number]), None))
@@ -151,10 +151,10 @@ class Stored:
         enough = -int(-1.02 * (self.content.size + bytes_more) // 1e6)
         whole = sum(all(f"{image}/sum" in self.matrices[n] for n in self.shown) for image in self.kept)
         images = f" ({whole} of {_count(len(self.kept), 'image')} can be shown in every block)" if self.kept else ""
-        fewer = ", fewer --images leave room" if len(self.kept) > 1 else ""
+        fewer = ", showing fewer images leaves room" if len(self.kept) > 1 else ""
         self.content.notes.append(
-            f"{self.name}: {' and '.join(missing)} are left out to stay within --size {self.content.limit / 1e6:g}"
-            f"{images}. --size {enough} holds all{fewer}; mamba-attn explore shows them without a page."
+            f"{self.name}: {' and '.join(missing)} are left out to stay within size={self.content.limit / 1e6:g}"
+            f"{images}; size={enough} holds all{fewer}; mamba-attn explore shows them without a page."
         )
 
     def told(self) -> dict[str, Any]:
@@ -220,7 +220,8 @@ class Stored:
 
     def _too_much(self, what: str) -> None:
         self.content.notes.append(
-            f"{self.name}: {what} are left out, in part or all, to stay within --size; mamba-attn explore shows them."
+            f"{self.name}: {what} are left out, in part or all, to stay within the page's size; mamba-attn explore "
+            "shows them."
         )
 
 
