@@ -1,7 +1,6 @@
 """What a trace installs on a user's model, and takes off again: forwards of mixers, and hooks.
 
-Together with ``tracing.py``, which says what is traced and owns the ExitStack, and ``_ruling.py``, which rules the rest
-of the model, the only place that touches a user's model: nothing else calls these files.
+``tracer.py`` decides what is traced and owns the ExitStack; ``module_rules.py`` handles the rest of the model.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""trace(model): with ``_routing.py`` and ``_ruling.py``, which install, the only place that touches a user's model.
+"""trace(model): what is traced and for how long; ``patching.py`` and ``module_rules.py`` install it on the model.
 
 Everything installed is owned by one ExitStack and by one entry of the context manager: nothing is left on the model
 after normal exit, an exception, a failure half way through, nesting, or another thread's use of the same model.

@@ -169,7 +169,9 @@ def test_the_batch_does_not_matter(tmp_path):
     for layer in stores[0].layers:
         one, four = (store.variance(layer, 1) for store in stores)
         assert np.abs(one - four).max() <= 1e-6 * np.abs(one).max()
-        assert np.allclose(*(store.features(layer) for store in stores), atol=1e-3 * np.abs(one).max() ** 0.5)
+        # features of random weights are small differences of larger numbers, which a batch may round in another order
+        few, many = (store.features(layer) for store in stores)
+        assert np.abs(few - many).max() <= 1e-3 * np.abs(few).max()
 
 
 def test_the_sum_alone(tmp_path):

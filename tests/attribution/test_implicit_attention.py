@@ -242,12 +242,13 @@ def test_frozen_models_inference_mode_and_float32():
         model, inputs = make(), images()
         expected = ImplicitAttention(model).attribute(inputs, TARGET)
         linear = ImplicitAttention(model, signed=True).attribute(inputs, TARGET)
-        assert torch.equal(ImplicitAttention(model.requires_grad_(False)).attribute(inputs, TARGET), expected)
+        # equal but for rounding: PyTorch chooses its kernels by requires_grad and inference mode on some processors
+        close(ImplicitAttention(model.requires_grad_(False)).attribute(inputs, TARGET), expected, 1e-12)
         with torch.inference_mode():
             born = make()
             assert ImplicitAttention(born, gradient=False).attribute(inputs * 1).isfinite().all()
-            assert torch.equal(ImplicitAttention(model).attribute(inputs * 1, TARGET), expected)
-            assert torch.equal(ImplicitAttention(model, signed=True).attribute(inputs * 1, TARGET), linear)
+            close(ImplicitAttention(model).attribute(inputs * 1, TARGET), expected, 1e-12)
+            close(ImplicitAttention(model, signed=True).attribute(inputs * 1, TARGET), linear, 1e-12)
         single = ImplicitAttention(model.float()).attribute(inputs.float(), TARGET)
         close(single.double(), expected, 1e-4)
 

@@ -210,11 +210,12 @@ def test_a_query_of_the_rollout_is_its_row(query, tokens):
 def test_frozen_models_no_grad_and_inference_mode():
     model, inputs = vim(), images()
     expected = MambaAttribution(model).attribute(inputs)
-    assert torch.equal(MambaAttribution(model.requires_grad_(False)).attribute(inputs), expected)
+    # equal but for rounding: PyTorch chooses its kernels by requires_grad and inference mode on some processors
+    close(MambaAttribution(model.requires_grad_(False)).attribute(inputs), expected, 1e-12)
     with torch.no_grad():
-        assert torch.equal(MambaAttribution(model).attribute(inputs), expected)
+        close(MambaAttribution(model).attribute(inputs), expected, 1e-12)
     with torch.inference_mode():
-        assert torch.equal(MambaAttribution(model).attribute(inputs * 1), expected)
+        close(MambaAttribution(model).attribute(inputs * 1), expected, 1e-12)
 
 
 def test_float32_is_as_good_as_it_can_be():

@@ -8,6 +8,7 @@ from PIL import Image
 
 from mamba_attn import images
 from mamba_attn.commands import cli
+from mamba_attn.commands import erf as command
 from mamba_attn.datasets import loaded_model, open_data
 from mamba_attn.erf.receptive_field import receptive_field
 from mamba_attn.images import normalise
@@ -144,7 +145,7 @@ def test_no_good_images_and_missing_packages(tmp_path, weights, capsys, monkeypa
     assert any("skipped: " in line and "broken.jpg: this is not an image" in line for line in said)
     assert said[-1] == "mamba-attn erf: receptive_field(images): there are none."
     assert not list((tmp_path / "out").iterdir())
-    monkeypatch.setitem(erf._NEEDED, "no_such_module", "no-such-package")
+    monkeypatch.setitem(command._NEEDED, "no_such_module", "no-such-package")
     assert "no-such-package not installed: pip install 'mamba_attn[explain]'" in refused(capsys)
 
 

@@ -15,7 +15,7 @@ import torch
 from mamba_attn import ops
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import BackendUnavailableError, MambaAttnError, MatrixTooLargeError
-from mamba_attn.ops import dispatch
+from mamba_attn.ops import arguments, dispatch
 from mamba_attn.ops.cuda import checked_orders, fused, kernel_args, kernels, operators
 from tests import emulation
 from tests.kernels.machines import MACHINES, Recorder, machine
@@ -47,8 +47,8 @@ def test_opcheck(there: Recorder, merged: bool, skip: bool) -> None:
         (operators.hidden_attention, (*fields, merged, rows, None, "sum")),
         (operators.hidden_attention, (*fields, merged, None, None, "each")),
     )
-    for operator, arguments in checks:
-        torch.library.opcheck(operator, arguments)
+    for operator, given in checks:
+        torch.library.opcheck(operator, given)
     with torch.no_grad():
         y = operators.selective_scan(*fields, merged)
         detached = operators.flat(record.map_tensors(torch.Tensor.detach))
@@ -57,7 +57,7 @@ def test_opcheck(there: Recorder, merged: bool, skip: bool) -> None:
 
 COMPILED = """
 import sys, torch
-from mamba_attn.ops import _operators, fused
+from mamba_attn.ops.cuda import fused, operators
 from tests.kernels.machines import machine
 from tests.ops.bounds import weights
 from tests.ops.cases import Case, make
@@ -244,6 +244,6 @@ def test_what_the_kernels_do_not_take_is_a_sentence() -> None:
         with pytest.warns(UserWarning, match="2147483648 channels x 1 steps need more than"):
             assert fused.BACKEND.unavailable(deep)
         with pytest.raises(MatrixTooLargeError, match="attention_row"):
-            dispatch.require_memory(ops._arguments.Call(endless, True, True, "call"), "mean")
+            dispatch.require_memory(arguments.Call(endless, True, True, "call"), "mean")
     with pytest.raises(BackendUnavailableError, match="it runs on CUDA devices and the tensors are on cpu"):
         ops.selective_scan(record, backend="fused")

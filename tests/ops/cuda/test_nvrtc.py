@@ -90,9 +90,9 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(torch, "__file__", str(tmp_path / "site/torch/__init__.py"))
     monkeypatch.setattr(torch.version, "cuda", "12.6")
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
-    monkeypatch.setattr(nvrtc, "find_spec", lambda name: None)
+    monkeypatch.setattr(loader, "find_spec", lambda name: None)
     monkeypatch.setattr(
-        nvrtc, "Path", lambda *parts: Path(*[str(p).replace("/usr/local", str(tmp_path)) for p in parts])
+        loader, "Path", lambda *parts: Path(*[str(p).replace("/usr/local", str(tmp_path)) for p in parts])
     )
     monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
     for variable in ("CUDA_HOME", "CUDA_PATH"):
@@ -120,7 +120,7 @@ def test_order_of_places(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("CUDA_HOME", str(machine / "home"))
     monkeypatch.setenv("CUDA_PATH", str(machine / "path"))
     monkeypatch.setattr(ctypes.util, "find_library", lambda name: "libnvrtc.so.12")
-    found = [candidate.resolve() if candidate.parent != Path() else candidate for candidate in nvrtc.candidates()]
+    found = [candidate.resolve() if candidate.parent != Path() else candidate for candidate in loader.candidates()]
     assert found == [own, newer, hashed, home, path, conda, Path("libnvrtc.so.12"), system]
 
 
@@ -131,25 +131,25 @@ def test_torchs_own_major_version_comes_first(
     monkeypatch.setattr(torch.version, "cuda", cuda)
     touch(machine / "site/nvidia/cuda_nvrtc/lib/libnvrtc.so.12")
     touch(machine / "site/nvidia/cu13/lib/libnvrtc.so.13")
-    assert next(nvrtc.candidates()).name == f"libnvrtc.so.{first}"
+    assert next(loader.candidates()).name == f"libnvrtc.so.{first}"
 
 
 @pytest.mark.parametrize(("cuda", "package"), [("12.6", "nvidia-cuda-nvrtc-cu12"), ("13.0", "nvidia-cuda-nvrtc")])
 def test_none_at_all(machine: Path, monkeypatch: pytest.MonkeyPatch, cuda: str, package: str) -> None:
     monkeypatch.setattr(torch.version, "cuda", cuda)
     with pytest.raises(BackendUnavailableError, match=f"NVRTC.* was not found .*pip install {package}$"):
-        nvrtc.compiler.__wrapped__()
+        loader.compiler.__wrapped__()
 
 
 def test_one_that_does_not_load_is_named_and_passed_over(machine: Path, nvrtc: Compiler) -> None:
     broken = touch(machine / "site/nvidia/cuda_nvrtc/lib/libnvrtc.so.12")
     with pytest.raises(BackendUnavailableError, match=f"{re.escape(str(broken))}: .*pip install"):
-        nvrtc.compiler.__wrapped__()
+        loader.compiler.__wrapped__()
     working = machine / "cuda/lib64"
     working.mkdir(parents=True)
     for path in Path(nvrtc.path).parent.glob("libnvrtc*"):
         (working / path.name).symlink_to(path)
-    assert nvrtc.compiler.__wrapped__().path == str(working / Path(nvrtc.path).name)
+    assert loader.compiler.__wrapped__().path == str(working / Path(nvrtc.path).name)
 
 
 def shared_object(path: Path, source: str) -> Path:
@@ -165,14 +165,14 @@ def test_one_that_is_too_old_is_named(machine: Path) -> None:
     source = 'extern "C" int nvrtcVersion(int*, int*) { return 0; }'
     shared_object(machine / "site/torch/lib/libnvrtc-abc.so.10.2", source)
     with pytest.raises(BackendUnavailableError, match=r"libnvrtc-abc.so.10.2: .*nvrtcGetNumSupportedArchs"):
-        nvrtc.compiler.__wrapped__()
+        loader.compiler.__wrapped__()
 
 
 def test_builtins_that_it_opens_by_bare_name_are_found(machine: Path) -> None:
     folder = machine / "site/nvidia/cuda_nvrtc/lib"
     shared_object(folder / "libnvrtc-builtins.so.98.7", "")
-    others = "".join(f"int {name}() {{ return 0; }}" for name in nvrtc._FUNCTIONS if name != "nvrtcVersion")
+    others = "".join(f"int {name}() {{ return 0; }}" for name in loader._FUNCTIONS if name != "nvrtcVersion")
     opens = """#include <dlfcn.h>
     extern "C" { int nvrtcVersion(int*, int*) { return dlopen("libnvrtc-builtins.so.98.7", RTLD_LAZY) ? 0 : 7; } """
     shared_object(folder / "libnvrtc.so.98", opens + others + "}")
-    assert nvrtc.compiler.__wrapped__().path == str(folder / "libnvrtc.so.98")
+    assert loader.compiler.__wrapped__().path == str(folder / "libnvrtc.so.98")
