@@ -93,7 +93,11 @@ def require_bytes(what: str, needed: int, device: torch.device, remedy: str) -> 
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be allocated on a device, in bytes; None when the system does not say."""
+    """Memory that can still be allocated on a device, in bytes; None when the system does not say.
+
+    Args:
+        device: a CPU, or a CUDA device.
+    """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached

@@ -127,18 +127,17 @@ def test_queries(subjects):
         with pytest.raises(ValueError, match=r"expected ROW,COLUMN in pixels .* 64 rows x 32 columns"):
             choices.parse_query(text, None, vmamba, [])
     for text in ("3", "a,b", "1,2", "1,,2", ""):
-        with pytest.raises(ValueError, match=rf"--box {text}: expected X0,Y0,X1,Y1 in pixels"):
+        with pytest.raises(ValueError, match=rf"box='{text}': expected X0,Y0,X1,Y1 in pixels"):
             choices.parse_query(None, text, vmamba, [])
-    with pytest.raises(ValueError, match="--query 1,2 --box 1,2,3,4: both say whose attention; leave one out"):
+    with pytest.raises(ValueError, match="query='1,2', box='1,2,3,4': both say whose attention; leave one out"):
         choices.parse_query("1,2", "1,2,3,4", vmamba, [])
-    with pytest.raises(ValueError, match="--box 0,0,33,4: the box is empty or leaves the image"):
+    with pytest.raises(ValueError, match="box='0,0,33,4': the box is empty or leaves the image"):
         choices.parse_query(None, "0,0,33,4", vmamba, [])
 
 
-def test_four_numbers_after_query_are_still_a_box(subjects, capsys):
-    found = choices.parse_query("1,2,30,4", None, subjects["vmamba_micro"], [])
-    assert found == Query("box", ((1, 2, 30, 4),))
-    assert capsys.readouterr().err == "--query 1,2,30,4: four numbers are a box; write --box 1,2,30,4.\n"
+def test_four_numbers_are_a_box_and_no_pixel(subjects):
+    with pytest.raises(ValueError, match=r"query='1,2,30,4': expected ROW,COLUMN .* Four numbers are a box\."):
+        choices.parse_query("1,2,30,4", None, subjects["vmamba_micro"], [])
 
 
 def test_layers(subjects):
