@@ -10,7 +10,7 @@ import dash
 import numpy as np
 import plotly.graph_objects as go
 
-_ROOM = 0.05  # beside the points, of their extent
+_ROOM = 0.05  # margin around the points, as a part of their extent
 
 
 def on_canvas(figure: go.Figure) -> go.Figure:
