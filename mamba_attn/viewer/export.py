@@ -62,7 +62,7 @@ def as_figure(views: Views, pane: Pane, state: State, view: str) -> go.Figure:
         view: "scatter", "patches" or "gallery".
 
     Raises:
-        UnavailableError: gate or D are asked for and there are none.
+        UnavailableError: gate or D are asked for and the layer lacks them.
     """
     if view == "gallery":
         names = [f"stage {layer.stage} · block {layer.block}" for layer in views.source.layers]

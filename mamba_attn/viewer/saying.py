@@ -27,7 +27,7 @@ def on_error(error: Exception) -> None:
     """
     if not isinstance(error, FAILURES):
         raise error
-    from dash import set_props  # here, so that views work without dash
+    from dash import set_props  # imported late: views work without dash
 
     set_props("message", {"children": sentence(error)})
 

@@ -48,7 +48,7 @@ def _socket(host: str, port: int) -> socket.socket:
         listening.close()
         if error.errno == errno.EADDRINUSE:
             raise OSError(
-                f"port={port}: on {host} this port is in use, perhaps by another explorer; choose another, or port=0 for "
+                f"port={port}: on {host} this port is in use, perhaps by another explorer; choose another, or 0 for "
                 "any that is free."
             ) from error
         raise OSError(

@@ -123,7 +123,7 @@ class State:
         """Return the state from JSON of any origin.
 
         Raises:
-            ValueError: it is none; the message says which part.
+            ValueError: a part is invalid; the message says which.
         """
         if not isinstance(given, dict):
             raise ValueError("the state is an object.")  # noqa: TRY004 - of parsed text

@@ -152,7 +152,7 @@ class Views:
         return np.asarray(ranks[:, layer.layout.patches.numpy()])
 
     def path(self, pane: Pane) -> np.ndarray:
-        """Return the raster indices of the patches that the pane's route visits, in order; for a sum, the first route."""
+        """Return the raster indices of the patches on the pane's route, in order; for a sum, on the first route."""
         layer = self.source.layer(pane)
         number = np.full(layer.layout.tokens, -1)
         number[layer.layout.patches.numpy()] = np.arange(len(layer.layout.patches))
@@ -163,7 +163,7 @@ class Views:
         """Return the map of the selection, (height, width), as it is shown.
 
         Raises:
-            UnavailableError: gate or D are asked for and there are none.
+            UnavailableError: gate or D are asked for and the layer lacks them.
         """
         layer = self.source.layer(pane)
         cells = [*state.on_grid(tuple(layer.layout.grid)), *(cell for cell in state.cells if cell < 0)]
@@ -197,7 +197,7 @@ class Views:
         )  # fmt: skip
 
     def changes(self, pane: Pane, state: State) -> dict[str, Any]:
-        """Return what to change in a drawn patch view for another selection, route or scale; arguments as ``patches``."""
+        """Return the changes to a drawn patch view for another selection, route or scale; arguments as ``patches``."""
         values = self.heat(pane, state)
         marks = state.on_grid(tuple(self.source.layer(pane).layout.grid))
         shades = None if signed(pane) else palette(pane)

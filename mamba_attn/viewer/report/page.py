@@ -21,7 +21,8 @@ SCRIPTS = ("data.js", "colours.js", "points.js", "patches.js", "controls.js", "s
 KEYS = (
     ("← ↑ → ↓", "move the chosen patch, or to another block or image"), ("Esc", "clear selection"),
     ("r", "takes from / gives to"), ("[ ]", "previous, next block"), ("0 1 2 …", "sum, or a route"),
-    ("m", "average / image"), ("v", "blocks / patches"), ("p", "path of the route"), ("- +", "steps of the path"), ("s", "sign of the values"),
+    ("m", "average / image"), ("v", "blocks / patches"), ("p", "path of the route"), ("- +", "steps of the path"),
+    ("s", "sign of the values"),
 )  # fmt: skip
 _TITLE = "Attention between patches"
 _PALETTES = {

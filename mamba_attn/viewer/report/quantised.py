@@ -1,6 +1,7 @@
 """Packs matrices as text: 16 bits per number, one scale per row, compressed.
 
-A row is stored as integers in -32767..32767 times its largest absolute value / 32767, so no number is off by more than 1 / 65534 of the largest of its row (and float32's rounding, 6e-8 of the number).
+A row is stored as integers in -32767..32767 times its largest absolute value / 32767. No number is off by more than
+1 / 65534 of the largest of its row (plus float32's rounding, 6e-8 of the number).
 """
 
 import base64

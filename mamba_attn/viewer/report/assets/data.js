@@ -26,7 +26,7 @@ async function matrix(number, tokens) {
   return found;
 }
 
-// The mean of some tokens' rows, or columns; of all when there are none.
+// The mean of some tokens' rows, or columns; of all tokens if none are given.
 function folded(its, chosen, direction) {
   const { tokens, scales, numbers } = its;
   const some = chosen.length ? chosen : Array.from({ length: tokens }, (_, token) => token);
