@@ -48,8 +48,8 @@ def _socket(host: str, port: int) -> socket.socket:
         listening.close()
         if error.errno == errno.EADDRINUSE:
             raise OSError(
-                f"port={port}: on {host} this port is in use, perhaps by another explorer; choose another, or 0 for "
-                "any that is free."
+                f"port={port}: on {host} this port is in use, perhaps by another explorer; choose another, or "
+                "port=0 for any free one."
             ) from error
         raise OSError(
             f"host={host!r} port={port}: this address cannot be bound ({error.strerror}); choose another."
