@@ -104,10 +104,10 @@ def raw(results: Mapping[str, Any]) -> str:
         for aim in ("positive_auc_top", "negative_auc_top")
     }
     return (
-        "On vmamba_micro, raw attention scores below random maps when the cells it ranks highest are blackened first: positive "
-        f"AUC {cells['raw_attention', 'positive_auc_top']} compared with {cells['random', 'positive_auc_top']}, lower is "
-        f"better. With the lowest first, it scores above them: {cells['raw_attention', 'negative_auc_top']} compared with "
-        f"{cells['random', 'negative_auc_top']}. It shows what is read, not what drives the prediction."
+        "On vmamba_micro, raw attention scores below random maps when the cells it ranks highest are blackened first: "
+        f"positive AUC {cells['raw_attention', 'positive_auc_top']} compared with "
+        f"{cells['random', 'positive_auc_top']}, lower is better. With the lowest first, it scores above them: "
+        f"{cells['raw_attention', 'negative_auc_top']} compared with {cells['random', 'negative_auc_top']}. It shows what is read, not what drives the prediction."
     )
 
 
@@ -146,9 +146,9 @@ def sanity_words(results: Mapping[str, Any]) -> str:
         for name in (OURS, "mamba_lrp")
     )
     return (
-        f"On {' / '.join(EXPLAINED)}, the correlation of the map of `{OURS}` with that of the fully randomised model is "
-        f"{ours[0]}, and with that of the second class {ours[1]}; for MambaLRP it is {theirs[0]} and {theirs[1]}. So "
-        "our combination depends much less on class and weights than the method it is built on; raw attention, which "
+        f"On {' / '.join(EXPLAINED)}, the correlation of the map of `{OURS}` with that of the fully randomised model "
+        f"is {ours[0]}, and with that of the second class {ours[1]}; for MambaLRP it is {theirs[0]} and {theirs[1]}. "
+        "So our combination depends much less on class and weights than the method it is built on; raw attention, which "
         "contributes to its order, is the same for every class."
     )
 
@@ -193,8 +193,8 @@ def ablation_words(results: Mapping[str, Any]) -> str:
     return (
         f"`power=1` perturbs better than the default, `power=6`, by {positive} (positive AUC) and {negative} (negative "
         f"AUC) on {' / '.join(EXPLAINED)}. Over {removed[0]['images']} images, with intervals as above, that is not "
-        f"certain. The default is better on boxes: mIoU by {gained} over {boxes[0]['images']} images, {surely}. It trades "
-        "perturbation for boxes."
+        f"certain. The default is better on boxes: mIoU by {gained} over {boxes[0]['images']} images, {surely}. It "
+        "trades perturbation for boxes."
     )
 
 
