@@ -107,7 +107,8 @@ def raw(results: Mapping[str, Any]) -> str:
         "On vmamba_micro, raw attention scores below random maps when the cells it ranks highest are blackened first: "
         f"positive AUC {cells['raw_attention', 'positive_auc_top']} compared with "
         f"{cells['random', 'positive_auc_top']}, lower is better. With the lowest first, it scores above them: "
-        f"{cells['raw_attention', 'negative_auc_top']} compared with {cells['random', 'negative_auc_top']}. It shows what is read, not what drives the prediction."
+        f"{cells['raw_attention', 'negative_auc_top']} compared with {cells['random', 'negative_auc_top']}. It shows what "
+        "is read, not what drives the prediction."
     )
 
 
@@ -148,8 +149,8 @@ def sanity_words(results: Mapping[str, Any]) -> str:
     return (
         f"On {' / '.join(EXPLAINED)}, the correlation of the map of `{OURS}` with that of the fully randomised model "
         f"is {ours[0]}, and with that of the second class {ours[1]}; for MambaLRP it is {theirs[0]} and {theirs[1]}. "
-        "So our combination depends much less on class and weights than the method it is built on; raw attention, which "
-        "contributes to its order, is the same for every class."
+        "So our combination depends much less on class and weights than the method it is built on; raw attention, "
+        "which contributes to its order, is the same for every class."
     )
 
 
