@@ -57,7 +57,7 @@ def add_parser(commands: Commands) -> None:
     add("--size", metavar="ROWS,COLUMNS", help="of the images, in pixels; default: the model's")
     add("--query", metavar="ROW,COL|class", help="whose field, in pixels; default: the patch in the middle")
     add("--box", metavar="X0,Y0,X1,Y1", help="a box instead, columns X and rows Y: the mean of its tokens")
-    add("--layer", metavar="LAYER", help="index or name; default: behind the last layer")
+    add("--layer", metavar="LAYER", help="index or name; default: the last layer's output")
     add_limit(parser)
     add("--seed", type=int, default=0, metavar="N", help="of random weights; default: 0")
     add_folder(parser, "mamba_attn_erf")
@@ -205,5 +205,5 @@ def _table(fields: "dict[str, ReceptiveField]") -> None:
     from mamba_attn.erf.page import HEADER, table
 
     first = next(iter(fields.values()))
-    title = f"effective receptive field of {first.reader} behind {first.layer}; distances in pixels"
+    title = f"effective receptive field of {first.reader} at the output of {first.layer}; distances in pixels"
     show(title, HEADER, table(fields))
