@@ -1,4 +1,4 @@
-// What a kernel is told: tensors by pointer and strides, sizes, and where results go. Mirrored by ops/cuda/kernel_args.py.
+// Kernel arguments: tensors by pointer and strides, sizes, and where results go. Must match mamba_attn/ops/cuda/kernel_args.py.
 #pragma once
 
 enum Type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };

@@ -15,7 +15,7 @@ from mamba_attn.core.attention_record import AttentionRecord
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.rules import Rules
 from mamba_attn.errors import UnsupportedModelError
-from mamba_attn.ops.dispatch import require_bytes
+from mamba_attn.ops import require_bytes
 from mamba_attn.tracing.adapters import AttentionAdapter, LayoutSource, Seen, unknown_parts
 
 _PARTS = ("qkv", "proj", "num_heads", "scale")

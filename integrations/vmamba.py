@@ -57,10 +57,8 @@ class VMambaAdapter(Adapter):
 
     def scan_output(self, module: nn.Module, record: ScanRecord, y: Tensor) -> tuple[nn.Module, Tensor]:
         """Return out_norm, which receives the sum of the routes."""
-        if record.layout is None:
-            raise ValueError("scan_output(record): the record has no layout.")
         frame = ss2d.frame_of_norm(module, variant(module).norm_frame)
-        return module.get_submodule("out_norm"), ss2d.framed(y.mT.unflatten(1, record.layout.grid), frame)
+        return module.get_submodule("out_norm"), ss2d.framed(record.on_grid(y), frame)
 
 
 def _orders(module: nn.Module, height: int, width: int, x: Tensor) -> Tensor:

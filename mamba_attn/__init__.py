@@ -1,17 +1,18 @@
-"""Exact hidden attention of vision Mamba models, from forward hooks, as explanations and pictures."""
+"""Exact hidden attention of vision Mamba models, from forward hooks, as explanations and pictures.
 
+The other rooms (``mamba_attn.attribution``, ``.figures``, ...) are imported when they are first asked for.
+"""
+
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-_HERE = Path(__file__).parent
-if not (_HERE / "integrations").is_dir():
-    # in a checkout, integrations/ and cuda/ stand beside this package; in a wheel they are inside it
-    __path__.append(str(_HERE.parent))
-
-from mamba_attn import models, orders, ops  # noqa: E402, I001
-from mamba_attn.tracing.adapters import Adapter, AttentionAdapter, register_adapter  # noqa: E402
-from mamba_attn.errors import MambaAttnError  # noqa: E402
-from mamba_attn.core.layout import TokenLayout  # noqa: E402
-from mamba_attn.ops import (  # noqa: E402
+from mamba_attn import models, ops, orders
+from mamba_attn.core.attention_record import AttentionRecord
+from mamba_attn.core.layout import TokenLayout
+from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.errors import MambaAttnError, nearest
+from mamba_attn.ops import (
     attention_column,
     attention_row,
     hidden_attention,
@@ -19,10 +20,25 @@ from mamba_attn.ops import (  # noqa: E402
     right_product,
     selective_scan,
 )
-from mamba_attn.core.scan_record import ScanRecord  # noqa: E402
-from mamba_attn.core.attention_record import AttentionRecord  # noqa: E402
-from mamba_attn.stand_ins import cpu_stand_ins  # noqa: E402
-from mamba_attn.tracing.tracer import Trace, trace  # noqa: E402
+from mamba_attn.stand_ins import cpu_stand_ins
+from mamba_attn.tracing.adapters import Adapter, AttentionAdapter, register_adapter
+from mamba_attn.tracing.tracer import Trace, trace
+
+if TYPE_CHECKING:
+    from mamba_attn import analytics as analytics
+    from mamba_attn import attribution as attribution
+    from mamba_attn import datasets as datasets
+    from mamba_attn import erf as erf
+    from mamba_attn import errors as errors
+    from mamba_attn import evaluation as evaluation
+    from mamba_attn import explanations as explanations
+    from mamba_attn import figures as figures
+    from mamba_attn import findings as findings
+    from mamba_attn import images as images
+    from mamba_attn import stand_ins as stand_ins
+    from mamba_attn import testing as testing
+    from mamba_attn import tracing as tracing
+    from mamba_attn import viewer as viewer
 
 __version__ = "0.1.0"
 
@@ -47,3 +63,26 @@ __all__ = [
     "selective_scan",
     "trace",
 ]
+
+# imported when asked for: some need an extra, most are not needed by most
+_ROOMS = (
+    "analytics", "attribution", "bench", "commands", "core", "datasets", "erf", "errors", "evaluation", "explanations",
+    "figures", "findings", "images", "integrations", "stand_ins", "testing", "tracing", "viewer",
+)  # fmt: skip
+
+_HERE = Path(__file__).parent
+if not (_HERE / "integrations").is_dir():
+    # in a checkout, integrations/ and cuda/ stand next to this package; in a wheel they are inside it
+    __path__.append(str(_HERE.parent))
+
+if not TYPE_CHECKING:  # for a type checker, a module with __getattr__ has every name
+
+    def __getattr__(name: str) -> Any:
+        if name in _ROOMS:
+            return importlib.import_module(f"mamba_attn.{name}")
+        hint = "" if name.startswith("__") else f" {nearest(name, [*__all__, *_ROOMS])}"
+        raise AttributeError(f"mamba_attn has no {name!r}.{hint}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_ROOMS, *(name for name in globals() if name.startswith("__"))})

@@ -15,8 +15,7 @@ from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import MambaAttnError
 from mamba_attn.ops import reference
 from mamba_attn.tracing.adapters import Adapter, AnyAdapter, AttentionAdapter, find_mixers
-from mamba_attn.tracing.attention_layer import AttentionLayer
-from mamba_attn.tracing.layers import Layer, ScanLayer
+from mamba_attn.tracing.layers import AttentionLayer, Layer, ScanLayer
 from mamba_attn.tracing.tracer import Trace, trace
 
 _ENTRIES = 2**22  # of the per-channel matrices that are built at once

@@ -82,7 +82,7 @@ def test_metadata(metadata, wheel):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert set(metadata.get_all("Provides-Extra")) == set(EXTRAS)
     requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
-    assert {r.name for r in requirements if not r.marker} == {"torch", "numpy", "einops"}
+    assert {r.name for r in requirements if not r.marker} == {"torch", "numpy", "einops", "jaxtyping"}
     assert not {r.name for r in requirements} & {"mamba-ssm", "causal-conv1d", "mambavision", "triton"}
     entry_points = wheel.read(f"mamba_attn-{VERSION}.dist-info/entry_points.txt").decode()
     assert entry_points.split() == ["[console_scripts]", "mamba-attn", "=", "mamba_attn.commands.cli:main"]

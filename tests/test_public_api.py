@@ -1,9 +1,12 @@
 """What users may rely on: every public name resolves, says what its arguments are, and its example runs."""
 
+import ast
 import doctest
 import importlib
 import inspect
 import pkgutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -86,5 +89,27 @@ def test_one_version():
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no_such_name"):
-        mamba_attn.no_such_name  # noqa: B018 - the access is the test
+    with pytest.raises(AttributeError, match=r"mamba_attn has no 'atribution'. Did you mean 'attribution'"):
+        mamba_attn.atribution  # noqa: B018 - the access is the test
+    assert not hasattr(mamba_attn, "docs")  # a folder next to the package in a checkout
+    assert not hasattr(mamba_attn, "__wrapped__")
+
+
+def test_every_room_is_there_without_importing_it_first():
+    rooms = {module.name for module in pkgutil.iter_modules([str(PACKAGE)]) if not module.name.startswith("_")}
+    assert {*rooms, "integrations"} <= {*dir(mamba_attn)}
+    code = f"""
+import sys, types, mamba_attn
+assert "mamba_attn.attribution" not in sys.modules
+for name in {sorted(rooms)}:
+    assert isinstance(getattr(mamba_attn, name), types.ModuleType), name
+assert mamba_attn.attribution.RawAttention and mamba_attn.integrations.__path__
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_type_checkers_are_shown_the_same_rooms():
+    source = ast.parse((PACKAGE / "__init__.py").read_text())
+    shown = {node.names[0].asname for node in ast.walk(source) if isinstance(node, ast.ImportFrom)} - {None}
+    # the command line's, and integrations/, which a checkout keeps elsewhere
+    assert shown == {*mamba_attn._ROOMS} - {"bench", "commands", "core", "integrations"}

@@ -7,7 +7,7 @@ import torch
 from mamba_attn.analytics._writer import route_names
 from mamba_attn.analytics.index import StoredLayer
 from mamba_attn.errors import MatrixTooLargeError
-from mamba_attn.ops.dispatch import free_bytes
+from mamba_attn.ops import free_bytes
 
 _BATCH_ENTRIES = 2**23  # of a batch of matrices, 32 MiB
 _LARGEST_BATCH = 16

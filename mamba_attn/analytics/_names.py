@@ -39,7 +39,7 @@ class Names:
         """Return a layer.
 
         Args:
-            layer: itself, its name, or its number.
+            layer: itself, its name, or its number, negative ones from the last.
 
         Raises:
             NotStoredError: there is no such layer.
@@ -73,10 +73,12 @@ class Names:
 
     def _number(self, layer: StoredLayer | str | int) -> int:
         name = layer.name if isinstance(layer, StoredLayer) else layer
-        number = name if isinstance(name, int) else self._numbers.get(name, -1)
-        if not 0 <= number < len(self.index.layers):
-            raise NotStoredError(f"{self.folder}: it holds no layer {name!r}. {nearest(str(name), self._numbers)}")
-        return number
+        count = len(self.index.layers)
+        number = name if isinstance(name, int) and not isinstance(name, bool) else self._numbers.get(str(name), count)
+        if not -count <= number < count:
+            hint = nearest(name, self._numbers) if isinstance(name, str) else f"It has {count}, 0..{count - 1}."
+            raise NotStoredError(f"{self.folder}: it holds no layer {name!r}. {hint}")
+        return number % count
 
     def _route(self, number: int, route: str | int) -> str:
         """The route's name on the disk; the only route of a layer is the sum."""

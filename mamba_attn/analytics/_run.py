@@ -108,7 +108,7 @@ class Run:
         with trace(subject.model, layers=request.layers, attention=fused) as found:
             logits = subject.model(image_files.normalise(pixels).to(subject.device))
         for layer in found.layers:
-            layer._require_finite()
+            layer.require_finite()
         return found, logits
 
     @torch.no_grad()

@@ -1,6 +1,5 @@
 """What is collected, of which model and images; and the layers that this stands for."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,7 @@ from mamba_attn.analytics.keeping import Keep, checked
 from mamba_attn.analytics.projection import EXACT
 from mamba_attn.datasets import Data
 from mamba_attn.datasets.loaded_model import Subject
+from mamba_attn.tracing.layer_names import LayerNames
 from mamba_attn.tracing.layers import Layer, ScanLayer
 from mamba_attn.tracing.tracer import trace
 
@@ -26,7 +26,7 @@ class Request:
         limit: take the first so many. Default: all.
         keep: store the matrices of the first so many in full, or of the images with these keys.
         batch: images at once. Default: what the matrices' size allows, at most 16.
-        layers: names or patterns. Default: all.
+        layers: names, patterns or numbers, or one of them. Default: all.
         routes: "each": statistics of every route and of their sum; "sum": of the sum alone.
         interval: seconds between checkpoints, at least.
         command: how to go on after a kill, for messages.
@@ -40,7 +40,7 @@ class Request:
     limit: int | None = None
     keep: Keep = 0
     batch: int | None = None
-    layers: Sequence[str] | None = None
+    layers: LayerNames | None = None
     routes: str = "each"
     interval: float = 20.0
     command: str = ""
@@ -79,12 +79,12 @@ def describe(request: Request) -> list[StoredLayer]:
     return described(request.subject, request.layers)
 
 
-def described(subject: Subject, patterns: Sequence[str] | None = None) -> list[StoredLayer]:
+def described(subject: Subject, patterns: LayerNames | None = None) -> list[StoredLayer]:
     """Return the layers of a model, from a forward pass over an empty image.
 
     Args:
         subject: the model.
-        patterns: names or patterns of layers. Default: all.
+        patterns: names, patterns or numbers of layers. Default: all.
 
     Raises:
         UnknownLayerError: a pattern fits no layer.

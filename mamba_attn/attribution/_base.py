@@ -1,20 +1,21 @@
 """What every attribution method shares: the contract of ``attribute``, and the way from tokens to pixels."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from captum.attr import Attribution
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.attribution._queries import Query, check_query
+from mamba_attn.attribution._queries import Place, Query, make_query, split_query
 from mamba_attn.attribution._targets import Target, target_values
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.rules import Rules
 from mamba_attn.errors import NonFiniteError, TraceError
+from mamba_attn.tracing.layer_names import LayerNames, listed_layers
 from mamba_attn.tracing.layers import Layer
 from mamba_attn.tracing.tracer import Trace, trace
 
@@ -36,7 +37,7 @@ class MapAttribution(Attribution, ABC):
         TypeError: not a module.
     """
 
-    reads_rows: ClassVar[bool] = False  # whether a query means anything to it
+    reads_rows: ClassVar[bool] = False  # whether a pixel or a box means anything to it
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
@@ -45,8 +46,9 @@ class MapAttribution(Attribution, ABC):
         self.model = model
 
     def attribute(
-        self, inputs: Images, target: Target = None, query: Query = None, *, grid: bool = False, expand: bool = False
-    ) -> Images:
+        self, inputs: Images, target: Target = None, query: Sequence[float] | None = None, *,
+        pixel: Place | None = None, box: Place | None = None, grid: bool = False, expand: bool = False,
+    ) -> Images:  # fmt: skip
         """Return one map per image.
 
         Args:
@@ -55,8 +57,12 @@ class MapAttribution(Attribution, ABC):
                 (class, row, column), or a list of one tuple per image; or a function of the model's output that returns
                 one number per image, each from its own image, or their sum. Default: the predicted class, of models
                 that return (batch, classes). Methods that do not depend on the class check what is given all the same.
-            query: (row, column) of a pixel, or a box (x0, y0, x1, y1) in pixels, whose tokens' rows are read, their
-                mean where there are several. Default: the class token; for models without one the mean over patches.
+            query: deprecated: two numbers are a ``pixel``, four a ``box``.
+            pixel: (row, column) in pixels, whose token's row is read: one for all images, or one per image, as a list
+                of tuples or a tensor (batch, 2). Default: the class token; for models without one the mean over
+                patches.
+            box: (x0, y0, x1, y1) in pixels, columns x and rows y, the mean of whose tokens' rows is read; one for all
+                images, or one per image, as a list of tuples or a tensor (batch, 4).
             grid: return the tokens' grid instead of pixels.
             expand: return the inputs' shape, an equal part of the map in every colour, so that captum's metrics and
                 pictures, which sum or compare all channels, run.
@@ -69,23 +75,23 @@ class MapAttribution(Attribution, ABC):
         Raises:
             TypeError: several inputs, or none that is a tensor.
             ValueError: inputs that are no batch, a target that the output does not have, or none where there is no
-                predicted class; a query outside the image, or for a method that reads no rows; ``grid=True`` for layers
-                of several grids, or with ``expand=True``.
+                predicted class; a pixel or box outside the image, both of them, or one for a method that reads no
+                rows; ``grid=True`` for layers of several grids, or with ``expand=True``.
             TraceError: a model whose tokens' place in the image is not known.
-            UnknownLayerError: a layer name or pattern that fits none.
+            UnknownLayerError: a layer name or pattern that fits none, a number that is out of range.
             NonFiniteError: a layer, the target or the map is NaN or Inf.
         """
         call = f"{type(self).__name__}.attribute"
         if isinstance(inputs, tuple) and len(inputs) != 1:
             raise TypeError(f"{call}(inputs): expected one tensor of images, got a tuple of {len(inputs)}.")
         images = inputs[0] if isinstance(inputs, tuple) else inputs
-        size = self._size("attribute", images, query)
+        size, asked = self._size("attribute", images), self._asked("attribute", images, query, pixel, box)
         if grid and expand:
             raise ValueError(f"{call}(grid=True, expand=True): the inputs' shape is in pixels; leave one of them out.")
-        if query is not None and not self.reads_rows:
-            raise ValueError(f"{call}(query={query!r}): this method reads no token's row; leave query out.")
+        if asked is not None and not self.reads_rows:
+            raise ValueError(f"{call}({asked}): this method reads no token's row; leave {asked.kind} out.")
         with torch.no_grad():
-            maps = self._maps(images, target, query, size, grid)
+            maps = self._maps(images, target, asked, size, grid)
         finite = maps.isfinite().flatten(1).all(1)
         if not bool(finite.all()):
             which = ", ".join(str(index) for index in (~finite).nonzero().flatten().tolist())
@@ -99,20 +105,24 @@ class MapAttribution(Attribution, ABC):
 
     @abstractmethod
     def _maps(
-        self, images: Tensor, target: Target, query: Query, size: tuple[int, int], grid: bool
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
     ) -> Float[Tensor, "batch 1 height width"]:
         """Return the maps in pixels, ``size`` (rows, columns), or on the tokens' grid. Called without gradients."""
 
-    def _size(self, method: str, inputs: Tensor, query: Query) -> tuple[int, int]:
-        """The images' (rows, columns) in pixels; refuses inputs that are no batch, or a query outside them."""
+    def _asked(self, method: str, inputs: Tensor, query: Any, pixel: Any, box: Any) -> Query | None:
+        """Whose rows are read; refuses inputs that are no batch, or places outside them."""
+        call, size = f"{type(self).__name__}.{method}", self._size(method, inputs)
+        pixel, box = split_query(call, query, pixel, box, stacklevel=4)
+        return make_query(call, size, len(inputs), pixel, box)
+
+    def _size(self, method: str, inputs: Tensor) -> tuple[int, int]:
+        """The images' (rows, columns) in pixels; refuses inputs that are no batch."""
         call = f"{type(self).__name__}.{method}"
         if not isinstance(inputs, Tensor):
             raise TypeError(f"{call}(inputs): expected a tensor of images, got {type(inputs).__name__}.")
         if inputs.ndim != 4 or len(inputs) == 0:
             raise ValueError(f"{call}(inputs{tuple(inputs.shape)}): expected images (batch, colours, rows, columns).")
-        size = (inputs.shape[2], inputs.shape[3])
-        check_query(call, query, size)
-        return size
+        return inputs.shape[2], inputs.shape[3]
 
 
 class TokenAttribution(MapAttribution):
@@ -120,24 +130,25 @@ class TokenAttribution(MapAttribution):
 
     Args:
         model: a model that ``mamba_attn.trace`` knows; it is called with the inputs alone.
-        layers: names or patterns of the mixers to use. Default: all.
+        layers: names, patterns or numbers of the mixers to use, or one of them, as in ``mamba_attn.trace``. Default:
+            all.
 
     Raises:
-        TypeError: not a module.
+        TypeError: not a module; ``layers`` that are neither names nor numbers.
     """
 
     reads_rows: ClassVar[bool] = True
 
-    def __init__(self, model: nn.Module, *, layers: Iterable[str] | None = None) -> None:
+    def __init__(self, model: nn.Module, *, layers: LayerNames | None = None) -> None:
         super().__init__(model)
-        self.layers = layers if layers is None or isinstance(layers, str) else list(layers)
+        self.layers = listed_layers(f"{type(self).__name__}(layers=...)", layers)
 
     @abstractmethod
-    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+    def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         """Return the rows whose maps are averaged: one, or one per layer. Called without gradients."""
 
     def _maps(
-        self, images: Tensor, target: Target, query: Query, size: tuple[int, int], grid: bool
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
     ) -> Float[Tensor, "batch 1 height width"]:
         return self._render(self._explain(images, target, query), size, grid)
 
@@ -166,7 +177,7 @@ class TokenAttribution(MapAttribution):
                 layers = self._ran(record)
                 if not bool(logit.detach().isfinite()):
                     for layer in layers:
-                        layer._require_finite()  # says where it began
+                        layer.require_finite()  # says where it began
                     raise NonFiniteError(f"{call}: what is to be explained is NaN or Inf; check the model's head.")
                 with torch.no_grad():
                     yield record, logit

@@ -13,10 +13,10 @@ from mamba_attn._types import Float
 from mamba_attn.attribution.conv_shifts import Taps, plain, shifts
 from mamba_attn.attribution.lrp.functional_layers import on_axis_1
 from mamba_attn.attribution.published.conventions import Watch
-from mamba_attn.core.rules import LINEAR
+from mamba_attn.core.rules import LINEAR, TOKENS
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import UnsupportedModelError
-from mamba_attn.ops.attention import scan_output
+from mamba_attn.ops import selective_scan
 from mamba_attn.tracing.layers import ScanLayer
 
 PARTS = ("skip", "gate", "conv", "activation")
@@ -37,12 +37,16 @@ class ImplicitWatch(Watch):
         convolutions: per record, the calls.
     """
 
-    wants: ClassVar[frozenset[str]] = frozenset({LINEAR})
+    wants: ClassVar[frozenset[str]] = frozenset({LINEAR, TOKENS})
 
     def __init__(self) -> None:
         super().__init__()
         self.convolutions: dict[ScanRecord, list[_Call]] = {}
         self._calls: list[_Call] = []
+
+    def enter(self, layer: str, x: Tensor) -> None:
+        """Forget the convolutions of mixers that are not traced."""
+        self._calls = []
 
     def linear(self, module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
         """Keep a depthwise convolution's input and output."""
@@ -89,7 +93,7 @@ class Implicit:
         self, layer: ScanLayer, watch: ImplicitWatch, *, skip: bool = True, gate: bool = True, conv: bool = True,
         activation: bool = True,
     ) -> None:  # fmt: skip
-        layer._require_finite()
+        layer.require_finite()
         self.layer, self.conv, dtype = layer, conv, layer.dtype
         scan = layer.scan.map_tensors(Tensor.detach)
         self.scan = scan if skip else scan.replace(D=None)
@@ -169,7 +173,7 @@ class Implicit:
 
     def _after(self, mixed: Tensor) -> Tensor:
         """Ratio, scan and gate."""
-        y = scan_output(self.scan.replace(source_u=self._ratio * mixed)).to(mixed)
+        y = selective_scan(self.scan.replace(source_u=self._ratio * mixed)).to(mixed)
         return y if self._gate is None else y * self._gate
 
     def _in_source(self, tensor: Callable[[_Call], Tensor]) -> Float[Tensor, "batch _ channels positions"]:

@@ -1,6 +1,6 @@
 """Attention rollout: the product of all layers' attention, residual streams included."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -10,6 +10,7 @@ from mamba_attn.attribution._queries import Query, query_weights
 from mamba_attn.attribution._stages import to_finer
 from mamba_attn.attribution._targets import Target
 from mamba_attn.attribution.published import base, conventions, vmamba_analysis
+from mamba_attn.tracing.layer_names import LayerNames
 from mamba_attn.tracing.layers import Layer
 
 
@@ -25,7 +26,7 @@ class AttentionRollout(TokenAttribution):
 
     Args:
         model: a model that ``mamba_attn.trace`` knows.
-        layers: names or patterns of the mixers to use; the others act as the identity. Default: all.
+        layers: names, patterns or numbers of the mixers to use; the others act as the identity. Default: all.
         signed: no positive part and no normalisation, I + attention as it is; time and memory linear in tokens.
         convention: "exact"; "hidden_mamba" or "implicit_unified", the class token's row as the code published with
             arXiv 2403.01590 or 2405.16504 computes it, put into all rows of the matrices of the late layers, which are
@@ -35,7 +36,7 @@ class AttentionRollout(TokenAttribution):
 
     Raises:
         ValueError: an unknown convention, or one that the model is not made for; a published one with
-            ``signed=True``, or, where it knows the class token's row alone, with a query.
+            ``signed=True``, or, where it knows the class token's row alone, with a pixel or box.
 
     Example:
         >>> AttentionRollout(model, signed=True).attribute(torch.randn(2, 3, 224, 224)).shape
@@ -46,7 +47,7 @@ class AttentionRollout(TokenAttribution):
         self,
         model: nn.Module,
         *,
-        layers: Iterable[str] | None = None,
+        layers: LayerNames | None = None,
         signed: bool = False,
         convention: str = conventions.EXACT,
     ) -> None:
@@ -55,7 +56,7 @@ class AttentionRollout(TokenAttribution):
         self.signed = signed
         self.convention = convention
 
-    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+    def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         if self.convention in conventions.CLASS_TOKEN:
             return base.explain(
                 self, self.convention, inputs, target, query,

@@ -1,6 +1,7 @@
 """captum's own methods behind the same contract: they are called, never written again; colours are reduced to one map.
 
-They take any model. ``query`` has no meaning here and is refused; ``grid=True`` gives the means over the tokens' cells.
+They take any model. ``pixel`` and ``box`` have no meaning here and are refused; ``grid=True`` gives the means over
+the tokens' cells.
 """
 
 from typing import Any
@@ -30,7 +31,7 @@ class _ReducedColours(PixelAttribution):
         raise NotImplementedError
 
     def _maps(
-        self, images: Tensor, target: Target, query: Query, size: tuple[int, int], grid: bool
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
     ) -> Float[Tensor, "batch 1 height width"]:
         asked = self._ask(images, target)
         with torch.inference_mode(False):
@@ -165,7 +166,7 @@ class Occlusion(PixelAttribution):
         self.perturbations_per_eval = perturbations_per_eval
 
     def _maps(
-        self, images: Tensor, target: Target, query: Query, size: tuple[int, int], grid: bool
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
     ) -> Float[Tensor, "batch 1 height width"]:
         asked = self._ask(images, target)
         colours = images.shape[1]

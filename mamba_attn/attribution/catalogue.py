@@ -1,7 +1,7 @@
 """All methods by name: how each is built for a model, and which would do where it does not fit."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from mamba_attn.attribution.vit.attention_grad_cam import AttentionGradCAM
 from mamba_attn.attribution.vit.transformer_attribution import TransformerAttribution
 from mamba_attn.errors import UnsupportedModelError, nearest
 from mamba_attn.tracing.adapters import AttentionAdapter, find_mixers
+from mamba_attn.tracing.layer_names import LayerNames
 
 SCANS, SOFTMAX = "selective scans", "softmax attention"
 ANY = ("any model",)  # known to trace() or not
@@ -137,13 +138,13 @@ def get(name: str) -> Entry:
     return METHODS[name]
 
 
-def build(name: str, model: nn.Module, *, layers: Iterable[str] | None = None, **options: Any) -> MapAttribution:
+def build(name: str, model: nn.Module, *, layers: LayerNames | None = None, **options: Any) -> MapAttribution:
     """Return a method on a model.
 
     Args:
         name: of the method.
         model: the model.
-        layers: names or patterns of layers; methods that see the whole model leave them alone.
+        layers: names, patterns or numbers of layers; methods that see the whole model leave them alone.
         options: of the method's class.
 
     Raises:

@@ -18,7 +18,7 @@ class _Control(PixelAttribution):
         raise NotImplementedError
 
     def _maps(
-        self, images: Tensor, target: Target, query: Query, size: tuple[int, int], grid: bool
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
     ) -> Float[Tensor, "batch 1 height width"]:
         if target is not None:
             self._ask(images, target)

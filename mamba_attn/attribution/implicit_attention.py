@@ -1,6 +1,6 @@
 """ImplicitAttention: the attention matrix of a whole mixer, its gate, activation and convolution included."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,8 +10,9 @@ from mamba_attn._types import Float
 from mamba_attn.attribution._base import Row, Target, TokenAttribution
 from mamba_attn.attribution._implicit import PARTS, Implicit, ImplicitWatch
 from mamba_attn.attribution._product import Product, dense, of_one_token, roll_out
-from mamba_attn.attribution._queries import Query, query_weights
+from mamba_attn.attribution._queries import Place, Query, query_weights
 from mamba_attn.attribution.published.weighted import gated_gradients
+from mamba_attn.tracing.layer_names import ByLayer, LayerNames
 from mamba_attn.tracing.layers import ScanLayer, require
 
 
@@ -50,7 +51,7 @@ class ImplicitAttention(TokenAttribution):
 
     Args:
         model: Vim or VMamba.
-        layers: names or patterns of the mixers to use; the others act as the identity. Default: all.
+        layers: names, patterns or numbers of the mixers to use; the others act as the identity. Default: all.
         gradient: see above.
         rollout: see above.
         signed: see above.
@@ -71,7 +72,7 @@ class ImplicitAttention(TokenAttribution):
         self,
         model: nn.Module,
         *,
-        layers: Iterable[str] | None = None,
+        layers: LayerNames | None = None,
         gradient: bool = True,
         rollout: bool = True,
         signed: bool = False,
@@ -86,22 +87,27 @@ class ImplicitAttention(TokenAttribution):
         self.signed = signed
         self.parts = dict(zip(PARTS, (skip, gate, conv, activation), strict=True))
 
-    def rows(self, inputs: Tensor, query: Query = None) -> dict[str, Float[Tensor, "batch tokens"]]:
+    def rows(
+        self, inputs: Tensor, query: Sequence[float] | None = None, *, pixel: Place | None = None,
+        box: Place | None = None,
+    ) -> ByLayer[Float[Tensor, "batch tokens"]]:  # fmt: skip
         """Return the query's signed row of mean_c M_c in every layer by the layers' names, in linear time.
 
         Args:
             inputs: as in ``attribute``.
-            query: as in ``attribute``.
+            query: deprecated, as in ``attribute``.
+            pixel: as in ``attribute``.
+            box: as in ``attribute``.
 
         Raises:
-            ValueError: inputs that are no batch, a query outside the image.
+            ValueError: inputs that are no batch, a pixel or box outside the image, both of them.
         """
-        self._size("rows", inputs, query)
+        asked = self._asked("rows", inputs, query, pixel, box)
         with torch.no_grad():
             weighted = self._weighted(inputs, None, gradient=False)
-            return {part.layer.name: part.row(query_weights(part.layer, query)) for part in weighted}
+            return ByLayer({part.layer.name: part.row(query_weights(part.layer, asked)) for part in weighted})
 
-    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+    def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         weighted = self._weighted(inputs, target, gradient=self.gradient)
         if not self.rollout:
             rows = ((part.layer, part.row(query_weights(part.layer, query))) for part in weighted)

@@ -16,6 +16,7 @@ from mamba_attn.attribution._targets import Target
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import UnsupportedModelError, nearest
 from mamba_attn.tracing.adapters import find_mixers
+from mamba_attn.tracing.layer_names import LayerName, layer_name, listed_layers
 
 _STAGED = ("VMamba",)  # families whose last stage's output all lead to the head
 
@@ -30,12 +31,15 @@ class LayerGradCam(PixelAttribution):
     Args:
         model: a model that ``mamba_attn.trace`` knows; any other, with ``layer``.
         layer: name of a module that returns tokens (batch, tokens, features), or images of features, channels last
-            where its grid is one of the model's token grids, else first. Default: for VMamba the last stage; else what
-            the last mixer is given, since behind it nothing but the class token need reach the head.
+            where its grid is one of the model's token grids, else first; or the number of a mixer. Default: for
+            VMamba the last stage; else what the last mixer is given, since behind it nothing but the class token need
+            reach the head.
         relu: the positive part.
 
     Raises:
+        TypeError: ``layer`` is neither a name nor a number.
         ValueError: when called, a layer that is not there, or that gives no tokens and no images.
+        UnknownLayerError: when called, a number that is out of range.
         UnsupportedModelError: when called without ``layer``, a model that cannot be traced.
 
     Example:
@@ -43,13 +47,15 @@ class LayerGradCam(PixelAttribution):
         torch.Size([2, 1, 224, 224])
     """
 
-    def __init__(self, model: nn.Module, *, layer: str | None = None, relu: bool = True) -> None:
+    def __init__(self, model: nn.Module, *, layer: LayerName | None = None, relu: bool = True) -> None:
         super().__init__(model)
+        if layer is not None:
+            listed_layers("LayerGradCam(layer=...)", [layer])
         self.layer = layer
         self.relu = relu
 
     def _maps(
-        self, images: Tensor, target: Target, query: Query, size: tuple[int, int], grid: bool
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
     ) -> Float[Tensor, "batch 1 height width"]:
         asked = self._ask(images, target)
         name, at_input = self._place()
@@ -95,6 +101,8 @@ class LayerGradCam(PixelAttribution):
 
     def _place(self) -> tuple[str, bool]:
         """The layer's name, and whether what it is given is meant."""
+        if self.layer is not None and not isinstance(self.layer, str):
+            return layer_name("LayerGradCam(layer=...)", self.layer, list(find_mixers(self.model))), False
         if self.layer is not None:
             names = [name for name, _ in self.model.named_modules() if name]
             if self.layer not in names:

@@ -1,6 +1,6 @@
 """Mamba-Attribution: hidden attention weighted by the gradient of a class, rolled out over the layers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -9,12 +9,13 @@ from mamba_attn._types import Float
 from mamba_attn.attribution import row_sums
 from mamba_attn.attribution._base import Row, TokenAttribution
 from mamba_attn.attribution._product import Product, Step, dense, of_one_token, roll_out
-from mamba_attn.attribution._queries import Query, query_tokens, query_weights
+from mamba_attn.attribution._queries import Query, query_weights, single_token
 from mamba_attn.attribution._targets import Target
 from mamba_attn.attribution.published import base, conventions
 from mamba_attn.attribution.published.conventions import Watch
 from mamba_attn.attribution.published.weighted import gated_gradients, gradient_x_attention, paper, published
 from mamba_attn.errors import nearest
+from mamba_attn.tracing.layer_names import LayerNames
 from mamba_attn.tracing.layers import ScanLayer, require
 
 RULES = ("gradient_x_attention", "paper", "published_code")
@@ -53,7 +54,7 @@ class MambaAttribution(TokenAttribution):
 
     Args:
         model: a model that ``mamba_attn.trace`` knows.
-        layers: names or patterns of the mixers to use; the others act as the identity. Default: all.
+        layers: names, patterns or numbers of the mixers to use; the others act as the identity. Default: all.
         rule: one of the three above.
         rollout: False averages the layers' rows instead, each query's as in ``RawAttention``, in linear time;
             "gradient_x_attention" only. The positive part is then taken after the mean over the query's tokens.
@@ -64,7 +65,7 @@ class MambaAttribution(TokenAttribution):
 
     Raises:
         ValueError: an unknown rule or convention, or two options that exclude each other; when called, a model without
-            a class token or a query where the convention needs the one and has no row for the other.
+            a class token, or a pixel or box, where the convention needs the one and has no row for the other.
         UnsupportedModelError: when called, layers that are softmax attention.
 
     Example:
@@ -76,7 +77,7 @@ class MambaAttribution(TokenAttribution):
         self,
         model: nn.Module,
         *,
-        layers: Iterable[str] | None = None,
+        layers: LayerNames | None = None,
         rule: str = "gradient_x_attention",
         rollout: bool = True,
         signed: bool = False,
@@ -91,7 +92,7 @@ class MambaAttribution(TokenAttribution):
         self.signed = signed
         self.convention = convention
 
-    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+    def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         if self.convention != conventions.EXACT:
             name = self.convention
             return base.explain(
@@ -121,11 +122,11 @@ class MambaAttribution(TokenAttribution):
             layers, query, lambda layer: dense(gradient_x_attention(layer, gradients[layer.name]).clamp(min=0))
         )
 
-    def _rolled(self, layers: Sequence[ScanLayer], query: Query, step: Step[ScanLayer]) -> list[Row]:
+    def _rolled(self, layers: Sequence[ScanLayer], query: Query | None, step: Step[ScanLayer]) -> list[Row]:
         start = query_weights(layers[-1], query)
         return [(layers[0].layout, roll_out(layers, start, step))]
 
-    def _rows(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+    def _rows(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         """Every layer's own row; for the mean over all tokens nothing but the backward pass is needed."""
         with self._traced(inputs, target, gradients=True, rules=row_sums.OwnInputs()) as (record, logit):
             layers = require("MambaAttribution", record.layers, ScanLayer)
@@ -139,15 +140,15 @@ class MambaAttribution(TokenAttribution):
         return [(layer.layout, row) for layer, row in zip(layers, rows, strict=True)]
 
 
-def _row(layer: ScanLayer, query: Query, gradient: Tensor) -> Float[Tensor, "batch tokens"]:
+def _row(layer: ScanLayer, query: Query | None, gradient: Tensor) -> Float[Tensor, "batch tokens"]:
     """The mean of the query's rows. That the logit is finite says that the layers are; the map is looked at later."""
-    tokens, scan = query_tokens(layer.layout, query), layer.scan
-    if len(tokens) > 1:
+    token, scan = single_token(layer.layout, query), layer.scan
+    if token is None:
         vector = query_weights(layer, query)
         return ops.left_product(scan, vector=vector, fold="sum", row_weight=gradient, col_weight=scan.u)
     # one row needs one token's weights: nothing is gathered for the others
-    weight = gradient[:, None, :, tokens[0], None].expand(-1, scan.routes, -1, scan.length)
-    return ops.attention_row(scan, row=tokens[0], fold="sum", row_weight=weight, col_weight=scan.u)
+    weight = gradient[:, None, :, token, None].expand(-1, scan.routes, -1, scan.length)
+    return ops.attention_row(scan, row=token, fold="sum", row_weight=weight, col_weight=scan.u)
 
 
 def _of_one_token(layers: Sequence[ScanLayer], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -159,7 +160,7 @@ def _rows_divided(weighted: Float[Tensor, "batch tokens tokens"]) -> tuple[Produ
 
 
 def _signed(layer: ScanLayer, gradient: Float[Tensor, "batch channels tokens"]) -> tuple[Product, float]:
-    layer._require_finite()
+    layer.require_finite()
     scan = layer.scan
     return lambda row: ops.left_product(scan, vector=row, row_weight=gradient, col_weight=scan.u, fold="sum"), 1.0
 

@@ -1,14 +1,15 @@
 """Raw hidden attention: what the query reads, layer by layer, averaged."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from mamba_attn.attribution._base import Row, TokenAttribution
-from mamba_attn.attribution._queries import Query, read_rows
+from mamba_attn.attribution._queries import Place, Query, read_rows
 from mamba_attn.attribution._targets import Target
 from mamba_attn.attribution.published import base, conventions, vmamba_analysis
+from mamba_attn.tracing.layer_names import ByLayer, LayerNames
 from mamba_attn.tracing.tracer import trace
 
 
@@ -25,7 +26,8 @@ class RawAttention(TokenAttribution):
 
     Args:
         model: a model that ``mamba_attn.trace`` knows.
-        layers: names or patterns of the mixers to use, e.g. ``["layers.2.*"]`` for one stage of VMamba. Default: all.
+        layers: names, patterns or numbers of the mixers to use, e.g. ``["layers.2.*"]`` for one stage of VMamba.
+            Default: all.
         signed: keep the negative entries.
         convention: "exact"; "hidden_mamba" or "implicit_unified", the class token's row as the code published with
             arXiv 2403.01590 or 2405.16504 computes it, each late layer scaled to 0..1 per image (the second repository
@@ -35,7 +37,7 @@ class RawAttention(TokenAttribution):
 
     Raises:
         ValueError: an unknown convention, or one that the model is not made for; a published one with
-            ``signed=True``, or, where it knows the class token's row alone, with a query.
+            ``signed=True``, or, where it knows the class token's row alone, with a pixel or box.
 
     Example:
         >>> RawAttention(model).attribute(torch.randn(2, 3, 224, 224)).shape
@@ -46,7 +48,7 @@ class RawAttention(TokenAttribution):
         self,
         model: nn.Module,
         *,
-        layers: Iterable[str] | None = None,
+        layers: LayerNames | None = None,
         signed: bool = False,
         convention: str = conventions.EXACT,
     ) -> None:
@@ -55,23 +57,28 @@ class RawAttention(TokenAttribution):
         self.signed = signed
         self.convention = convention
 
-    def rows(self, inputs: Tensor, query: Query = None) -> dict[str, Tensor]:
+    def rows(
+        self, inputs: Tensor, query: Sequence[float] | None = None, *, pixel: Place | None = None,
+        box: Place | None = None,
+    ) -> ByLayer[Tensor]:  # fmt: skip
         """Return the query's signed row in every layer, (batch, tokens) each, by the layers' names; always exact.
 
         Args:
             inputs: as in ``attribute``.
-            query: as in ``attribute``.
+            query: deprecated, as in ``attribute``.
+            pixel: as in ``attribute``.
+            box: as in ``attribute``.
 
         Raises:
-            ValueError: inputs that are no batch, a query outside the image.
+            ValueError: inputs that are no batch, a pixel or box outside the image, both of them.
         """
-        self._size("rows", inputs, query)
+        asked = self._asked("rows", inputs, query, pixel, box)
         with torch.no_grad():
             with trace(self.model, layers=self.layers) as record:
                 self.model(inputs)
-            return {layer.name: read_rows(layer, query) for layer in self._ran(record)}
+            return ByLayer({layer.name: read_rows(layer, asked) for layer in self._ran(record)})
 
-    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+    def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         if self.convention in conventions.CLASS_TOKEN:
             return base.explain(
                 self, self.convention, inputs, target, query, lambda rows, _, __: base.raw_attention(rows)

@@ -51,7 +51,7 @@ class RelevanceAttentionRanks(PixelAttribution):
         extent: names from the list above, at least one; several as a tuple.
 
     Raises:
-        ValueError: options outside their range, an unknown name; when called, a query.
+        ValueError: options outside their range, an unknown name; when called, a pixel or box.
         UnsupportedModelError: when called, layers that are softmax attention, or mixers of another make.
 
     Example:
@@ -86,7 +86,7 @@ class RelevanceAttentionRanks(PixelAttribution):
         self.weight = weight
 
     def _maps(
-        self, images: Tensor, target: Target, query: Query, size: tuple[int, int], grid: bool
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
     ) -> Float[Tensor, "batch 1 height width"]:
         cells = self._cells(images, target)
 

@@ -1,7 +1,6 @@
 """A method and its options, from text: what commands take."""
 
 import ast
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import nn
 from mamba_attn.attribution import catalogue
 from mamba_attn.attribution._base import MapAttribution
 from mamba_attn.errors import nearest
+from mamba_attn.tracing.layer_names import LayerNames
 
 _WORDS = {"true": True, "yes": True, "false": False, "no": False}
 
@@ -48,7 +48,7 @@ class Method:
         """Whether the map depends on the class."""
         return self.entry.depends_on_class(self.options)
 
-    def build(self, model: nn.Module, layers: Sequence[str] | None = None) -> MapAttribution:
+    def build(self, model: nn.Module, layers: LayerNames | None = None) -> MapAttribution:
         """Return the method on a model; ``layers`` of None stands for the method's own default."""
         return catalogue.build(self.name, model, layers=layers, **self.options)
 

@@ -15,7 +15,7 @@ from mamba_attn.bench.guarded import Guarded, sentence
 from mamba_attn.bench.rows import Row, ShapeTime, cheapest, floor_of
 from mamba_attn.bench.subjects import Model, Subject, Unavailable
 from mamba_attn.bench.timing import Call, Clock, Spread, clock_for, interleave
-from mamba_attn.ops.dispatch import free_bytes
+from mamba_attn.ops import free_bytes
 
 ROUNDS = 15
 SHARE = 2.0  # seconds of rounds that a call gets, unless ROUNDS are done before

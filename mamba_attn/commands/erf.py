@@ -8,14 +8,14 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mamba_attn import images
-from mamba_attn.core.requirements import exit_code, require_extras, subcommand, writable
+from mamba_attn.core.requirements import exit_code, parse_place, require_extras, subcommand, writable
 from mamba_attn.core.terminal import show
 from mamba_attn.errors import nearest
 
@@ -53,7 +53,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--weights", default="demo", metavar="demo|FILE|official", help="default: demo, those of this package")
     add("--untrained", action="store_true", help="show the same model with random weights beside it")
     add("--size", metavar="ROWS,COLUMNS", help="of the images, in pixels; default: the model's")
-    add("--query", metavar="ROW,COL|X0,Y0,X1,Y1|class", help="whose field, in pixels; default: the patch in the middle")
+    add("--query", metavar="ROW,COL|class", help="whose field, in pixels; default: the patch in the middle")
+    add("--box", metavar="X0,Y0,X1,Y1", help="a box instead, columns X and rows Y: the mean of its tokens")
     add("--layer", metavar="LAYER", help="index or name; default: behind the last layer")
     add("--limit", type=int, metavar="N", help="images at most; default: all")
     add("--seed", type=int, default=0, help="of random weights; default: 0")
@@ -72,7 +73,7 @@ def _erf(args: argparse.Namespace, command: str) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from mamba_attn.attribution._queries import check_query
+    from mamba_attn.attribution._queries import Query, require_inside
     from mamba_attn.datasets import loaded_model
     from mamba_attn.erf.receptive_field import ReceptiveField, receptive_field
 
@@ -80,9 +81,10 @@ def _erf(args: argparse.Namespace, command: str) -> int:
         raise ValueError(f"--limit {args.limit}: expected a number from 1 on.")
     pictures = _pictures(args)  # before the model, which takes longer
     subject = loaded_model.load(args.model, args.weights, args.device)
-    transform, query = _transform(args.size, subject), _query(args.query)
-    if not isinstance(query, str):
-        check_query("--query", query, transform.size)
+    transform, place = _transform(args.size, subject), _place(args)
+    for kind, numbers in place.items():
+        if not isinstance(numbers, str):
+            require_inside(f"--{'query' if kind == 'pixel' else kind}", Query(kind, (numbers,)), transform.size)
     layer, models = _layer(args.layer, subject), {subject.name: subject.model}
     if args.untrained:
         models[_UNTRAINED] = _untrained(subject, args.seed)
@@ -93,7 +95,7 @@ def _erf(args: argparse.Namespace, command: str) -> int:
         for name, model in models.items():
             shown = progress.track(pictures, description=f"receptive field, {name}")
             good = _read(shown, transform, subject.device, damaged, progress.console)
-            fields[name] = receptive_field(model, good, query, layer=layer)
+            fields[name] = receptive_field(model, good, layer=layer, **place)
     _write(folder, fields, command)
     _table(fields)
     skipped = sum(len(each.skipped) for each in fields.values())
@@ -156,22 +158,17 @@ def _transform(text: str | None, subject: "Subject") -> "EvaluationTransform":
     return models.transform(subject.name, size)
 
 
-def _query(text: str | None) -> tuple[float, ...] | str | None:
-    if text is None or text == "class":
-        return text
-    try:
-        query = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        query = ()
-    if len(query) not in (2, 4):
-        raise ValueError(f"--query {text}: expected ROW,COLUMN or X0,Y0,X1,Y1 in pixels, or class.")
-    return query
+def _place(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of ``receptive_field`` that say whose field."""
+    if args.query == "class" and args.box is None:
+        return {"query": "class"}
+    return dict(parse_place(args.query, args.box, ", or class"))
 
 
 def _layer(text: str | None, subject: "Subject") -> str | None:
     if text is None or text in subject.layers:
         return text
-    if text.isdecimal() and int(text) < len(subject.layers):
+    if text.removeprefix("-").isdecimal() and -len(subject.layers) <= int(text) < len(subject.layers):
         return subject.layers[int(text)]
     known = f"{subject.name} has {len(subject.layers)} layers, 0..{len(subject.layers) - 1}. "
     raise ValueError(f"--layer {text}: no such layer; {known}{nearest(text, subject.layers)}")

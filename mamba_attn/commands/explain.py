@@ -68,7 +68,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "attention_rollout, mamba_attribution or, for a ViT, transformer_attribution",
     )
     add("--target", metavar="CLASS|INDEX", help="class to explain, by name or index; default: the predicted one")
-    add("--query", metavar="ROW,COL|X0,Y0,X1,Y1", help="whose attention, in pixels; default: the class token's")
+    add("--query", metavar="ROW,COL", help="whose attention, in pixels; default: the class token's")
+    add("--box", metavar="X0,Y0,X1,Y1", help="a box instead, columns X and rows Y: the mean of its tokens")
     add("--layer", nargs="+", action="extend", default=[], metavar="LAYER", help="indices, names, patterns; default: "
         "all, and matrices at 25, 50 and 75 %% of the depth")  # fmt: skip
     add("--out", default="mamba_attn_explain", metavar="FOLDER", help="default: ./mamba_attn_explain")
@@ -88,21 +89,19 @@ def _run(args: argparse.Namespace, command: str) -> int:
 
 def _job(args: argparse.Namespace, command: str) -> Job:
     """Check everything that can be checked before the first image."""
-    from mamba_attn.attribution._queries import check_query
     from mamba_attn.datasets import loaded_model
     from mamba_attn.explanations import choices
 
     paths = images.find(args.image) if args.image else images.samples()
     first = loaded_model.load(args.model, args.weights, args.device)
+    methods = choices.parse_methods(args.method, first)
     question = choices.Question(
         first,
-        choices.parse_methods(args.method, first),
+        methods,
         choices.parse_layers(args.layer, first),
         loaded_model.parse_target(args.target, first),
-        choices.parse_query(args.query, first),
+        choices.parse_query(args.query, args.box, first, methods),
     )
-    choices.check_query(question.query, question.methods)
-    check_query("--query", question.query, first.transform.size)
     beside = args.beside or (None if args.weights == "demo" else loaded_model.NO_COMPANION)
     second = loaded_model.load_companion(beside, first, args.device)
     questions = [question, *([] if second is None else [question.of_companion(second)])]

@@ -42,8 +42,8 @@ class AttentionRecord:
 
         Args:
             probabilities: of images and, inside each, windows: (batch * windows, ...).
-            value: likewise.
-            gate: likewise, or None.
+            value: of the same windows.
+            gate: of the same windows, or None.
             layout: the token frame, with or without windows.
         """
         windows = layout.windows(probabilities.device)

@@ -150,7 +150,7 @@ class TokenLayout:
         return rearrange(patches, "... (height width) -> ... height width", height=self.grid[0])
 
     def to_pixels(
-        self, values: Float[Tensor, "*batch height width"], size: tuple[int, int] | None = None
+        self, values: Float[Tensor, "*values"], size: tuple[int, int] | None = None
     ) -> Float[Tensor, "*batch rows columns"]:
         """Interpolate a map on the grid linearly between patch centres, constant outside them.
 
@@ -158,13 +158,40 @@ class TokenLayout:
         patches keep their true centres, ``index * stride + centre``.
 
         Args:
-            values: a map on the patch grid.
+            values: a map on the patch grid, (..., height, width); or one number per token, (..., tokens), as
+                ``layer.row`` gives, or per patch, (..., patches). What has the shape of the grid is read as a map.
             size: (rows, columns) of the image in pixels. Default: what the patches cover.
+
+        Raises:
+            ValueError: ``values`` of another shape; a size below one pixel.
+
+        Example:
+            >>> TokenLayout(grid=(4, 6), patch_size=16, class_tokens=(12,)).to_pixels(torch.ones(2, 25)).shape
+            torch.Size([2, 64, 96])
         """
+        values = self._on_grid(values, size)
         rows, columns = size or tuple((n - 1) * self.step + self.patch_size for n in self.grid)
         vertical = self._interpolation(rows, self.grid[0]).to(values)
         horizontal = self._interpolation(columns, self.grid[1]).to(values)
         return vertical @ values @ horizontal.mT
+
+    def _on_grid(self, values: Tensor, size: tuple[int, int] | None) -> Tensor:
+        """The map that ``to_pixels`` was given, or is made of what it was given."""
+        height, width = self.grid
+        if size is not None and (len(size) != 2 or min(size) < 1):
+            raise ValueError(f"to_pixels(size={size}): expected (rows, columns) of the image, at least one pixel each.")
+        if tuple(values.shape[-2:]) == (height, width):
+            return values
+        count = values.shape[-1] if values.ndim else 0
+        if count == self.tokens:
+            return self.to_grid(values)
+        if count == height * width:
+            return values.reshape(*values.shape[:-1], height, width)
+        per_token = f"(..., {self.tokens}) with one number per token" if self.tokens != height * width else ""
+        raise ValueError(
+            f"to_pixels(values{tuple(values.shape)}): expected a map (..., {height}, {width}) on the patch grid, "
+            f"{per_token + ', ' if per_token else ''}or (..., {height * width}) with one number per patch."
+        )
 
     def token_at(self, row: float, column: float) -> int:
         """Return the token whose patch centre is nearest to a pixel.

@@ -44,6 +44,36 @@ def exit_code(name: str, call: Callable[[], int], stopped: str = "stopped.") -> 
         return 130
 
 
+def parse_place(query: str | None, box: str | None, words: str = "") -> dict[str, tuple[float, ...]]:
+    """Return ``pixel`` or ``box`` of ``--query ROW,COL`` and ``--box X0,Y0,X1,Y1``; nothing without either.
+
+    Four numbers after ``--query``, which once were a box, are still taken for one.
+
+    Args:
+        query: as given.
+        box: as given.
+        words: what may be given besides, for errors.
+
+    Raises:
+        ValueError: other counts of numbers, or both.
+    """
+    if query is not None and box is not None:
+        raise ValueError(f"--query {query} --box {box}: both say whose attention; leave one out.")
+    option, text = ("--query", query) if box is None else ("--box", box)
+    if text is None:
+        return {}
+    try:
+        place = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        place = ()
+    if len(place) == 4 and option == "--query":
+        print(f"--query {text}: four numbers are a box; write --box {text}.", file=sys.stderr)
+    elif len(place) != (2 if option == "--query" else 4):
+        expected = f"ROW,COLUMN in pixels{words}" if option == "--query" else "X0,Y0,X1,Y1 in pixels"
+        raise ValueError(f"{option} {text}: expected {expected}.")
+    return {"pixel" if len(place) == 2 else "box": place}
+
+
 def require_extras(needed: Mapping[str, str], extra: str = "explain") -> None:
     """Check that modules are installed.
 

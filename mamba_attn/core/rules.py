@@ -1,7 +1,7 @@
 """What an attribution method may change in a model's forward: activations, gates, norms, scans, attention, layers.
 
 The families' equations (``models/``) ask a Rules object inside the mixers. A Rules object that ``wants`` it is asked
-at every norm, activation and linear layer of the model too (``tracing/module_rules.py``). ``PLAIN`` changes nothing.
+at every norm, activation and linear layer of the model too (``tracing.module_rules``). ``PLAIN`` changes nothing.
 """
 
 from collections.abc import Callable

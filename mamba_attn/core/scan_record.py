@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mamba_attn._types import Float, Int
 from mamba_attn.core.layout import TokenLayout
+from mamba_attn.errors import TraceError
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -152,6 +153,19 @@ class ScanRecord:
     def C(self) -> Float[Tensor, "batch routes groups states length"]:  # noqa: N802
         """Output matrix, in scan order."""
         return self._in_scan_order(self.source_C)
+
+    def on_grid(self, x: Float[Tensor, "batch channels tokens"]) -> Float[Tensor, "batch height width channels"]:
+        """Return values of tokens at their cells of the image, for mixers whose norm and gate see a grid.
+
+        Raises:
+            TraceError: the layout is not known.
+        """
+        if self.layout is None:
+            raise TraceError(
+                "ScanRecord.on_grid: the tokens' place in the image is not known; give the record layout=."
+            )
+        placed: Tensor = x.mT.unflatten(1, self.layout.grid)
+        return placed
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Return a record whose floating-point tensors went through ``function`` (e.g. ``Tensor.detach``)."""

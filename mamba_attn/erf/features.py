@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from mamba_attn._types import Float
 from mamba_attn.attribution.lrp.linear_backward import _holds_tokens, _token_frame
-from mamba_attn.errors import UnknownLayerError, UnsupportedModelError, nearest
+from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.tracing.adapters import find_mixers
+from mamba_attn.tracing.layer_names import LayerName, layer_name
 from mamba_attn.tracing.layers import Layer
 
 
@@ -23,20 +24,19 @@ class Features:
 
     Args:
         model: to be traced in the same pass.
-        layer: a mixer's name. Default: the last one that runs.
+        layer: a mixer's name, or its number. Default: the last one that runs.
 
     Raises:
+        TypeError: neither a name nor a number.
         UnknownLayerError: no such mixer.
     """
 
-    def __init__(self, model: nn.Module, layer: str | None = None) -> None:
+    def __init__(self, model: nn.Module, layer: LayerName | None = None) -> None:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         self.model = model
         self.mixers = list(find_mixers(self.model))
-        if layer is not None and layer not in self.mixers:
-            raise UnknownLayerError(f"layer={layer!r}: no such layer. {nearest(layer, self.mixers)}")
-        self.wanted = layer
+        self.wanted = None if layer is None else layer_name(f"layer={layer!r}", layer, self.mixers)
         self.layer: str | None = None  # whose outputs are kept
         self._stopped = False
         self._outputs: list[tuple[str, Any]] = []
@@ -87,6 +87,6 @@ class Features:
 
 def _whole(layer: Layer, part: Any) -> bool:
     """Whether it holds all tokens of the layer."""
-    if not isinstance(part, Tensor) or not part.is_floating_point() or (part.ndim == 4 and layer._layout is None):
+    if not isinstance(part, Tensor) or not part.is_floating_point() or (part.ndim == 4 and not layer.has_layout):
         return False
     return _holds_tokens(layer, part)

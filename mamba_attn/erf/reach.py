@@ -47,11 +47,11 @@ class ReachSum:
     """Adds up images; ``result`` divides.
 
     Args:
-        query: (row, column) or box in pixels; None for the class token.
+        query: one pixel or box; None for the class token.
         centre: (row, column) in pixels that distances are measured from; None: none are.
     """
 
-    query: Query
+    query: Query | None
     centre: tuple[float, float] | None
     images: int = 0
     rows: dict[str, Tensor] = field(default_factory=dict)

@@ -1,18 +1,20 @@
 """The effective receptive field: which pixels a token's features depend on, averaged over images."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.attribution._queries import Query, check_query, query_tokens
+from mamba_attn.attribution._queries import Query, make_query, query_tokens, split_query
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.erf.features import Features
 from mamba_attn.erf.reach import Reach, ReachSum
 from mamba_attn.errors import NonFiniteError
+from mamba_attn.tracing.layer_names import LayerName
 from mamba_attn.tracing.layers import Layer
 from mamba_attn.tracing.tracer import trace
 
@@ -111,9 +113,11 @@ class ReceptiveField:
 def receptive_field(
     model: nn.Module,
     images: Tensor | Iterable[Tensor],
-    query: Query | str = None,
+    query: Sequence[float] | str | None = None,
     *,
-    layer: str | None = None,
+    pixel: Sequence[float] | None = None,
+    box: Sequence[float] | None = None,
+    layer: LayerName | None = None,
     sign: str = "positive",
     reach: bool = True,
 ) -> ReceptiveField:
@@ -126,27 +130,34 @@ def receptive_field(
     Args:
         model: one that ``mamba_attn.trace`` knows, as it is; it is not changed.
         images: normalised, (batch, colours, rows, columns), all of one size, square or not; or several such batches.
-        query: (row, column) or a box (x0, y0, x1, y1) in pixels, whose tokens' mean it is; "class" for the class token.
-            Default: the patch in the middle, (height // 2, width // 2).
-        layer: whose block's output is meant. Default: behind the last one.
+        query: "class" for the class token. Deprecated: two numbers are a ``pixel``, four a ``box``.
+        pixel: (row, column) in pixels, the same for all images. Default: the patch in the middle,
+            (height // 2, width // 2).
+        box: (x0, y0, x1, y1) in pixels, whose tokens' mean it is; the same for all images.
+        layer: whose block's output is meant, by name or number. Default: behind the last one.
         sign: of the gradient: "positive" part, as published, or its "absolute" value.
         reach: also say how far attention reaches: distances per layer, and the rollout.
 
     Raises:
-        ValueError: no images, images of several sizes, a query outside them, no class token, an unknown sign.
+        ValueError: no images, images of several sizes, a pixel or box outside them, several places, no class token,
+            an unknown sign.
         UnknownLayerError: no such layer.
         UnsupportedModelError: no output behind the layer holds its tokens.
         NonFiniteError: every image gave NaN or Inf.
         TraceError: the tokens' place in the image is not known.
 
     Example:
-        >>> field = receptive_field(model, images, query=(100, 40), reach=False)
+        >>> field = receptive_field(model, images, pixel=(100, 40), reach=False)
         >>> field.gradient.shape
         (224, 224)
     """
     if sign not in _SIGNS:
         raise ValueError(f"receptive_field(sign={sign!r}): expected one of {_SIGNS}.")
-    total = _Sum(model, query, layer, sign, reach)
+    if isinstance(query, str) and (pixel is not None or box is not None):
+        raise ValueError(f"receptive_field(query={query!r}, ...): give this, pixel or box alone.")
+    if not isinstance(query, str):
+        pixel, box = split_query("receptive_field", query, pixel, box)
+    total = _Sum(model, query if isinstance(query, str) else None, pixel, box, layer, sign, reach)
     for batch in [images] if isinstance(images, Tensor) else images:
         total.add(batch)
     return total.result()
@@ -157,8 +168,10 @@ class _Sum:
     """Adds up images."""
 
     model: nn.Module
-    query: Query | str
-    layer: str | None
+    named: str | None
+    pixel: Any
+    box: Any
+    layer: LayerName | None
     sign: str
     reach: bool
     gradient: Tensor | None = None
@@ -232,27 +245,30 @@ class _Sum:
     def _tokens(self, layer: Layer, size: tuple[int, int]) -> list[int]:
         """The query's tokens; the first time, also where that is, in pixels and words."""
         layout = layer.layout
-        query, centre, reader = _place(layout, self.query, size)
+        asked = make_query("receptive_field", size, None, self.pixel, self.box)
+        query, centre, reader = _place(layout, self.named, asked, size)
         if not self.name:
             self.name, self.reader = layer.name, reader
             self.centre = centre
             if self.reach:
                 self.attention = ReachSum(query, None if query is None else centre)
-        return query_tokens(layout, query)
+        return query_tokens(layout, query)[0]
 
 
-def _place(layout: TokenLayout, query: Query | str, size: tuple[int, int]) -> tuple[Query, tuple[float, float], str]:
+def _place(
+    layout: TokenLayout, named: str | None, query: Query | None, size: tuple[int, int]
+) -> tuple[Query | None, tuple[float, float], str]:
     """The query in pixels or None for the class token, its centre, its name."""
-    if isinstance(query, str):
-        if query != CLASS_TOKEN or not layout.class_tokens:
-            what = f"expected pixels or {CLASS_TOKEN!r}" if query != CLASS_TOKEN else "there is no class token"
-            raise ValueError(f"receptive_field(query={query!r}): {what}.")
+    if named is not None:
+        if named != CLASS_TOKEN or not layout.class_tokens:
+            what = f"expected {CLASS_TOKEN!r}" if named != CLASS_TOKEN else "there is no class token"
+            raise ValueError(f"receptive_field(query={named!r}): {what}.")
         return None, (size[0] / 2, size[1] / 2), "the class token"
     if query is None:
         row, column = (n // 2 * layout.step + layout.centre for n in layout.grid)
-        return (row, column), (row, column), "the patch in the middle"
-    check_query("receptive_field", query, size)
+        return Query("pixel", ((row, column),)), (row, column), "the patch in the middle"
     patches = layout.patches.tolist()
-    places = [divmod(patches.index(token), layout.grid[1]) for token in query_tokens(layout, query)]
+    places = [divmod(patches.index(token), layout.grid[1]) for token in query_tokens(layout, query)[0]]
     row, column = (float(np.mean(each)) * layout.step + layout.centre for each in zip(*places, strict=True))
-    return query, (row, column), f"pixel {query[0]:g}, {query[1]:g}" if len(query) == 2 else "the marked box"
+    (place,) = query.places
+    return query, (row, column), f"pixel {place[0]:g}, {place[1]:g}" if query.kind == "pixel" else "the marked box"

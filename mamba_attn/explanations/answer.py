@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from mamba_attn import images
 from mamba_attn.attribution import RawAttention
+from mamba_attn.attribution._queries import Query
 from mamba_attn.attribution.spec import Method
 from mamba_attn.explanations.choices import Question
 from mamba_attn.tracing.tracer import trace
@@ -96,11 +98,12 @@ def answer(question: Question, path: Path) -> Answer:
     explained = int(logits[0].argmax()) if question.target is None else question.target
     with torch.no_grad():
         matrices = {layer.name: layer.attention()[0].cpu().numpy() for layer in record.layers}
-    maps = {
-        method.key: method.build(subject.model, layers or None).attribute(inputs, explained, query)[0, 0].cpu().numpy()
-        for method in question.methods
-    }
-    rows = RawAttention(subject.model, layers=layers or None).rows(inputs, query)
+    place: dict[str, Any] = {} if query is None else query.argument
+    maps = {}
+    for method in question.methods:
+        found = method.build(subject.model, layers or None).attribute(inputs, explained, **place)
+        maps[method.key] = found[0, 0].cpu().numpy()
+    rows = RawAttention(subject.model, layers=layers or None).rows(inputs, **place)
     return Answer(
         question=question,
         image=picture,
@@ -113,9 +116,9 @@ def answer(question: Question, path: Path) -> Answer:
     )
 
 
-def _reader(query: Sequence[float] | None, class_token: bool) -> str:
+def _reader(query: Query | None, class_token: bool) -> str:
     if query is not None:
-        return "the marked patch" if len(query) == 2 else "the marked box"
+        return "the marked patch" if query.kind == "pixel" else "the marked box"
     return "the class token" if class_token else "the mean patch"
 
 

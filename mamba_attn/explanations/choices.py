@@ -5,7 +5,9 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from mamba_attn.attribution import catalogue
+from mamba_attn.attribution._queries import Query, require_inside
 from mamba_attn.attribution.spec import Method, method
+from mamba_attn.core.requirements import parse_place
 from mamba_attn.datasets.loaded_model import Subject
 from mamba_attn.errors import nearest
 
@@ -38,43 +40,35 @@ def counterparts(methods: Sequence[Method], beside: Subject) -> list[Method]:
     return [Method(name) for name in names]
 
 
-def parse_query(text: str | None, subject: Subject) -> tuple[float, ...] | None:
-    """Return (row, column) or (x0, y0, x1, y1) in pixels of what the model sees; None for None.
+def parse_query(query: str | None, box: str | None, subject: Subject, methods: Sequence[Method]) -> Query | None:
+    """Return a pixel or box of what the model sees; None without either.
+
+    Args:
+        query: ROW,COLUMN.
+        box: X0,Y0,X1,Y1.
+        subject: the model.
+        methods: that are to read it.
 
     Raises:
-        ValueError: not two or four numbers.
+        ValueError: other counts of numbers, both, a place outside the image, methods that read no token's row.
     """
-    if text is None:
-        return None
-    try:
-        query = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        query = ()
-    if len(query) not in (2, 4):
-        rows, columns = subject.transform.size
-        raise ValueError(
-            f"--query {text}: expected ROW,COLUMN or X0,Y0,X1,Y1 in pixels of what {subject.name} sees, "
-            f"{rows} rows x {columns} columns."
-        )
-    return query
-
-
-def check_query(query: tuple[float, ...] | None, methods: Sequence[Method]) -> None:
-    """Refuse a query beside methods that read no token's row.
-
-    Raises:
-        ValueError: see above.
-    """
+    rows, columns = subject.transform.size
+    place = parse_place(query, box, f" of what {subject.name} sees, {rows} rows x {columns} columns")
     deaf = [method.key for method in methods if not method.entry.reads_rows]
-    if query is not None and deaf:
-        raise ValueError(f"--query: {', '.join(deaf)} read no token's row; leave out --query, or them.")
+    for kind, numbers in place.items():
+        option, found = "--query" if box is None else "--box", Query(kind, (numbers,))
+        if deaf:
+            raise ValueError(f"{option}: {', '.join(deaf)} read no token's row; leave out {option}, or them.")
+        require_inside(f"{option} {query or box}", found, subject.transform.size)
+        return found
+    return None
 
 
 def parse_layers(texts: Sequence[str], subject: Subject) -> list[str]:
     """Return the names of layers, first to last.
 
     Args:
-        texts: indices, names or patterns.
+        texts: indices, negative ones from the last, names or patterns.
         subject: the model whose layers these are.
 
     Raises:
@@ -82,7 +76,7 @@ def parse_layers(texts: Sequence[str], subject: Subject) -> list[str]:
     """
     chosen = set()
     for text in texts:
-        if text.isdecimal() and int(text) < len(subject.layers):
+        if text.removeprefix("-").isdecimal() and -len(subject.layers) <= int(text) < len(subject.layers):
             chosen.add(subject.layers[int(text)])
             continue
         fitting = [name for name in subject.layers if fnmatchcase(name, text)]
@@ -108,14 +102,14 @@ class Question(NamedTuple):
         methods: the maps to make.
         layers: names of the layers to use; empty: the methods' own defaults.
         target: class to explain. Default: the predicted one.
-        query: whose rows are read, in pixels. Default: the class token, or the mean over patches.
+        query: the pixel or box whose rows are read. Default: the class token, or the mean over patches.
     """
 
     subject: Subject
     methods: Sequence[Method]
     layers: Sequence[str] = ()
     target: int | None = None
-    query: tuple[float, ...] | None = None
+    query: Query | None = None
 
     def of_companion(self, beside: Subject) -> "Question":
         """Return the same question for a second model: as deep, the class of the same name, the place of the query."""
@@ -127,6 +121,5 @@ class Question(NamedTuple):
         rows, columns = (
             there / here for there, here in zip(beside.transform.size, self.subject.transform.size, strict=True)
         )
-        factors = (rows, columns) if len(self.query or ()) == 2 else (columns, rows, columns, rows)
-        query = None if self.query is None else tuple(x * f for x, f in zip(self.query, factors, strict=True))
+        query = None if self.query is None else self.query.scaled(rows, columns)
         return Question(beside, counterparts(self.methods, beside), layers, target, query)

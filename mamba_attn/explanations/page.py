@@ -93,10 +93,11 @@ def _mark(answer: Answer) -> str:
     if query is None:
         return ""
     rows, columns = answer.image.shape[:2]
-    if len(query) == 2:
-        shape = f'<circle cx="{query[1]:g}" cy="{query[0]:g}" r="{min(rows, columns) / 32:g}"'
+    (place,) = query.places
+    if query.kind == "pixel":
+        shape = f'<circle cx="{place[1]:g}" cy="{place[0]:g}" r="{min(rows, columns) / 32:g}"'
     else:
-        x0, y0, x1, y1 = query
+        x0, y0, x1, y1 = place
         shape = f'<rect x="{x0:g}" y="{y0:g}" width="{x1 - x0:g}" height="{y1 - y0:g}"'
     line = 'fill="none" stroke="cyan" stroke-width="2" vector-effect="non-scaling-stroke"'
     return f'<svg viewBox="0 0 {columns} {rows}">{shape} {line}/></svg>'

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mamba_attn.attribution._queries import Query
 from mamba_attn.explanations.answer import Answer
 from mamba_attn.figures import png
 from mamba_attn.figures.colours import INK, limits
@@ -19,7 +20,7 @@ def sheet(answers: Sequence[Answer]) -> np.ndarray:
     return np.concatenate(padded)
 
 
-def marked(image: np.ndarray, query: Sequence[float] | None) -> np.ndarray:
+def marked(image: np.ndarray, query: Query | None) -> np.ndarray:
     """Return the image with the query drawn on it."""
     if query is None:
         return image
@@ -27,13 +28,14 @@ def marked(image: np.ndarray, query: Sequence[float] | None) -> np.ndarray:
 
     picture = Image.fromarray(image)
     draw, size = ImageDraw.Draw(picture), max(2, min(image.shape[:2]) // 32)
-    if len(query) == 2:
-        row, column = query
+    (place,) = query.places
+    if query.kind == "pixel":
+        row, column = place
         box = [column - size, row - size, column + size, row + size]
         draw.ellipse(box, outline=INK, width=3)
         draw.ellipse(box, outline=_MARK, width=1)
     else:
-        draw.rectangle([*query[:2], query[2] - 1, query[3] - 1], outline=_MARK, width=max(1, size // 2))
+        draw.rectangle([*place[:2], place[2] - 1, place[3] - 1], outline=_MARK, width=max(1, size // 2))
     return np.asarray(picture)
 
 

@@ -105,7 +105,7 @@ class Measuring:
             subject.model(images.normalise(pixels).to(subject.device))
         for block in blocks:
             layer = found[block.layer.name]
-            layer._require_finite()
+            layer.require_finite()
             block.add(start, layer.attention().float().cpu().numpy())
         for _ in range(start, stop):
             self.advance()

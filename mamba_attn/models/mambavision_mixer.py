@@ -16,7 +16,7 @@ from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.rules import PLAIN, Rules
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.models._layers import full_precision, step_projection, undecayed
-from mamba_attn.ops.attention import scan_output
+from mamba_attn.ops import selective_scan
 
 
 def project(
@@ -138,4 +138,4 @@ class MambaVisionMixer(nn.Module):
     ) -> Float[Tensor, "sequences length features"]:
         """Mix tokens; ``layout`` as in ``project``."""
         record = project(self, x, layout=layout)
-        return finish(self, record, scan_output(record))
+        return finish(self, record, selective_scan(record))

@@ -9,6 +9,7 @@ from torch import nn
 
 from mamba_attn.errors import WeightsError, nearest
 from mamba_attn.models import checkpoints, official
+from mamba_attn.models._options import check_option, sides
 from mamba_attn.models.transforms import EvaluationTransform
 from mamba_attn.models.vim import VisionMamba
 from mamba_attn.models.vit import vision_transformer
@@ -89,8 +90,8 @@ def create(name: str, weights: str | Path | None = None, **options: Any) -> nn.M
             ``num_classes``, ``drop_path``, ``order``, ``class_token``, ``depth``.
 
     Raises:
-        ValueError: an unknown name.
-        TypeError: an unknown option.
+        ValueError: an unknown name, an option out of range.
+        TypeError: an unknown option, or a value of another type.
         WeightsError: weights that are absent, damaged, not safe to load, or do not fit.
         ImportError: a model of timm's without timm.
 
@@ -140,15 +141,17 @@ def transform(name: str, image_size: int | Sequence[int] | None = None) -> Evalu
         image_size: side, or (height, width), in pixels, of a model created with that option. Default: the model's.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, a size below one pixel.
+        TypeError: a size that is no whole number or two.
 
     Example:
         >>> transform("vim_tiny").cover
         (256, 256)
     """
     name = _known("transform", name)
-    size = image_size or _CONFIGS[name][1].get("image_size", 224)
-    height, width = (size, size) if isinstance(size, int) else size
+    if image_size is not None:
+        check_option("transform", "image_size", image_size)
+    height, width = sides(_CONFIGS[name][1].get("image_size", 224) if image_size is None else image_size)
     if name.endswith(("_micro", "_digits")):
         return EvaluationTransform((height, width), (height, width), "bilinear")
     return EvaluationTransform((height, width), (int(height / 0.875), int(width / 0.875)))

@@ -18,7 +18,7 @@ from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.rules import PLAIN, Rules
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.models._layers import full_precision, step_projection, undecayed
-from mamba_attn.ops.attention import scan_output
+from mamba_attn.ops import selective_scan
 
 ROUTES = 4
 
@@ -227,4 +227,4 @@ class SS2D(nn.Module):
     def forward(self, x: Float[Tensor, "batch height width features"]) -> Float[Tensor, "batch height width features"]:
         """Mix tokens."""
         record = project(self, x, orders=self.routes(*x.shape[1:3]))
-        return finish(self, record, scan_output(record))
+        return finish(self, record, selective_scan(record))

@@ -12,13 +12,11 @@ from torch import Tensor, nn
 from mamba_attn import orders as patch_orders
 from mamba_attn._types import Float, Int
 from mamba_attn.core.layout import TokenLayout
-from mamba_attn.errors import nearest
 from mamba_attn.models._layers import DropPath, RMSNorm, full_precision
+from mamba_attn.models._options import checked, sides
 from mamba_attn.models.vim_mixer import VimMixer, finish, project
 
 __all__ = ["VimMixer", "VisionMamba", "finish", "project", "resize_positions"]
-
-CLASS_TOKENS = ("middle", "first", None)
 
 
 class VimLayer(nn.Module):
@@ -94,13 +92,15 @@ class VisionMamba(nn.Module):
         if_divide_out: halve the sum of the two directions.
 
     Raises:
-        ValueError: an unknown order or class token.
+        ValueError: an unknown order or class token, a number out of range, an image smaller than one patch.
+        TypeError: an unknown option, or a value of another type.
 
     Example:
         >>> VisionMamba(depth=2, class_token="first", order="spiral")(torch.zeros(1, 3, 64, 96)).shape
         torch.Size([1, 1000])
     """
 
+    @checked
     def __init__(
         self, *, image_size: int | Sequence[int] = 224, patch_size: int = 16, stride: int | None = None,
         num_classes: int = 1000, embed_dim: int = 192, depth: int = 24, d_state: int = 16, d_conv: int = 4,
@@ -108,16 +108,11 @@ class VisionMamba(nn.Module):
         if_divide_out: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
-        if class_token not in CLASS_TOKENS:
-            raise ValueError(f"VisionMamba(class_token={class_token!r}): expected 'middle', 'first' or None.")
-        if order not in patch_orders.ORDERS:
-            raise ValueError(f"VisionMamba(order={order!r}): no such order. {nearest(order, patch_orders.ORDERS)}")
         self.class_token = class_token
         self.order = order
         self.num_classes = num_classes
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self.image_size = (height, width)
-        self.patch_embed = PatchEmbed(embed_dim, patch_size, stride or patch_size)
+        self.image_size = height, width = sides(image_size)
+        self.patch_embed = PatchEmbed(embed_dim, patch_size, patch_size if stride is None else stride)
         if class_token is not None:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.layout(height, width).tokens, embed_dim))

@@ -18,7 +18,7 @@ from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.rules import PLAIN, Rules
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.models._layers import CausalConv1d, full_precision, step_projection, undecayed
-from mamba_attn.ops.attention import scan_output
+from mamba_attn.ops import selective_scan
 
 
 def project(
@@ -184,4 +184,4 @@ class VimMixer(nn.Module):
     ) -> Float[Tensor, "batch tokens features"]:
         """Mix tokens; ``orders`` as in ``project``."""
         record = project(self, x, orders=orders)
-        return finish(self, record, scan_output(record))
+        return finish(self, record, selective_scan(record))

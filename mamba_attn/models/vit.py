@@ -1,5 +1,6 @@
 """The ViT beside our models: timm's VisionTransformer (arXiv 2010.11929), built on demand."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,8 +8,10 @@ from torch import nn
 
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.models import torchvision_repair
+from mamba_attn.models._options import check_known, checked, parameters, sides
 
 
+@checked
 def vision_transformer(*, image_size: int | Sequence[int] = 224, drop_path: float = 0.0, **options: Any) -> nn.Module:
     """Build timm's VisionTransformer, its options called as those of our models.
 
@@ -19,14 +22,27 @@ def vision_transformer(*, image_size: int | Sequence[int] = 224, drop_path: floa
 
     Raises:
         ImportError: timm is not installed.
-        TypeError: an unknown option.
+        TypeError: an unknown option, or a value of another type.
+        ValueError: a number out of range, or two that do not fit each other.
     """
     try:
         torchvision_repair.prepare()
         from timm.models.vision_transformer import VisionTransformer
     except ImportError as error:
         raise ImportError("a ViT needs timm: pip install 'mamba_attn[timm]'") from error
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    theirs = inspect.signature(VisionTransformer.__init__).parameters
+    own = [name for name in parameters(VisionTransformer.__init__) if name not in ("img_size", "drop_path_rate")]
+    check_known("vision_transformer", options, ["image_size", "drop_path", *own])
+    patch, dim, heads = (options.get(n, theirs[n].default) for n in ("patch_size", "embed_dim", "num_heads"))
+    height, width = sides(image_size)
+    if dim % heads:
+        raise ValueError(
+            f"vision_transformer(embed_dim={dim}, num_heads={heads}): expected heads that divide embed_dim."
+        )
+    if min(height, width) < patch:
+        raise ValueError(
+            f"vision_transformer(image_size={image_size}, patch_size={patch}): expected an image of at least one patch."
+        )
     model: Any = VisionTransformer(img_size=(height, width), drop_path_rate=drop_path, **options)
     model.image_size = (height, width)  # as our models say it
     built: nn.Module = model

@@ -11,14 +11,11 @@ from torch import Tensor, nn
 
 from mamba_attn._types import Float
 from mamba_attn.core.layout import TokenLayout
-from mamba_attn.errors import nearest
 from mamba_attn.models._layers import DropPath
+from mamba_attn.models._options import checked, sides
 from mamba_attn.models.ss2d import SS2D, finish, project
-from mamba_attn.orders import ORDERS
 
 __all__ = ["SS2D", "VSSM", "VSSBlock", "finish", "project"]
-
-GENERATIONS = ("v0", "v05_noz")
 
 
 class Mlp(nn.Module):
@@ -143,34 +140,32 @@ class VSSM(nn.Module):
         drop_path: stochastic depth of the last block while training, growing linearly from the first.
 
     Raises:
-        ValueError: an unknown generation, order or second view; an image too small for the patches.
+        ValueError: an unknown generation, order or second view; a number out of range; an image too small for the
+            patches.
+        TypeError: an unknown option, or a value of another type.
 
     Example:
         >>> VSSM(dims=16, depths=(1, 1, 1, 1))(torch.zeros(1, 3, 64, 100)).shape
         torch.Size([1, 1000])
     """
 
+    @checked
     def __init__(
         self, *, image_size: int | Sequence[int] = 224, num_classes: int = 1000, dims: int | Sequence[int] = 96,
         depths: Sequence[int] = (2, 2, 8, 2), d_state: int = 1, ssm_ratio: float = 1.0, mlp_ratio: float = 4.0,
         generation: str = "v05_noz", order: str = "raster", second: str = "transpose", drop_path: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
-        if generation not in GENERATIONS:
-            raise ValueError(f"VSSM(generation={generation!r}): expected 'v0' or 'v05_noz'.")
-        if order not in ORDERS:
-            raise ValueError(f"VSSM(order={order!r}): no such order. {nearest(order, ORDERS)}")
-        if second not in ("transpose", "mirror"):
-            raise ValueError(f"VSSM(second={second!r}): expected 'transpose' or 'mirror'.")
         widths = [dims << stage for stage in range(len(depths))] if isinstance(dims, int) else list(dims)
         if len(widths) != len(depths):
             raise ValueError(f"VSSM(dims={dims}, depths={depths}): expected one entry of each per stage.")
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if int(ssm_ratio * min(widths)) < 1 or (generation != "v0" and widths[0] < 2):
+            raise ValueError(f"VSSM(dims={dims}, ssm_ratio={ssm_ratio}): a layer is left without channels; give more.")
         self.generation = generation
         self.num_classes = num_classes
         self.order = order
         self.second = second
-        self.image_size = (height, width)
+        self.image_size = height, width = sides(image_size)
         self.layout(height, width, 0)
         v0 = generation == "v0"
         self.patch_embed = _patch_embed_v1(widths[0]) if v0 else _patch_embed_v2(widths[0])

@@ -1,7 +1,7 @@
 """The selective scan and its hidden attention."""
 
 from collections.abc import Callable
-from typing import cast
+from typing import overload
 
 from torch import Tensor
 
@@ -35,7 +35,7 @@ def hidden_attention(
         B: (batch, states, length) or (batch, routes, states, length); (batch, routes, groups, states, length) too.
         C: as B.
         row_weight: (batch, channels, tokens) or (batch, routes, channels, length); multiplies row i of channel c.
-        col_weight: likewise, column j.
+        col_weight: (batch, channels, tokens) or (batch, routes, channels, length); multiplies column j of channel c.
         fold: "mean" or "sum" over channels of the weighted matrices; "positive" and "absolute": max(., 0) and |.| of
             each weighted channel, then the mean; "each": no fold.
         orders: (routes, length) token visited at each step; merges the routes in the token frame.
@@ -68,6 +68,34 @@ def hidden_attention(
     return attention if call.merged or call.route_axis else attention.squeeze(1)
 
 
+@overload
+def selective_scan(
+    u: Tensor | ScanRecord,
+    delta: Tensor | None = None,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    *,
+    attention: None = None,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def selective_scan(
+    u: Tensor | ScanRecord,
+    delta: Tensor | None = None,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    *,
+    attention: str,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
 def selective_scan(
     u: Tensor | ScanRecord,
     delta: Tensor | None = None,
@@ -88,7 +116,7 @@ def selective_scan(
         B: (batch, states, length) or (batch, routes, states, length).
         C: as B.
         D: (channels) or (routes, channels), or None.
-        attention: a fold of ``hidden_attention``, to get that matrix beside the output.
+        attention: a fold of ``hidden_attention``, to get that matrix with the output.
         backend: see ``hidden_attention``.
 
     Returns:
@@ -116,8 +144,3 @@ def selective_scan(
         return squeeze(chosen.selective_scan(call.record, call.merged))
     y, matrix = chosen.scan_and_attention(call.record, attention, call.merged)
     return squeeze(y), squeeze(matrix)
-
-
-def scan_output(record: ScanRecord, backend: str | None = None) -> Tensor:
-    """``selective_scan`` of a record without attention, for model code: (batch, channels, tokens)."""
-    return cast(Tensor, selective_scan(record, backend=backend))

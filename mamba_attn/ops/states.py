@@ -34,7 +34,7 @@ def scan_states(
         A: (channels, states) or (routes, channels, states), negative; states may be 1 and shared.
         B: (batch, states, length) or (batch, routes, states, length); with groups before the states too.
         routes: the number of one route, or several. Default: all.
-        channels: likewise.
+        channels: the number of one channel, or several. Default: all.
         backend: see ``hidden_attention``.
 
     Returns:

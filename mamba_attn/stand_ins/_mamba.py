@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mamba_attn.models._layers import undecayed
 from mamba_attn.models.vim_mixer import finish, project
-from mamba_attn.ops.attention import scan_output
+from mamba_attn.ops import selective_scan
 
 
 class Mamba(nn.Module):
@@ -83,4 +83,4 @@ class Mamba(nn.Module):
                 "sequences, not for steps with a cache nor for several sequences in one row."
             )
         record = project(self, hidden_states)
-        return finish(self, record, scan_output(record))
+        return finish(self, record, selective_scan(record))

@@ -65,7 +65,7 @@ def run(name: str, given: Inputs, softplus: object) -> tuple[Tensor, Tensor]:
         C,
         None if x.D is None else x.D.unflatten(0, routes),
     )
-    out = cast(Tensor, y).reshape(x.u.shape)
+    out = y.reshape(x.u.shape)
     return out, out if x.z is None else out * F.silu(x.z)
 
 

@@ -42,7 +42,7 @@ class Seen:
     padded_stem: bool = False
     layout: TokenLayout | None = None
     frames: dict[nn.Module, TokenLayout] = field(default_factory=dict)
-    _said: set[str] = field(default_factory=set, init=False, repr=False)
+    _warned: set[str] = field(default_factory=set, init=False, repr=False)
 
     def warn_once(self, sentence: str) -> None:
         """Warn of something that many mixers of a model share, once in a trace.
@@ -50,8 +50,8 @@ class Seen:
         Args:
             sentence: what happens, and what to do.
         """
-        if sentence not in self._said:
-            self._said.add(sentence)
+        if sentence not in self._warned:
+            self._warned.add(sentence)
             warnings.warn(sentence, UserWarning, stacklevel=2)
 
     def grid_layout(self, height: int, width: int, window: int | None = None) -> TokenLayout:
@@ -61,7 +61,7 @@ class Seen:
 
         Args:
             height: of the stage's grid.
-            width: likewise.
+            width: of the stage's grid.
             window: side of the windows that its tokens are mixed within, if they are.
         """
         rows, columns = self.image_size or (height, width)
@@ -78,7 +78,7 @@ class Seen:
         return TokenLayout((height, width), min(fitting or sizes, key=distance), offset=offset, window=window)
 
     def frame_of(self, module: nn.Module, sequences: int, length: int) -> TokenLayout | None:
-        """Return the token frame of a mixer that was called on so many sequences of so many tokens, if it is known.
+        """Return the token frame of a mixer that was called on ``sequences`` of ``length`` tokens, if it is known.
 
         A frame with windows is one whose windows of all images the sequences are; another, one of ``length`` tokens.
 
@@ -142,7 +142,7 @@ class Adapter(MixerAdapter):
     """A family of mixers of selective scans; subclass it, give ``family`` a name, register an instance."""
 
     @abstractmethod
-    def project(self, module: nn.Module, *args: Any, **kwargs: Any) -> ScanRecord:
+    def project(self, module: Any, *args: Any, **kwargs: Any) -> ScanRecord:
         """Return everything before the scans, from the arguments of the mixer's forward.
 
         Two keyword arguments come with them: ``rules`` (Rules), what an attribution method changes, and ``seen``
@@ -150,11 +150,11 @@ class Adapter(MixerAdapter):
         """
 
     @abstractmethod
-    def finish(self, module: nn.Module, record: ScanRecord, y: Tensor, rules: Rules) -> Any:
+    def finish(self, module: Any, record: ScanRecord, y: Tensor, rules: Rules) -> Any:
         """Return the mixer's output from the scans' merged output y (batch, channels, tokens)."""
 
     @abstractmethod
-    def scan_output(self, module: nn.Module, record: ScanRecord, y: Tensor) -> tuple[nn.Module, Tensor]:
+    def scan_output(self, module: Any, record: ScanRecord, y: Tensor) -> tuple[nn.Module, Tensor]:
         """Return the submodule that receives y, and y in the form it receives: what law 1 is checked against."""
 
 
@@ -162,20 +162,18 @@ class AttentionAdapter(MixerAdapter):
     """A family of softmax-attention modules; subclass it, give ``family`` a name, register an instance."""
 
     @abstractmethod
-    def project(self, module: nn.Module, *args: Any, **kwargs: Any) -> AttentionRecord:
+    def project(self, module: Any, *args: Any, **kwargs: Any) -> AttentionRecord:
         """Return everything up to the softmax, from the arguments of the module's forward.
 
         The keyword arguments ``rules`` and ``seen`` come with them, as for ``Adapter``.
         """
 
     @abstractmethod
-    def finish(self, module: nn.Module, record: AttentionRecord, probabilities: Tensor, rules: Rules) -> Any:
+    def finish(self, module: Any, record: AttentionRecord, probabilities: Tensor, rules: Rules) -> Any:
         """Return the module's output from the probabilities (batch, heads, tokens, tokens)."""
 
     @abstractmethod
-    def mixed_values(
-        self, module: nn.Module, record: AttentionRecord, probabilities: Tensor
-    ) -> tuple[nn.Module, Tensor]:
+    def mixed_values(self, module: Any, record: AttentionRecord, probabilities: Tensor) -> tuple[nn.Module, Tensor]:
         """Return the submodule that receives probabilities @ value, and these in the form it receives."""
 
 
@@ -244,14 +242,18 @@ def find_mixers(
 
 
 def unknown_parts(
-    module: nn.Module, *, inputs: Collection[str] = (), children: Collection[str] = (),
-    parameters: Collection[str] = (), settings: Collection[str] = (),
-) -> list[str]:  # fmt: skip
+    module: nn.Module,
+    *,
+    inputs: Collection[str] = (),
+    children: Collection[str] = (),
+    parameters: Collection[str] = (),
+    settings: Collection[str] = (),
+) -> list[str]:
     """Return what a mixer has and its adapter does not list, by name: what a refusal is made of.
 
     Args:
         module: the mixer.
-        inputs: arguments of its forward, beside the first.
+        inputs: arguments of its forward, after the first.
         children: submodules.
         parameters: its own parameters; buffers are never listed.
         settings: attributes that are numbers, words or tuples.
@@ -261,9 +263,10 @@ def unknown_parts(
     found += [name for name, _ in module.named_parameters(recurse=False) if name not in parameters]
     found += [name for name, _ in module.named_buffers(recurse=False)]
     found += [
-        name for name, value in vars(module).items()
+        name
+        for name, value in vars(module).items()
         if not name.startswith("_") and name not in settings and isinstance(value, int | float | str | tuple)
-    ]  # fmt: skip
+    ]
     return list(dict.fromkeys(found))
 
 

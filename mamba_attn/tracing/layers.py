@@ -1,4 +1,4 @@
-"""What a trace yields for one layer: its attention, rows, columns and products."""
+"""What a trace yields for one layer, of scans or of softmax: its attention, rows, columns and products."""
 
 import math
 from abc import ABC, abstractmethod
@@ -20,6 +20,7 @@ from mamba_attn.ops.arguments import working_dtype
 
 Tail = Callable[[Tensor], Tensor]
 AnyLayer = TypeVar("AnyLayer", bound="Layer")
+_LINEAR_FOLDS = ("mean", "sum")
 
 
 class Layer(ABC):
@@ -46,7 +47,7 @@ class Layer(ABC):
             self.dtype, self.device = record.dtype, record.device
         self._layout = record.layout
         self._output = output
-        self._tail = tail
+        self.tail = tail
 
     def _repr_html_(self) -> str:
         """In a notebook: what the first image's patch in the middle reads, and where it is read; no matrix is made."""
@@ -69,6 +70,16 @@ class Layer(ABC):
     def _facts(self) -> dict[str, object]:
         """What a notebook shows of this kind of layer."""
         return {}
+
+    def _check_route(self, route: str | int, count: int) -> int:
+        if not isinstance(route, int) or not 0 <= route < count:
+            raise ValueError(f"{self.name}.attention(routes={route!r}): expected 'sum', 'each' or 0..{count - 1}.")
+        return route
+
+    @property
+    def has_layout(self) -> bool:
+        """Whether the tokens' place in the image is known."""
+        return self._layout is not None
 
     @property
     def layout(self) -> TokenLayout:
@@ -102,9 +113,24 @@ class Layer(ABC):
 
     @abstractmethod
     def attention(
-        self, fold: str = "mean", *, row_weight: Tensor | None = None, col_weight: Tensor | None = None
+        self,
+        fold: str = "mean",
+        routes: str | int = "sum",
+        *,
+        row_weight: Tensor | None = None,
+        col_weight: Tensor | None = None,
     ) -> Tensor:
-        """Return the attention matrix in the token frame: row i is what token i reads."""
+        """Return the attention matrix in the token frame: row i is what token i reads.
+
+        Args:
+            fold: of channels or heads: "mean", "sum", "positive", "absolute" or "each".
+            routes: "sum", "each", or the number of one route.
+            row_weight: multiplies row i; (batch, channels or heads, tokens).
+            col_weight: multiplies column j; (batch, channels or heads, tokens).
+
+        Returns:
+            (batch, [channels or heads,] tokens, tokens); with routes="each" a second axis, of routes.
+        """
 
     @abstractmethod
     def row(
@@ -120,9 +146,14 @@ class Layer(ABC):
 
     @abstractmethod
     def left_product(
-        self, vector: Float[Tensor, "batch tokens"], *, fold: str = "mean", row_weight: Tensor | None = None,
-        col_weight: Tensor | None = None, residual: bool = True,
-    ) -> Float[Tensor, "batch tokens"]:  # fmt: skip
+        self,
+        vector: Float[Tensor, "batch tokens"],
+        *,
+        fold: str = "mean",
+        row_weight: Tensor | None = None,
+        col_weight: Tensor | None = None,
+        residual: bool = True,
+    ) -> Float[Tensor, "batch tokens"]:
         """Return ``vector @ (I + attention)``, one step of a signed rollout; without ``residual`` the I is left out."""
 
     @cached_property
@@ -130,7 +161,8 @@ class Layer(ABC):
     def _not_finite(self) -> list[str]:
         """Names of the tensors that hold NaN or Inf."""
 
-    def _require_finite(self) -> None:
+    def require_finite(self) -> None:
+        """Raise NonFiniteError, with the names of the tensors, if the layer met NaN or Inf."""
         if self._not_finite:
             raise NonFiniteError(
                 f"{self.name}: {', '.join(self._not_finite)} contain NaN or Inf; check the images, the weights and the "
@@ -182,9 +214,15 @@ class ScanLayer(Layer):
     kind: ClassVar[str] = "selective scans"
 
     def __init__(
-        self, name: str, scan: ScanRecord, *, y: Tensor | None = None, output: Any = None,
-        tail: Tail | None = None, attention: tuple[str, Tensor] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        scan: ScanRecord,
+        *,
+        y: Tensor | None = None,
+        output: Any = None,
+        tail: Tail | None = None,
+        attention: tuple[str, Tensor] | None = None,
+    ) -> None:
         super().__init__(name, scan, output, tail)
         self.scan = scan
         self._y = y
@@ -210,20 +248,24 @@ class ScanLayer(Layer):
         """The scans' output, routes summed in the token frame and scaled; before norm and gate."""
         if self._y is not None:
             return self._y
-        y = ops.selective_scan(self.scan)
-        return y if isinstance(y, Tensor) else y[0]
+        return ops.selective_scan(self.scan)
 
     def attention(
-        self, fold: str = "mean", routes: str | int = "sum", *, row_weight: Tensor | None = None,
-        col_weight: Tensor | None = None, backend: str | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        fold: str = "mean",
+        routes: str | int = "sum",
+        *,
+        row_weight: Tensor | None = None,
+        col_weight: Tensor | None = None,
+        backend: str | None = None,
+    ) -> Tensor:
         """Return the attention matrix in the token frame: row i is what token i reads.
 
         Args:
             fold: as in ``mamba_attn.hidden_attention``.
             routes: "sum", "each", or the number of one route.
-            row_weight: (batch, channels, tokens), or per route in scan order.
-            col_weight: likewise.
+            row_weight: multiplies row i; (batch, channels, tokens), or per route in scan order.
+            col_weight: multiplies column j; (batch, channels, tokens), or per route in scan order.
             backend: as in ``mamba_attn.hidden_attention``.
 
         Returns:
@@ -235,43 +277,49 @@ class ScanLayer(Layer):
             NonFiniteError: the layer met NaN or Inf.
             MatrixTooLargeError: the result would not fit the memory.
         """
-        self._require_finite()
+        self.require_finite()
         plain = row_weight is None and col_weight is None and backend is None
         if plain and routes == "sum" and fold in self._ready:
             return self._ready[fold]
-        weights = {"row_weight": row_weight, "col_weight": col_weight, "fold": fold, "backend": backend}
-        if routes == "each":
-            each = (self.attention(routes=route, **weights) for route in range(self.scan.routes))  # type: ignore[arg-type]
-            return torch.stack(list(each), dim=1)
+
+        def folded(scan: ScanRecord, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+            return ops.hidden_attention(scan, row_weight=rows, col_weight=columns, fold=fold, backend=backend)
+
         if routes == "sum":
-            return ops.hidden_attention(self.scan, **weights)  # type: ignore[arg-type]
-        own = self._route(routes)
-        for key in ("row_weight", "col_weight"):
-            weight = weights[key]
-            if isinstance(weight, Tensor) and weight.ndim == 4:
-                weights[key] = weight[:, own]
-        return ops.hidden_attention(self.scan.select_routes(own), **weights)  # type: ignore[arg-type]
+            return folded(self.scan, row_weight, col_weight)
+        count = self.scan.routes
+        chosen = range(count) if routes == "each" else [self._check_route(routes, count)]
+        matrices = [
+            folded(self.scan.select_routes(slice(r, r + 1)), _of_route(row_weight, r), _of_route(col_weight, r))
+            for r in chosen
+        ]
+        return torch.stack(matrices, dim=1) if routes == "each" else matrices[0]
 
     def row(
         self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None, col_weight: Tensor | None = None
     ) -> Tensor:
         """Return what one token reads, (batch, [channels,] tokens), in linear time."""
-        self._require_finite()
+        self.require_finite()
         return ops.attention_row(self.scan, row=token, fold=fold, row_weight=row_weight, col_weight=col_weight)
 
     def column(
         self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None, col_weight: Tensor | None = None
     ) -> Tensor:
         """Return where one token is read, (batch, [channels,] tokens), in linear time."""
-        self._require_finite()
+        self.require_finite()
         return ops.attention_column(self.scan, column=token, fold=fold, row_weight=row_weight, col_weight=col_weight)
 
     def left_product(
-        self, vector: Float[Tensor, "batch tokens"], *, fold: str = "mean", row_weight: Tensor | None = None,
-        col_weight: Tensor | None = None, residual: bool = True,
-    ) -> Float[Tensor, "batch tokens"]:  # fmt: skip
+        self,
+        vector: Float[Tensor, "batch tokens"],
+        *,
+        fold: str = "mean",
+        row_weight: Tensor | None = None,
+        col_weight: Tensor | None = None,
+        residual: bool = True,
+    ) -> Float[Tensor, "batch tokens"]:
         """Return ``vector @ (I + attention)`` in linear time; without ``residual`` the I is left out."""
-        self._require_finite()
+        self.require_finite()
         product = ops.left_product(self.scan, vector=vector, fold=fold, row_weight=row_weight, col_weight=col_weight)
         return vector + product if residual else product
 
@@ -291,15 +339,8 @@ class ScanLayer(Layer):
             NonFiniteError: the layer met NaN or Inf.
             MatrixTooLargeError: the states would not fit the memory; name fewer channels.
         """
-        self._require_finite()
+        self.require_finite()
         return ops.scan_states(self.scan, routes=route, channels=channels).squeeze(1)
-
-    def _route(self, route: str | int) -> slice:
-        if not isinstance(route, int) or not 0 <= route < self.scan.routes:
-            raise ValueError(
-                f"{self.name}.attention(routes={route!r}): expected 'sum', 'each' or 0..{self.scan.routes - 1}."
-            )
-        return slice(route, route + 1)
 
     @cached_property
     def _not_finite(self) -> list[str]:
@@ -310,3 +351,164 @@ class ScanLayer(Layer):
         if all_finite(list(tensors.values())):
             return []
         return [name for name, tensor in tensors.items() if not all_finite([tensor])]
+
+
+class AttentionLayer(Layer):
+    """One softmax-attention call of a traced forward pass; its heads are folded as the channels of a scan are.
+
+    Args:
+        name: the module's name in the model.
+        record: the record of the call.
+        output: what the module returned.
+        tail: recomputes the output from the probabilities, in mode "observe".
+    """
+
+    kind: ClassVar[str] = "softmax attention"
+
+    def __init__(self, name: str, record: AttentionRecord, *, output: Any = None, tail: Tail | None = None) -> None:
+        super().__init__(name, record, output, tail)
+        self.record = record
+
+    def __repr__(self) -> str:
+        record = self.record
+        return f"AttentionLayer({self.name!r}, batch={self.batch}, heads={record.heads}, tokens={self.tokens})"
+
+    def _facts(self) -> dict[str, object]:
+        return {"heads": self.record.heads}
+
+    @property
+    def variable(self) -> Tensor:
+        """The probabilities (batch, heads, tokens, tokens)."""
+        return self.record.probabilities
+
+    def attention(
+        self,
+        fold: str = "mean",
+        routes: str | int = "sum",
+        *,
+        row_weight: Tensor | None = None,
+        col_weight: Tensor | None = None,
+    ) -> Tensor:
+        """Return the attention matrix: row i is what token i reads.
+
+        Args:
+            fold: "mean" or "sum" over heads of the weighted matrices; "positive" and "absolute": max(., 0) and |.| of
+                each weighted head, then the mean; "each": no fold.
+            routes: as for scans; softmax attention is one route, number 0.
+            row_weight: (batch, heads, tokens); multiplies row i of a head.
+            col_weight: (batch, heads, tokens); multiplies column j of a head.
+
+        Returns:
+            (batch, [heads,] tokens, tokens), or (batch, 1, [heads,] tokens, tokens) with routes="each".
+
+        Raises:
+            ValueError: an unknown fold or route, a weight of another shape.
+            NonFiniteError: the layer met NaN or Inf.
+        """
+        if routes not in ("sum", "each"):
+            self._check_route(routes, 1)
+        matrix = self._matrix("attention", fold, ops.FOLDS)
+        if row_weight is not None:
+            matrix = matrix * self._weight("row_weight", row_weight).unsqueeze(-1)
+        if col_weight is not None:
+            matrix = matrix * self._weight("col_weight", col_weight).unsqueeze(-2)
+        folded = _fold(matrix, fold)
+        return folded.unsqueeze(1) if routes == "each" else folded
+
+    def row(
+        self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None, col_weight: Tensor | None = None
+    ) -> Tensor:
+        """Return what one token reads, (batch, [heads,] tokens).
+
+        Raises:
+            ValueError: a token that is not there, or as ``attention``.
+        """
+        row = self._matrix("row", fold, ops.FOLDS)[:, :, self._index("row", token)]
+        if row_weight is not None:
+            row = row * self._weight("row_weight", row_weight)[:, :, token, None]
+        if col_weight is not None:
+            row = row * self._weight("col_weight", col_weight)
+        return _fold(row, fold)
+
+    def column(
+        self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None, col_weight: Tensor | None = None
+    ) -> Tensor:
+        """Return where one token is read, (batch, [heads,] tokens).
+
+        Raises:
+            ValueError: a token that is not there, or as ``attention``.
+        """
+        column = self._matrix("column", fold, ops.FOLDS)[..., self._index("column", token)]
+        if row_weight is not None:
+            column = column * self._weight("row_weight", row_weight)
+        if col_weight is not None:
+            column = column * self._weight("col_weight", col_weight)[:, :, token, None]
+        return _fold(column, fold)
+
+    def left_product(
+        self,
+        vector: Float[Tensor, "batch tokens"],
+        *,
+        fold: str = "mean",
+        row_weight: Tensor | None = None,
+        col_weight: Tensor | None = None,
+        residual: bool = True,
+    ) -> Float[Tensor, "batch tokens"]:
+        """Return ``vector @ (I + attention)``; without ``residual`` the I is left out.
+
+        Raises:
+            ValueError: a vector of another shape, a fold that is not linear, or as ``attention``.
+        """
+        matrix = self._matrix("left_product", fold, _LINEAR_FOLDS)
+        if vector.shape != (self.batch, self.tokens):
+            raise ValueError(
+                f"{self.name}.left_product(vector{tuple(vector.shape)}): expected (batch, tokens) = "
+                f"{(self.batch, self.tokens)}."
+            )
+        rows = vector.unsqueeze(1)
+        if row_weight is not None:
+            rows = rows * self._weight("row_weight", row_weight)
+        product = torch.einsum("bhi,bhij->bhj", rows.expand(matrix.shape[:3]).to(matrix), matrix)
+        if col_weight is not None:
+            product = product * self._weight("col_weight", col_weight)
+        product = _fold(product, fold)
+        return vector + product if residual else product
+
+    def _matrix(self, call: str, fold: str, allowed: tuple[str, ...]) -> Float[Tensor, "batch heads tokens tokens"]:
+        if fold not in allowed:
+            raise ValueError(f"{self.name}.{call}(fold={fold!r}): expected one of {allowed}.")
+        self.require_finite()
+        return self.record.probabilities.to(self.dtype)
+
+    def _weight(self, name: str, weight: Tensor) -> Float[Tensor, "batch heads tokens"]:
+        frame = (self.batch, self.record.heads, self.tokens)
+        if weight.ndim != 3 or any(w not in (1, n) for w, n in zip(weight.shape, frame, strict=True)):
+            raise ValueError(
+                f"{self.name}: {name} must be (batch, heads, tokens) = {frame}, got {tuple(weight.shape)}."
+            )
+        return weight.expand(frame)
+
+    def _index(self, call: str, token: int) -> int:
+        if not isinstance(token, int) or not 0 <= token < self.tokens:
+            raise ValueError(f"{self.name}.{call}({token!r}): expected the index of a token, 0..{self.tokens - 1}.")
+        return token
+
+    @cached_property
+    def _not_finite(self) -> list[str]:
+        tensors = {"probabilities": self.record.probabilities, "value": self.record.value}
+        return [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+
+
+def _fold(weighted: Tensor, fold: str) -> Tensor:
+    """Fold the heads, axis 1, of weighted matrices or lines of them."""
+    if fold == "each":
+        return weighted
+    if fold == "sum":
+        return weighted.sum(1)
+    part = weighted.clamp(min=0) if fold == "positive" else weighted.abs() if fold == "absolute" else weighted
+    return part.mean(1)
+
+
+def _of_route(weight: Tensor | None, route: int) -> Tensor | None:
+    """One route's part of a weight that has one per route."""
+    return weight[:, route : route + 1] if isinstance(weight, Tensor) and weight.ndim == 4 else weight

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mamba_attn.core.rules import ACTIVATION, LINEAR, NORM, TOKENS, Rules
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.tracing.adapters import AnyAdapter
-from mamba_attn.tracing.patching import Installed, recomputing, routed
+from mamba_attn.tracing.patching import PatchedForward, patched, recomputing
 
 Mixers = Mapping[str, tuple[nn.Module, AnyAdapter]]
 
@@ -34,7 +34,7 @@ _ACTIVATION_NAMES = ("GELU", "GELUTanh", "QuickGELU", "QuickGelu", "Swish", "SiL
 
 
 @dataclass(frozen=True, eq=False)
-class _Use:
+class _Interest:
     """One trace's rules for one module."""
 
     rules: Rules
@@ -42,10 +42,10 @@ class _Use:
     thread: int
 
 
-class _RuledForward(Installed):
+class _RuledForward(PatchedForward):
     """The forward of a norm, an activation, a linear layer or a convolution, as the rules have it."""
 
-    def run(self, uses: list[_Use], again: bool, /, *args: Any, **kwargs: Any) -> Any:
+    def run(self, interests: list[_Interest], again: bool, /, *args: Any, **kwargs: Any) -> Any:
         others = {name: value for name, value in kwargs.items() if value is not None and value is not False}
         if len(args) != 1 or others or not isinstance(args[0], Tensor):
             raise UnsupportedModelError(
@@ -53,28 +53,29 @@ class _RuledForward(Installed):
                 f"{' and ' if others else ''}{', '.join(others)}: rules for the whole model know calls with one tensor "
                 "alone. A norm that adds the residual stream as well needs fused_add_norm=False."
             )
-        return self._ruled(uses[-1], args[0], partial(self.original, **kwargs) if kwargs else self.original)
+        return self._ruled(interests[-1], args[0], partial(self.original, **kwargs) if kwargs else self.original)
 
-    def _ruled(self, use: _Use, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
-        if use.kind == NORM:
-            return use.rules.norm(self.module, x, call)
-        return use.rules.activation(call, x) if use.kind == ACTIVATION else use.rules.linear(self.module, x, call)
+    def _ruled(self, interest: _Interest, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+        rules = interest.rules
+        if interest.kind == NORM:
+            return rules.norm(self.module, x, call)
+        return rules.activation(call, x) if interest.kind == ACTIVATION else rules.linear(self.module, x, call)
 
 
-def rule(stack: ExitStack, model: nn.Module, mixers: Mixers, rules: Rules | None) -> None:
+def install_rules(stack: ExitStack, model: nn.Module, mixers: Mixers, rules: Rules | None) -> None:
     """Install what the rules want; ``stack`` undoes it."""
     if rules is None or not rules.wants:
         return
     thread = get_ident()
     for _, module, kind in _ruled(model, mixers, rules.wants):
-        stack.enter_context(routed(module, _Use(rules, kind, thread), _RuledForward))
+        stack.enter_context(patched(module, _Interest(rules, kind, thread), _RuledForward))
     if TOKENS in rules.wants:
         for mixer, module in _entrances(model, mixers):
             hook = partial(_enter, rules, mixer, thread)
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
 
-def require_rulable(model: nn.Module, mixers: Mixers, rules: Rules | None) -> None:
+def check_rules_apply(model: nn.Module, mixers: Mixers, rules: Rules | None) -> None:
     """Refuse, before anything is installed, norms that the rules would miss or do not know.
 
     Raises:

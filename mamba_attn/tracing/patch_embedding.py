@@ -101,9 +101,10 @@ def _layout(
 
 
 def _tokens_of_patches(
-    tokens: Float[Tensor, "batch tokens features"], patches: Float[Tensor, "images patches width"],
+    tokens: Float[Tensor, "batch tokens features"],
+    patches: Float[Tensor, "images patches width"],
     position: Tensor | None,
-) -> list[int] | None:  # fmt: skip
+) -> list[int] | None:
     """The token that holds each patch, when there is exactly one way to find all patches in raster order.
 
     Position embeddings may have been added to the patches, or to all tokens after others were inserted.

@@ -1,6 +1,7 @@
 """What a trace installs on a user's model, and takes off again: forwards of mixers, and hooks.
 
-``tracer.py`` decides what is traced and owns the ExitStack; ``module_rules.py`` handles the rest of the model.
+``tracer`` says what is traced and owns the ExitStack; ``module_rules`` patches the norms, activations and linear layers
+around the mixers. Nothing else touches a user's model.
 """
 
 import copy
@@ -19,14 +20,13 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from mamba_attn.core.rules import PLAIN, Rules
 from mamba_attn.errors import TraceError
-from mamba_attn.ops import selective_scan
+from mamba_attn.ops import hidden_attention, selective_scan
 from mamba_attn.tracing.adapters import AnyAdapter, AttentionAdapter, LayoutSource, Seen
-from mamba_attn.tracing.attention_layer import AttentionLayer
-from mamba_attn.tracing.layers import Layer, ScanLayer
+from mamba_attn.tracing.layers import AttentionLayer, Layer, ScanLayer
 
 
 @dataclass(frozen=True, eq=False)
-class Use:
+class Interest:
     """One trace's interest in one mixer.
 
     Args:
@@ -48,7 +48,7 @@ class Use:
     thread: int
 
 
-class Installed(ABC):
+class PatchedForward(ABC):
     """Stands in a module's ``forward`` while anybody traces it; calls of other threads go to the original."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -56,7 +56,7 @@ class Installed(ABC):
         self.original = module.forward
         self.__wrapped__ = module.forward  # adapters read which function that is
         self.own = "forward" in module.__dict__  # SS2D of VMamba sets its forward on the instance
-        self.uses: list[Any] = []
+        self.interests: list[Any] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of the model made inside a trace gets its plain forward, bound to the copy."""
@@ -66,38 +66,37 @@ class Installed(ABC):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Answer in the forward's place, for the traces that this thread has open."""
         again = recomputing()
-        uses = [use for use in tuple(self.uses) if again or use.thread == get_ident()]
-        return self.run(uses, again, *args, **kwargs) if uses else self.original(*args, **kwargs)
+        interests = [interest for interest in tuple(self.interests) if again or interest.thread == get_ident()]
+        return self.run(interests, again, *args, **kwargs) if interests else self.original(*args, **kwargs)
 
     @abstractmethod
-    def run(self, uses: list[Any], again: bool, /, *args: Any, **kwargs: Any) -> Any:
+    def run(self, interests: list[Any], again: bool, /, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward as its traces want it; ``again`` when checkpointing repeats it."""
 
 
-class _RoutedForward(Installed):
+class _RoutedForward(PatchedForward):
     """A mixer's forward, through ``mamba_attn.ops``."""
 
-    def run(self, uses: list[Use], again: bool, /, *args: Any, **kwargs: Any) -> Any:
-        store = [] if again else uses
-        adapter, seen = uses[-1].adapter, uses[-1].seen
-        rules = next((use.rules for use in reversed(uses) if use.rules is not None), PLAIN)
+    def run(self, interests: list[Interest], again: bool, /, *args: Any, **kwargs: Any) -> Any:
+        store = [] if again else interests
+        adapter, seen = interests[-1].adapter, interests[-1].seen
+        rules = next((interest.rules for interest in reversed(interests) if interest.rules is not None), PLAIN)
         if isinstance(adapter, AttentionAdapter):
             record = rules.attention(adapter.project(self.module, *args, rules=rules, seen=seen, **kwargs))
             _start_gradients(record.probabilities)
             output = adapter.finish(self.module, record, record.probabilities, rules)
-            for use in store:
-                use.store(AttentionLayer(use.name, record, output=output))
+            for interest in store:
+                interest.store(AttentionLayer(interest.name, record, output=output))
             return output
         scan = rules.scan(adapter.project(self.module, *args, rules=rules, seen=seen, **kwargs))
-        folds = {use.attention: selective_scan(scan, attention=use.attention) for use in uses if use.attention}
+        wanted = dict.fromkeys(interest.attention for interest in interests if interest.attention)
+        folds = {fold: selective_scan(scan, attention=fold) for fold in wanted}
         y = next(iter(folds.values()))[0] if folds else selective_scan(scan)
-        if not isinstance(y, Tensor):
-            raise TypeError(f"{uses[-1].name}: the scan returned {type(y).__name__}.")
         _start_gradients(y)
         output = adapter.finish(self.module, scan, y, rules)
-        for use in store:
-            ready = (use.attention, folds[use.attention][1]) if use.attention else None
-            use.store(ScanLayer(use.name, scan, y=y, output=output, attention=ready))
+        for interest in store:
+            ready = (interest.attention, folds[interest.attention][1]) if interest.attention else None
+            interest.store(ScanLayer(interest.name, scan, y=y, output=output, attention=ready))
         return output
 
 
@@ -116,22 +115,23 @@ _install = Lock()
 
 
 @contextmanager
-def routed(module: nn.Module, use: Any, kind: type[Installed] = _RoutedForward) -> Iterator[None]:
+def patched(module: nn.Module, interest: Any, kind: type[PatchedForward] = _RoutedForward) -> Iterator[None]:
     """Install a forward on the instance, by default one that runs a mixer through ``mamba_attn.ops``.
 
-    Undone when the last use of it leaves.
+    Undone when the last interest in it ends.
     """
     with _install:
         found = module.__dict__.get("forward")
         forward = found if isinstance(found, kind) else kind(module)
         module.__dict__["forward"] = forward
-        forward.uses.append(use)
+        forward.interests.append(interest)
     try:
         yield
     finally:
         with _install:
-            forward.uses.remove(use)
-            if not forward.uses and module.__dict__.get("forward") is forward:  # else somebody wrapped it: theirs stays
+            forward.interests.remove(interest)
+            # a forward that somebody put around ours stays
+            if not forward.interests and module.__dict__.get("forward") is forward:
                 if forward.own:
                     module.__dict__["forward"] = forward.original
                 else:
@@ -139,33 +139,32 @@ def routed(module: nn.Module, use: Any, kind: type[Installed] = _RoutedForward) 
 
 
 @contextmanager
-def observed(module: nn.Module, use: Use) -> Iterator[None]:
+def observed(module: nn.Module, interest: Interest) -> Iterator[None]:
     """Install a hook that recomputes the record of a call, which runs untouched, from its input."""
-    handle = module.register_forward_hook(partial(_observe, use), with_kwargs=True)
+    handle = module.register_forward_hook(partial(_observe, interest), with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
 
 
-def _observe(use: Use, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def _observe(interest: Interest, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     again = recomputing()
-    if use.thread != get_ident() and not again:
+    if interest.thread != get_ident() and not again:
         return
-    store = _forget if again else use.store  # checkpointing wants the same computations again, nobody else does
-    adapter = use.adapter
+    store = _forget if again else interest.store  # checkpointing wants the same computations again, nobody else does
+    adapter = interest.adapter
     finish: Callable[[Tensor], Tensor]
     if isinstance(adapter, AttentionAdapter):
-        record = adapter.project(module, *args, rules=PLAIN, seen=use.seen, **kwargs)
+        record = adapter.project(module, *args, rules=PLAIN, seen=interest.seen, **kwargs)
         finish = partial(adapter.finish, module, record.map_tensors(Tensor.detach), rules=PLAIN)
-        store(AttentionLayer(use.name, record, output=output, tail=_repeatable(use.name, module, finish)))
+        store(AttentionLayer(interest.name, record, output=output, tail=_repeatable(interest.name, module, finish)))
         return
-    scan = adapter.project(module, *args, rules=PLAIN, seen=use.seen, **kwargs)
+    scan = adapter.project(module, *args, rules=PLAIN, seen=interest.seen, **kwargs)
     finish = partial(adapter.finish, module, scan.map_tensors(Tensor.detach), rules=PLAIN)
-    layer = ScanLayer(use.name, scan, output=output, tail=_repeatable(use.name, module, finish))
-    if use.attention:
-        layer._ready[use.attention] = layer.attention(use.attention)
-    store(layer)
+    ready = (interest.attention, hidden_attention(scan, fold=interest.attention)) if interest.attention else None
+    tail = _repeatable(interest.name, module, finish)
+    store(ScanLayer(interest.name, scan, output=output, tail=tail, attention=ready))
 
 
 def _forget(layer: Layer) -> None:

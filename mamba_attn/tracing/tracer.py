@@ -1,4 +1,4 @@
-"""trace(model): what is traced and for how long; ``patching.py`` and ``module_rules.py`` install it on the model.
+"""trace(model): what is traced. With ``patching`` and ``module_rules``, the only place that touches a user's model.
 
 Everything installed is owned by one ExitStack and by one entry of the context manager: nothing is left on the model
 after normal exit, an exception, a failure half way through, nesting, or another thread's use of the same model.
@@ -6,22 +6,23 @@ after normal exit, an exception, a failure half way through, nesting, or another
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from fnmatch import fnmatchcase
+from numbers import Integral
 from threading import get_ident
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
+from mamba_attn import ops
 from mamba_attn.core import notebook
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.rules import Rules
 from mamba_attn.errors import TraceError, UnknownLayerError, UnsupportedModelError, nearest
-from mamba_attn.ops.arguments import FOLDS
 from mamba_attn.tracing.adapters import AnyAdapter, Seen, find_mixers, require_supported
-from mamba_attn.tracing.layers import Layer
-from mamba_attn.tracing.module_rules import require_rulable, rule
-from mamba_attn.tracing.patching import Use, observed, routed, watch_layout
+from mamba_attn.tracing.layer_names import ByLayer, LayerName, LayerNames, layer_name, layer_names
+from mamba_attn.tracing.layers import AnyLayer, AttentionLayer, Layer, ScanLayer
+from mamba_attn.tracing.module_rules import check_rules_apply, install_rules
+from mamba_attn.tracing.patching import Interest, observed, patched, watch_layout
 
 _MODES = ("route", "observe")
 _GRADIENTS = ("y", "output")
@@ -29,14 +30,20 @@ _SHOWN = 12  # layers in a notebook
 
 
 class Trace(Mapping[str, Layer]):
-    """The layers of one forward pass, by name, in execution order."""
+    """The layers of one forward pass, by name, in execution order; ``trace[0]`` and ``trace[-1]`` count them.
+
+    ``scans`` and ``softmax`` are those of one kind, with what only that kind has.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = list(names)
         self._layers: dict[str, Layer] = {}
         self._repeated: set[str] = set()
 
-    def __getitem__(self, name: str) -> Layer:
+    def __getitem__(self, name: LayerName) -> Layer:
+        if not isinstance(name, str):
+            self._require_run()
+            name = layer_name(f"trace[{name!r}]", name, list(self._layers))
         if name not in self._names:
             raise UnknownLayerError(f"no traced layer is called {name!r}. {nearest(name, self._names)}")
         if name not in self._layers:
@@ -49,6 +56,8 @@ class Trace(Mapping[str, Layer]):
         return iter(self._layers)
 
     def __contains__(self, name: object) -> bool:
+        if isinstance(name, Integral) and not isinstance(name, bool):
+            return -len(self) <= int(name) < len(self)
         return name in self._layers
 
     def __len__(self) -> int:
@@ -65,14 +74,38 @@ class Trace(Mapping[str, Layer]):
         return f"<div>{body}{names}</div>"
 
     @property
+    def names(self) -> list[str]:
+        """Names of the layers that are traced, in the model's order, whether they ran or not."""
+        return list(self._names)
+
+    @property
     def layers(self) -> list[Layer]:
         """The layers in execution order."""
         return [self[name] for name in self]
 
-    def gradients(self, scalar: Tensor, of: str = "y") -> dict[str, Tensor]:
+    @property
+    def scans(self) -> ByLayer[ScanLayer]:
+        """The layers of selective scans, by name or number.
+
+        Raises:
+            TraceError: no layer has run yet.
+        """
+        return self._of_kind(ScanLayer)
+
+    @property
+    def softmax(self) -> ByLayer[AttentionLayer]:
+        """The layers of softmax attention, by name or number.
+
+        Raises:
+            TraceError: no layer has run yet.
+        """
+        return self._of_kind(AttentionLayer)
+
+    def gradients(self, scalar: Tensor, of: str = "y") -> ByLayer[Tensor]:
         """Return the gradient of a scalar with respect to every layer's ``variable``, or ``output``.
 
-        The graph is kept, so several targets can be asked for. Nothing accumulates in ``.grad``.
+        By the layers' names or numbers, as the trace. The graph is kept, so several targets can be asked for. Nothing
+        accumulates in ``.grad``.
 
         Args:
             scalar: computed from this forward pass, e.g. ``logits[:, 7].sum()``.
@@ -87,7 +120,7 @@ class Trace(Mapping[str, Layer]):
         if of not in _GRADIENTS:
             raise ValueError(f"gradients(of={of!r}): expected one of {_GRADIENTS}.")
         layers = self.layers
-        direct = [layer.variable if of == "y" and layer._tail is None else layer.output for layer in layers]
+        direct = [layer.variable if of == "y" and layer.tail is None else layer.output for layer in layers]
         attached = [tensor for tensor in direct if tensor.requires_grad]
         if len(attached) < len(layers) or not scalar.requires_grad:
             raise TraceError(
@@ -103,11 +136,19 @@ class Trace(Mapping[str, Layer]):
             ) from error
         if all(gradient is None for gradient in found):
             raise TraceError("gradients(): the scalar does not depend on this forward pass; take it from its output.")
-        result = {}
+        result: ByLayer[Tensor] = ByLayer()
         for layer, tensor, gradient in zip(layers, attached, found, strict=True):
             filled = torch.zeros_like(tensor) if gradient is None else gradient
-            result[layer.name] = filled if of == "output" or layer._tail is None else _through_tail(layer, filled)
+            result[layer.name] = filled if of == "output" or layer.tail is None else _through_tail(layer, filled)
         return result
+
+    def _of_kind(self, kind: type[AnyLayer]) -> ByLayer[AnyLayer]:
+        self._require_run()
+        return ByLayer({layer.name: layer for layer in self.layers if isinstance(layer, kind)})
+
+    def _require_run(self) -> None:
+        if not self._layers:
+            raise TraceError("no layer has run yet: call the model inside the with-block first, then read the trace.")
 
     def _store(self, layer: Layer) -> None:
         if layer.name in self._layers:
@@ -126,7 +167,7 @@ def _of(layers: Trace, name: str) -> str:
 def trace(
     model: nn.Module,
     *,
-    layers: Iterable[str] | None = None,
+    layers: LayerNames | None = None,
     mode: str = "route",
     attention: str | None = None,
     layout: TokenLayout | None = None,
@@ -138,7 +179,8 @@ def trace(
     Args:
         model: a model with mixers of a known family, as it is; it is neither switched to eval nor changed. Inside
             DistributedDataParallel, and DataParallel on one device, names are those of the wrapped model.
-        layers: names or patterns (``"layers.1?.mixer"``) of mixers. Default: all.
+        layers: names, patterns (``"layers.1?.mixer"``) or numbers of mixers, or one of them; numbers count the
+            model's mixers in the order of its modules, negative ones from the last. Default: all.
         mode: "route" runs the mixers' equations through ``mamba_attn.ops``, and softmax attention through its explicit
             probabilities, submodules called as modules; "observe" leaves the model's own forward untouched and
             recomputes the record from each mixer's input.
@@ -155,7 +197,8 @@ def trace(
     Raises:
         UnsupportedModelError: nothing to trace, a variant that is refused, a compiled model, copies on several devices;
             norms that rules for the whole model do not know.
-        UnknownLayerError: a name or pattern that fits no mixer.
+        UnknownLayerError: a name or pattern that fits no mixer, a number that is out of range.
+        TypeError: ``layers`` that are neither names nor numbers.
         ValueError: an unknown mode or fold, rules in mode "observe".
 
     Example:
@@ -166,25 +209,26 @@ def trace(
     """
     if mode not in _MODES:
         raise ValueError(f"trace(mode={mode!r}): expected one of {_MODES}.")
-    if attention is not None and attention not in FOLDS:
-        raise ValueError(f"trace(attention={attention!r}): expected one of {FOLDS}.")
+    if attention is not None and attention not in ops.FOLDS:
+        raise ValueError(f"trace(attention={attention!r}): expected one of {ops.FOLDS}.")
     if rules is not None and mode == "observe":
         raise ValueError("trace(rules=..., mode='observe'): rules change the forward; use mode='route'.")
     model = _unwrapped(model)
     found = find_mixers(model, adapters)
-    mixers = _select(found, layers)
+    chosen = list(found) if layers is None else layer_names("trace(layers=...)", layers, list(found))
+    mixers = {name: found[name] for name in chosen}
     for name, (module, adapter) in mixers.items():
         require_supported(name, module, adapter, model)
-    require_rulable(model, mixers, rules)
+    check_rules_apply(model, mixers, rules)
     record = Trace(list(mixers))
     seen = Seen(layout=layout)
     with ExitStack() as stack:
         families = dict.fromkeys(adapter for _, adapter in found.values())  # also of mixers that were not asked for
         watch_layout(stack, model, families, seen)
-        rule(stack, model, mixers, rules)
+        install_rules(stack, model, mixers, rules)
         for name, (module, adapter) in mixers.items():
-            use = Use(name, record._store, seen, adapter, attention, rules, get_ident())
-            stack.enter_context(routed(module, use) if mode == "route" else observed(module, use))
+            interest = Interest(name, record._store, seen, adapter, attention, rules, get_ident())
+            stack.enter_context(patched(module, interest) if mode == "route" else observed(module, interest))
         yield record
 
 
@@ -211,25 +255,9 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 def _through_tail(layer: Layer, gradient: Tensor) -> Tensor:
     """The gradient with respect to the layer's variable, from the one at the mixer's output."""
-    if layer._tail is None:
+    if layer.tail is None:
         raise TraceError(f"{layer.name}: no recomputed tail.")
     with torch.enable_grad():
         variable = layer.variable.detach().requires_grad_()
-        (result,) = torch.autograd.grad(layer._tail(variable), variable, gradient)
+        (result,) = torch.autograd.grad(layer.tail(variable), variable, gradient)
     return result
-
-
-def _select(
-    mixers: dict[str, tuple[nn.Module, AnyAdapter]], patterns: Iterable[str] | None
-) -> dict[str, tuple[nn.Module, AnyAdapter]]:
-    if patterns is None:
-        return mixers
-    if isinstance(patterns, str):
-        raise TypeError(f"trace(layers={patterns!r}): expected a list of names or patterns, e.g. [{patterns!r}].")
-    chosen: set[str] = set()
-    for pattern in patterns:
-        fitting = {name for name in mixers if fnmatchcase(name, pattern)}
-        if not fitting:
-            raise UnknownLayerError(f"trace(layers=...): {pattern!r} fits no layer. {nearest(pattern, mixers)}")
-        chosen |= fitting
-    return {name: mixer for name, mixer in mixers.items() if name in chosen}

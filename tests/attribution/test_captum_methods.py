@@ -148,8 +148,8 @@ def test_nothing_changes_and_nothing_is_left(method):
 def test_bad_input(method):
     model = vim(depth=1)
     explainer = method(model, **fast(method))
-    with pytest.raises(ValueError, match=r"query=\(3, 3\)\): this method reads no token's row; leave query out"):
-        explainer.attribute(images(1), query=(3, 3))
+    with pytest.raises(ValueError, match=r"pixel=\(3, 3\)\): this method reads no token's row; leave pixel out"):
+        explainer.attribute(images(1), pixel=(3, 3))
     with pytest.raises(ValueError, match=r"expected class indices in 0\.\.4"):
         explainer.attribute(images(1), 5)
     with pytest.raises(NonFiniteError, match="what is to be explained is NaN or Inf"):

@@ -8,7 +8,6 @@ from captum.metrics import infidelity, sensitivity_max
 from torch import nn
 
 from mamba_attn.attribution import AttentionRollout, MambaAttribution, MambaLRP, RawAttention, catalogue
-from mamba_attn.attribution._queries import check_query
 from mamba_attn.attribution._targets import target_indices, target_values
 from mamba_attn.errors import NonFiniteError
 from tests.attribution.cases import SIZE, _livelier, images, vim, vmamba
@@ -109,10 +108,10 @@ def test_shapes_and_queries_of_every_method(model, name):
     with pytest.raises(ValueError, match=rf"{entry.method.__name__}\.attribute\(target=\[1, 9\]\)"):
         explainer.attribute(x, [1, 9])
     if entry.reads_rows:
-        assert not torch.equal(explainer.attribute(x, 1, (20, 12)), maps)
+        assert not torch.equal(explainer.attribute(x, 1, pixel=(20, 12)), maps)
     else:
-        with pytest.raises(ValueError, match=r"query=\(20, 12\)\): this method reads no token's row"):
-            explainer.attribute(x, 1, (20, 12))
+        with pytest.raises(ValueError, match=r"pixel=\(20, 12\)\): this method reads no token's row"):
+            explainer.attribute(x, 1, pixel=(20, 12))
 
 
 @pytest.mark.parametrize(
@@ -218,12 +217,6 @@ def test_maps_that_no_class_changes_need_no_target(method, segmenter):
 def test_a_target_is_needed_where_no_class_is_predicted(segmenter):
     with pytest.raises(ValueError, match=r"MambaAttribution\.attribute\(target=None\): .* no predicted class; give"):
         MambaAttribution(segmenter).attribute(images(2))
-
-
-@pytest.mark.parametrize("query", [5, "ab", (None, 3)])
-def test_a_query_that_is_none(query):
-    with pytest.raises(ValueError, match=r"expected \(row, column\) or \(x0, y0, x1, y1\), in pixels"):
-        check_query("call", query, (40, 24))
 
 
 def test_two_shapes_at_once():

@@ -22,6 +22,7 @@ from tests.attribution.cases import (
     vmamba,
 )
 from tests.attribution.relevance import toeplitz
+from tests.attribution.test_queries import keyword
 
 TARGET = [3, 0, 4]
 ABLATIONS = [{}, *({part: False} for part in PARTS), dict.fromkeys(PARTS, False)]
@@ -206,10 +207,10 @@ def test_parts_and_queries_reach_the_map():
         assert (found - plain).abs().max() > 1e-3 * plain.abs().max()
     ((layout, W),) = dense(model, inputs)
     for query, tokens in (((12, 20), [5]), ((0, 0, 16, 24), [0, 1, 3, 4, 6, 7])):
-        found = ImplicitAttention(model).attribute(inputs, TARGET, query, grid=True)[:, 0]
+        found = ImplicitAttention(model).attribute(inputs, TARGET, **keyword(query), grid=True)[:, 0]
         close(found, layout.to_grid(W[:, tokens].clamp(min=0).mean(1)))
         ((_, mean),) = dense(model, inputs, gradient=False)
-        close(ImplicitAttention(model).rows(inputs, query)["layers.0.mixer"], mean[:, tokens].mean(1))
+        close(ImplicitAttention(model).rows(inputs, **keyword(query))["layers.0.mixer"], mean[:, tokens].mean(1))
 
 
 @pytest.mark.parametrize("name", ["first", "vmamba"])

@@ -21,6 +21,7 @@ from tests.attribution.cases import (
     vim,
     vmamba,
 )
+from tests.attribution.test_queries import keyword, place
 
 TARGET = [3, 0, 4]
 
@@ -92,9 +93,9 @@ def test_rows_of_a_query_without_rollout(name, query):
     model, inputs = MODELS[name](), images()
     maps = []
     for layout, matrix in gradient_times_matrices(model, inputs):
-        tokens = query_tokens(layout, query)
+        tokens = query_tokens(layout, place(query))[0]
         maps.append((layout, of_one_token(layout, matrix[:, tokens].mean(1)).clamp(min=0)))
-    close(MambaAttribution(model, rollout=False).attribute(inputs, target=TARGET, query=query), in_pixels(maps))
+    close(MambaAttribution(model, rollout=False).attribute(inputs, target=TARGET, **keyword(query)), in_pixels(maps))
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -201,7 +202,7 @@ def test_a_query_of_the_rollout_is_its_row(query, tokens):
     model, inputs = vim(depth=1, class_token=None), images()
     ((layout, matrix),) = gradient_times_matrices(model, inputs)
     expected = layout.to_grid(of_one_token(layout, matrix)[:, tokens].clamp(min=0).mean(1))
-    actual = MambaAttribution(model).attribute(inputs, target=TARGET, query=query, grid=True)[:, 0]
+    actual = MambaAttribution(model).attribute(inputs, target=TARGET, **keyword(query), grid=True)[:, 0]
     close(actual, expected)
 
 

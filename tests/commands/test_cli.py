@@ -106,7 +106,7 @@ def test_every_option_at_once(photos, tmp_path, capsys):
     assert Path(beside).is_file()
     arguments = ["explain", str(photos / "*" / "a.jpg"), "--model", "vmamba_micro", "--weights", path]
     arguments += ["--method", "raw_attention", "attention_rollout:signed", "--method", "mamba_attribution:rule=paper"]
-    arguments += ["--target", "HAT", "--query", "2,3,30,20", "--layer", "1", "layers.2.*", "--beside", "none"]
+    arguments += ["--target", "HAT", "--box", "2,3,30,20", "--layer", "1", "layers.2.*", "--beside", "none"]
     assert cli.main([*arguments, "--device", "cpu", "--out", str(photos / "out")]) == 0
     with np.load(photos / "out" / "a-2.npz") as arrays:
         assert int(arrays["explained"]) == 1
@@ -135,8 +135,8 @@ def test_a_vit(photos, tmp_path):
         (["--target", "hatt"], "no such class; vim_micro knows 3 classes, 0..2. Did you mean 'hat'"),
         (["--layer", "7"], "no such layer; vim_micro has 2 layers, 0..1."),
         (["--query", "40,3"], "the pixel (row, column) is outside the image of 32 x 32 pixels"),
-        (["--query", "1,2,3,40"], "expected a box"),
-        (["--query", "here"], "expected ROW,COLUMN or X0,Y0,X1,Y1"),
+        (["--box", "1,2,3,40"], "--box 1,2,3,40: the box is empty or leaves the image"),
+        (["--query", "here"], "expected ROW,COLUMN in pixels"),
         (["--beside", "vit_mircro"], "Did you mean 'vit_micro'"),
     ],
 )

@@ -69,7 +69,7 @@ def test_other_models_queries_and_layers(tmp_path, weights, photos, capsys):
     calls = [
         ("vmamba_micro", ["--query", "10,20", "--layer", "1"], "pixel 10, 20 behind layers.1.blocks.0.op"),
         ("vim_micro", ["--query", "class", "--limit", "1"], "the class token behind layers.1.mixer"),
-        ("vit_micro", ["--query", "0,0,16,16", "--layer", "blocks.0.attn"], "the marked box behind blocks.0.attn"),
+        ("vit_micro", ["--box", "0,0,16,16", "--layer", "blocks.0.attn"], "the marked box behind blocks.0.attn"),
     ]
     for name, options, sentence in calls:
         where = ["--out", tmp_path / name]
@@ -118,7 +118,7 @@ def test_a_collection_is_averaged_image_by_image(tmp_path, weights, capsys):
     [
         (["--size", "24"], "--size 24: expected ROWS,COLUMNS in pixels"),
         (["--size", "0,24"], "--size 0,24: expected ROWS,COLUMNS"),
-        (["--query", "a,b"], "--query a,b: expected ROW,COLUMN or X0,Y0,X1,Y1 in pixels, or class"),
+        (["--query", "a,b"], "--query a,b: expected ROW,COLUMN in pixels, or class"),
         (["--query", "900,1"], "outside the image of 32 x 32 pixels"),
         (["--layer", "7"], "--layer 7: no such layer; vim_micro has 2 layers, 0..1."),
         (["--limit", "0"], "--limit 0: expected a number from 1 on"),

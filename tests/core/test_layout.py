@@ -1,6 +1,7 @@
 """The token frame: which token is which patch, and where patches lie in the image."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mamba_attn import trace
 from mamba_attn.core.layout import TokenLayout
+from tests.attribution.cases import vim
 from tests.integrations.small_mambavision import windows_of
 
 SIDE = st.integers(1, 7)
@@ -193,3 +196,51 @@ def test_an_offset_moves_the_centres():
     assert layout.token_at(0, 0) == layout.token_at(1, 1) == 0
     assert layout.token_at(3, 3) == 3
     assert TokenLayout(grid=(3, 2), patch_size=4).token_at(3, 3) == 0
+
+
+LAYOUTS = {
+    "class token": TokenLayout((3, 5), patch_size=4, class_tokens=(7,)),
+    "registers": TokenLayout((3, 5), patch_size=4, stride=2, class_tokens=(0,), registers=(3, 17)),
+    "patches alone": TokenLayout((3, 5), patch_size=4),
+    "one row": TokenLayout((1, 5), patch_size=4, class_tokens=(0,)),
+    "padded windows": TokenLayout((3, 5), patch_size=4, window=2),
+}
+
+
+@pytest.mark.parametrize("size", [None, (13, 21)])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_pixels_of_tokens_are_those_of_their_map(name, size):
+    layout = LAYOUTS[name]
+    values = torch.randn(2, 3, layout.tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = layout.to_pixels(layout.to_grid(values), size)
+    assert torch.equal(layout.to_pixels(values, size), expected)
+    assert torch.equal(layout.to_pixels(values[..., layout.patches], size), expected)
+    torch.testing.assert_close(layout.to_pixels(values[0, 0], size), expected[0, 0], rtol=0, atol=1e-14)
+
+
+def test_pixels_of_a_row_of_attention():
+    model, images = vim(), torch.randn(2, 3, 40, 24, dtype=torch.float64)
+    with torch.no_grad(), trace(model) as record:
+        model(images)
+    layer = record[0]
+    pixels = layer.layout.to_pixels(layer.row(0), (40, 24))
+    assert torch.equal(pixels, layer.layout.to_pixels(layer.layout.to_grid(layer.row(0)), (40, 24)))
+    assert pixels.std() > 0
+
+
+@pytest.mark.parametrize("shape", [(2, 14), (5, 3), (17,), (), (2, 3, 4)])
+def test_pixels_say_what_they_are_made_of(shape):
+    message = (
+        f"to_pixels(values{shape}): expected a map (..., 3, 5) on the patch grid, (..., 16) with one number per "
+        "token, or (..., 15) with one number per patch."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        LAYOUTS["class token"].to_pixels(torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"on the patch grid, or \(\.\.\., 15\) with one number per patch\.$"):
+        LAYOUTS["patches alone"].to_pixels(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("size", [(0, 4), (4, -1)])
+def test_pixels_of_no_image(size):
+    with pytest.raises(ValueError, match=r"to_pixels\(size=.*\): expected \(rows, columns\) of the image"):
+        LAYOUTS["one row"].to_pixels(torch.zeros(1, 5), size)

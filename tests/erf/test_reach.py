@@ -13,6 +13,7 @@ from mamba_attn.erf.reach import attention_distance
 from mamba_attn.erf.receptive_field import receptive_field
 from mamba_attn.errors import UnsupportedModelError
 from tests.attribution.cases import SIZE, images, matrices, vim, vmamba
+from tests.attribution.test_queries import keyword
 
 
 def vit():
@@ -36,7 +37,7 @@ def distance(weights, layout, centre):
 @pytest.mark.parametrize(("build", "size"), [(vim, SIZE), (vmamba, (40, 56))])
 def test_rows_and_distances_by_the_definition(build, size):
     model, x = build(), images(2, size)
-    found = receptive_field(model, x, (17, 20))
+    found = receptive_field(model, x, pixel=(17, 20))
     truth = matrices(model, x)
     assert found.reach.layers == list(found.reach.rows)
     for (layout, matrix), name in zip(truth, found.reach.layers, strict=True):
@@ -58,8 +59,8 @@ def test_rows_and_distances_by_the_definition(build, size):
 @pytest.mark.parametrize("query", [(17, 20), (8, 0, 24, 16), "class"])
 def test_the_rollout_is_the_methods_own(build, query):
     model, x = build(), images(2)
-    found = receptive_field(model, x, query).reach
-    rows = AttentionRollout(model).attribute(x, query=None if query == "class" else query, grid=True)[:, 0]
+    found = receptive_field(model, x, **(keyword(query) if query != "class" else {"query": query})).reach
+    rows = AttentionRollout(model).attribute(x, **({} if query == "class" else keyword(query)), grid=True)[:, 0]
     truth = (rows / rows.sum((1, 2), keepdim=True)).mean(0).numpy()
     np.testing.assert_allclose(found.rollout, truth, rtol=1e-8)
     assert found.note == "attention rollout"
@@ -70,19 +71,19 @@ def test_the_rollout_is_the_methods_own(build, query):
 
 def test_the_rollout_starts_at_the_layer():
     model, x = vim(), images(2)
-    found = receptive_field(model, x, (17, 20), layer="layers.1.mixer").reach
-    rows = AttentionRollout(model, layers=["layers.[01].mixer"]).attribute(x, query=(17, 20), grid=True)[:, 0]
+    found = receptive_field(model, x, pixel=(17, 20), layer="layers.1.mixer").reach
+    rows = AttentionRollout(model, layers=["layers.[01].mixer"]).attribute(x, pixel=(17, 20), grid=True)[:, 0]
     np.testing.assert_allclose(found.rollout, (rows / rows.sum((1, 2), keepdim=True)).mean(0).numpy(), rtol=1e-8)
     assert len(found.layers) == 3
 
 
 def test_many_tokens_take_linear_time(monkeypatch):
     model, x = vim(), images(2)
-    dense = receptive_field(model, x, (17, 20)).reach
+    dense = receptive_field(model, x, pixel=(17, 20)).reach
     monkeypatch.setattr(reach, "DENSE", 10)
     monkeypatch.setattr("mamba_attn.tracing.layers.ScanLayer.attention", None)  # no matrix is made
-    found = receptive_field(model, x, (17, 20)).reach
-    rows = AttentionRollout(model, signed=True).attribute(x, query=(17, 20), grid=True)[:, 0].abs()
+    found = receptive_field(model, x, pixel=(17, 20)).reach
+    rows = AttentionRollout(model, signed=True).attribute(x, pixel=(17, 20), grid=True)[:, 0].abs()
     np.testing.assert_allclose(found.rollout, (rows / rows.sum((1, 2), keepdim=True)).mean(0).numpy(), rtol=1e-8)
     assert found.note.startswith("signed attention rollout")
     assert all(np.isnan(value) for value in found.mean_distance.values())

@@ -48,7 +48,7 @@ def test_vim_behind_its_last_norm(sign):
 @pytest.mark.parametrize("layer", ["layers.0.mixer", "layers.1.mixer", "layers.2.mixer"])
 def test_vim_behind_any_block(layer):
     model, x = vim(class_token="first"), images(2)
-    field = receptive_field(model, x, (9, 20), layer=layer, reach=False)
+    field = receptive_field(model, x, pixel=(9, 20), layer=layer, reach=False)
     number = int(layer.split(".")[1])
     module = model.norm_f if number == 2 else model.layers[number]
     truth = [by_definition(model, module, each, lambda o: o[0, 1 + 1 * 3 + 2]) for each in x]
@@ -65,7 +65,7 @@ def test_vmamba_behind_its_last_norm_and_inside():
     truth = [by_definition(model, norm, each, lambda o: o[0, grid[0] // 2, grid[1] // 2]) for each in x]
     torch.testing.assert_close(gradient_of(field), torch.stack(truth).mean(0), rtol=1e-9, atol=1e-12)
     assert field.layer == "layers.2.blocks.0.op"
-    inside = receptive_field(model, x, (17, 33), layer="layers.1.blocks.0.op", reach=False)
+    inside = receptive_field(model, x, pixel=(17, 33), layer="layers.1.blocks.0.op", reach=False)
     truth = [by_definition(model, model.layers[1].blocks[0], each, lambda o: o[0, 2, 4]) for each in x]
     torch.testing.assert_close(gradient_of(inside), torch.stack(truth).mean(0), rtol=1e-9, atol=1e-12)
 
@@ -86,7 +86,7 @@ def test_blocks_with_their_residual_beside():
     torch.manual_seed(0)
     model = Backbone([Vim(8), Vim(8)], (3, 5), {"cls_token": (7,)}).double().eval()
     x = images(2, (12, 20))
-    field = receptive_field(model, x, (5, 9), reach=False)
+    field = receptive_field(model, x, pixel=(5, 9), reach=False)
     truth = [by_definition(model, model.layers[1], each, lambda o: (o[0] + o[1])[0, 8]) for each in x]
     torch.testing.assert_close(gradient_of(field), torch.stack(truth).mean(0), rtol=1e-9, atol=1e-12)
 
@@ -100,7 +100,7 @@ def test_windows_and_channels_first():
 
 def test_a_box_is_the_mean_of_its_tokens():
     model, x = vim(class_token=None), images(2)
-    field = receptive_field(model, x, (8, 0, 24, 16), reach=False)  # columns 1, 2 of rows 0, 1
+    field = receptive_field(model, x, box=(8, 0, 24, 16), reach=False)  # columns 1, 2 of rows 0, 1
     truth = [by_definition(model, model.norm_f, each, lambda o: o[0, [1, 2, 4, 5]]) / 4 for each in x]
     torch.testing.assert_close(gradient_of(field), torch.stack(truth).mean(0), rtol=1e-9, atol=1e-12)
     assert field.centre == (8, 16)
@@ -112,7 +112,7 @@ def test_without_mixing_the_field_is_the_patch():
     with torch.no_grad():
         for block in model.layers:
             block.mixer.out_proj.weight.zero_()
-    field = receptive_field(model, images(4), (30, 5), sign="absolute", reach=False)
+    field = receptive_field(model, images(4), pixel=(30, 5), sign="absolute", reach=False)
     inside = np.zeros(SIZE, dtype=bool)
     inside[24:32, 0:8] = True
     assert not field.gradient[~inside].any()
@@ -149,8 +149,8 @@ def test_nothing_stays_on_the_model():
     model = vim().requires_grad_(False)
     before = {name: dict(module._forward_hooks) for name, module in model.named_modules()}
     receptive_field(model, images(1), reach=False)
-    with pytest.raises(ValueError, match="query"):
-        receptive_field(model, images(1), (99, 0))
+    with pytest.raises(ValueError, match="pixel"):
+        receptive_field(model, images(1), pixel=(99, 0))
     after = {name: dict(module._forward_hooks) for name, module in model.named_modules()}
     assert before == after
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -206,8 +206,10 @@ def test_distance_and_what_is_shown():
     ("options", "error", "sentence"),
     [
         ({"sign": "negative"}, ValueError, r"receptive_field\(sign='negative'\): expected one of"),
-        ({"query": (40, 3)}, ValueError, "outside the image of 40 x 24 pixels"),
-        ({"query": "middle"}, ValueError, "query='middle'.: expected pixels or 'class'"),
+        ({"pixel": (40, 3)}, ValueError, "outside the image of 40 x 24 pixels"),
+        ({"pixel": (4, 3), "box": (0, 0, 9, 9)}, ValueError, "both say whose rows are read"),
+        ({"query": "class", "pixel": (4, 3)}, ValueError, "give this, pixel or box alone"),
+        ({"query": "middle"}, ValueError, "query='middle'.: expected 'class'"),
         ({"images": images(1)[0]}, ValueError, r"images\(3, 40, 24\) of torch.float64.: expected normalised images"),
         ({"images": []}, ValueError, "there are none"),
         ({"images": [images(1), images(1, (24, 40))]}, ValueError, "24 x 40 pixels after 40 x 24"),
@@ -264,3 +266,12 @@ def test_a_layer_whose_tokens_nothing_returns():
         pass
     with pytest.raises(UnsupportedModelError, match=r"no module behind layers\.2\.mixer returns its 16 tokens; name"):
         features.of(record.layers[-1])
+
+
+def test_two_numbers_of_a_query_are_still_a_pixel():
+    model = vim()
+    with pytest.warns(
+        DeprecationWarning, match=r"receptive_field\(query=\(9, 20\)\): query is deprecated; write pixel="
+    ):
+        found = receptive_field(model, images(2), (9, 20), reach=False)
+    np.testing.assert_allclose(found.gradient, receptive_field(model, images(2), pixel=(9, 20), reach=False).gradient)

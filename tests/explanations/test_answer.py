@@ -6,6 +6,7 @@ import torch
 
 from mamba_attn import images, trace
 from mamba_attn.attribution import AttentionRollout, MambaAttribution, RawAttention, TransformerAttribution
+from mamba_attn.attribution._queries import Query
 from mamba_attn.datasets import loaded_model
 from mamba_attn.explanations import choices
 from mamba_attn.explanations.answer import _at_depths, answer
@@ -56,11 +57,11 @@ def test_matrices_and_rows_are_those_of_the_trace(loaded):
 
 def test_target_layers_and_query_reach_the_methods(loaded):
     model, layers = loaded[0].model, loaded[0].layers[:1]  # of the last one only the class token's row counts
-    found = ask(loaded, layers=layers, target=2, query=(3.0, 5.0))
+    found = ask(loaded, layers=layers, target=2, query=Query("pixel", ((3.0, 5.0),)))
     last = TransformerAttribution if loaded[0].softmax else MambaAttribution
-    truth = last(model, layers=layers).attribute(inputs(loaded), 2, (3, 5))[0, 0].numpy()
+    truth = last(model, layers=layers).attribute(inputs(loaded), 2, pixel=(3, 5))[0, 0].numpy()
     np.testing.assert_allclose(found.maps[found.methods[2].key], truth, rtol=1e-5, atol=1e-6 * np.abs(truth).max())
-    other = ask(loaded, layers=layers, target=1, query=(3.0, 5.0)).maps[found.methods[2].key]
+    other = ask(loaded, layers=layers, target=1, query=Query("pixel", ((3.0, 5.0),))).maps[found.methods[2].key]
     assert np.abs(truth - other).max() > 1e-3 * np.abs(truth).max() > 0
     assert list(found.matrices) == list(found.read) == layers
     assert (found.explained, found.reader) == (2, "the marked patch")

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from mamba_attn import attribution
+from mamba_attn.attribution._queries import Query
 from mamba_attn.datasets.loaded_model import load, parse_target
 from mamba_attn.explanations import choices
 from tests.explanations.cases import CLASSES, VIM, VIT, VMAMBA, save
@@ -75,10 +76,12 @@ def test_options_are_read_like_their_defaults(subjects):
 
 def test_a_query_needs_methods_that_read_rows(subjects):
     methods = choices.parse_methods(["raw_attention", "saliency", "random:seed=3"], subjects["vim_micro"])
-    choices.check_query((1, 2), methods[:1])
-    choices.check_query(None, methods)
-    with pytest.raises(ValueError, match=r"--query: saliency, random:seed=3 read no token's row; leave out --query"):
-        choices.check_query((1, 2), methods)
+    subject = subjects["vim_micro"]
+    assert choices.parse_query("1,2", None, subject, methods[:1]) == Query("pixel", ((1, 2),))
+    assert choices.parse_query(None, None, subject, methods) is None
+    for option, given in (("--query", ("1,2", None)), ("--box", (None, "0,0,2,2"))):
+        with pytest.raises(ValueError, match=rf"{option}: saliency, random:seed=3 read no .* leave out {option}, or"):
+            choices.parse_query(*given, subject, methods)
 
 
 def test_methods_beyond_the_default(subjects):
@@ -118,12 +121,24 @@ def test_targets(subjects):
 
 def test_queries(subjects):
     vmamba = subjects["vmamba_micro"]
-    assert choices.parse_query(None, vmamba) is None
-    assert choices.parse_query("3,4.5", vmamba) == (3, 4.5)
-    assert choices.parse_query("1,2,30,4", vmamba) == (1, 2, 30, 4)
+    assert choices.parse_query("3,4.5", None, vmamba, []) == Query("pixel", ((3, 4.5),))
+    assert choices.parse_query(None, "1,2,30,4", vmamba, []) == Query("box", ((1, 2, 30, 4),))
     for text in ("3", "a,b", "1,2,3", "1,,2", ""):
-        with pytest.raises(ValueError, match=r"expected ROW,COLUMN or X0,Y0,X1,Y1 in pixels .* 64 rows x 32 columns"):
-            choices.parse_query(text, vmamba)
+        with pytest.raises(ValueError, match=r"expected ROW,COLUMN in pixels .* 64 rows x 32 columns"):
+            choices.parse_query(text, None, vmamba, [])
+    for text in ("3", "a,b", "1,2", "1,,2", ""):
+        with pytest.raises(ValueError, match=rf"--box {text}: expected X0,Y0,X1,Y1 in pixels"):
+            choices.parse_query(None, text, vmamba, [])
+    with pytest.raises(ValueError, match="--query 1,2 --box 1,2,3,4: both say whose attention; leave one out"):
+        choices.parse_query("1,2", "1,2,3,4", vmamba, [])
+    with pytest.raises(ValueError, match="--box 0,0,33,4: the box is empty or leaves the image"):
+        choices.parse_query(None, "0,0,33,4", vmamba, [])
+
+
+def test_four_numbers_after_query_are_still_a_box(subjects, capsys):
+    found = choices.parse_query("1,2,30,4", None, subjects["vmamba_micro"], [])
+    assert found == Query("box", ((1, 2, 30, 4),))
+    assert capsys.readouterr().err == "--query 1,2,30,4: four numbers are a box; write --box 1,2,30,4.\n"
 
 
 def test_layers(subjects):
@@ -131,7 +146,8 @@ def test_layers(subjects):
     assert len(vmamba.layers) == 3
     assert choices.parse_layers([], vmamba) == []
     assert choices.parse_layers(["2", "layers.0.*", "2"], vmamba) == [vmamba.layers[0], vmamba.layers[2]]
-    for text in ("3", "layers.7.*"):
+    assert choices.parse_layers(["-1", "-3"], vmamba) == [vmamba.layers[0], vmamba.layers[2]]
+    for text in ("3", "-4", "layers.7.*"):
         with pytest.raises(ValueError, match=rf"--layer {text}: no such layer; vmamba_micro has 3 layers, 0..2."):
             choices.parse_layers([text], vmamba)
     with pytest.raises(ValueError, match=r"Did you mean 'layers\.1\.mixer'"):
@@ -143,7 +159,7 @@ def test_the_model_beside_is_asked_the_same(subjects):
     methods = choices.parse_methods(["raw_attention:signed", "raw_attention", "mamba_attribution"], vmamba)
     cams = choices.parse_methods(["attention_grad_cam", "saliency:abs=false", "transformer_attribution_lrp"], vit)
     assert [each.key for each in choices.counterparts(cams, vmamba)] == ["grad_cam", "saliency", "mamba_attribution"]
-    question = choices.Question(vmamba, methods, vmamba.layers[-1:], 1, (32.0, 8.0))
+    question = choices.Question(vmamba, methods, vmamba.layers[-1:], 1, Query("pixel", ((32.0, 8.0),)))
     beside = question.of_companion(vit)  # 64 x 32 pixels there, 32 x 32 here
     assert [method.key for method in beside.methods] == ["raw_attention", "transformer_attribution"]
     assert beside.layers == [vit.layers[-1]]
@@ -151,9 +167,9 @@ def test_the_model_beside_is_asked_the_same(subjects):
     other = dataclasses.replace(vit, classes=["hat", "shoes", "dress"])
     assert question.of_companion(other).target == 0
     assert question._replace(target=2).of_companion(other).target is None  # it has no such class
-    assert beside.query == (16.0, 8.0)
-    box = question._replace(query=(8.0, 32.0, 16.0, 64.0), layers=[], target=None).of_companion(vit)
-    assert box.query == (8.0, 16.0, 16.0, 32.0)
+    assert beside.query == Query("pixel", ((16.0, 8.0),))
+    box = question._replace(query=Query("box", ((8.0, 32.0, 16.0, 64.0),)), layers=[], target=None).of_companion(vit)
+    assert box.query == Query("box", ((8.0, 16.0, 16.0, 32.0),))
     assert (box.layers, box.target) == ([], None)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mamba_attn.attribution._queries import Query
 from mamba_attn.datasets import loaded_model
 from mamba_attn.explanations import choices
 from mamba_attn.explanations.answer import answer
@@ -23,7 +24,7 @@ def answers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     vim = loaded_model.load("vim_micro", save(folder / "vim", "vim_micro", VIM))
     vit = loaded_model.load("vit_micro", save(folder / "vit", "vit_micro", VIT))
-    question = choices.Question(vim, choices.parse_methods([], vim), query=(9.0, 20.0), target=2)
+    question = choices.Question(vim, choices.parse_methods([], vim), query=Query("pixel", ((9.0, 20.0),)), target=2)
     path = photo(folder)
     return [answer(question, path), answer(question.of_companion(vit), path)]
 
@@ -79,7 +80,7 @@ def test_the_photo_and_the_maps_are_pictures_of_the_arrays(answers):
 def test_the_query_is_marked_where_it_is(answers):
     (circle, *_) = Tags(page("a", answers, "")).all("circle")
     assert (circle["cx"], circle["cy"]) == ("20", "9")
-    box = answers[0].question._replace(query=(2.0, 4.0, 30.0, 20.0))
+    box = answers[0].question._replace(query=Query("box", ((2.0, 4.0, 30.0, 20.0),)))
     replaced = type(answers[0])(**{**vars(answers[0]), "question": box})
     (rectangle, *_) = Tags(page("a", [replaced], "")).all("rect")
     assert [rectangle[name] for name in ("x", "y", "width", "height")] == ["2", "4", "28", "16"]
@@ -99,7 +100,9 @@ def test_the_sheet_has_a_row_per_model(answers):
     assert np.array_equal(both[: one.shape[0], : one.shape[1]], one)
     crop = Image.fromarray(answers[0].image).resize((256, 256), Image.Resampling.BICUBIC)
     ours = np.asarray(
-        Image.fromarray(marked(answers[0].image, (9.0, 20.0))).resize((256, 256), Image.Resampling.BICUBIC)
+        Image.fromarray(marked(answers[0].image, Query("pixel", ((9.0, 20.0),)))).resize(
+            (256, 256), Image.Resampling.BICUBIC
+        )
     )
     assert np.array_equal(one[8:264, 8:264], ours)
     assert not np.array_equal(one[8:264, 8:264], np.asarray(crop))
@@ -108,10 +111,10 @@ def test_the_sheet_has_a_row_per_model(answers):
 def test_marks_are_drawn_at_the_query():
     image = np.full((64, 96, 3), 255, dtype=np.uint8)
     assert marked(image, None) is image
-    rows, columns = np.nonzero((marked(image, (20.0, 70.0)) != 255).any(-1))
+    rows, columns = np.nonzero((marked(image, Query("pixel", ((20.0, 70.0),))) != 255).any(-1))
     assert abs(rows.mean() - 20) < 1
     assert abs(columns.mean() - 70) < 1
-    rows, columns = np.nonzero((marked(image, (10.0, 20.0, 50.0, 60.0)) != 255).any(-1))
+    rows, columns = np.nonzero((marked(image, Query("box", ((10.0, 20.0, 50.0, 60.0),))) != 255).any(-1))
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (20, 59, 10, 49)
     assert bool((image == 255).all())
 

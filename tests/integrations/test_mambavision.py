@@ -427,7 +427,7 @@ def test_raw_attention_is_the_mean_over_layers_in_pixels(names):
 @pytest.mark.parametrize("method", [RawAttention, AttentionRollout])
 def test_a_query_reads_its_window_alone(method):
     model, x = model_of("padded")
-    actual = method(model, layers=["levels.1.*"]).attribute(x, query=(33, 89), grid=True)[:, 0]  # patch 4, 11 of 9 x 13
+    actual = method(model, layers=["levels.1.*"]).attribute(x, pixel=(33, 89), grid=True)[:, 0]  # patch 4, 11 of 9 x 13
     inside = torch.zeros(9, 13, dtype=torch.bool)
     inside[4:8, 8:12] = True
     assert (actual[:, ~inside] == 0).all()

@@ -17,8 +17,7 @@ from mamba_attn.core.rules import PLAIN, Rules
 from mamba_attn.errors import NonFiniteError, TraceError, UnsupportedModelError
 from mamba_attn.testing import LawError, check_adapter
 from mamba_attn.tracing.adapters import AttentionAdapter, Seen, _registered
-from mamba_attn.tracing.attention_layer import AttentionLayer
-from mamba_attn.tracing.layers import ScanLayer, require
+from mamba_attn.tracing.layers import AttentionLayer, ScanLayer, require
 
 TINY: dict[str, Any] = {"depth": 3, "num_classes": 7}
 MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {

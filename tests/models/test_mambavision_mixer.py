@@ -8,7 +8,7 @@ from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.models import mambavision_mixer
 from mamba_attn.models.mambavision_mixer import MambaVisionMixer
-from mamba_attn.ops.attention import scan_output
+from mamba_attn.ops import selective_scan
 from tests.integrations.small_mambavision import Mixer, same_convolution
 
 VARIANTS = {
@@ -34,7 +34,7 @@ def test_the_output_and_every_gradient_equal_the_loops(name, length):
     x = torch.randn(3, length, 12, dtype=torch.float64, requires_grad=True)
     expected = truth(x)
     record = mambavision_mixer.project(truth, x)
-    actual = mambavision_mixer.finish(truth, record, scan_output(record))
+    actual = mambavision_mixer.finish(truth, record, selective_scan(record))
     close(actual, expected)
     weight = torch.randn_like(expected)
     variables = [x, *truth.parameters()]

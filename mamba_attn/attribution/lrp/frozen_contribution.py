@@ -1,6 +1,6 @@
 """FrozenContribution: gradient x input of the tokens, through a forward whose factors are held fixed."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from mamba_attn.attribution.lrp.linear_backward import Entrance, LinearisedAttri
 from mamba_attn.attribution.lrp.linear_rules import LinearRules
 from mamba_attn.core.attention_record import AttentionRecord
 from mamba_attn.core.layout import TokenLayout
+from mamba_attn.tracing.layer_names import LayerNames
 
 
 class Contributions(NamedTuple):
@@ -62,11 +63,12 @@ class FrozenContribution(LinearisedAttribution):
     Args:
         model: a model that ``mamba_attn.trace`` knows, of scans or softmax attention, with fused_add_norm=False where
             it has that.
-        layers: names or patterns of mixers, before which the shares are read; maps averaged. Default: the first one.
+        layers: names, patterns or numbers of mixers, before which the shares are read; maps averaged. Default: the
+            first one.
         positions: add to each patch the share of its position embedding.
 
     Raises:
-        ValueError: when called, a query.
+        ValueError: when called, a pixel or box.
         UnsupportedModelError: when called, norms that no rule is known for.
         TraceError: when called, shares that do not add up, because something escaped the rules.
 
@@ -75,7 +77,7 @@ class FrozenContribution(LinearisedAttribution):
         torch.Size([2, 1, 224, 224])
     """
 
-    def __init__(self, model: nn.Module, *, layers: Iterable[str] | None = None, positions: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, layers: LayerNames | None = None, positions: bool = False) -> None:
         super().__init__(model, layers=layers)
         self.positions = positions
 
@@ -89,7 +91,7 @@ class FrozenContribution(LinearisedAttribution):
         Raises:
             ValueError: inputs that are no batch, a target that is no class.
         """
-        self._size("contributions", inputs, None)
+        self._size("contributions", inputs)
         rules = FrozenRules(self.model)
         (first, *_), biases = self._entrances(inputs, target, rules)
         positions = rules.position_shares(first)

@@ -1,7 +1,7 @@
 """What MambaLRP and FrozenContribution share: one backward pass through linear rules, and the books it must balance."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from mamba_attn._types import Float
 from mamba_attn.attribution._base import Row, Target, TokenAttribution
 from mamba_attn.attribution._queries import Query
-from mamba_attn.attribution.lrp.linear_rules import LinearRules, fitting
-from mamba_attn.errors import TraceError, UnknownLayerError, nearest
+from mamba_attn.attribution.lrp.linear_rules import LinearRules
+from mamba_attn.errors import TraceError
 from mamba_attn.tracing.adapters import find_mixers
+from mamba_attn.tracing.layer_names import LayerNames, layer_names, listed_layers
 from mamba_attn.tracing.layers import Layer
-from mamba_attn.tracing.module_rules import require_rulable
+from mamba_attn.tracing.module_rules import check_rules_apply
 from mamba_attn.tracing.tracer import Trace
 
 # of all shares; rounding leaves 1e-7, one GELU that escapes 1e-3. float64 models may compute in float32 somewhere
@@ -47,15 +48,15 @@ class LinearisedAttribution(TokenAttribution):
 
     Args:
         model: a model that ``mamba_attn.trace`` knows.
-        layers: names or patterns of mixers, before which the shares are read; their maps are averaged. All mixers take
-            part either way. Default: the first one, behind the patch embedding.
+        layers: names, patterns or numbers of mixers, before which the shares are read; their maps are averaged. All
+            mixers take part either way. Default: the first one, behind the patch embedding.
     """
 
     reads_rows: ClassVar[bool] = False
 
-    def __init__(self, model: nn.Module, *, layers: Iterable[str] | None = None) -> None:
+    def __init__(self, model: nn.Module, *, layers: LayerNames | None = None) -> None:
         super().__init__(model)  # traces all layers
-        self.before = (layers,) if isinstance(layers, str) else None if layers is None else tuple(layers)
+        self.before = listed_layers(f"{type(self).__name__}(layers=...)", layers)
 
     @abstractmethod
     def _rules(self) -> LinearRules:
@@ -64,7 +65,7 @@ class LinearisedAttribution(TokenAttribution):
     def _check(self, record: Trace) -> None:
         """Refuse layers that the method is not made for."""
 
-    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+    def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         rules = self._rules()
         entrances, _ = self._entrances(inputs, target, rules)
         return [(entrance.layer.layout, self._row(entrance, rules)) for entrance in entrances]
@@ -93,21 +94,18 @@ class LinearisedAttribution(TokenAttribution):
                     raise TraceError(f"{type(self).__name__}: the target does not depend on what enters {name}.")
                 parts = (_token_frame(record[name], part).detach() for part in (tensor, gradient))
                 entrances.append(Entrance(record[name], *parts))
-                record[name]._require_finite()
+                record[name].require_finite()
             rules.entered.clear()
             self._balance(entrances[0].shares, entrances[0].tokens.dtype, rules.constants, logit)
         return entrances, dict(rules.constants)
 
     def _chosen(self, record: Trace) -> list[str]:
-        names = list(record)
-        if self.before is None:
-            return names[:1]
-        for pattern in self.before:
-            if not any(fitting(name, (pattern,)) for name in names):
-                raise UnknownLayerError(
-                    f"{type(self).__name__}(layers=...): {pattern!r} fits no layer. {nearest(pattern, names)}"
-                )
-        return [name for name in names if fitting(name, self.before)]
+        call = f"{type(self).__name__}(layers=...)"
+        asked = list(record)[:1] if self.before is None else layer_names(call, self.before, record.names)
+        chosen = [name for name in record if name in asked]
+        if not chosen:
+            raise TraceError(f"{call}: the model's forward called none of {', '.join(asked)}.")
+        return chosen
 
     def _tokens(self, layer: Layer, entered: Sequence[Tensor]) -> Tensor:
         """The outermost tensor that holds the layer's tokens: with their residual stream."""
@@ -143,7 +141,7 @@ def require_known(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: see above.
     """
-    require_rulable(model, find_mixers(model), LinearRules(model))
+    check_rules_apply(model, find_mixers(model), LinearRules(model))
 
 
 def _autocast(kind: str) -> torch.dtype:
@@ -152,7 +150,7 @@ def _autocast(kind: str) -> torch.dtype:
 
 def _holds_tokens(layer: Layer, x: Tensor) -> bool:
     if x.ndim == 3:
-        windows = 1 if layer._layout is None else len(layer.layout.windows())
+        windows = len(layer.layout.windows()) if layer.has_layout else 1
         return x.shape[0] * x.shape[1] == layer.batch * layer.tokens and x.shape[0] == layer.batch * windows
     return x.ndim == 4 and layer.layout.grid in (x.shape[1:3], x.shape[2:])
 
@@ -160,7 +158,7 @@ def _holds_tokens(layer: Layer, x: Tensor) -> bool:
 def _token_frame(layer: Layer, x: Tensor) -> Float[Tensor, "batch tokens features"]:
     """Tokens in the token frame, from it or windows of it, (batch, rows, columns, features) or channels first."""
     if x.ndim == 3:
-        return x if layer._layout is None else layer.layout.from_windows(x, axis=1)
+        return layer.layout.from_windows(x, axis=1) if layer.has_layout else x
     layout = layer.layout
     patches = x.flatten(1, 2) if layout.grid == tuple(x.shape[1:3]) else x.flatten(2).mT
     frame = patches.new_zeros(len(patches), layout.tokens, patches.shape[2])  # windows may be padded

@@ -9,6 +9,7 @@ from mamba_attn.attribution._base import Target
 from mamba_attn.attribution.lrp.gamma import check_gamma_layers, generalised_gamma
 from mamba_attn.attribution.lrp.linear_backward import LinearisedAttribution
 from mamba_attn.attribution.lrp.linear_rules import LinearRules, fitting
+from mamba_attn.tracing.layer_names import ByLayer, LayerNames
 from mamba_attn.tracing.layers import ScanLayer, require
 from mamba_attn.tracing.tracer import Trace
 
@@ -42,13 +43,14 @@ class MambaLRP(LinearisedAttribution):
 
     Args:
         model: a model of selective scans that ``mamba_attn.trace`` knows, with fused_add_norm=False where it has that.
-        layers: names or patterns of mixers: relevance of what enters them; maps averaged. Default: the first one.
+        layers: names, patterns or numbers of mixers: relevance of what enters them; maps averaged. Default: the
+            first one.
         gamma_layers: names or patterns of linear layers and convolutions with the generalised gamma rule, e.g.
             ``"layers.*.in_proj"``. Default: none, LRP-0 everywhere.
         gamma: of that rule, at least 0; 0 is LRP-0.
 
     Raises:
-        ValueError: a gamma below 0, a pattern that fits no linear layer; when called, a query.
+        ValueError: a gamma below 0, a pattern that fits no linear layer; when called, a pixel or box.
         UnsupportedModelError: when called, layers that are softmax attention; norms that no rule is known for.
 
     Example:
@@ -60,7 +62,7 @@ class MambaLRP(LinearisedAttribution):
         self,
         model: nn.Module,
         *,
-        layers: Iterable[str] | None = None,
+        layers: LayerNames | None = None,
         gamma_layers: Iterable[str] | str | None = None,
         gamma: float = 0.25,
     ) -> None:
@@ -70,7 +72,7 @@ class MambaLRP(LinearisedAttribution):
         self.gamma_layers = patterns
         self.gamma = gamma
 
-    def relevances(self, inputs: Tensor, target: Target = None) -> dict[str, Float[Tensor, "batch tokens"]]:
+    def relevances(self, inputs: Tensor, target: Target = None) -> ByLayer[Float[Tensor, "batch tokens"]]:
         """Return the relevance of all tokens, class tokens included, by the names of the layers that they enter.
 
         Args:
@@ -80,9 +82,9 @@ class MambaLRP(LinearisedAttribution):
         Raises:
             ValueError: inputs that are no batch, a target that is no class.
         """
-        self._size("relevances", inputs, None)
+        self._size("relevances", inputs)
         entrances, _ = self._entrances(inputs, target, self._rules())
-        return {entrance.layer.name: entrance.shares for entrance in entrances}
+        return ByLayer({entrance.layer.name: entrance.shares for entrance in entrances})
 
     def bias_relevances(self, inputs: Tensor, target: Target = None) -> dict[str, Float[Tensor, " batch"]]:
         """Return the relevance that biases keep, by the names of these parameters: behind the first of ``layers``.
@@ -94,7 +96,7 @@ class MambaLRP(LinearisedAttribution):
         Raises:
             ValueError: inputs that are no batch, a target that is no class.
         """
-        self._size("bias_relevances", inputs, None)
+        self._size("bias_relevances", inputs)
         return self._entrances(inputs, target, self._rules())[1]
 
     def _rules(self) -> LinearRules:

@@ -64,7 +64,7 @@ def token_weight(gradient: Float[Tensor, "batch *grid features"]) -> Float[Tenso
 
 
 def explain(
-    method: TokenAttribution, convention: str, inputs: Tensor, target: Target, query: Query,
+    method: TokenAttribution, convention: str, inputs: Tensor, target: Target, query: Query | None,
     combine: Callable[[Vectors, list[Tensor], int], Tensor], *, gradients: bool = False,
 ) -> list[Row]:  # fmt: skip
     """Return the map that ``combine`` makes of the late layers' rows and of the gradients at their outputs.

@@ -84,12 +84,12 @@ def check_convention(call: str, convention: str, known: Sequence[str], *, signed
         )
 
 
-def require_class_token(call: str, model: nn.Module, layers: Sequence[ScanLayer], query: Query) -> int:
+def require_class_token(call: str, model: nn.Module, layers: Sequence[ScanLayer], query: Query | None) -> int:
     """Return the class token's index.
 
     Raises:
-        ValueError: a model without a class token, such as VMamba, or with several; a query, which these conventions
-            have no row for.
+        ValueError: a model without a class token, such as VMamba, or with several; a pixel or box, which these
+            conventions have no row for.
     """
     tokens = layers[0].layout.class_tokens
     if len(tokens) != 1:
@@ -99,8 +99,8 @@ def require_class_token(call: str, model: nn.Module, layers: Sequence[ScanLayer]
         )
     if query is not None:
         raise ValueError(
-            f"{call}: this convention computes the class token's row alone, so it has none for query={query!r}; leave "
-            "query out, or use convention='exact'."
+            f"{call}: this convention computes the class token's row alone, so it has none for {query}; leave "
+            f"{query.kind} out, or use convention='exact'."
         )
     return tokens[0]
 
@@ -125,7 +125,7 @@ def class_row(
         token: index of the class token.
         watch: what watched the forward pass, for "implicit_unified".
     """
-    layer._require_finite()
+    layer.require_finite()
     if convention == "hidden_mamba":
         return _hidden_mamba_row(layer.scan, token)
     return _implicit_unified_row(model.get_submodule(layer.name), layer, token, watch)

@@ -24,7 +24,9 @@ from mamba_attn.tracing.layers import ScanLayer, require
 _STAGE, _BLOCK = 2, 1  # the third stage's second block, which the published script shows
 
 
-def raw_attention(method: TokenAttribution, convention: str, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+def raw_attention(
+    method: TokenAttribution, convention: str, inputs: Tensor, target: Target, query: Query | None
+) -> list[Row]:
     """Return the query's row of the analysis map of the third stage's second block, or of every layer named.
 
     Raises:
@@ -38,7 +40,7 @@ def raw_attention(method: TokenAttribution, convention: str, inputs: Tensor, tar
 
 
 def attention_rollout(
-    method: TokenAttribution, convention: str, inputs: Tensor, target: Target, query: Query
+    method: TokenAttribution, convention: str, inputs: Tensor, target: Target, query: Query | None
 ) -> list[Row]:
     """Return the query's row of the rollout over the third stage's blocks, or over the layers named.
 
@@ -72,7 +74,7 @@ def analysis_map(layer: ScanLayer, formula: str) -> Float[Tensor, "batch tokens 
         layer: a layer of VMamba.
         formula: "CwBw" or "CwBdtw".
     """
-    layer._require_finite()
+    layer.require_finite()
     scan = layer.scan
     routes = []
     for route in range(scan.routes):

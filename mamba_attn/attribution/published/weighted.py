@@ -52,7 +52,7 @@ def published(
         gradient: of the logit with respect to the mixer's output, of images or of their windows; see ``token_weight``
             for s.
     """
-    layer._require_finite()
+    layer.require_finite()
     mean, largest = positive_attention(layer.scan)
     weight = token_weight(layer.layout.from_windows(gradient, axis=1)).to(mean)
     return mean / torch.where(largest > 0, largest, 1)[:, None, None] * weight.unsqueeze(1)

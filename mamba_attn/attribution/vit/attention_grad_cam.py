@@ -4,10 +4,9 @@ from torch import Tensor
 
 from mamba_attn._types import Float
 from mamba_attn.attribution._base import Row, TokenAttribution
-from mamba_attn.attribution._queries import Query, query_tokens
+from mamba_attn.attribution._queries import Query, query_weights
 from mamba_attn.attribution._targets import Target
-from mamba_attn.tracing.attention_layer import AttentionLayer
-from mamba_attn.tracing.layers import require
+from mamba_attn.tracing.layers import AttentionLayer, require
 
 
 class AttentionGradCAM(TokenAttribution):
@@ -30,7 +29,7 @@ class AttentionGradCAM(TokenAttribution):
         torch.Size([2, 1, 224, 224])
     """
 
-    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+    def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         with self._traced(inputs, target, gradients=True) as (record, logit):
             layers = require("AttentionGradCAM", record.layers, AttentionLayer)
             gradients = record.gradients(logit)
@@ -39,9 +38,9 @@ class AttentionGradCAM(TokenAttribution):
 
 
 def _cam(
-    layer: AttentionLayer, gradient: Float[Tensor, "batch heads tokens tokens"], query: Query
+    layer: AttentionLayer, gradient: Float[Tensor, "batch heads tokens tokens"], query: Query | None
 ) -> Float[Tensor, "batch tokens"]:
-    tokens, patches = query_tokens(layer.layout, query), layer.layout.patches.to(gradient.device)
-    weight = gradient[:, :, tokens].index_select(-1, patches).mean((2, 3))
-    rows = layer.attention("each")[:, :, tokens].mean(2)
-    return (weight.unsqueeze(-1) * rows).mean(1).clamp(min=0)
+    chosen, patches = query_weights(layer, query)[:, None, None], layer.layout.patches.to(gradient.device)
+    weight = (chosen.to(gradient) @ gradient).index_select(-1, patches).mean(-1, keepdim=True)
+    rows = chosen @ layer.attention("each")
+    return (weight * rows).squeeze(2).mean(1).clamp(min=0)

@@ -1,6 +1,6 @@
 """Transformer-Attribution: attention probabilities weighted by the gradient of a class, rolled out over the layers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ from mamba_attn.attribution._queries import Query, query_weights
 from mamba_attn.attribution._targets import Target, target_values
 from mamba_attn.attribution.vit import block_relevance
 from mamba_attn.errors import UnsupportedModelError, nearest
-from mamba_attn.tracing.attention_layer import AttentionLayer
-from mamba_attn.tracing.layers import require
+from mamba_attn.tracing.layer_names import LayerNames
+from mamba_attn.tracing.layers import AttentionLayer, require
 
 VARIANTS = ("gradient_x_attention", "lrp")
 _LRP_START = 1  # the published evaluation leaves the first block out
@@ -41,7 +41,7 @@ class TransformerAttribution(TokenAttribution):
 
     Args:
         model: a model of softmax attention that ``mamba_attn.trace`` knows; for "lrp" a ViT or DeiT of timm.
-        layers: names or patterns of the layers to use; the others act as the identity. Default: all from
+        layers: names, patterns or numbers of the layers to use; the others act as the identity. Default: all from
             ``start_layer`` on.
         variant: one of the two above.
         start_layer: number of the first layer that is used. Default: 0; for "lrp" 1, as published evaluations.
@@ -61,7 +61,7 @@ class TransformerAttribution(TokenAttribution):
         self,
         model: nn.Module,
         *,
-        layers: Iterable[str] | None = None,
+        layers: LayerNames | None = None,
         variant: str = "gradient_x_attention",
         start_layer: int | None = None,
     ) -> None:
@@ -77,7 +77,7 @@ class TransformerAttribution(TokenAttribution):
         self.variant = variant
         self.start_layer = start_layer
 
-    def _explain(self, inputs: Tensor, target: Target, query: Query) -> list[Row]:
+    def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         with self._traced(inputs, target, gradients=True) as (record, logit):
             layers = require("TransformerAttribution", record.layers, AttentionLayer)
             gradients = record.gradients(logit)

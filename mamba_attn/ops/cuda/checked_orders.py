@@ -11,7 +11,7 @@ from mamba_attn.core.scan_record import ScanRecord
 _SEEN: MutableMapping[Tensor, tuple[int, int]] = WeakIdKeyDictionary()
 
 
-def told_orders(record: ScanRecord, merged: bool) -> tuple[Tensor | None, Tensor | None]:
+def checked_orders(record: ScanRecord, merged: bool) -> tuple[Tensor | None, Tensor | None]:
     """Tokens read and written at each step, where a kernel asks: int64, contiguous, on the tensors' device."""
     gathers = record.source_frame == "tokens"
     read = _checked(record, "read_order") if gathers or merged else None

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
-from mamba_attn.errors import BackendUnavailableError
-from mamba_attn.ops.cuda.driver_errors import NOT_FOUND, error_of
+import torch
+
+from mamba_attn.errors import BackendUnavailableError, MambaAttnError
 
 GRID_LIMIT = 2**31 - 1
 BLOCK_LIMIT = 1024
@@ -41,6 +42,36 @@ _SIGNATURES = {
     "cuGetErrorString": (_INT, _POINTER),
 }
 
+# the driver refuses the code itself; code in another form may still run
+_REJECTED = {200, 209, 218, 222, 223}
+# after these every CUDA call of the process fails
+_STICKY = {214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721}
+_NOT_FOUND = 500
+_OUT_OF_MEMORY = 2
+
+_UPDATE = "Update the NVIDIA driver, or install a torch built for an older CUDA."
+_REMEDIES = {
+    1: "Launch it with fewer blocks or less shared memory (a smaller batch), or use backend='blocked'.",
+    3: "CUDA cannot be used after a fork: start worker processes with the 'spawn' method.",
+    34: "This libcuda is the stub of the CUDA toolkit; put the driver's own folder first in LD_LIBRARY_PATH.",
+    36: _UPDATE,
+    46: "Another process holds the GPU for itself; use a free one.",
+    100: "Check with nvidia-smi that there is a GPU, and that CUDA_VISIBLE_DEVICES names it.",
+    101: "Check CUDA_VISIBLE_DEVICES.",
+    201: "Run any torch operation on the device first.",
+    221: "The driver's PTX compiler (libnvidia-ptxjitcompiler) is missing; install the whole driver.",
+    701: "The block needs more registers or shared memory than there are; use backend='blocked'.",
+    802: "The system is not ready for CUDA yet (the fabric manager is not running?).",
+    803: "The loaded driver module and the driver's libraries differ; restart the machine.",
+    804: "The compatibility libraries of CUDA do not support this GPU; take them off LD_LIBRARY_PATH.",
+    900: "Run the call once before capturing the graph.",
+    901: "Run the call once before capturing the graph.",
+}
+
+
+class ImageRejectedError(BackendUnavailableError):
+    """The driver cannot load this machine code or PTX; in another form it may."""
+
 
 @dataclass
 class Kernel:
@@ -62,7 +93,7 @@ class Kernel:
 
 
 class Driver:
-    """The functions of libcuda that a launch needs; errors come as exceptions (see ``_driver_errors``)."""
+    """The functions of libcuda that a launch needs; errors come as exceptions that say the remedy."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         for name, signature in _SIGNATURES.items():
@@ -110,11 +141,11 @@ class Driver:
         Raises:
             MambaAttnError: none has one of that name.
         """
-        handle, status = ctypes.c_void_p(), NOT_FOUND
+        handle, status = ctypes.c_void_p(), _NOT_FOUND
         with self._current(context), self._relaxed_capture():
             for module in modules:
                 status = self.library.cuModuleGetFunction(ctypes.byref(handle), module, name.encode())
-                if status != NOT_FOUND:
+                if status != _NOT_FOUND:
                     break
             self._check(status, f"find kernel {name!r}")
             return Kernel(name, handle.value or 0, context, self._parameter_bytes(handle))
@@ -176,7 +207,7 @@ class Driver:
         self.library.cuGetErrorName(status, ctypes.byref(name))
         self.library.cuGetErrorString(status, ctypes.byref(text))
         words = (text.value or b"unknown error").decode() + (f"; {log}" if log else "")
-        raise error_of(status, (name.value or b"unknown").decode(), words, doing)
+        raise _error_of(status, (name.value or b"unknown").decode(), words, doing)
 
 
 @cache
@@ -201,3 +232,30 @@ def driver() -> Driver:
         f"there is no NVIDIA driver ({'; '.join(tried)}). Install the driver of the GPU, and inside a container run it "
         "with the NVIDIA runtime (--gpus all)."
     )
+
+
+def _error_of(code: int, name: str, text: str, doing: str) -> RuntimeError:
+    """Return what to raise for an error code of the driver.
+
+    Args:
+        code: what the driver returned, not zero.
+        name: its name there, "CUDA_ERROR_NO_DEVICE".
+        text: the driver's words for it.
+        doing: what was asked of the driver, "load the kernels on cuda:0".
+    """
+    failure = f"the CUDA driver could not {doing}: {text} ({name}, {code})."
+    if code == _OUT_OF_MEMORY:
+        return torch.cuda.OutOfMemoryError(
+            f"CUDA out of memory: {failure} Use a smaller batch, or torch.cuda.empty_cache() if torch holds what is "
+            "free."
+        )
+    if code in _STICKY:
+        return MambaAttnError(
+            f"{failure} The CUDA context of this process is lost; restart the process. The fault may be an earlier "
+            "kernel's: CUDA_LAUNCH_BLOCKING=1 or compute-sanitizer shows whose."
+        )
+    if code == _NOT_FOUND:
+        return MambaAttnError(f"{failure} The compiled sources hold no kernel of that name; reinstall mamba_attn.")
+    if code in _REJECTED:
+        return ImageRejectedError(f"{failure} {_UPDATE}")
+    return BackendUnavailableError(f"{failure} {_REMEDIES.get(code, 'Check the driver with nvidia-smi.')}")

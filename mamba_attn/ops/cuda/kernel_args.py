@@ -1,4 +1,4 @@
-"""What a kernel is told, as cuda/call.cuh declares it: tensors by pointer and strides, sizes, and where results go."""
+"""Kernel argument structs; they must match cuda/call.cuh: tensors by pointer and strides, sizes, where results go."""
 
 import ctypes
 from collections.abc import Sequence
@@ -81,7 +81,7 @@ def tensor(x: Tensor | None, axes: Sequence[str | None], frame: int = STEP) -> C
 
 
 def output(x: Tensor | None, axes: Sequence[str | None], frame: int = STEP, add: bool = False) -> COutput:
-    """Likewise for a result; ``add``: several writers meet in zeros."""
+    """The same for a result; ``add``: several writers meet in zeros."""
     if x is None:
         return COutput()
     return COutput(data=x.data_ptr(), add=add, frame=frame, **_strides(x, axes))

@@ -1,4 +1,4 @@
-"""From a record to launches: which kernel, how many blocks, how much memory, and what it is told.
+"""From a record to launches: which kernel, how many blocks, how much memory, and its arguments.
 
 Runs on whatever the launcher runs on; the tests' launcher takes CPU tensors.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.ops.arguments import Weights
-from mamba_attn.ops.cuda.checked_orders import told_orders
+from mamba_attn.ops.cuda.checked_orders import checked_orders
 from mamba_attn.ops.cuda.driver import GRID_LIMIT
 from mamba_attn.ops.cuda.kernel_args import (
     READ,
@@ -80,10 +80,10 @@ def scan(launcher: Launcher, record: ScanRecord, merged: bool) -> Tensor:
     y = _new_y(record, merged)
     warps = _SCAN_THREADS // 32
     for part, read, write in _parts(record, merged):
-        told = call(part, read, write)
-        _ask_for_y(told, record, y, merged)
+        args = call(part, read, write)
+        _ask_for_y(args, record, y, merged)
         blocks = part.batch * part.routes * math.ceil(part.channels / warps)
-        launcher.launch("selective_scan", blocks, _SCAN_THREADS, warps * part.states * 4, told, y.device)
+        launcher.launch("selective_scan", blocks, _SCAN_THREADS, warps * part.states * 4, args, y.device)
     return y
 
 
@@ -113,31 +113,32 @@ def attention(
         own = slice(start, start + part.routes)
         start = own.stop
         rows, columns = (_weight(weight, own, frame) for weight, frame in zip(weights, (WRITE, READ), strict=True))
-        told = call(part, read, write)
-        told.row_weight, told.col_weight = rows[1], columns[1]
+        args = call(part, read, write)
+        args.row_weight, args.col_weight = rows[1], columns[1]
         if y is not None:
-            _ask_for_y(told, record, y, merged)
-        _launch_attention(launcher, kernel, told, part, out, fold, merged, several=merged and record.routes > 1)
+            _ask_for_y(args, record, y, merged)
+        _launch_attention(launcher, kernel, args, part, out, fold, merged, several=merged and record.routes > 1)
     return y, out
 
 
 def backward(launcher: Launcher, record: ScanRecord, gradient: Tensor, merged: bool) -> Gradients:
     """Gradients of y with respect to source_u, source_delta, A, source_B, source_C and D, float32, in their shapes."""
     gradient = gradient if gradient.dtype != torch.float64 else gradient.float()
-    told = record.map_tensors(torch.Tensor.detach)
-    sources = (told.source_u, told.source_delta, told.A, told.source_B, told.source_C, told.D)
+    detached = record.map_tensors(torch.Tensor.detach)
+    sources = (detached.source_u, detached.source_delta, detached.A, detached.source_B, detached.source_C, detached.D)
     results = [None if x is None else torch.zeros(x.shape, device=x.device) for x in sources]
     u, delta, A, B, C, D = results
-    read, write = told_orders(record, merged)
+    read, write = checked_orders(record, merged)
     spans = math.ceil(record.length / _SPAN)
     entering = gradient.new_empty(
         (record.batch, record.routes, record.channels, spans, record.states), dtype=torch.float32
     )
     frame = READ if record.source_frame == "tokens" else STEP
-    shared = {name: x.shape[1] < record.routes for name, x in (("u", told.source_u), ("delta", told.source_delta))}
+    of_routes = {"u": detached.source_u, "delta": detached.source_delta}
+    shared = {name: x.shape[1] < record.routes for name, x in of_routes.items()}
     channels, states = ("batch", "route", "axis", "position"), ("batch", "route", "group", "axis", "position")
     job = CBackward(
-        call=call(told, read, write),
+        call=call(detached, read, write),
         gradient=tensor(gradient, ("batch", "axis", "position"), WRITE) if merged else tensor(gradient, channels),
         u=output(u, channels, frame, add=shared["u"]),
         delta=output(delta, channels, frame, add=shared["delta"] or record.heads < record.channels),
@@ -167,24 +168,24 @@ def attention_line(
         own = slice(start, start + part.routes)
         start = own.stop
         rows, columns = (_weight(weight, own, frame) for weight, frame in zip(weights, (WRITE, READ), strict=True))
-        told = call(part, read, write)
-        told.row_weight, told.col_weight = rows[1], columns[1]
+        args = call(part, read, write)
+        args.row_weight, args.col_weight = rows[1], columns[1]
         axes = ("batch", *(() if merged else ("route",)), *(("group",) if fold == "each" else ()), "position")
         frame = (READ if axis == "row" else WRITE) if merged else STEP
         several = (fold != "each" and record.channels > _LINE_CHANNELS) or (merged and record.routes > 1)
-        told.attention = output(out, axes, frame, add=several)
-        told.fold, told.attention_scale = _FOLDS[fold], _scale(record, fold, merged)
+        args.attention = output(out, axes, frame, add=several)
+        args.fold, args.attention_scale = _FOLDS[fold], _scale(record, fold, merged)
         parts = math.ceil(part.channels / _LINE_CHANNELS)
         together = 1 if deterministic() and fold != "each" else parts
         for first in range(0, parts, together):
-            line = CLine(call=told, first=first * _LINE_CHANNELS, index=index, column=axis == "column", token=merged)
+            line = CLine(call=args, first=first * _LINE_CHANNELS, index=index, column=axis == "column", token=merged)
             blocks = part.batch * part.routes * together
             launcher.launch("attention_line", blocks, _LINE_THREADS, _SHARED_LINE, line, out.device)
     return out
 
 
 def _launch_attention(
-    launcher: Launcher, kernel: str, told: CCall, part: ScanRecord, out: Tensor, fold: str, merged: bool, several: bool
+    launcher: Launcher, kernel: str, args: CCall, part: ScanRecord, out: Tensor, fold: str, merged: bool, several: bool
 ) -> None:
     """``several``: other routes add to the same entries, in this launch or in another."""
     tile, threads = _TILES[kernel]
@@ -196,13 +197,13 @@ def _launch_attention(
     add = several or (splits > 1 and fold != "each")
     before = torch.empty(part.batch, part.routes, part.heads, math.ceil(part.length / tile), 2, device=device)
     counters = torch.zeros(1 + part.batch * part.routes, dtype=torch.int32, device=device)
-    told.attention = output(out, ("batch", *axes), READ if merged else STEP, add)
-    told.before, told.counters = before.data_ptr(), counters.data_ptr()
-    told.fold, told.splits, told.products = _FOLDS[fold], splits, 1 if _tf32() else 3
-    told.want_attention, told.attention_scale = 1, _scale(part, fold, merged)
+    args.attention = output(out, ("batch", *axes), READ if merged else STEP, add)
+    args.before, args.counters = before.data_ptr(), counters.data_ptr()
+    args.fold, args.splits, args.products = _FOLDS[fold], splits, 1 if _tf32() else 3
+    args.want_attention, args.attention_scale = 1, _scale(part, fold, merged)
     scanning = part.batch * part.routes * math.ceil(part.channels / (threads // 32))
     shared_bytes = _attention_shared(kernel, part.states)
-    launcher.launch(kernel, scanning + tiles * splits, threads, shared_bytes, told, device)
+    launcher.launch(kernel, scanning + tiles * splits, threads, shared_bytes, args, device)
 
 
 def _attention_shared(kernel: str, states: int) -> int:
@@ -214,10 +215,10 @@ def _attention_shared(kernel: str, states: int) -> int:
     return max(stage + slab, 4 + threads // 32 * states * 4)
 
 
-def _ask_for_y(told: CCall, record: ScanRecord, y: Tensor, merged: bool) -> None:
+def _ask_for_y(args: CCall, record: ScanRecord, y: Tensor, merged: bool) -> None:
     axes = ("batch", "axis", "position") if merged else ("batch", "route", "axis", "position")
-    told.y = output(y, axes, WRITE if merged else STEP, add=merged and record.routes > 1)
-    told.want_y, told.y_scale = 1, record.scale if merged else 1.0
+    args.y = output(y, axes, WRITE if merged else STEP, add=merged and record.routes > 1)
+    args.want_y, args.y_scale = 1, record.scale if merged else 1.0
 
 
 def _new_y(record: ScanRecord, merged: bool) -> Tensor:
@@ -228,7 +229,7 @@ def _new_y(record: ScanRecord, merged: bool) -> Tensor:
 
 
 def _weight(weight: Tensor | None, routes: slice, frame: int) -> tuple[Tensor | None, CTensor]:
-    """A weight's tensor, to be kept alive, and how it is told; (batch, channels, tokens) is read in the token frame."""
+    """A weight's tensor, to be kept alive, and its argument; (batch, channels, tokens) is read in the token frame."""
     if weight is None:
         return None, CTensor()
     weight = weight.detach() if supported(weight) else weight.detach().float()
@@ -241,7 +242,7 @@ def _weight(weight: Tensor | None, routes: slice, frame: int) -> tuple[Tensor | 
 def _parts(record: ScanRecord, merged: bool) -> Iterator[tuple[ScanRecord, Tensor | None, Tensor | None]]:
     """The record and its orders: all routes at once or, where results may not depend on who adds first, one by one."""
     record = record.map_tensors(torch.Tensor.detach)
-    read, write = told_orders(record, merged)
+    read, write = checked_orders(record, merged)
     size = 1 if merged and deterministic() else record.routes
     for start in range(0, record.routes, size):
         own = slice(start, start + size)
@@ -250,7 +251,7 @@ def _parts(record: ScanRecord, merged: bool) -> Iterator[tuple[ScanRecord, Tenso
 
 
 def deterministic() -> bool:
-    """Whether torch was told to use no algorithm whose result depends on timing."""
+    """Whether torch may use no algorithm whose result depends on timing."""
     strict = not torch.is_deterministic_algorithms_warn_only_enabled()
     return torch.are_deterministic_algorithms_enabled() and strict
 

@@ -10,8 +10,16 @@ import torch
 
 from mamba_attn.errors import BackendUnavailableError
 from mamba_attn.ops.cuda.cubins import image, targets, units
-from mamba_attn.ops.cuda.driver import BLOCK_LIMIT, GRID_LIMIT, MULTIPROCESSORS, SHARED_OPTIN, Driver, Kernel, driver
-from mamba_attn.ops.cuda.driver_errors import ImageRejectedError
+from mamba_attn.ops.cuda.driver import (
+    BLOCK_LIMIT,
+    GRID_LIMIT,
+    MULTIPROCESSORS,
+    SHARED_OPTIN,
+    Driver,
+    ImageRejectedError,
+    Kernel,
+    driver,
+)
 from mamba_attn.ops.cuda.nvrtc import Compiler, compiler
 
 

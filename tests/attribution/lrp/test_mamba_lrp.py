@@ -252,8 +252,8 @@ def test_what_cannot_be_explained():
     vit = vision_transformer(image_size=(40, 24), patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=5)
     with pytest.raises(UnsupportedModelError, match=r"MambaLRP is defined for selective .* TransformerAttribution for"):
         MambaLRP(vit.double().eval()).attribute(images())
-    with pytest.raises(ValueError, match=r"query=\(3, 4\)\): .*reads no token's row; leave query out"):
-        MambaLRP(vim(depth=1)).attribute(images(), query=(3, 4))
+    with pytest.raises(ValueError, match=r"pixel=\(3, 4\)\): .*reads no token's row; leave pixel out"):
+        MambaLRP(vim(depth=1)).attribute(images(), pixel=(3, 4))
     with pytest.raises(UnknownLayerError, match=r"'layers\.9\.\*' fits no layer\. Did you mean 'layers\.0\.mixer'"):
         MambaLRP(vim(depth=1), layers=["layers.9.*"]).attribute(images())
     broken = vim(depth=1)

@@ -66,12 +66,12 @@ def test_raw_map_is_a_row_of_the_third_stages_second_block(convention, query):
     layer = blocks(model, inputs)[1]
     full = torch.stack([scaled(image) for image in loop(layer, FORMULAS[convention])])
     row = full.mean(1) if query is None else full[:, layer.layout.token_at(*query)]
-    actual = RawAttention(model, convention=convention).attribute(inputs, query=query)
+    actual = RawAttention(model, convention=convention).attribute(inputs, pixel=query)
     torch.testing.assert_close(actual, pixels(layer.layout, row), rtol=0, atol=1e-12)
     named = RawAttention(model, convention=convention, layers=["layers.2.blocks.[01].*"])
     other = torch.stack([scaled(image) for image in loop(blocks(model, inputs)[0], FORMULAS[convention])])
     other = other.mean(1) if query is None else other[:, layer.layout.token_at(*query)]
-    actual = named.attribute(inputs, query=query)
+    actual = named.attribute(inputs, pixel=query)
     torch.testing.assert_close(actual, pixels(layer.layout, (row + other) / 2), rtol=0, atol=1e-12)
 
 
@@ -88,7 +88,7 @@ def test_rollout_over_a_stage_one_image_at_a_time(convention, query):
             step = step / step.sum(-1)  # as published: column j by the sum of row j
             product = step @ product
         rows.append(product.mean(0) if query is None else product[layout.token_at(*query)])
-    actual = AttentionRollout(model, convention=convention).attribute(inputs, query=query)
+    actual = AttentionRollout(model, convention=convention).attribute(inputs, pixel=query)
     torch.testing.assert_close(actual, pixels(layout, torch.stack(rows)), rtol=0, atol=1e-12)
 
 

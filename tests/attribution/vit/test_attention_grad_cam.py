@@ -48,8 +48,8 @@ def test_layers_and_queries():
     both = AttentionGradCAM(model, layers=["blocks.[02].attn"]).attribute(x, 1)
     torch.testing.assert_close(both, (first + last) / 2)
     # in the last layer, the class token's row alone has a gradient
-    assert AttentionGradCAM(model).attribute(x, 1, query=(3, 3)).abs().max() == 0
-    assert AttentionGradCAM(model, layers=["blocks.1.attn"]).attribute(x, 1, query=(3, 3)).abs().max() > 0
+    assert AttentionGradCAM(model).attribute(x, 1, pixel=(3, 3)).abs().max() == 0
+    assert AttentionGradCAM(model, layers=["blocks.1.attn"]).attribute(x, 1, pixel=(3, 3)).abs().max() > 0
 
 
 def test_scans_are_refused():

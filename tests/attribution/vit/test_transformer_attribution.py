@@ -61,7 +61,7 @@ def test_classes_queries_and_batches():
     assert bool((both >= 0).all())
     torch.testing.assert_close(both.flip(0), method.attribute(x.flip(0), [4, 1]), rtol=1e-9, atol=1e-15)
     assert not torch.allclose(both, method.attribute(x, [2, 0]))
-    assert not torch.allclose(method.attribute(x, 1, query=(3, 3)), method.attribute(x, 1))
+    assert not torch.allclose(method.attribute(x, 1, pixel=(3, 3)), method.attribute(x, 1))
 
 
 def test_scans_are_refused_with_what_to_use():

@@ -73,11 +73,11 @@ def test_rollout_is_the_product_of_attention_plus_identity(name, signed):
 def test_a_query_reads_its_patch(method):
     model, _ = build("class token")
     x = images(2, SIZE)
-    default, patch = method(model).attribute(x), method(model).attribute(x, query=(20, 3))
+    default, patch = method(model).attribute(x), method(model).attribute(x, pixel=(20, 3))
     assert default.shape == (2, 1, *SIZE)
     assert not torch.allclose(default, patch)
     mean = torch.stack([layer[:, 1 + 2 * 3] for layer in probabilities(model, x)]).mean(0)[:, 1:]
-    raw = RawAttention(model).attribute(x, query=(20, 3), grid=True)
+    raw = RawAttention(model).attribute(x, pixel=(20, 3), grid=True)
     torch.testing.assert_close(raw, mean.view(2, 1, 5, 3), rtol=1e-9, atol=1e-12)
 
 

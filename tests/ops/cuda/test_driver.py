@@ -8,8 +8,7 @@ import torch
 
 from mamba_attn.errors import BackendUnavailableError, MambaAttnError
 from mamba_attn.ops.cuda import driver
-from mamba_attn.ops.cuda.driver import Driver, Kernel
-from mamba_attn.ops.cuda.driver_errors import ImageRejectedError
+from mamba_attn.ops.cuda.driver import Driver, ImageRejectedError, Kernel
 from tests.ops.cuda.fake_cuda import CONTEXT, Arguments, FakeCuda, build
 
 PTX = b"// ptx\0"
