@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mamba_attn._types import Float, Int
 from mamba_attn.core.layout import TokenLayout
+from mamba_attn.core.order_check import is_known, remember, require_distinct
 from mamba_attn.errors import TraceError
 
 
@@ -32,12 +33,16 @@ class ScanRecord:
         gate: (batch, channels, tokens) in the token frame, after its activation, or None.
         bypass: (batch, channels of its own, tokens) in the token frame: channels that no scan mixes and that stand
             beside those of the scans after them (MambaVision's second half), or None.
-        read_order: (routes, length), token read at each step.
-        write_order: (routes, length), token written at each step; differs from ``read_order`` in rare variants only.
+        read_order: (routes, length), token read at each step. A route may leave tokens out, but visits none twice.
+        write_order: (routes, length), token written at each step, none twice on a route; differs from ``read_order``
+            in rare variants only.
         tokens: number of tokens in the token frame.
         scale: factor of the summed routes (1/2 for Vim's division).
         source_frame: "scan" when positions are steps, "tokens" when they are tokens.
         layout: where the tokens sit in the image, when known.
+
+    Raises:
+        ValueError: an order that visits a token twice on one route, or one that does not exist.
     """
 
     source_u: Float[Tensor, "batch _ channels positions"]
@@ -54,6 +59,12 @@ class ScanRecord:
     scale: float = 1.0
     source_frame: str = "scan"
     layout: TokenLayout | None = None
+
+    def __post_init__(self) -> None:
+        """Look at orders that are new."""
+        require_distinct("ScanRecord: read_order", self.read_order, self.tokens)
+        if self.write_order is not self.read_order:
+            require_distinct("ScanRecord: write_order", self.write_order, self.tokens)
 
     @classmethod
     def from_scan(
@@ -74,12 +85,16 @@ class ScanRecord:
     ) -> Self:
         """Build a record from tensors in scan order; ``order=None`` walks tokens 0, 1, 2, ... in every route."""
         length = delta.shape[-1]
+        tokens = length if tokens is None else tokens
         if order is None:
-            order = torch.arange(length, device=delta.device).expand(delta.shape[1], length)
+            with torch.inference_mode(False):  # inference tensors are looked at every time
+                order = torch.arange(length, device=delta.device).expand(delta.shape[1], length)
+            if length <= tokens:
+                remember(order, tokens)
+        require_distinct("ScanRecord.from_scan: order", order, tokens)
         return cls(
             source_u=u, source_delta=delta, A=A, source_B=B, source_C=C, D=D, gate=gate, bypass=bypass,
-            read_order=order, write_order=order, tokens=length if tokens is None else tokens, scale=scale,
-            layout=layout,
+            read_order=order, write_order=order, tokens=tokens, scale=scale, layout=layout,
         )  # fmt: skip
 
     @classmethod
@@ -99,6 +114,7 @@ class ScanRecord:
         layout: TokenLayout | None = None,
     ) -> Self:
         """Build a record from tensors in the token frame, which every route reads in its own order."""
+        require_distinct("ScanRecord.from_tokens: order", order, u.shape[-1])
         return cls(
             source_u=u, source_delta=delta, A=A, source_B=B, source_C=C, D=D, gate=gate, bypass=bypass,
             read_order=order, write_order=order, tokens=u.shape[-1], scale=scale, source_frame="tokens", layout=layout,
@@ -184,10 +200,18 @@ class ScanRecord:
         def pick(source: Tensor) -> Tensor:
             return source if source.shape[1] == 1 else source[:, routes]
 
+        def pick_order(order: Tensor) -> Tensor:
+            part = order[routes]
+            if is_known(order, self.tokens):
+                remember(part, self.tokens)
+            return part
+
+        read_order = pick_order(self.read_order)
+        same = self.write_order is self.read_order
         return self.replace(
             source_u=pick(self.source_u), source_delta=pick(self.source_delta), A=self.A[routes],
             source_B=pick(self.source_B), source_C=pick(self.source_C), D=None if self.D is None else self.D[routes],
-            read_order=self.read_order[routes], write_order=self.write_order[routes],
+            read_order=read_order, write_order=read_order if same else pick_order(self.write_order),
         )  # fmt: skip
 
     def _in_scan_order(self, source: Tensor) -> Tensor:

@@ -1,10 +1,14 @@
 """Weights from files: every published layout, and nothing that could run code."""
 
 import argparse
+import io
 import math
 import pickle
+import pickletools
 import re
 import struct
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,11 @@ _RENAMED = (
     (r"\.downsample\.1\.", ".downsample.norm."),
     (r"\.downsample\.2\.", ".downsample.reduction."),
 )
+_REFUSED = (
+    r"(?:GLOBAL|Unsupported global:?(?! GLOBAL)|Unsupported class) (\S+)|allowlisted .*but got (?:<class ')?([^'>]+)"
+)
+_SCANNED = 2**22  # bytes of a refused pickle that are searched for what to name
+_OF_WEIGHTS = ("torch", "collections", "argparse", "numpy", "_codecs")  # modules that pickles of weights name
 # what a damaged file makes the unpickler, the zip reader and the tensor builder raise
 _DAMAGED = (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, struct.error)
 
@@ -102,19 +111,65 @@ def _read_pickle(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, *_DAMAGED) as error:
+        # PyTorch's own advice, to allow what it refused or to switch the check off, stays out of sight
         text = str(error)
-        refused = re.search(r"(?:GLOBAL|Unsupported global:?|Unsupported class) ([\w.]+\.\w+)", text)
-        if refused:  # PyTorch's own advice, to switch the check off, stays out of sight
+        refused = re.search(_REFUSED, text)
+        foreign = refused.group(1) or refused.group(2) if refused else _foreign(path)
+        if foreign:
             raise WeightsError(
-                f"read({str(path)!r}): refused, because the file holds {refused.group(1)}, and loading that could run "
+                f"read({str(path)!r}): refused, because the file holds {foreign[:200]}, and loading that could run "
                 "code. Save its state dict alone (tensors by name), or as .safetensors, and load that."
             ) from None
-        reason = re.search(r"WeightsUnpickler error: (.+)", text)
+        reason = re.search(r"WeightsUnpickler error:\s+(.+)", text)
         first = reason.group(1) if reason else text.partition(". In PyTorch 2.6")[0].partition("\n")[0]
         raise WeightsError(
             f"read({str(path)!r}): this is not a checkpoint, or it is damaged or incomplete "
-            f"({type(error).__name__}: {first[:200]})."
+            f"({type(error).__name__}: {first.partition(' Please use ')[0][:200]})."
         ) from None
+
+
+def _foreign(path: Path) -> str | None:
+    """The first thing that a pickle names and that weights do not consist of; nothing is run or imported.
+
+    For pickles of which PyTorch does not know the instructions (very old or very new), and so names nothing.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_SCANNED)
+        if content.startswith(b"PK"):
+            with zipfile.ZipFile(path) as archive:
+                name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+                with archive.open(name) as file:
+                    content = file.read(_SCANNED)
+        stream = io.BytesIO(content)
+        while stream.tell() < len(content):  # the old format is a few pickles, one after the other
+            for name in _named(stream):
+                if name.partition(".")[0] not in _OF_WEIGHTS:
+                    return name
+    except (OSError, ValueError, StopIteration, zipfile.BadZipFile, RuntimeError):  # no pickle, or one that is cut off
+        return None
+    return None
+
+
+def _named(pickled: io.BytesIO) -> Iterator[str]:
+    """What one pickle imports, as "module.name"."""
+    strings: list[str] = []
+    memo: list[str | None] = []
+    top: str | None = None
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name in ("GLOBAL", "INST"):
+            yield str(argument).replace(" ", ".", 1)
+        elif opcode.name == "STACK_GLOBAL":
+            yield ".".join(strings[-2:])
+        elif opcode.name == "MEMOIZE":
+            memo.append(top)
+        else:
+            if opcode.name in ("BINGET", "LONG_BINGET") and isinstance(argument, int) and argument < len(memo):
+                top = memo[argument]
+            else:
+                top = argument if isinstance(argument, str) else None
+            if top is not None:
+                strings.append(top)
 
 
 def _translate(key: str, expected: dict[str, Tensor]) -> str:

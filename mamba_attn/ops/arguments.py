@@ -6,6 +6,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from mamba_attn.core.order_check import require_distinct
 from mamba_attn.core.scan_record import ScanRecord
 
 Weights = tuple[Tensor | None, Tensor | None]  # of rows and columns, in scan order
@@ -105,11 +106,8 @@ def _check_orders(text: str, orders: Tensor, routes: int, length: int, tokens: i
             f"{text}: orders must be int64 (routes, length) = {(routes, length)}, "
             f"got {orders.dtype} {tuple(orders.shape)}."
         )
-    smallest, largest = int(orders.min()), int(orders.max())
-    tokens = largest + 1 if tokens is None else tokens
-    repeated = bool((orders.sort(dim=1).values.diff(dim=1) == 0).any())
-    if smallest < 0 or largest >= tokens or repeated:
-        raise ValueError(f"{text}: every route of orders must visit distinct tokens in 0..{tokens - 1}.")
+    tokens = int(orders.max()) + 1 if tokens is None else tokens
+    require_distinct(f"{text}: orders", orders, tokens)
     return tokens
 
 

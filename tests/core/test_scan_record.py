@@ -111,6 +111,56 @@ def test_sub_grid_routes_gather_fewer_steps_than_tokens():
     assert torch.equal(record.delta[:, 1], record.source_delta[:, 0][..., order[1]])
 
 
+WRONG = {
+    "repeated": ([0, 3, 3, 5, 6, 8, 9], "visits token 3 more than once on one route"),
+    "out of range": ([0, 1, 2, 3, 4, 5, 12], r"visits 0\.\.12, but there are 12 tokens"),
+    "negative": ([0, 1, 2, -3, 4, 5, 6], r"visits -3\.\.6; tokens count from 0 to 11"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_order_that_does_not_visit_distinct_tokens_is_refused(name):
+    steps, text = WRONG[name]
+    right = torch.stack([torch.arange(7)] * ROUTES)
+    wrong = right.clone()
+    wrong[2] = torch.tensor(steps)
+    record = record_in_scan_order(order=right, tokens=12)
+    for field in ("read_order", "write_order"):
+        with pytest.raises(ValueError, match=f"^ScanRecord: {field} {text}"):
+            record.replace(**{field: wrong})
+    with pytest.raises(ValueError, match=f"^ScanRecord.from_scan: order {text}"):
+        record_in_scan_order(order=wrong, tokens=12)
+    with pytest.raises(ValueError, match=f"^ScanRecord.from_tokens: order {text}"):
+        record_in_tokens(order=wrong)
+    with torch.inference_mode(), pytest.raises(ValueError, match=text):
+        record.replace(write_order=wrong.clone())
+
+
+def test_the_default_order_needs_as_many_tokens_as_steps():
+    assert record_in_scan_order(tokens=9).write_order.max() == 6
+    with pytest.raises(ValueError, match=r"from_scan: order visits 0\.\.6, but there are 5 tokens"):
+        record_in_scan_order(tokens=5)
+
+
+def test_an_order_is_looked_at_once_and_again_when_it_changed(monkeypatch):
+    order = torch.stack([torch.arange(7)] * ROUTES)
+    looks = []
+    usual = torch.Tensor.sort
+    monkeypatch.setattr(torch.Tensor, "sort", lambda self, dim: looks.append(1) or usual(self, dim=dim))
+    record = record_in_scan_order(order=order)
+    record.replace(scale=2.0).map_tensors(torch.Tensor.detach).select_routes(slice(1, 3)).select_routes(slice(0, 1))
+    record_in_scan_order(order=order)
+    record_in_scan_order()
+    with torch.inference_mode():
+        record_in_scan_order()
+    assert looks == [1]
+    order[0, 0] = 5
+    with pytest.raises(ValueError, match="order visits token 5 more than once"):
+        record_in_scan_order(order=order)
+    with pytest.raises(ValueError, match="order visits token 5 more than once"):
+        record.select_routes(slice(0, 2))
+
+
 def test_gradients_reach_the_token_frame():
     record = record_in_tokens()
     source = record.source_u.requires_grad_()

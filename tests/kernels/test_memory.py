@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from mamba_attn import ops
+from mamba_attn import ops, order_check
 from mamba_attn.core.scan_record import ScanRecord
-from mamba_attn.ops.cuda import checked_orders, fused, kernels, operators
+from mamba_attn.ops.cuda import fused, kernels, operators
 from mamba_attn.ops.cuda.kernel_args import call, output
 from tests.emulation import Emulator, emulated
 from tests.ops.bounds import weights
@@ -136,7 +136,7 @@ def test_every_channel_keeps_its_own_states() -> None:
 
 def test_orders_that_point_outside_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nobody could look at them before, while a CUDA graph is captured."""
-    monkeypatch.setattr(checked_orders, "capturing", lambda order: True)
+    monkeypatch.setattr(order_check, "capturing", lambda order: True)
     record = make(Case(batch=1, routes=2, channels=3, states=2, grid=(2, 3)))
     with emulated():
         usual = ops.selective_scan(record, attention="mean", backend="fused")

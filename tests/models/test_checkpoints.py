@@ -1,4 +1,6 @@
 import argparse
+import codecs
+import functools
 import os
 import pickle
 import re
@@ -210,6 +212,72 @@ def test_pickles_that_would_run_code_are_refused(new_format, tmp_path):
     assert not marker.exists()
     pickle.loads(pickle.dumps(content["extra"]))
     assert marker.exists()  # the control: unguarded, it does run
+
+
+class Call:
+    """Pickled as a call, which an unguarded reader makes."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+class Built:
+    """Pickled as a state for something that takes none: bytes with attributes."""
+
+    def __reduce__(self):
+        return codecs.encode, ("a", "latin1"), {"x": 1}
+
+
+def write(thing, path, kind):
+    """A checkpoint with a thing in it: PyTorch's zip or its old format, or a bare pickle."""
+    content = {"model": {"a": torch.zeros(1)}, "x": thing}
+    form, protocol = kind.split()
+    if form == "bare":
+        path.write_bytes(pickle.dumps({"a": 1, "x": thing}, int(protocol)))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip", pickle_protocol=int(protocol))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("kind", ["zip 2", "old 2", "zip 4", "old 4", "bare 0", "bare 1", "bare 2", "bare 4", "bare 5"])
+@pytest.mark.parametrize("name", ["eval", "exec", "getattr", "system", "partial"])
+def test_a_refusal_names_what_it_found_and_never_how_to_allow_it(name, kind, tmp_path):
+    marker = tmp_path / "was_run"
+    code = f"__import__('os').mkdir({str(marker)!r})"
+    thing = {
+        "eval": Call(eval, code),
+        "exec": Call(exec, code),
+        "getattr": Call(getattr, "text", "upper"),
+        "system": Call(os.system, f"mkdir {marker}"),
+        "partial": Call(functools.partial, print),
+    }[name]
+    path = tmp_path / "harmful.pth"
+    write(thing, path, kind)
+    with pytest.raises(
+        WeightsError, match=rf"refused, because the file holds (\w+\.)?{name}, .*could run code"
+    ) as error:
+        checkpoints.read(path)
+    assert not marker.exists()
+    for advice in ("add_safe_globals", "safe_globals", "weights_only", "damaged", "trust"):
+        assert advice not in str(error.value)
+
+
+def test_a_state_for_what_takes_none_is_refused_without_advice(tmp_path):
+    path = tmp_path / "harmful.pth"
+    write(Built(), path, "zip 2")
+    with pytest.raises(WeightsError, match="refused, because the file holds bytes, ") as error:
+        checkpoints.read(path)
+    assert "safe_globals" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_weights_in_a_pickle_that_torch_cannot_read_are_not_called_dangerous(tmp_path):
+    write(1, tmp_path / "new.pth", "zip 4")
+    with pytest.raises(WeightsError, match=r"not a checkpoint, or it is damaged or incomplete.*Unsupported operand"):
+        checkpoints.read(tmp_path / "new.pth")
 
 
 @pytest.mark.parametrize("thing", [Stranger(), torch.nn.Linear(2, 2)])

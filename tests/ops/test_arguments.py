@@ -67,7 +67,7 @@ def test_errors_say_the_call_back() -> None:
         ops.right_product(delta, A, B, C, vector=torch.randn(2, 6), fold="positive")
     with pytest.raises(ValueError, match="row_weight must be"):
         ops.hidden_attention(delta, A, B, C, row_weight=torch.randn(2, 3, 6))
-    with pytest.raises(ValueError, match="distinct tokens"):
+    with pytest.raises(ValueError, match="orders visits token 2 more than once on one route"):
         ops.hidden_attention(delta, A, B, C, orders=torch.tensor([[0, 1, 2, 2, 4, 5]]))
     with pytest.raises(ValueError, match="orders must be int64"):
         ops.hidden_attention(delta, A, B, C, orders=torch.zeros(1, 5, dtype=torch.int64))

@@ -35,6 +35,10 @@ def library_problem() -> str | None:
     return _load()[1]
 
 
+# what torch.compiler.assume_constant_result sets, which imports the whole compiler; else it would trace the build
+library_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     try:

@@ -5,19 +5,22 @@ Never required: without a compiler the blocked path runs. float32 (half precisio
 
 import ctypes
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mamba_attn.core.order_check import require_distinct
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.ops import blocked
 from mamba_attn.ops.arguments import Weights, pick
 from mamba_attn.ops.backend import Backend
 from mamba_attn.ops.cpu.build import library, library_problem
+from mamba_attn.ops.flat_records import REST, attention_gradient, attention_shape, flatten, keep, unflatten
 
 _LANES = 16
 _FOLDS = {"sum": 0, "mean": 0, "positive": 1, "absolute": 2, "each": 3}
@@ -96,11 +99,8 @@ class Native(Backend):
         if len(parts) > 1:
             return _fold_groups(self, parts, row_weight, col_weight, fold, merged)
         (part,) = parts
-        tensors = (part.source_delta, part.A, part.source_B, part.source_C, row_weight, col_weight)
-        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-            result: Tensor = _Attention.apply(part, fold, merged, *tensors)  # type: ignore[no-untyped-call]
-            return result
-        return _attention(part, row_weight, col_weight, fold, merged)
+        run: Callable[..., Tensor] = _attention_operator if torch.compiler.is_compiling() else _Attention.apply
+        return run(*flatten(part), merged, row_weight, col_weight, fold)
 
     def _scan_group(self, record: ScanRecord, merged: bool) -> Tensor:
         channels = record.channels
@@ -108,97 +108,172 @@ class Native(Backend):
         u, delta = (_channels_last(x, padding) for x in (record.source_u, record.source_delta))
         A = torch.nn.functional.pad(record.A.float(), (0, 0, 0, padding), value=-1.0)
         D = None if record.D is None else torch.nn.functional.pad(record.D.float(), (0, padding))
-        frame = _frame(record, merged, source=True)
         B, C = torch.broadcast_tensors(record.source_B.float(), record.source_C.float())  # routes may share one
-        y: Tensor = _Scan.apply(u, delta, A, B, C, D, frame)  # type: ignore[no-untyped-call]
+        read = record.read_order if record.source_frame == "tokens" else None
+        write = record.write_order if merged else None
+        run: Callable[..., Tensor] = _scan_operator if torch.compiler.is_compiling() else _Scan.apply
+        y = run(u, delta, A, B, C, D, read, write, record.tokens, record.scale if merged else 1.0)
         return y[..., :channels, :] if padding else y
 
 
 BACKEND = Native()
 
 
-class _Scan(torch.autograd.Function):
-    """The scan of channels-last float32 tensors; the backward recomputes the states and keeps the inputs only."""
+def _scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, read: Tensor | None,
+    write: Tensor | None, tokens: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """The scan of float32 tensors: (batch, channels, tokens), or (batch, routes, channels, length); channels last.
 
-    @staticmethod
-    def forward(
-        ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, frame: _Frame
-    ) -> Tensor:
-        ctx.save_for_backward(u, delta, A, B, C, D)
-        ctx.frame = frame
-        A2 = (A * _LOG2_E).mT.contiguous()
-        batch, channels = u.shape[0], u.shape[2]
-        rows = (frame.tokens,) if frame.write is not None else (frame.routes, frame.length)
-        y = u.new_zeros(batch, *rows, channels)
-        D = None if D is None else D.contiguous()
-        scan = _c_scan(u, delta, A2, B, C, D, frame)
-        library().scan_forward(ctypes.byref(scan), ctypes.c_void_p(y.data_ptr()))
-        return y.mT
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        u, delta, A, B, C, D = ctx.saved_tensors
-        frame: _Frame = ctx.frame
-        A2 = (A * _LOG2_E).mT.contiguous()
-        D = None if D is None else D.contiguous()
-        gy = gradient.float().mT.contiguous()
-        batch, _, channels, positions = u.shape
-        states = A.shape[2]
-        du, ddelta = (_gradient_of(x, frame) for x in (u, delta))
-        dA = u.new_zeros(batch, frame.routes, states, channels)
-        dB, dC = (u.new_zeros(batch, B.shape[1], positions, states) for _ in range(2))
-        dD = u.new_zeros(batch, frame.routes, channels)
-        scan = _c_scan(u, delta, A2, B, C, D, frame)
-        pointers = [x.data_ptr() for x in (du, ddelta, dA, dB, dC, dD)]
-        gradients = _CGradients(*pointers, u.shape[1], delta.shape[1], B.shape[1])
-        library().scan_backward(ctypes.byref(scan), ctypes.c_void_p(gy.data_ptr()), ctypes.byref(gradients))
-        to_groups = [x.mT.unsqueeze(2) for x in (dB, dC)]
-        return du.mT, ddelta.mT, dA.sum(0).mT, *to_groups, None if D is None else dD.sum(0), None
+    The fields of a ``ScanRecord`` with one group; ``read`` where sources are in the token frame, ``write`` where routes
+    merge.
+    """
+    u, delta, D, A2 = *(_channels_last(x, 0) for x in (u, delta)), _dense(D), _base_two(A)
+    frame = _scan_frame(u, A, read, write, tokens, scale)
+    y = u.new_zeros(_rows(u, A, read, write, tokens))
+    scan = _c_scan(u, delta, A2, B, C, D, frame)
+    library().scan_forward(ctypes.byref(scan), ctypes.c_void_p(y.data_ptr()))
+    return y.mT
 
 
-class _Attention(torch.autograd.Function):
-    """Native values; the gradient runs through the blocked path."""
-
-    @staticmethod
-    def forward(ctx: Any, record: ScanRecord, fold: str, merged: bool, *tensors: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        ctx.call = record, fold, merged
-        return _attention(record, tensors[4], tensors[5], fold, merged)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        record, fold, merged = ctx.call
-        *sources, rows, columns = ctx.saved_tensors
-        names = ("source_delta", "A", "source_B", "source_C")
-        again = record.replace(**dict(zip(names, sources, strict=True)))
-        needed = ctx.needs_input_grad[3:]
-        found = blocked.attention_gradients(again, (rows, columns), fold, merged, gradient, needed)
-        return None, None, None, *found
+def _scan_backward(
+    gradient: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, read: Tensor | None,
+    write: Tensor | None, tokens: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients as the kernel lays them out: channels last, those of A and D per image; the states are recomputed."""
+    u, delta, D, A2 = *(_channels_last(x, 0) for x in (u, delta)), _dense(D), _base_two(A)
+    frame = _scan_frame(u, A, read, write, tokens, scale)
+    gradient = gradient.float().mT.contiguous()
+    results = du, ddelta, dA, dB, dC, dD = _gradients(u, delta, A, B)
+    for zeroed in (dA, dB, dC, dD):
+        zeroed.zero_()
+    for x, source in ((du, u), (ddelta, delta)):
+        if source.shape[1] != frame.routes or source.shape[3] != frame.length:  # else every entry is written once
+            x.zero_()
+    scan = _c_scan(u, delta, A2, B, C, D, frame)
+    gradients = _CGradients(*(x.data_ptr() for x in results), u.shape[1], delta.shape[1], B.shape[1])
+    library().scan_backward(ctypes.byref(scan), ctypes.c_void_p(gradient.data_ptr()), ctypes.byref(gradients))
+    return results
 
 
 def _attention(
-    record: ScanRecord, row_weight: Tensor | None, col_weight: Tensor | None, fold: str, merged: bool
-) -> Tensor:
-    side = record.tokens if merged else record.length
-    axes = (*(() if merged else (record.routes,)), *((record.channels,) if fold == "each" else ()))
-    out = torch.zeros(record.batch, *axes, side, side)
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, read_order: Tensor,
+    write_order: Tensor, tokens: int, scale: float, source_frame: str, merged: bool, row_weight: Tensor | None,
+    col_weight: Tensor | None, fold: str,
+) -> Tensor:  # fmt: skip
+    """The folded matrix of a record with one group; of u only the shape counts. Its gradient takes the blocked path."""
+    record = unflatten(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
+    out = torch.zeros(attention_shape(u, read_order, tokens, merged, fold))
     with _call(record, (row_weight, col_weight), out, fold, merged) as (call, source):
+        side = out.shape[-1]
         call.side, call.out_route = side, 0 if merged else out.stride(1)
         call.out_channel = side * side if fold == "each" else 0
         library().hidden_attention(ctypes.byref(call), source)
     return out
 
 
-def attention_line(record: ScanRecord, axis: str, step: int, weights: Weights, fold: str) -> Tensor:
-    """One row or column of a record of one route and one group: (batch, [channels,] length), in scan order."""
-    (part,) = _groups(record)
-    out = torch.zeros(record.batch, *((record.channels,) if fold == "each" else ()), record.length)
-    with _call(part, weights, out, fold, merged=False) as (call, source):
+def _line(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, read_order: Tensor,
+    write_order: Tensor, tokens: int, scale: float, source_frame: str, row_weight: Tensor | None,
+    col_weight: Tensor | None, fold: str, axis: str, step: int,
+) -> Tensor:  # fmt: skip
+    """One row or column of a record of one route and one group, in scan order; keeps no graph."""
+    record = unflatten(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
+    out = torch.zeros(_line_shape(u, read_order, fold))
+    with _call(record, (row_weight, col_weight), out, fold, merged=False) as (call, source):
         call.out_channel = record.length if fold == "each" else 0
         library().attention_line(ctypes.byref(call), source, ctypes.c_int64(step), ctypes.c_int32(axis == "column"))
     return out
+
+
+# Under torch.compile the functions above are operators, or it would trace into the pointers; called as operators in
+# eager mode they would cost three times as much as the rest of a small call.
+_scan_operator = torch.library.custom_op("mamba_attn::native_scan", _scan, mutates_args=())
+_scan_backward_operator = torch.library.custom_op("mamba_attn::native_scan_backward", _scan_backward, mutates_args=())
+_attention_operator = torch.library.custom_op("mamba_attn::native_attention", _attention, mutates_args=())
+_line_operator = torch.library.custom_op("mamba_attn::native_attention_line", _line, mutates_args=())
+
+
+@_scan_operator.register_fake
+def _(u, delta, A, B, C, D, read, write, tokens, scale):  # type: ignore[no-untyped-def]
+    return u.new_empty(_rows(u, A, read, write, tokens)).mT
+
+
+@_scan_backward_operator.register_fake
+def _(gradient, u, delta, A, B, C, D, read, write, tokens, scale):  # type: ignore[no-untyped-def]
+    return _gradients(u, delta, A, B)
+
+
+@_attention_operator.register_fake
+def _(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame, merged, row_weight, col_weight, fold):  # type: ignore[no-untyped-def]
+    return u.new_empty(attention_shape(u, read_order, tokens, merged, fold), dtype=torch.float32)
+
+
+@_line_operator.register_fake
+def _(  # type: ignore[no-untyped-def]
+    u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame, row_weight, col_weight, fold, axis, step
+):
+    return u.new_empty(_line_shape(u, read_order, fold), dtype=torch.float32)
+
+
+def _keep_scan(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
+    ctx.save_for_backward(*inputs[:8])
+    ctx.rest = inputs[8:]
+
+
+def _scan_gradients(ctx: Any, gradient: Tensor, backward: Callable[..., Any]) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    du, ddelta, dA, dB, dC, dD = backward(gradient, *tensors, *ctx.rest)
+    to_groups = [x.mT.unsqueeze(2) for x in (dB, dC)]
+    skip = None if tensors[5] is None else dD.sum(0)
+    return du.mT, ddelta.mT, dA.sum(0).mT, *to_groups, skip, None, None, None, None
+
+
+_scan_operator.register_autograd(partial(_scan_gradients, backward=_scan_backward_operator), setup_context=_keep_scan)
+_attention_operator.register_autograd(attention_gradient, setup_context=keep)
+
+
+class _Scan(torch.autograd.Function):
+    """``_scan`` in eager mode; the backward recomputes the states and keeps the inputs only."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _keep_scan(ctx, inputs, None)
+        return _scan(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return _scan_gradients(ctx, gradient, _scan_backward)
+
+
+class _Attention(torch.autograd.Function):
+    """``_attention`` in eager mode; the gradient runs through the blocked path."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        keep(ctx, inputs, None)
+        return _attention(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        *sources, rows, columns = ctx.saved_tensors
+        needed = (*ctx.needs_input_grad[1:5], *ctx.needs_input_grad[-3:-1])
+        record = unflatten(*sources, *ctx.fields)
+        found = blocked.attention_gradients(record, (rows, columns), ctx.fold, ctx.merged, gradient, needed)
+        return None, *found[:4], None, *REST, None, *found[4:], None
+
+
+def attention_line(record: ScanRecord, axis: str, step: int, weights: Weights, fold: str) -> Tensor:
+    """One row or column of a record of one route and one group: (batch, [channels,] length), in scan order."""
+    (part,) = _groups(record)
+    run: Callable[..., Tensor] = _line_operator if torch.compiler.is_compiling() else _line
+    return run(*flatten(part), *weights, fold, axis, step)
+
+
+def _line_shape(u: Tensor, read_order: Tensor, fold: str) -> tuple[int | torch.SymInt, ...]:
+    return (u.shape[0], *((u.shape[2],) if fold == "each" else ()), read_order.shape[1])
 
 
 @contextmanager
@@ -210,11 +285,11 @@ def _call(
     A2, A2_low = exact.float(), (exact - exact.float()).float()
     delta, B, C = (x.detach().float() for x in (record.source_delta, record.source_B, record.source_C))
     rows, columns = (None if x is None else x.detach().float() for x in weights)
-    frame = _frame(record, merged, source=False)
+    frame = _attention_frame(record, merged)
     scan = _c_scan(delta, delta, A2, B, C, None, frame)
     if fold in ("mean", "positive", "absolute"):
         scan.scale /= record.channels
-    source = _order(record, "read_order", frame.positions) if record.source_frame == "tokens" else None
+    source = _order("read_order", record.read_order, frame.positions) if record.source_frame == "tokens" else None
     call = _CAttention(
         scan, _c_tensor(rows, 2, frame.routes), _c_tensor(columns, 2, frame.routes), A2_low.data_ptr(),
         out.data_ptr(), 0, out.stride(0), 0, 0, _FOLDS[fold],
@@ -260,11 +335,30 @@ def _fold_groups(
     return total if fold == "sum" else total / len(parts)
 
 
-def _gradient_of(x: Tensor, frame: _Frame) -> Tensor:
-    """Memory for a gradient, channels last; zeros unless the kernel writes every entry once."""
-    batch, routes, channels, positions = x.shape
-    once = routes == frame.routes and positions == frame.length
-    return (x.new_empty if once else x.new_zeros)(batch, routes, positions, channels)
+def _rows(
+    u: Tensor, A: Tensor, read: Tensor | None, write: Tensor | None, tokens: int | torch.SymInt
+) -> tuple[int | torch.SymInt, ...]:
+    """Shape of a scan's output, channels last."""
+    length = u.shape[3] if read is None else read.shape[1]
+    return (u.shape[0], *((A.shape[0], length) if write is None else (tokens,)), u.shape[2])
+
+
+def _gradients(u: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Memory for the gradients of u, delta, A, B, C and D."""
+    batch, _, channels, positions = u.shape
+    routes, states = A.shape[0], A.shape[2]
+    du, ddelta = (u.new_empty(batch, x.shape[1], positions, channels) for x in (u, delta))
+    dB, dC = (u.new_empty(batch, B.shape[1], positions, states) for _ in range(2))
+    return du, ddelta, u.new_empty(batch, routes, states, channels), dB, dC, u.new_empty(batch, routes, channels)
+
+
+def _base_two(A: Tensor) -> Tensor:
+    """Decay rates for powers of two: (routes, states, channels)."""
+    return (A * _LOG2_E).mT.contiguous()
+
+
+def _dense(D: Tensor | None) -> Tensor | None:
+    return None if D is None else D.contiguous()
 
 
 def _channels_last(x: Tensor, padding: int) -> Tensor:
@@ -275,24 +369,25 @@ def _channels_last(x: Tensor, padding: int) -> Tensor:
     return (x if x.stride(-1) == 1 else x.contiguous()).mT
 
 
-def _frame(record: ScanRecord, merged: bool, source: bool) -> _Frame:
-    """``source``: read is where a step finds its inputs; otherwise the token whose column it is."""
-    gathers = record.source_frame == "tokens"
-    positions = record.source_delta.shape[-1]
-    read = _order(record, "read_order", positions if source else record.tokens) if gathers or not source else None
-    write = _order(record, "write_order", record.tokens) if merged else None
-    scale = record.scale if merged else 1.0
+def _scan_frame(u: Tensor, A: Tensor, read: Tensor | None, write: Tensor | None, tokens: int, scale: float) -> _Frame:
+    positions = u.shape[3]
+    length = positions if read is None else read.shape[1]
+    read = None if read is None else _order("read_order", read, positions)
+    write = None if write is None else _order("write_order", write, tokens)
+    return _Frame(read, write, A.shape[0], length, tokens, positions, scale)
+
+
+def _attention_frame(record: ScanRecord, merged: bool) -> _Frame:
+    """In which ``read`` is the token whose column a step is."""
+    read = _order("read_order", record.read_order, record.tokens)
+    write = _order("write_order", record.write_order, record.tokens) if merged else None
+    positions, scale = record.source_delta.shape[-1], record.scale if merged else 1.0
     return _Frame(read, write, record.routes, record.length, record.tokens, positions, scale)
 
 
-def _order(record: ScanRecord, name: str, size: int) -> Tensor:
+def _order(name: str, order: Tensor, size: int) -> Tensor:
     """An order as the kernel indexes with it: int64, contiguous, nowhere outside; it would write there unchecked."""
-    order: Tensor = getattr(record, name)
-    smallest, largest = (int(end) for end in order.aminmax())
-    if smallest < 0 or largest >= size:
-        raise ValueError(
-            f"ScanRecord: {name} visits {smallest}..{largest}, but there are {size} tokens; pass tokens= too."
-        )
+    require_distinct(f"ScanRecord: {name}", order, size)
     return order.long().contiguous()
 
 

@@ -1,14 +1,9 @@
-"""The orders that kernels follow: checked before anything is read or written where they point."""
+"""The orders that kernels follow: looked at before anything is read or written where they point."""
 
-from collections.abc import MutableMapping
-
-import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from mamba_attn.core.order_check import require_distinct
 from mamba_attn.core.scan_record import ScanRecord
-
-_SEEN: MutableMapping[Tensor, tuple[int, int]] = WeakIdKeyDictionary()
 
 
 def checked_orders(record: ScanRecord, merged: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -19,21 +14,7 @@ def checked_orders(record: ScanRecord, merged: bool) -> tuple[Tensor | None, Ten
 
 
 def _checked(record: ScanRecord, name: str) -> Tensor:
-    """An order whose tokens exist; one that was looked at before is not looked at again: that waits for the GPU."""
+    """An order as kernels index with it; it may have been changed since the record was made."""
     order: Tensor = getattr(record, name)
-    state = None if order.is_inference() else (record.tokens, order._version)  # which inference tensors have not
-    if not capturing(order) and (state is None or _SEEN.get(order) != state):
-        smallest, largest = (int(end) for end in order.aminmax())
-        if smallest < 0 or largest >= record.tokens:
-            raise ValueError(
-                f"ScanRecord: {name} visits {smallest}..{largest}, but there are {record.tokens} tokens; pass tokens= "
-                "too."
-            )
-        if state is not None:
-            _SEEN[order] = state
+    require_distinct(f"ScanRecord: {name}", order, record.tokens)
     return order.to(record.source_delta.device).long().contiguous()
-
-
-def capturing(order: Tensor) -> bool:
-    """Whether a CUDA graph is being captured, which must not wait; kernels skip what does not exist anyway."""
-    return order.is_cuda and torch.cuda.is_current_stream_capturing()

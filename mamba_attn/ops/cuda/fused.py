@@ -13,6 +13,7 @@ from mamba_attn.ops.arguments import Weights
 from mamba_attn.ops.backend import Backend
 from mamba_attn.ops.cuda import kernels, operators
 from mamba_attn.ops.cuda.kernel_args import supported
+from mamba_attn.ops.flat_records import flatten
 
 _said: set[str] = set()  # of limits
 
@@ -31,11 +32,11 @@ class Fused(Backend):
         odd = [x.dtype for x in tensors if not supported(x)]
         if odd:
             return f"it takes float32, bfloat16 and float16, and an input is {odd[0]}; use backend='blocked'."
-        if torch.is_grad_enabled() and kernels.deterministic() and any(x.requires_grad for x in tensors):
-            return "its backward adds in no fixed order and deterministic algorithms are on; use backend='blocked'."
         problem = operators.launcher.problem(record.source_delta.device)
         if problem:
             return problem
+        if torch.is_grad_enabled() and kernels.deterministic() and any(x.requires_grad for x in tensors):
+            return "its backward adds in no fixed order and deterministic algorithms are on; use backend='blocked'."
         limit = kernels.limits(record, operators.launcher)
         if limit and limit not in _said:
             _said.add(limit)
@@ -46,19 +47,19 @@ class Fused(Backend):
 
     def selective_scan(self, record: ScanRecord, merged: bool) -> Tensor:
         """y: (batch, channels, tokens) merged, else (batch, routes, channels, length)."""
-        y: Tensor = operators.selective_scan(*operators.flat(record), merged)
+        y: Tensor = operators.selective_scan(*flatten(record), merged)
         return y
 
     def hidden_attention(
         self, record: ScanRecord, row_weight: Tensor | None, col_weight: Tensor | None, fold: str, merged: bool
     ) -> Tensor:
         """(batch, [channels,] tokens, tokens) merged, else (batch, routes, [channels,] length, length)."""
-        attention: Tensor = operators.hidden_attention(*operators.flat(record), merged, row_weight, col_weight, fold)
+        attention: Tensor = operators.hidden_attention(*flatten(record), merged, row_weight, col_weight, fold)
         return attention
 
     def scan_and_attention(self, record: ScanRecord, fold: str, merged: bool) -> tuple[Tensor, Tensor]:
         """Both, by one launch."""
-        y, attention = operators.scan_and_attention(*operators.flat(record), merged, fold)
+        y, attention = operators.scan_and_attention(*flatten(record), merged, fold)
         return y, attention
 
     def attention_line(

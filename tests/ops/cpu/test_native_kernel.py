@@ -160,8 +160,11 @@ def test_native_attention_gradient_of_a_row_weight() -> None:
 
 def test_orders_and_precision_and_memory_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     delta, A, B, C = torch.rand(2, 4, 3), -torch.ones(4, 2), torch.randn(2, 2, 3), torch.randn(2, 2, 3)
-    for bad in ([-1, 0, 1], [0, 1, 5]):
-        with pytest.raises(ValueError, match=r"distinct tokens in 0\.\.4"):
+    for bad, text in (
+        ([-1, 0, 1], r"visits -1\.\.1; tokens count from 0 to 4"),
+        ([0, 1, 5], r"0\.\.5, but there are 5 tokens"),
+    ):
+        with pytest.raises(ValueError, match=f"hidden_attention.*: orders .*{text}"):
             ops.hidden_attention(delta, A, B, C, orders=torch.tensor([bad]), tokens=5)
     assert ops.selective_scan(delta.double(), delta, A, B, C).dtype == torch.float64
     with pytest.raises(ValueError, match="5 channels cannot be shared by 4 heads and 1 groups"):
