@@ -84,6 +84,8 @@ class Native(Backend):
             return f"it runs on the CPU and the tensors are on {record.source_delta.device}; move them with .cpu()."
         if any(tensor.dtype == torch.float64 for tensor in tensors):
             return "it computes in float32 and an input is float64; convert it, or use backend='blocked'."
+        if record.source_gain is not None:
+            return "its input has a gain apart from delta, which it does not know; use backend='blocked'."
         return library_problem()
 
     def selective_scan(self, record: ScanRecord, merged: bool) -> Tensor:
