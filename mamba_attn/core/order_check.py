@@ -74,7 +74,9 @@ def remember(order: Tensor, tokens: int, *, padded: bool = False) -> None:
 def _known(order: Tensor, tokens: int) -> _Seen | None:
     """What is known of an order; None when it was changed since, or for another number of tokens."""
     seen = None if order.is_inference() else _SEEN.get(order)
-    return seen if seen is not None and seen[:2] == (tokens, order._version) else None
+    if seen is None or seen.tokens != tokens or seen.version != order._version:
+        return None
+    return seen
 
 
 def capturing(order: Tensor) -> bool:

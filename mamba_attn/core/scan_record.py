@@ -174,7 +174,8 @@ class ScanRecord:
     @property
     def shares_orders(self) -> bool:
         """Whether all images walk the same orders and every step has a token, as the compiled kernels want it."""
-        return self.read_order.ndim == self.write_order.ndim == 2 and not any(self.lacking)
+        read, write = self.lacking
+        return not read and not write and self.read_order.ndim == self.write_order.ndim == 2
 
     @property
     def u(self) -> Float[Tensor, "batch routes channels length"]:
@@ -219,7 +220,7 @@ class ScanRecord:
         frame = u.new_zeros(*u.shape[:2], self.tokens + 1)  # what is read nowhere goes to the end
         return frame.scatter(-1, order.where(order >= 0, self.tokens).expand_as(u), u)[..., :-1]
 
-    def on_grid(self, x: Float[Tensor, "batch channels tokens"]) -> Float[Tensor, "batch height width channels"]:
+    def on_grid(self, x: Float[Tensor, "batch channels tokens"]) -> Float[Tensor, "batch *grid channels"]:
         """Return values of tokens at their cells of the image, for mixers whose norm and gate see a grid.
 
         Raises:
@@ -298,13 +299,16 @@ class ScanRecord:
 
     def _orders(self, pick: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """A part of both orders; what is known of the whole is known of it."""
-        parts: dict[int, Tensor] = {}
-        for order, lacking in zip((self.read_order, self.write_order), self.lacking, strict=True):
-            if id(order) not in parts:
-                parts[id(order)] = part = pick(order)
-                if part is not order and is_known(order, self.tokens):
-                    remember(part, self.tokens, padded=bool(lacking))
-        return {"read_order": parts[id(self.read_order)], "write_order": parts[id(self.write_order)]}
+
+        def part(order: Tensor, lacking: bool | None) -> Tensor:
+            chosen = pick(order)
+            if chosen is not order and is_known(order, self.tokens):
+                remember(chosen, self.tokens, padded=bool(lacking))
+            return chosen
+
+        read = part(self.read_order, self.lacking[0])
+        same = self.write_order is self.read_order
+        return {"read_order": read, "write_order": read if same else part(self.write_order, self.lacking[1])}
 
     def _check_orders_of_images(self) -> None:
         for name in ("read_order", "write_order"):

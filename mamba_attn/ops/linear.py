@@ -261,10 +261,18 @@ def _product(
         read, write = part.read_order[..., 0, :], part.write_order[..., 0, :]
         if transposed:
             read, write = write, read
-        values = at_tokens(vector, read) if call.merged else vector
+        if not call.merged:
+            values = vector
+        elif record.shares_orders:
+            values = vector[:, read]
+        else:
+            values = at_tokens(vector, read)
         values = _route_product(part, values, _route(weights, r), transposed)
         values = values if fold == "sum" else values / record.channels
-        if call.merged:
+        if call.merged and record.shares_orders:
+            frame = torch.zeros(expected, dtype=values.dtype, device=values.device)
+            values = frame.index_add(-1, write, values * record.scale)
+        elif call.merged:
             values = to_tokens(values * record.scale, write, record.tokens)
         results.append(values)
     if call.merged:

@@ -73,11 +73,12 @@ struct Tensor { float* data; int64_t batch, route, axis, position; };  // axis: 
 // A2 is A * log2(e): (routes, states, channels) in the scans, (routes, channels, states) in attention.
 struct Scan {
     int64_t batch, routes, channels, states, length, tokens, positions;  // positions: of the sources
-    Tensor u, delta, B, C, gain;  // gain.data is null where the gain is delta; in attention it always is
+    Tensor u, delta, B, C;
     const float *A2, *D;
     const int64_t *read, *write;  // (routes, length); read is null when sources are in scan order, write when y is
     float scale;
     int32_t threads;
+    Tensor gain;  // data is null where the gain is delta; in attention it always is
 };
 }
 

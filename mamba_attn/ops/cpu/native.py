@@ -36,10 +36,11 @@ class _CScan(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in
           ("batch", "routes", "channels", "states", "length", "tokens", "positions")),
-        *((name, _CTensor) for name in ("u", "delta", "B", "C", "gain")),
+        *((name, _CTensor) for name in ("u", "delta", "B", "C")),
         *((name, ctypes.c_void_p) for name in ("A2", "D", "read", "write")),
         ("scale", ctypes.c_float),
         ("threads", ctypes.c_int32),
+        ("gain", _CTensor),
     ]  # fmt: skip
 
 
@@ -80,8 +81,11 @@ class Native(Backend):
 
     def unavailable(self, record: ScanRecord) -> str | None:
         """Return why the kernel cannot take this record, or None."""
-        tensors = [record.source_u, record.source_delta, record.A, record.source_B, record.source_C]
-        tensors += [] if record.source_gain is None else [record.source_gain]
+        tensors: tuple[Tensor, ...] = (
+            record.source_u, record.source_delta, record.A, record.source_B, record.source_C
+        )  # fmt: skip
+        if record.source_gain is not None:
+            tensors = (*tensors, record.source_gain)
         if any(tensor.device.type != "cpu" for tensor in tensors):
             return f"it runs on the CPU and the tensors are on {record.source_delta.device}; move them with .cpu()."
         if any(tensor.dtype == torch.float64 for tensor in tensors):
@@ -446,6 +450,6 @@ def _c_scan(
     return _CScan(
         delta.shape[0], frame.routes, delta.shape[2], B.shape[3], frame.length, frame.tokens, frame.positions,
         _c_tensor(u, 2, frame.routes), _c_tensor(delta, 2, frame.routes), _c_tensor(B, 3, frame.routes),
-        _c_tensor(C, 3, frame.routes), _c_tensor(gain, 2, frame.routes), *pointers, frame.scale,
-        torch.get_num_threads(),
+        _c_tensor(C, 3, frame.routes), *pointers, frame.scale, torch.get_num_threads(),
+        *(() if gain is None else (_c_tensor(gain, 2, frame.routes),)),
     )  # fmt: skip
