@@ -58,9 +58,9 @@ class Layer(ABC):
         facts = {"kind": self.kind, "batch": self.batch, "tokens": self.tokens, **self._facts()}
         try:
             grid, patches = self.layout.grid, self.layout.patches
-            facts["grid"] = "{} x {}".format(*grid)
-            place = (grid[0] // 2, grid[1] // 2)
-            token = int(patches[place[0] * grid[1] + place[1]])
+            facts["grid"] = " x ".join(map(str, grid))
+            place = tuple(n // 2 for n in grid)
+            token = int(patches.view(grid)[place])
             with torch.no_grad():
                 lines = {"reads": self.row(token)[0], "is read": self.column(token)[0]}
                 maps = {what: self.layout.to_grid(line[None])[0].float().cpu().numpy() for what, line in lines.items()}
