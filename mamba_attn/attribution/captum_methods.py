@@ -82,16 +82,14 @@ class PixelsFromCaptum(FromCaptum):
     def _attributions(self, asked: Asked) -> Tensor:
         """Return what captum returns."""
 
-    def _reduced(
-        self, attributions: Float[Tensor, "batch colours height width"]
-    ) -> Float[Tensor, "batch 1 height width"]:
+    def _reduced(self, attributions: Float[Tensor, "batch colours height width"]) -> Float[Tensor, "batch 1 *size"]:
         """One number per pixel."""
         values = attributions.abs() if self.colours == "absolute" else attributions
         return values.sum(1, keepdim=True)
 
     def _maps(
-        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
-    ) -> Float[Tensor, "batch 1 height width"]:
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, ...], grid: bool
+    ) -> Float[Tensor, "batch 1 *size"]:
         asked = self._ask(images, target)
         with torch.inference_mode(False):
             maps = self._reduced(self._attributions(asked).detach())
@@ -251,7 +249,5 @@ class Occlusion(PixelsFromCaptum):
         )
         return found
 
-    def _reduced(
-        self, attributions: Float[Tensor, "batch colours height width"]
-    ) -> Float[Tensor, "batch 1 height width"]:
+    def _reduced(self, attributions: Float[Tensor, "batch colours height width"]) -> Float[Tensor, "batch 1 *size"]:
         return attributions.mean(1, keepdim=True)

@@ -17,8 +17,8 @@ class _Control(MapAttribution):
         raise NotImplementedError
 
     def _maps(
-        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
-    ) -> Float[Tensor, "batch 1 height width"]:
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, ...], grid: bool
+    ) -> Float[Tensor, "batch 1 *size"]:
         if target is not None:
             self._output(images, target)
         maps = torch.stack([self._draw(image) for image in images]).unsqueeze(1).to(images.device)

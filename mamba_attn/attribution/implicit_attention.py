@@ -287,6 +287,11 @@ class Implicit:
     ) -> None:  # fmt: skip
         layer.require_finite()
         self.layer, self.conv, dtype = layer, conv, layer.dtype
+        if not layer.scan.shares_orders or (layer.scan.D is not None and layer.scan.D.ndim == 3):
+            raise UnsupportedModelError(
+                f"ImplicitAttention: {layer.name} walks another order in every image, has steps without a token or a D "
+                "of tokens, through which its convolutions are not followed; use MambaAttribution or RawAttention."
+            )
         scan = layer.scan.map_tensors(Tensor.detach)
         self.scan = scan if skip else scan.replace(D=None)
         self._calls = [

@@ -55,8 +55,8 @@ class LayerGradCam(FromCaptum):
         self.relu = relu
 
     def _maps(
-        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
-    ) -> Float[Tensor, "batch 1 height width"]:
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, ...], grid: bool
+    ) -> Float[Tensor, "batch 1 *size"]:
         asked = self._ask(images, target)
         name, at_input = self._place()
         frames = self._frames(images)
@@ -124,7 +124,7 @@ class LayerGradCam(FromCaptum):
 class _Tap(nn.Module):
     """Hands features on unchanged, and as channels to ``channels``, where captum looks at them."""
 
-    def __init__(self, grids: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, grids: Sequence[tuple[int, ...]]) -> None:
         super().__init__()
         self.grids = grids
         self.channels = nn.Identity()

@@ -13,6 +13,7 @@ from mamba_attn.attribution.queries import Query, query_weights, single_token
 from mamba_attn.core.rules import Rules
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError
+from mamba_attn.ops.arguments import at_tokens, to_tokens
 from mamba_attn.tracing.layer_names import LayerNames
 from mamba_attn.tracing.layers import ScanLayer, require
 
@@ -200,6 +201,9 @@ def summed_rows(
     scan = layer.scan
     u, own, gradient = (x.detach().to(layer.dtype) for x in (scan.source_u, own, gradient))
     D = None if scan.D is None else scan.D.detach().to(layer.dtype) * scan.scale
+    if D is not None and D.ndim == 3:  # of tokens: no route's own
+        skipped = (gradient * D * scan.token_u.detach()).sum(1)
+        return summed_rows(ScanLayer(layer.name, scan.replace(D=None)), gradient, own) - skipped
     if scan.source_frame == "tokens" and u.shape[1] == 1 and _everywhere_alike(scan):
         direct = own if D is None else own - (gradient * D.sum(0).unsqueeze(1)).unsqueeze(1)
         return (u * direct).sum((1, 2))
@@ -207,15 +211,16 @@ def summed_rows(
     if scan.source_frame == "tokens":
         total = total + (u * own).sum((1, 2))
     for route in range(scan.routes):
-        reads, writes = scan.read_order[route], scan.write_order[route]
+        reads, writes = (order[..., route, None, :] for order in (scan.read_order, scan.write_order))
         source = u[:, min(route, u.shape[1] - 1)]
-        source = source[..., reads] if scan.source_frame == "tokens" else source
+        source = at_tokens(source, reads) if scan.source_frame == "tokens" else source
         values = torch.zeros_like(source) if scan.source_frame == "tokens" else own[:, route]
-        values = values if D is None else values - gradient[..., writes] * D[route].unsqueeze(1)
-        total = total.index_add(1, reads, (source * values).sum(1))
+        values = values if D is None else values - at_tokens(gradient, writes) * D[route].unsqueeze(1)
+        total = total + to_tokens((source * values).sum(1), reads[..., 0, :], layer.tokens)
     return total
 
 
 def _everywhere_alike(scan: ScanRecord) -> bool:
     """Whether every route visits every token, and reads where it writes."""
-    return scan.length == scan.tokens and torch.equal(scan.read_order, scan.write_order)
+    everywhere = scan.length == scan.tokens and not any(scan.lacking)
+    return everywhere and torch.equal(scan.read_order, scan.write_order)

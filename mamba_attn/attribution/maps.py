@@ -67,7 +67,8 @@ class MapAttribution(Attribution, ABC):
         """Return one map per image.
 
         Args:
-            inputs: (batch, colours, height, width), images as the model takes them.
+            inputs: (batch, colours, height, width), images as the model takes them; volumes and videos
+                (batch, colours, *sizes), spectrograms (batch, time, frequency).
             target: class index, or one per image, as a list or tensor; for dense outputs a tuple of indices, as
                 (class, row, column), or a list of one tuple per image; or a function of the model's output that returns
                 one number per image, each from its own image, or their sum. Default: the predicted class, of models
@@ -83,9 +84,10 @@ class MapAttribution(Attribution, ABC):
                 pictures, which sum or compare all channels, run.
 
         Returns:
-            (batch, 1, height, width) at the inputs' size in pixels, interpolated linearly between patch centres; with
-            ``grid=True`` that of the patch grid; with ``expand=True`` (batch, colours, height, width), whose sum over
-            colours is the map. For a tuple of one tensor, as captum's metrics hand it over, a tuple of one.
+            (batch, 1, height, width) at the inputs' size in pixels, of volumes (batch, 1, *sizes), interpolated
+            linearly between patch centres; with ``grid=True`` that of the patch grid; with ``expand=True`` the inputs'
+            shape: the sum over colours is the map. For a tuple of one tensor, as captum's metrics hand it over, a tuple
+            of one.
 
         Raises:
             TypeError: several inputs, or none that is a tensor.
@@ -115,13 +117,14 @@ class MapAttribution(Attribution, ABC):
                 "precision of the model."
             )
         if expand:
-            maps = (maps / images.shape[1]).expand(-1, images.shape[1], -1, -1).contiguous()
+            colours = maps.ndim == images.ndim  # spectrograms have none
+            maps = (maps / images.shape[1]).expand_as(images).contiguous() if colours else maps.squeeze(1)
         return (maps,) if isinstance(inputs, tuple) else maps
 
     @abstractmethod
     def _maps(
-        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
-    ) -> Float[Tensor, "batch 1 height width"]:
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, ...], grid: bool
+    ) -> Float[Tensor, "batch 1 *size"]:
         """Return the maps in pixels, ``size`` (rows, columns), or on the tokens' grid. Called without gradients."""
 
     def _asked(self, method: str, inputs: Tensor, query: Any, pixel: Any, box: Any) -> Query | None:
@@ -130,14 +133,17 @@ class MapAttribution(Attribution, ABC):
         pixel, box = split_query(call, query, pixel, box, stacklevel=4)
         return make_query(call, size, len(inputs), pixel, box)
 
-    def _size(self, method: str, inputs: Tensor) -> tuple[int, int]:
-        """The images' (rows, columns) in pixels; refuses inputs that are no batch."""
+    def _size(self, method: str, inputs: Tensor) -> tuple[int, ...]:
+        """The images' (rows, columns) in pixels, or (frames, rows, columns), ...; refuses inputs that are no batch."""
         call = f"{self.called}.{method}"
         if not isinstance(inputs, Tensor):
             raise TypeError(f"{call}(inputs): expected a tensor of images, got {type(inputs).__name__}.")
-        if inputs.ndim != 4 or len(inputs) == 0:
-            raise ValueError(f"{call}(inputs{tuple(inputs.shape)}): expected images (batch, colours, rows, columns).")
-        return inputs.shape[2], inputs.shape[3]
+        if inputs.ndim < 3 or len(inputs) == 0:
+            raise ValueError(
+                f"{call}(inputs{tuple(inputs.shape)}): expected images (batch, colours, rows, columns), volumes or "
+                "videos (batch, colours, *sizes), or spectrograms (batch, time, frequency)."
+            )
+        return tuple(inputs.shape[1 if inputs.ndim == 3 else 2 :])
 
     def _output(self, images: Tensor, target: Target) -> Any:
         """The model's output, once the target is known to fit it and to be finite.
@@ -215,8 +221,8 @@ class TokenAttribution(MapAttribution):
         """Return the rows whose maps are averaged: one, or one per layer. Called without gradients."""
 
     def _maps(
-        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
-    ) -> Float[Tensor, "batch 1 height width"]:
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, ...], grid: bool
+    ) -> Float[Tensor, "batch 1 *size"]:
         return self._render(self._explain(images, target, query), size, grid)
 
     @contextmanager
@@ -259,13 +265,13 @@ class TokenAttribution(MapAttribution):
             raise TraceError(f"{self.called}: the model's forward called none of the layers asked for.")
         return record.layers
 
-    def _render(self, rows: Sequence[Row], size: tuple[int, int], grid: bool) -> Float[Tensor, "batch 1 height width"]:
+    def _render(self, rows: Sequence[Row], size: tuple[int, ...], grid: bool) -> Float[Tensor, "batch 1 *size"]:
         """The mean of the rows' maps."""
         merged: dict[TokenLayout, Tensor] = {}
         for layout, values in rows:  # sums of rows on the same grid first: interpolation is linear
             merged[layout] = merged[layout] + values if layout in merged else values
         if grid and len({layout.grid for layout in merged}) > 1:
-            grids = ", ".join(f"{layout.grid[0]}x{layout.grid[1]}" for layout in merged)
+            grids = ", ".join("x".join(map(str, layout.grid)) for layout in merged)
             raise ValueError(
                 f"{self.called}.attribute(grid=True): the layers stand on several grids ({grids}); name the "
                 "layers of one with layers=, or leave grid=False for a map in pixels."
@@ -274,7 +280,9 @@ class TokenAttribution(MapAttribution):
         finest = max(len(layout.patches) for layout in merged)
         maps = [layout.to_grid(values) * (len(layout.patches) / finest) for layout, values in merged.items()]
         if not grid:
-            maps = [layout.to_pixels(values, size) for layout, values in zip(merged, maps, strict=True)]
+            maps = [
+                layout.to_pixels(values, size[-len(layout.grid) :]) for layout, values in zip(merged, maps, strict=True)
+            ]
         return (torch.stack(maps).sum(0) / len(rows)).unsqueeze(1)
 
 

@@ -73,7 +73,7 @@ def split_query(call: str, query: Any, pixel: Any, box: Any, *, stacklevel: int 
     return (query, None) if kind == "pixel" else (None, query)
 
 
-def make_query(call: str, size: tuple[int, int], batch: int | None, pixel: Any, box: Any) -> Query | None:
+def make_query(call: str, size: tuple[int, ...], batch: int | None, pixel: Any, box: Any) -> Query | None:
     """Return whose rows are read; None where neither a pixel nor a box is given.
 
     Args:
@@ -102,7 +102,7 @@ def make_query(call: str, size: tuple[int, int], batch: int | None, pixel: Any, 
     return query
 
 
-def require_inside(where: str, query: Query, size: tuple[int, int]) -> None:
+def require_inside(where: str, query: Query, size: tuple[int, ...]) -> None:
     """Refuse places outside the image.
 
     Args:
@@ -113,6 +113,8 @@ def require_inside(where: str, query: Query, size: tuple[int, int]) -> None:
     Raises:
         ValueError: a pixel outside the image; a box that is empty or leaves it.
     """
+    if len(size) != 2:
+        raise ValueError(f"{where}: pixels and boxes lie in images of rows and columns; the inputs have sizes {size}.")
     rows, columns = size
     for index, place in enumerate(query.places):
         of = f" of image {index}, {place}," if len(query.places) > 1 else ""
@@ -188,7 +190,8 @@ def single_token(layout: TokenLayout, query: Query | None) -> int | None:
 
 
 def _inside(layout: TokenLayout, x0: float, y0: float, x1: float, y1: float) -> list[int]:
-    centres = [torch.arange(n) * layout.step + layout.centre for n in layout.grid]
+    axes = zip(layout.grid, layout.steps, layout.centres, strict=True)
+    centres = [torch.arange(n) * step + first for n, step, first in axes]
     rows, columns = (centres[0] >= y0) & (centres[0] < y1), (centres[1] >= x0) & (centres[1] < x1)
     inside: list[int] = layout.patches[(rows[:, None] & columns[None, :]).flatten()].tolist()
     return inside or [_nearest(layout, (y0 + y1) / 2, (x0 + x1) / 2)]
@@ -196,7 +199,7 @@ def _inside(layout: TokenLayout, x0: float, y0: float, x1: float, y1: float) -> 
 
 def _nearest(layout: TokenLayout, row: float, column: float) -> int:
     """The token nearest to a pixel; pixels at the border that no patch covers belong to the last one."""
-    last = [(n - 1) * layout.step + layout.patch_size - 1 for n in layout.grid]
+    last = [covered - 1 for covered in layout.covered]
     return layout.token_at(min(row, last[0]), min(column, last[1]))
 
 

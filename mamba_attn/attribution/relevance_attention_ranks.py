@@ -79,8 +79,8 @@ class RelevanceAttentionRanks(MapAttribution):
         self.weight = weight
 
     def _maps(
-        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
-    ) -> Float[Tensor, "batch 1 height width"]:
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, ...], grid: bool
+    ) -> Float[Tensor, "batch 1 *size"]:
         cells = self._cells(images, target)
 
         def read(method: _Part) -> Tensor:

@@ -345,6 +345,7 @@ class ScanLayer(Layer):
         if self._ready and self._y is not None and all_finite([self._y, *self._ready.values()]):
             return []  # computed from everything, and there already
         tensors = {"u": scan.source_u, "delta": scan.source_delta, "B": scan.source_B, "C": scan.source_C, "A": scan.A}
+        tensors |= {} if scan.source_gain is None else {"gain": scan.source_gain}
         if all_finite(list(tensors.values())):
             return []
         return [name for name, tensor in tensors.items() if not all_finite([tensor])]

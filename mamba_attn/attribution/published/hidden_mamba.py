@@ -119,13 +119,14 @@ def hidden_mamba_row(layer: ScanLayer, token: int) -> Float[Tensor, "batch chann
     """
     layer.require_finite()
     scan: ScanRecord = layer.scan
-    delta = scan.source_delta.clone()
+    delta, gain = scan.source_delta.clone(), None if scan.source_gain is None else scan.source_gain.clone()
     # delta = 0 at the class token's step does both: exp(0 A) = 1 is no decay, and delta u = 0 writes nothing
-    if scan.source_frame == "tokens":
-        delta[..., token] = 0
-    else:
-        delta[(scan.read_order == token).expand_as(delta[:, :, 0]).unsqueeze(2).expand_as(delta)] = 0
-    return ops.attention_row(scan.replace(source_delta=delta, scale=1.0), row=token, fold="each")
+    for steps in (delta,) if gain is None else (delta, gain):
+        if scan.source_frame == "tokens":
+            steps[..., token] = 0
+        else:
+            steps[(scan.read_order == token).expand_as(steps[:, :, 0]).unsqueeze(2).expand_as(steps)] = 0
+    return ops.attention_row(scan.replace(source_delta=delta, source_gain=gain, scale=1.0), row=token, fold="each")
 
 
 def late_layers(layers: Sequence[ScanLayer]) -> list[ScanLayer]:
