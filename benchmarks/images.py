@@ -6,7 +6,7 @@ import json
 import os
 import random
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,29 +146,48 @@ def _decode(data: Path, name: str, cache: Path) -> Path:
     return stem
 
 
-def train_batch(images: Images, pixels: int, batch: int, seed: int, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+def chosen(images: Images, batch: int, seed: int, epoch: int, step: int) -> np.ndarray:
+    """(batch,) indices of the images of a step; the last, incomplete batch of an epoch is dropped."""
+    order = np.random.default_rng((seed, epoch)).permutation(len(images))
+    return order[step * batch : (step + 1) * batch]
+
+
+def rectangle(images: Images, index: int) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random crop of an image, by timm's RandomResizedCropAndInterpolation."""
+    varied = images.collection
+    top, left, height, width = RandomResizedCropAndInterpolation.get_params(
+        images.image(index), varied.scale, varied.ratio
+    )
+    return top, left, height, width
+
+
+def cut(images: Images, index: int, rectangle: Sequence[int]) -> Tensor:
+    """Cut a rectangle out of an image: uint8 (1, 3, height, width), not copied."""
+    top, left, height, width = rectangle
+    return images.image(index)[..., top : top + height, left : left + width]
+
+
+def train_batch(
+    images: Images, pixels: int, batch: int, seed: int, epoch: int, step: int, crops: np.ndarray | None = None
+) -> tuple[Tensor, Tensor]:
     """One augmented batch: (batch, 3, pixels, pixels) normalised images and (batch,) labels.
 
-    Order and augmentation depend on (seed, epoch, step) alone, so that a resumed run sees the same batches. The last,
-    incomplete batch of an epoch is dropped.
+    Order and augmentation depend on (seed, epoch, step) alone, so that a resumed run sees the same batches.
 
-    timm's recipe on uint8 tensors, since the images are kept decoded: crop rectangles from timm's
-    RandomResizedCropAndInterpolation (the collection's scale and ratio), antialiased bilinear resize, horizontal flip
-    with probability 1/2 where the collection has it; brightness, contrast and saturation jittered by up to 0.2, always
-    in this order (timm shuffles it).
+    timm's recipe on uint8 tensors, since the images are kept decoded: random crops (the collection's scale and ratio)
+    or those given, (batch, 4) rectangles; antialiased bilinear resize, horizontal flip with probability 1/2 where the
+    collection has it; brightness, contrast and saturation jittered by up to 0.2, always in this order (timm shuffles
+    it).
     """
-    order = np.random.default_rng((seed, epoch)).permutation(len(images))
-    chosen = order[step * batch : (step + 1) * batch]
+    indices = chosen(images, batch, seed, epoch, step)
     random.seed(f"{seed} {epoch} {step}")  # timm draws from the global generator
-    crops, varied = [], images.collection
-    for index in chosen:
-        image = images.image(index)
-        top, left, height, width = RandomResizedCropAndInterpolation.get_params(image, varied.scale, varied.ratio)
-        crop = image[..., top : top + height, left : left + width]
+    resized = []
+    for place, index in enumerate(indices):
+        crop = cut(images, index, rectangle(images, index) if crops is None else crops[place])
         crop = F.interpolate(crop, size=(pixels, pixels), mode="bilinear", antialias=True)
-        crops.append(crop.flip(-1) if random.random() < 0.5 and varied.flip else crop)
+        resized.append(crop.flip(-1) if random.random() < 0.5 and images.collection.flip else crop)
     factors = np.random.default_rng((seed, epoch, step, 1)).uniform(0.8, 1.2, (3, batch, 1, 1, 1))
-    return normalise(_jitter(_to_float(torch.cat(crops)), torch.from_numpy(factors).float())), images.labels[chosen]
+    return normalise(_jitter(_to_float(torch.cat(resized)), torch.from_numpy(factors).float())), images.labels[indices]
 
 
 def _to_float(x: Tensor) -> Tensor:

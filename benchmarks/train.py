@@ -2,6 +2,7 @@
 
     python benchmarks/train.py vim_micro --data FOLDER --out RUN64 --pixels 64 --epochs 30
     python benchmarks/train.py vim_micro --data FOLDER --out RUN128 --pixels 128 --epochs 3 --init RUN64/last.pt
+    python benchmarks/train.py vim_micro --data FOLDER --out RUN --teacher TEACHER   # soft targets of distil.py
     python benchmarks/train.py vim_digits --data FOLDER --out RUN --epochs 30
 
 A run's folder holds last.pt (checkpoint), log.jsonl and, at the end, <name>.safetensors (float16 averaged weights) and
@@ -23,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import images, zoo
+from benchmarks import distil, images, zoo
 from benchmarks.export import evaluate, export
 
 RECIPE = {
@@ -73,8 +75,9 @@ class Run:
         self.scheduler.step_update(0)
         self.ema = ModelEmaV3(self.model, decay=RECIPE["ema_decay"], use_warmup=True)
         self.loss = nn.CrossEntropyLoss(label_smoothing=RECIPE["label_smoothing"])
-        blend = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "label_smoothing": 0.0, "num_classes": len(train.classes)}
+        blend = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "label_smoothing": 0.0, "num_classes": self.batch}
         self.mixup = Mixup(prob=args.mixup, **blend) if args.mixup else None
+        self.soft = distil.read(args.teacher, train) if args.teacher else None
 
     @property
     def total(self) -> int:
@@ -84,17 +87,23 @@ class Run:
     def advance(self) -> float:
         """One optimisation step; returns its loss."""
         args, (epoch, place) = self.args, divmod(self.step, self.steps_per_epoch)
-        x, y = images.train_batch(self.train, args.pixels, self.batch, args.seed, epoch, place)
+        chosen = images.chosen(self.train, self.batch, args.seed, epoch, place)
+        crops, taught = self.soft.of(epoch, chosen) if self.soft else (None, None)
+        x, y = images.train_batch(self.train, args.pixels, self.batch, args.seed, epoch, place, crops)
         torch.manual_seed(
             args.seed * 1_000_003 + self.step
         )  # drop path; from the step alone, so that resuming is exact
         np.random.seed((args.seed, self.step))  # timm's mixup draws from the global generator
-        if self.mixup is not None:
-            x, y = self.mixup(x, y)
+        mixing = None
+        if self.mixup is not None:  # with images as classes it answers each image's share in each blend
+            x, mixing = self.mixup(x, torch.arange(self.batch))
+            y = mixing @ F.one_hot(y, len(self.train.classes)).float()
         self.model.train()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = self.model(x)
         loss: Tensor = self.loss(logits.float(), y)
+        if taught is not None:
+            loss = distil.loss(logits.float(), taught, loss, mixing)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"The loss is {loss.item()} at step {self.step}: lower --lr (it was {args.lr}) and take another --out."
@@ -111,7 +120,16 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What may not change between a checkpoint and its continuation."""
         keys = ("name", "pixels", "epochs", "batch", "lr", "mixup", "seed", "options")
-        return {**{key: getattr(self.args, key) for key in keys}, "images": len(self.train)}
+        crops = self.soft.card["crops"] if self.soft else 0
+        return {**{key: getattr(self.args, key) for key in keys}, "images": len(self.train), "crops": crops}
+
+    def recipe(self) -> dict[str, Any]:
+        """What a card says of the training."""
+        varied = self.train.collection.augmentation
+        if self.soft is None:
+            return {**RECIPE, "augmentation": varied}
+        varied = f"{varied}; {self.soft.card['crops']} fixed crops of each image, by turns"
+        return {**RECIPE, "augmentation": varied, "teacher": self.soft.card}
 
     def save(self, path: Path) -> None:
         """Write the checkpoint; a kill at any moment leaves the old or the new one."""
@@ -225,6 +243,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, default=64)
     add("--lr", type=float, default=2e-3)
     add("--mixup", type=float, default=0.0, help="share of the batches that mixup (0.2) or cutmix (1.0) blends")
+    add("--teacher", type=Path, help="folder of distil.py: learn from its soft targets, on its crops")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=1, help="two runs of one thread each beat one run of two")
     add("--init", help="start from these weights, of any resolution (safetensors, or last.pt of another run)")
@@ -260,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
         with log.context():
             complete = fit(run, val, log, checkpoint, args.minutes)
     if complete:
-        card = export(run, val, {**RECIPE, "augmentation": train.collection.augmentation}, argv or sys.argv[1:])
+        card = export(run, val, run.recipe(), argv or sys.argv[1:])
         print(f"{args.out}/{args.name}.safetensors: top-1 {card['top1']:.2f} %")
 
 

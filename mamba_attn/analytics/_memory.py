@@ -63,14 +63,14 @@ def _what_fits(layers: Sequence[StoredLayer], routes: str, batch: int, free: int
     """The nearest smaller calls that would do, in words."""
     found = []
     if batch > 1 and _bytes(layers, routes, 1) <= free:
-        found.append("--batch 1")
+        found.append("batch=1")
     if routes == "each" and _bytes(layers, "sum", batch) <= free:
-        found.append("--routes sum")
+        found.append("routes='sum'")
     for choice in dict.fromkeys((routes, "sum")):
         small = _fitting(layers, choice, free)
         if small:
-            first = f"--batch 1 {'--routes sum ' if choice != routes else ''}--layer {small[0].name}"
-            found.append(first + (f" ... {small[-1].name} (the {len(small)} smallest)" if len(small) > 1 else ""))
+            first = "batch=1 " + ("routes='sum' " if choice != routes else "")
+            found.append(f"{first}layers={[layer.name for layer in small]}")
     rows = "Rows and columns take linear memory: trace(model), then layer.row(token), layer.column(token)."
     return f"What would fit: {'; or '.join(found)}. {rows}" if found else f"None of the layers would fit. {rows}"
 

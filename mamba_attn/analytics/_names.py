@@ -87,7 +87,7 @@ class Names:
             return "sum"
         if str(route) not in route_names(layer, self.index.routes):
             collected = self.index.routes == "each"
-            expected = f"'sum' or 0..{layer.routes - 1}" if collected else "'sum': it was collected with --routes sum"
+            expected = f"'sum' or 0..{layer.routes - 1}" if collected else "'sum': it was collected with routes='sum'"
             raise NotStoredError(f"{layer.name}: no route {route!r}; expected {expected}.")
         return str(route)
 

@@ -44,7 +44,7 @@ def collect(
     """
     wanted = request.wanted
     if not wanted:
-        raise ValueError(f"--data {request.data.name}: it holds no images.")
+        raise ValueError(f"data={request.data.name!r}: it holds no images.")
     layers = describe(request)
     size = request.batch or batch_size(layers)
     require_memory(layers, request.routes, size)
@@ -86,13 +86,17 @@ def _continued(folder: Path, request: Request, layers: list[StoredLayer]) -> Ind
         "model": (f"{index.model['name']} with weights {index.model['fingerprint']}",
                   f"{subject.name} with weights {subject.fingerprint}"),
         "images": (" and ".join(each["name"] for each in index.data), data.name),
-        "--keep": (_said(index.keep), _said(request.kept)), "--routes": (index.routes, request.routes),
+        "keep": (index.keep, request.kept), "routes": (index.routes, request.routes),
         "size of images": (size, list(subject.transform.size)),
     }  # fmt: skip
     for what, (found, asked) in there.items():
         if found != asked:
+            if what in ("keep", "routes"):
+                found, asked = f"{what}={found!r}", f"{what}={asked!r}"
+            else:
+                found = f"{what} {found}"
             raise StoreError(
-                f"{folder}: this store is of {what} {found}, not {asked}; nothing was changed. Name another folder."
+                f"{folder}: this store is of {found}, not {asked}; nothing was changed. Name another folder."
             )
     if [each["identity"] for each in index.data] != [data.identity]:
         raise StoreError(f"{folder}: {data.name} is not the file or folder that this store was collected from; nothing "
@@ -101,7 +105,3 @@ def _continued(folder: Path, request: Request, layers: list[StoredLayer]) -> Ind
         raise StoreError(f"{folder}: this store is of other layers, orders or grids of this model; nothing was "
                          "changed. Name another folder.")  # fmt: skip
     return index
-
-
-def _said(keep: int | list[str]) -> str:
-    return str(keep) if isinstance(keep, int) else ",".join(keep)

@@ -152,7 +152,7 @@ class Index:
         """
         path = folder / INDEX
         if not folder.is_dir():
-            raise StoreError(f"{folder}: there is no such folder; make a store with mamba-attn collect --out {folder}.")
+            raise StoreError(f"{folder}: there is no such folder; make a store with mamba-attn collect.")
         if not path.is_file():
             raise StoreError(
                 f"{folder}: this folder is no store of mamba-attn collect, or one whose {INDEX} is lost; name another."

@@ -49,9 +49,9 @@ class Request:
         for name, least in (("limit", 1), ("batch", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"--{name} {value}: expected a number from {least} on.")
+                raise ValueError(f"{name}={value}: expected a number from {least} on.")
         if self.routes not in ROUTES:
-            raise ValueError(f"--routes {self.routes}: expected one of {ROUTES}.")
+            raise ValueError(f"routes={self.routes!r}: expected one of {ROUTES}.")
         checked(self.keep, self.data, self.limit)
 
     @property

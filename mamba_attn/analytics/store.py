@@ -269,7 +269,8 @@ class AttentionStore(Models):
         if not found.kept:
             kept = sum(each.kept for each in self.index.images)
             raise NotStoredError(
-                f"{found.key}: of this image no matrices are stored, only of {kept} others; collect with a --keep that "
-                "has it, or compute them: trace(store.model()), then layer.attention(), layer.row(token)."
+                f"{found.key}: of this image no matrices are stored, only of {kept} others; collect with "
+                f"keep=[{found.key!r}], or compute them: trace(store.model()), then layer.attention() or "
+                "layer.row(token)."
             )
         return self._rows.read(f"matrices/{number:03d}/{name}", (found.row, *where))

@@ -1,6 +1,8 @@
-"""Attribution methods with Captum's interface: ``Method(model).attribute(images)`` gives one map per image.
+"""Attribution methods with captum's interface: ``Method(model).attribute(images)`` gives one map per image.
 
-Imported on demand only, because it needs captum.
+The room answers one question: which parts of the image does a model's output, or a token, depend on. Public are the
+methods in ``__all__`` and their two base classes, which methods of your own extend; ``published``, the maps of other
+people's code; and ``catalogue`` and ``spec``, all methods by name. Imported on demand only, because it needs captum.
 """
 
 try:
@@ -8,7 +10,6 @@ try:
 except ImportError as error:
     raise ImportError("mamba_attn.attribution needs captum: pip install 'mamba_attn[captum]'") from error
 
-from mamba_attn.attribution._base import MapAttribution, TokenAttribution
 from mamba_attn.attribution.attention_rollout import AttentionRollout
 from mamba_attn.attribution.captum_methods import InputXGradient, IntegratedGradients, Occlusion, Saliency
 from mamba_attn.attribution.controls import CentreMap, RandomMap
@@ -17,6 +18,7 @@ from mamba_attn.attribution.layer_grad_cam import LayerGradCam
 from mamba_attn.attribution.lrp.frozen_contribution import FrozenContribution
 from mamba_attn.attribution.lrp.mamba_lrp import MambaLRP
 from mamba_attn.attribution.mamba_attribution import MambaAttribution
+from mamba_attn.attribution.maps import MapAttribution, TokenAttribution
 from mamba_attn.attribution.raw_attention import RawAttention
 from mamba_attn.attribution.relevance_attention_ranks import RelevanceAttentionRanks
 from mamba_attn.attribution.vit.attention_grad_cam import AttentionGradCAM

@@ -1,17 +1,24 @@
-"""Attention rollout: the product of all layers' attention, residual streams included."""
+"""Attention rollout, and the products over layers that it and the gradient-weighted methods are made of.
 
-from collections.abc import Sequence
+``roll_out`` multiplies I + A, ``roll_out_weighted`` I + W with W any weighted attention; ``to_finer`` carries a row
+from one stage to the finer one before it.
+"""
 
+from collections.abc import Callable, Sequence
+
+import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.attribution._base import Row, TokenAttribution
-from mamba_attn.attribution._queries import Query, query_weights
-from mamba_attn.attribution._stages import to_finer
-from mamba_attn.attribution._targets import Target
-from mamba_attn.attribution.published import base, conventions, vmamba_analysis
+from mamba_attn.attribution.maps import Row, Target, TokenAttribution
+from mamba_attn.attribution.queries import Query, query_weights
+from mamba_attn.core.layout import TokenLayout
+from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.tracing.layer_names import LayerNames
-from mamba_attn.tracing.layers import Layer
+from mamba_attn.tracing.layers import AnyLayer, Layer
+
+Product = Callable[[Tensor], Tensor]  # row -> row @ W
+Step = Callable[[AnyLayer], tuple[Product, Tensor | float]]
 
 
 class AttentionRollout(TokenAttribution):
@@ -28,15 +35,13 @@ class AttentionRollout(TokenAttribution):
         model: a model that ``mamba_attn.trace`` knows.
         layers: names, patterns or numbers of the mixers to use; the others act as the identity. Default: all.
         signed: no positive part and no normalisation, I + attention as it is; time and memory linear in tokens.
-        convention: "exact"; "hidden_mamba" or "implicit_unified", the class token's row as the code published with
-            arXiv 2403.01590 or 2405.16504 computes it, put into all rows of the matrices of the late layers, which are
-            not made positive (the second repository publishes no rollout: its row, the first one's recipe);
-            "vmamba_analysis" or "vmamba_analysis_dt", VMamba's rollout of its own map over the blocks of one stage,
-            without or with the steps delta. Published defaults for the layers hold unless ``layers`` names some.
+        convention: "exact", or the published code whose map is returned in place of this one, which knows no other
+            option: "hidden_mamba", "implicit_unified", "vmamba_analysis" or "vmamba_analysis_dt", see
+            ``mamba_attn.attribution.published``. Its default for the layers holds unless ``layers`` names some.
 
     Raises:
-        ValueError: an unknown convention, or one that the model is not made for; a published one with
-            ``signed=True``, or, where it knows the class token's row alone, with a pixel or box.
+        ValueError: an unknown convention, a published one with ``signed=True``; when called, one that the model is not
+            made for, or, where it knows the class token's row alone, a pixel or box.
 
     Example:
         >>> AttentionRollout(model, signed=True).attribute(torch.randn(2, 3, 224, 224)).shape
@@ -49,21 +54,16 @@ class AttentionRollout(TokenAttribution):
         *,
         layers: LayerNames | None = None,
         signed: bool = False,
-        convention: str = conventions.EXACT,
+        convention: str = "exact",
     ) -> None:
         super().__init__(model, layers=layers)
-        conventions.check_convention("AttentionRollout", convention, conventions.ALL, signed=signed)
         self.signed = signed
         self.convention = convention
+        self._other = self._published(AttentionRollout, "convention")
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
-        if self.convention in conventions.CLASS_TOKEN:
-            return base.explain(
-                self, self.convention, inputs, target, query,
-                lambda rows, _, token: base.attention_rollout(rows, token),
-            )  # fmt: skip
-        if self.convention in conventions.ANALYSIS:
-            return vmamba_analysis.attention_rollout(self, self.convention, inputs, target, query)
+        if self._other is not None:
+            return self._other._explain(inputs, target, query)
         with self._traced(inputs, target) as (record, _):
             layers = record.layers
         start = query_weights(layers[-1], query)
@@ -97,3 +97,88 @@ def _normalised_product(layer: Layer, row: Float[Tensor, "batch tokens"]) -> Flo
     positive = layer.attention("mean").clamp(min=0)
     weighted = row / (1 + positive.sum(-1))
     return weighted + (weighted.unsqueeze(1) @ positive).squeeze(1)
+
+
+def roll_out_weighted(
+    layers: Sequence[AnyLayer],
+    start: Float[Tensor, "batch last_tokens"],
+    step: Step[AnyLayer],
+) -> Float[Tensor, "batch first_tokens"]:
+    """Return ``start`` times the product of the layers' I + W, less what the identities alone carry.
+
+    The two parts are carried apart: W can be thousands of times smaller than the identity.
+
+    Args:
+        layers: in execution order.
+        start: over the tokens of the last layer.
+        step: for a layer, the product with its W from the left, and what the rows of I + W are divided by.
+    """
+    alone, rest = start, torch.zeros_like(start)
+    for index in reversed(range(len(layers))):
+        product, divisor = step(layers[index])
+        alone, rest = alone / divisor, rest / divisor
+        rest = rest + product(alone + rest)
+        if index > 0:
+            finer, coarser = layers[index - 1].layout, layers[index].layout
+            alone, rest = to_finer(alone, finer, coarser), to_finer(rest, finer, coarser)
+    return rest
+
+
+def of_one_token(layer: Layer, gradient: Tensor) -> Tensor:
+    """Return the gradient of the logit as it were if the head read one token alone.
+
+    A head that averages over tokens hands each of them 1 / tokens of the logit's gradient, and the query that stands
+    for such a head averages over them once more; a class token is one token already.
+
+    Args:
+        layer: the layer.
+        gradient: of the logit, of any shape.
+    """
+    layout = layer.layout
+    return gradient if layout.class_tokens else gradient * len(layout.patches)
+
+
+def dense(weighted: Float[Tensor, "batch tokens tokens"]) -> tuple[Product, float]:
+    """Return the step of a W that is held as a matrix, nothing divided."""
+    return lambda row: (row.unsqueeze(1) @ weighted).squeeze(1), 1.0
+
+
+def to_finer(
+    row: Float[Tensor, "batch coarse_tokens"], finer: TokenLayout, coarser: TokenLayout
+) -> Float[Tensor, "batch fine_tokens"]:
+    """Return ``row`` times the averaging matrix of what lies between two layers; its sum over patches is kept.
+
+    A token takes the mean of the block of tokens that it covers. Convolutions with overlapping windows, as VMamba's of
+    3 and stride 2, are treated so too: of all averages on their windows it is the only one that counts every token of
+    the finer grid alike. Plain means over the windows count every other row and column twice, and one corner of the
+    image more than the other. What a row has at the padding of windows goes nowhere: every call puts zeros there.
+
+    Args:
+        row: over the coarser layer's tokens.
+        finer: token frame of the earlier layer.
+        coarser: token frame of the later layer.
+
+    Raises:
+        UnsupportedModelError: frames of different grids that hold more than patches; a later grid that is finer.
+    """
+    if (finer.grid, finer.padded, finer.tokens) == (coarser.grid, coarser.padded, coarser.tokens):
+        return row
+    others = finer.class_tokens + finer.registers + coarser.class_tokens + coarser.registers
+    if others or finer.grid[0] < coarser.grid[0] or finer.grid[1] < coarser.grid[1]:
+        raise UnsupportedModelError(
+            f"rollout from a grid of {finer.grid[0]}x{finer.grid[1]} to one of {coarser.grid[0]}x{coarser.grid[1]}: "
+            "only patches, on grids that shrink, can be averaged; name the layers of one stage with layers=."
+        )
+    stride = round(coarser.step / finer.step)
+    vertical, horizontal = (_blocks(finer.grid[axis], coarser.grid[axis], stride).to(row) for axis in (0, 1))
+    fine = (vertical.mT @ coarser.to_grid(row) @ horizontal).flatten(1)
+    return row.new_zeros(len(row), finer.tokens).index_copy(1, finer.patches.to(row.device), fine)
+
+
+def _blocks(fine: int, coarse: int, stride: int) -> Float[Tensor, "coarse fine"]:
+    """Means over blocks of ``stride`` neighbours, the last maybe smaller; blocks as equal as can be if that fails."""
+    owner = torch.arange(fine) // max(stride, 1)
+    if owner[-1] != coarse - 1:
+        owner = torch.arange(fine) * coarse // fine
+    inside = (owner == torch.arange(coarse)[:, None]).double()
+    return inside / inside.sum(1, keepdim=True)

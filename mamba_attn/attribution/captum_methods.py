@@ -1,45 +1,102 @@
-"""captum's own methods behind the same contract: they are called, never written again; colours are reduced to one map.
+"""captum's own methods behind the same contract: they are called, never written again.
 
-They take any model. ``pixel`` and ``box`` have no meaning here and are refused; ``grid=True`` gives the means over
-the tokens' cells.
+``FromCaptum`` is the adapter: it hands captum our target in its words. ``PixelsFromCaptum`` reduces what comes back to
+one map and, with ``grid=True``, to the means over the tokens' cells. Any model will do; ``pixel`` and ``box`` have no
+meaning here and are refused.
 """
 
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import captum.attr
 import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.attribution._pixels import Asked, PixelAttribution, check_colours, over_colours
-from mamba_attn.attribution._queries import Query
-from mamba_attn.attribution._targets import Target
+from mamba_attn.attribution.maps import Function, MapAttribution, Target, cell_means, layouts, target_indices
+from mamba_attn.attribution.queries import Query
+from mamba_attn.errors import nearest
 
+_COLOURS = ("sum", "absolute")
 _WINDOWS = 8  # of the default occlusion, side by side along the shorter side
 
 
-class _ReducedColours(PixelAttribution):
-    """One of captum's methods whose result has the images' shape."""
+class Asked(NamedTuple):
+    """What captum's methods are given.
 
-    def __init__(self, model: nn.Module, colours: str) -> None:
+    Args:
+        images: a copy that gradients can be taken of.
+        target: in captum's words; None where there is a function.
+        function: of the model's output, where the target is one; it must see exactly these images.
+    """
+
+    images: Tensor
+    target: Any
+    function: Function | None
+
+    def forward(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Return the model, or the function after it."""
+        function = self.function
+        return model if function is None else lambda x: function(model(x)).reshape(-1)
+
+
+class FromCaptum(MapAttribution):
+    """One of captum's methods: captum is asked about one model output, fixed at the images as they came."""
+
+    def _ask(self, images: Tensor, target: Target) -> Asked:
+        """Fix the target at these images: the class predicted for them, not for what a method makes of them."""
+        with torch.inference_mode(False), torch.no_grad():
+            copy = images.detach().clone()  # captum sets requires_grad, which inference tensors refuse
+            output = self._output(copy, target)
+            copy.requires_grad_()
+            if callable(target) and not isinstance(target, Tensor):
+                return Asked(copy, None, target)
+            indices = target_indices(f"{self.called}.attribute", output, target, len(copy))
+            tuples = [tuple(each) for each in indices.tolist()]
+            # captum takes a tensor of classes, a list of tuples, or for one image a tuple: not a list of one
+            chosen: Any = indices[:, 0] if indices.shape[1] == 1 else tuples if len(tuples) > 1 else tuples[0]
+        return Asked(copy, chosen, None)
+
+
+class PixelsFromCaptum(FromCaptum):
+    """One of captum's methods, whose result has the images' shape.
+
+    Args:
+        model: any; with ``grid=True`` one that ``mamba_attn.trace`` knows, whose first layer gives the grid.
+        colours: "sum" of the colours' signed numbers, or "absolute", the sum of their absolute values.
+
+    Raises:
+        ValueError: another ``colours``.
+    """
+
+    def __init__(self, model: nn.Module, colours: str = "sum") -> None:
         super().__init__(model)
-        check_colours(type(self).__name__, colours)
+        if colours not in _COLOURS:
+            raise ValueError(
+                f"{type(self).__name__}(colours={colours!r}): no such reduction. {nearest(colours, _COLOURS)}"
+            )
         self.colours = colours
 
+    @abstractmethod
     def _attributions(self, asked: Asked) -> Tensor:
-        """What captum returns."""
-        raise NotImplementedError
+        """Return what captum returns."""
+
+    def _reduced(self, attributions: Float[Tensor, "batch colours height width"]) -> Float[Tensor, "batch 1 *size"]:
+        """One number per pixel."""
+        values = attributions.abs() if self.colours == "absolute" else attributions
+        return values.sum(1, keepdim=True)
 
     def _maps(
-        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
-    ) -> Float[Tensor, "batch 1 height width"]:
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, ...], grid: bool
+    ) -> Float[Tensor, "batch 1 *size"]:
         asked = self._ask(images, target)
         with torch.inference_mode(False):
-            attributions = self._attributions(asked)
-        return self._in_shape(over_colours(attributions, self.colours), images, grid)
+            maps = self._reduced(self._attributions(asked).detach())
+        return cell_means(maps, layouts(self.model, images)[0]) if grid else maps
 
 
-class IntegratedGradients(_ReducedColours):
+class IntegratedGradients(PixelsFromCaptum):
     """captum's IntegratedGradients (arXiv 1703.01365); signed.
 
     Args:
@@ -83,7 +140,7 @@ class IntegratedGradients(_ReducedColours):
         return found
 
 
-class InputXGradient(_ReducedColours):
+class InputXGradient(PixelsFromCaptum):
     """captum's InputXGradient (arXiv 1605.01713); signed.
 
     Args:
@@ -106,7 +163,7 @@ class InputXGradient(_ReducedColours):
         return found
 
 
-class Saliency(_ReducedColours):
+class Saliency(PixelsFromCaptum):
     """captum's Saliency (arXiv 1312.6034), the gradient; its absolute value unless ``abs`` is off.
 
     Args:
@@ -133,7 +190,7 @@ class Saliency(_ReducedColours):
         return found
 
 
-class Occlusion(PixelAttribution):
+class Occlusion(PixelsFromCaptum):
     """captum's Occlusion (arXiv 1311.2901): how far the target falls when a window is covered; signed.
 
     Every pixel has the mean over the windows that cover it; of its colours, which all have the same where a window
@@ -165,11 +222,9 @@ class Occlusion(PixelAttribution):
         self.baselines = baselines
         self.perturbations_per_eval = perturbations_per_eval
 
-    def _maps(
-        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
-    ) -> Float[Tensor, "batch 1 height width"]:
-        asked = self._ask(images, target)
-        colours = images.shape[1]
+    def _attributions(self, asked: Asked) -> Tensor:
+        clean = asked.images.detach()
+        colours, *size = clean.shape[1:]
         window, strides = self.sliding_window_shapes, self.strides
         window = max(1, min(size) // _WINDOWS) if window is None else window
         if isinstance(window, int):
@@ -178,14 +233,21 @@ class Occlusion(PixelAttribution):
             strides = (colours, *(max(1, side // 2) for side in window[1:]))
         elif isinstance(strides, int):
             strides = (colours, strides, strides)
-        clean = asked.images.detach()
         if asked.function and len(clean) > 1 and asked.forward(self.model)(clean).numel() == 1:
             raise ValueError(
-                f"Occlusion.attribute(target={target!r}): the function returned one number for {len(clean)} images; "
-                "covering a window needs one of each, (batch,)."
+                f"Occlusion.attribute(target={asked.function!r}): the function returned one number for {len(clean)} "
+                "images; covering a window needs one of each, (batch,)."
             )
         found: Tensor = captum.attr.Occlusion(asked.forward(self.model)).attribute(
-            clean, window, strides, self.baselines, asked.target,
+            clean,
+            window,
+            strides,
+            self.baselines,
+            asked.target,
+            # several copies of the batch in one pass are not the images that a function was given for
             perturbations_per_eval=1 if asked.function else self.perturbations_per_eval,
-        )  # fmt: skip
-        return self._in_shape(found.mean(1, keepdim=True), images, grid)
+        )
+        return found
+
+    def _reduced(self, attributions: Float[Tensor, "batch colours height width"]) -> Float[Tensor, "batch 1 *size"]:
+        return attributions.mean(1, keepdim=True)

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from mamba_attn.attribution._base import MapAttribution
 from mamba_attn.attribution.attention_rollout import AttentionRollout
 from mamba_attn.attribution.captum_methods import InputXGradient, IntegratedGradients, Occlusion, Saliency
 from mamba_attn.attribution.controls import CentreMap, RandomMap
@@ -17,6 +16,7 @@ from mamba_attn.attribution.lrp import linear_backward
 from mamba_attn.attribution.lrp.frozen_contribution import FrozenContribution
 from mamba_attn.attribution.lrp.mamba_lrp import MambaLRP
 from mamba_attn.attribution.mamba_attribution import MambaAttribution
+from mamba_attn.attribution.maps import MapAttribution
 from mamba_attn.attribution.raw_attention import RawAttention
 from mamba_attn.attribution.relevance_attention_ranks import RelevanceAttentionRanks
 from mamba_attn.attribution.vit import block_relevance
@@ -43,7 +43,7 @@ class Entry:
         made_of: the kinds of layers that the model may be made of.
         of_a_class: whether the map depends on the class.
         class_option: an option that, when False, makes it the same for every class.
-        instead: the method that does the like for other models.
+        instead: the counterpart for other models.
         options: arguments of the class.
         check: raises UnsupportedModelError for models that the method refuses all the same.
     """
@@ -196,7 +196,7 @@ def refusal(name: str, model: nn.Module, called: str | None = None) -> str | Non
 
 
 def counterpart(name: str, model: nn.Module) -> str:
-    """Return the method itself where it fits the model, else the one that does the like, else a general one."""
+    """Return the method itself where it fits the model, else its counterpart, else a general one."""
     candidates = (name, get(name).instead, "attention_rollout", "integrated_gradients")
     return next(each for each in candidates if _made_of_fits(get(each), model))
 

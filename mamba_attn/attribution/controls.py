@@ -6,24 +6,23 @@ import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.attribution._pixels import PixelAttribution
-from mamba_attn.attribution._queries import Query
-from mamba_attn.attribution._targets import Target
+from mamba_attn.attribution.maps import MapAttribution, Target, cell_means, layouts
+from mamba_attn.attribution.queries import Query
 
 
-class _Control(PixelAttribution):
+class _Control(MapAttribution):
     """A map of the image's size alone, or its content; a target that is given is checked all the same."""
 
     def _draw(self, image: Float[Tensor, "colours height width"]) -> Float[Tensor, "height width"]:
         raise NotImplementedError
 
     def _maps(
-        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
-    ) -> Float[Tensor, "batch 1 height width"]:
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, ...], grid: bool
+    ) -> Float[Tensor, "batch 1 *size"]:
         if target is not None:
-            self._ask(images, target)
-        maps = torch.stack([self._draw(image) for image in images]).unsqueeze(1)
-        return self._in_shape(maps.to(images.device), images, grid)
+            self._output(images, target)
+        maps = torch.stack([self._draw(image) for image in images]).unsqueeze(1).to(images.device)
+        return cell_means(maps, layouts(self.model, images)[0]) if grid else maps
 
 
 class RandomMap(_Control):

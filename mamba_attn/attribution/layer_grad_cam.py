@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.attribution._pixels import Asked, PixelAttribution, cell_means
-from mamba_attn.attribution._queries import Query
-from mamba_attn.attribution._targets import Target
+from mamba_attn.attribution.captum_methods import Asked, FromCaptum
+from mamba_attn.attribution.maps import Target, cell_means, layouts
+from mamba_attn.attribution.queries import Query
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import UnsupportedModelError, nearest
 from mamba_attn.tracing.adapters import find_mixers
@@ -21,7 +21,7 @@ from mamba_attn.tracing.layer_names import LayerName, layer_name, listed_layers
 _STAGED = ("VMamba",)  # families whose last stage's output all lead to the head
 
 
-class LayerGradCam(PixelAttribution):
+class LayerGradCam(FromCaptum):
     """captum's LayerGradCam (arXiv 1610.02391, eq. 1 and 2) of the last layer whose tokens reach the head.
 
     Features weighted by their gradients' means over all tokens, class tokens included, and summed; the positive part
@@ -55,8 +55,8 @@ class LayerGradCam(PixelAttribution):
         self.relu = relu
 
     def _maps(
-        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
-    ) -> Float[Tensor, "batch 1 height width"]:
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, ...], grid: bool
+    ) -> Float[Tensor, "batch 1 *size"]:
         asked = self._ask(images, target)
         name, at_input = self._place()
         frames = self._frames(images)
@@ -81,7 +81,7 @@ class LayerGradCam(PixelAttribution):
             if grid and frame.grid == frames[0].grid:
                 return own
             pixels = frame.to_pixels(own, size)
-        return cell_means(pixels, self._layouts(images)[0]) if grid else pixels
+        return cell_means(pixels, (frames or layouts(self.model, images))[0]) if grid else pixels
 
     def _cam(self, asked: Asked, name: str, at_input: bool, tap: "_Tap") -> Float[Tensor, "batch 1 *tokens"]:
         run = asked.forward(_tapped(self.model, name, tap, at_input))
@@ -118,13 +118,13 @@ class LayerGradCam(PixelAttribution):
             find_mixers(self.model)
         except UnsupportedModelError:
             return []
-        return self._layouts(images)
+        return layouts(self.model, images)
 
 
 class _Tap(nn.Module):
     """Hands features on unchanged, and as channels to ``channels``, where captum looks at them."""
 
-    def __init__(self, grids: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, grids: Sequence[tuple[int, ...]]) -> None:
         super().__init__()
         self.grids = grids
         self.channels = nn.Identity()
@@ -166,7 +166,11 @@ class _Tapped(nn.Module):
 
 
 def _tapped(model: nn.Module, name: str, tap: _Tap, at_input: bool) -> nn.Module:
-    """A copy of the model that shares everything but the modules on the way to the layer, which has a tap."""
+    """A copy of the model that shares everything but the modules on the way to the layer, which has a tap.
+
+    A copy, not a hook: captum puts hooks of its own on the layer that it is given, and the user's model has to stay
+    without any, whatever fails on the way.
+    """
     root = current = _shallow(model)
     *way, last = name.split(".")
     for part in way:

@@ -2,23 +2,20 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from mamba_attn import ops
 from mamba_attn._types import Float
-from mamba_attn.attribution import row_sums
-from mamba_attn.attribution._base import Row, TokenAttribution
-from mamba_attn.attribution._product import Product, Step, dense, of_one_token, roll_out
-from mamba_attn.attribution._queries import Query, query_weights, single_token
-from mamba_attn.attribution._targets import Target
-from mamba_attn.attribution.published import base, conventions
-from mamba_attn.attribution.published.conventions import Watch
-from mamba_attn.attribution.published.weighted import gated_gradients, gradient_x_attention, paper, published
-from mamba_attn.errors import nearest
+from mamba_attn.attribution.attention_rollout import Product, dense, of_one_token, roll_out_weighted
+from mamba_attn.attribution.maps import Row, Target, TokenAttribution
+from mamba_attn.attribution.queries import Query, query_weights, single_token
+from mamba_attn.core.rules import Rules
+from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.errors import TraceError
+from mamba_attn.ops.arguments import at_tokens, to_tokens
 from mamba_attn.tracing.layer_names import LayerNames
 from mamba_attn.tracing.layers import ScanLayer, require
-
-RULES = ("gradient_x_attention", "paper", "published_code")
 
 
 class MambaAttribution(TokenAttribution):
@@ -28,44 +25,37 @@ class MambaAttribution(TokenAttribution):
     I + W over the layers, last to first, less what the residual streams alone carry, which is the query itself. The
     product is carried from layer to layer, one dense matrix at a time; stages of VMamba as in ``AttentionRollout``.
 
-    ============================  =====================================================================================
-    rule                          W
-    ============================  =====================================================================================
-    ``"gradient_x_attention"``    positive part of sum_c dlogit/dM_c * M_c: the gradient of every channel's matrix times
-                                  that matrix, dlogit/dM_c[i, j] = dlogit/dy_c[i] u_c[j]. The positive part is taken
-                                  after the sum over channels and routes, per pair of tokens
-    ``"paper"``                   positive part of mean_c(dlogit/dy'_c)[i] * mean_c(M_c)[i, j], arXiv 2403.01590 eq. 24,
-                                  y' the output of the scans after the mixer's gate (and VMamba's norm). The equation
-                                  leaves open which axis its gradient, a number per token, weights; here it is the
-                                  rows, since y'[i] is what row i gives
-    ``"published_code"``          mean_c of the positive parts of M_c, divided by the largest entry of all, times s[j]:
-                                  the positive part of dlogit/d(mixer output) at token j, its largest feature, scaled to
-                                  0..1 over tokens. Rows of I + W divided by their sums; layers from round(15 / 24
-                                  depth) on unless ``layers`` names some. The published recipe on the true matrices
-    ============================  =====================================================================================
+    W is the positive part of sum_c dlogit/dM_c * M_c: the gradient of every channel's matrix times that matrix,
+    dlogit/dM_c[i, j] = dlogit/dy_c[i] u_c[j]. The positive part is taken after the sum over channels and routes, per
+    pair of tokens.
 
-    The default departs from the paper, which multiplies a mean of gradients and a mean of matrices: here the matrix of
+    ``rule="paper"`` and ``rule="published_code"`` take W as arXiv 2403.01590 (eq. 24) and its code do, on the true
+    matrices: ``mamba_attn.attribution.published.Equation24`` and ``PublishedRecipe`` say how. They, and a published
+    ``convention``, are other methods, which know none of the options below but ``layers``.
+
+    This departs from the paper, which multiplies a mean of gradients and a mean of matrices: here the matrix of
     every channel has its own gradient, so that W before its positive part sums to dlogit/dy * (y - D u), the share of
     the layer's attention in the logit to first order. As in the paper, nothing is normalised.
 
-    In a model that averages over patches instead of reading a class token, both gradients dlogit/dy are multiplied by
+    In a model that averages over patches instead of reading a class token, the gradient dlogit/dy is multiplied by
     the number of the layer's patches: the average gives each patch that share of the gradient, and the default query,
     the mean over patches, divides by their number again.
 
     Args:
         model: a model that ``mamba_attn.trace`` knows.
         layers: names, patterns or numbers of the mixers to use; the others act as the identity. Default: all.
-        rule: one of the three above.
-        rollout: False averages the layers' rows instead, each query's as in ``RawAttention``, in linear time;
-            "gradient_x_attention" only. The positive part is then taken after the mean over the query's tokens.
-        signed: no positive part; time and memory linear in tokens; "gradient_x_attention" only.
-        convention: "exact"; "hidden_mamba" or "implicit_unified", the map as the code published with arXiv 2403.01590
-            or 2405.16504 makes it from its class token's rows, of the late layers unless ``layers`` names some, minima
-            and maxima per image. It has a rule of its own: leave ``rule`` and ``rollout`` as they are.
+        rule: "gradient_x_attention", "paper" or "published_code", see above. The last uses the late layers unless
+            ``layers`` names some.
+        rollout: False averages the layers' rows instead, each query's as in ``RawAttention``, in linear time. The
+            positive part is then taken after the mean over the query's tokens.
+        signed: no positive part; time and memory linear in tokens.
+        convention: "exact", or the published code whose map is returned in place of this one: "hidden_mamba" or
+            "implicit_unified", see ``mamba_attn.attribution.published``. Its late layers hold unless ``layers`` names
+            some.
 
     Raises:
-        ValueError: an unknown rule or convention, or two options that exclude each other; when called, a model without
-            a class token, or a pixel or box, where the convention needs the one and has no row for the other.
+        ValueError: an unknown rule or convention, or other options together with one; when called, a model without a
+            class token, or a pixel or box, where the convention needs the one and has no row for the other.
         UnsupportedModelError: when called, layers that are softmax attention.
 
     Example:
@@ -81,58 +71,39 @@ class MambaAttribution(TokenAttribution):
         rule: str = "gradient_x_attention",
         rollout: bool = True,
         signed: bool = False,
-        convention: str = conventions.EXACT,
+        convention: str = "exact",
     ) -> None:
         super().__init__(model, layers=layers)
-        known = (conventions.EXACT, *conventions.CLASS_TOKEN)
-        conventions.check_convention("MambaAttribution", convention, known, signed=signed)
-        _check_rule(rule, convention, rollout=rollout, signed=signed)
         self.rule = rule
         self.rollout = rollout
         self.signed = signed
         self.convention = convention
+        self._other = self._published(MambaAttribution, "convention") or self._published(MambaAttribution, "rule")
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
-        if self.convention != conventions.EXACT:
-            name = self.convention
-            return base.explain(
-                self, name, inputs, target, query,
-                lambda rows, gradients, token: base.mamba_attribution(name, rows, gradients, token),
-                gradients=True,
-            )  # fmt: skip
+        if self._other is not None:
+            return self._other._explain(inputs, target, query)
         if not self.rollout:
             return self._rows(inputs, target, query)
-        watch = Watch()  # holds on to activations, so only where they are needed
-        rules = watch if self.rule == "paper" else None
-        with self._traced(inputs, target, gradients=True, rules=rules) as (record, logit):
-            layers = require("MambaAttribution", record.layers, ScanLayer)
-            if self.rule == "paper":
-                gradients = gated_gradients(layers, logit, watch)
-            else:
-                gradients = record.gradients(logit, of="output" if self.rule == "published_code" else "y")
-        if self.rule == "published_code":
-            layers = layers if self.layers is not None else conventions.late_layers(layers)
-            return self._rolled(layers, query, lambda layer: _rows_divided(published(layer, gradients[layer.name])))
-        gradients = _of_one_token(layers, gradients)
-        if self.rule == "paper":
-            return self._rolled(layers, query, lambda layer: dense(paper(layer, gradients[layer.name])))
-        if self.signed:
-            return self._rolled(layers, query, lambda layer: _signed(layer, gradients[layer.name]))
-        return self._rolled(
-            layers, query, lambda layer: dense(gradient_x_attention(layer, gradients[layer.name]).clamp(min=0))
-        )
+        with self._traced(inputs, target, gradients=True) as (record, logit):
+            layers = require(self.called, record.layers, ScanLayer)
+            gradients = _of_one_token(layers, record.gradients(logit))
 
-    def _rolled(self, layers: Sequence[ScanLayer], query: Query | None, step: Step[ScanLayer]) -> list[Row]:
-        start = query_weights(layers[-1], query)
-        return [(layers[0].layout, roll_out(layers, start, step))]
+        def step(layer: ScanLayer) -> tuple[Product, float]:
+            gradient = gradients[layer.name]
+            if self.signed:
+                return _signed(layer, gradient)
+            return dense(gradient_x_attention(layer, gradient).clamp(min=0))
+
+        return [(layers[0].layout, roll_out_weighted(layers, query_weights(layers[-1], query), step))]
 
     def _rows(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         """Every layer's own row; for the mean over all tokens nothing but the backward pass is needed."""
-        with self._traced(inputs, target, gradients=True, rules=row_sums.OwnInputs()) as (record, logit):
-            layers = require("MambaAttribution", record.layers, ScanLayer)
-            if query is None and all(map(row_sums.reads_all, layers)):
-                outputs, inner = row_sums.gradients(layers, logit)
-                rows = [row_sums.summed_rows(*each) for each in zip(layers, outputs, inner, strict=True)]
+        with self._traced(inputs, target, gradients=True, rules=OwnInputs()) as (record, logit):
+            layers = require(self.called, record.layers, ScanLayer)
+            if query is None and all(map(reads_all, layers)):
+                outputs, inner = own_gradients(layers, logit)
+                rows = [summed_rows(*each) for each in zip(layers, outputs, inner, strict=True)]
             else:
                 found = _of_one_token(layers, record.gradients(logit))
                 rows = [_row(layer, query, found[layer.name]) for layer in layers]
@@ -155,27 +126,101 @@ def _of_one_token(layers: Sequence[ScanLayer], gradients: dict[str, Tensor]) -> 
     return {layer.name: of_one_token(layer, gradients[layer.name]) for layer in layers}
 
 
-def _rows_divided(weighted: Float[Tensor, "batch tokens tokens"]) -> tuple[Product, Tensor]:
-    return dense(weighted)[0], 1 + weighted.sum(-1)
-
-
 def _signed(layer: ScanLayer, gradient: Float[Tensor, "batch channels tokens"]) -> tuple[Product, float]:
     layer.require_finite()
     scan = layer.scan
     return lambda row: ops.left_product(scan, vector=row, row_weight=gradient, col_weight=scan.u, fold="sum"), 1.0
 
 
-def _check_rule(rule: str, convention: str, *, rollout: bool, signed: bool) -> None:
-    if rule not in RULES:
-        raise ValueError(f"MambaAttribution(rule={rule!r}): no such rule. {nearest(rule, RULES)}")
-    other = [f"rule={rule!r}"] if rule != RULES[0] else []
-    options = [*(["rollout=False"] if not rollout else []), *(["signed=True"] if signed else [])]
-    if other and options:
-        raise ValueError(
-            f"MambaAttribution({', '.join(other + options)}): {options[0]} is for rule='gradient_x_attention' alone."
-        )
-    if convention != conventions.EXACT and (other or options):
-        raise ValueError(
-            f"MambaAttribution(convention={convention!r}, {', '.join(other + options)}): a published convention has a "
-            "rule of its own; leave these out."
-        )
+def gradient_x_attention(
+    layer: ScanLayer, gradient: Float[Tensor, "batch channels tokens"]
+) -> Float[Tensor, "batch tokens tokens"]:
+    """Return sum_c dlogit/dM_c * M_c, signed: dlogit/dM_c[i, j] = dlogit/dy_c[i] u_c[j].
+
+    Its sum over all pairs is dlogit/dy * (y - D u), what the attention of this layer gives the logit to first order.
+
+    Args:
+        layer: the layer.
+        gradient: dlogit/dy.
+    """
+    return layer.attention("sum", row_weight=gradient, col_weight=layer.scan.u)
+
+
+# The mean of all rows, from the backward pass that gives the gradients anyway: summed over its rows, the weighted
+# attention of a layer is u times M^T dlogit/dy, which is the gradient of the logit with respect to u as the scan alone
+# reads it, less the part of the skip D. Nothing is scanned again for it.
+
+
+class OwnInputs(Rules):
+    """Changes no value: every scan reads its u as a tensor of its own, apart from the u that delta, B and C are of."""
+
+    def scan(self, record: ScanRecord) -> ScanRecord:
+        """Rename u."""
+        u = record.source_u  # delta, B and C are computed from this very tensor, so its gradient would be theirs too
+        if torch.is_grad_enabled() and not u.requires_grad:  # a frozen model
+            u = u.detach().requires_grad_()
+        return record.replace(source_u=u.view_as(u))  # a node of its own, with the gradient of this scan alone
+
+
+def reads_all(layer: ScanLayer) -> bool:
+    """Whether the default query of a layer is the mean over all its tokens."""
+    return len(layer.layout.patches) == layer.tokens
+
+
+def own_gradients(layers: list[ScanLayer], logit: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Return dlogit/dy of every layer, and dlogit/du of its scan alone.
+
+    Args:
+        layers: of a pass with ``OwnInputs``.
+        logit: a scalar.
+
+    Raises:
+        TraceError: the scalar does not depend on the pass.
+    """
+    tensors = [*(layer.y for layer in layers), *(layer.scan.source_u for layer in layers)]
+    if not logit.requires_grad:
+        raise TraceError("gradients: what is explained does not depend on this forward pass; take it from its output.")
+    found = torch.autograd.grad(logit, tensors, allow_unused=True)
+    filled = [
+        torch.zeros_like(tensor) if gradient is None else gradient
+        for tensor, gradient in zip(tensors, found, strict=True)
+    ]
+    return filled[: len(layers)], filled[len(layers) :]
+
+
+def summed_rows(
+    layer: ScanLayer, gradient: Float[Tensor, "batch channels tokens"], own: Tensor
+) -> Float[Tensor, "batch tokens"]:
+    """Return sum_i sum_c dlogit/dy_c[i] M_c[i, j] u_c[j] for every token j.
+
+    Args:
+        layer: the layer.
+        gradient: dlogit/dy.
+        own: dlogit/du of its scan alone, in u's shape.
+    """
+    scan = layer.scan
+    u, own, gradient = (x.detach().to(layer.dtype) for x in (scan.source_u, own, gradient))
+    D = None if scan.D is None else scan.D.detach().to(layer.dtype) * scan.scale
+    if D is not None and D.ndim == 3:  # of tokens: no route's own
+        skipped = (gradient * D * scan.token_u.detach()).sum(1)
+        return summed_rows(ScanLayer(layer.name, scan.replace(D=None)), gradient, own) - skipped
+    if scan.source_frame == "tokens" and u.shape[1] == 1 and _everywhere_alike(scan):
+        direct = own if D is None else own - (gradient * D.sum(0).unsqueeze(1)).unsqueeze(1)
+        return (u * direct).sum((1, 2))
+    total = torch.zeros(layer.batch, layer.tokens, dtype=layer.dtype, device=layer.device)
+    if scan.source_frame == "tokens":
+        total = total + (u * own).sum((1, 2))
+    for route in range(scan.routes):
+        reads, writes = (order[..., route, None, :] for order in (scan.read_order, scan.write_order))
+        source = u[:, min(route, u.shape[1] - 1)]
+        source = at_tokens(source, reads) if scan.source_frame == "tokens" else source
+        values = torch.zeros_like(source) if scan.source_frame == "tokens" else own[:, route]
+        values = values if D is None else values - at_tokens(gradient, writes) * D[route].unsqueeze(1)
+        total = total + to_tokens((source * values).sum(1), reads[..., 0, :], layer.tokens)
+    return total
+
+
+def _everywhere_alike(scan: ScanRecord) -> bool:
+    """Whether every route visits every token, and reads where it writes."""
+    everywhere = scan.length == scan.tokens and not any(scan.lacking)
+    return everywhere and torch.equal(scan.read_order, scan.write_order)

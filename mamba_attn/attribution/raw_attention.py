@@ -5,10 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mamba_attn.attribution._base import Row, TokenAttribution
-from mamba_attn.attribution._queries import Place, Query, read_rows
-from mamba_attn.attribution._targets import Target
-from mamba_attn.attribution.published import base, conventions, vmamba_analysis
+from mamba_attn.attribution.maps import Row, Target, TokenAttribution
+from mamba_attn.attribution.queries import Place, Query, read_rows
 from mamba_attn.tracing.layer_names import ByLayer, LayerNames
 from mamba_attn.tracing.tracer import trace
 
@@ -21,23 +19,18 @@ class RawAttention(TokenAttribution):
     the layers. Layers on different grids, as in VMamba, meet in pixels; what a token has is spread over the area that
     it covers. In a ViT the heads' probabilities are averaged.
 
-    It shows what is read, not what decides: on ``vmamba_micro``, removing the patches that it marks highest changes the
-    answer less than removing random ones (docs/comparing.md).
-
     Args:
         model: a model that ``mamba_attn.trace`` knows.
         layers: names, patterns or numbers of the mixers to use, e.g. ``["layers.2.*"]`` for one stage of VMamba.
             Default: all.
         signed: keep the negative entries.
-        convention: "exact"; "hidden_mamba" or "implicit_unified", the class token's row as the code published with
-            arXiv 2403.01590 or 2405.16504 computes it, each late layer scaled to 0..1 per image (the second repository
-            publishes no raw attention: its row, the first one's recipe); "vmamba_analysis" or "vmamba_analysis_dt",
-            VMamba's own map of one block, without or with the steps delta, scaled to 0..1 per image. Published
-            defaults for the layers hold unless ``layers`` names some.
+        convention: "exact", or the published code whose map is returned in place of this one, which knows no other
+            option: "hidden_mamba", "implicit_unified", "vmamba_analysis" or "vmamba_analysis_dt", see
+            ``mamba_attn.attribution.published``. Its default for the layers holds unless ``layers`` names some.
 
     Raises:
-        ValueError: an unknown convention, or one that the model is not made for; a published one with
-            ``signed=True``, or, where it knows the class token's row alone, with a pixel or box.
+        ValueError: an unknown convention, a published one with ``signed=True``; when called, one that the model is not
+            made for, or, where it knows the class token's row alone, a pixel or box.
 
     Example:
         >>> RawAttention(model).attribute(torch.randn(2, 3, 224, 224)).shape
@@ -50,12 +43,12 @@ class RawAttention(TokenAttribution):
         *,
         layers: LayerNames | None = None,
         signed: bool = False,
-        convention: str = conventions.EXACT,
+        convention: str = "exact",
     ) -> None:
         super().__init__(model, layers=layers)
-        conventions.check_convention("RawAttention", convention, conventions.ALL, signed=signed)
         self.signed = signed
         self.convention = convention
+        self._other = self._published(RawAttention, "convention")
 
     def rows(
         self, inputs: Tensor, query: Sequence[float] | None = None, *, pixel: Place | None = None,
@@ -79,12 +72,8 @@ class RawAttention(TokenAttribution):
             return ByLayer({layer.name: read_rows(layer, asked) for layer in self._ran(record)})
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
-        if self.convention in conventions.CLASS_TOKEN:
-            return base.explain(
-                self, self.convention, inputs, target, query, lambda rows, _, __: base.raw_attention(rows)
-            )
-        if self.convention in conventions.ANALYSIS:
-            return vmamba_analysis.raw_attention(self, self.convention, inputs, target, query)
+        if self._other is not None:
+            return self._other._explain(inputs, target, query)
         with self._traced(inputs, target) as (record, _):
             layers = record.layers
         signed = ((layer.layout, read_rows(layer, query)) for layer in layers)

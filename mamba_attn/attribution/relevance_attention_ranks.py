@@ -1,18 +1,16 @@
 """RelevanceAttentionRanks: what decides comes first, what is looked at next; our own combination."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.attribution._pixels import PixelAttribution, cell_means
-from mamba_attn.attribution._queries import Query
-from mamba_attn.attribution._targets import Target, target_values
 from mamba_attn.attribution.implicit_attention import ImplicitAttention
 from mamba_attn.attribution.lrp.mamba_lrp import MambaLRP
+from mamba_attn.attribution.maps import MapAttribution, Target, cell_means, target_values
+from mamba_attn.attribution.queries import Query
 from mamba_attn.attribution.raw_attention import RawAttention
 from mamba_attn.core.layout import TokenLayout
+from mamba_attn.core.ranks import ranks
 from mamba_attn.errors import nearest
 from mamba_attn.tracing.layers import ScanLayer, require
 from mamba_attn.tracing.tracer import trace
@@ -21,8 +19,8 @@ _Part = ImplicitAttention | MambaLRP | RawAttention
 EXTENT = ("smooth_relevance", "implicit_attention", "raw_attention")
 
 
-class RelevanceAttentionRanks(PixelAttribution):
-    """MambaLRP's relevance in an order that attention has a say in; a combination of our own, from no paper.
+class RelevanceAttentionRanks(MapAttribution):
+    """MambaLRP's relevance, reordered by attention. New here; not from a paper.
 
     Relevance names the few patches that decide and is noise on the rest of the object; attention covers the object and
     does not know what decides. With r(m) the rank of every patch in a map m, 0 the lowest and 1 the highest, ties at
@@ -30,23 +28,20 @@ class RelevanceAttentionRanks(PixelAttribution):
 
         weight * r(relevance) ** power + r( sum of r(m) over ``extent`` )
 
-    and the positive part of relevance is handed out in that order, its largest number to the first. So the order
-    is that of both, the map is as concentrated as relevance is, and it is nowhere negative. The power leaves of
-    relevance's rank what stands at the top.
+    and the numbers of relevance's positive part are sorted into that order, the largest first. So the order
+    is that of both, the map is as concentrated as relevance is, and it is nowhere negative. A high power keeps only
+    the top of the relevance ranking.
 
     relevance is ``MambaLRP``; ``extent`` may hold ``"smooth_relevance"``, MambaLRP with the generalised gamma rule in
     every linear layer and convolution, ``"implicit_attention"`` and ``"raw_attention"``, each with its defaults. All
     are averaged over the cells of the model's first token grid. What it costs is five forward passes, three backward
-    ones and, for ``"implicit_attention"``, a dense matrix of tokens per layer. Cells beyond the positive ones are 0,
-    all alike.
-
-    ``MambaLRP`` alone is ahead of it when patches are removed, and depends more on the class and the weights; it is
-    ahead of MambaLRP on photos' boxes. The defaults were chosen on one half of the test images (docs/comparing.md).
+    ones and, for ``"implicit_attention"``, a dense matrix of tokens per layer. The defaults were chosen on one half
+    of the test images (docs/comparing.md). Cells beyond the positive ones are 0, all alike.
 
     Args:
         model: Vim or VMamba, with fused_add_norm=False where it has that.
         power: of relevance's rank, at least 0.
-        weight: of relevance beside the rest, at least 0.
+        weight: of relevance compared with the rest, at least 0.
         gamma: of the gamma rule, at least 0.
         extent: names from the list above, at least one; several as a tuple.
 
@@ -58,8 +53,6 @@ class RelevanceAttentionRanks(PixelAttribution):
         >>> RelevanceAttentionRanks(model).attribute(images, target=281).shape
         torch.Size([2, 1, 224, 224])
     """
-
-    reads_rows: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -86,21 +79,21 @@ class RelevanceAttentionRanks(PixelAttribution):
         self.weight = weight
 
     def _maps(
-        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
-    ) -> Float[Tensor, "batch 1 height width"]:
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, ...], grid: bool
+    ) -> Float[Tensor, "batch 1 *size"]:
         cells = self._cells(images, target)
 
         def read(method: _Part) -> Tensor:
             return cell_means(method.attribute(images, target), cells)
 
         relevance = read(self.relevance)
-        extent = torch.stack([ranks(read(method)) for method in self.extent]).sum(0)
-        order = self.weight * ranks(relevance) ** self.power + ranks(extent)
+        extent = torch.stack([_shares(read(method)) for method in self.extent]).sum(0)
+        order = self.weight * _shares(relevance) ** self.power + _shares(extent)
         found = in_order(relevance.clamp(min=0), order)
         return found if grid else cells.to_pixels(found, size)
 
     def _cells(self, images: Tensor, target: Target) -> TokenLayout:
-        """The first token grid; what is wrong with model or target is said in this method's name, not in its parts'."""
+        """The first token grid; errors of model or target are reported in this method's name, not in its parts'."""
         with torch.inference_mode(False), torch.no_grad(), trace(self.model) as record:
             output = self.model(images.clone() if images.is_inference() else images)
         require(type(self).__name__, record.layers, ScanLayer)
@@ -117,14 +110,10 @@ def in_order(
     return torch.zeros_like(ordered).scatter(1, place, ordered).view_as(values)
 
 
-def ranks(values: Float[Tensor, "batch 1 rows columns"]) -> Float[Tensor, "batch 1 rows columns"]:
-    """Return every number's rank in its map, 0 the lowest and 1 the highest; ties at their mean, one alone at 0.
-
-    Args:
-        values: any numbers but NaN.
-    """
-    flat = values.flatten(1).contiguous()
-    ordered = flat.sort(1).values
-    below, upto = (torch.searchsorted(ordered, flat, right=right) for right in (False, True))
-    place = (below + upto - 1).to(torch.promote_types(values.dtype, torch.float32)) / 2
-    return (place / max(flat.shape[1] - 1, 1)).view_as(values)
+def _shares(values: Float[Tensor, "batch 1 rows columns"]) -> Float[Tensor, "batch 1 rows columns"]:
+    """Every number's rank in its map, 0 the lowest and 1 the highest; ties at their mean, one alone at 0."""
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    flat = values.flatten(1).to(dtype).cpu().numpy()
+    places = torch.stack([torch.from_numpy(ranks(each)) for each in flat]).to(values.device, dtype)
+    shares: Tensor = places / max(flat.shape[1] - 1, 1)
+    return shares.view_as(values)

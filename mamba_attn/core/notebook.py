@@ -1,17 +1,13 @@
 """What layers, traces and stores show in a notebook: small HTML with its pictures inside, made by no other package."""
 
-import base64
 import html
-import struct
-import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-# the lists of mamba_attn.figures.colours, which this file is too low to import; a test compares
-VIRIDIS = "440154 482878 3e4989 31688e 26828e 1f9e89 35b779 6ece58 b5de2b fde725"
-BLUE_ORANGE = "08306b 2166ac 67a3d1 b8d5ea f7f7f5 fcd3a1 f5a04a d4650f 7f3300"
-_PERCENTILE = 99.5  # values beyond it take the last colour
+from mamba_attn.figures.colours import BLUE_ORANGE, VIRIDIS, limits, scale, to_rgb
+from mamba_attn.figures.picture import data_uri
+
 _LARGEST = 128  # cells of a picture's side
 _STYLE = (
     "font:13px/1.45 system-ui,sans-serif;color:#1d2329;background:#fff;border:1px solid #dde2e7;border-radius:8px;"
@@ -64,41 +60,15 @@ def photo(rgb: np.ndarray, caption: str, side: int = 150) -> str:
     width, height = (max(1, round(side * n / max(rows, columns))) for n in (columns, rows))
     shown = f"width:{width}px;height:{height}px;image-rendering:pixelated;display:block;margin:0"
     return (
-        f'<div style="max-width:{max(width, 125)}px"><img style="{shown}" alt="{safe(caption)}" src="{png(rgb)}">'
+        f'<div style="max-width:{max(width, 125)}px"><img style="{shown}" alt="{safe(caption)}" src="{data_uri(rgb)}">'
         f'<div style="color:#5b6670;font-size:12px;overflow-wrap:anywhere">{safe(caption)}</div></div>'
     )
 
 
 def coloured(values: np.ndarray) -> np.ndarray:
     """Return the colours of values, (rows, columns, 3) uint8: signed ones centred on zero, else from the lowest on."""
-    signed = bool((values < 0).any())
-    size = np.abs(values) if signed else values
-    high = float(np.percentile(size, _PERCENTILE))
-    low = -high if signed else float(values.min())
-    if not high > (0 if signed else low):
-        high = float(size.max())
-        low = -high if signed else low
-    high = high if high > low else low + 1
-    table = np.array([list(bytes.fromhex(one)) for one in (BLUE_ORANGE if signed else VIRIDIS).split()], np.float64)
-    place = np.clip((values - low) / (high - low), 0, 1) * (len(table) - 1)
-    channels = [np.interp(place, np.arange(len(table)), table[:, channel]) for channel in range(3)]
-    return np.asarray(np.stack(channels, axis=-1).round().astype(np.uint8))
-
-
-def png(rgb: np.ndarray) -> str:
-    """Return an image as the address of a PNG that it contains.
-
-    Args:
-        rgb: (rows, columns, 3) uint8.
-    """
-    rows, columns = rgb.shape[:2]
-    lines = np.concatenate([np.zeros((rows, 1), np.uint8), rgb.reshape(rows, 3 * columns)], axis=1)
-    header = struct.pack(">IIBBBBB", columns, rows, 8, 2, 0, 0, 0)
-    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(lines.tobytes(), 9)), (b"IEND", b"")
-    content = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
-    )
-    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
+    its = limits(values)
+    return to_rgb(values, scale(values, colours=BLUE_ORANGE if its["signed"] else VIRIDIS, **its))
 
 
 def safe(text: object) -> str:

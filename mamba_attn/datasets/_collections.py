@@ -74,11 +74,11 @@ def collection(files: Files, part: str, name: str, identity: str) -> Data:
     """
     base = f"{part}/" if part else ""
     if part and not any(file.startswith(base) for file in files.names):
-        raise ValueError(f"--data {name}: there is no folder {part!r} in it. {_parts(files)}")
+        raise ValueError(f"open_data({name!r}): there is no folder {part!r} in it. {_parts(files)}")
     folder, table = _table(files, part)
     if table is None:
         if any(file.startswith(base) and file.endswith(tuple(f"/{each}" for each in TABLES)) for file in files.names):
-            raise ValueError(f"--data {name}: it has several parts; name one. {_parts(files)}")
+            raise ValueError(f"open_data({name!r}): it has several parts; name one. {_parts(files)}")
         return _sorted_by_class(files, base, name, identity)
     rows = _rows(files, folder + table)
     split = part.removeprefix(folder.rstrip("/")).strip("/")
@@ -86,9 +86,11 @@ def collection(files: Files, part: str, name: str, identity: str) -> Data:
     try:
         data = readers[table](files, folder, rows, split, name, identity)
     except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"--data {name}: {folder}{table} is not such a table as was expected ({error!r}).") from error
+        raise ValueError(
+            f"open_data({name!r}): {folder}{table} is not such a table as was expected ({error!r})."
+        ) from error
     if not len(data):
-        raise ValueError(f"--data {name}: it holds no images.")
+        raise ValueError(f"open_data({name!r}): it holds no images.")
     return data
 
 
@@ -176,7 +178,7 @@ def _sorted_by_class(files: Files, base: str, name: str, identity: str) -> Data:
         split = "val/" if any(file.startswith(f"{base}val/") for file in files.names) else ""
     names = [file.removeprefix(base) for file in pictures(files.names) if file.startswith(base + split)]
     if not names:
-        raise ValueError(f"--data {name}: it holds no images.")
+        raise ValueError(f"open_data({name!r}): it holds no images.")
     folders = {file: file.removeprefix(split).partition("/") for file in names}
     classes = sorted({first for first, _, rest in folders.values() if rest})
     labels = {each: index for index, each in enumerate(classes)}

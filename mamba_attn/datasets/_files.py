@@ -89,7 +89,7 @@ class Zip(Files):
         try:
             self._archive = zipfile.ZipFile(root)
         except (zipfile.BadZipFile, OSError) as error:
-            raise ValueError(f"--data {root}: this is not a zip file, or a damaged one ({error}).") from error
+            raise ValueError(f"open_data({root!r}): this is not a zip file, or a damaged one ({error}).") from error
 
     @cached_property
     def names(self) -> list[str]:

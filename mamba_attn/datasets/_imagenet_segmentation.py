@@ -35,18 +35,20 @@ class ImageNetSegmentation(Data):
         try:
             import h5py
         except ImportError as error:
-            raise ImportError(f"--data {name}: reading it needs h5py: pip install 'mamba_attn[hdf5]'") from error
+            raise ImportError(f"open_data({name!r}): reading it needs h5py: pip install 'mamba_attn[hdf5]'") from error
         try:
             self._file = h5py.File(path, "r")
             count = len(self._file["value/img"])
             fits = len(self._file["value/gt"]) == count
         except (OSError, KeyError, TypeError) as error:
             raise ValueError(
-                f"--data {name}: expected the MATLAB v7.3 file of ImageNet-Segmentation, with /value/img and "
+                f"open_data({name!r}): expected the MATLAB v7.3 file of ImageNet-Segmentation, with /value/img and "
                 f"/value/gt ({error})."
             ) from error
         if not fits or count == 0:
-            raise ValueError(f"--data {name}: /value/img and /value/gt must be of the same length, and not empty.")
+            raise ValueError(
+                f"open_data({name!r}): /value/img and /value/gt must be of the same length, and not empty."
+            )
         items = [Item(f"{index:05d}", mask=f"{index:05d}") for index in range(count)]
         super().__init__(name, f"{Path(path).name}-{Path(path).stat().st_size}", items, truth="masks")
 

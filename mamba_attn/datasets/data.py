@@ -32,21 +32,21 @@ def open_data(selector: str) -> Data:
         ImportError: a .mat file without h5py.
     """
     if not selector.strip():
-        raise ValueError(f"--data {selector!r}: {_SELECTOR}.")
+        raise ValueError(f"open_data({selector!r}): {_SELECTOR}.")
     text, part = _split(selector)
     path = Path(text).expanduser()
     if not path.exists():
-        raise FileNotFoundError(f"--data {selector}: there is no file or folder {text!r}; {_SELECTOR}.")
+        raise FileNotFoundError(f"open_data({selector!r}): there is no file or folder {text!r}; {_SELECTOR}.")
     name = path.name + (f":{part}" if part else "")
     if path.suffix.lower() == ".mat":
         if part:
-            raise ValueError(f"--data {selector}: a .mat file has no parts; {_SELECTOR}.")
+            raise ValueError(f"open_data({selector!r}): a .mat file has no parts; {_SELECTOR}.")
         return ImageNetSegmentation(path, name)
     if path.is_dir():
         identity = f"{path.resolve()}:{part}"
         return _collections.collection(_files.Folder(str(path)), part, name, identity)
     if path.suffix.lower() != ".zip":
-        raise ValueError(f"--data {selector}: expected a folder, a .zip or a .mat file; {_SELECTOR}.")
+        raise ValueError(f"open_data({selector!r}): expected a folder, a .zip or a .mat file; {_SELECTOR}.")
     identity = f"{path.name}-{path.stat().st_size}:{part}"
     return _collections.collection(_files.Zip(str(path)), part, name, identity)
 

@@ -1,4 +1,4 @@
-"""The features of a layer's tokens: the last output behind the layer that still holds all of them."""
+"""The features of a layer's tokens: the last output after the layer that still holds all of them."""
 
 from contextlib import ExitStack
 from functools import partial
@@ -8,7 +8,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.attribution.lrp.linear_backward import _holds_tokens, _token_frame
+from mamba_attn.attribution.lrp.linear_backward import holds_tokens, token_frame
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.tracing.adapters import find_mixers
 from mamba_attn.tracing.layer_names import LayerName, layer_name
@@ -60,7 +60,7 @@ class Features:
             layer: the traced one, ``layer`` by name.
 
         Raises:
-            UnsupportedModelError: no output behind it holds its tokens.
+            UnsupportedModelError: no output after it holds its tokens.
         """
         for name, output in reversed(self._outputs):
             if self._stopped and not (layer.name == name or layer.name.startswith(f"{name}.") or not name):
@@ -68,9 +68,9 @@ class Features:
             parts = [part for part in (output if isinstance(output, tuple | list) else [output]) if _whole(layer, part)]
             if parts:
                 together = sum(part for part in parts[1:] if part.shape == parts[0].shape)
-                return _token_frame(layer, parts[0] + together)
+                return token_frame(layer, parts[0] + together)
         raise UnsupportedModelError(
-            f"{type(self.model).__name__}: no module behind {layer.name} returns its {layer.tokens} tokens; name "
+            f"{type(self.model).__name__}: no module after {layer.name} returns its {layer.tokens} tokens; name "
             "another layer=."
         )
 
@@ -87,6 +87,6 @@ class Features:
 
 def _whole(layer: Layer, part: Any) -> bool:
     """Whether it holds all tokens of the layer."""
-    if not isinstance(part, Tensor) or not part.is_floating_point() or (part.ndim == 4 and not layer.has_layout):
+    if not isinstance(part, Tensor) or not part.is_floating_point() or (part.ndim == 4 and layer._layout is None):
         return False
-    return _holds_tokens(layer, part)
+    return holds_tokens(layer, part)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.attribution._queries import Query, query_weights, read_rows
 from mamba_attn.attribution.attention_rollout import roll_out
+from mamba_attn.attribution.queries import Query, query_weights, read_rows
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.tracing.layers import Layer

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
+from mamba_attn.core.document import Look, render
 from mamba_attn.datasets.samples import Sample
 from mamba_attn.evaluation import plots
 from mamba_attn.evaluation.contestants import FAILURES, Model
@@ -14,26 +16,12 @@ from mamba_attn.evaluation.plan import Plan
 from mamba_attn.evaluation.published import ABSENT, VIM, Published, beside
 from mamba_attn.evaluation.store import Store
 from mamba_attn.evaluation.summary import Table
-from mamba_attn.evaluation.tables import LEGEND, mark, text_tables
+from mamba_attn.evaluation.tables import LEGEND, Rows, mark, text_tables
 from mamba_attn.figures import png
 from mamba_attn.figures.colours import PERCENTILE, limits
-from mamba_attn.figures.document import OPACITY, document, safe
 from mamba_attn.figures.picture import data_uri
 
 _EDGE = (0, 255, 255)
-_STYLE = """
-body{max-width:1500px}
-.grid{overflow-x:auto}.grid td,.grid th{padding:2px 3px;vertical-align:top;font-size:11px;font-weight:400;color:#444}
-.grid th{max-width:92px;overflow-wrap:anywhere;text-align:left;vertical-align:bottom}
-.grid .stack,.grid .none{width:92px;height:92px}.grid .none{background:#f6f6f6}
-.grid .stack{background:var(--photo) center/100% 100%}
-.grid tr.next td{border-top:1px solid #ddd;padding-top:6px}
-.plot text{font:11px system-ui,sans-serif;fill:#333}.plot{margin:0 14px 10px 0}
-.legend{font-size:12px;margin:0 0 6px}.key{margin-right:14px;white-space:nowrap}.key svg{margin-right:4px}
-.figures{font-size:12.5px;font-variant-numeric:tabular-nums;margin:0 0 18px}
-.figures th{text-align:left;font-weight:600;border-bottom:1px solid #bbb;padding:2px 12px 2px 0}
-.figures td{padding:1px 12px 1px 0;white-space:nowrap}.figures caption{text-align:left;font-size:14px;margin-bottom:3px}
-"""
 _RANKED = ("positive_auc_top", "negative_auc_top", "gap_target", "gap_top", "insertion", "deletion", "miou", "map",
            "energy_ratio", "not_trap")  # fmt: skip
 
@@ -48,22 +36,22 @@ def page(plan: Plan, store: Store, tables: Sequence[Table], about: Mapping[str, 
         about: of the run: "command", "notes" and what else is worth a line.
     """
     looks = plots.styles(plan.methods)  # the same for all models
-    facts = "".join(f"<li>{safe(str(note))}</li>" for note in about.get("notes", []))
-    body = (
-        f"<h1>mamba-attn compare</h1><p class=note>{safe(_summary(tables))}</p>"
-        f"<h2>Pictures</h2><p class=note>Every map has its own colours: positive ones run from dark (low) to bright "
-        f"(high); signed ones are white at zero, blue below, red above. The largest {100 - PERCENTILE:g} % of the "
-        f"values share the last colour. Beside each photo: what the model takes it for; its object, where known, is "
-        f"outlined. An empty place: the method does not fit the model, or failed.</p>{OPACITY}"
-        f"{''.join(_pictures(plan, store, selector) for selector in plan.data)}"
-        f"<h2>Perturbation</h2>{_curves(tables, looks)}<h2>Ranking</h2><p class=note>Values with 95 % intervals of a "
-        f"bootstrap over images; best first; * the first, = those it is not ahead of by the paired interval.</p>"
-        f"{_rankings(tables, looks)}"
-        f"<h2>Tables</h2><p class=note>{safe(LEGEND)}</p>{_tables(tables)}"
-        f"<h2>Published figures</h2>{_published(tables)}<h2>Notes</h2><ul class=note>{facts}</ul>"
-        f"<h2>Again</h2><p><code>{safe(str(about.get('command', '')))}</code></p>"
+    return render(
+        "compare.html",
+        title="mamba-attn compare",
+        command=about.get("command", ""),
+        summary=_summary(tables),
+        shared=f"{100 - PERCENTILE:g}",
+        methods=list(plan.methods),
+        pictures=[(data.name, _pictures(plan, store, selector)) for selector, data in plan.data.items()],
+        curves=_curves(tables, looks),
+        rankings=_rankings(tables, looks),
+        about_tables=LEGEND,
+        tables=text_tables(tables),
+        published=_published(tables),
+        absent=ABSENT,
+        notes=about.get("notes", []),
     )
-    return document("mamba-attn compare", body, _STYLE)
 
 
 def _summary(tables: Sequence[Table]) -> str:
@@ -75,38 +63,32 @@ def _summary(tables: Sequence[Table]) -> str:
     return "; ".join(parts) + "."
 
 
-def _pictures(plan: Plan, store: Store, selector: str) -> str:
+def _pictures(plan: Plan, store: Store, selector: str) -> list[dict[str, Any]]:
     """Images down, a row per model; methods across, so that a ViT stands below the Mambas."""
     data, models = plan.data[selector], [model for its, model in plan.pairs if its == selector]
-    indices, methods = plan.indices(selector, "picture"), list(plan.methods)
     rows = []
-    for index in indices:
+    for index in plan.indices(selector, "picture"):
         for place, model in enumerate(models):
-            lines = {m: store.get(plan.key(data, index, model, m, "picture")) for m in methods}
-            rows.append(_row(plan, selector, index, model, lines, first=place == 0))
-    if not rows:
-        return ""
-    header = "".join(f"<th>{safe(method)}</th>" for method in methods)
-    grid = f"<table><tr><th></th><th></th>{header}</tr>{''.join(rows)}</table>"
-    return f"<h3>{safe(data.name)}</h3><div class=grid>{grid}</div>"
+            lines = {m: store.get(plan.key(data, index, model, m, "picture")) for m in plan.methods}
+            rows.append({"first": place == 0, **_row(plan, selector, index, model, lines)})
+    return rows
 
 
 def _row(
-    plan: Plan, selector: str, index: int, model: Model, lines: Mapping[str, dict[str, Any] | None], *, first: bool
-) -> str:
+    plan: Plan, selector: str, index: int, model: Model, lines: Mapping[str, dict[str, Any] | None]
+) -> dict[str, Any]:
     try:
         sample = plan.data[selector].load(index, model.subject.transform)
     except (*FAILURES, OSError) as error:
-        return f'<tr><td colspan="{len(lines) + 2}">{safe(str(error))}</td></tr>'
-    classes = model.subject.classes
+        return {"error": str(error)}
     known = next((line for line in lines.values() if line and "map" in line), {})
-    said = classes[known["predicted"]] if "predicted" in known else ""
-    cells = "".join(_cell(method, line) for method, line in lines.items())
-    photo = f"--photo:url({data_uri(_outlined(sample))})"  # once per row, not once per map
-    return (
-        f'<tr style="{photo}"{" class=next" if first else ""}><td>{safe(model.name)}<br>{safe(said)}</td>'
-        f"<td><div class=stack></div></td>{cells}</tr>"
-    )
+    return {
+        "error": "",
+        "model": model.name,
+        "answer": model.subject.classes[known["predicted"]] if "predicted" in known else "",
+        "photo": data_uri(_outlined(sample)),
+        "cells": [_cell(method, line) for method, line in lines.items()],
+    }
 
 
 def _outlined(sample: Sample) -> np.ndarray:
@@ -119,36 +101,30 @@ def _outlined(sample: Sample) -> np.ndarray:
     return np.where(edge[..., None], np.array(_EDGE, dtype=np.uint8), sample.pixels)
 
 
-def _cell(method: str, line: dict[str, Any] | None) -> str:
+def _cell(method: str, line: dict[str, Any] | None) -> dict[str, str]:
     if line is None or "map" not in line:
-        return (
-            f'<td><div class=none title="{safe(str((line or {}).get("error", "does not fit this model")))}"></div></td>'
-        )
+        return {"heat": "", "title": str((line or {}).get("error", "does not fit this model"))}
     values = np.array(line["map"])
     heat = data_uri(png.matrix_rgb(values, **limits(values)))
-    title = f"{method}: {values.min():.2g} to {values.max():.2g}"
-    return f'<td><div class=stack title="{safe(title)}"><img class=heat src="{heat}" alt="{safe(method)}"></div></td>'
+    return {"heat": heat, "method": method, "title": f"{method}: {values.min():.2g} to {values.max():.2g}"}
 
 
-def _curves(tables: Sequence[Table], looks: Mapping[str, str]) -> str:
-    shown = [table for table in tables if table.curves]
-    if not shown:
-        return "<p class=note>Not measured.</p>"
-    parts = []
-    for table in shown:
+def _curves(tables: Sequence[Table], looks: Mapping[str, Look]) -> list[tuple[str, Any, list[Markup]]]:
+    """Per table its title, (method, look) of the legend, and the plots."""
+    found = []
+    for table in (table for table in tables if table.curves):
         drawn = [
             plots.curves(f"{name}, accuracy against the {against}", lines, looks)
             for of, against in (("top", "prediction"), ("target", "label"))
             for name in ("positive", "negative")
             if (lines := {m: its[f"{name}_{of}"] for m, its in table.curves.items() if f"{name}_{of}" in its})
         ]
-        legend = plots.legend({method: looks[method] for method in table.curves})
-        parts.append(f"<h3>{safe(_title(table))}</h3>{legend}<div>{''.join(drawn)}</div>")
-    return "".join(parts)
+        found.append((_title(table), [(method, looks[method]) for method in table.curves], drawn))
+    return found
 
 
-def _rankings(tables: Sequence[Table], looks: Mapping[str, str]) -> str:
-    parts = []
+def _rankings(tables: Sequence[Table], looks: Mapping[str, Look]) -> list[tuple[str, list[Markup]]]:
+    found = []
     for table in tables:
         drawn = [
             plots.intervals(
@@ -158,18 +134,13 @@ def _rankings(tables: Sequence[Table], looks: Mapping[str, str]) -> str:
             )
             for name in _RANKED if name in table.figures
         ]  # fmt: skip
-        if drawn:
-            parts.append(f"<h3>{safe(_title(table))}</h3><div>{''.join(drawn)}</div>")
-    return "".join(parts) or "<p class=note>Not measured.</p>"
+        found.append((_title(table), drawn))
+    return [each for each in found if each[1]]
 
 
-def _tables(tables: Sequence[Table]) -> str:
-    found = text_tables(tables)
-    return "".join(_html_table(title, header, rows) for title, header, rows in found)
-
-
-def _published(tables: Sequence[Table]) -> str:
-    parts = []
+def _published(tables: Sequence[Table]) -> list[Rows]:
+    """Title, header and rows of published figures; of the tables that they can be compared with."""
+    found: list[Rows] = []
     for table in tables:
         rows = beside(table)
         if not rows:
@@ -177,9 +148,8 @@ def _published(tables: Sequence[Table]) -> str:
         names = list(rows[0].figures)
         titles = (f"{METRICS[name].title}, {whose}" for name in names for whose in ("paper", "ours"))
         cells = [cells for row in rows for cells in _beside(table, row, names)]
-        title = f"{_title(table)}, beside Ali et al., 2403.01590"
-        parts.append(_html_table(title, ["model", "method", "ours", *titles], cells))
-    return "".join(parts) or f"<p class=note>{safe(ABSENT)}</p>"
+        found.append((f"{_title(table)}, beside Ali et al., 2403.01590", ["model", "method", "ours", *titles], cells))
+    return found
 
 
 def _beside(table: Table, row: Published, names: Sequence[str]) -> list[list[str]]:
@@ -192,12 +162,6 @@ def _beside(table: Table, row: Published, names: Sequence[str]) -> list[list[str
         pairs = zip((f"{row.figures[name]:g}" for name in names), texts, strict=True)
         found.append([row.model, row.paper, method, *(text for pair in pairs for text in pair)])
     return found
-
-
-def _html_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{safe(each)}</th>" for each in header)
-    body = "".join("<tr>" + "".join(f"<td>{safe(each)}</td>" for each in row) + "</tr>" for row in rows)
-    return f"<table class=figures><caption>{safe(title)}</caption><tr>{head}</tr>{body}</table>"
 
 
 def _title(table: Table) -> str:

@@ -2,38 +2,29 @@
 
 from collections.abc import Mapping, Sequence
 
-from mamba_attn.evaluation.bootstrap import Interval
-from mamba_attn.figures.document import safe
+from markupsafe import Markup
 
-# Okabe and Ito's colours, safe for colour-blind readers, then the same dashed
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")
+from mamba_attn.core.document import Look, Plot
+from mamba_attn.evaluation.bootstrap import Interval
+from mamba_attn.figures.colours import CATEGORIES, GRID
+
+_DASHES = ("", "5 3", "1.5 2.5", "8 3 2 3")  # where there are more methods than colours
 _WIDTH, _HEIGHT = 318, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 38, 8, 22, 30
 _TENTHS = range(1, 10)
 _LONGEST = 38  # letters that fit beside an interval
 
 
-def styles(methods: Sequence[str]) -> dict[str, str]:
-    """Return a colour and a dash per method, as attributes of SVG's lines."""
-    dashes = ("", "5 3", "1.5 2.5", "8 3 2 3")
+def styles(methods: Sequence[str]) -> dict[str, Look]:
+    """Return how each method's lines look."""
+    count = len(CATEGORIES)
     return {
-        method: f'stroke="{_COLOURS[place % len(_COLOURS)]}"'
-        + (f' stroke-dasharray="{dash}"' if (dash := dashes[place // len(_COLOURS) % len(dashes)]) else "")
+        method: Look(CATEGORIES[place % count], _DASHES[place // count % len(_DASHES)])
         for place, method in enumerate(methods)
     }
 
 
-def legend(looks: Mapping[str, str]) -> str:
-    """Return the methods' names beside their lines, as HTML."""
-    entries = "".join(
-        f"<span class=key><svg width=26 height=8><line x1=0 y1=4 x2=26 y2=4 {look} stroke-width=2 /></svg>"
-        f"{safe(method)}</span>"
-        for method, look in looks.items()
-    )
-    return f"<p class=legend>{entries}</p>"
-
-
-def curves(title: str, lines: Mapping[str, Sequence[float]], looks: Mapping[str, str]) -> str:
+def curves(title: str, lines: Mapping[str, Sequence[float]], looks: Mapping[str, Look]) -> Markup:
     """Return accuracies at 10 to 90 % removed as one plot.
 
     Args:
@@ -42,29 +33,24 @@ def curves(title: str, lines: Mapping[str, Sequence[float]], looks: Mapping[str,
         looks: from ``styles``.
     """
     wide, high = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
-
-    def point(tenths: int, value: float) -> str:
-        return f"{_LEFT + wide * (tenths - 1) / 8:.1f},{_TOP + high * (1 - value):.1f}"
-
-    parts = [_text(_LEFT + wide / 2, 13, title, "middle", bold=True)]
+    plot = Plot(_WIDTH, _HEIGHT)
+    plot.text(_LEFT + wide / 2, 13, title, bold=True)
     for step in range(0, 101, 25):
         y = _TOP + high * (1 - step / 100)
-        parts.append(f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{_LEFT + wide}" y2="{y:.1f}" stroke="#e4e4e4"/>')
-        parts.append(_text(_LEFT - 5, y + 4, f"{step} %", "end"))
-    parts += [_text(_LEFT + wide * (t - 1) / 8, _HEIGHT - 14, f"{10 * t}", "middle") for t in _TENTHS]
-    parts.append(_text(_LEFT + wide / 2, _HEIGHT - 2, "% of the cells removed", "middle"))
+        plot.level(_LEFT, _LEFT + wide, y, Look(GRID, width=1))
+        plot.text(_LEFT - 5, y + 4, f"{step} %", "end")
+    for tenths in _TENTHS:
+        plot.text(_LEFT + wide * (tenths - 1) / 8, _HEIGHT - 14, f"{10 * tenths}")
+    plot.text(_LEFT + wide / 2, _HEIGHT - 2, "% of the cells removed")
     for method, values in lines.items():
-        points = " ".join(point(tenths, value) for tenths, value in zip(_TENTHS, values, strict=True))
-        parts.append(
-            f'<polyline points="{points}" fill="none" stroke-width="1.8" {looks[method]}>'
-            f"<title>{safe(method)}</title></polyline>"
-        )
-    return f'<svg class=plot width="{_WIDTH}" height="{_HEIGHT}" role="img">{"".join(parts)}</svg>'
+        places = [(tenths, value) for tenths, value in zip(_TENTHS, values, strict=True)]
+        plot.line([(_LEFT + wide * (x - 1) / 8, _TOP + high * (1 - y)) for x, y in places], looks[method], method)
+    return plot.svg()
 
 
 def intervals(
-    title: str, figures: Mapping[str, Interval], looks: Mapping[str, str], marks: Mapping[str, str], width: int = 706
-) -> str:
+    title: str, figures: Mapping[str, Interval], looks: Mapping[str, Look], marks: Mapping[str, str], width: int = 706
+) -> Markup:
     """Return figures with their intervals, one line each, in the given order.
 
     Args:
@@ -82,22 +68,15 @@ def intervals(
     def x(value: float) -> float:
         return names + span * (value - low) / (high - low)
 
-    parts = [_text(names, 13, title, "start", bold=True)]
+    plot = Plot(width, 28 + row * len(figures))
+    plot.text(names, 13, title, "start", bold=True)
     for place, (method, each) in enumerate(figures.items()):
-        y = 24 + row * place + row / 2
+        y, colour = 24 + row * place + row / 2, looks[method].colour
         value, below, above = (f"{round(number, 9) + 0.0:.3g}" for number in (each.value, each.low, each.high))
         label = f"{value} ({below} to {above}){marks.get(method, '')}"
-        parts += [
-            _text(names - 8, y + 4, method if len(method) <= _LONGEST else f"{method[: _LONGEST - 1]}…", "end"),
-            f'<line x1="{x(each.low):.1f}" y1="{y}" x2="{x(each.high):.1f}" y2="{y}" stroke-width="2" '
-            f"{looks[method].split(' stroke-dasharray')[0]}><title>{safe(method)}: {label}</title></line>",
-            f'<circle cx="{x(each.value):.1f}" cy="{y}" r="3.5" fill="{looks[method].split(chr(34))[1]}"/>',
-            _text(width - 160, y + 4, label, "start"),
-        ]
-    height = 28 + row * len(figures)
-    return f'<svg class=plot width="{width}" height="{height}" role="img">{"".join(parts)}</svg>'
-
-
-def _text(x: float, y: float, text: str, anchor: str, bold: bool = False) -> str:
-    weight = ' font-weight="600"' if bold else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{weight}>{safe(text)}</text>'
+        name = method if len(method) <= _LONGEST else f"{method[: _LONGEST - 1]}…"
+        plot.text(names - 8, y + 4, name, "end")
+        plot.level(x(each.low), x(each.high), y, Look(colour, width=2), f"{method}: {label}")
+        plot.dot(x(each.value), y, colour, 3.5)
+        plot.text(width - 160, y + 4, label, "start")
+    return plot.svg()

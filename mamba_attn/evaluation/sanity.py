@@ -6,12 +6,14 @@ entries are permuted, not drawn anew, so that any model keeps the range of its p
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
+from mamba_attn.core import ranks
 
 _HEADS = ("head", "classifier", "fc")
 Explain = Callable[[nn.Module], Tensor]  # a model's maps of some images, (batch, rows, columns)
@@ -26,13 +28,9 @@ def spearman(
         first: one map per image.
         second: likewise.
     """
-    found: list[float | None] = []
-    for a, b in zip(first.double().flatten(1), second.double().flatten(1), strict=True):
-        ranks = [_ranks(a), _ranks(b)]
-        centred = [each - each.mean() for each in ranks]
-        scale = centred[0].norm() * centred[1].norm()
-        found.append(float(centred[0] @ centred[1] / scale) if scale > 0 else None)
-    return found
+    pairs = zip(first.double().flatten(1).cpu().numpy(), second.double().flatten(1).cpu().numpy(), strict=True)
+    found = [ranks.spearman(a, b) for a, b in pairs]
+    return [None if math.isnan(each) else each for each in found]
 
 
 def blocks(model: nn.Module) -> list[list[str]]:
@@ -109,11 +107,3 @@ def _block(name: str) -> str:
     numbers = [index for index, part in enumerate(parts) if part.isdecimal()]
     inner = [index for index in numbers if index <= 3]  # deeper ones number the parts of a block
     return ".".join(parts[: inner[-1] + 1]) if inner else parts[0]
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 0, the mean of the places where values are equal."""
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0)
-    places: Tensor = last.double() - (counts + 1).double() / 2
-    return places[inverse]

@@ -10,7 +10,7 @@ import torch
 
 from mamba_attn import images
 from mamba_attn.attribution import RawAttention
-from mamba_attn.attribution._queries import Query
+from mamba_attn.attribution.queries import Query
 from mamba_attn.attribution.spec import Method
 from mamba_attn.explanations.choices import Question
 from mamba_attn.tracing.tracer import trace

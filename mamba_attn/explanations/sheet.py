@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mamba_attn.attribution._queries import Query
+from mamba_attn.attribution.queries import Query
 from mamba_attn.explanations.answer import Answer
 from mamba_attn.figures import png
 from mamba_attn.figures.colours import INK, limits

@@ -1,27 +1,48 @@
-"""Pictures: pure functions of arrays that return plotly figures, or RGB arrays (``mamba_attn.figures.png``).
+"""Pictures: pure functions of arrays that return plotly figures, or RGB arrays (``overlay_rgb``, ``figures.png``).
 
-Imported on demand only, because it needs plotly.
+Each is imported when it is asked for: ``colours`` and ``picture`` need numpy alone, so that the core may use them.
 """
 
-try:
-    import PIL  # noqa: F401
-    import plotly.graph_objects  # noqa: F401
-except ImportError as error:
-    raise ImportError("mamba_attn.figures needs plotly and Pillow: pip install 'mamba_attn[viz]'") from error
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from mamba_attn.figures.depth import depth_grid
-from mamba_attn.figures.embedding import embedding
-from mamba_attn.figures.layers import layer_grid
-from mamba_attn.figures.matrix import matrix
-from mamba_attn.figures.overlay import overlay
-from mamba_attn.figures.patch_view import patch_view
-from mamba_attn.figures.reach import reach
-from mamba_attn.figures.roofline import roofline
-from mamba_attn.figures.scan_path import scan_path
-from mamba_attn.figures.shown import shown
-from mamba_attn.figures.state_trajectory import state_trajectory
+if TYPE_CHECKING:
+    from mamba_attn.figures import png
+    from mamba_attn.figures.charts import reach, state_trajectory
+    from mamba_attn.figures.heatmaps import depth_grid, layer_grid, matrix, overlay
+    from mamba_attn.figures.patch_grid import patch_view, scan_path
+    from mamba_attn.figures.png import overlay_rgb
+    from mamba_attn.figures.points import embedding
+    from mamba_attn.figures.rescale import shown
 
 __all__ = [
-    "depth_grid", "embedding", "layer_grid", "matrix", "overlay", "patch_view", "reach", "roofline",
+    "depth_grid", "embedding", "layer_grid", "matrix", "overlay", "overlay_rgb", "patch_view", "png", "reach",
     "scan_path", "shown", "state_trajectory",
 ]  # fmt: skip
+_WHERE = {
+    "depth_grid": "heatmaps",
+    "embedding": "points",
+    "layer_grid": "heatmaps",
+    "matrix": "heatmaps",
+    "overlay": "heatmaps",
+    "overlay_rgb": "png",
+    "patch_view": "patch_grid",
+    "reach": "charts",
+    "scan_path": "patch_grid",
+    "shown": "rescale",
+    "state_trajectory": "charts",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = import_module(f"{__name__}.{_WHERE.get(name, name)}")
+    except ImportError as error:
+        raise ImportError(f"figures.{name} needs plotly: pip install 'mamba_attn[viz]'") from error
+    return module if name not in _WHERE else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,23 +1,31 @@
-"""Values to colours: one rule for the plotly figures and the PNGs. All lists are safe for colour-blind readers."""
+"""Values to colours: one rule for the plotly figures, the PNGs and notebooks; needs numpy alone.
+
+All lists are safe for colour-blind readers. Inferno, Viridis, Cividis, Plasma and RdBu are plotly's and matplotlib's.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import plotly.colors
 
-SEQUENTIAL = list(plotly.colors.sequential.Inferno)
-DIVERGING = list(reversed(plotly.colors.diverging.RdBu))  # blue below zero, red above
-VIRIDIS = list(plotly.colors.sequential.Viridis)
-CIVIDIS = list(plotly.colors.sequential.Cividis)
-BLUE_ORANGE = [  # blue below zero; differs in lightness and in hue for every kind of colour vision
-    "#08306b", "#2166ac", "#67a3d1", "#b8d5ea", "#f7f7f5", "#fcd3a1", "#f5a04a", "#d4650f", "#7f3300",
-]  # fmt: skip
-CATEGORIES = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#5b4a9e", "#8a8a00"]
-PATH = list(plotly.colors.sequential.Plasma[:-1])  # the last one is lost on white
+
+def _hex(codes: str) -> list[str]:
+    return [f"#{code}" for code in codes.split()]
+
+
+SEQUENTIAL = _hex("000004 1b0c41 4a0c6b 781c6d a52c60 cf4446 ed6925 fb9b06 f7d13d fcffa4")  # Inferno
+DIVERGING = _hex("053061 2166ac 4393c3 92c5de d1e5f0 f7f7f7 fddbc7 f4a582 d6604d b2182b 67001f")  # RdBu, red above zero
+VIRIDIS = _hex("440154 482878 3e4989 31688e 26828e 1f9e89 35b779 6ece58 b5de2b fde725")
+CIVIDIS = _hex("00224e 123570 3b496c 575d6d 707173 8a8678 a59c74 c3b369 e1cc55 fee838")
+# blue below zero; differs in lightness and in hue for every kind of colour vision
+BLUE_ORANGE = _hex("08306b 2166ac 67a3d1 b8d5ea f7f7f5 fcd3a1 f5a04a d4650f 7f3300")
+PATH = _hex("0d0887 46039f 7201a8 9c179e bd3786 d8576b ed7953 fb9f3a fdca26")  # Plasma; its palest is lost on white
+# Okabe and Ito's without the yellow, which is lost on white, then two that differ from them in lightness
+CATEGORIES = _hex("0072b2 d55e00 009e73 cc79a7 e69f00 56b4e9 5b4a9e 8a8a00")
 MISSING = (128, 128, 128)  # NaN and Inf
 EMPTY = np.array([240, 240, 240], dtype=np.uint8)  # cells without a value
 INK = "#222222"
+GRID = "#e4e4e4"  # lines behind a chart
 PERCENTILE = 99.5  # of maps: values beyond it take the last colour; a few tokens would outshine the rest
 
 
@@ -41,7 +49,7 @@ def as_values(call: str, values: Any) -> np.ndarray:
     Raises:
         ValueError: not two axes, or no finite number.
     """
-    array = np.asarray(values, dtype=np.float64)
+    array = _array(values).astype(np.float64)
     if array.ndim != 2 or not np.isfinite(array).any():
         raise ValueError(
             f"{call}: expected a (rows, columns) array with at least one finite number, got {array.shape}; pass one "
@@ -53,20 +61,38 @@ def as_values(call: str, values: Any) -> np.ndarray:
 def as_image(call: str, image: Any) -> np.ndarray:
     """Return a (rows, columns, 3) uint8 image; floating-point images are taken as 0..1.
 
+    Args:
+        call: who asks, for the error.
+        image: (rows, columns, 3), or (3, rows, columns) as torch has them; an array or a tensor on any device.
+
     Raises:
         ValueError: another shape, or numbers outside 0..1.
     """
-    array = np.asarray(image)
+    array = _array(image)
+    if array.ndim == 3 and array.shape[2] != 3 and array.shape[0] == 3:
+        array = array.transpose(1, 2, 0)
     if array.ndim != 3 or array.shape[2] != 3:
-        raise ValueError(f"{call}: expected an image (rows, columns, 3), got {array.shape}.")
+        raise ValueError(
+            f"{call}: expected an image (rows, columns, 3) or (3, rows, columns), got {array.shape}; of a batch pass "
+            "images[0]."
+        )
     if array.dtype == np.uint8:
         return array
     if not (np.issubdtype(array.dtype, np.floating) and array.min() >= 0 and array.max() <= 1):
         raise ValueError(
             f"{call}: expected an image of uint8, or of floating-point numbers in 0..1 (before normalisation), got "
-            f"{array.dtype} in {array.min():.3g}..{array.max():.3g}."
+            f"{array.dtype} in {array.min():.3g}..{array.max():.3g}; undo what the model's transform did: image * std "
+            "+ mean."
         )
     return (array * 255).round().astype(np.uint8)
+
+
+def _array(values: Any) -> np.ndarray:
+    """Numbers as numpy holds them; a tensor of any device and precision, with or without a gradient, too."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.float() if str(values.dtype) == "torch.bfloat16" else values
+    return np.asarray(values)
 
 
 def scale(
@@ -169,8 +195,8 @@ def css(rgb: np.ndarray) -> str:
 
 def _channels(colour: str) -> tuple[float, ...]:
     if colour.startswith("#"):
-        return tuple(plotly.colors.hex_to_rgb(colour))
-    return tuple(float(channel) for channel in plotly.colors.unlabel_rgb(colour))
+        return tuple(bytes.fromhex(colour[1:]))
+    return tuple(float(channel) for channel in colour.removeprefix("rgb(").removesuffix(")").split(","))
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:

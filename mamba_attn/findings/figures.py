@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from markupsafe import Markup
 
 from mamba_attn.analytics.store import AttentionStore
+from mamba_attn.core.document import Look, Plot
 from mamba_attn.figures import png
-from mamba_attn.figures.colours import categories, limits
-from mamba_attn.figures.document import safe
+from mamba_attn.figures.colours import GRID, categories, limits
 from mamba_attn.findings.controls import Report
 from mamba_attn.findings.registry import FINDINGS
 
@@ -52,69 +53,52 @@ def pooled(matrix: np.ndarray, most: int) -> np.ndarray:
     return np.asarray(cut.reshape(side, step, side, step).mean((1, 3)))
 
 
-def by_depth(reports: Sequence[Report], name: str) -> str:
+def looks(reports: Sequence[Report]) -> list[tuple[str, Look]]:
+    """Return the name of every store and how its lines look."""
+    return [(report.name, Look(its)) for report, its in zip(reports, categories(len(reports)), strict=True)]
+
+
+def by_depth(reports: Sequence[Report], name: str) -> Markup:
     """Return a finding against depth as SVG: a line per store, trained drawn through, random weights dashed.
 
     Args:
         reports: of the stores.
         name: of the finding, one of blocks.
     """
-    colours = categories(len(reports))
     lines = []
-    for report, colour in zip(reports, colours, strict=True):
-        rows = [(place, report.row(name, place)) for place in report.depths]
+    for report, (_, look) in zip(reports, looks(reports), strict=True):
         last = max(1, len(report.depths) - 1)
-        for dash, values in (
-            ("", [(at / last, row.trained.value) for at, (_, row) in enumerate(rows) if row is not None]),
-            ("4 3", [(at / last, row.random) for at, (_, row) in enumerate(rows) if row is not None]),
-        ):
-            known = [(x, y) for x, y in values if y is not None]
-            if known:
-                lines.append((report.name, colour, dash, known))
-    return _plot(FINDINGS[name].title, lines)
+        every = [(at / last, report.row(name, place)) for at, place in enumerate(report.depths)]
+        rows = [(depth, row) for depth, row in every if row is not None]
+        random = [(depth, row.random) for depth, row in rows if row.random is not None]
+        lines.append((f"{report.name}, trained", look, [(depth, row.trained.value) for depth, row in rows]))
+        lines.append((f"{report.name}, random weights", look._replace(dash="4 3"), random))
+    return _plot(FINDINGS[name].title, [line for line in lines if line[2]])
 
 
-def legend(reports: Sequence[Report]) -> str:
-    """Return the stores' names beside their colours, as HTML."""
-    keys = "".join(
-        f'<span class=key><svg width=26 height=8><line x1=0 y1=4 x2=26 y2=4 stroke="{colour}" stroke-width=2 /></svg>'
-        f"{safe(report.name)}</span>"
-        for report, colour in zip(reports, categories(len(reports)), strict=True)
-    )
-    return f"<p class=legend>{keys}</p>"
-
-
-def _plot(title: str, lines: Sequence[tuple[str, str, str, list[tuple[float, float]]]]) -> str:
+def _plot(title: str, lines: Sequence[tuple[str, Look, list[tuple[float, float]]]]) -> Markup:
     values = [y for *_, points in lines for _, y in points]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     pad = 0.06 * (high - low) or 0.5
     low, high = low - pad, high + pad
     wide, tall = _WIDE - _LEFT - 10, _HIGH - _TOP - _BOTTOM
 
-    def at(x: float, y: float) -> str:
-        return f"{_LEFT + wide * x:.1f},{_TOP + tall * (high - y) / (high - low):.1f}"
+    def at(x: float, y: float) -> tuple[float, float]:
+        return _LEFT + wide * x, _TOP + tall * (high - y) / (high - low)
 
-    parts = [_text(_LEFT + wide / 2, 14, title, "middle", ' font-weight="600"')]
-    for value in np.linspace(low + pad, high - pad, 3):
-        level = at(0, float(value)).partition(",")[2]
-        parts.append(f'<line x1="{_LEFT}" x2="{_LEFT + wide}" y1="{level}" y2="{level}" stroke="#e4e4e4"/>')
-        parts.append(_text(_LEFT - 4, float(level) + 4, f"{value:.3g}", "end"))
-    for x, text in ((0.0, "first block"), (1.0, "last")):
-        parts.append(_text(_LEFT + wide * x, _HIGH - 8, text, "end" if x else "start"))
-    for name, colour, dash, points in lines:
-        style = f' stroke-dasharray="{dash}"' if dash else ""
-        drawn = " ".join(at(x, y) for x, y in points)
-        label = safe(f"{name}, {'random weights' if dash else 'trained'}")
-        parts.append(f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="1.8"{style}>'
-                     f"<title>{label}</title></polyline>")  # fmt: skip
+    plot = Plot(_WIDE, _HIGH)
+    plot.text(_LEFT + wide / 2, 14, title, bold=True)
+    for value in np.linspace(low + pad, high - pad, 3).tolist():
+        y = at(0, value)[1]
+        plot.level(_LEFT, _LEFT + wide, y, Look(GRID, width=1))
+        plot.text(_LEFT - 4, y + 4, f"{value:.3g}", "end")
+    plot.text(_LEFT, _HIGH - 8, "first block", "start")
+    plot.text(_LEFT + wide, _HIGH - 8, "last", "end")
+    for name, look, points in lines:
+        plot.line([at(*point) for point in points], look, name)
         if len(points) == 1:
-            across, down = at(*points[0]).split(",")
-            parts.append(f'<circle cx="{across}" cy="{down}" r="3" fill="{colour}"/>')
-    return f'<svg class=plot viewBox="0 0 {_WIDE} {_HIGH}" role="img">{"".join(parts)}</svg>'
-
-
-def _text(x: float, y: float, text: str, anchor: str, style: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{style}>{safe(text)}</text>'
+            plot.dot(*at(*points[0]), look.colour)
+    return plot.svg()
 
 
 def _enlarged(rgb: np.ndarray, side: int) -> np.ndarray:

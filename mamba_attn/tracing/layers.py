@@ -66,14 +66,18 @@ class Layer(ABC):
         record = self._described
         return record.source_delta.device if isinstance(record, ScanRecord) else record.device
 
+    def __repr__(self) -> str:
+        facts = {"batch": self.batch, **self._facts(), "tokens": self.tokens}
+        return f"{type(self).__name__}({self.name!r}, {', '.join(f'{key}={value}' for key, value in facts.items())})"
+
     def _repr_html_(self) -> str:
         """In a notebook: what the first image's patch in the middle reads, and where it is read; no matrix is made."""
         facts = {"kind": self.kind, "batch": self.batch, "tokens": self.tokens, **self._facts()}
         try:
             grid, patches = self.layout.grid, self.layout.patches
-            facts["grid"] = "{} x {}".format(*grid)
-            place = (grid[0] // 2, grid[1] // 2)
-            token = int(patches[place[0] * grid[1] + place[1]])
+            facts["grid"] = " x ".join(map(str, grid))
+            place = tuple(n // 2 for n in grid)
+            token = int(patches.view(grid)[place])
             with torch.no_grad():
                 lines = {"reads": self.row(token)[0], "is read": self.column(token)[0]}
                 maps = {what: self.layout.to_grid(line[None])[0].float().cpu().numpy() for what, line in lines.items()}
@@ -85,7 +89,7 @@ class Layer(ABC):
         )
 
     def _facts(self) -> dict[str, object]:
-        """What a notebook shows of this kind of layer."""
+        """What a notebook and the repr show of this kind of layer."""
         return {}
 
     def _check_route(self, route: str | int, count: int) -> int:
@@ -255,13 +259,6 @@ class ScanLayer(Layer):
     def _described(self) -> ScanRecord:
         return self.scan
 
-    def __repr__(self) -> str:
-        scan = self.scan
-        return (
-            f"ScanLayer({self.name!r}, batch={scan.batch}, routes={scan.routes}, channels={scan.channels}, "
-            f"states={scan.states}, tokens={scan.tokens})"
-        )
-
     def _facts(self) -> dict[str, object]:
         return {"routes": self.scan.routes, "channels": self.scan.channels, "states": self.scan.states}
 
@@ -375,6 +372,7 @@ class ScanLayer(Layer):
         if self._ready and self._y is not None and all_finite([self._y, *self._ready.values()]):
             return []  # computed from everything, and there already
         tensors = {"u": scan.source_u, "delta": scan.source_delta, "B": scan.source_B, "C": scan.source_C, "A": scan.A}
+        tensors |= {} if scan.source_gain is None else {"gain": scan.source_gain}
         if all_finite(list(tensors.values())):
             return []
         return [name for name, tensor in tensors.items() if not all_finite([tensor])]
@@ -399,10 +397,6 @@ class AttentionLayer(Layer):
     @property
     def _described(self) -> AttentionRecord:
         return self.record
-
-    def __repr__(self) -> str:
-        record = self.record
-        return f"AttentionLayer({self.name!r}, batch={self.batch}, heads={record.heads}, tokens={self.tokens})"
 
     def _facts(self) -> dict[str, object]:
         return {"heads": self.record.heads}
@@ -449,11 +443,7 @@ class AttentionLayer(Layer):
     def row(
         self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None, col_weight: Tensor | None = None
     ) -> Tensor:
-        """Return what one token reads, (batch, [heads,] tokens).
-
-        Raises:
-            ValueError: a token that is not there, or as ``attention``.
-        """
+        """Return what one token reads, (batch, [heads,] tokens); ValueError for a token that is not there."""
         row = self._matrix("row", fold, ops.FOLDS)[:, :, self._index("row", token)]
         if row_weight is not None:
             row = row * self._weight("row_weight", row_weight)[:, :, token, None]
@@ -464,11 +454,7 @@ class AttentionLayer(Layer):
     def column(
         self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None, col_weight: Tensor | None = None
     ) -> Tensor:
-        """Return where one token is read, (batch, [heads,] tokens).
-
-        Raises:
-            ValueError: a token that is not there, or as ``attention``.
-        """
+        """Return where one token is read, (batch, [heads,] tokens); ValueError for a token that is not there."""
         column = self._matrix("column", fold, ops.FOLDS)[..., self._index("column", token)]
         if row_weight is not None:
             column = column * self._weight("row_weight", row_weight)

@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from mamba_attn.attribution import AttentionRollout
-from mamba_attn.attribution._stages import to_finer
-from mamba_attn.attribution.attention_rollout import roll_out
+from mamba_attn.attribution.attention_rollout import roll_out, to_finer
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.tracing.tracer import trace

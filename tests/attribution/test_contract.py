@@ -8,7 +8,7 @@ from captum.metrics import infidelity, sensitivity_max
 from torch import nn
 
 from mamba_attn.attribution import AttentionRollout, MambaAttribution, MambaLRP, RawAttention, catalogue
-from mamba_attn.attribution._targets import target_indices, target_values
+from mamba_attn.attribution.maps import target_indices, target_values
 from mamba_attn.errors import NonFiniteError
 from tests.attribution.cases import SIZE, _livelier, images, vim, vmamba
 from tests.attribution.vit.test_vit import build

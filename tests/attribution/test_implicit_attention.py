@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from mamba_attn.attribution import ImplicitAttention
-from mamba_attn.attribution._implicit import PARTS, Implicit, ImplicitWatch
-from mamba_attn.attribution.published.conventions import Watch, class_row
+from mamba_attn.attribution.activation_recorder import ActivationRecorder
+from mamba_attn.attribution.implicit_attention import PARTS, Implicit, MixerRecorder
+from mamba_attn.attribution.published.implicit_unified import unified_row
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.models import create
 from mamba_attn.models.vit import vision_transformer
@@ -110,10 +111,10 @@ def seen(model, inputs):
 
 
 def implicit(model, inputs, **parts):
-    watch = ImplicitWatch()
-    with torch.no_grad(), trace(model, rules=watch) as record:
+    recorder = MixerRecorder()
+    with torch.no_grad(), trace(model, rules=recorder) as record:
         model(inputs)
-    return [Implicit(layer, watch, **parts) for layer in record.layers]
+    return [Implicit(layer, recorder, **parts) for layer in record.layers]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -225,12 +226,12 @@ def test_the_weighted_matrix_sums_to_the_layers_share(name):
 
 @pytest.mark.parametrize("name", ["middle", "first"])
 def test_the_published_row_is_this_one_without_d_and_without_halving(name):
-    model, inputs, watch = MODELS[name](), images(), Watch()
-    with torch.no_grad(), trace(model, rules=watch) as record:
+    model, inputs, recorder = MODELS[name](), images(), ActivationRecorder()
+    with torch.no_grad(), trace(model, rules=recorder) as record:
         model(inputs)
     for layer, part in zip(record.layers, implicit(model, inputs, skip=False), strict=True):
         token = layer.layout.class_tokens[0]
-        published = class_row("implicit_unified", model, layer, token, watch)
+        published = unified_row(model.get_submodule(layer.name), layer, token, recorder.activated[layer.scan])
         unit = torch.zeros_like(part.x)
         unit[:, :, token] = 1
         close(2 * part.rows(unit), published)

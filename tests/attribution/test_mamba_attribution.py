@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from mamba_attn.attribution import MambaAttribution
-from mamba_attn.attribution._queries import query_tokens
-from mamba_attn.attribution.published.weighted import gradient_x_attention, positive_attention
+from mamba_attn.attribution.mamba_attribution import gradient_x_attention
+from mamba_attn.attribution.published.true_matrices import positive_attention
+from mamba_attn.attribution.queries import query_tokens
 from mamba_attn.ops import reference
 from mamba_attn.tracing.tracer import trace
 from tests.attribution.cases import (
@@ -174,7 +175,7 @@ def test_published_code_on_true_matrices(make, first):
 def test_channels_in_blocks_are_channels_at_once(monkeypatch):
     (layer,) = layers_of(vim(depth=1), images())
     mean, largest = positive_attention(layer.scan)
-    monkeypatch.setattr("mamba_attn.attribution.published.weighted._WORKSPACE", 1)
+    monkeypatch.setattr("mamba_attn.attribution.published.true_matrices._WORKSPACE", 1)
     again = positive_attention(layer.scan)
     close(again[0], mean, 1e-14)
     assert torch.equal(again[1], largest)
@@ -229,10 +230,11 @@ def test_float32_is_as_good_as_it_can_be():
     ("options", "message"),
     [
         ({"rule": "papers"}, r"MambaAttribution\(rule='papers'\): no such rule\. Did you mean 'paper'\?"),
-        ({"rule": "paper", "signed": True}, "signed=True is for rule='gradient_x_attention' alone"),
-        ({"rule": "published_code", "rollout": False}, "rollout=False is for rule='gradient_x_attention' alone"),
-        ({"convention": "hidden_mamba", "rule": "paper"}, "a published convention has a rule of its own"),
-        ({"convention": "implicit_unified", "rollout": False}, "a published convention has a rule of its own"),
+        ({"rule": "paper", "signed": True}, r"rule='paper', signed=True\): .*no such option; leave signed=True out"),
+        ({"rule": "published_code", "rollout": False}, r"no such option; leave rollout=False out, or rule='publis"),
+        ({"convention": "hidden_mamba", "rule": "paper"}, r"no such option; leave rule='paper' out, or convention="),
+        ({"convention": "hidden_mamba", "rollout": False, "signed": True}, "leave rollout=False, signed=True out"),
+        ({"convention": "implicit_unified", "rollout": False}, "no such option; leave rollout=False out"),
         ({"convention": "vmamba_analysis"}, r"convention='vmamba_analysis'\): no such convention\. Known: 'exact', "),
     ],
 )

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mamba_attn.attribution import AttentionRollout, MambaLRP, RawAttention, catalogue
-from mamba_attn.attribution._queries import Query, make_query, query_tokens
+from mamba_attn.attribution.queries import Query, make_query, query_tokens
 from mamba_attn.core.layout import TokenLayout
 from tests.attribution.cases import images, matrices, vim, vmamba
 from tests.attribution.vit.test_vit import build

@@ -8,7 +8,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mamba_attn.attribution import TransformerAttribution
-from mamba_attn.attribution.lrp import propagation
 from mamba_attn.attribution.vit import block_relevance
 from mamba_attn.errors import UnsupportedModelError
 from tests.attribution.cases import _livelier, images, vim
@@ -133,17 +132,19 @@ def test_every_rule_conserves_and_keeps_images_apart():
     a, b = torch.randn(2, 3, 4).double(), torch.randn(2, 3, 4).double()
     relevance = torch.randn(2, 3, 4).double()
     out, wide, weight = torch.randn(2, 3, 5).double(), torch.randn(2, 3, 40).double(), torch.randn(5, 40).double()
-    torch.testing.assert_close(propagation.linear(out, wide, weight).sum(-1), out.sum(-1), rtol=1e-6, atol=1e-6)
-    halves = propagation.product(torch.randn(2, 3, 3).double(), a, b.mT)
+    torch.testing.assert_close(
+        block_relevance.through_linear(out, wide, weight).sum(-1), out.sum(-1), rtol=1e-6, atol=1e-6
+    )
+    halves = block_relevance.through_product(torch.randn(2, 3, 3).double(), a, b.mT)
     assert halves[0].shape == a.shape
     torch.testing.assert_close(halves[0].sum((1, 2)), halves[1].sum((1, 2)), rtol=1e-6, atol=1e-6)
-    first, second = propagation.add(relevance, a, b)
+    first, second = block_relevance.through_add(relevance, a, b)
     torch.testing.assert_close((first + second).sum((1, 2)), relevance.sum((1, 2)), rtol=1e-6, atol=1e-6)
-    alone = propagation.add(relevance[:1], a[:1], b[:1])
+    alone = block_relevance.through_add(relevance[:1], a[:1], b[:1])
     torch.testing.assert_close(alone[0], first[:1])
-    pooled = propagation.mean(relevance[:, 0], a)
+    pooled = block_relevance.through_mean(relevance[:, 0], a)
     torch.testing.assert_close(pooled.sum(1), relevance[:, 0], rtol=1e-6, atol=1e-6)
-    assert propagation.divide(torch.ones(1), torch.zeros(1)) == 0
+    assert block_relevance.divide(torch.ones(1), torch.zeros(1)) == 0
 
 
 @pytest.mark.parametrize("name", ["class token", "distilled", "pooled"])

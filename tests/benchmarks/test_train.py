@@ -1,36 +1,15 @@
-import io
 import json
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from benchmarks import images, train, zoo
 from mamba_attn.errors import WeightsError
+from tests.benchmarks.cases import jpeg, write_zip
 
 TINY = {"embed_dim": 16, "depth": 2, "num_heads": 2}
-
-
-def _jpeg(array):
-    data = io.BytesIO()
-    Image.fromarray(array).save(data, "JPEG")
-    return data.getvalue()
-
-
-def _write_zip(path, classes, train_count, val_count, size):
-    """A data set whose labels can be learnt from the colour."""
-    random = np.random.default_rng(len(classes))
-    rows = ["file,label,name"]
-    with zipfile.ZipFile(path, "w") as archive:
-        for label, name in enumerate(classes):
-            for index in range(train_count + val_count):
-                file = f"{'train' if index < train_count else 'val'}/{name}/{index}.jpg"
-                array = random.integers(0, 40, (*size, 3)).astype(np.uint8) + np.uint8(60 * (label + 1))
-                archive.writestr(file, _jpeg(array))
-                rows.append(f"{file},{label},{name}")
-        archive.writestr("labels.csv", "\n".join(rows))
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +23,8 @@ def _threads():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    _write_zip(folder / "imagenette128.zip", ["tench", "church"], 6, 2, (32, 32))
-    _write_zip(folder / "clothing128.zip", ["dress", "hat"], 4, 2, (48, 32))
+    write_zip(folder / "imagenette128.zip", ["tench", "church"], 6, 2, (32, 32))
+    write_zip(folder / "clothing128.zip", ["dress", "hat"], 4, 2, (48, 32))
     return folder
 
 
@@ -77,7 +56,7 @@ def test_digits_are_read_from_a_folder_of_a_zip_and_never_mirrored(tmp_path):
             array = np.zeros((32, 32, 3), np.uint8)
             array[:, 16:] = random.integers(100, 256, (32, 16, 3), np.uint8)  # bright on the right
             rows.append(f"train/{index}.jpg,train/{index}.png,{index % 2}")
-            archive.writestr(f"digits64/train/{index}.jpg", _jpeg(array))
+            archive.writestr(f"digits64/train/{index}.jpg", jpeg(array))
         archive.writestr("digits64/labels.csv", "\n".join(rows))
     split = images.load(tmp_path, tmp_path / "cache", "train", collection="digits")
     assert split.classes == ["0", "1"]

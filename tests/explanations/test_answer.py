@@ -6,7 +6,7 @@ import torch
 
 from mamba_attn import images, trace
 from mamba_attn.attribution import AttentionRollout, MambaAttribution, RawAttention, TransformerAttribution
-from mamba_attn.attribution._queries import Query
+from mamba_attn.attribution.queries import Query
 from mamba_attn.datasets import loaded_model
 from mamba_attn.explanations import choices
 from mamba_attn.explanations.answer import _at_depths, answer

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mamba_attn.attribution._queries import Query
+from mamba_attn.attribution.queries import Query
 from mamba_attn.datasets import loaded_model
 from mamba_attn.explanations import choices
 from mamba_attn.explanations.answer import answer

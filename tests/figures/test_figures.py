@@ -1,11 +1,15 @@
 import base64
 import copy
+import importlib
 import io
+import pkgutil
 import re
+import subprocess
 import sys
 import types
 
 import numpy as np
+import plotly.colors
 import plotly.graph_objects as go
 import plotly.io
 import pytest
@@ -13,7 +17,7 @@ from PIL import Image
 
 from mamba_attn import figures
 from mamba_attn.figures import theme
-from mamba_attn.figures.colours import DIVERGING, SEQUENTIAL
+from mamba_attn.figures.colours import CIVIDIS, DIVERGING, PATH, SEQUENTIAL, VIRIDIS, Scale, to_rgb
 
 POSITIVE = np.arange(12.0).reshape(3, 4) + 1
 SIGNED = POSITIVE - 3  # -2 .. 9
@@ -59,7 +63,7 @@ def test_signed_data_is_centred_on_zero(draw):
     trace = heat(draw(SIGNED))
     assert (trace["zmin"], trace["zmax"]) == (-9, 9)
     assert colours(trace) == DIVERGING
-    red, green, blue = (int(part) for part in DIVERGING[-1][4:-1].split(","))
+    red, green, blue = bytes.fromhex(DIVERGING[-1][1:])
     assert red > green
     assert red > blue  # above zero is red
 
@@ -125,8 +129,9 @@ def test_overlay_keeps_the_image_and_demands_its_size():
     assert over.opacity == 0.25
     with pytest.raises(ValueError, match=r"the map is \(4, 3\) pixels, the image \(3, 4\)"):
         figures.overlay(IMAGE, POSITIVE.T)
-    with pytest.raises(ValueError, match=r"expected an image \(rows, columns, 3\), got \(3, 3, 4\)"):
-        figures.overlay(IMAGE.transpose(2, 0, 1), POSITIVE)
+    np.testing.assert_array_equal(pixels(figures.overlay(IMAGE.transpose(2, 0, 1), POSITIVE).data[0]), IMAGE)
+    with pytest.raises(ValueError, match=r"expected an image .* got \(1, 3, 4, 3\); of a batch pass images\[0\]"):
+        figures.overlay(IMAGE[None], POSITIVE)
     with pytest.raises(ValueError, match=r"before normalisation\), got float64 in -1\.\.200"):
         figures.overlay(np.concatenate([IMAGE[:1] * 0.0 - 1, IMAGE[1:] * 1.0]), POSITIVE)
 
@@ -206,3 +211,56 @@ def test_a_notebook_without_nbformat_shows_it_too(monkeypatch):
     ((html, raw),) = shown
     assert raw
     assert "Plotly.newPlot(" in html
+
+
+def test_modules_are_modules_and_the_names_do_not_depend_on_what_ran_before():
+    code = """
+import types, mamba_attn.figures as figures
+before = dir(figures)
+import mamba_attn.figures.png, mamba_attn.figures.heatmaps
+assert dir(figures) == before == sorted(figures.__all__), dir(figures)
+assert isinstance(figures.png, types.ModuleType)
+assert not hasattr(figures, "no_such_name")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for found in pkgutil.iter_modules(figures.__path__):
+        module = importlib.import_module(f"mamba_attn.figures.{found.name}")
+        assert getattr(figures, found.name) is module
+
+
+def test_the_colours_and_the_encoder_import_neither_plotly_nor_pillow():
+    code = """
+import sys, mamba_attn.figures.colours, mamba_attn.figures.picture
+assert not {"plotly", "PIL", "matplotlib"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_plotly_a_figure_says_what_to_install_and_arrays_are_drawn():
+    code = """
+import sys
+sys.modules["plotly"] = sys.modules["PIL"] = None
+import numpy as np
+from mamba_attn import figures
+assert figures.overlay_rgb(np.zeros((2, 3, 3)), np.ones((2, 3))).shape == (2, 3, 3)
+try:
+    figures.overlay
+except ImportError as error:
+    assert str(error) == "figures.overlay needs plotly: pip install 'mamba_attn[viz]'", error
+else:
+    raise AssertionError("not refused")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_lists_of_colours_are_plotlys():
+    sequential, diverging = plotly.colors.sequential, plotly.colors.diverging
+    pairs = [
+        (SEQUENTIAL, sequential.Inferno), (VIRIDIS, sequential.Viridis), (CIVIDIS, sequential.Cividis),
+        (PATH, sequential.Plasma[:-1]), (DIVERGING, diverging.RdBu[::-1]),
+    ]  # fmt: skip
+    for ours, theirs in pairs:
+        place = np.arange(len(ours))
+        drawn = [to_rgb(place, Scale(0, len(ours) - 1, list(names))) for names in (ours, theirs)]
+        np.testing.assert_array_equal(*drawn)
+        assert len(ours) == len(theirs)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from mamba_attn import figures
 from mamba_attn.figures import png
-from mamba_attn.figures.picture import data_uri
+from mamba_attn.figures.picture import data_uri, encoded
 
 RANDOM = np.random.default_rng(0)
 IMAGE = RANDOM.integers(0, 256, (12, 18, 3), dtype=np.uint8)
@@ -19,9 +19,12 @@ def of_kind(figure, kind):
     return [trace for trace in figure.data if trace.type == kind]
 
 
+@pytest.mark.parametrize("kind", ["noise", "ramp"])  # stored as it is, and by what the pixels before predict
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (5, 3), (64, 65)])
-def test_the_png_inside_holds_every_pixel(shape):
-    image = RANDOM.integers(0, 256, (*shape, 3), dtype=np.uint8)
+def test_the_png_inside_holds_every_pixel(shape, kind):
+    noise = RANDOM.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    ramp = np.add.outer(np.add.outer(np.arange(shape[0]) * 3, np.arange(shape[1]) * 2), [0, 90, 250])
+    image = noise if kind == "noise" else ramp.astype(np.uint8)
     head, _, data = data_uri(image).partition(",")
     assert head == "data:image/png;base64"
     read = Image.open(io.BytesIO(base64.b64decode(data)))
@@ -114,3 +117,11 @@ def test_the_sheet_can_share_one_range():
         sheet = png.layer_grid_rgb(image, maps, ["", ""], shared=shared, **options)
         assert sheet[8:10, 8:10, 0].tolist() == [[0, expected]] * 2
         assert sheet[8:10, 18:20, 0].tolist() == [[0, 200]] * 2
+
+
+def test_a_photo_is_stored_small():
+    rows, columns = np.mgrid[:200, :300]
+    smooth = np.stack([rows, columns * 0.8, 127 + 120 * np.sin(rows / 30 + columns / 40)], axis=2).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(smooth).save(file, "PNG")
+    assert len(encoded(smooth)) < 1.1 * len(file.getvalue())

@@ -5,8 +5,8 @@ import pytest
 
 from mamba_attn import figures
 from mamba_attn.figures.colours import BLUE_ORANGE, VIRIDIS, categories
-from mamba_attn.figures.embedding import highlighted
-from mamba_attn.figures.patch_view import outline
+from mamba_attn.figures.patch_grid import outline
+from mamba_attn.figures.points import highlighted
 
 MAP = np.arange(12.0).reshape(3, 4)
 

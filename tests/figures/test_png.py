@@ -1,7 +1,12 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from mamba_attn import figures
 from mamba_attn.figures import png
 from mamba_attn.figures.colours import DIVERGING, SEQUENTIAL
 
@@ -42,6 +47,49 @@ def test_overlay_mixes_image_and_colours():
     assert np.array_equal(png.overlay_rgb(IMAGE, values, opacity=0), IMAGE)
     with pytest.raises(ValueError, match=r"the map is \(3, 2\) pixels, the image \(2, 3\)"):
         png.overlay_rgb(IMAGE, values.T)
+
+
+def test_overlay_takes_what_torch_has():
+    values = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
+    expected = figures.overlay_rgb(IMAGE, values.numpy())
+    assert (expected.dtype, expected.shape) == (np.uint8, (2, 3, 3))
+    pixels = torch.tensor(IMAGE).permute(2, 0, 1)  # (3, 2, 3)
+    tall = torch.cat([pixels, pixels], dim=2)  # (3, 2, 6): no axis of three but the first
+    wide = figures.overlay_rgb(tall, values.repeat(1, 2))
+    assert np.array_equal(wide[:, :3], expected)
+    for image in (tall / 255, (tall / 255).bfloat16().requires_grad_(), (tall / 255).double()):
+        assert np.abs(figures.overlay_rgb(image, values.repeat(1, 2).requires_grad_()) - wide.astype(int)).max() <= 1
+
+
+def test_a_normalised_image_is_refused_with_what_to_do():
+    normalised = torch.randn(3, 4, 5)
+    with pytest.raises(ValueError, match=r"overlay_rgb\(image\): .* 0\.\.1 \(before normalisation\), got float32 in -"):
+        figures.overlay_rgb(normalised, np.ones((4, 5)))
+    with pytest.raises(ValueError, match=r"undo what the model's transform did: image \* std \+ mean"):
+        figures.overlay_rgb(normalised, np.ones((4, 5)))
+    with pytest.raises(ValueError, match=r"got \(2, 3, 4, 5\); of a batch pass images\[0\]"):
+        figures.overlay_rgb(torch.rand(2, 3, 4, 5), np.ones((4, 5)))
+    with pytest.raises(ValueError, match=r"overlay_rgb\(values\): .* pass one image's, e\.g\. maps\[0, 0\]"):
+        figures.overlay_rgb(torch.rand(3, 4, 5), np.ones((1, 1, 4, 5)))
+
+
+def test_charts_leave_matplotlibs_state_alone_and_take_names_as_they_are():
+    code = """
+import matplotlib, sys
+from mamba_attn.figures import png
+backend = matplotlib.rcParams._get_backend_or_none()
+png.scan_path_rgb([0, 1], (1, 2), size=40)
+png.reach_rgb([[[1, 2]]], ["$x"], layers=["a"], series={"_$y^{": [1.0]}, title="$")
+assert "matplotlib.pyplot" not in sys.modules
+assert matplotlib.rcParams._get_backend_or_none() == backend
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_without_matplotlib_the_charts_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"charts as PNG need matplotlib: pip install 'mamba_attn\[viz\]'"):
+        png.scan_path_rgb([0, 1], (1, 2))
 
 
 def test_panels_stand_side_by_side_with_captions():

@@ -3,7 +3,7 @@ import pytest
 
 from mamba_attn import figures
 from mamba_attn.figures import png
-from mamba_attn.figures.reach import distances
+from mamba_attn.figures.charts import distances
 
 RNG = np.random.default_rng(0)
 MAPS = [RNG.random((20, 30)), RNG.random((4, 6))]

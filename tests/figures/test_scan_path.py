@@ -9,7 +9,7 @@ import torch
 from mamba_attn import figures, orders
 from mamba_attn.figures import png
 from mamba_attn.figures.colours import PATH
-from mamba_attn.figures.path import jumps
+from mamba_attn.figures.route_geometry import jumps
 
 GRID = (7, 9)
 IMAGE = np.random.default_rng(0).integers(0, 256, (14, 27, 3), dtype=np.uint8)  # patches of 2 x 3 pixels

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mamba_attn
 from mamba_attn.attribution import AttentionRollout, MambaAttribution, RawAttention, TransformerAttribution
-from mamba_attn.attribution._stages import to_finer
+from mamba_attn.attribution.attention_rollout import to_finer
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import MatrixTooLargeError, TraceError, UnsupportedModelError
 from mamba_attn.testing import LawError, check_adapter

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from mamba_attn.core import ops, order_check
+from mamba_attn import ops
+from mamba_attn.core import order_check
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import BackendUnavailableError, MambaAttnError, MatrixTooLargeError
 from mamba_attn.ops import dispatch

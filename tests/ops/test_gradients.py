@@ -86,3 +86,11 @@ def test_products_and_rows_are_differentiable() -> None:
     value = torch.autograd.grad((ops.left_product(record, vector=vector) ** 2).sum(), wanted)
     for a, b in zip(value, truth, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked", "native"])
+def test_the_matrix_asks_for_no_gradient_because_of_u_or_d(backend: str) -> None:
+    record = make(Case(batch=2, routes=2, channels=3, states=2, grid=(2, 3)))
+    assert record.D is not None
+    trained = record.replace(source_u=record.source_u.requires_grad_(), D=record.D.requires_grad_())
+    assert not ops.hidden_attention(trained, backend=backend).requires_grad

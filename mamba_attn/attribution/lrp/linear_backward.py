@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.attribution._base import Row, Target, TokenAttribution
-from mamba_attn.attribution._queries import Query
 from mamba_attn.attribution.lrp.linear_rules import LinearRules
+from mamba_attn.attribution.maps import Row, Target, TokenAttribution
+from mamba_attn.attribution.queries import Query
 from mamba_attn.errors import TraceError
 from mamba_attn.tracing.adapters import find_mixers
 from mamba_attn.tracing.layer_names import LayerNames, layer_names, listed_layers
@@ -92,7 +92,7 @@ class LinearisedAttribution(TokenAttribution):
             for name, tensor, gradient in zip(chosen, tensors, gradients, strict=True):
                 if gradient is None:
                     raise TraceError(f"{type(self).__name__}: the target does not depend on what enters {name}.")
-                parts = (_token_frame(record[name], part).detach() for part in (tensor, gradient))
+                parts = (token_frame(record[name], part).detach() for part in (tensor, gradient))
                 entrances.append(Entrance(record[name], *parts))
                 record[name].require_finite()
             rules.entered.clear()
@@ -110,7 +110,7 @@ class LinearisedAttribution(TokenAttribution):
     def _tokens(self, layer: Layer, entered: Sequence[Tensor]) -> Tensor:
         """The outermost tensor that holds the layer's tokens: with their residual stream."""
         for tensor in entered:
-            if _holds_tokens(layer, tensor):
+            if holds_tokens(layer, tensor):
                 return tensor
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in entered) or "nothing"
         raise TraceError(
@@ -148,17 +148,18 @@ def _autocast(kind: str) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float64
 
 
-def _holds_tokens(layer: Layer, x: Tensor) -> bool:
+def holds_tokens(layer: Layer, x: Tensor) -> bool:
+    """Whether a tensor holds a feature vector for every token of a layer, in a shape that ``token_frame`` takes."""
     if x.ndim == 3:
-        windows = len(layer.layout.windows()) if layer.has_layout else 1
+        windows = 1 if layer._layout is None else len(layer.layout.windows())
         return x.shape[0] * x.shape[1] == layer.batch * layer.tokens and x.shape[0] == layer.batch * windows
     return x.ndim == 4 and layer.layout.grid in (x.shape[1:3], x.shape[2:])
 
 
-def _token_frame(layer: Layer, x: Tensor) -> Float[Tensor, "batch tokens features"]:
-    """Tokens in the token frame, from it or windows of it, (batch, rows, columns, features) or channels first."""
+def token_frame(layer: Layer, x: Tensor) -> Float[Tensor, "batch tokens features"]:
+    """Return tokens in the token frame, from it or its windows, (batch, rows, columns, features) or channels first."""
     if x.ndim == 3:
-        return layer.layout.from_windows(x, axis=1) if layer.has_layout else x
+        return x if layer._layout is None else layer.layout.from_windows(x, axis=1)
     layout = layer.layout
     patches = x.flatten(1, 2) if layout.grid == tuple(x.shape[1:3]) else x.flatten(2).mT
     frame = patches.new_zeros(len(patches), layout.tokens, patches.shape[2])  # windows may be padded

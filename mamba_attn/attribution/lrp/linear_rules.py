@@ -1,20 +1,24 @@
 """Rules that leave a network linear in its tokens, up to additive constants, with the values of its forward.
 
 Every rule returns the layer's own value and the gradient of a linear map with that value; the maps' factors are those
-of this forward pass, held fixed.
+of this forward pass, held fixed. Below the rules: norms with a fixed denominator, and linear layers apart from their
+modules.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mamba_attn.attribution.lrp.frozen_norms import frozen_norm
-from mamba_attn.attribution.lrp.functional_layers import added_bias
 from mamba_attn.core.rules import KINDS, Rules
 from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.errors import UnsupportedModelError
+
+_TOLERANCE = 64  # of the output's precision, relative to its largest value
+_PLAIN = (nn.LayerNorm.forward, nn.RMSNorm.forward)
 
 
 class LinearRules(Rules):
@@ -47,7 +51,7 @@ class LinearRules(Rules):
     def activation(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Apply an activation as the product of its input and a fixed ratio."""
         with torch.no_grad():
-            eps = torch.finfo(x.dtype).eps
+            eps = torch.finfo(x.dtype).eps  # f(x) / x is 0 / 0 at 0, and mostly rounding close to it
             away = torch.where(x.abs() < eps, torch.copysign(torch.full_like(x, eps), x), x)
             value = function(away.clone())  # which some change in place, and an identity returns
             ratio = value / away
@@ -74,6 +78,7 @@ class LinearRules(Rules):
         return record.replace(
             source_delta=record.source_delta.detach(), A=record.A.detach(), source_B=record.source_B.detach(),
             source_C=record.source_C.detach(), D=None if record.D is None else record.D.detach(),
+            source_gain=None if record.source_gain is None else record.source_gain.detach(),
         )  # fmt: skip
 
     def enter(self, layer: str, x: Tensor) -> None:
@@ -85,10 +90,8 @@ class LinearRules(Rules):
         if constant is None or not y.requires_grad:
             return y
         name, fixed = f"{self.names.get(module, type(module).__name__)}.{suffix}", constant.detach()
-        constants, batch = (
-            self.constants,
-            self.batch,
-        )  # the hook must not hold on to what entered: that would be a circle
+        # The hook lives as long as the graph, which what entered is part of: through self it would keep itself alive.
+        constants, batch = self.constants, self.batch
 
         def note(gradient: Tensor) -> None:
             share = (gradient * fixed).detach()
@@ -118,3 +121,119 @@ def batch_norm_constant(module: nn.BatchNorm1d | nn.BatchNorm2d) -> Tensor | Non
 def fitting(name: str, patterns: tuple[str, ...]) -> bool:
     """Whether a name fits one of some patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def frozen_norm(module: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the norm of x with its denominator detached, and its bias as a tensor that broadcasts over it.
+
+    Layer norms keep their mean in the graph, RMS norms have none. A class with a forward of its own may norm the last
+    axis or, as LayerNorm2d, axis 1, and may move one to the place of the other: taken is what reproduces its output.
+
+    Args:
+        module: the norm.
+        x: its input.
+        y: its own output.
+
+    Raises:
+        UnsupportedModelError: no formula reproduces the output.
+    """
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    shape = getattr(module, "normalized_shape", None) or (() if weight is None else weight.shape)
+    own = type(module).forward not in _PLAIN and len(shape) == 1 and x.ndim > 2
+    for axis in (-1, 1) if own else (-1,):
+        moved = x.movedim(1, -1) if axis == 1 else x
+        if not shape or list(moved.shape[-len(shape) :]) != list(shape):
+            continue
+        for linear, first in _frames(_formula(module, moved, len(shape), weight, bias), own=own):
+            if _agree(linear, y):
+                return linear, bias if bias is None or not first else on_axis_1(bias, linear)
+    raise UnsupportedModelError(
+        f"{type(module).__name__}: its output is neither a layer norm nor an RMS norm of its input over the features, "
+        "so what would be held fixed in it is not known."
+    )
+
+
+def _frames(linear: Tensor, *, own: bool) -> Iterator[tuple[Tensor, bool]]:
+    """The output with its features last and, of a class with its own forward, on axis 1; whether they are there."""
+    yield linear, False
+    if own:
+        yield linear.movedim(-1, 1), True
+
+
+def _formula(module: nn.Module, x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The norm over the last axes."""
+    over = tuple(range(-axes, 0))
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    if isinstance(module, nn.LayerNorm) or "LayerNorm" in type(module).__name__:
+        x = x - x.mean(over, keepdim=True)
+    eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    scale = torch.rsqrt(x.detach().square().mean(over, keepdim=True) + eps)
+    x = x * (scale if weight is None else scale * weight.detach())
+    return x if bias is None else x + bias
+
+
+def _agree(linear: Tensor, y: Tensor) -> bool:
+    """Whether two outputs are the same up to rounding."""
+    if linear.shape != y.shape:
+        return False
+    difference = (linear.detach() - y).abs().max()
+    allowed = _TOLERANCE * torch.finfo(y.dtype).eps * y.abs().max()
+    return not bool(difference > allowed)  # NaN is the business of others
+
+
+def bare_layer(module: nn.Module, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the layer's function with another weight and no bias; the module itself is left alone."""
+    other = copy.copy(module)
+    other.__dict__.pop("forward", None)
+    other._parameters = {**module._parameters, "weight": nn.Parameter(weight, requires_grad=False), "bias": None}
+    forward: Callable[[Tensor], Tensor] = other.forward
+    return forward
+
+
+def own_weight(call: str, module: nn.Module) -> Tensor:
+    """Return a layer's weight.
+
+    Args:
+        call: what needs it, for the message.
+        module: the layer.
+
+    Raises:
+        UnsupportedModelError: a layer that computes its weight.
+    """
+    weight = module._parameters.get("weight")
+    if not isinstance(weight, Tensor):
+        raise UnsupportedModelError(
+            f"{call} needs a layer's weight, and this {type(module).__name__} computes its own; leave it out of "
+            "gamma_layers, or merge what computes it."
+        )
+    return weight.detach()
+
+
+def added_bias(module: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
+    """Return what a layer's bias adds to its output, as a tensor that broadcasts over it; None without one.
+
+    Features are last in linear layers, on axis 1 in convolutions. Foreign linear layers may have them on either, where
+    their sizes do not tell, the output without the bias does.
+
+    Args:
+        module: the layer.
+        x: its input.
+        y: its output.
+    """
+    bias = getattr(module, "bias", None)
+    if not isinstance(bias, Tensor):
+        return None
+    if not isinstance(module, nn.Linear):
+        return on_axis_1(bias, y)
+    if type(module).forward is nn.Linear.forward or y.shape[1] != len(bias) or y.ndim < 3:
+        return bias
+    if y.shape[-1] != len(bias):
+        return on_axis_1(bias, y)
+    with torch.no_grad():
+        return y.detach() - bare_layer(module, own_weight("the share of its bias", module))(x)
+
+
+def on_axis_1(vector: Tensor, like: Tensor) -> Tensor:
+    """Return a vector over features as a tensor that broadcasts over one that has them on axis 1."""
+    return vector.view(-1, *[1] * (like.ndim - 2))

@@ -3,9 +3,8 @@
 from torch import Tensor
 
 from mamba_attn._types import Float
-from mamba_attn.attribution._base import Row, TokenAttribution
-from mamba_attn.attribution._queries import Query, query_weights
-from mamba_attn.attribution._targets import Target
+from mamba_attn.attribution.maps import Row, Target, TokenAttribution
+from mamba_attn.attribution.queries import Query, query_weights
 from mamba_attn.tracing.layers import AttentionLayer, require
 
 
@@ -31,7 +30,7 @@ class AttentionGradCAM(TokenAttribution):
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         with self._traced(inputs, target, gradients=True) as (record, logit):
-            layers = require("AttentionGradCAM", record.layers, AttentionLayer)
+            layers = require(self.called, record.layers, AttentionLayer)
             gradients = record.gradients(logit)
         chosen = layers[-1:] if self.layers is None else layers
         return [(layer.layout, _cam(layer, gradients[layer.name], query)) for layer in chosen]

@@ -13,7 +13,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.attribution.lrp import propagation
 from mamba_attn.errors import UnsupportedModelError
 
 _MODELS = ("VisionTransformer", "VisionTransformerDistilled")
@@ -30,6 +29,7 @@ _ELEMENT_WISE = {"LayerNorm", "Identity", "GELU", "GELUTanh", "QuickGELU", "ReLU
 _LINEAR = ("qkv", "proj", "fc1", "fc2", "head", "head_dist")
 _NESTED = ("patch_embed", "patch_drop", "blocks", "attn", "mlp")  # looked into, or before the attention
 _POOLS = ("token", "avg")
+_SMALL = 1e-9
 
 
 @dataclass(frozen=True)
@@ -131,18 +131,18 @@ def from_logits(model: Any, relevance: Float[Tensor, "batch classes"], tokens: T
     result = torch.zeros_like(tokens)
     if hasattr(model, "head_dist"):  # the mean of two heads, of the first two tokens
         outputs = [model.head(tokens[:, 0]), model.head_dist(tokens[:, 1])]
-        parts = propagation.add(relevance, *outputs)
+        parts = through_add(relevance, *outputs)
         for index, (head, part) in enumerate(zip((model.head, model.head_dist), parts, strict=True)):
-            result[:, index] = propagation.linear(part, tokens[:, index], head.weight)
+            result[:, index] = through_linear(part, tokens[:, index], head.weight)
         return result
     first = 0 if model.global_pool == "token" or getattr(model, "pool_include_prefix", False) else None
     first = model.num_prefix_tokens if first is None else first
     pooled = tokens[:, 0] if model.global_pool == "token" else tokens[:, first:].mean(1)
-    part = propagation.linear(relevance, model.fc_norm(pooled), model.head.weight)
+    part = through_linear(relevance, model.fc_norm(pooled), model.head.weight)
     if model.global_pool == "token":
         result[:, 0] = part
     else:
-        result[:, first:] = propagation.mean(part, tokens[:, first:])
+        result[:, first:] = through_mean(part, tokens[:, first:])
     return result
 
 
@@ -150,15 +150,64 @@ def through_block(
     block: Any, relevance: Tensor, kept: Kept
 ) -> tuple[Tensor, Float[Tensor, "batch heads tokens tokens"]]:
     """Relevance of a block's input, and R(A) of its probabilities, from that of its output."""
-    residual, branch = propagation.add(relevance, kept.middle, kept.transformed)
-    branch = propagation.linear(branch, kept.hidden, block.mlp.fc2.weight)
-    relevance = residual + propagation.linear(branch, kept.normed2, block.mlp.fc1.weight)
-    residual, branch = propagation.add(relevance, kept.x, kept.attended)
-    branch = propagation.linear(branch, kept.heads, block.attn.proj.weight)
+    residual, branch = through_add(relevance, kept.middle, kept.transformed)
+    branch = through_linear(branch, kept.hidden, block.mlp.fc2.weight)
+    relevance = residual + through_linear(branch, kept.normed2, block.mlp.fc1.weight)
+    residual, branch = through_add(relevance, kept.x, kept.attended)
+    branch = through_linear(branch, kept.heads, block.attn.proj.weight)
     branch = rearrange(
         branch, "batch tokens (heads width) -> batch heads tokens width", heads=kept.probabilities.shape[1]
     )
-    attention, value = propagation.product(branch, kept.probabilities, kept.value)
-    query, key = propagation.product(attention, kept.query, kept.key.mT)
+    attention, value = through_product(branch, kept.probabilities, kept.value)
+    query, key = through_product(attention, kept.query, kept.key.mT)
     joint = rearrange([query, key.mT, value], "three batch heads tokens width -> batch tokens (three heads width)")
-    return residual + propagation.linear(joint, kept.normed, block.attn.qkv.weight), attention
+    return residual + through_linear(joint, kept.normed, block.attn.qkv.weight), attention
+
+
+# How relevance goes through one operation: arXiv 2012.09838 (section 3) and its code, alpha = 1, beta = 0. Every rule
+# conserves: what goes in sums to what came out, up to outputs that are zero. Element-wise operations (activations,
+# norms, softmax, layer scale) pass relevance on unchanged and have no function here.
+
+
+def divide(a: Tensor, b: Tensor) -> Tensor:
+    """A / b, moved away from zero by 1e-9, and 0 where b is 0."""
+    away = b + torch.where(b < 0, -_SMALL, _SMALL)
+    return torch.where(b == 0, 0, a / away)
+
+
+def through_linear(
+    relevance: Float[Tensor, "*batch outputs"],
+    x: Float[Tensor, "*batch inputs"],
+    weight: Float[Tensor, "outputs inputs"],
+) -> Float[Tensor, "*batch inputs"]:
+    """Through x @ weight^T + bias: in proportion to the positive products x_i w_ji, the bias left out."""
+    high, low = weight.clamp(min=0), weight.clamp(max=0)
+    positive, negative = x.clamp(min=0), x.clamp(max=0)
+    share = divide(relevance, positive @ high.mT + negative @ low.mT)
+    return positive * (share @ high) + negative * (share @ low)
+
+
+def through_product(relevance: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Through a @ b: in proportion to each term, half to either factor."""
+    share = divide(relevance, a @ b) / 2
+    return a * (share @ b.mT), b * (a.mT @ share)
+
+
+def through_add(
+    relevance: Float[Tensor, "batch *shape"], a: Float[Tensor, "batch *shape"], b: Float[Tensor, "batch *shape"]
+) -> tuple[Float[Tensor, "batch *shape"], Float[Tensor, "batch *shape"]]:
+    """Through a + b: in proportion to both, then each scaled, image by image, to |its sum| of all."""
+    share = divide(relevance, a + b)
+    parts = (a * share, b * share)
+    sums = [part.flatten(1).sum(1) for part in parts]
+    total = divide(relevance.flatten(1).sum(1), sums[0].abs() + sums[1].abs())
+    first, second = (
+        part * divide(own.abs() * total, own).view(-1, *[1] * (part.ndim - 1))
+        for part, own in zip(parts, sums, strict=True)
+    )
+    return first, second
+
+
+def through_mean(relevance: Float[Tensor, "batch features"], x: Float[Tensor, "batch tokens features"]) -> Tensor:
+    """Through a mean over tokens: in proportion to each token's part, which conserves like the rules above."""
+    return x * divide(relevance, x.sum(1)).unsqueeze(1)

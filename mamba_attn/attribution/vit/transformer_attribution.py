@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mamba_attn.attribution._base import Row, TokenAttribution
-from mamba_attn.attribution._product import Product, dense, of_one_token, roll_out
-from mamba_attn.attribution._queries import Query, query_weights
-from mamba_attn.attribution._targets import Target, target_values
+from mamba_attn.attribution.attention_rollout import Product, dense, of_one_token, roll_out_weighted
+from mamba_attn.attribution.maps import Row, Target, TokenAttribution, target_values
+from mamba_attn.attribution.queries import Query, query_weights
 from mamba_attn.attribution.vit import block_relevance
 from mamba_attn.errors import UnsupportedModelError, nearest
 from mamba_attn.tracing.layer_names import LayerNames
@@ -79,7 +78,7 @@ class TransformerAttribution(TokenAttribution):
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         with self._traced(inputs, target, gradients=True) as (record, logit):
-            layers = require("TransformerAttribution", record.layers, AttentionLayer)
+            layers = require(self.called, record.layers, AttentionLayer)
             gradients = record.gradients(logit)
         layers = self._chosen(layers)
         lrp = self.variant == "lrp"
@@ -92,7 +91,7 @@ class TransformerAttribution(TokenAttribution):
         def step(layer: AttentionLayer) -> tuple[Product, float]:
             return dense(weighted[layer.name])
 
-        row = roll_out(layers, query_weights(layers[-1], query), step)
+        row = roll_out_weighted(layers, query_weights(layers[-1], query), step)
         return [(layers[0].layout, row)]
 
     def _chosen(self, layers: list[AttentionLayer]) -> list[AttentionLayer]:

@@ -13,7 +13,7 @@ from mamba_attn.ops.arguments import Weights
 from mamba_attn.ops.backend import Backend
 from mamba_attn.ops.cuda import kernels, operators
 from mamba_attn.ops.cuda.kernel_args import supported
-from mamba_attn.ops.flat_records import flatten
+from mamba_attn.ops.flat_records import flatten, flatten_for_matrix
 
 _said: set[str] = set()  # of limits
 
@@ -32,6 +32,8 @@ class Fused(Backend):
         odd = [x.dtype for x in tensors if not supported(x)]
         if odd:
             return f"it takes float32, bfloat16 and float16, and an input is {odd[0]}; use backend='blocked'."
+        if record.source_gain is not None:
+            return "its input has a gain apart from delta, which the kernels do not know; use backend='blocked'."
         problem = operators.launcher.problem(record.source_delta.device)
         if problem:
             return problem
@@ -54,7 +56,9 @@ class Fused(Backend):
         self, record: ScanRecord, row_weight: Tensor | None, col_weight: Tensor | None, fold: str, merged: bool
     ) -> Tensor:
         """(batch, [channels,] tokens, tokens) merged, else (batch, routes, [channels,] length, length)."""
-        attention: Tensor = operators.hidden_attention(*flatten(record), merged, row_weight, col_weight, fold)
+        attention: Tensor = operators.hidden_attention(
+            *flatten_for_matrix(record), merged, row_weight, col_weight, fold
+        )
         return attention
 
     def scan_and_attention(self, record: ScanRecord, fold: str, merged: bool) -> tuple[Tensor, Tensor]:

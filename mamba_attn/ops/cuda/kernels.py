@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mamba_attn.core.order_check import require_distinct
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.ops.arguments import Weights
-from mamba_attn.ops.cuda.checked_orders import checked_orders
 from mamba_attn.ops.cuda.driver import GRID_LIMIT
 from mamba_attn.ops.cuda.kernel_args import (
     READ,
@@ -128,7 +128,7 @@ def backward(launcher: Launcher, record: ScanRecord, gradient: Tensor, merged: b
     sources = (detached.source_u, detached.source_delta, detached.A, detached.source_B, detached.source_C, detached.D)
     results = [None if x is None else torch.zeros(x.shape, device=x.device) for x in sources]
     u, delta, A, B, C, D = results
-    read, write = checked_orders(record, merged)
+    read, write = _checked_orders(record, merged)
     spans = math.ceil(record.length / _SPAN)
     entering = gradient.new_empty(
         (record.batch, record.routes, record.channels, spans, record.states), dtype=torch.float32
@@ -242,12 +242,26 @@ def _weight(weight: Tensor | None, routes: slice, frame: int) -> tuple[Tensor | 
 def _parts(record: ScanRecord, merged: bool) -> Iterator[tuple[ScanRecord, Tensor | None, Tensor | None]]:
     """The record and its orders: all routes at once or, where results may not depend on who adds first, one by one."""
     record = record.map_tensors(torch.Tensor.detach)
-    read, write = checked_orders(record, merged)
+    read, write = _checked_orders(record, merged)
     size = 1 if merged and deterministic() else record.routes
     for start in range(0, record.routes, size):
         own = slice(start, start + size)
         part = record if size == record.routes else record.select_routes(own)
         yield part, None if read is None else read[own], None if write is None else write[own]
+
+
+def _checked_orders(record: ScanRecord, merged: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Tokens read and written at each step, where a kernel asks: int64, contiguous, on the tensors' device."""
+    gathers = record.source_frame == "tokens"
+    read = _checked_order(record, "read_order") if gathers or merged else None
+    return read, _checked_order(record, "write_order") if merged else None
+
+
+def _checked_order(record: ScanRecord, name: str) -> Tensor:
+    """An order as kernels index with it; it may have been changed since the record was made."""
+    order: Tensor = getattr(record, name)
+    require_distinct(f"ScanRecord: {name}", order, record.tokens)
+    return order.to(record.source_delta.device).long().contiguous()
 
 
 def deterministic() -> bool:

@@ -1,10 +1,16 @@
 """The class token's row, the rollout and the three maps of two published codes, against loops written from them."""
 
+import inspect
+
 import pytest
 import torch
 
+from mamba_attn import attribution
 from mamba_attn.attribution import AttentionRollout, MambaAttribution, RawAttention
-from mamba_attn.attribution.published.conventions import Watch, broadcast_rollout, class_row, late_layers, min_max
+from mamba_attn.attribution import published as published_methods
+from mamba_attn.attribution.activation_recorder import ActivationRecorder
+from mamba_attn.attribution.published.hidden_mamba import broadcast_rollout, hidden_mamba_row, late_layers, min_max
+from mamba_attn.attribution.published.implicit_unified import unified_row
 from mamba_attn.tracing.layers import ScanLayer
 from mamba_attn.tracing.tracer import trace
 from tests.attribution.cases import SIZE, images, layers_of, vim, vmamba
@@ -126,11 +132,15 @@ MODELS = {
 def test_rows_against_loops(convention, name):
     model, inputs = MODELS[name](), images()
     expected, token = published(convention, model, inputs)
-    watch = Watch()
-    with torch.no_grad(), trace(model, rules=watch) as record:
+    recorder = ActivationRecorder()
+    with torch.no_grad(), trace(model, rules=recorder) as record:
         model(inputs)
     for layer, (row, _) in zip(record.layers, expected, strict=True):
-        close(class_row(convention, model, layer, token, watch).detach(), row, 1e-12)
+        if convention == "hidden_mamba":
+            found = hidden_mamba_row(layer, token)
+        else:
+            found = unified_row(model.get_submodule(layer.name), layer, token, recorder.activated[layer.scan])
+        close(found.detach(), row, 1e-12)
 
 
 def test_the_hidden_mamba_row_has_no_self_term_and_is_not_the_true_row():
@@ -227,15 +237,32 @@ def test_unknown_conventions_and_signed_ones(method):
     ):
         method(vim(depth=1), convention="hidden_mambo")
     with pytest.raises(
-        ValueError, match=r"convention='implicit_unified', signed=True\): published code takes the posi"
+        ValueError,
+        match=r"unified', signed=True\): convention='implicit_unified' is published code",
     ):
         method(vim(depth=1), convention="implicit_unified", signed=True)
 
 
 def test_implicit_unified_needs_a_convolution():
-    model, watch = vim(depth=1), Watch()
-    with torch.no_grad(), trace(model, rules=watch) as record:
+    model, recorder = vim(depth=1), ActivationRecorder()
+    with torch.no_grad(), trace(model, rules=recorder) as record:
         model(images())
-    model.layers[0].mixer = torch.nn.Identity()
+    activated = recorder.activated[record.layers[0].scan]
     with pytest.raises(ValueError, match=r"layers\.0\.mixer is no Vim mixer \(a gate and causal convolutions"):
-        class_row("implicit_unified", model, record.layers[0], 7, watch)
+        unified_row(torch.nn.Identity(), record.layers[0], 7, activated)
+
+
+@pytest.mark.parametrize(("owner", "option"), published_methods.METHODS)
+def test_an_option_of_an_exact_method_is_a_published_class(owner, option):
+    exact = getattr(attribution, owner)
+    assert option in inspect.signature(exact.__init__).parameters
+    for value, make in published_methods.METHODS[owner, option].items():
+        assert value in exact.__doc__
+        model = vmamba(depths=(1, 2, 1)) if "vmamba" in value else vim(depth=3)
+        method = make(model, layers=None)
+        expected = exact(model, **{option: value}).attribute(images(), TARGET)
+        assert torch.equal(method.attribute(images(), TARGET), expected), value
+        with pytest.raises(ValueError, match=rf"^{type(method).__name__}\.attribute\(target=9\): expected class ind"):
+            method.attribute(images(), 9)
+        with pytest.raises(ValueError, match=rf"^{owner}\({option}='{value}'\)\.attribute\(target=9\): expected class"):
+            exact(model, **{option: value}).attribute(images(), 9)

@@ -7,8 +7,6 @@ import timm
 import torch
 
 from mamba_attn.attribution import AttentionRollout, MambaAttribution, RawAttention
-from mamba_attn.attribution.mamba_attribution import RULES
-from mamba_attn.attribution.published.conventions import CLASS_TOKEN
 from mamba_attn.errors import UnsupportedModelError
 from tests.attribution.cases import _livelier, images
 
@@ -84,18 +82,18 @@ def test_a_query_reads_its_patch(method):
 @pytest.mark.parametrize(
     "method",
     [
-        *(partial(MambaAttribution, rule=rule) for rule in RULES),
+        *(partial(MambaAttribution, rule=rule) for rule in ("gradient_x_attention", "paper", "published_code")),
         partial(MambaAttribution, rollout=False),
         *(
             partial(kind, convention=name)
             for kind in (MambaAttribution, RawAttention, AttentionRollout)
-            for name in CLASS_TOKEN
+            for name in ("hidden_mamba", "implicit_unified")
         ),
     ],
 )
 def test_what_is_defined_for_scans_alone_is_refused(method):
     model, _ = build("class token")
-    named = r"^\w+(\(convention='\w+'\))? is defined for selective scans, and blocks\.0\.attn, .* are softmax attention"
+    named = r"^\w+(\(\w+='\w+'\))? is defined for selective scans, and blocks\.0\.attn, .* are softmax attention"
     with pytest.raises(UnsupportedModelError, match=named):
         method(model).attribute(images(2, SIZE))
 

@@ -1,0 +1,177 @@
+"""Maps and matrices as heat maps: one or several, alone or over their image."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from mamba_attn.figures.colours import as_image, as_values, plotly_scale, scale
+from mamba_attn.figures.picture import data_uri, patch_size
+from mamba_attn.figures.theme import Figure, add_heat, panels, photo, plain, square_cells
+
+
+def overlay(
+    image: Any,
+    values: Any,
+    *,
+    opacity: float = 0.6,
+    limits: tuple[float, float] | None = None,
+    signed: bool | None = None,
+    colours: Sequence[str] | None = None,
+    title: str | None = None,
+    size: int = 400,
+) -> go.Figure:
+    """Show a map over the image that it explains.
+
+    Args:
+        image: (rows, columns, 3), uint8 or in 0..1: what the model saw, before normalisation.
+        values: (rows, columns), the image's size.
+        opacity: of the map, 0 to 1.
+        limits: values of the first and the last colour. Default: the values' range; signed data is centred on zero.
+        signed: centre on zero. Default: whether a value is negative.
+        colours: from low to high. Default: Inferno, for signed data RdBu with blue below zero.
+        title: above the figure.
+        size: height of the figure in pixels.
+
+    Raises:
+        ValueError: shapes that disagree, or limits that do not fit.
+    """
+    picture, array = as_image("overlay(image)", image), as_values("overlay(values)", values)
+    if picture.shape[:2] != array.shape:
+        raise ValueError(f"overlay: the map is {array.shape} pixels, the image {picture.shape[:2]}; they must agree.")
+    chosen = scale(array, limits=limits, signed=signed, colours=colours)
+    heat = go.Heatmap(
+        z=array, zmin=chosen.low, zmax=chosen.high, colorscale=plotly_scale(chosen.colours), opacity=opacity,
+        hovertemplate="row %{y}, column %{x}: %{z:.3g}<extra></extra>",
+    )  # fmt: skip
+    width = round(size * array.shape[1] / array.shape[0]) + 60
+    figure = Figure([photo(data_uri(picture), array.shape, array.shape), heat])
+    plain(figure, title=title, width=width, height=size)
+    square_cells(figure)
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False, scaleanchor="x")
+    return figure
+
+
+def layer_grid(
+    image: Any,
+    maps: Sequence[Any],
+    titles: Sequence[str],
+    *,
+    columns: int | None = None,
+    shared: bool = False,
+    opacity: float = 0.6,
+    limits: tuple[float, float] | None = None,
+    signed: bool | None = None,
+    colours: Sequence[str] | None = None,
+    title: str | None = None,
+    size: int = 180,
+) -> go.Figure:
+    """Show a map per layer over the image that all explain, in reading order.
+
+    Args:
+        image: (rows, columns, 3), uint8 or in 0..1: what the model saw, before normalisation.
+        maps: (rows, columns) each: the image's size, or a grid of patches that tile it; sizes may differ.
+        titles: one above each.
+        columns: panels in a row. Default: all in one, at most six.
+        shared: one colour range for all panels, with a bar, instead of each panel's own.
+        opacity: of the maps, 0 to 1.
+        limits: values of the first and the last colour of every panel.
+        signed: centre on zero. Default: whether any value of any panel is negative.
+        colours: from low to high. Default: Inferno, for signed data RdBu with blue below zero.
+        title: above the figure.
+        size: height of a panel in pixels.
+
+    Raises:
+        ValueError: no maps, another number of titles, or a map that does not tile the image.
+    """
+    picture = as_image("layer_grid(image)", image)
+    arrays = [as_values(f"layer_grid(maps[{index}])", values) for index, values in enumerate(maps)]
+    pixels = picture.shape[:2]
+    patches = [patch_size(f"layer_grid(maps[{index}])", pixels, array.shape) for index, array in enumerate(arrays)]
+    shape = (size, size * pixels[1] / pixels[0])
+    figure, places = panels(
+        "layer_grid", len(arrays), titles, columns=columns, shape=shape, bar=shared, title=title
+    )  # fmt: skip
+    source = data_uri(picture)
+    for place, array, patch in zip(places, arrays, patches, strict=True):
+        figure.add_trace(photo(source, pixels, array.shape), **place)
+        figure.update_yaxes(scaleratio=patch[0] / patch[1], **place)
+    return add_heat(
+        figure, places, arrays, shared=shared, opacity=opacity, limits=limits, signed=signed, colours=colours
+    )  # fmt: skip
+
+
+def matrix(
+    values: Any,
+    *,
+    limits: tuple[float, float] | None = None,
+    signed: bool | None = None,
+    colours: Sequence[str] | None = None,
+    marks: Iterable[int] = (),
+    title: str | None = None,
+    size: int = 480,
+) -> go.Figure:
+    """Show a matrix: row i is what token i reads, column j where token j is read.
+
+    Args:
+        values: (rows, columns).
+        limits: values of the first and the last colour. Default: the values' range; signed data is centred on zero.
+        signed: centre on zero. Default: whether a value is negative.
+        colours: from low to high. Default: Inferno, for signed data RdBu with blue below zero.
+        marks: tokens marked by a thin line on both axes, e.g. the class token.
+        title: above the figure.
+        size: width and height of the figure in pixels.
+
+    Raises:
+        ValueError: not a matrix, or limits that do not fit.
+    """
+    array = as_values("matrix(values)", values)
+    chosen = scale(array, limits=limits, signed=signed, colours=colours)
+    heat = go.Heatmap(
+        z=array, zmin=chosen.low, zmax=chosen.high, colorscale=plotly_scale(chosen.colours),
+        hovertemplate="token %{y} reads token %{x}: %{z:.3g}<extra></extra>",
+    )  # fmt: skip
+    figure = plain(Figure(heat), title=title, width=size + 60, height=size)
+    square_cells(figure)
+    figure.update_xaxes(title="token read")
+    figure.update_yaxes(title="reading token", scaleanchor="x")
+    for token in marks:
+        figure.add_vline(token, line={"color": "#888888", "width": 1, "dash": "dot"})
+        figure.add_hline(token, line={"color": "#888888", "width": 1, "dash": "dot"})
+    return figure
+
+
+def depth_grid(
+    values: Sequence[Any],
+    titles: Sequence[str],
+    *,
+    columns: int | None = None,
+    shared: bool = False,
+    limits: tuple[float, float] | None = None,
+    signed: bool | None = None,
+    colours: Sequence[str] | None = None,
+    title: str | None = None,
+    size: int = 260,
+) -> go.Figure:
+    """Show several matrices, or maps on the token grid, in reading order.
+
+    Args:
+        values: (rows, columns) each; sizes may differ.
+        titles: one above each.
+        columns: panels in a row. Default: all in one, at most six.
+        shared: one colour range for all panels, with a bar, instead of each panel's own.
+        limits: values of the first and the last colour of every panel.
+        signed: centre on zero. Default: whether any value of any panel is negative.
+        colours: from low to high. Default: Inferno, for signed data RdBu with blue below zero.
+        title: above the figure.
+        size: side of a panel in pixels.
+
+    Raises:
+        ValueError: no panels, another number of titles, or a panel that is not (rows, columns).
+    """
+    arrays = [as_values(f"depth_grid(values[{index}])", value) for index, value in enumerate(values)]
+    figure, places = panels(
+        "depth_grid", len(arrays), titles, columns=columns, shape=(size, size), bar=shared, title=title
+    )  # fmt: skip
+    return add_heat(figure, places, arrays, shared=shared, limits=limits, signed=signed, colours=colours)
