@@ -36,7 +36,8 @@ def selective_scan_fn(
     Raises:
         ValueError: complex A, or tensors that do not fit together.
     """
-    out, states = _Scan.apply(u, delta, A, B, C, D, z, delta_bias, bool(delta_softplus))
+    found = _Scan.apply(u, delta, A, B, C, D, z, delta_bias, bool(delta_softplus))  # type: ignore[no-untyped-call]
+    out, states = found
     return (out, states[:, :, -1, 1::2]) if return_last_state else out
 
 

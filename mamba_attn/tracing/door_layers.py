@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, partial
+from math import prod
 from threading import get_ident
 from typing import Any, NoReturn
 
@@ -141,50 +142,51 @@ class _Placed:
 
     def merged(self, parts: Sequence[Tensor]) -> Float[Tensor, "batch channels tokens"]:
         """The routes' sum in the token frame."""
-        values = self.by_image(parts)
-        total = values.new_zeros(values.shape[0], values.shape[2], self.record.tokens)
+        values, index = self.by_image(parts), self._index()
+        total = values.new_zeros(values.shape[0], values.shape[2], self.record.tokens + 1)
         for route in range(values.shape[1]):
-            index = self.orders[:, route, None].expand(-1, values.shape[2], -1).to(values.device)
-            total = total.scatter_add(-1, index, values[:, route])
-        return total
+            total = total.scatter_add(-1, index[:, route, None].expand_as(values[:, route]), values[:, route])
+        return total[..., :-1]
 
     def merged_matrix(self, matrices: Sequence[Tensor], fold: str) -> Tensor:
         """The routes' matrices, each in its own order, summed in the token frame."""
         if self.grouped:  # groups of channels are folded as channels are
             fewer = [m.flatten(1, 2) if fold == "each" else m.sum(1) if fold == "sum" else m.mean(1) for m in matrices]
             matrices = [matrix.unsqueeze(1) for matrix in fewer]
-        length = self.record.length
+        length, side = self.record.length, self.record.tokens + 1
         wide = [F.pad(m, (0, length - m.shape[-1], 0, length - m.shape[-1])) for m in matrices]
         parts = [m[index.to(m.device)].flatten(1, 2) for m, index in zip(wide, self.index, strict=True)]
-        routes, tokens = torch.cat(parts, 1), self.record.tokens
-        total = routes.new_zeros(routes.shape[0], *routes.shape[2:-2], tokens, tokens)
-        for route in range(routes.shape[1]):
-            own = self.orders[:, route].to(routes.device)
-            pairs = (own[:, :, None] * tokens + own[:, None, :]).flatten(1)
-            pairs = pairs.view(len(own), *[1] * (routes.ndim - 4), -1).expand(*total.shape[:-2], -1)
-            total = total.flatten(-2).scatter_add(-1, pairs, routes[:, route].flatten(-2)).view_as(total)
-        return total
+        routes = torch.cat(parts, 1)
+        total = routes.new_zeros(routes.shape[0], *routes.shape[2:-2], side * side)
+        for route, own in enumerate(self._index().unbind(1)):
+            pairs = (own[:, :, None] * side + own[:, None, :]).flatten(1)
+            pairs = pairs.view(len(own), *[1] * (routes.ndim - 4), -1).expand(*total.shape[:-1], -1)
+            total = total.scatter_add(-1, pairs, routes[:, route].flatten(-2))
+        return total.unflatten(-1, (side, side))[..., :-1, :-1]
 
     def gradient(self, parts: Sequence[Tensor]) -> Tensor:
         """In the token frame where all routes that write a token agree, else by route."""
         values = self.by_image(parts)
-        orders, tokens = self.orders.to(values.device), self.record.tokens
-        frame = values.new_zeros(values.shape[0], values.shape[2], tokens)
-        for route in range(values.shape[1]):
-            frame = frame.scatter(-1, orders[:, route, None].expand(-1, values.shape[2], -1), values[:, route])
-        again = torch.stack([
-            frame.gather(-1, orders[:, route, None].expand(-1, values.shape[2], -1)) for route in range(values.shape[1])
-        ], 1)  # fmt: skip
-        alike = float((again - values).abs().max()) <= 1e-3 * float(values.abs().max())
-        return frame if alike else values
+        index = self._index()[:, :, None].expand_as(values)
+        frame = values.new_zeros(values.shape[0], values.shape[2], self.record.tokens + 1)
+        for own, value in zip(index.unbind(1), values.unbind(1), strict=True):
+            frame = frame.scatter(-1, own, value)
+        again = torch.stack([frame.gather(-1, own) for own in index.unbind(1)], 1)
+        apart = (again - values).abs().masked_fill(index == self.record.tokens, 0)
+        return frame[..., :-1] if float(apart.max()) <= 1e-3 * float(values.abs().max()) else values
+
+    def _index(self) -> Int[Tensor, "batch routes length"]:
+        """Where each step's values go; what is dropped goes behind the last token."""
+        orders = self.orders
+        return torch.where(orders < 0, self.record.tokens, orders)
 
 
 def _routes(part: Tensor, index: Tensor, grouped: bool) -> Tensor:
     """(rows, groups, ...) as (images, routes, ...)."""
     flat = index.flatten()
     rows = part if torch.equal(flat, torch.arange(len(part))) else part[flat.to(part.device)]
-    rows = rows.unflatten(0, tuple(index.shape))
-    return rows.flatten(2, 3) if grouped else rows.flatten(1, 2)
+    by_image: Tensor = rows.unflatten(0, tuple(index.shape))
+    return by_image.flatten(2, 3) if grouped else by_image.flatten(1, 2)
 
 
 def place(name: str, calls: Sequence[ScanCall], steps: Sequence[Steps], layout: TokenLayout | None) -> _Placed:
@@ -201,7 +203,7 @@ def place(name: str, calls: Sequence[ScanCall], steps: Sequence[Steps], layout: 
     """
     images, length = len(steps[0].rows), max(call.y.shape[-1] for call in calls)
     grouped = calls[0].inputs.groups > 1 and all(_same_route(each) for each in steps)
-    fields: list[list[Tensor]] = [[], [], [], [], [], [], []]
+    fields: dict[str, list[Tensor]] = {name: [] for name in ("u", "delta", "A", "B", "C", "D", "gate")}
     orders = []
     for call, each in zip(calls, steps, strict=True):
         call.require_unchanged()
@@ -212,27 +214,31 @@ def place(name: str, calls: Sequence[ScanCall], steps: Sequence[Steps], layout: 
         by_row = [_routes(t, each.rows, grouped) for t in sequences]
         A, D = (None if t is None else t.flatten(1, 2) if grouped else t.flatten(0, 1) for t in repeated)
         gate = None if parts.z is None else _routes(_padded(F.silu(parts.z), length), each.rows, grouped)
-        values = (by_row[0], by_row[1], A, by_row[2], by_row[3], D, gate)
-        for kept, value in zip(fields, values, strict=True):
+        for kept, value in zip(fields.values(), (*by_row[:2], A, *by_row[2:], D, gate), strict=True):
             if value is not None:
                 kept.append(value)
         order = each.order[:, :, :1] if grouped else each.order
         orders.append(_padded(order.flatten(1, 2), length, -1))
     wide = max(len(order) for order in orders)
-    order, tokens = _with_padding(torch.cat([order.expand(wide, -1, -1) for order in orders], 1), steps[0].tokens)
-    u, delta, A, B, C, D, gate = (
-        torch.cat(kept, 0 if at in (2, 5) else 1) if len(kept) == len(calls) else None for at, kept in enumerate(fields)
-    )
+    order, tokens = torch.cat([order.expand(wide, -1, -1) for order in orders], 1), steps[0].tokens
+    joined = {
+        name: torch.cat(kept, 0 if name in ("A", "D") else 1)
+        for name, kept in fields.items()
+        if len(kept) == len(calls)
+    }
+    gate = joined.pop("gate", None)
     order = order.to(calls[0].inputs.u.device)
+    if bool((joined["u"].abs().amax(2) * (order < 0)).any()):  # padding that the scan takes in
+        order, tokens = _with_padding(order, tokens)
     if layout is not None and tokens > layout.tokens:  # padding is part of no map
         extra = tuple(range(layout.tokens, tokens))
         layout = TokenLayout(
             layout.grid, layout.patch_size, layout.stride, layout.class_tokens, layout.registers + extra, layout.offset
         )
+    one_gate = None if gate is None else _one_gate(gate, order.expand(images, -1, -1), tokens)
     record = ScanRecord.from_scan(
-        u, delta, A, B, C, D, order=order[0] if len(order) == 1 else order, tokens=tokens, layout=layout
-    )  # type: ignore[arg-type]
-    record = record.replace(gate=None if gate is None else _one_gate(gate, order.expand(images, -1, -1), tokens))
+        **joined, order=order[0] if len(order) == 1 else order, tokens=tokens, gate=one_gate, layout=layout
+    )
     return _Placed(record, [each.rows for each in steps], grouped, min(each.place.share for each in steps))
 
 
@@ -249,21 +255,19 @@ def _same_route(steps: Steps) -> bool:
 def _with_padding(order: Tensor, tokens: int) -> tuple[Int[Tensor, "_ routes length"], int]:
     """Steps that land nowhere get tokens of their own, after those of the frame."""
     nowhere = order < 0
-    most = int(nowhere.sum(-1).max())
-    return torch.where(nowhere, tokens - 1 + nowhere.cumsum(-1), order), tokens + most
+    return torch.where(nowhere, tokens - 1 + nowhere.cumsum(-1), order), tokens + int(nowhere.sum(-1).max())
 
 
 def _one_gate(gate: Tensor, order: Tensor, tokens: int) -> Tensor | None:
     """The gate in the token frame, where all routes have the same."""
-    frame = gate.new_zeros(gate.shape[0], gate.shape[2], tokens)
-    index = [order[:, route, None].expand(-1, gate.shape[2], -1) for route in range(gate.shape[1])]
-    for route, own in enumerate(index):
-        frame = frame.scatter(-1, own, gate[:, route])
+    frame = gate.new_zeros(gate.shape[0], gate.shape[2], tokens + 1)
+    index = torch.where(order < 0, tokens, order)[:, :, None].expand_as(gate)
+    for own, value in zip(index.unbind(1), gate.unbind(1), strict=True):
+        frame = frame.scatter(-1, own, value)
+    again = torch.stack([frame.gather(-1, own) for own in index.unbind(1)], 1)
     # vectorised activations round by position
-    same = all(
-        torch.allclose(frame.gather(-1, own), gate[:, route], rtol=1e-5, atol=1e-6) for route, own in enumerate(index)
-    )
-    return frame if same else None
+    same = torch.isclose(again, gate, rtol=1e-5, atol=1e-6) | (index == tokens)
+    return frame[..., :-1] if bool(same.all()) else None
 
 
 class DoorScans:
@@ -347,13 +351,12 @@ class DoorScans:
                 base = calls[members[0]].module or "model"
                 times[base] = times.get(base, 0) + 1
                 name = base if times[base] == 1 else f"{base}#{times[base]}"
-                numbers = tuple(members)
-                layer = DoorLayer(name, [calls[i] for i in members], lambda layer, n=numbers: self._placed(layer, n))
-                self._layers.append((members[0], layer))
+                placed = partial(self._placed, members=tuple(members))
+                self._layers.append((members[0], DoorLayer(name, [calls[i] for i in members], placed)))
         return self._layers
 
     def _parallel(self, calls: Sequence[ScanCall]) -> Iterator[list[int]]:
-        """The scans that are routes of one layer: of one run of a module, with one frame, none taking what another gave."""
+        """The scans that are routes of one layer: of one run of a module, in one frame, none behind another."""
         runs: dict[tuple[str, int], list[int]] = {}
         for i, call in enumerate(calls):
             runs.setdefault((call.module, call.run), []).append(i)
@@ -415,12 +418,12 @@ class DoorScans:
             order.shape[1] not in (1, groups) or order.shape[2] != length or int(order.min()) < 0
         ):  # fmt: skip
             raise ValueError(
-                f"trace(orders=...): {layer.name} has {groups} routes of {length} steps and a batch of {rows}: expected "
-                f"int64 (routes, length) or (batch, routes, length), got {given.dtype} {tuple(given.shape)}."
+                f"trace(orders=...): {layer.name} has {groups} routes of {length} steps and a batch of {rows}: "
+                f"expected int64 (routes, length) or (batch, routes, length), got {given.dtype} {tuple(given.shape)}."
             )
         summed = order.shape[1] == groups
         order = order.expand(-1, groups, -1).unsqueeze(1).cpu()
-        where = Place(order, -1, (rows, int(order.max()) + 1, 1), 2, summed, 1.0, "orders=")
+        where = Place(order[:, 0], -1, (rows, int(order.max()) + 1, 1), 2, summed, 1.0, "orders=")
         return Steps(torch.arange(rows)[:, None], order, int(order.max()) + 1, where)
 
     def _layout_of(self, layer: DoorLayer, steps: Steps) -> TokenLayout | None:
@@ -436,16 +439,22 @@ class DoorScans:
         batch = None if self._replay is None else self._replay.batch
         if batch is not None and len(steps.rows) != batch:
             return None  # the frame is a part of an image
-        if len(steps.place.grid) == 2:
-            return self._seen.grid_layout(*steps.place.grid)
+        grids = [steps.place.grid]
         found = self._found[0] if self._found else None
-        for name, shapes in _nearest_first(layer.calls[0].module, found.measured.maps if found else {}):
-            for shape in shapes:
-                for grid in (shape[2:], shape[1:-1]):
-                    if len(grid) == 2 and grid[0] * grid[1] == steps.tokens:
-                        return self._seen.grid_layout(*grid)
-            del name
-        return None
+        for shapes in _nearest_first(layer.calls[0].module, found.measured.maps if found else {}):
+            grids += [grid for shape in shapes for grid in (shape[2:], shape[1:-1]) if min(grid) > 1]
+        fitting = (grid for grid in grids if len(grid) > 1 and prod(grid) == steps.tokens)
+        return self._laid_out(next(fitting, (steps.tokens,)))
+
+    def _laid_out(self, grid: tuple[int, ...]) -> TokenLayout | None:
+        """The layout of a grid, from the sizes of what the model was given."""
+        given = [] if self._replay is None else [tuple(t.shape[2:]) for t in self._replay.tensors if t.ndim > 2]
+        if len(grid) == 2 and self._seen.image_size is not None:
+            return self._seen.grid_layout(*grid)
+        if len(grid) == 1 and any(len(size) > 1 for size in given):
+            return None  # a line in what is no line
+        sizes = next((size for size in given if len(size) == len(grid)), grid)
+        return TokenLayout(grid, tuple(max(1, round(size / count)) for size, count in zip(sizes, grid, strict=True)))
 
 
 def _one_layer(calls: Sequence[ScanCall], found: Found, earlier: int, later: int) -> bool:
@@ -466,11 +475,9 @@ def _by_pattern(given: Mapping[str, Any], name: str) -> Any:
     return next((value for pattern, value in given.items() if fnmatchcase(name, pattern)), None)
 
 
-def _nearest_first(
-    module: str, maps: Mapping[str, Sequence[tuple[int, ...]]]
-) -> Iterator[tuple[str, Sequence[tuple[int, ...]]]]:
+def _nearest_first(module: str, maps: Mapping[str, Sequence[tuple[int, ...]]]) -> Iterator[Sequence[tuple[int, ...]]]:
     """Shapes that were seen in the module itself, below it, and so on with what stands around it."""
     around = [module, *(module[:end] for end in range(len(module) - 1, 0, -1) if module[end] == "."), ""]
     for outer in dict.fromkeys(around):
         inside = [(name, shapes) for name, shapes in maps.items() if not outer or f"{name}.".startswith(f"{outer}.")]
-        yield from sorted(inside, key=lambda item: len(item[0]))
+        yield from (shapes for _, shapes in sorted(inside, key=lambda item: len(item[0])))

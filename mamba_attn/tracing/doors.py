@@ -73,9 +73,10 @@ class ScanInputs(NamedTuple):
         if A.ndim == 1:
             A, B, C = A[:, None], B.unsqueeze(2), C.unsqueeze(2)
         constant = 2 in (B.ndim, C.ndim)
+        size = (self.u.shape[0], self.u.shape[2])
         return ScanParts(
             work(self.u).unflatten(1, split), delta.unflatten(1, split), A.unflatten(0, split),
-            *(_grouped(t, split, (self.u.shape[0], self.u.shape[2]), constant) for t in (B, C)),
+            _grouped(B, split, size, constant), _grouped(C, split, size, constant),
             None if self.D is None else work(self.D).unflatten(0, split),
             None if self.z is None else work(self.z).unflatten(1, split),
         )  # fmt: skip
@@ -96,7 +97,8 @@ class ScanParts(NamedTuple):
 def _grouped(t: Tensor, split: tuple[int, int], size: tuple[int, int], constant: bool) -> Tensor:
     """B or C as (batch, groups, 1, states, length); with all channels spelt out where one of them is constant."""
     if t.ndim == 2:  # (channels, states): the same at every step
-        return t.unflatten(0, split)[None, ..., None].expand(size[0], -1, -1, -1, size[1])
+        spelt_out: Tensor = t.unflatten(0, split)[None, ..., None]
+        return spelt_out.expand(size[0], -1, -1, -1, size[1])
     t = (t.unsqueeze(1) if t.ndim == 3 else t).unsqueeze(2).expand(-1, split[0], -1, -1, -1)
     return t.expand(-1, -1, split[1], -1, -1) if constant else t
 
@@ -141,7 +143,7 @@ class ScanCall:
             )
 
     def dy(self) -> Tensor | None:
-        """The gradient at the scan's output before its gate, (batch, channels, length); None: no backward reached it."""
+        """The gradient at the scan's output before its gate, (batch, channels, length); None: none arrived."""
         if self.dout is None:
             return None
         z = self.inputs.z
@@ -194,7 +196,7 @@ class Watch:
             self._runs[name] = 0
             hook = partial(self._starts, name)  # the module is running: the hook sees its next call
             self._hooks.append(module.register_forward_pre_hook(hook, prepend=True))
-        detached = ScanInputs(*(t.detach() if isinstance(t, Tensor) else t for t in inputs))
+        detached = ScanInputs(*(t.detach() if isinstance(t, Tensor) else t for t in inputs))  # type: ignore[arg-type]
         self.calls.append(ScanCall(name, self._runs[name], detached, found[0].detach(), found[1], matrix))
 
     def _starts(self, name: str, module: nn.Module, args: Any) -> None:
@@ -384,10 +386,9 @@ def _forward(door: _Door, *args: Any) -> Any:
     folds = dict.fromkeys(watch.attention for watch, _ in places if watch.attention and not again)
     matrices: dict[str | None, tuple[str, Tensor]] = {}
     if folds and _replaceable(inputs):
-        found = None
         for fold in folds:
             y, matrices[fold] = _scan_and_attention(inputs, str(fold))
-            found = found or _as_extension(door.module.__name__, args, inputs, y)
+        found = _as_extension(door.module.__name__, args, inputs, y)
     else:
         found = list(own(*args))
     for watch, module in places:
@@ -433,7 +434,7 @@ def _forward_inputs(args: tuple[Any, ...]) -> ScanInputs | None:
     """What was handed to ``fwd``: with z in Mamba's own extension, without in the others; None: to another scan."""
     first = _first_flag(args)
     if first == 8:
-        return ScanInputs(*args[:9])
+        return ScanInputs(*args[:8], args[8])
     return ScanInputs(*args[:6], None, *args[6:8]) if first == 7 else None
 
 
@@ -447,7 +448,7 @@ def _running_modules(frame: FrameType | None) -> list[nn.Module]:
     return found
 
 
-_CALLS = {nn.Module._call_impl.__code__}  # type: ignore[attr-defined]
+_CALLS = {nn.Module._call_impl.__code__}
 
 
 def _replaceable(inputs: ScanInputs) -> bool:

@@ -355,7 +355,7 @@ def _look(stack: ExitStack, model: nn.Module, run: _Run) -> None:
 
 
 class _Centre(TorchFunctionMode):
-    """Of a convolution that keeps the grid, the value, and the gradient of its middle tap: a step stays on its token."""
+    """The value of a convolution that keeps the grid, the gradient of its middle tap: a step stays on its token."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -412,9 +412,13 @@ class _Probe:
         self.bits = max(1, (self.cells - 1).bit_length())
         # numbers at random: neighbours differ in many bits
         self._number = torch.randperm(self.cells, generator=generator)
-        self._spread = lambda values: values.view(sizes).unsqueeze(axis).to(out)
+        self._sizes, self._axis = sizes, axis
         self.weight = torch.randn(self.cells, generator=generator).to(out.device)  # by cell
         self.weighted = self.noise * self._spread(self.weight)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """One value for each cell, as T."""
+        return values.view(self._sizes).unsqueeze(self._axis).to(self.noise)
 
     def with_bit(self, bit: int) -> Tensor:
         """The noise on the cells whose number has the bit."""

@@ -237,7 +237,9 @@ def test_measuring_leaves_the_model_and_the_generators_as_they_were():
     assert trace["mixers.1"].scan.routes == 2
     assert torch.equal(state, torch.get_rng_state())
     for name, module in model.named_modules():
-        assert differences({"": before[name]}, {"": state_of(module)}) == [] if False else state_of(module) == before[name]
+        assert (
+            differences({"": before[name]}, {"": state_of(module)}) == [] if False else state_of(module) == before[name]
+        )
     for p, grad in zip(model.parameters(), grads, strict=True):
         assert (p.grad is None) == (grad is None)
         assert grad is None or torch.equal(p.grad, grad)
@@ -337,7 +339,9 @@ def test_an_order_that_cannot_be_measured_is_refused_and_can_be_given():
 
         def forward(self, x):
             delta, B, C = self.project(x).mT.split([6, 3, 3], 1)
-            y = foreign.selective_scan_fn(x.mT, delta, self.A - 0.1, B.contiguous(), C.contiguous(), None, None, None, True)
+            y = foreign.selective_scan_fn(
+                x.mT, delta, self.A - 0.1, B.contiguous(), C.contiguous(), None, None, None, True
+            )
             return (y @ self.spread).mT
 
     x = images()
