@@ -135,7 +135,8 @@ def gradient_x_attention(
 ) -> Float[Tensor, "batch tokens tokens"]:
     """Return sum_c dlogit/dM_c * M_c, signed: dlogit/dM_c[i, j] = dlogit/dy_c[i] u_c[j].
 
-    Its sum over all pairs is dlogit/dy * (y - D u), what this layer's attention contributes to the logit, to first order.
+    Its sum over all pairs is dlogit/dy * (y - D u), the contribution of this layer's attention to the logit to first
+    order.
 
     Args:
         layer: the layer.
@@ -145,8 +146,8 @@ def gradient_x_attention(
 
 
 # The mean of all rows comes for free with the backward pass. Summed over its rows, the weighted attention of a layer is
-# u times M^T dlogit/dy, which is the gradient of the logit with respect to u through the scan alone, minus the part of the
-# skip D. So no scan runs again.
+# u times M^T dlogit/dy, which is the gradient of the logit with respect to u through the scan alone, minus the part of
+# the skip D. So no scan runs again.
 
 
 class OwnInputs(Rules):

@@ -72,8 +72,8 @@ class MapAttribution(Attribution, ABC):
                 one number per image, each depending on its own image only, or their sum. Default: the predicted class,
                 for models that return (batch, classes). Class-independent methods also check the target.
             query: deprecated: two numbers are a ``pixel``, four a ``box``.
-            pixel: (row, column) in pixels: read the row of this pixel's token. One for all images, or one per image as a
-                list of tuples or a tensor (batch, 2). Default: the class token, or the mean over patches for models
+            pixel: (row, column) in pixels: read the row of this pixel's token. One for all images, or one per image as
+                a list of tuples or a tensor (batch, 2). Default: the class token, or the mean over patches for models
                 without one.
             box: (x0, y0, x1, y1) in pixels, columns x and rows y: read the mean of the rows of its tokens. One for all
                 images, or one per image as a list of tuples or a tensor (batch, 4).
