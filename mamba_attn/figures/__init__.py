@@ -1,6 +1,6 @@
 """Pictures: pure functions of arrays that return plotly figures, or RGB arrays (``overlay_rgb``, ``figures.png``).
 
-Each is imported when it is asked for: ``colours`` and ``picture`` need numpy alone, so that the core may use them.
+Each is imported on first use: ``colours`` and ``picture`` need only numpy, because the core uses them.
 """
 
 from importlib import import_module

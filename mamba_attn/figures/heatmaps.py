@@ -1,4 +1,4 @@
-"""Maps and matrices as heat maps: one or several, alone or over their image."""
+"""Heat maps of maps and matrices: one or several, alone or over their image."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
