@@ -107,8 +107,8 @@ def raw(results: Mapping[str, Any]) -> str:
         "On vmamba_micro, raw attention scores below random maps when the cells it ranks highest are blackened first: "
         f"positive AUC {cells['raw_attention', 'positive_auc_top']} compared with "
         f"{cells['random', 'positive_auc_top']}, lower is better. With the lowest first, it scores above them: "
-        f"{cells['raw_attention', 'negative_auc_top']} compared with {cells['random', 'negative_auc_top']}. It shows what "
-        "is read, not what drives the prediction."
+        f"{cells['raw_attention', 'negative_auc_top']} compared with {cells['random', 'negative_auc_top']}. It shows "
+        "what is read, not what drives the prediction."
     )
 
 

@@ -99,7 +99,7 @@ def merge_tokens(
     return merged[..., : record.tokens] * record.scale
 
 
-def add_skip(record: ScanRecord, y: Float[Tensor, "batch channels tokens"]) -> Float[Tensor, "batch channels tokens"]:
+def add_skip(record: ScanRecord, y: Float[Tensor, "batch *routes channels tokens"]) -> Tensor:
     """Add what a D of tokens gives to a merged output: y[t] += D[t] * u[t], times the record's scale."""
     if record.D is None or record.D.ndim == 2:
         return y

@@ -80,7 +80,9 @@ class Layer(ABC):
             token = int(patches.view(grid)[place])
             with torch.no_grad():
                 lines = {"reads": self.row(token)[0], "is read": self.column(token)[0]}
-                maps = {what: self.layout.to_grid(line[None])[0].float().cpu().numpy() for what, line in lines.items()}
+                grids = {what: self.layout.to_grid(line[None])[0].float().cpu() for what, line in lines.items()}
+            rows, columns = (1, *grid)[-2:]  # of a volume the slice with that patch
+            maps = {what: its[place[:-2]].reshape(rows, columns).numpy() for what, its in grids.items()}
         except MambaAttnError as error:
             return notebook.card(self.name, facts, notebook.safe(error))
         named = {"reads": f"what patch {place} reads", "is read": f"where patch {place} is read"}

@@ -138,7 +138,7 @@ def test_refusals(tmp_path, weights, capsys, options, sentence):
 
 def test_a_vit_has_one_size(tmp_path, weights, capsys):
     options = ["--model", "vit_micro", "--weights", weights["vit_micro"], "--size", "32,64", "--out", tmp_path]
-    assert "vit_micro takes images of 32,32 pixels alone" in refused(capsys, *options)
+    assert "vit_micro takes only images of 32,32 pixels" in refused(capsys, *options)
 
 
 def test_no_good_images_and_missing_packages(tmp_path, weights, capsys, monkeypatch):
