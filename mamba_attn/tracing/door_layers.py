@@ -85,6 +85,10 @@ class DoorLayer(ScanLayer):
         Raises:
             TraceError: always.
         """
+        self.require_output()
+
+    def require_output(self) -> NoReturn:
+        """Raise TraceError: there is no output."""
         raise TraceError(f"{self.name}: it was traced at the scan's door, where the module's output is not seen.")
 
     def attention(self, fold: str = "mean", routes: str | int = "sum", **options: Any) -> Tensor:
@@ -162,7 +166,8 @@ class _Placed:
             pairs = (own[:, :, None] * side + own[:, None, :]).flatten(1)
             pairs = pairs.view(len(own), *[1] * (routes.ndim - 4), -1).expand(*total.shape[:-1], -1)
             total = total.scatter_add(-1, pairs, routes[:, route].flatten(-2))
-        return total.unflatten(-1, (side, side))[..., :-1, :-1]
+        square: Tensor = total.unflatten(-1, (side, side))
+        return square[..., :-1, :-1]
 
     def gradient(self, parts: Sequence[Tensor]) -> Tensor:
         """In the token frame where all routes that write a token agree, else by route."""
@@ -221,7 +226,7 @@ def place(name: str, calls: Sequence[ScanCall], steps: Sequence[Steps], layout: 
         orders.append(_padded(order.flatten(1, 2), length, -1))
     wide = max(len(order) for order in orders)
     order, tokens = torch.cat([order.expand(wide, -1, -1) for order in orders], 1), steps[0].tokens
-    joined = {
+    joined: dict[str, Any] = {
         name: torch.cat(kept, 0 if name in ("A", "D") else 1)
         for name, kept in fields.items()
         if len(kept) == len(calls)

@@ -434,8 +434,8 @@ def _forward_inputs(args: tuple[Any, ...]) -> ScanInputs | None:
     """What was handed to ``fwd``: with z in Mamba's own extension, without in the others; None: to another scan."""
     first = _first_flag(args)
     if first == 8:
-        return ScanInputs(*args[:8], args[8])
-    return ScanInputs(*args[:6], None, *args[6:8]) if first == 7 else None
+        return ScanInputs._make(args[:9])
+    return ScanInputs._make((*args[:6], None, *args[6:8])) if first == 7 else None
 
 
 def _running_modules(frame: FrameType | None) -> list[nn.Module]:

@@ -146,7 +146,7 @@ class Trace(Mapping[str, Layer]):
         at_doors = [layer for layer in self.layers if isinstance(layer, DoorLayer)]
         layers = [layer for layer in self.layers if not isinstance(layer, DoorLayer)]
         if at_doors and of == "output":
-            at_doors[0].output  # says why there is none
+            at_doors[0].require_output()
         direct = [layer.variable if of == "y" and layer.tail is None else layer.output for layer in layers]
         attached = [tensor for tensor in direct if tensor.requires_grad]
         leaves = self._doors.differentiable() if at_doors and self._doors is not None else []
