@@ -286,19 +286,17 @@ class DoorScans:
         orders: token of every step, (routes, length) or (batch, routes, length): one for all layers, by patterns of
             names, or a function of name, number of routes and length.
         refused: why an adapter refuses a mixer, by the mixer's name.
-        ruled: whether rules were asked for, which are not known at doors.
     """
 
     def __init__(
         self, model: nn.Module, watch: Watch, seen: Seen, layout: AnyLayout | None = None,
-        orders: AnyOrders | None = None, refused: Mapping[str, str] | None = None, ruled: bool = False,
+        orders: AnyOrders | None = None, refused: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self.model = model
         self.watch = watch
         self.runs = 0
         self.leaves: list[Tensor] = []  # of the model's input, for gradients
         self._refused = refused or {}
-        self._ruled = ruled
         self._seen = seen
         self._layout = layout
         self._orders = orders
@@ -334,11 +332,6 @@ class DoorScans:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__}: its scan {self.watch.other_scans[0]}.fwd takes other arguments than a "
                 "selective scan: it is another recurrence, whose matrix is not known here."
-            )
-        if ran and self._ruled:
-            raise UnsupportedModelError(
-                f"{ran[0] or type(self.model).__name__}: the rules of this method are not known at the door of a scan "
-                "whose module no adapter recognises."
             )
 
     def differentiable(self) -> list[Tensor]:

@@ -280,8 +280,8 @@ def trace(
     seen = Seen(layout=layout if isinstance(layout, TokenLayout) else None)
     doors = None
     if at_doors:
-        watch = Watch(model, {module for module, _ in known.values()}, attention)
-        doors = DoorScans(model, watch, seen, layout, orders, refused=refused, ruled=rules is not None)
+        watch = Watch(model, {module for module, _ in known.values()}, attention, ruled=rules is not None)
+        doors = DoorScans(model, watch, seen, layout, orders, refused=refused)
     record = Trace(list(mixers), doors, layers if at_doors else None)
     with ExitStack() as stack:
         families = dict.fromkeys(adapter for _, adapter in found.values())  # also of mixers that were not asked for
