@@ -19,9 +19,10 @@ from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.tracing.adapters import Seen
 from mamba_attn.tracing.doors import ScanCall, Watch
-from mamba_attn.tracing.frames import Place, Replay
+from mamba_attn.tracing.frames import Place
 from mamba_attn.tracing.layers import ScanLayer
 from mamba_attn.tracing.patching import recomputing
+from mamba_attn.tracing.replay import Replay
 from mamba_attn.tracing.steps import Found, Steps, steps_of
 
 AnyLayout = TokenLayout | Mapping[str, TokenLayout] | Callable[[str, int], TokenLayout | None]
