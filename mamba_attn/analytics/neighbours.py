@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mamba_attn.analytics.embed import embed
-from mamba_attn.analytics.pca import components
+from mamba_attn.analytics.projection import components
 
 _CHUNK = 2**24  # numbers of one temporary
 

@@ -1,1 +1,4 @@
-"""``mamba-attn bench``: what hidden attention costs on this machine, beside what it could cost."""
+"""What hidden attention costs on this machine, and what it could cost.
+
+``mamba-attn bench`` prints it; nothing here is public.
+"""

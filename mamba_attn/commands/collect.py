@@ -67,8 +67,7 @@ def _run(args: argparse.Namespace, command: str) -> int:
 
 
 def _request(args: argparse.Namespace, command: str) -> "Request":
-    from mamba_attn.analytics.keeping import keep_from
-    from mamba_attn.analytics.request import Request
+    from mamba_attn.analytics.request import Request, keep_from
     from mamba_attn.datasets import loaded_model, open_data
 
     data = open_data(args.data)  # before the model, which takes longer

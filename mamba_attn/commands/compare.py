@@ -106,8 +106,8 @@ def _run(args: argparse.Namespace, command: str) -> int:
 
 def _plan(args: argparse.Namespace) -> "Plan":
     """Everything that the arguments say, read but not yet checked against each other."""
-    from mamba_attn.evaluation.contestants import Model, Options, choose_methods
     from mamba_attn.evaluation.plan import Plan
+    from mamba_attn.evaluation.specs import Model, Options, choose_methods
 
     _counts(args)
     names = [text.strip() for text in args.models.split(",") if text.strip()]
@@ -166,7 +166,7 @@ def _measures(option: str, text: str) -> tuple[str, ...]:
 def _compare(plan: "Plan", args: argparse.Namespace, command: str) -> int:
     from rich.console import Console
 
-    from mamba_attn.evaluation.running import run as measure
+    from mamba_attn.evaluation.scheduler import run as measure
     from mamba_attn.evaluation.store import Store
 
     empty = [data.name for data in plan.data.values() if not data.chosen(plan.half, plan.limit)]

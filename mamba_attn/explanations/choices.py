@@ -8,13 +8,13 @@ from mamba_attn.attribution import catalogue
 from mamba_attn.attribution.queries import Query, require_inside
 from mamba_attn.attribution.spec import Method, method
 from mamba_attn.core.requirements import parse_place
-from mamba_attn.datasets.loaded_model import Subject
+from mamba_attn.datasets.loaded_model import LoadedModel
 from mamba_attn.errors import nearest
 
 _DEFAULT = ("raw_attention", "attention_rollout", "mamba_attribution")
 
 
-def parse_methods(texts: Sequence[str], subject: Subject) -> list[Method]:
+def parse_methods(texts: Sequence[str], subject: LoadedModel) -> list[Method]:
     """Return the methods that a user named, each once; without any, those that fit the model.
 
     Args:
@@ -34,13 +34,13 @@ def parse_methods(texts: Sequence[str], subject: Subject) -> list[Method]:
     return list(found.values())
 
 
-def counterparts(methods: Sequence[Method], beside: Subject) -> list[Method]:
+def counterparts(methods: Sequence[Method], beside: LoadedModel) -> list[Method]:
     """Return what a second model is shown with: the same methods where they fit, with their default options."""
     names = dict.fromkeys(catalogue.counterpart(method.name, beside.model) for method in methods)
     return [Method(name) for name in names]
 
 
-def parse_query(query: str | None, box: str | None, subject: Subject, methods: Sequence[Method]) -> Query | None:
+def parse_query(query: str | None, box: str | None, subject: LoadedModel, methods: Sequence[Method]) -> Query | None:
     """Return a pixel or box of what the model sees; None without either.
 
     Args:
@@ -64,7 +64,7 @@ def parse_query(query: str | None, box: str | None, subject: Subject, methods: S
     return None
 
 
-def parse_layers(texts: Sequence[str], subject: Subject) -> list[str]:
+def parse_layers(texts: Sequence[str], subject: LoadedModel) -> list[str]:
     """Return the names of layers, first to last.
 
     Args:
@@ -87,7 +87,7 @@ def parse_layers(texts: Sequence[str], subject: Subject) -> list[str]:
     return [name for name in subject.layers if name in chosen]
 
 
-def same_depth(layers: Sequence[str], subject: Subject, beside: Subject) -> list[str]:
+def same_depth(layers: Sequence[str], subject: LoadedModel, beside: LoadedModel) -> list[str]:
     """Return the layers of a second model that stand as deep as those of the first."""
     last, other = len(subject.layers) - 1, len(beside.layers) - 1
     deep = {round(subject.layers.index(name) / max(last, 1) * other) for name in layers}
@@ -105,13 +105,13 @@ class Question(NamedTuple):
         query: the pixel or box whose rows are read. Default: the class token, or the mean over patches.
     """
 
-    subject: Subject
+    subject: LoadedModel
     methods: Sequence[Method]
     layers: Sequence[str] = ()
     target: int | None = None
     query: Query | None = None
 
-    def of_companion(self, beside: Subject) -> "Question":
+    def of_companion(self, beside: LoadedModel) -> "Question":
         """Return the same question for a second model: as deep, the class of the same name, the place of the query."""
         target = self.target
         if target is not None and beside.classes != self.subject.classes:

@@ -24,7 +24,6 @@ from mamba_attn.ops.flat_records import (
     REST,
     attention_gradient,
     attention_shape,
-    flatten,
     flatten_for_matrix,
     keep,
     unflatten,

@@ -1,8 +1,9 @@
 """Every measure of a batch of maps, as the lines that are stored."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor, nn
 
 from mamba_attn.datasets.samples import Sample
 from mamba_attn.evaluation import perturbation, sanity
-from mamba_attn.evaluation.contestants import Model, build
 from mamba_attn.evaluation.cost import cost
 from mamba_attn.evaluation.localisation import locate
 from mamba_attn.evaluation.plan import Task
-from mamba_attn.evaluation.ranking import cells, constant, token_cell
+from mamba_attn.evaluation.ranking import cells, constant
+from mamba_attn.evaluation.specs import build
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Batch:
     @cached_property
     def cell(self) -> int:
         """Side of the cells that are ranked, in pixels."""
-        return _cell(self.task.model, tuple(self.images.shape[2:]))
+        rows, columns = self.images.shape[2:]
+        return self.task.model.cell((rows, columns))
 
     def part(self, indices: Sequence[int]) -> "Batch":
         """Return some of the images."""
@@ -54,14 +56,26 @@ def explainer(method: str, batch: Batch) -> Callable[[nn.Module], Tensor]:
     """The method's maps of the batch, (batch, rows, columns), by any model."""
 
     def explain(model: nn.Module) -> Tensor:
-        torch.manual_seed(batch.task.options.seed)  # methods that draw draw the same
-        attribution = build(method, model)
-        maps: Tensor = attribution.attribute(batch.images, target=batch.clean.explained.clone()).detach().float()
+        with _seeded(batch.task.options.seed, batch.images.device):  # methods that draw draw the same
+            attribution = build(method, model)
+            maps: Tensor = attribution.attribute(batch.images, target=batch.clean.explained.clone()).detach().float()
         if maps.shape != (len(batch.images), 1, *batch.images.shape[2:]):
             raise ValueError(f"{method}: expected maps (batch, 1, rows, columns), got {tuple(maps.shape)}.")
         return maps[:, 0]
 
     return explain
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the generators that a method on this device draws from; the caller's go on where they were."""
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if on_gpu else []):
+        if on_gpu:
+            torch.manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch those of GPUs too
+        yield
 
 
 def _perturbed(batch: Batch, maps: Tensor, cell: int) -> list[dict[str, Any]]:
@@ -163,9 +177,3 @@ def _fields(batch: Batch) -> dict[str, Any]:
 
 def _short(value: float | Tensor) -> float:
     return round(float(value), 5)
-
-
-@cache
-def _cell(model: Model, size: tuple[int, int]) -> int:
-    subject = model.subject
-    return token_cell(subject.model, torch.zeros(1, 3, *size, device=subject.device))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mamba_attn.evaluation.bootstrap import Resampler, bootstrap, interval, mean, ratio_of_means
+from mamba_attn.evaluation.intervals import Resampler, bootstrap, interval, mean, ratio_of_means
 
 
 def test_the_interval_is_that_of_the_sample():

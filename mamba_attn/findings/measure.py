@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from mamba_attn import images
-from mamba_attn.analytics._memory import batch_size
+from mamba_attn.analytics.collecting import batch_size
 from mamba_attn.analytics.index import StoredLayer
 from mamba_attn.analytics.request import described
 from mamba_attn.analytics.store import AttentionStore
-from mamba_attn.datasets.loaded_model import Subject
+from mamba_attn.datasets.loaded_model import LoadedModel
 from mamba_attn.findings import registry as findings
-from mamba_attn.findings.measured import Block, Measured, gathered
+from mamba_attn.findings.results import Block, Measured, gathered
 from mamba_attn.tracing.tracer import trace
 
 SHUFFLE = 0  # seed of the places that are dealt out at random
@@ -38,7 +38,7 @@ class Measuring:
         keys = [image.key for image in store.images[:count]]
         self._images = json.dumps([keys, store.index.data, vars(store.transform)], default=str)
 
-    def model(self, subject: Subject, shuffled: bool = False) -> list[Measured]:
+    def model(self, subject: LoadedModel, shuffled: bool = False) -> list[Measured]:
         """Return the numbers of a model, and with the patches' places dealt out at random where asked for.
 
         Args:
@@ -99,7 +99,7 @@ class Measuring:
                 block.features.append(rows)
 
     @torch.no_grad()
-    def _forward(self, subject: Subject, blocks: Sequence[Block], start: int, stop: int) -> None:
+    def _forward(self, subject: LoadedModel, blocks: Sequence[Block], start: int, stop: int) -> None:
         pixels = np.stack([self.store.pixels(number) for number in range(start, stop)])
         with trace(subject.model, layers=self.names, attention="mean") as found:
             subject.model(images.normalise(pixels).to(subject.device))

@@ -10,11 +10,10 @@ import numpy as np
 
 from mamba_attn.analytics.index import StoredLayer
 from mamba_attn.analytics.projection import SIZE, project
-from mamba_attn.findings import block_measures
+from mamba_attn.findings import formulas
 from mamba_attn.findings import registry as findings
-from mamba_attn.findings.matrix_measures import shares_of
+from mamba_attn.findings.formulas import Rows, shares_of
 from mamba_attn.findings.places import Places, places_of
-from mamba_attn.findings.row_measures import Rows
 
 MOST_ROWS = 1024  # patches whose rows are compared; of larger grids so many are drawn
 MODEL = "model"
@@ -172,7 +171,7 @@ def gathered(blocks: Sequence[Block]) -> list[Measured]:
         values = [its[finding.source] for its in each.values() if finding.source in its]
         whole = finding.source == "image_share" or all(block.counts.any() for block in blocks)
         if values and whole and len({len(its) for its in values}) == 1:
-            found[0].values[finding.name, MODEL] = block_measures.by_depth(np.stack(values))
+            found[0].values[finding.name, MODEL] = formulas.by_depth(np.stack(values))
     return found
 
 
@@ -180,7 +179,7 @@ def _stage(
     blocks: Sequence[Block], each: dict[str, dict[str, np.ndarray]], place: str
 ) -> dict[tuple[str, str], np.ndarray]:
     known = [each[block.layer.name]["distance"] for block in blocks if "distance" in each[block.layer.name]]
-    stage = block_measures.Stage(
+    stage = formulas.Stage(
         [np.concatenate(block.features) for block in blocks],
         [block.means for block in blocks] if all(block.counts.any() for block in blocks) else [],
         blocks[0].diagonal, known if len(known) == len(blocks) else [],

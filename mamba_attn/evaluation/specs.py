@@ -3,15 +3,16 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cached_property
 
 import torch
 from torch import nn
 
 from mamba_attn.attribution import MapAttribution, catalogue, spec
 from mamba_attn.datasets import loaded_model
-from mamba_attn.datasets.loaded_model import Subject
+from mamba_attn.datasets.loaded_model import LoadedModel
 from mamba_attn.errors import nearest
+from mamba_attn.evaluation.ranking import token_cell
 
 PREDICTED, LABEL = "predicted", "label"
 # what models, methods and images raise; captum asserts
@@ -45,7 +46,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Model:
-    """A model of the comparison, as text: what a worker builds it from.
+    """A model of the comparison, as text, and what is loaded of it: once for every such object, freed with it.
 
     Args:
         name: see ``mamba_attn.models.create``.
@@ -69,10 +70,14 @@ class Model:
             raise ValueError(f"--models {text}: expected demo, official or a file after the =.")
         return cls(name, weights if given else "demo", device)
 
-    @property
-    def subject(self) -> Subject:
-        """The model itself, built once per process; see ``subjects.load`` for the errors."""
-        return _subject(self)
+    def __reduce__(self) -> tuple[type["Model"], tuple[str, str, str]]:
+        """Go to another process as text, without what was loaded here."""
+        return Model, (self.name, self.weights, self.device)
+
+    @cached_property
+    def subject(self) -> LoadedModel:
+        """The model itself, loaded when it is first asked for; see ``loaded_model.load`` for the errors."""
+        return loaded_model.load(self.name, self.weights, self.device)
 
     @property
     def identity(self) -> str:
@@ -88,6 +93,37 @@ class Model:
         if options.target in (PREDICTED, LABEL):
             return None
         return loaded_model.parse_target(options.target, self.subject)
+
+    def misfit(self, method: str) -> str | None:
+        """Return why a method does not fit this model, and which would; None if it does. Options are tried once."""
+        if method not in self._misfits:
+            self._misfits[method] = self._refusal(method)
+        return self._misfits[method]
+
+    def cell(self, size: tuple[int, int]) -> int:
+        """Return the side of the cells that are ranked in an image of (rows, columns), in pixels."""
+        if size not in self._cells:
+            empty = torch.zeros(1, 3, *size, device=self.subject.device)
+            self._cells[size] = token_cell(self.subject.model, empty)
+        return self._cells[size]
+
+    @cached_property
+    def _misfits(self) -> dict[str, str | None]:
+        return {}
+
+    @cached_property
+    def _cells(self) -> dict[tuple[int, int], int]:
+        return {}
+
+    def _refusal(self, method: str) -> str | None:
+        its, subject = spec.method(method, "--methods"), self.subject
+        refusal = catalogue.refusal(its.name, subject.model, self.name)
+        if refusal is None and its.options:
+            try:
+                its.build(subject.model).attribute(torch.zeros(1, 3, *subject.transform.size, device=subject.device))
+            except FAILURES as error:
+                return str(error) or type(error).__name__
+        return refusal
 
 
 def choose_methods(texts: Sequence[str]) -> tuple[list[str], dict[str, int], set[str]]:
@@ -124,24 +160,6 @@ def choose_methods(texts: Sequence[str]) -> tuple[list[str], dict[str, int], set
     return list(dict.fromkeys(found)), most, set(found) - asked
 
 
-@cache
-def misfit(method: str, model: Model) -> str | None:
-    """Return why a method does not fit a model, and which would; None if it does. Options are tried once."""
-    its, subject = spec.method(method, "--methods"), model.subject
-    refusal = catalogue.refusal(its.name, subject.model, model.name)
-    if refusal is None and its.options:
-        try:
-            its.build(subject.model).attribute(torch.zeros(1, 3, *subject.transform.size, device=subject.device))
-        except FAILURES as error:
-            return str(error) or type(error).__name__
-    return refusal
-
-
 def build(method: str, model: nn.Module) -> MapAttribution:
     """Return a method on a model."""
     return spec.method(method, "--methods").build(model)
-
-
-@cache
-def _subject(model: Model) -> Subject:
-    return loaded_model.load(model.name, model.weights, model.device)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mamba_attn.findings.resampling import Estimate, difference, mean, together
+from mamba_attn.findings.intervals import Estimate, difference, mean, together
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say():

@@ -4,15 +4,18 @@ import multiprocessing
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 
 import torch
 from rich.progress import Progress
 
+from mamba_attn.datasets.samples import Data
 from mamba_attn.evaluation.plan import Plan, Task
 from mamba_attn.evaluation.store import Store
-from mamba_attn.evaluation.worker import Record, work
+from mamba_attn.evaluation.worker import Record, Worker
+
+_worker: Worker | None = None  # of a process of the pool, which ends with the run
 
 
 def run(plan: Plan, store: Store, workers: int = 1, progress: Progress | None = None) -> None:
@@ -29,17 +32,18 @@ def run(plan: Plan, store: Store, workers: int = 1, progress: Progress | None = 
     """
     tasks = list(plan.tasks(store))
     bar = None if progress is None else progress.add_task("comparing", total=sum(task.records for task in tasks))
-    for task, records in _done(tasks, workers):
+    for task, records in _done(tasks, workers, plan.data):
         store.add(records)
         if progress is not None and bar is not None:
             data = plan.data[task.selector].name
             progress.update(bar, advance=task.records, description=f"{task.model.name}, {data}")
 
 
-def _done(tasks: Iterable[Task], workers: int) -> Iterator[tuple[Task, list[Record]]]:
+def _done(tasks: Iterable[Task], workers: int, data: Mapping[str, Data]) -> Iterator[tuple[Task, list[Record]]]:
     if workers == 1:
+        worker = Worker(data)
         for task in tasks:
-            yield task, work(task)
+            yield task, worker.work(task)
         return
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // workers)
@@ -57,14 +61,22 @@ def _in_flight(pool: ProcessPoolExecutor, waiting: deque[Task], most: int) -> It
     while waiting or running:
         while waiting and len(running) < most:
             task = waiting.popleft()
-            running.append((task, pool.submit(work, task)))
+            running.append((task, pool.submit(_work, task)))
         task, future = running.popleft()
         yield task, future.result()
 
 
 def _prepare(threads: int) -> None:
+    global _worker
+    _worker = Worker()
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _work(task: Task) -> list[Record]:
+    if _worker is None:
+        raise RuntimeError("this process was not prepared for tasks; start it with _prepare.")
+    return _worker.work(task)
 
 
 def _end_with_parent() -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mamba_attn.datasets.regions import box_coverage, transformed_mask
+from mamba_attn.datasets.samples import box_coverage, transformed_mask
 from mamba_attn.models.transforms import EvaluationTransform
 
 

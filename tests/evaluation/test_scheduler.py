@@ -1,10 +1,13 @@
 """Whole runs of tiny models: resuming, workers, and images and methods that fail."""
 
+import gc
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+import weakref
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +16,10 @@ import pytest
 import torch
 
 from mamba_attn.attribution import catalogue
-from mamba_attn.evaluation import judges, plan
-from mamba_attn.evaluation.contestants import Model, Options, build, choose_methods
+from mamba_attn.evaluation import measures, plan
 from mamba_attn.evaluation.plan import Plan
-from mamba_attn.evaluation.running import run
+from mamba_attn.evaluation.scheduler import run
+from mamba_attn.evaluation.specs import Model, Options, build, choose_methods
 from mamba_attn.evaluation.store import Store
 from mamba_attn.evaluation.summary import summarise
 from mamba_attn.evaluation.tables import as_csv
@@ -118,12 +121,36 @@ def test_two_processes_find_what_one_does(models, boxes, tmp_path, monkeypatch):
     assert dict(one.items()) == dict(two.items())
 
 
+def test_models_live_as_long_as_their_run(boxes, tmp_path):
+    model = Model.parse(cases.weights(tmp_path / "w", ["vim_micro"]))
+    wanted = small([model], boxes, measures=("perturbation",))
+    done(wanted, tmp_path / "s.jsonl")
+    loaded = weakref.ref(model.subject.model)
+    text = pickle.dumps(model)
+    assert len(text) < 1000  # a task carries the name, not the weights
+    assert pickle.loads(text) == model
+    del model, wanted
+    gc.collect()
+    assert loaded() is None
+
+
+def test_a_run_leaves_the_callers_random_numbers_alone(models, boxes, tmp_path):
+    found = []
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        wanted = Plan(models[:1], [boxes], ["random"], ("perturbation", "sanity"), sanity_images=2)
+        found.append(dict(done(wanted, tmp_path / f"{seed}.jsonl").items()))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert found[0] == found[1]  # and they do not change it
+
+
 ORPHANS = """
 import os, sys, time
-from mamba_attn.evaluation import running
+from mamba_attn.evaluation import scheduler
 if __name__ == "__main__":
-    context = running.multiprocessing.get_context("spawn")
-    pool = running.ProcessPoolExecutor(1, context, running._prepare, (1,))
+    context = scheduler.multiprocessing.get_context("spawn")
+    pool = scheduler.ProcessPoolExecutor(1, context, scheduler._prepare, (1,))
     print(pool.submit(os.getpid).result(), flush=True)
     os.kill(os.getpid(), 9)
 """
@@ -190,7 +217,7 @@ def test_bad_maps_cost_their_image_alone(models, boxes, tmp_path, monkeypatch, f
     from mamba_attn import images
 
     MARK[0] = float(images.normalise(data.load(3, transform).pixels[None]).mean())
-    monkeypatch.setattr(judges, "build", lambda name, model: Broken(model, fault))
+    monkeypatch.setattr(measures, "build", lambda name, model: Broken(model, fault))
     (table,) = summarise(wanted, done(wanted, tmp_path / "s.jsonl"))
     assert table.figures["positive_auc_top"]["raw_attention"].images == 5
     ((reason, count),) = table.failed["raw_attention"].items()
@@ -199,7 +226,7 @@ def test_bad_maps_cost_their_image_alone(models, boxes, tmp_path, monkeypatch, f
 
 
 def test_a_measure_that_fails_costs_itself_alone(models, boxes, tmp_path, monkeypatch):
-    sane = judges.JUDGES["sanity"]
+    sane = measures.JUDGES["sanity"]
 
     def sometimes(batch, maps, method):
         if 0 in batch.indices:
@@ -209,8 +236,8 @@ def test_a_measure_that_fails_costs_itself_alone(models, boxes, tmp_path, monkey
     def nothing(batch, maps, method):
         return [{"seconds": float("nan"), "peak_bytes": 0} for _ in batch.indices]
 
-    monkeypatch.setitem(judges.JUDGES, "sanity", sometimes)
-    monkeypatch.setitem(judges.JUDGES, "cost", nothing)
+    monkeypatch.setitem(measures.JUDGES, "sanity", sometimes)
+    monkeypatch.setitem(measures.JUDGES, "cost", nothing)
     wanted = small(models[:1], boxes, measures=("perturbation", "sanity", "cost"))
     (table,) = summarise(wanted, done(wanted, tmp_path / "s.jsonl"))
     assert table.figures["positive_auc_top"]["raw_attention"].images == 6
@@ -223,7 +250,7 @@ def test_constant_maps_are_defined_and_flagged(models, boxes, tmp_path, monkeypa
     def constant(name, model):
         return SimpleNamespace(attribute=lambda inputs, target: torch.ones(len(inputs), 1, *inputs.shape[2:]))
 
-    monkeypatch.setattr(judges, "build", constant)
+    monkeypatch.setattr(measures, "build", constant)
     wanted = small(models[:1], boxes, measures=("perturbation", "localisation"))
     (table,) = summarise(wanted, done(wanted, tmp_path / "s.jsonl"))
     assert table.figures["map"]["raw_attention"].interval.value == 50

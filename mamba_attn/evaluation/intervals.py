@@ -60,6 +60,19 @@ def ratio_of_means(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray
     return np.asarray(numerator.mean(-1) / denominator.mean(-1))
 
 
+def drawn_counts(units: int, seed: int = 0) -> np.ndarray:
+    """Return how often each unit is in every resample, (draws, units).
+
+    Args:
+        units: images, or groups of images.
+        seed: of the resampling.
+    """
+    chosen = np.random.default_rng(seed).integers(0, units, (DRAWS, units))
+    counts = np.zeros((DRAWS, units))
+    np.add.at(counts, (np.arange(DRAWS)[:, None], chosen), 1)
+    return counts
+
+
 class Resampler:
     """Resampled means of columns, for many methods on the same images.
 
@@ -69,10 +82,7 @@ class Resampler:
     """
 
     def __init__(self, images: int, seed: int = 0) -> None:
-        chosen = np.random.default_rng(seed).integers(0, images, (DRAWS, images))
-        counts = np.zeros((DRAWS, images), dtype=np.float64)
-        np.add.at(counts, (np.arange(DRAWS)[:, None], chosen), 1)
-        self._counts = np.concatenate([np.ones((1, images)), counts])  # the sample itself comes first
+        self._counts = np.concatenate([np.ones((1, images)), drawn_counts(images, seed)])  # the sample itself first
 
     def means(self, columns: np.ndarray, valid: np.ndarray) -> np.ndarray:
         """Return the columns' means over the sample, then over every draw: (1 + draws, columns).

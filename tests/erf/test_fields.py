@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from mamba_attn import models, trace
-from mamba_attn.erf.features import Features
-from mamba_attn.erf.receptive_field import ReceptiveField, receptive_field
+from mamba_attn.erf.fields import Features, ReceptiveField, receptive_field
 from mamba_attn.errors import NonFiniteError, TraceError, UnknownLayerError, UnsupportedModelError
 from mamba_attn.models.vim import VisionMamba
 from tests.attribution.cases import SIZE, images, vim, vmamba
