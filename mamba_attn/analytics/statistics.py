@@ -115,11 +115,6 @@ class LayerStatistics:
             found |= {f"mean/{route}": running.mean.numpy(), f"m2/{route}": running.m2.numpy()}
         return found if self.moments is None else {**found, "moments": self.moments.numpy()}
 
-    def load(self, arrays: dict[str, np.ndarray]) -> None:
-        """Take over what ``arrays`` gave."""
-        for name, own in self.arrays().items():
-            own[...] = arrays[name]
-
 
 @dataclass(eq=False)
 class Statistics:
