@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamba_attn.bench.inputs import Shape, inputs
-from mamba_attn.bench.targets import Target
+from benchmarks.kernel.inputs import Shape, inputs
+from benchmarks.kernel.targets import Target
 
 Call = Callable[[], object]
 
@@ -118,7 +118,7 @@ def attention(shape: Shape, backend: str | None = None, scale: float = 1.0) -> C
 
 def loop(shape: Shape) -> Call:
     """The published loops, and the channel mean."""
-    from mamba_attn.bench.published import triple_loop
+    from benchmarks.kernel.published import triple_loop
 
     values = inputs(shape)
     return lambda: triple_loop(*values).mean(1)
@@ -126,7 +126,7 @@ def loop(shape: Shape) -> Call:
 
 def formula(shape: Shape, scale: float = 1.0) -> Call:
     """VMamba's published formula."""
-    from mamba_attn.bench.published import vmamba_formula
+    from benchmarks.kernel.published import vmamba_formula
 
     values = inputs(shape, scale)
     return lambda: vmamba_formula(*values)

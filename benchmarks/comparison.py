@@ -140,7 +140,7 @@ def core_hours(part: Part, data: Path, images: int) -> float:
 
 
 def _measure(part: Part, args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
-    from mamba_attn.core.terminal import bar
+    from mamba_attn.commands.terminal import progress_bar
     from mamba_attn.evaluation.scheduler import run
     from mamba_attn.evaluation.store import Store
     from mamba_attn.evaluation.summary import summarise
@@ -151,7 +151,7 @@ def _measure(part: Part, args: argparse.Namespace) -> tuple[list[Figure], dict[s
     args.runs.mkdir(parents=True, exist_ok=True)
     store = Store(args.runs / "measured.jsonl")
     started, before = time.perf_counter(), len(store)
-    with bar() as progress:
+    with progress_bar() as progress:
         run(planned, store, args.workers, progress)
     seconds, lines = time.perf_counter() - started, len(store) - before
     tables = summarise(planned, store)

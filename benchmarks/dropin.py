@@ -12,56 +12,20 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from benchmarks.case import Case, build
+from benchmarks.foreign import REPOSITORIES, official_pairs
 from benchmarks.measure import ROOT
 from benchmarks.report import Figure, figure, show
 
 Row = dict[str, Any]
 INSTALLED = ("timm",)  # run as it is installed, without a clone
 COLUMNS = ("repository", "class", "variant", "input", "output", "law 1", "observed")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One model, or one mixer, of a repository.
-
-    Args:
-        class_name: of the module that is traced.
-        variant: what sets it apart.
-        make: builds it.
-        shape: of its input.
-        call: how it is run. Default: on its input alone.
-        refused: a part of the sentence with which it must be refused; None when it must work.
-        training: run it in training mode.
-        noise: how far the parameters are moved, in units of a usual initial spread.
-    """
-
-    class_name: str
-    variant: str
-    make: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    call: Callable[[nn.Module, Tensor], Any] | None = None
-    refused: str | None = None
-    training: bool = False
-    noise: float = 1.0
-
-
-def build(case: Case) -> tuple[nn.Module, Tensor]:
-    """The model, its parameters moved, and an input."""
-    torch.manual_seed(0)
-    model = case.make().train(case.training)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            plain = parameter.ndim < 2 or "A_log" in name
-            parameter.add_(case.noise * torch.randn_like(parameter) * (0.3 if plain else parameter[0].numel() ** -0.5))
-    return model, torch.randn(case.shape)
 
 
 def measure(case: Case) -> Row:
@@ -134,8 +98,6 @@ def run_dropin(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
     Raises:
         SystemExit: none is there, or a process failed.
     """
-    from benchmarks.foreign import REPOSITORIES
-
     wanted = args.only or list(REPOSITORIES)
     unknown = [name for name in wanted if name not in REPOSITORIES]
     if unknown:
@@ -179,8 +141,6 @@ def _in_a_process(name: str, checkout: Path, quick: bool) -> Row:
 
 
 def _child(name: str, checkout: str, extent: str) -> None:
-    from benchmarks.foreign import REPOSITORIES, official_pairs
-
     torch.set_num_threads(1)
     if name in INSTALLED:
         commit = importlib.metadata.version(name)

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from benchmarks.browser import FLAGS, chromium, served
+from benchmarks.kernel.timing import Spread
 from benchmarks.report import Figure, figure
 from mamba_attn import models
 from mamba_attn.analytics import AttentionStore, Request, collect
-from mamba_attn.bench.timing import Spread
 from mamba_attn.datasets import loaded_model, open_data
 
 MODEL, PIXELS, GRID = "vmamba_tiny_s1l8", 224, 56
@@ -129,7 +129,7 @@ class Hand:
 
     def mode_switch(self) -> float:
         """From the patches of a block to the blocks of a stage, or back: other points."""
-        control = self.page.locator(".control", has=self.page.get_by_text("points", exact=True))
+        control = self.page.locator(".control", has=self.page.get_by_text("compare", exact=True))
         label = control.locator("label:not(:has(input:checked))").first
         return self.timed(label.click, ("points", "drawn"), "click")
 

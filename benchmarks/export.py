@@ -1,20 +1,18 @@
 """What a training run leaves behind: validation accuracy, float16 weights, and their card."""
 
+import argparse
 import json
 import os
 import platform
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from benchmarks import images, zoo
-
-if TYPE_CHECKING:
-    from benchmarks.train import Run
 
 LICENSES = {
     "imagenette128": "Imagenette (fast.ai), a subset of ImageNet: non-commercial research and educational use only",
@@ -22,6 +20,19 @@ LICENSES = {
     "localise:digits64": "MNIST digits (Yann LeCun, Corinna Cortes): CC BY-SA 3.0, on photographs of Imagenette "
     "(ImageNet's terms: non-commercial research and educational use only)",
 }
+
+
+class Trained(Protocol):
+    """What a card needs of a training run."""
+
+    args: argparse.Namespace
+    options: dict[str, Any]
+    train: images.Images
+    ema: Any
+    step: int
+    batch: int
+    cpu: float
+    wall: float
 
 
 @torch.no_grad()
@@ -45,7 +56,7 @@ def evaluate(model: nn.Module, val: images.Images, pixels: int, batch: int = 64)
     }
 
 
-def export(run: "Run", val: images.Images, recipe: dict[str, Any], command: Sequence[str]) -> dict[str, Any]:
+def export(run: Trained, val: images.Images, recipe: dict[str, Any], command: Sequence[str]) -> dict[str, Any]:
     """Write <out>/<name>.safetensors (float16 averaged weights) and <name>.json; returns the card.
 
     The accuracies of the card are those of the written file, read again.

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from benchmarks import foreign_ss2d, foreign_vim
-from benchmarks.dropin import Case
+from benchmarks.case import Case
 from benchmarks.foreign_code import load, made
 
 

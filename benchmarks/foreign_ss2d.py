@@ -7,7 +7,7 @@ from types import ModuleType
 
 from torch import nn
 
-from benchmarks.dropin import Case
+from benchmarks.case import Case
 from benchmarks.foreign_code import load, made, side_by_side
 
 SUFFIXES = ("", "_noz", "_nozact", "_oact", "_no32", "_onnone", "_ondwconv3", "_oncnorm", "_onsoftmax", "_onsigmoid")

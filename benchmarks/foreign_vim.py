@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.dropin import Case
+from benchmarks.case import Case
 from benchmarks.foreign_code import load, made
 
 MIXERS: tuple[Mapping[str, Any], ...] = (

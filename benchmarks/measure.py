@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from mamba_attn.bench.machine import machine
-from mamba_attn.bench.timing import Spread, interleave, paired
+from benchmarks.kernel.machine import machine
+from benchmarks.kernel.timing import Spread, interleave, paired
 
 __all__ = ["Spread", "interleave", "machine", "paired", "peak_memory", "slope", "wall_seconds"]
 

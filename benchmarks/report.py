@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.cases import TARGETS
 from benchmarks.measure import Spread, machine
-from mamba_attn.core.terminal import show
+from mamba_attn.commands.terminal import show
 
 __all__ = ["Figure", "figure", "finish", "show"]
 

@@ -13,8 +13,8 @@
     python benchmarks/run.py findings --runs FOLDER --data FOLDER
     python benchmarks/run.py explore
 
-One thread, CPU time, the competitors in turn (A B A B) in one process; peak memory in child processes. ``kernel`` is
-``mamba-attn bench``; on a GPU it measures between CUDA events.
+One thread, CPU time, the competitors in turn (A B A B) in one process; peak memory in child processes. On a GPU
+``kernel`` measures between CUDA events.
 """
 
 import argparse
@@ -31,9 +31,9 @@ import torch
 
 from benchmarks import analytics, cases, comparison, dropin, embedding, explorer, findings, maps, verify, without_gpu
 from benchmarks.cases import Shape
+from benchmarks.kernel import job as kernel
 from benchmarks.measure import Spread, interleave, paired, peak_memory, slope
 from benchmarks.report import Figure, figure, finish, show
-from mamba_attn.commands import bench
 
 RESULTS = Path(__file__).parent / "results"
 WHAT = {
@@ -209,15 +209,15 @@ def run_attribution(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
 
 
 def run_kernel(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """What ``mamba-attn bench`` measures; pictures too where a folder is named."""
+    """The grid of models, sizes and backends; pictures too where a folder is named."""
     try:
-        job = bench.job(args)
+        job = kernel.job(args)
     except ValueError as error:
         parser.error(str(error))
-    folder = args.out or (None if bench.partial(args) else RESULTS)
+    folder = args.out or (None if kernel.partial(args) else RESULTS)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    bench.measure(job, folder and folder / "kernel.json", args.out)
+    kernel.measure(job, folder and folder / "kernel.json", args.out)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
         if what in ON_DATA:
             ON_DATA[what][0].add_options(command)
         if what == "kernel":
-            bench.add_options(command)
+            kernel.add_options(command)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if args.what == "kernel":

@@ -1,6 +1,6 @@
 """Whether a result may be timed at all: its error against the float64 specification."""
 
-from mamba_attn.bench.verify import TOLERANCE, norm_error, term_error
+from benchmarks.kernel.verify import TOLERANCE, norm_error, term_error
 
 __all__ = ["TOLERANCE", "norm_error", "require_exact", "term_error"]
 

@@ -16,9 +16,9 @@ import torch
 
 from benchmarks import cases
 from benchmarks.cases import Shape
+from benchmarks.kernel.verify import Truth
 from benchmarks.report import Figure, figure, show
 from mamba_attn import ops
-from mamba_attn.bench.verify import Truth
 from mamba_attn.ops.arguments import as_record
 from mamba_attn.ops.cuda import cubins, kernels, nvrtc
 

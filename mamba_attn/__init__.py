@@ -1,28 +1,14 @@
 """Exact hidden attention of vision Mamba models, from forward hooks, as explanations and pictures.
 
-The other rooms (``mamba_attn.attribution``, ``.figures``, ...) are imported when they are first asked for.
+Names and rooms (``mamba_attn.trace``, ``mamba_attn.attribution``, ...) are imported when they are first asked for, so
+that ``mamba-attn --help`` need not wait for torch.
 """
 
 import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mamba_attn import models, ops, orders
-from mamba_attn.core.attention_record import AttentionRecord
-from mamba_attn.core.layout import TokenLayout
-from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import MambaAttnError, nearest
-from mamba_attn.ops import (
-    attention_column,
-    attention_row,
-    hidden_attention,
-    left_product,
-    right_product,
-    selective_scan,
-)
-from mamba_attn.stand_ins import cpu_stand_ins
-from mamba_attn.tracing.adapters import Adapter, AttentionAdapter, register_adapter
-from mamba_attn.tracing.tracer import Trace, trace
 
 if TYPE_CHECKING:
     from mamba_attn import analytics as analytics
@@ -35,10 +21,27 @@ if TYPE_CHECKING:
     from mamba_attn import figures as figures
     from mamba_attn import findings as findings
     from mamba_attn import images as images
+    from mamba_attn import models as models
+    from mamba_attn import ops as ops
+    from mamba_attn import orders as orders
     from mamba_attn import stand_ins as stand_ins
     from mamba_attn import testing as testing
     from mamba_attn import tracing as tracing
     from mamba_attn import viewer as viewer
+    from mamba_attn.core.attention_record import AttentionRecord
+    from mamba_attn.core.layout import TokenLayout
+    from mamba_attn.core.scan_record import ScanRecord
+    from mamba_attn.ops import (
+        attention_column,
+        attention_row,
+        hidden_attention,
+        left_product,
+        right_product,
+        selective_scan,
+    )
+    from mamba_attn.stand_ins import cpu_stand_ins
+    from mamba_attn.tracing.adapters import Adapter, AttentionAdapter, register_adapter
+    from mamba_attn.tracing.tracer import Trace, trace
 
 __version__ = "0.1.0"
 
@@ -64,10 +67,22 @@ __all__ = [
     "trace",
 ]
 
-# imported when asked for: some need an extra, most are not needed by most
+_HOMES = {
+    "core.attention_record": ("AttentionRecord",),
+    "core.layout": ("TokenLayout",),
+    "core.scan_record": ("ScanRecord",),
+    "ops": (
+        "attention_column", "attention_row", "hidden_attention", "left_product", "right_product", "selective_scan",
+    ),
+    "stand_ins": ("cpu_stand_ins",),
+    "tracing.adapters": ("Adapter", "AttentionAdapter", "register_adapter"),
+    "tracing.tracer": ("Trace", "trace"),
+}  # fmt: skip
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _ROOMS = (
-    "analytics", "attribution", "bench", "commands", "core", "datasets", "erf", "errors", "evaluation", "explanations",
-    "figures", "findings", "images", "integrations", "stand_ins", "testing", "tracing", "viewer",
+    "analytics", "attribution", "commands", "core", "datasets", "erf", "errors", "evaluation", "explanations",
+    "figures", "findings", "images", "integrations", "models", "ops", "orders", "stand_ins", "testing", "tracing",
+    "viewer",
 )  # fmt: skip
 
 _HERE = Path(__file__).parent
@@ -80,6 +95,10 @@ if not TYPE_CHECKING:  # for a type checker, a module with __getattr__ has every
     def __getattr__(name: str) -> Any:
         if name in _ROOMS:
             return importlib.import_module(f"mamba_attn.{name}")
+        if name in _HOME_OF:
+            found = getattr(importlib.import_module(f"mamba_attn.{_HOME_OF[name]}"), name)
+            globals()[name] = found
+            return found
         hint = "" if name.startswith("__") else f" {nearest(name, [*__all__, *_ROOMS])}"
         raise AttributeError(f"mamba_attn has no {name!r}.{hint}")
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # from the roof to the cellar; names on one line are one room
 HOUSE = [
     ["commands"],
-    ["viewer", "bench"],
+    ["viewer"],
     ["findings"],
     ["analytics", "erf", "evaluation", "explanations"],
     ["datasets"],
@@ -74,7 +74,7 @@ def violation(importer, imported):
     here, there = room(importer), room(imported)
     if there == "integrations" and here != "integrations":
         return "integrations are found by name, never imported"
-    if here in ANY_ROOM or here == there:
+    if here in ANY_ROOM or here == there or (here == "commands" and there in ANY_ROOM):  # the roof has the door's name
         return None
     if there not in FLOOR:
         return f"{imported} is no room; import the room that it comes from"
@@ -118,6 +118,8 @@ def test_every_file_has_a_room_and_imports_only_rooms_below(module):
             "integrations stands below attribution",
         ),
         ("mamba_attn.__init__", "from mamba_attn.tracing.tracer import trace", None),
+        ("mamba_attn.commands.cli", "import mamba_attn", None),
+        ("mamba_attn.viewer.x", "import mamba_attn", "mamba_attn is no room"),
         ("mamba_attn.ops.x", "import torch", None),
     ],
 )

@@ -122,4 +122,4 @@ def test_type_checkers_are_shown_the_same_rooms():
     source = ast.parse((PACKAGE / "__init__.py").read_text())
     shown = {node.names[0].asname for node in ast.walk(source) if isinstance(node, ast.ImportFrom)} - {None}
     # the command line's, and integrations/, which a checkout keeps elsewhere
-    assert shown == {*mamba_attn._ROOMS} - {"bench", "commands", "core", "integrations"}
+    assert shown == {*mamba_attn._ROOMS} - {"commands", "core", "integrations"}

@@ -61,7 +61,7 @@ def collect(
     """
     wanted = request.wanted
     if not wanted:
-        raise ValueError(f"--data {request.data.name}: it holds no images.")
+        raise ValueError(f"data={request.data.name!r}: it holds no images.")
     layers = describe(request)
     size = request.batch or batch_size(layers)
     require_memory(layers, request.routes, size)
@@ -103,13 +103,17 @@ def _continued(folder: Path, request: Request, layers: list[StoredLayer]) -> Ind
         "model": (f"{index.model['name']} with weights {index.model['fingerprint']}",
                   f"{subject.name} with weights {subject.fingerprint}"),
         "images": (" and ".join(each["name"] for each in index.data), data.name),
-        "--keep": (_said(index.keep), _said(request.kept)), "--routes": (index.routes, request.routes),
+        "keep": (index.keep, request.kept), "routes": (index.routes, request.routes),
         "size of images": (size, list(subject.transform.size)),
     }  # fmt: skip
     for what, (found, asked) in there.items():
         if found != asked:
+            if what in ("keep", "routes"):
+                found, asked = f"{what}={found!r}", f"{what}={asked!r}"
+            else:
+                found = f"{what} {found}"
             raise StoreError(
-                f"{folder}: this store is of {what} {found}, not {asked}; nothing was changed. Name another folder."
+                f"{folder}: this store is of {found}, not {asked}; nothing was changed. Name another folder."
             )
     if [each["identity"] for each in index.data] != [data.identity]:
         raise StoreError(f"{folder}: {data.name} is not the file or folder that this store was collected from; nothing "
@@ -118,10 +122,6 @@ def _continued(folder: Path, request: Request, layers: list[StoredLayer]) -> Ind
         raise StoreError(f"{folder}: this store is of other layers, orders or grids of this model; nothing was "
                          "changed. Name another folder.")  # fmt: skip
     return index
-
-
-def _said(keep: int | list[str]) -> str:
-    return str(keep) if isinstance(keep, int) else ",".join(keep)
 
 
 class Run:
@@ -325,14 +325,14 @@ def _what_fits(layers: Sequence[StoredLayer], routes: str, batch: int, free: int
     """The nearest smaller calls that would do, in words."""
     found = []
     if batch > 1 and _bytes(layers, routes, 1) <= free:
-        found.append("--batch 1")
+        found.append("batch=1")
     if routes == "each" and _bytes(layers, "sum", batch) <= free:
-        found.append("--routes sum")
+        found.append("routes='sum'")
     for choice in dict.fromkeys((routes, "sum")):
         small = _fitting(layers, choice, free)
         if small:
-            first = f"--batch 1 {'--routes sum ' if choice != routes else ''}--layer {small[0].name}"
-            found.append(first + (f" ... {small[-1].name} (the {len(small)} smallest)" if len(small) > 1 else ""))
+            first = "batch=1 " + ("routes='sum' " if choice != routes else "")
+            found.append(f"{first}layers={[layer.name for layer in small]}")
     rows = "Rows and columns take linear memory: trace(model), then layer.row(token), layer.column(token)."
     return f"What would fit: {'; or '.join(found)}. {rows}" if found else f"None of the layers would fit. {rows}"
 

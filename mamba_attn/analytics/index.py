@@ -152,7 +152,7 @@ class Index:
         """
         path = folder / INDEX
         if not folder.is_dir():
-            raise StoreError(f"{folder}: there is no such folder; make a store with mamba-attn collect --out {folder}.")
+            raise StoreError(f"{folder}: there is no such folder; make a store with mamba-attn collect.")
         if not path.is_file():
             raise StoreError(
                 f"{folder}: this folder is no store of mamba-attn collect, or one whose {INDEX} is lost; name another."
@@ -191,7 +191,7 @@ class Index:
         return index
 
 
-def place_of(names: Sequence[str], grids: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def place_of(names: Sequence[str], grids: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
     """Return (stage, block) of every layer: the numbers in its name, or the change of the grid where names have others.
 
     Args:

@@ -57,7 +57,7 @@ def _require_same(first: AttentionStore, second: AttentionStore) -> None:
     a, b = first.index, second.index
     there = {
         "models": ([a.model["name"], a.model["fingerprint"]], [b.model["name"], b.model["fingerprint"]]),
-        "--routes": (a.routes, b.routes),
+        "routes": (a.routes, b.routes),
         "layers": ([layer.name for layer in a.layers], [layer.name for layer in b.layers]),
         "transforms": (a.transform, b.transform),
     }

@@ -52,9 +52,9 @@ class Request:
         for name, least in (("limit", 1), ("batch", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"--{name} {value}: expected a number from {least} on.")
+                raise ValueError(f"{name}={value}: expected a number from {least} on.")
         if self.routes not in ROUTES:
-            raise ValueError(f"--routes {self.routes}: expected one of {ROUTES}.")
+            raise ValueError(f"routes={self.routes!r}: expected one of {ROUTES}.")
         checked(self.keep, self.data, self.limit)
 
     @property
@@ -111,11 +111,11 @@ def _described(layer: Layer, stage: int, block: int) -> StoredLayer:
     )  # fmt: skip
 
 
-def keep_from(text: str, data: Data, limit: int | None = None) -> int | list[str]:
-    """Return what ``--keep`` says: a number, or keys of images.
+def keep_from(keep: str, data: Data, limit: int | None = None) -> int | list[str]:
+    """Return what text asks to keep: a number, or keys of images.
 
     Args:
-        text: a number, or names between commas: keys as a store lists them, paths below the collection's folder or
+        keep: a number, or names between commas: keys as a store lists them, paths below the collection's folder or
             with it, or the end of a path that one image has alone.
         data: the images.
         limit: only the first so many are collected. Default: all.
@@ -124,13 +124,13 @@ def keep_from(text: str, data: Data, limit: int | None = None) -> int | list[str
         ValueError: no such image, several of them, or one that ``limit`` leaves out.
     """
     try:
-        return int(text)
+        return int(keep)
     except ValueError:
         pass
     keys = [item.key for item in data.items]
-    parts = [part.strip() for part in ([text] if _found(text, keys) else text.split(",")) if part.strip()]
+    parts = [part.strip() for part in ([keep] if _found(keep, keys) else keep.split(",")) if part.strip()]
     if not parts:
-        raise ValueError(f"--keep {text!r}: expected a number, or names of images between commas.")
+        raise ValueError(f"keep={keep!r}: expected a number, or names of images between commas.")
     return checked([_key(part, keys) for part in parts], data, limit)
 
 
@@ -147,7 +147,7 @@ def checked(keep: Keep, data: Data, limit: int | None = None) -> int | list[str]
     """
     if isinstance(keep, int):
         if keep < 0:
-            raise ValueError(f"--keep {keep}: expected a number from 0 on.")
+            raise ValueError(f"keep={keep}: expected a number from 0 on.")
         return keep
     keys = [item.key for item in data.items]
     wanted = {keys[index] for index in data.chosen(limit=limit)}
@@ -155,10 +155,12 @@ def checked(keep: Keep, data: Data, limit: int | None = None) -> int | list[str]
         if key in wanted:
             continue
         if key in keys:
+            needed = [keys[index] for index in data.chosen()].index(key) + 1
             raise ValueError(
-                f"--keep {key}: this image is not among the first {len(wanted)} of {data.name}; name a larger --limit."
+                f"keep={key!r}: this image is not among the first {len(wanted)} of {data.name}; "
+                f"limit={needed} includes it."
             )
-        raise ValueError(f"--keep {key}: {data.name} has no such image. {nearest(key, keys)}")
+        raise ValueError(f"keep={key!r}: {data.name} has no such image. {nearest(key, keys)}")
     return sorted(set(keep))
 
 
@@ -167,7 +169,7 @@ def _key(name: str, keys: Sequence[str]) -> str:
     found = _found(name, keys)
     if len(found) > 1:
         raise ValueError(
-            f"--keep {name}: {len(found)} images are named so, {found[0]} and {found[1]} among them; give the "
+            f"keep={name!r}: {len(found)} images are named so, {found[0]} and {found[1]} among them; give the "
             "whole name."
         )
     return found[0] if found else name

@@ -397,8 +397,9 @@ class AttentionStore:
         if not found.kept:
             kept = sum(each.kept for each in self.index.images)
             raise NotStoredError(
-                f"{found.key}: of this image no matrices are stored, only of {kept} others; collect with a --keep that "
-                "has it, or compute them: trace(store.model()), then layer.attention(), layer.row(token)."
+                f"{found.key}: of this image no matrices are stored, only of {kept} others; collect with "
+                f"keep=[{found.key!r}], or compute them: trace(store.model()), then layer.attention() or "
+                "layer.row(token)."
             )
         return self._rows.read(f"matrices/{number:03d}/{name}", (found.row, *where))
 
@@ -426,7 +427,7 @@ class AttentionStore:
             return "sum"
         if str(route) not in route_names(layer, self.index.routes):
             collected = self.index.routes == "each"
-            expected = f"'sum' or 0..{layer.routes - 1}" if collected else "'sum': it was collected with --routes sum"
+            expected = f"'sum' or 0..{layer.routes - 1}" if collected else "'sum': it was collected with routes='sum'"
             raise NotStoredError(f"{layer.name}: no route {route!r}; expected {expected}.")
         return str(route)
 

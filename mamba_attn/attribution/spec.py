@@ -53,17 +53,17 @@ class Method:
         return catalogue.build(self.name, model, layers=layers, **self.options)
 
 
-def method(text: str, option: str = "--method") -> Method:
+def method(text: str, argument: str = "method") -> Method:
     """Return a method as a user writes it.
 
     Args:
         text: ``NAME`` or ``NAME:OPTION=VALUE,OPTION``, e.g. ``attention_rollout:signed``.
-        option: of the command line, for errors.
+        argument: that it was given as, for errors.
 
     Raises:
         ValueError: an unknown name, option or value.
     """
-    call = f"{option} {text}"
+    call = f"{argument}={text!r}"
     name, _, rest = text.partition(":")
     if name not in catalogue.METHODS:
         raise ValueError(f"{call}: no such method. {nearest(name, catalogue.METHODS)}")

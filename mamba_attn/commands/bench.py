@@ -1,195 +1,119 @@
-"""``mamba-attn bench``: its arguments, and the loop over the grid.
-
-Exit codes: 0 the table is complete (rows may be "not measured"), 2 nothing was done because of how it was called.
-"""
+"""``mamba-attn bench``: what tracing and attention add to a model's forward on this machine, next to DeiT-tiny."""
 
 import argparse
-import contextlib
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from mamba_attn.core.requirements import exit_code, require_extras, subcommand, writable
-from mamba_attn.errors import nearest
+from mamba_attn.commands.options import Commands, add_device, command, require_least
+from mamba_attn.commands.terminal import show
+from mamba_attn.core.requirements import require_extras
 
 if TYPE_CHECKING:
-    import numpy as np
-    import plotly.graph_objects as go
+    from torch import Tensor, nn
 
-    from mamba_attn.bench.rows import Row
-    from mamba_attn.bench.subjects import Configuration
+_DEIT = "deit_tiny_patch16_224"
+_HEADER = ("model", "forward", "traced", "with attention", "layers", "forward / DeiT", "attention added / DeiT")
+_EXAMPLES = """\
 
-_NEEDED = {"matplotlib": "matplotlib", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
-_DTYPES = ("float32", "bfloat16")
-_TINY = ("vim_tiny", "vmamba_tiny_s1l8", "deit_tiny_patch16_224")  # what a CPU measures
-_GPU_TIME = (
-    "between CUDA events, cold L2 cache; forward: from an idle GPU, so slow launches count; attention and scan: kernels"
-)
-_SMALLEST = 32  # pixels: what patches of 16 and four stages leave tokens of
-_EPILOG = """\
-Without options: on a GPU Vim and VMamba tiny to base and DeiT tiny and small at 224, 512 and 1024 pixels, batch 1, 8
-and 64, float32 and bfloat16; on a CPU three tiny models at 224 pixels, batch 1, float32, on one thread, in CPU time.
-FOLDER receives bench.json (everything measured, and what not and why), roofline.html and roofline.png.
+--model vmamba_micro vim_micro --batch 8
+--device cuda"""
+_NOTES = """\
+Milliseconds for one batch of noise at each model's own image size, with
+random weights: its forward pass, the same inside mamba_attn.trace, and the
+same with the attention matrices of all layers; next to timm's
+deit_tiny_patch16_224. Models take turns and medians are shown. On a CPU it is
+CPU time of one thread.
 """
 
 
-@dataclass(frozen=True)
-class Job:
-    """What one call measures.
-
-    Args:
-        device: where.
-        grid: cheap ones first.
-        budget: seconds for a row.
-        quick: one or two rounds of small sizes: does everything run?
-        tf32: whether TF32 is allowed.
-    """
-
-    device: torch.device
-    grid: "list[Configuration]"
-    budget: float
-    quick: bool
-    tf32: bool
-
-
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command and its arguments."""
-    what = "what hidden attention costs on this machine, and what it could cost"
-    parser = subcommand(commands, "bench", what, _EPILOG)
-    parser.add_argument("--out", default="mamba_attn_bench", metavar="FOLDER", help="default: ./mamba_attn_bench")
-    parser.add_argument("--quick", action="store_true", help="small sizes: does everything run?")
-    add_options(parser)
-    parser.set_defaults(run=run)
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what ``job`` reads, but ``--quick``, to any parser."""
+    parser = command(
+        commands, "bench", "time tracing and attention on this machine", examples=_EXAMPLES, notes=_NOTES, run=run
+    )
     add = parser.add_argument
-    add("--models", nargs="+", action="extend", metavar="NAME", help="of mamba_attn.models, or DeiT's names in timm")
-    add("--pixels", nargs="+", action="extend", type=int, metavar="SIDE", help="multiples of 32")
-    add("--batch", nargs="+", action="extend", type=int, metavar="IMAGES")
-    add("--dtype", nargs="+", action="extend", choices=_DTYPES)
-    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    add("--budget", type=float, default=60.0, metavar="SECONDS", help="for a row; default: 60")
-    add("--tf32", action="store_true", help="allow TF32 in products and convolutions of float32")
+    models = ["vim_tiny", "vmamba_tiny_s1l8"]
+    add("--model", nargs="+", default=models, metavar="NAME", help=f"default: {' '.join(models)}")
+    add("--batch", type=int, default=1, metavar="N", help="images at once; default: 1")
+    add("--rounds", type=int, default=5, metavar="N", help="how often each is timed; default: 5")
+    add_device(parser)
 
 
-def run(args: argparse.Namespace, command: Sequence[str]) -> int:
-    """Do what the arguments say, and return the exit code."""
-    return exit_code("bench", lambda: _run(args))
+def run(args: argparse.Namespace) -> int:
+    """Time the models in turn, and print a table."""
+    require_extras({"timm": "timm", "rich": "rich"})
+    import torch
 
+    from mamba_attn import models
+    from mamba_attn.datasets.loaded_model import require_device
+    from mamba_attn.models import torchvision_repair
+    from mamba_attn.tracing.tracer import trace
 
-def _run(args: argparse.Namespace) -> int:
-    require_extras(_NEEDED)
-    its = job(args)
-    folder = writable(args.out)
-    measure(its, folder / "bench.json", folder)
-    print(f"written: {folder / 'bench.json'}; open {folder / 'roofline.html'}")
+    require_least(args, batch=1, rounds=1)
+    require_device(args.device)
+    if args.device == "cpu":
+        torch.set_num_threads(1)  # then CPU time is also how long one waits on an idle machine
+    torchvision_repair.prepare()
+    import timm
+
+    built: dict[str, nn.Module] = {name: models.create(name) for name in dict.fromkeys(args.model)}
+    built[_DEIT] = timm.create_model(_DEIT)
+    calls: dict[tuple[str, str], Callable[[], object]] = {}
+    layers = {}
+    for name, model in built.items():
+        model.eval().to(args.device)
+        images = torch.randn(args.batch, 3, *_size(model), device=args.device)
+        calls[name, "forward"] = partial(model, images)
+        calls[name, "traced"] = partial(_traced, model, images, attention=False)
+        calls[name, "attention"] = partial(_traced, model, images, attention=True)
+        with torch.no_grad(), trace(model) as found:
+            model(images)
+        layers[name] = len(found.layers)
+    with torch.no_grad():
+        seconds = _medians(calls, args.rounds, args.device)
+    unit = seconds[_DEIT, "forward"]
+    rows = []
+    for name in built:
+        forward, traced, attention = (seconds[name, what] for what in ("forward", "traced", "attention"))
+        times = (f"{1e3 * each:.1f} ms" for each in (forward, traced, attention))
+        rows.append((name, *times, str(layers[name]), f"{forward / unit:.2f}", f"{(attention - forward) / unit:.2f}"))
+    where = torch.cuda.get_device_name() if args.device == "cuda" else "CPU time of one thread"
+    show(f"batch {args.batch}, {where}, torch {torch.__version__}", _HEADER, rows)
     return 0
 
 
-def job(args: argparse.Namespace) -> Job:
-    """Check the arguments.
-
-    Raises:
-        ValueError: an unknown model, a size that does not fit, a device that is not there.
-    """
-    from mamba_attn import models
-    from mamba_attn.bench import subjects
-
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu.")
-    small = device == "cpu" or args.quick
-    names = args.models or (_TINY if small else [*subjects.MODELS, *subjects.TRANSFORMERS])
-    known = [*(name for name in models.names() if not name.startswith("vit")), *subjects.TRANSFORMERS]
-    for name in names:
-        if name not in known:
-            raise ValueError(f"--models {name}: no such model. {nearest(name, known)}")
-    pixels = args.pixels or ([64] if args.quick else [224] if small else [224, 512, 1024])
-    batches = args.batch or ([1] if small else [1, 8, 64])
-    for option, values, step in (("--pixels", pixels, _SMALLEST), ("--batch", batches, 1)):
-        for value in values:
-            if value < 1 or value % step:
-                what = "a positive number" if step == 1 else f"a positive multiple of {step}"
-                raise ValueError(f"{option} {value}: expected {what}.")
-    if not args.budget > 0:
-        raise ValueError(f"--budget {args.budget:g}: expected seconds, more than 0.")
-    dtypes = args.dtype or (["float32"] if small else list(_DTYPES))
-    grid = subjects.grid(*(list(dict.fromkeys(values)) for values in (names, pixels, batches, dtypes)))
-    where = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
-    return Job(where, grid, args.budget, args.quick, args.tf32)
+def _size(model: "nn.Module") -> tuple[int, int]:
+    """(rows, columns) of the images that a model is made for."""
+    own: Any = model
+    rows, columns = own.image_size if hasattr(own, "image_size") else own.patch_embed.img_size
+    return int(rows), int(columns)
 
 
-def partial(args: argparse.Namespace) -> bool:
-    """Return whether arguments leave out something of the default run, so that it does not replace such a result."""
-    changed = (args.models, args.pixels, args.batch, args.dtype)
-    return bool(args.quick or args.tf32 or any(value is not None for value in changed))
+def _traced(model: "nn.Module", images: "Tensor", attention: bool) -> object:
+    from mamba_attn.tracing.tracer import trace
+
+    with trace(model, attention="mean" if attention else None) as found:
+        logits = model(images)
+    return logits, [layer.attention() for layer in found.layers] if attention else None
 
 
-def measure(its: Job, path: Path | None, folder: Path | None) -> None:
-    """Measure the grid, show the table, write the JSON file after every configuration and the pictures at the end.
+def _medians(
+    calls: Mapping[tuple[str, str], Callable[[], object]], rounds: int, device: str
+) -> dict[tuple[str, str], float]:
+    """Median seconds of calls that take turns, after one untimed round."""
+    import torch
 
-    Args:
-        its: what to measure.
-        path: of the JSON file; None writes none.
-        folder: of the pictures; None draws none.
-    """
-    from mamba_attn.bench import ceilings, machine, measuring, table, targets, verify
-    from mamba_attn.bench.subjects import Model
-
-    rows: list[Row] = []
-    with _one_thread(its.device), ceilings.tf32(its.tf32):
-        roof = ceilings.measure(its.device, rounds=2 if its.quick else 7, quick=its.quick)
-        errors = verify.backend_errors(its.device, dict.fromkeys(each.dtype for each in its.grid))
-        rounds = 2 if its.quick else measuring.ROUNDS
-        bench = measuring.Bench(its.device, roof, its.budget, rounds, verify.refusals(errors))
-        header, found = machine.machine(its.device), targets.Run(its.device, rows, errors, its.tf32)
-        model: Model | None = None
-        for done, each in enumerate(its.grid):
-            print(f"measuring {each} ({done + 1} of {len(its.grid)})", file=sys.stderr, flush=True)
-            model = model if model is not None and model.fits(each) else Model(each, its.device)
-            rows += measuring.measure(model, each.batch, bench)
-            if path is not None:
-                details = _details(its, errors, done + 1)
-                table.write(path, table.contents(rows, targets.figures(found), roof, header, its.quick, details))
-    table.show_rows(rows, targets.figures(found), roof)
-    name = header["gpu"]["name"] if "gpu" in header else header["cpu"]
-    if folder is not None:
-        _draw(folder, table.roofline(rows, roof, f"Hidden attention on {name}"))
-
-
-def _details(its: Job, errors: dict[tuple[str, str], float], done: int) -> dict[str, Any]:
-    return {
-        "device": its.device.type,
-        "time": _GPU_TIME if its.device.type == "cuda" else "CPU seconds of one thread",
-        "tf32": its.tf32,
-        "budget": its.budget,
-        "configurations": f"{done} of {len(its.grid)}",
-        "errors": {f"{name}, {dtype}": str(error) for (name, dtype), error in errors.items()},
-    }
-
-
-def _draw(folder: Path, drawn: "tuple[go.Figure, np.ndarray] | None") -> None:
-    """roofline.html, which needs no network, and roofline.png."""
-    from mamba_attn.figures.png import save_png
-
-    if drawn is not None:
-        figure, rgb = drawn
-        figure.write_html(folder / "roofline.html", include_plotlyjs=True)
-        save_png(folder / "roofline.png", rgb)
-
-
-@contextlib.contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    """On a CPU one thread, so that its CPU time is also how long one waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if device.type == "cpu" else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    for turn in range(rounds + 1):
+        for key, call in calls.items():
+            started = clock()
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                times[key].append(clock() - started)
+    return {key: statistics.median(each) for key, each in times.items()}

@@ -1,27 +1,51 @@
-"""The command line: ``mamba-attn`` and its commands."""
+"""The command line: ``mamba-attn`` and its commands.
+
+Nothing here or at the top of a command's file imports torch, so that help is printed at once.
+"""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
+import mamba_attn
 from mamba_attn.commands import bench, collect, compare, erf, explain, explore, findings, report
+from mamba_attn.commands.exit_codes import MEANING, exit_code
+from mamba_attn.commands.options import CommandParser
+
+_EXAMPLES = f"""\
+examples:
+  mamba-attn explain photo.jpg
+  mamba-attn explore
+  mamba-attn COMMAND --help
+
+{MEANING}
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, by default the process's own, and return the exit code."""
     given = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="mamba-attn", description="Hidden attention of vision Mamba models.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    explain.add_parser(commands)
-    compare.add_parser(commands)
-    collect.add_parser(commands)
-    findings.add_parser(commands)
-    erf.add_parser(commands)
-    bench.add_parser(commands)
-    explore.add_parser(commands)
-    report.add_parser(commands)
-    args = parser.parse_args(given)
-    return int(args.run(args, given))
+    reader = parser()
+    args = reader.parse_args(given)
+    if args.command is None:
+        reader.print_help()
+        return 0
+    args.call = f"mamba-attn {shlex.join(given)}"
+    return exit_code(args.command, lambda: int(args.run(args)), vars(args), args.stopped)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    made = argparse.ArgumentParser(
+        prog="mamba-attn", description="See what vision Mamba models look at.", epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    made.add_argument("--version", action="version", version=f"mamba-attn {mamba_attn.__version__}")
+    commands = made.add_subparsers(title="commands", metavar="COMMAND", dest="command", parser_class=CommandParser)
+    for each in (explain, explore, compare, collect, report, findings, erf, bench):
+        each.add_parser(commands)
+    return made
 
 
 if __name__ == "__main__":

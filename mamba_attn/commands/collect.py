@@ -1,19 +1,14 @@
-"""``mamba-attn collect``: its arguments, the run, what it says.
-
-Exit codes: 0 all done, 1 some images could not be used, 2 nothing was done because of how it was called, 130 stopped by
-the user.
-"""
+"""``mamba-attn collect``: its arguments, the run, what it says."""
 
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-import torch
-
-from mamba_attn.core.requirements import exit_code, require_extras, subcommand
+from mamba_attn.commands.options import Commands, add_limit, add_model, command, settle_threads
+from mamba_attn.commands.terminal import progress_bar
+from mamba_attn.core.requirements import require_extras
 
 if TYPE_CHECKING:
     from mamba_attn.analytics.collecting import Collected
@@ -21,72 +16,75 @@ if TYPE_CHECKING:
 
 _NEEDED = {"zarr": "zarr", "PIL": "pillow", "rich": "rich"}
 _SHOWN = 10
-_PARAMETERS_PER_THREAD = 5_000_000  # threads that share less wait for each other longer than they work
-_EPILOG = """\
-data: a folder of images, with or without class folders; a zip of them; ZIP:PART, a folder in it. Images are taken in
-the order of the hashes of their names, so that the first N are a fair sample.
+_EXAMPLES = """\
+--data photos --out store
+--data photos.zip --limit 200 --keep 4 --out store
+--merge store1 store2 --out both"""
+_NOTES = """\
+data: a folder of images, with or without class folders; a zip of them;
+ZIP:PART, a folder in it. Images are taken in the order of the hashes of their
+names, so that the first N are a fair sample.
 
-STORE receives, per layer, the mean and variance of the attention over the images (of every route and of their sum), the
-moments of the states, a row of features per image, what the model saw of each, and with --keep the matrices of the
-first N in full, or of the images that are named: by their path in the folder or zip, or the end of it. Called again, or
-after a kill, the same command goes on from there; a larger --limit adds images.
---merge makes one store of two that were collected from the same model on other images.
+STORE receives, per layer, the mean and variance of the attention over the
+images (of every route and of their sum), the moments of the states, a row of
+features per image, what the model saw of each, and with --keep the matrices
+of the first N in full, or of the images that are named: by their path in the
+folder or zip, or any unique end of it. After a kill the same command resumes;
+a larger --limit adds images. --merge makes one store of two that were
+collected from the same model on other images.
 """
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command and its arguments."""
-    parser = subcommand(commands, "collect", "the attention of a model over many images, into a store", _EPILOG)
+    parser = command(
+        commands, "collect", "save the attention of a model over many images, in a store",
+        examples=_EXAMPLES, notes=_NOTES, run=run, stopped="stopped; the same command resumes at the last checkpoint.",
+    )  # fmt: skip
     add = parser.add_argument
-    add("--model", default="vim_micro", metavar="NAME", help="default: vim_micro")
-    add("--weights", default="demo", metavar="demo|FILE|official", help="default: demo, those of this package")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", metavar="DIR|ZIP[:PART]|FILE.mat", help="the images")
     source.add_argument("--merge", nargs=2, metavar="STORE", help="two stores, instead of images")
-    add("--limit", type=int, metavar="N", help="images; default: all")
-    add("--out", required=True, metavar="STORE", help="a folder, new or of a store to go on with")
-    add("--keep", default="0", metavar="N|NAME,NAME", help="matrices kept in full: of the first N images, or of those "
-        "named; default: 0")  # fmt: skip
+    add("--out", required=True, metavar="STORE", help="a folder: new, or a store to resume")
+    add_model(parser)
+    add_limit(parser)
+    add(
+        "--keep",
+        default="0",
+        metavar="N|NAME,NAME",
+        help="keep the matrices of the first N images, or of these images; default: 0",
+    )
     add("--batch", type=int, metavar="N", help="images at once; default: what the matrices' size allows")
     add("--layer", nargs="+", action="extend", metavar="LAYER", help="names or patterns; default: all")
-    add("--routes", default="each", choices=("each", "sum"), help="statistics of each route, or of their sum alone; "
-        "default: each")  # fmt: skip
-    add("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
-    parser.set_defaults(run=run)
+    add(
+        "--routes",
+        default="each",
+        choices=("each", "sum"),
+        help="statistics of each route, or of their sum alone; default: each",
+    )
 
 
-def run(args: argparse.Namespace, command: Sequence[str]) -> int:
-    """Do what the arguments say, and return the exit code."""
-    stopped = "stopped; the same command goes on from the last checkpoint."
-    return exit_code("collect", lambda: _run(args, f"mamba-attn {shlex.join(command)}"), stopped)
-
-
-def _run(args: argparse.Namespace, command: str) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Collect, or merge two stores."""
     require_extras(_NEEDED, "analytics")
-    return _merge(args) if args.merge else _collect(_request(args, command), args.out)
+    return _merge(args) if args.merge else _collect(_request(args), args.out)
 
 
-def _request(args: argparse.Namespace, command: str) -> "Request":
+def _request(args: argparse.Namespace) -> "Request":
     from mamba_attn.analytics.request import Request, keep_from
     from mamba_attn.datasets import loaded_model, open_data
 
     data = open_data(args.data)  # before the model, which takes longer
     keep = keep_from(args.keep, data, args.limit)
     subject = loaded_model.load(args.model, args.weights, args.device)
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), subject.parameters // _PARAMETERS_PER_THREAD)))
-    return Request(
-        subject, data, args.limit, keep, args.batch, args.layer,
-        args.routes, command=command,
-    )  # fmt: skip
+    settle_threads([subject.parameters])
+    return Request(subject, data, args.limit, keep, args.batch, args.layer, args.routes, command=args.call)
 
 
 def _collect(request: "Request", out: str) -> int:
-    from rich.console import Console
-
     from mamba_attn.analytics.collecting import collect
-    from mamba_attn.core.terminal import bar
 
-    progress = bar(Console(stderr=True))
+    progress = progress_bar()
     task = progress.add_task("collecting", total=None)
     with ExitStack() as shown:
 
@@ -106,7 +104,7 @@ def _report(found: "Collected", out: str) -> int:
     if more > 0:
         print(f"skipped: {more} more; store.json lists all.", file=sys.stderr)
     skipped = f", {len(found.unreadable)} skipped" if found.unreadable else ""
-    print(f"{found.new} images added, {found.counted} in {out}{skipped}")
+    print(f"{found.new} images added, {found.counted} in {out}{skipped}; next: mamba-attn explore {shlex.quote(out)}")
     return 1 if found.unreadable else 0
 
 
@@ -114,5 +112,5 @@ def _merge(args: argparse.Namespace) -> int:
     from mamba_attn.analytics.merging import merge_stores
 
     count = merge_stores(args.merge[0], args.merge[1], args.out)
-    print(f"{count} images in {args.out}")
+    print(f"{count} images in {args.out}; next: mamba-attn explore {shlex.quote(args.out)}")
     return 0

@@ -1,20 +1,22 @@
-"""``mamba-attn compare``: its arguments, the run, what it writes.
-
-Exit codes: 0 all done, 1 some figures are missing because images or methods failed, 2 nothing was done because of how
-it was called, 130 stopped by the user.
-"""
+"""``mamba-attn compare``: its arguments, the run, what it writes."""
 
 import argparse
-import shlex
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from mamba_attn.core.requirements import exit_code, require_extras, subcommand, writable
-from mamba_attn.core.terminal import bar, plain, show
+from mamba_attn.commands.options import (
+    Commands,
+    add_device,
+    add_folder,
+    add_limit,
+    command,
+    require_least,
+    settle_threads,
+)
+from mamba_attn.commands.terminal import plain, progress_bar, show
+from mamba_attn.core.requirements import require_extras, writable
 from mamba_attn.errors import MambaAttnError, nearest
 
 if TYPE_CHECKING:
@@ -24,27 +26,39 @@ if TYPE_CHECKING:
 
 _NEEDED = {"captum": "captum", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
 _STORE = "measured.jsonl"
-_EPILOG = """\
-data: a folder of images, with or without class folders; a zip of them, or with labels.csv, boxes.csv or segments.csv;
-ZIP:PART, a folder in it (localise.zip:digits64); gtsegs_ijcv.mat, ImageNet-Segmentation. Of train/ and val/, val is
-read. DATA@MEASURE,... takes some measures alone on this data: localise.zip:imagenette_boxes224@localisation.
+_EXAMPLES = """\
+--data photos --limit 50
+--data photos --models vim_micro=my.pt --methods grad_cam
+--data boxes.zip --measures localisation --workers 4"""
+_NOTES = """\
+data: a folder of images, with or without class folders; a zip of them, or
+with labels.csv, boxes.csv or segments.csv; ZIP:PART, a folder in it
+(localise.zip:digits64); gtsegs_ijcv.mat, ImageNet-Segmentation. Of train/ and
+val/, val is read. DATA@MEASURE,... takes only some measures on this data:
+localise.zip:imagenette_boxes224@localisation.
 
-methods: "all integrated_gradients:n_steps=16 occlusion@100" takes all, one of them with another option, one on 100
-images alone.
+methods: "all integrated_gradients:n_steps=16 occlusion@100" takes all, one of
+them with another option, one on only 100 images. mamba-attn explain --help
+lists them.
 
-measures: perturbation, pixels (the same with single pixels ranked, on 100 images), localisation (where there are boxes
-or masks), sanity (on a few images), cost, picture (the maps on the page).
+measures: perturbation, pixels (the same with single pixels ranked, on 100
+images), localisation (where there are boxes or masks), sanity (on a few
+images), cost, picture (the maps on the page).
 
-FOLDER receives compare.html (one page, no network), compare.txt, compare.csv, compare.json and measured.jsonl: called
-again, or after a kill, the same command goes on from there.
+FOLDER receives compare.html (one page, no network), compare.txt, compare.csv,
+compare.json and measured.jsonl, from which the same command resumes after a
+kill.
 """
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command and its arguments."""
-    what = "attribution methods of several models on one scale: perturbation, localisation, sanity, cost"
-    parser = subcommand(commands, "compare", what, _EPILOG)
+    parser = command(
+        commands, "compare", "score attribution methods on your images",
+        examples=_EXAMPLES, notes=_NOTES, run=run, stopped="stopped; the same command resumes here.",
+    )  # fmt: skip
     add = parser.add_argument
+    add("--data", action="append", required=True, metavar="DIR|ZIP[:PART]|FILE.mat", help="may be given several times")
     add(
         "--models",
         default="vim_micro,vmamba_micro,vit_micro",
@@ -58,21 +72,19 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="METHOD",
         help="all, or NAME,... or NAME:OPTION=VALUE; default: all that fit; see below",
     )
-    add("--data", action="append", required=True, metavar="DIR|ZIP[:PART]|FILE.mat", help="may be given several times")
-    add("--limit", type=int, metavar="N", help="images per data; default: all")
-    add("--out", default="mamba_attn_compare", metavar="FOLDER", help="default: ./mamba_attn_compare")
+    add_limit(parser, "use the first N images of each DATA; default: all")
+    add_folder(parser, "mamba_attn_compare")
     add("--measures", default="all", metavar="all|NAME,...", help="default: all, see below")
     add("--target", default="predicted", metavar="predicted|label|CLASS", help="class to explain; default: predicted")
     add(
         "--half",
         default="all",
         choices=("all", "choose", "report"),
-        help="of the images, by the hash of their names: "
-        "what is chosen on one half is reported on the other; default: all",
+        help="use a fixed half of the images: tune on 'choose', report on 'report'; default: all",
     )
     add("--fill", default="black", choices=("black", "mean"), help="what replaces removed cells; default: black")
     add("--sanity-images", type=int, default=8, metavar="N", help="default: 8")
-    add("--pictures", type=int, default=6, metavar="N", help="images on the page, per data; default: 6")
+    add("--pictures", type=int, default=6, metavar="N", help="images on the page, per DATA; default: 6")
     add(
         "--precision",
         default="float32",
@@ -80,23 +92,17 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="of the model's answers when it is perturbed; default: float32",
     )
     add("--workers", type=int, default=1, metavar="N", help="processes; default: 1")
-    add("--seed", type=int, default=0, help="of everything random; default: 0")
-    add("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
-    parser.set_defaults(run=run)  # fmt: skip
+    add("--seed", type=int, default=0, metavar="N", help="of everything random; default: 0")
+    add_device(parser)
 
 
-def run(args: argparse.Namespace, command: Sequence[str]) -> int:
-    """Do what the arguments say, and return the exit code."""
-    call = f"mamba-attn {shlex.join(command)}"
-    return exit_code("compare", lambda: _run(args, call), "stopped; the same command goes on from here.")
-
-
-def _run(args: argparse.Namespace, command: str) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Measure what is missing, then print and write everything."""
     require_extras(_NEEDED)
     plan = _plan(args)
     plan.check()
     try:
-        return _compare(plan, args, command)
+        return _compare(plan, args)
     except BrokenProcessPool as error:
         raise MambaAttnError(
             "a worker process ended at once, perhaps for want of memory; what was measured is kept: call it again, "
@@ -109,14 +115,14 @@ def _plan(args: argparse.Namespace) -> "Plan":
     from mamba_attn.evaluation.plan import Plan
     from mamba_attn.evaluation.specs import Model, Options, choose_methods
 
-    _counts(args)
+    require_least(args, limit=1, workers=1, sanity_images=0, pictures=0, seed=0)
     names = [text.strip() for text in args.models.split(",") if text.strip()]
     if not names:
         raise ValueError("--models: expected names of models, e.g. vim_micro,vit_micro.")
     models = list(dict.fromkeys(Model.parse(name, args.device) for name in names))
     if len({model.name for model in models}) < len(models):
         raise ValueError(f"--models {args.models}: a model can be compared with one set of weights at a time.")
-    _settle_threads([model.subject.parameters for model in models], args.workers)
+    settle_threads([model.subject.parameters for model in models], args.workers)
     selectors, only = _selectors(args.data)
     methods, most, unasked = choose_methods(args.methods or ["all"])
     return Plan(
@@ -124,18 +130,6 @@ def _plan(args: argparse.Namespace) -> "Plan":
         Options(args.target, args.fill, args.precision, seed=args.seed), args.half, args.limit, args.sanity_images,
         pictures=args.pictures,
     )  # fmt: skip
-
-
-def _counts(args: argparse.Namespace) -> None:
-    for option, least in (("limit", 1), ("workers", 1), ("sanity_images", 0), ("pictures", 0), ("seed", 0)):
-        value = getattr(args, option)
-        if value is not None and value < least:
-            raise ValueError(f"--{option.replace('_', '-')} {value}: expected a number from {least} on.")
-
-
-def _settle_threads(parameters: Sequence[int], workers: int) -> None:
-    """Threads that share few parameters wait for each other longer than they work."""
-    torch.set_num_threads(max(1, min(torch.get_num_threads() // workers, min(parameters) // 5_000_000)))
 
 
 def _selectors(texts: Sequence[str]) -> tuple[list[str], dict[str, tuple[str, ...]]]:
@@ -163,9 +157,7 @@ def _measures(option: str, text: str) -> tuple[str, ...]:
     return names
 
 
-def _compare(plan: "Plan", args: argparse.Namespace, command: str) -> int:
-    from rich.console import Console
-
+def _compare(plan: "Plan", args: argparse.Namespace) -> int:
     from mamba_attn.evaluation.scheduler import run as measure
     from mamba_attn.evaluation.store import Store
 
@@ -176,13 +168,15 @@ def _compare(plan: "Plan", args: argparse.Namespace, command: str) -> int:
     store = Store(folder / _STORE)
     if store.damaged:
         plan.notes.append(f"{_STORE}: {store.damaged} damaged lines were left out and their figures measured again.")
-    with bar(Console(stderr=True)) as progress:
+    with progress_bar() as progress:
         measure(plan, store, args.workers, progress)
-    return _report(plan, store, folder, command)
+    return _report(plan, store, folder, args.call)
 
 
-def _report(plan: "Plan", store: "Store", folder: Path, command: str) -> int:
+def _report(plan: "Plan", store: "Store", folder: Path, call: str) -> int:
     """Print and write everything; the exit code says whether something failed."""
+    import torch
+
     from mamba_attn.datasets.samples import HALVES
     from mamba_attn.evaluation.page import page
     from mamba_attn.evaluation.summary import summarise
@@ -195,7 +189,7 @@ def _report(plan: "Plan", store: "Store", folder: Path, command: str) -> int:
     ]  # fmt: skip
     flags = [f"{table.model.name}, {table.data.name}: {flag}" for table in tables for flag in table.flags]
     about: dict[str, Any] = {
-        "command": command, "torch": torch.__version__, "threads": torch.get_num_threads(), "half": plan.half,
+        "command": call, "torch": torch.__version__, "threads": torch.get_num_threads(), "half": plan.half,
         "options": vars(plan.options), "notes": [*dict.fromkeys([*plan.notes, *flags, *failed])],
     }  # fmt: skip
     halves = {half: summarise(plan, store, half) for half in HALVES} if plan.half == "all" else {}

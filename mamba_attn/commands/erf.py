@@ -1,25 +1,19 @@
-"""``mamba-attn erf``: its arguments, the images, what it writes.
-
-Exit codes: 0 all done, 1 some images could not be used, 2 nothing was done because of how it was called.
-"""
+"""``mamba-attn erf``: its arguments, the images, what it writes."""
 
 import argparse
-import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from mamba_attn import images
-from mamba_attn.core.requirements import exit_code, parse_place, require_extras, subcommand, writable
-from mamba_attn.core.terminal import show
+from mamba_attn.commands.options import Commands, add_folder, add_images, add_limit, add_model, command, require_least
+from mamba_attn.commands.terminal import show
+from mamba_attn.core.requirements import parse_place, require_extras, writable
 from mamba_attn.errors import nearest
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
     from rich.console import Console
 
     from mamba_attn.datasets import Data
@@ -29,46 +23,48 @@ if TYPE_CHECKING:
 
 _NEEDED = {"captum": "captum", "matplotlib": "matplotlib", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
 _UNTRAINED = "untrained"
-_Picture = Callable[["EvaluationTransform"], np.ndarray]
-_EPILOG = """\
-FOLDER receives erf.html (a page that needs no network), erf.png and erf.npz: the gradient of the token's features
-with respect to the pixels, averaged over the images; what the token reads in every layer; the attention rollout.
+_Picture = Callable[["EvaluationTransform"], "np.ndarray"]
+_EXAMPLES = """\
+photo.jpg --untrained             # next to random weights
+--data photos.zip --limit 50 --model vmamba_micro
+photo.jpg --query class --layer 3"""
+_NOTES = """\
+FOLDER receives erf.html (a page that needs no network), erf.png and erf.npz:
+the gradient of the token's features with respect to the pixels, averaged over
+the images; what the token reads in every layer; the attention rollout.
 
-The table says how large a square around the token holds 20, 30, 50 and 99 % of the gradient, its side in pixels and the
-part of the image inside, and mean distances in pixels. Of a collection (--data) images are taken in the order of the
-hashes of their names, so that the first N are a fair sample.
+The table gives, for 20, 30, 50 and 99 % of the gradient, the smallest square
+around the token that contains it, its side in pixels and as part of the
+image, and mean distances in pixels. Of a collection (--data) images are taken
+in the order of the hashes of their names, so that the first N are a fair
+sample.
 """
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command and its arguments."""
-    what = "effective receptive field of a model, beside the reach of its attention"
-    parser = subcommand(commands, "erf", what, _EPILOG)
+    parser = command(
+        commands, "erf", "measure how far a token sees, in pixels",
+        examples=_EXAMPLES, notes=_NOTES, run=run,
+    )  # fmt: skip
     add = parser.add_argument
-    add("image", nargs="*", metavar="IMAGE", help="files, folders or patterns; default: images of this package")
+    add_images(parser)
     add(
         "--data", metavar="DIR|ZIP[:PART]", help="a collection instead, as collect takes it: a fair sample with --limit"
     )
-    add("--model", default="vim_micro", metavar="NAME", help="default: vim_micro")
-    add("--weights", default="demo", metavar="demo|FILE|official", help="default: demo, those of this package")
-    add("--untrained", action="store_true", help="show the same model with random weights beside it")
+    add_model(parser)
+    add("--untrained", action="store_true", help="add the same model with random weights")
     add("--size", metavar="ROWS,COLUMNS", help="of the images, in pixels; default: the model's")
     add("--query", metavar="ROW,COL|class", help="whose field, in pixels; default: the patch in the middle")
     add("--box", metavar="X0,Y0,X1,Y1", help="a box instead, columns X and rows Y: the mean of its tokens")
-    add("--layer", metavar="LAYER", help="index or name; default: behind the last layer")
-    add("--limit", type=int, metavar="N", help="images at most; default: all")
-    add("--seed", type=int, default=0, help="of random weights; default: 0")
-    add("--out", default="mamba_attn_erf", metavar="FOLDER", help="default: ./mamba_attn_erf")
-    add("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
-    parser.set_defaults(run=run)
+    add("--layer", metavar="LAYER", help="index or name; default: the last layer's output")
+    add_limit(parser)
+    add("--seed", type=int, default=0, metavar="N", help="of random weights; default: 0")
+    add_folder(parser, "mamba_attn_erf")
 
 
-def run(args: argparse.Namespace, command: Sequence[str]) -> int:
-    """Do what the arguments say, and return the exit code."""
-    return exit_code("erf", lambda: _erf(args, f"mamba-attn {shlex.join(command)}"))
-
-
-def _erf(args: argparse.Namespace, command: str) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Measure every model on all images; write and print."""
     require_extras(_NEEDED)
     from rich.console import Console
     from rich.progress import Progress
@@ -77,14 +73,13 @@ def _erf(args: argparse.Namespace, command: str) -> int:
     from mamba_attn.datasets import loaded_model
     from mamba_attn.erf.fields import ReceptiveField, receptive_field
 
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit {args.limit}: expected a number from 1 on.")
+    require_least(args, limit=1)
     pictures = _pictures(args)  # before the model, which takes longer
     subject = loaded_model.load(args.model, args.weights, args.device)
     transform, place = _transform(args.size, subject), _place(args)
     for kind, numbers in place.items():
         if not isinstance(numbers, str):
-            require_inside(f"--{'query' if kind == 'pixel' else kind}", Query(kind, (numbers,)), transform.size)
+            require_inside("query" if kind == "pixel" else kind, Query(kind, (numbers,)), transform.size)
     layer, models = _layer(args.layer, subject), {subject.name: subject.model}
     if args.untrained:
         models[_UNTRAINED] = _untrained(subject, args.seed)
@@ -96,7 +91,7 @@ def _erf(args: argparse.Namespace, command: str) -> int:
             shown = progress.track(pictures, description=f"receptive field, {name}")
             good = _read(shown, transform, subject.device, damaged, progress.console)
             fields[name] = receptive_field(model, good, layer=layer, **place)
-    _write(folder, fields, command)
+    _write(folder, fields, args.call)
     _table(fields)
     skipped = sum(len(each.skipped) for each in fields.values())
     for name, each in fields.items():
@@ -108,6 +103,7 @@ def _erf(args: argparse.Namespace, command: str) -> int:
 
 def _pictures(args: argparse.Namespace) -> list[_Picture]:
     """What gives each image as a model's transform leaves it, uint8."""
+    from mamba_attn import images
     from mamba_attn.datasets import open_data
 
     if args.data is None:
@@ -119,19 +115,21 @@ def _pictures(args: argparse.Namespace) -> list[_Picture]:
     return [partial(_of_data, data, index) for index in data.chosen(limit=args.limit)]
 
 
-def _of_file(path: Path, transform: "EvaluationTransform") -> np.ndarray:
+def _of_file(path: Path, transform: "EvaluationTransform") -> "np.ndarray":
     return transform.pixels(path)
 
 
-def _of_data(data: "Data", index: int, transform: "EvaluationTransform") -> np.ndarray:
+def _of_data(data: "Data", index: int, transform: "EvaluationTransform") -> "np.ndarray":
     return data.load(index, transform).pixels
 
 
 def _read(
-    pictures: Iterable[_Picture], transform: "EvaluationTransform", device: torch.device, damaged: set[str],
+    pictures: Iterable[_Picture], transform: "EvaluationTransform", device: "torch.device", damaged: set[str],
     console: "Console",
-) -> Iterator[Tensor]:  # fmt: skip
-    """Images one by one; what cannot be read is said once."""
+) -> "Iterator[torch.Tensor]":  # fmt: skip
+    """Images one by one; each that cannot be read is named once."""
+    from mamba_attn import images
+
     for picture in pictures:
         try:
             image = images.normalise(picture(transform)[None])
@@ -174,8 +172,10 @@ def _layer(text: str | None, subject: "LoadedModel") -> str | None:
     raise ValueError(f"--layer {text}: no such layer; {known}{nearest(text, subject.layers)}")
 
 
-def _untrained(subject: "LoadedModel", seed: int) -> torch.nn.Module:
+def _untrained(subject: "LoadedModel", seed: int) -> "torch.nn.Module":
     """A copy whose parameters are as a new model of its kind has them."""
+    import torch
+
     from mamba_attn import models
 
     with torch.random.fork_rng(devices=[]):
@@ -185,6 +185,8 @@ def _untrained(subject: "LoadedModel", seed: int) -> torch.nn.Module:
 
 def _write(folder: Path, fields: "dict[str, ReceptiveField]", command: str) -> None:
     """erf.html, erf.png and erf.npz."""
+    import numpy as np
+
     from mamba_attn.erf.page import page, panels
     from mamba_attn.figures.png import reach_rgb, save_png
 
@@ -202,5 +204,5 @@ def _table(fields: "dict[str, ReceptiveField]") -> None:
     from mamba_attn.erf.page import HEADER, table
 
     first = next(iter(fields.values()))
-    title = f"effective receptive field of {first.reader} behind {first.layer}; distances in pixels"
+    title = f"effective receptive field of {first.reader} at the output of {first.layer}; distances in pixels"
     show(title, HEADER, table(fields))

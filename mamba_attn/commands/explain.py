@@ -1,19 +1,14 @@
-"""``mamba-attn explain``: its arguments, and the loop over the images.
-
-Exit codes: 0 all done, 1 some images could not be explained, 2 nothing was done because of how it was called.
-"""
+"""``mamba-attn explain``: its arguments, and the loop over the images."""
 
 import argparse
-import shlex
+import inspect
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
-from mamba_attn import images
-from mamba_attn.core.requirements import exit_code, require_extras, subcommand, writable
-from mamba_attn.errors import NonFiniteError
+from mamba_attn.commands.options import Commands, add_folder, add_images, add_model, command, settle_threads
+from mamba_attn.core.requirements import require_extras, writable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,17 +17,15 @@ if TYPE_CHECKING:
     from mamba_attn.explanations.choices import Question
 
 _NEEDED = {"captum": "captum", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
-_PARAMETERS_PER_THREAD = 5_000_000  # threads that share less wait for each other longer than they work
-_EPILOG = """\
-For every image FOLDER receives NAME.html (a page that needs no network), NAME.png (the same as one picture) and
-NAME.npz (the maps in pixels, the matrices, the query's row in every layer, all probabilities); index.html lists them.
-
-methods: raw_attention, attention_rollout, attention_rollout_signed, frozen_contribution; for selective scans
-mamba_attribution, implicit_attention, mamba_lrp; for softmax attention transformer_attribution,
-transformer_attribution_lrp, attention_grad_cam; grad_cam, integrated_gradients, input_x_gradient, saliency, occlusion,
-whose maps do not heed --layer; as controls random, centre.
-raw_attention shows what is read, not what decides: on vmamba_micro it is below random when what it marks is removed.
-Options follow a colon: attention_rollout:signed, mamba_attribution:rule=paper, raw_attention:convention=hidden_mamba.
+_EXAMPLES = """\
+                                   # six sample photos
+photo.jpg --model vmamba_micro --target hat
+'photos/*.jpg' --method raw_attention mamba_lrp"""
+_NOTES = """\
+For every image FOLDER receives NAME.html (a page that needs no network),
+NAME.png (the same as one picture) and NAME.npz (the maps in pixels, the
+matrices, the query's row in every layer, all probabilities); index.html lists
+them.
 """
 
 
@@ -42,21 +35,22 @@ class Job(NamedTuple):
     questions: list["Question"]
     paths: list[Path]
     folder: Path
-    command: str
+    call: str
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command and its arguments."""
-    what = "classes, attention maps and matrices of images"
-    parser = subcommand(commands, "explain", what, _EPILOG)
+    parser = command(
+        commands, "explain", "draw attention maps of your images, with classes and matrices",
+        examples=_EXAMPLES, notes=_NOTES, run=run, more=_methods,
+    )  # fmt: skip
     add = parser.add_argument
-    add("image", nargs="*", metavar="IMAGE", help="files, folders or patterns; default: images of this package")
-    add("--model", default="vim_micro", metavar="NAME", help="default: vim_micro")
-    add("--weights", default="demo", metavar="demo|FILE|official", help="default: demo, those of this package")
+    add_images(parser)
+    add_model(parser)
     add(
         "--beside",
         metavar="NAME|none",
-        help="a model with demo weights to compare with; default: vit_micro beside the others of them",
+        help="second bundled model to show alongside (default: vit_micro for the other *_micro models)",
     )
     add(
         "--method",
@@ -64,31 +58,50 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="extend",
         default=[],
         metavar="METHOD",
-        help="see below; default: raw_attention, "
-        "attention_rollout, mamba_attribution or, for a ViT, transformer_attribution",
+        help="see below; default: raw_attention, attention_rollout, and mamba_attribution or, for a ViT, "
+        "transformer_attribution",
     )
     add("--target", metavar="CLASS|INDEX", help="class to explain, by name or index; default: the predicted one")
     add("--query", metavar="ROW,COL", help="whose attention, in pixels; default: the class token's")
     add("--box", metavar="X0,Y0,X1,Y1", help="a box instead, columns X and rows Y: the mean of its tokens")
-    add("--layer", nargs="+", action="extend", default=[], metavar="LAYER", help="indices, names, patterns; default: "
-        "all, and matrices at 25, 50 and 75 %% of the depth")  # fmt: skip
-    add("--out", default="mamba_attn_explain", metavar="FOLDER", help="default: ./mamba_attn_explain")
-    add("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
-    parser.set_defaults(run=run)
+    add(
+        "--layer",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="LAYER",
+        help="indices, names, patterns; default: all, and matrices at 25, 50 and 75 %% of the depth",
+    )
+    add_folder(parser, "mamba_attn_explain")
 
 
-def run(args: argparse.Namespace, command: Sequence[str]) -> int:
-    """Do what the arguments say, and return the exit code."""
-    return exit_code("explain", lambda: _run(args, f"mamba-attn {shlex.join(command)}"))
-
-
-def _run(args: argparse.Namespace, command: str) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Explain the images."""
     require_extras(_NEEDED)
-    return _explain(_job(args, command))
+    return _explain(_job(args))
 
 
-def _job(args: argparse.Namespace, command: str) -> Job:
+def _methods() -> str:
+    """The methods by what they fit, for the help."""
+    from mamba_attn.attribution.catalogue import ANY, METHODS, SCANS, SOFTMAX, TRACED
+
+    titles = {(SCANS,): SCANS, (SOFTMAX,): f"{SOFTMAX} (ViT)", TRACED: "both", ANY: "any model"}
+    lines = ["methods, by the layers that they fit (`random` and `centre` are baselines):"]
+    for made_of, title in titles.items():
+        names = ", ".join(name for name, entry in METHODS.items() if entry.made_of == made_of)
+        lines.append(textwrap.fill(f"{title}: {names}", 78, initial_indent="  ", subsequent_indent="    "))
+    deaf = [name for name, its in METHODS.items() if "layers" not in inspect.signature(its.method.__init__).parameters]
+    lines.append(textwrap.fill(f"These ignore --layer: {', '.join(deaf)}.", 78))
+    lines.append("raw_attention shows what is read, not what decides: on vmamba_micro it is")
+    lines.append("below random when what it marks is removed.")
+    lines.append("Options follow a colon: attention_rollout:signed,")
+    lines.append("mamba_attribution:rule=paper, raw_attention:convention=hidden_mamba.")
+    return "\n".join(lines)
+
+
+def _job(args: argparse.Namespace) -> Job:
     """Check everything that can be checked before the first image."""
+    from mamba_attn import images
     from mamba_attn.datasets import loaded_model
     from mamba_attn.explanations import choices
 
@@ -105,9 +118,8 @@ def _job(args: argparse.Namespace, command: str) -> Job:
     beside = args.beside or (None if args.weights == "demo" else loaded_model.NO_COMPANION)
     second = loaded_model.load_companion(beside, first, args.device)
     questions = [question, *([] if second is None else [question.of_companion(second)])]
-    smallest = min(each.subject.parameters for each in questions)
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), smallest // _PARAMETERS_PER_THREAD)))
-    return Job(questions, paths, writable(args.out), command)
+    settle_threads(each.subject.parameters for each in questions)
+    return Job(questions, paths, writable(args.out), args.call)
 
 
 def _explain(job: Job) -> int:
@@ -115,6 +127,8 @@ def _explain(job: Job) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
+    from mamba_attn import images
+    from mamba_attn.errors import NonFiniteError
     from mamba_attn.explanations.answer import answer
     from mamba_attn.explanations.page import index
 
@@ -165,7 +179,7 @@ def _write(job: Job, title: str, name: str, answers: Sequence["Answer"]) -> None
     arrays = first.arrays()
     for other in others:
         arrays |= other.arrays(f"{other.name}.")
-    (job.folder / f"{name}.html").write_text(page(title, answers, job.command), encoding="utf-8")
+    (job.folder / f"{name}.html").write_text(page(title, answers, job.call), encoding="utf-8")
     save_png(job.folder / f"{name}.png", sheet(answers))
     np.savez_compressed(job.folder / f"{name}.npz", **arrays)  # type: ignore[arg-type]
 
@@ -173,7 +187,7 @@ def _write(job: Job, title: str, name: str, answers: Sequence["Answer"]) -> None
 def _table(questions: Sequence["Question"]) -> "Table":
     from rich.table import Table
 
-    table = Table(title="five likeliest classes")
+    table = Table(title="Top 5 predictions")
     table.add_column("image", overflow="fold")
     for question in questions:
         table.add_column(question.subject.name, overflow="fold")

@@ -1,40 +1,43 @@
-"""``mamba-attn explore``: its arguments, and the server.
-
-Exit codes: 0 stopped by the user, 2 nothing was done because of how it was called.
-"""
+"""``mamba-attn explore``: its arguments, and the server."""
 
 import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from mamba_attn.core.requirements import exit_code, require_extras, subcommand
+from mamba_attn.commands.options import Commands, command
+from mamba_attn.commands.terminal import progress_bar
+from mamba_attn.core.requirements import require_extras
 
 _NEEDED = {"dash": "dash", "plotly": "plotly", "PIL": "pillow", "zarr": "zarr"}
-_EPILOG = """\
-Two linked views of the attention between patches: points (a stage's blocks over images, or a block's patches) and the
-patch grid over the image. Click, drag a box or a lasso in one; the other follows. Several STOREs, e.g. of models with
-other patch orders, can be seen side by side. The page's address holds what is shown. Ctrl+C stops.
+_EXAMPLES = """\
+                         # a bundled model on six photos
+store
+store1 store2 --port 0   # side by side, on any free port"""
+_NOTES = """\
+Two linked views of the attention between patches: points (a stage's blocks
+over images, or a block's patches) and the patch grid over the image. Click,
+drag a box or a lasso in one; the other follows. The page's address holds what
+is shown.
 
-The explorer answers to this machine only, unless --host says otherwise; whoever reaches it sees the store's images.
+The explorer answers only to this machine, unless --host says otherwise;
+whoever reaches it sees the store's images. Ctrl+C stops.
 """
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command and its arguments."""
-    parser = subcommand(commands, "explore", "linked views of attention between patches, in a browser", _EPILOG)
+    parser = command(
+        commands, "explore", "explore attention between patches in a browser",
+        examples=_EXAMPLES, notes=_NOTES, run=run,
+    )  # fmt: skip
     add = parser.add_argument
-    add("store", nargs="*", metavar="STORE", help="of mamba-attn collect; default: this package's images")
+    add("store", nargs="*", metavar="STORE", help="made by mamba-attn collect; default: a bundled model on six photos")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, this machine only")
     add("--port", default=8050, type=_port, metavar="P", help="default: 8050; 0: any that is free")
-    parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace, command: Sequence[str]) -> int:
-    """Do what the arguments say, and return the exit code."""
-    return exit_code("explore", lambda: _explore(args))
-
-
-def _explore(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Serve the stores until Ctrl+C."""
     require_extras(_NEEDED, "app")
     serve(_stores(args.store), args.host, args.port)
     return 0
@@ -68,7 +71,16 @@ def _stores(paths: Sequence[str]) -> list[Any]:
     from mamba_attn.analytics import AttentionStore
     from mamba_attn.viewer.demo import demo_store
 
-    return [AttentionStore.open(path) for path in (paths or [str(demo_store())])]
+    if paths:
+        return [AttentionStore.open(path) for path in paths]
+    require_extras({"rich": "rich"}, "analytics")
+    with progress_bar() as progress:
+        task = progress.add_task("collecting the demo", total=None, visible=False)
+
+        def advance(done: int, wanted: int) -> None:
+            progress.update(task, completed=done, total=wanted, visible=True)
+
+        return [AttentionStore.open(demo_store(advance))]
 
 
 def _port(text: str) -> int:

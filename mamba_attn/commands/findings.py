@@ -1,23 +1,17 @@
-"""``mamba-attn findings``: its arguments, the stores, what it writes.
-
-Exit codes: 0 all done, 1 some controls could not be measured, 2 nothing was done because of how it was called, 130
-stopped by the user.
-"""
+"""``mamba-attn findings``: its arguments, the stores, what it writes."""
 
 import argparse
 import json
 import math
-import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from mamba_attn.core.requirements import exit_code, require_extras, subcommand, writable
-from mamba_attn.core.terminal import plain, show
+from mamba_attn.commands.options import Commands, add_folder, command, require_least
+from mamba_attn.commands.terminal import plain, progress_bar, show
+from mamba_attn.core.requirements import require_extras, writable
 from mamba_attn.errors import nearest
 
 if TYPE_CHECKING:
@@ -26,58 +20,65 @@ if TYPE_CHECKING:
     from mamba_attn.findings.controls import Report
 
 _NEEDED = {"zarr": "zarr", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
-_EPILOG = """\
-STORE: a folder of mamba-attn collect. Its model is built again, and measured on the store's own images beside
-models of the same architecture with random weights and beside itself scanning in a random order. A number is called
-outside the range expected of untrained models by Student's t over their seeds, with Holm's correction: this is about
-one trained model, not about training. A model that cannot be built again is measured by what the store kept of it.
+_EXAMPLES = """\
+store
+raster morton --seeds 3 --accuracy raster=71.5"""
+_NOTES = """\
+STORE: a folder made by mamba-attn collect. Rebuilds its model and compares
+it, on the store's own images, with randomly initialised copies and with
+itself under a random scan order. A number is called outside the range
+expected of untrained models by Student's t over their seeds, with Holm's
+correction: this is about one trained model, not about training. A model that
+cannot be rebuilt is measured by what the store kept of it.
 
-FOLDER receives findings.html (no network), findings.txt, findings.csv, findings.json and matrices.png; in measured/
-what every model gave, so that a killed call goes on.
+FOLDER receives findings.html (no network), findings.txt, findings.csv,
+findings.json and matrices.png; in measured/ each model's results, from which
+the same command resumes after a kill.
 """
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command and its arguments."""
-    what = "what attention does in the blocks of a model, and whether untrained models or other scan orders do it too"
-    parser = subcommand(commands, "findings", what, _EPILOG)
+    what = "test whether untrained models attend the same way"
+    parser = command(
+        commands, "findings", what,
+        examples=_EXAMPLES, notes=_NOTES, run=run, stopped="stopped; the same command resumes after the last model.",
+    )  # fmt: skip
     add = parser.add_argument
-    add("store", nargs="+", metavar="STORE", help="folders of mamba-attn collect")
-    add("--out", default="mamba_attn_findings", metavar="FOLDER", help="default: ./mamba_attn_findings")
+    add("store", nargs="+", metavar="STORE", help="made by mamba-attn collect")
+    add_folder(parser, "mamba_attn_findings")
     add(
         "--seeds",
         type=int,
         default=5,
         metavar="N",
-        help="models with random weights, at least 2 for a range; default: 5",
+        help="randomly initialised copies, at least 2 for a range; default: 5",
     )
     add("--images", type=int, metavar="N", help="the first N of each store; default: all")
-    add("--accuracy", action="append", default=[], metavar="NAME=VALUE", help="top-1 of a store's model in percent; "
-        "default: what the card beside its weights says")  # fmt: skip
-    parser.set_defaults(run=run)
+    add(
+        "--accuracy",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="top-1 of a store's model in percent; default: what the card next to its weights says",
+    )
 
 
-def run(args: argparse.Namespace, command: Sequence[str]) -> int:
-    """Do what the arguments say, and return the exit code."""
-    stopped = "stopped; the same command goes on after the last model."
-    return exit_code("findings", lambda: _findings(args, f"mamba-attn {shlex.join(command)}"), stopped)
-
-
-def _findings(args: argparse.Namespace, command: str) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Measure every store and its controls, then print and write everything."""
     require_extras(_NEEDED, "analytics")
+    import torch
+
     from mamba_attn.findings.accuracy import over_orders
 
-    if args.seeds < 0:
-        raise ValueError(f"--seeds {args.seeds}: expected a number from 0 on.")
-    if args.images is not None and args.images < 1:
-        raise ValueError(f"--images {args.images}: expected a number from 1 on.")
+    require_least(args, seeds=0, images=1)
     stores = named(args.store)
     accuracies = _accuracies(args.accuracy, stores)
     folder = writable(args.out)
     torch.set_num_threads(1)  # threads of small models wait for each other longer than they work
     reports = _measured(stores, accuracies, folder / "measured", args.images, args.seeds)
     orders = over_orders(reports)
-    write(folder, reports, orders, stores, command)
+    write(folder, reports, orders, stores, args.call)
     for report in reports:
         for note in report.notes:
             print(f"{report.name}: {note}", file=sys.stderr)
@@ -148,14 +149,11 @@ def write(
 def _measured(
     stores: "dict[str, AttentionStore]", accuracies: dict[str, float], folder: Path, images: int | None, seeds: int
 ) -> "list[Report]":
-    from rich.console import Console
-
-    from mamba_attn.core.terminal import bar
     from mamba_attn.findings.accuracy import known_accuracy
     from mamba_attn.findings.controls import report, steps
 
     reports = []
-    with bar(Console(stderr=True)) as progress:
+    with progress_bar() as progress:
         for name, store in stores.items():
             count = min(images or len(store.images), len(store.images))
             task = progress.add_task(name, total=steps(store, count, seeds))

@@ -1,47 +1,47 @@
-"""``mamba-attn report``: its arguments, what it writes.
-
-Exit codes: 0 written, 2 nothing was written because of how it was called.
-"""
+"""``mamba-attn report``: its arguments, what it writes."""
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from mamba_attn.core.requirements import exit_code, require_extras, subcommand
+from mamba_attn.commands.exit_codes import as_flags
+from mamba_attn.commands.options import Commands, command, require_least
+from mamba_attn.core.requirements import require_extras
 
 _NEEDED = {"zarr": "zarr", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
 _METHODS = ("pca", "tsne", "umap")
-_EPILOG = """\
-One page with the two linked views of mamba-attn explore, for grids of up to 32 x 32 patches: points (a stage's blocks
-over images, or a block's patches) and the patch grid over the image. It needs no server and no network: send it, open
-it from the disk. It contains the images that it shows, and the names of all.
+_EXAMPLES = """\
+store --out report.html
+store1 store2 --out both.html --size 20 --images 8"""
+_NOTES = """\
+One page with the two linked views of mamba-attn explore, for grids of up to
+32 x 32 patches. It needs no server and no network: send it, open it from
+disk. It contains the images that it shows, and the names of all.
 
-What matters most goes in first: the blocks' means, their points, one image, each route's means, then the other --images
-of those that collect --keep kept in full. What does not fit --size is left out; the page and the command say how much,
+What matters most goes in first: the blocks' means, their points, one image,
+each route's means, then the other --images of those that collect --keep kept.
+What does not fit --size is left out; the page and the command say how much,
 and which --size, or --images, would show it.
 """
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command and its arguments."""
-    parser = subcommand(commands, "report", "stores of attention as one page that needs no server", _EPILOG)
+    parser = command(
+        commands, "report", "freeze the explorer's views into one page that needs no server",
+        examples=_EXAMPLES, notes=_NOTES, run=run,
+    )  # fmt: skip
     add = parser.add_argument
-    add("store", nargs="+", metavar="STORE", help="of mamba-attn collect; several can be compared in one page")
+    add("store", nargs="+", metavar="STORE", help="made by mamba-attn collect; several are shown in one page")
     add("--out", required=True, metavar="FILE", help="the page, e.g. report.html; an older one is replaced")
     add("--method", nargs="+", default=["pca"], choices=_METHODS, help="of dimension reduction; default: pca")
     add("--images", type=int, default=4, metavar="N", help="of those kept in full, per store; default: 4")
     add("--size", type=float, default=8.0, metavar="MB", help="of the page at most, in 10^6 bytes; default: 8")
-    parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace, command: Sequence[str]) -> int:
-    """Do what the arguments say, and return the exit code."""
-    return exit_code("report", lambda: _report(args))
-
-
-def _report(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Write the page; print what it leaves out."""
     require_extras(_NEEDED, "analytics")
     from rich.console import Console
     from rich.progress import Progress
@@ -52,20 +52,19 @@ def _report(args: argparse.Namespace) -> int:
 
     if not 0.5 <= args.size <= 1000:
         raise ValueError(f"--size {args.size:g}: expected 10^6 bytes, from 0.5 to 1000.")
-    if args.images < 0:
-        raise ValueError(f"--images {args.images}: expected a number from 0 on.")
+    require_least(args, images=0)
     path = _file(args.out)
     stores = [AttentionStore.open(store) for store in args.store]
     methods = list(dict.fromkeys(args.method))
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("report", total=None)
         text, content = make(
-            stores, methods, args.images, int(args.size * 1e6), f"mamba_attn {package_version()}",
+            stores, methods, args.images, args.size, f"mamba_attn {package_version()}",
             advance=lambda what: progress.update(task, description=f"report, {what}"),
         )  # fmt: skip
     _replace(path, text)
     for note in content.notes:
-        print(note, file=sys.stderr)
+        print(as_flags(note, vars(args)), file=sys.stderr)
     print(f"{len(text.encode()) / 1e6:.1f} MB, {len(content.matrices)} matrices; open {path}")
     return 0
 

@@ -2,9 +2,3 @@
 
 Plain data and the rules that are defined on it; nothing here knows a model or runs a kernel.
 """
-
-from mamba_attn.core.attention_record import AttentionRecord
-from mamba_attn.core.layout import TokenLayout
-from mamba_attn.core.scan_record import ScanRecord
-
-__all__ = ["AttentionRecord", "ScanRecord", "TokenLayout"]

@@ -60,21 +60,21 @@ def open_data(selector: str) -> Data:
         ImportError: a .mat file without h5py.
     """
     if not selector.strip():
-        raise ValueError(f"--data {selector!r}: {_SELECTOR}.")
+        raise ValueError(f"open_data({selector!r}): {_SELECTOR}.")
     text, part = _split(selector)
     path = Path(text).expanduser()
     if not path.exists():
-        raise FileNotFoundError(f"--data {selector}: there is no file or folder {text!r}; {_SELECTOR}.")
+        raise FileNotFoundError(f"open_data({selector!r}): there is no file or folder {text!r}; {_SELECTOR}.")
     name = path.name + (f":{part}" if part else "")
     if path.suffix.lower() == ".mat":
         if part:
-            raise ValueError(f"--data {selector}: a .mat file has no parts; {_SELECTOR}.")
+            raise ValueError(f"open_data({selector!r}): a .mat file has no parts; {_SELECTOR}.")
         return ImageNetSegmentation(path, name)
     if path.is_dir():
         identity = f"{path.resolve()}:{part}"
         return collection(Folder(str(path)), part, name, identity)
     if path.suffix.lower() != ".zip":
-        raise ValueError(f"--data {selector}: expected a folder, a .zip or a .mat file; {_SELECTOR}.")
+        raise ValueError(f"open_data({selector!r}): expected a folder, a .zip or a .mat file; {_SELECTOR}.")
     identity = f"{path.name}-{path.stat().st_size}:{part}"
     return collection(Zip(str(path)), part, name, identity)
 
@@ -157,7 +157,7 @@ class Zip(Files):
         try:
             self._archive = zipfile.ZipFile(root)
         except (zipfile.BadZipFile, OSError) as error:
-            raise ValueError(f"--data {root}: this is not a zip file, or a damaged one ({error}).") from error
+            raise ValueError(f"open_data({root!r}): this is not a zip file, or a damaged one ({error}).") from error
 
     @cached_property
     def names(self) -> list[str]:
@@ -224,11 +224,11 @@ def collection(files: Files, part: str, name: str, identity: str) -> Data:
     """
     base = f"{part}/" if part else ""
     if part and not any(file.startswith(base) for file in files.names):
-        raise ValueError(f"--data {name}: there is no folder {part!r} in it. {_parts(files)}")
+        raise ValueError(f"open_data({name!r}): there is no folder {part!r} in it. {_parts(files)}")
     folder, table = _table(files, part)
     if table is None:
         if any(file.startswith(base) and file.endswith(tuple(f"/{each}" for each in TABLES)) for file in files.names):
-            raise ValueError(f"--data {name}: it has several parts; name one. {_parts(files)}")
+            raise ValueError(f"open_data({name!r}): it has several parts; name one. {_parts(files)}")
         return _sorted_by_class(files, base, name, identity)
     rows = _rows(files, folder + table)
     split = part.removeprefix(folder.rstrip("/")).strip("/")
@@ -236,9 +236,11 @@ def collection(files: Files, part: str, name: str, identity: str) -> Data:
     try:
         data = readers[table](files, folder, rows, split, name, identity)
     except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"--data {name}: {folder}{table} is not such a table as was expected ({error!r}).") from error
+        raise ValueError(
+            f"open_data({name!r}): {folder}{table} is not such a table as was expected ({error!r})."
+        ) from error
     if not len(data):
-        raise ValueError(f"--data {name}: it holds no images.")
+        raise ValueError(f"open_data({name!r}): it holds no images.")
     return data
 
 
@@ -326,7 +328,7 @@ def _sorted_by_class(files: Files, base: str, name: str, identity: str) -> Data:
         split = "val/" if any(file.startswith(f"{base}val/") for file in files.names) else ""
     names = [file.removeprefix(base) for file in pictures(files.names) if file.startswith(base + split)]
     if not names:
-        raise ValueError(f"--data {name}: it holds no images.")
+        raise ValueError(f"open_data({name!r}): it holds no images.")
     folders = {file: file.removeprefix(split).partition("/") for file in names}
     classes = sorted({first for first, _, rest in folders.values() if rest})
     labels = {each: index for index, each in enumerate(classes)}
@@ -366,18 +368,20 @@ class ImageNetSegmentation(Data):
         try:
             import h5py
         except ImportError as error:
-            raise ImportError(f"--data {name}: reading it needs h5py: pip install 'mamba_attn[hdf5]'") from error
+            raise ImportError(f"open_data({name!r}): reading it needs h5py: pip install 'mamba_attn[hdf5]'") from error
         try:
             self._file = h5py.File(path, "r")
             count = len(self._file["value/img"])
             fits = len(self._file["value/gt"]) == count
         except (OSError, KeyError, TypeError) as error:
             raise ValueError(
-                f"--data {name}: expected the MATLAB v7.3 file of ImageNet-Segmentation, with /value/img and "
+                f"open_data({name!r}): expected the MATLAB v7.3 file of ImageNet-Segmentation, with /value/img and "
                 f"/value/gt ({error})."
             ) from error
         if not fits or count == 0:
-            raise ValueError(f"--data {name}: /value/img and /value/gt must be of the same length, and not empty.")
+            raise ValueError(
+                f"open_data({name!r}): /value/img and /value/gt must be of the same length, and not empty."
+            )
         items = [Item(f"{index:05d}", mask=f"{index:05d}") for index in range(count)]
         super().__init__(name, f"{Path(path).name}-{Path(path).stat().st_size}", items, truth="masks")
 

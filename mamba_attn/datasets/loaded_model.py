@@ -89,8 +89,7 @@ def load(name: str, weights: str, device: str = "cpu") -> LoadedModel:
         ValueError: an unknown name, a device that is not there, a card that is not one.
         WeightsError: weights that are absent or do not fit.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu.")
+    require_device(device)
     card: dict[str, Any] = {}
     if weights == "demo" and name in registry.demos():
         card = registry.demo_card(name)
@@ -101,6 +100,19 @@ def load(name: str, weights: str, device: str = "cpu") -> LoadedModel:
     model = models.create(name, weights=weights, **options)
     transform = models.transform(name, cast(tuple[int, int], model.image_size))
     return LoadedModel(name, model.to(device), _class_names(model, card), transform, weights, options)
+
+
+def require_device(device: str) -> None:
+    """Refuse a CUDA device that is not there.
+
+    Args:
+        device: "cpu" or "cuda".
+
+    Raises:
+        ValueError: see above.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda': PyTorch sees no CUDA device here; use device='cpu'.")
 
 
 def load_companion(name: str | None, subject: LoadedModel, device: str = "cpu") -> LoadedModel | None:
@@ -121,29 +133,29 @@ def load_companion(name: str | None, subject: LoadedModel, device: str = "cpu") 
     return None if name == NO_COMPANION else load(name, "demo", device)
 
 
-def parse_target(text: str | None, subject: LoadedModel) -> int | None:
+def parse_target(target: str | None, subject: LoadedModel) -> int | None:
     """Return the index of a class; None for None.
 
     Args:
-        text: an index, or a name in any case.
+        target: an index, or a name in any case.
         subject: the model whose classes these are.
 
     Raises:
         ValueError: no such class, or several of this name.
     """
-    if text is None:
+    if target is None:
         return None
     lowered = [name.lower() for name in subject.classes]
-    named = [index for index, name in enumerate(lowered) if name == text.lower()]
+    named = [index for index, name in enumerate(lowered) if name == target.lower()]
     if len(named) > 1:
         numbers = " and ".join(map(str, named))
-        raise ValueError(f"--target {text}: the classes {numbers} have this name; give the index.")
+        raise ValueError(f"target={target!r}: the classes {numbers} have this name; give the index.")
     if named:
         return named[0]
-    if text.isdecimal() and int(text) < len(lowered):
-        return int(text)
+    if target.isdecimal() and int(target) < len(lowered):
+        return int(target)
     known = f"{subject.name} knows {len(lowered)} classes, 0..{len(lowered) - 1}. "
-    raise ValueError(f"--target {text}: no such class; {known}{nearest(text.lower(), lowered)}")
+    raise ValueError(f"target={target!r}: no such class; {known}{nearest(target.lower(), lowered)}")
 
 
 def _card(path: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Effective receptive fields by gradients.
 
-Features are those that a model hands on: the last output behind a layer that still holds all of its tokens.
+Features are those that a model hands on: the last output after a layer that still holds all of its tokens.
 """
 
 from collections.abc import Iterable, Sequence
@@ -131,7 +131,7 @@ def receptive_field(
     """Return the effective receptive field of a token (arXiv 1701.04128), as arXiv 2203.06717 and VMamba measure it.
 
     Per image: the positive features of the token are summed, and the positive part of that sum's gradient with respect
-    to the pixels is summed over colours. Features are what the model hands on behind its last layer, on any grid.
+    to the pixels is summed over colours. Features are what the model passes on after its last layer, on any grid.
     Images with NaN or Inf are left out and counted.
 
     Args:
@@ -141,7 +141,7 @@ def receptive_field(
         pixel: (row, column) in pixels, the same for all images. Default: the patch in the middle,
             (height // 2, width // 2).
         box: (x0, y0, x1, y1) in pixels, whose tokens' mean it is; the same for all images.
-        layer: whose block's output is meant, by name or number. Default: behind the last one.
+        layer: whose block's output is meant, by name or number. Default: the last one.
         sign: of the gradient: "positive" part, as published, or its "absolute" value.
         reach: also say how far attention reaches: distances per layer, and the rollout.
 
@@ -149,7 +149,7 @@ def receptive_field(
         ValueError: no images, images of several sizes, a pixel or box outside them, several places, no class token,
             an unknown sign.
         UnknownLayerError: no such layer.
-        UnsupportedModelError: no output behind the layer holds its tokens.
+        UnsupportedModelError: no output after the layer holds its tokens.
         NonFiniteError: every image gave NaN or Inf.
         TraceError: the tokens' place in the image is not known.
 
@@ -326,7 +326,7 @@ class Features:
             layer: the traced one, ``layer`` by name.
 
         Raises:
-            UnsupportedModelError: no output behind it holds its tokens.
+            UnsupportedModelError: no output after it holds its tokens.
         """
         for name, output in reversed(self._outputs):
             if self._stopped and not (layer.name == name or layer.name.startswith(f"{name}.") or not name):
@@ -336,7 +336,7 @@ class Features:
                 together = sum(part for part in parts[1:] if part.shape == parts[0].shape)
                 return token_frame(layer, parts[0] + together)
         raise UnsupportedModelError(
-            f"{type(self.model).__name__}: no module behind {layer.name} returns its {layer.tokens} tokens; name "
+            f"{type(self.model).__name__}: no module after {layer.name} returns its {layer.tokens} tokens; name "
             "another layer=."
         )
 

@@ -153,7 +153,7 @@ class Plan:
             reasons = {model.name: model.misfit(method) for model in self.models}
             wrong = {name: reason for name, reason in reasons.items() if reason is not None}
             if len(wrong) == len(reasons) and method not in self.unasked:
-                raise ValueError(f"--methods {method}: {next(iter(wrong.values()))}")
+                raise ValueError(f"methods={method!r}: {next(iter(wrong.values()))}")
             self.notes += [f"{method} is left out: {reason}" for reason in wrong.values()]
             if method in self.most:
                 self.notes.append(f"{method} gets the first {self.most[method]} images.")
@@ -163,7 +163,7 @@ class Plan:
             known = [index for index in class_indices(data, model.subject) if index is not None]
             if self.options.target == LABEL and not known:
                 what = "none of its classes is one of the model's" if data.classes else "it has no labels"
-                raise ValueError(f"--target label: {data.name}: {what} ({model.name}); use --target predicted.")
+                raise ValueError(f"target='label': {data.name}: {what} ({model.name}); use target='predicted'.")
             if data.classes and not known:
                 self.notes.append(f"{data.name}: none of its classes is one of {model.name}'s, so that there is no "
                                   "accuracy against labels.")  # fmt: skip

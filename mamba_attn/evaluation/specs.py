@@ -67,7 +67,7 @@ class Model:
         """
         name, given, weights = text.partition("=")
         if given and not weights:
-            raise ValueError(f"--models {text}: expected demo, official or a file after the =.")
+            raise ValueError(f"model={text!r}: expected demo, official or a file after the =.")
         return cls(name, weights if given else "demo", device)
 
     def __reduce__(self) -> tuple[type["Model"], tuple[str, str, str]]:
@@ -116,7 +116,7 @@ class Model:
         return {}
 
     def _refusal(self, method: str) -> str | None:
-        its, subject = spec.method(method, "--methods"), self.subject
+        its, subject = spec.method(method, "methods"), self.subject
         refusal = catalogue.refusal(its.name, subject.model, self.name)
         if refusal is None and its.options:
             try:
@@ -146,9 +146,9 @@ def choose_methods(texts: Sequence[str]) -> tuple[list[str], dict[str, int], set
             continue
         text, at, count = piece.rpartition("@") if "@" in piece else (piece, "", "")
         if at and not (count.isdecimal() and int(count)):
-            raise ValueError(f"--methods {piece}: expected a number of images after @.")
+            raise ValueError(f"methods={piece!r}: expected a number of images after @.")
         name, colon, rest = text.partition(":")
-        its = spec.method(name.lower() + colon + rest, "--methods")
+        its = spec.method(name.lower() + colon + rest, "methods")
         if its.name in found and its.key != its.name and "all" in map(str.lower, texts):
             found.remove(its.name)
         found.append(its.key)
@@ -156,10 +156,10 @@ def choose_methods(texts: Sequence[str]) -> tuple[list[str], dict[str, int], set
         if at:
             most[its.key] = int(count)
     if not found:
-        raise ValueError(f"--methods {' '.join(texts)!r}: expected 'all' or names. {nearest('', catalogue.METHODS)}")
+        raise ValueError(f"methods={' '.join(texts)!r}: expected 'all' or names. {nearest('', catalogue.METHODS)}")
     return list(dict.fromkeys(found)), most, set(found) - asked
 
 
 def build(method: str, model: nn.Module) -> MapAttribution:
     """Return a method on a model."""
-    return spec.method(method, "--methods").build(model)
+    return spec.method(method, "methods").build(model)

@@ -14,22 +14,22 @@ from mamba_attn.errors import nearest
 _DEFAULT = ("raw_attention", "attention_rollout", "mamba_attribution")
 
 
-def parse_methods(texts: Sequence[str], subject: LoadedModel) -> list[Method]:
+def parse_methods(methods: Sequence[str], subject: LoadedModel) -> list[Method]:
     """Return the methods that a user named, each once; without any, those that fit the model.
 
     Args:
-        texts: ``NAME`` or ``NAME:OPTION=VALUE,OPTION`` each, e.g. ``attention_rollout:signed``.
+        methods: ``NAME`` or ``NAME:OPTION=VALUE,OPTION`` each, e.g. ``attention_rollout:signed``.
         subject: the model they are for.
 
     Raises:
         ValueError: an unknown name, option or value, or a method that the model has nothing for.
     """
     default = [catalogue.counterpart(name, subject.model) for name in _DEFAULT]
-    found = {its.key: its for its in map(method, texts or default)}
+    found = {its.key: its for its in map(method, methods or default)}
     for its in found.values():
         refusal = catalogue.refusal(its.name, subject.model, subject.name)
         if refusal:
-            raise ValueError(f"--method {its.key}: {refusal}")
+            raise ValueError(f"methods={its.key!r}: {refusal}")
         its.build(subject.model)  # options that exclude each other
     return list(found.values())
 
@@ -56,33 +56,34 @@ def parse_query(query: str | None, box: str | None, subject: LoadedModel, method
     place = parse_place(query, box, f" of what {subject.name} sees, {rows} rows x {columns} columns")
     deaf = [method.key for method in methods if not method.entry.reads_rows]
     for kind, numbers in place.items():
-        option, found = "--query" if box is None else "--box", Query(kind, (numbers,))
+        argument, found = ("query", query) if box is None else ("box", box), Query(kind, (numbers,))
+        name, text = argument
         if deaf:
-            raise ValueError(f"{option}: {', '.join(deaf)} read no token's row; leave out {option}, or them.")
-        require_inside(f"{option} {query or box}", found, subject.transform.size)
+            raise ValueError(f"{name}={text!r}: {', '.join(deaf)} read no token's row; leave out {name}, or them.")
+        require_inside(f"{name}={text!r}", found, subject.transform.size)
         return found
     return None
 
 
-def parse_layers(texts: Sequence[str], subject: LoadedModel) -> list[str]:
+def parse_layers(layers: Sequence[str], subject: LoadedModel) -> list[str]:
     """Return the names of layers, first to last.
 
     Args:
-        texts: indices, negative ones from the last, names or patterns.
+        layers: indices, negative ones from the last, names or patterns.
         subject: the model whose layers these are.
 
     Raises:
         ValueError: one that fits no layer.
     """
     chosen = set()
-    for text in texts:
+    for text in layers:
         if text.removeprefix("-").isdecimal() and -len(subject.layers) <= int(text) < len(subject.layers):
             chosen.add(subject.layers[int(text)])
             continue
         fitting = [name for name in subject.layers if fnmatchcase(name, text)]
         if not fitting:
             known = f"{subject.name} has {len(subject.layers)} layers, 0..{len(subject.layers) - 1}. "
-            raise ValueError(f"--layer {text}: no such layer; {known}{nearest(text, subject.layers)}")
+            raise ValueError(f"layers={text!r}: no such layer; {known}{nearest(text, subject.layers)}")
         chosen.update(fitting)
     return [name for name in subject.layers if name in chosen]
 

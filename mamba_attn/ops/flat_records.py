@@ -19,7 +19,7 @@ def unflatten(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, read_order: Tensor,
     write_order: Tensor, tokens: int, scale: float, source_frame: str,
 ) -> ScanRecord:  # fmt: skip
-    """The record of an operator's first arguments."""
+    """The record of an operator's arguments."""
     return ScanRecord(
         source_u=u, source_delta=delta, A=A, source_B=B, source_C=C, D=D, read_order=read_order,
         write_order=write_order, tokens=tokens, scale=scale, source_frame=source_frame,
@@ -70,8 +70,8 @@ def hidden_attention_backward(
             return blocked.attention_gradients(record, weights, fold, merged, gradient, needed)
 
     with ThreadPoolExecutor(1) as other:  # in an operator's own thread autograd is off
-        # contiguous, as the fake says
-        a, b, c, d, e, f = (u.new_empty(0) if x is None else x.contiguous() for x in other.submit(run).result())
+        found = (u.new_empty(0) if x is None else x for x in other.submit(run).result())
+    a, b, c, d, e, f = (x.contiguous() for x in found)  # as the fake says; inductor relies on it
     return a, b, c, d, e, f
 
 

@@ -49,14 +49,18 @@ class Layer(ABC):
         self._output = output
         self.tail = tail
 
+    def __repr__(self) -> str:
+        facts = {"batch": self.batch, **self._facts(), "tokens": self.tokens}
+        return f"{type(self).__name__}({self.name!r}, {', '.join(f'{key}={value}' for key, value in facts.items())})"
+
     def _repr_html_(self) -> str:
         """In a notebook: what the first image's patch in the middle reads, and where it is read; no matrix is made."""
         facts = {"kind": self.kind, "batch": self.batch, "tokens": self.tokens, **self._facts()}
         try:
             grid, patches = self.layout.grid, self.layout.patches
-            facts["grid"] = "{} x {}".format(*grid)
-            place = (grid[0] // 2, grid[1] // 2)
-            token = int(patches[place[0] * grid[1] + place[1]])
+            facts["grid"] = " x ".join(map(str, grid))
+            place = tuple(n // 2 for n in grid)
+            token = int(patches.view(grid)[place])
             with torch.no_grad():
                 lines = {"reads": self.row(token)[0], "is read": self.column(token)[0]}
                 maps = {what: self.layout.to_grid(line[None])[0].float().cpu().numpy() for what, line in lines.items()}
@@ -68,7 +72,7 @@ class Layer(ABC):
         )
 
     def _facts(self) -> dict[str, object]:
-        """What a notebook shows of this kind of layer."""
+        """What a notebook and the repr show of this kind of layer."""
         return {}
 
     def _check_route(self, route: str | int, count: int) -> int:
@@ -228,13 +232,6 @@ class ScanLayer(Layer):
         self._y = y
         self._ready = dict([attention]) if attention else {}
 
-    def __repr__(self) -> str:
-        scan = self.scan
-        return (
-            f"ScanLayer({self.name!r}, batch={scan.batch}, routes={scan.routes}, channels={scan.channels}, "
-            f"states={scan.states}, tokens={scan.tokens})"
-        )
-
     def _facts(self) -> dict[str, object]:
         return {"routes": self.scan.routes, "channels": self.scan.channels, "states": self.scan.states}
 
@@ -369,10 +366,6 @@ class AttentionLayer(Layer):
         super().__init__(name, record, output, tail)
         self.record = record
 
-    def __repr__(self) -> str:
-        record = self.record
-        return f"AttentionLayer({self.name!r}, batch={self.batch}, heads={record.heads}, tokens={self.tokens})"
-
     def _facts(self) -> dict[str, object]:
         return {"heads": self.record.heads}
 
@@ -418,11 +411,7 @@ class AttentionLayer(Layer):
     def row(
         self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None, col_weight: Tensor | None = None
     ) -> Tensor:
-        """Return what one token reads, (batch, [heads,] tokens).
-
-        Raises:
-            ValueError: a token that is not there, or as ``attention``.
-        """
+        """Return what one token reads, (batch, [heads,] tokens); ValueError for a token that is not there."""
         row = self._matrix("row", fold, ops.FOLDS)[:, :, self._index("row", token)]
         if row_weight is not None:
             row = row * self._weight("row_weight", row_weight)[:, :, token, None]
@@ -433,11 +422,7 @@ class AttentionLayer(Layer):
     def column(
         self, token: int, *, fold: str = "mean", row_weight: Tensor | None = None, col_weight: Tensor | None = None
     ) -> Tensor:
-        """Return where one token is read, (batch, [heads,] tokens).
-
-        Raises:
-            ValueError: a token that is not there, or as ``attention``.
-        """
+        """Return where one token is read, (batch, [heads,] tokens); ValueError for a token that is not there."""
         column = self._matrix("column", fold, ops.FOLDS)[..., self._index("column", token)]
         if row_weight is not None:
             column = column * self._weight("row_weight", row_weight)

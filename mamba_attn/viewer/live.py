@@ -1,4 +1,4 @@
-"""Attention that no store holds, from a traced forward pass of one image: rows and regions in linear time."""
+"""Rows and regions of attention that is not stored, in linear time, from a traced forward pass of one image."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _TRACES = 4  # images whose records are remembered
 
 
 class Live:
-    """A store's model, run on an image when that is asked for.
+    """A store's model, run on an image on demand.
 
     Args:
         store: an ``AttentionStore``.
@@ -29,7 +29,7 @@ class Live:
         self._store = store
         self._model = store.model()
         self._traces: OrderedDict[str, Trace] = OrderedDict()
-        self._lock = Lock()  # a trace belongs to one thread, and the server has several
+        self._lock = Lock()  # a trace belongs to one thread, but the server has several
 
     def read(
         self, image: Any, layer: str, tokens: Sequence[int], *, route: str | int = "sum", direction: str = "row",

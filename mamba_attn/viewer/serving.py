@@ -1,4 +1,4 @@
-"""A server for one person: bound before anything is said, threads, no debugger, no reloader."""
+"""A threaded server for one person, bound before its address is printed; no debugger, no reloader."""
 
 import errno
 import logging
@@ -25,7 +25,7 @@ def bound(app: "dash.Dash", host: str, port: int) -> Iterator[BaseWSGIServer]:
     Raises:
         OSError: the port is in use, or the address cannot be bound; a sentence.
     """
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line per request helps nobody here
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a log line per request would only be noise
     with _socket(host, port) as listening:
         server = make_server(host, port, app.server, threaded=True, fd=listening.fileno())
         try:
@@ -38,7 +38,7 @@ def _socket(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, OverflowError) as error:
-        raise OSError(f"--host {host}: no such address ({error}).") from error
+        raise OSError(f"host={host!r}: no such address ({error}).") from error
     listening = socket.socket(family, kind, protocol)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -48,10 +48,10 @@ def _socket(host: str, port: int) -> socket.socket:
         listening.close()
         if error.errno == errno.EADDRINUSE:
             raise OSError(
-                f"port {port} of {host} is in use, perhaps by another explorer; name another with --port, or --port 0 "
-                "for any that is free."
+                f"port={port}: on {host} this port is in use, perhaps by another explorer; choose another, or "
+                "port=0 for any free one."
             ) from error
         raise OSError(
-            f"{host}:{port} cannot be bound ({error.strerror}); name others with --host and --port."
+            f"host={host!r} port={port}: this address cannot be bound ({error.strerror}); choose another."
         ) from error
     return listening

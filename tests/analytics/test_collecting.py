@@ -182,7 +182,7 @@ def test_the_sum_alone(tmp_path):
     layer = alone.layers[0]
     assert np.abs(alone.mean(layer) - each.mean(layer)).max() <= 1e-6 * np.abs(each.mean(layer)).max()
     assert np.allclose(each.mean(layer), each.mean(layer, 0) + each.mean(layer, 1), rtol=0, atol=1e-7)
-    with pytest.raises(KeyError, match="no route 0; expected 'sum': it was collected with --routes sum"):
+    with pytest.raises(KeyError, match="no route 0; expected 'sum': it was collected with routes='sum'"):
         alone.mean(layer, 0)
 
 

@@ -1,17 +1,15 @@
-"""PCA, t-SNE and UMAP: against other code, seeded, remembered; and whether PCA is needed before them."""
+"""PCA, t-SNE and UMAP: against other code, seeded, remembered."""
 
 import sys
 
 import numpy as np
 import pytest
 from sklearn.decomposition import PCA
-from sklearn.manifold import trustworthiness as sklearn_trustworthiness
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from mamba_attn.analytics import neighbours, projection
+from mamba_attn.analytics import projection
 from mamba_attn.analytics.embed import METHODS, cache_key, embed
-from mamba_attn.analytics.neighbours import overlap, pca_check, ranked, trustworthiness
 from mamba_attn.analytics.projection import components
 
 RNG = np.random.default_rng(0)
@@ -27,7 +25,8 @@ def clusters(n=60, size=50, groups=3, spread=0.2):
 
 def purity(points, label):
     """Part of the points whose nearest neighbour has their label."""
-    return float((label[ranked(points, 1)[:, 0]] == label).mean())
+    nearest = NearestNeighbors(n_neighbors=1).fit(points).kneighbors(return_distance=False)
+    return float((label[nearest[:, 0]] == label).mean())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -206,86 +205,6 @@ def test_what_is_not_installed_is_named(monkeypatch, method, module):
     with pytest.raises(ImportError, match=r"pip install 'mamba_attn\[embed\]'"):
         embed(np.eye(8), method)
     assert embed(np.eye(8)).points.shape == (8, 2)
-
-
-@pytest.mark.parametrize("chunk", [2**24, 1])
-def test_neighbours_are_those_of_other_code(monkeypatch, chunk):
-    monkeypatch.setattr(neighbours, "_CHUNK", chunk)
-    features = RNG.normal(size=(31, 5)) + 1000
-    expected = NearestNeighbors(n_neighbors=31).fit(features).kneighbors(return_distance=False, n_neighbors=30)
-    np.testing.assert_array_equal(ranked(features), expected)
-    np.testing.assert_array_equal(ranked(features, 4), expected[:, :4])
-
-
-@pytest.mark.parametrize("count", [1, 5, 14])
-def test_trustworthiness_is_that_of_other_code(count):
-    features, points = RNG.normal(size=(31, 6)), RNG.normal(size=(31, 2))
-    expected = sklearn_trustworthiness(features, points, n_neighbors=count)
-    assert trustworthiness(features, points, count) == pytest.approx(expected, abs=1e-12)
-    assert trustworthiness(features, features, count) == 1
-
-
-def test_overlap_of_a_plane_and_of_chance():
-    points = RNG.normal(size=(200, 2))
-    turned = points @ np.array([[0.0, 3.0], [-3.0, 0.0]]) + 9
-    assert overlap(points, turned, 10) == 1
-    assert overlap(points, RNG.normal(size=(200, 2)), 10) < 0.15
-
-
-def test_measures_refuse():
-    points = RNG.normal(size=(9, 2))
-    with pytest.raises(ValueError, match="trustworthiness: 9 and 8 points"):
-        trustworthiness(points, points[:8])
-    with pytest.raises(ValueError, match=r"trustworthiness\(count=5\): expected less than half of the 9 points"):
-        trustworthiness(points, points, 5)
-    with pytest.raises(ValueError, match="overlap: 9 and 9 points and count=9"):
-        overlap(points, points, 9)
-    with pytest.raises(ValueError, match=r"ranked\(features\(9, 2\), count=0\)"):
-        ranked(points, 0)
-
-
-def test_whether_pca_is_needed_is_measured():
-    features, _ = clusters(60, 80, spread=0.6)
-    check = pca_check(features, first=10, count=5, seeds=(0, 1), max_iter=300)
-    assert set(check.trustworthiness) == {"with", "without"}
-    assert check.about["seeds"] == [0, 1]
-    assert check.about["first"] == 10
-    assert 0 < check.kept < 1
-    assert check.kept == overlap(features, components(features, 10).points, 5)
-    assert 0 < check.explained < 1
-    for name, first in (("with", 10), ("without", None)):
-        points = embed(features, "tsne", first=first, seed=1, max_iter=300).points
-        assert check.trustworthiness[name][1] == trustworthiness(features, points, 5)
-        assert check.overlap[name][1] == overlap(features, points, 5)
-        assert all(seconds > 0 for seconds in check.seconds[name])
-    mean, most = check.gain("overlap")
-    differences = np.subtract(check.overlap["with"], check.overlap["without"])
-    assert mean == pytest.approx(differences.mean())
-    assert most == pytest.approx(np.abs(differences - mean).max())
-    assert len(check.alike) == 2
-    assert len(check.seeds_alike) == 1
-    assert 0 < check.seeds_alike[0] < 1
-
-
-def test_needed_asks_every_seed():
-    features, _ = clusters()
-    check = pca_check(features, first=5, seeds=(0, 1), max_iter=250)
-    better = {"with": [0.9, 0.8], "without": [0.7, 0.7]}
-    mixed = {"with": [0.9, 0.6], "without": [0.7, 0.7]}
-    parts = {**vars(check), "trustworthiness": better, "overlap": better}
-    assert type(check)(**parts).needed
-    assert not type(check)(**{**parts, "trustworthiness": mixed}).needed
-    assert not type(check)(**{**parts, "overlap": {"with": [0.1, 0.1], "without": [0.2, 0.2]}}).needed
-
-
-def test_pca_check_refuses():
-    features, _ = clusters()
-    with pytest.raises(ValueError, match=r"pca_check\(method='pca'"):
-        pca_check(features, "pca")
-    with pytest.raises(ValueError, match="two seeds"):
-        pca_check(features, seeds=(0,))
-    with pytest.raises(ValueError, match="no more than 50 components, so PCA changes nothing"):
-        pca_check(features, first=50)
 
 
 def test_the_methods_are_known():

@@ -33,14 +33,14 @@ def test_what_would_fit(monkeypatch):
         require_memory(LAYERS, "each", 1)
     assert str(caught.value) == (
         "means and variances of 3 layers (the largest, a: 4 routes, 3136 x 3136) need 1,040,612,608 bytes, 800,000,000 "
-        "are free. What would fit: --routes sum; or --batch 1 --layer b ... c (the 2 smallest). Rows and columns take "
+        "are free. What would fit: routes='sum'; or batch=1 layers=['b', 'c']. Rows and columns take "
         "linear memory: trace(model), then layer.row(token), layer.column(token)."
     )
     free(monkeypatch, 11 * 10**8)
-    with pytest.raises(MatrixTooLargeError, match=r"What would fit: --batch 1; or --routes sum\. Rows"):
+    with pytest.raises(MatrixTooLargeError, match=r"What would fit: batch=1; or routes='sum'\. Rows"):
         require_memory(LAYERS, "each", 3)
     free(monkeypatch, 2 * 10**6)
-    with pytest.raises(MatrixTooLargeError, match=r"What would fit: --batch 1 --routes sum --layer c\. Rows"):
+    with pytest.raises(MatrixTooLargeError, match=r"What would fit: batch=1 routes='sum' layers=\['c'\]\. Rows"):
         require_memory(LAYERS, "each", 1)
     free(monkeypatch, 10**5)
     with pytest.raises(MatrixTooLargeError, match=r"None of the layers would fit\. Rows and columns take linear"):

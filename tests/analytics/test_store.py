@@ -43,8 +43,8 @@ def changed(folder, **values):
     [
         ({"seed": 1}, "this store is of model vim_micro with weights .*, not vim_micro with weights "),
         ({"name": "vit_micro"}, "this store is of model vim_micro .*, not vit_micro"),
-        ({"keep": 2}, "this store is of --keep 1, not 2"),
-        ({"routes": "sum"}, "this store is of --routes each, not sum"),
+        ({"keep": 2}, "this store is of keep=1, not keep=2"),
+        ({"routes": "sum"}, "this store is of routes='each', not routes='sum'"),
         ({"layers": ["*.0.*"]}, "this store is of other layers, orders or grids"),
         ({"model_options": {"class_token": "first"}}, "this store is of other layers, orders or grids"),
     ],
@@ -105,7 +105,7 @@ def test_orders_outside_the_grid_are_damage(copy):
 
 
 def test_folders_that_are_no_stores(place, tmp_path):
-    with pytest.raises(StoreError, match="there is no such folder; make a store with mamba-attn collect --out"):
+    with pytest.raises(StoreError, match="there is no such folder; make a store with mamba-attn collect"):
         AttentionStore.open(tmp_path / "absent")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("mine")
@@ -171,7 +171,7 @@ def test_names_that_it_does_not_hold(place):
         store.pixels(f"{key}x")
     with pytest.raises(KeyError, match="it holds no image -1 of 3"):
         store.pixels(-1)
-    with pytest.raises(NotStoredError, match=r"of this image no matrices are stored, only of 1 others; .*--keep"):
+    with pytest.raises(NotStoredError, match=r"of this image no matrices are stored, only of 1 others; .*keep="):
         store.matrix(0, 1)
     with pytest.raises(IndexError, match=r"token 16: expected the index of a token, 0\.\.15"):
         store.mean_row(0, 16)

@@ -12,7 +12,7 @@ from torch import nn
 
 import mamba_attn
 from benchmarks import dropin
-from benchmarks.dropin import Case
+from benchmarks.case import Case, build
 
 VIM = {"image_size": (24, 40), "depth": 2, "embed_dim": 16, "num_classes": 5}
 
@@ -23,7 +23,7 @@ def vim() -> nn.Module:
 
 def test_a_case_is_measured_and_its_parameters_are_moved() -> None:
     case = Case("VisionMamba", "small", vim, (2, 3, 24, 40))
-    model, inputs = dropin.build(case)
+    model, inputs = build(case)
     assert inputs.shape == (2, 3, 24, 40)
     assert not torch.equal(model.layers[0].mixer.A_log, model.layers[1].mixer.A_log)  # they start alike
     row = dropin.measure(case)

@@ -43,10 +43,13 @@ def test_a_folder_and_a_part_of_a_zip_and_both(place, weights, capsys):
     assert collected(weights, "--data", "photos", "--out", "one", "--keep", "1") == 0
     assert collected(weights, "--data", "a.zip:boxes", "--limit", "4", "--out", "two") == 0
     said = capsys.readouterr()
-    assert said.out == "3 images added, 3 in one\n4 images added, 4 in two\n"
+    assert said.out.splitlines() == [
+        "3 images added, 3 in one; next: mamba-attn explore one",
+        "4 images added, 4 in two; next: mamba-attn explore two",
+    ]
     assert "collecting" in said.err
     assert cli.main(["collect", "--merge", "one", "two", "--out", "both"]) == 0
-    assert capsys.readouterr().out == "7 images in both\n"
+    assert capsys.readouterr().out == "7 images in both; next: mamba-attn explore both\n"
     store = AttentionStore.open("both")
     assert len(store.images) == 7
     assert store.model()(store.subject.transform("photos/red/0.png")[None]).shape == (1, 3)
@@ -59,7 +62,7 @@ def test_unreadable_images_are_listed_and_skipped_and_counted_once(place, weight
     for new in (3, 0):
         assert collected(weights, "--data", "photos", "--out", "store") == 1
         said = capsys.readouterr()
-        assert said.out == f"{new} images added, 3 in store, 1 skipped\n"
+        assert said.out == f"{new} images added, 3 in store, 1 skipped; next: mamba-attn explore store\n"
         assert said.err.count("skipped: photos: red/no.png: this is not an image") == 1
     assert list(AttentionStore.open("store").unreadable) == ["red/no.png"]
 
@@ -91,7 +94,7 @@ def test_images_of_which_none_can_be_read(place, weights, capsys):
         (["--data", "photos", "--layer", "x*"], "'x*' fits no layer"),
         (["--data", "photos", "--model", "vim_mcro"], "no such model. Did you mean 'vim_micro'"),
         (["--data", "photos", "--weights", "no.pt"], "there is no such file"),
-        (["--merge", "a", "b"], "a: there is no such folder; make a store with mamba-attn collect --out a"),
+        (["--merge", "a", "b"], "a: there is no such folder; make a store with mamba-attn collect."),
     ],
 )
 def test_calls_that_are_refused(place, capsys, arguments, sentence):
@@ -119,12 +122,12 @@ def test_named_images_are_kept(place, weights, capsys):
         ("red/9.png", "--keep red/9.png: photos has no such image. Did you mean 'red/0.png'"),
         ("0.png", "--keep 0.png: 3 images are named so, "),
         (" , ", "--keep ' , ': expected a number, or names of images between commas."),
-        ("1", "this store is of --keep red/0.png,red/far/b.png, not 1; nothing was changed"),
+        ("1", "this store is of --keep red/0.png,red/far/b.png, not --keep 1; nothing was changed"),
     ):
         said = refused(capsys, *arguments, keep)
         assert sentence in said
     last = next(image.key for image in store.images if image.row == 3)
-    assert "is not among the first 3 of photos; name a larger --limit" in refused(
+    assert "is not among the first 3 of photos; --limit 4 includes it" in refused(
         capsys, *arguments, last, "--limit", "3"
     )
 
@@ -160,4 +163,4 @@ def test_stopping_says_how_to_go_on(place, weights, capsys, monkeypatch):
 
     monkeypatch.setattr(collecting.Run, "_count", stop)
     assert collected(weights, "--data", "photos", "--out", "store") == 130
-    assert "stopped; the same command goes on from the last checkpoint" in capsys.readouterr().err
+    assert "stopped; the same command resumes at the last checkpoint" in capsys.readouterr().err

@@ -131,7 +131,7 @@ def test_photos_without_labels(place, models, capsys):
         (["--data", "none"], "--data none: there is no file or folder 'none'; give a folder of images, ZIP, ZIP:PART"),
         (["--data", "a.zip:box"], "there is no folder 'box' in it. Its parts: boxes."),
         (["--data", "photos", "--methods", "raw_atention"], "no such method. Did you mean 'raw_attention'"),
-        (["--data", "photos", "--methods", ","], "--methods ',': expected 'all' or names."),
+        (["--data", "photos", "--methods", ","], "--methods ,: expected 'all' or names."),
         (["--data", "photos", "--measures", "sanitty"], "there is no measure 'sanitty'. Did you mean 'sanity'?"),
         (["--data", "photos@sanitty"], "--data photos@sanitty: there is no measure 'sanitty'."),
         (["--data", "photos", "--limit", "0"], "--limit 0: expected a number from 1 on."),
@@ -179,4 +179,4 @@ def test_stopping_is_no_accident(place, models, capsys, monkeypatch):
 
     monkeypatch.setattr(scheduler.Worker, "work", stop)
     assert cli.main(["compare", "--models", models, "--data", "photos", "--out", "out"]) == 130
-    assert "stopped; the same command goes on from here." in capsys.readouterr().err
+    assert "stopped; the same command resumes here." in capsys.readouterr().err

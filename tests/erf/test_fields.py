@@ -263,7 +263,7 @@ def test_a_layer_whose_tokens_nothing_returns():
         model(images(1))
     with Features(model) as features:
         pass
-    with pytest.raises(UnsupportedModelError, match=r"no module behind layers\.2\.mixer returns its 16 tokens; name"):
+    with pytest.raises(UnsupportedModelError, match=r"no module after layers\.2\.mixer returns its 16 tokens; name"):
         features.of(record.layers[-1])
 
 

@@ -306,8 +306,8 @@ def test_some_methods_get_fewer_images_and_other_options(models, boxes, tmp_path
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("occlusion@few", "--methods occlusion@few: expected a number of images after @."),
-        ("occlusion:size=3", "--methods occlusion:size=3: occlusion has no option 'size'."),
+        ("occlusion@few", "methods='occlusion@few': expected a number of images after @."),
+        ("occlusion:size=3", "methods='occlusion:size=3': occlusion has no option 'size'."),
         ("integrated_gradients:n_steps=many", "n_steps is a whole number, not 'many'"),
     ],
 )
@@ -318,7 +318,7 @@ def test_methods_that_are_none(text, message):
 
 
 def test_options_that_do_not_fit_are_found_before_the_run(models, boxes):
-    with pytest.raises(ValueError, match=r"--methods raw_attention:convention=vmamba_analysis: .*this is VMamba's"):
+    with pytest.raises(ValueError, match=r"methods='raw_attention:convention=vmamba_analysis': .*this is VMamba's"):
         Plan(models, [boxes], ["raw_attention:convention=vmamba_analysis"]).check()
     published = Plan(models, [boxes], ["raw_attention:convention=hidden_mamba"])
     published.check()

@@ -405,3 +405,25 @@ def test_without_a_layout_maps_are_refused() -> None:
     with torch.no_grad(), mamba_attn.trace(mixer, layout=layout) as trace:
         mixer(torch.randn(1, 9, 16))
     assert trace.layers[0].layout is layout
+
+
+def test_layers_of_one_kind() -> None:
+    model = mamba_attn.models.create("vit_micro", image_size=128).eval()
+    with torch.no_grad(), mamba_attn.trace(model) as record:
+        with pytest.raises(TraceError, match="no layer has run yet"):
+            record.scans  # noqa: B018 - the access is the test
+        model(torch.randn(2, 3, 128, 128))
+    assert list(record.softmax.values()) == record.layers
+    assert record.softmax[-1] is record.layers[-1]
+    assert not record.scans
+
+
+def test_softmax_attention_is_one_route() -> None:
+    model = mamba_attn.models.create("vit_micro", image_size=128).eval()
+    with torch.no_grad(), mamba_attn.trace(model) as record:
+        model(torch.randn(2, 3, 128, 128))
+    layer = record[0]
+    assert torch.equal(layer.attention(routes="each"), layer.attention().unsqueeze(1))
+    assert torch.equal(layer.attention("each", routes=0), layer.attention("each"))
+    with pytest.raises(ValueError, match=r"routes=1\): expected 'sum', 'each' or 0\.\.0"):
+        layer.attention(routes=1)

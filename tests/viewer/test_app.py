@@ -84,7 +84,7 @@ def test_a_port_in_use_is_a_sentence(app, monkeypatch, capsys):
         other.listen()
         port = other.getsockname()[1]
         with (
-            pytest.raises(OSError, match=rf"port {port} of 127.0.0.1 is in use.*--port 0"),
+            pytest.raises(OSError, match=rf"port={port}: on 127.0.0.1 this port is in use.*port=0"),
             bound(app, "127.0.0.1", port),
         ):
             pass

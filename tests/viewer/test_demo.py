@@ -26,7 +26,7 @@ def test_the_demo_is_collected_once_and_a_half_is_finished(tmp_path, monkeypatch
     assert sorted(image.key for image in store.images) == sorted(path.name for path in images.samples())
     assert all(image.kept for image in store.images)
 
-    monkeypatch.setattr(demo, "_collect", lambda _: pytest.fail("collected again"))
+    monkeypatch.setattr(demo, "_collect", lambda *_: pytest.fail("collected again"))
     served = []
     monkeypatch.setattr(explore, "serve", lambda stores, host, port: served.extend(stores))
     assert main(["explore"]) == 0

@@ -28,4 +28,4 @@ def stored(folder, name="vmamba_micro", images=5, keep=2, routes="each", **optio
 
 
 def report(*stores, methods=("pca",), images=8, limit=10**7):
-    return make(stores, methods, images, limit, "a test")
+    return make(stores, methods, images, limit / 1e6, "a test")

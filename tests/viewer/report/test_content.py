@@ -96,12 +96,12 @@ def test_a_page_is_never_larger_than_it_may_be_and_says_what_is_missing(store, v
         for its in about(page)["stores"]:
             assert all("mean/sum" in layer["matrices"] for layer in its["layers"])
     assert sizes[0] > sizes[1] > sizes[2] > 0
-    said = re.search(r"left out to stay within --size [\d.]+ \((\d) of 2 images can be shown in every block\)\. --size "
+    said = re.search(r"left out to stay within size=[\d.]+ \((\d) of 2 images can be shown in every block\); size="
                      r"(\d+) holds all", content.notes[0])  # fmt: skip
     assert int(said[1]) < 2
     assert cases.report(store, limit=int(said[2]) * 10**6)[1].notes == []
     few = cases.report(store, images=1)[1]
-    assert few.notes == ["vmamba_micro: 1 of 2 images kept in full are not in this page; --images 2 adds them."]
+    assert few.notes == ["vmamba_micro: 1 of 2 images kept in full are not in this page; images=2 adds them."]
     with pytest.raises(ReportError, match=r"the mean of .* does not fit|names and orders alone need"):
         cases.report(store, limit=60_000)
 

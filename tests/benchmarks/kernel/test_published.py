@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from benchmarks.cases import Shape, inputs
+from benchmarks.kernel.published import triple_loop, vmamba_formula
 from benchmarks.verify import norm_error
 from mamba_attn import ops
-from mamba_attn.bench.published import triple_loop, vmamba_formula
 
 
 @pytest.mark.parametrize("shape", [Shape(3, 4, 7), Shape(5, 1, 13), Shape(1, 2, 1)], ids=str)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mamba_attn.bench.ceilings import Ceilings
-from mamba_attn.bench.rows import Row
-from mamba_attn.core.terminal import show
+from benchmarks.kernel.ceilings import Ceilings
+from benchmarks.kernel.rows import Row
+from mamba_attn.commands.terminal import show
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,7 +86,7 @@ def roofline(rows: Sequence[Row], ceilings: Ceilings, title: str) -> "tuple[go.F
         ceilings: of the machine.
         title: above the picture.
     """
-    from mamba_attn.bench import roofline as chart
+    from benchmarks.kernel import roofline as chart
 
     points = [(row, shape) for row in rows for shape in row.shapes if shape.seconds > 0]
     if not points:

@@ -6,9 +6,9 @@ Rough and rather too small than too large: a row is left out where it surely doe
 import dataclasses
 import math
 
-from mamba_attn.bench import counting
-from mamba_attn.bench.counting import FORMULATIONS, Scans, Work
-from mamba_attn.bench.subjects import TRANSFORMERS, Model
+from benchmarks.kernel import counting
+from benchmarks.kernel.counting import FORMULATIONS, Scans, Work
+from benchmarks.kernel.subjects import TRANSFORMERS, Model
 
 _BLOCK = 2**24 * 4 * 4  # bytes of the blocked path's temporaries
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from mamba_attn.bench.counting import Work
-from mamba_attn.bench.timing import Clock, clock_for
+from benchmarks.kernel.counting import Work
+from benchmarks.kernel.timing import Clock, clock_for
 
 _CHAIN = 256  # exponentials of one element in the GPU's kernel, so that memory does not count
 # torch reads this with a regular expression: no other brackets or angles

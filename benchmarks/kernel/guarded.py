@@ -2,7 +2,7 @@
 
 import torch
 
-from mamba_attn.bench.timing import Call
+from benchmarks.kernel.timing import Call
 from mamba_attn.errors import MambaAttnError
 
 

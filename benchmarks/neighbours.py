@@ -6,79 +6,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from sklearn.manifold import trustworthiness
+from sklearn.neighbors import NearestNeighbors
 
 from mamba_attn.analytics.embed import embed
 from mamba_attn.analytics.projection import components
 
-_CHUNK = 2**24  # numbers of one temporary
 
-
-def ranked(features: np.ndarray, count: int | None = None) -> np.ndarray:
-    """Return every point's nearest other points, nearest first; of equal distances the lower index is first.
-
-    Args:
-        features: (n, features).
-        count: how many of them. Default: all n - 1.
-
-    Returns:
-        (n, count) indices.
-
-    Raises:
-        ValueError: not two axes, or fewer other points than asked for.
-    """
-    n = len(features)
-    wanted = n - 1 if count is None else count
-    if features.ndim != 2 or not 1 <= wanted <= n - 1:
-        raise ValueError(f"ranked(features{features.shape}, count={count}): expected (n, features), count in 1..n - 1.")
-    values = np.asarray(features, dtype=np.float64 if features.size <= 2**26 else np.float32)
-    values = values - values.mean(0)  # distances of points that are far from zero would cancel
-    squares = np.einsum("nf,nf->n", values, values)
-    found = np.empty((n, wanted), dtype=np.int64)
-    step = max(1, _CHUNK // n)
-    for start in range(0, n, step):
-        own = slice(start, start + step)
-        distances = squares[own, None] + squares[None] - 2 * values[own] @ values.T
-        distances[np.arange(len(distances)), np.arange(start, start + len(distances))] = np.inf
-        found[own] = np.argsort(distances, axis=1, kind="stable")[:, :wanted]
+def ranked(features: np.ndarray, count: int) -> np.ndarray:
+    """Indices of every point's ``count`` nearest other points, nearest first, (n, count)."""
+    found: np.ndarray = NearestNeighbors(n_neighbors=count).fit(features).kneighbors(return_distance=False)
     return found
 
 
-def trustworthiness(features: np.ndarray, points: np.ndarray, count: int = 12) -> float:
-    """Return how far neighbours in the plane are neighbours among the features too; 1 is best (Venna and Kaski 2001).
-
-    1 - 2 / (n k (2n - 3k - 1)) times the sum, over points and those of their k nearest in the plane that are not among
-    the k nearest of the features, of their rank there less k.
-
-    Args:
-        features: (n, features).
-        points: (n, 2).
-        count: k, below n / 2.
-
-    Raises:
-        ValueError: arrays of different lengths, or a count that is not in 1..n / 2.
-    """
-    n = _pair("trustworthiness", features, points, count)
-    if 2 * count >= n:
-        raise ValueError(f"trustworthiness(count={count}): expected less than half of the {n} points.")
-    order, near = ranked(features), ranked(points, count)
-    rank = np.empty((n, n), dtype=np.int64)
-    np.put_along_axis(rank, order, np.broadcast_to(np.arange(1, n), order.shape), axis=1)
-    excess = np.maximum(np.take_along_axis(rank, near, axis=1) - count, 0)
-    return float(1 - 2 / (n * count * (2 * n - 3 * count - 1)) * excess.sum())
-
-
 def overlap(first: np.ndarray, second: np.ndarray, count: int = 12) -> float:
-    """Return which part of the k nearest points two sets of features of the same points share, on average.
-
-    Args:
-        first: (n, features).
-        second: (n, other features).
-        count: k.
-
-    Raises:
-        ValueError: arrays of different lengths, or a count that is not in 1..n - 1.
-    """
-    _pair("overlap", first, second, count)
+    """Which part of the ``count`` nearest points two sets of features of the same points share, on average."""
     return _shared(ranked(first, count), ranked(second, count))
 
 
@@ -90,9 +32,10 @@ class PcaCheck:
         about: what was embedded, and how.
         kept: the part of the features' nearest neighbours that are nearest on the principal components too.
         explained: the part of the variance that the principal components have.
-        trustworthiness: of the embeddings against the features, by "with" and "without".
-        overlap: part of the features' nearest neighbours that are nearest in the plane, likewise.
-        seconds: that the embeddings took, PCA included, likewise.
+        trustworthiness: how far neighbours in the plane are neighbours among the features too, 1 at best (Venna and
+            Kaski 2001); by "with" and "without".
+        overlap: part of the features' nearest neighbours that are nearest in the plane, by the same names.
+        seconds: that the embeddings took, PCA included, by the same names.
         alike: part of the nearest neighbours in the plane that the two embeddings of a seed share.
         seeds_alike: that embeddings without PCA of two seeds share: what chance alone changes.
     """
@@ -181,21 +124,15 @@ def _compared(
         about={**about, "count": count},
         kept=_shared(near, ranked(reduced.points, count)),
         explained=float(reduced.explained.sum()),
-        trustworthiness={name: [trustworthiness(values, each, count) for each in them] for name, them in made.items()},
+        trustworthiness={
+            name: [float(trustworthiness(values, each, n_neighbors=count)) for each in them]
+            for name, them in made.items()
+        },
         overlap={name: [_shared(near, ranked(each, count)) for each in them] for name, them in made.items()},
         seconds=seconds,
         alike=[overlap(one, other, count) for one, other in zip(made["with"], before, strict=True)],
         seeds_alike=[overlap(before[0], other, count) for other in before[1:]],
     )
-
-
-def _pair(call: str, first: np.ndarray, second: np.ndarray, count: int) -> int:
-    if len(first) != len(second) or not 1 <= count < len(first):
-        raise ValueError(
-            f"{call}: {len(first)} and {len(second)} points and count={count}; expected the same points, and a count "
-            "below their number."
-        )
-    return len(first)
 
 
 def _shared(first: np.ndarray, second: np.ndarray) -> float:

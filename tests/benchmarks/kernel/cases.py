@@ -1,10 +1,10 @@
 """Rows and ceilings that nobody measured, for the tests."""
 
-from mamba_attn.bench.ceilings import Ceilings
-from mamba_attn.bench.counting import on_paper, scans_of
-from mamba_attn.bench.rows import Row, ShapeTime, cheapest
-from mamba_attn.bench.subjects import Configuration
-from mamba_attn.bench.timing import Spread
+from benchmarks.kernel.ceilings import Ceilings
+from benchmarks.kernel.counting import on_paper, scans_of
+from benchmarks.kernel.rows import Row, ShapeTime, cheapest
+from benchmarks.kernel.subjects import Configuration
+from benchmarks.kernel.timing import Spread
 
 CEILINGS = Ceilings(copy=4e12, exponentials=4e12, float32=6e13, matrix={"bfloat16": 8e14, "TF32": 4e14})
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.kernel import counting, estimates
+from benchmarks.kernel.counting import Scans
+from benchmarks.kernel.published import LoopRows, loop_products, vmamba_formula
+from benchmarks.kernel.subjects import Model, Part, Subject, Unavailable
+from benchmarks.kernel.timing import Call
 from mamba_attn import ops
-from mamba_attn.bench import counting, estimates
-from mamba_attn.bench.counting import Scans
-from mamba_attn.bench.published import LoopRows, loop_products, vmamba_formula
-from mamba_attn.bench.subjects import Model, Part, Subject, Unavailable
-from mamba_attn.bench.timing import Call
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.tracing.tracer import trace
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mamba_attn.bench import estimates
-from mamba_attn.bench.calls import subjects
-from mamba_attn.bench.ceilings import Ceilings
-from mamba_attn.bench.guarded import Guarded, sentence
-from mamba_attn.bench.rows import Row, ShapeTime, cheapest, floor_of
-from mamba_attn.bench.subjects import Model, Subject, Unavailable
-from mamba_attn.bench.timing import Call, Clock, Spread, clock_for, interleave
-from mamba_attn.ops import free_bytes
+from benchmarks.kernel import estimates
+from benchmarks.kernel.calls import subjects
+from benchmarks.kernel.ceilings import Ceilings
+from benchmarks.kernel.guarded import Guarded, sentence
+from benchmarks.kernel.rows import Row, ShapeTime, cheapest, floor_of
+from benchmarks.kernel.subjects import Model, Subject, Unavailable
+from benchmarks.kernel.timing import Call, Clock, Spread, clock_for, interleave
+from mamba_attn.ops.dispatch import free_bytes
 
 ROUNDS = 15
 SHARE = 2.0  # seconds of rounds that a call gets, unless ROUNDS are done before

@@ -4,12 +4,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks.kernel import calls, estimates, measuring
+from benchmarks.kernel.calls import loop_rows, subjects
+from benchmarks.kernel.ceilings import Ceilings
+from benchmarks.kernel.measuring import Bench, Guarded, measure, skip
+from benchmarks.kernel.subjects import Configuration, Model, Subject, Unavailable, grid
 from mamba_attn import ops
-from mamba_attn.bench import calls, estimates, measuring
-from mamba_attn.bench.calls import loop_rows, subjects
-from mamba_attn.bench.ceilings import Ceilings
-from mamba_attn.bench.measuring import Bench, Guarded, measure, skip
-from mamba_attn.bench.subjects import Configuration, Model, Subject, Unavailable, grid
 from mamba_attn.errors import MambaAttnError
 from mamba_attn.ops.blocked import Blocked
 
@@ -166,7 +166,7 @@ def test_a_missing_package_is_the_rows_reason(bench, monkeypatch):
     def absent(its):
         raise ImportError("timm is not installed: pip install 'mamba_attn[timm]'")
 
-    monkeypatch.setattr("mamba_attn.bench.subjects._transformer", absent)
+    monkeypatch.setattr("benchmarks.kernel.subjects._transformer", absent)
     rows = measure(Model(Configuration("deit_tiny_patch16_224", 32, 1), CPU), 1, bench)
     assert {row.reason for row in rows} == {"timm is not installed: pip install 'mamba_attn[timm]'"}
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from benchmarks.kernel import counting
+from benchmarks.kernel.counting import Scans, Work
+from benchmarks.kernel.timing import Call
 from mamba_attn import models, ops
-from mamba_attn.bench import counting
-from mamba_attn.bench.counting import Scans, Work
-from mamba_attn.bench.timing import Call
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.models import torchvision_repair
 from mamba_attn.tracing.layers import ScanLayer

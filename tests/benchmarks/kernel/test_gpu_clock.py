@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mamba_attn.bench import ceilings, timing
+from benchmarks.kernel import ceilings, timing
 
 GPU = torch.device("cuda", 0)
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from mamba_attn.bench.targets import Run, figures
-from tests.bench.cases import CEILINGS, attention, row
+from benchmarks.kernel.targets import Run, figures
+from tests.benchmarks.kernel.cases import CEILINGS, attention, row
 
 GPU = torch.device("cuda", 0)  # named only; nothing runs on it
 VMAMBA = "vmamba_tiny_s1l8"

@@ -3,10 +3,10 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mamba_attn.bench.ceilings import Ceilings
-from mamba_attn.bench.counting import FORMULATIONS, Scans, Work, attention_work
-from mamba_attn.bench.subjects import Configuration, Model
-from mamba_attn.bench.timing import Spread
+from benchmarks.kernel.ceilings import Ceilings
+from benchmarks.kernel.counting import FORMULATIONS, Scans, Work, attention_work
+from benchmarks.kernel.subjects import Configuration, Model
+from benchmarks.kernel.timing import Spread
 
 
 @dataclass(frozen=True)

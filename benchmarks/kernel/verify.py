@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from benchmarks.kernel.inputs import Shape, inputs
+from benchmarks.kernel.subjects import DTYPES
 from mamba_attn import ops
-from mamba_attn.bench.inputs import Shape, inputs
-from mamba_attn.bench.subjects import DTYPES
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import MambaAttnError
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mamba_attn.bench.roofline import roof, roofline, roofline_rgb, short
+from benchmarks.kernel.roofline import roof, roofline, roofline_rgb, short
 from mamba_attn.figures.colours import CATEGORIES
 
 INTENSITY, RATE = [0.5, 80.0, 500.0], [2e9, 4e10, 5e9]

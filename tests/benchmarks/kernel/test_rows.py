@@ -2,11 +2,11 @@ import json
 
 import pytest
 
-from mamba_attn.bench import table
-from mamba_attn.bench.ceilings import Ceilings
-from mamba_attn.bench.counting import Scans, Work, attention_work
-from mamba_attn.bench.rows import cheapest
-from tests.bench.cases import CEILINGS, attention, row
+from benchmarks.kernel import table
+from benchmarks.kernel.ceilings import Ceilings
+from benchmarks.kernel.counting import Scans, Work, attention_work
+from benchmarks.kernel.rows import cheapest
+from tests.benchmarks.kernel.cases import CEILINGS, attention, row
 
 
 def test_a_row_has_a_time_or_a_reason_never_both_and_never_neither():

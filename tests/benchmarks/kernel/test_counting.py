@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from benchmarks.kernel import counting
+from benchmarks.kernel.counting import Scans, Work, attention_work, halving, on_paper, scans_of
 from mamba_attn import models, trace
-from mamba_attn.bench import counting
-from mamba_attn.bench.counting import Scans, Work, attention_work, halving, on_paper, scans_of
 
 
 def scans(name, pixels=224):

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from mamba_attn.bench.rows import Row
-from mamba_attn.bench.timing import Spread
+from benchmarks.kernel.rows import Row
+from benchmarks.kernel.timing import Spread
 
 PIXELS, BATCH, DTYPE = 224, 8, "float32"
 FILLED = 8 * 784  # batch x length from which the fraction of the floor counts

@@ -1,0 +1,101 @@
+"""How every command ends, and how the library's sentences become a command's.
+
+The library names the arguments of its calls, ``limit=0``; whoever typed a command reads ``--limit 0``. Written as
+``name=value``, with the value as Python prints it, an argument is translated wherever it stands in a sentence.
+"""
+
+import ast
+import re
+import shlex
+import sys
+from collections.abc import Callable, Collection
+
+from mamba_attn.errors import MambaAttnError
+
+MEANING = """\
+exit codes: 0 done; 1 done, but something failed and is named; 2 refused,
+nothing was done; 130 stopped by Ctrl+C"""
+_CALL = r"[\w.]+\((?:[^()]|\([^()]*\))*\)"
+_VALUE = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\[[^\]]*\]|\([^)]*\)|[+-]?\w+(?:\.\d+)?(?:e[+-]?\d+)?"""
+_ARGUMENT = re.compile(rf"{_CALL}|(?<![^\s(])(?P<name>[a-z_]+)=(?P<value>{_VALUE})")
+_FIRST = {"create": "model", "open_data": "data"}  # arguments that are given by their place
+_COMMAS = {"--keep"}  # lists that are one word on the command line
+
+
+def exit_code(name: str, call: Callable[[], int], options: Collection[str] = (), stopped: str = "stopped.") -> int:
+    """Call what a command does, and return its exit code; what is refused is said in a sentence.
+
+    Args:
+        name: of the command.
+        call: what it does; it returns 0 or 1.
+        options: the command's, for ``as_flags``.
+        stopped: what is printed after Ctrl+C.
+    """
+    try:
+        return call()
+    except (ValueError, TypeError, OSError, ImportError, MambaAttnError) as error:
+        print(f"mamba-attn {name}: {as_flags(str(error), options)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"mamba-attn {name}: {stopped}", file=sys.stderr)
+        return 130
+
+
+def as_flags(sentence: str, options: Collection[str]) -> str:
+    """Return a sentence of the library with arguments as a command takes them.
+
+    A call that the sentence begins with becomes flags when all its arguments do; other calls stay as they are.
+
+    Args:
+        sentence: with arguments as ``name=value``.
+        options: names of the command's options without dashes; ``layers=`` also fits an option ``layer``.
+
+    Example:
+        >>> as_flags("layers=['a', 'b']: they do not fit; batch=1 would", {"layer", "batch"})
+        '--layer a b: they do not fit; --batch 1 would'
+    """
+
+    def flag(found: re.Match[str]) -> str:
+        option = _option(found["name"] or "", options)
+        return found[0] if option is None else f"{option}{_typed(option, found['value'])}"
+
+    call = re.match(rf"({_CALL}): ", sentence)
+    flags = call and _call_as_flags(call[1], options)
+    if call and flags:
+        return f"{flags}: {_ARGUMENT.sub(flag, sentence[call.end() :])}"
+    return _ARGUMENT.sub(flag, sentence)
+
+
+def _call_as_flags(text: str, options: Collection[str]) -> str | None:
+    """The arguments of a call as flags; None where one is no option."""
+    try:
+        call = ast.parse(text, mode="eval").body
+    except SyntaxError:
+        return None
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or len(call.args) > 1:
+        return None
+    given = [(_FIRST.get(call.func.id, ""), value) for value in call.args]
+    given += [(keyword.arg or "", keyword.value) for keyword in call.keywords]
+    flags = [(_option(name, options), ast.unparse(value)) for name, value in given]
+    typed = [f"{option}{_typed(option, value)}" for option, value in flags if option is not None]
+    return " ".join(typed) if len(typed) == len(flags) else None
+
+
+def _option(name: str, options: Collection[str]) -> str | None:
+    """The flag of an argument; one is in the plural where the other is not."""
+    found = next((each for each in (name, f"{name}s", name.removesuffix("s")) if each and each in options), None)
+    return None if found is None else f"--{found.replace('_', '-')}"
+
+
+def _typed(option: str, text: str) -> str:
+    """A value as it is typed after its flag."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):  # nan
+        return f" {text}"
+    if isinstance(value, bool):
+        return ""
+    if isinstance(value, tuple) or (isinstance(value, list) and option in _COMMAS):
+        return f" {','.join(map(str, value))}"
+    words = value if isinstance(value, list) else [value]
+    return f" {shlex.join(map(str, words))}"

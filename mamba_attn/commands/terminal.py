@@ -1,0 +1,70 @@
+"""A table and a progress bar on the terminal."""
+
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+_PADDING = 3  # columns of the terminal between two of a table
+
+
+def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table: on a terminal rich's, in parts as wide as the terminal; elsewhere aligned plain text.
+
+    Args:
+        title: above it.
+        header: names of the columns; the first one is repeated in every part.
+        rows: their cells.
+    """
+    if not sys.stdout.isatty():
+        print(plain(title, header, rows), end="")
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    for shown in _parts(header, rows, shutil.get_terminal_size().columns):
+        table = Table(title=title)
+        for index in shown:
+            table.add_column(header[index], overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(row[index]) for index in shown))
+        Console().print(table)
+
+
+def plain(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as aligned text, an empty line before it; the arguments are those of ``show``."""
+    widths = _widths(header, rows)
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
+    ]
+    return "".join(f"{line}\n" for line in ("", title, *lines))
+
+
+def progress_bar() -> "Progress":
+    """Return a progress bar on standard error that says how much is left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def _widths(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(len(row[index]) for row in (header, *rows)) for index in range(len(header))]
+
+
+def _parts(header: Sequence[str], rows: Sequence[Sequence[str]], room: int) -> Iterator[list[int]]:
+    """Indices of the columns that fit next to each other, the first one in every part."""
+    widths = [width + _PADDING for width in _widths(header, rows)]
+    part = [0]
+    for index in range(1, len(header)):
+        if len(part) > 1 and sum(widths[each] for each in [*part, index]) + 1 > room:
+            yield part
+            part = [0]
+        part.append(index)
+    yield part

@@ -1,0 +1,111 @@
+"""How commands end, and the library's sentences as a command says them."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from mamba_attn.commands import cli
+from mamba_attn.commands.exit_codes import as_flags, exit_code
+from mamba_attn.commands.terminal import _parts, plain
+
+ROOT = Path(__file__).parents[2]
+FLAG = re.compile(r"(?<![\w-])--[a-z]")
+# what begins with two dashes and is no option of ours
+OTHERS = {
+    "mamba_attn/__init__.py": "``mamba-attn --help``",
+    "mamba_attn/evaluation/page.py": "--photo",  # a variable of CSS
+    "mamba_attn/figures/document.py": "--opacity",
+    "mamba_attn/ops/cpu/build.py": "--version",  # of compilers
+    "mamba_attn/ops/cuda/nvrtc.py": "--gpu-architecture",
+    "mamba_attn/ops/cuda/driver.py": "--gpus all",  # of docker
+}
+
+
+def flags(source):
+    """The strings of a source that name a flag."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and FLAG.search(node.value):
+            yield node.value
+
+
+def test_flags_stand_in_commands_alone():
+    assert list(flags("raise ValueError(f'--limit {limit}: too few.')")) == ["--limit "]
+    found = []
+    for path in (*ROOT.glob("mamba_attn/**/*.py"), *ROOT.glob("integrations/**/*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        if not name.startswith("mamba_attn/commands/"):
+            found += [f"{name}: {text}" for text in flags(path.read_text()) if OTHERS.get(name, "\0") not in text]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("sentence", "options", "typed"),
+    [
+        ("limit=0: expected a number from 1 on.", ["limit"], "--limit 0: expected a number from 1 on."),
+        ("limit=0: expected a number.", ["out"], "limit=0: expected a number."),  # not this command's
+        ("layers='7': no such layer.", ["layer"], "--layer 7: no such layer."),
+        ("routes='x': use routes='sum'.", ["routes"], "--routes x: use --routes sum."),
+        ("fits: batch=1 layers=['a', 'b c']. Rows", ["batch", "layer"], "fits: --batch 1 --layer a 'b c'. Rows"),
+        ("of keep=['a', 'b'], not keep=1;", ["keep"], "of --keep a,b, not --keep 1;"),
+        ("size=0.5: too small; size=12 fits.", ["size"], "--size 0.5: too small; --size 12 fits."),
+        ("seed=nan: no", ["seed"], "--seed nan: no"),
+        ("sanity_images=-1: no", ["sanity_images"], "--sanity-images -1: no"),
+        ("out='it\\'s': no", ["out"], """--out 'it'"'"'s': no"""),
+        ("open_data('a b'): it holds no images.", ["data"], "--data 'a b': it holds no images."),
+        ("create('x'): no such model.", ["models"], "--models x: no such model."),
+        ("create('x', weights='demo'): none.", ["model", "weights"], "--model x --weights demo: none."),
+        ("create('x', depth=2): none.", ["model"], "create('x', depth=2): none."),
+        ("attribute(query=(9.0, 3)): outside.", ["query"], "--query 9.0,3: outside."),
+        ("no maps; see load(weights='x')", ["weights"], "no maps; see load(weights='x')"),
+        ("/a/limit=3/b: occlusion:seed=3", ["limit", "seed"], "/a/limit=3/b: occlusion:seed=3"),
+        ("broken(: limit=3", ["limit"], "broken(: --limit 3"),
+    ],
+)
+def test_arguments_become_flags(sentence, options, typed):
+    assert as_flags(sentence, options) == typed
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ValueError("no such thing"), 2, "no such thing"),
+        (ValueError("port=0: none"), 2, "--port 0: none"),
+        (KeyboardInterrupt(), 130, "stopped; it resumes."),
+    ],
+)
+def test_all_commands_end_alike(error, code, said, capsys):
+    def call():
+        raise error
+
+    assert exit_code("explore", call, ["port"], "stopped; it resumes.") == code
+    assert capsys.readouterr().err == f"mamba-attn explore: {said}\n"
+    with pytest.raises(ZeroDivisionError):  # a bug stays one
+        exit_code("explore", lambda: 1 // 0)
+
+
+def test_the_library_and_its_command_name_the_same_argument(capsys, tmp_path):
+    from mamba_attn.datasets import open_data
+    from mamba_attn.models import create
+
+    for call, arguments in (
+        (lambda: open_data("no.zip"), ["collect", "--data", "no.zip", "--out", str(tmp_path / "store")]),
+        (lambda: create("vim_micor"), ["explain", "--model", "vim_micor", "--out", str(tmp_path / "out")]),
+    ):
+        with pytest.raises((ValueError, OSError)) as caught:
+            call()
+        name, _, rest = str(caught.value).partition(": ")
+        assert cli.main(arguments) == 2
+        said = capsys.readouterr().err
+        assert re.fullmatch(r"\w+\('[\w.]+'\)", name)
+        assert said == f"mamba-attn {arguments[0]}: {' '.join(arguments[1:3])}: {rest}\n"
+
+
+def test_a_table_that_is_too_wide_is_shown_in_parts():
+    header, rows = ("method", "one", "another"), [("random", "1234567", "0.5")]
+    assert list(_parts(header, rows, 200)) == [[0, 1, 2]]
+    assert list(_parts(header, rows, 22)) == [[0, 1], [0, 2]]
+    assert list(_parts(header, rows, 1)) == [[0, 1], [0, 2]]  # a column is never cut away
+    assert list(_parts(("alone",), [("x",)], 5)) == [[0]]
+    assert plain("t", header, rows) == "\nt\nmethod  one      another\nrandom  1234567  0.5\n"
