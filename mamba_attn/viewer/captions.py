@@ -1,15 +1,19 @@
-"""Captions, units and palettes: what a pane shows, in words and colours."""
+"""Captions, units and palettes: what a pane shows, in words and colours; and which settings its store and mode support.
+
+Controls offer these, and a pane falls back to them.
+"""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from mamba_attn.figures import colours
+from mamba_attn.figures.colours import CIVIDIS, VIRIDIS
 from mamba_attn.viewer.source import Source, scans
-from mamba_attn.viewer.state import Pane, State
+from mamba_attn.viewer.state import COLOURS, Pane, State
 
 
 def palette(pane: Pane) -> list[str]:
     """Return the colour scale of a pane whose values are not negative."""
-    return colours.CIVIDIS if pane.palette == "cividis" else colours.VIRIDIS
+    return CIVIDIS if pane.palette == "cividis" else VIRIDIS
 
 
 def signed(pane: Pane) -> bool | None:
@@ -89,3 +93,27 @@ def _ordinal(number: int) -> str:
     """1st, 2nd, 3rd, 4th, 11th, 1,021st."""
     ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
     return f"{number:,}{ending}"
+
+
+def point_colours(source: Source, mode: str) -> tuple[str, ...]:
+    """Return the possible meanings of the points' colours; the first is the default.
+
+    Args:
+        source: of the store.
+        mode: "blocks" or "patches".
+    """
+    return tuple(name for name in COLOURS[mode] if name != "rank" or source.scans)
+
+
+def fitting(source: Source, pane: Pane) -> Pane:
+    """Return a pane with unsupported settings replaced by defaults.
+
+    Args:
+        source: of the pane's store.
+        pane: any pane.
+    """
+    offered = point_colours(source, pane.mode)
+    pane = pane if pane.colour in offered else replace(pane, colour=offered[0])
+    if source.scans:
+        return pane
+    return replace(pane, gate=False, skip=False, path=False)  # softmax attention has no gate, D or path
