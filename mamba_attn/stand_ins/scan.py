@@ -1,0 +1,239 @@
+"""What the compiled selective scans do, on any device: ``fwd`` and ``bwd`` as their Python wrappers call them.
+
+``selective_scan_cuda`` is Mamba's extension, ``selective_scan_cuda_oflex`` and ``selective_scan_cuda_core`` are
+VMamba's. Half precision is computed in float32 and returned in the type that the extension returns; float64, which the
+extensions refuse, stays float64.
+"""
+
+from typing import Any, NamedTuple, Self, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mamba_attn import ops
+
+
+class Inputs(NamedTuple):
+    """The tensors of a scan, as the wrappers pass them; ``delta`` is before bias and softplus."""
+
+    u: Tensor  # (batch, channels, length)
+    delta: Tensor  # (batch, channels, length)
+    A: Tensor  # (channels, states)
+    B: Tensor  # (channels, states), (batch, states, length) or (batch, groups, states, length)
+    C: Tensor  # as B
+    D: Tensor | None  # (channels)
+    z: Tensor | None  # (batch, channels, length)
+    delta_bias: Tensor | None  # (channels)
+
+    def working(self) -> "Inputs":
+        """All of them in float32, or in float64 if u, delta or A is."""
+        double = torch.float64 in (self.u.dtype, self.delta.dtype, self.A.dtype)
+        kind = torch.float64 if double else torch.float32
+        return Inputs(*(None if tensor is None else tensor.to(kind) for tensor in self))  # type: ignore[arg-type]
+
+
+class ScanStates(Tensor):
+    """The states that the scans return beside their output, computed when somebody reads them.
+
+    (batch, channels, 1, 2 * states): exp(A S) and the state after the last step in turns, S the sum of delta.
+    Every wrapper keeps this tensor for the backward and reads it only when asked for the last state, as
+    ``x[:, :, -1, 1::2]``; computing it costs as much as the scan. The extensions have one row per chunk of steps; here
+    the sequence is one chunk. No gradient runs through it, as in the extensions.
+    """
+
+    _pending: tuple[Inputs, object] | None
+    _found: Tensor | None
+
+    @classmethod
+    def of(cls, given: Inputs, softplus: object) -> Self:
+        """The states of a scan, not computed yet."""
+        batch, channels = given.u.shape[:2]
+        kind = torch.float64 if given.u.dtype == torch.float64 else torch.float32
+        blank = torch.full((), torch.nan, dtype=kind, device=given.u.device)
+        states = blank.expand(batch, channels, 1, 2 * given.A.shape[1]).as_subclass(cls)
+        states._pending, states._found = (given, softplus), None
+        return states
+
+    def _read(self) -> Tensor:
+        if self._found is None and self._pending is not None:
+            self._found, self._pending = _last_states(*self._pending), None
+        return self.as_subclass(Tensor) if self._found is None else self._found
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Compute before anything but a look at shape, type or device."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if func.__name__ != "__get__":
+                args = tuple(item._read() if isinstance(item, cls) else item for item in args)
+            return func(*args, **(kwargs or {}))
+
+
+def run(name: str, given: Inputs, softplus: object) -> tuple[Tensor, Tensor]:
+    """The scan in working precision: y, and y * silu(z), or y again without z (arXiv 2312.00752, algorithm 2).
+
+    Args:
+        name: the function that was called, for errors.
+        given: its tensors.
+        softplus: whether delta goes through softplus.
+
+    Raises:
+        ValueError: complex A, or tensors that do not fit together.
+    """
+    if given.A.is_complex():
+        raise ValueError(
+            f"{name}: A is complex ({given.A.dtype}); the stand-in of mamba_attn.cpu_stand_ins() scans real states "
+            "only. Vision Mamba models have real A."
+        )
+    x = given.working()
+    groups = max((t.shape[1] for t in (x.B, x.C) if t.ndim == 4), default=1)
+    if given.u.shape[1] % groups:
+        raise ValueError(f"{name}: {given.u.shape[1]} channels cannot be shared by {groups} groups of B and C.")
+    routes = (groups, x.u.shape[1] // groups)  # a group of channels with its B and C is a route of ours
+    B, C = _grouped(x, groups)
+    scan = ops.selective_scan if bool((x.A < 0).all()) else _step_by_step
+    y = scan(
+        x.u.unflatten(1, routes),
+        steps(x, softplus).unflatten(1, routes),
+        x.A.unflatten(0, routes),
+        B,
+        C,
+        None if x.D is None else x.D.unflatten(0, routes),
+    )
+    out = y.reshape(x.u.shape)
+    return out, out if x.z is None else out * F.silu(x.z)
+
+
+def steps(x: Inputs, softplus: object) -> Tensor:
+    """Delta after bias and softplus."""
+    delta = x.delta if x.delta_bias is None else x.delta + x.delta_bias[:, None]
+    return F.softplus(delta) if softplus else delta
+
+
+def _grouped(x: Inputs, groups: int) -> list[Tensor]:
+    """B and C as (batch, groups, states, length), or with one more axis of channels where one of them is constant."""
+    batch, channels, length = x.u.shape
+    width, constant = channels // groups, 2 in (x.B.ndim, x.C.ndim)
+    found = []
+    for t in (x.B, x.C):
+        if t.ndim == 2:  # (channels, states): the same at every step
+            t = t.unflatten(0, (groups, width))[None, ..., None].expand(batch, -1, -1, -1, length)
+        else:
+            t = t.unsqueeze(1) if t.ndim == 3 else t
+            t = t.unsqueeze(2).expand(-1, -1, width, -1, -1) if constant else t
+        found.append(t)
+    return found
+
+
+def _step_by_step(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> Tensor:
+    """The same scan for an A that is not negative everywhere, which ``ops.selective_scan`` refuses."""
+    B, C = (t.unsqueeze(2) if t.ndim == 4 else t for t in (B, C))
+    state, found = A.new_zeros(1), []
+    for t in range(u.shape[-1]):
+        step = delta[..., t, None]
+        state = torch.exp(step * A) * state + step * u[..., t, None] * B[..., t]
+        found.append((state * C[..., t]).sum(-1))
+    y = torch.stack(found, -1)
+    return y if D is None else y + D[..., None] * u
+
+
+def _like(target: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``value`` in the type and memory layout of ``target``, as the extensions allocate their results."""
+    return torch.empty_like(target, dtype=dtype or target.dtype).copy_(value)
+
+
+def _forward(name: str, given: Inputs, softplus: object, dtype: torch.dtype | None) -> list[Tensor]:
+    with torch.no_grad():
+        y, gated = run(name, given, softplus)
+        # as the extensions: the layout of delta, the type of u
+        found = [_like(given.delta, y, dtype or given.u.dtype), ScanStates.of(given, softplus)]
+        return found if given.z is None else [*found, _like(given.z, gated)]
+
+
+def _backward(name: str, given: Inputs, dout: Tensor, softplus: object) -> tuple[list[Tensor | None], Tensor]:
+    """Gradients by autograd through the recomputed scan, in the order of ``Inputs``, and y * silu(z)."""
+    wanted = [i for i, tensor in enumerate(given) if tensor is not None]
+    with torch.enable_grad():
+        leaves = Inputs(*(None if t is None else t.detach().requires_grad_() for t in given))  # type: ignore[arg-type]
+        _, gated = run(name, leaves, softplus)
+    found = torch.autograd.grad(gated, [cast(Tensor, leaves[i]) for i in wanted], dout.to(gated.dtype))
+    gradients: list[Tensor | None] = [None] * len(given)
+    for i, gradient in zip(wanted, found, strict=True):
+        gradients[i] = _like(cast(Tensor, given[i]), gradient)
+    return gradients, gated.detach()
+
+
+def fwd(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: object,
+) -> list[Tensor]:  # fmt: skip
+    """``selective_scan_cuda.fwd``: [out, states], and out * silu(z) where there is a z."""
+    return _forward("selective_scan_cuda.fwd", Inputs(u, delta, A, B, C, D, z, delta_bias), delta_softplus, None)
+
+
+def bwd(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, dout: Tensor, x: Tensor | None, out: Tensor | None, dz: Tensor | None,
+    delta_softplus: object, recompute_out_z: object,
+) -> list[Tensor | None]:  # fmt: skip
+    """``selective_scan_cuda.bwd``: [du, ddelta, dA, dB, dC, dD, ddelta_bias], then dz and out_z where there is a z.
+
+    ``x`` and ``out``, kept by the extension for speed, are not read; a given ``dz`` is written to and returned.
+    """
+    given = Inputs(u, delta, A, B, C, D, z, delta_bias)
+    found, gated = _backward("selective_scan_cuda.bwd", given, dout, delta_softplus)
+    results = [*found[:6], found[7]]
+    if z is not None:
+        results.append(found[6] if dz is None else dz.copy_(cast(Tensor, found[6])))
+        if recompute_out_z:
+            results.append(_like(z, gated))
+    return results
+
+
+def oflex_fwd(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None,
+    delta_softplus: object, nrows: int = 1, out_float: object = True,
+) -> list[Tensor]:  # fmt: skip
+    """``selective_scan_cuda_oflex.fwd``: [out, states]; out is float32 with ``out_float``, else as u."""
+    given = Inputs(u, delta, A, B, C, D, None, delta_bias)
+    dtype = torch.float32 if out_float and u.dtype != torch.float64 else None
+    return _forward("selective_scan_cuda_oflex.fwd", given, delta_softplus, dtype)
+
+
+def core_fwd(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None,
+    delta_softplus: object, nrows: int = 1,
+) -> list[Tensor]:  # fmt: skip
+    """``selective_scan_cuda_core.fwd``: [out, states]."""
+    given = Inputs(u, delta, A, B, C, D, None, delta_bias)
+    return _forward("selective_scan_cuda_core.fwd", given, delta_softplus, None)
+
+
+def core_bwd(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None,
+    dout: Tensor, x: Tensor | None, delta_softplus: object, nrows: int = 1,
+) -> list[Tensor | None]:  # fmt: skip
+    """``bwd`` of both of VMamba's extensions: [du, ddelta, dA, dB, dC, dD, ddelta_bias]."""
+    given = Inputs(u, delta, A, B, C, D, None, delta_bias)
+    found, _ = _backward("selective_scan_cuda_core.bwd", given, dout, delta_softplus)
+    return [*found[:6], found[7]]
+
+
+@torch.no_grad()
+def _last_states(given: Inputs, softplus: object) -> Tensor:
+    x = given.working()
+    delta = steps(x, softplus)
+    total = delta.double().cumsum(-1)
+    left = (total[..., -1:] - total).to(delta.dtype)  # what is still to come after each step
+    channels = x.u.shape[1]
+    if x.B.ndim == 2:
+        B = x.B[None, :, :, None]
+    else:
+        B = x.B.unsqueeze(1) if x.B.ndim == 3 else x.B.repeat_interleave(channels // x.B.shape[1], dim=1)
+    state = torch.stack(
+        [((x.A[:, n, None] * left).exp() * delta * x.u * B[:, :, n]).sum(-1) for n in range(x.A.shape[1])], dim=-1
+    )
+    decay = torch.exp(x.A * total[..., -1:].to(delta.dtype))
+    return torch.stack([decay, state], dim=-1).flatten(2).unsqueeze(2)
