@@ -172,8 +172,7 @@ def _write(job: Job, title: str, name: str, answers: Sequence["Answer"]) -> None
     """Write <name>.html, .png and .npz."""
     import numpy as np
 
-    from mamba_attn.explanations.page import page
-    from mamba_attn.explanations.sheet import sheet
+    from mamba_attn.explanations.page import page, sheet
     from mamba_attn.figures.png import save_png
 
     first, *others = answers

@@ -126,8 +126,7 @@ def write(
     """
     from mamba_attn.figures.png import save_png
     from mamba_attn.findings import tables
-    from mamba_attn.findings.figures import matrices_rgb
-    from mamba_attn.findings.page import page
+    from mamba_attn.findings.page import matrices_rgb, page
 
     every = [tables.summary(report) for report in reports]
     every += [tables.side_by_side(reports)] if len(reports) > 1 else []

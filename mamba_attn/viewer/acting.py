@@ -10,8 +10,8 @@ from dash.exceptions import PreventUpdate
 from mamba_attn.viewer.beside import strip
 from mamba_attn.viewer.context import Context
 from mamba_attn.viewer.drawing import drawn_map
+from mamba_attn.viewer.errors import FAILURES, sentence
 from mamba_attn.viewer.interaction import after
-from mamba_attn.viewer.saying import FAILURES, sentence
 from mamba_attn.viewer.state import Pane, State
 
 _CONTROLS = {"pane": ALL, "set": ALL}

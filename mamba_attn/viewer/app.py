@@ -9,9 +9,9 @@ from dash import Input, Output
 
 from mamba_attn.viewer import acting, beside, drawing, export, interaction
 from mamba_attn.viewer.context import Context
+from mamba_attn.viewer.errors import on_error, sentence
 from mamba_attn.viewer.guard import guard
 from mamba_attn.viewer.page import page, shell
-from mamba_attn.viewer.saying import on_error, sentence
 from mamba_attn.viewer.source import Source
 from mamba_attn.viewer.state import State
 

@@ -5,12 +5,12 @@ from typing import Any
 import dash
 from dash import ALL, MATCH, ClientsideFunction, Input, Output, ctx, html, no_update
 
-from mamba_attn.viewer.card import card, thumbnail
+from mamba_attn.viewer.captions import heading, unit, visits
 from mamba_attn.viewer.context import Context
+from mamba_attn.viewer.errors import FAILURES, sentence
 from mamba_attn.viewer.gestures import clicked, numbers
-from mamba_attn.viewer.saying import FAILURES, sentence
 from mamba_attn.viewer.state import Pane, State
-from mamba_attn.viewer.words import heading, unit, visits
+from mamba_attn.viewer.views import card, thumbnail
 
 _STRIP = 60  # thumbnails of selected images
 _CONTROLS = {"pane": MATCH, "set": ALL}

@@ -156,11 +156,11 @@ def test_the_missing_extra_is_named(place, capsys, monkeypatch):
 
 
 def test_stopping_says_how_to_go_on(place, weights, capsys, monkeypatch):
-    from mamba_attn.analytics import _run
+    from mamba_attn.analytics import collecting
 
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_run.Run, "_count", stop)
+    monkeypatch.setattr(collecting.Run, "_count", stop)
     assert collected(weights, "--data", "photos", "--out", "store") == 130
     assert "stopped; the same command resumes at the last checkpoint" in capsys.readouterr().err

@@ -172,11 +172,11 @@ def test_all_are_those_that_fit(place, models, capsys):
 
 
 def test_stopping_is_no_accident(place, models, capsys, monkeypatch):
-    from mamba_attn.evaluation import running
+    from mamba_attn.evaluation import scheduler
 
-    def stop(task):
+    def stop(worker, task):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(running, "work", stop)
+    monkeypatch.setattr(scheduler.Worker, "work", stop)
     assert cli.main(["compare", "--models", models, "--data", "photos", "--out", "out"]) == 130
     assert "stopped; the same command resumes here." in capsys.readouterr().err
