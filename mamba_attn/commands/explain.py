@@ -75,7 +75,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Explain the images."""
+    """Explain the images, and return the exit code."""
     require_extras(_NEEDED)
     return _explain(_job(args))
 

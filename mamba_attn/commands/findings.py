@@ -39,7 +39,7 @@ the same command resumes after an interruption.
 
 def add_parser(commands: Commands) -> None:
     """Add the command and its arguments."""
-    what = "test whether untrained models attend the same way"
+    what = "measure patterns of attention and compare them with those of untrained models"
     parser = command(
         commands, "findings", what,
         examples=_EXAMPLES, notes=_NOTES, run=run, stopped="stopped; the same command resumes after the last model.",

@@ -93,7 +93,7 @@ def test_images_of_which_none_can_be_read(place, weights, capsys):
         (["--data", "photos", "--batch", "0"], "--batch 0: expected a number from 1 on"),
         (["--data", "photos", "--layer", "x*"], "'x*' fits no layer"),
         (["--data", "photos", "--model", "vim_mcro"], "no such model. Did you mean 'vim_micro'"),
-        (["--data", "photos", "--weights", "no.pt"], "there is no such file"),
+        (["--data", "photos", "--weights", "no.pt"], "no such file; expected"),
         (["--merge", "a", "b"], "a: there is no such folder; make a store with mamba-attn collect."),
     ],
 )

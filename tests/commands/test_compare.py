@@ -141,7 +141,7 @@ def test_photos_without_labels(place, models, capsys):
         (["--data", "s.zip:masks", "--target", "label"], "--target label: s.zip:masks: it has no labels"),
         (["--data", "boats", "--target", "label"], "boats: none of its classes is one of the model's"),
         (["--data", "photos", "--models", "vim_micor"], "no such model. Did you mean 'vim_micro'"),
-        (["--data", "photos", "--models", "vim_micro=none.pth"], "there is no such file"),
+        (["--data", "photos", "--models", "vim_micro=none.pth"], "no such file; expected"),
         (["--data", "photos", "--models", ","], "--models: expected names of models"),
         (["--data", "photos", "--models", "vim_micro="], "--models vim_micro=: expected demo, official or a file"),
         (["--data", "photos", "--methods", "occlusion:strides=99"], "Stride dimension (3, 99, 99) cannot be larger"),
