@@ -215,7 +215,7 @@ def test_ranges_shares_and_trends():
     np.testing.assert_array_equal(formulas.distance_range(two), [4, 1])
     alone = stage([np.zeros((2, 1))], distances=[np.ones(2)])
     for name in ("distance_range", "block_silhouette", "block_neighbours", "block_correlation"):
-        assert np.isnan(getattr(block_measures, name)(alone)).all()
+        assert np.isnan(getattr(formulas, name)(alone)).all()
     pattern = np.random.default_rng(0).random(30)
     np.testing.assert_allclose(formulas.image_share(np.stack([pattern, 3 * pattern])), 0, atol=1e-12)
     random = np.random.default_rng(1).standard_normal((200, 500))
