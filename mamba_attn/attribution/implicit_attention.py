@@ -441,5 +441,5 @@ class _Weighted(NamedTuple):
         return product.sum(1)
 
     def matrix(self) -> Float[Tensor, "batch tokens tokens"]:
-        """Return W."""
+        """Return W of the layer, (batch, tokens, tokens)."""
         return self.implicit.matrix(self.rows, self.columns)

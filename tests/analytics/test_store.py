@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mamba_attn.analytics import AttentionStore, NotStoredError, collect
-from mamba_attn.analytics._arrays import Arrays
 from mamba_attn.analytics.index import place_of
+from mamba_attn.analytics.storage import Arrays
 from mamba_attn.errors import StoreError, WeightsError
 from tests.analytics import cases
 
