@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from mamba_attn.stand_ins._finder import StandInFinder
+    from mamba_attn.stand_ins.finder import StandInFinder
 
 __all__ = ["cpu_stand_ins"]
 
+# `sys.meta_path` and `sys.modules` belong to the process, so the finder that changes them does too: one for all blocks
 _lock = threading.Lock()
-_active: "StandInFinder | None" = None
-_open = 0
+_active: "StandInFinder | None" = None  # made by the first block, then kept; between blocks it serves nothing
+_open = 0  # blocks that are entered and not left, in all threads
 
 
 @contextmanager
@@ -58,7 +59,7 @@ def cpu_stand_ins() -> Iterator[None]:
         >>> selective_scan_fn(u, delta, A, torch.randn(2, 3, 9), torch.randn(2, 3, 9)).shape
         torch.Size([2, 4, 9])
     """
-    from mamba_attn.stand_ins._device import CpuForCuda
+    from mamba_attn.stand_ins.finder import CpuForCuda
 
     _enter()
     try:
@@ -72,7 +73,7 @@ def _enter() -> None:
     global _active, _open
     with _lock:
         if _active is None:
-            from mamba_attn.stand_ins._finder import StandInFinder
+            from mamba_attn.stand_ins.finder import StandInFinder
 
             _active = StandInFinder()
         if _open == 0:

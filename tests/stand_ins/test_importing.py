@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from mamba_attn import cpu_stand_ins
 from mamba_attn.errors import BackendUnavailableError
-from mamba_attn.stand_ins import _finder
-from mamba_attn.stand_ins._modules import StandIn
+from mamba_attn.stand_ins import finder
+from mamba_attn.stand_ins.finder import StandIn
 from tests.stand_ins import naive
 
 pytestmark = pytest.mark.skipif(
@@ -343,7 +343,7 @@ def test_vmamba_s_scans_take_cpu_tensors(code):
     assert torch.equal(x.grad, torch.full_like(x, 2))
     spec = sys.modules["own_models.csm_triton"].__spec__
     assert spec.loader is sys.modules["own_models.csm_triton"].__loader__
-    assert type(spec.loader).__module__ != "mamba_attn.stand_ins._modules"
+    assert type(spec.loader).__module__ != "mamba_attn.stand_ins.finder"
 
 
 def test_vmamba_s_mamba_2_takes_its_own_pytorch_version(code):
@@ -365,7 +365,7 @@ def selective_scan_chunk_fn(x, size=2, backend=None):
 
 
 def test_libraries_do_not_see_the_stand_ins(code, monkeypatch):
-    monkeypatch.setattr(_finder, "_LIBRARIES", ("own_library",))
+    monkeypatch.setattr(finder, "_LIBRARIES", ("own_library",))
     real = types.ModuleType("triton")
     monkeypatch.setitem(sys.modules, "triton", real)
     part = "try:\n    import selective_scan_cuda as found\nexcept ImportError:\n    found = None"
@@ -382,7 +382,7 @@ def test_libraries_do_not_see_the_stand_ins(code, monkeypatch):
 
 
 def test_libraries_that_fail_leave_the_block_as_it_was(code, monkeypatch):
-    monkeypatch.setattr(_finder, "_LIBRARIES", ("own_library",))
+    monkeypatch.setattr(finder, "_LIBRARIES", ("own_library",))
     code({"own_library": "raise RuntimeError('no')"})
     with cpu_stand_ins():
         with pytest.raises(RuntimeError, match="no"):

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mamba_attn.stand_ins import _norm, _ssm, _step, _text
-from mamba_attn.stand_ins._mamba import Mamba
+from mamba_attn.stand_ins import mamba_ssm, triton
+from mamba_attn.stand_ins.mamba_ssm import Mamba
 from tests.stand_ins import naive
 
 FIXED = torch.Generator().manual_seed(0)
@@ -14,14 +14,14 @@ W, W1, BIAS = (torch.randn(5, generator=FIXED).double() for _ in range(3))
 
 
 def test_norms_are_those_of_the_sum():
-    naive.close(_norm.rms_norm_fn(X, W, None, eps=1e-3), naive.rms_norm(X, W, 1e-3), 1e-12)
-    naive.close(_norm.rms_norm_fn(X, W, BIAS, eps=1e-3), naive.rms_norm(X, W, 1e-3) + BIAS, 1e-12)
-    y, total = _norm.rms_norm_fn(X, W, None, RESIDUAL, prenorm=True)
+    naive.close(triton.rms_norm_fn(X, W, None, eps=1e-3), naive.rms_norm(X, W, 1e-3), 1e-12)
+    naive.close(triton.rms_norm_fn(X, W, BIAS, eps=1e-3), naive.rms_norm(X, W, 1e-3) + BIAS, 1e-12)
+    y, total = triton.rms_norm_fn(X, W, None, RESIDUAL, prenorm=True)
     naive.close(total, X + RESIDUAL, 1e-12)
     naive.close(y, naive.rms_norm(X + RESIDUAL, W, 1e-6), 1e-12)
     rows = torch.rand(2, 3, dtype=torch.float64)
-    naive.close(_norm.rms_norm_fn(X, W, None, rowscale=rows), naive.rms_norm(X * rows[..., None], W, 1e-6), 1e-12)
-    y, y1, total = _norm.layer_norm_fn(X, W, BIAS, RESIDUAL, SECOND, W1, prenorm=True)
+    naive.close(triton.rms_norm_fn(X, W, None, rowscale=rows), naive.rms_norm(X * rows[..., None], W, 1e-6), 1e-12)
+    y, y1, total = triton.layer_norm_fn(X, W, BIAS, RESIDUAL, SECOND, W1, prenorm=True)
     naive.close(total, X + RESIDUAL + SECOND, 1e-12)
     centred = total - total.mean(-1, keepdim=True)
     scaled = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-6)
@@ -30,31 +30,33 @@ def test_norms_are_those_of_the_sum():
 
 
 def test_norms_take_both_orders_of_arguments():
-    new = _norm.rms_norm_fn(X, W, BIAS, RESIDUAL, None, None, None, 1e-3, 0.0, None, True)
-    old = _norm.old_rms_norm_fn(X, W, BIAS, RESIDUAL, True, False, 1e-3)
+    new = triton.rms_norm_fn(X, W, BIAS, RESIDUAL, None, None, None, 1e-3, 0.0, None, True)
+    old = triton.old_rms_norm_fn(X, W, BIAS, RESIDUAL, True, False, 1e-3)
     for one, other in zip(new, old, strict=True):
         assert torch.equal(one, other)
-    old = _norm.old_layer_norm_fn(X, W, BIAS, RESIDUAL, 1e-3, False, False, True)
+    old = triton.old_layer_norm_fn(X, W, BIAS, RESIDUAL, 1e-3, False, False, True)
     assert torch.equal(old, new[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_residual_keeps_its_type(dtype):
     x, residual, weight = X.to(dtype), RESIDUAL.float(), W.to(dtype)
-    y, total = _norm.rms_norm_fn(x, weight, None, residual, prenorm=True)
+    y, total = triton.rms_norm_fn(x, weight, None, residual, prenorm=True)
     assert (y.dtype, total.dtype) == (dtype, torch.float32)
     assert torch.equal(total, x.float() + residual)
     exact = naive.rms_norm(total.double(), weight.double(), 1e-6)
     assert torch.all((y.double() - exact).abs() <= 0.51 * torch.finfo(dtype).eps * exact.abs() + 1e-6)
-    first = {wide: _norm.rms_norm_fn(x, weight, None, prenorm=True, residual_in_fp32=wide)[1] for wide in (True, False)}
+    first = {
+        wide: triton.rms_norm_fn(x, weight, None, prenorm=True, residual_in_fp32=wide)[1] for wide in (True, False)
+    }
     assert first[True].dtype == torch.float32
     assert first[False].dtype == dtype
-    assert _norm.rms_norm_fn(X, W, None, prenorm=True, residual_in_fp32=True)[1].dtype == torch.float64
+    assert triton.rms_norm_fn(X, W, None, prenorm=True, residual_in_fp32=True)[1].dtype == torch.float64
 
 
 def test_dropout_drops_what_its_masks_say():
     options = {"dropout_p": 0.5, "prenorm": True, "return_dropout_mask": True}
-    _, total, mask, mask1 = _norm.rms_norm_fn(X, W, None, x1=SECOND, **options)
+    _, total, mask, mask1 = triton.rms_norm_fn(X, W, None, x1=SECOND, **options)
     assert mask.dtype == torch.bool
     assert not torch.equal(mask, mask1)
     naive.close(total, X * mask * 2 + SECOND * mask1 * 2, 1e-12)
@@ -62,12 +64,12 @@ def test_dropout_drops_what_its_masks_say():
 
 def test_norms_are_differentiable():
     leaves = [t.clone().requires_grad_() for t in (X, W, BIAS, RESIDUAL)]
-    assert torch.autograd.gradcheck(lambda *t: _norm.rms_norm_fn(*t, prenorm=True), leaves)
-    assert torch.autograd.gradcheck(lambda *t: _norm.layer_norm_fn(*t, prenorm=True), leaves)
+    assert torch.autograd.gradcheck(lambda *t: triton.rms_norm_fn(*t, prenorm=True), leaves)
+    assert torch.autograd.gradcheck(lambda *t: triton.layer_norm_fn(*t, prenorm=True), leaves)
 
 
 def test_rms_norm_module():
-    module = _norm.RMSNorm(5, eps=1e-3, dropout_p=0.5, dtype=torch.float64)
+    module = triton.RMSNorm(5, eps=1e-3, dropout_p=0.5, dtype=torch.float64)
     assert list(module.state_dict()) == ["weight"]
     module.weight.data.copy_(W)
     naive.close(module.eval()(X), naive.rms_norm(X, W, 1e-3), 1e-12)
@@ -113,9 +115,9 @@ def test_fused_mixers_are_their_parts():
     y = naive_mixer(a, a["A"])
     both = y + naive_mixer(a, a["A_b"], flipped=True)
     for found, expected in [
-        (_ssm.mamba_inner_fn_no_out_proj(*head, a["A"], *tail), y),
-        (_ssm.mamba_inner_fn(*head, *out, a["A"], *tail), y.mT @ a["out"].T + a["out_bias"]),
-        (_ssm.bimamba_inner_fn(*head, *out, a["A"], a["A_b"], *tail), both.mT @ a["out"].T + a["out_bias"]),
+        (mamba_ssm.mamba_inner_fn_no_out_proj(*head, a["A"], *tail), y),
+        (mamba_ssm.mamba_inner_fn(*head, *out, a["A"], *tail), y.mT @ a["out"].T + a["out_bias"]),
+        (mamba_ssm.bimamba_inner_fn(*head, *out, a["A"], a["A_b"], *tail), both.mT @ a["out"].T + a["out_bias"]),
     ]:
         naive.close(found, expected, 1e-11)
         gradients = [
@@ -131,14 +133,16 @@ def test_fused_mixers_are_their_parts():
 def test_scan_with_its_last_state():
     u, delta, B = torch.randn(2, 4, 7).double(), torch.rand(2, 4, 7).double(), torch.randn(2, 3, 7).double()
     A = -torch.rand(4, 3).double()
-    y, last = _ssm.selective_scan_fn(u.requires_grad_(), delta, A, B, B, return_last_state=True)
+    y, last = mamba_ssm.selective_scan_fn(u.requires_grad_(), delta, A, B, B, return_last_state=True)
     truth, state = naive.scan(u, delta, A, B, B)
     naive.close(y, truth, 1e-11)
     naive.close(last, state, 1e-11)
-    assert torch.equal(_ssm.selective_scan_fn(u, delta, A, B, B, return_last_state=None), y)  # as MambaVision calls it
+    assert torch.equal(
+        mamba_ssm.selective_scan_fn(u, delta, A, B, B, return_last_state=None), y
+    )  # as MambaVision calls it
     assert y.requires_grad
     assert not last.requires_grad
-    assert _ssm.selective_scan_fn(u.half(), delta.half(), A.float(), B.half(), B.half()).dtype == torch.float16
+    assert mamba_ssm.selective_scan_fn(u.half(), delta.half(), A.float(), B.half(), B.half()).dtype == torch.float16
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -166,7 +170,7 @@ def test_mamba_says_what_it_cannot():
         Mamba(6, bimamba_type="v2")
     with pytest.raises(NotImplementedError, match="whole sequences, not for steps with a cache"):
         Mamba(6)(torch.randn(1, 3, 6), object())
-    for refused in (_text.GenerationMixin().generate, _text.InferenceParams, _text.load_config_hf):
+    for refused in (mamba_ssm.GenerationMixin().generate, mamba_ssm.InferenceParams, mamba_ssm.load_config_hf):
         with pytest.raises(NotImplementedError, match="needs the package transformers"):
             refused("x")
 
@@ -185,9 +189,9 @@ def test_a_step_continues_the_scan(heads, groups):
         at = [v[..., t].reshape(shape) for v in (x, dt)]
         bc = [v[..., t] if heads else v[:, 0, :, t] for v in (B, C)]
         found.append(
-            _step.selective_state_update(state, *at, own(A), *bc, own(D), z[..., t].reshape(shape), own(bias), True)
+            triton.selective_state_update(state, *at, own(A), *bc, own(D), z[..., t].reshape(shape), own(bias), True)
         )
     naive.close(torch.stack([step.reshape(2, flat) for step in found], -1), y, 1e-11)
     naive.close(state.reshape(last.shape), last, 1e-11)
     with pytest.raises(NotImplementedError, match="state_batch_indices has no stand-in"):
-        _step.selective_state_update(state, *at, own(A), *bc, state_batch_indices=torch.arange(2))
+        triton.selective_state_update(state, *at, own(A), *bc, state_batch_indices=torch.arange(2))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mamba_attn.stand_ins import _scan, _ssm
-from mamba_attn.stand_ins._scan import Inputs
+from mamba_attn.stand_ins import mamba_ssm, scan
+from mamba_attn.stand_ins.scan import Inputs
 from tests.stand_ins import naive
 
 BATCH, CHANNELS, STATES, LENGTH = 2, 6, 3, 7
@@ -46,7 +46,7 @@ def weights():
 
 
 def call_bwd(given, softplus=True, dz=None, again=False):
-    return _scan.bwd(*given, weights().to(given.u.dtype), None, None, dz, softplus, again)
+    return scan.bwd(*given, weights().to(given.u.dtype), None, None, dz, softplus, again)
 
 
 CASES = [
@@ -60,7 +60,7 @@ CASES = [
 def test_fwd_and_bwd_are_the_loop(B, C, dtype, tolerance):
     given = inputs(B, C, dtype)
     y, last, gradients = truth(given)
-    out, states, gated = _scan.fwd(*given, True)
+    out, states, gated = scan.fwd(*given, True)
     plain, _, _ = truth(given._replace(z=None))
     naive.close(out, plain, tolerance)
     naive.close(gated, y, tolerance)
@@ -78,7 +78,7 @@ def test_what_may_be_missing(missing, softplus):
     if not softplus and given.delta_bias is not None:
         given = given._replace(delta_bias=given.delta_bias.abs())
     y, _, gradients = truth(given, softplus)
-    results = _scan.fwd(*given, softplus)
+    results = scan.fwd(*given, softplus)
     assert len(results) == (2 if given.z is None else 3)
     naive.close(results[-1] if given.z is not None else results[0], y, 1e-11)
     found = call_bwd(given, softplus)
@@ -95,7 +95,7 @@ def test_steps_of_extreme_size_stay_finite():
         delta_bias=torch.zeros(CHANNELS), delta=torch.logspace(-6, 3, LENGTH).expand(BATCH, CHANNELS, -1).contiguous()
     )
     y, _, _ = truth(given, softplus=False)
-    naive.close(_scan.fwd(*given, False)[2], y, 1e-5)
+    naive.close(scan.fwd(*given, False)[2], y, 1e-5)
     assert all(gradient.isfinite().all() for gradient in call_bwd(given, softplus=False))
 
 
@@ -104,7 +104,7 @@ def test_states_that_do_not_decay(least):
     given = inputs("groups", "groups")
     given = given._replace(A=(given.A + given.A.abs().max() + least))
     y, last, gradients = truth(given)
-    out = _scan.fwd(*given, True)
+    out = scan.fwd(*given, True)
     naive.close(out[2], y, 1e-11)
     naive.close(out[1][:, :, -1, 1::2], last, 1e-11)
     naive.close(call_bwd(given)[2], gradients["A"], 1e-10)
@@ -114,7 +114,7 @@ def test_states_that_do_not_decay(least):
 def test_half_precision_is_computed_in_float32(dtype):
     given = inputs("groups", "groups", dtype)
     y, _, gradients = truth(given)
-    out, states, gated = _scan.fwd(*given, True)
+    out, states, gated = scan.fwd(*given, True)
     assert (out.dtype, gated.dtype, states.dtype) == (dtype, dtype, torch.float32)
     eps = torch.finfo(dtype).eps
     assert torch.all((gated.double() - y).abs() <= 0.51 * eps * y.abs() + 1e-6)  # rounded once, at the end
@@ -128,14 +128,14 @@ def test_vmamba_s_extensions():
     given = inputs("groups", "groups", torch.float16, z=False)
     y, _, gradients = truth(given)
     arguments = (*given[:6], given.delta_bias, True)
-    wide, _ = _scan.oflex_fwd(*arguments, 1, True)
-    half, _ = _scan.oflex_fwd(*arguments, 1, False)
-    core, _ = _scan.core_fwd(*arguments, 1)
+    wide, _ = scan.oflex_fwd(*arguments, 1, True)
+    half, _ = scan.oflex_fwd(*arguments, 1, False)
+    core, _ = scan.core_fwd(*arguments, 1)
     assert (wide.dtype, half.dtype, core.dtype) == (torch.float32, torch.float16, torch.float16)
     naive.close(wide, y, 1e-5)
     assert torch.equal(half, core)
     assert torch.equal(half, wide.half())
-    found = _scan.core_bwd(*given[:6], given.delta_bias, weights().float(), None, True, 1)
+    found = scan.core_bwd(*given[:6], given.delta_bias, weights().float(), None, True, 1)
     for name, gradient in zip([*NAMES[:6], "delta_bias"], found, strict=True):
         naive.close(gradient, gradients[name], 2e-3)
 
@@ -148,22 +148,22 @@ def test_dz_is_written_where_it_was_asked_for():
     results = call_bwd(given, dz=dz, again=True)
     assert results[7] is dz
     naive.close(dxz[:, CHANNELS:], gradients["z"], 1e-11)
-    assert torch.equal(results[8], _scan.fwd(*given, True)[2])
+    assert torch.equal(results[8], scan.fwd(*given, True)[2])
 
 
 def test_results_lie_in_memory_as_the_extensions_lay_them():
     given = inputs(dtype=torch.float32)
     across = given.delta.transpose(0, 1).contiguous().transpose(0, 1)
     for delta in (given.delta, across):
-        out, _, _ = _scan.fwd(*given._replace(delta=delta), True)
+        out, _, _ = scan.fwd(*given._replace(delta=delta), True)
         assert out.stride() == delta.stride()
-    out, _ = _scan.oflex_fwd(*given[:6], given.delta_bias, True, 1, True)
+    out, _ = scan.oflex_fwd(*given[:6], given.delta_bias, True, 1, True)
     assert out.view(BATCH, 3, 2, LENGTH).shape == (BATCH, 3, 2, LENGTH)  # VMamba views it
 
 
 def test_states_are_computed_when_read():
     given = inputs()
-    states = _scan.fwd(*given, True)[1]
+    states = scan.fwd(*given, True)[1]
     assert states.shape == (BATCH, CHANNELS, 1, 2 * STATES)
     assert states.dtype == torch.float64
     assert states._found is None
@@ -177,7 +177,7 @@ def test_states_survive_being_saved_for_backward():
     class Keep(torch.autograd.Function):
         @staticmethod
         def forward(ctx, u):
-            ctx.save_for_backward(_scan.fwd(*inputs()._replace(u=u), True)[1])
+            ctx.save_for_backward(scan.fwd(*inputs()._replace(u=u), True)[1])
             return u.clone()
 
         @staticmethod
@@ -191,17 +191,17 @@ def test_states_survive_being_saved_for_backward():
 def test_complex_states_are_refused():
     given = inputs()
     with pytest.raises(ValueError, match=r"selective_scan_cuda.fwd: A is complex .* real states only"):
-        _scan.fwd(*given._replace(A=given.A.to(torch.complex64)), True)
+        scan.fwd(*given._replace(A=given.A.to(torch.complex64)), True)
 
 
 def test_groups_that_do_not_divide_the_channels():
     four = torch.randn(BATCH, 4, STATES, LENGTH)
     with pytest.raises(ValueError, match="6 channels cannot be shared by 4 groups"):
-        _scan.fwd(*inputs()._replace(B=four, C=four), True)
+        scan.fwd(*inputs()._replace(B=four, C=four), True)
 
 
 def test_no_last_state_may_be_asked_for_by_none():
     """As MambaVision's mixer does."""
     given = inputs()
-    y = _ssm.selective_scan_fn(*given, delta_softplus=True, return_last_state=None)
-    assert torch.equal(y, _ssm.selective_scan_fn(*given, delta_softplus=True))
+    y = mamba_ssm.selective_scan_fn(*given, delta_softplus=True, return_last_state=None)
+    assert torch.equal(y, mamba_ssm.selective_scan_fn(*given, delta_softplus=True))

@@ -1,13 +1,28 @@
-"""What the compiled causal convolution does: ``causal_conv1d_cuda`` in every signature it has had.
+"""The causal convolution in plain PyTorch: the extension ``causal_conv1d_cuda``, in all its signatures; the package.
 
-Sums are taken in float32 or better and returned in the type of x.
+Sums are taken in float32 or better and returned in the type of x. Autograd differentiates the package's functions.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+__version__ = "1.5.0"  # the release whose signatures these are
+# What stands between the fixed first arguments and silu, by the number of arguments, oldest release first.
+_FORWARD: dict[int, tuple[str, ...]] = {
+    4: (),
+    5: ("seq_idx",),
+    7: ("seq_idx", "initial_states", "final_states_out"),
+    8: ("seq_idx", "initial_states", "out", "final_states_out"),
+}
+_BACKWARD: dict[int, tuple[str, ...]] = {
+    6: ("dx",),
+    7: ("seq_idx", "dx"),
+    10: ("seq_idx", "initial_states", "dfinal_states", "dx", "return_dinitial_states"),
+    12: ("seq_idx", "initial_states", "dfinal_states", "dx", "dweight", "dbias", "dinitial_states"),
+}
 
 
 class Inputs(NamedTuple):
@@ -81,21 +96,6 @@ def _gradients(given: Inputs, dout: Tensor, dlast: Tensor | None, seq_idx: Tenso
     return [dpadded[..., width - 1 :], torch.stack(dweight, 1), dy.sum((0, 2)), dpadded[..., : width - 1]]
 
 
-# What stands between the fixed first arguments and silu, by the number of arguments, oldest release first.
-_FORWARD: dict[int, tuple[str, ...]] = {
-    4: (),
-    5: ("seq_idx",),
-    7: ("seq_idx", "initial_states", "final_states_out"),
-    8: ("seq_idx", "initial_states", "out", "final_states_out"),
-}
-_BACKWARD: dict[int, tuple[str, ...]] = {
-    6: ("dx",),
-    7: ("seq_idx", "dx"),
-    10: ("seq_idx", "initial_states", "dfinal_states", "dx", "return_dinitial_states"),
-    12: ("seq_idx", "initial_states", "dfinal_states", "dx", "dweight", "dbias", "dinitial_states"),
-}
-
-
 def _named(name: str, known: dict[int, tuple[str, ...]], fixed: int, arguments: tuple[Any, ...]) -> dict[str, Any]:
     if len(arguments) not in known:
         raise TypeError(
@@ -137,9 +137,7 @@ def causal_conv1d_bwd(
     return tuple(results if "return_dinitial_states" in more else results[:3])
 
 
-def causal_conv1d_update(
-    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
-) -> Tensor | None:
+def extension_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor | None:
     """One or several steps; reads and moves on ``conv_state`` (batch, channels, at least width - 1) in place.
 
     Releases differ in what follows: silu; silu, cache_seqlens; silu, cache_seqlens, indices; or out before these.
@@ -161,3 +159,97 @@ def causal_conv1d_update(
         conv_state.copy_(torch.cat([conv_state, steps.to(conv_state.dtype)], dim=-1)[..., -conv_state.shape[-1] :])
         result = y.to(x.dtype).reshape(x.shape)
         return result if out is None else out.copy_(result)
+
+
+def causal_conv1d_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    seq_idx: Tensor | str | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: object = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Depthwise causal convolution.
+
+    Args:
+        x: (batch, channels, length).
+        weight: (channels, width).
+        bias: (channels), or None.
+        seq_idx: (batch, length), or None; a string here is the activation, as in release 1.0.
+        initial_states: (batch, channels, width - 1), or None.
+        return_final_states: also return the last width - 1 steps.
+        final_states_out: where to write them.
+        activation: None, "silu" or "swish".
+    """
+    if isinstance(seq_idx, str):
+        seq_idx, activation = None, seq_idx
+    y, last = convolve(Inputs(x, weight, bias, initial_states), seq_idx, _silu(activation))
+    if not return_final_states:
+        return y.to(x.dtype)
+    last = last.to(x.dtype)
+    return y.to(x.dtype), last if final_states_out is None else final_states_out.copy_(last)
+
+
+causal_conv1d_ref = causal_conv1d_fn
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
+) -> Tensor:
+    """One or several steps of the convolution; moves ``conv_state`` on in place.
+
+    Args:
+        x: (batch, channels) or (batch, channels, length).
+        conv_state: (batch, channels, at least width - 1).
+        weight: (channels, width).
+        bias: (channels), or None.
+        activation: None, "silu" or "swish".
+        cache_seqlens: must be None here.
+        conv_state_indices: must be None here.
+    """
+    flags = (_silu(activation), cache_seqlens, conv_state_indices)
+    return cast(Tensor, extension_update(x, conv_state, weight, bias, *flags))
+
+
+causal_conv1d_update_ref = causal_conv1d_update
+
+
+def causal_conv1d_fwd_function(
+    x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, initial_states: Tensor | None,
+    final_states_out: Tensor | None, silu_activation: object,
+) -> Tensor | None:  # fmt: skip
+    """``cpp_functions.causal_conv1d_fwd_function``, which mamba_ssm 2 calls."""
+    return causal_conv1d_fwd(x, weight, bias, seq_idx, initial_states, final_states_out, silu_activation)
+
+
+def causal_conv1d_bwd_function(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dout: Tensor, seq_idx: Tensor | None,
+    initial_states: Tensor | None, dfinal_states: Tensor | None, dx: Tensor | None, return_dinitial_states: object,
+    silu_activation: object,
+) -> tuple[Tensor | None, ...] | None:  # fmt: skip
+    """``cpp_functions.causal_conv1d_bwd_function``."""
+    return causal_conv1d_bwd(
+        x, weight, bias, dout, seq_idx, initial_states, dfinal_states, dx, return_dinitial_states, silu_activation
+    )
+
+
+def causal_conv1d_update_function(
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu_activation: object,
+    cache_seqlens: Tensor | None = None, conv_state_indices: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
+    """``cpp_functions.causal_conv1d_update_function``."""
+    return extension_update(x, conv_state, weight, bias, silu_activation, cache_seqlens, conv_state_indices)
+
+
+def _silu(activation: str | None) -> bool:
+    if activation not in (None, "silu", "swish"):
+        raise NotImplementedError(f"causal_conv1d: activation must be None, 'silu' or 'swish', got {activation!r}.")
+    return activation is not None

@@ -1,0 +1,390 @@
+"""The finder that serves stand-ins: which module names, with what, and what is repaired in real modules.
+
+Real modules that load beside the stand-ins and would still not run on a CPU tensor stay the user's own, with their own
+classes; only the functions that launch kernels are replaced.
+"""
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from mamba_attn.errors import nearest
+from mamba_attn.models import torchvision_repair
+
+# Libraries that run without the stand-ins and outlive them: imported in the block, they see the machine as it is.
+_LIBRARIES = ("torch", "torchvision", "timm", "transformers")
+
+
+def _all_of(module: str, *names: str) -> dict[str, str]:
+    return {name: f"{module}.{name}" for name in names}
+
+
+_CONV = _all_of("conv", "causal_conv1d_fn", "causal_conv1d_update")
+_SCAN = _all_of("mamba_ssm", "selective_scan_fn", "mamba_inner_fn")
+_MAMBA = _all_of("mamba_ssm", "Mamba")
+_NORM = _all_of("triton", "RMSNorm", "layer_norm_fn", "rms_norm_fn")
+# The compiled extensions, and triton: served in the block whatever is installed.
+ALWAYS: dict[str, dict[str, str]] = {
+    "selective_scan_cuda": _all_of("scan", "fwd", "bwd"),
+    "selective_scan_cuda_oflex": {"fwd": "scan.oflex_fwd", "bwd": "scan.core_bwd"},
+    "selective_scan_cuda_core": {"fwd": "scan.core_fwd", "bwd": "scan.core_bwd"},
+    "causal_conv1d_cuda": {
+        **_all_of("conv", "causal_conv1d_fwd", "causal_conv1d_bwd"), "causal_conv1d_update": "conv.extension_update"
+    },
+    "triton": _all_of(
+        "triton", "__version__", "jit", "autotune", "heuristics", "Config", "cdiv", "next_power_of_2", "set_allocator"
+    ),  # and every module below it
+    "triton.language": _all_of("triton", "constexpr"),
+}  # fmt: skip
+# Language models only: served where importing the real one fails.
+FAILING: dict[str, dict[str, str]] = {
+    "mamba_ssm.utils.generation": _all_of("mamba_ssm", "GenerationMixin", "InferenceParams"),
+    "mamba_ssm.utils.hf": _all_of("mamba_ssm", "load_config_hf", "load_state_dict_hf"),
+}
+# Python packages: served where the whole package cannot be found.
+MISSING: dict[str, dict[str, str]] = {
+    "causal_conv1d": {**_CONV, **_all_of("conv", "__version__")},
+    "causal_conv1d.causal_conv1d_interface": {
+        **_CONV, **_all_of("conv", "causal_conv1d_ref", "causal_conv1d_update_ref")
+    },
+    "causal_conv1d.cpp_functions": _all_of(
+        "conv", "causal_conv1d_fwd_function", "causal_conv1d_bwd_function", "causal_conv1d_update_function"
+    ),
+    "mamba_ssm": {**_SCAN, **_MAMBA},
+    "mamba_ssm.modules": {},
+    "mamba_ssm.modules.mamba_simple": _MAMBA,
+    "mamba_ssm.ops": {},
+    "mamba_ssm.ops.selective_scan_interface": {
+        **_SCAN,
+        **_all_of("mamba_ssm", "selective_scan_ref", "mamba_inner_ref", "mamba_inner_fn_no_out_proj"),
+        **_all_of("mamba_ssm", "bimamba_inner_fn", "bimamba_inner_ref"),
+    },
+    "mamba_ssm.ops.triton": {},
+    "mamba_ssm.ops.triton.layer_norm": _NORM,
+    "mamba_ssm.ops.triton.layernorm": {
+        **_NORM, "layer_norm_fn": "triton.old_layer_norm_fn", "rms_norm_fn": "triton.old_rms_norm_fn"
+    },
+    "mamba_ssm.ops.triton.selective_state_update": _all_of("triton", "selective_state_update"),
+    "mamba_ssm.utils": {},
+    **FAILING,
+}  # fmt: skip
+PACKAGES = ("causal_conv1d", "mamba_ssm")
+
+
+def thing(path: str) -> Any:
+    """The object that a table above names."""
+    module, name = path.split(".")
+    return getattr(importlib.import_module(f"mamba_attn.stand_ins.{module}"), name)
+
+
+class StandIn(ModuleType):
+    """A module that stands in for a compiled, CUDA-only or missing one."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Say what there is; for triton any name is one, since kernels only name it."""
+        if name.startswith("__"):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        if self.__name__.split(".")[0] == "triton":
+            return thing("triton.Symbol")(f"{self.__name__}.{name}")
+        there = [key for key in vars(self) if not key.startswith("_")]
+        raise AttributeError(
+            f"{self.__name__}.{name} has no stand-in in mamba_attn.cpu_stand_ins(). {nearest(name, there)}"
+        )
+
+
+class StandInLoader(Loader):
+    """Makes a stand-in.
+
+    Args:
+        things: name in the module -> what it is, as ``thing`` reads it.
+    """
+
+    def __init__(self, things: dict[str, str]) -> None:
+        self.things = things
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """An empty stand-in."""
+        return StandIn(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Fill it."""
+        fill(module, self.things)
+
+
+def fill(module: ModuleType, things: dict[str, str]) -> None:
+    """Put what the tables name into a module."""
+    module.__doc__ = f"Stand-in of mamba_attn.cpu_stand_ins() for {module.__name__}."
+    module.__file__ = __file__  # so that `cannot import name` tells where it looked
+    vars(module).update({name: thing(path) for name, path in things.items()})
+
+
+class AroundLoader(Loader):
+    """Runs a real module through its own loader, with something before or after.
+
+    Args:
+        inner: the module's own loader, which it keeps.
+        action: called with the module and a function that runs its code.
+    """
+
+    def __init__(self, inner: Loader, action: Callable[[ModuleType, Callable[[], None]], None]) -> None:
+        self.inner, self.action = inner, action
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)  # get_source and the like
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """As the module's own loader."""
+        return self.inner.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Give the module its own loader back, and run it."""
+        module.__loader__ = self.inner
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.inner
+        self.action(module, lambda: self.inner.exec_module(module))
+
+
+def overrides(name: str) -> bool:
+    """Whether a module name is served whatever is installed."""
+    return name in ALWAYS or name.startswith("triton.")
+
+
+class StandInFinder(MetaPathFinder):
+    """Serves stand-ins by exact name, from ``install`` to ``remove``."""
+
+    def __init__(self) -> None:
+        self._real: dict[str, ModuleType] = {}  # what the stand-ins hide
+        self._failed: list[ModuleType] = []  # real modules that could not be run, filled with stand-ins
+
+    def install(self) -> None:
+        """Hide the real modules, and come first."""
+        self._real = {name: sys.modules.pop(name) for name in list(sys.modules) if overrides(name)}
+        sys.meta_path.insert(0, self)
+
+    def remove(self) -> None:
+        """Take every stand-in out of ``sys.modules``, and put back what they hid."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        for name, module in list(sys.modules.items()):
+            if isinstance(module, StandIn) or any(module is failed for failed in self._failed):
+                del sys.modules[name]
+                _forget(name, module)
+        for name, module in self._real.items():
+            sys.modules.setdefault(name, module)
+        self._real, self._failed = {}, []
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        """A stand-in, a real module with something around its loading, or None for everything else."""
+        root, _, _ = fullname.partition(".")
+        if overrides(fullname):
+            return _spec(fullname, ALWAYS.get(fullname, {}), package=root == "triton")
+        if root in PACKAGES and self._stands_in_for(root):
+            return self._missing(fullname)
+        if root in _LIBRARIES:
+            return self._around(fullname, path, target, self._run_library)
+        if fullname in FAILING:
+            return self._around(fullname, path, target, self._run_or_fill)
+        if fullname.rpartition(".")[2] in REPAIRS:
+            return self._around(fullname, path, target, _run_and_repair)
+        return None
+
+    def _stands_in_for(self, root: str) -> bool:
+        """Whether a package is missing; one that was served stays served."""
+        present = sys.modules.get(root)
+        return self._elsewhere(root, None, None) is None if present is None else isinstance(present, StandIn)
+
+    def _missing(self, fullname: str) -> ModuleSpec:
+        if fullname not in MISSING:
+            root = fullname.partition(".")[0]
+            raise ModuleNotFoundError(
+                f"{fullname} has no stand-in in mamba_attn.cpu_stand_ins(), and the package {root} cannot be found: "
+                f"put its source on sys.path before importing (it needs no compiling inside the block).",
+                name=fullname,
+            )
+        package = any(name.startswith(f"{fullname}.") for name in MISSING)
+        return _spec(fullname, MISSING[fullname], package)
+
+    def _elsewhere(self, fullname: str, path: Any, target: ModuleType | None) -> ModuleSpec | None:
+        """What the finders after this one find."""
+        for finder in sys.meta_path:
+            if finder is not self and hasattr(finder, "find_spec"):
+                spec = finder.find_spec(fullname, path, target)
+                if spec is not None:
+                    return spec
+        return None
+
+    def _around(
+        self,
+        fullname: str,
+        path: Any,
+        target: ModuleType | None,
+        action: Callable[[ModuleType, Callable[[], None]], None],
+    ) -> ModuleSpec | None:
+        spec = self._elsewhere(fullname, path, target)
+        if spec is not None and hasattr(spec.loader, "exec_module") and spec.loader is not None:
+            spec.loader = AroundLoader(spec.loader, action)
+        return spec
+
+    def _run_library(self, module: ModuleType, run: Callable[[], None]) -> None:
+        with self._suspended():
+            try:
+                run()
+            except RuntimeError as error:
+                if not torchvision_repair.declare(error):  # a CPU build of torch beside PyPI's torchvision
+                    raise
+                run()
+
+    def _run_or_fill(self, module: ModuleType, run: Callable[[], None]) -> None:
+        try:
+            run()
+        except ImportError:
+            fill(module, FAILING[module.__name__])
+            self._failed.append(module)
+
+    @contextmanager
+    def _suspended(self) -> Iterator[None]:
+        """The machine as it is, for the length of an import."""
+        if self not in sys.meta_path:  # inside another suspension
+            yield
+            return
+        sys.meta_path.remove(self)
+        served = {name: module for name, module in sys.modules.items() if isinstance(module, StandIn)}
+        for name in served:
+            del sys.modules[name]
+        sys.modules.update(self._real)
+        try:
+            yield
+        finally:
+            self._real = {name: sys.modules.pop(name) for name in list(sys.modules) if overrides(name)}
+            sys.modules.update(served)
+            sys.meta_path.insert(0, self)
+
+
+def _run_and_repair(module: ModuleType, run: Callable[[], None]) -> None:
+    run()
+    repair(module)
+
+
+def _spec(fullname: str, things: dict[str, str], package: bool) -> ModuleSpec:
+    return ModuleSpec(fullname, StandInLoader(things), is_package=package)
+
+
+def _forget(name: str, module: ModuleType) -> None:
+    """Remove a stand-in from its parent, where the parent is a real module that stays."""
+    parent, _, child = name.rpartition(".")
+    holder = sys.modules.get(parent)
+    if holder is not None and vars(holder).get(child) is module:
+        delattr(holder, child)
+
+
+def repair(module: ModuleType) -> None:
+    """Replace what launches kernels in a module that was just run, if its functions are the known ones."""
+    REPAIRS[module.__name__.rpartition(".")[2]](module)
+
+
+def _replace(module: ModuleType, name: str, path: str) -> None:
+    """Put a plain PyTorch function in the place of one with the same arguments, whatever their order."""
+    original = getattr(module, name, None)
+    if not inspect.isfunction(original):
+        return
+    signature, plain = inspect.signature(original), thing(path)
+
+    @functools.wraps(original)
+    def stand_in(*arguments: Any, **options: Any) -> Any:
+        return plain(**signature.bind(*arguments, **options).arguments)
+
+    setattr(module, name, stand_in)
+
+
+def _norms(module: ModuleType) -> None:
+    """mamba_ssm's fused norms; its RMSNorm calls ``rms_norm_fn`` of the same module."""
+    if hasattr(module, "_layer_norm_fwd"):
+        _replace(module, "layer_norm_fn", "triton.layer_norm_fn")
+        _replace(module, "rms_norm_fn", "triton.rms_norm_fn")
+
+
+def _step(module: ModuleType) -> None:
+    """mamba_ssm's step with a cache."""
+    _replace(module, "selective_state_update", "triton.selective_state_update")
+
+
+def _cross_scans(module: ModuleType) -> None:
+    """VMamba's scans have PyTorch classes for CPU tensors, and enter ``torch.cuda.device(x.device)`` around them."""
+    for name, torch_class in (("cross_scan_fn", "CrossScanF"), ("cross_merge_fn", "CrossMergeF")):
+        original, plain = getattr(module, name, None), getattr(module, torch_class, None)
+        if inspect.isfunction(original) and plain is not None:
+            setattr(module, name, _through(original, plain))
+
+
+def _through(original: Callable[..., Any], plain: Any) -> Callable[..., Any]:
+    """The function, through its own PyTorch class unless the tensor is on a GPU."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def on_any_device(*arguments: Any, **options: Any) -> Any:
+        call = signature.bind(*arguments, **options)
+        call.apply_defaults()
+        values = {key: value for key, value in call.arguments.items() if key != "force_torch"}
+        tensor = next(iter(values.values()))
+        if isinstance(tensor, Tensor) and tensor.is_cuda:
+            return original(**values, force_torch=True)  # triton is a stand-in
+        return plain.apply(*values.values())
+
+    return on_any_device
+
+
+def _chunked_scan(module: ModuleType) -> None:
+    """VMamba's Mamba-2 scan has a PyTorch version, and chooses Triton's wherever triton can be imported."""
+    original = getattr(module, "selective_scan_chunk_fn", None)
+    if not inspect.isfunction(original) or "backend" not in inspect.signature(original).parameters:
+        return
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def in_pytorch(*arguments: Any, **options: Any) -> Any:
+        call = signature.bind(*arguments, **options)
+        call.arguments["backend"] = "torch"
+        return original(*call.args, **call.kwargs)
+
+    module.selective_scan_chunk_fn = in_pytorch  # type: ignore[attr-defined]
+
+
+# by the last part of the module's name: checkouts are imported under many
+REPAIRS: dict[str, Callable[[ModuleType], None]] = {
+    "layer_norm": _norms,
+    "layernorm": _norms,
+    "selective_state_update": _step,
+    "csm_triton": _cross_scans,
+    "ssd_minimal": _chunked_scan,
+}
+
+
+class CpuForCuda(TorchFunctionMode):
+    """``.cuda()``, ``.to("cuda")`` and ``device="cuda"`` mean the CPU while the mode is on."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call ``func`` with every CUDA device replaced."""
+        if func is Tensor.cuda:
+            return args[0]
+        named = {name: _on_cpu(item) for name, item in (kwargs or {}).items()}
+        return func(*map(_on_cpu, args), **named)
+
+
+def _on_cpu(item: Any) -> Any:
+    """The argument, or the CPU if it names a CUDA device."""
+    if isinstance(item, torch.device):
+        return torch.device("cpu") if item.type == "cuda" else item
+    return "cpu" if isinstance(item, str) and item.split(":")[0] == "cuda" else item
