@@ -8,6 +8,7 @@ import functools
 import importlib
 import inspect
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
@@ -34,11 +35,19 @@ _CONV = _all_of("conv", "causal_conv1d_fn", "causal_conv1d_update")
 _SCAN = _all_of("mamba_ssm", "selective_scan_fn", "mamba_inner_fn")
 _MAMBA = _all_of("mamba_ssm", "Mamba")
 _NORM = _all_of("triton", "RMSNorm", "layer_norm_fn", "rms_norm_fn")
+_CORE = {"fwd": "scan.core_fwd", "bwd": "scan.core_bwd"}
 # The compiled extensions, and triton: served in the block whatever is installed.
 ALWAYS: dict[str, dict[str, str]] = {
     "selective_scan_cuda": _all_of("scan", "fwd", "bwd"),
     "selective_scan_cuda_oflex": {"fwd": "scan.oflex_fwd", "bwd": "scan.core_bwd"},
-    "selective_scan_cuda_core": {"fwd": "scan.core_fwd", "bwd": "scan.core_bwd"},
+    "selective_scan_cuda_core": _CORE,
+    "selective_scan_cuda_nrow": _CORE,
+    "selective_scan_cuda_ndstate": {"fwd": "scan.ndstate_fwd", "bwd": "scan.ndstate_bwd"},
+    "selective_scan_cuda_oflex_rh": {"fwd": "scan.states_fwd", "bwd": "scan.states_bwd"},  # Spatial-Mamba's
+    "selective_scan_vmamba": {},  # EfficientVMamba's, by the release of torch
+    "selective_scan_vmamba.selective_scan_cuda_core": _CORE,
+    "selective_scan_vmamba_pt202": {},
+    "selective_scan_vmamba_pt202.selective_scan_cuda_core": _CORE,
     "causal_conv1d_cuda": {
         **_all_of("conv", "causal_conv1d_fwd", "causal_conv1d_bwd"), "causal_conv1d_update": "conv.extension_update"
     },
@@ -63,7 +72,7 @@ MISSING: dict[str, dict[str, str]] = {
     ),
     "mamba_ssm": {**_SCAN, **_MAMBA},
     "mamba_ssm.modules": {},
-    "mamba_ssm.modules.mamba_simple": _MAMBA,
+    "mamba_ssm.modules.mamba_simple": {**_MAMBA, **_all_of("mamba_ssm", "Block")},  # Block: of mamba_ssm 1
     "mamba_ssm.ops": {},
     "mamba_ssm.ops.selective_scan_interface": {
         **_SCAN,
@@ -166,14 +175,19 @@ class StandInFinder(MetaPathFinder):
     def __init__(self) -> None:
         self._real: dict[str, ModuleType] = {}  # what the stand-ins hide
         self._failed: list[ModuleType] = []  # real modules that could not be run, filled with stand-ins
+        self._cuda: dict[str, Any] = {}  # what needs a CUDA device, where there is none
 
     def install(self) -> None:
         """Hide the real modules, and come first."""
+        if not torch.cuda.is_available():
+            self._cuda = {name: getattr(torch.cuda, name) for name in CUDA}
+            vars(torch.cuda).update(CUDA)
         self._real = {name: sys.modules.pop(name) for name in list(sys.modules) if overrides(name)}
         sys.meta_path.insert(0, self)
 
     def remove(self) -> None:
         """Take every stand-in out of ``sys.modules``, and put back what they hid."""
+        vars(torch.cuda).update(self._cuda)
         if self in sys.meta_path:
             sys.meta_path.remove(self)
         for name, module in list(sys.modules.items()):
@@ -188,7 +202,7 @@ class StandInFinder(MetaPathFinder):
         """A stand-in, a real module with something around its loading, or None for everything else."""
         root, _, _ = fullname.partition(".")
         if overrides(fullname):
-            return _spec(fullname, ALWAYS.get(fullname, {}), package=root == "triton")
+            return _spec(fullname, ALWAYS.get(fullname, {}), package=root == "triton" or _holds(ALWAYS, fullname))
         if root in PACKAGES and self._stands_in_for(root):
             return self._missing(fullname)
         if root in _LIBRARIES:
@@ -212,8 +226,7 @@ class StandInFinder(MetaPathFinder):
                 f"put its source on sys.path before importing (it needs no compiling inside the block).",
                 name=fullname,
             )
-        package = any(name.startswith(f"{fullname}.") for name in MISSING)
-        return _spec(fullname, MISSING[fullname], package)
+        return _spec(fullname, MISSING[fullname], _holds(MISSING, fullname))
 
     def _elsewhere(self, fullname: str, path: Any, target: ModuleType | None) -> ModuleSpec | None:
         """What the finders after this one find."""
@@ -274,6 +287,11 @@ class StandInFinder(MetaPathFinder):
 def _run_and_repair(module: ModuleType, run: Callable[[], None]) -> None:
     run()
     repair(module)
+
+
+def _holds(table: dict[str, dict[str, str]], fullname: str) -> bool:
+    """Whether a name is a package: others of the table stand below it."""
+    return any(name.startswith(f"{fullname}.") for name in table)
 
 
 def _spec(fullname: str, things: dict[str, str], package: bool) -> ModuleSpec:
@@ -368,6 +386,43 @@ REPAIRS: dict[str, Callable[[ModuleType], None]] = {
     "csm_triton": _cross_scans,
     "ssd_minimal": _chunked_scan,
 }
+
+
+class Event:
+    """``torch.cuda.Event`` on the CPU, which computes in order: it keeps the time.
+
+    Args:
+        enable_timing: without effect.
+        options: blocking, interprocess, external; without effect.
+    """
+
+    def __init__(self, enable_timing: object = False, **options: object) -> None:
+        self._seconds = 0.0
+
+    def record(self, stream: object = None) -> None:
+        """Keep the time."""
+        self._seconds = time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def wait(self, stream: object = None) -> None:
+        """Nothing to wait for."""
+
+    def query(self) -> bool:
+        """All work is done."""
+        return True
+
+    def elapsed_time(self, end_event: "Event") -> float:
+        """Milliseconds from this event to another."""
+        return 1e3 * (end_event._seconds - self._seconds)
+
+
+def synchronize(device: object = None) -> None:
+    """``torch.cuda.synchronize``: nothing to wait for."""
+
+
+CUDA = {"Event": Event, "synchronize": synchronize}  # replaced in torch.cuda where there is no CUDA device
 
 
 class CpuForCuda(TorchFunctionMode):

@@ -4,6 +4,7 @@ Of what its language models need, vision models only import: this is refused whe
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -220,6 +221,36 @@ class Mamba(nn.Module):
             )
         record = project(self, hidden_states)
         return finish(self, record, selective_scan(record))
+
+
+class Block(nn.Module):
+    """mamba_ssm 1's block: add the residual, normalise, mix.
+
+    Args:
+        dim: features of a token.
+        mixer_cls: makes the mixer from ``dim``.
+        norm_cls: makes the norm from ``dim``.
+        fused_add_norm: kept, without effect.
+        residual_in_fp32: return the residual in float32.
+    """
+
+    def __init__(
+        self, dim: int, mixer_cls: Callable[[int], nn.Module], norm_cls: Callable[[int], nn.Module] = nn.LayerNorm,
+        fused_add_norm: object = False, residual_in_fp32: object = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.residual_in_fp32, self.fused_add_norm = residual_in_fp32, fused_add_norm
+        self.mixer = mixer_cls(dim)
+        self.norm = norm_cls(dim)
+
+    def forward(
+        self, hidden_states: Tensor, residual: Tensor | None = None, inference_params: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """The mixer's output and the sum before the norm, both (batch, length, dim)."""
+        residual = hidden_states if residual is None else hidden_states + residual
+        normalised = self.norm(residual.to(self.norm.weight.dtype))
+        residual = residual.float() if self.residual_in_fp32 else residual
+        return self.mixer(normalised, inference_params=inference_params), residual
 
 
 class GenerationMixin:

@@ -1,7 +1,7 @@
 """What the compiled selective scans do, on any device: ``fwd`` and ``bwd`` as their Python wrappers call them.
 
-``selective_scan_cuda`` is Mamba's extension, ``selective_scan_cuda_oflex`` and ``selective_scan_cuda_core`` are
-VMamba's. Half precision is computed in float32 and returned in the type that the extension returns; float64, which the
+``selective_scan_cuda`` is Mamba's extension, ``selective_scan_cuda_oflex``, ``_core``, ``_nrow`` and ``_ndstate`` are
+VMamba's, ``_oflex_rh`` is Spatial-Mamba's. Half precision is computed in float32 and returned in the type that the extension returns; float64, which the
 extensions refuse, stays float64.
 """
 
@@ -19,18 +19,28 @@ class Inputs(NamedTuple):
 
     u: Tensor  # (batch, channels, length)
     delta: Tensor  # (batch, channels, length)
-    A: Tensor  # (channels, states)
-    B: Tensor  # (channels, states), (batch, states, length) or (batch, groups, states, length)
+    A: Tensor  # (channels, states), real or complex
+    # (channels, states), (batch, states, length) or (batch, groups, states, length). Where A is complex, the first form
+    # is complex too, and the others have real and imaginary parts in turns along a length twice as long.
+    B: Tensor
     C: Tensor  # as B
     D: Tensor | None  # (channels)
     z: Tensor | None  # (batch, channels, length)
     delta_bias: Tensor | None  # (channels)
 
     def working(self) -> "Inputs":
-        """All of them in float32, or in float64 if u, delta or A is."""
-        double = torch.float64 in (self.u.dtype, self.delta.dtype, self.A.dtype)
+        """All of them in float32, or in float64 if u, delta or A is; A, B and C complex if A is."""
+        double = torch.float64 in (self.u.dtype, self.delta.dtype, self.A.real.dtype)
         kind = torch.float64 if double else torch.float32
-        return Inputs(*(None if tensor is None else tensor.to(kind) for tensor in self))  # type: ignore[arg-type]
+        if not self.A.is_complex():
+            return Inputs(*(None if tensor is None else tensor.to(kind) for tensor in self))  # type: ignore[arg-type]
+        wide = kind.to_complex()
+        paired = [
+            t.to(wide) if t.ndim == 2 else torch.view_as_complex(t.to(kind).unflatten(-1, (-1, 2)).contiguous())
+            for t in (self.B, self.C)
+        ]
+        rest = [None if t is None else t.to(kind) for t in (self.u, self.delta, self.D, self.z, self.delta_bias)]
+        return Inputs(*rest[:2], self.A.to(wide), *paired, *rest[2:])  # type: ignore[arg-type]
 
 
 class ScanStates(Tensor):
@@ -50,6 +60,7 @@ class ScanStates(Tensor):
         """The states of a scan, not computed yet."""
         batch, channels = given.u.shape[:2]
         kind = torch.float64 if given.u.dtype == torch.float64 else torch.float32
+        kind = kind.to_complex() if given.A.is_complex() else kind
         blank = torch.full((), torch.nan, dtype=kind, device=given.u.device)
         states = blank.expand(batch, channels, 1, 2 * given.A.shape[1]).as_subclass(cls)
         states._pending, states._found = (given, softplus), None
@@ -80,20 +91,16 @@ def run(name: str, given: Inputs, softplus: object) -> tuple[Tensor, Tensor]:
         softplus: whether delta goes through softplus.
 
     Raises:
-        ValueError: complex A, or tensors that do not fit together.
+        ValueError: the tensors do not fit together.
     """
-    if given.A.is_complex():
-        raise ValueError(
-            f"{name}: A is complex ({given.A.dtype}); the stand-in of mamba_attn.cpu_stand_ins() scans real states "
-            "only. Vision Mamba models have real A."
-        )
     x = given.working()
     groups = max((t.shape[1] for t in (x.B, x.C) if t.ndim == 4), default=1)
     if given.u.shape[1] % groups:
         raise ValueError(f"{name}: {given.u.shape[1]} channels cannot be shared by {groups} groups of B and C.")
     routes = (groups, x.u.shape[1] // groups)  # a group of channels with its B and C is a route of ours
     B, C = _grouped(x, groups)
-    scan = ops.selective_scan if bool((x.A < 0).all()) else _step_by_step
+    ours = not x.A.is_complex() and bool((x.A < 0).all())
+    scan = ops.selective_scan if ours else _step_by_step
     y = scan(
         x.u.unflatten(1, routes),
         steps(x, softplus).unflatten(1, routes),
@@ -128,7 +135,10 @@ def _grouped(x: Inputs, groups: int) -> list[Tensor]:
 
 
 def _step_by_step(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> Tensor:
-    """The same scan for an A that is not negative everywhere, which ``ops.selective_scan`` refuses."""
+    """The same scan for an A that is complex or not negative everywhere, which ``ops.selective_scan`` refuses.
+
+    Complex states stand for pairs of conjugates, of which one is kept: y is twice their real part.
+    """
     B, C = (t.unsqueeze(2) if t.ndim == 4 else t for t in (B, C))
     state, found = A.new_zeros(1), []
     for t in range(u.shape[-1]):
@@ -136,6 +146,7 @@ def _step_by_step(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: 
         state = torch.exp(step * A) * state + step * u[..., t, None] * B[..., t]
         found.append((state * C[..., t]).sum(-1))
     y = torch.stack(found, -1)
+    y = 2 * y.real if y.is_complex() else y
     return y if D is None else y + D[..., None] * u
 
 
@@ -209,6 +220,75 @@ def core_fwd(
     """``selective_scan_cuda_core.fwd``: [out, states]."""
     given = Inputs(u, delta, A, B, C, D, None, delta_bias)
     return _forward("selective_scan_cuda_core.fwd", given, delta_softplus, None)
+
+
+def ndstate_fwd(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None,
+    delta_softplus: object, nrows: int = 1,
+) -> list[Tensor]:  # fmt: skip
+    """``selective_scan_cuda_ndstate.fwd``: ``core_fwd`` of one state, of which A, B and C have no axis."""
+    return core_fwd(u, delta, A[:, None], B.unsqueeze(2), C.unsqueeze(2), D, delta_bias, delta_softplus)
+
+
+def ndstate_bwd(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None,
+    dout: Tensor, x: Tensor | None, delta_softplus: object, nrows: int = 1,
+) -> list[Tensor | None]:  # fmt: skip
+    """``selective_scan_cuda_ndstate.bwd``: [du, ddelta, dA, dB, dC, dD, ddelta_bias], shaped as what was given."""
+    found = core_bwd(u, delta, A[:, None], B.unsqueeze(2), C.unsqueeze(2), D, delta_bias, dout, x, delta_softplus)
+    for i, given in ((2, A), (3, B), (4, C)):
+        found[i] = cast(Tensor, found[i]).reshape(given.shape)
+    return found
+
+
+def _every_state(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor | None) -> Inputs:
+    """A scan whose output is the states: each is a channel of one state, of a group of its own, read by C = 1."""
+    states = A.shape[1]
+    batch, groups, _, length = B.shape
+    wide = [t.repeat_interleave(states, 1) for t in (u, delta)]
+    # channels (channel, state): the B of channel c and state n is B[:, group of c, n]
+    narrow = B.repeat_interleave(u.shape[1] // groups, 1).reshape(batch, -1, 1, length)
+    bias = None if delta_bias is None else delta_bias.repeat_interleave(states, 0)
+    return Inputs(*wide, A.reshape(-1, 1), narrow, torch.ones_like(narrow), None, None, bias)
+
+
+def states_fwd(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, D: Tensor | None, delta_bias: Tensor | None,
+    delta_softplus: object, nrows: int = 1, out_float: object = True,
+) -> list[Tensor]:  # fmt: skip
+    """``selective_scan_cuda_oflex_rh.fwd``: [states of every step (batch, channels, states, length), last states].
+
+    Args:
+        u: (batch, channels, length).
+        delta: like u, before bias and softplus.
+        A: (channels, states).
+        B: (batch, groups, states, length).
+        D: without effect, as in the extension.
+        delta_bias: (channels), or None.
+        delta_softplus: whether delta goes through softplus.
+        nrows: without effect.
+        out_float: return float32 whatever the type of u is.
+    """
+    dtype = torch.float32 if out_float and u.dtype != torch.float64 else u.dtype
+    with torch.no_grad():
+        y, _ = run("selective_scan_cuda_oflex_rh.fwd", _every_state(u, delta, A, B, delta_bias), delta_softplus)
+    states = y.unflatten(1, (-1, A.shape[1])).to(dtype)
+    given = Inputs(u, delta, A, B, B, None, None, delta_bias)
+    return [states, ScanStates.of(given, delta_softplus)]
+
+
+def states_bwd(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, D: Tensor | None, delta_bias: Tensor | None, dout: Tensor,
+    x: Tensor | None, delta_softplus: object, nrows: int = 1,
+) -> list[Tensor | None]:  # fmt: skip
+    """``selective_scan_cuda_oflex_rh.bwd``: [du, ddelta, dA, dB, dD, ddelta_bias]; dD is zero."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (u, delta, A, B, delta_bias)]
+    with torch.enable_grad():
+        y, _ = run("selective_scan_cuda_oflex_rh.bwd", _every_state(*leaves), delta_softplus)  # type: ignore[arg-type]
+    wanted = [t for t in leaves if t is not None]
+    found = list(torch.autograd.grad(y, wanted, dout.flatten(1, 2).to(y.dtype)))
+    dbias = None if delta_bias is None else found.pop()
+    return [*found, None if D is None else torch.zeros_like(D), dbias]
 
 
 def core_bwd(
