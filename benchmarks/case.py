@@ -39,6 +39,6 @@ def build(case: Case) -> tuple[nn.Module, Tensor]:
     model = case.make().train(case.training)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            plain = parameter.ndim < 2 or "A_log" in name
+            plain = parameter.ndim < 2 or "A_log" in name or not parameter.numel()
             parameter.add_(case.noise * torch.randn_like(parameter) * (0.3 if plain else parameter[0].numel() ** -0.5))
     return model, torch.randn(case.shape)

@@ -75,24 +75,24 @@ def standing_table(results: Mapping[str, Any]) -> str:
 
 
 def rival(results: Mapping[str, Any]) -> str:
-    """Return in words how far our combination is from MambaLRP when cells are removed.
+    """Return a sentence on how far our combination is from MambaLRP when cells are removed.
 
     Args:
         results: contents of compare.json.
     """
     tables = _tables(results, "perturbation", None, "")
-    said = []
+    gaps = []
     for aim, what in (("positive_auc_top", "positive"), ("negative_auc_top", "negative")):
         found = [table[FIGURES][aim] for table in tables if table["model"] in EXPLAINED]
-        said.append(f"{' / '.join(_difference(each, 'mamba_lrp', OURS, aim) for each in found)} ({what} AUC)")
+        gaps.append(f"{' / '.join(_difference(each, 'mamba_lrp', OURS, aim) for each in found)} ({what} AUC)")
     return (
-        f"When cells are removed, `{OURS}`, our own combination, is behind MambaLRP, which is published, by "
-        f"{' and '.join(said)} AUC points on {' / '.join(EXPLAINED)}."
+        f"When cells are removed, `{OURS}`, our own combination, is behind MambaLRP, a published method, by "
+        f"{' and '.join(gaps)} AUC points on {' / '.join(EXPLAINED)}."
     )
 
 
 def raw(results: Mapping[str, Any]) -> str:
-    """Return in words what raw attention is worth on VMamba when cells are removed.
+    """Return a sentence on raw attention on VMamba when cells are removed.
 
     Args:
         results: contents of compare.json.
@@ -104,10 +104,11 @@ def raw(results: Mapping[str, Any]) -> str:
         for aim in ("positive_auc_top", "negative_auc_top")
     }
     return (
-        "On vmamba_micro, raw attention is below random maps when what it marks highest is blackened first: positive "
-        f"AUC {cells['raw_attention', 'positive_auc_top']} against {cells['random', 'positive_auc_top']}, lower is "
-        f"better. Lowest first, it is above them: {cells['raw_attention', 'negative_auc_top']} against "
-        f"{cells['random', 'negative_auc_top']}. It shows what is read, not what decides."
+        "On vmamba_micro, raw attention scores below random maps when the cells it ranks highest are blackened first: "
+        f"positive AUC {cells['raw_attention', 'positive_auc_top']} compared with "
+        f"{cells['random', 'positive_auc_top']}, lower is better. With the lowest first, it scores above them: "
+        f"{cells['raw_attention', 'negative_auc_top']} compared with {cells['random', 'negative_auc_top']}. It shows "
+        "what is read, not what drives the prediction."
     )
 
 
@@ -132,7 +133,7 @@ def sanity_table(results: Mapping[str, Any]) -> str:
 
 
 def sanity_words(results: Mapping[str, Any]) -> str:
-    """Return in words what the sanity check says of our combination.
+    """Return a paragraph on the sanity check of our combination.
 
     Args:
         results: contents of compare.json.
@@ -146,10 +147,10 @@ def sanity_words(results: Mapping[str, Any]) -> str:
         for name in (OURS, "mamba_lrp")
     )
     return (
-        f"On {' / '.join(EXPLAINED)} the map of `{OURS}` correlates by {ours[0]} with that of the fully randomised "
-        f"model and by {ours[1]} with that of the second class; MambaLRP's by {theirs[0]} and {theirs[1]}. So our "
-        "combination is much less about the class and the weights than the method that it is built on; raw attention, "
-        "which has a say in its order, is the same for every class."
+        f"On {' / '.join(EXPLAINED)}, the correlation of the map of `{OURS}` with that of the fully randomised model "
+        f"is {ours[0]}, and with that of the second class {ours[1]}; for MambaLRP it is {theirs[0]} and {theirs[1]}. "
+        "So our combination depends much less on class and weights than the method it is built on; raw attention, "
+        "which contributes to its order, is the same for every class."
     )
 
 
@@ -173,7 +174,7 @@ def ablation_table(results: Mapping[str, Any]) -> str:
 
 
 def ablation_words(results: Mapping[str, Any]) -> str:
-    """Return in words what ``power=1`` gains and what the default gains over it.
+    """Return a paragraph on the gains of ``power=1``, and of the default over it.
 
     Args:
         results: contents of compare.json.
@@ -191,10 +192,10 @@ def ablation_words(results: Mapping[str, Any]) -> str:
     clear = all(other in table["ours is ahead of"]["miou"] for table in boxes)
     surely = "ahead by the paired interval" if clear else "not ahead by the paired interval on both"
     return (
-        f"`power=1` perturbs better than the default, `power=6`: by {positive} (positive AUC) and {negative} (negative "
+        f"`power=1` perturbs better than the default, `power=6`, by {positive} (positive AUC) and {negative} (negative "
         f"AUC) on {' / '.join(EXPLAINED)}. Over {removed[0]['images']} images, with intervals as above, that is not "
-        f"certain. The default wins on boxes: mIoU by {gained} over {boxes[0]['images']} images, {surely}. It trades "
-        "perturbation for boxes."
+        f"certain. The default is better on boxes: mIoU by {gained} over {boxes[0]['images']} images, {surely}. It "
+        "trades perturbation for boxes."
     )
 
 
@@ -209,7 +210,7 @@ def hours(results: Mapping[str, Any]) -> str:
     return (
         f"One core needs {sum(found['with all methods'].values()):.1f} hours for it, and "
         f"{sum(found['with quick methods'].values()):.1f} for the {len(quick)} quick methods alone "
-        f"({_names(quick)}), told from the first {found['timed images']} images of every collection."
+        f"({_names(quick)}), estimated from the first {found['timed images']} images of every collection."
     )
 
 

@@ -98,9 +98,9 @@ def answer(results: dict[str, Any]) -> str:
         lines.append(f"| {how} | {' | '.join(cells)} | {'yes' if its['needed'] else 'no'} |")
     needed = sum(its["needed"] for its in checks.values())
     kept = [its["kept"] for its in checks.values()]
-    said = f"Needed in {needed} of {len(checks)} cases" if needed else "Not needed in any of these cases"
-    return "\n".join([*lines, "", f"{said}: {details['points']} points of unit norm, means over {len(SEEDS)} seeds; "
-                      "needed is what makes every seed more trustworthy and keeps more neighbours on average. "
+    words = f"Needed in {needed} of {len(checks)} cases" if needed else "Not needed in any of these cases"
+    return "\n".join([*lines, "", f"{words}: {details['points']} points of unit norm, means over {len(SEEDS)} seeds; "
+                      "'needed' means PCA improved trustworthiness for every seed and neighbour overlap on average. "
                       f"The 100 components themselves keep {min(kept):.0%} to {max(kept):.0%} of the 12 nearest "
                       "neighbours."])  # fmt: skip
 

@@ -129,7 +129,7 @@ class Hand:
 
     def mode_switch(self) -> float:
         """From the patches of a block to the blocks of a stage, or back: other points."""
-        control = self.page.locator(".control", has=self.page.get_by_text("points", exact=True))
+        control = self.page.locator(".control", has=self.page.get_by_text("compare", exact=True))
         label = control.locator("label:not(:has(input:checked))").first
         return self.timed(label.click, ("points", "drawn"), "click")
 

@@ -49,13 +49,13 @@ def in_short(details: dict[str, Any]) -> str:
         outside = sum(row["verdict"] in tables.OUTSIDE for row in known)
         alone = sum(row["untrained"]["chance"] <= LEVEL for row in known)
         claims = [(row, details["models"]["findings"][row["finding"]]["claim"]) for row in rows]
-        said = [tables.holds(row, claim) for row, claim in claims if claim is not None]
-        held = [text for text in said if text.startswith("holds")]
+        claimed = [tables.holds(row, claim) for row, claim in claims if claim is not None]
+        held = [text for text in claimed if text.startswith("holds")]
         too = sum("random weights too" in text for text in held)
         lines.append(
-            f"- {store['name']}: outside the range expected of untrained models are {outside} of {len(known)} findings "
-            f"({alone} before Holm's correction). {len(held)} of {len(said)} claims of the paper hold; {too} of them "
-            "with random weights too."
+            f"- {store['name']}: {outside} of {len(known)} findings lie outside the range expected of untrained models "
+            f"({alone} before Holm's correction). {len(held)} of {len(claimed)} claims of the paper hold, {too} of "
+            "them with random weights too."
         )
     orders = [(store["accuracy"], store["order"]) for store in details["orders"]["stores"] if store["accuracy"]]
     if len(orders) > 1:
@@ -70,8 +70,8 @@ def rule(details: dict[str, Any]) -> str:
     if not alone:
         return tables.NOTHING
     return (
-        "The rule, tried: every untrained model of this page was put in the trained one's place, beside the other "
-        f"seeds. Of their {len(alone):,} numbers {100 * sum(alone) / len(alone):.1f} % are called outside by p alone, "
+        "A test of the rule: each untrained model on this page took the trained one's place, compared with the other "
+        f"seeds. Of their {len(alone):,} numbers, {100 * sum(alone) / len(alone):.1f} % are called outside by p alone, "
         f"{100 * sum(corrected) / len(corrected):.1f} % after Holm's correction.\n"
     )
 
@@ -80,10 +80,10 @@ def setting(details: dict[str, Any]) -> str:
     """Which models, how many images and seeds; what is missing."""
     stores = [store for part in FOUND for store in details[part]["stores"]]
     known = ", ".join(sorted({store["model"] for store in stores}))
-    left = f" Not there when this was measured: {', '.join(details['missing'])}." if details["missing"] else ""
+    left = f" Missing when this was measured: {', '.join(details['missing'])}." if details["missing"] else ""
     return (
         f"{len(stores)} models ({known}), {details['images']} images each, {details['seeds']} seeds of random weights "
-        f"beside each.{left}\n"
+        f"for each.{left}\n"
     )
 
 
@@ -101,12 +101,12 @@ def class_token_maps(_: dict[str, Any]) -> str:
 def training(details: dict[str, Any]) -> str:
     """How the models of orders, class tokens and digits were trained."""
     lines = []
-    for kind, said in (("order", "each order"), ("class_token", "both class tokens"), ("digits", "digits")):
-        found = [its for name, its in details["training"].items() if name.startswith(kind) and "epochs" in its]
+    for kind, name in (("order", "each order"), ("class_token", "both class tokens"), ("digits", "digits")):
+        found = [its for model, its in details["training"].items() if model.startswith(kind) and "epochs" in its]
         if found:
             sets = {key: sorted({its[key] for its in found}) for key in ("epochs", "pixels", "training_images", "seed")}
             epochs, pixels, images, seeds = (" or ".join(map(str, values)) for values in sets.values())
-            lines.append(f"- {said}: {epochs} epochs of {images} images, {pixels} pixels, seed {seeds}.")
+            lines.append(f"- {name}: {epochs} epochs of {images} images, {pixels} pixels, seed {seeds}.")
     return "\n".join(lines) + "\n" if lines else tables.NOTHING
 
 

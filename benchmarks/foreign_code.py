@@ -50,4 +50,10 @@ def side_by_side(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def made(make: Callable[..., nn.Module], *args: Any, **options: Any) -> Callable[[], nn.Module]:
-    return lambda: make(*args, **options)
+    """A model's constructor; some import what they need when they are called."""
+
+    def under_stand_ins() -> nn.Module:
+        with mamba_attn.cpu_stand_ins(), contextlib.redirect_stdout(io.StringIO()):
+            return make(*args, **options)
+
+    return under_stand_ins

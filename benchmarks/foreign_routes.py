@@ -2,7 +2,7 @@
 
 import importlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,32 +106,15 @@ def tiny_vim(root: Path) -> Iterator[Case]:
 
 def plain_mamba(root: Path) -> Iterator[Case]:
     """PlainMamba: four snakes over the image, and a direction added to B at every step."""
-    renamed("mmcv.cnn.utils.weight_init", "mmengine.model.weight_init")
-    layer = load(root / "mmcls" / "plain_mamba_dev" / "models" / "plain_mamba", "plain_mamba_layer").PlainMambaLayer
-
-    class Stack(nn.Module):
-        """The repository's own layers between a stem and a head; its backbone class needs mmcv 1."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            options: Mapping[str, Any] = {"use_rms_norm": False, "drop_path_rate": 0.0}
-            self.stem = nn.Conv2d(3, 24, 8, 8)
-            self.layers = nn.ModuleList(
-                layer(24, **options, with_dwconv=wide, mamba_cfg={"d_state": 4, "conv_size": 3})
-                for wide in (True, False)
-            )
-            self.head = nn.Linear(24, 5)
-
-        def forward(self, images: Tensor) -> Tensor:
-            x = self.stem(images)
-            size = x.shape[-2:]
-            x = x.flatten(2).mT
-            for each in self.layers:
-                x = each(x, size)
-            logits: Tensor = self.head(x.mean(1))
-            return logits
-
-    yield Case("PlainMambaLayer", "two of them", Stack, (2, 3, 40, 48))
+    for name in ("mmcls", "mmcls.plain_mamba_dev", "mmcls.plain_mamba_dev.models"):
+        package(name, root / name.replace(".", "/"))
+    code = load(root, "mmcls.plain_mamba_dev.models.plain_mamba.plain_mamba")
+    mixer = {"d_state": 4, "expand": 2, "conv_size": 3, "default_hw_shape": (5, 6)}
+    make = made(
+        code.PlainMamba, img_size=(40, 48), patch_size=8, embed_dims=24, num_layers=2,
+        layer_cfgs={"use_rms_norm": False, "mamba_cfg": mixer}, layers_with_dwconv=[0],
+    )  # fmt: skip
+    yield Case("PlainMamba", "snakes", make, (2, 3, 40, 48), call=lambda model, x: model(x)[-1])
 
 
 def mamba_ir(root: Path) -> Iterator[Case]:

@@ -45,7 +45,8 @@ def audio_mamba(root: Path) -> Iterator[Case]:
     code = load(root, "src.models.mamba_models")
     base = {"spectrogram_size": (64, 96), "depth": 2, "embed_dim": 48, "num_classes": 7}
     for name, more in {
-        "v2": {}, "none": {"bimamba_type": "none"}, "v1": {"bimamba_type": "v1"}, "flipped layers": {"if_bidirectional": True},
+        "v2": {}, "none": {"bimamba_type": "none"}, "v1": {"bimamba_type": "v1"},
+        "flipped layers": {"if_bidirectional": True},
         "first token": {"use_middle_cls_token": False}, "transposed": {"transpose_token_sequence": True},
     }.items():  # fmt: skip
         yield Case("AudioMamba", name, made(code.AudioMamba, **{**base, **more}), (2, 96, 64))

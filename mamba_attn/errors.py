@@ -1,6 +1,6 @@
-"""What can go wrong that is not a wrong argument: one base error and few kinds.
+"""Errors about state: a model, a trace, a machine.
 
-Wrong arguments raise ValueError or TypeError; everything here is about state: a model, a trace, a machine.
+Wrong arguments raise ValueError or TypeError instead.
 """
 
 import difflib
@@ -8,49 +8,49 @@ from collections.abc import Iterable
 
 
 class MambaAttnError(RuntimeError):
-    """Base of every error that is about state and not about an argument."""
+    """Base class of all errors about state rather than arguments."""
 
 
 class TraceError(MambaAttnError):
-    """A trace was read before, or other than, the forward pass it recorded."""
+    """A trace does not match its use: it was read too early, or the forward pass recorded something else."""
 
 
 class UnknownLayerError(MambaAttnError, KeyError):
-    """A layer name that the trace does not hold; the message lists the names."""
+    """The trace has no layer of this name; the message lists the names."""
 
     __str__ = RuntimeError.__str__  # KeyError would print the repr of the sentence
 
 
 class UnsupportedModelError(MambaAttnError):
-    """A model, or a variant of a known family, that no adapter can treat exactly."""
+    """No adapter can treat this model, or this variant of a known family, exactly."""
 
 
 class NonFiniteError(MambaAttnError):
-    """A layer met NaN or Inf."""
+    """A layer, a target or a map contains NaN or Inf."""
 
 
 class MatrixTooLargeError(MambaAttnError):
-    """A dense matrix would not fit the memory; nothing was allocated."""
+    """A dense matrix would not fit into memory; nothing was allocated."""
 
 
 class BackendUnavailableError(MambaAttnError):
-    """A backend that was insisted upon cannot run here, or not on these inputs."""
+    """The backend requested with ``backend=`` cannot run here, or not on these inputs."""
 
 
 class WeightsError(MambaAttnError):
-    """A checkpoint that does not fit, is damaged, or is not safe to load."""
+    """A checkpoint does not fit, is damaged, or is unsafe to load."""
 
 
 class StoreError(MambaAttnError):
-    """A store of collected attention that is half written, damaged, of another version or of another model."""
+    """A store of attention is half written, damaged, of another version or of another model."""
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return the sentence that helps after a misspelt name: the nearest names, or all of them when few.
+    """Return a hint after a misspelt name: the nearest names, or a list of all.
 
     Args:
-        name: what was asked for.
-        names: what there is.
+        name: as given.
+        names: all possible ones.
     """
     known = list(names)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)

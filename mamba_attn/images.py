@@ -1,4 +1,4 @@
-"""Image files to what a model sees: find, read whatever Pillow reads, crop, normalise."""
+"""From image files to a model's input: find, read anything Pillow reads, crop, normalise."""
 
 import glob
 import io
@@ -23,7 +23,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SAMPLES = Path(__file__).parent / "data"
 
-# what damaged files make Pillow's readers raise
+# errors of Pillow's readers on damaged files
 _DAMAGED = (
     OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, LookupError, TypeError, AttributeError,
     ArithmeticError, MemoryError,
@@ -36,21 +36,21 @@ class ImageError(MambaAttnError):
 
 
 def samples() -> list[Path]:
-    """Return the CC0 images that come with the package."""
+    """Return the bundled CC0 images."""
     return sorted(SAMPLES.glob("*.jpg"))
 
 
 def find(patterns: Iterable[str]) -> list[Path]:
-    """Return the image files that names, folders and glob patterns stand for, each once, in order.
+    """Return the image files for names, folders and glob patterns, in order and without duplicates.
 
-    Of a folder, the files directly in it with the suffix of an image format are taken, by name. ``**`` in a pattern
-    reaches into folders.
+    A folder stands for the files directly in it with the suffix of an image format, sorted by name. ``**`` in a pattern
+    descends into folders.
 
     Args:
-        patterns: as a user writes them; what exists under its literal name is no pattern.
+        patterns: as a user writes them; a name that exists literally is not a pattern.
 
     Raises:
-        FileNotFoundError: something stands for no image; the message is a sentence.
+        FileNotFoundError: an entry yields no image; the message says which.
     """
     found: dict[Path, Path] = {}
     for pattern in patterns:
@@ -62,7 +62,7 @@ def find(patterns: Iterable[str]) -> list[Path]:
             files, reason = [path], ""
         elif glob.has_magic(pattern):
             files = [path for path in map(Path, sorted(glob.glob(str(path), recursive=True))) if path.is_file()]
-            reason = f"the pattern {pattern!r} fits no file"
+            reason = f"the pattern {pattern!r} matches no file"
         else:
             files, reason = [], f"there is no file or folder {pattern!r}"
         if not files:
@@ -72,16 +72,16 @@ def find(patterns: Iterable[str]) -> list[Path]:
 
 
 def read(path: str | Path | io.BytesIO, name: str | None = None) -> "Image":
-    """Read the first frame of an image file as 8-bit RGB, turned upright as its EXIF says.
+    """Read the first frame of an image file as 8-bit RGB, rotated upright according to its EXIF data.
 
-    Any mode is converted: grey, palette, CMYK, 16-bit grey (scaled, not clipped); what is transparent lies on white.
+    Any mode is converted: grey, palette, CMYK, 16-bit grey (scaled, not clipped). Transparency becomes white.
 
     Args:
         path: the file, or an open one.
-        name: how errors call it. Default: the path.
+        name: its name in errors. Default: the path.
 
     Raises:
-        ImageError: no such file, not an image, a damaged or truncated one, too many pixels, numbers without a range.
+        ImageError: no such file, not an image, damaged or truncated, too many pixels, or values of unknown range.
         ImportError: Pillow is not installed.
     """
     name = str(path) if name is None else name
@@ -101,7 +101,7 @@ def read(path: str | Path | io.BytesIO, name: str | None = None) -> "Image":
             f"{name}: refused, because it has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller first."
         ) from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: this is not an image, or of a format that Pillow does not read.") from error
+        raise ImageError(f"{name}: this is not an image, or its format is not one that Pillow reads.") from error
     except FileNotFoundError as error:
         raise ImageError(f"{name}: there is no such file.") from error
     except _DAMAGED as error:
@@ -112,9 +112,9 @@ def read(path: str | Path | io.BytesIO, name: str | None = None) -> "Image":
 def crop(
     image: "Image", size: tuple[int, int], *, cover: tuple[int, int] | None = None, interpolation: str = "bilinear"
 ) -> np.ndarray:
-    """Scale the image until it just covers ``cover`` and cut the centre out, in one step of antialiased interpolation.
+    """Scale the image until it just covers ``cover`` and crop the centre, in one antialiased interpolation.
 
-    For square sizes that is: shorter side to ``cover``, centre crop.
+    For square sizes: shorter side to ``cover``, then centre crop.
 
     Args:
         image: any size and mode.
@@ -123,32 +123,32 @@ def crop(
         interpolation: "bilinear" or "bicubic".
 
     Returns:
-        (rows, columns, 3) uint8: what the model sees, before normalisation.
+        (rows, columns, 3) uint8: the image as the model sees it, before normalisation.
     """
     from PIL.Image import Resampling
 
     rows, columns = size
     height, width = cover or size
-    if height * image.width >= width * image.height:  # the side that decides keeps its exact length
+    if height * image.width >= width * image.height:  # the limiting side keeps its exact length
         width = max(width, image.width * height // image.height)
     else:
         height = max(height, image.height * width // image.width)
     top, left = round((height - rows) / 2), round((width - columns) / 2)
     vertical, horizontal = image.height / height, image.width / width
     box = (left * horizontal, top * vertical, (left + columns) * horizontal, (top + rows) * vertical)
-    box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))  # not a rounding error outside
+    box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))  # rounding must not leave the image
     return np.asarray(image.convert("RGB").resize((columns, rows), Resampling[interpolation.upper()], box=box))
 
 
 def normalise(images: np.ndarray) -> Float[Tensor, "batch 3 rows columns"]:
-    """Return uint8 images (batch, rows, columns, 3) with ImageNet's mean 0 and standard deviation 1, as models want."""
+    """Normalise uint8 images (batch, rows, columns, 3) with ImageNet's mean and standard deviation."""
     pixels = torch.from_numpy(images.astype(np.float32) / 255).movedim(3, 1)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (pixels - mean) / std
 
 
 def _images(paths: Iterable[Path]) -> list[Path]:
-    """Those with the suffix of an image format, by name."""
+    """Return files with the suffix of an image format, sorted by name."""
     from PIL import Image
 
     known = Image.registered_extensions()
@@ -156,7 +156,7 @@ def _images(paths: Iterable[Path]) -> list[Path]:
 
 
 def _rgb(image: "Image") -> "Image":
-    """8-bit RGB from any mode."""
+    """Convert any mode to 8-bit RGB, with transparency on white."""
     from PIL import Image
 
     if image.mode.startswith("I") or image.mode == "F":

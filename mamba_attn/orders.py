@@ -32,7 +32,7 @@ def diagonal(height: int, width: int) -> Order:
 
 
 def zigzag(height: int, width: int) -> Order:
-    """Anti-diagonals, walked up and down in turn, so that consecutive cells stay close (as in JPEG)."""
+    """Anti-diagonals, alternately up and down, which keeps consecutive cells close (as in JPEG)."""
     return _sorted(height, width, lambda row, col: (row + col, -row if (row + col) % 2 else row))
 
 
@@ -53,12 +53,12 @@ def spiral(height: int, width: int) -> Order:
     rings = []
     while rest.numel():
         rings.append(rest[0])
-        rest = rest[1:].T.flip(0)  # the next side becomes the top row
+        rest = rest[1:].T.flip(0)  # rotate: the next side becomes the top row
     return torch.cat(rings)
 
 
 def random(height: int, width: int, seed: int = 0) -> Order:
-    """A fixed random permutation: the negative control."""
+    """A random permutation, fixed by its seed: the negative control."""
     return torch.randperm(height * width, generator=torch.Generator().manual_seed(seed))
 
 
@@ -76,7 +76,7 @@ def order(name: str, height: int, width: int) -> Order:
         width: columns of the grid.
 
     Raises:
-        ValueError: an unknown name, or a grid without cells.
+        ValueError: the name is unknown, or the grid has no cells.
     """
     if name not in ORDERS:
         raise ValueError(f"order({name!r}): no such order. {nearest(name, ORDERS)}")
@@ -86,7 +86,7 @@ def order(name: str, height: int, width: int) -> Order:
 
 
 def inverse(permutation: Order) -> Order:
-    """Return the step at which each cell is visited, so that ``permutation[inverse(permutation)]`` is raster."""
+    """Return the step at which each cell is visited: ``permutation[inverse(permutation)]`` is raster order."""
     return torch.argsort(permutation)
 
 
@@ -99,11 +99,11 @@ def cross(name: str, height: int, width: int, second: str = "transpose") -> Int[
         name: one of ``ORDERS``.
         height: rows of the grid.
         width: columns of the grid.
-        second: "transpose" walks the transposed grid; "mirror" the grid with its columns flipped, which for diagonal
-            orders is the one that covers the other diagonals.
+        second: "transpose" walks the transposed grid; "mirror" walks the grid with its columns flipped, which for
+            diagonal orders covers the other diagonals.
 
     Raises:
-        ValueError: an unknown name or second view.
+        ValueError: the name or the second view is unknown.
     """
     first = order(name, height, width)
     cells = raster(height, width).view(height, width)
@@ -146,7 +146,7 @@ def insert_tokens(permutation: Int[Tensor, " patches"], positions: Sequence[int]
         The order of all tokens, as token indices.
 
     Raises:
-        ValueError: positions repeated or outside the sequence.
+        ValueError: positions are repeated or outside the sequence.
     """
     total = len(permutation) + len(positions)
     if len(set(positions)) != len(positions) or any(not 0 <= position < total for position in positions):
@@ -166,7 +166,7 @@ def _sorted(height: int, width: int, key: Callable[[int, int], tuple[int, ...]])
 
 
 def _spread(value: int) -> int:
-    """Put a zero bit above every bit."""
+    """Insert a zero bit above every bit, to interleave two numbers."""
     return sum((value >> bit & 1) << 2 * bit for bit in range(value.bit_length()))
 
 

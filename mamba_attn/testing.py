@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import MambaAttnError
 from mamba_attn.ops import reference
-from mamba_attn.tracing.adapters import Adapter, AnyAdapter, AttentionAdapter, find_mixers
+from mamba_attn.ops.arguments import at_tokens
+from mamba_attn.tracing.adapters import Adapter, AnyAdapter, AttentionAdapter, find_mixers, nothing_found
 from mamba_attn.tracing.layers import AttentionLayer, Layer, ScanLayer
 from mamba_attn.tracing.tracer import Trace, trace
 
@@ -95,6 +96,8 @@ def check_adapter(
     run = call or (lambda m, x: m(x))
     adapters = list(adapters or ())
     mixers = find_mixers(model, adapters)
+    if not mixers:
+        raise nothing_found(model, adapters)
     with torch.no_grad():
         with _unchanged(model), trace(model, adapters=adapters) as record:
             routed = _first_tensor(run(model, inputs))
@@ -207,8 +210,9 @@ def _check_scans(layer: ScanLayer, module: nn.Module, adapter: Adapter, seen: Te
 def _above_diagonal(layer: ScanLayer, route: int) -> float:
     """The largest entry of a route's attention above the diagonal of its own order."""
     matrix = layer.attention(routes=route)
-    rows, columns = layer.scan.write_order[route], layer.scan.read_order[route]
-    return float(matrix[:, rows][:, :, columns].triu(1).abs().max())
+    rows, columns = (order[..., route, None, :] for order in (layer.scan.write_order, layer.scan.read_order))
+    in_order = at_tokens(at_tokens(matrix, columns).mT, rows).mT
+    return float(in_order.triu(1).abs().max())
 
 
 def _by_matrices(scan: ScanRecord, channels: Tensor) -> Tensor:
@@ -219,9 +223,9 @@ def _by_matrices(scan: ScanRecord, channels: Tensor) -> Tensor:
         own = part.select_routes(slice(route, route + 1))
         M = reference.channel_matrices(own)
         y = torch.einsum("brcij,brcj->brci", M, own.u.double())
-        if own.D is not None:
+        if own.D is not None and own.D.ndim == 2:
             y = y + own.D.double().unsqueeze(-1) * own.u.double()
-        total = total + reference.merge_tokens(own, y).cpu()
+        total = total + reference.add_skip(own, reference.merge_tokens(own, y)).cpu()
     return total.to(scan.source_u.device)
 
 
@@ -232,6 +236,7 @@ def _some_channels(scan: ScanRecord, channels: Tensor) -> ScanRecord:
         source_u=scan.source_u[:, :, channels], source_delta=scan.source_delta[:, :, heads], A=scan.A[:, heads],
         source_B=scan.source_B[:, :, group], source_C=scan.source_C[:, :, group],
         D=None if scan.D is None else scan.D[:, channels], gate=None,
+        source_gain=None if scan.source_gain is None else scan.source_gain[:, :, heads],
     )  # fmt: skip
 
 

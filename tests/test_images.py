@@ -196,7 +196,7 @@ def test_find_files_folders_and_patterns(folder, monkeypatch, patterns, found):
     [
         ("none.png", "there is no file or folder 'none.png'; give image files, folders or patterns"),
         ("empty", "the folder 'empty' holds no images"),
-        ("*.gif", r"the pattern '\*\.gif' fits no file"),
+        ("*.gif", r"the pattern '\*\.gif' matches no file"),
     ],
 )
 def test_find_nothing(folder, pattern, message):

@@ -1,4 +1,4 @@
-"""The README says what is true: its numbers come from results, its code runs, it stays short."""
+"""The README says what is true: its numbers come from results, its code runs, its links lead somewhere."""
 
 import json
 import re
@@ -23,8 +23,8 @@ def formatted(row: dict[str, Any]) -> str:
         return f"{'behind' if value < 0 else 'ahead'} by {abs(value):.1f} AUC points [{low:.1f}, {high:.1f}]"
     if unit == "B":
         return f"{value / 1e9:.2g} GB"
-    said = f" {unit}" if unit in ("x", "ms") else ""
-    return f"{value:.2g}{said}" if value < 100 else f"{value:.0f}{said}"
+    suffix = f" {unit}" if unit in ("x", "ms") else ""
+    return f"{value:.2g}{suffix}" if value < 100 else f"{value:.0f}{suffix}"
 
 
 def test_every_figure_is_a_measured_one() -> None:
@@ -53,10 +53,10 @@ def test_accuracies_are_those_of_the_cards() -> None:
 
 def test_the_examples_run_and_have_the_shapes_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    beside, matrices = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert max(len(code.splitlines()) for code in (beside, matrices)) <= 15
+    maps, matrices = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert max(len(code.splitlines()) for code in (maps, matrices)) <= 15
     names: dict[str, Any] = {}
-    exec(compile(beside, "README.md", "exec"), names)
+    exec(compile(maps, "README.md", "exec"), names)
     assert names["heat"].shape == (1, 1, 128, 128)
     assert {path.name for path in tmp_path.iterdir()} == {"vim_micro.html", "vit_micro.html"}
     with torch.no_grad():
@@ -65,7 +65,6 @@ def test_the_examples_run_and_have_the_shapes_they_say(tmp_path: Path, monkeypat
     torch.testing.assert_close(names["layer"].row(98), names["layer"].attention()[:, 98], rtol=1e-4, atol=1e-7)
 
 
-def test_it_is_short_and_its_links_lead_somewhere() -> None:
-    assert len(README.splitlines()) < 150
+def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

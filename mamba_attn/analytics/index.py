@@ -191,7 +191,7 @@ class Index:
         return index
 
 
-def place_of(names: Sequence[str], grids: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def place_of(names: Sequence[str], grids: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
     """Return (stage, block) of every layer: the numbers in its name, or the change of the grid where names have others.
 
     Args:

@@ -141,18 +141,14 @@ def state_trajectory(
         raise UnsupportedModelError(f"state_trajectory: {layer.name} is {layer.kind}, which has no hidden state.")
     if not 0 <= image < layer.batch:
         raise ValueError(f"state_trajectory(image={image}): {layer.name} saw 0..{layer.batch - 1}.")
-    states = ScanLayer(layer.name, _of_image(layer.scan, image)).states(route, channels)[0]
-    flat = states.flatten(0, 1).T.double().cpu().numpy()
-    return StateTrajectory(flat, layer.scan.read_order[route].cpu().numpy(), layer.layout)
+    scan = _of_image(layer.scan, image)
+    states = ScanLayer(layer.name, scan).states(route, channels)[0]
+    flat, order = states.flatten(0, 1).T.double().cpu().numpy(), scan.read_order.view(-1, scan.length)[route]
+    return StateTrajectory(flat, order.cpu().numpy(), layer.layout)
 
 
 def _of_image(scan: ScanRecord, image: int) -> ScanRecord:
-    own = slice(image, image + 1)
-    one = scan.replace(
-        source_u=scan.source_u[own], source_delta=scan.source_delta[own], source_B=scan.source_B[own],
-        source_C=scan.source_C[own], gate=None, bypass=None,
-    )  # fmt: skip
-    return one.map_tensors(torch.Tensor.detach)
+    return scan.replace(gate=None, bypass=None).select_images(slice(image, image + 1)).map_tensors(torch.Tensor.detach)
 
 
 def _pairwise(states: np.ndarray) -> np.ndarray:

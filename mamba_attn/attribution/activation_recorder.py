@@ -1,4 +1,4 @@
-"""What a forward pass computes around its scans and a record does not hold: activations, gated outputs."""
+"""Records values of a forward pass that scan records do not hold: inputs of activations, gated outputs."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,14 +11,14 @@ from mamba_attn.tracing.layers import ScanLayer
 
 
 class ActivationRecorder(Rules):
-    """Changes nothing; keeps what the records of a forward pass do not hold. One recorder is good for one pass.
+    """Records values of a forward pass without changing them. Use one recorder per pass.
 
-    It sees one call after the other and no names, so a call belongs to the scan that stands next to it in time:
-    activations to the scan after them, norm and gate to the scan before them.
+    It sees calls in order, without names, so it assigns a call to the neighbouring scan: activations to the next scan,
+    norm and gate to the previous one.
 
     Attributes:
         activated: per record, the inputs of the mixer's activations: for Vim one per route, then the gate's.
-        gated: per record, the scans' output after the mixer's norm and gate, as far as it has them, in its own shape.
+        gated: per record, the scans' output after the mixer's norm and gate, if it has them, in its own shape.
     """
 
     def __init__(self) -> None:
@@ -28,22 +28,22 @@ class ActivationRecorder(Rules):
         self._record: ScanRecord | None = None
 
     def activation(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Keep the input."""
+        """Record the activation's input."""
         self._pending.append(x)
         return super().activation(function, x)
 
     def scan(self, record: ScanRecord) -> ScanRecord:
-        """Assign what came since the last scan to this one."""
+        """Assign the activations since the last scan to this one."""
         self.activated[record], self._pending = self._pending, []
         self._record = record
         return super().scan(record)
 
     def norm(self, module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Keep the output."""
+        """Record the norm's output."""
         return self._keep(super().norm(module, x, call))
 
     def gate(self, y: Tensor, gate: Tensor) -> Tensor:
-        """Keep the product."""
+        """Record the gated product."""
         return self._keep(super().gate(y, gate))
 
     def _keep(self, output: Tensor) -> Tensor:

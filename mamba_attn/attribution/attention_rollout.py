@@ -1,4 +1,4 @@
-"""Attention rollout, and the products over layers that it and the gradient-weighted methods are made of.
+"""AttentionRollout, and the products over layers that it shares with the gradient-weighted methods.
 
 ``roll_out`` multiplies I + A, ``roll_out_weighted`` I + W with W any weighted attention; ``to_finer`` carries a row
 from one stage to the finer one before it.
@@ -24,24 +24,24 @@ Step = Callable[[AnyLayer], tuple[Product, Tensor | float]]
 class AttentionRollout(TokenAttribution):
     """The query's row of the product of all layers' attention (arXiv 2005.00928, eq. 1); independent of the class.
 
-    Default: the positive part of each layer's matrix, channels averaged and routes summed before (in a ViT: heads
-    averaged), plus the identity for the residual stream, its rows divided by their sums. The query's row of the product
-    is carried from the last layer to the first, one dense matrix at a time; it sums to 1.
+    By default, average each layer's matrix over channels and sum it over routes (in a ViT: average heads), take the
+    positive part, add the identity for the residual stream, and divide rows by their sums. The query's row of the
+    product is carried from the last layer to the first, one dense matrix at a time; it sums to 1.
 
-    Between stages of VMamba a downsampling layer acts by its averaging matrix: a token takes the mean of the block of
-    tokens that it covers. The global pool acts by the mean over tokens, which is the default query there.
+    Between stages of VMamba, downsampling acts as its averaging matrix: a token takes the mean of the block of tokens
+    that it covers. The global pool acts as the mean over tokens, which is the default query there.
 
     Args:
-        model: a model that ``mamba_attn.trace`` knows.
+        model: a model that ``mamba_attn.trace`` supports.
         layers: names, patterns or numbers of the mixers to use; the others act as the identity. Default: all.
         signed: no positive part and no normalisation, I + attention as it is; time and memory linear in tokens.
-        convention: "exact", or the published code whose map is returned in place of this one, which knows no other
-            option: "hidden_mamba", "implicit_unified", "vmamba_analysis" or "vmamba_analysis_dt", see
-            ``mamba_attn.attribution.published``. Its default for the layers holds unless ``layers`` names some.
+        convention: "exact", or published code whose map to return instead: "hidden_mamba", "implicit_unified",
+            "vmamba_analysis" or "vmamba_analysis_dt", see ``mamba_attn.attribution.published``. These take no other
+            option; they use their own default layers unless ``layers`` is given.
 
     Raises:
-        ValueError: an unknown convention, a published one with ``signed=True``; when called, one that the model is not
-            made for, or, where it knows the class token's row alone, a pixel or box.
+        ValueError: an unknown convention, or a published one with ``signed=True``. When called: a convention that does
+            not suit the model, or a pixel or box for one that only computes the class token's row.
 
     Example:
         >>> AttentionRollout(model, signed=True).attribute(torch.randn(2, 3, 224, 224)).shape
@@ -104,7 +104,7 @@ def roll_out_weighted(
     start: Float[Tensor, "batch last_tokens"],
     step: Step[AnyLayer],
 ) -> Float[Tensor, "batch first_tokens"]:
-    """Return ``start`` times the product of the layers' I + W, less what the identities alone carry.
+    """Return ``start`` times the product of the layers' I + W, minus the part carried by the identities alone.
 
     The two parts are carried apart: W can be thousands of times smaller than the identity.
 

@@ -1,8 +1,8 @@
-"""captum's own methods behind the same contract: they are called, never written again.
+"""Captum's own methods with our interface: they are called, not reimplemented.
 
-``FromCaptum`` is the adapter: it hands captum our target in its words. ``PixelsFromCaptum`` reduces what comes back to
-one map and, with ``grid=True``, to the means over the tokens' cells. Any model will do; ``pixel`` and ``box`` have no
-meaning here and are refused.
+``FromCaptum`` is the adapter: it translates our target for captum. ``PixelsFromCaptum`` reduces the result to one map
+and, with ``grid=True``, to means over the tokens' cells. Any model will do; ``pixel`` and ``box`` have no meaning here
+and are refused.
 """
 
 from abc import abstractmethod
@@ -23,12 +23,12 @@ _WINDOWS = 8  # of the default occlusion, side by side along the shorter side
 
 
 class Asked(NamedTuple):
-    """What captum's methods are given.
+    """Arguments for captum's methods.
 
     Args:
-        images: a copy that gradients can be taken of.
-        target: in captum's words; None where there is a function.
-        function: of the model's output, where the target is one; it must see exactly these images.
+        images: a copy that requires gradients.
+        target: as captum takes it; None if there is a function.
+        function: the target, if it is a function of the model's output; it must see exactly these images.
     """
 
     images: Tensor
@@ -42,28 +42,28 @@ class Asked(NamedTuple):
 
 
 class FromCaptum(MapAttribution):
-    """One of captum's methods: captum is asked about one model output, fixed at the images as they came."""
+    """One of captum's methods, for a target that is fixed before captum changes the images."""
 
     def _ask(self, images: Tensor, target: Target) -> Asked:
-        """Fix the target at these images: the class predicted for them, not for what a method makes of them."""
+        """Fix the target: the class predicted for these images, not for a method's modified versions of them."""
         with torch.inference_mode(False), torch.no_grad():
-            copy = images.detach().clone()  # captum sets requires_grad, which inference tensors refuse
+            copy = images.detach().clone()  # captum sets requires_grad, which inference tensors do not allow
             output = self._output(copy, target)
             copy.requires_grad_()
             if callable(target) and not isinstance(target, Tensor):
                 return Asked(copy, None, target)
             indices = target_indices(f"{self.called}.attribute", output, target, len(copy))
             tuples = [tuple(each) for each in indices.tolist()]
-            # captum takes a tensor of classes, a list of tuples, or for one image a tuple: not a list of one
+            # captum takes a tensor of classes, a list of tuples or, for one image, a tuple; it rejects a list of one
             chosen: Any = indices[:, 0] if indices.shape[1] == 1 else tuples if len(tuples) > 1 else tuples[0]
         return Asked(copy, chosen, None)
 
 
 class PixelsFromCaptum(FromCaptum):
-    """One of captum's methods, whose result has the images' shape.
+    """One of captum's methods whose result has the images' shape.
 
     Args:
-        model: any; with ``grid=True`` one that ``mamba_attn.trace`` knows, whose first layer gives the grid.
+        model: any; with ``grid=True``, one that ``mamba_attn.trace`` supports, whose first layer gives the grid.
         colours: "sum" of the colours' signed numbers, or "absolute", the sum of their absolute values.
 
     Raises:
@@ -80,18 +80,16 @@ class PixelsFromCaptum(FromCaptum):
 
     @abstractmethod
     def _attributions(self, asked: Asked) -> Tensor:
-        """Return what captum returns."""
+        """Call captum and return its attributions."""
 
-    def _reduced(
-        self, attributions: Float[Tensor, "batch colours height width"]
-    ) -> Float[Tensor, "batch 1 height width"]:
-        """One number per pixel."""
+    def _reduced(self, attributions: Float[Tensor, "batch colours height width"]) -> Float[Tensor, "batch 1 *size"]:
+        """Reduce the colours to one number per pixel."""
         values = attributions.abs() if self.colours == "absolute" else attributions
         return values.sum(1, keepdim=True)
 
     def _maps(
-        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
-    ) -> Float[Tensor, "batch 1 height width"]:
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, ...], grid: bool
+    ) -> Float[Tensor, "batch 1 *size"]:
         asked = self._ask(images, target)
         with torch.inference_mode(False):
             maps = self._reduced(self._attributions(asked).detach())
@@ -103,14 +101,14 @@ class IntegratedGradients(PixelsFromCaptum):
 
     Args:
         model: any.
-        colours: "sum" of the signed numbers, whose total over the pixels is the logit less that of the baseline; or
+        colours: "sum" of the signed numbers, whose total over the pixels is the logit minus that of the baseline; or
             "absolute", the sum of their absolute values.
         baselines: as captum takes them. Default: 0, the mean colour of normalised images.
-        n_steps: of the integral.
-        method: of the integral, as captum calls them.
-        internal_batch_size: images times steps in one pass; at least the batch, and just it where the target is a
+        n_steps: steps of the integral.
+        method: captum's name of the integration method.
+        internal_batch_size: images times steps in one pass; at least the batch, and exactly that if the target is a
             function.
-        multiply_by_inputs: False leaves the mean gradient.
+        multiply_by_inputs: False returns the mean gradient.
 
     Raises:
         ValueError: another ``colours``.
@@ -193,10 +191,10 @@ class Saliency(PixelsFromCaptum):
 
 
 class Occlusion(PixelsFromCaptum):
-    """captum's Occlusion (arXiv 1311.2901): how far the target falls when a window is covered; signed.
+    """captum's Occlusion (arXiv 1311.2901): how much the target falls when a window is covered; signed.
 
-    Every pixel has the mean over the windows that cover it; of its colours, which all have the same where a window
-    covers all of them, the mean is taken.
+    Every pixel gets the mean over the windows that cover it, averaged over colours, which are equal if a window covers
+    all of them.
 
     Args:
         model: any.
@@ -204,7 +202,7 @@ class Occlusion(PixelsFromCaptum):
             Default: an eighth of the image's shorter side.
         strides: pixels from window to window, or captum's (colours, rows, columns). Default: half a window.
         baselines: as captum takes them. Default: 0, the mean colour of normalised images.
-        perturbations_per_eval: covered copies of the batch in one pass; one where the target is a function.
+        perturbations_per_eval: covered copies of the batch in one pass; one if the target is a function.
 
     Raises:
         ValueError: when called, a function as target that returns a sum over several images.
@@ -246,12 +244,10 @@ class Occlusion(PixelsFromCaptum):
             strides,
             self.baselines,
             asked.target,
-            # several copies of the batch in one pass are not the images that a function was given for
+            # a function expects the images of the batch, not several copies of them
             perturbations_per_eval=1 if asked.function else self.perturbations_per_eval,
         )
         return found
 
-    def _reduced(
-        self, attributions: Float[Tensor, "batch colours height width"]
-    ) -> Float[Tensor, "batch 1 height width"]:
+    def _reduced(self, attributions: Float[Tensor, "batch colours height width"]) -> Float[Tensor, "batch 1 *size"]:
         return attributions.mean(1, keepdim=True)

@@ -94,12 +94,12 @@ METHODS: dict[str, Entry] = {
               "Attention with the mixers' gates and convolutions in it, weighted by the gradient of the class, "
               "multiplied over the layers.", (SCANS,), class_option="gradient", instead="transformer_attribution"),
         Entry("mamba_lrp", "MambaLRP", MambaLRP,
-              "The class's relevance, handed back layer by layer to the tokens; signed, and it adds up.", (SCANS,),
+              "The relevance of the class, propagated back layer by layer to the tokens; signed, and it adds "
+              "up.", (SCANS,),
               instead="transformer_attribution", check=linear_backward.require_known),
         Entry("relevance_attention_ranks", "ranks of relevance and attention", RelevanceAttentionRanks,
-              "The class's relevance, in the order of what decides (MambaLRP), then of what is looked at (attention); "
-              "our own combination.", (SCANS,), instead="transformer_attribution_lrp",
-              check=linear_backward.require_known),
+              "The relevance of the class (MambaLRP), reordered with attention; our own combination.", (SCANS,),
+              instead="transformer_attribution_lrp", check=linear_backward.require_known),
         Entry("transformer_attribution", "Transformer-Attribution", TransformerAttribution, _GRADIENT_WEIGHTED,
               (SOFTMAX,), instead="mamba_attribution"),
         Entry("transformer_attribution_lrp", "Transformer-Attribution, LRP", TransformerAttribution,
@@ -110,8 +110,8 @@ METHODS: dict[str, Entry] = {
               "What {reader} reads in the last layer, heads weighted by the gradient of the class.", (SOFTMAX,),
               instead="grad_cam"),
         Entry("frozen_contribution", "frozen contribution", FrozenContribution,
-              "What every token gives the class when gates, steps and attention are held fixed; signed, and it adds "
-              "up.", check=linear_backward.require_known),
+              "What every token contributes to the class when gates, steps and attention are held fixed; signed, and "
+              "it adds up.", check=linear_backward.require_known),
         Entry("grad_cam", "GradCAM", LayerGradCam,
               "Features of the last tokens that reach the head, weighted by the gradient of the class."),
         Entry("integrated_gradients", "integrated gradients", IntegratedGradients,
@@ -120,7 +120,7 @@ METHODS: dict[str, Entry] = {
               "The gradient of the class times the image.", ANY),
         Entry("saliency", "saliency", Saliency, "The size of the gradient of the class.", ANY),
         Entry("occlusion", "occlusion", Occlusion,
-              "How far the logit of the class falls when a window is covered.", ANY),
+              "How much the logit of the class falls when a window is covered.", ANY),
         Entry("random", "random", RandomMap, "A control: random numbers.", ANY, of_a_class=False),
         Entry("centre", "centre", CentreMap, "A control: the middle of the image.", ANY, of_a_class=False),
     )
@@ -144,11 +144,11 @@ def build(name: str, model: nn.Module, *, layers: LayerNames | None = None, **op
     Args:
         name: of the method.
         model: the model.
-        layers: names, patterns or numbers of layers; methods that see the whole model leave them alone.
+        layers: names, patterns or numbers of layers; methods that always use the whole model ignore them.
         options: of the method's class.
 
     Raises:
-        ValueError: no such method, or options that it has not, or that exclude each other.
+        ValueError: no such method, or options that it does not have, or that exclude each other.
 
     Example:
         >>> build("attention_rollout", model).attribute(torch.randn(2, 3, 224, 224)).shape
@@ -168,12 +168,12 @@ def fitting(model: nn.Module) -> list[str]:
 
 
 def refusal(name: str, model: nn.Module, called: str | None = None) -> str | None:
-    """Return why a method does not fit a model, and which would; None where it fits.
+    """Return why a method does not fit a model, and which one does; None if it fits.
 
     Args:
         name: of the method.
         model: the model.
-        called: what the model is called in the sentence. Default: its class.
+        called: name of the model in the sentence. Default: its class.
 
     Raises:
         ValueError: no such method.
@@ -196,7 +196,7 @@ def refusal(name: str, model: nn.Module, called: str | None = None) -> str | Non
 
 
 def counterpart(name: str, model: nn.Module) -> str:
-    """Return the method itself where it fits the model, else its counterpart, else a general one."""
+    """Return the method itself if it fits the model, else its counterpart, else a general one."""
     candidates = (name, get(name).instead, "attention_rollout", "integrated_gradients")
     return next(each for each in candidates if _made_of_fits(get(each), model))
 

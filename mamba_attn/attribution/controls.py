@@ -1,4 +1,4 @@
-"""Maps that no model made, as controls: what a figure of merit is worth that they reach too."""
+"""Controls: maps that ignore the model. A score that they reach as well is worth nothing."""
 
 import zlib
 
@@ -11,14 +11,14 @@ from mamba_attn.attribution.queries import Query
 
 
 class _Control(MapAttribution):
-    """A map of the image's size alone, or its content; a target that is given is checked all the same."""
+    """A map of the image's size or content alone; a target, if given, is still checked."""
 
     def _draw(self, image: Float[Tensor, "colours height width"]) -> Float[Tensor, "height width"]:
         raise NotImplementedError
 
     def _maps(
-        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
-    ) -> Float[Tensor, "batch 1 height width"]:
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, ...], grid: bool
+    ) -> Float[Tensor, "batch 1 *size"]:
         if target is not None:
             self._output(images, target)
         maps = torch.stack([self._draw(image) for image in images]).unsqueeze(1).to(images.device)
@@ -26,11 +26,11 @@ class _Control(MapAttribution):
 
 
 class RandomMap(_Control):
-    """Independent uniform numbers in 0..1, one per pixel; the same for the same image, wherever it stands in a batch.
+    """Independent uniform numbers in 0..1, one per pixel; the same for the same image, wherever it is in a batch.
 
     Args:
-        model: any; it is not asked.
-        seed: other numbers for another seed.
+        model: any; the map does not depend on it.
+        seed: changes the numbers.
 
     Example:
         >>> RandomMap(model).attribute(torch.randn(2, 3, 224, 224)).shape
@@ -50,7 +50,7 @@ class CentreMap(_Control):
     """A Gaussian about the centre of the image, its standard deviation a quarter of each side.
 
     Args:
-        model: any; it is not asked.
+        model: any; the map does not depend on it.
 
     Example:
         >>> CentreMap(model).attribute(torch.randn(2, 3, 224, 224)).shape

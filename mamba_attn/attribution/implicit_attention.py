@@ -1,7 +1,7 @@
-"""ImplicitAttention: the attention matrix of a whole mixer, its gate, activation and convolution included.
+"""ImplicitAttention: the attention matrix of a whole mixer, including its gate, activation and convolution.
 
-The method; depthwise convolutions as weighted shifts of tokens (``Taps``), which is how a matrix holds them; the linear
-map of one layer (``Implicit``), with what must be seen of the pass for it.
+Below the method: depthwise convolutions as weighted shifts of tokens (``Taps``), which is the form a matrix needs; and
+the linear map of one layer (``Implicit``), with a recorder of the activations it depends on.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,30 +36,31 @@ class ImplicitAttention(TokenAttribution):
 
         M_c = diag(silu(z)) sum_r (alpha_r + diag(D)) diag(sigmoid(p_r)) T_r        M_c x + constant = the gated output
 
-    (arXiv 2405.16504, with the skip D and, in the constant, the convolution's bias, which it leaves out).
+    (arXiv 2405.16504, plus the skip D and, in the constant, the convolution's bias, which the paper omits).
     alpha_r is the hidden attention along route r, T_r the causal convolution along it, p_r its output, z the gate; in
     the token frame, times the mixer's scale (1/2 in Vim). In VMamba T is the 2-d convolution over the grid, and what
-    M x + constant equals is what enters out_norm: the gate of its first generation comes after that norm and is no part
-    of M.
+    M x + constant equals is what enters out_norm: the gate of its first generation comes after that norm, so it is not
+    part of M.
 
     ==============================  ===================================================================================
     ``gradient=True``               W = sum_c dlogit/dM_c * M_c, dlogit/dM_c[i, j] = dlogit/do_c[i] x_c[j], o the gated
                                     output (VMamba: what enters out_norm); depends on the class
     ``gradient=False``              W = mean_c M_c; independent of the class
-    ``rollout=True``                the query's row of the product of I + W^+ over the layers, last to first, less what
-                                    the residual streams alone carry; nothing is normalised. Dense, one matrix at a time
-    ``rollout=False``               the query's rows of W, their positive part, averaged over the layers, a coarse
-                                    token's share spread over the area that it covers; in linear time
+    ``rollout=True``                the query's row of the product of I + W^+ over the layers, last to first, minus
+                                    what the residual streams alone carry; nothing is normalised. Dense, one matrix at
+                                    a time
+    ``rollout=False``               the query's rows of W, their positive part, averaged over the layers; a coarse
+                                    token's value spreads over the area that it covers. Linear time
     ``signed=True``                 no positive part; linear in time with either
     ==============================  ===================================================================================
 
     The positive part is taken after the sum over channels, routes and taps; without rollout after the mean over the
     query's tokens too. With ``gradient=True`` W before its positive part sums to dlogit/do * (o - constant), the
-    layer's share in the logit to first order. In a model that averages over patches the gradients are multiplied by
-    their number, as in ``MambaAttribution``, whose W has alpha and u in the places of M and x.
+    layer's contribution to the logit to first order. In a model that averages over patches, gradients are multiplied by
+    the number of patches, as in ``MambaAttribution``, whose W has alpha and u in place of M and x.
 
-    ``skip``, ``gate``, ``conv`` and ``activation`` leave a factor out of M (D: 0; the others: the identity), in
-    ablations; x and dlogit/do stay what they are. ``convention="implicit_unified"`` of the other methods is the
+    ``skip``, ``gate``, ``conv`` and ``activation`` remove a factor from M for ablations (D: 0; the others: the
+    identity); x and dlogit/do stay the same. ``convention="implicit_unified"`` of the other methods is the
     published code's map: no D, its class token's row in all rows, its own weights and scales.
 
     Args:
@@ -113,7 +114,7 @@ class ImplicitAttention(TokenAttribution):
             box: as in ``attribute``.
 
         Raises:
-            ValueError: inputs that are no batch, a pixel or box outside the image, both of them.
+            ValueError: inputs are not a batch; a pixel or box is outside the image, or both are given.
         """
         asked = self._asked("rows", inputs, query, pixel, box)
         with torch.no_grad():
@@ -135,7 +136,7 @@ class ImplicitAttention(TokenAttribution):
         return [(layers[0].layout, roll_out_weighted(layers, query_weights(layers[-1], query), step))]
 
     def _weighted(self, inputs: Tensor, target: Target, *, gradient: bool) -> list["_Weighted"]:
-        """W of every layer."""
+        """Return W of every layer, as its factors."""
         recorder = MixerRecorder()
         with self._traced(inputs, target, gradients=gradient, rules=recorder) as (record, logit):
             layers = require(self.called, record.layers, ScanLayer)
@@ -153,13 +154,13 @@ class ImplicitAttention(TokenAttribution):
 
 @dataclass(frozen=True, eq=False)
 class Taps:
-    """Convolutions that some routes share, as shifts of tokens.
+    """A convolution shared by some routes, as shifts of tokens.
 
     Args:
-        routes: which routes.
-        weight: per tap.
+        routes: the routes that share it.
+        weight: one per channel and tap.
         source: per tap, the token that each token reads.
-        inside: per tap, whether there is one.
+        inside: per tap, whether that token exists.
     """
 
     routes: slice
@@ -180,10 +181,10 @@ def shifts(routes: slice, module: nn.Conv1d | nn.Conv2d, place: Tensor, *, conv:
         routes: the routes that share them.
         module: the convolution.
         place: (tokens) or (rows, columns), the token at each place.
-        conv: False for the identity in its stead.
+        conv: False uses the identity instead.
 
     Raises:
-        UnsupportedModelError: a padding that is no number.
+        UnsupportedModelError: a padding that is not a number.
     """
     channels = module.weight.shape[0]
     if not conv:
@@ -223,7 +224,7 @@ class _Call(NamedTuple):
 
 
 class MixerRecorder(ActivationRecorder):
-    """Changes nothing; keeps the depthwise convolutions before a scan, and the gate's product if no norm comes first.
+    """Records the depthwise convolutions before a scan, and the gated output if no norm comes first.
 
     Attributes:
         convolutions: per record, the calls.
@@ -237,27 +238,27 @@ class MixerRecorder(ActivationRecorder):
         self._calls: list[_Call] = []
 
     def enter(self, layer: str, x: Tensor) -> None:
-        """Forget the convolutions of mixers that are not traced."""
+        """Drop the convolutions of mixers that are not traced."""
         self._calls = []
 
     def linear(self, module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
-        """Keep a depthwise convolution's input and output."""
+        """Record a depthwise convolution's input and output."""
         y = super().linear(module, x, call)
         if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups == module.in_channels == module.out_channels:
             self._calls.append(_Call(module, x, y))
         return y
 
     def activation(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Keep nothing."""
+        """Apply the activation and record nothing: M needs only inputs and outputs of convolutions."""
         return function(x)
 
     def scan(self, record: ScanRecord) -> ScanRecord:
-        """Assign what came since the last scan to this one."""
+        """Assign the calls since the last scan to this one."""
         self.convolutions[record], self._calls = self._calls, []
         return super().scan(record)
 
     def norm(self, module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Norm, and no longer look for a gate: one that comes after a norm is no part of a linear map."""
+        """Stop looking for a gate: one that comes after a norm is not part of a linear map."""
         self._record = None
         return super().norm(module, x, call)
 
@@ -278,7 +279,7 @@ class Implicit:
         activation: keep s; without it it is 1.
 
     Raises:
-        UnsupportedModelError: a mixer without the depthwise convolution of Vim or VMamba.
+        UnsupportedModelError: the mixer lacks the depthwise convolution of Vim or VMamba.
     """
 
     def __init__(
@@ -287,6 +288,11 @@ class Implicit:
     ) -> None:  # fmt: skip
         layer.require_finite()
         self.layer, self.conv, dtype = layer, conv, layer.dtype
+        if not layer.scan.shares_orders or (layer.scan.D is not None and layer.scan.D.ndim == 3):
+            raise UnsupportedModelError(
+                f"ImplicitAttention: {layer.name} walks another order in every image, has steps without a token or a D "
+                "of tokens, through which its convolutions are not followed; use MambaAttribution or RawAttention."
+            )
         scan = layer.scan.map_tensors(Tensor.detach)
         self.scan = scan if skip else scan.replace(D=None)
         self._calls = [
@@ -299,7 +305,7 @@ class Implicit:
         away = self._p.abs() >= torch.finfo(dtype).eps
         ratio = torch.where(away, scan.source_u / torch.where(away, self._p, 1), 0.5)
         self._ratio = ratio if activation else torch.ones_like(ratio)
-        # a gate behind a norm, as in VMamba's first generation, is no part of a linear map
+        # a gate after a norm, as in VMamba's first generation, is not part of a linear map
         self._gate = scan.gate.to(dtype) if gate and scan.gate is not None and layer.scan in recorder.gated else None
 
     @cached_property
@@ -315,7 +321,7 @@ class Implicit:
         return self._after(self._mixed(x))
 
     def constant(self) -> Float[Tensor, "batch channels tokens"]:
-        """Return what the convolution's bias becomes."""
+        """Return the contribution of the convolution's bias."""
         return self._after(self._in_source(self._bias)) if self.conv else torch.zeros_like(self.x)
 
     def rows(self, vector: Float[Tensor, "batch channels tokens"]) -> Float[Tensor, "batch channels tokens"]:

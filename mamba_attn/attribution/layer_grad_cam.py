@@ -1,4 +1,4 @@
-"""captum's LayerGradCam on tokens: features of a token model are not where GradCAM looks for channels."""
+"""Captum's LayerGradCam on tokens: it expects features on the channel axis, where token models do not have them."""
 
 import copy
 from collections.abc import Sequence
@@ -18,28 +18,28 @@ from mamba_attn.errors import UnsupportedModelError, nearest
 from mamba_attn.tracing.adapters import find_mixers
 from mamba_attn.tracing.layer_names import LayerName, layer_name, listed_layers
 
-_STAGED = ("VMamba",)  # families whose last stage's output all lead to the head
+_STAGED = ("VMamba",)  # families in which all tokens of the last stage reach the head
 
 
 class LayerGradCam(FromCaptum):
     """captum's LayerGradCam (arXiv 1610.02391, eq. 1 and 2) of the last layer whose tokens reach the head.
 
-    Features weighted by their gradients' means over all tokens, class tokens included, and summed; the positive part
-    after that sum, as in the paper, unless ``relu`` is off. Captum is called on a copy of the model that shares all its
-    weights and in which the layer hands its features on as channels.
+    Features are weighted by the mean of their gradients over all tokens, class tokens included, and summed; the
+    positive part is taken after the sum, as in the paper, unless ``relu`` is off. Captum is called on a copy of the
+    model that shares all weights and in which the layer passes its features on as channels.
 
     Args:
-        model: a model that ``mamba_attn.trace`` knows; any other, with ``layer``.
+        model: a model that ``mamba_attn.trace`` supports; any other, with ``layer``.
         layer: name of a module that returns tokens (batch, tokens, features), or images of features, channels last
-            where its grid is one of the model's token grids, else first; or the number of a mixer. Default: for
-            VMamba the last stage; else what the last mixer is given, since behind it nothing but the class token need
-            reach the head.
-        relu: the positive part.
+            if its grid is one of the model's token grids, else first; or the number of a mixer. Default: for VMamba
+            the last stage; else the input of the last mixer, because after it possibly only the class token reaches
+            the head.
+        relu: take the positive part.
 
     Raises:
         TypeError: ``layer`` is neither a name nor a number.
-        ValueError: when called, a layer that is not there, or that gives no tokens and no images.
-        UnknownLayerError: when called, a number that is out of range.
+        ValueError: when called, a layer that does not exist, or that returns neither tokens nor images.
+        UnknownLayerError: when called, a number out of range.
         UnsupportedModelError: when called without ``layer``, a model that cannot be traced.
 
     Example:
@@ -55,8 +55,8 @@ class LayerGradCam(FromCaptum):
         self.relu = relu
 
     def _maps(
-        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
-    ) -> Float[Tensor, "batch 1 height width"]:
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, ...], grid: bool
+    ) -> Float[Tensor, "batch 1 *size"]:
         asked = self._ask(images, target)
         name, at_input = self._place()
         frames = self._frames(images)
@@ -65,14 +65,14 @@ class LayerGradCam(FromCaptum):
             cam = self._cam(asked, name, at_input, tap)
         if len(cam) != len(images) or cam.ndim not in (3, 4):
             raise ValueError(
-                f"LayerGradCam(layer={name!r}): it gives {tap.shape}, neither (batch, tokens, features) nor images of "
-                "features; name another layer=."
+                f"LayerGradCam(layer={name!r}): it returns {tap.shape}, neither (batch, tokens, features) nor images "
+                "of features; choose another layer=."
             )
         frame = next((frame for frame in frames if _fits(frame, cam)), None)
         if frame is None and cam.ndim == 3:
             raise ValueError(
-                f"LayerGradCam(layer={name!r}): it gives {cam.shape[2]} tokens, whose place in the image is not known; "
-                "name another layer=."
+                f"LayerGradCam(layer={name!r}): it returns {cam.shape[2]} tokens whose place in the image is not "
+                "known; choose another layer=."
             )
         if frame is None:
             pixels = F.interpolate(cam, size, mode="bilinear")
@@ -90,7 +90,7 @@ class LayerGradCam(FromCaptum):
             values = run(x)
             if tap.shape is None:
                 raise UnsupportedModelError(
-                    f"LayerGradCam(layer={name!r}): {type(self.model).__name__} does not call it; name another layer=."
+                    f"LayerGradCam(layer={name!r}): {type(self.model).__name__} does not call it; choose another layer."
                 )
             return values
 
@@ -100,7 +100,7 @@ class LayerGradCam(FromCaptum):
         return found.detach()
 
     def _place(self) -> tuple[str, bool]:
-        """The layer's name, and whether what it is given is meant."""
+        """Return the layer's name, and whether its input is meant instead of its output."""
         if self.layer is not None and not isinstance(self.layer, str):
             return layer_name("LayerGradCam(layer=...)", self.layer, list(find_mixers(self.model))), False
         if self.layer is not None:
@@ -124,7 +124,7 @@ class LayerGradCam(FromCaptum):
 class _Tap(nn.Module):
     """Hands features on unchanged, and as channels to ``channels``, where captum looks at them."""
 
-    def __init__(self, grids: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, grids: Sequence[tuple[int, ...]]) -> None:
         super().__init__()
         self.grids = grids
         self.channels = nn.Identity()

@@ -13,6 +13,7 @@ from mamba_attn.attribution.queries import Query, query_weights, single_token
 from mamba_attn.core.rules import Rules
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError
+from mamba_attn.ops.arguments import at_tokens, to_tokens
 from mamba_attn.tracing.layer_names import LayerNames
 from mamba_attn.tracing.layers import ScanLayer, require
 
@@ -21,7 +22,7 @@ class MambaAttribution(TokenAttribution):
     """The query's row of the product of the layers' gradient-weighted attention; depends on the class.
 
     With W the weighted attention of a layer and I its residual stream, the map is the query's row of the product of
-    I + W over the layers, last to first, less what the residual streams alone carry, which is the query itself. The
+    I + W over the layers, last to first, minus the part carried by the residual streams alone (the query itself). The
     product is carried from layer to layer, one dense matrix at a time; stages of VMamba as in ``AttentionRollout``.
 
     W is the positive part of sum_c dlogit/dM_c * M_c: the gradient of every channel's matrix times that matrix,
@@ -48,13 +49,12 @@ class MambaAttribution(TokenAttribution):
         rollout: False averages the layers' rows instead, each query's as in ``RawAttention``, in linear time. The
             positive part is then taken after the mean over the query's tokens.
         signed: no positive part; time and memory linear in tokens.
-        convention: "exact", or the published code whose map is returned in place of this one: "hidden_mamba" or
-            "implicit_unified", see ``mamba_attn.attribution.published``. Its late layers hold unless ``layers`` names
-            some.
+        convention: "exact", or published code whose map to return instead: "hidden_mamba" or "implicit_unified", see
+            ``mamba_attn.attribution.published``. These use their late layers unless ``layers`` is given.
 
     Raises:
-        ValueError: an unknown rule or convention, or other options together with one; when called, a model without a
-            class token, or a pixel or box, where the convention needs the one and has no row for the other.
+        ValueError: an unknown rule or convention, or other options together with one. When called: a model without the
+            class token that the convention needs, or a pixel or box for which it has no row.
         UnsupportedModelError: when called, layers that are softmax attention.
 
     Example:
@@ -97,7 +97,7 @@ class MambaAttribution(TokenAttribution):
         return [(layers[0].layout, roll_out_weighted(layers, query_weights(layers[-1], query), step))]
 
     def _rows(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
-        """Every layer's own row; for the mean over all tokens nothing but the backward pass is needed."""
+        """Return every layer's own row; the mean over all tokens needs nothing but the backward pass."""
         with self._traced(inputs, target, gradients=True, rules=OwnInputs()) as (record, logit):
             layers = require(self.called, record.layers, ScanLayer)
             if query is None and all(map(reads_all, layers)):
@@ -111,12 +111,12 @@ class MambaAttribution(TokenAttribution):
 
 
 def _row(layer: ScanLayer, query: Query | None, gradient: Tensor) -> Float[Tensor, "batch tokens"]:
-    """The mean of the query's rows. That the logit is finite says that the layers are; the map is looked at later."""
+    """Return the mean of the query's rows. A finite logit implies finite layers; the map itself is checked later."""
     token, scan = single_token(layer.layout, query), layer.scan
     if token is None:
         vector = query_weights(layer, query)
         return ops.left_product(scan, vector=vector, fold="sum", row_weight=gradient, col_weight=scan.u)
-    # one row needs one token's weights: nothing is gathered for the others
+    # a single row needs only one token's weights, so nothing is gathered for the others
     weight = gradient[:, None, :, token, None].expand(-1, scan.routes, -1, scan.length)
     return ops.attention_row(scan, row=token, fold="sum", row_weight=weight, col_weight=scan.u)
 
@@ -136,7 +136,8 @@ def gradient_x_attention(
 ) -> Float[Tensor, "batch tokens tokens"]:
     """Return sum_c dlogit/dM_c * M_c, signed: dlogit/dM_c[i, j] = dlogit/dy_c[i] u_c[j].
 
-    Its sum over all pairs is dlogit/dy * (y - D u), what the attention of this layer gives the logit to first order.
+    Its sum over all pairs is dlogit/dy * (y - D u), the contribution of this layer's attention to the logit to first
+    order.
 
     Args:
         layer: the layer.
@@ -145,20 +146,22 @@ def gradient_x_attention(
     return layer.attention("sum", row_weight=gradient, col_weight=layer.scan.u)
 
 
-# The mean of all rows, from the backward pass that gives the gradients anyway: summed over its rows, the weighted
-# attention of a layer is u times M^T dlogit/dy, which is the gradient of the logit with respect to u as the scan alone
-# reads it, less the part of the skip D. Nothing is scanned again for it.
+# The mean of all rows comes for free with the backward pass. Summed over its rows, the weighted attention of a layer is
+# u times M^T dlogit/dy, which is the gradient of the logit with respect to u through the scan alone, minus the part of
+# the skip D. So no scan runs again.
 
 
 class OwnInputs(Rules):
-    """Changes no value: every scan reads its u as a tensor of its own, apart from the u that delta, B and C are of."""
+    """Gives every scan its own view of u, without changing values; delta, B and C depend on the original u."""
 
     def scan(self, record: ScanRecord) -> ScanRecord:
-        """Rename u."""
-        u = record.source_u  # delta, B and C are computed from this very tensor, so its gradient would be theirs too
+        """Replace u by a view, whose gradient is then that of the scan alone."""
+        u = record.source_u  # delta, B and C come from this very tensor, so its own gradient would include theirs
         if torch.is_grad_enabled() and not u.requires_grad:  # a frozen model
             u = u.detach().requires_grad_()
-        return record.replace(source_u=u.view_as(u))  # a node of its own, with the gradient of this scan alone
+        return record.replace(
+            source_u=u.view_as(u)
+        )  # a separate autograd node, which receives only this scan's gradient
 
 
 def reads_all(layer: ScanLayer) -> bool:
@@ -174,11 +177,13 @@ def own_gradients(layers: list[ScanLayer], logit: Tensor) -> tuple[list[Tensor],
         logit: a scalar.
 
     Raises:
-        TraceError: the scalar does not depend on the pass.
+        TraceError: the scalar does not depend on this forward pass.
     """
     tensors = [*(layer.y for layer in layers), *(layer.scan.source_u for layer in layers)]
     if not logit.requires_grad:
-        raise TraceError("gradients: what is explained does not depend on this forward pass; take it from its output.")
+        raise TraceError(
+            "gradients: the value to explain does not depend on this forward pass; take it from its output."
+        )
     found = torch.autograd.grad(logit, tensors, allow_unused=True)
     filled = [
         torch.zeros_like(tensor) if gradient is None else gradient
@@ -200,6 +205,9 @@ def summed_rows(
     scan = layer.scan
     u, own, gradient = (x.detach().to(layer.dtype) for x in (scan.source_u, own, gradient))
     D = None if scan.D is None else scan.D.detach().to(layer.dtype) * scan.scale
+    if D is not None and D.ndim == 3:  # of tokens: no route's own
+        skipped = (gradient * D * scan.token_u.detach()).sum(1)
+        return summed_rows(ScanLayer(layer.name, scan.replace(D=None)), gradient, own) - skipped
     if scan.source_frame == "tokens" and u.shape[1] == 1 and _everywhere_alike(scan):
         direct = own if D is None else own - (gradient * D.sum(0).unsqueeze(1)).unsqueeze(1)
         return (u * direct).sum((1, 2))
@@ -207,15 +215,16 @@ def summed_rows(
     if scan.source_frame == "tokens":
         total = total + (u * own).sum((1, 2))
     for route in range(scan.routes):
-        reads, writes = scan.read_order[route], scan.write_order[route]
+        reads, writes = (order[..., route, None, :] for order in (scan.read_order, scan.write_order))
         source = u[:, min(route, u.shape[1] - 1)]
-        source = source[..., reads] if scan.source_frame == "tokens" else source
+        source = at_tokens(source, reads) if scan.source_frame == "tokens" else source
         values = torch.zeros_like(source) if scan.source_frame == "tokens" else own[:, route]
-        values = values if D is None else values - gradient[..., writes] * D[route].unsqueeze(1)
-        total = total.index_add(1, reads, (source * values).sum(1))
+        values = values if D is None else values - at_tokens(gradient, writes) * D[route].unsqueeze(1)
+        total = total + to_tokens((source * values).sum(1), reads[..., 0, :], layer.tokens)
     return total
 
 
 def _everywhere_alike(scan: ScanRecord) -> bool:
     """Whether every route visits every token, and reads where it writes."""
-    return scan.length == scan.tokens and torch.equal(scan.read_order, scan.write_order)
+    everywhere = scan.length == scan.tokens and not any(scan.lacking)
+    return everywhere and torch.equal(scan.read_order, scan.write_order)

@@ -1,8 +1,7 @@
-"""What every attribution method shares: the contract of ``attribute``, targets, and the way from tokens to pixels.
+"""Base classes of all attribution methods: the contract of ``attribute``, targets, and conversion of tokens to pixels.
 
 ``MapAttribution`` (any model) checks the call; ``TokenAttribution`` (a traced model) runs one traced pass and turns
-rows of tokens into maps. Below them: maps on the tokens' grid, and what is explained (targets). ``queries`` has who
-reads.
+rows of tokens into maps. Below them: maps on the token grid, and targets. ``queries`` handles pixels and boxes.
 """
 
 import inspect
@@ -24,34 +23,34 @@ from mamba_attn.tracing.layer_names import LayerNames, listed_layers
 from mamba_attn.tracing.layers import Layer
 from mamba_attn.tracing.tracer import Trace, trace
 
-Images = TypeVar("Images", Tensor, tuple[Tensor])  # captum's metrics hand a tuple of one, and want one back
+Images = TypeVar("Images", Tensor, tuple[Tensor])  # captum's metrics pass a tuple of one tensor and expect one back
 Function = Callable[[Any], Tensor]
 Target = int | Tensor | tuple[int, ...] | Sequence[int] | Sequence[tuple[int, ...]] | Function | None
-Row = tuple[TokenLayout, Tensor]  # one number per token (batch, tokens), and where the tokens sit
+Row = tuple[TokenLayout, Tensor]  # one number per token (batch, tokens), and the layout of the tokens
 
 _DENSE = "target=(class, row, column) or whatever indexes it, a list of such tuples, or a function of the output"
 
 
 class MapAttribution(Attribution, ABC):
-    """An attribution method that gives every image a map.
+    """An attribution method that returns one map per image.
 
-    Neither the model nor the inputs change; the model is not switched to eval mode either.
+    It changes neither model nor inputs, and does not switch the model to eval mode.
 
     Args:
-        model: called with the images alone; returns logits (batch, classes), or whatever a target can be named in.
+        model: called with the images only; returns logits (batch, classes), or any output that a target can index.
 
     Raises:
-        TypeError: not a module.
+        TypeError: the model is not a module.
     """
 
-    reads_rows: ClassVar[bool] = False  # whether a pixel or a box means anything to it
+    reads_rows: ClassVar[bool] = False  # whether it takes a pixel or a box
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"{type(self).__name__}(model): expected a torch.nn.Module, got {type(model).__name__}.")
         super().__init__(model)
         self.model = model
-        self.called = type(self).__name__  # in messages; other where this method stands in for another's option
+        self.called = type(self).__name__  # in messages; differs if this method implements another method's option
 
     def attribute(
         self,
@@ -67,34 +66,36 @@ class MapAttribution(Attribution, ABC):
         """Return one map per image.
 
         Args:
-            inputs: (batch, colours, height, width), images as the model takes them.
-            target: class index, or one per image, as a list or tensor; for dense outputs a tuple of indices, as
-                (class, row, column), or a list of one tuple per image; or a function of the model's output that returns
-                one number per image, each from its own image, or their sum. Default: the predicted class, of models
-                that return (batch, classes). Methods that do not depend on the class check what is given all the same.
+            inputs: (batch, colours, height, width), images as the model takes them; volumes and videos
+                (batch, colours, *sizes), spectrograms (batch, time, frequency).
+            target: class index, or one per image as a list or tensor. For dense outputs, a tuple of indices such as
+                (class, row, column), or a list of one tuple per image. Or a function of the model's output that returns
+                one number per image, each depending on its own image only, or their sum. Default: the predicted class,
+                for models that return (batch, classes). Class-independent methods also check the target.
             query: deprecated: two numbers are a ``pixel``, four a ``box``.
-            pixel: (row, column) in pixels, whose token's row is read: one for all images, or one per image, as a list
-                of tuples or a tensor (batch, 2). Default: the class token; for models without one the mean over
-                patches.
-            box: (x0, y0, x1, y1) in pixels, columns x and rows y, the mean of whose tokens' rows is read; one for all
-                images, or one per image, as a list of tuples or a tensor (batch, 4).
-            grid: return the tokens' grid instead of pixels.
-            expand: return the inputs' shape, an equal part of the map in every colour, so that captum's metrics and
-                pictures, which sum or compare all channels, run.
+            pixel: (row, column) in pixels: read the row of this pixel's token. One for all images, or one per image as
+                a list of tuples or a tensor (batch, 2). Default: the class token, or the mean over patches for models
+                without one.
+            box: (x0, y0, x1, y1) in pixels, columns x and rows y: read the mean of the rows of its tokens. One for all
+                images, or one per image as a list of tuples or a tensor (batch, 4).
+            grid: return the map on the token grid instead of in pixels.
+            expand: return the inputs' shape, with an equal part of the map in every colour. Captum's metrics and
+                pictures, which sum or compare all channels, need this.
 
         Returns:
-            (batch, 1, height, width) at the inputs' size in pixels, interpolated linearly between patch centres; with
-            ``grid=True`` that of the patch grid; with ``expand=True`` (batch, colours, height, width), whose sum over
-            colours is the map. For a tuple of one tensor, as captum's metrics hand it over, a tuple of one.
+            (batch, 1, height, width) at the inputs' size in pixels, of volumes (batch, 1, *sizes), interpolated
+            linearly between patch centres; with ``grid=True`` that of the patch grid; with ``expand=True`` the inputs'
+            shape: the sum over colours is the map. For a tuple of one tensor, as captum's metrics pass it, a tuple of
+            one.
 
         Raises:
-            TypeError: several inputs, or none that is a tensor.
-            ValueError: inputs that are no batch, a target that the output does not have, or none where there is no
-                predicted class; a pixel or box outside the image, both of them, or one for a method that reads no
-                rows; ``grid=True`` for layers of several grids, or with ``expand=True``.
-            TraceError: a model whose tokens' place in the image is not known.
-            UnknownLayerError: a layer name or pattern that fits none, a number that is out of range.
-            NonFiniteError: a layer, the target or the map is NaN or Inf.
+            TypeError: several inputs, or an input that is not a tensor.
+            ValueError: inputs are not a batch; the output does not have the target, or the target is missing and there
+                is no predicted class; a pixel or box outside the image, both at once, or one for a method that reads
+                no rows; ``grid=True`` for layers on several grids, or with ``expand=True``.
+            TraceError: the places of the model's tokens in the image are unknown.
+            UnknownLayerError: a layer name or pattern matches none, or a number is out of range.
+            NonFiniteError: a layer, the target or the map contains NaN or Inf.
         """
         call = f"{self.called}.attribute"
         if isinstance(inputs, tuple) and len(inputs) != 1:
@@ -111,61 +112,65 @@ class MapAttribution(Attribution, ABC):
         if not bool(finite.all()):
             which = ", ".join(str(index) for index in (~finite).nonzero().flatten().tolist())
             raise NonFiniteError(
-                f"{call}: the maps of images {which} hold NaN or Inf; check the images, the weights and the "
+                f"{call}: the maps of images {which} contain NaN or Inf; check the images, the weights and the "
                 "precision of the model."
             )
         if expand:
-            maps = (maps / images.shape[1]).expand(-1, images.shape[1], -1, -1).contiguous()
+            colours = maps.ndim == images.ndim  # spectrograms have none
+            maps = (maps / images.shape[1]).expand_as(images).contiguous() if colours else maps.squeeze(1)
         return (maps,) if isinstance(inputs, tuple) else maps
 
     @abstractmethod
     def _maps(
-        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
-    ) -> Float[Tensor, "batch 1 height width"]:
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, ...], grid: bool
+    ) -> Float[Tensor, "batch 1 *size"]:
         """Return the maps in pixels, ``size`` (rows, columns), or on the tokens' grid. Called without gradients."""
 
     def _asked(self, method: str, inputs: Tensor, query: Any, pixel: Any, box: Any) -> Query | None:
-        """Whose rows are read; refuses inputs that are no batch, or places outside them."""
+        """Return whose rows are read; refuse inputs that are not a batch, and places outside the images."""
         call, size = f"{self.called}.{method}", self._size(method, inputs)
         pixel, box = split_query(call, query, pixel, box, stacklevel=4)
         return make_query(call, size, len(inputs), pixel, box)
 
-    def _size(self, method: str, inputs: Tensor) -> tuple[int, int]:
-        """The images' (rows, columns) in pixels; refuses inputs that are no batch."""
+    def _size(self, method: str, inputs: Tensor) -> tuple[int, ...]:
+        """Return the images' sizes in pixels, (rows, columns) or (frames, rows, columns); refuse what is no batch."""
         call = f"{self.called}.{method}"
         if not isinstance(inputs, Tensor):
             raise TypeError(f"{call}(inputs): expected a tensor of images, got {type(inputs).__name__}.")
-        if inputs.ndim != 4 or len(inputs) == 0:
-            raise ValueError(f"{call}(inputs{tuple(inputs.shape)}): expected images (batch, colours, rows, columns).")
-        return inputs.shape[2], inputs.shape[3]
+        if inputs.ndim < 3 or len(inputs) == 0:
+            raise ValueError(
+                f"{call}(inputs{tuple(inputs.shape)}): expected images (batch, colours, rows, columns), volumes or "
+                "videos (batch, colours, *sizes), or spectrograms (batch, time, frequency)."
+            )
+        return tuple(inputs.shape[1 if inputs.ndim == 3 else 2 :])
 
     def _output(self, images: Tensor, target: Target) -> Any:
-        """The model's output, once the target is known to fit it and to be finite.
+        """Return the model's output, after checking that it has the target and that the target's value is finite.
 
         Raises:
-            ValueError: a target that does not fit the output.
-            NonFiniteError: what is to be explained is NaN or Inf.
+            ValueError: the output does not have the target.
+            NonFiniteError: the value to explain is NaN or Inf.
         """
         call = f"{self.called}.attribute"
         output = self.model(images)
         if not bool(target_values(call, output, target, len(images)).isfinite().all()):
             raise NonFiniteError(
-                f"{call}: what is to be explained is NaN or Inf; check the images, the weights and the precision of "
-                "the model."
+                f"{call}: the value to explain is NaN or Inf; check the images, the weights and the precision of the "
+                "model."
             )
         return output
 
 
 class TokenAttribution(MapAttribution):
-    """An attribution method that gives every token of one or more layers a number.
+    """An attribution method that returns one number per token of one or more layers.
 
     Args:
-        model: a model that ``mamba_attn.trace`` knows; it is called with the inputs alone.
+        model: a model that ``mamba_attn.trace`` supports; called with the inputs only.
         layers: names, patterns or numbers of the mixers to use, or one of them, as in ``mamba_attn.trace``. Default:
             all.
 
     Raises:
-        TypeError: not a module; ``layers`` that are neither names nor numbers.
+        TypeError: the model is not a module; ``layers`` are neither names nor numbers.
     """
 
     reads_rows: ClassVar[bool] = True
@@ -175,18 +180,18 @@ class TokenAttribution(MapAttribution):
         self.layers = listed_layers(f"{type(self).__name__}(layers=...)", layers)
 
     def _published(self, kind: type["TokenAttribution"], option: str) -> "TokenAttribution | None":
-        """The method of ``attribution.published`` that an option's value names; None for its default, this method.
+        """Return the method of ``attribution.published`` named by an option; None for the default, this method.
 
-        Published code has none of the other options, so a value that names it excludes them all.
+        Published code has no other options, so naming it excludes all of them.
 
         Args:
-            kind: the class whose options these are; every option is an attribute of the same name.
+            kind: class that defines the options; each is also an attribute of the same name.
             option: "convention" or "rule".
 
         Raises:
-            ValueError: a value that names no method, or other options together with it.
+            ValueError: the value names no method, or other options are given too.
         """
-        from mamba_attn.attribution.published import METHODS  # which is built on this file
+        from mamba_attn.attribution.published import METHODS  # which imports this file
 
         options = [each for each in inspect.signature(kind.__init__).parameters.values() if each.name != "layers"]
         default = {each.name: each.default for each in options if each.kind is each.KEYWORD_ONLY}
@@ -215,27 +220,27 @@ class TokenAttribution(MapAttribution):
         """Return the rows whose maps are averaged: one, or one per layer. Called without gradients."""
 
     def _maps(
-        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
-    ) -> Float[Tensor, "batch 1 height width"]:
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, ...], grid: bool
+    ) -> Float[Tensor, "batch 1 *size"]:
         return self._render(self._explain(images, target, query), size, grid)
 
     @contextmanager
     def _traced(
         self, inputs: Tensor, target: Target, *, gradients: bool = False, rules: Rules | None = None
     ) -> Iterator[tuple[Trace, Tensor]]:
-        """One traced forward pass, and the sum of what is explained of the images.
+        """Run one traced forward pass; yield the trace and the sum of the images' target values.
 
-        Gradients are taken inside the block, where a model that checkpoints its activations is still traced.
+        Take gradients inside the block: a model that checkpoints its activations runs again then, and must be traced.
 
         Args:
             inputs: as in ``attribute``.
-            target: as in ``attribute``; where no gradients are asked for, None is not looked up.
+            target: as in ``attribute``; without gradients, None is not looked up.
             gradients: keep the graph.
-            rules: what watches, or changes, the forward.
+            rules: watch or change the forward pass.
         """
         call = f"{self.called}.attribute"
         with torch.inference_mode(False):
-            images = inputs.clone() if inputs.is_inference() else inputs  # nothing is saved of inference tensors
+            images = inputs.clone() if inputs.is_inference() else inputs  # autograd cannot save inference tensors
             with trace(self.model, layers=self.layers, rules=rules) as record:
                 with torch.set_grad_enabled(gradients):
                     output = self.model(images)
@@ -243,43 +248,48 @@ class TokenAttribution(MapAttribution):
                     logit = target_values(call, output, target, len(inputs)).sum() if needed else torch.zeros(())
                 layers = self._ran(record)
                 if not bool(logit.detach().isfinite()):
-                    for layer in layers:  # the first layer that is not finite names itself: where it began
+                    for layer in layers:  # the first layer that is not finite is where it began
                         layer.require_finite()
-                    raise NonFiniteError(f"{call}: what is to be explained is NaN or Inf; check the model's head.")
+                    raise NonFiniteError(f"{call}: the value to explain is NaN or Inf; check the model's head.")
                 with torch.no_grad():
                     yield record, logit
 
     def _ran(self, record: Trace) -> list[Layer]:
-        """The layers of the pass.
+        """Return the layers of the pass.
 
         Raises:
-            TraceError: none of the layers asked for ran.
+            TraceError: none of the requested layers ran.
         """
         if not record:
-            raise TraceError(f"{self.called}: the model's forward called none of the layers asked for.")
+            raise TraceError(f"{self.called}: the model's forward called none of the requested layers.")
         return record.layers
 
-    def _render(self, rows: Sequence[Row], size: tuple[int, int], grid: bool) -> Float[Tensor, "batch 1 height width"]:
-        """The mean of the rows' maps."""
+    def _render(self, rows: Sequence[Row], size: tuple[int, ...], grid: bool) -> Float[Tensor, "batch 1 *size"]:
+        """Return the mean of the rows' maps."""
         merged: dict[TokenLayout, Tensor] = {}
-        for layout, values in rows:  # sums of rows on the same grid first: interpolation is linear
+        for (
+            layout,
+            values,
+        ) in rows:  # interpolation is linear, so rows on the same grid are summed first: one interpolation per grid
             merged[layout] = merged[layout] + values if layout in merged else values
         if grid and len({layout.grid for layout in merged}) > 1:
-            grids = ", ".join(f"{layout.grid[0]}x{layout.grid[1]}" for layout in merged)
+            grids = ", ".join("x".join(map(str, layout.grid)) for layout in merged)
             raise ValueError(
-                f"{self.called}.attribute(grid=True): the layers stand on several grids ({grids}); name the "
-                "layers of one with layers=, or leave grid=False for a map in pixels."
+                f"{self.called}.attribute(grid=True): the layers are on several grids ({grids}); choose the "
+                "layers of one grid with layers=, or leave grid=False for a map in pixels."
             )
-        # a token of a coarser grid spreads what it has over the finer tokens that it covers
+        # a token of a coarser grid spreads its value over the finer tokens that it covers
         finest = max(len(layout.patches) for layout in merged)
         maps = [layout.to_grid(values) * (len(layout.patches) / finest) for layout, values in merged.items()]
         if not grid:
-            maps = [layout.to_pixels(values, size) for layout, values in zip(merged, maps, strict=True)]
+            maps = [
+                layout.to_pixels(values, size[-len(layout.grid) :]) for layout, values in zip(merged, maps, strict=True)
+            ]
         return (torch.stack(maps).sum(0) / len(rows)).unsqueeze(1)
 
 
 def layouts(model: nn.Module, images: Tensor) -> list[TokenLayout]:
-    """Return where the tokens of every layer sit, from a pass of the first image."""
+    """Return the token layout of every layer, from a pass of the first image."""
     with torch.no_grad(), trace(model) as record:
         model(images[:1])
     return [layer.layout for layer in record.layers]
@@ -288,7 +298,7 @@ def layouts(model: nn.Module, images: Tensor) -> list[TokenLayout]:
 def cell_means(
     maps: Float[Tensor, "batch 1 rows columns"], layout: TokenLayout
 ) -> Float[Tensor, "batch 1 height width"]:
-    """The mean over every token's cell: the pixels that are nearer to its centre than to any other's."""
+    """Return the mean over each token's cell: the pixels nearer to its centre than to any other."""
     vertical, horizontal = (
         _means(pixels, count, layout).to(maps) for pixels, count in zip(maps.shape[2:], layout.grid, strict=True)
     )
@@ -303,17 +313,17 @@ def _means(pixels: int, count: int, layout: TokenLayout) -> Float[Tensor, "count
 
 
 def target_values(call: str, output: Any, target: Any, batch: int) -> Tensor:
-    """Return what is explained of every image, (batch,), or its sum where a function returned a scalar.
+    """Return the target value of every image, (batch,), or their sum if a function returned a scalar.
 
     Args:
         call: the name of the caller, for the message.
         output: of the model.
-        target: a class, one per image, a tuple of indices behind the batch's or a list of them, a function of the
+        target: a class, one per image, a tuple of indices after the batch's or a list of them, a function of the
             output; None for the predicted class.
         batch: number of images.
 
     Raises:
-        ValueError: a target that does not fit the output.
+        ValueError: the output does not have the target.
     """
     if callable(target) and not isinstance(target, Tensor):
         return _called(call, target, output, batch)
@@ -323,16 +333,16 @@ def target_values(call: str, output: Any, target: Any, batch: int) -> Tensor:
 
 
 def target_indices(call: str, output: Any, target: Any, batch: int) -> Int[Tensor, "batch axes"]:
-    """Return where in each image's output the explained number stands.
+    """Return the indices of the target value in each image's output.
 
     Args:
         call: the name of the caller, for the message.
         output: of the model.
-        target: as in ``target_values``, but no function.
+        target: as in ``target_values``, except a function.
         batch: number of images.
 
     Raises:
-        ValueError: a target that does not fit the output.
+        ValueError: the output does not have the target.
     """
     where = f"{call}(target={target!r})"
     if not isinstance(output, Tensor) or output.ndim < 1 or len(output) != batch:
@@ -352,7 +362,7 @@ def target_indices(call: str, output: Any, target: Any, batch: int) -> Int[Tenso
     sizes = torch.tensor(output.shape[1:], device=output.device)
     if indices.shape[1] != len(sizes):
         raise ValueError(
-            f"{where}: the model returned {tuple(output.shape)}, which needs {len(sizes)} indices behind the batch's, "
+            f"{where}: the model returned {tuple(output.shape)}, which needs {len(sizes)} indices after the batch's, "
             f"not {indices.shape[1]}; give {_DENSE}."
         )
     if bool(((indices < 0) | (indices >= sizes)).any()):
@@ -362,11 +372,11 @@ def target_indices(call: str, output: Any, target: Any, batch: int) -> Int[Tenso
 
 
 def _as_indices(where: str, target: Any, batch: int) -> Int[Tensor, "batch axes"]:
-    """The indices as the user meant them, whatever the output is."""
+    """Return the indices as given, before they are checked against the output."""
     tuples = [target] * batch if isinstance(target, tuple) else target
     if isinstance(tuples, list) and any(isinstance(each, tuple) for each in tuples):
         if len({len(each) if isinstance(each, tuple) else -1 for each in tuples}) > 1:
-            raise ValueError(f"{where}: expected tuples of as many indices each.")
+            raise ValueError(f"{where}: expected tuples with equally many indices.")
         found = _as_tensor(where, tuples)
     else:
         found = _as_tensor(where, tuples)
@@ -381,7 +391,7 @@ def _as_indices(where: str, target: Any, batch: int) -> Int[Tensor, "batch axes"
 
 
 def _as_tensor(where: str, target: Any) -> Tensor:
-    """The numbers; names and other things are none."""
+    """Return the numbers as a tensor; refuse names and other things."""
     try:
         return torch.as_tensor(target)
     except (TypeError, ValueError, RuntimeError) as error:

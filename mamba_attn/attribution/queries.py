@@ -1,4 +1,4 @@
-"""Whose rows a method reads: the tokens of a pixel or a box on a layer's token frame."""
+"""Pixels and boxes: which tokens of a layer's token frame a method reads."""
 
 import warnings
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ Place = Sequence[float] | Sequence[Sequence[float]] | Tensor | np.ndarray  # one
 
 @dataclass(frozen=True)
 class Query:
-    """The places whose tokens' rows are read.
+    """Pixels or boxes; a method reads the rows of their tokens.
 
     Args:
         kind: "pixel" or "box".
@@ -38,26 +38,26 @@ class Query:
 
     @property
     def argument(self) -> dict[str, tuple[tuple[float, ...], ...] | tuple[float, ...]]:
-        """As a keyword argument of ``attribute``."""
+        """The query as a keyword argument of ``attribute``."""
         return {self.kind: self.places[0] if len(self.places) == 1 else self.places}
 
     def __str__(self) -> str:
-        """As an argument of a call."""
+        """Write the query as an argument of a call."""
         return f"{self.kind}={self.argument[self.kind]}"
 
 
 def split_query(call: str, query: Any, pixel: Any, box: Any, *, stacklevel: int = 3) -> tuple[Any, Any]:
-    """Return (pixel, box), one of which a deprecated ``query`` of two or four numbers may stand for.
+    """Return (pixel, box); a deprecated ``query`` of two or four numbers becomes one of them.
 
     Args:
         call: the name of the caller, for the message.
         query: (row, column) or (x0, y0, x1, y1), or None.
-        pixel: as given.
-        box: as given.
-        stacklevel: of the warning: 3 points at who called the caller.
+        pixel: the argument of the call.
+        box: the argument of the call.
+        stacklevel: of the warning; 3 points at the line that called the caller.
 
     Raises:
-        ValueError: a ``query`` that is neither, or one next to ``pixel`` or ``box``.
+        ValueError: ``query`` has other numbers, or is given together with ``pixel`` or ``box``.
     """
     if query is None:
         return pixel, box
@@ -73,21 +73,21 @@ def split_query(call: str, query: Any, pixel: Any, box: Any, *, stacklevel: int 
     return (query, None) if kind == "pixel" else (None, query)
 
 
-def make_query(call: str, size: tuple[int, int], batch: int | None, pixel: Any, box: Any) -> Query | None:
+def make_query(call: str, size: tuple[int, ...], batch: int | None, pixel: Any, box: Any) -> Query | None:
     """Return whose rows are read; None where neither a pixel nor a box is given.
 
     Args:
         call: the name of the caller, for the message.
         size: (rows, columns) of the images.
-        batch: number of images; None where every image must have the same place.
+        batch: number of images; None if all images must have the same place.
         pixel: (row, column) in pixels; one, or one per image.
         box: (x0, y0, x1, y1) in pixels; one, or one per image.
 
     Raises:
-        ValueError: both; other counts of numbers or places than expected; a place outside the image.
+        ValueError: both are given; unexpected counts of numbers or places; a place outside the image.
     """
     if pixel is not None and box is not None:
-        raise ValueError(f"{call}(pixel={pixel!r}, box={box!r}): both say whose rows are read; leave one out.")
+        raise ValueError(f"{call}(pixel={pixel!r}, box={box!r}): both choose the rows to read; leave one out.")
     kind, value = ("pixel", pixel) if box is None else ("box", box)
     if value is None:
         return None
@@ -102,17 +102,19 @@ def make_query(call: str, size: tuple[int, int], batch: int | None, pixel: Any, 
     return query
 
 
-def require_inside(where: str, query: Query, size: tuple[int, int]) -> None:
+def require_inside(where: str, query: Query, size: tuple[int, ...]) -> None:
     """Refuse places outside the image.
 
     Args:
         where: what the user wrote, for the message.
-        query: whose places.
+        query: with the places to check.
         size: (rows, columns) of the image.
 
     Raises:
-        ValueError: a pixel outside the image; a box that is empty or leaves it.
+        ValueError: a pixel is outside the image; a box is empty or leaves it.
     """
+    if len(size) != 2:
+        raise ValueError(f"{where}: pixels and boxes lie in images of rows and columns; the inputs have sizes {size}.")
     rows, columns = size
     for index, place in enumerate(query.places):
         of = f" of image {index}, {place}," if len(query.places) > 1 else ""
@@ -135,8 +137,8 @@ def query_tokens(layout: TokenLayout, query: Query | None) -> list[list[int]]:
 
     Args:
         layout: the token frame.
-        query: pixels: the token whose patch centre is nearest; boxes: those whose centre is inside, or the nearest to
-            the box's centre; None: the class tokens, or without them all patches.
+        query: for pixels, the token with the nearest patch centre; for boxes, those with their centre inside, or else
+            the one nearest to the box's centre; None: the class tokens, or all patches if there are none.
     """
     if query is None:
         return [list(layout.class_tokens) or layout.patches.tolist()]
@@ -167,7 +169,7 @@ def read_rows(
 
     Args:
         layer: the layer.
-        query: whose rows.
+        query: whose rows to read.
         fold: "mean" or "sum" over channels or heads.
         row_weight: as in the layer's ``row``.
         col_weight: as in the layer's ``row``.
@@ -175,20 +177,22 @@ def read_rows(
     token = single_token(layer.layout, query)
     if token is not None:
         return layer.row(token, fold=fold, row_weight=row_weight, col_weight=col_weight)
-    # left_product(weights) - weights would cancel: attention can be thousands of times smaller than the identity
+    # residual=False, because left_product(weights) - weights would cancel: attention can be thousands of times smaller
+    # than the identity
     vector = query_weights(layer, query)
     return layer.left_product(vector, fold=fold, row_weight=row_weight, col_weight=col_weight, residual=False)
 
 
 def single_token(layout: TokenLayout, query: Query | None) -> int | None:
-    """Return the one token that is read in every image, where there is but one."""
+    """Return the token to read if it is a single one, the same in every image; else None."""
     chosen = query_tokens(layout, query)
     first = chosen[0]
     return first[0] if len(first) == 1 and all(tokens == first for tokens in chosen) else None
 
 
 def _inside(layout: TokenLayout, x0: float, y0: float, x1: float, y1: float) -> list[int]:
-    centres = [torch.arange(n) * layout.step + layout.centre for n in layout.grid]
+    axes = zip(layout.grid, layout.steps, layout.centres, strict=True)
+    centres = [torch.arange(n) * step + first for n, step, first in axes]
     rows, columns = (centres[0] >= y0) & (centres[0] < y1), (centres[1] >= x0) & (centres[1] < x1)
     inside: list[int] = layout.patches[(rows[:, None] & columns[None, :]).flatten()].tolist()
     return inside or [_nearest(layout, (y0 + y1) / 2, (x0 + x1) / 2)]
@@ -196,12 +200,12 @@ def _inside(layout: TokenLayout, x0: float, y0: float, x1: float, y1: float) -> 
 
 def _nearest(layout: TokenLayout, row: float, column: float) -> int:
     """The token nearest to a pixel; pixels at the border that no patch covers belong to the last one."""
-    last = [(n - 1) * layout.step + layout.patch_size - 1 for n in layout.grid]
+    last = [covered - 1 for covered in layout.covered]
     return layout.token_at(min(row, last[0]), min(column, last[1]))
 
 
 def _numbers(value: Any) -> list[tuple[float, ...]] | None:
-    """Places as tuples of numbers, one where it is not nested; None for anything else."""
+    """Return places as tuples of numbers, a single one if not nested; None for anything else."""
     rows = _plain(value)
     rows = rows if _nested(rows) else [rows]
     places = []
@@ -215,13 +219,13 @@ def _numbers(value: Any) -> list[tuple[float, ...]] | None:
 
 
 def _nested(value: Any) -> bool:
-    """Whether it holds places and not numbers."""
+    """Whether a value is a sequence of places, rather than of numbers."""
     plain = _plain(value)
     return not isinstance(plain, str) and isinstance(plain, Sequence) and any(isinstance(x, Sequence) for x in plain)
 
 
 def _plain(value: Any) -> Any:
-    """Tensors and arrays as lists, inside of a sequence too."""
+    """Return tensors and arrays as lists, also those inside a sequence."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, str) or not isinstance(value, Sequence):
         return value

@@ -1,4 +1,4 @@
-"""Raw hidden attention: what the query reads, layer by layer, averaged."""
+"""RawAttention: what the query reads in each layer, averaged over layers."""
 
 from collections.abc import Sequence
 
@@ -14,23 +14,23 @@ from mamba_attn.tracing.tracer import trace
 class RawAttention(TokenAttribution):
     """The query's row of the hidden attention, averaged over layers; independent of the class.
 
-    Per layer the channels' true matrices are averaged and the routes summed in the token frame (arXiv 2403.01590,
-    section 3.3); the query's row of that is read in linear time, its positive part taken, and the maps averaged over
-    the layers. Layers on different grids, as in VMamba, meet in pixels; what a token has is spread over the area that
-    it covers. In a ViT the heads' probabilities are averaged.
+    Per layer, average the channels' true matrices and sum the routes in the token frame (arXiv 2403.01590, section
+    3.3); read the query's row of the result in linear time and take its positive part; average the maps over layers.
+    Layers on different grids, as in VMamba, are combined in pixels, where a token's value spreads over the area that it
+    covers. In a ViT, the heads' probabilities are averaged.
 
     Args:
-        model: a model that ``mamba_attn.trace`` knows.
+        model: a model that ``mamba_attn.trace`` supports.
         layers: names, patterns or numbers of the mixers to use, e.g. ``["layers.2.*"]`` for one stage of VMamba.
             Default: all.
         signed: keep the negative entries.
-        convention: "exact", or the published code whose map is returned in place of this one, which knows no other
-            option: "hidden_mamba", "implicit_unified", "vmamba_analysis" or "vmamba_analysis_dt", see
-            ``mamba_attn.attribution.published``. Its default for the layers holds unless ``layers`` names some.
+        convention: "exact", or published code whose map to return instead: "hidden_mamba", "implicit_unified",
+            "vmamba_analysis" or "vmamba_analysis_dt", see ``mamba_attn.attribution.published``. These take no other
+            option; they use their own default layers unless ``layers`` is given.
 
     Raises:
-        ValueError: an unknown convention, a published one with ``signed=True``; when called, one that the model is not
-            made for, or, where it knows the class token's row alone, a pixel or box.
+        ValueError: an unknown convention, or a published one with ``signed=True``. When called: a convention that does
+            not suit the model, or a pixel or box for one that only computes the class token's row.
 
     Example:
         >>> RawAttention(model).attribute(torch.randn(2, 3, 224, 224)).shape
@@ -63,7 +63,7 @@ class RawAttention(TokenAttribution):
             box: as in ``attribute``.
 
         Raises:
-            ValueError: inputs that are no batch, a pixel or box outside the image, both of them.
+            ValueError: inputs are not a batch; a pixel or box is outside the image, or both are given.
         """
         asked = self._asked("rows", inputs, query, pixel, box)
         with torch.no_grad():

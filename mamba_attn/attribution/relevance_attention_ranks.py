@@ -1,4 +1,4 @@
-"""RelevanceAttentionRanks: what decides comes first, what is looked at next; our own combination."""
+"""RelevanceAttentionRanks: MambaLRP's relevance, reordered with attention; our own combination."""
 
 import torch
 from torch import Tensor, nn
@@ -22,31 +22,31 @@ EXTENT = ("smooth_relevance", "implicit_attention", "raw_attention")
 class RelevanceAttentionRanks(MapAttribution):
     """MambaLRP's relevance, reordered by attention. New here; not from a paper.
 
-    Relevance names the few patches that decide and is noise on the rest of the object; attention covers the object and
-    does not know what decides. With r(m) the rank of every patch in a map m, 0 the lowest and 1 the highest, ties at
-    their mean, patches are ordered by
+    Relevance finds the few patches that drive the prediction and is noise on the rest of the object; attention covers
+    the object but does not know what drives the prediction. Let r(m) be the rank of every patch in a map m, from 0
+    (lowest) to 1 (highest), with ties at their mean. Patches are ordered by
 
         weight * r(relevance) ** power + r( sum of r(m) over ``extent`` )
 
-    and the numbers of relevance's positive part are sorted into that order, the largest first. So the order
-    is that of both, the map is as concentrated as relevance is, and it is nowhere negative. A high power keeps only
-    the top of the relevance ranking.
+    and the numbers of relevance's positive part are sorted into that order, the largest first. So both determine the
+    order, while the map is as concentrated as relevance and nowhere negative. A high power keeps only the top of the
+    relevance ranking.
 
-    relevance is ``MambaLRP``; ``extent`` may hold ``"smooth_relevance"``, MambaLRP with the generalised gamma rule in
-    every linear layer and convolution, ``"implicit_attention"`` and ``"raw_attention"``, each with its defaults. All
-    are averaged over the cells of the model's first token grid. What it costs is five forward passes, three backward
-    ones and, for ``"implicit_attention"``, a dense matrix of tokens per layer. The defaults were chosen on one half
-    of the test images (docs/comparing.md). Cells beyond the positive ones are 0, all alike.
+    relevance is ``MambaLRP``; ``extent`` may contain ``"smooth_relevance"`` (MambaLRP with the generalised gamma rule
+    in every linear layer and convolution), ``"implicit_attention"`` and ``"raw_attention"``, each with its defaults.
+    All are averaged over the cells of the model's first token grid. The cost is five forward passes, three backward
+    passes and, for ``"implicit_attention"``, a dense matrix of tokens per layer. The defaults were chosen on one half
+    of the test images (docs/comparing.md). All cells after the positive ones are 0.
 
     Args:
         model: Vim or VMamba, with fused_add_norm=False where it has that.
-        power: of relevance's rank, at least 0.
-        weight: of relevance compared with the rest, at least 0.
-        gamma: of the gamma rule, at least 0.
+        power: exponent of relevance's rank, at least 0.
+        weight: of relevance compared with ``extent``, at least 0.
+        gamma: strength of the gamma rule, at least 0.
         extent: names from the list above, at least one; several as a tuple.
 
     Raises:
-        ValueError: options outside their range, an unknown name; when called, a pixel or box.
+        ValueError: an option is outside its range, or a name is unknown; when called, a pixel or box is given.
         UnsupportedModelError: when called, layers that are softmax attention, or mixers of another make.
 
     Example:
@@ -79,8 +79,8 @@ class RelevanceAttentionRanks(MapAttribution):
         self.weight = weight
 
     def _maps(
-        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, int], grid: bool
-    ) -> Float[Tensor, "batch 1 height width"]:
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, ...], grid: bool
+    ) -> Float[Tensor, "batch 1 *size"]:
         cells = self._cells(images, target)
 
         def read(method: _Part) -> Tensor:
@@ -93,7 +93,7 @@ class RelevanceAttentionRanks(MapAttribution):
         return found if grid else cells.to_pixels(found, size)
 
     def _cells(self, images: Tensor, target: Target) -> TokenLayout:
-        """The first token grid; errors of model or target are reported in this method's name, not in its parts'."""
+        """Return the first token grid; checks model and target here, so errors name this method and not its parts."""
         with torch.inference_mode(False), torch.no_grad(), trace(self.model) as record:
             output = self.model(images.clone() if images.is_inference() else images)
         require(type(self).__name__, record.layers, ScanLayer)
@@ -111,7 +111,7 @@ def in_order(
 
 
 def _shares(values: Float[Tensor, "batch 1 rows columns"]) -> Float[Tensor, "batch 1 rows columns"]:
-    """Every number's rank in its map, 0 the lowest and 1 the highest; ties at their mean, one alone at 0."""
+    """Return every number's rank in its map, from 0 to 1; ties at their mean, a single number at 0."""
     dtype = torch.promote_types(values.dtype, torch.float32)
     flat = values.flatten(1).to(dtype).cpu().numpy()
     places = torch.stack([torch.from_numpy(ranks(each)) for each in flat]).to(values.device, dtype)

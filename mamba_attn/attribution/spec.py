@@ -1,4 +1,4 @@
-"""A method and its options, from text: what commands take."""
+"""Parses a method and its options from text, as on the command line."""
 
 import ast
 from dataclasses import dataclass, field
@@ -28,19 +28,19 @@ class Method:
 
     @property
     def key(self) -> str:
-        """As the user writes it, and as the array is called."""
+        """The method as the user writes it; also the name of its array."""
         options = ",".join(f"{name}={str(value).lower()}" for name, value in self.options.items())
         return f"{self.name}:{options}" if options else self.name
 
     @property
     def title(self) -> str:
-        """For people."""
+        """A readable title, with the options in brackets."""
         options = ", ".join(f"{name}={value}" for name, value in self.options.items())
         return f"{self.entry.title} ({options})" if options else self.entry.title
 
     @property
     def entry(self) -> catalogue.Entry:
-        """What the catalogue says of it."""
+        """Its entry in the catalogue."""
         return catalogue.get(self.name)
 
     @property
@@ -49,16 +49,16 @@ class Method:
         return self.entry.depends_on_class(self.options)
 
     def build(self, model: nn.Module, layers: LayerNames | None = None) -> MapAttribution:
-        """Return the method on a model; ``layers`` of None stands for the method's own default."""
+        """Return the method on a model; ``layers=None`` uses the method's default."""
         return catalogue.build(self.name, model, layers=layers, **self.options)
 
 
 def method(text: str, argument: str = "method") -> Method:
-    """Return a method as a user writes it.
+    """Parse a method as a user writes it.
 
     Args:
         text: ``NAME`` or ``NAME:OPTION=VALUE,OPTION``, e.g. ``attention_rollout:signed``.
-        argument: that it was given as, for errors.
+        argument: its name in error messages.
 
     Raises:
         ValueError: an unknown name, option or value.
@@ -78,7 +78,7 @@ def method(text: str, argument: str = "method") -> Method:
 
 
 def _value(call: str, option: str, value: str, default: object) -> object:
-    """A value of the same kind as the option's default; where that is None, a number if it reads like one."""
+    """Convert a value to the type of the option's default; if that is None, to a number if it looks like one."""
     if isinstance(default, str):
         return value
     if isinstance(default, bool):

@@ -1,4 +1,4 @@
-"""``mamba-attn bench``: what tracing and attention add to a model's forward on this machine, next to DeiT-tiny."""
+"""``mamba-attn bench``: the cost that tracing and attention add to a model's forward here, next to DeiT-tiny."""
 
 import argparse
 import statistics
@@ -38,7 +38,7 @@ def add_parser(commands: Commands) -> None:
     models = ["vim_tiny", "vmamba_tiny_s1l8"]
     add("--model", nargs="+", default=models, metavar="NAME", help=f"default: {' '.join(models)}")
     add("--batch", type=int, default=1, metavar="N", help="images at once; default: 1")
-    add("--rounds", type=int, default=5, metavar="N", help="how often each is timed; default: 5")
+    add("--rounds", type=int, default=5, metavar="N", help="timings of each; default: 5")
     add_device(parser)
 
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     require_least(args, batch=1, rounds=1)
     require_device(args.device)
     if args.device == "cpu":
-        torch.set_num_threads(1)  # then CPU time is also how long one waits on an idle machine
+        torch.set_num_threads(1)  # with one thread, CPU time equals wall time on an idle machine
     torchvision_repair.prepare()
     import timm
 
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _size(model: "nn.Module") -> tuple[int, int]:
-    """(rows, columns) of the images that a model is made for."""
+    """Return (rows, columns) of a model's native images."""
     own: Any = model
     rows, columns = own.image_size if hasattr(own, "image_size") else own.patch_embed.img_size
     return int(rows), int(columns)

@@ -1,6 +1,6 @@
 """The command line: ``mamba-attn`` and its commands.
 
-Nothing here or at the top of a command's file imports torch, so that help is printed at once.
+Nothing here or at the top of a command's file imports torch, which would delay help by seconds.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""``mamba-attn collect``: its arguments, the run, what it says."""
+"""``mamba-attn collect``: arguments, the run, its report."""
 
 import argparse
 import shlex
@@ -22,16 +22,16 @@ _EXAMPLES = """\
 --merge store1 store2 --out both"""
 _NOTES = """\
 data: a folder of images, with or without class folders; a zip of them;
-ZIP:PART, a folder in it. Images are taken in the order of the hashes of their
-names, so that the first N are a fair sample.
+ZIP:PART, a folder in a zip. Images come in the order of the hashes of their
+names: the first N are a fair sample.
 
-STORE receives, per layer, the mean and variance of the attention over the
-images (of every route and of their sum), the moments of the states, a row of
-features per image, what the model saw of each, and with --keep the matrices
-of the first N in full, or of the images that are named: by their path in the
-folder or zip, or any unique end of it. After a kill the same command resumes;
-a larger --limit adds images. --merge makes one store of two that were
-collected from the same model on other images.
+STORE receives, per layer, the mean and variance of the attention over images
+(of every route and of their sum), the moments of the states, a row of features
+per image, and the images as the model saw them. --keep adds the full matrices
+of the first N images, or of the images you name: by path in the folder or zip,
+or any unique suffix of it. After an interruption the same command resumes; a
+larger --limit adds images. --merge combines two stores of the same model,
+collected on different images.
 """
 
 
@@ -45,7 +45,7 @@ def add_parser(commands: Commands) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", metavar="DIR|ZIP[:PART]|FILE.mat", help="the images")
     source.add_argument("--merge", nargs=2, metavar="STORE", help="two stores, instead of images")
-    add("--out", required=True, metavar="STORE", help="a folder: new, or a store to resume")
+    add("--out", required=True, metavar="STORE", help="a new folder, or a store to resume")
     add_model(parser)
     add_limit(parser)
     add(
@@ -90,7 +90,7 @@ def _collect(request: "Request", out: str) -> int:
     with ExitStack() as shown:
 
         def advance(done: int, wanted: int) -> None:
-            if not progress.live.is_started:  # not before: what is refused shows no bar
+            if not progress.live.is_started:  # not earlier: refused requests show no bar
                 shown.enter_context(progress)
             progress.update(task, completed=done, total=wanted)
 

@@ -1,4 +1,4 @@
-"""``mamba-attn compare``: its arguments, the run, what it writes."""
+"""``mamba-attn compare``: arguments, the run, its files."""
 
 import argparse
 from collections.abc import Sequence
@@ -31,23 +31,23 @@ _EXAMPLES = """\
 --data photos --models vim_micro=my.pt --methods grad_cam
 --data boxes.zip --measures localisation --workers 4"""
 _NOTES = """\
-data: a folder of images, with or without class folders; a zip of them, or
-with labels.csv, boxes.csv or segments.csv; ZIP:PART, a folder in it
-(localise.zip:digits64); gtsegs_ijcv.mat, ImageNet-Segmentation. Of train/ and
-val/, val is read. DATA@MEASURE,... takes only some measures on this data:
-localise.zip:imagenette_boxes224@localisation.
+data: a folder of images, with or without class folders; a zip of them, or one
+with labels.csv, boxes.csv or segments.csv; ZIP:PART, a folder in a zip
+(localise.zip:digits64); gtsegs_ijcv.mat, ImageNet-Segmentation. If there are
+train/ and val/, val is used. DATA@MEASURE,... limits this data to some
+measures: localise.zip:imagenette_boxes224@localisation.
 
-methods: "all integrated_gradients:n_steps=16 occlusion@100" takes all, one of
-them with another option, one on only 100 images. mamba-attn explain --help
-lists them.
+methods: "all integrated_gradients:n_steps=16 occlusion@100" runs all methods,
+one of them with another option, one on only 100 images. mamba-attn explain
+--help lists them.
 
-measures: perturbation, pixels (the same with single pixels ranked, on 100
-images), localisation (where there are boxes or masks), sanity (on a few
-images), cost, picture (the maps on the page).
+measures: perturbation; pixels (perturbation of single pixels, on 100 images);
+localisation (if there are boxes or masks); sanity (on a few images); cost;
+picture (the maps on the page).
 
-FOLDER receives compare.html (one page, no network), compare.txt, compare.csv,
-compare.json and measured.jsonl, from which the same command resumes after a
-kill.
+Writes to FOLDER: compare.html (an offline page), compare.txt, compare.csv,
+compare.json, and measured.jsonl, from which the same command resumes after an
+interruption.
 """
 
 
@@ -89,10 +89,10 @@ def add_parser(commands: Commands) -> None:
         "--precision",
         default="float32",
         choices=("float32", "bfloat16"),
-        help="of the model's answers when it is perturbed; default: float32",
+        help="of the model during perturbation; default: float32",
     )
     add("--workers", type=int, default=1, metavar="N", help="processes; default: 1")
-    add("--seed", type=int, default=0, metavar="N", help="of everything random; default: 0")
+    add("--seed", type=int, default=0, metavar="N", help="seed of all random numbers; default: 0")
     add_device(parser)
 
 
@@ -105,13 +105,13 @@ def run(args: argparse.Namespace) -> int:
         return _compare(plan, args)
     except BrokenProcessPool as error:
         raise MambaAttnError(
-            "a worker process ended at once, perhaps for want of memory; what was measured is kept: call it again, "
-            "with fewer --workers."
+            "a worker process died, perhaps for lack of memory; results so far are kept: run it again with fewer "
+            "--workers."
         ) from error
 
 
 def _plan(args: argparse.Namespace) -> "Plan":
-    """Everything that the arguments say, read but not yet checked against each other."""
+    """Parse all arguments, without checking them against each other."""
     from mamba_attn.evaluation.contestants import Model, Options, choose_methods
     from mamba_attn.evaluation.plan import Plan
 
@@ -133,7 +133,7 @@ def _plan(args: argparse.Namespace) -> "Plan":
 
 
 def _selectors(texts: Sequence[str]) -> tuple[list[str], dict[str, tuple[str, ...]]]:
-    """The selectors, and the measures of those that name them after an @."""
+    """Split selectors from the measures named after an @."""
     selectors, only = [], {}
     for text in texts:
         selector, at, rest = text.rpartition("@")

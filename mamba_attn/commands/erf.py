@@ -1,4 +1,4 @@
-"""``mamba-attn erf``: its arguments, the images, what it writes."""
+"""``mamba-attn erf``: arguments, the images, its files."""
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator
@@ -29,14 +29,14 @@ photo.jpg --untrained             # next to random weights
 --data photos.zip --limit 50 --model vmamba_micro
 photo.jpg --query class --layer 3"""
 _NOTES = """\
-FOLDER receives erf.html (a page that needs no network), erf.png and erf.npz:
-the gradient of the token's features with respect to the pixels, averaged over
-the images; what the token reads in every layer; the attention rollout.
+Writes to FOLDER: erf.html (an offline page), erf.png and erf.npz, with the
+gradient of the token's features with respect to the pixels, averaged over the
+images; what the token reads in every layer; the attention rollout.
 
-The table gives, for 20, 30, 50 and 99 % of the gradient, the smallest square
-around the token that contains it, its side in pixels and as part of the
-image, and mean distances in pixels. Of a collection (--data) images are taken
-in the order of the hashes of their names, so that the first N are a fair
+For 20, 30, 50 and 99 % of the gradient, the table gives the smallest square
+around the token that contains this share: its side in pixels and its share of
+the image. It also gives mean distances in pixels. Images of a collection
+(--data) come in the order of the hashes of their names: the first N are a fair
 sample.
 """
 
@@ -49,17 +49,15 @@ def add_parser(commands: Commands) -> None:
     )  # fmt: skip
     add = parser.add_argument
     add_images(parser)
-    add(
-        "--data", metavar="DIR|ZIP[:PART]", help="a collection instead, as collect takes it: a fair sample with --limit"
-    )
+    add("--data", metavar="DIR|ZIP[:PART]", help="a collection instead, as for collect; --limit takes a fair sample")
     add_model(parser)
     add("--untrained", action="store_true", help="add the same model with random weights")
-    add("--size", metavar="ROWS,COLUMNS", help="of the images, in pixels; default: the model's")
-    add("--query", metavar="ROW,COL|class", help="whose field, in pixels; default: the patch in the middle")
-    add("--box", metavar="X0,Y0,X1,Y1", help="a box instead, columns X and rows Y: the mean of its tokens")
-    add("--layer", metavar="LAYER", help="index or name; default: behind the last layer")
+    add("--size", metavar="ROWS,COLUMNS", help="size of the images in pixels; default: the model's")
+    add("--query", metavar="ROW,COL|class", help="measure the field of this pixel or token; default: the central patch")
+    add("--box", metavar="X0,Y0,X1,Y1", help="measure a box instead, columns X and rows Y: the mean of its tokens")
+    add("--layer", metavar="LAYER", help="index or name; default: the last layer's output")
     add_limit(parser)
-    add("--seed", type=int, default=0, metavar="N", help="of random weights; default: 0")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the random weights; default: 0")
     add_folder(parser, "mamba_attn_erf")
 
 
@@ -102,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _pictures(args: argparse.Namespace) -> list[_Picture]:
-    """What gives each image as a model's transform leaves it, uint8."""
+    """Return a function per image, which reads it through a model's transform, as uint8."""
     from mamba_attn import images
     from mamba_attn.datasets import open_data
 
@@ -127,7 +125,7 @@ def _read(
     pictures: Iterable[_Picture], transform: "EvaluationTransform", device: "torch.device", damaged: set[str],
     console: "Console",
 ) -> "Iterator[torch.Tensor]":  # fmt: skip
-    """Images one by one; each that cannot be read is named once."""
+    """Yield images one by one; report each unreadable one once, whatever the number of models."""
     from mamba_attn import images
 
     for picture in pictures:
@@ -152,12 +150,12 @@ def _transform(text: str | None, subject: "Subject") -> "EvaluationTransform":
     size = (int(parts[0]), int(parts[1]))
     if subject.softmax and size != subject.transform.size:
         rows, columns = subject.transform.size
-        raise ValueError(f"--size {text}: {subject.name} takes images of {rows},{columns} pixels alone.")
+        raise ValueError(f"--size {text}: {subject.name} takes only images of {rows},{columns} pixels.")
     return models.transform(subject.name, size)
 
 
 def _place(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of ``receptive_field`` that say whose field."""
+    """Return the arguments of ``receptive_field`` that choose the token or box."""
     if args.query == "class" and args.box is None:
         return {"query": "class"}
     return dict(parse_place(args.query, args.box, ", or class"))
@@ -173,7 +171,7 @@ def _layer(text: str | None, subject: "Subject") -> str | None:
 
 
 def _untrained(subject: "Subject", seed: int) -> "torch.nn.Module":
-    """A copy whose parameters are as a new model of its kind has them."""
+    """Return a model of the same kind with its initial random weights."""
     import torch
 
     from mamba_attn import models
@@ -184,7 +182,7 @@ def _untrained(subject: "Subject", seed: int) -> "torch.nn.Module":
 
 
 def _write(folder: Path, fields: "dict[str, ReceptiveField]", command: str) -> None:
-    """erf.html, erf.png and erf.npz."""
+    """Write erf.html, erf.png and erf.npz."""
     import numpy as np
 
     from mamba_attn.erf.figure import panels
@@ -205,5 +203,5 @@ def _table(fields: "dict[str, ReceptiveField]") -> None:
     from mamba_attn.erf.page import HEADER, table
 
     first = next(iter(fields.values()))
-    title = f"effective receptive field of {first.reader} behind {first.layer}; distances in pixels"
+    title = f"effective receptive field of {first.reader} at the output of {first.layer}; distances in pixels"
     show(title, HEADER, table(fields))

@@ -1,7 +1,7 @@
-"""How every command ends, and how the library's sentences become a command's.
+"""Exit codes of commands, and translation of library errors for the command line.
 
-The library names the arguments of its calls, ``limit=0``; whoever typed a command reads ``--limit 0``. Written as
-``name=value``, with the value as Python prints it, an argument is translated wherever it stands in a sentence.
+The library names arguments of calls, ``limit=0``; a command reports ``--limit 0``. Any argument written as
+``name=value``, with the value as Python prints it, is translated wherever it appears in a sentence.
 """
 
 import ast
@@ -18,18 +18,18 @@ nothing was done; 130 stopped by Ctrl+C"""
 _CALL = r"[\w.]+\((?:[^()]|\([^()]*\))*\)"
 _VALUE = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\[[^\]]*\]|\([^)]*\)|[+-]?\w+(?:\.\d+)?(?:e[+-]?\d+)?"""
 _ARGUMENT = re.compile(rf"{_CALL}|(?<![^\s(])(?P<name>[a-z_]+)=(?P<value>{_VALUE})")
-_FIRST = {"create": "model", "open_data": "data"}  # arguments that are given by their place
-_COMMAS = {"--keep"}  # lists that are one word on the command line
+_FIRST = {"create": "model", "open_data": "data"}  # first positional arguments, by function
+_COMMAS = {"--keep"}  # lists written with commas on the command line
 
 
 def exit_code(name: str, call: Callable[[], int], options: Collection[str] = (), stopped: str = "stopped.") -> int:
-    """Call what a command does, and return its exit code; what is refused is said in a sentence.
+    """Run a command and return its exit code; print errors as sentences.
 
     Args:
         name: of the command.
-        call: what it does; it returns 0 or 1.
-        options: the command's, for ``as_flags``.
-        stopped: what is printed after Ctrl+C.
+        call: runs the command; returns 0 or 1.
+        options: names of the command's options, for ``as_flags``.
+        stopped: printed after Ctrl+C.
     """
     try:
         return call()
@@ -42,9 +42,9 @@ def exit_code(name: str, call: Callable[[], int], options: Collection[str] = (),
 
 
 def as_flags(sentence: str, options: Collection[str]) -> str:
-    """Return a sentence of the library with arguments as a command takes them.
+    """Rewrite a library sentence with arguments as command-line flags.
 
-    A call that the sentence begins with becomes flags when all its arguments do; other calls stay as they are.
+    A call at the start of the sentence becomes flags if all its arguments do; other calls stay unchanged.
 
     Args:
         sentence: with arguments as ``name=value``.
@@ -67,7 +67,7 @@ def as_flags(sentence: str, options: Collection[str]) -> str:
 
 
 def _call_as_flags(text: str, options: Collection[str]) -> str | None:
-    """The arguments of a call as flags; None where one is no option."""
+    """Return the arguments of a call as flags; None if one of them is not an option."""
     try:
         call = ast.parse(text, mode="eval").body
     except SyntaxError:
@@ -82,13 +82,13 @@ def _call_as_flags(text: str, options: Collection[str]) -> str | None:
 
 
 def _option(name: str, options: Collection[str]) -> str | None:
-    """The flag of an argument; one is in the plural where the other is not."""
+    """Return the flag of an argument; one of the two may be plural."""
     found = next((each for each in (name, f"{name}s", name.removesuffix("s")) if each and each in options), None)
     return None if found is None else f"--{found.replace('_', '-')}"
 
 
 def _typed(option: str, text: str) -> str:
-    """A value as it is typed after its flag."""
+    """Return a value as typed after its flag."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):  # nan

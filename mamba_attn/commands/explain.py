@@ -1,4 +1,4 @@
-"""``mamba-attn explain``: its arguments, and the loop over the images."""
+"""``mamba-attn explain``: arguments, and the loop over images."""
 
 import argparse
 import inspect
@@ -22,15 +22,14 @@ _EXAMPLES = """\
 photo.jpg --model vmamba_micro --target hat
 'photos/*.jpg' --method raw_attention mamba_lrp"""
 _NOTES = """\
-For every image FOLDER receives NAME.html (a page that needs no network),
-NAME.png (the same as one picture) and NAME.npz (the maps in pixels, the
-matrices, the query's row in every layer, all probabilities); index.html lists
-them.
+Writes to FOLDER, for every image: NAME.html (an offline page), NAME.png (the
+same as a picture) and NAME.npz (the maps in pixels, the matrices, the query's
+row in every layer, all probabilities); and index.html, which lists them.
 """
 
 
 class Job(NamedTuple):
-    """What one call does: a question for each model, the images, where the results go."""
+    """A run of the command: a question per model, the images, the folder for results."""
 
     questions: list["Question"]
     paths: list[Path]
@@ -62,8 +61,8 @@ def add_parser(commands: Commands) -> None:
         "transformer_attribution",
     )
     add("--target", metavar="CLASS|INDEX", help="class to explain, by name or index; default: the predicted one")
-    add("--query", metavar="ROW,COL", help="whose attention, in pixels; default: the class token's")
-    add("--box", metavar="X0,Y0,X1,Y1", help="a box instead, columns X and rows Y: the mean of its tokens")
+    add("--query", metavar="ROW,COL", help="show the attention of this pixel; default: of the class token")
+    add("--box", metavar="X0,Y0,X1,Y1", help="show the mean attention of a box instead, columns X and rows Y")
     add(
         "--layer",
         nargs="+",
@@ -82,25 +81,26 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _methods() -> str:
-    """The methods by what they fit, for the help."""
+    """List the methods for the help, by the layers they apply to."""
     from mamba_attn.attribution.catalogue import ANY, METHODS, SCANS, SOFTMAX, TRACED
 
     titles = {(SCANS,): SCANS, (SOFTMAX,): f"{SOFTMAX} (ViT)", TRACED: "both", ANY: "any model"}
-    lines = ["methods, by the layers that they fit (`random` and `centre` are baselines):"]
+    lines = ["methods, by the layers they apply to (`random` and `centre` are baselines):"]
     for made_of, title in titles.items():
         names = ", ".join(name for name, entry in METHODS.items() if entry.made_of == made_of)
         lines.append(textwrap.fill(f"{title}: {names}", 78, initial_indent="  ", subsequent_indent="    "))
     deaf = [name for name, its in METHODS.items() if "layers" not in inspect.signature(its.method.__init__).parameters]
     lines.append(textwrap.fill(f"These ignore --layer: {', '.join(deaf)}.", 78))
-    lines.append("raw_attention shows what is read, not what decides: on vmamba_micro it is")
-    lines.append("below random when what it marks is removed.")
+    lines.append("raw_attention shows what is read, not what drives the prediction: on")
+    lines.append("vmamba_micro it scores below random when the patches it ranks highest are")
+    lines.append("removed.")
     lines.append("Options follow a colon: attention_rollout:signed,")
     lines.append("mamba_attribution:rule=paper, raw_attention:convention=hidden_mamba.")
     return "\n".join(lines)
 
 
 def _job(args: argparse.Namespace) -> Job:
-    """Check everything that can be checked before the first image."""
+    """Parse and check everything possible before the first image."""
     from mamba_attn import images
     from mamba_attn.datasets import loaded_model
     from mamba_attn.explanations import choices
@@ -123,7 +123,7 @@ def _job(args: argparse.Namespace) -> Job:
 
 
 def _explain(job: Job) -> int:
-    """Explain images one by one; print the table of classes and where the pages are."""
+    """Explain images one by one; print the table of predictions and the location of the pages."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -151,14 +151,14 @@ def _explain(job: Job) -> int:
     console = Console()
     if table.row_count:
         console.print(table)
-    said = f"{len(done)} of {len(job.paths)} images explained"
+    summary = f"{len(done)} of {len(job.paths)} images explained"
     where = f"; open {job.folder / 'index.html'}" if done else ""
-    console.print(said + where, markup=False, highlight=False, soft_wrap=True)
+    console.print(summary + where, markup=False, highlight=False, soft_wrap=True)
     return 0 if len(done) == len(job.paths) else 1
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """A name per image: its stem, numbered where another image, or the list of all, has the same."""
+    """Return a unique name per image: its stem, numbered if another image or the index has the same."""
     names: dict[str, None] = {"index": None}
     for path in paths:
         name, number = path.stem, 2
@@ -169,7 +169,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _write(job: Job, title: str, name: str, answers: Sequence["Answer"]) -> None:
-    """<name>.html, .png and .npz."""
+    """Write <name>.html, .png and .npz."""
     import numpy as np
 
     from mamba_attn.explanations.page import page

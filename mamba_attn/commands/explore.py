@@ -1,4 +1,4 @@
-"""``mamba-attn explore``: its arguments, and the server."""
+"""``mamba-attn explore``: arguments, and the server."""
 
 import argparse
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ store1 store2 --port 0   # side by side, on any free port"""
 _NOTES = """\
 Two linked views of the attention between patches: points (a stage's blocks
 over images, or a block's patches) and the patch grid over the image. Click,
-drag a box or a lasso in one; the other follows. The page's address holds what
-is shown.
+or drag a box or lasso in one; the other follows. The page's address holds the
+whole view.
 
-The explorer answers only to this machine, unless --host says otherwise;
-whoever reaches it sees the store's images. Ctrl+C stops.
+The explorer is reachable only from this machine, unless --host says otherwise;
+anyone who reaches it sees the store's images. Ctrl+C stops it.
 """
 
 
@@ -33,7 +33,7 @@ def add_parser(commands: Commands) -> None:
     add = parser.add_argument
     add("store", nargs="*", metavar="STORE", help="made by mamba-attn collect; default: a bundled model on six photos")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, this machine only")
-    add("--port", default=8050, type=_port, metavar="P", help="default: 8050; 0: any that is free")
+    add("--port", default=8050, type=_port, metavar="P", help="default: 8050; 0: any free one")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,11 +49,11 @@ def serve(stores: Sequence[Any], host: str, port: int) -> None:
     Args:
         stores: ``AttentionStore`` objects.
         host: address to bind to.
-        port: 0 for any that is free.
+        port: 0 for any free one.
 
     Raises:
         OSError: the port is in use, or the address cannot be bound.
-        ValueError: a store without images.
+        ValueError: a store has no images.
     """
     from mamba_attn.viewer.app import build
     from mamba_attn.viewer.serving import bound

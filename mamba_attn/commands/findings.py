@@ -1,4 +1,4 @@
-"""``mamba-attn findings``: its arguments, the stores, what it writes."""
+"""``mamba-attn findings``: arguments, the stores, its files."""
 
 import argparse
 import json
@@ -26,14 +26,14 @@ raster morton --seeds 3 --accuracy raster=71.5"""
 _NOTES = """\
 STORE: a folder made by mamba-attn collect. Rebuilds its model and compares
 it, on the store's own images, with randomly initialised copies and with
-itself under a random scan order. A number is called outside the range
+itself under a random scan order. A number counts as outside the range
 expected of untrained models by Student's t over their seeds, with Holm's
 correction: this is about one trained model, not about training. A model that
-cannot be rebuilt is measured by what the store kept of it.
+cannot be rebuilt is measured by what its store kept.
 
-FOLDER receives findings.html (no network), findings.txt, findings.csv,
-findings.json and matrices.png; in measured/ each model's results, from which
-the same command resumes after a kill.
+Writes to FOLDER: findings.html (an offline page), findings.txt, findings.csv,
+findings.json and matrices.png; and measured/, each model's results, from which
+the same command resumes after an interruption.
 """
 
 
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     stores = named(args.store)
     accuracies = _accuracies(args.accuracy, stores)
     folder = writable(args.out)
-    torch.set_num_threads(1)  # threads of small models wait for each other longer than they work
+    torch.set_num_threads(1)  # small models: threads would wait for each other longer than they work
     reports = _measured(stores, accuracies, folder / "measured", args.images, args.seeds)
     orders = over_orders(reports)
     write(folder, reports, orders, stores, args.call)
@@ -87,14 +87,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def named(paths: Sequence[str]) -> "dict[str, AttentionStore]":
-    """Open stores, each by the name of its folder; where two share it, by as much of the path as tells them apart.
+    """Open stores by the names of their folders; names include as much of the path as needed to differ.
 
     Args:
         paths: of the stores.
 
     Raises:
-        ValueError: one is named twice.
-        StoreError: one is none, half written, damaged or of another version.
+        ValueError: a store is named twice.
+        StoreError: a folder is not a store, or half written, damaged or of another version.
     """
     from mamba_attn.analytics.store import AttentionStore
 
@@ -119,7 +119,7 @@ def write(
         reports: of the stores.
         orders: what goes with accuracy.
         stores: by name.
-        command: how to make them again.
+        command: how to reproduce them.
 
     Raises:
         OSError: the folder cannot be written.

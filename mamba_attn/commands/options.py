@@ -1,4 +1,4 @@
-"""The parser of a command, the options that several commands share, and what is done with them alike."""
+"""The parser of a command, options shared by several commands, and their checks."""
 
 import argparse
 from collections.abc import Callable, Iterable
@@ -6,11 +6,11 @@ from typing import Any
 
 Commands = Any  # argparse's object that takes new commands; its class is private
 
-_PARAMETERS_PER_THREAD = 5_000_000  # threads that share less wait for each other longer than they work
+_PARAMETERS_PER_THREAD = 5_000_000  # with less work, threads wait for each other longer than they compute
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose last part of the help may be a function, called when the help is printed."""
+    """A parser whose help may end with the result of a function, called only when help is printed."""
 
     more: Callable[[], str] | None = None
 
@@ -30,12 +30,12 @@ def command(
     Args:
         commands: of ``mamba-attn``.
         name: of the command.
-        what: it does, in a line.
-        examples: calls, one a line, without ``mamba-attn``; what stands after # explains.
-        notes: printed below as they stand, at most 80 columns wide.
-        run: what it does with the arguments.
-        stopped: what is printed after Ctrl+C.
-        more: returns what else the help ends with; called when it is printed.
+        what: what it does, in one line.
+        examples: one call per line, without ``mamba-attn``; comments after #.
+        notes: printed verbatim below, at most 80 columns wide.
+        run: runs the command with its arguments.
+        stopped: printed after Ctrl+C.
+        more: returns the end of the help; called when help is printed.
     """
     shown = "\n".join(f"  mamba-attn {name} {line}".rstrip() for line in examples.splitlines())
     parser: CommandParser = commands.add_parser(
@@ -77,14 +77,14 @@ def add_folder(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def require_least(args: argparse.Namespace, **least: int) -> None:
-    """Refuse numbers that are too small; an option that was not given fits.
+    """Refuse numbers that are too small; options that were not given pass.
 
     Args:
         args: of the command.
         least: the smallest number by option.
 
     Raises:
-        ValueError: the option, and what it takes.
+        ValueError: a number is too small.
     """
     for name, smallest in least.items():
         value = getattr(args, name)
@@ -93,7 +93,7 @@ def require_least(args: argparse.Namespace, **least: int) -> None:
 
 
 def settle_threads(parameters: Iterable[int], workers: int = 1) -> None:
-    """Use no more threads than the smallest model keeps busy.
+    """Limit threads to what the smallest model can keep busy.
 
     Args:
         parameters: of every model.

@@ -1,4 +1,4 @@
-"""``mamba-attn report``: its arguments, what it writes."""
+"""``mamba-attn report``: arguments, and the page it writes."""
 
 import argparse
 import os
@@ -16,13 +16,13 @@ store --out report.html
 store1 store2 --out both.html --size 20 --images 8"""
 _NOTES = """\
 One page with the two linked views of mamba-attn explore, for grids of up to
-32 x 32 patches. It needs no server and no network: send it, open it from
+32 x 32 patches. It needs no server and no network: send it, or open it from
 disk. It contains the images that it shows, and the names of all.
 
-What matters most goes in first: the blocks' means, their points, one image,
-each route's means, then the other --images of those that collect --keep kept.
-What does not fit --size is left out; the page and the command say how much,
-and which --size, or --images, would show it.
+The most important parts go in first: the means of the blocks, their points,
+one image, the means of each route, then the other --images kept by collect
+--keep. The page and the command list what does not fit into --size, and which
+--size or --images would include it.
 """
 
 
@@ -33,11 +33,11 @@ def add_parser(commands: Commands) -> None:
         examples=_EXAMPLES, notes=_NOTES, run=run,
     )  # fmt: skip
     add = parser.add_argument
-    add("store", nargs="+", metavar="STORE", help="made by mamba-attn collect; several are shown in one page")
+    add("store", nargs="+", metavar="STORE", help="made by mamba-attn collect; several share one page")
     add("--out", required=True, metavar="FILE", help="the page, e.g. report.html; an older one is replaced")
     add("--method", nargs="+", default=["pca"], choices=_METHODS, help="of dimension reduction; default: pca")
-    add("--images", type=int, default=4, metavar="N", help="of those kept in full, per store; default: 4")
-    add("--size", type=float, default=8.0, metavar="MB", help="of the page at most, in 10^6 bytes; default: 8")
+    add("--images", type=int, default=4, metavar="N", help="images kept in full to show, per store; default: 4")
+    add("--size", type=float, default=8.0, metavar="MB", help="largest size of the page in 10^6 bytes; default: 8")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,16 +72,16 @@ def run(args: argparse.Namespace) -> int:
 def _file(out: str) -> Path:
     path = Path(out).expanduser()
     if path.is_dir():
-        raise IsADirectoryError(f"--out {out}: this is a folder; name a file, e.g. {path / 'report.html'}.")
+        raise IsADirectoryError(f"--out {out}: this is a folder; give a file, e.g. {path / 'report.html'}.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--out {out}: there is no folder {str(path.parent)!r}.")
     if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"--out {out}: this folder cannot be written; name another.")
+        raise PermissionError(f"--out {out}: this folder is not writable; choose another.")
     return path
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file whole, or leave the old one."""
+    """Replace a file atomically: after an error the old one is still there."""
     temporary = path.with_name(f".{path.name}.new")
     try:
         temporary.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A table and a progress bar on the terminal."""
+"""Tables and progress bars on the terminal."""
 
 import shutil
 import sys
@@ -12,7 +12,7 @@ _PADDING = 3  # columns of the terminal between two of a table
 
 
 def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: on a terminal rich's, in parts as wide as the terminal; elsewhere aligned plain text.
+    """Print a table: on a terminal with rich, in parts that fit its width; elsewhere as aligned plain text.
 
     Args:
         title: above it.
@@ -36,7 +36,7 @@ def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> No
 
 
 def plain(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table as aligned text, an empty line before it; the arguments are those of ``show``."""
+    """Return a table as aligned text after an empty line; arguments as in ``show``."""
     widths = _widths(header, rows)
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -46,7 +46,7 @@ def plain(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> s
 
 
 def progress_bar() -> "Progress":
-    """Return a progress bar on standard error that says how much is left."""
+    """Return a progress bar on standard error with the remaining time."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -59,7 +59,7 @@ def _widths(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
 
 
 def _parts(header: Sequence[str], rows: Sequence[Sequence[str]], room: int) -> Iterator[list[int]]:
-    """Indices of the columns that fit next to each other, the first one in every part."""
+    """Yield the indices of columns that fit next to each other; every part includes the first column."""
     widths = [width + _PADDING for width in _widths(header, rows)]
     part = [0]
     for index in range(1, len(header)):

@@ -3,9 +3,9 @@
 import functools
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from mamba_attn._types import Float, Int
@@ -20,37 +20,44 @@ class TokenLayout:
     part of the frame and of no map: it lies outside the image.
 
     Args:
-        grid: (height, width) of the patch grid.
-        patch_size: side of a patch, in pixels.
-        stride: distance between neighbouring patches, in pixels; less than ``patch_size`` when patches overlap.
-            Default: ``patch_size``.
+        grid: (height, width) of the patch grid; of a volume or a video (depth or frames, height, width), of a line of
+            text (tokens,).
+        patch_size: side of a patch, in pixels, or one per axis of the grid: a video's patches may span one frame.
+        stride: distance between neighbouring patches, in pixels, or one per axis; less than ``patch_size`` when patches
+            overlap. Default: ``patch_size``.
         class_tokens: token indices of class tokens.
         registers: token indices of registers.
-        offset: centre of the first patch, in pixels from the image's edge. Default: ``patch_size / 2``. Stems of padded
-            convolutions see around a pixel, not a patch: theirs is 0.5.
-        window: side, in patches, of the square windows that tokens are mixed within; None: all tokens are mixed.
+        offset: centre of the first patch, in pixels from the image's edge, or one per axis. Default:
+            ``patch_size / 2``. Stems of padded convolutions see around a pixel, not a patch: theirs is 0.5.
+        window: side, in patches, of the square windows (of a volume: cubes) that tokens are mixed within; None: all
+            tokens are mixed.
 
     Raises:
-        ValueError: an index outside the token frame, an index used twice, a size below one, or windows beside class
-            tokens or registers.
+        ValueError: a grid without axes, sizes for another number of axes, an index outside the token frame, an index
+            used twice, a size below one, or windows beside class tokens or registers.
 
     Example:
         >>> TokenLayout(grid=(14, 14), patch_size=16, class_tokens=(98,)).tokens
         197
     """
 
-    grid: tuple[int, int]
-    patch_size: int = 1
-    stride: int | None = None
+    grid: tuple[int, ...]
+    patch_size: int | tuple[int, ...] = 1
+    stride: int | tuple[int, ...] | None = None
     class_tokens: tuple[int, ...] = ()
     registers: tuple[int, ...] = ()
-    offset: float | None = None
+    offset: float | tuple[float, ...] | None = None
     window: int | None = None
     tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
-        height, width = self.grid
-        if min(height, width, self.patch_size, self.step) < 1:
+        for name in ("patch_size", "stride", "offset"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != len(self.grid):
+                raise ValueError(
+                    f"TokenLayout(grid={self.grid}, {name}={value}): expected one number, or one per axis of the grid."
+                )
+        if not self.grid or min(*self.grid, *self.patch_sizes, *self.steps) < 1:
             raise ValueError(
                 f"TokenLayout(grid={self.grid}, patch_size={self.patch_size}, stride={self.stride}): "
                 "grid, patch_size and stride must be at least 1."
@@ -65,33 +72,57 @@ class TokenLayout:
         if len(set(extra)) != len(extra) or any(not 0 <= index < self.tokens for index in extra):
             raise ValueError(
                 f"TokenLayout: class_tokens={self.class_tokens} and registers={self.registers} must be distinct "
-                f"token indices in 0..{self.tokens - 1} of a {height}x{width} grid with {len(extra)} extra tokens."
+                f"token indices in 0..{self.tokens - 1} of a {_times(self.grid)} grid with {len(extra)} extra tokens."
             )
 
     @property
     def patches(self) -> Int[Tensor, " patches"]:
         """Token index of every patch, in raster order."""
         if self.window is not None:
-            return torch.arange(self.tokens).view(self.padded)[: self.grid[0], : self.grid[1]].flatten()
+            return torch.arange(self.tokens).view(self.padded)[tuple(map(slice, self.grid))].flatten()
         free = torch.ones(self.tokens, dtype=torch.bool)
         free[list(self.class_tokens + self.registers)] = False
         return free.nonzero().squeeze(1)
 
     @property
+    def patch_sizes(self) -> tuple[int, ...]:
+        """Sides of a patch in pixels, one per axis of the grid."""
+        return self._per_axis(self.patch_size)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Distances between neighbouring patches in pixels, one per axis: ``stride``, or ``patch_size`` without."""
+        return self._per_axis(self.patch_size if self.stride is None else self.stride)
+
+    @property
+    def centres(self) -> tuple[float, ...]:
+        """Centre of the first patch in pixels, along each axis: ``offset``, or half a patch when none was given."""
+        return tuple(side / 2 for side in self.patch_sizes) if self.offset is None else self._per_axis(self.offset)
+
+    @property
     def step(self) -> int:
-        """Distance between neighbouring patches in pixels: ``stride``, or ``patch_size`` when none was given."""
-        return self.patch_size if self.stride is None else self.stride
+        """Distance between neighbouring patches in pixels, along the last axis."""
+        return self.steps[-1]
 
     @property
     def centre(self) -> float:
-        """Centre of the first patch in pixels: ``offset``, or half a patch when none was given."""
-        return self.patch_size / 2 if self.offset is None else self.offset
+        """Centre of the first patch in pixels, along the last axis."""
+        return self.centres[-1]
 
     @property
-    def padded(self) -> tuple[int, int]:
-        """(height, width) of the grid with its padding to whole windows."""
+    def covered(self) -> tuple[int, ...]:
+        """Pixels that the patches cover, along each axis."""
+        sizes = zip(self.grid, self.steps, self.patch_sizes, strict=True)
+        return tuple((count - 1) * step + side for count, step, side in sizes)
+
+    @property
+    def padded(self) -> tuple[int, ...]:
+        """The grid with its padding to whole windows."""
         side = self.window or 1
-        return -(-self.grid[0] // side) * side, -(-self.grid[1] // side) * side
+        return tuple(-(-count // side) * side for count in self.grid)
+
+    def _per_axis(self, value: Any) -> tuple[Any, ...]:
+        return value if isinstance(value, tuple) else (value,) * len(self.grid)
 
     def windows(self, device: torch.device | str = "cpu") -> Int[Tensor, "windows length"]:
         """Return the tokens that are mixed with each other, window by window; without windows all in one.
@@ -126,17 +157,20 @@ class TokenLayout:
             x: with images and, inside each, windows first: (batch * windows, ...).
             axis: the tokens' axis.
         """
-        if self.window is None or self.padded == (self.window, self.window):
+        if self.window is None or len(self.windows(x.device)) == 1:
             return x
         windows, inverse = _windows(self.padded, self.window, x.device)
         side_by_side: Tensor = x.unflatten(0, (-1, len(windows))).movedim(1, axis).flatten(axis, axis + 1)
         return side_by_side.index_select(axis, inverse)
 
-    def to_grid(self, values: Float[Tensor, "*batch tokens"]) -> Float[Tensor, "*batch height width"]:
+    def to_grid(self, values: Float[Tensor, "*batch tokens"]) -> Float[Tensor, "*batch_and_grid"]:
         """Drop the tokens that are not patches, padding too, and lay the rest on the grid.
 
         Args:
             values: one number per token.
+
+        Returns:
+            (*batch, *grid): for an image (*batch, height, width).
 
         Raises:
             ValueError: ``values`` has another number of tokens.
@@ -144,23 +178,27 @@ class TokenLayout:
         if values.shape[-1] != self.tokens:
             raise ValueError(
                 f"to_grid(values{tuple(values.shape)}): expected {self.tokens} tokens in the last axis "
-                f"(grid {self.grid[0]}x{self.grid[1]} and {self.tokens - self.grid[0] * self.grid[1]} other tokens)."
+                f"(grid {_times(self.grid)} and {self.tokens - math.prod(self.grid)} other tokens)."
             )
         patches = values.index_select(-1, self.patches.to(values.device))
-        return rearrange(patches, "... (height width) -> ... height width", height=self.grid[0])
+        grid: Tensor = patches.unflatten(-1, self.grid)
+        return grid
 
     def to_pixels(
-        self, values: Float[Tensor, "*values"], size: tuple[int, int] | None = None
-    ) -> Float[Tensor, "*batch rows columns"]:
+        self, values: Float[Tensor, "*values"], size: tuple[int, ...] | None = None
+    ) -> Float[Tensor, "*batch_and_size"]:
         """Interpolate a map on the grid linearly between patch centres, constant outside them.
 
         With stride == patch_size this equals ``F.interpolate(mode="bilinear", align_corners=False)``; overlapping
         patches keep their true centres, ``index * stride + centre``.
 
         Args:
-            values: a map on the patch grid, (..., height, width); or one number per token, (..., tokens), as
+            values: a map on the patch grid, (..., *grid); or one number per token, (..., tokens), as
                 ``layer.row`` gives, or per patch, (..., patches). What has the shape of the grid is read as a map.
-            size: (rows, columns) of the image in pixels. Default: what the patches cover.
+            size: of the image in pixels, one number per axis: (rows, columns). Default: what the patches cover.
+
+        Returns:
+            (..., *size).
 
         Raises:
             ValueError: ``values`` of another shape; a size below one pixel.
@@ -170,53 +208,68 @@ class TokenLayout:
             torch.Size([2, 64, 96])
         """
         values = self._on_grid(values, size)
-        rows, columns = size or tuple((n - 1) * self.step + self.patch_size for n in self.grid)
-        vertical = self._interpolation(rows, self.grid[0]).to(values)
-        horizontal = self._interpolation(columns, self.grid[1]).to(values)
-        return vertical @ values @ horizontal.mT
+        axes = len(self.grid)
+        for axis, pixels in enumerate(size or self.covered):  # each axis by itself
+            weights = self._interpolation(pixels, axis).to(values)
+            if axis == axes - 2:
+                values = weights @ values
+            else:
+                values = (values.movedim(axis - axes, -1) @ weights.mT).movedim(-1, axis - axes)
+        return values
 
-    def _on_grid(self, values: Tensor, size: tuple[int, int] | None) -> Tensor:
+    def _on_grid(self, values: Tensor, size: tuple[int, ...] | None) -> Tensor:
         """The map that ``to_pixels`` was given, or is made of what it was given."""
-        height, width = self.grid
-        if size is not None and (len(size) != 2 or min(size) < 1):
-            raise ValueError(f"to_pixels(size={size}): expected (rows, columns) of the image, at least one pixel each.")
-        if tuple(values.shape[-2:]) == (height, width):
+        grid, cells = self.grid, math.prod(self.grid)
+        if size is not None and (len(size) != len(grid) or min(size) < 1):
+            expected = "(rows, columns) of the image" if len(grid) == 2 else f"{len(grid)} numbers, one per axis"
+            raise ValueError(f"to_pixels(size={size}): expected {expected}, at least one pixel each.")
+        if tuple(values.shape[-len(grid) :]) == grid and (len(grid) > 1 or cells != self.tokens):
             return values
         count = values.shape[-1] if values.ndim else 0
         if count == self.tokens:
             return self.to_grid(values)
-        if count == height * width:
-            return values.reshape(*values.shape[:-1], height, width)
-        per_token = f"(..., {self.tokens}) with one number per token" if self.tokens != height * width else ""
+        if count == cells:
+            return values.reshape(*values.shape[:-1], *grid)
+        per_token = f"(..., {self.tokens}) with one number per token" if self.tokens != cells else ""
         raise ValueError(
-            f"to_pixels(values{tuple(values.shape)}): expected a map (..., {height}, {width}) on the patch grid, "
-            f"{per_token + ', ' if per_token else ''}or (..., {height * width}) with one number per patch."
+            f"to_pixels(values{tuple(values.shape)}): expected a map (..., {', '.join(map(str, grid))}) on the patch "
+            f"grid, {per_token + ', ' if per_token else ''}or (..., {cells}) with one number per patch."
         )
 
-    def token_at(self, row: float, column: float) -> int:
+    def token_at(self, *place: float) -> int:
         """Return the token whose patch centre is nearest to a pixel.
 
         Args:
-            row: from the top, in pixels; a fraction lies inside its pixel.
-            column: from the left, likewise.
+            place: row and column, from the top and from the left, in pixels; of another grid one number per axis. A
+                fraction lies inside its pixel.
 
         Raises:
-            ValueError: the pixel lies outside what the patches cover.
+            ValueError: another number of axes, or a pixel outside what the patches cover.
         """
-        position = []
-        for name, value, count in (("row", row, self.grid[0]), ("column", column, self.grid[1])):
-            covered = (count - 1) * self.step + self.patch_size
+        if len(place) != len(self.grid):
+            raise ValueError(
+                f"token_at{place}: expected {len(self.grid)} numbers, one per axis of {_times(self.grid)}."
+            )
+        index = 0
+        for axis, (value, count) in enumerate(zip(place, self.grid, strict=True)):
+            covered = self.covered[axis]
             if not 0 <= value < covered:
+                name = ("row", "column")[axis] if len(place) == 2 else f"place[{axis}]"
                 raise ValueError(f"token_at: {name} {value} is outside the {covered} pixels that the patches cover.")
-            nearest = round((math.floor(value) + 0.5 - self.centre) / self.step)
-            position.append(min(max(nearest, 0), count - 1))
-        return int(self.patches[position[0] * self.grid[1] + position[1]])
+            nearest = round((math.floor(value) + 0.5 - self.centres[axis]) / self.steps[axis])
+            index = index * count + min(max(nearest, 0), count - 1)
+        return int(self.patches[index])
 
-    def _interpolation(self, pixels: int, count: int) -> Tensor:
-        """(pixels, count) weights of linear interpolation at the pixel centres."""
-        position = (torch.arange(pixels, dtype=torch.float64) + 0.5 - self.centre) / self.step
+    def _interpolation(self, pixels: int, axis: int) -> Tensor:
+        """(pixels, count) weights of linear interpolation at the pixel centres of an axis."""
+        count = self.grid[axis]
+        position = (torch.arange(pixels, dtype=torch.float64) + 0.5 - self.centres[axis]) / self.steps[axis]
         position = position.clamp(0, count - 1)
         return (1 - (position[:, None] - torch.arange(count)).abs()).clamp(min=0)
+
+
+def _times(grid: tuple[int, ...]) -> str:
+    return "x".join(map(str, grid))
 
 
 @functools.lru_cache(maxsize=64)
@@ -227,12 +280,12 @@ def _in_order(tokens: int, device: torch.device) -> Int[Tensor, " tokens"]:
 
 @functools.lru_cache(maxsize=64)
 def _windows(
-    padded: tuple[int, int], side: int, device: torch.device
+    padded: tuple[int, ...], side: int, device: torch.device
 ) -> tuple[Int[Tensor, "windows length"], Int[Tensor, " tokens"]]:
     """The tokens of every window, and where in that list every token stands; remembered."""
     with torch.inference_mode(False):
-        grid = torch.arange(padded[0] * padded[1], device=device).view(padded)
-        order = rearrange(
-            grid, "(down rows) (right columns) -> (down right) (rows columns)", rows=side, columns=side
-        ).contiguous()
+        cut = torch.arange(math.prod(padded), device=device).view(
+            [n for count in padded for n in (count // side, side)]
+        )
+        order = cut.permute(*range(0, cut.ndim, 2), *range(1, cut.ndim, 2)).reshape(-1, side ** len(padded))
         return order, order.flatten().argsort()

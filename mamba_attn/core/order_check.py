@@ -5,15 +5,23 @@ repeats one would break y = W u + D u in silence.
 """
 
 from collections.abc import MutableMapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-_SEEN: MutableMapping[Tensor, tuple[int, int]] = WeakIdKeyDictionary()
+
+class _Seen(NamedTuple):
+    tokens: int
+    version: int
+    padded: bool
 
 
-def require_distinct(what: str, order: Tensor, tokens: int) -> None:
+_SEEN: MutableMapping[Tensor, _Seen] = WeakIdKeyDictionary()
+
+
+def require_distinct(what: str, order: Tensor, tokens: int, *, padding: bool = False) -> bool | None:
     """Refuse an order that repeats a token on one route or visits one that does not exist.
 
     Args:
@@ -21,44 +29,54 @@ def require_distinct(what: str, order: Tensor, tokens: int) -> None:
         order: (..., length), integers. Not looked at: one seen before and unchanged since, one without values (meta),
             one inside a CUDA graph's capture or torch.compile's tracing; there the operators look at run time.
         tokens: number of tokens in the token frame.
+        padding: whether -1 is allowed, a step that has no token; it may repeat.
+
+    Returns:
+        Whether there are steps without a token; None where nobody may look.
 
     Raises:
         ValueError: with the first offence.
     """
-    if torch.compiler.is_compiling() or is_known(order, tokens):
-        return
+    if torch.compiler.is_compiling():
+        return None
+    known = _known(order, tokens)
+    if known is not None and (padding or not known.padded):
+        return known.padded
     if order.is_meta or not order.numel() or capturing(order):
-        return
+        return None
     steps = order.detach().sort(dim=-1).values
-    repeats = steps[..., 1:] == steps[..., :-1]
+    repeats = (steps[..., 1:] == steps[..., :-1]) & (steps[..., 1:] >= 0)
     found = torch.stack([steps[..., 0].min(), steps[..., -1].max(), repeats.any().to(steps.dtype)])
     smallest, largest, repeated = found.tolist()  # waits once
-    if smallest < 0:
-        raise ValueError(f"{what} visits {smallest}..{largest}; tokens count from 0 to {tokens - 1}.")
+    if smallest < (-1 if padding else 0):
+        allowed = ", and -1 is a step without one" if padding else ""
+        raise ValueError(f"{what} visits {smallest}..{largest}; tokens count from 0 to {tokens - 1}{allowed}.")
     if largest >= tokens:
         raise ValueError(f"{what} visits {smallest}..{largest}, but there are {tokens} tokens; pass tokens= too.")
     if repeated:
         twice = int(steps[..., 1:][repeats][0])
         raise ValueError(f"{what} visits token {twice} more than once on one route; each may stand in a route once.")
-    remember(order, tokens)
+    remember(order, tokens, padded=smallest < 0)
+    return bool(smallest < 0)
 
 
 def is_known(order: Tensor, tokens: int) -> bool:
     """Whether an order was looked at, or vouched for, and is unchanged since."""
-    state = _state(order, tokens)
-    return state is not None and _SEEN.get(order) == state
+    return _known(order, tokens) is not None
 
 
-def remember(order: Tensor, tokens: int) -> None:
+def remember(order: Tensor, tokens: int, *, padded: bool = False) -> None:
     """Vouch for an order that is right by the way it was made."""
-    state = _state(order, tokens)
-    if state is not None:
-        _SEEN[order] = state
+    if not order.is_inference():  # inference tensors do not count their changes
+        _SEEN[order] = _Seen(tokens, order._version, padded)
 
 
-def _state(order: Tensor, tokens: int) -> tuple[int, int] | None:
-    """What a look stays valid for; None for inference tensors, which do not count their changes."""
-    return None if order.is_inference() else (tokens, order._version)
+def _known(order: Tensor, tokens: int) -> _Seen | None:
+    """What is known of an order; None when it was changed since, or for another number of tokens."""
+    seen = None if order.is_inference() else _SEEN.get(order)
+    if seen is None or seen.tokens != tokens or seen.version != order._version:
+        return None
+    return seen
 
 
 def capturing(order: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The features of a layer's tokens: the last output behind the layer that still holds all of them."""
+"""The features of a layer's tokens: the last output after the layer that still holds all of them."""
 
 from contextlib import ExitStack
 from functools import partial
@@ -60,7 +60,7 @@ class Features:
             layer: the traced one, ``layer`` by name.
 
         Raises:
-            UnsupportedModelError: no output behind it holds its tokens.
+            UnsupportedModelError: no output after it holds its tokens.
         """
         for name, output in reversed(self._outputs):
             if self._stopped and not (layer.name == name or layer.name.startswith(f"{name}.") or not name):
@@ -70,7 +70,7 @@ class Features:
                 together = sum(part for part in parts[1:] if part.shape == parts[0].shape)
                 return token_frame(layer, parts[0] + together)
         raise UnsupportedModelError(
-            f"{type(self.model).__name__}: no module behind {layer.name} returns its {layer.tokens} tokens; name "
+            f"{type(self.model).__name__}: no module after {layer.name} returns its {layer.tokens} tokens; name "
             "another layer=."
         )
 

@@ -124,7 +124,7 @@ def receptive_field(
     """Return the effective receptive field of a token (arXiv 1701.04128), as arXiv 2203.06717 and VMamba measure it.
 
     Per image: the positive features of the token are summed, and the positive part of that sum's gradient with respect
-    to the pixels is summed over colours. Features are what the model hands on behind its last layer, on any grid.
+    to the pixels is summed over colours. Features are what the model passes on after its last layer, on any grid.
     Images with NaN or Inf are left out and counted.
 
     Args:
@@ -134,7 +134,7 @@ def receptive_field(
         pixel: (row, column) in pixels, the same for all images. Default: the patch in the middle,
             (height // 2, width // 2).
         box: (x0, y0, x1, y1) in pixels, whose tokens' mean it is; the same for all images.
-        layer: whose block's output is meant, by name or number. Default: behind the last one.
+        layer: whose block's output is meant, by name or number. Default: the last one.
         sign: of the gradient: "positive" part, as published, or its "absolute" value.
         reach: also say how far attention reaches: distances per layer, and the rollout.
 
@@ -142,7 +142,7 @@ def receptive_field(
         ValueError: no images, images of several sizes, a pixel or box outside them, several places, no class token,
             an unknown sign.
         UnknownLayerError: no such layer.
-        UnsupportedModelError: no output behind the layer holds its tokens.
+        UnsupportedModelError: no output after the layer holds its tokens.
         NonFiniteError: every image gave NaN or Inf.
         TraceError: the tokens' place in the image is not known.
 

@@ -1,1 +1,1 @@
-"""What ``mamba-attn explain`` does: from an image file to a page, a picture and arrays about it."""
+"""Behind ``mamba-attn explain``: turns an image file into a page, a picture and arrays."""

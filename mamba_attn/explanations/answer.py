@@ -1,4 +1,4 @@
-"""One image, one model: its maps, matrices, rows and probabilities, as arrays."""
+"""Computes maps, matrices, rows and probabilities of one image and one model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ DEPTHS = (0.25, 0.5, 0.75)
 
 @dataclass(frozen=True)
 class Answer:
-    """What is shown and stored about one image and one model.
+    """Results for one image and one model, to show and to store.
 
     Args:
-        question: what was asked.
-        image: (rows, columns, 3) uint8, what the model saw.
+        question: the request.
+        image: (rows, columns, 3) uint8, as the model saw it.
         probabilities: (classes,).
-        explained: the class whose logit the maps of a class explain.
-        reader: whose attention it is, in words.
+        explained: the class that class-dependent maps explain.
+        reader: the token whose attention is shown, in words.
         maps: (rows, columns) by method.
         matrices: attention matrices, channels or heads averaged, (tokens, tokens) by layer.
         read: what the query reads in every layer, (tokens,) by layer.
@@ -49,25 +49,25 @@ class Answer:
 
     @property
     def methods(self) -> Sequence[Method]:
-        """The methods of the maps."""
+        """The methods of the maps, in order."""
         return self.question.methods
 
     def class_name(self, index: int) -> str:
-        """The name of a class."""
+        """Return the name of a class."""
         return self.question.subject.classes[index]
 
     def best(self, count: int = 5) -> list[tuple[str, float]]:
-        """The likeliest classes and their probabilities."""
+        """Return the most likely classes with their probabilities, best first."""
         order = np.argsort(-self.probabilities, kind="stable")[:count].tolist()
         return [(self.class_name(index), float(self.probabilities[index])) for index in order]
 
     def depth(self, layer: str) -> str:
-        """Where a layer stands, e.g. "layer 3 of 12"."""
+        """Return a layer's position, e.g. "layer 3 of 12"."""
         names = self.question.subject.layers
         return f"layer {names.index(layer) + 1} of {len(names)}"
 
     def arrays(self, prefix: str = "") -> dict[str, np.ndarray]:
-        """All of it by the names of the .npz file, each after a prefix."""
+        """Return all arrays by their names in the .npz file, with a prefix."""
         named = {
             "image": self.image,
             "probabilities": self.probabilities,
@@ -85,9 +85,9 @@ def answer(question: Question, path: Path) -> Answer:
     """Explain one image.
 
     Raises:
-        ImageError: the file cannot be used.
-        NonFiniteError: a layer met NaN or Inf.
-        ValueError, MambaAttnError: what was asked does not fit the model.
+        ImageError: the file cannot be read.
+        NonFiniteError: a layer produced NaN or Inf.
+        ValueError, MambaAttnError: the question does not fit the model.
     """
     subject, layers, query = question.subject, list(question.layers), question.query
     picture = subject.transform.pixels(path)
@@ -123,6 +123,6 @@ def _reader(query: Query | None, class_token: bool) -> str:
 
 
 def _at_depths(layers: Sequence[str]) -> list[str]:
-    """The layers at a quarter, half and three quarters of the depth."""
+    """Return the layers at a quarter, half and three quarters of the depth."""
     last = len(layers) - 1
     return list(dict.fromkeys(layers[int(depth * last + 0.5)] for depth in DEPTHS))

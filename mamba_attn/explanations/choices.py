@@ -1,4 +1,4 @@
-"""What a user asked for, from text: methods with options, a class, a query, layers."""
+"""Parses a user's choices from text: methods with options, a class, a query, layers."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -15,14 +15,14 @@ _DEFAULT = ("raw_attention", "attention_rollout", "mamba_attribution")
 
 
 def parse_methods(methods: Sequence[str], subject: Subject) -> list[Method]:
-    """Return the methods that a user named, each once; without any, those that fit the model.
+    """Return the methods named by a user, without duplicates; by default, those that fit the model.
 
     Args:
         methods: ``NAME`` or ``NAME:OPTION=VALUE,OPTION`` each, e.g. ``attention_rollout:signed``.
-        subject: the model they are for.
+        subject: the model.
 
     Raises:
-        ValueError: an unknown name, option or value, or a method that the model has nothing for.
+        ValueError: an unknown name, option or value, or a method that does not fit the model.
     """
     default = [catalogue.counterpart(name, subject.model) for name in _DEFAULT]
     found = {its.key: its for its in map(method, methods or default)}
@@ -30,27 +30,27 @@ def parse_methods(methods: Sequence[str], subject: Subject) -> list[Method]:
         refusal = catalogue.refusal(its.name, subject.model, subject.name)
         if refusal:
             raise ValueError(f"methods={its.key!r}: {refusal}")
-        its.build(subject.model)  # options that exclude each other
+        its.build(subject.model)  # raises if options exclude each other
     return list(found.values())
 
 
-def counterparts(methods: Sequence[Method], beside: Subject) -> list[Method]:
-    """Return what a second model is shown with: the same methods where they fit, with their default options."""
-    names = dict.fromkeys(catalogue.counterpart(method.name, beside.model) for method in methods)
+def counterparts(methods: Sequence[Method], other: Subject) -> list[Method]:
+    """Return the methods for a second model: the same ones or their counterparts, with default options."""
+    names = dict.fromkeys(catalogue.counterpart(method.name, other.model) for method in methods)
     return [Method(name) for name in names]
 
 
 def parse_query(query: str | None, box: str | None, subject: Subject, methods: Sequence[Method]) -> Query | None:
-    """Return a pixel or box of what the model sees; None without either.
+    """Return the pixel or box in the image as the model sees it; None if neither is given.
 
     Args:
         query: ROW,COLUMN.
         box: X0,Y0,X1,Y1.
         subject: the model.
-        methods: that are to read it.
+        methods: that will use it.
 
     Raises:
-        ValueError: other counts of numbers, both, a place outside the image, methods that read no token's row.
+        ValueError: wrong counts of numbers, both at once, a place outside the image, methods that read no token's row.
     """
     rows, columns = subject.transform.size
     place = parse_place(query, box, f" of what {subject.name} sees, {rows} rows x {columns} columns")
@@ -73,7 +73,7 @@ def parse_layers(layers: Sequence[str], subject: Subject) -> list[str]:
         subject: the model whose layers these are.
 
     Raises:
-        ValueError: one that fits no layer.
+        ValueError: one of them matches no layer.
     """
     chosen = set()
     for text in layers:
@@ -88,15 +88,15 @@ def parse_layers(layers: Sequence[str], subject: Subject) -> list[str]:
     return [name for name in subject.layers if name in chosen]
 
 
-def same_depth(layers: Sequence[str], subject: Subject, beside: Subject) -> list[str]:
-    """Return the layers of a second model that stand as deep as those of the first."""
-    last, other = len(subject.layers) - 1, len(beside.layers) - 1
-    deep = {round(subject.layers.index(name) / max(last, 1) * other) for name in layers}
-    return [beside.layers[index] for index in sorted(deep)]
+def same_depth(layers: Sequence[str], subject: Subject, other: Subject) -> list[str]:
+    """Return the layers of a second model at the same relative depth as those of the first."""
+    last, others_last = len(subject.layers) - 1, len(other.layers) - 1
+    deep = {round(subject.layers.index(name) / max(last, 1) * others_last) for name in layers}
+    return [other.layers[index] for index in sorted(deep)]
 
 
 class Question(NamedTuple):
-    """What is asked of one model, for every image.
+    """The request for one model, the same for every image.
 
     Args:
         subject: the model.
@@ -112,15 +112,15 @@ class Question(NamedTuple):
     target: int | None = None
     query: Query | None = None
 
-    def of_companion(self, beside: Subject) -> "Question":
-        """Return the same question for a second model: as deep, the class of the same name, the place of the query."""
+    def of_companion(self, other: Subject) -> "Question":
+        """Return the same question for a second model: layers at the same depth, class by name, query scaled."""
         target = self.target
-        if target is not None and beside.classes != self.subject.classes:
+        if target is not None and other.classes != self.subject.classes:
             name = self.subject.classes[target]
-            target = beside.classes.index(name) if name in beside.classes else None
-        layers = same_depth(self.layers, self.subject, beside)
+            target = other.classes.index(name) if name in other.classes else None
+        layers = same_depth(self.layers, self.subject, other)
         rows, columns = (
-            there / here for there, here in zip(beside.transform.size, self.subject.transform.size, strict=True)
+            there / here for there, here in zip(other.transform.size, self.subject.transform.size, strict=True)
         )
         query = None if self.query is None else self.query.scaled(rows, columns)
-        return Question(beside, counterparts(self.methods, beside), layers, target, query)
+        return Question(other, counterparts(self.methods, other), layers, target, query)

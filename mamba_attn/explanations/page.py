@@ -1,4 +1,4 @@
-"""The page of one image: one HTML file that needs no network, and the list of all pages."""
+"""The offline HTML page of one image, and the index of all pages."""
 
 from collections.abc import Sequence
 
@@ -26,7 +26,7 @@ def page(title: str, answers: Sequence[Answer], command: str) -> str:
 
 
 def index(titles: Sequence[str], files: Sequence[str]) -> str:
-    """Return the list of all pages as HTML; it shows the pictures that lie beside it.
+    """Return the index of all pages as HTML; it shows the pictures in the same folder.
 
     Args:
         titles: the images' names.

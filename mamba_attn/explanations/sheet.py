@@ -1,4 +1,4 @@
-"""The picture of one image: a row per model, what it saw, its maps, its matrices."""
+"""The picture about one image: a row per model with the image, its maps, its matrices."""
 
 from collections.abc import Sequence
 
@@ -57,7 +57,7 @@ def _row(answer: Answer) -> np.ndarray:
 
 
 def _shrunk(panel: np.ndarray, height: int) -> np.ndarray:
-    """At most so high; every pixel of a large panel counts."""
+    """Limit a panel's height, by averaging so that every pixel counts."""
     from PIL import Image
 
     if panel.shape[0] <= height:

@@ -1,6 +1,6 @@
 """Pictures: pure functions of arrays that return plotly figures, or RGB arrays (``overlay_rgb``, ``figures.png``).
 
-Each is imported when it is asked for: ``colours`` and ``picture`` need numpy alone, so that the core may use them.
+Each is imported on first use: ``colours`` and ``picture`` need only numpy, because the core uses them.
 """
 
 from importlib import import_module
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mamba_attn.figures import png
     from mamba_attn.figures.charts import reach, state_trajectory
-    from mamba_attn.figures.heatmaps import depth_grid, layer_grid, matrix, overlay
+    from mamba_attn.figures.heatmaps import depth_grid, layer_grid, matrix, overlay, volume
     from mamba_attn.figures.patch_grid import patch_view, scan_path
     from mamba_attn.figures.png import overlay_rgb
     from mamba_attn.figures.points import embedding
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "depth_grid", "embedding", "layer_grid", "matrix", "overlay", "overlay_rgb", "patch_view", "png", "reach",
-    "scan_path", "shown", "state_trajectory",
+    "scan_path", "shown", "state_trajectory", "volume",
 ]  # fmt: skip
 _WHERE = {
     "depth_grid": "heatmaps",
@@ -31,6 +31,7 @@ _WHERE = {
     "scan_path": "patch_grid",
     "shown": "rescale",
     "state_trajectory": "charts",
+    "volume": "heatmaps",
 }
 
 

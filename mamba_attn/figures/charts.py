@@ -1,4 +1,4 @@
-"""Charts: how far a token reads and how far states move, beside the maps of both."""
+"""Charts: how far a token reads and how far states move, next to their maps."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -101,18 +101,18 @@ def check_reach(
     """
     arrays = [as_values(f"{call}(maps[{index}])", values) for index, values in enumerate(maps)]
     if not arrays or len(titles) != len(arrays) or (marks is not None and len(marks) != len(arrays)):
-        raise ValueError(f"{call}: expected a title, and if any a mark, per map; got {len(arrays)} maps, {len(titles)} "
-                         f"titles, {'no' if marks is None else len(marks)} marks.")  # fmt: skip
+        raise ValueError(f"{call}: expected one title per map, and one mark per map if any; got {len(arrays)} maps, "
+                         f"{len(titles)} titles, {'no' if marks is None else len(marks)} marks.")  # fmt: skip
     wrong = [name for name, values in (series or {}).items() if len(values) != len(layers)]
     if wrong:
-        raise ValueError(f"{call}(series): expected a distance per layer, {len(layers)}, which {wrong[0]!r} has not.")
+        raise ValueError(f"{call}(series): expected one distance per layer, {len(layers)}; {wrong[0]!r} differs.")
     return arrays
 
 
 def chart_series(
     series: Mapping[str, Sequence[float]] | None, levels: Mapping[str, float] | None
 ) -> list[tuple[str, str, np.ndarray | float]]:
-    """Return (name, colour, distances or one level) of what the chart shows; what is NaN throughout is left out."""
+    """Return (name, colour, distances or one level) of everything on the chart, without what is NaN throughout."""
     every: list[tuple[str, np.ndarray | float]] = [
         (name, np.asarray(values, dtype=np.float64)) for name, values in (series or {}).items()
     ]

@@ -1,4 +1,4 @@
-"""Values to colours: one rule for the plotly figures, the PNGs and notebooks; needs numpy alone.
+"""Maps values to colours by one rule for plotly figures, PNGs and notebooks; needs only numpy.
 
 All lists are safe for colour-blind readers. Inferno, Viridis, Cividis, Plasma and RdBu are plotly's and matplotlib's.
 """
@@ -17,10 +17,10 @@ SEQUENTIAL = _hex("000004 1b0c41 4a0c6b 781c6d a52c60 cf4446 ed6925 fb9b06 f7d13
 DIVERGING = _hex("053061 2166ac 4393c3 92c5de d1e5f0 f7f7f7 fddbc7 f4a582 d6604d b2182b 67001f")  # RdBu, red above zero
 VIRIDIS = _hex("440154 482878 3e4989 31688e 26828e 1f9e89 35b779 6ece58 b5de2b fde725")
 CIVIDIS = _hex("00224e 123570 3b496c 575d6d 707173 8a8678 a59c74 c3b369 e1cc55 fee838")
-# blue below zero; differs in lightness and in hue for every kind of colour vision
+# blue below zero; the ends differ in lightness and in hue for every kind of colour vision
 BLUE_ORANGE = _hex("08306b 2166ac 67a3d1 b8d5ea f7f7f5 fcd3a1 f5a04a d4650f 7f3300")
 PATH = _hex("0d0887 46039f 7201a8 9c179e bd3786 d8576b ed7953 fb9f3a fdca26")  # Plasma; its palest is lost on white
-# Okabe and Ito's without the yellow, which is lost on white, then two that differ from them in lightness
+# Okabe and Ito's colours without yellow, which is invisible on white, then two that differ from them in lightness
 CATEGORIES = _hex("0072b2 d55e00 009e73 cc79a7 e69f00 56b4e9 5b4a9e 8a8a00")
 MISSING = (128, 128, 128)  # NaN and Inf
 EMPTY = np.array([240, 240, 240], dtype=np.uint8)  # cells without a value
@@ -52,8 +52,8 @@ def as_values(call: str, values: Any) -> np.ndarray:
     array = _array(values).astype(np.float64)
     if array.ndim != 2 or not np.isfinite(array).any():
         raise ValueError(
-            f"{call}: expected a (rows, columns) array with at least one finite number, got {array.shape}; pass one "
-            "image's, e.g. maps[0, 0]."
+            f"{call}: expected a (rows, columns) array with at least one finite number, got {array.shape}; pass a "
+            "single map, e.g. maps[0, 0]."
         )
     return array
 
@@ -62,7 +62,7 @@ def as_image(call: str, image: Any) -> np.ndarray:
     """Return a (rows, columns, 3) uint8 image; floating-point images are taken as 0..1.
 
     Args:
-        call: who asks, for the error.
+        call: name of the caller, for errors.
         image: (rows, columns, 3), or (3, rows, columns) as torch has them; an array or a tensor on any device.
 
     Raises:
@@ -73,8 +73,8 @@ def as_image(call: str, image: Any) -> np.ndarray:
         array = array.transpose(1, 2, 0)
     if array.ndim != 3 or array.shape[2] != 3:
         raise ValueError(
-            f"{call}: expected an image (rows, columns, 3) or (3, rows, columns), got {array.shape}; of a batch pass "
-            "images[0]."
+            f"{call}: expected an image (rows, columns, 3) or (3, rows, columns), got {array.shape}; pass images[0] of "
+            "a batch."
         )
     if array.dtype == np.uint8:
         return array
@@ -88,7 +88,7 @@ def as_image(call: str, image: Any) -> np.ndarray:
 
 
 def _array(values: Any) -> np.ndarray:
-    """Numbers as numpy holds them; a tensor of any device and precision, with or without a gradient, too."""
+    """Return numbers as a numpy array; also tensors of any device and precision, with or without gradients."""
     if hasattr(values, "detach"):
         values = values.detach().cpu()
         values = values.float() if str(values.dtype) == "torch.bfloat16" else values
@@ -136,7 +136,7 @@ def scales(
     signed: bool | None = None,
     colours: Sequence[str] | None = None,
 ) -> list[Scale]:
-    """Choose the ranges of panels: signed where any panel is, one for all or each its own; as in ``scale``."""
+    """Choose the ranges of panels, shared or one each; all are signed if any is. Arguments as in ``scale``."""
     every = np.concatenate([array.ravel() for array in arrays])
     signed = bool((every[np.isfinite(every)] < 0).any()) if signed is None else signed
     return [scale(every if shared else array, limits=limits, signed=signed, colours=colours) for array in arrays]
@@ -145,11 +145,11 @@ def scales(
 def limits(values: np.ndarray, signed: bool | None = None) -> dict[str, Any]:
     """Return the colour range of a map or matrix, as keyword arguments of the figures.
 
-    Signed values are centred on zero; the largest half percent are not told apart.
+    Signed values are centred on zero; the largest half percent share the last colour.
 
     Args:
         values: any shape.
-        signed: whether they are. Default: whether a value is negative.
+        signed: centre on zero. Default: whether a value is negative.
     """
     signed = bool((values < 0).any()) if signed is None else signed
     low, high = (0.0, float(np.percentile(np.abs(values), PERCENTILE))) if signed else _range(values)
@@ -182,7 +182,7 @@ def mix(below: np.ndarray, above: np.ndarray, opacity: float) -> np.ndarray:
 
 
 def categories(count: int) -> list[str]:
-    """Return colours for unordered kinds: eight that all tell apart, beyond that steps of Viridis."""
+    """Return colours for unordered kinds: eight that everyone can distinguish; for more kinds, steps of Viridis."""
     if count <= len(CATEGORIES):
         return CATEGORIES[:count]
     return [css(colour) for colour in to_rgb(np.arange(count), Scale(0, count - 1, VIRIDIS))]

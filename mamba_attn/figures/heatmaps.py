@@ -1,8 +1,9 @@
-"""Maps and matrices as heat maps: one or several, alone or over their image."""
+"""Heat maps of maps and matrices: one or several, alone or over their image."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 
 from mamba_attn.figures.colours import as_image, as_values, plotly_scale, scale
@@ -51,6 +52,59 @@ def overlay(
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False, scaleanchor="x")
     return figure
+
+
+def volume(
+    image: Any,
+    values: Any,
+    *,
+    axis: int = 0,
+    at: int | None = None,
+    opacity: float = 0.6,
+    limits: tuple[float, float] | None = None,
+    signed: bool | None = None,
+    colours: Sequence[str] | None = None,
+    title: str | None = None,
+    size: int = 300,
+) -> go.Figure:
+    """Show a map of a volume or a video over what it explains: one slice, and next to it the maximum over all.
+
+    Args:
+        image: (depth or frames, rows, columns) or with 3 colours behind, uint8 or in 0..1.
+        values: (depth or frames, rows, columns), the image's size.
+        axis: that is cut and projected along.
+        at: number of the slice. Default: the one that holds the largest absolute value.
+        opacity: of the map, 0 to 1.
+        limits: values of the first and the last colour. Default: the values' range; signed data is centred on zero.
+        signed: centre on zero. Default: whether a value is negative.
+        colours: from low to high. Default: Inferno, for signed data RdBu with blue below zero.
+        title: above the figure.
+        size: height of a panel in pixels.
+
+    Raises:
+        ValueError: no volume, shapes that disagree, an axis or a slice that is not there.
+    """
+    picture, array = np.asarray(image), np.asarray(values, dtype=np.float64)
+    picture = np.repeat(picture[..., None], 3, -1) if picture.ndim == 3 else picture
+    if array.ndim != 3 or picture.shape != (*array.shape, 3):
+        raise ValueError(
+            f"volume(image{np.shape(image)}, values{array.shape}): expected a map (depth, rows, columns), and an image "
+            "of its size, with or without 3 colours behind."
+        )
+    if not 0 <= axis < 3 or (at is not None and not 0 <= at < array.shape[axis]):
+        raise ValueError(f"volume(axis={axis}, at={at}): the map has 3 axes, and {array.shape} slices along them.")
+    picture, array = np.moveaxis(picture, axis, 0), np.moveaxis(array, axis, 0)
+    strength = np.nan_to_num(np.abs(array))
+    at = int(strength.max((1, 2)).argmax()) if at is None else at
+    strongest = strength.argmax(0)[None]
+    maps = [array[at], np.take_along_axis(array, strongest, 0)[0]]
+    photos = [as_image("volume(image)", each) for each in (picture[at], picture.max(0))]
+    shape = (size, size * array.shape[2] / array.shape[1])
+    titles = [f"slice {at}", "maximum of all slices"]
+    figure, places = panels("volume", 2, titles, columns=2, shape=shape, bar=True, title=title)
+    for place, each, values_of in zip(places, photos, maps, strict=True):
+        figure.add_trace(photo(data_uri(each), each.shape[:2], values_of.shape), **place)
+    return add_heat(figure, places, maps, shared=True, opacity=opacity, limits=limits, signed=signed, colours=colours)
 
 
 def layer_grid(

@@ -1,4 +1,4 @@
-"""The patch grid over its image: a map, the chosen patches in a frame, the paths of routes."""
+"""The patch grid over its image: a map, framed patches, the paths of routes."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -49,13 +49,13 @@ def patch_view(
     title: str | None = None,
     size: int = 460,
 ) -> go.Figure:
-    """Show a map on the patch grid; cells can be clicked, and dragged over.
+    """Show a map on the patch grid; cells can be clicked and selected by dragging.
 
     Args:
         values: (height, width) on the grid.
         image: (rows, columns, 3), uint8 or in 0..1, drawn below and stretched to the grid.
-        marks: patches in a frame around all that touch, as raster indices.
-        order: the patch visited at each step, whose path is drawn.
+        marks: patches to frame, as raster indices; adjacent ones share a frame.
+        order: the patch visited at each step; its path is drawn.
         step: draw the first steps of it only. Default: all.
         opacity: of the largest values, 0 to 1; below 1, smaller ones are fainter. Default: 0.9 over an image, else 1.
         limits: values of the first and the last colour. Default: the map's range without the largest half percent.
@@ -93,7 +93,7 @@ def patch_view(
     )
     margin = {"l": 8, "r": 8, "t": 34 if title else 28, "b": 8}
     line = {"color": INK, "width": 1.5, "dash": "dot"}
-    # above the map: as the bar's own title it takes its width from the map
+    # above the map: the bar's own title would narrow the map
     figure.add_annotation(
         text=bar_title, x=0, y=1, xref="paper", yref="paper", xanchor="left", yanchor="bottom", showarrow=False
     )
@@ -111,14 +111,14 @@ def patch_view_changes(
     signed: bool | None = None,
     colours: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Return what another map and other marks change of a ``patch_view`` over an image; without building a figure.
+    """Return the changes to a ``patch_view`` over an image for another map and other marks, without building a figure.
 
     Args:
-        values: as in ``patch_view``, of the same grid.
-        marks: likewise.
-        opacity: likewise.
-        signed: likewise.
-        colours: likewise.
+        values: as in ``patch_view``, on the same grid.
+        marks: as in ``patch_view``.
+        opacity: as in ``patch_view``.
+        signed: as in ``patch_view``.
+        colours: as in ``patch_view``.
 
     Returns:
         "z", "zmin", "zmax", "colorscale" of the heatmap, "tickvals" and "ticktext" of its colour bar, and "x", "y" of
@@ -161,7 +161,7 @@ def _chosen(
 
 
 def _ticks(array: np.ndarray, chosen: Scale) -> dict[str, Any]:
-    """Of a colour bar: evenly, both ends among them, which say so where values lie beyond them."""
+    """Return evenly spaced ticks of a colour bar, including both ends; ≤ and ≥ mark values beyond them."""
     values = np.linspace(chosen.low, chosen.high, _TICKS).tolist()
     texts = [f"{value:.3g}".replace("-", "\N{MINUS SIGN}") for value in values]
     texts[0] = f"\N{LESS-THAN OR EQUAL TO} {texts[0]}" if np.nanmin(array) < chosen.low else texts[0]
@@ -170,7 +170,7 @@ def _ticks(array: np.ndarray, chosen: Scale) -> dict[str, Any]:
 
 
 def _clear(chosen: Scale, opacity: float) -> list[list[float | str]]:
-    """A colorscale that lets the image through where values are near zero, or near the lowest."""
+    """Return a colorscale that is transparent near zero or, for unsigned values, near the lowest."""
     if opacity >= 1:
         return plotly_scale(chosen.colours)
     position = np.linspace(0, 1, _STEPS)
@@ -182,7 +182,7 @@ def _clear(chosen: Scale, opacity: float) -> list[list[float | str]]:
 
 
 def _frame(marks: np.ndarray, grid: tuple[int, int], cell: float) -> list[go.Scatter]:
-    """One outline, dark on light to show on any image; a trace without points, if there are no marks, to select by."""
+    """Return one outline, dark on light to be visible on any image; without marks, an empty trace to select by."""
     x, y = outline(marks, grid)
     wide = min(max(0.08 * cell, 1.5), 3.0)
     return [
@@ -262,7 +262,7 @@ def scan_path(
         titles = [f"route {index + 1}" for index in range(len(routes))] if len(routes) > 1 else [""] * len(routes)
     shape = (size, size * grid[1] * patch[1] / (grid[0] * patch[0]))
     figure, places = panels("scan_path", len(routes), titles, columns=columns, shape=shape, bar=True, title=title)
-    figure.update_xaxes(range=[-0.5, grid[1] - 0.5])  # marks at the edge shall not widen it
+    figure.update_xaxes(range=[-0.5, grid[1] - 0.5])  # keep marks at the edge from widening the range
     figure.update_yaxes(range=[grid[0] - 0.5, -0.5], autorange=False, scaleratio=patch[0] / patch[1])
     figure.update_layout(showlegend=False, plot_bgcolor=css(EMPTY))
     cell = size / max(grid[0], grid[1] * shape[0] / shape[1])
@@ -280,7 +280,7 @@ def scan_path(
 
 
 def _cells(points: np.ndarray, grid: tuple[int, int], chosen: Scale, opacity: float) -> go.Heatmap:
-    """The step of every cell, under the pointer."""
+    """Return an invisible trace that shows the step of every cell on hover."""
     steps = np.full(grid, np.nan)
     steps[points[:, 0], points[:, 1]] = np.arange(len(points))
     return go.Heatmap(
@@ -305,7 +305,7 @@ def _lines(points: np.ndarray, count: int, chosen: Scale, width: float, *, halo:
 
 
 def _runs(points: np.ndarray, lifted: np.ndarray) -> np.ndarray:
-    """Points with NaN, which lifts the pen, in the moves that are not to be drawn."""
+    """Insert NaN, which lifts the pen, into moves that are not drawn."""
     return np.insert(points.astype(float), np.flatnonzero(lifted) + 1, np.nan, axis=0)
 
 
@@ -315,7 +315,7 @@ def _line(points: np.ndarray, colour: str, width: float) -> go.Scatter:
 
 
 def _frames(points: np.ndarray, cell: float) -> Iterator[go.Scatter]:
-    """Marked patches, dark on light to show on any image."""
+    """Add marked patches, dark on light to be visible on any image."""
     for colour, width in (("#ffffff", 4), (INK, 2)) if len(points) else ():
         marker = {"symbol": "square-open", "size": 0.8 * cell, "color": colour, "line": {"width": width}}
         yield _markers(points, marker)

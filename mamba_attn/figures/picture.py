@@ -1,4 +1,4 @@
-"""PNG, written by numpy and zlib alone: for pages, notebooks and files."""
+"""Writes PNG with numpy and zlib only, for pages, notebooks and files."""
 
 import base64
 import struct
@@ -17,7 +17,7 @@ def encoded(rgb: np.ndarray) -> bytes:
     rows, columns = rgb.shape[:2]
     header = struct.pack(">IIBBBBB", columns, rows, 8, 2, 0, 0, 0)
     plain = np.pad(rgb.reshape(rows, -1), ((0, 0), (1, 0)))
-    # photos want their rows filtered, few colours in any order do not
+    # filtered rows compress photos better, but images of few colours worse
     data = min((zlib.compress(lines.tobytes()) for lines in (plain, _filtered(rgb))), key=len)
     chunks = (b"IHDR", header), (b"IDAT", data), (b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -26,7 +26,7 @@ def encoded(rgb: np.ndarray) -> bytes:
 
 
 def data_uri(rgb: np.ndarray) -> str:
-    """Return a (rows, columns, 3) uint8 image as the address of a PNG that it contains."""
+    """Return a (rows, columns, 3) uint8 image as the data URI of a PNG."""
     return "data:image/png;base64," + base64.b64encode(encoded(rgb)).decode("ascii")
 
 
@@ -47,14 +47,14 @@ def patch_size(call: str, size: tuple[int, ...], cells: tuple[int, ...]) -> tupl
     """
     if size[0] % cells[0] or size[1] % cells[1]:
         raise ValueError(
-            f"{call}: {cells} cells do not tile an image of {size} pixels; pass what the model saw, cut to what its "
-            "patches cover."
+            f"{call}: {cells} cells do not tile an image of {size} pixels; pass the image as the model saw it, cut to "
+            "the area that its patches cover."
         )
     return size[0] // cells[0], size[1] // cells[1]
 
 
 def _filtered(rgb: np.ndarray) -> np.ndarray:
-    """Rows as PNG stores them: of five ways to predict a byte (PNG 1.2, section 6) the one with the least to store."""
+    """Filter rows for PNG: each by the one of five predictors (PNG 1.2, section 6) with the smallest residual."""
     here = np.pad(rgb.astype(np.int16), ((1, 0), (1, 0), (0, 0)))
     left, up, corner, here = here[1:, :-1], here[:-1, 1:], here[:-1, :-1], here[1:, 1:]
     far = [np.abs(up - corner), np.abs(left - corner), np.abs(left + up - 2 * corner)]

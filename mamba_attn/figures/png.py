@@ -1,4 +1,4 @@
-"""The same pictures as RGB arrays, without a browser: by numpy and Pillow, charts by matplotlib."""
+"""The same figures as RGB arrays, without a browser: drawn by numpy and Pillow, charts by matplotlib."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -62,7 +62,7 @@ def overlay_rgb(
     signed: bool | None = None,
     colours: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """Return a map over its image as (rows, columns, 3) uint8, e.g. for TensorBoard; numpy alone draws it.
+    """Return a map over its image as (rows, columns, 3) uint8, e.g. for TensorBoard; needs only numpy.
 
     Args:
         image: (rows, columns, 3) or (3, rows, columns), uint8 or in 0..1: what the model saw, before normalisation.
@@ -140,8 +140,8 @@ def side_by_side(
 
     Args:
         panels: (rows, columns, 3) uint8 each.
-        captions: one per panel; too long ones are cut.
-        height: of the panels in pixels; a panel that is higher keeps its size.
+        captions: one per panel; long ones are truncated.
+        height: of the panels in pixels; taller panels keep their size.
         columns: panels in a row. Default: all.
 
     Raises:

@@ -55,7 +55,7 @@ def shown_steps(call: str, step: int | None, length: int) -> int:
 def jumps(points: np.ndarray) -> np.ndarray:
     """Return, for each move of a route, whether it is a jump: longer than twice the median move.
 
-    The ends of rows are jumps in a raster; moves of two on a strided sub-grid are none.
+    In a raster, the ends of rows are jumps; on a strided sub-grid, moves of two are not.
     """
     lengths = np.hypot(*np.diff(points, axis=0).T)
     return lengths > 2 * np.median(lengths) if len(lengths) else np.zeros(0, dtype=bool)

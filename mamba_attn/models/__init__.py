@@ -1,4 +1,4 @@
-"""Vim and VMamba in plain PyTorch, and a ViT of timm's beside them, by name."""
+"""Vim and VMamba in plain PyTorch, and timm's ViT, by name."""
 
 from mamba_attn.models.registry import create, names, transform
 

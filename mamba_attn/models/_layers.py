@@ -1,4 +1,4 @@
-"""The small layers that both families are built of."""
+"""Small layers shared by both families."""
 
 import math
 from typing import Any
@@ -16,7 +16,7 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 def undecayed(value: Tensor) -> nn.Parameter:
-    """A parameter that weight decay leaves alone."""
+    """Return a parameter that is exempt from weight decay."""
     parameter = nn.Parameter(value)
     parameter._no_weight_decay = True  # type: ignore[attr-defined]
     return parameter
@@ -47,7 +47,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
         """Normalise in float32 or better; the result has the weight's type."""
         x = full_precision(x)
-        # the norm is one pass on a CPU where square and mean are two
+        # on a CPU, a vector norm is one pass; square and mean are two
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
         return (x * torch.rsqrt(mean_square + self.eps)).to(self.weight.dtype) * self.weight
 
@@ -71,7 +71,7 @@ class DropPath(nn.Module):
         return x * (keep / (1 - self.rate))
 
     def extra_repr(self) -> str:
-        """Show the rate."""
+        """The rate, for the module's repr."""
         return f"rate={self.rate:g}"
 
 
@@ -92,7 +92,7 @@ class CausalConv1d(nn.Conv1d):
     def forward(self, x: Float[Tensor, "batch channels length"]) -> Float[Tensor, "batch channels length"]:
         """Convolve along the last axis."""
         length = x.shape[-1]
-        # PyTorch's own depthwise Conv1d is the fast one on a GPU and a slow one on a CPU
+        # PyTorch's own depthwise Conv1d is fast on a GPU and slow on a CPU
         single = x.dtype == self.weight.dtype == torch.float32
         if x.device.type == "cpu" and (single or torch.is_autocast_enabled("cpu")):
             output: Tensor = _DepthwiseOnCpu.apply(x.mT, self.weight, self.bias)  # type: ignore[no-untyped-call]
@@ -133,7 +133,7 @@ class _DepthwiseOnCpu(torch.autograd.Function):
             taps = [(gradient[:, s:] * x[:, : max(length - s, 0)]).sum(1).sum(0) for s in late]
             to_weight = torch.stack(taps, dim=1).unsqueeze(1)
         if ctx.needs_input_grad[2]:
-            to_bias = gradient.sum(1).sum(0)  # sum((0, 1)) is slow where the memory has gaps
+            to_bias = gradient.sum(1).sum(0)  # two sums: sum((0, 1)) is slow on strided memory
         return to_x, to_weight, to_bias
 
 

@@ -1,4 +1,4 @@
-"""What the options of our models may be: one rule per name, asked before a model is built."""
+"""Checks the options of our models before they are built: one rule per option name."""
 
 import functools
 import inspect
@@ -16,11 +16,11 @@ Rule = Callable[[Any], Exception | None]  # a value -> what is wrong with it
 CLASS_TOKENS = ("middle", "first", None)
 GENERATIONS = ("v0", "v05_noz")
 SECONDS = ("transpose", "mirror")
-_FEW = 3  # choices that a message lists
+_FEW = 3  # choices listed in a message
 
 
 def checked(build: Callable[Given, Built]) -> Callable[Given, Built]:
-    """Check the options of a model's builder, all of them keywords, before it runs: a decorator.
+    """Decorate a model's builder to check its options, all keywords, before it runs.
 
     Where the builder takes any keyword, it must call ``check_known`` itself.
     """
@@ -39,7 +39,7 @@ def checked(build: Callable[Given, Built]) -> Callable[Given, Built]:
 
 
 def check_option(call: str, name: str, value: Any) -> None:
-    """Refuse a value that an option cannot have.
+    """Refuse a value that is not possible for an option.
 
     Args:
         call: what is called, for the message.
@@ -50,14 +50,16 @@ def check_option(call: str, name: str, value: Any) -> None:
         TypeError: a value of another type.
         ValueError: a value out of range.
     """
-    rule = _RULES.get(f"{call}.{name}") or _RULES.get(name)  # timm's ViT has options of our names and other values
+    rule = _RULES.get(f"{call}.{name}") or _RULES.get(
+        name
+    )  # timm's ViT has options of the same names with other values
     error = rule(value) if rule is not None else None
     if error is not None:
         raise type(error)(f"{call}({name}={value!r}): {error}")
 
 
 def check_known(call: str, options: Iterable[str], known: Sequence[str]) -> None:
-    """Refuse options that a builder does not have.
+    """Refuse options that a builder does not take.
 
     Args:
         call: what is called, for the message.

@@ -1,4 +1,4 @@
-"""Weights from files: every published layout, and nothing that could run code."""
+"""Loads weights from files: every published layout, but nothing that could run code."""
 
 import argparse
 import io
@@ -22,7 +22,7 @@ from mamba_attn.models.vit import position_layout
 
 _ENTRIES = ("model", "model_ema", "state_dict")
 _PREFIXES = ("module.", "backbone.")
-# names of the first VMamba release, and of the one-file VMamba, beside today's
+# names in the first VMamba release, and in the one-file VMamba, and today's
 _RENAMED = (
     (r"^patch_embed\.proj\.", "patch_embed.0."),
     (r"^patch_embed\.norm\.", "patch_embed.2."),
@@ -37,9 +37,9 @@ _RENAMED = (
 _REFUSED = (
     r"(?:GLOBAL|Unsupported global:?(?! GLOBAL)|Unsupported class) (\S+)|allowlisted .*but got (?:<class ')?([^'>]+)"
 )
-_SCANNED = 2**22  # bytes of a refused pickle that are searched for what to name
-_OF_WEIGHTS = ("torch", "collections", "argparse", "numpy", "_codecs")  # modules that pickles of weights name
-# what a damaged file makes the unpickler, the zip reader and the tensor builder raise
+_SCANNED = 2**22  # bytes of a refused pickle that are searched for a name to report
+_OF_WEIGHTS = ("torch", "collections", "argparse", "numpy", "_codecs")  # modules that appear in pickles of weights
+# errors of the unpickler, the zip reader and the tensor builder on damaged files
 _DAMAGED = (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, struct.error)
 
 
@@ -47,7 +47,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint, by name.
 
     Takes .safetensors and PyTorch files: the weights under "model", "model_ema" or "state_dict" (in this order), or
-    bare; "module." and "backbone." in front of the names are dropped, and beside "backbone." what is not part of it.
+    bare. The prefixes "module." and "backbone." are dropped; with "backbone.", so is everything outside it.
     Of pickled things only tensors, containers of them, plain values and argparse.Namespace are loaded.
 
     Args:
@@ -65,7 +65,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
     content = next((content[entry] for entry in _ENTRIES if isinstance(content.get(entry), dict)), content)
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise WeightsError(f"read({str(path)!r}): this file holds no tensors; expected a state dict of a model.")
+        raise WeightsError(f"read({str(path)!r}): this file contains no tensors; expected a state dict of a model.")
     for prefix in _PREFIXES:
         inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         tensors = inside or tensors
@@ -111,13 +111,13 @@ def _read_pickle(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, *_DAMAGED) as error:
-        # PyTorch's own advice, to allow what it refused or to switch the check off, stays out of sight
+        # hide PyTorch's own advice, which is to allow the content or to switch the check off
         text = str(error)
         refused = re.search(_REFUSED, text)
         foreign = refused.group(1) or refused.group(2) if refused else _foreign(path)
         if foreign:
             raise WeightsError(
-                f"read({str(path)!r}): refused, because the file holds {foreign[:200]}, and loading that could run "
+                f"read({str(path)!r}): refused, because the file contains {foreign[:200]}, and loading that could run "
                 "code. Save its state dict alone (tensors by name), or as .safetensors, and load that."
             ) from None
         reason = re.search(r"WeightsUnpickler error:\s+(.+)", text)
@@ -129,7 +129,7 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _foreign(path: Path) -> str | None:
-    """The first thing that a pickle names and that weights do not consist of; nothing is run or imported.
+    """Return the first name in a pickle that does not belong to weights; runs and imports nothing.
 
     For pickles of which PyTorch does not know the instructions (very old or very new), and so names nothing.
     """
@@ -142,17 +142,17 @@ def _foreign(path: Path) -> str | None:
                 with archive.open(name) as file:
                     content = file.read(_SCANNED)
         stream = io.BytesIO(content)
-        while stream.tell() < len(content):  # the old format is a few pickles, one after the other
+        while stream.tell() < len(content):  # the old format is several pickles in a row
             for name in _named(stream):
                 if name.partition(".")[0] not in _OF_WEIGHTS:
                     return name
-    except (OSError, ValueError, StopIteration, zipfile.BadZipFile, RuntimeError):  # no pickle, or one that is cut off
+    except (OSError, ValueError, StopIteration, zipfile.BadZipFile, RuntimeError):  # not a pickle, or a truncated one
         return None
     return None
 
 
 def _named(pickled: io.BytesIO) -> Iterator[str]:
-    """What one pickle imports, as "module.name"."""
+    """Yield what a pickle imports, as "module.name"."""
     strings: list[str] = []
     memo: list[str | None] = []
     top: str | None = None
@@ -173,7 +173,7 @@ def _named(pickled: io.BytesIO) -> Iterator[str]:
 
 
 def _translate(key: str, expected: dict[str, Tensor]) -> str:
-    """The name under which the model knows a tensor; the given one if none."""
+    """Return the model's name for a tensor; the given name if there is no other."""
     name = key
     for pattern, replacement in _RENAMED:
         if name not in expected:
@@ -182,11 +182,11 @@ def _translate(key: str, expected: dict[str, Tensor]) -> str:
 
 
 def _fit(model: nn.Module, name: str, value: Tensor, expected: Tensor | None) -> Tensor:
-    """Bring a tensor to the shape the model wants where the two mean the same."""
+    """Reshape a tensor to the model's shape if both mean the same."""
     if expected is None or value.shape == expected.shape:
         return value
     if name.endswith(("x_proj_weight", "dt_projs_weight")) and value.numel() == expected.numel():
-        return value.view(expected.shape)  # routes side by side
+        return value.view(expected.shape)  # stacked routes
     if value.ndim == 4 and value.shape == (*expected.shape, 1, 1):
         return value.view(expected.shape)
     if name == "pos_embed" and value.ndim == 3:
@@ -195,7 +195,7 @@ def _fit(model: nn.Module, name: str, value: Tensor, expected: Tensor | None) ->
 
 
 def _resize(model: nn.Module, pos_embed: Tensor) -> Tensor:
-    """Position embeddings for the model's grid; as they are when no square grid fits them."""
+    """Resize position embeddings to the model's grid; unchanged if they fit no square grid."""
     wanted = model.layout(*model.image_size) if isinstance(model, VisionMamba) else position_layout(model)
     if wanted is None:
         return pos_embed
@@ -209,7 +209,7 @@ def _resize(model: nn.Module, pos_embed: Tensor) -> Tensor:
 
 
 def _check(model: nn.Module, path: str | Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Raise WeightsError unless names and shapes agree."""
+    """Raise WeightsError unless all names and shapes match."""
     shapes = [
         f"{key} {tuple(state[key].shape)} for {tuple(expected[key].shape)}"
         for key in expected

@@ -1,4 +1,4 @@
-"""The mixer of MambaVision (arXiv 2407.08083): its equations, stated once.
+"""The equations of the MambaVision mixer (arXiv 2407.08083), in one place.
 
 ``project`` and ``finish`` are called by ``MambaVisionMixer`` and, on foreign modules with the same attribute names, by
 the adapter.
@@ -26,7 +26,7 @@ def project(
     rules: Rules = PLAIN,
     layout: TokenLayout | None = None,
 ) -> ScanRecord:
-    """Everything in a MambaVision mixer before its scan.
+    """Compute everything in a MambaVision mixer before its scan.
 
     [x, z] = in_proj(input), u = SiLU(conv(x)), v = SiLU(conv(z)), [dt, B, C] = x_proj(u), A = -exp(A_log); v goes
     around the scan and is no gate (arXiv 2407.08083, section 3). The convolutions are depthwise and see both sides.
@@ -44,9 +44,9 @@ def project(
     """
     parts: Any = module
     states = parts.A_log.shape[1]
-    inner, beside = parts.in_proj(x).chunk(2, dim=-1)
+    inner, bypass = parts.in_proj(x).chunk(2, dim=-1)
     u = rules.activation(F.silu, _convolved(parts.conv1d_x, inner)).contiguous()
-    v = rules.activation(F.silu, _convolved(parts.conv1d_z, beside))
+    v = rules.activation(F.silu, _convolved(parts.conv1d_z, bypass))
     low, B, C = parts.x_proj(u.flatten(0, 1)).tensor_split([-2 * states, -states], dim=-1)
     dt = full_precision(parts.dt_proj(low)) + full_precision(parts.dt_proj.bias)
 
@@ -70,7 +70,7 @@ def project(
 def finish(
     module: nn.Module, record: ScanRecord, y: Float[Tensor, "batch channels tokens"], rules: Rules = PLAIN
 ) -> Float[Tensor, "sequences length features"]:
-    """Everything in a MambaVision mixer after its scan: the channels that went around it, and the output projection.
+    """Compute everything in a MambaVision mixer after its scan: append the bypassed channels, project.
 
     Args:
         module: the mixer that ``record`` came from.
@@ -85,7 +85,7 @@ def finish(
 def side_by_side(
     record: ScanRecord, y: Float[Tensor, "batch channels tokens"]
 ) -> Float[Tensor, "sequences length features"]:
-    """Return what out_proj receives: the scan's output, then the channels that went around it, window by window.
+    """Return what out_proj receives: the scan's output, then the bypassed channels, window by window.
 
     Args:
         record: what ``project`` returned.
@@ -95,20 +95,20 @@ def side_by_side(
         ValueError: a record of another family, all of whose channels are scanned.
     """
     if record.bypass is None:
-        raise ValueError("side_by_side(record): the record has no bypass; project returns one that has.")
+        raise ValueError("side_by_side(record): the record has no bypass; use a record from project.")
     joined = torch.cat([y.to(record.bypass.dtype), record.bypass], dim=1).mT
     return joined if record.layout is None else record.layout.to_windows(joined, axis=1)
 
 
 def _convolved(conv: Any, x: Float[Tensor, "sequences length channels"]) -> Float[Tensor, "sequences length channels"]:
-    """A depthwise convolution padded to the same length, an even number of taps with one more on the right."""
+    """Apply a depthwise convolution padded to the same length; with an even number of taps, the right gets one more."""
     taps = conv.weight.shape[-1]
     padded = F.pad(x.mT, ((taps - 1) // 2, taps // 2))
     return F.conv1d(padded, conv.weight, conv.bias, groups=conv.weight.shape[0]).mT
 
 
 class MambaVisionMixer(nn.Module):
-    """A mixer whose one scan takes half the channels; the other half goes around it.
+    """A mixer with one scan over half of the channels; the other half bypasses it.
 
     Args:
         features: size of a token.

@@ -1,4 +1,4 @@
-"""The published weights of Vim and VMamba: where they are, and how to get them."""
+"""Downloads the published weights of Vim and VMamba."""
 
 import hashlib
 import http.client
@@ -54,7 +54,7 @@ PUBLISHED: dict[str, Published] = {
 
 
 def cache_folder() -> Path:
-    """Return where downloads are kept: ``MAMBA_ATTN_CACHE``, or ~/.cache/mamba_attn."""
+    """Return the folder for downloads: ``MAMBA_ATTN_CACHE``, or ~/.cache/mamba_attn."""
     return Path(os.environ.get("MAMBA_ATTN_CACHE") or Path.home() / ".cache" / "mamba_attn")
 
 
@@ -72,7 +72,9 @@ def fetch(name: str, base_url: str | None = None) -> Path:
         WeightsError: no published weights of that name, no connection, no such file there, or not the file expected.
     """
     if name not in PUBLISHED:
-        raise WeightsError(f"fetch({name!r}): no weights are published for this model. {nearest(name, PUBLISHED)}")
+        raise WeightsError(
+            f"fetch({name!r}): there are no published weights for this model. {nearest(name, PUBLISHED)}"
+        )
     published = PUBLISHED[name]
     path = cache_folder() / published.file
     if path.is_file() and (published.size is None or path.stat().st_size == published.size):
@@ -90,7 +92,7 @@ def fetch(name: str, base_url: str | None = None) -> Path:
 
 
 def _download(name: str, url: str, published: Published, part: IO[bytes]) -> None:
-    """Write a URL to an open file and check it."""
+    """Download a URL to an open file, and check its size and hash."""
     digest, received = hashlib.sha256(), 0
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:

@@ -1,4 +1,4 @@
-"""Models by name."""
+"""Creates models by name, with their weights and transforms."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -52,17 +52,17 @@ _DEMOS = Path(__file__).parent / "weights"
 
 
 def names() -> list[str]:
-    """Return the names that ``create`` knows; the official ones of Vim are understood too."""
+    """Return the names for ``create``; it also accepts Vim's official names."""
     return list(_CONFIGS)
 
 
 def demos() -> list[str]:
-    """Return the names whose ``weights="demo"`` come with this package."""
+    """Return the names with bundled weights, ``weights="demo"``."""
     return sorted(card.stem for card in _DEMOS.glob("*.json") if card.with_suffix(".safetensors").is_file())
 
 
 def demo_card(name: str) -> dict[str, Any]:
-    """Return the card of demo weights: "options" for ``create``, "classes" with their names, how they were made.
+    """Return the card of demo weights: "options" for ``create``, "classes" with their names, and how they were trained.
 
     Args:
         name: one of ``demos()``.
@@ -72,7 +72,7 @@ def demo_card(name: str) -> dict[str, Any]:
     """
     if name not in demos():
         raise WeightsError(
-            f"create({name!r}, weights='demo'): no demo weights come for this model. Those there are: "
+            f"create({name!r}, weights='demo'): no bundled weights for this model. Available: "
             f"{', '.join(demos()) or 'none'}."
         )
     card: dict[str, Any] = json.loads((_DEMOS / f"{name}.json").read_text())
@@ -109,7 +109,7 @@ def create(name: str, weights: str | Path | None = None, **options: Any) -> nn.M
         path = official.fetch(name)
     elif weights is not None and not Path(weights).is_file():
         raise WeightsError(
-            f"create({name!r}, weights={str(weights)!r}): there is no such file; expected the path of a checkpoint, "
+            f"create({name!r}, weights={str(weights)!r}): no such file; expected the path of a checkpoint, "
             "'official' or 'demo'."
         )
     model = builder(**{**config, **options})
@@ -158,7 +158,7 @@ def transform(name: str, image_size: int | Sequence[int] | None = None) -> Evalu
 
 
 def _known(call: str, name: str) -> str:
-    """The name in the table of configurations."""
+    """Resolve aliases to a name in the table of configurations."""
     name = _ALIASES.get(name, name)
     if name not in _CONFIGS:
         raise ValueError(f"{call}({name!r}): no such model. {nearest(name, [*_CONFIGS, *_ALIASES])}")

@@ -1,4 +1,4 @@
-"""The mixer of VMamba (arXiv 2401.10166), SS2D: its equations, stated once.
+"""The equations of SS2D, the mixer of VMamba (arXiv 2401.10166), in one place.
 
 ``project`` and ``finish`` are called by ``SS2D`` and, on foreign modules with the same parameter names, by the
 adapters.
@@ -31,7 +31,7 @@ def project(
     rules: Rules = PLAIN,
     layout: TokenLayout | None = None,
 ) -> ScanRecord:
-    """Everything in SS2D before its scans.
+    """Compute everything in SS2D before its scans.
 
     [x, z] = in_proj(x), u = act(conv3x3(x)), per route [dt, B, C] = x_proj(u), delta = softplus(dt_proj(dt) + bias),
     A = -exp(A_logs); the gate, where there is one, is act(z), and act is SiLU (arXiv 2401.10166, section 4.3). These
@@ -89,7 +89,7 @@ def finish(
     norm_frame: str | None = None,
     precision: str = "features",
 ) -> Float[Tensor, "batch height width features"]:
-    """Everything in SS2D after its scans: the norm, the gate, the output projection.
+    """Compute everything in SS2D after its scans: norm, gate, output projection.
 
     Args:
         module: the module that ``record`` came from.
@@ -105,7 +105,7 @@ def finish(
         ValueError: a record without a layout, whose grid is unknown.
     """
     if record.layout is None:
-        raise ValueError("finish(record): the record has no layout; project returns one that has.")
+        raise ValueError("finish(record): the record has no layout; use a record from project.")
     parts: Any = module
     grid, narrow = (record.batch, *record.layout.grid, record.channels), record.source_u.dtype
     merged = (y.to(narrow) if precision == "features" else y).mT.reshape(grid)
@@ -123,12 +123,12 @@ def finish(
 
 
 def frame_of_norm(module: nn.Module, norm_frame: str | None) -> str:
-    """Return the axes that out_norm gets, as in ``finish``."""
+    """Return the axis order that out_norm expects, as in ``finish``."""
     return norm_frame or ("first" if getattr(module, "channel_first", False) else "last")
 
 
 def framed(x: Float[Tensor, "batch height width channels"], frame: str) -> Tensor:
-    """Return a channels-last tensor in the frame "last", "first" or "flat"."""
+    """Convert a channels-last tensor to the frame "last", "first" or "flat"."""
     if frame == "flat":
         return x.flatten(1, 2)
     return x.movedim(3, 1) if frame == "first" else x
@@ -137,7 +137,7 @@ def framed(x: Float[Tensor, "batch height width channels"], frame: str) -> Tenso
 def _in_frame(
     norm: nn.Module, frame: str, x: Float[Tensor, "batch height width channels"]
 ) -> Float[Tensor, "batch height width channels"]:
-    """Call a norm that wants another frame on a channels-last tensor."""
+    """Call a norm that expects another frame on a channels-last tensor."""
     output: Tensor = norm(framed(x, frame))
     return output.movedim(1, 3) if frame == "first" else output.view(x.shape)
 
@@ -146,7 +146,7 @@ def _in_frame(
 def cross_scan(
     height: int, width: int, device: torch.device, order: str = "raster", second: str = "transpose"
 ) -> Int[Tensor, "routes length"]:
-    """Return the four routes of ``orders.cross`` on a device, remembered."""
+    """Return the four routes of ``orders.cross`` on a device, cached."""
     with torch.inference_mode(False):  # a cached inference tensor could not be used while training
         return patch_orders.cross(order, height, width, second).to(device)
 
@@ -162,7 +162,7 @@ def raster_scan(height: int, width: int, device: torch.device, both_ways: bool) 
 def _project_routes(
     module: nn.Module, u: Float[Tensor, "batch tokens channels"], states: int
 ) -> tuple[Float[Tensor, "batch routes tokens channels"], Float[Tensor, "batch routes tokens both"]]:
-    """Return dt before its bias, and B beside C, of every route."""
+    """Return dt before its bias, and B concatenated with C, for every route."""
     parts: Any = module
     routes = parts.dt_projs_bias.shape[0]
     if hasattr(parts, "x_proj_weight"):
@@ -171,7 +171,7 @@ def _project_routes(
         projected = projected.view(*u.shape[:2], routes, -1).permute(0, 2, 1, 3)
         low, bc = projected.tensor_split([projected.shape[-1] - 2 * states], dim=-1)
         return low @ parts.dt_projs_weight.mT, bc
-    # the one-file VMamba keeps the routes side by side, in grouped 1x1 convolutions
+    # the one-file VMamba stacks the routes in grouped 1x1 convolutions
     every_route = u.mT.unsqueeze(1).expand(-1, routes, -1, -1).flatten(1, 2)
     projected = parts.x_proj(every_route).unflatten(1, (routes, -1))
     low, bc = projected.tensor_split([projected.shape[2] - 2 * states], dim=2)
@@ -179,7 +179,7 @@ def _project_routes(
 
 
 def _channels_last(module: nn.Module, function: Any, x: Tensor) -> Any:
-    """Call a submodule on a channels-last tensor, whichever frame it wants."""
+    """Call a submodule on a channels-last tensor, converting to the frame it expects."""
     if getattr(module, "channel_first", False):
         return function(x.movedim(3, 1)).movedim(1, 3)
     return function(x)

@@ -1,4 +1,4 @@
-"""Import torchvision beside a CPU build of torch.
+"""Import torchvision next to a CPU build of torch.
 
 torchvision's wheel links CUDA; where torch has none, its compiled operators do not load and ``import torchvision``
 (hence ``import timm``) stops with ``RuntimeError: operator torchvision::nms does not exist`` (pytorch/vision #8985,
@@ -17,7 +17,7 @@ _declared: list[torch.library.Library] = []  # a schema lives as long as its Lib
 
 
 def import_torchvision() -> ModuleType:
-    """Import torchvision, declaring the missing schemas where its import fails for want of CUDA.
+    """Import torchvision; declare the missing schemas if its import fails for lack of CUDA.
 
     A sound installation is never touched: nothing is declared unless the import failed and torch has no CUDA.
 
@@ -34,7 +34,7 @@ def import_torchvision() -> ModuleType:
 
 
 def declare(error: RuntimeError) -> bool:
-    """Declare the missing schemas if their absence is why an import failed; whether it is worth a second try."""
+    """Declare the missing schemas if their absence made an import fail; return whether to try again."""
     if "torchvision::" not in str(error) or torch.version.cuda is not None or _declared:
         return False
     library = torch.library.Library("torchvision", "FRAGMENT")
@@ -45,6 +45,6 @@ def declare(error: RuntimeError) -> bool:
 
 
 def prepare() -> None:
-    """Make ``import timm`` possible; call before it. No effect where torchvision is absent."""
+    """Make ``import timm`` possible; call it first. Does nothing if torchvision is absent."""
     if importlib.util.find_spec("torchvision") is not None:
         import_torchvision()

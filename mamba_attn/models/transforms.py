@@ -1,4 +1,4 @@
-"""What a model is shown of an image: the transform that its accuracy was measured with."""
+"""Evaluation transforms: preprocessing as in the measurement of a model's accuracy."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluationTransform:
-    """Scale, cut the centre out, normalise with ImageNet's mean and standard deviation.
+    """Scale, crop the centre, normalise with ImageNet's mean and standard deviation.
 
     Args:
         size: (rows, columns) of the model's input in pixels.
@@ -30,7 +30,7 @@ class EvaluationTransform:
     interpolation: str = "bicubic"
 
     def __call__(self, image: "Image | str | Path") -> Float[Tensor, "3 rows columns"]:
-        """Return what the model takes, without the batch axis.
+        """Return the model's input, without the batch axis.
 
         Args:
             image: a Pillow image, or the path of a file (see ``mamba_attn.images.read``).

@@ -37,7 +37,7 @@ class VimLayer(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Patches to tokens by one convolution.
+    """Embed patches as tokens with one convolution.
 
     Args:
         features: size of a token.
@@ -59,8 +59,8 @@ class PatchEmbed(nn.Module):
         """
         if min(height, width) < self.patch_size:
             raise ValueError(
-                f"an image of {height} x {width} pixels holds no patch of {self.patch_size} x {self.patch_size}; "
-                f"give at least {self.patch_size} pixels per side."
+                f"an image of {height} x {width} pixels is smaller than a patch of {self.patch_size} x "
+                f"{self.patch_size}; give at least {self.patch_size} pixels per side."
             )
         return (height - self.patch_size) // self.stride + 1, (width - self.patch_size) // self.stride + 1
 
@@ -129,7 +129,7 @@ class VisionMamba(nn.Module):
         self._initialise(depth)
 
     def layout(self, image_height: int, image_width: int) -> TokenLayout:
-        """Return where the tokens of an image sit.
+        """Return the layout of an image's tokens.
 
         Args:
             image_height: in pixels.
@@ -143,7 +143,7 @@ class VisionMamba(nn.Module):
         return TokenLayout(grid, self.patch_embed.patch_size, self.patch_embed.stride, class_tokens=positions)
 
     def routes(self, layout: TokenLayout) -> Int[Tensor, "routes length"] | None:
-        """Return the token visited at each step of the two routes; None when they are first to last and back."""
+        """Return the token visited at each step of the two routes; None if they run first to last and back."""
         if self.order == "raster":
             return None
         return _routes(self.order, layout.grid, layout.class_tokens, self.pos_embed.device)
@@ -183,12 +183,12 @@ class VisionMamba(nn.Module):
         return tokens[:, positions[0]] if positions else tokens.mean(1)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay leaves alone, as timm's optimisers ask for them."""
+        """Return the names of parameters without weight decay, as timm's optimisers expect."""
         marked = {name for name, value in self.named_parameters() if getattr(value, "_no_weight_decay", False)}
         return marked | {"pos_embed", "cls_token"}
 
     def _initialise(self, depth: int) -> None:
-        """The official initialisation; mixers have theirs from their own layers."""
+        """Apply the official initialisation; mixers initialise their own layers."""
         for tensor in (self.pos_embed, *([self.cls_token] if self.class_token else [])):
             nn.init.trunc_normal_(tensor, std=0.02)
         if isinstance(self.head, nn.Linear):

@@ -1,4 +1,4 @@
-"""The mixers of Mamba (arXiv 2312.00752) and Vim (arXiv 2401.09417): their equations, stated once.
+"""The equations of the mixers of Mamba (arXiv 2312.00752) and Vim (arXiv 2401.09417), in one place.
 
 ``project`` and ``finish`` are called by ``VimMixer`` and, on foreign modules with the same attribute names, by the
 adapters.
@@ -29,7 +29,7 @@ def project(
     rules: Rules = PLAIN,
     layout: TokenLayout | None = None,
 ) -> ScanRecord:
-    """Everything in a mixer of Mamba or Vim before its scans.
+    """Compute everything in a mixer of Mamba or Vim before its scans.
 
     Per route: u = SiLU(conv(x)), [dt, B, C] = x_proj(u), delta = softplus(dt_proj(dt)), A = -exp(A_log); the gate is
     SiLU(z) (arXiv 2401.09417, algorithm 1). Vim's second route uses the modules and parameters named ``*_b``; where
@@ -48,7 +48,7 @@ def project(
     """
     inner, z = _part(module, "in_proj")(x).chunk(2, dim=-1)
     suffixes = scans(module)
-    own = suffixes if hasattr(module, "conv1d_b") else suffixes[:1]  # routes with a convolution of their own
+    own = suffixes if hasattr(module, "conv1d_b") else suffixes[:1]  # routes with their own convolution
     u, dt, bc = zip(
         *(_route(module, suffix, _along(inner, route, orders), rules) for route, suffix in enumerate(own)),
         strict=True,
@@ -75,7 +75,7 @@ def project(
 
 
 def scans(module: nn.Module) -> tuple[str, ...]:
-    """Return what the parameters of each scan that runs end with: "" forwards, "_b" backwards.
+    """Return the parameter suffix of each scan that runs: "" forwards, "_b" backwards.
 
     Vim's published mixers run the forward scan alone where ``use_fast_path`` is False.
 
@@ -88,7 +88,7 @@ def scans(module: nn.Module) -> tuple[str, ...]:
 def finish(
     module: nn.Module, record: ScanRecord, y: Float[Tensor, "batch channels tokens"], rules: Rules = PLAIN
 ) -> Float[Tensor, "batch tokens features"]:
-    """Everything in a mixer of Mamba or Vim after its scans: the gate and the output projection.
+    """Compute everything in a mixer of Mamba or Vim after its scans: the gate and the output projection.
 
     Args:
         module: the mixer that ``record`` came from.
@@ -104,17 +104,17 @@ def finish(
 
 
 def _route(module: nn.Module, suffix: str, inner: Tensor, rules: Rules) -> tuple[Tensor, Tensor, Tensor]:
-    """u, delta before softplus, and B beside C, each (batch, length, features)."""
+    """Return u, delta before softplus, and B concatenated with C, each (batch, length, features)."""
     mixed = _part(module, f"conv1d{suffix}")(inner.mT)[..., : inner.shape[1]].mT
     u = rules.activation(F.silu, mixed)
     step = _part(module, f"dt_proj{suffix}")
     rank = step.weight.shape[1]
     low, bc = _part(module, f"x_proj{suffix}")(u).tensor_split([rank], dim=-1)
-    return u, _before_softplus(step, low.contiguous()), bc  # contiguous: its backward is the fast one
+    return u, _before_softplus(step, low.contiguous()), bc  # contiguous, for a faster backward pass
 
 
 def _before_softplus(step: nn.Linear, low: Tensor) -> Tensor:
-    """dt_proj(low); in half precision the bias is added to the product in float32, as Mamba's kernels do."""
+    """Return dt_proj(low); in half precision, add the bias in float32, as Mamba's kernels do."""
     half = low.dtype in (torch.float16, torch.bfloat16)
     plain = type(step).forward is nn.Linear.forward and not step._forward_hooks and not step._forward_pre_hooks
     if half and plain and step.bias is not None:
@@ -124,19 +124,19 @@ def _before_softplus(step: nn.Linear, low: Tensor) -> Tensor:
 
 
 def _part(module: nn.Module, name: str) -> Any:
-    """A submodule or parameter by name, untyped: the module may be anybody's."""
+    """Return a submodule or parameter by name, untyped: the module may be foreign."""
     return getattr(module, name)
 
 
 @functools.lru_cache(maxsize=64)
 def _there_and_back(tokens: int, routes: int, device: torch.device) -> Int[Tensor, "routes length"]:
-    """The default orders, remembered."""
+    """Return the default orders, cached."""
     with torch.inference_mode(False):  # a cached inference tensor could not be used while training
         return patch_orders.both_ways(torch.arange(tokens, device=device))[:routes]
 
 
 def _along(inner: Tensor, route: int, orders: Tensor | None) -> Tensor:
-    """Tokens in the order of a route."""
+    """Return tokens in the order of a route."""
     if orders is not None:
         return inner.index_select(1, orders[route])
     return inner.flip(1) if route else inner

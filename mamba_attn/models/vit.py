@@ -1,4 +1,4 @@
-"""The ViT beside our models: timm's VisionTransformer (arXiv 2010.11929), built on demand."""
+"""The ViT to compare our models with: timm's VisionTransformer (arXiv 2010.11929), built on demand."""
 
 import inspect
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from mamba_attn.models._options import check_known, checked, parameters, sides
 
 @checked
 def vision_transformer(*, image_size: int | Sequence[int] = 224, drop_path: float = 0.0, **options: Any) -> nn.Module:
-    """Build timm's VisionTransformer, its options called as those of our models.
+    """Build timm's VisionTransformer, with options named as in our models.
 
     Args:
         image_size: side, or (height, width), in pixels.
@@ -44,13 +44,13 @@ def vision_transformer(*, image_size: int | Sequence[int] = 224, drop_path: floa
             f"vision_transformer(image_size={image_size}, patch_size={patch}): expected an image of at least one patch."
         )
     model: Any = VisionTransformer(img_size=(height, width), drop_path_rate=drop_path, **options)
-    model.image_size = (height, width)  # as our models say it
+    model.image_size = (height, width)  # the attribute of our models
     built: nn.Module = model
     return built
 
 
 def position_layout(model: nn.Module) -> TokenLayout | None:
-    """Return the tokens that a timm ViT has position embeddings for, all that are no patches as class tokens.
+    """Return the layout of the tokens with position embeddings in a timm ViT; all but patches count as class tokens.
 
     None for a model of another kind, or one without position embeddings.
     """

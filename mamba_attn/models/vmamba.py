@@ -19,7 +19,7 @@ __all__ = ["SS2D", "VSSM", "VSSBlock", "finish", "project"]
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU between."""
+    """Two linear layers with GELU in between."""
 
     def __init__(self, features: int, hidden: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, features)
 
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
-        """Transform every token by itself."""
+        """Transform every token independently."""
         output: Tensor = self.fc2(self.act(self.fc1(x)))
         return output
 
@@ -78,7 +78,7 @@ class ChannelsFirst(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Downsampling of v0: four neighbours side by side, a norm, a projection; odd sides are padded with zeros."""
+    """Downsampling of v0: concatenate four neighbours, normalise, project; odd sides are padded with zeros."""
 
     def __init__(self, features: int, output: int) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class PatchMerging(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution, then the way to the next."""
+    """Blocks at one resolution, then downsampling."""
 
     def __init__(self, blocks: Sequence[VSSBlock], downsample: nn.Module) -> None:
         super().__init__()
@@ -160,7 +160,9 @@ class VSSM(nn.Module):
         if len(widths) != len(depths):
             raise ValueError(f"VSSM(dims={dims}, depths={depths}): expected one entry of each per stage.")
         if int(ssm_ratio * min(widths)) < 1 or (generation != "v0" and widths[0] < 2):
-            raise ValueError(f"VSSM(dims={dims}, ssm_ratio={ssm_ratio}): a layer is left without channels; give more.")
+            raise ValueError(
+                f"VSSM(dims={dims}, ssm_ratio={ssm_ratio}): a layer would have no channels; use larger numbers."
+            )
         self.generation = generation
         self.num_classes = num_classes
         self.order = order
@@ -199,7 +201,7 @@ class VSSM(nn.Module):
         if min(image_height, image_width) < smallest:
             raise ValueError(
                 f"an image of {image_height} x {image_width} pixels leaves a stage of this VMamba without tokens; "
-                f"the smallest is {smallest} x {smallest}."
+                f"the smallest possible size is {smallest} x {smallest}."
             )
         height, width = (
             side // 4 if self.generation == "v0" else -(-side // 4) for side in (image_height, image_width)
@@ -225,7 +227,7 @@ class VSSM(nn.Module):
         return x
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay leaves alone, as timm's optimisers ask for them."""
+        """Return the names of parameters without weight decay, as timm's optimisers expect."""
         return {name for name, value in self.named_parameters() if getattr(value, "_no_weight_decay", False)}
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from mamba_attn._types import Float, Int
 from mamba_attn.core.order_check import require_distinct
 from mamba_attn.core.scan_record import ScanRecord
 
@@ -88,7 +89,7 @@ def _wrap(
     if bool((A >= 0).any()):
         raise ValueError(f"{text}: A must be negative (A = -exp(A_log)); its largest value is {A.max().item():.4g}.")
     if orders is not None:
-        tokens = _check_orders(text, orders, routes, length, tokens)
+        tokens = _check_orders(text, orders, batch, routes, length, tokens)
     source_u = delta.new_zeros(()).expand(batch, routes, channels, length) if u is None else u
     return ScanRecord.from_scan(source_u, delta, A, B, C, D, order=orders, tokens=tokens)
 
@@ -100,14 +101,15 @@ def _check_sizes(text: str, record: ScanRecord) -> None:
         raise ValueError(f"{text}: {', '.join(empty)} must be at least 1.")
 
 
-def _check_orders(text: str, orders: Tensor, routes: int, length: int, tokens: int | None) -> int:
-    if orders.dtype != torch.int64 or tuple(orders.shape) != (routes, length):
+def _check_orders(text: str, orders: Tensor, batch: int, routes: int, length: int, tokens: int | None) -> int:
+    shapes = (routes, length), (batch, routes, length)
+    if orders.dtype != torch.int64 or tuple(orders.shape) not in shapes:
         raise ValueError(
-            f"{text}: orders must be int64 (routes, length) = {(routes, length)}, "
-            f"got {orders.dtype} {tuple(orders.shape)}."
+            f"{text}: orders must be int64 (routes, length) = {shapes[0]} or, one per image, (batch, routes, length) = "
+            f"{shapes[1]}, got {orders.dtype} {tuple(orders.shape)}."
         )
     tokens = int(orders.max()) + 1 if tokens is None else tokens
-    require_distinct(f"{text}: orders", orders, tokens)
+    require_distinct(f"{text}: orders", orders, tokens, padding=True)
     return tokens
 
 
@@ -146,7 +148,26 @@ def gathered(record: ScanRecord, name: str, weight: Tensor | None, merged: bool)
     if weight is None or weight.ndim == 4 or not merged:
         return weight
     order = record.write_order if name == "row_weight" else record.read_order
-    return torch.stack([weight[..., route] for route in order], dim=1)
+    if record.shares_orders:
+        return torch.stack([weight[..., route] for route in order], dim=1)
+    return at_tokens(weight.unsqueeze(1).expand(-1, record.routes, -1, -1), order.unsqueeze(-2))
+
+
+def at_tokens(values: Float[Tensor, "batch *middle tokens"], order: Int[Tensor, "*any length"]) -> Tensor:
+    """Values of the token that each step of an order has, (batch, *middle, length); zero at a step without one.
+
+    Args:
+        values: in the token frame.
+        order: its axes before the last stand for those of ``values`` from behind, or are 1.
+    """
+    order = order.expand(*values.shape[:-1], order.shape[-1])
+    return values.gather(-1, order.clamp(min=0)).masked_fill(order < 0, 0)
+
+
+def to_tokens(values: Float[Tensor, "batch *middle length"], order: Int[Tensor, "*any length"], tokens: int) -> Tensor:
+    """Values of steps at their tokens, (batch, *middle, tokens), zero elsewhere; the transpose of ``at_tokens``."""
+    frame = values.new_zeros(*values.shape[:-1], tokens + 1)  # what has no token goes to the end
+    return frame.scatter(-1, order.where(order >= 0, tokens).expand_as(values), values)[..., :-1]
 
 
 def pick(weights: Weights, *index: slice) -> Weights:
@@ -170,7 +191,11 @@ def check_index(call: Call, name: str, index: int, size: int) -> None:
 def working_dtype(record: ScanRecord) -> torch.dtype:
     """float64 if anything is, else float32."""
     tensors = (record.source_delta, record.A, record.source_B, record.source_C, record.source_u)
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    gain = record.source_gain
+    double = any(tensor.dtype == torch.float64 for tensor in tensors) or (
+        gain is not None and gain.dtype == torch.float64
+    )
+    return torch.float64 if double else torch.float32
 
 
 def matrix_bytes(record: ScanRecord, fold: str, merged: bool) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.ops.arguments import as_record, check_fold, scan_weight
 from mamba_attn.ops.dispatch import choose, require_memory
+from mamba_attn.ops.reference import add_skip
 
 
 def hidden_attention(
@@ -38,7 +39,8 @@ def hidden_attention(
         col_weight: (batch, channels, tokens) or (batch, routes, channels, length); multiplies column j of channel c.
         fold: "mean" or "sum" over channels of the weighted matrices; "positive" and "absolute": max(., 0) and |.| of
             each weighted channel, then the mean; "each": no fold.
-        orders: (routes, length) token visited at each step; merges the routes in the token frame.
+        orders: (routes, length) or (batch, routes, length) token visited at each step, -1 where there is none; merges
+            the routes in the token frame.
         tokens: tokens in that frame. Default: the largest index + 1.
         backend: "fused", "native", "blocked" or "reference"; insisting never falls back. Default: the fastest that can.
 
@@ -140,7 +142,10 @@ def selective_scan(
         check_fold(call, attention)
         require_memory(call, attention)
     squeeze: Callable[[Tensor], Tensor] = (lambda x: x) if call.merged or call.route_axis else lambda x: x.squeeze(1)
+    scans = call.record
+    if scans.D is not None and scans.D.ndim == 3:  # of tokens: no route's own
+        scans = scans.replace(D=None)
     if attention is None:
-        return squeeze(chosen.selective_scan(call.record, call.merged))
-    y, matrix = chosen.scan_and_attention(call.record, attention, call.merged)
-    return squeeze(y), squeeze(matrix)
+        return squeeze(add_skip(call.record, chosen.selective_scan(scans, call.merged)))
+    y, matrix = chosen.scan_and_attention(scans, attention, call.merged)
+    return squeeze(add_skip(call.record, y)), squeeze(matrix)

@@ -2,7 +2,7 @@
 
 Hidden attention by halving: the rows of a node's lower half meet the columns of its upper half at the midpoint m,
 
-    M[i, j] = (C_i exp(A (S_i - S_m))) . (exp(A (S_m - S_j)) B_j delta_j),
+    M[i, j] = (C_i exp(A (S_i - S_m))) . (exp(A (S_m - S_j)) B_j gain_j),
 
 two factors <= 1 and one matrix product, channels and states as its inner dimension. Exponents are differences of
 float64 cumulative sums. Padding has delta = 0 and B = C = 0, which is exact.
@@ -29,6 +29,8 @@ _WORKSPACE = 2**24  # elements of one temporary
 class Blocked(Backend):
     """Backend "blocked"."""
 
+    takes_any_orders = True
+
     def unavailable(self, record: ScanRecord) -> str | None:
         """It runs everywhere."""
         return None
@@ -38,8 +40,8 @@ class Blocked(Backend):
         dtype = working_dtype(record)
         part = per_channel(record, dtype)
         u = record.u.to(dtype)
-        y = recurrence(part, part.delta, part.delta * u)
-        if record.D is not None:
+        y = recurrence(part, part.delta, part.gain * u)
+        if record.D is not None and record.D.ndim == 2:
             y = y + record.D.to(dtype).unsqueeze(-1) * u
         return merge_tokens(record, y) if merged else y
 
@@ -84,18 +86,24 @@ def attention_gradients(
 
 
 class Channels(NamedTuple):
-    """A scan with heads, groups and shared states spelt out: delta (b r c l), A (r c n), B and C (b r c|1 n l)."""
+    """A scan with heads, groups and shared states spelt out.
+
+    delta and gain (b r c l), which may be one tensor; A (r c n), B and C (b r c|1 n l).
+    """
 
     delta: Tensor
     A: Tensor
     B: Tensor
     C: Tensor
+    gain: Tensor
 
     def block(self, channels: slice) -> "Channels":
         """Some of the channels."""
         shared = self.B.shape[2] == 1
         B, C = (x if shared else x[:, :, channels] for x in (self.B, self.C))
-        return Channels(self.delta[:, :, channels], self.A[:, channels], B, C)
+        delta = self.delta[:, :, channels]
+        gain = delta if self.gain is self.delta else self.gain[:, :, channels]
+        return Channels(delta, self.A[:, channels], B, C, gain)
 
 
 def per_channel(record: ScanRecord, dtype: torch.dtype) -> Channels:
@@ -104,9 +112,13 @@ def per_channel(record: ScanRecord, dtype: torch.dtype) -> Channels:
     delta, A, B, C = (x.to(dtype) for x in (record.delta, record.A, record.B, record.C))
     if width > 1:
         delta, A = delta.repeat_interleave(width, dim=2), A.repeat_interleave(width, dim=1)
+    gain = delta
+    if record.source_gain is not None:
+        gain = record.gain.to(dtype)
+        gain = gain.repeat_interleave(width, dim=2) if width > 1 else gain
     if groups > 1:
         B, C = (x.repeat_interleave(record.channels // groups, dim=2) for x in (B, C))
-    return Channels(delta, A.expand(-1, -1, record.states), B, C)
+    return Channels(delta, A.expand(-1, -1, record.states), B, C, gain)
 
 
 def recurrence(
@@ -174,7 +186,7 @@ def _halving(part: Channels, weights: Weights, keep_channels: bool) -> Tensor:
     levels = max(0, math.ceil(math.log2(length / _LEAF)))
     leaf = math.ceil(length / 2**levels)
     padding = leaf * 2**levels - length
-    inputs = part.delta if columns is None else part.delta * columns
+    inputs = part.gain if columns is None else part.gain * columns
 
     def states_last(x: Tensor) -> Tensor:  # (batch, routes, length, channels, states or 1)
         return torch.nn.functional.pad(x.movedim(-1, 2), (0, 0) * (x.ndim - 3) + (0, padding))

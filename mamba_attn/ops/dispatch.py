@@ -10,13 +10,15 @@ from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import BackendUnavailableError, MatrixTooLargeError
 from mamba_attn.ops import blocked, reference
 from mamba_attn.ops.arguments import Call, matrix_bytes, working_dtype
-from mamba_attn.ops.backend import Backend
+from mamba_attn.ops.backend import Backend, InScanOrder
 from mamba_attn.ops.cpu import native
 from mamba_attn.ops.cuda import fused
 
 
 class _Reference(Backend):
     """The specification in the shape of a backend; computes in float64, returns the working type."""
+
+    takes_any_orders = True
 
     def unavailable(self, record: ScanRecord) -> str | None:
         return None
@@ -50,13 +52,18 @@ def choose(call: Call, backend: str | None) -> Backend:
         BackendUnavailableError: the one insisted upon cannot run; there is no fallback.
     """
     if backend is None:
-        return next(BACKENDS[name] for name in _FASTEST_FIRST if not BACKENDS[name].unavailable(call.record))
+        fastest = (BACKENDS[name] for name in _FASTEST_FIRST if not BACKENDS[name].unavailable(call.record))
+        return _for_orders(next(fastest), call.record)
     if backend not in BACKENDS:
         raise ValueError(f"{call.text}: backend={backend!r} is not one of {tuple(BACKENDS)}.")
     reason = BACKENDS[backend].unavailable(call.record)
     if reason:
         raise BackendUnavailableError(f"{call.text}: backend={backend!r} was insisted upon, but {reason}")
-    return BACKENDS[backend]
+    return _for_orders(BACKENDS[backend], call.record)
+
+
+def _for_orders(backend: Backend, record: ScanRecord) -> Backend:
+    return backend if backend.takes_any_orders or record.shares_orders else InScanOrder(backend)
 
 
 def require_memory(call: Call, fold: str) -> None:

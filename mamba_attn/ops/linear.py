@@ -7,7 +7,18 @@ from torch import Tensor
 
 from mamba_attn._types import Float
 from mamba_attn.core.scan_record import ScanRecord
-from mamba_attn.ops.arguments import Call, Weights, as_record, check_fold, check_index, pick, scan_weight, working_dtype
+from mamba_attn.ops.arguments import (
+    Call,
+    Weights,
+    as_record,
+    at_tokens,
+    check_fold,
+    check_index,
+    pick,
+    scan_weight,
+    to_tokens,
+    working_dtype,
+)
 from mamba_attn.ops.backend import Backend
 from mamba_attn.ops.blocked import Channels, per_channel, recurrence
 from mamba_attn.ops.cpu import native
@@ -142,9 +153,22 @@ def _line(
     check_fold(call, fold)
     check_index(call, axis, index, record.tokens if call.merged else record.length)
     weights = scan_weight(call, "row_weight", row_weight), scan_weight(call, "col_weight", col_weight)
+    if not record.shares_orders:
+        images = [slice(b, b + 1) for b in range(record.batch)]
+        lines = [
+            _lines(call._replace(record=record.select_images(its)), axis, index, pick(weights, its), fold)
+            for its in images
+        ]
+        return torch.cat(lines)
     if _kernel(record, weights) is fused.BACKEND:
         line = fused.BACKEND.attention_line(record, axis, index, weights, fold, call.merged)
         return line if call.merged or call.route_axis else line.squeeze(1)
+    return _lines(call, axis, index, weights, fold)
+
+
+def _lines(call: Call, axis: str, index: int, weights: Weights, fold: str) -> Tensor:
+    """The line, route by route, of images that walk the same orders."""
+    record = call.record
     lines = [
         _route_line(record.select_routes(slice(r, r + 1)), axis, index, _route(weights, r), fold, call.merged)
         for r in range(record.routes)
@@ -156,7 +180,7 @@ def _line(
 
 def _route_line(record: ScanRecord, axis: str, index: int, weights: Weights, fold: str, merged: bool) -> Tensor:
     """The line of one route: (batch, [channels,] tokens) merged and scaled, else (batch, [channels,] length)."""
-    own, other = record.write_order[0], record.read_order[0]
+    own, other = record.write_order.view(-1), record.read_order.view(-1)
     if axis == "column":
         own, other = other, own
     steps = (own == index).nonzero().flatten().tolist() if merged else [index]
@@ -166,12 +190,18 @@ def _route_line(record: ScanRecord, axis: str, index: int, weights: Weights, fol
     line = torch.zeros(record.batch, *kept, size, dtype=dtype, device=device)
     for step in steps:
         if _kernel(record, weights) is native.BACKEND:
-            values = native.attention_line(record, axis, step, weights, fold)
+            part = record if record.shares_orders else record.in_scan_order()
+            values = native.attention_line(part, axis, step, weights, fold)
         else:
             span = slice(0, step + 1) if axis == "row" else slice(step, record.length)
             values = _line_values(record, axis, step, span, weights, fold)
             values = torch.nn.functional.pad(values, (span.start, record.length - span.stop))
-        line = line.index_add(-1, other, values * record.scale) if merged else values
+        if not merged:
+            line = values
+        elif record.shares_orders:
+            line = line.index_add(-1, other, values * record.scale)
+        else:
+            line = line + to_tokens(values * record.scale, other, size)
     return line
 
 
@@ -202,7 +232,7 @@ def _line_values(
         i, j = (slice(step, step + 1), span) if axis == "row" else (span, slice(step, step + 1))
         decay = (s[..., i] - s[..., j]).to(dtype)
         M = (torch.exp(block.A.unsqueeze(-1) * decay.unsqueeze(-2)) * (block.C[..., i] * block.B[..., j])).sum(-2)
-        M = M * block.delta[..., j]
+        M = M * block.gain[..., j]
         M = M if rows is None else M * rows[..., i]
         M = M if columns is None else M * columns[..., j]
         if fold == "positive":
@@ -228,14 +258,22 @@ def _product(
     results = []
     for r in range(record.routes):
         part = record.select_routes(slice(r, r + 1))
-        read, write = (
-            (part.write_order[0], part.read_order[0]) if transposed else (part.read_order[0], part.write_order[0])
-        )
-        values = _route_product(part, vector[:, read] if call.merged else vector, _route(weights, r), transposed)
+        read, write = part.read_order[..., 0, :], part.write_order[..., 0, :]
+        if transposed:
+            read, write = write, read
+        if not call.merged:
+            values = vector
+        elif record.shares_orders:
+            values = vector[:, read]
+        else:
+            values = at_tokens(vector, read)
+        values = _route_product(part, values, _route(weights, r), transposed)
         values = values if fold == "sum" else values / record.channels
-        if call.merged:
+        if call.merged and record.shares_orders:
             frame = torch.zeros(expected, dtype=values.dtype, device=values.device)
             values = frame.index_add(-1, write, values * record.scale)
+        elif call.merged:
+            values = to_tokens(values * record.scale, write, record.tokens)
         results.append(values)
     if call.merged:
         return torch.stack(results).sum(0)
@@ -269,19 +307,21 @@ def _kernel_scan(kernel: Backend, part: Channels, inputs: Tensor, transposed: bo
     """A compiled scan; transposed, the vector-Jacobian product of the scan, which is linear in its input."""
     u = torch.zeros_like(inputs, requires_grad=True) if transposed else inputs
     with torch.set_grad_enabled(transposed):
-        y = kernel.selective_scan(ScanRecord.from_scan(u, *part), merged=False)
+        delta, A, B, C, gain = part
+        own = None if gain is delta else gain
+        y = kernel.selective_scan(ScanRecord.from_scan(u, delta, A, B, C, gain=own), merged=False)
         return torch.autograd.grad(y, u, inputs)[0] if transposed else y
 
 
 def _scan(part: Channels, inputs: Tensor, transposed: bool) -> Tensor:
-    return recurrence(part, part.delta, part.delta * inputs)
+    return recurrence(part, part.delta, part.gain * inputs)
 
 
 def _transposed_scan(part: Channels, inputs: Tensor, transposed: bool) -> Tensor:
     """M^T applied per channel: from the last step, with B and C exchanged and every decay one step later."""
     step = torch.nn.functional.pad(part.delta.flip(-1), (1, 0))[..., :-1]
-    backwards = Channels(step, part.A, part.C.flip(-1), part.B.flip(-1))
-    return recurrence(backwards, step, inputs.flip(-1)).flip(-1) * part.delta
+    backwards = Channels(step, part.A, part.C.flip(-1), part.B.flip(-1), step)
+    return recurrence(backwards, step, inputs.flip(-1)).flip(-1) * part.gain
 
 
 def _route(weights: Weights, route: int) -> Weights:

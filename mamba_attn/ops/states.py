@@ -8,7 +8,7 @@ from torch import Tensor
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.ops.arguments import Call, as_record, working_dtype
 from mamba_attn.ops.backend import Backend
-from mamba_attn.ops.blocked import per_channel
+from mamba_attn.ops.blocked import Channels, per_channel
 from mamba_attn.ops.dispatch import choose, require_bytes
 
 _WORKSPACE = 2**22  # elements of one temporary
@@ -94,9 +94,10 @@ def _of_channels(record: ScanRecord, channels: list[int]) -> ScanRecord:
     heads = index // (record.channels // record.heads)
     groups = record.source_B.shape[2]
     B = record.source_B if groups == 1 else record.source_B[:, :, index // (record.channels // groups)]
+    gain = None if record.source_gain is None else record.source_gain[:, :, heads]
     return record.replace(
         source_u=record.source_u[:, :, index], source_delta=record.source_delta[:, :, heads], A=record.A[:, heads],
-        source_B=B, source_C=B, D=None, gate=None,
+        source_B=B, source_C=B, D=None, source_gain=gain, gate=None,
     )  # fmt: skip
 
 
@@ -114,8 +115,8 @@ def _route(record: ScanRecord, call: Call, backend: str | None) -> Tensor:
     whole: Tensor | None = None
     for start in range(0, record.channels, size):
         own = slice(start, start + size)
-        delta, A, B, _ = part.block(own)
-        single = _one_state_per_channel(u[:, :, own].to(delta.dtype), delta, A, B)
+        block = part.block(own)
+        single = _one_state_per_channel(u[:, :, own].to(block.delta.dtype), block)
         chosen: Backend = choose(Call(single, False, True, call.text), backend)
         found: Tensor = chosen.selective_scan(single, merged=False).unflatten(2, (-1, record.states))
         if size >= record.channels:
@@ -129,11 +130,15 @@ def _route(record: ScanRecord, call: Call, backend: str | None) -> Tensor:
     return torch.cat(blocks, dim=2) if whole is None else whole
 
 
-def _one_state_per_channel(u: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> ScanRecord:
+def _one_state_per_channel(u: Tensor, block: Channels) -> ScanRecord:
     """The scan whose output is the state: a channel per channel and state, its input B u, its own B and C one."""
     batch, _, channels, length = u.shape
-    states = A.shape[-1]
-    steps = delta.unsqueeze(3).expand(-1, -1, -1, states, -1).flatten(2, 3)
+    states = block.A.shape[-1]
+
+    def steps(x: Tensor) -> Tensor:
+        return x.unsqueeze(3).expand(-1, -1, -1, states, -1).flatten(2, 3)
+
     one = u.new_ones(()).expand(batch, 1, 1, 1, length)
-    inputs = (u.unsqueeze(3) * B).flatten(2, 3)
-    return ScanRecord.from_scan(inputs, steps, A.reshape(1, channels * states, 1), one, one)
+    inputs, A = (u.unsqueeze(3) * block.B).flatten(2, 3), block.A.reshape(1, channels * states, 1)
+    gain = None if block.gain is block.delta else steps(block.gain)
+    return ScanRecord.from_scan(inputs, steps(block.delta), A, one, one, gain=gain)

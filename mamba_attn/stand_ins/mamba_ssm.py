@@ -10,12 +10,16 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from mamba_attn.models._layers import undecayed
 from mamba_attn.models.vim_mixer import finish, project
 from mamba_attn.ops import selective_scan
-from mamba_attn.stand_ins import scan
 from mamba_attn.stand_ins.conv import Inputs, convolve
+from mamba_attn.stand_ins.finder import ALWAYS, StandIn, fill
+
+selective_scan_cuda = StandIn("selective_scan_cuda")
+fill(selective_scan_cuda, ALWAYS["selective_scan_cuda"])
 
 
 def selective_scan_fn(
@@ -27,7 +31,7 @@ def selective_scan_fn(
     Args:
         u: (batch, channels, length).
         delta: like u, before bias and softplus.
-        A: (channels, states), real.
+        A: (channels, states).
         B: (channels, states), (batch, states, length) or (batch, groups, states, length).
         C: as B.
         D: (channels), or None.
@@ -37,15 +41,33 @@ def selective_scan_fn(
         return_last_state: also return the state after the last step, (batch, channels, states), without gradient.
 
     Raises:
-        ValueError: complex A, or tensors that do not fit together.
+        ValueError: the tensors do not fit together.
     """
-    given = scan.Inputs(u, delta, A, B, C, D, z, delta_bias)
-    _, gated = scan.run("selective_scan_fn", given, delta_softplus)
-    out = gated.to(u.dtype)
-    if not return_last_state:
-        return out
-    detached = scan.Inputs(*(None if t is None else t.detach() for t in given))  # type: ignore[arg-type]
-    return out, scan.ScanStates.of(detached, delta_softplus)[:, :, -1, 1::2]
+    found = _Scan.apply(u, delta, A, B, C, D, z, delta_bias, bool(delta_softplus))  # type: ignore[no-untyped-call]
+    out, states = found
+    return (out, states[:, :, -1, 1::2]) if return_last_state else out
+
+
+class _Scan(torch.autograd.Function):
+    """As the package's own: the extension's functions are looked up at every call, so that a trace sees the scan."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Any:
+        """The output, after the gate where there is one, and the states."""
+        out, states, *gated = selective_scan_cuda.fwd(*given)
+        ctx.save_for_backward(*given[:8], states)
+        ctx.softplus = given[8]
+        ctx.mark_non_differentiable(states)
+        return (gated[0] if gated else out).to(given[0].dtype), states
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, _: Any) -> Any:
+        """Gradients by the extension's ``bwd``."""
+        *given, states = ctx.saved_tensors
+        found = selective_scan_cuda.bwd(*given, dout.contiguous(), states, None, None, ctx.softplus, False)
+        du, ddelta, dA, dB, dC, dD, dbias, *dz = found
+        return du, ddelta, dA, dB, dC, dD, dz[0] if dz else None, dbias, None
 
 
 selective_scan_ref = selective_scan_fn

@@ -1,17 +1,19 @@
 """What the compiled selective scans do, on any device: ``fwd`` and ``bwd`` as their Python wrappers call them.
 
 ``selective_scan_cuda`` is Mamba's extension, ``selective_scan_cuda_oflex``, ``_core``, ``_nrow`` and ``_ndstate`` are
-VMamba's, ``_oflex_rh`` is Spatial-Mamba's. Half precision is computed in float32 and returned in the type that the extension returns; float64, which the
-extensions refuse, stays float64.
+VMamba's, ``_oflex_rh`` is Spatial-Mamba's. Half precision is computed in float32 and returned in the type that the
+extension returns; float64, which the extensions refuse, stays float64.
 """
 
-from typing import Any, NamedTuple, Self, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_attn import ops
+from mamba_attn.tracing.doors import ScanInputs
+from mamba_attn.tracing.scan_states import ScanStates
 
 
 class Inputs(NamedTuple):
@@ -41,45 +43,6 @@ class Inputs(NamedTuple):
         ]
         rest = [None if t is None else t.to(kind) for t in (self.u, self.delta, self.D, self.z, self.delta_bias)]
         return Inputs(*rest[:2], self.A.to(wide), *paired, *rest[2:])  # type: ignore[arg-type]
-
-
-class ScanStates(Tensor):
-    """The states that the scans return beside their output, computed when somebody reads them.
-
-    (batch, channels, 1, 2 * states): exp(A S) and the state after the last step in turns, S the sum of delta.
-    Every wrapper keeps this tensor for the backward and reads it only when asked for the last state, as
-    ``x[:, :, -1, 1::2]``; computing it costs as much as the scan. The extensions have one row per chunk of steps; here
-    the sequence is one chunk. No gradient runs through it, as in the extensions.
-    """
-
-    _pending: tuple[Inputs, object] | None
-    _found: Tensor | None
-
-    @classmethod
-    def of(cls, given: Inputs, softplus: object) -> Self:
-        """The states of a scan, not computed yet."""
-        batch, channels = given.u.shape[:2]
-        kind = torch.float64 if given.u.dtype == torch.float64 else torch.float32
-        kind = kind.to_complex() if given.A.is_complex() else kind
-        blank = torch.full((), torch.nan, dtype=kind, device=given.u.device)
-        states = blank.expand(batch, channels, 1, 2 * given.A.shape[1]).as_subclass(cls)
-        states._pending, states._found = (given, softplus), None
-        return states
-
-    def _read(self) -> Tensor:
-        if self._found is None and self._pending is not None:
-            self._found, self._pending = _last_states(*self._pending), None
-        return self.as_subclass(Tensor) if self._found is None else self._found
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Compute before anything but a look at shape, type or device."""
-        with torch._C.DisableTorchFunctionSubclass():
-            if func.__name__ != "__get__":
-                args = tuple(item._read() if isinstance(item, cls) else item for item in args)
-            return func(*args, **(kwargs or {}))
 
 
 def run(name: str, given: Inputs, softplus: object) -> tuple[Tensor, Tensor]:
@@ -159,7 +122,8 @@ def _forward(name: str, given: Inputs, softplus: object, dtype: torch.dtype | No
     with torch.no_grad():
         y, gated = run(name, given, softplus)
         # as the extensions: the layout of delta, the type of u
-        found = [_like(given.delta, y, dtype or given.u.dtype), ScanStates.of(given, softplus)]
+        kept = _last_states(given, softplus) if given.A.is_complex() else ScanStates.of(ScanInputs(*given, softplus))
+        found = [_like(given.delta, y, dtype or given.u.dtype), kept]
         return found if given.z is None else [*found, _like(given.z, gated)]
 
 
@@ -273,8 +237,7 @@ def states_fwd(
     with torch.no_grad():
         y, _ = run("selective_scan_cuda_oflex_rh.fwd", _every_state(u, delta, A, B, delta_bias), delta_softplus)
     states = y.unflatten(1, (-1, A.shape[1])).to(dtype)
-    given = Inputs(u, delta, A, B, B, None, None, delta_bias)
-    return [states, ScanStates.of(given, delta_softplus)]
+    return [states, ScanStates.of(ScanInputs(u, delta, A, B, B, None, None, delta_bias, delta_softplus))]
 
 
 def states_bwd(
@@ -301,8 +264,8 @@ def core_bwd(
     return [*found[:6], found[7]]
 
 
-@torch.no_grad()
 def _last_states(given: Inputs, softplus: object) -> Tensor:
+    """``ScanStates`` of complex states, which no trace reads."""
     x = given.working()
     delta = steps(x, softplus)
     total = delta.double().cumsum(-1)

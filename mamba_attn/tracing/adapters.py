@@ -218,9 +218,6 @@ def find_mixers(
     Args:
         model: any model.
         adapters: asked before the known ones.
-
-    Raises:
-        UnsupportedModelError: there are none; the message names the module types seen and the families known.
     """
     candidates = [*(adapters or ()), *known_adapters()]
     found: dict[str, tuple[nn.Module, AnyAdapter]] = {}
@@ -230,15 +227,24 @@ def find_mixers(
         adapter = next((adapter for adapter in candidates if adapter.recognises(module)), None)
         if adapter is not None:
             found[name] = (module, adapter)
-    if not found:
-        seen = Counter(type(module).__name__ for module in model.modules())
-        families = ", ".join(dict.fromkeys(adapter.family for adapter in candidates))
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no layer that can be traced. Families known: {families}. Module types seen: "
-            f"{', '.join(f'{name} x {count}' for name, count in seen.most_common(12))}. "
-            "See register_adapter for a family of your own."
-        )
     return found
+
+
+def nothing_found(model: nn.Module, adapters: Iterable[AnyAdapter] | None = None) -> UnsupportedModelError:
+    """Return the error of a model without anything that can be traced: the module types seen and the families known.
+
+    Args:
+        model: any model.
+        adapters: that were asked before the known ones.
+    """
+    seen = Counter(type(module).__name__ for module in model.modules())
+    families = ", ".join(dict.fromkeys(adapter.family for adapter in [*(adapters or ()), *known_adapters()]))
+    return UnsupportedModelError(
+        f"{type(model).__name__} has no layer that can be traced, and none of its scans went through a compiled "
+        f"selective scan. Families known: {families}. Module types seen: "
+        f"{', '.join(f'{name} x {count}' for name, count in seen.most_common(12))}. "
+        "See register_adapter for a family of your own."
+    )
 
 
 def unknown_parts(

@@ -28,26 +28,43 @@ class Layer(ABC):
 
     Args:
         name: the mixer's name in the model.
-        record: everything that the call depended on.
         output: what the mixer returned.
         tail: recomputes the output from ``variable``, in mode "observe".
     """
 
     kind: ClassVar[str]  # in words
 
-    def __init__(
-        self, name: str, record: ScanRecord | AttentionRecord, output: Any = None, tail: Tail | None = None
-    ) -> None:
+    def __init__(self, name: str, output: Any = None, tail: Tail | None = None) -> None:
         self.name = name
-        self.batch = record.batch
-        self.tokens = record.tokens
-        if isinstance(record, ScanRecord):
-            self.dtype, self.device = working_dtype(record), record.source_delta.device
-        else:
-            self.dtype, self.device = record.dtype, record.device
-        self._layout = record.layout
         self._output = output
         self.tail = tail
+
+    @property
+    @abstractmethod
+    def _described(self) -> ScanRecord | AttentionRecord:
+        """The record of the call."""
+
+    @property
+    def batch(self) -> int:
+        """Number of images (or sequences)."""
+        return self._described.batch
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in the token frame."""
+        return self._described.tokens
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is computed from the record."""
+        record = self._described
+        return working_dtype(record) if isinstance(record, ScanRecord) else record.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the record."""
+        record = self._described
+        return record.source_delta.device if isinstance(record, ScanRecord) else record.device
 
     def __repr__(self) -> str:
         facts = {"batch": self.batch, **self._facts(), "tokens": self.tokens}
@@ -58,12 +75,14 @@ class Layer(ABC):
         facts = {"kind": self.kind, "batch": self.batch, "tokens": self.tokens, **self._facts()}
         try:
             grid, patches = self.layout.grid, self.layout.patches
-            facts["grid"] = "{} x {}".format(*grid)
-            place = (grid[0] // 2, grid[1] // 2)
-            token = int(patches[place[0] * grid[1] + place[1]])
+            facts["grid"] = " x ".join(map(str, grid))
+            place = tuple(n // 2 for n in grid)
+            token = int(patches.view(grid)[place])
             with torch.no_grad():
                 lines = {"reads": self.row(token)[0], "is read": self.column(token)[0]}
-                maps = {what: self.layout.to_grid(line[None])[0].float().cpu().numpy() for what, line in lines.items()}
+                grids = {what: self.layout.to_grid(line[None])[0].float().cpu() for what, line in lines.items()}
+            rows, columns = (1, *grid)[-2:]  # of a volume the slice with that patch
+            maps = {what: its[place[:-2]].reshape(rows, columns).numpy() for what, its in grids.items()}
         except MambaAttnError as error:
             return notebook.card(self.name, facts, notebook.safe(error))
         named = {"reads": f"what patch {place} reads", "is read": f"where patch {place} is read"}
@@ -83,7 +102,7 @@ class Layer(ABC):
     @property
     def has_layout(self) -> bool:
         """Whether the tokens' place in the image is known."""
-        return self._layout is not None
+        return self._described.layout is not None
 
     @property
     def layout(self) -> TokenLayout:
@@ -92,12 +111,13 @@ class Layer(ABC):
         Raises:
             TraceError: the layout is not known.
         """
-        if self._layout is None:
+        layout = self._described.layout
+        if layout is None:
             raise TraceError(
                 f"{self.name}: the tokens' place in the image is not known, so there are no maps; pass "
                 "layout=TokenLayout(grid=(height, width), ...) to trace()."
             )
-        return self._layout
+        return layout
 
     @property
     def output(self) -> Tensor:
@@ -227,10 +247,19 @@ class ScanLayer(Layer):
         tail: Tail | None = None,
         attention: tuple[str, Tensor] | None = None,
     ) -> None:
-        super().__init__(name, scan, output, tail)
-        self.scan = scan
+        super().__init__(name, output, tail)
+        self._scan = scan
         self._y = y
         self._ready = dict([attention]) if attention else {}
+
+    @property
+    def scan(self) -> ScanRecord:
+        """Everything that the scans depended on, in the token frame."""
+        return self._scan
+
+    @property
+    def _described(self) -> ScanRecord:
+        return self.scan
 
     def _facts(self) -> dict[str, object]:
         return {"routes": self.scan.routes, "channels": self.scan.channels, "states": self.scan.states}
@@ -345,6 +374,7 @@ class ScanLayer(Layer):
         if self._ready and self._y is not None and all_finite([self._y, *self._ready.values()]):
             return []  # computed from everything, and there already
         tensors = {"u": scan.source_u, "delta": scan.source_delta, "B": scan.source_B, "C": scan.source_C, "A": scan.A}
+        tensors |= {} if scan.source_gain is None else {"gain": scan.source_gain}
         if all_finite(list(tensors.values())):
             return []
         return [name for name, tensor in tensors.items() if not all_finite([tensor])]
@@ -363,8 +393,12 @@ class AttentionLayer(Layer):
     kind: ClassVar[str] = "softmax attention"
 
     def __init__(self, name: str, record: AttentionRecord, *, output: Any = None, tail: Tail | None = None) -> None:
-        super().__init__(name, record, output, tail)
+        super().__init__(name, output, tail)
         self.record = record
+
+    @property
+    def _described(self) -> AttentionRecord:
+        return self.record
 
     def _facts(self) -> dict[str, object]:
         return {"heads": self.record.heads}

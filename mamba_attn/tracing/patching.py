@@ -184,7 +184,7 @@ def _repeatable(name: str, module: nn.Module, finish: Callable[[Tensor], Tensor]
     return refuse
 
 
-def watch_layout(stack: ExitStack, model: nn.Module, adapters: Iterable[AnyAdapter], seen: Seen) -> None:
+def watch_layout(stack: ExitStack, model: nn.Module, sources: Iterable[LayoutSource], seen: Seen) -> None:
     """Learn the image size from the first convolution's input, and the token frame from the patch embedding."""
     thread = get_ident()
 
@@ -218,6 +218,6 @@ def watch_layout(stack: ExitStack, model: nn.Module, adapters: Iterable[AnyAdapt
         elif not given:
             seen.layout = source.read(seen, args, output)
 
-    for source in (source for adapter in adapters for source in adapter.layout_sources(model)):
+    for source in sources:
         install = source.module.register_forward_pre_hook if source.before else source.module.register_forward_hook
         stack.callback(install(partial(look, source)).remove)

@@ -5,7 +5,7 @@ after normal exit, an exception, a failure half way through, nesting, or another
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from numbers import Integral
 from threading import get_ident
 
@@ -18,7 +18,10 @@ from mamba_attn.core import notebook
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.rules import Rules
 from mamba_attn.errors import TraceError, UnknownLayerError, UnsupportedModelError, nearest
-from mamba_attn.tracing.adapters import AnyAdapter, Seen, find_mixers, require_supported
+from mamba_attn.tracing import patch_embedding
+from mamba_attn.tracing.adapters import AnyAdapter, Seen, find_mixers, nothing_found, require_supported
+from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders, DoorLayer, DoorScans
+from mamba_attn.tracing.doors import Watch, open_doors, reaches_a_door
 from mamba_attn.tracing.layer_names import ByLayer, LayerName, LayerNames, layer_name, layer_names
 from mamba_attn.tracing.layers import AnyLayer, AttentionLayer, Layer, ScanLayer
 from mamba_attn.tracing.module_rules import check_rules_apply, install_rules
@@ -35,10 +38,31 @@ class Trace(Mapping[str, Layer]):
     ``scans`` and ``softmax`` are those of one kind, with what only that kind has.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = list(names)
-        self._layers: dict[str, Layer] = {}
+    def __init__(self, names: Sequence[str], doors: DoorScans | None = None, wanted: LayerNames | None = None) -> None:
+        self._adapted = list(names)
+        self._doors = doors
+        self._wanted = wanted
+        self._stored: dict[str, tuple[int, Layer]] = {}
         self._repeated: set[str] = set()
+
+    @property
+    def _layers(self) -> dict[str, Layer]:
+        """By name, in execution order: those of adapters, and those that were seen at doors."""
+        if self._doors is None or not self._doors.watch.calls:
+            if not self._stored:
+                self._require_seen()
+            return {name: layer for name, (_, layer) in self._stored.items()}
+        # a layer that an adapter stored when k scans had come through doors ran before scan k
+        found = [(at, 0, layer) for at, layer in self._stored.values()]
+        found += [(at, 1, layer) for at, layer in self._doors.layers()]
+        layers = {layer.name: layer for _, _, layer in sorted(found, key=lambda each: each[:2])}
+        if self._wanted is None:
+            return layers
+        return {name: layers[name] for name in layer_names("trace(layers=...)", self._wanted, list(layers))}
+
+    @property
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys([*self._adapted, *(self._layers if self._doors is not None else ())]))
 
     def __getitem__(self, name: LayerName) -> Layer:
         if not isinstance(name, str):
@@ -48,7 +72,7 @@ class Trace(Mapping[str, Layer]):
             raise UnknownLayerError(f"no traced layer is called {name!r}. {nearest(name, self._names)}")
         if name not in self._layers:
             raise TraceError(f"{name} has not run: call the model inside the with-block first, then read the trace.")
-        if name in self._repeated:
+        if name in self._repeated or (self._doors is not None and self._doors.runs > 1):
             raise TraceError(f"{name} ran twice inside one trace(): use one trace per forward pass.")
         return self._layers[name]
 
@@ -76,7 +100,7 @@ class Trace(Mapping[str, Layer]):
     @property
     def names(self) -> list[str]:
         """Names of the layers that are traced, in the model's order, whether they ran or not."""
-        return list(self._names)
+        return self._names
 
     @property
     def layers(self) -> list[Layer]:
@@ -119,16 +143,22 @@ class Trace(Mapping[str, Layer]):
         """
         if of not in _GRADIENTS:
             raise ValueError(f"gradients(of={of!r}): expected one of {_GRADIENTS}.")
-        layers = self.layers
+        at_doors = [layer for layer in self.layers if isinstance(layer, DoorLayer)]
+        layers = [layer for layer in self.layers if not isinstance(layer, DoorLayer)]
+        if at_doors and of == "output":
+            at_doors[0].output  # says why there is none
         direct = [layer.variable if of == "y" and layer.tail is None else layer.output for layer in layers]
         attached = [tensor for tensor in direct if tensor.requires_grad]
-        if len(attached) < len(layers) or not scalar.requires_grad:
+        leaves = self._doors.differentiable() if at_doors and self._doors is not None else []
+        if len(attached) < len(layers) or not scalar.requires_grad or (at_doors and not leaves):
             raise TraceError(
-                "gradients(): the forward pass ran without gradients; call the model outside no_grad(), and where it "
-                "checkpoints activations, with use_reentrant=False."
+                "gradients(): the forward pass ran without gradients; call the model outside no_grad(), where it "
+                "checkpoints activations, with use_reentrant=False, and where all of its parameters are frozen, on "
+                "images.requires_grad_()."
             )
         try:
-            found = torch.autograd.grad(scalar, attached, retain_graph=True, allow_unused=True)
+            with open_doors(self._doors.watch) if self._doors is not None and at_doors else nullcontext():
+                found = torch.autograd.grad(scalar, [*attached, *leaves], retain_graph=True, allow_unused=True)
         except CheckpointError as error:
             raise TraceError(
                 "gradients(): the model checkpoints activations, so its forward runs again now, and no longer traced; "
@@ -137,23 +167,36 @@ class Trace(Mapping[str, Layer]):
         if all(gradient is None for gradient in found):
             raise TraceError("gradients(): the scalar does not depend on this forward pass; take it from its output.")
         result: ByLayer[Tensor] = ByLayer()
-        for layer, tensor, gradient in zip(layers, attached, found, strict=True):
+        for layer, tensor, gradient in zip(layers, attached, found, strict=False):
             filled = torch.zeros_like(tensor) if gradient is None else gradient
             result[layer.name] = filled if of == "output" or layer.tail is None else _through_tail(layer, filled)
-        return result
+        for layer in at_doors:
+            result[layer.name] = layer.take_gradient()
+        return ByLayer({layer.name: result[layer.name] for layer in self.layers})
 
     def _of_kind(self, kind: type[AnyLayer]) -> ByLayer[AnyLayer]:
         self._require_run()
         return ByLayer({layer.name: layer for layer in self.layers if isinstance(layer, kind)})
+
+    def _require_seen(self) -> None:
+        """Raise UnsupportedModelError when the model ran, and what was to be seen at doors was not."""
+        if self._doors is None or not self._doors.runs:
+            return
+        self._doors.require_seen()
+        if not self._stored and not self._doors.watch.calls:
+            raise nothing_found(self._doors.model)
 
     def _require_run(self) -> None:
         if not self._layers:
             raise TraceError("no layer has run yet: call the model inside the with-block first, then read the trace.")
 
     def _store(self, layer: Layer) -> None:
-        if layer.name in self._layers:
+        watch = None if self._doors is None else self._doors.watch
+        if watch is not None and watch.suspended:
+            return  # the model runs for us, to measure
+        if layer.name in self._stored:
             self._repeated.add(layer.name)
-        self._layers[layer.name] = layer
+        self._stored[layer.name] = (0 if watch is None else len(watch.calls), layer)
 
 
 def _of(layers: Trace, name: str) -> str:
@@ -170,7 +213,8 @@ def trace(
     layers: LayerNames | None = None,
     mode: str = "route",
     attention: str | None = None,
-    layout: TokenLayout | None = None,
+    layout: AnyLayout | None = None,
+    orders: AnyOrders | None = None,
     rules: Rules | None = None,
     adapters: Iterable[AnyAdapter] | None = None,
 ) -> Iterator[Trace]:
@@ -185,7 +229,10 @@ def trace(
             probabilities, submodules called as modules; "observe" leaves the model's own forward untouched and
             recomputes the record from each mixer's input.
         attention: a fold whose matrix is computed during the pass; None computes matrices when asked.
-        layout: the token frame, where it cannot be read from the model.
+        layout: the token frame, where it cannot be read from the model: one, or by patterns of layers' names, or a
+            function of a layer's name and number of tokens. Adapters take one alone.
+        orders: the token of every step, (routes, length) or (batch, routes, length), of scans whose order cannot be
+            measured: one, or by patterns of names, or a function of a layer's name, number of routes and length.
         rules: what an attribution method changes in the forward (mode "route"): in the mixers, and where the rules
             ask for it in the norms, activations and linear layers of the whole model.
         adapters: asked before the known ones.
@@ -215,21 +262,40 @@ def trace(
         raise ValueError("trace(rules=..., mode='observe'): rules change the forward; use mode='route'.")
     model = _unwrapped(model)
     found = find_mixers(model, adapters)
-    chosen = list(found) if layers is None else layer_names("trace(layers=...)", layers, list(found))
-    mixers = {name: found[name] for name in chosen}
+    refused = {
+        name: reason
+        for name, (module, adapter) in found.items()
+        if (reason := adapter.refusal(module, model)) and reaches_a_door(module)
+    }
+    known = {name: mixer for name, mixer in found.items() if name not in refused}
+    at_doors = bool(refused) or reaches_a_door(model)
+    if not known and not at_doors:
+        raise nothing_found(model, adapters)
+    # at doors nobody knows the layers' names before they run
+    chosen = list(known) if layers is None or at_doors else layer_names("trace(layers=...)", layers, list(known))
+    mixers = {name: known[name] for name in chosen}
     for name, (module, adapter) in mixers.items():
         require_supported(name, module, adapter, model)
     check_rules_apply(model, mixers, rules)
-    record = Trace(list(mixers))
-    seen = Seen(layout=layout)
+    seen = Seen(layout=layout if isinstance(layout, TokenLayout) else None)
+    doors = None
+    if at_doors:
+        watch = Watch(model, {module for module, _ in known.values()}, attention)
+        doors = DoorScans(model, watch, seen, layout, orders, refused=refused, ruled=rules is not None)
+    record = Trace(list(mixers), doors, layers if at_doors else None)
     with ExitStack() as stack:
         families = dict.fromkeys(adapter for _, adapter in found.values())  # also of mixers that were not asked for
-        watch_layout(stack, model, families, seen)
+        sources = [source for adapter in families for source in adapter.layout_sources(model)]
+        watch_layout(stack, model, sources or patch_embedding.layout_sources(model), seen)
         install_rules(stack, model, mixers, rules)
         for name, (module, adapter) in mixers.items():
             interest = Interest(name, record._store, seen, adapter, attention, rules, get_ident())
             stack.enter_context(patched(module, interest) if mode == "route" else observed(module, interest))
+        if doors is not None:
+            doors.install(stack)
+            stack.enter_context(open_doors(doors.watch))
         yield record
+    record._require_seen()
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The callback that gestures, keys and controls share: one request brings the choice, the maps and the lit points."""
+"""The callback of all gestures, keys and controls: one request returns the selection, the maps and the lit points."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,14 +11,14 @@ from mamba_attn.viewer.beside import strip
 from mamba_attn.viewer.context import Context
 from mamba_attn.viewer.drawing import drawn_map
 from mamba_attn.viewer.interaction import after
-from mamba_attn.viewer.saying import FAILURES, said
+from mamba_attn.viewer.saying import FAILURES, sentence
 from mamba_attn.viewer.state import Pane, State
 
 _CONTROLS = {"pane": ALL, "set": ALL}
 
 
 def register(app: dash.Dash, context: Context) -> None:
-    """Add these callbacks."""
+    """Register the callback, and those that write the address and forward waiting keys."""
 
     @app.callback(
         Output("selection", "data", allow_duplicate=True),
@@ -76,7 +76,7 @@ def _every(name: str, part: str) -> dict[str, Any]:
 
 
 def _draw(context: Context, before: State, state: State, drawn: Sequence[Any]) -> list[list[Any]]:
-    """Outputs of all panes for a state."""
+    """Return the outputs for all panes, one list per kind of output."""
     maps = [
         drawn_map(context, pane, state, known) for pane, known in zip(state.panes, drawn, strict=False)
     ]  # fmt: skip
@@ -94,15 +94,15 @@ def _draw(context: Context, before: State, state: State, drawn: Sequence[Any]) -
 
 
 def _strip(context: Context, pane: Pane, number: int, state: State) -> list[Any]:
-    """The strip, or why there is none: the views beside it can be drawn all the same."""
+    """Return the strip, or why it cannot be drawn; a failure here must not stop the two views."""
     try:
         return strip(context, pane, number, state) if pane.mode == "blocks" else []
     except FAILURES as error:
-        return [said(error)]
+        return [sentence(error)]
 
 
 def _value(state: State, control: dict[str, Any]) -> Any:
-    """The new value of a control, if it shows another: after a gesture, or when its own is not to be had."""
+    """Return a control's new value if it shows another one, after a gesture or where its own is not available."""
     its = control["id"]
     value = getattr(state.panes[min(its["pane"], len(state.panes) - 1)], its["set"])
     shown = (["on"] if value else []) if isinstance(value, bool) else value

@@ -1,4 +1,4 @@
-"""Callbacks of what stands beside the two views: the card of what is under the pointer, and the gallery."""
+"""Callbacks of what surrounds the two views: the card of what is under the pointer, the strip and the gallery."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ from dash import ALL, MATCH, ClientsideFunction, Input, Output, ctx, html, no_up
 from mamba_attn.viewer.card import card, thumbnail
 from mamba_attn.viewer.context import Context
 from mamba_attn.viewer.gestures import clicked, numbers
-from mamba_attn.viewer.saying import FAILURES, said
+from mamba_attn.viewer.saying import FAILURES, sentence
 from mamba_attn.viewer.state import Pane, State
-from mamba_attn.viewer.words import heading, unit
+from mamba_attn.viewer.words import heading, unit, visits
 
-_STRIP = 60  # thumbnails of chosen images
+_STRIP = 60  # thumbnails of selected images
 _CONTROLS = {"pane": MATCH, "set": ALL}
 
 
 def register(app: dash.Dash, context: Context) -> None:
-    """Add these callbacks."""
+    """Register the callbacks of the cards and of the gallery."""
     _card(app, context)
     _gallery(app, context)
 
@@ -51,12 +51,11 @@ def _card(app: dash.Dash, context: Context) -> None:
 
 
 def _words(found: Any, pane: Pane) -> list[Any]:
-    ranks = ", ".join("-" if rank is None else str(rank) for rank in found.ranks)
     strongest = ", ".join(f"({row}, {column}) {value:.2g}" for row, column, value in found.strongest)
-    verb = "reads most" if pane.direction == "row" else "most read by"
+    verb = "strongest sources" if pane.direction == "row" else "strongest readers"
     items = [
         ("patch", f"row {found.row}, column {found.column}"),
-        *([("step in each route", f"{ranks} of {found.steps}")] if ranks else []),
+        *([("visited", visits(found.ranks, found.steps))] if found.ranks else []),
         (verb, strongest),
         ("values", unit(pane)),
     ]
@@ -84,13 +83,13 @@ def _small(context: Context, pane: Pane, image: int) -> str:
 
 
 def strip(context: Context, pane: Pane, number: int, state: State) -> list[Any]:
-    """Return the images of the chosen points, as buttons.
+    """Return the images of the selected points, as buttons.
 
     Args:
-        context: of the stores.
-        pane: whose store.
+        context: the open stores.
+        pane: the pane whose store is meant.
         number: of the pane.
-        state: with the chosen points.
+        state: with the selected points.
     """
     source = context.views(pane).source
     counts: dict[int, int] = {}
@@ -126,7 +125,7 @@ def _gallery(app: dash.Dash, context: Context) -> None:
         try:
             maps = views.gallery(pane, state)
         except FAILURES as error:
-            return said(error)
+            return sentence(error)
         current = min(pane.layer, len(maps) - 1)
         saving = [
             html.Button(kind, id={"pane": 0, "export": f"gallery-{kind}"}, n_clicks=0, className="quiet",

@@ -10,7 +10,7 @@ import dash
 import numpy as np
 import plotly.graph_objects as go
 
-_ROOM = 0.05  # beside the points, of their extent
+_ROOM = 0.05  # margin around the points, as a part of their extent
 
 
 def on_canvas(figure: go.Figure) -> go.Figure:
@@ -56,7 +56,7 @@ def moved(xy: np.ndarray, revision: str) -> dash.Patch:
 
     Args:
         xy: (points, 2).
-        revision: of the figure, so that what the user zoomed to is forgotten.
+        revision: of the figure; a new one makes plotly forget the user's zoom.
     """
     change = dash.Patch()
     for name, values in zip("xy", xy.T.astype("<f4"), strict=True):

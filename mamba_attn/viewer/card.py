@@ -1,4 +1,4 @@
-"""What is known of one patch: where it is, when each route visits it, what it reads most."""
+"""The card of one patch: its place, when each route visits it, its strongest sources or readers."""
 
 from typing import Any, NamedTuple
 
@@ -13,15 +13,15 @@ from mamba_attn.viewer.words import palette, signed
 
 
 class Card(NamedTuple):
-    """One patch.
+    """Facts about one patch.
 
     Args:
-        row: of the grid.
-        column: of the grid.
-        ranks: step in each route, from 1; None where the route does not visit it.
-        steps: of every route.
-        strongest: (row, column, value) of the largest values of its map.
-        picture: its map, as the address of a PNG.
+        row: on the grid.
+        column: on the grid.
+        ranks: its step in each route, from 1; None where the route does not visit it.
+        steps: length of every route.
+        strongest: (row, column, value) of the values with the largest magnitude in its map.
+        picture: its map, as a data URI of a PNG.
     """
 
     row: int
@@ -33,12 +33,12 @@ class Card(NamedTuple):
 
 
 def card(views: Views, pane: Pane, cell: int) -> Card:
-    """Return what is known of a patch.
+    """Return the card of a patch.
 
     Args:
         views: of the store.
         pane: which attention.
-        cell: raster index.
+        cell: raster index of the patch.
 
     Raises:
         ValueError: no such patch.
@@ -59,12 +59,12 @@ def card(views: Views, pane: Pane, cell: int) -> Card:
 
 
 def thumbnail(values: np.ndarray, pane: Pane, pixels: int = 112) -> str:
-    """Return a map as the address of a small PNG.
+    """Return a map as the data URI of a small PNG.
 
     Args:
         values: (height, width).
-        pane: whose colours.
-        pixels: of its longer side, at least.
+        pane: the pane whose colours are used.
+        pixels: least length of its longer side.
     """
     limits: dict[str, Any] = colours.limits(values, signed(pane))
     chosen = colours.scale(values, colours=colours.BLUE_ORANGE if limits["signed"] else palette(pane), **limits)

@@ -1,4 +1,4 @@
-"""What all callbacks share: the open stores with their views, and how the browser's values become a state."""
+"""Shared by all callbacks: the open stores with their views, and parsing of the browser's values."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,10 +12,10 @@ from mamba_attn.viewer.views import Views
 
 
 class Context:
-    """The open stores.
+    """The open stores and their views.
 
     Args:
-        sources: one for each.
+        sources: one per store.
     """
 
     def __init__(self, sources: Sequence[Source]) -> None:
@@ -27,12 +27,12 @@ class Context:
         return self._views[min(max(pane.store, 0), len(self._views) - 1)]
 
     def pane(self, inputs: Any) -> Pane:
-        """Return the pane that controls say, as far as its store has it.
+        """Return the pane that the controls describe, limited to what its store has.
 
         Args:
             inputs: one entry of ``ctx.inputs_list`` or ``ctx.states_list``.
 
-        A value that no control has ends the request, 400.
+        A value that no control offers ends the request with status 400.
         """
         given = {item["id"]["set"]: item.get("value") for item in inputs}
         plain = Pane()
@@ -48,26 +48,26 @@ class Context:
         return fitting(self.views(pane).source, pane)
 
     def panes(self, inputs: Any) -> tuple[Pane, ...]:
-        """Return all panes that the page's controls say, in order."""
+        """Return all panes that the page's controls describe, in order."""
         numbers = sorted({item["id"]["pane"] for item in inputs})
         return tuple(self.pane([item for item in inputs if item["id"]["pane"] == number]) for number in numbers)
 
     def state(self, panes: Sequence[Pane], selection: Any) -> State:
-        """Return the state of panes and of the store "selection".
+        """Return the state made of panes and of the store "selection".
 
-        A selection that is none ends the request, 400.
+        An invalid selection ends the request with status 400.
         """
         plain = State().to_json()
         given = selection if isinstance(selection, dict) else {}
-        panes_said = [State(panes=(pane,)).to_json()["panes"][0] for pane in panes]
+        given_panes = [State(panes=(pane,)).to_json()["panes"][0] for pane in panes]
         try:
-            return State.from_json({**plain, **given, "panes": panes_said})
+            return State.from_json({**plain, **given, "panes": given_panes})
         except ValueError as error:
             raise BadRequest(str(error)) from error
 
     @staticmethod
     def selection(state: State) -> dict[str, Any]:
-        """Return what the store "selection" holds."""
+        """Return the value for the store "selection": the state without its panes."""
         given = state.to_json()
         del given["panes"]
         return given

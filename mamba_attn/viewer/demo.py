@@ -1,4 +1,4 @@
-"""The store that is shown when none is named: the package's own images and demo model, collected once."""
+"""The default store: the package's own images and demo model, collected once."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,20 +11,20 @@ _NEEDED = {"zarr": "zarr"}
 
 
 def demo_folder() -> Path:
-    """Return where it is kept: in ``MAMBA_ATTN_CACHE``, or ~/.cache/mamba_attn."""
+    """Return its folder, in ``MAMBA_ATTN_CACHE`` or ~/.cache/mamba_attn."""
     from mamba_attn.models.official import cache_folder
 
     return cache_folder() / f"explore-{MODEL}"
 
 
 def demo_store(advance: Callable[[int, int], None] = lambda done, wanted: None) -> Path:
-    """Return the folder of the store, collected when it is not there yet, or finished when it was left half written.
+    """Return the folder of the store; collect it first if it is missing or unfinished.
 
     Args:
-        advance: called with the images that are done, and those that are wanted, while it is collected.
+        advance: called during collection with the number of images done, and the number wanted.
 
     Raises:
-        StoreError: there is something else, a store of another version, or of other weights or images.
+        StoreError: the folder holds something else, or a store of another version, other weights or other images.
         OSError: the cache cannot be written.
         ImportError: a package that collecting needs is missing.
     """
@@ -35,12 +35,12 @@ def demo_store(advance: Callable[[int, int], None] = lambda done, wanted: None) 
     folder = demo_folder()
     try:
         if (folder / INDEX).is_file() and Index.read(folder).finished:
-            AttentionStore.open(folder).model()  # it is of this package's weights
+            AttentionStore.open(folder).model()  # raises if the weights are not this package's
             return folder
         _collect(folder, advance)
     except StoreError as error:
         raise StoreError(
-            f"{error} This folder is only a cache: delete {folder}, and the demo is collected again."
+            f"{error} This folder is only a cache: delete {folder} and the demo will be collected again."
         ) from error
     return folder
 

@@ -1,4 +1,4 @@
-"""What is drawn of a pane: its points, when they change; its map, only as far as it changed."""
+"""Draws a pane: its points when they change, and only the changed parts of its map."""
 
 import base64
 import hashlib
@@ -13,27 +13,25 @@ from dash import ALL, MATCH, ClientsideFunction, Input, Output, ctx, no_update
 from mamba_attn.viewer.canvas import moved, on_canvas
 from mamba_attn.viewer.context import Context
 from mamba_attn.viewer.offer import colours
-from mamba_attn.viewer.saying import BLANK, FAILURES, said
+from mamba_attn.viewer.saying import BLANK, FAILURES, sentence
 from mamba_attn.viewer.state import Pane, State
 from mamba_attn.viewer.words import heading, legend
 
-# of the map; what else a pane says changes its colours alone, or the points
+# a change of one of these needs a new figure; any other field changes only the map's values, or the points
 _PICTURE = ("store", "layer", "image", "palette", "opacity", "path", "step")
-
-
 _KEPT = 16  # figures of points
 _NOTHING = "nothing"  # the key of a view that could not be drawn: the next change tries again
 
 
 class Drawn(NamedTuple):
-    """A patch view for the page; ``no_update`` for what stays.
+    """A patch view for the page; ``no_update`` for parts that stay.
 
     Args:
         figure: all of it.
-        map: or what changes of it, for ``assets/points.js``.
-        title: above it.
-        notice: below it.
-        key: what it is drawn of, which the page hands back.
+        map: or only its changes, for ``assets/points.js``.
+        title: text above it.
+        notice: text below it.
+        key: hash of what it shows; the page sends it back with the next request.
     """
 
     figure: Any
@@ -44,8 +42,8 @@ class Drawn(NamedTuple):
 
 
 def register(app: dash.Dash, context: Context) -> None:
-    """Add the callbacks that draw points; maps are drawn by those of ``acting``."""
-    kept: dict[str, Any] = {}  # figures of points, which take longer to make than to send
+    """Register the callbacks that draw points; those of ``acting`` draw the maps."""
+    kept: dict[str, Any] = {}  # figures of points: making one takes longer than sending it
 
     @app.callback(
         Output(_of("scatter"), "figure"),
@@ -59,7 +57,7 @@ def register(app: dash.Dash, context: Context) -> None:
         pane = context.pane(ctx.inputs_list[0])
         views = context.views(pane)
         layer = views.source.layer(pane)
-        # what the points depend on; a change of anything else leaves them where they are
+        # all that the points depend on; any other change leaves them in place
         key = [pane.store, pane.mode, layer.stage if pane.mode == "blocks" else layer.name, pane.method, pane.colour]
         key += [] if pane.method == "pca" else [pane.first]
         places = [] if pane.mode == "blocks" else [views.source.route(pane), pane.direction]
@@ -76,7 +74,7 @@ def register(app: dash.Dash, context: Context) -> None:
                 for oldest in list(kept)[:-_KEPT]:
                     kept.pop(oldest, None)
         except (*FAILURES, ValueError) as error:  # ValueError: too few points
-            return BLANK, "Points", said(error), None
+            return BLANK, "Points", sentence(error), None
         return figure, views.points(pane).about, "", [key, places]
 
     @app.callback(
@@ -98,13 +96,13 @@ def register(app: dash.Dash, context: Context) -> None:
 
 
 def drawn_map(context: Context, pane: Pane, state: State, before: Any) -> Drawn:
-    """Return the patch view of a pane, as far as it differs from what the page shows.
+    """Return the parts of a pane's patch view that differ from what the page shows.
 
     Args:
-        context: of the stores.
+        context: the open stores.
         pane: which attention.
         state: the selection.
-        before: key of what the page shows; None for nothing.
+        before: key of what the page shows; None if it shows nothing.
     """
     picture, values = _key(pane, state)
     if before == [picture, values]:
@@ -118,7 +116,7 @@ def drawn_map(context: Context, pane: Pane, state: State, before: Any) -> Drawn:
         else:
             figure = views.patches(pane, state).update_layout(height=None)
     except FAILURES as error:
-        return Drawn(BLANK, no_update, "Patches", said(error), _NOTHING)
+        return Drawn(BLANK, no_update, "Patches", sentence(error), _NOTHING)
     return Drawn(figure, changes, heading(views.source, pane, state), "", [picture, values])
 
 
@@ -127,7 +125,7 @@ def _of(name: str, part: str = "view") -> dict[str, Any]:
 
 
 def _key(pane: Pane, state: State) -> list[str]:
-    """What the picture below the map is of, and what the map is of; short, as it goes to the page and back."""
+    """Return hashes of what the picture and the map depend on; short, because they travel to the page and back."""
     fields = asdict(pane)
     picture = [fields.pop(name) for name in _PICTURE] + [pane.route if pane.path else None]
     for name in ("mode", "method", "first", "colour"):
@@ -137,6 +135,6 @@ def _key(pane: Pane, state: State) -> list[str]:
 
 
 def _packed(changes: dict[str, Any]) -> dict[str, Any]:
-    """A map without its numbers spelt out."""
+    """Pack the map's numbers as base64, which is shorter than JSON."""
     values = np.ascontiguousarray(changes["z"], dtype="<f4")
     return {**changes, "z": base64.b64encode(values.tobytes()).decode("ascii"), "width": values.shape[1]}

@@ -1,4 +1,4 @@
-"""Saving a view: a self-contained page, a picture (drawn by the browser), the numbers."""
+"""Saves a view as a self-contained page, as a picture (drawn by the browser), or as numbers."""
 
 import io
 import textwrap
@@ -22,7 +22,7 @@ _BUTTONS = {"pane": ALL, "export": ALL}
 
 
 def register(app: dash.Dash, context: Context) -> None:
-    """Add these callbacks."""
+    """Register the callbacks of the HTML, PNG and NPZ buttons."""
 
     @app.callback(
         Output("file", "data"), Output("picture", "data"),
@@ -37,7 +37,7 @@ def register(app: dash.Dash, context: Context) -> None:
         pane = panes[min(ctx.triggered_id["pane"], len(panes) - 1)]
         state, views = context.state([pane], selection), context.views(pane)
         name = f"mamba_attn_{view}"
-        # where there is nothing to save, the page says why: see saying
+        # UnavailableError, if there is nothing to save, ends up on the page: see saying
         if kind == "HTML":
             return {"content": as_html(views, pane, state, view), "filename": f"{name}.html"}, no_update
         if kind == "NPZ":
@@ -53,7 +53,7 @@ def register(app: dash.Dash, context: Context) -> None:
 
 
 def as_figure(views: Views, pane: Pane, state: State, view: str) -> go.Figure:
-    """Return a view as a figure that says what it shows.
+    """Return a view as a figure with a title.
 
     Args:
         views: of the store.
@@ -62,7 +62,7 @@ def as_figure(views: Views, pane: Pane, state: State, view: str) -> go.Figure:
         view: "scatter", "patches" or "gallery".
 
     Raises:
-        UnavailableError: gate or D where there is none.
+        UnavailableError: gate or D are asked for and the layer lacks them.
     """
     if view == "gallery":
         names = [f"stage {layer.stage} · block {layer.block}" for layer in views.source.layers]
@@ -78,7 +78,7 @@ def as_figure(views: Views, pane: Pane, state: State, view: str) -> go.Figure:
 
 
 def as_html(views: Views, pane: Pane, state: State, view: str) -> str:
-    """Return a view as one page that needs no network; arguments as in ``as_figure``."""
+    """Return a view as one offline page; arguments as in ``as_figure``."""
     figure = as_figure(views, pane, state, view)
     return str(figure.to_html(include_plotlyjs=True, full_html=True, config=_CONFIG))
 

@@ -1,4 +1,4 @@
-"""Gestures in the browser to cells and points: clicks, boxes, lassos, keys. Nothing that comes in is believed."""
+"""Turns gestures in the browser into cells and points. Input is never trusted: anything malformed selects nothing."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ _CORNERS = 20_000  # of a lasso
 
 
 def clicked(event: Any, grid: tuple[int, int]) -> list[int]:
-    """Return the patch of a click into the patch view, none if it missed.
+    """Return the clicked patch, in a list; empty if the click missed.
 
     Args:
         event: plotly's.
@@ -26,7 +26,7 @@ def clicked(event: Any, grid: tuple[int, int]) -> list[int]:
 
 
 def dragged(event: Any, grid: tuple[int, int]) -> list[int]:
-    """Return the patches that a box of the patch view cuts, or whose centres lie in a lasso.
+    """Return the patches that a box overlaps, or whose centres lie in a lasso.
 
     Args:
         event: plotly's.
@@ -47,7 +47,7 @@ def enclosed(event: Any, points: np.ndarray) -> list[int]:
 
 
 def _held(event: Any, x: np.ndarray, y: np.ndarray, edge: Callable[[float], float]) -> list[int]:
-    """Numbers of the places in a lasso, or in a box with such edges."""
+    """Return the numbers of the places in a lasso, or in a box whose edges are rounded by ``edge``."""
     if not isinstance(event, dict):
         return []
     try:
@@ -65,7 +65,7 @@ def _held(event: Any, x: np.ndarray, y: np.ndarray, edge: Callable[[float], floa
 
 
 def numbers(event: Any, count: int) -> list[int]:
-    """Return the numbers of the points of an event of the scatterplot.
+    """Return the numbers of the points named in an event of the scatterplot.
 
     Args:
         event: plotly's.
@@ -82,7 +82,7 @@ def numbers(event: Any, count: int) -> list[int]:
 
 
 def moved(state: State, key: str, grid: tuple[int, int]) -> list[int]:
-    """Return the patch beside the chosen one, in an arrow key's direction; from the middle if none is chosen.
+    """Return the neighbour of the selected patch in an arrow key's direction; the middle patch if none is selected.
 
     Args:
         state: the selection.
@@ -99,7 +99,7 @@ def moved(state: State, key: str, grid: tuple[int, int]) -> list[int]:
 
 
 def _inside(x: np.ndarray, y: np.ndarray, corner_x: np.ndarray, corner_y: np.ndarray) -> np.ndarray:
-    """Whether points lie in a polygon, by how many edges a ray to the right crosses."""
+    """Whether points lie in a polygon: a ray to the right crosses an odd number of edges."""
     odd = np.zeros(len(x), dtype=bool)
     for x0, y0, x1, y1 in zip(corner_x, corner_y, np.roll(corner_x, -1), np.roll(corner_y, -1), strict=True):
         if y0 != y1:

@@ -1,4 +1,4 @@
-"""What a request must be to reach a callback: what no page of ours sends is refused, without a traceback."""
+"""Refuses every request that our own page would not send, without a traceback."""
 
 import ipaddress
 import json
@@ -16,11 +16,11 @@ _POLICY = (
     "form-action 'none'"
 )
 _UPDATE = "/_dash-update-component"
-_SPLIT = ("\\", "..", "\0")  # of a path: what no file of the page has
+_SPLIT = ("\\", "..", "\0")  # parts of a path that no file of the page contains
 
 
 def guard(app: dash.Dash, host: str) -> None:
-    """Refuse what is not for this app, and let its pages load nothing from elsewhere.
+    """Refuse requests that are not for this app, and forbid its pages to load anything from elsewhere.
 
     Args:
         app: whose server it is.
@@ -60,7 +60,7 @@ def _parsed(body: bytes) -> Any:
 
 
 def _is_call(app: dash.Dash, body: Any) -> bool:
-    """Whether JSON has the shape of what dash's page sends for one of our callbacks."""
+    """Whether JSON has the shape that dash's page sends for one of our callbacks."""
     if not isinstance(body, dict) or not isinstance(body.get("output"), str):
         return False
     known = app.callback_map.get(body["output"])
@@ -79,7 +79,7 @@ def _is_call(app: dash.Dash, body: Any) -> bool:
 
 
 def _is_item(item: Any) -> bool:
-    """Whether it names a property of one component, or of several."""
+    """Whether it names a property of one component or of several."""
     if isinstance(item, list):
         return all(isinstance(each, dict) and _is_item(each) for each in item)
     return isinstance(item, dict) and isinstance(item.get("id"), str | dict) and isinstance(item.get("property"), str)

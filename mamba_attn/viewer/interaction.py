@@ -1,4 +1,4 @@
-"""What gestures and keys mean: the state after a click, a box, a lasso, a key; and a second pane."""
+"""Computes the state after a click, box, lasso or key, and opens or closes the second pane."""
 
 from dataclasses import replace
 from typing import Any
@@ -18,20 +18,20 @@ _KEYS = 32  # of one message
 
 
 def register(app: dash.Dash, context: Context) -> None:
-    """Add the callbacks of the whole page: panes, help."""
+    """Register the callbacks of the whole page: number of panes, list of keys."""
     _panes(app, context)
     _keys(app)
 
 
 def after(context: Context, state: State, source: Any, event: dict[str, Any], *, add: bool = False) -> State:
-    """Return the state after a gesture, the same where it means nothing.
+    """Return the state after a gesture; unchanged if the gesture means nothing.
 
     Args:
         context: of the stores.
-        state: before it.
-        source: id of what it happened to.
+        state: before the gesture.
+        source: id of the element it happened to.
         event: dash's, with "value" and "prop_id".
-        add: to what is chosen, instead of in its place; a click takes away what is chosen already.
+        add: add to the selection instead of replacing it; a click on something selected removes it.
     """
     value = event["value"]
     if source == "key":
@@ -71,7 +71,7 @@ def _cells(state: State, grid: tuple[int, int], cells: list[int], add: bool, dra
 
 
 def _opened(state: State, views: Views, index: int, clicked: bool) -> State:
-    """The patch view on a chosen point: on the one that was clicked, else on the first, unless it shows one of them."""
+    """Open the clicked point in the patch view, else the first selected one, unless it already shows one of them."""
     pane = state.panes[index]
     if not state.points or (not clicked and pane.what != "mean" and views.open_points(pane)[0] in state.points):
         return state
@@ -80,7 +80,7 @@ def _opened(state: State, views: Views, index: int, clicked: bool) -> State:
 
 
 def _joined(before: list[Any], new: list[Any], drag: bool) -> list[Any]:
-    """Both, in the order in which they were chosen; a click on something chosen leaves it out."""
+    """Join both in the order of selection; a click on something selected removes it."""
     if not drag and new[0] in before:
         return [each for each in before if each != new[0]]
     return list(dict.fromkeys([*before, *new]))
@@ -133,7 +133,7 @@ def _panes(app: dash.Dash, context: Context) -> None:
             first = state.panes[0]
             state = replace(state, panes=(first,) if len(state.panes) == 2 else (first, first))
         elif built == [pane.store for pane in state.panes]:
-            raise PreventUpdate  # the controls of a new page report themselves too
+            raise PreventUpdate  # the controls of a newly built page trigger this too
         return page(context.sources, state)
 
 

@@ -1,4 +1,4 @@
-"""Attention that no store holds, from a traced forward pass of one image: rows and regions in linear time."""
+"""Rows and regions of attention that is not stored, in linear time, from a traced forward pass of one image."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mamba_attn import images, ops
 from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.ops.arguments import to_tokens
 from mamba_attn.tracing.layers import Layer, ScanLayer
 from mamba_attn.tracing.tracer import Trace, trace
 from mamba_attn.viewer.saying import UnavailableError
@@ -19,7 +20,7 @@ _TRACES = 4  # images whose records are remembered
 
 
 class Live:
-    """A store's model, run on an image when that is asked for.
+    """A store's model, run on an image on demand.
 
     Args:
         store: an ``AttentionStore``.
@@ -29,7 +30,7 @@ class Live:
         self._store = store
         self._model = store.model()
         self._traces: OrderedDict[str, Trace] = OrderedDict()
-        self._lock = Lock()  # a trace belongs to one thread, and the server has several
+        self._lock = Lock()  # a trace belongs to one thread, but the server has several
 
     def read(
         self, image: Any, layer: str, tokens: Sequence[int], *, route: str | int = "sum", direction: str = "row",
@@ -92,8 +93,9 @@ def _skip(scan: ScanRecord, weight: Tensor | None) -> Tensor:
     """(batch or 1, tokens) of D on the diagonal, as the channel mean, once for every route that reads the token."""
     if scan.D is None:
         raise ValueError("this mixer has no D.")
-    diagonal = torch.zeros(scan.channels, scan.tokens, dtype=scan.D.dtype)
-    for route in range(scan.routes):
-        diagonal[:, scan.write_order[route]] += scan.D[route, :, None]
-    weighted = diagonal[None] if weight is None else diagonal * weight
+    diagonal = scan.D
+    if diagonal.ndim == 2:  # of routes
+        each = scan.D.unsqueeze(-1).expand(1, -1, -1, scan.length)
+        diagonal = to_tokens(each, scan.write_order.unsqueeze(-2), scan.tokens).sum(1)
+    weighted = diagonal if weight is None else diagonal * weight
     return weighted.mean(1) * scan.scale

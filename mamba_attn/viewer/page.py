@@ -11,30 +11,24 @@ from mamba_attn.viewer.offer import colours, fitting
 from mamba_attn.viewer.source import Source, others
 from mamba_attn.viewer.state import CHOICES, Pane, State
 
-MANY = 2000  # images that the list offers; the others can be reached by a click on their point
+MANY = 2000  # images in the list; a click on its point opens any other
 LABELS = {
-    "blocks": "blocks", "patches": "patches", "row": "reads", "column": "is read", "range": "0 to 1",
-    "largest": "/ largest", "sum": "/ sum", "pca": "PCA", "tsne": "t-SNE", "umap": "UMAP",
+    "blocks": "blocks of this stage", "patches": "patches of this block", "row": "takes from", "column": "gives to",
+    "mean": "average of all images", "image": "this image", "difference": "this image minus average",
+    "range": "0 to 1", "largest": "divide by maximum", "sum": "divide by sum",
+    "pca": "PCA", "tsne": "t-SNE", "umap": "UMAP",
 }  # fmt: skip
 KEYS = (
-    ("← ↑ → ↓", "move the chosen patch"), ("Esc", "choose nothing: all patches"), ("r", "reads / is read"),
-    ("[ ]", "previous, next block"), ("0 1 2 …", "sum, or a route"), ("m", "mean, image, difference"),
+    ("← ↑ → ↓", "move the chosen patch"), ("Esc", "clear selection"), ("r", "takes from / gives to"),
+    ("[ ]", "previous, next block"), ("0 1 2 …", "sum, or a route"), ("m", "average, image, difference"),
     ("v", "blocks / patches"), ("p", "path of the route"), ("?", "these keys"),
 )  # fmt: skip
-_ABOVE = (
-    "store",
-    "layer",
-    "route",
-    "mode",
-    "direction",
-    "what",
-    "image",
-    "colour",
-)  # seen without "Display", or of the mode
+# not counted as changes under "Display": seen without it, or set by the mode
+_ABOVE = ("store", "layer", "route", "mode", "direction", "what", "image", "colour")
 
 
 def shell() -> html.Div:
-    """Return what the browser gets first; the address then fills it."""
+    """Return the empty page that the browser gets first; the callback of the address fills it."""
     return html.Div(
         [
             dcc.Location(id="address", refresh=False), dcc.Store(id="selection", data={}), dcc.Store(id="link"),
@@ -46,10 +40,10 @@ def shell() -> html.Div:
 
 
 def page(sources: Sequence[Source], state: State) -> list[Any]:
-    """Return the page of a state.
+    """Return the whole page for a state.
 
     Args:
-        sources: of the stores that are open.
+        sources: of the open stores.
         state: what to show.
     """
     two = len(state.panes) == 2
@@ -91,7 +85,7 @@ def _pane(sources: Sequence[Source], index: int, pane: Pane) -> html.Article:
         className="views",
     )
     extra = others(source.layer(pane).layout)
-    buttons = [html.Button("all patches", id={"pane": index, "do": "clear"}, n_clicks=0)]
+    buttons = [html.Button("clear selection", id={"pane": index, "do": "clear"}, n_clicks=0)]
     if extra:
         buttons.append(html.Button("class token", id={"pane": index, "do": "class"}, n_clicks=0))
     below = html.Div(
@@ -117,7 +111,7 @@ def _view(index: int, view: str, title: str, hint: str) -> html.Section:
     )  # fmt: skip
     config = {
         "displaylogo": False, "responsive": True, "scrollZoom": False, "doubleClick": False, "doubleClickDelay": 1,
-        # named one by one: plotly's own list has buttons that send figures to a cloud
+        # listed one by one, because some of plotly's default buttons send figures to a cloud
         "modeBarButtons": [["select2d", "lasso2d", "zoom2d", "pan2d", "resetScale2d"]],
     }  # fmt: skip
     graph = dcc.Graph(id={"pane": index, "view": view}, config=config, className=f"graph {view}", responsive=True)
@@ -150,9 +144,9 @@ def _controls(sources: Sequence[Source], source: Source, index: int, pane: Pane)
         *([_list(index, "store", "model", stores, pane.store)] if len(sources) > 1 else []),
         _list(index, "layer", "block", layers, min(pane.layer, len(layers) - 1)),
         _choice(index, "route", "route", {-1: "sum", **offered}, pane.route),
-        _choice(index, "mode", "points", _named("mode"), pane.mode),
+        _choice(index, "mode", "compare", _named("mode"), pane.mode),
         _choice(index, "direction", "a patch", _named("direction"), pane.direction),
-        _choice(index, "what", "of", _named("what"), pane.what),
+        _choice(index, "what", "show", _named("what"), pane.what),
         _list(index, "image", "image", images, min(pane.image, len(source.images) - 1)),
     ]
     return html.Div([html.Div(main, className="controls"), _display(source, index, pane)])
@@ -174,15 +168,17 @@ def _display(source: Source, index: int, pane: Pane) -> html.Details:
     path = [
         _switches(index, {"path": "scan path"}, pane),
         _labelled(
-            "steps of it (0: all)", dcc.Slider(0, steps, 1, value=pane.step, id=_id(index, "step"), **slider), "slider"
+            "show first N steps (0: all)",
+            dcc.Slider(0, steps, 1, value=pane.step, id=_id(index, "step"), **slider),
+            "slider",
         ),
     ]
     controls = [
         _choice(index, "sign", "values", _named("sign"), pane.sign),
-        _choice(index, "normalise", "scaled", _named("normalise"), pane.normalise),
+        _choice(index, "normalise", "scale", _named("normalise"), pane.normalise),
         _switches(index, {"log": "log", **({"gate": "gate", "skip": "D"} if source.scans else {})}, pane),
         _choice(index, "method", "reduction", _named("method"), pane.method),
-        _switches(index, {"first": "PCA to 100 first"}, pane),
+        _switches(index, {"first": "reduce to 100 dimensions first (PCA)"}, pane),
         _list(index, "colour", "colour of points", {each: each for each in colours(source, pane.mode)}, pane.colour),
         _choice(index, "palette", "map", _named("palette"), pane.palette),
         _labelled("opacity", dcc.Slider(0, 1, 0.05, value=pane.opacity, id=_id(index, "opacity"), **slider), "slider"),

@@ -1,4 +1,4 @@
-"""Numbers as runs, so that a lasso over thousands fits an address: 3, 4, 5, 9 are "3:5,9"."""
+"""Packs numbers as runs, to fit a lasso over thousands into an address: 3, 4, 5, 9 become "3:5,9"."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ _RUN = re.compile(r"(-?\d{1,7})(?::(-?\d{1,7}))?")
 
 
 def packed(numbers: Sequence[int]) -> str:
-    """Return numbers in their order, neighbours that count up as one run."""
+    """Return numbers as text, in their order; neighbours that count up become one run."""
     found: list[list[int]] = []
     for number in numbers:
         if found and number == found[-1][1] + 1:
@@ -32,10 +32,10 @@ def unpacked(text: str, most: int) -> list[int]:
     for run in text.split(",") if text else []:
         match = _RUN.fullmatch(run)
         if match is None:
-            raise ValueError(f"{run[:20]!r} is no run of numbers")
+            raise ValueError(f"{run[:20]!r} is not a run of numbers")
         first, last = int(match[1]), int(match[2] or match[1])
         if last - first >= most - len(found):
-            raise ValueError(f"more than {most} numbers are chosen")
+            raise ValueError(f"more than {most} numbers are selected")
         found += range(first, last + 1)
     return found
 

@@ -1,38 +1,38 @@
-"""What goes wrong while the page is used, as sentences on it: a damaged store, weights that moved, no such package."""
+"""Shows failures on the page as sentences: a damaged store, weights that moved, a missing package."""
 
 from typing import Any
 
 from mamba_attn.errors import MambaAttnError
 
-# the state of the store, the model or the machine; anything else is a bug, and stays one
+# failures of store, model or machine; anything else is a bug and must not be hidden
 FAILURES = (MambaAttnError, OSError, ImportError)
-# in place of a view that cannot be drawn: an old picture must not stand under a new title
+# drawn instead of a view that failed: otherwise the old picture would stay under a new title
 BLANK: dict[str, Any] = {
     "data": [], "layout": {"xaxis": {"visible": False}, "yaxis": {"visible": False}, "dragmode": False},
 }  # fmt: skip
 
 
 class UnavailableError(MambaAttnError):
-    """Something that this store and model cannot show; the message is for the page."""
+    """This store or model cannot show what was asked for; the message is shown on the page."""
 
 
 def on_error(error: Exception) -> None:
-    """Say a failure above the views, whichever callback met it; dash asks this for all of them.
+    """Show a failure above the views; dash calls this for errors of every callback.
 
     Args:
-        error: what a callback raised.
+        error: raised by a callback.
 
     Raises:
-        Exception: the same, if it is a bug.
+        Exception: the error itself, if it is a bug.
     """
     if not isinstance(error, FAILURES):
         raise error
-    from dash import set_props  # the views behind the page need no dash
+    from dash import set_props  # imported late: views work without dash
 
-    set_props("message", {"children": said(error)})
+    set_props("message", {"children": sentence(error)})
 
 
-def said(error: Exception) -> str:
+def sentence(error: Exception) -> str:
     """Return a failure as a sentence."""
     text = str(error) or type(error).__name__
     return f"{text[0].upper()}{text[1:]}" if text[:1].isalpha() else text

@@ -1,4 +1,4 @@
-"""The scatterplot of points that are made: their colours, sizes, and what stands under the pointer."""
+"""Draws the scatterplots: colours, sizes and hover texts of the points."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ _SIZES = (5.0, 13.0)  # pixels, of the first and the last row
 
 
 def of_blocks(source: Source, xy: np.ndarray, pairs: np.ndarray, colour: str, shared: dict[str, Any]) -> go.Figure:
-    """Return the points of a stage's blocks and images.
+    """Return the scatterplot of a stage's (block, image) pairs.
 
     Args:
         source: of their names.
@@ -35,7 +35,7 @@ def of_blocks(source: Source, xy: np.ndarray, pairs: np.ndarray, colour: str, sh
 def of_patches(
     layer: Any, xy: np.ndarray, ranks: np.ndarray, route: int, colour: str, shared: dict[str, Any]
 ) -> go.Figure:
-    """Return the points of a block's patches.
+    """Return the scatterplot of a block's patches.
 
     Args:
         layer: whose patches.
@@ -47,7 +47,7 @@ def of_patches(
     """
     rows, columns = np.divmod(np.arange(len(xy)), layer.layout.grid[1])
     values = {"column": columns, "row": rows, "rank": ranks[min(route, len(ranks) - 1)]}[colour]
-    # as in arXiv 2502.20764: colour says the column and size the row
+    # as in arXiv 2502.20764: colour shows the column and size the row
     sized = columns if colour == "row" else rows
     sizes = np.interp(sized, (0, max(int(sized.max()), 1)), _SIZES) * (0.6 if len(xy) > 1500 else 1.0)
     title = f"rank in route {min(route, len(ranks) - 1) + 1}" if colour == "rank" else colour

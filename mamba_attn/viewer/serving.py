@@ -1,4 +1,4 @@
-"""A server for one person: bound before anything is said, threads, no debugger, no reloader."""
+"""A threaded server for one person, bound before its address is printed; no debugger, no reloader."""
 
 import errno
 import logging
@@ -25,7 +25,7 @@ def bound(app: "dash.Dash", host: str, port: int) -> Iterator[BaseWSGIServer]:
     Raises:
         OSError: the port is in use, or the address cannot be bound; a sentence.
     """
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line per request helps nobody here
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a log line per request would only be noise
     with _socket(host, port) as listening:
         server = make_server(host, port, app.server, threaded=True, fd=listening.fileno())
         try:
@@ -48,10 +48,10 @@ def _socket(host: str, port: int) -> socket.socket:
         listening.close()
         if error.errno == errno.EADDRINUSE:
             raise OSError(
-                f"port={port}: on {host} this port is in use, perhaps by another explorer; name another, or port=0 for "
-                "any that is free."
+                f"port={port}: on {host} this port is in use, perhaps by another explorer; choose another, or "
+                "port=0 for any free one."
             ) from error
         raise OSError(
-            f"host={host!r} port={port}: this address cannot be bound ({error.strerror}); name another."
+            f"host={host!r} port={port}: this address cannot be bound ({error.strerror}); choose another."
         ) from error
     return listening

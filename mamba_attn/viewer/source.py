@@ -1,4 +1,4 @@
-"""Where the numbers come from: rows and regions of stored attention, read lazily; a live model where none is stored."""
+"""Reads rows and regions of stored attention lazily, and runs the model where none is stored."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from mamba_attn.core.layout import TokenLayout
 
 _REMEMBERED = 256 * 2**20  # bytes of matrices and pictures
-_BAND = 256  # rows, or columns, read at once: as many as the tiles that one of them lies in hold anyway
+_BAND = 256  # rows, or columns, read at once: zarr unpacks whole tiles, so fewer would cost as much
 Item = TypeVar("Item")
 
 
 class Source:
-    """One store, and what is read of it again and again.
+    """One store, with a cache of what is read repeatedly.
 
     Args:
         store: an ``AttentionStore``.
@@ -38,24 +38,24 @@ class Source:
 
     @cached_property
     def scans(self) -> bool:
-        """Whether any layer scans its tokens, and so has routes, a path, perhaps a gate and D."""
+        """Whether any layer scans its tokens, and thus has routes, a path, perhaps a gate and D."""
         return any(scans(layer) for layer in self.layers)
 
     @cached_property
     def live(self) -> Live:
-        """The model itself, built when it is first needed."""
+        """The model itself, built on first use."""
         return Live(self.store)
 
     def layer(self, pane: Pane) -> Any:
-        """Return the pane's layer, the last one if there are fewer."""
+        """Return the pane's layer, or the last one if there are fewer."""
         return self.layers[min(pane.layer, len(self.layers) - 1)]
 
     def route(self, pane: Pane) -> str | int:
-        """Return the pane's route, "sum" if the layer has no such."""
+        """Return the pane's route, or "sum" if the layer does not have it."""
         return pane.route if 0 <= pane.route < self.layer(pane).routes else "sum"
 
     def image(self, pane: Pane) -> Any:
-        """Return the pane's image, the last one if there are fewer."""
+        """Return the pane's image, or the last one if there are fewer."""
         return self.images[min(pane.image, len(self.images) - 1)]
 
     def stage(self, pane: Pane) -> list[int]:
@@ -78,20 +78,22 @@ class Source:
 
         Args:
             pane: which attention.
-            tokens: of the layer's token frame; none of them stands for all.
+            tokens: of the layer's token frame; empty means all.
 
         Raises:
-            UnavailableError: gate or D of the mean, which only images have; an image without a model that runs; the
-                mean of a route where sums alone were collected.
+            UnavailableError: gate or D of a mean (only images have them); an image that is not stored and a model that
+                cannot run; the mean of a route if only sums were collected.
         """
         layer = self.layer(pane)
         chosen = list(tokens) or list(range(layer.layout.tokens))
         if pane.what == "mean":
             if pane.gate or pane.skip:
-                raise UnavailableError("Gate and D belong to an image: show 'image' instead of 'mean'.")
+                raise UnavailableError(
+                    "Gate and D exist for single images only: show 'this image' instead of the average."
+                )
             return self._of_mean(pane, chosen)
         if pane.what == "difference" and (pane.gate or pane.skip):
-            raise UnavailableError("The mean knows no gate and no D: switch them off for the difference.")
+            raise UnavailableError("The average has no gate and no D: switch them off to show the difference.")
         values = self._of_image(pane, chosen)
         return values - self._of_mean(pane, chosen) if pane.what == "difference" else values
 
@@ -107,7 +109,7 @@ class Source:
         )  # fmt: skip
 
     def _stored(self, pane: Pane, tokens: list[int], image: Any) -> np.ndarray:
-        """Mean over tokens of the lines in the store; that over all is remembered, as it needs the whole matrix."""
+        """Mean over tokens of the stored lines; the mean over all is cached, because it reads the whole matrix."""
         layer = self.layer(pane)
         every = len(tokens) == layer.layout.tokens
 
@@ -122,7 +124,7 @@ class Source:
         return self._remember(key, total) if every else total()
 
     def _band(self, pane: Pane, image: Any, number: int) -> np.ndarray:
-        """Some neighbouring lines, (lines, tokens) float32."""
+        """Return a band of neighbouring lines, (lines, tokens) float32."""
         layer, route = self.layer(pane), self.route(pane)
         start = number * _BAND
         stop = min(start + _BAND, layer.layout.tokens)
@@ -131,7 +133,7 @@ class Source:
         def lines() -> np.ndarray:
             try:
                 found = self.store.lines(layer, start, stop, route, image=image, columns=pane.direction == "column")
-            except NotStoredError as error:  # such as the mean of a route, of a store of sums
+            except NotStoredError as error:  # e.g. the mean of one route, from a store that has only sums
                 raise UnavailableError(str(error)) from error
             return np.ascontiguousarray(found).astype(np.float32)
 
@@ -150,7 +152,7 @@ class Source:
 
 
 def scans(layer: Any) -> bool:
-    """Return whether a layer scans its tokens; softmax attention reads them in no order."""
+    """Return whether a layer scans its tokens; softmax attention has no order."""
     return bool(layer.kind == ScanLayer.kind)
 
 
@@ -160,7 +162,7 @@ def others(layout: "TokenLayout") -> list[int]:
 
 
 def tokens_of(layout: "TokenLayout", cells: Sequence[int]) -> list[int]:
-    """Return the tokens of chosen cells; those that the layout does not have are left out.
+    """Return the tokens of selected cells; cells outside the layout are left out.
 
     Args:
         layout: of the layer.

@@ -1,4 +1,4 @@
-"""What the explorer shows: one small dataclass, that goes into JSON and into the address of the page."""
+"""The state of the explorer: a small dataclass that fits into JSON and into the page's address."""
 
 import base64
 import json
@@ -12,9 +12,9 @@ from mamba_attn.viewer import runs
 
 LONGEST = 20_000  # characters of an address that are parsed
 _LARGEST = 2**20  # bytes of JSON in it
-_CELLS = 2**16  # chosen cells, or points
+_CELLS = 2**16  # selected cells, or points
 
-# what points' colours can mean: a block's patches are of one stage, and their mean is of all classes
+# patches are not coloured by block or class: all are of one block, and their mean is over all classes
 COLOURS: dict[str, tuple[str, ...]] = {
     "patches": ("column", "row", "rank"),
     "blocks": ("block", "class", "predicted"),
@@ -33,7 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Pane:
-    """One side: which attention, and how it is shown.
+    """One pane: which attention it shows, and how.
 
     Args:
         store: number of the store among those that are open.
@@ -43,18 +43,18 @@ class Pane:
         direction: "row", what patches read; "column", where they are read.
         what: the "mean" of all images, one "image", or their "difference".
         image: number of the image in the store.
-        sign: of what is shown, see ``figures.shown``.
-        normalise: likewise.
-        log: likewise.
+        sign: see ``figures.shown``.
+        normalise: see ``figures.shown``.
+        log: see ``figures.shown``.
         gate: weigh rows by the mixer's gate; of an image only.
         skip: add D to the diagonal; of an image only.
         method: of dimension reduction.
-        first: t-SNE and UMAP are given the first 100 principal components instead of the features.
+        first: reduce the features to 100 principal components before t-SNE and UMAP.
         colour: what the points' colours mean.
         palette: of values that are not negative.
         opacity: of the map over the image.
         path: draw the route's path.
-        step: steps of it that are drawn; 0 for all.
+        step: number of steps drawn; 0 for all.
     """
 
     store: int = 0
@@ -79,10 +79,10 @@ class Pane:
 
     @classmethod
     def parsed(cls, given: Any) -> Self:
-        """Return the pane of JSON; fields that are absent take their defaults, others are ignored.
+        """Return the pane from JSON; missing fields take their defaults, unknown ones are ignored.
 
         Raises:
-            ValueError: a field that cannot be.
+            ValueError: a field has an impossible value.
         """
         if not isinstance(given, dict):
             raise ValueError(f"a pane is an object, got {type(given).__name__}.")  # noqa: TRY004 - of parsed text
@@ -95,13 +95,13 @@ class Pane:
 
 @dataclass(frozen=True)
 class State:
-    """The whole page.
+    """The whole page: its panes and the selection they share.
 
     Args:
         panes: one, or two side by side.
-        grid: (height, width) that the chosen cells are of.
-        cells: chosen patches as raster indices; -1, -2, ... are the tokens that are not patches, in their order.
-        points: chosen (layer, image) pairs.
+        grid: (height, width) of the grid that the cells refer to.
+        cells: selected patches as raster indices; -1, -2, ... are the tokens that are not patches, in their order.
+        points: selected (layer, image) pairs.
     """
 
     panes: tuple[Pane, ...] = (Pane(),)
@@ -110,7 +110,7 @@ class State:
     points: tuple[tuple[int, int], ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
-        """Return what JSON can say, with defaults left out."""
+        """Return the state as JSON values, without defaults."""
         plain = asdict(Pane())
         panes = [{name: value for name, value in asdict(pane).items() if value != plain[name]} for pane in self.panes]
         return {
@@ -120,10 +120,10 @@ class State:
 
     @classmethod
     def from_json(cls, given: Any) -> Self:
-        """Return the state of JSON from anywhere.
+        """Return the state from JSON of any origin.
 
         Raises:
-            ValueError: it is none; the message says which part.
+            ValueError: a part is invalid; the message says which.
         """
         if not isinstance(given, dict):
             raise ValueError("the state is an object.")  # noqa: TRY004 - of parsed text
@@ -132,18 +132,18 @@ class State:
             raise ValueError("the state has one or two panes.")
         height, width = _integers("grid", given.get("grid", [1, 1]), 2)
         if not (1 <= height <= 4096 and 1 <= width <= 4096):
-            raise ValueError(f"a grid of {height}x{width} cells is none.")
+            raise ValueError(f"the grid {height}x{width} is not possible.")
         cells = _integers("cells", given.get("cells", []))
         if any(not -64 <= cell < height * width for cell in cells):
             raise ValueError(f"cells outside a grid of {height}x{width}.")
         pairs = given.get("points", [])
         if not isinstance(pairs, list) or len(pairs) > _CELLS:
-            raise ValueError("points are a list of pairs.")
+            raise ValueError("points is a list of pairs.")
         points = tuple(_integers("points", pair, 2) for pair in pairs)
         return cls(tuple(Pane.parsed(pane) for pane in panes), (height, width), cells, points)  # type: ignore[arg-type]
 
     def to_url(self) -> str:
-        """Return the state as letters that an address may have; without a choice that is too long for one."""
+        """Return the state as URL-safe text; a selection too long for an address is left out."""
         given = self.to_json()
         given |= {"cells": runs.packed(self.cells), "points": runs.packed_pairs(self.points)}
         packed = zlib.compress(json.dumps(given, separators=(",", ":")).encode(), 9)
@@ -152,10 +152,10 @@ class State:
 
     @classmethod
     def from_url(cls, text: str) -> Self:
-        """Return the state of such letters.
+        """Return the state from the text of ``to_url``.
 
         Raises:
-            ValueError: they are none, or too many.
+            ValueError: the text is damaged, or too long.
         """
         if len(text) > LONGEST:
             raise ValueError(f"the address holds {len(text)} characters of state, more than {LONGEST}.")
@@ -170,13 +170,13 @@ class State:
             raise ValueError(f"the state in the address cannot be read ({error}).") from error
 
     def with_pane(self, index: int, **changes: Any) -> "State":
-        """Return the state with one pane changed."""
+        """Return a copy with some fields of one pane changed."""
         panes = list(self.panes)
         panes[index] = replace(panes[index], **changes)
         return replace(self, panes=tuple(panes))
 
     def on_grid(self, grid: tuple[int, int]) -> list[int]:
-        """Return the chosen patches on another grid over the same image: the cells that lie there.
+        """Return the selected patches on another grid over the same image: the cells at the same places.
 
         Args:
             grid: (height, width).
@@ -191,13 +191,13 @@ class State:
         down = ((np.arange(grid[0]) + 0.5) * height / grid[0]).astype(int)  # where each new cell's centre lies
         right = ((np.arange(grid[1]) + 0.5) * width / grid[1]).astype(int)
         there = mask[np.ix_(down, right)]
-        # and the new cells that hold an old one's centre, where the new ones are larger
+        # larger cells may miss every centre above, so also take those that hold an old cell's centre
         there[((rows + 0.5) * grid[0] / height).astype(int), ((columns + 0.5) * grid[1] / width).astype(int)] = True
         return [int(cell) for cell in np.flatnonzero(there)]
 
 
 def _unpacked(given: Any) -> Any:
-    """JSON with lists for runs; older addresses have lists."""
+    """Unpack runs to lists; older addresses already have lists."""
     if not isinstance(given, dict):
         return given
     cells, points = given.get("cells"), given.get("points")

@@ -1,4 +1,4 @@
-"""What a state looks like: the figures and arrays of its two views, without a browser or a server."""
+"""Figures and arrays of the two views of a state, without a browser or a server."""
 
 import math
 from contextlib import suppress
@@ -19,9 +19,9 @@ from mamba_attn.viewer.source import Source, scans, tokens_of
 from mamba_attn.viewer.state import Pane, State
 from mamba_attn.viewer.words import drawn_route, legend, palette, signed
 
-STRONGEST = 5  # targets that are named
-_POINTS = 1  # raised when points are made in another way: those in caches are then made again
-_WHOLE = 2**27  # numbers of features, half a gigabyte; beyond it each row is projected to 4,096
+STRONGEST = 5  # sources or readers listed on the card
+_POINTS = 1  # raise it when points are computed differently: cached ones are then computed again
+_WHOLE = 2**27  # numbers in all features, half a gigabyte; above it each row is projected to 4,096
 _FIRST = 100  # principal components for t-SNE and UMAP, as in arXiv 2502.20764
 _AT_ONCE = 16  # rows of features that are read together
 
@@ -33,7 +33,7 @@ class Points:
     Args:
         xy: (points, 2).
         pairs: (points, 2) numbers of layer and image, in mode "blocks".
-        about: how they were made.
+        about: what they show.
     """
 
     xy: np.ndarray
@@ -42,10 +42,10 @@ class Points:
 
 
 class Views:
-    """The views of one store; embeddings are remembered.
+    """The views of one store; embeddings are cached.
 
     Args:
-        source: of the numbers.
+        source: where the numbers come from.
     """
 
     def __init__(self, source: Source) -> None:
@@ -70,7 +70,7 @@ class Views:
         return self._points[key]
 
     def _made(self, pane: Pane, key: tuple[Any, ...]) -> Points:
-        """Points from the store's cache, without a look at what they were made of; made, and cached, at first."""
+        """Points from the store's cache; computed and cached on first use, which alone reads the features."""
         source, layer = self.source, self.source.layer(pane)
         pairs = self.pairs(pane)
         count = len(layer.layout.patches) if pairs is None else len(pairs)
@@ -82,7 +82,7 @@ class Views:
         if known is not None and known[0].shape == (count, 2):
             return Points(known[0], pairs, about)
         xy, how = embed(self._features(pane), pane.method, first=_FIRST if pane.first else None)
-        with suppress(OSError):  # a store that cannot be written has its points made anew each time
+        with suppress(OSError):  # in a read-only store, points are computed every time
             source.store.save_embedding(name, xy, how)
         return Points(xy, pairs, about)
 
@@ -110,7 +110,7 @@ class Views:
         return np.array([(index, image) for index in self.source.stage(pane) for image in images])
 
     def selected(self, pane: Pane, state: State) -> list[int]:
-        """Return the numbers of the points that the selection means; of blocks, without one, those that are shown."""
+        """Return the numbers of the selected points; for blocks without a selection, of the points on display."""
         if pane.mode == "patches":
             return state.on_grid(tuple(self.source.layer(pane).layout.grid))
         pairs = self.pairs(pane)
@@ -120,7 +120,7 @@ class Views:
         return [index for index, pair in enumerate(pairs.tolist()) if tuple(pair) in wanted]
 
     def open_points(self, pane: Pane) -> list[tuple[int, int]]:
-        """Return the (layer, image) pairs that the patch view shows: of a mean, all of its images."""
+        """Return the (layer, image) pairs that the patch view shows; for a mean, all of its images."""
         source = self.source
         images = range(len(source.images)) if pane.what == "mean" else [min(pane.image, len(source.images) - 1)]
         return [(min(pane.layer, len(source.layers) - 1), image) for image in images]
@@ -144,7 +144,7 @@ class Views:
         return of_patches(self.source.layer(pane), points.xy, self.ranks(pane), max(pane.route, 0), colour, shared)
 
     def ranks(self, pane: Pane) -> np.ndarray:
-        """Return at which step every route visits each patch: (routes, patches), NaN where it does not."""
+        """Return the step at which each route visits each patch: (routes, patches), NaN where it does not."""
         layer = self.source.layer(pane)
         ranks = np.full((len(layer.orders), layer.layout.tokens), np.nan)
         for route, order in enumerate(np.asarray(layer.orders)):
@@ -152,7 +152,7 @@ class Views:
         return np.asarray(ranks[:, layer.layout.patches.numpy()])
 
     def path(self, pane: Pane) -> np.ndarray:
-        """Return the patches that the pane's route, of a sum the first one, visits, as raster indices; step by step."""
+        """Return the raster indices of the patches on the pane's route, in order; for a sum, on the first route."""
         layer = self.source.layer(pane)
         number = np.full(layer.layout.tokens, -1)
         number[layer.layout.patches.numpy()] = np.arange(len(layer.layout.patches))
@@ -163,7 +163,7 @@ class Views:
         """Return the map of the selection, (height, width), as it is shown.
 
         Raises:
-            UnavailableError: gate or D where there is none.
+            UnavailableError: gate or D are asked for and the layer lacks them.
         """
         layer = self.source.layer(pane)
         cells = [*state.on_grid(tuple(layer.layout.grid)), *(cell for cell in state.cells if cell < 0)]
@@ -197,7 +197,7 @@ class Views:
         )  # fmt: skip
 
     def changes(self, pane: Pane, state: State) -> dict[str, Any]:
-        """Return what another selection, route or scale changes of a patch view that is drawn; as ``patches``."""
+        """Return the changes to a drawn patch view for another selection, route or scale; arguments as ``patches``."""
         values = self.heat(pane, state)
         marks = state.on_grid(tuple(self.source.layer(pane).layout.grid))
         shades = None if signed(pane) else palette(pane)

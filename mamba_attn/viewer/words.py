@@ -1,4 +1,6 @@
-"""What a pane shows, in words and colours: captions, units, palettes."""
+"""Captions, units and palettes: what a pane shows, in words and colours."""
+
+from collections.abc import Sequence
 
 from mamba_attn.figures import colours
 from mamba_attn.viewer.source import Source, scans
@@ -6,22 +8,22 @@ from mamba_attn.viewer.state import Pane, State
 
 
 def palette(pane: Pane) -> list[str]:
-    """Return a pane's colours of values that are not negative."""
+    """Return the colour scale of a pane whose values are not negative."""
     return colours.CIVIDIS if pane.palette == "cividis" else colours.VIRIDIS
 
 
 def signed(pane: Pane) -> bool | None:
-    """Return True where colours are centred on zero, whatever the values; None: the values say."""
+    """Return True if colours are centred on zero whatever the values; None leaves it to the values."""
     return True if pane.sign == "signed" and pane.normalise != "range" else None
 
 
 def of(source: Source, pane: Pane) -> str:
-    """Return of which images a pane's map is."""
+    """Return which images a pane's map is of."""
     if pane.what == "mean":
         count = len(source.images)
-        return f"mean of {count} images" if count > 1 else "the one image"
+        return f"average of {count} images" if count > 1 else "the one image"
     name = source.image(pane).key.rpartition("/")[2]
-    return name if pane.what == "image" else f"{name} less the mean"
+    return name if pane.what == "image" else f"{name} minus the average"
 
 
 def heading(source: Source, pane: Pane, state: State) -> str:
@@ -30,21 +32,21 @@ def heading(source: Source, pane: Pane, state: State) -> str:
 
 
 def legend(source: Source, pane: Pane) -> str:
-    """Return what stands above a map: what its colours are, and whose path is drawn."""
+    """Return the text above a map: what its colours mean, and which route's path is drawn."""
     path = f" · path of route {drawn_route(source, pane) + 1}" if pane.path and scans(source.layer(pane)) else ""
     return f"{unit(pane)}{path}"
 
 
 def drawn_route(source: Source, pane: Pane) -> int:
-    """Return the number of the route whose path stands for the pane's: of a sum the first."""
+    """Return the number of the route whose path is drawn; for a sum, the first."""
     return min(max(pane.route, 0), int(source.layer(pane).routes) - 1)
 
 
 def unit(pane: Pane) -> str:
     """Return what the numbers of a pane's map are, in a few words."""
-    kind = "attention" if pane.what != "difference" else "image less mean"
+    kind = "attention" if pane.what != "difference" else "difference from average"
     kind = kind if pane.sign == "signed" else f"{pane.sign} {kind}"
-    of = {"none": "", "largest": " / largest", "range": ", 0 to 1", "sum": " / sum"}[pane.normalise]
+    of = {"none": "", "largest": " / maximum", "range": ", 0 to 1", "sum": " / sum"}[pane.normalise]
     return f"{kind}{of}{', decades' if pane.log else ''}"
 
 
@@ -54,15 +56,36 @@ def caption(source: Source, pane: Pane, state: State) -> str:
     patches = state.on_grid(tuple(layer.layout.grid))
     rest = [cell for cell in state.cells if cell < 0]
     width = layer.layout.grid[1]
+    many = True
     if len(patches) == 1 and not rest:
         row, column = divmod(patches[0], width)
-        who = f"patch ({row}, {column})"
+        who, many = f"patch ({row}, {column})", False
     elif not patches and not rest:
-        who = "all patches, on average,"
-    elif not patches:
-        who = "the class token" if rest == [-1] and layer.layout.class_tokens else f"{len(rest)} extra tokens"
+        who = "patches"
+    elif patches:
+        who = f"{len(patches)} patches"
+    elif rest == [-1] and layer.layout.class_tokens:
+        return f"Where the class token {'looks' if pane.direction == 'row' else 'is seen from'}"
     else:
-        who = f"{len(patches)} patches, on average,"
-    plural = who.endswith(",") or who.endswith("tokens")
-    verb = ("read" if plural else "reads") if pane.direction == "row" else ("are read" if plural else "is read")
-    return f"{'Where' if pane.direction == 'column' else 'What'} {who} {verb}"
+        who = f"{len(rest)} extra tokens"
+    verbs = ("look", "are seen from") if many else ("looks", "is seen from")
+    averaged = ", on average" if many else ""
+    return f"Where {who} {verbs[pane.direction == 'column']}{averaged}"
+
+
+def visits(ranks: Sequence[int | None], steps: int) -> str:
+    """Return when each route visits a patch, e.g. "3rd and 14th of 16 in routes 1-2".
+
+    Args:
+        ranks: its step in each route, from 1; None where the route leaves it out.
+        steps: of every route.
+    """
+    *others, last = ["never" if rank is None else _ordinal(rank) for rank in ranks]
+    listed = f"{', '.join(others)} and {last}" if others else last
+    return f"{listed} of {steps:,}{f' in routes 1-{len(ranks)}' if others else ''}"
+
+
+def _ordinal(number: int) -> str:
+    """1st, 2nd, 3rd, 4th, 11th, 1,021st."""
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number:,}{ending}"

@@ -152,7 +152,7 @@ def test_bad_input(method):
         explainer.attribute(images(1), pixel=(3, 3))
     with pytest.raises(ValueError, match=r"expected class indices in 0\.\.4"):
         explainer.attribute(images(1), 5)
-    with pytest.raises(NonFiniteError, match="what is to be explained is NaN or Inf"):
+    with pytest.raises(NonFiniteError, match="the value to explain is NaN or Inf"):
         explainer.attribute(images(1) * torch.nan)
     if method is not Occlusion:
         with pytest.raises(ValueError, match=r"colours='absolut'\): no such reduction. Did you mean 'absolute'"):

@@ -175,14 +175,14 @@ def test_other_outputs_need_a_function():
             None,
             r"returned \(2, 4, 5, 3\), not \(batch, classes\), so there is no predicted class; give target=",
         ),
-        (1, r"needs 3 indices behind the batch's, not 1; give target=\(class, row, column\)"),
+        (1, r"needs 3 indices after the batch's, not 1; give target=\(class, row, column\)"),
         ([1, 2], "needs 3 indices"),
-        ((1, 2), "needs 3 indices behind the batch's, not 2"),
+        ((1, 2), "needs 3 indices after the batch's, not 2"),
         ((4, 0, 0), r"expected indices in 0\.\.3, 0\.\.4, 0\.\.2"),
         ((0, 0, -1), "expected indices in"),
         ([(0, 0, 0)], "one for each of the 2 images"),
-        ([(0, 0, 0), (0, 0)], "tuples of as many indices each"),
-        ([(0, 0, 0), 1], "tuples of as many indices each"),
+        ([(0, 0, 0), (0, 0)], "tuples with equally many indices"),
+        ([(0, 0, 0), 1], "tuples with equally many indices"),
         (torch.ones(2), "as integers"),
         ("cat", "as integers"),
         (["cat", "dog"], "as integers"),
@@ -203,7 +203,7 @@ def test_a_tuple_of_a_classs_index_is_that_class():
     assert target_values("call", output, 1, 2).tolist() == [2, 1]
     assert target_values("call", output, (1,), 2).tolist() == [2, 1]
     assert target_indices("call", output, [0, 1], 2).tolist() == [[0], [1]]
-    with pytest.raises(ValueError, match="needs 1 indices behind the batch's, not 2"):
+    with pytest.raises(ValueError, match="needs 1 indices after the batch's, not 2"):
         target_values("call", output, (0, 1), 2)  # a list is one class per image, a tuple is not
 
 
@@ -230,7 +230,7 @@ def test_nan_is_named_where_it_begins():
     with torch.no_grad():
         model.head.bias[1] = torch.nan
     assert MambaAttribution(model).attribute(images(1), 0).isfinite().all()
-    with pytest.raises(NonFiniteError, match="what is to be explained is NaN or Inf; check the model's head"):
+    with pytest.raises(NonFiniteError, match="the value to explain is NaN or Inf; check the model's head"):
         MambaAttribution(model).attribute(images(1), 1)
     with pytest.raises(NonFiniteError, match=r"layers\.0\.mixer"):
         MambaAttribution(model).attribute(images(1) * torch.nan, 0)
@@ -244,5 +244,5 @@ class _Broken(RawAttention):
 
 
 def test_maps_with_nan_name_their_images():
-    with pytest.raises(NonFiniteError, match="the maps of images 1 hold NaN or Inf"):
+    with pytest.raises(NonFiniteError, match="the maps of images 1 contain NaN or Inf"):
         _Broken(vim(depth=1)).attribute(images(3))

@@ -108,10 +108,14 @@ class Idle(nn.Module):
     ("layer", "error", "message"),
     [
         ("body.layer", ValueError, r"layer='body\.layer'\): no such module. Did you mean 'body\.layers'"),
-        ("unused", UnsupportedModelError, r"layer='unused'\): Idle does not call it; name another layer="),
-        ("body.head", ValueError, r"layer='body\.head'\): it gives \(2, 5\), neither \(batch, tokens, features\) nor"),
+        ("unused", UnsupportedModelError, r"layer='unused'\): Idle does not call it; choose another layer"),
+        (
+            "body.head",
+            ValueError,
+            r"layer='body\.head'\): it returns \(2, 5\), neither \(batch, tokens, features\) nor",
+        ),
         ("pair", TypeError, "the layer gives tuple, not a tensor"),
-        ("body.layers.0.mixer.conv1d", ValueError, r"whose place in the image is not known; name another layer="),
+        ("body.layers.0.mixer.conv1d", ValueError, r"whose place in the image is not known; choose another layer="),
     ],
 )
 def test_layers_that_give_no_map(layer, error, message):

@@ -53,5 +53,5 @@ def test_summed_rows_are_a_left_product(record):
 
 
 def test_a_target_that_depends_on_nothing():
-    with pytest.raises(TraceError, match="what is explained does not depend on this forward pass"):
+    with pytest.raises(TraceError, match="the value to explain does not depend on this forward pass"):
         MambaAttribution(vmamba(), rollout=False).attribute(images(1), lambda y: y.detach()[:, 0])

@@ -104,7 +104,7 @@ def test_layers_are_chosen_by_pattern(method):
 
 
 def test_several_grids_have_no_common_grid():
-    with pytest.raises(ValueError, match=r"grid=True\): the layers stand on several grids \(10x6, 5x3, 3x2\)"):
+    with pytest.raises(ValueError, match=r"grid=True\): the layers are on several grids \(10x6, 5x3, 3x2\)"):
         RawAttention(vmamba()).attribute(images(), grid=True)
     assert RawAttention(vmamba(), layers=["layers.1.*"]).attribute(images(), grid=True).shape == (3, 1, 5, 3)
 

@@ -130,7 +130,7 @@ def test_one_image_may_have_its_place_in_a_list():
 @pytest.mark.parametrize(
     ("pixel", "box", "message"),
     [
-        ((1, 2), (0, 0, 3, 3), "call(pixel=(1, 2), box=(0, 0, 3, 3)): both say whose rows are read; leave one out."),
+        ((1, 2), (0, 0, 3, 3), "call(pixel=(1, 2), box=(0, 0, 3, 3)): both choose the rows to read; leave one out."),
         ((1, 2, 3), None, "call(pixel=(1, 2, 3)): expected (row, column), 2 numbers in pixels, or a list of one per"),
         ((1, 2, 3, 4), None, "call(pixel=(1, 2, 3, 4)): expected (row, column), 2 numbers"),
         (None, (1, 2), "call(box=(1, 2)): expected (x0, y0, x1, y1), 4 numbers"),

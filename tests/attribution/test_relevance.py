@@ -216,7 +216,7 @@ Louder.__name__ = "VisionTransformer"
     [
         (
             lambda: Wrapped(vit()),
-            r"propagated through timm's VisionTransformer and .*, and this is Wrapped; use variant=",
+            r"propagated through timm's VisionTransformer and .*, but this is Wrapped; use variant=",
         ),
         (lambda: vit(global_pool="max"), "no relevance rule is known for global_pool='max'"),
         (lambda: vit(global_pool="map", class_token=False), r"for attn_pool, global_pool='map'"),
@@ -227,7 +227,7 @@ Louder.__name__ = "VisionTransformer"
         (lambda: vit(mlp_layer=timm.layers.SwiGLU), r"for blocks\.0\.mlp\.fc1_g, blocks\.0\.mlp\.fc1_x"),
         (
             lambda: _livelier(Louder(**{**OPTIONS})),
-            r"blocks\.1\.attn attends otherwise \(by .*\) than the model's parts",
+            r"blocks\.1\.attn attends differently \(by .*\) than the model's parts",
         ),
     ],
 )

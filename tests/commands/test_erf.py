@@ -49,7 +49,7 @@ def test_a_size_that_is_not_square_beside_random_weights(tmp_path, weights, phot
     options = ["--weights", weights["vim_micro"], "--size", "24,56", "--untrained", "--seed", "5", "--out", out]
     assert erf(photos, *options) == 0
     captured = capsys.readouterr()
-    assert "behind layers.1.mixer; distances in pixels" in captured.out
+    assert "at the output of layers.1.mixer; distances in pixels" in captured.out
     assert f"open {out / 'erf.html'}" in captured.out
     assert {path.name for path in out.iterdir()} == {"erf.html", "erf.npz", "erf.png"}
     with np.load(out / "erf.npz") as arrays:
@@ -67,9 +67,13 @@ def test_a_size_that_is_not_square_beside_random_weights(tmp_path, weights, phot
 
 def test_other_models_queries_and_layers(tmp_path, weights, photos, capsys):
     calls = [
-        ("vmamba_micro", ["--query", "10,20", "--layer", "1"], "pixel 10, 20 behind layers.1.blocks.0.op"),
-        ("vim_micro", ["--query", "class", "--limit", "1"], "the class token behind layers.1.mixer"),
-        ("vit_micro", ["--box", "0,0,16,16", "--layer", "blocks.0.attn"], "the marked box behind blocks.0.attn"),
+        ("vmamba_micro", ["--query", "10,20", "--layer", "1"], "pixel 10, 20 at the output of layers.1.blocks.0.op"),
+        ("vim_micro", ["--query", "class", "--limit", "1"], "the class token at the output of layers.1.mixer"),
+        (
+            "vit_micro",
+            ["--box", "0,0,16,16", "--layer", "blocks.0.attn"],
+            "the marked box at the output of blocks.0.attn",
+        ),
     ]
     for name, options, sentence in calls:
         where = ["--out", tmp_path / name]
@@ -134,7 +138,7 @@ def test_refusals(tmp_path, weights, capsys, options, sentence):
 
 def test_a_vit_has_one_size(tmp_path, weights, capsys):
     options = ["--model", "vit_micro", "--weights", weights["vit_micro"], "--size", "32,64", "--out", tmp_path]
-    assert "vit_micro takes images of 32,32 pixels alone" in refused(capsys, *options)
+    assert "vit_micro takes only images of 32,32 pixels" in refused(capsys, *options)
 
 
 def test_no_good_images_and_missing_packages(tmp_path, weights, capsys, monkeypatch):
@@ -157,7 +161,7 @@ def test_the_page_says_what_is_seen_and_needs_no_network(tmp_path, weights, phot
         "vim_micro, untrained: receptive field of the patch in the middle",
         "How far, by layer",
         "20%",
-        "Again",
+        "How to reproduce this page",
     ):
         assert said in text
     assert not re.search(r'<(script|link|img)[^>]+(src|href)="?http', page)

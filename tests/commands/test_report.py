@@ -48,7 +48,7 @@ def test_what_is_left_out_is_said(folder, tmp_path, capsys, monkeypatch):
     [
         (["nowhere", "--out", "a.html"], "nowhere: there is no such folder; make a store with mamba-attn collect"),
         (["{store}", "--out", "no/a.html"], "--out no/a.html: there is no folder 'no'"),
-        (["{store}", "--out", "."], "--out .: this is a folder; name a file, e.g. report.html"),
+        (["{store}", "--out", "."], "--out .: this is a folder; give a file, e.g. report.html"),
         (["{store}", "--out", "a.html", "--size", "0"], "--size 0: expected 10^6 bytes, from 0.5 to 1000"),
         (["{store}", "--out", "a.html", "--size", "nan"], "--size nan: expected 10^6 bytes"),
         (["{store}", "--out", "a.html", "--images", "-1"], "--images -1: expected a number from 0 on"),

@@ -244,3 +244,62 @@ def test_pixels_say_what_they_are_made_of(shape):
 def test_pixels_of_no_image(size):
     with pytest.raises(ValueError, match=r"to_pixels\(size=.*\): expected \(rows, columns\) of the image"):
         LAYOUTS["one row"].to_pixels(torch.zeros(1, 5), size)
+
+
+GRIDS = [(11,), (3, 5), (2, 3, 5), (2, 3, 2, 4)]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("classes", [(), (2,)])
+def test_a_grid_of_any_rank_holds_its_patches_in_raster_order(grid: tuple[int, ...], classes: tuple[int, ...]) -> None:
+    layout = TokenLayout(grid=grid, class_tokens=classes)
+    values = torch.full((2, layout.tokens), float("nan"))
+    values[:, layout.patches] = torch.arange(2 * math.prod(grid), dtype=torch.float32).view(2, -1)
+    assert torch.equal(layout.to_grid(values), torch.arange(2 * math.prod(grid), dtype=torch.float32).view(2, *grid))
+
+
+@pytest.mark.parametrize("grid", GRIDS[:3])
+def test_to_pixels_interpolates_each_axis_by_itself(grid: tuple[int, ...]) -> None:
+    layout = TokenLayout(grid=grid, patch_size=4)
+    values = torch.rand(2, 3, *grid, dtype=torch.float64)
+    mode = ("linear", "bilinear", "trilinear")[len(grid) - 1]
+    expected = F.interpolate(values, size=tuple(4 * n for n in grid), mode=mode, align_corners=False)
+    torch.testing.assert_close(layout.to_pixels(values), expected, rtol=0, atol=1e-12)
+
+
+def test_a_video_has_patches_of_few_frames_and_many_pixels() -> None:
+    layout = TokenLayout(grid=(4, 3, 5), patch_size=(2, 16, 8), stride=(1, 16, 8), class_tokens=(0,))
+    assert layout.covered == (5, 48, 40)
+    assert (layout.steps, layout.centres) == ((1, 16, 8), (1.0, 8.0, 4.0))
+    assert layout.to_pixels(torch.rand(2, 61)).shape == (2, 5, 48, 40)
+    assert layout.token_at(0, 0, 0) == 1
+    assert layout.token_at(4.5, 47, 39) == 60
+    assert layout.token_at(2, 20, 9) == 1 + (2 * 3 + 1) * 5 + 1
+
+
+def test_windows_of_a_volume_are_cubes() -> None:
+    layout = TokenLayout(grid=(3, 2, 5), window=2)
+    assert (layout.padded, layout.tokens, layout.windows().shape) == ((4, 2, 6), 48, (6, 8))
+    frame = torch.arange(48).view(4, 2, 6)
+    assert torch.equal(layout.windows()[4], frame[2:, :, 2:4].flatten())
+    x = torch.randn(3, 2, 48)
+    assert torch.equal(layout.from_windows(layout.to_windows(x, 2), 2), x)
+    assert torch.equal(layout.to_grid(x), x.view(3, 2, 4, 2, 6)[:, :, :3, :, :5])
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: TokenLayout(grid=()), r"TokenLayout\(grid=\(\), .*must be at least 1"),
+        (
+            lambda: TokenLayout(grid=(2, 3, 4), patch_size=(2, 2)),
+            r"patch_size=\(2, 2\)\): expected one number, or one per",
+        ),
+        (lambda: TokenLayout(grid=(2, 3, 4)).token_at(1, 1), r"token_at\(1, 1\): expected 3 numbers"),
+        (lambda: TokenLayout(grid=(2, 3, 4)).token_at(2, 0, 0), r"place\[0\] 2 is outside the 2 pixels"),
+        (lambda: TokenLayout(grid=(2, 3, 4)).to_pixels(torch.ones(24), (4, 4)), r"size=\(4, 4\)\): expected 3 numbers"),
+    ],
+)
+def test_bad_input_for_grids_of_any_rank(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()

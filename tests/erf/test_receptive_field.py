@@ -207,7 +207,7 @@ def test_distance_and_what_is_shown():
     [
         ({"sign": "negative"}, ValueError, r"receptive_field\(sign='negative'\): expected one of"),
         ({"pixel": (40, 3)}, ValueError, "outside the image of 40 x 24 pixels"),
-        ({"pixel": (4, 3), "box": (0, 0, 9, 9)}, ValueError, "both say whose rows are read"),
+        ({"pixel": (4, 3), "box": (0, 0, 9, 9)}, ValueError, "both choose the rows to read"),
         ({"query": "class", "pixel": (4, 3)}, ValueError, "give this, pixel or box alone"),
         ({"query": "middle"}, ValueError, "query='middle'.: expected 'class'"),
         ({"images": images(1)[0]}, ValueError, r"images\(3, 40, 24\) of torch.float64.: expected normalised images"),
@@ -264,7 +264,7 @@ def test_a_layer_whose_tokens_nothing_returns():
         model(images(1))
     with Features(model) as features:
         pass
-    with pytest.raises(UnsupportedModelError, match=r"no module behind layers\.2\.mixer returns its 16 tokens; name"):
+    with pytest.raises(UnsupportedModelError, match=r"no module after layers\.2\.mixer returns its 16 tokens; name"):
         features.of(record.layers[-1])
 
 

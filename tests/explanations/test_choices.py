@@ -51,7 +51,7 @@ def test_options_reach_the_method(subjects):
         ("mamba_attribution:rule=papr", r"no such rule. Did you mean 'paper'"),
         ("mamba_lrp:gamma=much", "gamma is a number, not 'much'"),
         ("mamba_lrp:gamma=-1", r"MambaLRP\(gamma=-1\.0\): expected a number of at least 0"),
-        ("mamba_lrp:gamma_layers=*.proj_in", "fits no linear layer"),
+        ("mamba_lrp:gamma_layers=*.proj_in", "matches no linear layer"),
         ("mamba_attribution:rule=paper,signed", "signed=True"),
         ("integrated_gradients:n_steps=many", "n_steps is a whole number, not 'many'"),
         ("transformer_attribution", "vim_micro is made of selective scans; use mamba_attribution"),

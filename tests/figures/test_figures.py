@@ -130,7 +130,7 @@ def test_overlay_keeps_the_image_and_demands_its_size():
     with pytest.raises(ValueError, match=r"the map is \(4, 3\) pixels, the image \(3, 4\)"):
         figures.overlay(IMAGE, POSITIVE.T)
     np.testing.assert_array_equal(pixels(figures.overlay(IMAGE.transpose(2, 0, 1), POSITIVE).data[0]), IMAGE)
-    with pytest.raises(ValueError, match=r"expected an image .* got \(1, 3, 4, 3\); of a batch pass images\[0\]"):
+    with pytest.raises(ValueError, match=r"expected an image .* got \(1, 3, 4, 3\); pass images\[0\] of a batch"):
         figures.overlay(IMAGE[None], POSITIVE)
     with pytest.raises(ValueError, match=r"before normalisation\), got float64 in -1\.\.200"):
         figures.overlay(np.concatenate([IMAGE[:1] * 0.0 - 1, IMAGE[1:] * 1.0]), POSITIVE)

@@ -67,9 +67,9 @@ def test_a_normalised_image_is_refused_with_what_to_do():
         figures.overlay_rgb(normalised, np.ones((4, 5)))
     with pytest.raises(ValueError, match=r"undo what the model's transform did: image \* std \+ mean"):
         figures.overlay_rgb(normalised, np.ones((4, 5)))
-    with pytest.raises(ValueError, match=r"got \(2, 3, 4, 5\); of a batch pass images\[0\]"):
+    with pytest.raises(ValueError, match=r"got \(2, 3, 4, 5\); pass images\[0\] of a batch"):
         figures.overlay_rgb(torch.rand(2, 3, 4, 5), np.ones((4, 5)))
-    with pytest.raises(ValueError, match=r"overlay_rgb\(values\): .* pass one image's, e\.g\. maps\[0, 0\]"):
+    with pytest.raises(ValueError, match=r"overlay_rgb\(values\): .* pass a single map, e\.g\. maps\[0, 0\]"):
         figures.overlay_rgb(torch.rand(3, 4, 5), np.ones((1, 1, 4, 5)))
 
 

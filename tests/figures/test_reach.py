@@ -68,14 +68,14 @@ def test_many_layers_and_long_names():
 @pytest.mark.parametrize(
     ("maps", "titles", "options", "sentence"),
     [
-        ([], [], {}, "expected a title, and if any a mark, per map; got 0 maps"),
+        ([], [], {}, "expected one title per map, and one mark per map if any; got 0 maps"),
         (MAPS, ["one"], {}, "got 2 maps, 1 titles, no marks"),
         (MAPS, ["one", "two"], {"marks": [(1, 1)]}, "1 marks"),
         (
             MAPS,
             ["one", "two"],
             {"layers": ["a"], "series": {"s": [1, 2]}},
-            "a distance per layer, 1, which 's' has not",
+            "expected one distance per layer, 1; 's' differs",
         ),
         ([np.ones(3)], ["one"], {}, r"reach.*\(maps\[0\]\): expected a \(rows, columns\) array"),
     ],

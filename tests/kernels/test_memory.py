@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from mamba_attn import ops, order_check
+from mamba_attn import ops
+from mamba_attn.core import order_check
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.ops.cuda import fused, kernels, operators
 from mamba_attn.ops.cuda.kernel_args import call, output

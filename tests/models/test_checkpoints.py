@@ -206,7 +206,7 @@ def test_pickles_that_would_run_code_are_refused(new_format, tmp_path):
     content = {"model": {"a": torch.zeros(1)}, "extra": Harmful(str(marker))}
     torch.save(content, path, _use_new_zipfile_serialization=new_format)
     with pytest.raises(
-        WeightsError, match=r"refused, because the file holds (posix|nt)\.mkdir, .* could run code. Save"
+        WeightsError, match=r"refused, because the file contains (posix|nt)\.mkdir, .* could run code. Save"
     ):
         checkpoints.read(path)
     assert not marker.exists()
@@ -257,7 +257,7 @@ def test_a_refusal_names_what_it_found_and_never_how_to_allow_it(name, kind, tmp
     path = tmp_path / "harmful.pth"
     write(thing, path, kind)
     with pytest.raises(
-        WeightsError, match=rf"refused, because the file holds (\w+\.)?{name}, .*could run code"
+        WeightsError, match=rf"refused, because the file contains (\w+\.)?{name}, .*could run code"
     ) as error:
         checkpoints.read(path)
     assert not marker.exists()
@@ -268,7 +268,7 @@ def test_a_refusal_names_what_it_found_and_never_how_to_allow_it(name, kind, tmp
 def test_a_state_for_what_takes_none_is_refused_without_advice(tmp_path):
     path = tmp_path / "harmful.pth"
     write(Built(), path, "zip 2")
-    with pytest.raises(WeightsError, match="refused, because the file holds bytes, ") as error:
+    with pytest.raises(WeightsError, match="refused, because the file contains bytes, ") as error:
         checkpoints.read(path)
     assert "safe_globals" not in str(error.value)
 
@@ -284,7 +284,7 @@ def test_weights_in_a_pickle_that_torch_cannot_read_are_not_called_dangerous(tmp
 def test_pickled_objects_are_refused(thing, tmp_path):
     name = f"{type(thing).__module__}.{type(thing).__qualname__}"
     sys.modules.setdefault(type(thing).__module__, sys.modules[__name__])
-    with pytest.raises(WeightsError, match=f"refused, because the file holds {re.escape(name)}"):
+    with pytest.raises(WeightsError, match=f"refused, because the file contains {re.escape(name)}"):
         checkpoints.read(save({"model": {"a": torch.zeros(1)}, "thing": thing}, tmp_path))
 
 
@@ -315,7 +315,7 @@ def test_damaged_safetensors(kind, tmp_path):
 
 @pytest.mark.parametrize("content", [torch.zeros(2), {"epoch": 1}, [1, 2], {"model": {"epoch": 1}}])
 def test_files_without_weights(content, tmp_path):
-    with pytest.raises(WeightsError, match="this file holds no tensors; expected a state dict"):
+    with pytest.raises(WeightsError, match="this file contains no tensors; expected a state dict"):
         checkpoints.read(save(content, tmp_path))
 
 

@@ -121,7 +121,9 @@ def test_no_connection(server, monkeypatch, tmp_path):
 
 
 def test_unknown_name():
-    with pytest.raises(WeightsError, match=r"fetch\('vim_tinny'\): no weights are published .* Did you mean 'vim_tiny"):
+    with pytest.raises(
+        WeightsError, match=r"fetch\('vim_tinny'\): there are no published weights .* Did you mean 'vim_tiny"
+    ):
         official.fetch("vim_tinny")
 
 

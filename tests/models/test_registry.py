@@ -203,7 +203,7 @@ def test_unknown_weights():
 
 def test_demo_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_DEMOS", tmp_path)
-    with pytest.raises(WeightsError, match=r"weights='demo'\): no demo weights .* Those there are: none"):
+    with pytest.raises(WeightsError, match=r"weights='demo'\): no bundled weights .* Available: none"):
         mamba_attn.models.create("vim_micro", weights="demo")
     small = {"depth": 1, "embed_dim": 16, "num_classes": 3}
     model = mamba_attn.models.create("vim_micro", **small)
@@ -213,12 +213,12 @@ def test_demo_weights(tmp_path, monkeypatch):
     assert loaded.head.weight.dtype == torch.float32
     torch.testing.assert_close(loaded.head.weight, model.head.weight.half().float(), rtol=0, atol=0)
     assert registry.demo_card("vim_micro")["classes"] == ["a", "b", "c"]
-    with pytest.raises(WeightsError, match=r"Those there are: vim_micro"):
+    with pytest.raises(WeightsError, match=r"Available: vim_micro"):
         mamba_attn.models.create("vim_tiny", weights="demo")
     larger = mamba_attn.models.create("vim_micro", weights="demo", image_size=192)
     assert larger.pos_embed.shape == (1, 577, 16)
 
 
 def test_no_official_weights_for_micro():
-    with pytest.raises(WeightsError, match=r"fetch\('vim_micro'\): no weights are published"):
+    with pytest.raises(WeightsError, match=r"fetch\('vim_micro'\): there are no published weights"):
         mamba_attn.models.create("vim_micro", weights="official")

@@ -254,7 +254,9 @@ def test_errors():
         VisionMamba(class_token="last")
     with pytest.raises(ValueError, match=r"order='spirale'\): no such order. Did you mean 'spiral'\?"):
         VisionMamba(order="spirale")
-    with pytest.raises(ValueError, match="an image of 7 x 40 pixels holds no patch of 8 x 8; give at least 8 pixels"):
+    with pytest.raises(
+        ValueError, match="an image of 7 x 40 pixels is smaller than a patch of 8 x 8; give at least 8 pixels"
+    ):
         small()(images(height=7))
 
 

@@ -27,6 +27,7 @@ def magnitude(record: ScanRecord) -> ScanRecord:
     return record.replace(
         source_u=record.source_u.abs(), source_B=record.source_B.abs(), source_C=record.source_C.abs(),
         D=None if record.D is None else record.D.abs(),
+        source_gain=None if record.source_gain is None else record.source_gain.abs(),
     )  # fmt: skip
 
 

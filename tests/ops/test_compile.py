@@ -82,7 +82,7 @@ print("same")
 
 @pytest.mark.timeout(900)  # inductor compiles C++ for every graph
 @pytest.mark.parametrize("subject", ["vim", "vmamba", "functions"])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 def test_compiled_is_plain(backend: str, subject: str) -> None:
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("inductor looks for g++")
@@ -103,7 +103,7 @@ def test_opcheck(merged: bool, frame: str, skip: bool) -> None:
     u, delta = (native._channels_last(x.detach(), 0).requires_grad_() for x in sources)
     B, C = record.source_B, record.source_C
     read, write = (record.read_order if frame == "tokens" else None), (record.write_order if merged else None)
-    scan = (u, delta, record.A, B, C, record.D, read, write, record.tokens, 0.5)
+    scan = (u, delta, record.A, B, C, record.D, None, read, write, record.tokens, 0.5)
     torch.library.opcheck(native._scan_operator, scan)
     rows = torch.randn(1, 2, 16, 6, requires_grad=True)
     fields = flatten(record)
@@ -123,4 +123,4 @@ def test_an_order_that_repeats_is_refused_when_compiled_too() -> None:
     u, delta = (native._channels_last(x, 0) for x in (record.source_u, record.source_delta))
     wrong[0, 1] = wrong[0, 2]
     with pytest.raises(ValueError, match="write_order visits token 2 more than once"):
-        native._scan_operator(u, delta, record.A, record.source_B, record.source_C, None, None, wrong, 6, 1.0)
+        native._scan_operator(u, delta, record.A, record.source_B, record.source_C, None, None, None, wrong, 6, 1.0)

@@ -53,7 +53,7 @@ class Explorer:
         self.page.goto(address)
         self.page.wait_for_selector(".graph.patches .js-plotly-plot .nsewdrag")
         self.page.wait_for_selector(".graph.scatter .js-plotly-plot .nsewdrag")
-        self.wait("What all patches, on average, read")
+        self.wait("Where patches look, on average")
 
     def wait(self, title):
         self.page.get_by_role("heading", name=re.compile(f"^{re.escape(title)} · ")).first.wait_for()

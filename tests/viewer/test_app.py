@@ -96,7 +96,7 @@ def test_a_port_in_use_is_a_sentence(app, monkeypatch, capsys):
 def test_a_store_without_images_is_a_sentence():
     store = tiny(1)
     store.images = []
-    with pytest.raises(ValueError, match="a store without images has nothing to show"):
+    with pytest.raises(ValueError, match="the store has no images to show"):
         build([store])
 
 

@@ -1,6 +1,7 @@
 """The explorer in a real browser: what is drawn after each gesture, no errors, nothing leaves the machine."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -32,23 +33,23 @@ def test_a_click_on_a_patch_draws_its_row_and_lights_its_point(explorer, store):
     mean = store.mean(store.layers[0])
     explorer.heat(grid(mean.mean(0)))
     explorer.page.mouse.click(*explorer.cell(2, 5))
-    explorer.wait("What patch (2, 5) reads")
+    explorer.wait("Where patch (2, 5) looks")
     explorer.heat(grid(mean[2 * 12 + 5]))
     assert explorer.drawn("patches")["frame"] == 4  # the edges of one cell
-    explorer.choose("a patch", "is read")
-    explorer.wait("Where patch (2, 5) is read")
+    explorer.choose("a patch", "gives to")
+    explorer.wait("Where patch (2, 5) is seen from")
     explorer.heat(grid(mean[:, 2 * 12 + 5]))
     assert explorer.drawn("scatter")["lit"] == [2 * 12 + 5]
     # its row, column, step in every route
     text = explorer.page.locator(".card").inner_text()
     assert "row 2, column 5" in text
-    assert "30, 43, 67, 54 of 96" in text
+    assert "30th, 43rd, 67th and 54th of 96 in routes 1-4" in text
 
 
 def test_a_dragged_region_draws_the_mean_of_its_rows_and_routes_switch(explorer, store):
     layer = store.layers[0]
     explorer.drag([explorer.cell(1, 2), explorer.cell(3, 6)])
-    explorer.wait("What 15 patches, on average, read")
+    explorer.wait("Where 15 patches look, on average")
     region = [row * 12 + column for row in range(1, 4) for column in range(2, 7)]
     explorer.heat(grid(store.mean(layer)[region].mean(0)))
     assert explorer.drawn("patches")["frame"] == 2 * (3 + 5)
@@ -73,7 +74,7 @@ def test_a_lasso_over_points_frames_their_patches(explorer, store):
         (x + width * max(-1, min(1, 1.3 * math.cos(a))), y + height * max(-1, min(1, 1.3 * math.sin(a)))) for a in turn
     ]
     explorer.drag(square)
-    heading = explorer.page.get_by_role("heading", name="patches, on average, read").filter(has_not_text="all")
+    heading = explorer.page.get_by_role("heading", name=re.compile(r"Where \d+ patches look"))
     heading.wait_for()
     count = int(heading.inner_text().split()[1])
     assert 0 < count <= 96
@@ -88,7 +89,7 @@ def test_a_lasso_over_points_frames_their_patches(explorer, store):
 def test_points_become_blocks_of_a_stage_and_a_click_opens_one(explorer, store):
     explorer.page.keyboard.press("]")
     explorer.page.keyboard.press("]")
-    explorer.choose("points", "blocks")
+    explorer.choose("compare", "blocks of this stage")
     explorer.points(8)  # two blocks, four images
     explorer.page.mouse.click(*explorer.point(4))  # block 1, image 0, kept in full
     expected = store.matrix(store.layers[3], store.images[0]).mean(0).reshape(2, 3)
@@ -98,7 +99,7 @@ def test_points_become_blocks_of_a_stage_and_a_click_opens_one(explorer, store):
 
 def test_two_panes_share_the_choice_and_the_address_brings_it_back(explorer, store, address):
     explorer.page.mouse.click(*explorer.cell(4, 4))
-    explorer.wait("What patch (4, 4) reads")
+    explorer.wait("Where patch (4, 4) looks")
     explorer.page.get_by_role("button", name="side by side").click()
     explorer.page.wait_for_function("document.querySelectorAll('.graph.patches .js-plotly-plot').length === 2")
     explorer.page.locator("article").nth(1).locator(".segments").first.get_by_text("4", exact=True).click()
@@ -135,7 +136,7 @@ def test_what_is_under_the_pointer_and_what_shift_adds(explorer, store):
     explorer.lit([0, 72, 73, 84, 85])  # taken away again
     explorer.page.keyboard.up("Shift")
     explorer.heat(grid(mean[[0, 72, 73, 84, 85]].mean(0)))
-    explorer.page.get_by_role("button", name="all patches").click()
+    explorer.page.get_by_role("button", name="clear selection").click()
     explorer.lit([])
     explorer.heat(grid(mean.mean(0)))
 
@@ -153,21 +154,21 @@ def test_a_box_and_a_click_among_the_points(explorer, store):
     explorer.drag([
         (box["x"] + 3, box["y"] + 3), (box["x"] + box["width"] - 3, box["y"] + box["height"] - 3),
     ])  # fmt: skip
-    explorer.wait("What 96 patches, on average, read")
+    explorer.wait("Where 96 patches look, on average")
     explorer.lit(range(96))
 
 
 def test_keys_choose_patches_routes_blocks_and_modes(explorer, store):
     press, mean = explorer.page.keyboard.press, store.mean(store.layers[0])
     press("ArrowUp")  # the middle comes first
-    explorer.wait("What patch (4, 6) reads")
+    explorer.wait("Where patch (4, 6) looks")
     for key in ("ArrowLeft", "ArrowUp", "r"):
         press(key)
     explorer.heat(grid(mean[:, 3 * 12 + 5]))
     press("2")
     explorer.heat(grid(store.mean(store.layers[0], 1)[:, 3 * 12 + 5]))
     press("Escape")
-    explorer.wait("Where all patches, on average, are read")
+    explorer.wait("Where patches are seen from, on average")
     press("v")
     explorer.points(4)
     press("?")
@@ -181,9 +182,9 @@ def test_the_path_of_a_route_step_by_step(explorer):
     explorer.page.wait_for_function(
         "(count) => document.querySelector('.graph.patches .js-plotly-plot')._fullData.length > count", arg=before
     )
-    slider = explorer.page.locator(".control", has=explorer.page.get_by_text("steps of it (0: all)")).get_by_role(
-        "slider"
-    )
+    slider = explorer.page.locator(
+        ".control", has=explorer.page.get_by_text("show first N steps (0: all)")
+    ).get_by_role("slider")
     slider.focus()
     for _ in range(5):
         explorer.page.keyboard.press("ArrowRight")
@@ -211,7 +212,7 @@ def test_all_blocks_lead_to_one_and_are_saved(explorer, store, tmp_path):
 
 def test_views_are_saved_whole(explorer, store, tmp_path):
     explorer.page.mouse.click(*explorer.cell(0, 3))
-    explorer.wait("What patch (0, 3) reads")
+    explorer.wait("Where patch (0, 3) looks")
     saved = {
         (view, kind): explorer.saved(f"save the {view} view as {kind}", tmp_path)
         for view in ("patches", "scatter") for kind in ("HTML", "NPZ", "PNG")
@@ -228,7 +229,7 @@ def test_views_are_saved_whole(explorer, store, tmp_path):
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
         page = saved[view, "HTML"].read_text()
         assert "<script src=" not in page
-    assert "What patch (0, 3) reads" in saved["patches", "HTML"].read_text()
+    assert "Where patch (0, 3) looks" in saved["patches", "HTML"].read_text()
 
 
 def test_a_saved_page_draws_itself_without_a_network(explorer, browser, tmp_path):

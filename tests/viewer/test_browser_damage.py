@@ -30,7 +30,7 @@ def test_damage_is_a_sentence_in_place_of_the_picture(browser, folder):
         page.get_by_title("save the patches view as NPZ").click()
         page.locator("#message", has_text="numbers are missing").wait_for()
         page.keyboard.press("[")
-        opened.wait("What all patches, on average, read")
+        opened.wait("Where patches look, on average")
         page.wait_for_function("document.querySelector('.graph.patches .js-plotly-plot')._fullData.length > 2")
         assert page.locator("#message").inner_text() == ""
         page.close()
@@ -42,7 +42,7 @@ def test_weights_that_moved_are_a_sentence(browser, folder):
         page = browser.new_page(viewport={"width": 1400, "height": 900})
         opened = Explorer(page, address)
         opened.open(address)
-        opened.choose("of", "image")
+        opened.choose("show", "this image")
         page.get_by_text("Display", exact=True).click()
         page.get_by_text("D", exact=True).click()  # which needs the model, of weights that are in no file
         page.locator(".notice", has_text="eights").wait_for()

@@ -19,7 +19,7 @@ def test_colours_of_points_are_those_that_the_mode_has(explorer):
     page = explorer.page
     page.get_by_text("Display", exact=True).click()
     colour = page.locator(".control", has=page.get_by_text("colour of points", exact=True)).locator(".dash-dropdown")
-    explorer.choose("points", "blocks")
+    explorer.choose("compare", "blocks of this stage")
     explorer.points(4)
     colour.filter(has_text="block").wait_for()  # what it fell back to
     colour.click()
@@ -31,7 +31,7 @@ def test_colours_of_points_are_those_that_the_mode_has(explorer):
     page.goto(page.url)
     page.get_by_text("Display", exact=True).click()
     colour.filter(has_text="predicted").wait_for()
-    explorer.choose("points", "patches")
+    explorer.choose("compare", "patches of this block")
     colour.filter(has_text="column").wait_for()
     explorer.points(96)
 
@@ -46,10 +46,10 @@ def test_softmax_attention_offers_no_path_no_gate_and_no_rank(browser, tmp_path)
         page.get_by_text("Display", exact=True).click()
         page.keyboard.press("p")
         labels = page.locator("details").inner_text()
-        assert not {"gate", "D", "scan path", "steps of it (0: all)", "rank"} & set(labels.split("\n"))
+        assert not {"gate", "D", "scan path", "show first N steps (0: all)", "rank"} & set(labels.split("\n"))
         page.mouse.move(*opened.cell(0, 0, (3, 5)))
         page.locator(".card").get_by_text("row 0, column 0").wait_for()
-        assert "step in each route" not in page.locator(".card").inner_text()
+        assert "visited" not in page.locator(".card").inner_text()
         assert opened.drawn("patches")["traces"] == traces
         page.close()
     assert opened.wrong == []
@@ -66,17 +66,17 @@ def test_an_address_that_cannot_be_read_is_said_above_the_default_view(browser, 
 
 
 def test_a_lasso_over_blocks_opens_one_and_what_is_open_is_lit(explorer):
-    explorer.choose("points", "blocks")
+    explorer.choose("compare", "blocks of this stage")
     explorer.points(4)
     explorer.lit([0, 1, 2, 3])  # the mean of the block's four images
     box, (x, y) = explorer.box("scatter"), explorer.point(2)
     explorer.drag([(x - 4, y - 4), (x + 4, y - 4), (x + 4, y + 4), (x - 4, y + 4), (x - 4, y - 4)])
     assert box["x"] <= x <= box["x"] + box["width"]
     explorer.lit([2])
-    explorer.page.get_by_role("heading", name="What all patches, on average, read · image_2.jpg").wait_for()
+    explorer.page.get_by_role("heading", name="Where patches look, on average · image_2.jpg").wait_for()
     explorer.page.locator(".list", has_text="image_2.jpg").wait_for()
     explorer.page.locator(".strip img").wait_for()
-    explorer.choose("points", "patches")
+    explorer.choose("compare", "patches of this block")
     explorer.points(96)
     explorer.page.locator(".strip img").wait_for(state="detached")
 

@@ -214,9 +214,9 @@ def test_scans_without_a_gate_say_so(store):
 
 def test_what_is_shown_is_said(store):
     source, state = Source(store), State(grid=(8, 12), cells=(14,))
-    assert heading(source, Pane(), State()) == "What all patches, on average, read · mean of 4 images"
-    assert heading(source, Pane(what="image", image=2), state) == "What patch (1, 2) reads · image_2.jpg"
-    assert heading(source, Pane(what="difference"), state) == "What patch (1, 2) reads · image_0.jpg less the mean"
+    assert heading(source, Pane(), State()) == "Where patches look, on average · average of 4 images"
+    assert heading(source, Pane(what="image", image=2), state) == "Where patch (1, 2) looks · image_2.jpg"
+    assert heading(source, Pane(what="difference"), state) == "Where patch (1, 2) looks · image_0.jpg minus the average"
     assert legend(source, Pane(path=True, sign="absolute")) == "absolute attention · path of route 1"
     assert legend(source, Pane(path=True, route=2)) == "attention · path of route 3"
     assert legend(source, Pane(route=2)) == "attention"

@@ -17,13 +17,13 @@ from mamba_attn.tracing.layer_names import LayerNames
 
 
 class Contributions(NamedTuple):
-    """What a logit is the sum of.
+    """The summands of a logit.
 
     Args:
         tokens: the patches without their position embeddings; class tokens and registers with theirs.
         positions: the patches' position embeddings; 0 for the other tokens.
         biases: every other additive constant, by its name.
-        layout: where the tokens sit.
+        layout: of the tokens.
     """
 
     tokens: Float[Tensor, "batch tokens"]
@@ -33,16 +33,16 @@ class Contributions(NamedTuple):
 
     @property
     def total(self) -> Float[Tensor, " batch"]:
-        """The logit."""
+        """The sum of all contributions: the logit."""
         tokens = (self.tokens + self.positions).sum(1)
         return torch.stack([tokens, *self.biases.values()]).sum(0)
 
 
 class FrozenContribution(LinearisedAttribution):
-    """The share of every token in a logit when all that multiplies the tokens is held fixed; signed, and adds up.
+    """The contribution of every token to a logit when everything that multiplies the tokens is held fixed; signed.
 
-    This is gradient x input, of the tokens behind the patch embedding, with frozen factors. Held at their values in
-    this forward pass:
+    This is gradient x input of the tokens after the patch embedding, with frozen factors. Held at their values in this
+    forward pass:
 
     ===========  ======================================================================================================
     scans        delta, A, B, C; D u stays (linear)
@@ -53,24 +53,24 @@ class FrozenContribution(LinearisedAttribution):
     activations  the ratio act(x) / x, taken at +-eps, the precision's epsilon, where x is smaller
     ===========  ======================================================================================================
 
-    The network is then affine in its tokens, so one backward pass gives the exact share of each in the logit: the
-    shares of patches, position embeddings, class token and biases are the logit (``contributions``; every call checks
-    the sum). Exact they are for the frozen network: how a token changes gates, steps or attention is left out. That is
-    where ``MambaLRP``, which lets relevance through the gates too, differs.
+    The network is then affine in its tokens, so one backward pass gives the exact contribution of each to the logit:
+    those of patches, position embeddings, class token and biases sum to the logit (``contributions``; every call checks
+    this). They are exact for the frozen network and ignore how a token changes gates, steps or attention. ``MambaLRP``
+    differs here: it lets relevance through the gates too.
 
-    The map shows the patches without their position embeddings, which are no part of the image.
+    The map shows the patches without their position embeddings, which are not part of the image.
 
     Args:
-        model: a model that ``mamba_attn.trace`` knows, of scans or softmax attention, with fused_add_norm=False where
-            it has that.
-        layers: names, patterns or numbers of mixers, before which the shares are read; maps averaged. Default: the
-            first one.
-        positions: add to each patch the share of its position embedding.
+        model: a model that ``mamba_attn.trace`` supports, of scans or softmax attention; with fused_add_norm=False if
+            it has that option.
+        layers: names, patterns or numbers of mixers; contributions are read before them and the maps averaged.
+            Default: the first one.
+        positions: add to each patch the contribution of its position embedding.
 
     Raises:
         ValueError: when called, a pixel or box.
-        UnsupportedModelError: when called, norms that no rule is known for.
-        TraceError: when called, shares that do not add up, because something escaped the rules.
+        UnsupportedModelError: when called, norms without a known rule.
+        TraceError: when called, contributions that do not add up, because something escaped the rules.
 
     Example:
         >>> FrozenContribution(model).attribute(images, target=281).shape
@@ -82,14 +82,14 @@ class FrozenContribution(LinearisedAttribution):
         self.positions = positions
 
     def contributions(self, inputs: Tensor, target: Target = None) -> Contributions:
-        """Return everything that the target logit is the sum of, image by image, before the first of ``layers``.
+        """Return all summands of the target logit, per image, before the first of ``layers``.
 
         Args:
             inputs: as in ``attribute``.
             target: as in ``attribute``.
 
         Raises:
-            ValueError: inputs that are no batch, a target that is no class.
+            ValueError: inputs are not a batch, or the target is not a class.
         """
         self._size("contributions", inputs)
         rules = FrozenRules(self.model)
@@ -107,10 +107,10 @@ class FrozenContribution(LinearisedAttribution):
 
 
 class FrozenRules(LinearRules):
-    """The linear rules with gates and attention probabilities fixed too.
+    """The linear rules, with gates and attention probabilities fixed too.
 
     Args:
-        model: whose modules get names.
+        model: provides the names of its modules.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -119,11 +119,11 @@ class FrozenRules(LinearRules):
         self._first = ""
 
     def gate(self, y: Tensor, gate: Tensor) -> Tensor:
-        """Multiply by a fixed gate."""
+        """Multiply by the gate without its gradient."""
         return y * gate.detach()
 
     def attention(self, record: AttentionRecord) -> AttentionRecord:
-        """Fix the probabilities."""
+        """Detach the probabilities."""
         return replace(record, probabilities=record.probabilities.detach())
 
     def norm(self, module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -135,12 +135,12 @@ class FrozenRules(LinearRules):
         return self._before_layers(super().linear(module, x, call))
 
     def position_shares(self, entrance: Entrance) -> Float[Tensor, "batch tokens"]:
-        """Return the share of what was added to the patches behind the patch embedding; zeros where nothing was."""
+        """Return the contribution of what was added to the patches after the patch embedding; zeros if nothing was."""
         layout, shares = entrance.layer.layout, torch.zeros_like(entrance.shares)
         tokens, gradient = (part[:, layout.patches.to(part.device)] for part in (entrance.tokens, entrance.gradient))
         stem = self._stem
         if stem is None or stem.ndim != 4 or entrance.layer.name != self._first:
-            return shares  # embeddings of patches that are no convolution's, or read before a later layer
+            return shares  # patches not embedded by a convolution, or contributions read before a later layer
         patches = stem.flatten(2).mT if tuple(stem.shape[2:]) == layout.grid else stem.flatten(1, 2)
         if patches.shape != tokens.shape:
             return shares
@@ -148,12 +148,12 @@ class FrozenRules(LinearRules):
         return shares.index_copy(1, layout.patches.to(shares.device), added)
 
     def enter(self, layer: str, x: Tensor) -> None:
-        """Keep what entered, and who was first."""
+        """Record the input of a layer, and which layer came first."""
         self._first = layer if not self.entered else self._first
         super().enter(layer, x)
 
     def _before_layers(self, y: Tensor) -> Tensor:
-        """Keep the last output before the first layer: the patch embedding's."""
+        """Record the last output before the first layer: that of the patch embedding."""
         if not self.entered:
             self._stem = y.detach()
         return y

@@ -1,4 +1,4 @@
-"""What MambaLRP and FrozenContribution share: one backward pass through linear rules, and the books it must balance."""
+"""Base class of MambaLRP and FrozenContribution: one backward pass through linear rules, and a check of its sum."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -18,17 +18,18 @@ from mamba_attn.tracing.layers import Layer
 from mamba_attn.tracing.module_rules import check_rules_apply
 from mamba_attn.tracing.tracer import Trace
 
-# of all shares; rounding leaves 1e-7, one GELU that escapes 1e-3. float64 models may compute in float32 somewhere
+# relative to all shares: rounding leaves 1e-7, one GELU that escapes the rules 1e-3. float64 models may compute in
+# float32 somewhere
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 0.1, torch.bfloat16: 0.3}
 _TF32 = 1e-3
 
 
 class Entrance(NamedTuple):
-    """What enters one layer, and the gradient there.
+    """The input of one layer, and the gradient there.
 
     Args:
         layer: the layer.
-        tokens: with their residual stream.
+        tokens: including their residual stream.
         gradient: of the logit, through the linear rules.
     """
 
@@ -38,18 +39,18 @@ class Entrance(NamedTuple):
 
     @property
     def shares(self) -> Float[Tensor, "batch tokens"]:
-        """Per token, sum over features of tokens * gradient."""
+        """The share of each token: the sum over features of tokens * gradient."""
         product = self.tokens * self.gradient
         return product.sum(-1, dtype=torch.promote_types(product.dtype, torch.float32))
 
 
 class LinearisedAttribution(TokenAttribution):
-    """Shares of the tokens in a logit, by one backward pass through a forward whose rules make it linear.
+    """Shares of the tokens in a logit, from one backward pass through a forward pass that rules make linear.
 
     Args:
-        model: a model that ``mamba_attn.trace`` knows.
-        layers: names, patterns or numbers of mixers, before which the shares are read; their maps are averaged. All
-            mixers take part either way. Default: the first one, behind the patch embedding.
+        model: a model that ``mamba_attn.trace`` supports.
+        layers: names, patterns or numbers of mixers; shares are read before them and the maps averaged. The rules apply
+            to all mixers in any case. Default: the first one, after the patch embedding.
     """
 
     reads_rows: ClassVar[bool] = False
@@ -63,7 +64,7 @@ class LinearisedAttribution(TokenAttribution):
         """Return the rules of one pass."""
 
     def _check(self, record: Trace) -> None:
-        """Refuse layers that the method is not made for."""
+        """Refuse layers that the method does not support."""
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         rules = self._rules()
@@ -71,16 +72,16 @@ class LinearisedAttribution(TokenAttribution):
         return [(entrance.layer.layout, self._row(entrance, rules)) for entrance in entrances]
 
     def _row(self, entrance: Entrance, rules: LinearRules) -> Float[Tensor, "batch tokens"]:
-        """Return what the map shows."""
+        """Return the numbers of the map."""
         return entrance.shares
 
     def _entrances(
         self, inputs: Tensor, target: Target, rules: LinearRules
     ) -> tuple[list[Entrance], dict[str, Float[Tensor, " batch"]]]:
-        """What enters the chosen layers with its gradients, and the shares of the constants after the first of them.
+        """Return the inputs of the chosen layers with gradients, and the constants' shares after the first of them.
 
         Raises:
-            TraceError: the shares do not add up to the logit; what enters a layer is no tensor of its tokens.
+            TraceError: the shares do not sum to the logit; the input of a layer is not a tensor of its tokens.
         """
         rules.batch = len(inputs)
         with self._traced(inputs, target, gradients=True, rules=rules) as (record, logit):
@@ -108,18 +109,18 @@ class LinearisedAttribution(TokenAttribution):
         return chosen
 
     def _tokens(self, layer: Layer, entered: Sequence[Tensor]) -> Tensor:
-        """The outermost tensor that holds the layer's tokens: with their residual stream."""
+        """Return the outermost tensor that holds the layer's tokens, which includes their residual stream."""
         for tensor in entered:
             if holds_tokens(layer, tensor):
                 return tensor
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in entered) or "nothing"
         raise TraceError(
             f"{type(self).__name__}: what enters {layer.name} and the modules around it ({shapes}) does not have its "
-            f"{layer.tokens} tokens, so relevance cannot be read there; name other layers with layers=."
+            f"{layer.tokens} tokens, so relevance cannot be read there; choose other layers with layers=."
         )
 
     def _balance(self, shares: Tensor, dtype: torch.dtype, constants: dict[str, Tensor], logit: Tensor) -> None:
-        """Refuse shares that do not add up to the logit."""
+        """Refuse shares that do not sum to the logit: a sign that something escaped the rules."""
         parts = [part.detach().double() for part in (shares, *constants.values())]
         total, size = sum(float(part.sum()) for part in parts), sum(float(part.abs().sum()) for part in parts)
         tolerance = max(_TOLERANCE[each] for each in (dtype, logit.dtype, _autocast(shares.device.type)))
@@ -130,16 +131,16 @@ class LinearisedAttribution(TokenAttribution):
             raise TraceError(
                 f"{type(self).__name__}: the shares of tokens and constants sum to {total:.6g}, the target to "
                 f"{float(logit.detach()):.6g}, so something in {type(self.model).__name__} escaped the rules: a norm, "
-                "an activation or a gate called as a function and not as a module, or a target that is not linear in "
+                "an activation or a gate called as a function instead of a module, or a target that is not linear in "
                 "the output."
             )
 
 
 def require_known(model: nn.Module) -> None:
-    """Refuse a model with norms that no rule is known for.
+    """Refuse a model with norms that have no known rule.
 
     Raises:
-        UnsupportedModelError: see above.
+        UnsupportedModelError: the model has such a norm.
     """
     check_rules_apply(model, find_mixers(model), LinearRules(model))
 
@@ -157,7 +158,7 @@ def holds_tokens(layer: Layer, x: Tensor) -> bool:
 
 
 def token_frame(layer: Layer, x: Tensor) -> Float[Tensor, "batch tokens features"]:
-    """Return tokens in the token frame, from it or its windows, (batch, rows, columns, features) or channels first."""
+    """Convert tokens to the token frame, from windows, (batch, rows, columns, features) or channels first."""
     if x.ndim == 3:
         return x if layer._layout is None else layer.layout.from_windows(x, axis=1)
     layout = layer.layout

@@ -1,8 +1,7 @@
-"""Rules that leave a network linear in its tokens, up to additive constants, with the values of its forward.
+"""Rules that make a network linear in its tokens, up to additive constants, without changing its values.
 
-Every rule returns the layer's own value and the gradient of a linear map with that value; the maps' factors are those
-of this forward pass, held fixed. Below the rules: norms with a fixed denominator, and linear layers apart from their
-modules.
+Every rule returns the layer's own value with the gradient of a linear map; the factors of the map are those of this
+forward pass, held fixed. Below the rules: norms with a fixed denominator, and linear layers with other weights.
 """
 
 import copy
@@ -22,7 +21,7 @@ _PLAIN = (nn.LayerNorm.forward, nn.RMSNorm.forward)
 
 
 class LinearRules(Rules):
-    """Activations by their ratio, norms by their denominator, scans by everything but u; additive constants are noted.
+    """Fixes ratios of activations, denominators of norms, everything in scans but u; records additive constants.
 
     ===========  ======================================================================================================
     activation   y = x r, r = f(x) / x fixed. Where abs(x) is below the precision's epsilon, r is taken at that epsilon
@@ -32,12 +31,12 @@ class LinearRules(Rules):
     ===========  ======================================================================================================
 
     Args:
-        model: whose modules get names.
+        model: provides the names of its modules.
 
     Attributes:
-        entered: per layer, what entered it and the modules around it, outermost first.
+        entered: per layer, the inputs of it and of the modules around it, outermost first.
         constants: per additive constant, (batch,), its share in the logit; filled by the backward pass.
-        batch: number of images; to be set before the pass.
+        batch: number of images; set it before the pass.
     """
 
     wants: ClassVar[frozenset[str]] = frozenset(KINDS)
@@ -51,9 +50,9 @@ class LinearRules(Rules):
     def activation(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Apply an activation as the product of its input and a fixed ratio."""
         with torch.no_grad():
-            eps = torch.finfo(x.dtype).eps  # f(x) / x is 0 / 0 at 0, and mostly rounding close to it
+            eps = torch.finfo(x.dtype).eps  # f(x) / x is 0 / 0 at 0, and mostly rounding error close to it
             away = torch.where(x.abs() < eps, torch.copysign(torch.full_like(x, eps), x), x)
-            value = function(away.clone())  # which some change in place, and an identity returns
+            value = function(away.clone())  # a clone: some functions work in place, and an identity returns its input
             ratio = value / away
             y = torch.where(away == x, value, x * ratio)
         return y + (x - x.detach()) * ratio
@@ -74,22 +73,23 @@ class LinearRules(Rules):
         return self._noted(module, y, added_bias(module, x, y))
 
     def scan(self, record: ScanRecord) -> ScanRecord:
-        """Fix what multiplies u."""
+        """Detach everything that multiplies u."""
         return record.replace(
             source_delta=record.source_delta.detach(), A=record.A.detach(), source_B=record.source_B.detach(),
             source_C=record.source_C.detach(), D=None if record.D is None else record.D.detach(),
+            source_gain=None if record.source_gain is None else record.source_gain.detach(),
         )  # fmt: skip
 
     def enter(self, layer: str, x: Tensor) -> None:
-        """Keep what entered."""
+        """Record the input of a layer."""
         self.entered.setdefault(layer, []).append(x)
 
     def _noted(self, module: nn.Module, y: Tensor, constant: Tensor | None, suffix: str = "bias") -> Tensor:
-        """Note, in the backward pass, constant * dlogit/dy of every image as the constant's share."""
+        """Record constant * dlogit/dy of every image, during the backward pass, as the constant's share."""
         if constant is None or not y.requires_grad:
             return y
         name, fixed = f"{self.names.get(module, type(module).__name__)}.{suffix}", constant.detach()
-        # The hook lives as long as the graph, which what entered is part of: through self it would keep itself alive.
+        # The hook must not hold self: self.entered is part of the graph that holds the hook, a cycle that would leak.
         constants, batch = self.constants, self.batch
 
         def note(gradient: Tensor) -> None:
@@ -98,7 +98,7 @@ class LinearRules(Rules):
             constants[name] = constants.get(name, 0) + share.reshape(batch, -1).sum(1)  # images first, then windows
 
         y.register_hook(note)
-        return y.view_as(y)  # where this very tensor enters a layer, its constant is part of what entered
+        return y.view_as(y)  # a new tensor: if y itself enters a layer, its constant belongs to that layer's input
 
 
 def same_value(y: Tensor, linear: Tensor) -> Tensor:
@@ -118,15 +118,15 @@ def batch_norm_constant(module: nn.BatchNorm1d | nn.BatchNorm2d) -> Tensor | Non
 
 
 def fitting(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a name fits one of some patterns."""
+    """Whether a name matches any of the patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def frozen_norm(module: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the norm of x with its denominator detached, and its bias as a tensor that broadcasts over it.
 
-    Layer norms keep their mean in the graph, RMS norms have none. A class with a forward of its own may norm the last
-    axis or, as LayerNorm2d, axis 1, and may move one to the place of the other: taken is what reproduces its output.
+    Layer norms keep their mean in the graph; RMS norms have none. A class with its own forward may normalise the last
+    axis or, as LayerNorm2d, axis 1, and may swap them: the variant that reproduces its output is used.
 
     Args:
         module: the norm.
@@ -148,19 +148,19 @@ def frozen_norm(module: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor
                 return linear, bias if bias is None or not first else on_axis_1(bias, linear)
     raise UnsupportedModelError(
         f"{type(module).__name__}: its output is neither a layer norm nor an RMS norm of its input over the features, "
-        "so what would be held fixed in it is not known."
+        "so it is not known what to hold fixed in it."
     )
 
 
 def _frames(linear: Tensor, *, own: bool) -> Iterator[tuple[Tensor, bool]]:
-    """The output with its features last and, of a class with its own forward, on axis 1; whether they are there."""
+    """Yield the output with features last and, for a class with its own forward, on axis 1; and whether on axis 1."""
     yield linear, False
     if own:
         yield linear.movedim(-1, 1), True
 
 
 def _formula(module: nn.Module, x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The norm over the last axes."""
+    """Compute the norm over the last axes, with its denominator detached."""
     over = tuple(range(-axes, 0))
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     if isinstance(module, nn.LayerNorm) or "LayerNorm" in type(module).__name__:
@@ -178,11 +178,11 @@ def _agree(linear: Tensor, y: Tensor) -> bool:
         return False
     difference = (linear.detach() - y).abs().max()
     allowed = _TOLERANCE * torch.finfo(y.dtype).eps * y.abs().max()
-    return not bool(difference > allowed)  # NaN is the business of others
+    return not bool(difference > allowed)  # NaN is reported elsewhere, with the layer
 
 
 def bare_layer(module: nn.Module, weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the layer's function with another weight and no bias; the module itself is left alone."""
+    """Return the layer's function with another weight and no bias, without changing the module."""
     other = copy.copy(module)
     other.__dict__.pop("forward", None)
     other._parameters = {**module._parameters, "weight": nn.Parameter(weight, requires_grad=False), "bias": None}
@@ -198,7 +198,7 @@ def own_weight(call: str, module: nn.Module) -> Tensor:
         module: the layer.
 
     Raises:
-        UnsupportedModelError: a layer that computes its weight.
+        UnsupportedModelError: the layer computes its weight.
     """
     weight = module._parameters.get("weight")
     if not isinstance(weight, Tensor):
@@ -212,8 +212,8 @@ def own_weight(call: str, module: nn.Module) -> Tensor:
 def added_bias(module: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
     """Return what a layer's bias adds to its output, as a tensor that broadcasts over it; None without one.
 
-    Features are last in linear layers, on axis 1 in convolutions. Foreign linear layers may have them on either, where
-    their sizes do not tell, the output without the bias does.
+    Features are last in linear layers and on axis 1 in convolutions. Foreign linear layers may use either axis; if
+    the sizes are ambiguous, the bias is measured as output minus output without bias.
 
     Args:
         module: the layer.

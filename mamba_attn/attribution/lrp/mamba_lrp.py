@@ -25,43 +25,43 @@ _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 class MambaLRP(LinearisedAttribution):
-    """Relevance of the tokens behind the patch embedding for a class: MambaLRP (arXiv 2406.07592); signed.
+    """Relevance of the tokens after the patch embedding for a class: MambaLRP (arXiv 2406.07592); signed.
 
     R[i] = sum over features of E[i] * dlogit/dE[i], E the tokens that enter the first layer (patches with their
-    position embeddings; in VMamba the tokens behind the stem). The forward pass is the model's own; the gradient is
-    that of these rules, so that relevance is handed on layer by layer and neither made nor lost:
+    position embeddings; in VMamba the tokens after the stem). The forward pass is the model's own; the gradient
+    follows these rules, which propagate relevance layer by layer without creating or losing any:
 
     ===============  ==================================================================================================
     SiLU, GELU       y = x [act(x) / x] with the ratio fixed, in the MLPs too
     selective scan   linear in u: delta, A, B, C fixed, D u kept
-    gate             y * act(z): half of the relevance to either factor, none fixed
+    gate             y * act(z): half of the relevance to each factor, none fixed
     norms            LN-rule: the denominator is fixed, the mean of a layer norm is linear and stays
-    linear, conv     LRP-0, the plain gradient; or, where ``gamma_layers`` says so, the generalised gamma rule
+    linear, conv     LRP-0, the plain gradient; or, for ``gamma_layers``, the generalised gamma rule
     ===============  ==================================================================================================
 
-    Stabilisers: act(x) / x is taken at +-eps, the precision's epsilon, where x is smaller; the gamma rule
-    hands on nothing where its denominator, and so the output, is exactly 0. There is no other, so relevance is
-    conserved: R summed over all tokens and the relevance that biases keep are the logit, without biases R alone. Every
-    call checks this.
+    Stabilisers: act(x) / x is taken at +-eps, the precision's epsilon, where x is smaller; the gamma rule propagates
+    nothing where its denominator, and hence the output, is exactly 0. There are no others, so relevance is conserved:
+    R summed over all tokens plus the relevance kept by biases is the logit. Every call checks this.
 
-    Of the published code it does not copy: a gamma rule that raises NameError on linear layers and yields NaN where its
-    denominator is 0; a ratio taken at x + 1e-6 sign(x), which loses relevance near 0; an empty list of rules that
+    Not copied from the published code: a gamma rule that raises NameError on linear layers and yields NaN where its
+    denominator is 0; a ratio taken at x + 1e-6 sign(x), which loses relevance near 0; an empty list of rules, which
     leaves plain gradient x input; a fast path that skips the rule of SiLU; biases set to zero, which changes the model;
-    one model and one device.
+    the restriction to one model and one device.
 
-    The class token's relevance is no part of the map; ``relevances`` reports it.
+    The class token's relevance is not part of the map; ``relevances`` reports it.
 
     Args:
-        model: a model of selective scans that ``mamba_attn.trace`` knows, with fused_add_norm=False where it has that.
-        layers: names, patterns or numbers of mixers: relevance of what enters them; maps averaged. Default: the
+        model: a model of selective scans that ``mamba_attn.trace`` supports; with fused_add_norm=False if it has that
+            option.
+        layers: names, patterns or numbers of mixers; relevance is read before them and the maps averaged. Default: the
             first one.
         gamma_layers: names or patterns of linear layers and convolutions with the generalised gamma rule, e.g.
             ``"layers.*.in_proj"``. Default: none, LRP-0 everywhere.
         gamma: of that rule, at least 0; 0 is LRP-0.
 
     Raises:
-        ValueError: a gamma below 0, a pattern that fits no linear layer; when called, a pixel or box.
-        UnsupportedModelError: when called, layers that are softmax attention; norms that no rule is known for.
+        ValueError: a gamma below 0, a pattern that matches no linear layer; when called, a pixel or box.
+        UnsupportedModelError: when called, layers that are softmax attention; norms without a known rule.
 
     Example:
         >>> MambaLRP(model, gamma_layers=["*.in_proj", "*.out_proj"]).attribute(images, target=281).shape
@@ -90,21 +90,21 @@ class MambaLRP(LinearisedAttribution):
             target: as in ``attribute``.
 
         Raises:
-            ValueError: inputs that are no batch, a target that is no class.
+            ValueError: inputs are not a batch, or the target is not a class.
         """
         self._size("relevances", inputs)
         entrances, _ = self._entrances(inputs, target, self._rules())
         return ByLayer({entrance.layer.name: entrance.shares for entrance in entrances})
 
     def bias_relevances(self, inputs: Tensor, target: Target = None) -> dict[str, Float[Tensor, " batch"]]:
-        """Return the relevance that biases keep, by the names of these parameters: behind the first of ``layers``.
+        """Return the relevance kept by the biases after the first of ``layers``, by parameter name.
 
         Args:
             inputs: as in ``attribute``.
             target: as in ``attribute``.
 
         Raises:
-            ValueError: inputs that are no batch, a target that is no class.
+            ValueError: inputs are not a batch, or the target is not a class.
         """
         self._size("bias_relevances", inputs)
         return self._entrances(inputs, target, self._rules())[1]
@@ -117,10 +117,10 @@ class MambaLRP(LinearisedAttribution):
 
 
 class LRPRules(LinearRules):
-    """The linear rules with half of the relevance to either factor of a gate, and the gamma rule.
+    """The linear rules, with half of the relevance to each factor of a gate, and the gamma rule.
 
     Args:
-        model: whose modules get names.
+        model: provides the names of its modules.
         gamma_layers: patterns of names.
         gamma: of the gamma rule.
     """
@@ -133,13 +133,13 @@ class LRPRules(LinearRules):
     def gate(self, y: Tensor, gate: Tensor) -> Tensor:
         """Multiply, with half of the gradient.
 
-        x dy/dx + g dy/dg of y = x g is 2 y: the plain gradient would hand on twice the relevance that came.
+        For y = x g, x dy/dx + g dy/dg is 2 y: the plain gradient would double the relevance.
         """
         half = 0.5 * (y * gate)
         return half + half.detach()
 
     def linear(self, module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
-        """Apply LRP-0, or the gamma rule where it is asked for."""
+        """Apply LRP-0, or the gamma rule to the layers named for it."""
         if not self.gamma or not fitting(self.names.get(module, ""), self.gamma_layers):
             return super().linear(module, x, call)
         y, constant = generalised_gamma(module, x, call, self.gamma)
@@ -181,7 +181,7 @@ def generalised_gamma(
 
 
 def check_gamma_layers(call: str, model: nn.Module, patterns: tuple[str, ...], gamma: float) -> None:
-    """Refuse a gamma below 0, and patterns that fit no linear layer or convolution.
+    """Refuse a gamma below 0, and patterns that match no linear layer or convolution.
 
     Args:
         call: the name of the method, for the message.
@@ -190,7 +190,7 @@ def check_gamma_layers(call: str, model: nn.Module, patterns: tuple[str, ...], g
         gamma: of the rule.
 
     Raises:
-        ValueError: see above.
+        ValueError: gamma is below 0, or a pattern matches nothing.
     """
     if not gamma >= 0:
         raise ValueError(f"{call}(gamma={gamma!r}): expected a number of at least 0.")
@@ -198,5 +198,6 @@ def check_gamma_layers(call: str, model: nn.Module, patterns: tuple[str, ...], g
     for pattern in patterns:
         if not any(fitting(name, (pattern,)) for name in names):
             raise ValueError(
-                f"{call}(gamma_layers={pattern!r}): fits no linear layer and no convolution. {nearest(pattern, names)}"
+                f"{call}(gamma_layers={pattern!r}): matches no linear layer and no convolution. "
+                f"{nearest(pattern, names)}"
             )

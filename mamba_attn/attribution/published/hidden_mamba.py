@@ -1,4 +1,4 @@
-"""The three maps that the code published with arXiv 2403.01590 makes of the class token's rows; for Vim.
+"""The three maps of the code published with arXiv 2403.01590, made from the class token's rows; for Vim.
 
 Published code runs one image at a time: where it takes a minimum or a maximum of a tensor, here it is per image.
 """
@@ -22,7 +22,7 @@ Vectors = list[Float[Tensor, "batch channels tokens"]]  # the class token's row,
 
 
 class ClassTokenAttribution(TokenAttribution):
-    """A map made of the class token's row in the late layers, as published code computes that row.
+    """A map made from the class token's rows in the late layers, computed as in published code.
 
     Args:
         model: a Vim with one class token.
@@ -33,14 +33,14 @@ class ClassTokenAttribution(TokenAttribution):
         UnsupportedModelError: when called, layers that are softmax attention.
     """
 
-    gradients: ClassVar[bool] = False  # whether it needs them
+    gradients: ClassVar[bool] = False  # whether the map needs the gradients at the mixers' outputs
 
     @abstractmethod
     def _combine(self, rows: Vectors, gradients: Sequence[Tensor], token: int) -> Float[Tensor, "batch tokens"]:
-        """Return the map made of the rows and of the gradients at the mixers' outputs."""
+        """Return the map made from the rows and the gradients at the mixers' outputs."""
 
     def _recorder(self) -> ActivationRecorder | None:
-        """Return what watches the pass."""
+        """Return the recorder that the rows need; None for none."""
         return None
 
     def _class_row(
@@ -60,7 +60,7 @@ class ClassTokenAttribution(TokenAttribution):
         return [(chosen[0].layout, self._combine(rows, [found[layer.name] for layer in chosen if found], token))]
 
     def _class_token(self, layers: Sequence[ScanLayer], query: Query | None) -> int:
-        """The class token's index; refuses models without one, as VMamba, and a pixel or box, which have no row."""
+        """Return the class token's index; refuse models without one, like VMamba, and pixels or boxes."""
         tokens = layers[0].layout.class_tokens
         if len(tokens) != 1:
             raise ValueError(
@@ -69,7 +69,7 @@ class ClassTokenAttribution(TokenAttribution):
             )
         if query is not None:
             raise ValueError(
-                f"{self.called}: this convention computes the class token's row alone, so it has none for {query}; "
+                f"{self.called}: this convention computes only the class token's row, not one for {query}; "
                 f"leave {query.kind} out, or use convention='exact'."
             )
         return tokens[0]
@@ -106,7 +106,7 @@ class HiddenMambaAttribution(ClassTokenAttribution):
         return broadcast_rollout(fused, token).clamp(min=0)
 
     def _fused(self, positive: Float[Tensor, "batch channels tokens"], weight: Float[Tensor, "batch tokens"]) -> Tensor:
-        """What stands in all rows of the layer's matrix."""
+        """Return the vector that fills all rows of the layer's matrix."""
         return min_max(positive, (1, 2)).mean(1) * weight
 
 
@@ -119,13 +119,14 @@ def hidden_mamba_row(layer: ScanLayer, token: int) -> Float[Tensor, "batch chann
     """
     layer.require_finite()
     scan: ScanRecord = layer.scan
-    delta = scan.source_delta.clone()
+    delta, gain = scan.source_delta.clone(), None if scan.source_gain is None else scan.source_gain.clone()
     # delta = 0 at the class token's step does both: exp(0 A) = 1 is no decay, and delta u = 0 writes nothing
-    if scan.source_frame == "tokens":
-        delta[..., token] = 0
-    else:
-        delta[(scan.read_order == token).expand_as(delta[:, :, 0]).unsqueeze(2).expand_as(delta)] = 0
-    return ops.attention_row(scan.replace(source_delta=delta, scale=1.0), row=token, fold="each")
+    for steps in (delta,) if gain is None else (delta, gain):
+        if scan.source_frame == "tokens":
+            steps[..., token] = 0
+        else:
+            steps[(scan.read_order == token).expand_as(steps[:, :, 0]).unsqueeze(2).expand_as(steps)] = 0
+    return ops.attention_row(scan.replace(source_delta=delta, source_gain=gain, scale=1.0), row=token, fold="each")
 
 
 def late_layers(layers: Sequence[ScanLayer]) -> list[ScanLayer]:

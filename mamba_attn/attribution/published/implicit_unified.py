@@ -22,7 +22,7 @@ from mamba_attn.tracing.layers import ScanLayer
 
 
 class _UnifiedRows(ClassTokenAttribution):
-    """The rows of this code in the recipes of the other."""
+    """Puts this code's rows into the recipes of HiddenMambaAttn."""
 
     def _recorder(self) -> ActivationRecorder | None:
         return ActivationRecorder()

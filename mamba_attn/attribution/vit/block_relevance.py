@@ -59,7 +59,7 @@ def require_known(call: str, model: Any) -> None:
     instead = "; use variant='gradient_x_attention', which needs the attention alone."
     if type(model).__name__ not in _MODELS or not hasattr(model, "_pos_embed"):
         raise UnsupportedModelError(
-            f"{call}: relevance is propagated through timm's {' and '.join(_MODELS)}, and this is "
+            f"{call}: relevance is propagated through timm's {' and '.join(_MODELS)}, but this is "
             f"{type(model).__name__}{instead}"
         )
     foreign = list(_foreign("", model, ""))
@@ -79,7 +79,7 @@ def require_known(call: str, model: Any) -> None:
 
 
 def _foreign(kind: str, module: nn.Module, where: str) -> Iterator[str]:
-    """Names of the parts that are not known, or not of the kind that they should be."""
+    """Yield the names of parts that are unknown or of an unexpected type."""
     for name, child in module.named_children():
         own = f"{where}.{name}".lstrip(".")
         if name not in _CHILDREN[kind]:
@@ -92,7 +92,7 @@ def _foreign(kind: str, module: nn.Module, where: str) -> Iterator[str]:
 
 
 def run(model: Any, images: Tensor) -> tuple[list[Kept], Tensor]:
-    """Return what every block computed, and the tokens after the last norm."""
+    """Run the model; return the intermediate values of every block, and the tokens after the last norm."""
     x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
     kept = []
     for block in model.blocks:
@@ -121,7 +121,7 @@ def _block(block: Any, x: Tensor) -> Kept:
 
 
 def logits_of(model: Any, tokens: Float[Tensor, "batch tokens features"]) -> Float[Tensor, "batch classes"]:
-    """The head's output."""
+    """Return the output of the head."""
     logits: Tensor = model.forward_head(tokens)
     return logits
 
@@ -165,12 +165,12 @@ def through_block(
 
 
 # How relevance goes through one operation: arXiv 2012.09838 (section 3) and its code, alpha = 1, beta = 0. Every rule
-# conserves: what goes in sums to what came out, up to outputs that are zero. Element-wise operations (activations,
-# norms, softmax, layer scale) pass relevance on unchanged and have no function here.
+# conserves: relevance of the inputs sums to that of the outputs, except for outputs that are zero. Element-wise
+# operations (activations, norms, softmax, layer scale) pass relevance on unchanged and have no function here.
 
 
 def divide(a: Tensor, b: Tensor) -> Tensor:
-    """A / b, moved away from zero by 1e-9, and 0 where b is 0."""
+    """Divide a by b, with b moved away from zero by 1e-9; 0 where b is 0."""
     away = b + torch.where(b < 0, -_SMALL, _SMALL)
     return torch.where(b == 0, 0, a / away)
 

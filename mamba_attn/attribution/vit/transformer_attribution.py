@@ -1,4 +1,4 @@
-"""Transformer-Attribution: attention probabilities weighted by the gradient of a class, rolled out over the layers."""
+"""TransformerAttribution: attention probabilities weighted by the gradient of a class, rolled out over layers."""
 
 from collections.abc import Sequence
 
@@ -14,14 +14,14 @@ from mamba_attn.tracing.layer_names import LayerNames
 from mamba_attn.tracing.layers import AttentionLayer, require
 
 VARIANTS = ("gradient_x_attention", "lrp")
-_LRP_START = 1  # the published evaluation leaves the first block out
+_LRP_START = 1  # the published evaluation skips the first block
 
 
 class TransformerAttribution(TokenAttribution):
     """The query's row of the product of a ViT's gradient-weighted attention; depends on the class.
 
-    I + W are multiplied over the layers, last to first, their rows not divided by anything, and the query's row of the
-    product is read, less what the residual streams alone carry, which is the query itself.
+    I + W are multiplied over the layers, last to first, without normalising rows, and the query's row of the product is
+    read, minus the part carried by the residual streams alone (the query itself).
 
     ============================  =====================================================================================
     variant                       W
@@ -35,21 +35,21 @@ class TransformerAttribution(TokenAttribution):
 
     The positive part is taken per head, before the mean; ``MambaAttribution``, the counterpart of the first variant,
     takes it after the sum over channels. In a model without a class token the gradients, and the relevances, are
-    multiplied by the number of patches, as there; the published code knows models with a class token alone. Where the
-    target is a function of the output, relevance starts from its gradient, which is 1 at the class for a class.
+    multiplied by the number of patches, as there; the published code only supports models with a class token. If the
+    target is a function of the output, relevance starts from its gradient; for a class, from 1 at that class.
 
     Args:
-        model: a model of softmax attention that ``mamba_attn.trace`` knows; for "lrp" a ViT or DeiT of timm.
+        model: a model of softmax attention that ``mamba_attn.trace`` supports; for "lrp" a ViT or DeiT of timm.
         layers: names, patterns or numbers of the layers to use; the others act as the identity. Default: all from
             ``start_layer`` on.
         variant: one of the two above.
         start_layer: number of the first layer that is used. Default: 0; for "lrp" 1, as published evaluations.
 
     Raises:
-        ValueError: an unknown variant, both ``layers`` and ``start_layer``; when called, a ``start_layer`` that is not
-            there.
-        UnsupportedModelError: when called, layers that are selective scans; for "lrp" a model with parts for which no
-            rule is known, or whose forward does other things than its parts say.
+        ValueError: an unknown variant, or both ``layers`` and ``start_layer``; when called, a ``start_layer`` that does
+            not exist.
+        UnsupportedModelError: when called, layers that are selective scans; for "lrp", a model with parts that have
+            no known rule, or whose forward differs from running its parts in order.
 
     Example:
         >>> TransformerAttribution(vit).attribute(torch.randn(2, 3, 224, 224), target=[281, 207]).shape
@@ -109,7 +109,7 @@ class TransformerAttribution(TokenAttribution):
     @torch.inference_mode(False)  # relevance starts from a gradient
     @torch.no_grad()
     def _relevances(self, images: Tensor, target: Target, layers: Sequence[AttentionLayer]) -> list[Tensor]:
-        """R(P_h) of every layer, as of a head that reads one token."""
+        """Return R(P_h) of every layer, scaled as for a head that reads one token."""
         call = "TransformerAttribution(variant='lrp')"
         block_relevance.require_known(call, self.model)
         blocks = list(self.model.get_submodule("blocks").children())
@@ -135,11 +135,11 @@ class TransformerAttribution(TokenAttribution):
 
 
 def _require_same(call: str, layer: AttentionLayer, probabilities: Tensor) -> None:
-    """Refuse a model whose own forward does not give what its parts give one after the other."""
+    """Refuse a model whose own forward differs from running its parts in order."""
     difference = float((layer.record.probabilities - probabilities).abs().max())
     if not difference < 1e-3:
         raise UnsupportedModelError(
-            f"{call}: {layer.name} attends otherwise (by {difference:.2g}) than the model's parts say one after the "
-            "other: something else changes its tokens, as dropout in training mode does; call model.eval(), or use "
+            f"{call}: {layer.name} attends differently (by {difference:.2g}) than the model's parts do when run in "
+            "order: something else changes its tokens, as dropout in training mode does; call model.eval(), or use "
             "variant='gradient_x_attention'."
         )

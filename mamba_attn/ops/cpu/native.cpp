@@ -78,6 +78,7 @@ struct Scan {
     const int64_t *read, *write;  // (routes, length); read is null when sources are in scan order, write when y is
     float scale;
     int32_t threads;
+    Tensor gain;  // data is null where the gain is delta; in attention it always is
 };
 }
 
@@ -99,6 +100,11 @@ inline int64_t out_row(const Scan& s, int64_t b, int64_t r, int64_t t) {
     return s.write ? b * s.tokens + s.write[r * s.length + t] : (b * s.routes + r) * s.length + t;
 }
 
+// what the input is multiplied by; d is delta there
+inline vec gain_at(const Scan& s, int64_t b, int64_t r, int64_t p, int64_t c, vec d) {
+    return s.gain.data ? load(row(s.gain, b, r, p) + c) : d;
+}
+
 inline void prefetch_inputs(const Scan& s, int64_t b, int64_t r, int64_t step, int64_t c) {
     const int64_t p = at(s.read, r, s.length, step + AHEAD < s.length ? step + AHEAD : step);
     __builtin_prefetch(row(s.delta, b, r, p) + c);
@@ -118,7 +124,8 @@ void forward_block(const Scan& s, float* y, int64_t b, int64_t c) {
         for (int n = 0; n < states; n++) h[n] = vec{};
         for (int64_t t = 0; t < s.length; t++) {
             const int64_t p = at(s.read, r, s.length, t);
-            const vec d = load(row(s.delta, b, r, p) + c), u = load(row(s.u, b, r, p) + c), x = d * u;
+            const vec d = load(row(s.delta, b, r, p) + c), u = load(row(s.u, b, r, p) + c);
+            const vec x = gain_at(s, b, r, p, c, d) * u;
             const float *B = row(s.B, b, r, p), *C = row(s.C, b, r, p);
             vec sum = D * u;
             prefetch_inputs(s, b, r, t, c);
@@ -142,7 +149,7 @@ struct Workspace {
     std::vector<vec> dB, dC;         // (steps, states): summed over channel blocks, lanes still apart
 };
 
-struct Gradients { float *u, *delta, *A, *B, *C, *D; int64_t u_routes, delta_routes, bc_routes; };
+struct Gradients { float *u, *delta, *A, *B, *C, *D, *gain; int64_t u_routes, delta_routes, bc_routes, gain_routes; };
 
 void segment_starts(const Scan& s, Workspace& w, int64_t b, int64_t r) {
     const int64_t blocks = s.channels / LANES, states = s.states;
@@ -153,7 +160,8 @@ void segment_starts(const Scan& s, Workspace& w, int64_t b, int64_t r) {
         for (int64_t t = 0; t < s.length; t++) {
             if (t % w.steps == 0) std::memcpy(&w.start[(t / w.steps * blocks + k) * states], h.data(), states * sizeof(vec));
             const int64_t p = at(s.read, r, s.length, t);
-            const vec d = load(row(s.delta, b, r, p) + k * LANES), x = d * load(row(s.u, b, r, p) + k * LANES);
+            const vec d = load(row(s.delta, b, r, p) + k * LANES);
+            const vec x = gain_at(s, b, r, p, k * LANES, d) * load(row(s.u, b, r, p) + k * LANES);
             const float* B = row(s.B, b, r, p);
             for (int n = 0; n < states; n++) h[n] = exp2v(d * load(A2 + n * s.channels)) * h[n] + x * B[n * s.B.axis];
         }
@@ -172,7 +180,8 @@ void backward_segment(const Scan& s, Workspace& w, const float* gy, const Gradie
     vec* carry = &w.carry[k * states];
     for (int i = 0; i < count; i++) {
         const int64_t p = at(s.read, r, s.length, first + i);
-        const vec d = load(row(s.delta, b, r, p) + c), x = d * load(row(s.u, b, r, p) + c);
+        const vec d = load(row(s.delta, b, r, p) + c);
+        const vec x = gain_at(s, b, r, p, c, d) * load(row(s.u, b, r, p) + c);
         const float* B = row(s.B, b, r, p);
         prefetch_inputs(s, b, r, first + i, c);
         for (int n = 0; n < states; n++) {
@@ -184,7 +193,8 @@ void backward_segment(const Scan& s, Workspace& w, const float* gy, const Gradie
     vec dD = {};
     for (int i = count - 1; i >= 0; i--) {
         const int64_t p = at(s.read, r, s.length, first + i);
-        const vec d = load(row(s.delta, b, r, p) + c), u = load(row(s.u, b, r, p) + c), x = d * u;
+        const vec d = load(row(s.delta, b, r, p) + c), u = load(row(s.u, b, r, p) + c);
+        const vec gain = gain_at(s, b, r, p, c, d), x = gain * u;
         const float *B = row(s.B, b, r, p), *C = row(s.C, b, r, p);
         const vec dy = load(gy + out_row(s, b, r, first + i) * s.channels + c) * s.scale;
         vec through_B = {}, through_decay = {};
@@ -206,9 +216,14 @@ void backward_segment(const Scan& s, Workspace& w, const float* gy, const Gradie
         }
         float* du = g.u + ((b * g.u_routes + (g.u_routes > 1 ? r : 0)) * positions + p) * s.channels + c;
         float* dd = g.delta + ((b * g.delta_routes + (g.delta_routes > 1 ? r : 0)) * positions + p) * s.channels + c;
-        const vec to_u = d * through_B + D * dy, to_delta = u * through_B + 0.6931471806f * through_decay;
+        const vec to_u = gain * through_B + D * dy, to_gain = u * through_B, decayed = 0.6931471806f * through_decay;
+        const vec to_delta = s.gain.data ? decayed : to_gain + decayed;
         store(du, g.u_routes == s.routes ? to_u : load(du) + to_u);  // shared by the routes: summed
         store(dd, g.delta_routes == s.routes ? to_delta : load(dd) + to_delta);
+        if (s.gain.data) {
+            float* dg = g.gain + ((b * g.gain_routes + (g.gain_routes > 1 ? r : 0)) * positions + p) * s.channels + c;
+            store(dg, g.gain_routes == s.routes ? to_gain : load(dg) + to_gain);
+        }
         dD += dy * u;
     }
     float* out = g.D + (b * s.routes + r) * s.channels + c;

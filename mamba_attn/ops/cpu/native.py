@@ -32,6 +32,7 @@ from mamba_attn.ops.flat_records import (
 _LANES = 16
 _FOLDS = {"sum": 0, "mean": 0, "positive": 1, "absolute": 2, "each": 3}
 _LOG2_E = 1 / math.log(2)
+_SMALLEST_STEP = 1e-20
 
 
 class _CTensor(ctypes.Structure):
@@ -46,13 +47,14 @@ class _CScan(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("A2", "D", "read", "write")),
         ("scale", ctypes.c_float),
         ("threads", ctypes.c_int32),
+        ("gain", _CTensor),
     ]  # fmt: skip
 
 
 class _CGradients(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("u", "delta", "A", "B", "C", "D")),
-        *((name, ctypes.c_int64) for name in ("u_routes", "delta_routes", "bc_routes")),
+        *((name, ctypes.c_void_p) for name in ("u", "delta", "A", "B", "C", "D", "gain")),
+        *((name, ctypes.c_int64) for name in ("u_routes", "delta_routes", "bc_routes", "gain_routes")),
     ]
 
 
@@ -86,7 +88,11 @@ class Native(Backend):
 
     def unavailable(self, record: ScanRecord) -> str | None:
         """Return why the kernel cannot take this record, or None."""
-        tensors = (record.source_u, record.source_delta, record.A, record.source_B, record.source_C)
+        tensors: tuple[Tensor, ...] = (
+            record.source_u, record.source_delta, record.A, record.source_B, record.source_C
+        )  # fmt: skip
+        if record.source_gain is not None:
+            tensors = (*tensors, record.source_gain)
         if any(tensor.device.type != "cpu" for tensor in tensors):
             return f"it runs on the CPU and the tensors are on {record.source_delta.device}; move them with .cpu()."
         if any(tensor.dtype == torch.float64 for tensor in tensors):
@@ -102,6 +108,13 @@ class Native(Backend):
         self, record: ScanRecord, row_weight: Tensor | None, col_weight: Tensor | None, fold: str, merged: bool
     ) -> Tensor:
         """(batch, [channels,] tokens, tokens) merged, else (batch, routes, [channels,] length, length)."""
+        if record.source_gain is not None:
+            tensors = (record.source_delta, record.A, record.source_B, record.source_C, record.source_gain)
+            if torch.is_grad_enabled() and any(
+                x is not None and x.requires_grad for x in (*tensors, row_weight, col_weight)
+            ):
+                return blocked.BACKEND.hidden_attention(record, row_weight, col_weight, fold, merged)
+            record, col_weight = _gain_in_columns(record, col_weight)
         parts = _groups(record)
         if len(parts) > 1:
             return _fold_groups(self, parts, row_weight, col_weight, fold, merged)
@@ -115,11 +128,12 @@ class Native(Backend):
         u, delta = (_channels_last(x, padding) for x in (record.source_u, record.source_delta))
         A = torch.nn.functional.pad(record.A.float(), (0, 0, 0, padding), value=-1.0)
         D = None if record.D is None else torch.nn.functional.pad(record.D.float(), (0, padding))
+        gain = None if record.source_gain is None else _channels_last(record.source_gain, padding)
         B, C = torch.broadcast_tensors(record.source_B.float(), record.source_C.float())  # routes may share one
         read = record.read_order if record.source_frame == "tokens" else None
         write = record.write_order if merged else None
         run: Callable[..., Tensor] = _scan_operator if torch.compiler.is_compiling() else _Scan.apply
-        y = run(u, delta, A, B, C, D, read, write, record.tokens, record.scale if merged else 1.0)
+        y = run(u, delta, A, B, C, D, gain, read, write, record.tokens, record.scale if merged else 1.0)
         return y[..., :channels, :] if padding else y
 
 
@@ -127,8 +141,8 @@ BACKEND = Native()
 
 
 def _scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, read: Tensor | None,
-    write: Tensor | None, tokens: int, scale: float,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, gain: Tensor | None,
+    read: Tensor | None, write: Tensor | None, tokens: int, scale: float,
 ) -> Tensor:  # fmt: skip
     """The scan of float32 tensors: (batch, channels, tokens), or (batch, routes, channels, length); channels last.
 
@@ -136,29 +150,35 @@ def _scan(
     merge.
     """
     u, delta, D, A2 = *(_channels_last(x, 0) for x in (u, delta)), _dense(D), _base_two(A)
+    gain = None if gain is None else _channels_last(gain, 0)
     frame = _scan_frame(u, A, read, write, tokens, scale)
     y = u.new_zeros(_rows(u, A, read, write, tokens))
-    scan = _c_scan(u, delta, A2, B, C, D, frame)
+    scan = _c_scan(u, delta, A2, B, C, D, frame, gain)
     library().scan_forward(ctypes.byref(scan), ctypes.c_void_p(y.data_ptr()))
     return y.mT
 
 
 def _scan_backward(
-    gradient: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, read: Tensor | None,
-    write: Tensor | None, tokens: int, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients as the kernel lays them out: channels last, those of A and D per image; the states are recomputed."""
+    gradient: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    gain: Tensor | None, read: Tensor | None, write: Tensor | None, tokens: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients as the kernel lays them out: channels last, those of A and D per image; the states are recomputed.
+
+    The last is that of the gain, empty without one.
+    """
     u, delta, D, A2 = *(_channels_last(x, 0) for x in (u, delta)), _dense(D), _base_two(A)
+    gain = None if gain is None else _channels_last(gain, 0)
     frame = _scan_frame(u, A, read, write, tokens, scale)
     gradient = gradient.float().mT.contiguous()
-    results = du, ddelta, dA, dB, dC, dD = _gradients(u, delta, A, B)
+    results = du, ddelta, dA, dB, dC, dD, dgain = _gradients(u, delta, A, B, gain)
     for zeroed in (dA, dB, dC, dD):
         zeroed.zero_()
-    for x, source in ((du, u), (ddelta, delta)):
+    for x, source in ((du, u), (ddelta, delta), (dgain, delta if gain is None else gain)):
         if source.shape[1] != frame.routes or source.shape[3] != frame.length:  # else every entry is written once
             x.zero_()
-    scan = _c_scan(u, delta, A2, B, C, D, frame)
-    gradients = _CGradients(*(x.data_ptr() for x in results), u.shape[1], delta.shape[1], B.shape[1])
+    scan = _c_scan(u, delta, A2, B, C, D, frame, gain)
+    routes = [0 if x is None else x.shape[1] for x in (u, delta, B, gain)]
+    gradients = _CGradients(*(x.data_ptr() for x in results), *routes)
     library().scan_backward(ctypes.byref(scan), ctypes.c_void_p(gradient.data_ptr()), ctypes.byref(gradients))
     return results
 
@@ -202,13 +222,13 @@ _line_operator = torch.library.custom_op("mamba_attn::native_attention_line", _l
 
 
 @_scan_operator.register_fake
-def _(u, delta, A, B, C, D, read, write, tokens, scale):  # type: ignore[no-untyped-def]
+def _(u, delta, A, B, C, D, gain, read, write, tokens, scale):  # type: ignore[no-untyped-def]
     return u.new_empty(_rows(u, A, read, write, tokens)).mT
 
 
 @_scan_backward_operator.register_fake
-def _(gradient, u, delta, A, B, C, D, read, write, tokens, scale):  # type: ignore[no-untyped-def]
-    return _gradients(u, delta, A, B)
+def _(gradient, u, delta, A, B, C, D, gain, read, write, tokens, scale):  # type: ignore[no-untyped-def]
+    return _gradients(u, delta, A, B, gain)
 
 
 @_attention_operator.register_fake
@@ -224,16 +244,17 @@ def _(  # type: ignore[no-untyped-def]
 
 
 def _keep_scan(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    ctx.rest = inputs[8:]
+    ctx.save_for_backward(*inputs[:9])
+    ctx.rest = inputs[9:]
 
 
 def _scan_gradients(ctx: Any, gradient: Tensor, backward: Callable[..., Any]) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    du, ddelta, dA, dB, dC, dD = backward(gradient, *tensors, *ctx.rest)
+    du, ddelta, dA, dB, dC, dD, dgain = backward(gradient, *tensors, *ctx.rest)
     to_groups = [x.mT.unsqueeze(2) for x in (dB, dC)]
     skip = None if tensors[5] is None else dD.sum(0)
-    return du.mT, ddelta.mT, dA.sum(0).mT, *to_groups, skip, None, None, None, None
+    of_gain = None if tensors[6] is None else dgain.mT
+    return du.mT, ddelta.mT, dA.sum(0).mT, *to_groups, skip, of_gain, None, None, None, None
 
 
 _scan_operator.register_autograd(partial(_scan_gradients, backward=_scan_backward_operator), setup_context=_keep_scan)
@@ -274,6 +295,10 @@ class _Attention(torch.autograd.Function):
 
 def attention_line(record: ScanRecord, axis: str, step: int, weights: Weights, fold: str) -> Tensor:
     """One row or column of a record of one route and one group: (batch, [channels,] length), in scan order."""
+    if record.source_gain is not None:
+        rows, columns = weights
+        record, columns = _gain_in_columns(record, columns)
+        weights = rows, columns
     (part,) = _groups(record)
     run: Callable[..., Tensor] = _line_operator if torch.compiler.is_compiling() else _line
     return run(*flatten_for_matrix(part), *weights, fold, axis, step)
@@ -304,12 +329,26 @@ def _call(
     yield call, ctypes.c_void_p(None if source is None else source.data_ptr())
 
 
+def _gain_in_columns(record: ScanRecord, columns: Tensor | None) -> tuple[ScanRecord, Tensor]:
+    """A record without a gain, and gain / delta as weights of columns: the kernels multiply them by delta again.
+
+    Values only: the gradient of the quotient would cancel where delta is small. No delta that decays anything is
+    changed by what keeps it from zero.
+    """
+    delta = record.source_delta.float() + _SMALLEST_STEP
+    plain = record.replace(source_delta=delta, source_gain=None)
+    ratio = (record.gain.float() / plain.delta).repeat_interleave(record.channels // record.heads, dim=2)
+    return plain, ratio if columns is None else ratio * columns
+
+
 def _groups(record: ScanRecord) -> list[ScanRecord]:
     """Spell out shared heads and states, and give every group of B and C its own record."""
     width, states = record.channels // record.heads, record.states
     if width > 1:
         record = record.replace(
-            source_delta=record.source_delta.repeat_interleave(width, dim=2), A=record.A.repeat_interleave(width, dim=1)
+            source_delta=record.source_delta.repeat_interleave(width, dim=2),
+            A=record.A.repeat_interleave(width, dim=1),
+            source_gain=None if record.source_gain is None else record.source_gain.repeat_interleave(width, dim=2),
         )
     if record.A.shape[2] != states:
         record = record.replace(A=record.A.expand(-1, -1, states))
@@ -322,6 +361,7 @@ def _groups(record: ScanRecord) -> list[ScanRecord]:
             source_u=record.source_u[:, :, part], source_delta=record.source_delta[:, :, part], A=record.A[:, part],
             source_B=record.source_B[:, :, group : group + 1], source_C=record.source_C[:, :, group : group + 1],
             D=None if record.D is None else record.D[:, part],
+            source_gain=None if record.source_gain is None else record.source_gain[:, :, part],
         )
         for group, part in enumerate(slice(g * size, (g + 1) * size) for g in range(groups))
     ]  # fmt: skip
@@ -350,13 +390,16 @@ def _rows(
     return (u.shape[0], *((A.shape[0], length) if write is None else (tokens,)), u.shape[2])
 
 
-def _gradients(u: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Memory for the gradients of u, delta, A, B, C and D."""
+def _gradients(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, gain: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Memory for the gradients of u, delta, A, B, C, D and the gain."""
     batch, _, channels, positions = u.shape
     routes, states = A.shape[0], A.shape[2]
     du, ddelta = (u.new_empty(batch, x.shape[1], positions, channels) for x in (u, delta))
     dB, dC = (u.new_empty(batch, B.shape[1], positions, states) for _ in range(2))
-    return du, ddelta, u.new_empty(batch, routes, states, channels), dB, dC, u.new_empty(batch, routes, channels)
+    dA, dD = u.new_empty(batch, routes, states, channels), u.new_empty(batch, routes, channels)
+    return du, ddelta, dA, dB, dC, dD, u.new_empty(0 if gain is None else (batch, gain.shape[1], positions, channels))
 
 
 def _base_two(A: Tensor) -> Tensor:
@@ -406,10 +449,14 @@ def _c_tensor(x: Tensor | None, axis: int, routes: int) -> _CTensor:
     return _CTensor(x.data_ptr(), x.stride(0), route, x.stride(axis), x.stride(-1))
 
 
-def _c_scan(u: Tensor, delta: Tensor, A2: Tensor, B: Tensor, C: Tensor, D: Tensor | None, frame: _Frame) -> _CScan:
+def _c_scan(
+    u: Tensor, delta: Tensor, A2: Tensor, B: Tensor, C: Tensor, D: Tensor | None, frame: _Frame,
+    gain: Tensor | None = None,
+) -> _CScan:  # fmt: skip
     pointers = [None if x is None else x.data_ptr() for x in (A2, D, frame.read, frame.write)]
     return _CScan(
         delta.shape[0], frame.routes, delta.shape[2], B.shape[3], frame.length, frame.tokens, frame.positions,
         _c_tensor(u, 2, frame.routes), _c_tensor(delta, 2, frame.routes), _c_tensor(B, 3, frame.routes),
         _c_tensor(C, 3, frame.routes), *pointers, frame.scale, torch.get_num_threads(),
+        *(() if gain is None else (_c_tensor(gain, 2, frame.routes),)),
     )  # fmt: skip

@@ -32,6 +32,8 @@ class Fused(Backend):
         odd = [x.dtype for x in tensors if not supported(x)]
         if odd:
             return f"it takes float32, bfloat16 and float16, and an input is {odd[0]}; use backend='blocked'."
+        if record.source_gain is not None:
+            return "its input has a gain apart from delta, which the kernels do not know; use backend='blocked'."
         problem = operators.launcher.problem(record.source_delta.device)
         if problem:
             return problem

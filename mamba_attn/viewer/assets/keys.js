@@ -1,5 +1,5 @@
-// Keys that are not meant for a control become the value of the store "key". Those pressed before the last ones have
-// their effect wait for it: what they change depends on it.
+// Keys that are not meant for a control become the value of the store "key". Keys pressed while the last ones are still
+// being processed wait, because what they change depends on the result.
 const pressed = { waiting: [], sent: 0 };
 function send() {
   if (!pressed.waiting.length || Date.now() - pressed.sent < 3000) return;

@@ -81,7 +81,7 @@ function drawPoints(graph) {
   if (lit.size < 40) context.strokeStyle = "#222222";
   for (const point of lit) draw(point, 2);
   context.restore();
-  graph.drawnPoints = { lit: [...lit], x: trace.x, count: trace.x.length }; // for whoever asks what is drawn
+  graph.drawnPoints = { lit: [...lit], x: trace.x, count: trace.x.length }; // read by tests and measurements
 }
 function follow(graph) {
   if (graph.followed) return;

@@ -1,4 +1,4 @@
-"""What a page holds, and how much more fits into it."""
+"""The contents of a page, and the space left in it."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,19 +12,19 @@ _TAG = 64  # characters around a matrix, or before the text of a picture or of p
 
 
 class ReportError(MambaAttnError):
-    """A report that cannot be made of these stores, with the remedy."""
+    """The report cannot be made from these stores; the message names the remedy."""
 
 
 @dataclass
 class Content:
-    """What goes into the page.
+    """Everything that goes into the page.
 
     Args:
-        stores: JSON values, one of each store.
+        stores: JSON values, one per store.
         matrices: as text, by number.
-        notes: what is left out, in sentences.
-        size: bytes of the page so far.
-        limit: of them.
+        notes: sentences on what is left out.
+        size: of the page so far, in bytes.
+        limit: largest size, in bytes.
     """
 
     limit: int
@@ -34,14 +34,14 @@ class Content:
     size: int = 0
 
     def add(self, text: str) -> str | None:
-        """Return a text that is counted, with its tag; None where it does not fit."""
+        """Count a text with its tag and return it; None if it does not fit."""
         if self.size + len(text) + _TAG > self.limit:
             return None
         self.size += len(text) + _TAG
         return text
 
     def add_matrix(self, matrix: np.ndarray) -> int | None:
-        """Return the number of a matrix that is added; None where it does not fit."""
+        """Add a matrix and return its number; None if it does not fit."""
         text = self.add(as_text(packed(matrix)))
         if text is None:
             return None

@@ -1,4 +1,4 @@
-"""What a report holds: of every store what matters most first, as much as fits the size that is asked for."""
+"""Gathers the contents of a report, most important first, until the size limit is reached."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,14 +7,14 @@ from mamba_attn.viewer.report import stored
 from mamba_attn.viewer.report.budget import Content, ReportError
 from mamba_attn.viewer.report.stored import Stored, elsewhere
 
-_NOTES = 4000  # characters that are kept free for what is left out of a store
+_NOTES = 4000  # characters per store, reserved for the notes on what is left out
 
 
 def gather(
     stores: Sequence[Any], methods: Sequence[str], images: int, limit: int, frame: Callable[[Content], int],
     advance: Callable[[str], None] = lambda what: None,
 ) -> Content:  # fmt: skip
-    """Collect what the page shows; what matters most comes first, and what no longer fits is said.
+    """Collect what the page shows, most important first; notes list what does not fit.
 
     Means of the routes' sum come first, then points, an image, each route's means, then the other images' matrices.
 
@@ -24,7 +24,7 @@ def gather(
         images: per store, how many of those kept in full are shown.
         limit: bytes of the page.
         frame: bytes of a page without matrices, points and pictures.
-        advance: told what is being done.
+        advance: called with what is being done.
 
     Raises:
         ReportError: no layer can be shown, or not even the names and one mean fit.
@@ -34,7 +34,7 @@ def gather(
     kept = [Stored(store, content, methods) for store in stores]
     if not any(each.shown for each in kept):
         raise ReportError(f"all layers have grids of more than {stored.CELLS:,} patches. {elsewhere(stores)}")
-    content.stores = [each.told() for each in kept]
+    content.stores = [each.described() for each in kept]
     content.size = frame(content) + _NOTES * len(kept)
     if content.size > limit:
         raise ReportError(
@@ -50,9 +50,9 @@ def gather(
             step(each)
     advance("images")
     waiting = [each.images() for each in kept]
-    while waiting:  # by turns, so that none takes the others' place
+    while waiting:  # take turns: otherwise the first store would use up all the space
         waiting = [its for its in waiting if next(its, None) is not None]
     for each in kept:
-        each.say_what_is_left_out()
-    content.stores = [each.told() for each in kept if each.shown]
+        each.note_what_is_left_out()
+    content.stores = [each.described() for each in kept if each.shown]
     return content

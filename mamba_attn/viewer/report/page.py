@@ -19,9 +19,10 @@ from mamba_attn.viewer.report.quantised import ERROR, STEPS
 
 SCRIPTS = ("data.js", "colours.js", "points.js", "patches.js", "controls.js", "start.js")
 KEYS = (
-    ("← ↑ → ↓", "move the chosen patch, or to another block or image"), ("Esc", "choose nothing: all patches"),
-    ("r", "reads / is read"), ("[ ]", "previous, next block"), ("0 1 2 …", "sum, or a route"), ("m", "mean / image"),
-    ("v", "blocks / patches"), ("p", "path of the route"), ("- +", "steps of the path"), ("s", "sign of the values"),
+    ("← ↑ → ↓", "move the chosen patch, or to another block or image"), ("Esc", "clear selection"),
+    ("r", "takes from / gives to"), ("[ ]", "previous, next block"), ("0 1 2 …", "sum, or a route"),
+    ("m", "average / image"), ("v", "blocks / patches"), ("p", "path of the route"), ("- +", "steps of the path"),
+    ("s", "sign of the values"),
 )  # fmt: skip
 _TITLE = "Attention between patches"
 _PALETTES = {
@@ -29,8 +30,8 @@ _PALETTES = {
     "kinds": colours.CATEGORIES,
 }  # fmt: skip
 _NOTE = (
-    "Numbers are stored with 16 bits, a scale for each row of a matrix: none is off by more than "
-    f"1/{round(1 / ERROR):,} of the largest of its row."
+    "Numbers are stored in 16 bits, with one scale per row of a matrix, so the error is at most "
+    f"1/{round(1 / ERROR):,} of the largest number in the row."
 )
 
 
@@ -45,8 +46,8 @@ def make(
         methods: of dimension reduction; but for the first, of the routes' sum alone.
         images: per store, how many of those kept in full are shown.
         size: of the page at most, in 10^6 bytes.
-        made_with: what the page is said to be from.
-        advance: told what is being done.
+        made_with: what made the page, for its last note.
+        advance: called with what is being done.
 
     Raises:
         ReportError: nothing can be shown, or the names alone do not fit.
@@ -68,7 +69,7 @@ def page(content: Content, made_with: str) -> str:
 
     Args:
         content: of ``gather``.
-        made_with: the command, or whatever says where it is from.
+        made_with: the command, or any other words for its last note.
     """
     script = "(() => {\n'use strict';\n" + "\n".join(_asset(name) for name in SCRIPTS) + "\n})();"
     names = ", ".join(dict.fromkeys(store["name"] for store in content.stores))
@@ -92,7 +93,7 @@ def as_json(value: Any) -> str:
 
 
 def _policy(script: str) -> str:
-    """This script and no other; no address is ever asked for anything."""
+    """Allow this script and no other, and no request to any address."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     return f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:"
 
@@ -105,7 +106,7 @@ def _about(content: Content) -> dict[str, Any]:
 
 
 def _channels(its: list[str]) -> list[list[int]]:
-    """Red, green and blue of every colour."""
+    """Colours as lists of red, green and blue, for the script."""
     chosen = colours.Scale(0, len(its) - 1, its)
     found: list[list[int]] = colours.to_rgb(np.arange(len(its), dtype=np.float64), chosen).tolist()
     return found

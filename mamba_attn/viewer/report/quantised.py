@@ -1,7 +1,7 @@
-"""Matrices as text in a page: 16 bits a number, a scale per row, compressed.
+"""Packs matrices as text: 16 bits per number, one scale per row, compressed.
 
-A row is stored as whole numbers in -32767..32767 times its largest absolute value / 32767, so no number is off by more
-than 1 / 65534 of the largest of its row (and float32's rounding, 6e-8 of the number).
+A row is stored as integers in -32767..32767 times its largest absolute value / 32767. No number is off by more than
+1 / 65534 of the largest of its row (plus float32's rounding, 6e-8 of the number).
 """
 
 import base64
@@ -12,7 +12,7 @@ import numpy as np
 from mamba_attn._types import Float
 
 STEPS = 32767  # whole numbers on either side of zero
-ERROR = 0.5 / STEPS  # of a number at most, as a part of its row's largest
+ERROR = 0.5 / STEPS  # largest error of a number, relative to the largest of its row
 
 
 def packed(matrix: Float[np.ndarray, "rows columns"]) -> bytes:
@@ -32,7 +32,7 @@ def packed(matrix: Float[np.ndarray, "rows columns"]) -> bytes:
 
 
 def unpacked(content: bytes, rows: int, columns: int) -> Float[np.ndarray, "rows columns"]:
-    """Return the matrix of such bytes, float32; what the page's script does.
+    """Return the matrix packed by ``packed``, float32, as the page's script does.
 
     Args:
         content: of ``packed``.

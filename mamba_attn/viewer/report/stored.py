@@ -1,4 +1,4 @@
-"""A store on its way into a page: which of its layers, matrices, points and pictures go in."""
+"""Selects the layers, matrices, points and pictures of a store that go into a page."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from mamba_attn.viewer.state import Pane
 from mamba_attn.viewer.views import Views
 
 CELLS = 32 * 32  # of the largest grid that is shown
-PICTURES = 400  # images of which the page has a small picture
+PICTURES = 400  # images with a thumbnail on the page
 _SMALL = 56  # pixels of it
 _OF_IMAGES = "matrices of images"
 _LEFT_OUT = 3  # layers that are named
@@ -24,7 +24,7 @@ MEAN = "mean"
 
 
 class _ReadOnly:
-    """A store that perhaps cannot be written: points that it cannot remember are made anew next time."""
+    """A store that may be read-only: points that it cannot cache are computed again next time."""
 
     def __init__(self, store: Any) -> None:
         self._store = store
@@ -43,10 +43,10 @@ class Stored:
     Args:
         store: an ``AttentionStore``.
         content: of the page.
-        methods: of dimension reduction; but for the first, of the routes' sum alone.
+        methods: of dimension reduction; all but the first are used for the sum of the routes only.
 
     Raises:
-        ReportError: it has no images.
+        ReportError: the store has no images.
     """
 
     def __init__(self, store: Any, content: Content, methods: Sequence[str]) -> None:
@@ -54,7 +54,7 @@ class Stored:
         self.views = Views(Source(_ReadOnly(store)))
         self.source = self.views.source
         if not self.source.images:
-            raise ReportError(f"{store.folder}: a store without images has nothing to show.")
+            raise ReportError(f"{store.folder}: the store has no images to show.")
         self.shown = [n for n, layer in enumerate(self.source.layers) if np.prod(layer.layout.grid) <= CELLS]
         self.matrices: dict[int, dict[str, int]] = {number: {} for number in self.shown}
         self.scatter: dict[str, str] = {}
@@ -73,14 +73,14 @@ class Stored:
             )
 
     def means(self) -> None:
-        """Add the mean of every layer's routes' sum."""
+        """Add every layer's mean, summed over routes."""
         for number in list(self.shown):
             if not self._matrix(number, MEAN, "sum"):
                 at = self.shown.index(number)
                 if not at:
                     raise ReportError(
                         f"size={self.content.limit / 1e6:g}: the mean of {self.source.layers[number].name} does not "
-                        "fit; name a larger size."
+                        "fit; choose a larger size."
                     )
                 self._too_much("later layers")
                 self.shown = self.shown[:at]
@@ -106,17 +106,17 @@ class Stored:
                     layer=number, route=route, direction=direction, method=self.methods[0]))  # fmt: skip
 
     def pictures(self, count: int) -> None:
-        """Add what the model saw of images whose matrices follow, or of the first; and small pictures of many.
+        """Add the images whose matrices follow, or the first one, as the model saw them, and thumbnails of many.
 
         Args:
-            count: of images that are kept in full.
+            count: how many of the images kept in full.
         """
         images = self.source.images
         self.kept = [number for number, image in enumerate(images) if image.kept][:count]
         beyond = sum(image.kept for image in images) - len(self.kept)
         if beyond:
             self.content.notes.append(
-                f"{self.name}: {beyond} of {beyond + len(self.kept)} images kept in full are not in this page; "
+                f"{self.name}: {beyond} of {beyond + len(self.kept)} images kept in full are not on this page; "
                 f"images={beyond + len(self.kept)} adds them."
             )
         for number in self.kept or [0]:
@@ -142,8 +142,8 @@ class Stored:
             if self._fits(_OF_IMAGES, number, image, route):
                 yield number
 
-    def say_what_is_left_out(self) -> None:
-        """Add the sentence about what did not fit: how much, and what would hold it."""
+    def note_what_is_left_out(self) -> None:
+        """Add a note on what did not fit, and on the size that would hold everything."""
         missing = [f"{len(lost)} of {count} {what}" for what, (count, lost) in self.wanted.items() if lost]
         if not missing:
             return
@@ -157,8 +157,8 @@ class Stored:
             f"{images}; size={enough} holds all{fewer}; mamba-attn explore shows them without a page."
         )
 
-    def told(self) -> dict[str, Any]:
-        """Return what the page's script knows of it, as JSON values."""
+    def described(self) -> dict[str, Any]:
+        """Return the store for the page's script, as JSON values."""
         layers = []
         for number in self.shown:
             layer = self.source.layers[number]
@@ -196,7 +196,7 @@ class Stored:
         return added is not None
 
     def _fits(self, what: str, number: int, image: str | int, route: str | int) -> bool:
-        """Add a matrix, or count it as left out; after one that did not fit, none as large is tried."""
+        """Add a matrix, or count it as left out; once one does not fit, none of its size is tried again."""
         count, lost = self.wanted.get(what, (0, []))
         self.wanted[what] = count + 1, lost
         tokens = self.source.layers[number].tokens
@@ -205,7 +205,7 @@ class Stored:
             return True
         self._too_large = min(self._too_large, tokens) if known else self._too_large
         held = self.matrices[number]
-        alike = held.get(f"{MEAN}/{route}", held[f"{MEAN}/sum"])  # its text is about as long
+        alike = held.get(f"{MEAN}/{route}", held[f"{MEAN}/sum"])  # stands in for it, as its text is about as long
         lost.append(len(self.content.matrices[alike]))
         return False
 
@@ -226,14 +226,14 @@ class Stored:
 
 
 def _cells(layout: Any) -> list[int]:
-    """Tokens as the page numbers them: patches, class tokens, registers."""
+    """Return the tokens in the page's order: patches, class tokens, registers."""
     return [*layout.patches.tolist(), *others(layout)]
 
 
 def elsewhere(stores: Sequence[Any]) -> str:
-    """Return what shows grids of any size, in a sentence."""
+    """Return a sentence about the command that shows grids of any size."""
     names = " ".join(store.folder.name for store in stores)
-    return f"mamba-attn explore {names} shows them, with rows that are read, or computed in linear time, when asked."
+    return f"mamba-attn explore {names} shows them: it reads or computes rows on demand."
 
 
 def _jpeg(pixels: np.ndarray, side: int | None) -> str:

@@ -237,9 +237,9 @@ def test_images_do_not_leak_into_each_other_and_half_of_the_gate_goes_either_way
         ({"gamma": float("nan")}, r"gamma=nan\): expected a number"),
         (
             {"gamma_layers": "layers.0.mixer.inproj"},
-            r"gamma_layers='layers\.0\.mixer\.inproj'\): fits no linear .* Did you mean 'layers\.0\.mixer\.in_proj'",
+            r"gamma_layers='layers\.0\.mixer\.inproj'\): matches no linear .* Did you mean 'layers\.0\.mixer\.in_proj'",
         ),
-        ({"gamma_layers": ["*.norm"]}, r"gamma_layers='\*\.norm'\): fits no linear layer and no convolution"),
+        ({"gamma_layers": ["*.norm"]}, r"gamma_layers='\*\.norm'\): matches no linear layer and no convolution"),
     ],
 )
 def test_options_that_are_none(options, message):

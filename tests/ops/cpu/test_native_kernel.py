@@ -161,7 +161,7 @@ def test_native_attention_gradient_of_a_row_weight() -> None:
 def test_orders_and_precision_and_memory_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     delta, A, B, C = torch.rand(2, 4, 3), -torch.ones(4, 2), torch.randn(2, 2, 3), torch.randn(2, 2, 3)
     for bad, text in (
-        ([-1, 0, 1], r"visits -1\.\.1; tokens count from 0 to 4"),
+        ([-2, 0, 1], r"visits -2\.\.1; tokens count from 0 to 4, and -1 is a step without one"),
         ([0, 1, 5], r"0\.\.5, but there are 5 tokens"),
     ):
         with pytest.raises(ValueError, match=f"hidden_attention.*: orders .*{text}"):

@@ -56,7 +56,7 @@ class Report:
             "request", lambda r: None if r.url == address or r.url.startswith("data:") else self.wrong.append(r.url)
         )
         page.goto(address)
-        self.title("What all patches, on average, read, mean of 5 images")
+        self.title("Where patches look, on average, average of 5 images")
 
     def title(self, text):
         self.page.get_by_role("heading", name=text, exact=True).wait_for()
@@ -117,7 +117,7 @@ def test_a_click_on_a_patch_draws_its_row_frames_it_and_lights_its_point(report,
     mean = store.mean(0)
     report.shows(mean.mean(0), mean)
     report.page.mouse.click(*report.cell(2, 5))
-    report.title("What patch (2, 5) reads, mean of 5 images")
+    report.title("Where patch (2, 5) looks, average of 5 images")
     report.shows(mean[29])
     assert report.lit() == [29]
     # what is on the canvas: one point full, the others faint; a dark frame around the cell
@@ -157,14 +157,14 @@ def test_colours_are_those_of_the_figures(report, store):
 def test_boxes_and_lassos_in_both_views(report, store):
     mean = store.mean(0)
     report.drag([report.cell(1, 2), report.cell(3, 6)])
-    report.title("What 15 patches, on average, read, mean of 5 images")
+    report.title("Where 15 patches look, on average, average of 5 images")
     region = [row * 12 + column for row in range(1, 4) for column in range(2, 7)]
     assert report.lit() == region
     report.shows(mean[region].mean(0), mean[region])
     report.page.locator(".tools[data-view=patches]").get_by_text("lasso").click()
     half = [report.cell(*place) for place in ((-0.4, -0.4), (-0.4, 2.6), (2.6, -0.4))]
     report.drag([*half, half[0]])
-    report.title("What 6 patches, on average, read, mean of 5 images")
+    report.title("Where 6 patches look, on average, average of 5 images")
     assert report.lit() == [0, 1, 2, 12, 13, 24]
     for tool in ("lasso", "box"):
         report.page.locator(".tools[data-view=points]").get_by_text(tool).click()
@@ -175,7 +175,7 @@ def test_boxes_and_lassos_in_both_views(report, store):
         corners = [(box["x"] + x, box["y"] + y) for x, y in (corners if tool == "lasso" else corners[::2])]
         report.drag(corners)
         inside = [int(number) for number in np.flatnonzero(at[:, 0] < right)]
-        report.title(f"What {len(inside)} patches, on average, read, mean of 5 images")
+        report.title(f"Where {len(inside)} patches look, on average, average of 5 images")
         assert report.lit() == inside
         report.shows(mean[inside].mean(0), mean[inside])
 
@@ -184,11 +184,11 @@ def test_routes_columns_images_and_blocks(report, store):
     report.page.mouse.click(*report.cell(2, 5))
     report.choose("route", "3")
     report.shows(store.mean(0, 2)[29])
-    report.choose("a patch", "is read")
+    report.choose("a patch", "gives to")
     report.shows(store.mean(0, 2)[:, 29], store.mean(0, 2))
-    report.choose("of", "image")
+    report.choose("show", "this image")
     key = store.images[0].key
-    report.title(f"Where patch (2, 5) is read, {key}, route 3")
+    report.title(f"Where patch (2, 5) is seen from, {key}, route 3")
     report.shows(store.matrix(0, 0, 2)[:, 29], store.matrix(0, 0, 2))
     report.page.locator("select[data-name=image]").select_option(index=1)
     report.shows(store.matrix(0, 1, 2)[:, 29], store.matrix(0, 1, 2))
@@ -202,7 +202,7 @@ def test_routes_columns_images_and_blocks(report, store):
 
 def test_points_become_blocks_of_a_stage_and_a_click_opens_one(report, store):
     report.page.locator("select[data-name=layer]").select_option(index=1)
-    report.choose("points", "blocks")
+    report.choose("compare", "blocks of this stage")
     report.page.get_by_role("heading", name="Stage 1: blocks, 5 images").wait_for()
     assert report.page.evaluate("report.scatter.at.length") == 10
     report.page.mouse.click(*report.point(6))  # block 1, image 1, which is kept
@@ -212,7 +212,9 @@ def test_points_become_blocks_of_a_stage_and_a_click_opens_one(report, store):
     report.page.mouse.click(*report.point(4))  # block 0, image 4, which is not
     report.shows(store.mean(1).mean(0), store.mean(1))
     notice = report.page.locator("#patches-notice").inner_text()
-    assert notice == f"{store.images[4].key}: its matrix is not in this report; shown is the mean of all images."
+    assert (
+        notice == f"{store.images[4].key}: its matrix is not in this report; showing the average of all images instead."
+    )
     box = report.page.locator("#points").bounding_box()
     report.drag([(box["x"] + x, box["y"] + y) for x, y in ((1, 1), (box["width"] - 1, 1), (box["width"] - 1, 399),
                                                           (box["width"] - 1, box["height"] - 1),
@@ -244,15 +246,15 @@ def test_the_keyboard_reaches_everything(report, store):
     assert report.page.evaluate("document.activeElement.id") == "patches"
     for key in ("ArrowUp", "ArrowUp", "ArrowRight"):
         report.page.keyboard.press(key)
-    report.title("What patch (3, 7) reads, mean of 5 images")
+    report.title("Where patch (3, 7) looks, average of 5 images")
     report.shows(store.mean(0)[43])
-    said = report.page.locator("#said").inner_text()
-    assert said.startswith("What patch (3, 7) reads, mean of 5 images. Strongest: ")
+    spoken = report.page.locator("#spoken").inner_text()
+    assert spoken.startswith("Where patch (3, 7) looks, average of 5 images. Strongest: ")
     report.page.keyboard.press("r")
     report.page.keyboard.press("2")
     report.shows(store.mean(0, 1)[:, 43], store.mean(0, 1))
     report.page.keyboard.press("Escape")
-    report.title("Where all patches, on average, are read, mean of 5 images, route 2")
+    report.title("Where patches are seen from, on average, average of 5 images, route 2")
     report.page.locator("input[data-name=route]:checked").focus()
     report.page.keyboard.press("ArrowRight")
     report.shows(store.mean(0, 2).mean(1), store.mean(0, 2))
@@ -266,9 +268,9 @@ def test_hostile_names_are_text(report, store):
     assert report.page.locator("select[data-name=image] option").all_inner_texts() == [
         image.key for image in store.images[:2]
     ]
-    report.choose("points", "blocks")
+    report.choose("compare", "blocks of this stage")
     report.page.locator("select[data-name=colour]").select_option("class")
     assert cases.HOSTILE in report.page.locator("#legend").inner_text()
     report.page.mouse.click(*report.point(1))
-    report.title(f"What all patches, on average, read, {key}")
+    report.title(f"Where patches look, on average, {key}")
     assert report.page.locator("img[src=x]").count() == 0

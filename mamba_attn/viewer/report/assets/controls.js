@@ -23,7 +23,7 @@ const firstImage = () => Number(Object.keys(store().photos)[0] ?? 0);
 
 function show() {
   hide();
-  // built anew, and the control that had the focus gets it again
+  // controls are rebuilt, so focus goes back to the one that had it
   const held = document.activeElement && document.activeElement.dataset ? document.activeElement.dataset.name : undefined;
   build();
   if (held) {
@@ -49,9 +49,9 @@ function build() {
     about.stores.length > 1 && list('store', 'model', about.stores.map((one, at) => [at, `${at + 1}: ${one.name}`])),
     list('layer', 'block', store().layers.map((one, at) => [at, `stage ${one.stage} · block ${one.block} · ${one.grid.join(' x ')}`])),
     routes.length > 1 && choice('route', 'route', routes),
-    choice('mode', 'points', [['blocks', 'blocks'], ['patches', 'patches']]),
-    choice('direction', 'a patch', [['row', 'reads'], ['column', 'is read']]),
-    kept && choice('what', 'of', [['mean', 'mean'], ['image', 'image']]),
+    choice('mode', 'compare', [['blocks', 'blocks of this stage'], ['patches', 'patches of this block']]),
+    choice('direction', 'a patch', [['row', 'takes from'], ['column', 'gives to']]),
+    kept && choice('what', 'show', [['mean', 'average of all images'], ['image', 'this image']]),
     list('image', 'image', images),
     choice('sign', 'values', [['signed', 'signed'], ['positive', 'positive'], ['absolute', 'absolute']]),
     methods.length > 1 && choice('method', 'reduction', methods.map((one) => [one, METHOD_NAMES[one]])),
@@ -99,7 +99,7 @@ function slider(name, text, min, max, step) {
   const made = element('label', undefined, { class: 'control' });
   const input = element('input', undefined, { type: 'range', min, max, step, value: state[name], 'data-name': name });
   const shown = element('span', text, { class: 'label' });
-  input.addEventListener('input', () => { // not built anew while it is dragged
+  input.addEventListener('input', () => { // no rebuild while it is dragged: the slider would lose the pointer
     state[name] = Number(input.value);
     if (name === 'step') shown.textContent = state.step ? `step ${state.step} of ${max}` : `all ${max} steps`;
     drawPatches();

@@ -26,7 +26,7 @@ async function matrix(number, tokens) {
   return found;
 }
 
-// The mean of some tokens' rows, or columns; of all when there are none.
+// The mean of some tokens' rows, or columns; of all tokens if none are given.
 function folded(its, chosen, direction) {
   const { tokens, scales, numbers } = its;
   const some = chosen.length ? chosen : Array.from({ length: tokens }, (_, token) => token);
@@ -66,14 +66,14 @@ function wanted() {
   const what = state.what === 'image' ? String(state.image) : 'mean';
   const key = what + '/' + name;
   if (key in its.matrices) return { number: its.matrices[key], what, route, notice: '' };
-  const left = what === 'mean' ? 'Means of this route are' : image()[0] + ': its matrix is';
+  const left = what === 'mean' ? 'Averages of this route are' : image()[0] + ': its matrix is';
   for (const other of [what + '/sum', 'mean/' + name, 'mean/sum']) {
     if (other in its.matrices) {
       const [kind, of] = other.split('/');
-      const shown = (kind === 'mean' ? 'the mean of all images' : 'the image') + (of === 'sum' && route >= 0 ? ', all routes' : '');
+      const shown = (kind === 'mean' ? 'the average of all images' : 'the image') + (of === 'sum' && route >= 0 ? ', all routes' : '');
       return {
         number: its.matrices[other], what: kind, route: of === 'sum' ? -1 : route,
-        notice: left + ' not in this report; shown is ' + shown + '.',
+        notice: left + ' not in this report; showing ' + shown + ' instead.',
       };
     }
   }

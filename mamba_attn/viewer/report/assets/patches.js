@@ -66,21 +66,21 @@ function caption(its) {
   const patches = state.cells.filter((cell) => cell >= 0);
   const rest = state.cells.length - patches.length;
   const columns = its.grid[1];
-  let who = 'all patches, on average,';
+  let who = 'patches';
   let many = true;
   if (patches.length === 1 && !rest) {
     [who, many] = [`patch (${Math.floor(patches[0] / columns)}, ${patches[0] % columns})`, false];
-  } else if (patches.length) who = `${patches.length} patches, on average,`;
+  } else if (patches.length) who = `${patches.length} patches`;
   else if (rest) [who, many] = ['the class token', false];
-  if (state.direction === 'row') return `What ${who} ${many ? 'read' : 'reads'}`;
-  return `Where ${who} ${many ? 'are' : 'is'} read`;
+  const verb = state.direction === 'row' ? (many ? 'look' : 'looks') : (many ? 'are seen from' : 'is seen from');
+  return `Where ${who} ${verb}${many ? ', on average' : ''}`;
 }
 
 function of(asked) {
   const route = asked.route < 0 ? '' : `, route ${asked.route + 1}`;
   const count = store().images.length;
   if (asked.what !== 'mean') return `, ${image()[0]}${route}`;
-  return count === 1 ? route : `, mean of ${count} images${route}`;
+  return count === 1 ? route : `, average of ${count} images${route}`;
 }
 
 function frame(context, its, size) {
@@ -145,7 +145,21 @@ function strongest(map, columns, count) {
   return order.slice(0, count).map((cell) => `${where(cell, columns)} ${number(map[cell])}`).join(', ');
 }
 
-// The card, and what screen readers say.
+// When each route visits a cell, e.g. "3rd and 14th of 16 in routes 1-2".
+function visits(its, cell) {
+  const each = its.orders.map((_, route) => ordinal(ranks(its, route)[cell]));
+  const last = each.pop();
+  const listed = each.length ? `${each.join(', ')} and ${last}` : last;
+  return `${listed} of ${its.orders[0].length.toLocaleString('en')}${each.length ? ` in routes 1-${its.orders.length}` : ''}`;
+}
+
+function ordinal(step) {
+  if (step === undefined) return 'never';
+  const ending = [11, 12, 13].includes(step % 100) ? 'th' : ['th', 'st', 'nd', 'rd'][step % 10] ?? 'th';
+  return step.toLocaleString('en') + ending;
+}
+
+// The card, and the same for screen readers.
 function describe(its, map) {
   const columns = its.grid[1];
   const strong = strongest(map, columns, 5);
@@ -153,11 +167,10 @@ function describe(its, map) {
   if (state.cells.length === 1 && state.cells[0] >= 0) {
     const [cell] = state.cells;
     items.push(['patch', `row ${Math.floor(cell / columns)}, column ${cell % columns}`]);
-    const visited = its.orders.map((_, route) => ranks(its, route)[cell] ?? '-').join(', ');
-    if (its.orders.length) items.push([its.routes > 1 ? 'step in each route' : 'step', `${visited} of ${its.orders[0].length}`]);
+    if (its.orders.length) items.push(['visited', visits(its, cell)]);
   }
-  items.push([state.direction === 'row' ? 'reads most' : 'most read by', strong]);
+  items.push([state.direction === 'row' ? 'strongest sources' : 'strongest readers', strong]);
   byId('card').replaceChildren(...items.flatMap(([name, text]) => [element('dt', name), element('dd', text)]));
   const text = byId('patches-title').textContent + '. Strongest: ' + strong;
-  if (byId('said').textContent !== text) byId('said').textContent = text;
+  if (byId('spoken').textContent !== text) byId('spoken').textContent = text;
 }

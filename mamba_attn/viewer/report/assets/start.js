@@ -58,7 +58,7 @@ function outline(canvas, corners) {
   else drawPatches().then(draw);
 }
 
-// Whether a point lies in a polygon, by how many edges a ray to the right crosses.
+// Whether a point lies in a polygon: a ray to the right crosses an odd number of edges.
 function within([x, y], corners) {
   let odd = false;
   corners.forEach(([x0, y0], at) => {
@@ -117,9 +117,8 @@ async function aboutCell(cell, event, extra = '') {
   const map = await values(its, [cell]);
   if (own !== pointed) return;
   const columns = its.grid[1];
-  const visited = its.orders.map((_, route) => ranks(its, route)[cell] ?? '-').join(', ');
-  const lines = [`patch ${where(cell, columns)}${extra}`, visited && `step ${visited}`,
-    `${state.direction === 'row' ? 'reads' : 'read by'} ${strongest(map, columns, 3)}`];
+  const lines = [`patch ${where(cell, columns)}${extra}`, its.orders.length && `visited ${visits(its, cell)}`,
+    `${state.direction === 'row' ? 'takes from' : 'gives to'} ${strongest(map, columns, 3)}`];
   tip(event, lines.filter(Boolean).join('\n'), map, its);
 }
 

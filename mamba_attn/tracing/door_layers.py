@@ -1,0 +1,483 @@
+"""Layers made of what a trace saw at the doors: records in the token frame, measured when they are first asked for."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property, partial
+from math import prod
+from threading import get_ident
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mamba_attn._types import Float, Int
+from mamba_attn.core.layout import TokenLayout
+from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.errors import TraceError, UnsupportedModelError
+from mamba_attn.tracing.adapters import Seen
+from mamba_attn.tracing.doors import ScanCall, Watch
+from mamba_attn.tracing.frames import Place, Replay
+from mamba_attn.tracing.layers import ScanLayer
+from mamba_attn.tracing.patching import recomputing
+from mamba_attn.tracing.steps import Found, Steps, steps_of
+
+AnyLayout = TokenLayout | Mapping[str, TokenLayout] | Callable[[str, int], TokenLayout | None]
+AnyOrders = Tensor | Mapping[str, Tensor] | Callable[[str, int, int], Tensor | None]
+
+
+class DoorLayer(ScanLayer):
+    """The scans of one run of a module, seen at their doors: exact whatever code stands around them.
+
+    The order of the tokens is measured when something in the token frame is first asked for; ``scan_frame`` is there
+    without it.
+
+    Args:
+        name: the module's name in the model, with a number from the second time that it ran.
+        calls: its scans.
+        placed: gives the record in the token frame of these calls.
+    """
+
+    def __init__(self, name: str, calls: Sequence[ScanCall], placed: "Callable[[DoorLayer], _Placed]") -> None:
+        self.name = name
+        self.tail = None
+        self.calls = list(calls)
+        self._place = placed
+        self._output = None
+        self._ready = {}
+
+    @cached_property
+    def _placed(self) -> "_Placed":
+        return self._place(self)
+
+    @property
+    def scan(self) -> ScanRecord:
+        """Everything that the scans depended on, in the token frame.
+
+        Raises:
+            TraceError: the order of the tokens cannot be measured; what was seen, and what to pass.
+        """
+        return self._placed.record
+
+    @property
+    def share(self) -> float:
+        """Part of a step's gradient that came from its own token when the order was measured; 1 when it was given."""
+        return self._placed.share
+
+    @cached_property
+    def scan_frame(self) -> ScanRecord:
+        """Everything that the first scan depended on, every route in its own order; nothing is measured."""
+        self.calls[0].require_unchanged()
+        u, delta, A, B, C, D, _ = self.calls[0].inputs.parts()
+        return ScanRecord.from_scan(u, delta, A, B, C, D)
+
+    @property
+    def y(self) -> Float[Tensor, "batch channels tokens"]:
+        """The scans' own output, routes summed in the token frame; before norm and gate."""
+        return self._placed.merged([call.y.unflatten(1, (call.inputs.groups, -1)) for call in self.calls])
+
+    @property
+    def output(self) -> NoReturn:
+        """Not there: a door shows what the scan returned, and not what its module made of it.
+
+        Raises:
+            TraceError: always.
+        """
+        raise TraceError(f"{self.name}: it was traced at the scan's door, where the module's output is not seen.")
+
+    def attention(self, fold: str = "mean", routes: str | int = "sum", **options: Any) -> Tensor:
+        """As of any layer of scans; a matrix that was computed during the pass is put in the token frame."""
+        plain = routes == "sum" and all(value is None for value in options.values())
+        if plain and fold not in self._ready and all(c.attention and c.attention[0] == fold for c in self.calls):
+            self._ready[fold] = self._placed.merged_matrix([c.attention[1] for c in self.calls if c.attention], fold)
+        return super().attention(fold, routes, **options)
+
+    def take_gradient(self) -> Tensor:
+        """The gradient of the backward pass that just ran at ``y``: (batch, channels, tokens).
+
+        Where the model weighs its routes apart behind the scan, theirs differ: (batch, routes, channels, length) then.
+        """
+        parts = []
+        for call in self.calls:
+            dy = call.dy()
+            dy, call.dout = torch.zeros_like(call.y) if dy is None else dy, None
+            parts.append(dy.unflatten(1, (call.inputs.groups, -1)))
+        return self._placed.gradient(parts)
+
+    @cached_property
+    def _not_finite(self) -> list[str]:
+        return ScanLayer(self.name, self.scan)._not_finite
+
+
+@dataclass(frozen=True, eq=False)
+class _Placed:
+    """The calls of one layer in their token frame.
+
+    Args:
+        record: of all of them.
+        index: rows of each call by image, (images, rows each).
+        grouped: whether the groups of a call are groups of channels of one route, and not routes.
+        share: worst of theirs.
+    """
+
+    record: ScanRecord
+    index: list[Tensor]
+    grouped: bool
+    share: float
+
+    @property
+    def orders(self) -> Int[Tensor, "batch routes length"]:
+        """Token written by each step, image by image."""
+        order = self.record.write_order
+        return order.expand(self.record.batch, *order.shape[-2:])
+
+    def by_image(self, parts: Sequence[Tensor]) -> Float[Tensor, "batch routes channels length"]:
+        """(rows, groups, width, length) of every call, as routes of images."""
+        length = self.record.length
+        return torch.cat([
+            _routes(_padded(part, length), index, self.grouped) for part, index in zip(parts, self.index, strict=True)
+        ], 1)  # fmt: skip
+
+    def merged(self, parts: Sequence[Tensor]) -> Float[Tensor, "batch channels tokens"]:
+        """The routes' sum in the token frame."""
+        values, index = self.by_image(parts), self._index()
+        total = values.new_zeros(values.shape[0], values.shape[2], self.record.tokens + 1)
+        for route in range(values.shape[1]):
+            total = total.scatter_add(-1, index[:, route, None].expand_as(values[:, route]), values[:, route])
+        return total[..., :-1]
+
+    def merged_matrix(self, matrices: Sequence[Tensor], fold: str) -> Tensor:
+        """The routes' matrices, each in its own order, summed in the token frame."""
+        if self.grouped:  # groups of channels are folded as channels are
+            fewer = [m.flatten(1, 2) if fold == "each" else m.sum(1) if fold == "sum" else m.mean(1) for m in matrices]
+            matrices = [matrix.unsqueeze(1) for matrix in fewer]
+        length, side = self.record.length, self.record.tokens + 1
+        wide = [F.pad(m, (0, length - m.shape[-1], 0, length - m.shape[-1])) for m in matrices]
+        parts = [m[index.to(m.device)].flatten(1, 2) for m, index in zip(wide, self.index, strict=True)]
+        routes = torch.cat(parts, 1)
+        total = routes.new_zeros(routes.shape[0], *routes.shape[2:-2], side * side)
+        for route, own in enumerate(self._index().unbind(1)):
+            pairs = (own[:, :, None] * side + own[:, None, :]).flatten(1)
+            pairs = pairs.view(len(own), *[1] * (routes.ndim - 4), -1).expand(*total.shape[:-1], -1)
+            total = total.scatter_add(-1, pairs, routes[:, route].flatten(-2))
+        return total.unflatten(-1, (side, side))[..., :-1, :-1]
+
+    def gradient(self, parts: Sequence[Tensor]) -> Tensor:
+        """In the token frame where all routes that write a token agree, else by route."""
+        values = self.by_image(parts)
+        index = self._index()[:, :, None].expand_as(values)
+        frame = values.new_zeros(values.shape[0], values.shape[2], self.record.tokens + 1)
+        for own, value in zip(index.unbind(1), values.unbind(1), strict=True):
+            frame = frame.scatter(-1, own, value)
+        again = torch.stack([frame.gather(-1, own) for own in index.unbind(1)], 1)
+        apart = (again - values).abs().masked_fill(index == self.record.tokens, 0)
+        return frame[..., :-1] if float(apart.max()) <= 1e-3 * float(values.abs().max()) else values
+
+    def _index(self) -> Int[Tensor, "batch routes length"]:
+        """Where each step's values go; what is dropped goes behind the last token."""
+        orders = self.orders
+        return torch.where(orders < 0, self.record.tokens, orders)
+
+
+def _routes(part: Tensor, index: Tensor, grouped: bool) -> Tensor:
+    """(rows, groups, ...) as (images, routes, ...)."""
+    flat = index.flatten()
+    rows = part if torch.equal(flat, torch.arange(len(part))) else part[flat.to(part.device)]
+    by_image: Tensor = rows.unflatten(0, tuple(index.shape))
+    return by_image.flatten(2, 3) if grouped else by_image.flatten(1, 2)
+
+
+def place(name: str, calls: Sequence[ScanCall], steps: Sequence[Steps], layout: TokenLayout | None) -> _Placed:
+    """Put the scans of one layer into the token frame.
+
+    Args:
+        name: the layer's, for messages.
+        calls: its scans, of equal shapes but for their lengths.
+        steps: what was measured of each.
+        layout: of the tokens, without those that stand for padding.
+
+    Raises:
+        TraceError: the model wrote over a scan's input after it.
+    """
+    images, length = len(steps[0].rows), max(call.y.shape[-1] for call in calls)
+    grouped = calls[0].inputs.groups > 1 and all(_same_route(each) for each in steps)
+    fields: dict[str, list[Tensor]] = {name: [] for name in ("u", "delta", "A", "B", "C", "D", "gate")}
+    orders = []
+    for call, each in zip(calls, steps, strict=True):
+        call.require_unchanged()
+        parts = call.inputs.parts()
+        repeated = [None if t is None else t.expand(each.rows.shape[1], *t.shape) for t in (parts.A, parts.D)]
+        # steps that are added to a shorter scan change no state and write nothing
+        sequences = [_padded(t, length) for t in (parts.u, parts.delta, parts.B, parts.C)]
+        by_row = [_routes(t, each.rows, grouped) for t in sequences]
+        A, D = (None if t is None else t.flatten(1, 2) if grouped else t.flatten(0, 1) for t in repeated)
+        gate = None if parts.z is None else _routes(_padded(F.silu(parts.z), length), each.rows, grouped)
+        for kept, value in zip(fields.values(), (*by_row[:2], A, *by_row[2:], D, gate), strict=True):
+            if value is not None:
+                kept.append(value)
+        order = each.order[:, :, :1] if grouped else each.order
+        orders.append(_padded(order.flatten(1, 2), length, -1))
+    wide = max(len(order) for order in orders)
+    order, tokens = torch.cat([order.expand(wide, -1, -1) for order in orders], 1), steps[0].tokens
+    joined = {
+        name: torch.cat(kept, 0 if name in ("A", "D") else 1)
+        for name, kept in fields.items()
+        if len(kept) == len(calls)
+    }
+    gate = joined.pop("gate", None)
+    order = order.to(calls[0].inputs.u.device)
+    if bool((joined["u"].abs().amax(2) * (order < 0)).any()):  # padding that the scan takes in
+        order, tokens = _with_padding(order, tokens)
+    if layout is not None and tokens > layout.tokens:  # padding is part of no map
+        extra = tuple(range(layout.tokens, tokens))
+        layout = TokenLayout(
+            layout.grid, layout.patch_size, layout.stride, layout.class_tokens, layout.registers + extra, layout.offset
+        )
+    one_gate = None if gate is None else _one_gate(gate, order.expand(images, -1, -1), tokens)
+    record = ScanRecord.from_scan(
+        **joined, order=order[0] if len(order) == 1 else order, tokens=tokens, gate=one_gate, layout=layout
+    )
+    return _Placed(record, [each.rows for each in steps], grouped, min(each.place.share for each in steps))
+
+
+def _padded(t: Tensor, length: int, value: int = 0) -> Tensor:
+    """With steps added at the end."""
+    return t if t.shape[-1] == length else F.pad(t, (0, length - t.shape[-1]), value=value)
+
+
+def _same_route(steps: Steps) -> bool:
+    """Whether the groups are parts of one route: in one order, and not added up."""
+    return not steps.place.summed and bool((steps.order == steps.order[:, :, :1]).all())
+
+
+def _with_padding(order: Tensor, tokens: int) -> tuple[Int[Tensor, "_ routes length"], int]:
+    """Steps that land nowhere get tokens of their own, after those of the frame."""
+    nowhere = order < 0
+    return torch.where(nowhere, tokens - 1 + nowhere.cumsum(-1), order), tokens + int(nowhere.sum(-1).max())
+
+
+def _one_gate(gate: Tensor, order: Tensor, tokens: int) -> Tensor | None:
+    """The gate in the token frame, where all routes have the same."""
+    frame = gate.new_zeros(gate.shape[0], gate.shape[2], tokens + 1)
+    index = torch.where(order < 0, tokens, order)[:, :, None].expand_as(gate)
+    for own, value in zip(index.unbind(1), gate.unbind(1), strict=True):
+        frame = frame.scatter(-1, own, value)
+    again = torch.stack([frame.gather(-1, own) for own in index.unbind(1)], 1)
+    # vectorised activations round by position
+    same = torch.isclose(again, gate, rtol=1e-5, atol=1e-6) | (index == tokens)
+    return frame[..., :-1] if bool(same.all()) else None
+
+
+class DoorScans:
+    """What a trace saw at the doors, as layers.
+
+    Args:
+        model: that is traced.
+        watch: at its doors.
+        seen: what the forward pass has shown of the image.
+        layout: the token frame, one for all layers, by patterns of names, or a function of name and number of tokens.
+        orders: token of every step, (routes, length) or (batch, routes, length): one for all layers, by patterns of
+            names, or a function of name, number of routes and length.
+        refused: why an adapter refuses a mixer, by the mixer's name.
+        ruled: whether rules were asked for, which are not known at doors.
+    """
+
+    def __init__(
+        self, model: nn.Module, watch: Watch, seen: Seen, layout: AnyLayout | None = None,
+        orders: AnyOrders | None = None, refused: Mapping[str, str] | None = None, ruled: bool = False,
+    ) -> None:  # fmt: skip
+        self.model = model
+        self.watch = watch
+        self.runs = 0
+        self.leaves: list[Tensor] = []  # of the model's input, for gradients
+        self._refused = refused or {}
+        self._ruled = ruled
+        self._seen = seen
+        self._layout = layout
+        self._orders = orders
+        self._replay: Replay | None = None
+        self._end: int | None = None
+        self._found: tuple[Found | None] | None = None
+        self._layers: list[tuple[int, DoorLayer]] = []
+        self._of = -1
+
+    def install(self, stack: ExitStack) -> None:
+        """Learn how the model is called, and how often."""
+        stack.callback(self.watch.close)
+        hook = self.model.register_forward_pre_hook(self._starts, with_kwargs=True, prepend=True)
+        stack.callback(hook.remove)
+
+    def _starts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if get_ident() != self.watch.thread or recomputing() or self.watch.suspended:
+            return
+        self.runs += 1
+        if self.runs == 1:
+            self._replay = Replay.of(args, kwargs)
+            self.leaves = [value for value in Replay(args, kwargs).tensors if value.requires_grad]
+        elif self.runs == 2:
+            self._end = len(self.watch.calls)
+
+    def require_seen(self) -> None:
+        """Raise UnsupportedModelError, with the reason, if a scan that was to be seen did not come through a door."""
+        ran = [call.module for call in self.watch.calls]
+        for name, reason in self._refused.items():
+            if not any(f"{other}.".startswith(f"{name}.") or not name for other in ran):
+                raise UnsupportedModelError(f"{name or type(self.model).__name__}: {reason}")
+        if self.watch.other_scans and not ran:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__}: its scan {self.watch.other_scans[0]}.fwd takes other arguments than a "
+                "selective scan: it is another recurrence, whose matrix is not known here."
+            )
+        if ran and self._ruled:
+            raise UnsupportedModelError(
+                f"{ran[0] or type(self.model).__name__}: the rules of this method are not known at the door of a scan "
+                "whose module no adapter recognises."
+            )
+
+    def differentiable(self) -> list[Tensor]:
+        """What a backward pass may end at."""
+        return [*self.leaves, *(parameter for parameter in self.model.parameters() if parameter.requires_grad)]
+
+    def layers(self) -> list[tuple[int, DoorLayer]]:
+        """The layers of the first forward pass, each with the number of its first scan."""
+        self.require_seen()
+        calls = self.watch.calls[: self._end]
+        if self._of != len(calls):
+            self._of, self._layers, self._found = len(calls), [], None
+            times: dict[str, int] = {}
+            for members in self._parallel(calls):
+                base = calls[members[0]].module or "model"
+                times[base] = times.get(base, 0) + 1
+                name = base if times[base] == 1 else f"{base}#{times[base]}"
+                placed = partial(self._placed, members=tuple(members))
+                self._layers.append((members[0], DoorLayer(name, [calls[i] for i in members], placed)))
+        return self._layers
+
+    def _parallel(self, calls: Sequence[ScanCall]) -> Iterator[list[int]]:
+        """The scans that are routes of one layer: of one run of a module, in one frame, none behind another."""
+        runs: dict[tuple[str, int], list[int]] = {}
+        for i, call in enumerate(calls):
+            runs.setdefault((call.module, call.run), []).append(i)
+        several = [members for members in runs.values() if len(members) > 1]
+        found = self._measured() if several and self._orders is None else None
+        for members in runs.values():
+            layer: list[int] = []
+            for i in members:
+                if layer and not (found and all(_one_layer(calls, found, j, i) for j in layer)):
+                    yield layer
+                    layer = []
+                layer.append(i)
+            yield layer
+
+    def _measured(self) -> Found | None:
+        if self._found is None:
+            calls = self.watch.calls[: self._end]
+            self._found = (None if self._replay is None else steps_of(self.model, self._replay, calls),)
+        return self._found[0]
+
+    def _placed(self, layer: DoorLayer, members: tuple[int, ...]) -> _Placed:
+        given = self._given_orders(layer)
+        if given is not None:
+            steps = [given]
+        else:
+            found = self._measured()
+            steps = [] if found is None else [step for i in members if (step := found.steps[i]) is not None]
+            if len(steps) < len(members):
+                raise TraceError(f"{layer.name}: {self._why(found, members)}")
+        return place(layer.name, layer.calls, steps, self._layout_of(layer, steps[0]))
+
+    def _why(self, found: Found | None, members: tuple[int, ...]) -> str:
+        """Why there is no order."""
+        if self._replay is None:
+            reason = "the traced model itself was not called, so that it cannot be called again to measure it"
+        elif found is None:
+            reason = "called again with the same input, the model ran another way"
+        else:
+            nearest = [found.measured.nearest[i] for i in members if i in found.measured.nearest]
+            seen = f"; nearest: {nearest[0]}" if nearest else ""
+            reason = f"there is no tensor in the forward pass in which each of its steps answers to one token{seen}"
+        return (
+            f"the order of its scan's tokens is not known: {reason}. Pass orders={{{members and 'name'!r}: tensor of "
+            "(routes, length)} to trace(); layer.scan_frame has the scan in its own order."
+        )
+
+    def _given_orders(self, layer: DoorLayer) -> Steps | None:
+        inputs = layer.calls[0].inputs
+        rows, length, groups = inputs.u.shape[0], inputs.u.shape[2], inputs.groups
+        given = self._orders
+        if callable(given):
+            given = given(layer.name, groups, length)
+        elif isinstance(given, Mapping):
+            given = _by_pattern(given, layer.name)
+        if given is None:
+            return None
+        order = given if given.ndim == 3 else given[None]
+        if order.dtype != torch.int64 or order.ndim != 3 or order.shape[0] not in (1, rows) or (
+            order.shape[1] not in (1, groups) or order.shape[2] != length or int(order.min()) < 0
+        ):  # fmt: skip
+            raise ValueError(
+                f"trace(orders=...): {layer.name} has {groups} routes of {length} steps and a batch of {rows}: "
+                f"expected int64 (routes, length) or (batch, routes, length), got {given.dtype} {tuple(given.shape)}."
+            )
+        summed = order.shape[1] == groups
+        order = order.expand(-1, groups, -1).unsqueeze(1).cpu()
+        where = Place(order[:, 0], -1, (rows, int(order.max()) + 1, 1), 2, summed, 1.0, "orders=")
+        return Steps(torch.arange(rows)[:, None], order, int(order.max()) + 1, where)
+
+    def _layout_of(self, layer: DoorLayer, steps: Steps) -> TokenLayout | None:
+        """Given, read from the patch embedding, or that of the nearest tensor with as many cells."""
+        given = self._layout
+        if callable(given):
+            given = given(layer.name, steps.tokens)
+        elif isinstance(given, Mapping):
+            given = _by_pattern(given, layer.name)
+        for layout in (given, self._seen.layout):
+            if layout is not None and layout.tokens == steps.tokens:
+                return layout
+        batch = None if self._replay is None else self._replay.batch
+        if batch is not None and len(steps.rows) != batch:
+            return None  # the frame is a part of an image
+        grids = [steps.place.grid]
+        found = self._found[0] if self._found else None
+        for shapes in _nearest_first(layer.calls[0].module, found.measured.maps if found else {}):
+            grids += [grid for shape in shapes for grid in (shape[2:], shape[1:-1]) if min(grid) > 1]
+        fitting = (grid for grid in grids if len(grid) > 1 and prod(grid) == steps.tokens)
+        return self._laid_out(next(fitting, (steps.tokens,)))
+
+    def _laid_out(self, grid: tuple[int, ...]) -> TokenLayout | None:
+        """The layout of a grid, from the sizes of what the model was given."""
+        given = [] if self._replay is None else [tuple(t.shape[2:]) for t in self._replay.tensors if t.ndim > 2]
+        if len(grid) == 2 and self._seen.image_size is not None:
+            return self._seen.grid_layout(*grid)
+        if len(grid) == 1 and any(len(size) > 1 for size in given):
+            return None  # a line in what is no line
+        sizes = next((size for size in given if len(size) == len(grid)), grid)
+        return TokenLayout(grid, tuple(max(1, round(size / count)) for size, count in zip(sizes, grid, strict=True)))
+
+
+def _one_layer(calls: Sequence[ScanCall], found: Found, earlier: int, later: int) -> bool:
+    """Whether two scans of one run are routes of one layer."""
+    a, b = found.steps[earlier], found.steps[later]
+    if a is None or b is None or (earlier, later) in found.measured.chained:
+        return False
+    same_frame = a.place.tensor == b.place.tensor and a.rows.shape == b.rows.shape
+    first, second = calls[earlier].inputs, calls[later].inputs
+    alike = (
+        first.u.shape[:2] == second.u.shape[:2] and first.A.shape == second.A.shape and first.groups == second.groups
+    )
+    return same_frame and alike and (first.z is None) == (second.z is None) and _same_route(a) == _same_route(b)
+
+
+def _by_pattern(given: Mapping[str, Any], name: str) -> Any:
+    """The value of the first pattern that fits a name."""
+    return next((value for pattern, value in given.items() if fnmatchcase(name, pattern)), None)
+
+
+def _nearest_first(module: str, maps: Mapping[str, Sequence[tuple[int, ...]]]) -> Iterator[Sequence[tuple[int, ...]]]:
+    """Shapes that were seen in the module itself, below it, and so on with what stands around it."""
+    around = [module, *(module[:end] for end in range(len(module) - 1, 0, -1) if module[end] == "."), ""]
+    for outer in dict.fromkeys(around):
+        inside = [(name, shapes) for name, shapes in maps.items() if not outer or f"{name}.".startswith(f"{outer}.")]
+        yield from (shapes for _, shapes in sorted(inside, key=lambda item: len(item[0])))

@@ -1,0 +1,472 @@
+"""Doors: the functions that scans of anybody's code go through, watched for the length of a trace.
+
+A door is ``fwd`` and ``bwd`` of a compiled extension (``selective_scan_cuda``, its ``_core`` and ``_oflex``, and their
+other names), wherever a module holds it, or of a CPU stand-in of one. Code looks them up at every call, so that a
+wrapper around them sees all scans of a model and changes none. A door is patched once, however many traces are open;
+each call asks which of them it concerns: those of its own thread, or of any thread when it runs inside a backward pass.
+"""
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from threading import Lock, get_ident
+from types import FrameType, FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mamba_attn import ops
+from mamba_attn.errors import TraceError, UnsupportedModelError
+from mamba_attn.tracing.patching import recomputing
+from mamba_attn.tracing.scan_states import ScanStates
+
+_DEPTH = 4  # a model's file names a mixer's, that one a function's, and that one a compiled module
+_NO_DOORS = ("torch", "builtins", "numpy", "timm", "transformers", "einops", "typing", "functools")
+_PREFIX = "selective_scan"  # of the extensions' names: selective_scan_cuda_oflex, selective_scan_vmamba_pt202, ...
+
+
+class ScanInputs(NamedTuple):
+    """What code hands to a compiled scan; ``delta`` is before its bias and softplus."""
+
+    u: Tensor  # (batch, channels, length)
+    delta: Tensor  # (batch, channels, length)
+    A: Tensor  # (channels, states), or (channels) of a single state
+    B: Tensor  # (channels, states), (batch, states, length) or (batch, groups, states, length)
+    C: Tensor  # as B
+    D: Tensor | None  # (channels)
+    z: Tensor | None  # (batch, channels, length)
+    delta_bias: Tensor | None  # (channels)
+    softplus: object = False
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of channels, each with its own B and C."""
+        single = self.A.ndim == 1
+        return max((t.shape[1] for t in (self.B, self.C) if t.ndim == 4 or single), default=1)
+
+    def parts(self) -> "ScanParts":
+        """The tensors in float32, or in float64 if one of u, delta and A is, group by group and without a graph.
+
+        Raises:
+            UnsupportedModelError: complex A.
+        """
+        if self.A.is_complex():
+            raise UnsupportedModelError(
+                f"a scan has complex A ({self.A.dtype}): the hidden attention of scans with real states alone is known."
+            )
+        double = torch.float64 in (self.u.dtype, self.delta.dtype, self.A.dtype)
+        groups = self.groups
+        split = (groups, self.u.shape[1] // groups)
+
+        def work(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(torch.float64 if double else torch.float32)
+
+        delta = work(self.delta)
+        delta = delta if self.delta_bias is None else delta + work(self.delta_bias)[:, None]
+        delta = F.softplus(delta) if self.softplus else delta
+        A, B, C = work(self.A), work(self.B), work(self.C)
+        if A.ndim == 1:
+            A, B, C = A[:, None], B.unsqueeze(2), C.unsqueeze(2)
+        constant = 2 in (B.ndim, C.ndim)
+        size = (self.u.shape[0], self.u.shape[2])
+        return ScanParts(
+            work(self.u).unflatten(1, split), delta.unflatten(1, split), A.unflatten(0, split),
+            _grouped(B, split, size, constant), _grouped(C, split, size, constant),
+            None if self.D is None else work(self.D).unflatten(0, split),
+            None if self.z is None else work(self.z).unflatten(1, split),
+        )  # fmt: skip
+
+
+class ScanParts(NamedTuple):
+    """A call's tensors as the operators take them: ``delta`` is after bias and softplus."""
+
+    u: Tensor  # (batch, groups, width, length)
+    delta: Tensor  # (batch, groups, width, length)
+    A: Tensor  # (groups, width, states)
+    B: Tensor  # (batch, groups, 1 or width, states, length)
+    C: Tensor  # as B
+    D: Tensor | None  # (groups, width)
+    z: Tensor | None  # (batch, groups, width, length)
+
+
+def _grouped(t: Tensor, split: tuple[int, int], size: tuple[int, int], constant: bool) -> Tensor:
+    """B or C as (batch, groups, 1, states, length); with all channels spelt out where one of them is constant."""
+    if t.ndim == 2:  # (channels, states): the same at every step
+        spelt_out: Tensor = t.unflatten(0, split)[None, ..., None]
+        return spelt_out.expand(size[0], -1, -1, -1, size[1])
+    t = (t.unsqueeze(1) if t.ndim == 3 else t).unsqueeze(2).expand(-1, split[0], -1, -1, -1)
+    return t.expand(-1, -1, split[1], -1, -1) if constant else t
+
+
+@dataclass(eq=False)
+class ScanCall:
+    """One call of a compiled scan.
+
+    Args:
+        module: name of the innermost module of the traced model that was running.
+        run: which of that module's calls it was in, from 0.
+        inputs: what was handed in.
+        y: the scan's own output before its gate, (batch, channels, length).
+        states: what ``fwd`` handed out for ``bwd``.
+        attention: (fold, matrix per group in scan order) when one was asked for.
+    """
+
+    module: str
+    run: int
+    inputs: ScanInputs
+    y: Tensor
+    states: Tensor
+    attention: tuple[str, Tensor] | None = None
+    again: Tensor | None = None  # the states of a recomputation
+    dout: Tensor | None = None  # what bwd was given last
+    node: Any = None  # of the autograd graph, that called bwd
+
+    def __post_init__(self) -> None:
+        self._versions = self._seen()
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What says that a call of another forward pass, of any number of images, is the same one."""
+        return (self.module, self.run, tuple(self.inputs.u.shape[1:]), self.inputs.groups, self.inputs.z is None)
+
+    def require_unchanged(self) -> None:
+        """Raise TraceError if the model wrote over the tensors after the scan had read them."""
+        if self._seen() != self._versions:
+            raise TraceError(
+                f"{self.module}: the model changed the scan's input in place after the scan; read the matrix during "
+                "the pass, with trace(attention=...)."
+            )
+
+    def dy(self) -> Tensor | None:
+        """The gradient at the scan's output before its gate, (batch, channels, length); None: none arrived."""
+        if self.dout is None:
+            return None
+        z = self.inputs.z
+        return self.dout.detach() if z is None else self.dout.detach() * F.silu(z.detach().to(self.dout.dtype))
+
+    def _seen(self) -> list[int]:
+        tensors = (t for t in self.inputs[:8] if isinstance(t, Tensor))
+        return [-1 if t.is_inference() else t._version for t in tensors]
+
+
+class Watch:
+    """What one trace sees at the doors.
+
+    Args:
+        model: whose modules' scans are wanted.
+        outside: modules whose scans are not, those inside them included.
+        attention: a fold; our operator then takes the scan's place and gives that matrix beside the output.
+        cut: no gradient passes a scan, and ``dout`` is kept at each: for measuring orders.
+    """
+
+    def __init__(
+        self, model: nn.Module, outside: set[nn.Module] | None = None, attention: str | None = None, cut: bool = False
+    ) -> None:
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.outside = {id(module) for module in outside or ()}
+        self.attention = attention
+        self.cut = cut
+        self.thread = get_ident()
+        self.calls: list[ScanCall] = []
+        self.other_scans: list[str] = []  # doors that were called in a way that is not known
+        self.suspended = False
+        self._hooks: list[Any] = []
+        self._runs: dict[str, int] = {}
+
+    def place(self, running: list[nn.Module]) -> nn.Module | None:
+        """The innermost running module of the model, if its scans are wanted."""
+        if any(id(module) in self.outside for module in running):
+            return None
+        return next((module for module in running if id(module) in self.names), None)
+
+    def keep(self, module: nn.Module, inputs: ScanInputs, found: list[Any], matrix: tuple[str, Tensor] | None) -> None:
+        """Record a call, or, when checkpointing repeats one inside a backward pass, pair it with its first."""
+        name = self.names[id(module)]
+        if recomputing():
+            first = self._same_call(name, inputs)
+            if first is not None:
+                first.again = found[1]
+            return
+        if name not in self._runs:
+            self._runs[name] = 0
+            hook = partial(self._starts, name)  # the module is running: the hook sees its next call
+            self._hooks.append(module.register_forward_pre_hook(hook, prepend=True))
+        detached = ScanInputs(*(t.detach() if isinstance(t, Tensor) else t for t in inputs))  # type: ignore[arg-type]
+        self.calls.append(ScanCall(name, self._runs[name], detached, found[0].detach(), found[1], matrix))
+
+    def _starts(self, name: str, module: nn.Module, args: Any) -> None:
+        if get_ident() == self.thread and not recomputing():
+            self._runs[name] += 1
+
+    def _same_call(self, name: str, inputs: ScanInputs) -> ScanCall | None:
+        alike = [c for c in self.calls if c.module == name and c.inputs.u.shape == inputs.u.shape]
+        if len(alike) < 2:
+            return next(iter(alike), None)
+        same = [c for c in alike if torch.equal(c.inputs.u, inputs.u) and torch.equal(c.inputs.delta, inputs.delta)]
+        return next(iter(same), None)
+
+    def call_of(self, states: Any) -> ScanCall | None:
+        """The call that handed out these states."""
+        if not isinstance(states, Tensor):
+            return None
+        wanted = states.data_ptr()
+        for call in reversed(self.calls):
+            for kept in (call.states, call.again):
+                if kept is states or (kept is not None and kept.data_ptr() == wanted != 0):
+                    return call
+        return None
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+
+@contextmanager
+def open_doors(watch: Watch) -> Iterator[Watch]:
+    """Let a watch see the scans of its thread; doors that nobody watches any more are put back as they were.
+
+    A watch may be let in again, for a backward pass after the trace.
+    """
+    with _lock:
+        doors = [_patched.get(id(module)) or _Door(module) for module in compiled_scans()]
+        for door in doors:
+            door.enter()
+        _open.append(watch)
+    try:
+        yield watch
+    finally:
+        with _lock:
+            _open.remove(watch)
+            for door in doors:
+                door.leave()
+
+
+@contextmanager
+def suspended(watch: Watch) -> Iterator[None]:
+    """Let the other traces of this thread see nothing, while a model runs for one of ours."""
+    others = [other for other in tuple(_open) if other is not watch and other.thread == watch.thread]
+    before = [other.suspended for other in others]
+    for other in others:
+        other.suspended = True
+    try:
+        yield
+    finally:
+        for other, value in zip(others, before, strict=True):
+            other.suspended = value
+
+
+def compiled_scans() -> list[ModuleType]:
+    """Return the modules with a compiled scan, or a stand-in of one, that any loaded module is or holds.
+
+    Stand-ins leave ``sys.modules`` when their block ends, and live on in the modules that imported them.
+    """
+    found: dict[int, ModuleType] = {}
+    for module in list(sys.modules.values()):
+        if not issubclass(type(module), ModuleType):
+            continue
+        names = vars(module)
+        known = _looked_at.get(module)
+        if known is None or known[0] != len(names):
+            held = [value for value in [module, *list(names.values())] if _is_compiled_scan(value)]
+            known = _looked_at[module] = (len(names), [weakref.ref(value) for value in held])
+        for reference in known[1]:
+            value = reference()
+            if value is not None:
+                found[id(value)] = value
+    return list(found.values())
+
+
+def reaches_a_door(model: nn.Module) -> bool:
+    """Whether a compiled scan can be found from the code of a model's modules, by the names in it.
+
+    Args:
+        model: a model, or a mixer.
+    """
+    start = {sys.modules.get(cls.__module__) for module in model.modules() for cls in type(module).__mro__}
+    waiting = [vars(module) for module in start if module is not None]
+    seen = {id(names) for names in waiting}
+    for _ in range(_DEPTH):
+        further: list[dict[str, Any]] = []
+        for names in waiting:
+            if str(names.get("__name__")).partition(".")[0] in _NO_DOORS:
+                continue
+            for value in list(names.values()):
+                if _is_compiled_scan(value):
+                    return True
+                found = _names_behind(value)
+                if found is not None and id(found) not in seen:
+                    seen.add(id(found))
+                    further.append(found)
+        waiting = further
+    return any(_is_compiled_scan(module) for name, module in list(sys.modules.items()) if name.startswith(_PREFIX))
+
+
+def _names_behind(value: Any) -> dict[str, Any] | None:
+    """The namespace of the code that a name stands for."""
+    if isinstance(value, FunctionType):
+        return value.__globals__
+    if isinstance(value, type):
+        module = sys.modules.get(value.__module__)
+        return None if module is None else vars(module)
+    return vars(value) if issubclass(type(value), ModuleType) else None
+
+
+def _is_compiled_scan(value: Any) -> bool:
+    # isinstance would ask the value for its class, and some modules answer by warnings
+    if not issubclass(type(value), ModuleType) or not value.__name__.rpartition(".")[2].startswith(_PREFIX):
+        return False
+    names = vars(value)
+    return callable(names.get("fwd")) and callable(names.get("bwd"))
+
+
+class _Door:
+    """One module's ``fwd`` and ``bwd`` while anybody watches."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+        self.watches = 0
+
+    def enter(self) -> None:
+        """Patch the module, the first time."""
+        self.watches += 1
+        if self.watches == 1:
+            self.own = {name: vars(self.module)[name] for name in ("fwd", "bwd")}
+            self.ours = {"fwd": partial(_forward, self), "bwd": partial(_backward, self)}
+            vars(self.module).update(self.ours)
+            _patched[id(self.module)] = self
+
+    def leave(self) -> None:
+        """Put the module's own functions back, the last time; what somebody put around ours stays."""
+        self.watches -= 1
+        if self.watches == 0:
+            del _patched[id(self.module)]
+            for name, function in self.own.items():
+                if vars(self.module).get(name) is self.ours[name]:
+                    setattr(self.module, name, function)
+
+
+_lock = Lock()
+_open: list[Watch] = []
+_patched: dict[int, _Door] = {}
+_looked_at: "weakref.WeakKeyDictionary[ModuleType, tuple[int, list[weakref.ref[ModuleType]]]]"
+_looked_at = weakref.WeakKeyDictionary()
+
+
+def _forward(door: _Door, *args: Any) -> Any:
+    """``fwd``, seen by the traces that it concerns."""
+    own: Callable[..., Any] = door.own["fwd"]
+    again, thread = recomputing(), get_ident()
+    running = _running_modules(sys._getframe(1))
+    places = [
+        (watch, module)
+        for watch in tuple(_open)
+        if (again or watch.thread == thread) and not watch.suspended
+        for module in [watch.place(running)]
+        if module is not None
+    ]
+    if not places:
+        return own(*args)
+    inputs = _forward_inputs(args)
+    if inputs is None:
+        for watch, _ in places:
+            watch.other_scans.append(door.module.__name__)
+        return own(*args)
+    if inputs.u.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise TraceError(
+            "trace(...): a scan is being captured in a CUDA graph. Trace the model's own forward: "
+            "with trace(model): model(images), outside torch.cuda.graph."
+        )
+    folds = dict.fromkeys(watch.attention for watch, _ in places if watch.attention and not again)
+    matrices: dict[str | None, tuple[str, Tensor]] = {}
+    if folds and _replaceable(inputs):
+        for fold in folds:
+            y, matrices[fold] = _scan_and_attention(inputs, str(fold))
+        found = _as_extension(door.module.__name__, args, inputs, y)
+    else:
+        found = list(own(*args))
+    for watch, module in places:
+        watch.keep(module, inputs, found, matrices.get(watch.attention))
+    return found
+
+
+def _backward(door: _Door, *args: Any) -> Any:
+    """``bwd``, whose ``dout`` is kept for the call that its states come from."""
+    own: Callable[..., Any] = door.own["bwd"]
+    gated = _first_flag(args) == 12
+    at = 8 if gated else 7
+    dout, states = args[at], args[at + 1]
+    hits = [(watch, call) for watch in tuple(_open) if (call := watch.call_of(states)) is not None]
+    for watch, call in hits:
+        call.dout = dout
+        if watch.cut:
+            call.node = torch._C._current_autograd_node()
+    if any(watch.cut for watch, _ in hits):
+        return _zeros(args, gated)
+    if isinstance(states, ScanStates) and not isinstance(own, FunctionType | partial):
+        args = (*args[: at + 1], states.read().contiguous(), *args[at + 2 :])
+    return own(*args)
+
+
+def _zeros(args: tuple[Any, ...], gated: bool) -> list[Tensor | None]:
+    """What ``bwd`` returns when no gradient passes the scan."""
+    z, bias, dz = (args[6], args[7], args[11]) if gated else (None, args[6], None)
+    found = [None if t is None else torch.zeros_like(t) for t in (*args[:6], bias)]
+    if z is not None:
+        found.append(torch.zeros_like(z) if dz is None else dz.zero_())
+        if args[13]:
+            found.append(torch.zeros_like(z))
+    return found
+
+
+def _first_flag(args: tuple[Any, ...]) -> int:
+    """The first argument that is no tensor: where softplus stands tells the extensions' signatures apart."""
+    return next((i for i, value in enumerate(args) if value is not None and not isinstance(value, Tensor)), -1)
+
+
+def _forward_inputs(args: tuple[Any, ...]) -> ScanInputs | None:
+    """What was handed to ``fwd``: with z in Mamba's own extension, without in the others; None: to another scan."""
+    first = _first_flag(args)
+    if first == 8:
+        return ScanInputs(*args[:8], args[8])
+    return ScanInputs(*args[:6], None, *args[6:8]) if first == 7 else None
+
+
+def _running_modules(frame: FrameType | None) -> list[nn.Module]:
+    """The modules whose calls this frame stands in, innermost first."""
+    found: list[nn.Module] = []
+    while frame is not None:
+        if frame.f_code in _CALLS:
+            found.append(frame.f_locals["self"])
+        frame = frame.f_back
+    return found
+
+
+_CALLS = {nn.Module._call_impl.__code__}
+
+
+def _replaceable(inputs: ScanInputs) -> bool:
+    """Whether our operator computes this scan."""
+    return not inputs.A.is_complex() and bool((inputs.A < 0).all())
+
+
+@torch.no_grad()
+def _scan_and_attention(inputs: ScanInputs, fold: str) -> tuple[Tensor, tuple[str, Tensor]]:
+    y, matrix = ops.selective_scan(*inputs.parts()[:6], attention=fold)  # in one launch
+    return y.reshape(inputs.u.shape), (fold, matrix)
+
+
+def _as_extension(name: str, args: tuple[Any, ...], inputs: ScanInputs, y: Tensor) -> list[Tensor]:
+    """What the extension would return: the layout of delta and the type of u, or float32 where it is asked for."""
+    u, delta, z = inputs.u, inputs.delta, inputs.z
+    wide = name.endswith("oflex") and (len(args) < 10 or args[9])
+    kind = torch.promote_types(u.dtype, torch.float32) if wide else u.dtype
+    chunks = 1 if delta.device.type == "cpu" else -(-delta.shape[-1] // 2048)
+    found = [torch.empty_like(delta, dtype=kind).copy_(y), ScanStates.of(inputs, chunks)]
+    return found if z is None else [*found, torch.empty_like(z).copy_(y * F.silu(z.detach().to(y)))]

@@ -1,0 +1,543 @@
+"""Frames: which token each step of a scan writes, measured by masked gradients at the doors.
+
+A gradient put on some cells of a tensor T behind the scans arrives as ``dout`` at every door at once, on the steps that
+write these cells, while none passes a scan. So log2(cells) backward passes, each from the cells whose number has one
+bit set, give the cell of every step of every call. T is the latest tensor of the forward pass in which a step answers
+to one cell.
+"""
+
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from mamba_attn._types import Int
+from mamba_attn.errors import TraceError
+from mamba_attn.tracing.doors import ScanCall, Watch, open_doors, suspended
+
+_SHARE = 0.2  # of a step's gradient that must come from its own cell; stricter limits chose inner tensors in silence
+_LOOKS = 2  # at tensors of one shape
+_NORMS = ("layer_norm_fn", "rms_norm_fn")  # fused norms are called as functions: what they return is looked at, too
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where the steps of one call land.
+
+    Args:
+        order: cell of each step, counted over T without its features, images first; -1 where it lands nowhere: padding.
+        tensor: number of T among the tensors of the forward pass; calls with the same T have the same token frame.
+        shape: of T.
+        axis: of T's features.
+        summed: whether the groups' outputs are added up behind the scan, so that all get the same gradient.
+        share: part of a step's gradient that comes from its own cell, of the worst hundredth of steps.
+        where: the module that returned T.
+    """
+
+    order: Int[Tensor, "rows groups length"]
+    tensor: int
+    shape: tuple[int, ...]
+    axis: int
+    summed: bool
+    share: float
+    where: str
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """T's axes but the images' and the features'."""
+        return tuple(n for axis, n in enumerate(self.shape) if axis not in (0, self.axis))
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What measuring a model gave.
+
+    Args:
+        signatures: of its scans' calls, in the order of the forward pass.
+        places: of each call; None where no tensor qualifies.
+        chained: pairs (earlier, later) of calls in one run of a module, of which the later depends on the earlier.
+        nearest: what came nearest to a place, in words, for calls without one.
+        maps: shapes of the tensors of four axes and more that modules took and returned, by the modules' names.
+        backwards: number of backward passes.
+    """
+
+    signatures: list[tuple[Any, ...]]
+    places: list[Place | None]
+    chained: set[tuple[int, int]]
+    nearest: dict[int, str]
+    maps: dict[str, list[tuple[int, ...]]]
+    backwards: int
+
+
+@dataclass
+class Replay:
+    """How a model was called, so that it can be called that way again."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    autocast: list[tuple[str, torch.dtype]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Replay":
+        """Copies of the tensors: a model may write over what it is given."""
+        found = cls(args, kwargs).changed(Tensor.clone)
+        devices = {"cpu", *(value.device.type for value in found.tensors)}
+        found.autocast = [(d, torch.get_autocast_dtype(d)) for d in devices if torch.is_autocast_enabled(d)]
+        return found
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors among the arguments."""
+        return [value for value in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(value, Tensor)]
+
+    @property
+    def batch(self) -> int | None:
+        """Number of images, where every tensor's first axis is as long."""
+        sizes = {value.shape[0] if value.ndim else 0 for value in self.tensors}
+        return sizes.pop() if len(sizes) == 1 else None
+
+    def changed(self, function: Callable[[Tensor], Tensor]) -> "Replay":
+        """With every tensor changed, outside all graphs."""
+        with torch.inference_mode(False), torch.no_grad():
+            args, kwargs = pytree.tree_map(
+                lambda value: function(value.detach()) if isinstance(value, Tensor) else value, (self.args, self.kwargs)
+            )
+        return Replay(args, kwargs, self.autocast)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What orders may depend on, of the arguments: shapes, types and everything that is no tensor."""
+        return tuple(
+            (tuple(value.shape), value.dtype, str(value.device)) if isinstance(value, Tensor) else repr(value)
+            for value in pytree.tree_leaves((self.args, self.kwargs))
+        )
+
+
+def measure(model: nn.Module, replay: Replay) -> Measured:
+    """Run a model once with its graph, and backwards many times: where do its scans' steps land?
+
+    The model's modes, flags, buffers, gradients and the random generators are as before, after an error too.
+
+    Args:
+        model: any model whose scans go through doors.
+        replay: how it is called.
+
+    Raises:
+        TraceError: parameters that are inference tensors: no gradient can be taken.
+    """
+    with _watched_pass(model, replay) as run:
+        calls = run.watch.calls
+        search = _Search(calls)
+        for number in _to_look_at(run, search.settled):
+            search.take(list(_decoded(run, number, search)))
+        return Measured(
+            [call.signature for call in calls], [search.places.get(i) for i in range(len(calls))], _chained(calls),
+            {i: words for i, (_, words) in search.nearest.items() if i not in search.places}, run.maps, run.backwards,
+        )  # fmt: skip
+
+
+class _Search:
+    """The places found so far, and the calls for which no other tensor is to be looked at."""
+
+    def __init__(self, calls: Sequence[ScanCall]) -> None:
+        self.calls = calls
+        self.places: dict[int, Place] = {}
+        self.settled: set[int] = set()
+        self.nearest: dict[int, tuple[float, str]] = {}
+        self._tries: dict[int, int] = {}
+
+    def cells(self, call: int) -> int:
+        """Number of cells of the tensor in which a call has its place."""
+        place = self.places.get(call)
+        return 0 if place is None else prod(place.shape) // place.shape[place.axis]
+
+    def take(self, decoded: Sequence["_Decoded"]) -> None:
+        """Take the places that one tensor gives."""
+        runs: dict[tuple[str, int], list[_Decoded]] = {}
+        for each in decoded:
+            call, place = self.calls[each.call], each.place
+            if each.single and place.share >= _SHARE:
+                runs.setdefault((call.module, call.run), []).append(each)
+            elif place.share >= self.nearest.get(each.call, (0.0, ""))[0]:
+                kind = "one cell a step" if each.single else "steps share cells"
+                words = f"{place.where or 'the model'} {place.shape}: {place.share:.0%} of a gradient, {kind}"
+                self.nearest[each.call] = (place.share, words)
+        for members in runs.values():
+            self._take_run(members)
+
+    def _take_run(self, members: Sequence["_Decoded"]) -> None:
+        """Take those of one run of a module.
+
+        Where several scans write a cell and are not added up there, the tensor may have merged their tokens, as patch
+        merging does; then one further inside has more cells.
+        """
+        numbers = {each.call for each in members}
+        before = [self.places[i] for i in numbers if i in self.places]
+        if len(before) < len(members) or _cells([each.place for each in members]) > _cells(before):
+            self.places.update({each.call: each.place for each in members})
+        for i in numbers:
+            self._tries[i] = self._tries.get(i, 0) + 1
+        if _added_up(members):
+            self.settled |= numbers
+        else:
+            self.settled |= {i for i in numbers if self._tries[i] > _LOOKS}
+
+
+def _cells(places: Sequence[Place]) -> int:
+    """Number of cells that some steps write."""
+    orders = torch.cat([place.order.flatten() for place in places])
+    return len(orders[orders >= 0].unique())
+
+
+def _added_up(members: Sequence["_Decoded"]) -> bool:
+    """Whether all steps that write a cell get the same gradient from it."""
+    if len({each.gradient.shape[2] for each in members}) > 1:
+        return False
+    order = torch.cat([each.place.order.flatten() for each in members]).to(members[0].gradient.device)
+    gradient = torch.cat([each.gradient.movedim(2, 3).flatten(0, 2) for each in members])[order >= 0]
+    order = order[order >= 0]
+    cells = gradient.new_zeros(int(order.max()) + 1, gradient.shape[1])
+    cells[order] = gradient
+    return float((cells[order] - gradient).abs().max()) <= 1e-3 * float(gradient.abs().max())
+
+
+def agrees(model: nn.Module, replay: Replay, measured: Measured) -> bool:
+    """Whether the places hold for another call of the model; two backward passes per tensor T.
+
+    Args:
+        model: the model that was measured.
+        replay: another call of it, of the same shapes.
+        measured: what was measured.
+    """
+    with _watched_pass(model, replay) as run:
+        if [call.signature for call in run.watch.calls] != measured.signatures:
+            return False
+        by_tensor: dict[int, list[tuple[int, Place]]] = {}
+        for i, place in enumerate(measured.places):
+            if place is not None:
+                by_tensor.setdefault(place.tensor, []).append((i, place))
+        for number, placed in by_tensor.items():
+            out, first = run.tensors[number][1], placed[0][1]
+            if tuple(out.shape) != first.shape:
+                return False
+            probe = _Probe(out, first.axis)
+            total, check = run.back(out, probe.noise), run.back(out, probe.weighted)
+            for i, place in placed:
+                if i not in total or _shares(total[i], check[i], probe.weight, place.order) < _SHARE:
+                    return False
+        return True
+
+
+class _Run:
+    """One forward pass with its graph, and backward passes that end at the doors."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+        self.tensors: list[tuple[str, Tensor]] = []  # what modules returned, with the module, in order
+        self.maps: dict[str, list[tuple[int, ...]]] = {}
+        self.leaves: list[Tensor] = []
+        self.axes: dict[tuple[int, ...], int] = {}  # of features, by shape
+        self.backwards = 0
+
+    def see(self, name: str, given: Any, output: Any) -> None:
+        """Keep what a module returned; of several tensors the first is looked at first, so it comes last."""
+        tensors = [value for value in pytree.tree_leaves(output) if isinstance(value, Tensor)]
+        self.tensors += [(name, value) for value in reversed(tensors)]
+        both = pytree.tree_leaves((given, output))
+        self.maps.setdefault(name, []).extend(tuple(v.shape) for v in both if isinstance(v, Tensor) and v.ndim > 3)
+
+    def back(self, out: Tensor, cotangent: Tensor) -> dict[int, Tensor]:
+        """What arrives at each door, by the call's number: (rows, groups, width, length)."""
+        self.backwards += 1
+        calls = self.watch.calls
+        for call in calls:
+            call.dout = None
+        torch.autograd.grad(out, self.leaves, cotangent, retain_graph=True, allow_unused=True)
+        return {
+            i: call.dout.detach().float().unflatten(1, (call.inputs.groups, -1))
+            for i, call in enumerate(calls)
+            if call.dout is not None
+        }
+
+
+@contextmanager
+def _watched_pass(model: nn.Module, replay: Replay) -> Iterator[_Run]:
+    """A forward pass with cut doors, whose graph lives as long as the block."""
+    watch = Watch(model, cut=True)
+    with ExitStack() as whole:
+        whole.callback(watch.close)
+        for block in (torch.inference_mode(False), _as_it_was(model), open_doors(watch), suspended(watch)):
+            whole.enter_context(block)
+        run = _Run(watch)
+
+        def leaf(value: Tensor) -> Tensor:
+            fresh = value.clone()
+            if fresh.is_floating_point() or fresh.is_complex():
+                run.leaves.append(fresh)
+            return fresh
+
+        own = replay.changed(leaf)
+        if not run.leaves:  # words: what can be differentiated begins at the embedding
+            kinds = (nn.Embedding, nn.EmbeddingBag)
+            run.leaves = [module.weight for module in model.modules() if isinstance(module, kinds)]
+        for tensor in run.leaves:
+            tensor.requires_grad_()
+        with ExitStack() as stack:
+            for device, dtype in own.autocast:
+                stack.enter_context(torch.autocast(device, dtype=dtype))
+            stack.enter_context(torch.enable_grad())
+            _look(stack, model, run)
+            stack.enter_context(_Centre())
+            model(*own.args, **own.kwargs)
+        yield run
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """In eval mode and with frozen parameters inside, since only where gradients go matters; as before after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    buffers = [(module, name, value, None if value is None else value.clone())
+               for module in model.modules() for name, value in module._buffers.items()]  # fmt: skip
+    if any(parameter.is_inference() for parameter, _ in flags):
+        raise TraceError(
+            "the order of the scans' tokens is measured by gradients, and the model was built in inference mode: "
+            "build it outside torch.inference_mode(), or pass orders= to trace()."
+        )
+    devices = {parameter.device for parameter, _ in flags if parameter.is_cuda}
+    with torch.random.fork_rng(devices), torch.no_grad():
+        try:
+            model.eval()
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            for module, name, value, copy in buffers:
+                module._buffers[name] = value
+                if value is not None and copy is not None and not torch.equal(value, copy):
+                    value.copy_(copy)
+
+
+def _look(stack: ExitStack, model: nn.Module, run: _Run) -> None:
+    """Show a pass what every module, and every fused norm, returns."""
+
+    def returned(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        run.see(name, args, output)
+
+    def normed(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        run.see("a fused norm", (), output)
+        return output
+
+    for name, module in model.named_modules():
+        stack.callback(module.register_forward_hook(partial(returned, name)).remove)
+    for holder in list(sys.modules.values()):
+        for name in _NORMS:
+            own = getattr(holder, "__dict__", {}).get(name)
+            if isinstance(own, FunctionType):
+                stack.callback(setattr, holder, name, own)
+                setattr(holder, name, partial(normed, own))
+
+
+class _Centre(TorchFunctionMode):
+    """The value of a convolution that keeps the grid, the gradient of its middle tap: a step stays on its token."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func not in _CONVOLUTIONS or len(args) < 2:
+            return out
+        x, weight = args[:2]
+        if out.shape[2:] != x.shape[2:] or set(weight.shape[2:]) == {1} or not out.requires_grad:
+            return out
+        middle, at = torch.zeros_like(weight), (..., *(size // 2 for size in weight.shape[2:]))
+        middle[at] = weight.detach()[at]
+        only = func(x, middle, *args[2:], **(kwargs or {}))
+        return out.detach() + only - only.detach()
+
+
+def _to_look_at(run: _Run, settled: Collection[int]) -> Iterator[int]:
+    """The tensors to try, latest first; at last those around the scans that are not settled yet."""
+    calls, looked = run.watch.calls, set()
+    times: dict[tuple[Any, ...], int] = {}
+
+    def left() -> list[ScanCall]:
+        return [call for i, call in enumerate(calls) if i not in settled]
+
+    def possible(number: int) -> bool:
+        out = run.tensors[number][1]
+        fewest = min(call.y.shape[0] * call.y.shape[-1] for call in left())
+        return out.requires_grad and out.ndim > 2 and out.is_floating_point() and out.numel() >= fewest
+
+    for number in reversed(range(len(run.tensors))):
+        if not left():
+            return
+        key = (tuple(run.tensors[number][1].shape), len(left()))
+        if possible(number) and times.get(key, 0) < _LOOKS:
+            times[key] = times.get(key, 0) + 1
+            looked.add(number)
+            yield number
+    for call in reversed(calls):
+        around = {call.module[:end] for end, letter in enumerate(call.module + ".") if letter == "."}
+        for number in reversed(range(len(run.tensors))):
+            if call in left() and run.tensors[number][0] in around and number not in looked and possible(number):
+                looked.add(number)
+                yield number
+
+
+class _Probe:
+    """Random cotangents on a tensor T: plain, weighted by cell, and by bits of the cells' numbers."""
+
+    def __init__(self, out: Tensor, axis: int) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.noise = _noise(out, generator)
+        sizes = [n for a, n in enumerate(out.shape) if a != axis]
+        self.cells = prod(sizes)
+        self.bits = max(1, (self.cells - 1).bit_length())
+        # numbers at random: neighbours differ in many bits
+        self._number = torch.randperm(self.cells, generator=generator)
+        self._sizes, self._axis = sizes, axis
+        self.weight = torch.randn(self.cells, generator=generator).to(out.device)  # by cell
+        self.weighted = self.noise * self._spread(self.weight)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """One value for each cell, as T."""
+        return values.view(self._sizes).unsqueeze(self._axis).to(self.noise)
+
+    def with_bit(self, bit: int) -> Tensor:
+        """The noise on the cells whose number has the bit."""
+        return self.noise * self._spread((self._number >> bit) & 1)
+
+    def cell_of(self, number: Tensor) -> Tensor:
+        """The cells with these numbers."""
+        return torch.argsort(self._number).to(number.device)[number.clamp_max(self.cells - 1)]
+
+
+def _noise(out: Tensor, generator: torch.Generator) -> Tensor:
+    """Away from zero everywhere."""
+    sign = torch.randn(out.shape, generator=generator).sign()
+    return (sign * (0.5 + torch.rand(out.shape, generator=generator))).to(out)
+
+
+@dataclass(frozen=True, eq=False)
+class _Decoded:
+    """What a tensor says of one call: its place, whether no two steps of a row and group share a cell, its gradient."""
+
+    call: int
+    place: Place
+    single: bool
+    gradient: Tensor  # (rows, groups, width, length)
+
+
+def _decoded(run: _Run, number: int, search: _Search) -> Iterator[_Decoded]:
+    """What a tensor says of every call that is not settled, and that its gradient reaches."""
+    name, out = run.tensors[number]
+    # of each call and group, all rows
+    steps = {i: call.y.shape[0] * call.y.shape[-1] for i, call in enumerate(run.watch.calls) if i not in search.settled}
+    shape = tuple(out.shape)
+    axis = run.axes.get(shape)
+    if axis is None:
+        axis = _feature_axis(run, out, steps)
+        if axis is None:
+            return
+        run.axes[shape] = axis
+    probe = _Probe(out, axis)
+    # half of the steps may be padding; a second place is one with more cells
+    reachable = [i for i, count in steps.items() if 2 * probe.cells >= count and probe.cells > search.cells(i)]
+    total = run.back(out, probe.noise) if reachable else {}
+    reached = [i for i in reachable if i in total and bool(total[i].any())]
+    check = run.back(out, probe.weighted) if reached else {}
+    # where every step lands on one cell, the weighted gradient of a step is parallel to the plain one
+    reached = [i for i in reached if _parallel(total[i], check[i]) > 0.1]
+    if not reached:
+        return
+    numbers = {i: torch.zeros(total[i][:, :, 0].shape, dtype=torch.long, device=out.device) for i in reached}
+    norms = {i: total[i].square().sum(2) for i in reached}
+    for bit in range(probe.bits):
+        found = run.back(out, probe.with_bit(bit))
+        for i in reached:  # nearer to all of the gradient than to none of it
+            numbers[i] += (2 * (total[i] * found[i]).sum(2) > norms[i]).long() << bit
+    for i in reached:
+        size = norms[i].sqrt()
+        order = torch.where(size > 1e-3 * size.amax(), probe.cell_of(numbers[i]), -1)
+        single = all(bool((row[row >= 0].unique(return_counts=True)[1] == 1).all()) for row in order.flatten(0, 1))
+        first = total[i][:, :1]
+        alike = float((total[i] - first).abs().max()) <= 1e-4 * float(first.abs().max())
+        share = _shares(total[i], check[i], probe.weight, order)
+        place = Place(order.cpu(), number, shape, axis, alike, share, name)
+        yield _Decoded(i, place, single and bool((order >= 0).any()), total[i])
+
+
+def _feature_axis(run: _Run, out: Tensor, wanted: Iterable[int]) -> int | None:
+    """The axis along which a line lands on the fewest steps of some call; None when nothing arrives at any."""
+    noise = _noise(out, torch.Generator().manual_seed(3))
+    best: tuple[float, int] | None = None
+    for axis in range(1, out.ndim):
+        line = tuple(slice(None) if a == axis else slice(n // 2, n // 2 + 1) for a, n in enumerate(out.shape))
+        cotangent = torch.zeros_like(out)
+        cotangent[line] = noise[line]
+        found = run.back(out, cotangent)
+        for arrived in (found[i] for i in wanted if i in found):
+            energy = arrived.square().sum(2).flatten().double()
+            steps = float(energy.sum() ** 2 / energy.square().sum().clamp_min(1e-300))
+            if steps and (best is None or steps < best[0] * 0.999):
+                best = (steps, axis)
+    return None if best is None else best[1]
+
+
+def _parallel(t: Tensor, c: Tensor) -> float:
+    """1 where the weighted gradient of every step is a multiple of the plain one, 0 where it has nothing to do with it."""
+    along = (t * c).sum(2, keepdim=True) / t.square().sum(2, keepdim=True).clamp_min(1e-30)
+    rest = (c - along * t).square().sum() / c.square().sum().clamp_min(1e-30)
+    return 1 - float(rest.sqrt())
+
+
+def _shares(t: Tensor, c: Tensor, weight: Tensor, order: Tensor) -> float:
+    """Part of a step's gradient that comes from its own cell, of the worst hundredth of steps that land somewhere."""
+    order = order.to(t.device)
+    own = weight[order.clamp_min(0)].unsqueeze(2).to(t)
+    size = t.square().sum(2).sqrt()
+    error = (c - t * own).square().sum(2).sqrt() / size.clamp_min(1e-30)
+    share = (1 - error[order >= 0].clamp_max(1)).sort()[0]
+    return float(share[len(share) // 100]) if len(share) else 0.0
+
+
+def _chained(calls: Sequence[ScanCall]) -> set[tuple[int, int]]:
+    """Pairs of calls in one run of a module, of which the later takes what the earlier gave."""
+    runs: dict[tuple[str, int], list[int]] = {}
+    for i, call in enumerate(calls):
+        runs.setdefault((call.module, call.run), []).append(i)
+    found = set()
+    for members in runs.values():
+        for position, later in enumerate(members[1:], 1):
+            above = _behind(calls[later].node)
+            found |= {(earlier, later) for earlier in members[:position] if calls[earlier].node in above}
+    return found
+
+
+def _behind(node: Any) -> set[Any]:
+    """The nodes of the graph that a node depends on."""
+    seen: set[Any] = set()
+    waiting: list[Any] = [] if node is None else [node]
+    while waiting:
+        for following, _ in waiting.pop().next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return seen

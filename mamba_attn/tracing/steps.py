@@ -1,0 +1,157 @@
+"""Steps: what measuring says of one call's steps, image by image, and how long it is remembered."""
+
+import functools
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mamba_attn._types import Int
+from mamba_attn.tracing.doors import ScanCall
+from mamba_attn.tracing.frames import Measured, Place, Replay, agrees, measure
+
+_PAIR = 2  # images that are measured of a larger batch: enough to see whether orders differ, and how rows are laid
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """Which token every step of a call writes.
+
+    Args:
+        rows: the call's rows of every image, (images, rows each): windows and sub-grids may stand in the batch.
+        order: (images or 1, rows each, groups, length); one for all images where theirs are alike; -1 for padding.
+        tokens: size of the token frame.
+        place: what was measured.
+    """
+
+    rows: Int[Tensor, "images each"]
+    order: Int[Tensor, "_ each groups length"]
+    tokens: int
+    place: Place
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What is known of the scans of one forward pass.
+
+    Args:
+        steps: of every call; None where no tensor qualifies.
+        measured: where they come from.
+    """
+
+    steps: list[Steps | None]
+    measured: Measured
+
+
+def steps_of(model: nn.Module, replay: Replay, calls: Sequence[ScanCall]) -> Found | None:
+    """Return the steps of the scans of a forward pass, measured or remembered; None if it runs another way now.
+
+    They are remembered per model, shapes and settings of its modules, as long as another image has the same orders.
+    When parameters have changed since, one weighted gradient says whether the orders still hold.
+
+    Args:
+        model: the model.
+        replay: how it was called.
+        calls: the scans that were seen.
+    """
+    batch = replay.batch
+    small = replay if batch is None or batch <= _PAIR else replay.changed(lambda tensor: tensor[:_PAIR])
+    key = (small.key, _settings(model))
+    remembered = _remembered.setdefault(model, {})
+    now = _versions(model)
+    if key in remembered:
+        then, measured = remembered[key]
+        if then == now or agrees(model, small, measured):
+            remembered[key] = (now, measured)
+            return _for(measured, batch, calls)
+        del remembered[key]
+    measured = measure(model, small)
+    found = _for(measured, batch, calls)
+    alike = found is not None and all(each is None or len(each.order) == 1 for each in found.steps)
+    if alike and (batch != 1 or agrees(model, small.changed(_another), measured)):
+        remembered[key] = (now, measured)
+        return found
+    return _for(measure(model, replay), batch, calls) if small is not replay else found
+
+
+_remembered: "weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, Measured]]]" = weakref.WeakKeyDictionary()
+
+
+def _another(image: Tensor) -> Tensor:
+    """Another image of the same kind: the same numbers elsewhere."""
+    if not image.is_floating_point() or image.ndim < 2:
+        return image
+    mixed = torch.randperm(image[0].numel(), generator=torch.Generator().manual_seed(11)).to(image.device)
+    return image.flatten(1)[:, mixed].view(image.shape)
+
+
+def _for(measured: Measured, batch: int | None, calls: Sequence[ScanCall]) -> Found | None:
+    """The steps of the calls that were seen, of so many images."""
+    if [call.signature for call in calls] != measured.signatures:
+        return None
+    steps = [
+        None if place is None else _by_image(place, call.inputs.u.shape[0], batch)
+        for place, call in zip(measured.places, calls, strict=True)
+    ]
+    if any(place is not None and each is None for place, each in zip(measured.places, steps, strict=True)):
+        return None
+    return Found(steps, measured)
+
+
+def _by_image(place: Place, rows: int, batch: int | None) -> Steps | None:
+    """A place told by image; None if it was measured on fewer images and their rows are laid in no known way."""
+    order = place.order
+    images = place.shape[0]
+    tokens = max(1, torch.Size(place.grid).numel())
+    of_row = torch.where(order >= 0, order // tokens, -1).flatten(1).amax(1)
+    mixed = bool((torch.where(order >= 0, order // tokens, of_row[:, None, None]) != of_row[:, None, None]).any())
+    if (
+        mixed
+        or len(order) % images
+        or int(of_row.min()) < 0
+        or bool((of_row.bincount(minlength=images) != len(order) // images).any())
+    ):
+        return None
+    index = of_row.argsort(stable=True).view(images, -1)
+    token = torch.where(order >= 0, order % tokens, -1)[index]
+    if bool((token == token[:1]).all()):
+        token = token[:1]
+    if rows != len(order):
+        each = index.shape[1]
+        wanted = rows // each
+        if rows % each or len(token) != 1:
+            return None
+        if torch.equal(index, torch.arange(len(order)).view(images, each)):
+            index = torch.arange(rows).view(wanted, each)
+        elif torch.equal(index, torch.arange(len(order)).view(each, images).T):
+            index = torch.arange(rows).view(each, wanted).T
+        else:
+            return None
+    return Steps(index, token, tokens, place)
+
+
+def _versions(model: nn.Module) -> tuple[Any, ...]:
+    """What changes when anything writes to a model's parameters or buffers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return tuple((tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in tensors)
+
+
+def _settings(model: nn.Module) -> int:
+    """A number for everything in the modules that is no tensor and may say how tokens are ordered."""
+    return hash(tuple((name, type(module), _simple(vars(module))) for name, module in model.named_modules()))
+
+
+def _simple(value: Any) -> Any:
+    if isinstance(value, dict):
+        return tuple((str(key), _simple(item)) for key, item in value.items() if not str(key).startswith("_"))
+    if isinstance(value, list | tuple):
+        return tuple(map(_simple, value))
+    if isinstance(value, functools.partial):
+        return _simple(value.func), _simple(value.args), _simple(value.keywords)
+    if isinstance(value, FunctionType):
+        return value.__qualname__
+    return value if isinstance(value, int | float | str | None) else type(value).__name__
