@@ -21,6 +21,8 @@ class Case:
         refused: a part of the sentence with which it must be refused; None when it must work.
         training: run it in training mode.
         noise: how far the parameters are moved, in units of a usual initial spread.
+        maps: whether it is a whole model, of which maps over its input are asked for.
+        orders: compare the order that is measured with the one that an adapter declares.
     """
 
     class_name: str
@@ -31,6 +33,8 @@ class Case:
     refused: str | None = None
     training: bool = False
     noise: float = 1.0
+    maps: bool = True
+    orders: bool = True
 
 
 def build(case: Case) -> tuple[nn.Module, Tensor]:

@@ -18,43 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.case import Case, build
+from benchmarks.dropin_checks import Row, measure
 from benchmarks.foreign import REPOSITORIES, official_pairs
 from benchmarks.measure import ROOT
 from benchmarks.report import Figure, figure, show
 
-Row = dict[str, Any]
 INSTALLED = ("timm",)  # run as it is installed, without a clone
-COLUMNS = ("repository", "class", "variant", "input", "output", "law 1", "observed")
-
-
-def measure(case: Case) -> Row:
-    """Run one case by ``check_adapter``.
-
-    Raises:
-        SystemExit: a case that must be refused was not, or for another reason.
-    """
-    import mamba_attn
-    from mamba_attn.errors import UnsupportedModelError
-    from mamba_attn.testing import check_adapter
-
-    model, inputs = build(case)
-    row: Row = {"class": case.class_name, "variant": case.variant, "input": "x".join(map(str, case.shape))}
-    if case.refused is not None:
-        try:
-            with torch.no_grad(), mamba_attn.trace(model):
-                (case.call or (lambda m, x: m(x)))(model, inputs)
-        except UnsupportedModelError as error:
-            if case.refused in str(error):
-                return {**row, "refused": str(error)}
-            raise SystemExit(f"{row}: expected {case.refused!r} in {error}") from error
-        raise SystemExit(f"{row}: was not refused.")
-    report = check_adapter(model, inputs, tolerance=float("inf"), call=case.call)
-    return {
-        **row, "layers": len(report.layers), "output": report.output_error, "law 1": report.matrix_error,
-        "above diagonal": max(layer.above_diagonal for layer in report.layers),
-        "observed": report.observed_identical,
-    }  # fmt: skip
+COLUMNS = ("repository", "class", "variant", "input", "layers", "tokens", "law 1", "observed", "orders")
 
 
 def same_weights(official: nn.Module, name: str, size: tuple[int, int]) -> dict[str, float]:

@@ -77,7 +77,7 @@ def sigma(root: Path) -> Iterator[Case]:
     """Sigma: an encoder that runs twice in a forward, mixers that read one modality with another's C, a decoder."""
     package("engine", root / "engine")
     package("utils", root / "utils")
-    encoder = load(root, "models.encoders.dual_vmamba").RGBXTransformer
+    encoder = load(root, "models.encoders.dual_vmamba", "models/encoders/selective_scan").RGBXTransformer
     decoder = load(root, "models.decoders.MambaDecoder").MambaDecoder
 
     class Sigma(nn.Module):
@@ -128,10 +128,11 @@ def spatial_mamba(root: Path) -> Iterator[Case]:
     """Spatial-Mamba: states of neighbouring tokens are mixed before C reads them, which no matrix of ours holds."""
     code = load(root / "classification", "models.spatialmamba")
     make = made(code.SpatialMamba, depths=[1, 1, 1, 1], dims=[16, 32, 64, 128], num_classes=7, drop_path_rate=0.0)
-    yield Case("SpatialMamba", "states mixed", make, (2, 3, 64, 64), refused="")
+    yield Case("SpatialMamba", "states mixed", make, (2, 3, 64, 64), training=True, refused="other recurrence")
 
 
 def mamba_2d(root: Path) -> Iterator[Case]:
     """2DMamba: a recurrence over both axes."""
     code = load(root / "2DVMamba" / "classification", "models.vmamba")
-    yield Case("SS2D", "both axes", made(code.SS2D, 24, d_state=4, use_v2d=True), (2, 8, 8, 24), refused="")
+    make = made(code.SS2D, 24, d_state=4, forward_type="v05", use_v2d=True)
+    yield Case("SS2D", "both axes", make, (2, 8, 6, 24), refused="other recurrence")

@@ -106,9 +106,7 @@ def tiny_vim(root: Path) -> Iterator[Case]:
 
 def plain_mamba(root: Path) -> Iterator[Case]:
     """PlainMamba: four snakes over the image, and a direction added to B at every step."""
-    for name in ("mmcls", "mmcls.plain_mamba_dev", "mmcls.plain_mamba_dev.models"):
-        package(name, root / name.replace(".", "/"))
-    code = load(root, "mmcls.plain_mamba_dev.models.plain_mamba.plain_mamba")
+    code = load(root, "mmcls.models")
     mixer = {"d_state": 4, "expand": 2, "conv_size": 3, "default_hw_shape": (5, 6)}
     make = made(
         code.PlainMamba, img_size=(40, 48), patch_size=8, embed_dims=24, num_layers=2,
@@ -119,10 +117,10 @@ def plain_mamba(root: Path) -> Iterator[Case]:
 
 def mamba_ir(root: Path) -> Iterator[Case]:
     """MambaIR, and MambaIRv2, which sorts the tokens of every image by a class it gives them."""
-    for name in ("basicsr", "basicsr.utils", "basicsr.archs"):
+    for name in ("basicsr", "basicsr.archs"):
         package(name, root / name.replace(".", "/"))
     code = load(root, "basicsr.archs.mambair_arch")
-    base = {"img_size": 16, "embed_dim": 24, "d_state": 4, "upscale": 2, "upsampler": "pixelshuffledirect"}
+    base = {"img_size": 16, "embed_dim": 36, "d_state": 4, "upscale": 2, "upsampler": "pixelshuffledirect"}
     yield Case("MambaIR", "twice as large", made(code.MambaIR, **base, depths=(2, 2), mlp_ratio=1.5), (2, 3, 12, 20))
     for name, file in (("MambaIRv2", "mambairv2_arch"), ("MambaIRv2Light", "mambairv2light_arch")):
         more = {

@@ -48,6 +48,7 @@ ALWAYS: dict[str, dict[str, str]] = {
     "selective_scan_vmamba.selective_scan_cuda_core": _CORE,
     "selective_scan_vmamba_pt202": {},
     "selective_scan_vmamba_pt202.selective_scan_cuda_core": _CORE,
+    "v2dmamba_scan": {"fwd": "scan.grid_fwd", "bwd": "scan.grid_bwd"},  # 2DMamba's
     "causal_conv1d_cuda": {
         **_all_of("conv", "causal_conv1d_fwd", "causal_conv1d_bwd"), "causal_conv1d_update": "conv.extension_update"
     },

@@ -276,6 +276,38 @@ def test_one_state_without_an_axis():
         assert torch.equal(gradient, truth_.reshape(of.shape))
 
 
+def test_a_scan_of_both_axes():
+    """2DMamba's extension against its definition: a state goes along its row, then down the column."""
+    rows, columns = 2, 3
+    given = Inputs(*(t[..., : rows * columns] if t.ndim > 2 else t for t in inputs("groups", "groups")))
+    leaves = [t.clone().requires_grad_() for t in given]
+    u, delta, A, B, C, D, _, bias = leaves
+    step = torch.nn.functional.softplus(delta + bias[:, None])
+    B, C = (t.repeat_interleave(CHANNELS // 3, dim=1) for t in (B, C))
+    y = []
+    for i in range(rows):
+        for j in range(columns):
+            total = D * u[:, :, i * columns + j]
+            for k in range(i + 1):
+                for m in range(j + 1):
+                    path = [k * columns + n for n in range(m + 1, j + 1)] + [n * columns + j for n in range(k + 1, i + 1)]
+                    decay = torch.exp(step[:, :, path].sum(-1)[..., None] * A)
+                    at = k * columns + m
+                    total = total + (C[..., i * columns + j] * decay * B[..., at]).sum(-1) * step[..., at] * u[..., at]
+            y.append(total)
+    y = torch.stack(y, -1)
+    some = [given.u, given.delta, given.A, given.B, given.C, given.D, None, given.delta_bias]
+    out, _ = scan.grid_fwd(*some, True, rows, columns)
+    naive.close(out, y.detach(), 1e-11)
+    dout = torch.randn_like(out)
+    expected = torch.autograd.grad((y * dout).sum(), [*leaves[:6], bias])
+    found = scan.grid_bwd(*some, dout, None, None, None, True, False, rows, columns)
+    for gradient, truth_ in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, truth_, rtol=1e-9, atol=1e-11)
+    with pytest.raises(ValueError, match="6 steps has no grid of 2 x 2"):
+        scan.grid_fwd(*some, True, 2, 2)
+
+
 def test_groups_that_do_not_divide_the_channels():
     four = torch.randn(BATCH, 4, STATES, LENGTH)
     with pytest.raises(ValueError, match="6 channels cannot be shared by 4 groups"):
