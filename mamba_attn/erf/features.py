@@ -87,6 +87,6 @@ class Features:
 
 def _whole(layer: Layer, part: Any) -> bool:
     """Whether it holds all tokens of the layer."""
-    if not isinstance(part, Tensor) or not part.is_floating_point() or (part.ndim == 4 and layer._layout is None):
+    if not isinstance(part, Tensor) or not part.is_floating_point() or (part.ndim == 4 and not layer.has_layout):
         return False
     return holds_tokens(layer, part)

@@ -85,6 +85,10 @@ class DoorLayer(ScanLayer):
         Raises:
             TraceError: always.
         """
+        self.require_output()
+
+    def require_output(self) -> NoReturn:
+        """Raise TraceError: there is no output."""
         raise TraceError(f"{self.name}: it was traced at the scan's door, where the module's output is not seen.")
 
     def attention(self, fold: str = "mean", routes: str | int = "sum", **options: Any) -> Tensor:
@@ -162,7 +166,8 @@ class _Placed:
             pairs = (own[:, :, None] * side + own[:, None, :]).flatten(1)
             pairs = pairs.view(len(own), *[1] * (routes.ndim - 4), -1).expand(*total.shape[:-1], -1)
             total = total.scatter_add(-1, pairs, routes[:, route].flatten(-2))
-        return total.unflatten(-1, (side, side))[..., :-1, :-1]
+        square: Tensor = total.unflatten(-1, (side, side))
+        return square[..., :-1, :-1]
 
     def gradient(self, parts: Sequence[Tensor]) -> Tensor:
         """In the token frame where all routes that write a token agree, else by route."""
@@ -221,7 +226,7 @@ def place(name: str, calls: Sequence[ScanCall], steps: Sequence[Steps], layout: 
         orders.append(_padded(order.flatten(1, 2), length, -1))
     wide = max(len(order) for order in orders)
     order, tokens = torch.cat([order.expand(wide, -1, -1) for order in orders], 1), steps[0].tokens
-    joined = {
+    joined: dict[str, Any] = {
         name: torch.cat(kept, 0 if name in ("A", "D") else 1)
         for name, kept in fields.items()
         if len(kept) == len(calls)
@@ -281,19 +286,17 @@ class DoorScans:
         orders: token of every step, (routes, length) or (batch, routes, length): one for all layers, by patterns of
             names, or a function of name, number of routes and length.
         refused: why an adapter refuses a mixer, by the mixer's name.
-        ruled: whether rules were asked for, which are not known at doors.
     """
 
     def __init__(
         self, model: nn.Module, watch: Watch, seen: Seen, layout: AnyLayout | None = None,
-        orders: AnyOrders | None = None, refused: Mapping[str, str] | None = None, ruled: bool = False,
+        orders: AnyOrders | None = None, refused: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self.model = model
         self.watch = watch
         self.runs = 0
         self.leaves: list[Tensor] = []  # of the model's input, for gradients
         self._refused = refused or {}
-        self._ruled = ruled
         self._seen = seen
         self._layout = layout
         self._orders = orders
@@ -329,11 +332,6 @@ class DoorScans:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__}: its scan {self.watch.other_scans[0]}.fwd takes other arguments than a "
                 "selective scan: it is another recurrence, whose matrix is not known here."
-            )
-        if ran and self._ruled:
-            raise UnsupportedModelError(
-                f"{ran[0] or type(self.model).__name__}: the rules of this method are not known at the door of a scan "
-                "whose module no adapter recognises."
             )
 
     def differentiable(self) -> list[Tensor]:

@@ -162,15 +162,18 @@ class Watch:
         outside: modules whose scans are not, those inside them included.
         attention: a fold; our operator then takes the scan's place and gives that matrix beside the output.
         cut: no gradient passes a scan, and ``dout`` is kept at each: for measuring orders.
+        ruled: rules were asked for, and are not known at doors: the first scan is refused.
     """
 
     def __init__(
-        self, model: nn.Module, outside: set[nn.Module] | None = None, attention: str | None = None, cut: bool = False
-    ) -> None:
+        self, model: nn.Module, outside: set[nn.Module] | None = None, attention: str | None = None, cut: bool = False,
+        ruled: bool = False,
+    ) -> None:  # fmt: skip
         self.names = {id(module): name for name, module in model.named_modules()}
         self.outside = {id(module) for module in outside or ()}
         self.attention = attention
         self.cut = cut
+        self.ruled = ruled
         self.thread = get_ident()
         self.calls: list[ScanCall] = []
         self.other_scans: list[str] = []  # doors that were called in a way that is not known
@@ -373,6 +376,11 @@ def _forward(door: _Door, *args: Any) -> Any:
     ]
     if not places:
         return own(*args)
+    if any(watch.ruled for watch, _ in places):
+        raise UnsupportedModelError(
+            f"{type(places[0][1]).__name__}: no adapter recognises this module, and at the door of its scan the rules "
+            "of this method are not known."
+        )
     inputs = _forward_inputs(args)
     if inputs is None:
         for watch, _ in places:
@@ -434,8 +442,8 @@ def _forward_inputs(args: tuple[Any, ...]) -> ScanInputs | None:
     """What was handed to ``fwd``: with z in Mamba's own extension, without in the others; None: to another scan."""
     first = _first_flag(args)
     if first == 8:
-        return ScanInputs(*args[:8], args[8])
-    return ScanInputs(*args[:6], None, *args[6:8]) if first == 7 else None
+        return ScanInputs._make(args[:9])
+    return ScanInputs._make((*args[:6], None, *args[6:8])) if first == 7 else None
 
 
 def _running_modules(frame: FrameType | None) -> list[nn.Module]:

@@ -502,7 +502,7 @@ def _feature_axis(run: _Run, out: Tensor, wanted: Iterable[int]) -> int | None:
 
 
 def _parallel(t: Tensor, c: Tensor) -> float:
-    """1 where the weighted gradient of every step is a multiple of the plain one, 0 where it has nothing to do with it."""
+    """1 where the weighted gradient of every step is a multiple of the plain one, 0 where it is unlike it."""
     along = (t * c).sum(2, keepdim=True) / t.square().sum(2, keepdim=True).clamp_min(1e-30)
     rest = (c - along * t).square().sum() / c.square().sum().clamp_min(1e-30)
     return 1 - float(rest.sqrt())

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class ScanStates(Tensor):
-    """(batch, channels, chunks, 2 * states): exp(A S) and the state after a chunk's last step in turns, S = sum of delta.
+    """(batch, channels, chunks, 2 * states): exp(A S) and the state after a chunk in turns, S the sum of delta.
 
     Every wrapper keeps this tensor for the backward and reads it only when asked for the last state, as
     ``x[:, :, -1, 1::2]``; computing it costs as much as the scan. The extensions have a row per 2,048 steps; a stand-in

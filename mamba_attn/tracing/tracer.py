@@ -146,7 +146,7 @@ class Trace(Mapping[str, Layer]):
         at_doors = [layer for layer in self.layers if isinstance(layer, DoorLayer)]
         layers = [layer for layer in self.layers if not isinstance(layer, DoorLayer)]
         if at_doors and of == "output":
-            at_doors[0].output  # says why there is none
+            at_doors[0].require_output()
         direct = [layer.variable if of == "y" and layer.tail is None else layer.output for layer in layers]
         attached = [tensor for tensor in direct if tensor.requires_grad]
         leaves = self._doors.differentiable() if at_doors and self._doors is not None else []
@@ -280,8 +280,8 @@ def trace(
     seen = Seen(layout=layout if isinstance(layout, TokenLayout) else None)
     doors = None
     if at_doors:
-        watch = Watch(model, {module for module, _ in known.values()}, attention)
-        doors = DoorScans(model, watch, seen, layout, orders, refused=refused, ruled=rules is not None)
+        watch = Watch(model, {module for module, _ in known.values()}, attention, ruled=rules is not None)
+        doors = DoorScans(model, watch, seen, layout, orders, refused=refused)
     record = Trace(list(mixers), doors, layers if at_doors else None)
     with ExitStack() as stack:
         families = dict.fromkeys(adapter for _, adapter in found.values())  # also of mixers that were not asked for

@@ -1,4 +1,4 @@
-"""Code as other people write it, small: scans that are reached through an import, and whatever they like around them."""
+"""Code as other people write it, small: scans reached through an import, and whatever they like around them."""
 
 import torch
 import torch.nn.functional as F
@@ -144,7 +144,7 @@ class Shuffled(nn.Module):
 
 
 class Net(nn.Module):
-    """Patches, blocks with norms and residuals, a mean and a classifier; ``flips`` turns every second block's tokens."""
+    """Patches, blocks with norms and residuals, a mean and a classifier; ``flips`` turns every second block around."""
 
     def __init__(self, *mixers, grid=False, flips=False):
         super().__init__()

@@ -152,7 +152,7 @@ def _autocast(kind: str) -> torch.dtype:
 def holds_tokens(layer: Layer, x: Tensor) -> bool:
     """Whether a tensor holds a feature vector for every token of a layer, in a shape that ``token_frame`` takes."""
     if x.ndim == 3:
-        windows = 1 if layer._layout is None else len(layer.layout.windows())
+        windows = len(layer.layout.windows()) if layer.has_layout else 1
         return x.shape[0] * x.shape[1] == layer.batch * layer.tokens and x.shape[0] == layer.batch * windows
     return x.ndim == 4 and layer.layout.grid in (x.shape[1:3], x.shape[2:])
 
@@ -160,7 +160,7 @@ def holds_tokens(layer: Layer, x: Tensor) -> bool:
 def token_frame(layer: Layer, x: Tensor) -> Float[Tensor, "batch tokens features"]:
     """Convert tokens to the token frame, from windows, (batch, rows, columns, features) or channels first."""
     if x.ndim == 3:
-        return x if layer._layout is None else layer.layout.from_windows(x, axis=1)
+        return layer.layout.from_windows(x, axis=1) if layer.has_layout else x
     layout = layer.layout
     patches = x.flatten(1, 2) if layout.grid == tuple(x.shape[1:3]) else x.flatten(2).mT
     frame = patches.new_zeros(len(patches), layout.tokens, patches.shape[2])  # windows may be padded
