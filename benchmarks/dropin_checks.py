@@ -35,13 +35,22 @@ def measure(case: Case) -> Row:
         return {**row, "refused": _refusal(row, case.refused, model, inputs, call)}
     with torch.no_grad():
         plain = _tensors(call(model, inputs))
+    try:
+        row |= _errors(case, plain, model, inputs, call)
+    except MambaAttnError as error:  # the table says so; the other models are measured
+        return {**row, "failed": f"{type(error).__name__}: {error}"}
+    return {**row, "maps": _maps(case, model, inputs)} if case.maps else row
+
+
+def _errors(case: Case, plain: list[Tensor], model: nn.Module, inputs: Tensor, call: Call) -> Row:
+    with torch.no_grad():
         with mamba_attn.trace(model, mode="observe"):
             observed = _tensors(call(model, inputs))
         with mamba_attn.trace(model) as record:
             routed = _tensors(call(model, inputs))
     layers = record.layers
     seen = [layer for layer in layers if isinstance(layer, DoorLayer)]
-    row |= {
+    row: Row = {
         "layers": len(layers), "at doors": len(seen), "tokens": sorted({_tokens(layer) for layer in layers}),
         "output": max(_relative(a, b) for a, b in zip(routed, plain, strict=True)),
         "observed": all(torch.equal(a, b) for a, b in zip(observed, plain, strict=True)),
@@ -56,7 +65,7 @@ def measure(case: Case) -> Row:
     if case.orders and len(seen) < len(layers):
         row["orders"] = _same_orders(record, model, inputs, call)
     row["grids"] = sorted({_grid(layer) for layer in layers})
-    return {**row, "maps": _maps(case, model, inputs)} if case.maps else row
+    return row
 
 
 def law_1(layer: ScanLayer) -> float:

@@ -14,7 +14,7 @@ def u_mamba(root: Path) -> Iterator[Case]:
     """U-Mamba: a Mamba in the bottleneck or in every stage of an encoder, of images and volumes."""
     for name in ("nnunetv2", "nnunetv2.utilities", "nnunetv2.utilities.plans_handling", "nnunetv2.nets"):
         package(name, root / "umamba" / name.replace(".", "/"))
-    for dim, size in ((2, (32, 48)), (3, (8, 16, 24))):
+    for dim, size in ((2, (16, 24)), (3, (4, 8, 12))):
         base: dict[str, Any] = {
             "input_channels": 2, "n_stages": 3, "features_per_stage": [8, 16, 24], "num_classes": 3,
             "conv_op": nn.Conv2d if dim == 2 else nn.Conv3d, "kernel_sizes": [[3] * dim] * 3,

@@ -84,7 +84,7 @@ def mamba_minimal(root: Path) -> Iterator[Case]:
             y: Tensor = self.blocks(x)
             return y
 
-    yield Case("ResidualBlock", "two of them", Blocks, (2, 13, 24))
+    yield Case("ResidualBlock", "two of them", Blocks, (2, 13, 24), maps=False)
 
 
 def mamba_py(root: Path) -> Iterator[Case]:
@@ -92,8 +92,8 @@ def mamba_py(root: Path) -> Iterator[Case]:
     code = load(root, "mambapy.mamba")
     for name, more in {"parallel": {}, "loop": {"pscan": False}, "use_cuda": {"use_cuda": True}}.items():
         config = code.MambaConfig(d_model=24, n_layers=2, d_state=4, **more)
-        yield Case("Mamba", name, made(code.Mamba, config), (2, 13, 24))
+        yield Case("Mamba", name, made(code.Mamba, config), (2, 13, 24), maps=False)
     vim = importlib.import_module("mambapy.vim")
     for name, more in {"bidirectional": {}, "bidirectional, use_cuda": {"use_cuda": True}}.items():
         config = vim.MambaConfig(d_model=24, n_layers=2, d_state=4, **more)
-        yield Case("VMamba", name, made(vim.VMamba, config), (2, 13, 24))
+        yield Case("VMamba", name, made(vim.VMamba, config), (2, 13, 24), maps=False)

@@ -24,8 +24,8 @@ MIXERS: tuple[Mapping[str, Any], ...] = (
 def _mixers(code: ModuleType, options: tuple[Mapping[str, Any], ...], length: int = 23) -> Iterator[Case]:
     for its in options:
         variant = ", ".join(f"{key}={value}" for key, value in its.items()) or "defaults"
-        yield Case("Mamba", variant, made(code.Mamba, 48, **its), (2, length, 48))
-    yield Case("Mamba", "defaults, training", made(code.Mamba, 48), (2, length, 48), training=True)
+        yield Case("Mamba", variant, made(code.Mamba, 48, **its), (2, length, 48), maps=False)
+    yield Case("Mamba", "defaults, training", made(code.Mamba, 48), (2, length, 48), training=True, maps=False)
 
 
 def _vision(code: ModuleType, cases: Mapping[str, Mapping[str, Any]], size: tuple[int, int]) -> Iterator[Case]:

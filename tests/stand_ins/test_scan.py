@@ -290,7 +290,9 @@ def test_a_scan_of_both_axes():
             total = D * u[:, :, i * columns + j]
             for k in range(i + 1):
                 for m in range(j + 1):
-                    path = [k * columns + n for n in range(m + 1, j + 1)] + [n * columns + j for n in range(k + 1, i + 1)]
+                    path = [k * columns + n for n in range(m + 1, j + 1)] + [
+                        n * columns + j for n in range(k + 1, i + 1)
+                    ]
                     decay = torch.exp(step[:, :, path].sum(-1)[..., None] * A)
                     at = k * columns + m
                     total = total + (C[..., i * columns + j] * decay * B[..., at]).sum(-1) * step[..., at] * u[..., at]
