@@ -364,7 +364,7 @@ def _through(original: Callable[..., Any], plain: Any) -> Callable[..., Any]:
 
 
 def _scan_of_cpu_tensors(module: ModuleType) -> None:
-    """VMamba's scan on CPU tensors is a Python loop, in MobileMamba always: through the extension's stand-in instead."""
+    """VMamba's Python loop, which MobileMamba takes on CPU tensors: through the extension's stand-in instead."""
     loop, compiled = getattr(module, "selective_scan_torch", None), getattr(module, "SelectiveScanCuda", None)
     if not inspect.isfunction(loop) or compiled is None:
         return
