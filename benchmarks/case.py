@@ -21,6 +21,8 @@ class Case:
         refused: a part of the sentence with which it must be refused; None when it must work.
         training: run it in training mode.
         noise: how far the parameters are moved, in units of a usual initial spread.
+        maps: whether it is a whole model, of which maps over its input are asked for.
+        orders: compare the order that is measured with the one that an adapter declares.
     """
 
     class_name: str
@@ -31,6 +33,8 @@ class Case:
     refused: str | None = None
     training: bool = False
     noise: float = 1.0
+    maps: bool = True
+    orders: bool = True
 
 
 def build(case: Case) -> tuple[nn.Module, Tensor]:
@@ -39,6 +43,6 @@ def build(case: Case) -> tuple[nn.Module, Tensor]:
     model = case.make().train(case.training)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            plain = parameter.ndim < 2 or "A_log" in name
+            plain = parameter.ndim < 2 or "A_log" in name or not parameter.numel()
             parameter.add_(case.noise * torch.randn_like(parameter) * (0.3 if plain else parameter[0].numel() ** -0.5))
     return model, torch.randn(case.shape)

@@ -59,6 +59,7 @@ TARGETS = {
     "drop-in law 1": Target("other people's model code: worst error of the matrices times u (law 1)", 1e-5, 1e-6),
     "drop-in output": Target("other people's model code: worst error of the traced output", 1e-5, 1e-6),
     "drop-in changed": Target("other people's model code: outputs that observing changed by a bit", 0, 0),
+    "drop-in failed": Target("other people's model code: modules and models that could not be traced", 0, 0),
     "drop-in logits": Target("our model / the official code, same weights: largest difference of logits", 1e-4, 1e-5),
     "drop-in matrices": Target("our model / the official code, same weights: worst error of a matrix", 1e-5, 1e-6),
     "collect memory": Target("`mamba-attn collect`: added peak memory, 1,000 / 100 images", 1.05, 1.01, unit="x"),

@@ -18,43 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.case import Case, build
+from benchmarks.dropin_checks import Row, measure
 from benchmarks.foreign import REPOSITORIES, official_pairs
 from benchmarks.measure import ROOT
 from benchmarks.report import Figure, figure, show
 
-Row = dict[str, Any]
+RESULTS = Path(__file__).parent / "results" / "dropin.json"
 INSTALLED = ("timm",)  # run as it is installed, without a clone
-COLUMNS = ("repository", "class", "variant", "input", "output", "law 1", "observed")
-
-
-def measure(case: Case) -> Row:
-    """Run one case by ``check_adapter``.
-
-    Raises:
-        SystemExit: a case that must be refused was not, or for another reason.
-    """
-    import mamba_attn
-    from mamba_attn.errors import UnsupportedModelError
-    from mamba_attn.testing import check_adapter
-
-    model, inputs = build(case)
-    row: Row = {"class": case.class_name, "variant": case.variant, "input": "x".join(map(str, case.shape))}
-    if case.refused is not None:
-        try:
-            with torch.no_grad(), mamba_attn.trace(model):
-                (case.call or (lambda m, x: m(x)))(model, inputs)
-        except UnsupportedModelError as error:
-            if case.refused in str(error):
-                return {**row, "refused": str(error)}
-            raise SystemExit(f"{row}: expected {case.refused!r} in {error}") from error
-        raise SystemExit(f"{row}: was not refused.")
-    report = check_adapter(model, inputs, tolerance=float("inf"), call=case.call)
-    return {
-        **row, "layers": len(report.layers), "output": report.output_error, "law 1": report.matrix_error,
-        "above diagonal": max(layer.above_diagonal for layer in report.layers),
-        "observed": report.observed_identical,
-    }  # fmt: skip
+COLUMNS = ("repository", "class", "variant", "input", "layers", "tokens", "law 1", "observed", "orders")
 
 
 def same_weights(official: nn.Module, name: str, size: tuple[int, int]) -> dict[str, float]:
@@ -83,13 +54,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--checkouts", type=Path, required=True, help="folder of clones, under their repositories' names"
     )
     parser.add_argument(
-        "--only", nargs="+", metavar="OWNER/NAME", help="of the repositories; default: all that are there"
+        "--only", nargs="+", metavar="OWNER/NAME", help="of the repositories; the others' results stay as they were"
     )
 
 
 def partial(args: argparse.Namespace) -> bool:
-    """Whether the options leave repositories out, so that the result is not the committed one."""
-    return args.only is not None
+    """Never: of the repositories that do not run again, the result keeps what it had."""
+    return False
 
 
 def run_dropin(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
@@ -108,26 +79,40 @@ def run_dropin(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
         raise SystemExit(f"--checkouts {args.checkouts}: no clone of any of {', '.join(wanted)}.")
     rows: list[Row] = []
     pairs: dict[str, dict[str, float]] = {}
+    kept = _kept(there) if args.only and not args.quick else {"rows": [], "same weights": {}}
     for name in there:
         found = _in_a_process(name, folders[name], args.quick)
         rows += [{"repository": name, "commit": found["commit"], **row} for row in found["rows"]]
         pairs |= found["pairs"]
     show("drop-in", COLUMNS, [[_cell(row, column) for column in COLUMNS] for row in rows])
+    rows, pairs = [*kept["rows"], *rows], {**kept["same weights"], **pairs}
+    rows.sort(key=lambda row: list(REPOSITORIES).index(row["repository"]))  # stable: cases stay in their order
     worked = [row for row in rows if "law 1" in row]
     many = f"{len(worked)} modules and models"
     figures = [
         figure("drop-in law 1", many, max(row["law 1"] for row in worked)),
         figure("drop-in output", many, max(row["output"] for row in worked)),
         figure("drop-in changed", many, float(sum(not row["observed"] for row in worked))),
+        figure("drop-in failed", f"{len(rows)} modules and models", float(sum("failed" in row for row in rows))),
     ]
     for name, pair in pairs.items():
         figures += [figure("drop-in logits", name, pair["logits"]), figure("drop-in matrices", name, pair["matrices"])]
-    missing = [name for name in REPOSITORIES if name not in there]
+    ran = {row["repository"] for row in rows}
+    missing = [name for name in REPOSITORIES if name not in ran]
     return figures, {"rows": rows, "same weights": pairs, "not there": missing}
 
 
+def _kept(again: list[str]) -> dict[str, Any]:
+    """What is known of the repositories that do not run again."""
+    if not RESULTS.exists():
+        return {"rows": [], "same weights": {}}
+    details = json.loads(RESULTS.read_text())["details"]
+    rows = [row for row in details["rows"] if row["repository"] in REPOSITORIES and row["repository"] not in again]
+    return {"rows": rows, "same weights": details["same weights"]}
+
+
 def _cell(row: Row, column: str) -> str:
-    value = row.get(column, "refused")
+    value = row.get(column, "refused" if "refused" in row else "failed" if "failed" in row else "")
     return f"{value:.1e}" if isinstance(value, float) else str(value)
 
 
@@ -135,18 +120,24 @@ def _in_a_process(name: str, checkout: Path, quick: bool) -> Row:
     command = [sys.executable, "-m", "benchmarks.dropin", name, str(checkout), "quick" if quick else "whole"]
     child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if child.returncode:
-        raise SystemExit(f"{name}: {(child.stderr or child.stdout).strip()[-2000:]}")
+        said = (child.stderr or child.stdout).strip()
+        print(f"{name}: {said[-2000:]}", file=sys.stderr, flush=True)
+        row = {"class": "", "variant": "", "input": "", "failed": said.splitlines()[-1]}
+        return {"commit": _commit(name, checkout), "rows": [row], "pairs": {}}
     result: Row = json.loads(child.stdout.splitlines()[-1])
     return result
 
 
+def _commit(name: str, checkout: Path) -> str:
+    """Of a clone, or the version of what is installed."""
+    if name in INSTALLED:
+        return importlib.metadata.version(name)
+    head = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    return head.stdout.strip()
+
+
 def _child(name: str, checkout: str, extent: str) -> None:
     torch.set_num_threads(1)
-    if name in INSTALLED:
-        commit = importlib.metadata.version(name)
-    else:
-        head = subprocess.run(["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        commit = head.stdout.strip()
     cases = REPOSITORIES[name](Path(checkout))
     rows = []
     for case in list(cases)[: 1 if extent == "quick" else None]:
@@ -155,7 +146,7 @@ def _child(name: str, checkout: str, extent: str) -> None:
     pairs = {} if extent == "quick" else {
         key: same_weights(model, key, (224, 224)) for key, model in official_pairs(name, Path(checkout))
     }  # fmt: skip
-    print(json.dumps({"commit": commit, "rows": rows, "pairs": pairs}))
+    print(json.dumps({"commit": _commit(name, Path(checkout)), "rows": rows, "pairs": pairs}))
 
 
 if __name__ == "__main__":

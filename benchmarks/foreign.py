@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from benchmarks import foreign_ss2d, foreign_vim
+from benchmarks import foreign_dense, foreign_routes, foreign_sequences, foreign_ss2d, foreign_vim
 from benchmarks.case import Case
 from benchmarks.foreign_code import load, made
 
@@ -77,5 +77,29 @@ REPOSITORIES: dict[str, Callable[[Path], Iterator[Case]]] = {
     "wangf3014/Mamba-Reg": foreign_vim.mamba_reg,
     "state-spaces/mamba": foreign_vim.mamba,
     "NVlabs/MambaVision": mamba_vision,
+    "TerryPei/EfficientVMamba": foreign_routes.efficient_vmamba,
+    "hunto/LocalMamba": foreign_routes.local_mamba,
+    "YuHengsss/MSVMamba": foreign_routes.msv_mamba,
+    "Amshaker/GroupMamba": foreign_routes.group_mamba,
+    "lewandofskee/MobileMamba": foreign_routes.mobile_mamba,
+    "leiyeliu/DefMamba": foreign_routes.def_mamba,
+    "xwmaxwma/TinyViM": foreign_routes.tiny_vim,
+    "ChenhongyiYang/PlainMamba": foreign_routes.plain_mamba,
+    "csguoh/MambaIR": foreign_routes.mamba_ir,
+    "bowang-lab/U-Mamba": foreign_dense.u_mamba,
+    "MrBlankness/LightM-UNet": foreign_dense.lightm_unet,
+    "wurenkai/UltraLight-VM-UNet": foreign_dense.ultralight,
+    "ge-xing/SegMamba": foreign_dense.seg_mamba,
+    "ziyangwang007/Mamba-UNet": foreign_dense.mamba_unet,
+    "zifuwan/Sigma": foreign_dense.sigma,
+    "HZAI-ZJNU/Mamba-YOLO": foreign_dense.mamba_yolo,
+    "OpenGVLab/VideoMamba": foreign_sequences.video_mamba,
+    "OliverRensu/ARM": foreign_sequences.arm,
+    "kaistmm/Audio-Mamba-AuM": foreign_sequences.audio_mamba,
+    "RoyChao19477/SEMamba": foreign_sequences.se_mamba,
+    "johnma2006/mamba-minimal": foreign_sequences.mamba_minimal,
+    "alxndrTL/mamba.py": foreign_sequences.mamba_py,
+    "EdwardChasel/Spatial-Mamba": foreign_dense.spatial_mamba,
+    "AtlasAnalyticsLab/2DMamba": foreign_dense.mamba_2d,
     "timm": timm_vit,
 }

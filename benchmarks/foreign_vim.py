@@ -24,8 +24,8 @@ MIXERS: tuple[Mapping[str, Any], ...] = (
 def _mixers(code: ModuleType, options: tuple[Mapping[str, Any], ...], length: int = 23) -> Iterator[Case]:
     for its in options:
         variant = ", ".join(f"{key}={value}" for key, value in its.items()) or "defaults"
-        yield Case("Mamba", variant, made(code.Mamba, 48, **its), (2, length, 48))
-    yield Case("Mamba", "defaults, training", made(code.Mamba, 48), (2, length, 48), training=True)
+        yield Case("Mamba", variant, made(code.Mamba, 48, **its), (2, length, 48), maps=False)
+    yield Case("Mamba", "defaults, training", made(code.Mamba, 48), (2, length, 48), training=True, maps=False)
 
 
 def _vision(code: ModuleType, cases: Mapping[str, Mapping[str, Any]], size: tuple[int, int]) -> Iterator[Case]:
@@ -38,8 +38,9 @@ def _vision(code: ModuleType, cases: Mapping[str, Mapping[str, Any]], size: tupl
     for name, its in cases.items():
         given = its.get("forward", {})
         options = {**base, **{key: value for key, value in its.items() if key not in ("forward", "refused")}}
+        shape = options["img_size"] if isinstance(options["img_size"], tuple) else (options["img_size"],) * 2
         yield Case(
-            "VisionMamba", name, made(code.VisionMamba, **options), (2, 3, *size),
+            "VisionMamba", name, made(code.VisionMamba, **options), (2, 3, *shape),
             call=_seeded(given), refused=its.get("refused"),
         )  # fmt: skip
 
@@ -56,7 +57,7 @@ def _seeded(given: Mapping[str, Any]) -> Callable[[nn.Module, Tensor], Any]:
     return call
 
 
-def _vim_cases(divide: str, forks_v1: bool) -> dict[str, dict[str, Any]]:
+def _vim_cases(divide: str, whole: bool) -> dict[str, dict[str, Any]]:
     cases: dict[str, dict[str, Any]] = {
         "v2, class token in the middle, divided": {divide: True},
         "v2, class token in the middle": {divide: False},
@@ -72,9 +73,16 @@ def _vim_cases(divide: str, forks_v1: bool) -> dict[str, dict[str, Any]]:
         "v2, layer scale": {"init_layer_scale": 0.1},
         "v2, use_fast_path=False": {"ssm_cfg": {"use_fast_path": False}},
         "none": {"bimamba_type": "none"},
-        "rope": {"if_rope": True, "img_size": 48, "refused": "rope"},
     }  # fmt: skip
-    return {**cases, "v1": {"bimamba_type": "v1"}} if forks_v1 else cases
+    more: dict[str, dict[str, Any]] = {
+        "v1": {"bimamba_type": "v1"},
+        "rope": {
+            "img_size": 48, "if_rope": True, "if_cls_token": False, "use_middle_cls_token": False,
+            "final_pool_type": "mean",
+        },
+        "every second layer flipped": {"if_bidirectional": True, "bimamba_type": "none", "depth": 4},
+    }  # fmt: skip
+    return {**cases, **more} if whole else cases
 
 
 def vim(root: Path) -> Iterator[Case]:

@@ -29,18 +29,19 @@ def cpu_stand_ins() -> Iterator[None]:
     Use it around the first import of the code. Models built of it run, forward and backward, inside the block and
     after it. In the block ``import`` finds
 
-    - always a stand-in: ``selective_scan_cuda``, ``selective_scan_cuda_oflex``, ``selective_scan_cuda_core``,
-      ``causal_conv1d_cuda`` (the scan runs through ``mamba_attn.ops``, gradients included), and ``triton``, whose
-      kernels are never compiled: launching one raises;
+    - always a stand-in: ``selective_scan_cuda`` and its relatives (``selective_scan_cuda_core``, ``_oflex``, ``_nrow``,
+      ``_ndstate``, ``_oflex_rh``, ``selective_scan_vmamba``, ``v2dmamba_scan``), ``causal_conv1d_cuda`` (the scan runs
+      through ``mamba_attn.ops``, gradients included), and ``triton``, whose kernels are never compiled: launching one
+      raises;
     - a stand-in where the package cannot be found: ``causal_conv1d``; ``mamba_ssm`` with its scan functions, fused
-      norms and ``Mamba``;
+      norms, ``Mamba`` and mamba_ssm 1's ``Block``;
     - a stand-in where importing the real one fails: ``mamba_ssm.utils.generation`` and ``mamba_ssm.utils.hf``, which
       need a matching transformers and serve language models only;
     - the real module with the functions that launch kernels replaced by plain PyTorch: ``layer_norm``, ``layernorm``
-      and ``selective_state_update`` of a real mamba_ssm, ``csm_triton`` and ``ssd_minimal`` of VMamba.
+      and ``selective_state_update`` of a real mamba_ssm, ``csm_triton``, ``csms6s`` and ``ssd_minimal`` of VMamba.
 
     Where there is no CUDA device, ``.cuda()``, ``.to("cuda")`` and ``device="cuda"`` mean the CPU in the block: some
-    files build a model on the GPU when they are imported.
+    files build a model on the GPU when they are imported. ``torch.cuda.Event`` keeps the CPU's time there.
 
     torch, torchvision, timm and transformers, if first imported in the block, do not see the stand-ins. On leaving,
     also by an exception, the stand-ins are gone from ``sys.modules`` and ``sys.meta_path`` and the real modules that

@@ -48,6 +48,7 @@ ALWAYS: dict[str, dict[str, str]] = {
     "selective_scan_vmamba.selective_scan_cuda_core": _CORE,
     "selective_scan_vmamba_pt202": {},
     "selective_scan_vmamba_pt202.selective_scan_cuda_core": _CORE,
+    "v2dmamba_scan": {"fwd": "scan.grid_fwd", "bwd": "scan.grid_bwd"},  # 2DMamba's
     "causal_conv1d_cuda": {
         **_all_of("conv", "causal_conv1d_fwd", "causal_conv1d_bwd"), "causal_conv1d_update": "conv.extension_update"
     },
@@ -362,6 +363,26 @@ def _through(original: Callable[..., Any], plain: Any) -> Callable[..., Any]:
     return on_any_device
 
 
+def _scan_of_cpu_tensors(module: ModuleType) -> None:
+    """VMamba's Python loop, which MobileMamba takes on CPU tensors: through the extension's stand-in instead."""
+    loop, compiled = getattr(module, "selective_scan_torch", None), getattr(module, "SelectiveScanCuda", None)
+    if not inspect.isfunction(loop) or compiled is None:
+        return
+
+    @functools.wraps(loop)
+    def through_extension(
+        u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+        delta_bias: Tensor | None = None, delta_softplus: object = True, oflex: object = True, *rest: Any,
+        **more: Any,
+    ) -> Any:  # fmt: skip
+        given = (u, delta, A, B, C, D, delta_bias, delta_softplus, oflex)
+        if getattr(module, "WITH_SELECTIVESCAN_OFLEX", False) and not u.is_cuda:
+            return compiled.apply(*given, "oflex")
+        return loop(*given, *rest, **more)
+
+    module.selective_scan_torch = through_extension  # type: ignore[attr-defined]
+
+
 def _chunked_scan(module: ModuleType) -> None:
     """VMamba's Mamba-2 scan has a PyTorch version, and chooses Triton's wherever triton can be imported."""
     original = getattr(module, "selective_scan_chunk_fn", None)
@@ -384,6 +405,7 @@ REPAIRS: dict[str, Callable[[ModuleType], None]] = {
     "layernorm": _norms,
     "selective_state_update": _step,
     "csm_triton": _cross_scans,
+    "csms6s": _scan_of_cpu_tensors,
     "ssd_minimal": _chunked_scan,
 }
 

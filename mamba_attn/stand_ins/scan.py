@@ -1,8 +1,8 @@
 """What the compiled selective scans do, on any device: ``fwd`` and ``bwd`` as their Python wrappers call them.
 
 ``selective_scan_cuda`` is Mamba's extension, ``selective_scan_cuda_oflex``, ``_core``, ``_nrow`` and ``_ndstate`` are
-VMamba's, ``_oflex_rh`` is Spatial-Mamba's. Half precision is computed in float32 and returned in the type that the
-extension returns; float64, which the extensions refuse, stays float64.
+VMamba's, ``_oflex_rh`` is Spatial-Mamba's; ``v2dmamba_scan`` is 2DMamba's. Half precision is computed in float32 and
+returned in the type that the extension returns; float64, which the extensions refuse, stays float64.
 """
 
 from typing import NamedTuple, cast
@@ -252,6 +252,54 @@ def states_bwd(
     found = list(torch.autograd.grad(y, wanted, dout.flatten(1, 2).to(y.dtype)))
     dbias = None if delta_bias is None else found.pop()
     return [*found, None if D is None else torch.zeros_like(D), dbias]
+
+
+def _both_axes(name: str, given: Inputs, softplus: object, rows: int, columns: int) -> Tensor:
+    """2DMamba's recurrence (arXiv 2412.00678, section 3.2): states run along the rows, and their sums down the columns.
+
+    Raises:
+        ValueError: the grid does not have as many cells as the scan has steps.
+    """
+    if rows * columns != given.u.shape[-1]:
+        raise ValueError(f"{name}: a scan of {given.u.shape[-1]} steps has no grid of {rows} x {columns}.")
+    x, grid = given.working(), (rows, columns)
+    delta = steps(x, softplus)
+    width = x.u.shape[1] // x.B.shape[1]
+    B, C = (t.repeat_interleave(width, 1).unflatten(-1, grid) for t in (x.B, x.C))
+    decay = torch.exp(delta.unsqueeze(2) * x.A[:, :, None]).unflatten(-1, grid)
+    state = (delta * x.u).unflatten(-1, grid).unsqueeze(2) * B
+    for axis in (-1, -2):
+        along = [state.select(axis, 0)]
+        for step in range(1, state.shape[axis]):
+            along.append(decay.select(axis, step) * along[-1] + state.select(axis, step))
+        state = torch.stack(along, axis)
+    y: Tensor = (state * C).sum(2).flatten(-2)
+    return y if x.D is None else y + x.D[:, None] * x.u
+
+
+def grid_fwd(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: None, delta_bias: Tensor | None,
+    delta_softplus: object, rows: int, columns: int,
+) -> list[Tensor]:  # fmt: skip
+    """``v2dmamba_scan.fwd``: [out, nothing that is read]; B and C (batch, groups, states, length), no gate."""
+    given = Inputs(u, delta, A, B, C, D, None, delta_bias)
+    with torch.no_grad():
+        y = _both_axes("v2dmamba_scan.fwd", given, delta_softplus, rows, columns)
+    return [_like(delta, y, u.dtype), u.new_empty(0)]
+
+
+def grid_bwd(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: None, delta_bias: Tensor | None,
+    dout: Tensor, x: Tensor | None, out: Tensor | None, dz: None, delta_softplus: object, recompute_out_z: object,
+    rows: int, columns: int,
+) -> list[Tensor | None]:  # fmt: skip
+    """``v2dmamba_scan.bwd``: [du, ddelta, dA, dB, dC, dD, ddelta_bias]."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (u, delta, A, B, C, D, None, delta_bias)]
+    with torch.enable_grad():
+        y = _both_axes("v2dmamba_scan.bwd", Inputs(*leaves), delta_softplus, rows, columns)  # type: ignore[arg-type]
+    wanted = [t for t in leaves if t is not None]
+    found = iter(torch.autograd.grad(y, wanted, dout.to(y.dtype)))
+    return [None if t is None else _like(t, next(found)) for t in (*leaves[:6], leaves[7])]
 
 
 def core_bwd(

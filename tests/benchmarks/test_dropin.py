@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import mamba_attn
-from benchmarks import dropin
+from benchmarks import dropin, dropin_page
 from benchmarks.case import Case, build
+from benchmarks.marked_pages import filled
 
 VIM = {"image_size": (24, 40), "depth": 2, "embed_dim": 16, "num_classes": 5}
 
@@ -75,3 +76,49 @@ def test_the_command_runs_what_is_installed(tmp_path: Path) -> None:
     (row,) = contents["details"]["rows"]
     assert row["repository"] == "timm"
     assert row["law 1"] <= 1e-5
+
+
+def test_the_page_has_the_table_of_the_results() -> None:
+    page = dropin_page.PAGE.read_text()
+    assert filled(page, dropin_page.PARTS, json.loads(dropin_page.RESULTS.read_text())) == page
+
+
+def test_a_repository_s_line_and_sentences() -> None:
+    maps = {"RawAttention": "2x1x8x8", "AttentionRollout": "2x1x8x8"}
+    none = {**maps, "RawAttention": "TraceError: no place"}
+    row = {"repository": "a/b", "commit": "c", "variant": "", "input": ""}
+    rows = [
+        {**row, "class": "A", "layers": 2, "tokens": [4, 16], "law 1": 1e-7, "maps": maps},
+        {**row, "class": "B", "layers": 1, "tokens": [64], "law 1": 3e-7, "maps": none},
+        {**row, "class": "C", "refused": "another\nrecurrence"},
+    ]
+    results = {"details": {"rows": rows}}
+    line = "| [a/b](https://github.com/a/b) | A, B, C (2 traced, 1 refused) | 3 | 4 to 64 | 3e-07 | 1 of 2 |"
+    assert dropin_page.ran(results).splitlines()[2] == line
+    assert dropin_page.sentences(results) == "- a/b, C: another recurrence"
+
+
+def test_what_fails_is_a_row_of_the_table() -> None:
+    class Broken(nn.Module):
+        """Its scan cannot be traced."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    row = dropin.measure(Case("Broken", "", Broken, (2, 3, 4)))
+    assert "has no layer that can be traced" in row["failed"]
+    assert "law 1" not in row
+
+
+def test_results_of_other_repositories_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = {"commit": "1", "class": "A", "layers": 1, "law 1": 1e-8, "output": 0.0, "observed": True}
+    rows = [{**old, "repository": name} for name in ("timm", "hustvl/Vim", "gone/away")]
+    path = tmp_path / "dropin.json"
+    path.write_text(json.dumps({"details": {"rows": rows, "same weights": {}}}))
+    monkeypatch.setattr(dropin, "RESULTS", path)
+    again = {"commit": "2", "rows": [{**old, "law 1": 2e-8}], "pairs": {}}
+    monkeypatch.setattr(dropin, "_in_a_process", lambda *_: again)
+    arguments = argparse.Namespace(checkouts=tmp_path, only=["timm"], quick=False)
+    _, details = dropin.run_dropin(arguments)
+    found = {(row["repository"], row["law 1"]) for row in details["rows"]}
+    assert found == {("hustvl/Vim", 1e-8), ("timm", 2e-8)}

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import sys
 import threading
+import time
 import types
 
 import pytest
@@ -405,3 +406,44 @@ found = model(torch.ones(1, 2, device=torch.device("cuda:0")).cuda(0))
     assert own_demo.found.device.type == own_demo.model.weight.device.type == "cpu"
     with pytest.raises((RuntimeError, AssertionError), match="CUDA"):
         own_demo.model.to("cuda")
+
+
+def test_the_other_names_of_the_extensions():
+    with cpu_stand_ins():
+        import selective_scan_cuda_core
+        import selective_scan_cuda_nrow
+        from selective_scan_vmamba import selective_scan_cuda_core as old
+        from selective_scan_vmamba_pt202 import selective_scan_cuda_core as core
+
+        assert core.fwd is old.fwd is selective_scan_cuda_nrow.fwd is selective_scan_cuda_core.fwd
+        assert core.bwd is selective_scan_cuda_core.bwd
+    imports_nothing("selective_scan_vmamba_pt202", "selective_scan_cuda_nrow")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the real ones stay")
+def test_events_measure_time_where_there_is_no_gpu():
+    before = torch.cuda.Event, torch.cuda.synchronize
+    with cpu_stand_ins():
+        with cpu_stand_ins():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        time.sleep(0.02)
+        end.record()
+        torch.cuda.synchronize()
+        end.synchronize()
+        assert end.query()
+        assert 15 < start.elapsed_time(end) < 5000  # milliseconds
+    assert (torch.cuda.Event, torch.cuda.synchronize) == before
+
+
+def test_block_of_mamba_ssm_1():
+    """Add, norm, mix: the sum comes back beside the mixer's output, in float32 where that is asked for."""
+    with cpu_stand_ins():
+        from mamba_ssm.modules.mamba_simple import Block, Mamba
+    block = Block(8, lambda dim: Mamba(dim, d_state=2), residual_in_fp32=True)
+    x, residual = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    mixed, total = block(x, residual)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(mixed, block.mixer(block.norm(x + residual)))
+    assert torch.equal(block(x)[1], x)
+    assert block.bfloat16()(x.bfloat16())[1].dtype == torch.float32

@@ -188,10 +188,126 @@ def test_states_survive_being_saved_for_backward():
     Keep.apply(inputs().u.requires_grad_()).sum().backward()
 
 
-def test_complex_states_are_refused():
-    given = inputs()
-    with pytest.raises(ValueError, match=r"selective_scan_cuda.fwd: A is complex .* real states only"):
-        scan.fwd(*given._replace(A=given.A.to(torch.complex64)), True)
+def _complex_truth(given, softplus=True):
+    """mamba_ssm's reference in words of its own: every state complex, the output twice the real part."""
+    delta = given.delta + given.delta_bias[:, None]
+    delta = torch.nn.functional.softplus(delta) if softplus else delta
+    B, C = (
+        t if t.ndim == 2 else torch.complex(t[..., 0::2].contiguous(), t[..., 1::2].contiguous())
+        for t in (given.B, given.C)
+    )
+    state, found = torch.zeros(BATCH, CHANNELS, STATES, dtype=given.A.dtype), []
+    for t in range(LENGTH):
+        b, c = (x if x.ndim == 2 else x[..., t].reshape(BATCH, -1, STATES).repeat_interleave(
+            CHANNELS // x[..., t].reshape(BATCH, -1, STATES).shape[1], dim=1) for x in (B, C))  # fmt: skip
+        step = delta[:, :, t, None]
+        state = torch.exp(step * given.A) * state + step * given.u[:, :, t, None] * b
+        found.append(2 * (state * c).sum(-1).real)
+    y = torch.stack(found, -1) + given.D[:, None] * given.u
+    return y * torch.nn.functional.silu(given.z), state
+
+
+def complex_inputs(B="shared", C="shared"):
+    """Inputs of complex states: constant B and C are complex, others have both parts in turns."""
+    given = inputs(B, C)
+
+    def wider(t, shape):
+        if t.ndim == 2:
+            return torch.complex(t, torch.randn_like(t))
+        return torch.randn(*SHAPES[shape][:-1], 2 * LENGTH, dtype=torch.float64)
+
+    A = torch.complex(given.A, torch.randn_like(given.A))
+    return given._replace(A=A, B=wider(given.B, B), C=wider(given.C, C))
+
+
+@pytest.mark.parametrize(("B", "C"), CASES)
+def test_complex_states(B, C):
+    given = complex_inputs(B, C)
+    leaves = Inputs(*(t.clone().requires_grad_() for t in given))
+    y, last = _complex_truth(leaves)
+    expected = torch.autograd.grad((y * weights()).sum(), list(leaves))
+    _, states, gated = scan.fwd(*given, True)
+    naive.close(gated, y.detach(), 1e-11)
+    torch.testing.assert_close(states[:, :, -1, 1::2], last.detach(), rtol=1e-9, atol=1e-11)
+    du, ddelta, dA, dB, dC, dD, dbias, dz = call_bwd(given)
+    for found, truth_, given_ in zip((du, ddelta, dA, dB, dC, dD, dz, dbias), expected, given, strict=True):
+        assert found.shape == given_.shape
+        torch.testing.assert_close(found, truth_, rtol=1e-9, atol=1e-11)
+
+
+def test_states_of_every_step():
+    """Spatial-Mamba's extension: what it returns, read by any C, is the scan's output; D is without effect."""
+    given = inputs("groups", "groups", z=False, D=False)
+    states, kept = scan.states_fwd(given.u, given.delta, given.A, given.B, None, given.delta_bias, True)
+    assert states.shape == (BATCH, CHANNELS, STATES, LENGTH)
+    y = (states * given.C.repeat_interleave(CHANNELS // 3, dim=1)).sum(2)
+    naive.close(y, scan.core_fwd(*given[:5], None, given.delta_bias, True)[0], 1e-11)
+    torch.testing.assert_close(kept[:, :, -1, 1::2], states[..., -1])
+    dout = torch.randn_like(states)
+    leaves = [t.clone().requires_grad_() for t in (given.u, given.delta, given.A, given.B, given.delta_bias)]
+    u, delta, A, B, bias = leaves
+    step = torch.nn.functional.softplus(delta + bias[:, None])
+    state, found = torch.zeros(BATCH, CHANNELS, STATES, dtype=torch.float64), []
+    for t in range(LENGTH):
+        b = B[..., t].repeat_interleave(CHANNELS // 3, dim=1)
+        state = torch.exp(step[:, :, t, None] * A) * state + (step * u)[:, :, t, None] * b
+        found.append(state)
+    expected = torch.autograd.grad((torch.stack(found, -1) * dout).sum(), leaves)
+    D = torch.ones(CHANNELS, dtype=torch.float64)
+    du, ddelta, dA, dB, dD, dbias = scan.states_bwd(
+        given.u, given.delta, given.A, given.B, D, given.delta_bias, dout, kept, True
+    )
+    for gradient, truth_ in zip((du, ddelta, dA, dB, dbias), expected, strict=True):
+        torch.testing.assert_close(gradient, truth_, rtol=1e-9, atol=1e-11)
+    assert not dD.any()
+
+
+def test_one_state_without_an_axis():
+    """VMamba's selective_scan_cuda_ndstate."""
+    given = inputs("groups", "groups", z=False)
+    A, B, C = given.A[:, :1], given.B[:, :, :1], given.C[:, :, :1]
+    short, long = (A[:, 0], B[:, :, 0], C[:, :, 0]), (A, B, C)
+    ends = (given.D, given.delta_bias)
+    y, _ = scan.ndstate_fwd(given.u, given.delta, *short, *ends, True)
+    assert torch.equal(y, scan.core_fwd(given.u, given.delta, *long, *ends, True)[0])
+    found = scan.ndstate_bwd(given.u, given.delta, *short, *ends, weights(), None, True)
+    expected = scan.core_bwd(given.u, given.delta, *long, *ends, weights(), None, True)
+    for gradient, truth_, of in zip(found[2:5], expected[2:5], short, strict=True):
+        assert torch.equal(gradient, truth_.reshape(of.shape))
+
+
+def test_a_scan_of_both_axes():
+    """2DMamba's extension against its definition: a state goes along its row, then down the column."""
+    rows, columns = 2, 3
+    given = Inputs(*(t[..., : rows * columns] if t.ndim > 2 else t for t in inputs("groups", "groups")))
+    leaves = [t.clone().requires_grad_() for t in given]
+    u, delta, A, B, C, D, _, bias = leaves
+    step = torch.nn.functional.softplus(delta + bias[:, None])
+    B, C = (t.repeat_interleave(CHANNELS // 3, dim=1) for t in (B, C))
+    y = []
+    for i in range(rows):
+        for j in range(columns):
+            total = D * u[:, :, i * columns + j]
+            for k in range(i + 1):
+                for m in range(j + 1):
+                    path = [k * columns + n for n in range(m + 1, j + 1)] + [
+                        n * columns + j for n in range(k + 1, i + 1)
+                    ]
+                    decay = torch.exp(step[:, :, path].sum(-1)[..., None] * A)
+                    at = k * columns + m
+                    total = total + (C[..., i * columns + j] * decay * B[..., at]).sum(-1) * step[..., at] * u[..., at]
+            y.append(total)
+    y = torch.stack(y, -1)
+    some = [given.u, given.delta, given.A, given.B, given.C, given.D, None, given.delta_bias]
+    out, _ = scan.grid_fwd(*some, True, rows, columns)
+    naive.close(out, y.detach(), 1e-11)
+    dout = torch.randn_like(out)
+    expected = torch.autograd.grad((y * dout).sum(), [*leaves[:6], bias])
+    found = scan.grid_bwd(*some, dout, None, None, None, True, False, rows, columns)
+    for gradient, truth_ in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, truth_, rtol=1e-9, atol=1e-11)
+    with pytest.raises(ValueError, match="6 steps has no grid of 2 x 2"):
+        scan.grid_fwd(*some, True, 2, 2)
 
 
 def test_groups_that_do_not_divide_the_channels():
