@@ -296,6 +296,7 @@ class DoorScans:
         self.model = model
         self.watch = watch
         self.runs = 0
+        self.finished = 0  # of these runs; a forward that raised shows nothing
         self.leaves: list[Tensor] = []  # of the model's input, for gradients
         self._refused = refused or {}
         self._seen = seen
@@ -312,6 +313,10 @@ class DoorScans:
         stack.callback(self.watch.close)
         hook = self.model.register_forward_pre_hook(self._starts, with_kwargs=True, prepend=True)
         stack.callback(hook.remove)
+        stack.callback(self.model.register_forward_hook(self._ends).remove)
+
+    def _ends(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.finished += get_ident() == self.watch.thread
 
     def _starts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if get_ident() != self.watch.thread or recomputing() or self.watch.suspended:

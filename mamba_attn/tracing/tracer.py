@@ -48,10 +48,11 @@ class Trace(Mapping[str, Layer]):
     @property
     def _layers(self) -> dict[str, Layer]:
         """By name, in execution order: those of adapters, and those that were seen at doors."""
-        if self._doors is None or not self._doors.watch.calls:
-            if not self._stored:
-                self._require_seen()
+        if self._doors is None:
             return {name: layer for name, (_, layer) in self._stored.items()}
+        if not self._doors.watch.calls and not self._stored:
+            self._require_seen()
+            return {}
         # a layer that an adapter stored when k scans had come through doors ran before scan k
         found = [(at, 0, layer) for at, layer in self._stored.values()]
         found += [(at, 1, layer) for at, layer in self._doors.layers()]
@@ -180,7 +181,7 @@ class Trace(Mapping[str, Layer]):
 
     def _require_seen(self) -> None:
         """Raise UnsupportedModelError when the model ran, and what was to be seen at doors was not."""
-        if self._doors is None or not self._doors.runs:
+        if self._doors is None or not self._doors.finished:
             return
         self._doors.require_seen()
         if not self._stored and not self._doors.watch.calls:
