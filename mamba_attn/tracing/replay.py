@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mamba_attn.errors import TraceError
+from mamba_attn.tracing.undisturbed import undisturbed
 
 
 @dataclass
@@ -59,28 +60,17 @@ class Replay:
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
     """In eval mode and with frozen parameters inside, since only where gradients go matters; as before after it."""
-    modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    buffers = [(module, name, value, None if value is None else value.clone())
-               for module in model.modules() for name, value in module._buffers.items()]  # fmt: skip
     if any(parameter.is_inference() for parameter, _ in flags):
         raise TraceError(
             "the order of the scans' tokens is measured by gradients, and the model was built in inference mode: "
             "build it outside torch.inference_mode(), or pass orders= to trace()."
         )
-    devices = {parameter.device for parameter, _ in flags if parameter.is_cuda}
-    with torch.random.fork_rng(devices), torch.no_grad():
+    with undisturbed(model, hooks=True):
         try:
-            model.eval()
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
             yield
         finally:
-            for module, mode in modes:
-                module.training = mode
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
-            for module, name, value, copy in buffers:
-                module._buffers[name] = value
-                if value is not None and copy is not None and not torch.equal(value, copy):
-                    value.copy_(copy)
