@@ -106,7 +106,8 @@ def test_a_process_that_is_killed(tmp_path, place):
             "--data", selector, "--out", str(tmp_path / "store"), "--batch", "1"]  # fmt: skip
     slow = f"""
 import time
-from mamba_attn.analytics import collecting, command
+from mamba_attn.analytics import collecting
+from mamba_attn.commands import collect as command
 from mamba_attn.commands.cli import main
 made, count = command._request, collecting.Run._count
 
