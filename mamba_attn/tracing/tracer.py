@@ -96,7 +96,7 @@ class Trace(Mapping[str, Layer]):
 
     def __repr__(self) -> str:
         unseen = "".join(f"\n  {name}: {what}, not traced" for name, what in self.unseen.items())
-        return f"Trace({', '.join(self._layers)}){unseen}"
+        return f"Trace({', '.join(self._adapted)}{', scans at doors' if self._doors else ''}){unseen}"
 
     def _repr_html_(self) -> str:
         """In a notebook: every layer, one below the other."""
@@ -143,9 +143,10 @@ class Trace(Mapping[str, Layer]):
         Attention that nobody knows, convolutions, and stages without a traced mixer. Found by moving one token of what
         a module was called with, and looking which others move; empty before the model runs.
         """
-        if self._around is None or not self._layers:
-            return {}
+        # not self._layers: of scans at doors it measures the order
         at_doors = [] if self._doors is None else [call.module for call in self._doors.watch.calls]
+        if self._around is None or not (self._stored or at_doors):
+            return {}
         return self._around.found(at_doors)
 
     @property
