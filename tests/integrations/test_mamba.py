@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 import mamba_attn
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.testing import LawError, check_adapter
+from tests.integrations.refusing import adapters_refuse
 from tests.integrations.small_vim import Backbone, Block, Mamba
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -211,8 +212,7 @@ REFUSED = {
 def test_refused(name: str) -> None:
     mixer, reason = REFUSED[name]
     with pytest.raises(UnsupportedModelError, match=rf"layers\.0\.mixer \(\w+, family Mamba\): .*{reason}"):
-        with mamba_attn.trace(nn.ModuleDict({"layers": nn.ModuleList([Block(6, mixer)])})):
-            pass
+        adapters_refuse(nn.ModuleDict({"layers": nn.ModuleList([Block(6, mixer)])}))
 
 
 def test_a_buffer_is_refused() -> None:

@@ -17,6 +17,7 @@ from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import MatrixTooLargeError, TraceError, UnsupportedModelError
 from mamba_attn.testing import LawError, check_adapter
 from mamba_attn.tracing.adapters import Seen, find_mixers
+from tests.integrations.refusing import adapters_refuse
 from tests.integrations.small_mambavision import (
     Attention,
     Block,
@@ -275,8 +276,7 @@ class OtherCall(Mixer):
 )
 def test_what_is_not_known_is_refused_by_name(mixer, reason):
     with pytest.raises(UnsupportedModelError, match=rf"mixer \(\w+, family MambaVision\): {reason}"):
-        with mamba_attn.trace(Block(mixer, 8)):
-            pass
+        adapters_refuse(Block(mixer, 8))
 
 
 def test_inputs_that_are_not_tokens_are_refused():
