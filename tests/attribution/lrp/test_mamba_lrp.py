@@ -260,8 +260,8 @@ def test_what_cannot_be_explained():
         broken.pos_embed[:] = torch.nan
     with pytest.raises(NonFiniteError, match=r"layers\.0\.mixer"):
         MambaLRP(broken).attribute(images())
-    with pytest.raises(ValueError, match=r"MambaLRP\.relevances\(inputs\(3, 40, 24\)\): expected images"):
-        MambaLRP(vim(depth=1)).relevances(images()[0])
+    with pytest.raises(ValueError, match=r"MambaLRP\.relevances\(inputs\(40, 24\)\): expected images"):
+        MambaLRP(vim(depth=1)).relevances(images()[0, 0])
 
 
 def test_what_escapes_the_rules_is_found():
