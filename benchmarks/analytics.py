@@ -14,7 +14,7 @@ from benchmarks.measure import peak_memory, wall_seconds
 from benchmarks.report import Figure, figure
 from mamba_attn import images, trace
 from mamba_attn.analytics import AttentionStore, Request, collect
-from mamba_attn.analytics._memory import batch_size
+from mamba_attn.analytics.collecting import batch_size
 from mamba_attn.datasets import open_data
 from mamba_attn.datasets.loaded_model import load
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.images import normalise
-from mamba_attn.datasets.regions import box_coverage
+from mamba_attn.datasets.samples import box_coverage
 from mamba_attn.models.transforms import EvaluationTransform
 
 ARCHIVE = "localise.zip"

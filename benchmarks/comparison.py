@@ -124,7 +124,7 @@ def core_hours(part: Part, data: Path, images: int) -> float:
         data: folder of the collections.
         images: of each collection.
     """
-    from mamba_attn.evaluation.running import run
+    from mamba_attn.evaluation.scheduler import run
     from mamba_attn.evaluation.store import Store
 
     planned = plan(part, data, part.limit)
@@ -141,7 +141,7 @@ def core_hours(part: Part, data: Path, images: int) -> float:
 
 def _measure(part: Part, args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
     from mamba_attn.commands.terminal import progress_bar
-    from mamba_attn.evaluation.running import run
+    from mamba_attn.evaluation.scheduler import run
     from mamba_attn.evaluation.store import Store
     from mamba_attn.evaluation.summary import summarise
     from mamba_attn.evaluation.tables import text_tables
@@ -173,8 +173,8 @@ def _measure(part: Part, args: argparse.Namespace) -> tuple[list[Figure], dict[s
 
 def plan(part: Part, data: Path, limit: int | None) -> Any:
     """What ``mamba-attn compare`` makes of a command line."""
-    from mamba_attn.evaluation.contestants import Model, Options, choose_methods
     from mamba_attn.evaluation.plan import Plan
+    from mamba_attn.evaluation.specs import Model, Options, choose_methods
 
     texts = list(_methods(part))
     methods, least, unasked = choose_methods(texts)

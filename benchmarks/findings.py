@@ -32,12 +32,12 @@ from benchmarks.report import Figure, figure, show, written
 from mamba_attn import images, orders
 from mamba_attn.analytics import AttentionStore, Request, collect
 from mamba_attn.datasets import Data, class_indices, open_data
-from mamba_attn.datasets.loaded_model import Subject, load
+from mamba_attn.datasets.loaded_model import LoadedModel, load
 from mamba_attn.figures import png
 from mamba_attn.figures.colours import limits
 from mamba_attn.findings.accuracy import known_accuracy, over_orders
 from mamba_attn.findings.controls import Report, report
-from mamba_attn.findings.figures import matrices_rgb
+from mamba_attn.findings.page import matrices_rgb
 from mamba_attn.findings.tables import as_json, side_by_side
 
 DEMOS = ("vim_micro", "vmamba_micro", "vit_micro")
@@ -183,7 +183,7 @@ def reordered(weights: dict[str, Path], selector: Path, count: int) -> dict[str,
     return {"orders": names, "top1": table, "images": sum(len(labels) for _, labels in batches)}
 
 
-def labelled(data: Data, subject: Subject, count: int) -> "list[tuple[torch.Tensor, torch.Tensor]]":
+def labelled(data: Data, subject: LoadedModel, count: int) -> "list[tuple[torch.Tensor, torch.Tensor]]":
     """Images and the model's classes for them, in batches."""
     known = class_indices(data, subject)
     samples = [data.load(number, subject.transform) for number in data.chosen(limit=count)]

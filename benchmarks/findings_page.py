@@ -8,7 +8,7 @@ from benchmarks import findings_tables as tables
 from benchmarks.findings_verdicts import PARTS as FOUND
 from benchmarks.findings_verdicts import called_outside
 from benchmarks.marked_pages import filled
-from mamba_attn.findings.expected import LEVEL
+from mamba_attn.findings.intervals import LEVEL
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "findings.md"
 PICTURES = PAGE.parent

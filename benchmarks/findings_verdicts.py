@@ -10,9 +10,8 @@ from typing import Any
 from benchmarks.findings_tables import digits
 from mamba_attn.analytics.index import place_of
 from mamba_attn.findings.controls import ALL, MODEL, Row, compared, pairs
-from mamba_attn.findings.expected import LEVEL
+from mamba_attn.findings.intervals import LEVEL, Estimate
 from mamba_attn.findings.registry import FINDINGS
-from mamba_attn.findings.resampling import Estimate
 from mamba_attn.findings.tables import row_as_json
 
 PARTS = ("models", "orders", "class tokens", "digits")

@@ -22,7 +22,7 @@ from benchmarks.measure import Spread, wall_seconds
 from benchmarks.methods import DEFAULTS, MODELS, Setting, setting
 from benchmarks.report import Figure, figure, show
 from benchmarks.scores import energy_inside
-from mamba_attn.evaluation.bootstrap import DRAWS, Interval, bootstrap, mean, ratio_of_means
+from mamba_attn.evaluation.intervals import DRAWS, Interval, bootstrap, mean, ratio_of_means
 
 T = TypeVar("T")
 PARTS = ("energy", "deletion", "time")

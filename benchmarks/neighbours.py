@@ -10,7 +10,7 @@ from sklearn.manifold import trustworthiness
 from sklearn.neighbors import NearestNeighbors
 
 from mamba_attn.analytics.embed import embed
-from mamba_attn.analytics.pca import components
+from mamba_attn.analytics.projection import components
 
 
 def ranked(features: np.ndarray, count: int) -> np.ndarray:

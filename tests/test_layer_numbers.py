@@ -9,7 +9,7 @@ import torch
 
 from mamba_attn import attribution, trace
 from mamba_attn.attribution import catalogue
-from mamba_attn.erf.features import Features
+from mamba_attn.erf.fields import Features
 from mamba_attn.errors import UnknownLayerError
 from mamba_attn.tracing.layer_names import ByLayer, layer_names, listed_layers
 from tests.attribution.cases import images, vim, vmamba

@@ -155,10 +155,6 @@ def test_readme_says_the_two_commands_that_ci_runs():
     assert (ROOT / ".ci/run").stat().st_mode & stat.S_IXUSR
 
 
-def test_contributing_is_short():
-    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) < 80
-
-
 def test_nothing_else_stands_at_the_top():
     folders = {"mamba_attn", "integrations", "cuda", "tests", "benchmarks", "docs"}
     files = {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"}

@@ -62,6 +62,16 @@ def test_public_names_are_documented_with_their_arguments(package, name):
             assert f"{parameter.name}:" in text, f"{package}.{name}: Args does not say what {parameter.name} is"
 
 
+FOLDERS = [ROOT / "integrations", *(path.parent for path in sorted(PACKAGE.rglob("__init__.py")))]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_folder_says_what_it_is_for(folder):
+    first, *rest = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())).split("\n\n")
+    assert first.endswith(".")
+    assert "." in " ".join(rest), f"{folder.name}/__init__.py: say in another sentence what is public in it"
+
+
 @pytest.fixture(scope="module")
 def names_in_examples():
     """What examples take for granted."""

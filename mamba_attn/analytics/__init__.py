@@ -3,12 +3,11 @@
 ``mamba-attn collect`` makes a store, ``AttentionStore.open`` reads it; in code, ``collect`` does.
 """
 
-from mamba_attn.analytics._names import NotStoredError
 from mamba_attn.analytics.collecting import Collected, collect
 from mamba_attn.analytics.index import StoredImage, StoredLayer
 from mamba_attn.analytics.merging import merge_stores
 from mamba_attn.analytics.request import Request
-from mamba_attn.analytics.store import AttentionStore
+from mamba_attn.analytics.store import AttentionStore, NotStoredError
 
 __all__ = [
     "AttentionStore", "Collected", "NotStoredError", "Request", "StoredImage", "StoredLayer", "collect",

@@ -1,20 +1,37 @@
 """One pass of a traced model over images into a store: statistics of its attention, features, matrices of some images.
 
 Memory does not grow with the images: what is kept of all of them are means and sums of squares; what is kept of each
-goes to the disk at once.
+goes to the disk at once. Now and then a checkpoint counts the images so far.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from mamba_attn.analytics._memory import batch_size, require_memory
-from mamba_attn.analytics._run import Run
-from mamba_attn.analytics._writer import StoreWriter, discard, folder_for, is_new, locked
-from mamba_attn.analytics.index import Index, StoredLayer
+import numpy as np
+import torch
+from torch import Tensor
+
+from mamba_attn import images as image_files
+from mamba_attn.analytics.index import Index, StoredImage, StoredLayer
+from mamba_attn.analytics.projection import power_of_two, project
 from mamba_attn.analytics.request import Request, describe
-from mamba_attn.errors import StoreError
+from mamba_attn.analytics.statistics import LayerStatistics, state_moments
+from mamba_attn.analytics.storage import StoreWriter, discard, folder_for, is_new, locked, route_names
+from mamba_attn.datasets import Sample, class_indices
+from mamba_attn.errors import MatrixTooLargeError, NonFiniteError, StoreError
+from mamba_attn.ops import free_bytes
+from mamba_attn.tracing.layers import Layer, ScanLayer
+from mamba_attn.tracing.tracer import Trace, trace
+
+_LARGEST_HALF = 65504.0
+_CHECKPOINT_SHARE = 10  # between checkpoints ten times as long as one takes
+_BATCH_ENTRIES = 2**23  # of a batch of matrices, 32 MiB
+_LARGEST_BATCH = 16
+_RESERVE = 2**28  # bytes for the model, one image and everything else
+_UNASKED = 2**26
 
 
 class Collected(NamedTuple):
@@ -105,3 +122,226 @@ def _continued(folder: Path, request: Request, layers: list[StoredLayer]) -> Ind
         raise StoreError(f"{folder}: this store is of other layers, orders or grids of this model; nothing was "
                          "changed. Name another folder.")  # fmt: skip
     return index
+
+
+class Run:
+    """The images of a request that a store does not count yet.
+
+    Args:
+        request: what is collected.
+        writer: of the store.
+        size: images at once.
+        advance: called with the images that are done, and those that are wanted.
+    """
+
+    def __init__(
+        self, request: Request, writer: StoreWriter, size: int, advance: Callable[[int, int], None]
+    ) -> None:  # fmt: skip
+        self.request, self.writer, self.size, self.advance = request, writer, size, advance
+        self.index = writer.index
+        self.statistics = writer.statistics()
+        self.pending: list[StoredImage] = []
+        self.model_class = class_indices(request.data, request.subject)
+        self.done = 0
+
+    def go(self, wanted: Sequence[int]) -> None:
+        """Count everything that is wanted."""
+        items = self.request.data.items
+        known = {image.key for image in self.index.images} | set(self.index.unreadable)
+        left = [number for number in wanted if items[number].key not in known]
+        self.done = len(wanted) - len(left)
+        self.advance(self.done, len(wanted))
+        last, took = time.monotonic(), 0.0
+        for samples in self._batches(left):
+            self._count(samples)
+            self.advance(self.done, len(wanted))
+            now = time.monotonic()
+            if self.pending and now - last >= max(self.request.interval, _CHECKPOINT_SHARE * took):
+                self._checkpoint()
+                last = time.monotonic()
+                took = last - now
+        if self.pending or not self.statistics.count:
+            self._checkpoint()
+        elif left:  # unreadable ones alone
+            self.index.write(self.writer.folder)
+        self.advance(self.done, len(wanted))
+
+    def _batches(self, numbers: Sequence[int]) -> Iterator[list[Sample]]:
+        """Readable images, so many at a time."""
+        samples: list[Sample] = []
+        for number in numbers:
+            self.done += 1
+            try:
+                samples.append(self.request.data.load(number, self.request.subject.transform))
+            except image_files.ImageError as error:
+                self.index.unreadable[self.request.data.items[number].key] = str(error)
+            if len(samples) == self.size:
+                yield samples
+                samples = []
+        if samples:
+            yield samples
+
+    def _count(self, samples: Sequence[Sample]) -> None:
+        """Count images, or list them as unusable when the model makes NaN of one alone."""
+        try:
+            found, logits = self._forward(np.stack([sample.pixels for sample in samples]))
+        except NonFiniteError as error:
+            if len(samples) == 1:
+                self.index.unreadable[samples[0].key] = str(error)
+            else:
+                for sample in samples:
+                    self._count([sample])
+            return
+        start = len(self.index.images) + len(self.pending)
+        kept = [at for at, sample in enumerate(samples) if self.index.keeps(start + at, sample.key)]
+        for number, layer in enumerate(found.layers):
+            self._count_layer(number, layer, start, kept)
+        self.writer.add_pixels(start, np.stack([sample.pixels for sample in samples]))
+        self.statistics.count += len(samples)
+        self.pending += self._named(samples, logits, start)
+
+    @torch.no_grad()
+    def _forward(self, pixels: np.ndarray) -> tuple[Trace, Tensor]:
+        """The traced pass; whatever it holds is finite."""
+        subject, request = self.request.subject, self.request
+        fused = "mean" if request.routes == "sum" else None
+        with trace(subject.model, layers=request.layers, attention=fused) as found:
+            logits = subject.model(image_files.normalise(pixels).to(subject.device))
+        for layer in found.layers:
+            layer.require_finite()
+        return found, logits
+
+    @torch.no_grad()
+    def _count_layer(self, number: int, layer: Layer, start: int, kept: Sequence[int]) -> None:
+        own, before = self.statistics.layers[number], self.statistics.count
+        total: Tensor | None = None
+        if isinstance(layer, ScanLayer):
+            for name in own.routes:
+                if name != "sum":
+                    matrix = layer.attention(routes=int(name)).cpu()
+                    self._take(own, number, name, matrix, start, kept)
+                    total = matrix if total is None else total.add_(matrix)
+            own.update_moments(state_moments(layer.scan), before, layer.batch)
+        total = layer.attention().cpu() if total is None else total
+        self._take(own, number, "sum", total, start, kept)
+        self.writer.add_rows(start, number, self._features(number, total))
+
+    def _take(
+        self, own: LayerStatistics, number: int, route: str, matrix: Tensor, start: int, kept: Sequence[int]
+    ) -> None:  # fmt: skip
+        own.routes[route].update(matrix, self.statistics.count)
+        for at in kept:
+            self.writer.write_matrix(start + at, number, route, matrix[at].numpy())
+
+    def _features(self, number: int, matrices: Tensor) -> np.ndarray:
+        """(images, features) of the summed matrices, as they stand on the disk."""
+        layer = self.index.layers[number]
+        if not layer.exact:
+            return np.stack([project(matrix) for matrix in matrices.numpy()])
+        largest = float(matrices.abs().max())
+        if not self.index.images and not self.pending:
+            layer = self.index.layers[number] = replace(layer, scale=power_of_two(largest))
+        if largest * layer.scale > _LARGEST_HALF:
+            raise StoreError(
+                f"{layer.name}: its attention is {largest * layer.scale:,.0f} times as large as in the first images, "
+                "more than the store's features hold; collect these images into a folder of their own."
+            )
+        return (matrices.flatten(1) * layer.scale).half().numpy()
+
+    def _named(self, samples: Sequence[Sample], logits: Tensor, start: int) -> list[StoredImage]:
+        classes, names = self.request.data.classes, self.request.subject.classes
+        likeliest = logits.argmax(1).tolist() if names and logits.ndim == 2 else [None] * len(samples)
+        images = []
+        for row, (sample, best) in enumerate(zip(samples, likeliest, strict=True), start):
+            known = None if sample.label is None or not classes else self.model_class[sample.label]
+            label = None if sample.label is None or not classes else classes[sample.label]
+            images.append(
+                StoredImage(
+                    sample.key,
+                    label if known is None else names[known],
+                    None if best is None else names[best],
+                    None if known is None or best is None else known == best,
+                    self.index.keeps(row, sample.key),
+                    row,
+                )
+            )
+        return images
+
+    def _checkpoint(self) -> None:
+        if not self.statistics.count:
+            reasons = list(self.index.unreadable.values())
+            raise StoreError(
+                f"none of the {self.done} images of {self.request.data.name} could be used; the first: {reasons[0]}"
+            )
+        self.writer.checkpoint(self.pending, self.statistics)
+        self.pending = []
+
+
+def batch_size(layers: Sequence[StoredLayer]) -> int:
+    """Return how many images go through the model at once: as many as the matrices of the largest layer allow.
+
+    Args:
+        layers: whose attention is collected.
+    """
+    largest = max(layer.tokens for layer in layers) ** 2
+    return max(1, min(_LARGEST_BATCH, _BATCH_ENTRIES // largest))
+
+
+def require_memory(layers: Sequence[StoredLayer], routes: str, batch: int) -> None:
+    """Refuse statistics that would not fit, before anything is allocated.
+
+    Args:
+        layers: whose attention is collected.
+        routes: "each" or "sum".
+        batch: images at once.
+
+    Raises:
+        MatrixTooLargeError: with what would fit.
+    """
+    needed = _bytes(layers, routes, batch)
+    free = free_bytes(torch.device("cpu")) if needed > _UNASKED else None
+    if free is None or needed + _RESERVE <= free:
+        return
+    free = max(0, free - _RESERVE)
+    largest = max(layers, key=lambda layer: layer.tokens)
+    raise MatrixTooLargeError(
+        f"means and variances of {len(layers)} layers (the largest, {largest.name}: {largest.routes} routes, "
+        f"{largest.tokens} x {largest.tokens}) need {needed:,} bytes, {free:,} are free. "
+        f"{_what_fits(layers, routes, batch, free)}"
+    )
+
+
+def _bytes(layers: Sequence[StoredLayer], routes: str, batch: int) -> int:
+    running = sum(
+        len(route_names(layer, routes)) * 16 * layer.tokens**2
+        + (0 if layer.moments is None else 16 * layer.moments[0] * layer.moments[1] * layer.moments[2])
+        for layer in layers
+    )
+    projections = sum(8 * tokens**2 for tokens in {layer.tokens for layer in layers if not layer.exact})
+    return running + projections + max(batch * 12 * layer.tokens**2 for layer in layers)
+
+
+def _what_fits(layers: Sequence[StoredLayer], routes: str, batch: int, free: int) -> str:
+    """The nearest smaller calls that would do, in words."""
+    found = []
+    if batch > 1 and _bytes(layers, routes, 1) <= free:
+        found.append("batch=1")
+    if routes == "each" and _bytes(layers, "sum", batch) <= free:
+        found.append("routes='sum'")
+    for choice in dict.fromkeys((routes, "sum")):
+        small = _fitting(layers, choice, free)
+        if small:
+            first = "batch=1 " + ("routes='sum' " if choice != routes else "")
+            found.append(f"{first}layers={[layer.name for layer in small]}")
+    rows = "Rows and columns take linear memory: trace(model), then layer.row(token), layer.column(token)."
+    return f"What would fit: {'; or '.join(found)}. {rows}" if found else f"None of the layers would fit. {rows}"
+
+
+def _fitting(layers: Sequence[StoredLayer], routes: str, free: int) -> list[StoredLayer]:
+    """The smallest layers that fit together, in their order; not all of them."""
+    small: list[StoredLayer] = []
+    for layer in sorted(layers, key=lambda layer: layer.tokens):
+        if _bytes([*small, layer], routes, 1) > free:
+            break
+        small.append(layer)
+    return [layer for layer in layers if layer in small] if len(small) < len(layers) else []

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from mamba_attn.analytics.pca import components
+from mamba_attn.analytics.projection import components
 from mamba_attn.errors import nearest
 
 METHODS = ("pca", "tsne", "umap")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mamba_attn.analytics._writer import (
+from mamba_attn.analytics.index import Index, StoredImage, StoredLayer
+from mamba_attn.analytics.storage import (
     StoreWriter,
     empty_statistics,
     folder_for,
@@ -14,7 +15,6 @@ from mamba_attn.analytics._writer import (
     read_statistics,
     route_names,
 )
-from mamba_attn.analytics.index import Index, StoredImage, StoredLayer
 from mamba_attn.analytics.store import AttentionStore
 from mamba_attn.errors import StoreError
 

@@ -15,13 +15,13 @@ from torch import nn
 from mamba_attn import models
 from mamba_attn.analytics.index import Index, StoredLayer
 from mamba_attn.analytics.request import described
-from mamba_attn.datasets.loaded_model import Subject
+from mamba_attn.datasets.loaded_model import LoadedModel
 from mamba_attn.errors import StoreError
 from mamba_attn.models import registry
 from mamba_attn.models.transforms import EvaluationTransform
 
 
-def trained(folder: Path, index: Index) -> Subject:
+def trained(folder: Path, index: Index) -> LoadedModel:
     """Return the model of a store with its weights.
 
     Args:
@@ -47,7 +47,7 @@ def trained(folder: Path, index: Index) -> Subject:
     return subject
 
 
-def untrained(folder: Path, index: Index, seed: int) -> Subject:
+def untrained(folder: Path, index: Index, seed: int) -> LoadedModel:
     """Return a model of the same architecture with random weights, as it is before training.
 
     Args:
@@ -65,7 +65,7 @@ def untrained(folder: Path, index: Index, seed: int) -> Subject:
     return subject
 
 
-def reordered(folder: Path, index: Index, order: str) -> Subject:
+def reordered(folder: Path, index: Index, order: str) -> LoadedModel:
     """Return the model with its weights, whose scans visit the patches in another order than it was trained in.
 
     Args:
@@ -96,7 +96,7 @@ def order_of(index: Index) -> str:
     return str(index.model["options"].get("order", "raster")) if takes_order(name) else ""
 
 
-def _subject(folder: Path, index: Index, weights: str, options: dict[str, Any]) -> Subject:
+def _subject(folder: Path, index: Index, weights: str, options: dict[str, Any]) -> LoadedModel:
     name = str(index.model["name"])
     if name not in models.names():
         raise StoreError(f"{folder}: its model {name!r} is not one that mamba_attn.models builds.")
@@ -104,7 +104,7 @@ def _subject(folder: Path, index: Index, weights: str, options: dict[str, Any]) 
         model: nn.Module = models.create(name, weights=weights or None, **options)
     except (TypeError, ValueError) as error:
         raise StoreError(f"{folder}: its options {options} build no {name}: {error}") from error
-    return Subject(name, model, list(index.classes), transform_of(index), weights, options)
+    return LoadedModel(name, model, list(index.classes), transform_of(index), weights, options)
 
 
 def transform_of(index: Index) -> EvaluationTransform:
@@ -113,7 +113,7 @@ def transform_of(index: Index) -> EvaluationTransform:
     return EvaluationTransform(size, cover, str(index.transform["interpolation"]))
 
 
-def _require_layers(folder: Path, index: Index, subject: Subject, *, orders: bool) -> None:
+def _require_layers(folder: Path, index: Index, subject: LoadedModel, *, orders: bool) -> None:
     try:
         layers: Sequence[StoredLayer] = described(subject, [layer.name for layer in index.layers])
     except (RuntimeError, ValueError, LookupError) as error:
@@ -126,5 +126,5 @@ def _require_layers(folder: Path, index: Index, subject: Subject, *, orders: boo
     if not same:
         raise StoreError(
             f"{folder}: {subject.name} with options {dict(subject.options)} has other layers, grids or orders than the "
-            "store's; its options were not recorded: pass options= to Subject when you collect."
+            "store's; its options were not recorded: pass options= to LoadedModel when you collect."
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mamba_attn.analytics.pca import Components, components
+from mamba_attn.analytics.projection import Components, components
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.ranks import spearman
 from mamba_attn.core.scan_record import ScanRecord

@@ -1,4 +1,7 @@
-"""Mean and variance of matrices that come in batches, in float64; two of them merge (Chan, Golub and LeVeque, 1979)."""
+"""Mean and variance of matrices that come in batches, in float64; two of them merge (Chan, Golub and LeVeque, 1979).
+
+``state_moments`` are those of a scan's hidden state, in time linear in the length.
+"""
 
 from dataclasses import dataclass
 
@@ -6,10 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mamba_attn import ops
 from mamba_attn._types import Float
+from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import NonFiniteError
 
 _AT_ONCE = 2**17  # numbers of a batch that are treated at once: they stay in the cache
+Moment = Float[Tensor, "routes channels length"]
 
 
 @dataclass(eq=False)
@@ -109,11 +115,6 @@ class LayerStatistics:
             found |= {f"mean/{route}": running.mean.numpy(), f"m2/{route}": running.m2.numpy()}
         return found if self.moments is None else {**found, "moments": self.moments.numpy()}
 
-    def load(self, arrays: dict[str, np.ndarray]) -> None:
-        """Take over what ``arrays`` gave."""
-        for name, own in self.arrays().items():
-            own[...] = arrays[name]
-
 
 @dataclass(eq=False)
 class Statistics:
@@ -139,3 +140,26 @@ def _merge(mean: Tensor, m2: Tensor, before: int, other_mean: Tensor, other_m2: 
     difference = other_mean - mean
     mean += difference * (count / (before + count))
     m2 += other_m2 + difference.square_() * (before * count / (before + count))
+
+
+def state_moments(record: ScanRecord) -> tuple[Moment, Moment]:
+    """Return the mean, and the mean square, of the state h after every step, over the batch and the states.
+
+    h = exp(delta A) h + delta B u (arXiv 2312.00752, eq. 2a), in scan order. The second, summed over channels and times
+    the number of states, is the mean squared norm of the whole state at that step.
+
+    Args:
+        record: of a mixer's call.
+    """
+    u, delta, B = record.u, record.delta, record.B
+    shape = (record.routes, record.channels, record.length)
+    mean, square = torch.zeros(2, *shape, device=delta.device, dtype=torch.promote_types(delta.dtype, torch.float32))
+    for state in range(record.states):  # one state alone, read as it is (C = 1), is the output of a scan
+        own = slice(state, state + 1)
+        A = record.A if record.A.shape[2] == 1 else record.A[..., own]
+        h = ops.selective_scan(u, delta, A, B[..., own, :], torch.ones_like(B[..., own, :]))
+        for image in h:  # several times faster than a mean over the first axis
+            mean += image
+            square.addcmul_(image, image)
+    count = record.batch * record.states
+    return mean / count, square / count

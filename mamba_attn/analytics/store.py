@@ -1,27 +1,41 @@
 """AttentionStore: what ``mamba-attn collect`` kept of a model's attention, read from the disk as far as it is asked."""
 
+import hashlib
+import io
+import json
+import os
+import zipfile
+import zlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from mamba_attn._types import Float
-from mamba_attn.analytics import _embeddings
-from mamba_attn.analytics._arrays import Arrays
-from mamba_attn.analytics._models import Models
-from mamba_attn.analytics._names import NotStoredError
+from mamba_attn.analytics import rebuild
 from mamba_attn.analytics.index import Index, StoredImage, StoredLayer
 from mamba_attn.analytics.projection import feature_size
+from mamba_attn.analytics.storage import Arrays, route_names
 from mamba_attn.core import notebook
-from mamba_attn.errors import StoreError
+from mamba_attn.datasets.loaded_model import LoadedModel
+from mamba_attn.errors import StoreError, nearest
+from mamba_attn.models.transforms import EvaluationTransform
 
 _ROWS_AT_ONCE = 64
 _PICTURES, _MAPS = 6, 12  # in a notebook
+_LARGEST_EMBEDDING = 2**30  # bytes of a file that is read
 
 
-class AttentionStore(Models):
+class NotStoredError(StoreError, KeyError):
+    """Something that a store does not hold: a layer, a route, an image, an image's matrices."""
+
+    __str__ = RuntimeError.__str__  # KeyError would print the repr of the sentence
+
+
+class AttentionStore:
     """A store of collected attention.
 
     Attention is the signed mean over channels, or heads, in the token frame: row i is what token i reads. Layers are
@@ -36,6 +50,9 @@ class AttentionStore(Models):
         >>> store.mean("layers.6.mixer", route=0).shape  # doctest: +SKIP
         (257, 257)
     """
+
+    def __init__(self, folder: Path, index: Index) -> None:
+        self.folder, self.index = folder, index
 
     def __repr__(self) -> str:
         return f"AttentionStore({str(self.folder)!r}, {self.model_name}, {len(self.images)} images)"
@@ -77,9 +94,99 @@ class AttentionStore(Models):
         return cls(folder, index)
 
     @property
+    def layers(self) -> list[StoredLayer]:
+        """The layers, in execution order."""
+        return list(self.index.layers)
+
+    @property
+    def images(self) -> list[StoredImage]:
+        """The images that are counted."""
+        return list(self.index.images)
+
+    @property
     def unreadable(self) -> dict[str, str]:
         """Reasons by key of images that could not be used."""
         return dict(self.index.unreadable)
+
+    def layer(self, layer: StoredLayer | str | int) -> StoredLayer:
+        """Return a layer.
+
+        Args:
+            layer: itself, its name, or its number, negative ones from the last.
+
+        Raises:
+            NotStoredError: there is no such layer.
+        """
+        return self.index.layers[self._number(layer)]
+
+    def image(self, image: StoredImage | str | int) -> StoredImage:
+        """Return an image.
+
+        Args:
+            image: itself, its key, or its number.
+
+        Raises:
+            NotStoredError: there is no such image.
+        """
+        if isinstance(image, StoredImage):
+            image = image.key
+        number = image if isinstance(image, int) else self._rows_by_key.get(image, -1)
+        if not 0 <= number < len(self.index.images):
+            hint = nearest(image, self._rows_by_key) if isinstance(image, str) else ""
+            raise NotStoredError(f"{self.folder}: it holds no image {image!r} of {len(self.images)}. {hint}".rstrip())
+        return self.index.images[number]
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model, as ``mamba_attn.models.create`` takes it."""
+        return str(self.index.model["name"])
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the model's classes."""
+        return list(self.index.classes)
+
+    @property
+    def transform(self) -> EvaluationTransform:
+        """What the model was shown of an image."""
+        return rebuild.transform_of(self.index)
+
+    @cached_property
+    def subject(self) -> LoadedModel:
+        """The model with its classes and transform, rebuilt from what the store says of it; see ``model``."""
+        return rebuild.trained(self.folder, self.index)
+
+    def untrained(self, seed: int = 0) -> LoadedModel:
+        """Return a model of the same name and options with random weights; its own weights are not needed.
+
+        Args:
+            seed: of the weights.
+
+        Raises:
+            StoreError: the name builds no model, or the options one with other layers.
+        """
+        return rebuild.untrained(self.folder, self.index, seed)
+
+    def reordered(self, order: str) -> LoadedModel:
+        """Return the model with its weights, its scans in another order than it was trained in.
+
+        Args:
+            order: one of ``mamba_attn.orders.ORDERS``.
+
+        Raises:
+            StoreError: as ``model``; or a model that scans in no order.
+            WeightsError: the weights are gone.
+        """
+        return rebuild.reordered(self.folder, self.index, order)
+
+    def model(self) -> nn.Module:
+        """Return the model, in eval mode.
+
+        Raises:
+            StoreError: its weights are in no file, or others are there now.
+            WeightsError: they are gone.
+        """
+        return self.subject.model
 
     def mean(self, layer: StoredLayer | str | int, route: str | int = "sum") -> Float[np.ndarray, "tokens tokens"]:
         """Return the mean attention over the images, float64.
@@ -234,7 +341,18 @@ class AttentionStore(Models):
         Raises:
             StoreError: its file is damaged.
         """
-        return _embeddings.load(self.folder / "embeddings", key, self.index.statistics)
+        path = self._embedding_path(key)
+        if not path.is_file():
+            return None
+        try:
+            if path.stat().st_size > _LARGEST_EMBEDDING:
+                raise ValueError(f"more than {_LARGEST_EMBEDDING:,} bytes")
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
+                said, array = json.loads(str(content["said"])), content["array"]
+            fits = said["key"] == key and said["statistics"] == self.index.statistics
+            return (array, dict(said["about"])) if fits else None
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise StoreError(f"{path}: it is damaged ({error}); delete this file.") from error
 
     def save_embedding(self, key: str, array: np.ndarray, about: dict[str, Any] | None = None) -> None:
         """Save an array beside the store, in one step.
@@ -247,7 +365,17 @@ class AttentionStore(Models):
         Raises:
             OSError: the store cannot be written.
         """
-        _embeddings.save(self.folder / "embeddings", key, self.index.statistics, array, about or {})
+        path = self._embedding_path(key)
+        path.parent.mkdir(exist_ok=True)
+        content = io.BytesIO()
+        said = json.dumps({"key": key, "statistics": self.index.statistics, "about": about or {}})
+        np.savez(content, array=array, said=np.array(said))
+        temporary = path.with_suffix(f".{os.getpid()}.new")
+        temporary.write_bytes(content.getvalue())
+        temporary.replace(path)
+
+    def _embedding_path(self, key: str) -> Path:
+        return self.folder / "embeddings" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
 
     @cached_property
     def _rows(self) -> Arrays:
@@ -274,3 +402,37 @@ class AttentionStore(Models):
                 "layer.row(token)."
             )
         return self._rows.read(f"matrices/{number:03d}/{name}", (found.row, *where))
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {layer.name: number for number, layer in enumerate(self.index.layers)}
+
+    @cached_property
+    def _rows_by_key(self) -> dict[str, int]:
+        return {image.key: image.row for image in self.index.images}
+
+    def _number(self, layer: StoredLayer | str | int) -> int:
+        name = layer.name if isinstance(layer, StoredLayer) else layer
+        count = len(self.index.layers)
+        number = name if isinstance(name, int) and not isinstance(name, bool) else self._numbers.get(str(name), count)
+        if not -count <= number < count:
+            hint = nearest(name, self._numbers) if isinstance(name, str) else f"It has {count}, 0..{count - 1}."
+            raise NotStoredError(f"{self.folder}: it holds no layer {name!r}. {hint}")
+        return number % count
+
+    def _route(self, number: int, route: str | int) -> str:
+        """The route's name on the disk; the only route of a layer is the sum."""
+        layer = self.index.layers[number]
+        if layer.routes == 1 and route == 0:
+            return "sum"
+        if str(route) not in route_names(layer, self.index.routes):
+            collected = self.index.routes == "each"
+            expected = f"'sum' or 0..{layer.routes - 1}" if collected else "'sum': it was collected with routes='sum'"
+            raise NotStoredError(f"{layer.name}: no route {route!r}; expected {expected}.")
+        return str(route)
+
+    def _token(self, layer: StoredLayer | str | int, token: int) -> int:
+        tokens = self.layer(layer).tokens
+        if not 0 <= token < tokens:
+            raise IndexError(f"token {token!r}: expected the index of a token, 0..{tokens - 1}.")
+        return token

@@ -64,7 +64,7 @@ class AttentionRollout(TokenAttribution):
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         if self._other is not None:
             return self._other._explain(inputs, target, query)
-        with self._traced(inputs, target) as (record, _):
+        with self._traced(inputs, target, multiplied=True) as (record, _):
             layers = record.layers
         start = query_weights(layers[-1], query)
         row = roll_out(layers, start, signed=self.signed)

@@ -122,7 +122,7 @@ class ImplicitAttention(TokenAttribution):
             return ByLayer({part.layer.name: part.row(query_weights(part.layer, asked)) for part in weighted})
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
-        weighted = self._weighted(inputs, target, gradient=self.gradient)
+        weighted = self._weighted(inputs, target, gradient=self.gradient, multiplied=self.rollout)
         if not self.rollout:
             rows = ((part.layer, part.row(query_weights(part.layer, query))) for part in weighted)
             return [(layer.layout, row if self.signed else row.clamp(min=0)) for layer, row in rows]
@@ -135,10 +135,13 @@ class ImplicitAttention(TokenAttribution):
         layers = [part.layer for part in weighted]
         return [(layers[0].layout, roll_out_weighted(layers, query_weights(layers[-1], query), step))]
 
-    def _weighted(self, inputs: Tensor, target: Target, *, gradient: bool) -> list["_Weighted"]:
+    def _weighted(
+        self, inputs: Tensor, target: Target, *, gradient: bool, multiplied: bool = False
+    ) -> list["_Weighted"]:
         """Return W of every layer, as its factors."""
         recorder = MixerRecorder()
-        with self._traced(inputs, target, gradients=gradient, rules=recorder) as (record, logit):
+        options = {"gradients": gradient, "multiplied": multiplied}
+        with self._traced(inputs, target, rules=recorder, **options) as (record, logit):
             layers = require(self.called, record.layers, ScanLayer)
             found: Mapping[str, Tensor] = gated_gradients(layers, logit, recorder) if gradient else {}
             weighted = []
@@ -441,5 +444,5 @@ class _Weighted(NamedTuple):
         return product.sum(1)
 
     def matrix(self) -> Float[Tensor, "batch tokens tokens"]:
-        """Return W."""
+        """Return W of the layer, (batch, tokens, tokens)."""
         return self.implicit.matrix(self.rows, self.columns)

@@ -15,7 +15,7 @@ from mamba_attn.attribution.maps import Target, cell_means, layouts
 from mamba_attn.attribution.queries import Query
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import UnsupportedModelError, nearest
-from mamba_attn.tracing.adapters import find_mixers
+from mamba_attn.tracing.adapters import find_mixers, nothing_found
 from mamba_attn.tracing.layer_names import LayerName, layer_name, listed_layers
 
 _STAGED = ("VMamba",)  # families in which all tokens of the last stage reach the head
@@ -108,17 +108,21 @@ class LayerGradCam(FromCaptum):
             if self.layer not in names:
                 raise ValueError(f"LayerGradCam(layer={self.layer!r}): no such module. {nearest(self.layer, names)}")
             return self.layer, False
-        name, (_, adapter) = list(find_mixers(self.model).items())[-1]
+        mixers = find_mixers(self.model)
+        if not mixers:
+            raise nothing_found(self.model)
+        name, (_, adapter) = list(mixers.items())[-1]
         stage, found, _ = name.rpartition(".blocks.")
         return (stage, False) if adapter.family in _STAGED and found else (name, True)
 
     def _frames(self, images: Tensor) -> list[TokenLayout]:
         """The model's token frames; none for a model that cannot be traced, whose layer was named."""
         try:
-            find_mixers(self.model)
+            return layouts(self.model, images)
         except UnsupportedModelError:
+            if find_mixers(self.model):
+                raise
             return []
-        return layouts(self.model, images)
 
 
 class _Tap(nn.Module):

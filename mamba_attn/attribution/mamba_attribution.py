@@ -84,7 +84,7 @@ class MambaAttribution(TokenAttribution):
             return self._other._explain(inputs, target, query)
         if not self.rollout:
             return self._rows(inputs, target, query)
-        with self._traced(inputs, target, gradients=True) as (record, logit):
+        with self._traced(inputs, target, gradients=True, multiplied=True) as (record, logit):
             layers = require(self.called, record.layers, ScanLayer)
             gradients = _of_one_token(layers, record.gradients(logit))
 

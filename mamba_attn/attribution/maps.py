@@ -18,10 +18,11 @@ from mamba_attn._types import Float, Int
 from mamba_attn.attribution.queries import Place, Query, make_query, split_query
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.rules import Rules
-from mamba_attn.errors import NonFiniteError, TraceError, nearest
+from mamba_attn.errors import NonFiniteError, TraceError, UnsupportedModelError, nearest
 from mamba_attn.tracing.layer_names import LayerNames, listed_layers
 from mamba_attn.tracing.layers import Layer
 from mamba_attn.tracing.tracer import Trace, trace
+from mamba_attn.tracing.unseen import unseen_sentence
 
 Images = TypeVar("Images", Tensor, tuple[Tensor])  # captum's metrics pass a tuple of one tensor and expect one back
 Function = Callable[[Any], Tensor]
@@ -226,8 +227,9 @@ class TokenAttribution(MapAttribution):
 
     @contextmanager
     def _traced(
-        self, inputs: Tensor, target: Target, *, gradients: bool = False, rules: Rules | None = None
-    ) -> Iterator[tuple[Trace, Tensor]]:
+        self, inputs: Tensor, target: Target, *, gradients: bool = False, rules: Rules | None = None,
+        multiplied: bool = False,
+    ) -> Iterator[tuple[Trace, Tensor]]:  # fmt: skip
         """Run one traced forward pass; yield the trace and the sum of the images' target values.
 
         Take gradients inside the block: a model that checkpoints its activations runs again then, and must be traced.
@@ -237,6 +239,10 @@ class TokenAttribution(MapAttribution):
             target: as in ``attribute``; without gradients, None is not looked up.
             gradients: keep the graph.
             rules: watch or change the forward pass.
+            multiplied: the layers are multiplied, so that all that mix tokens must be among them, or be named.
+
+        Raises:
+            UnsupportedModelError: layers that are multiplied, and modules that mix tokens unseen.
         """
         call = f"{self.called}.attribute"
         with torch.inference_mode(False):
@@ -247,6 +253,8 @@ class TokenAttribution(MapAttribution):
                     needed = gradients or target is not None
                     logit = target_values(call, output, target, len(inputs)).sum() if needed else torch.zeros(())
                 layers = self._ran(record)
+                if multiplied and self.layers is None and record.unseen_mixers:
+                    raise UnsupportedModelError(unseen_sentence(self.called, record.unseen_mixers))
                 if not bool(logit.detach().isfinite()):
                     for layer in layers:  # the first layer that is not finite is where it began
                         layer.require_finite()

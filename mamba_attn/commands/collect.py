@@ -71,8 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _request(args: argparse.Namespace) -> "Request":
-    from mamba_attn.analytics.keeping import keep_from
-    from mamba_attn.analytics.request import Request
+    from mamba_attn.analytics.request import Request, keep_from
     from mamba_attn.datasets import loaded_model, open_data
 
     data = open_data(args.data)  # before the model, which takes longer

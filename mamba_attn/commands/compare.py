@@ -112,8 +112,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> "Plan":
     """Parse all arguments, without checking them against each other."""
-    from mamba_attn.evaluation.contestants import Model, Options, choose_methods
     from mamba_attn.evaluation.plan import Plan
+    from mamba_attn.evaluation.specs import Model, Options, choose_methods
 
     require_least(args, limit=1, workers=1, sanity_images=0, pictures=0, seed=0)
     names = [text.strip() for text in args.models.split(",") if text.strip()]
@@ -158,7 +158,7 @@ def _measures(option: str, text: str) -> tuple[str, ...]:
 
 
 def _compare(plan: "Plan", args: argparse.Namespace) -> int:
-    from mamba_attn.evaluation.running import run as measure
+    from mamba_attn.evaluation.scheduler import run as measure
     from mamba_attn.evaluation.store import Store
 
     empty = [data.name for data in plan.data.values() if not data.chosen(plan.half, plan.limit)]

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mamba_attn.datasets import Data
-    from mamba_attn.datasets.loaded_model import Subject
-    from mamba_attn.erf.receptive_field import ReceptiveField
+    from mamba_attn.datasets.loaded_model import LoadedModel
+    from mamba_attn.erf.fields import ReceptiveField
     from mamba_attn.models.transforms import EvaluationTransform
 
 _NEEDED = {"captum": "captum", "matplotlib": "matplotlib", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
     from mamba_attn.attribution.queries import Query, require_inside
     from mamba_attn.datasets import loaded_model
-    from mamba_attn.erf.receptive_field import ReceptiveField, receptive_field
+    from mamba_attn.erf.fields import ReceptiveField, receptive_field
 
     require_least(args, limit=1)
     pictures = _pictures(args)  # before the model, which takes longer
@@ -139,7 +139,7 @@ def _read(
         yield image.to(device)
 
 
-def _transform(text: str | None, subject: "Subject") -> "EvaluationTransform":
+def _transform(text: str | None, subject: "LoadedModel") -> "EvaluationTransform":
     from mamba_attn import models
 
     if text is None:
@@ -148,7 +148,7 @@ def _transform(text: str | None, subject: "Subject") -> "EvaluationTransform":
     if len(parts) != 2 or not all(part.strip().isdecimal() and int(part) for part in parts):
         raise ValueError(f"--size {text}: expected ROWS,COLUMNS in pixels, e.g. 224,320.")
     size = (int(parts[0]), int(parts[1]))
-    if subject.softmax and size != subject.transform.size:
+    if subject.is_transformer and size != subject.transform.size:
         rows, columns = subject.transform.size
         raise ValueError(f"--size {text}: {subject.name} takes only images of {rows},{columns} pixels.")
     return models.transform(subject.name, size)
@@ -161,7 +161,7 @@ def _place(args: argparse.Namespace) -> dict[str, Any]:
     return dict(parse_place(args.query, args.box, ", or class"))
 
 
-def _layer(text: str | None, subject: "Subject") -> str | None:
+def _layer(text: str | None, subject: "LoadedModel") -> str | None:
     if text is None or text in subject.layers:
         return text
     if text.removeprefix("-").isdecimal() and -len(subject.layers) <= int(text) < len(subject.layers):
@@ -170,7 +170,7 @@ def _layer(text: str | None, subject: "Subject") -> str | None:
     raise ValueError(f"--layer {text}: no such layer; {known}{nearest(text, subject.layers)}")
 
 
-def _untrained(subject: "Subject", seed: int) -> "torch.nn.Module":
+def _untrained(subject: "LoadedModel", seed: int) -> "torch.nn.Module":
     """Return a model of the same kind with its initial random weights."""
     import torch
 
@@ -185,8 +185,7 @@ def _write(folder: Path, fields: "dict[str, ReceptiveField]", command: str) -> N
     """Write erf.html, erf.png and erf.npz."""
     import numpy as np
 
-    from mamba_attn.erf.figure import panels
-    from mamba_attn.erf.page import page
+    from mamba_attn.erf.page import page, panels
     from mamba_attn.figures.png import reach_rgb, save_png
 
     drawn = panels(fields)

@@ -75,7 +75,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Explain the images."""
+    """Explain the images, and return the exit code."""
     require_extras(_NEEDED)
     return _explain(_job(args))
 
@@ -172,8 +172,7 @@ def _write(job: Job, title: str, name: str, answers: Sequence["Answer"]) -> None
     """Write <name>.html, .png and .npz."""
     import numpy as np
 
-    from mamba_attn.explanations.page import page
-    from mamba_attn.explanations.sheet import sheet
+    from mamba_attn.explanations.page import page, sheet
     from mamba_attn.figures.png import save_png
 
     first, *others = answers

@@ -39,7 +39,7 @@ the same command resumes after an interruption.
 
 def add_parser(commands: Commands) -> None:
     """Add the command and its arguments."""
-    what = "test whether untrained models attend the same way"
+    what = "measure patterns of attention and compare them with those of untrained models"
     parser = command(
         commands, "findings", what,
         examples=_EXAMPLES, notes=_NOTES, run=run, stopped="stopped; the same command resumes after the last model.",
@@ -126,8 +126,7 @@ def write(
     """
     from mamba_attn.figures.png import save_png
     from mamba_attn.findings import tables
-    from mamba_attn.findings.figures import matrices_rgb
-    from mamba_attn.findings.page import page
+    from mamba_attn.findings.page import matrices_rgb, page
 
     every = [tables.summary(report) for report in reports]
     every += [tables.side_by_side(reports)] if len(reports) > 1 else []

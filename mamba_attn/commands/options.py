@@ -15,7 +15,7 @@ class CommandParser(argparse.ArgumentParser):
     more: Callable[[], str] | None = None
 
     def format_help(self) -> str:
-        """Return the help."""
+        """Return the help, with its lazy last part."""
         if self.more is not None:
             self.epilog, self.more = f"{self.epilog}\n{self.more()}", None
         return super().format_help()
@@ -56,7 +56,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add ``--device``."""
+    """Add ``--device``, by default the CPU."""
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
 
 
@@ -67,7 +67,7 @@ def add_images(parser: argparse.ArgumentParser) -> None:
 
 
 def add_limit(parser: argparse.ArgumentParser, what: str = "use the first N images; default: all") -> None:
-    """Add ``--limit``."""
+    """Add ``--limit``, the number of images."""
     parser.add_argument("--limit", type=int, metavar="N", help=what)
 
 

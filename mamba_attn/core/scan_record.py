@@ -1,7 +1,7 @@
 """ScanRecord: everything that one call of a mixer's selective scans depended on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Self
 
 import torch
@@ -241,8 +241,7 @@ class ScanRecord:
 
     def replace(self, **changes: object) -> Self:
         """Return a record with some fields replaced."""
-        fields = {name: getattr(self, name) for name, its in self.__dataclass_fields__.items() if its.init}
-        return type(self)(**{**fields, **changes})
+        return type(self)(**{**{name: getattr(self, name) for name in _GIVEN}, **changes})
 
     def select_routes(self, routes: slice) -> Self:
         """Return the record of some routes only; nothing is copied, but of a D of tokens each route has a share."""
@@ -339,3 +338,6 @@ class ScanRecord:
                 "ScanRecord: a D of tokens multiplies the input of each token, and here routes have inputs of their "
                 "own; give u once, in the token frame: from_tokens with u (batch, 1, channels, tokens)."
             )
+
+
+_GIVEN = tuple(each.name for each in fields(ScanRecord) if each.init)

@@ -1,8 +1,9 @@
-"""The models that commands work on: built by name, with the names of their classes and what they are shown."""
+"""A model with what it is shown and the names of its classes, built by name; what a collection's labels are in it."""
 
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from mamba_attn import models
+from mamba_attn.datasets.samples import Data
 from mamba_attn.errors import nearest
 from mamba_attn.models import registry, torchvision_repair
 from mamba_attn.models.transforms import EvaluationTransform
@@ -20,10 +22,12 @@ from mamba_attn.tracing.adapters import AttentionAdapter, find_mixers
 
 NO_COMPANION = "none"
 _COMPANION = "vit_micro"  # of the micro models; the others have none of their size inside
+_IMAGENET = 1000
+_SYNSET = re.compile(r"n\d{8}")
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class LoadedModel:
     """A model to explain.
 
     Args:
@@ -48,7 +52,7 @@ class Subject:
         return list(find_mixers(self.model))
 
     @cached_property
-    def softmax(self) -> bool:
+    def is_transformer(self) -> bool:
         """Whether all layers are softmax attention, as in a ViT."""
         return all(isinstance(adapter, AttentionAdapter) for _, adapter in find_mixers(self.model).values())
 
@@ -72,7 +76,7 @@ class Subject:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
-def load(name: str, weights: str, device: str = "cpu") -> Subject:
+def load(name: str, weights: str, device: str = "cpu") -> LoadedModel:
     """Build a model with its weights.
 
     Args:
@@ -95,7 +99,7 @@ def load(name: str, weights: str, device: str = "cpu") -> Subject:
     options = card.get("options", {})
     model = models.create(name, weights=weights, **options)
     transform = models.transform(name, cast(tuple[int, int], model.image_size))
-    return Subject(name, model.to(device), _class_names(model, card), transform, weights, options)
+    return LoadedModel(name, model.to(device), _class_names(model, card), transform, weights, options)
 
 
 def require_device(device: str) -> None:
@@ -111,7 +115,7 @@ def require_device(device: str) -> None:
         raise ValueError("device='cuda': PyTorch sees no CUDA device here; use device='cpu'.")
 
 
-def load_companion(name: str | None, subject: Subject, device: str = "cpu") -> Subject | None:
+def load_companion(name: str | None, subject: LoadedModel, device: str = "cpu") -> LoadedModel | None:
     """Build the model that is shown beside another, with its demo weights.
 
     Args:
@@ -124,12 +128,12 @@ def load_companion(name: str | None, subject: Subject, device: str = "cpu") -> S
         WeightsError: no demo weights for this name.
     """
     if name is None:
-        fits = subject.name.endswith("_micro") and not subject.softmax and _COMPANION in registry.demos()
+        fits = subject.name.endswith("_micro") and not subject.is_transformer and _COMPANION in registry.demos()
         name = _COMPANION if fits else NO_COMPANION
     return None if name == NO_COMPANION else load(name, "demo", device)
 
 
-def parse_target(target: str | None, subject: Subject) -> int | None:
+def parse_target(target: str | None, subject: LoadedModel) -> int | None:
     """Return the index of a class; None for None.
 
     Args:
@@ -180,3 +184,35 @@ def _class_names(model: nn.Module, card: dict[str, Any]) -> list[str]:
         info = ImageNetInfo()
         return [str(info.index_to_description(index)).partition(",")[0] for index in range(count)]
     return [f"class {index}" for index in range(count)]
+
+
+def class_indices(data: Data, subject: LoadedModel) -> list[int | None]:
+    """Return the model's class for every label: by ImageNet's index or WordNet's number where both have it, by name.
+
+    None stands for a class that the model does not have; case does not matter; a name that two classes of the model
+    share is not guessed.
+
+    Args:
+        data: whose labels.
+        subject: whose classes.
+    """
+    count = len(subject.classes)
+    if count == _IMAGENET and data.imagenet is not None:
+        return [index if 0 <= index < count else None for index in data.imagenet]
+    if count == _IMAGENET and is_imagenet(data):
+        by_synset = {name: index for index, name in enumerate(_synsets())}
+        return [by_synset.get(name) for name in data.classes]
+    lowered = [name.casefold() for name in subject.classes]
+    return [lowered.index(name) if lowered.count(name) == 1 else None for name in map(str.casefold, data.classes)]
+
+
+def is_imagenet(data: Data) -> bool:
+    """Whether the classes are named by WordNet's numbers, as ImageNet's folders are."""
+    return bool(data.classes) and all(_SYNSET.fullmatch(name) for name in data.classes)
+
+
+def _synsets() -> list[str]:
+    torchvision_repair.prepare()
+    from timm.data.imagenet_info import ImageNetInfo
+
+    return list(ImageNetInfo().label_names())  # type: ignore[no-untyped-call]

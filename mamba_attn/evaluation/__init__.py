@@ -6,8 +6,8 @@ maps, wherever they come from; ``open_data`` reads test images with their truth.
 
 from mamba_attn.datasets.data import open_data
 from mamba_attn.datasets.samples import Data, Sample, half_of
-from mamba_attn.evaluation.bootstrap import Interval, bootstrap
 from mamba_attn.evaluation.cost import Cost, cost
+from mamba_attn.evaluation.intervals import Interval, bootstrap
 from mamba_attn.evaluation.localisation import Located, average_precision, energy_share, locate
 from mamba_attn.evaluation.perturbation import Clean, Perturbed, auc, clean_answers, deletion, insertion, perturb
 from mamba_attn.evaluation.ranking import ranking, token_cell

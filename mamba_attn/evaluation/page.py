@@ -6,24 +6,28 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from mamba_attn.core.document import Look, render
+from mamba_attn.core.document import Look, Plot, render
 from mamba_attn.datasets.samples import Sample
-from mamba_attn.evaluation import plots
-from mamba_attn.evaluation.contestants import FAILURES, Model
+from mamba_attn.evaluation.intervals import Interval
 from mamba_attn.evaluation.localisation import HALF
 from mamba_attn.evaluation.metrics import METRICS
 from mamba_attn.evaluation.plan import Plan
-from mamba_attn.evaluation.published import ABSENT, VIM, Published, beside
+from mamba_attn.evaluation.specs import FAILURES, Model
 from mamba_attn.evaluation.store import Store
 from mamba_attn.evaluation.summary import Table
-from mamba_attn.evaluation.tables import LEGEND, Rows, mark, text_tables
+from mamba_attn.evaluation.tables import ABSENT, LEGEND, VIM, Published, Rows, beside, mark, text_tables
 from mamba_attn.figures import png
-from mamba_attn.figures.colours import PERCENTILE, limits
+from mamba_attn.figures.colours import CATEGORIES, GRID, PERCENTILE, limits
 from mamba_attn.figures.picture import data_uri
 
 _EDGE = (0, 255, 255)
 _RANKED = ("positive_auc_top", "negative_auc_top", "gap_target", "gap_top", "insertion", "deletion", "miou", "map",
            "energy_ratio", "not_trap")  # fmt: skip
+_DASHES = ("", "5 3", "1.5 2.5", "8 3 2 3")  # where there are more methods than colours
+_WIDTH, _HEIGHT = 318, 230
+_LEFT, _RIGHT, _TOP, _BOTTOM = 38, 8, 22, 30
+_TENTHS = range(1, 10)
+_LONGEST = 38  # letters that fit beside an interval
 
 
 def page(plan: Plan, store: Store, tables: Sequence[Table], about: Mapping[str, Any]) -> str:
@@ -35,7 +39,7 @@ def page(plan: Plan, store: Store, tables: Sequence[Table], about: Mapping[str, 
         tables: the figures.
         about: of the run: "command", "notes" and what else is worth a line.
     """
-    looks = plots.styles(plan.methods)  # the same for all models
+    looks = styles(plan.methods)  # the same for all models
     return render(
         "compare.html",
         title="mamba-attn compare",
@@ -114,7 +118,7 @@ def _curves(tables: Sequence[Table], looks: Mapping[str, Look]) -> list[tuple[st
     found = []
     for table in (table for table in tables if table.curves):
         drawn = [
-            plots.curves(f"{name}, accuracy against the {against}", lines, looks)
+            curves(f"{name}, accuracy against the {against}", lines, looks)
             for of, against in (("top", "prediction"), ("target", "label"))
             for name in ("positive", "negative")
             if (lines := {m: its[f"{name}_{of}"] for m, its in table.curves.items() if f"{name}_{of}" in its})
@@ -127,7 +131,7 @@ def _rankings(tables: Sequence[Table], looks: Mapping[str, Look]) -> list[tuple[
     found = []
     for table in tables:
         drawn = [
-            plots.intervals(
+            intervals(
                 f"{METRICS[name].title} ({'higher' if METRICS[name].better > 0 else 'lower'} is better)",
                 {method: figure.interval for method, figure in table.figures[name].items()}, looks,
                 {method: mark(figure) for method, figure in table.figures[name].items()},
@@ -166,3 +170,70 @@ def _beside(table: Table, row: Published, names: Sequence[str]) -> list[list[str
 
 def _title(table: Table) -> str:
     return f"{table.model.name} on {table.data.name}"
+
+
+def styles(methods: Sequence[str]) -> dict[str, Look]:
+    """Return how each method's lines look."""
+    count = len(CATEGORIES)
+    return {
+        method: Look(CATEGORIES[place % count], _DASHES[place // count % len(_DASHES)])
+        for place, method in enumerate(methods)
+    }
+
+
+def curves(title: str, lines: Mapping[str, Sequence[float]], looks: Mapping[str, Look]) -> Markup:
+    """Return accuracies at 10 to 90 % removed as one plot.
+
+    Args:
+        title: above it.
+        lines: nine accuracies in 0..1 per method.
+        looks: from ``styles``.
+    """
+    wide, high = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+    plot = Plot(_WIDTH, _HEIGHT)
+    plot.text(_LEFT + wide / 2, 13, title, bold=True)
+    for step in range(0, 101, 25):
+        y = _TOP + high * (1 - step / 100)
+        plot.level(_LEFT, _LEFT + wide, y, Look(GRID, width=1))
+        plot.text(_LEFT - 5, y + 4, f"{step} %", "end")
+    for tenths in _TENTHS:
+        plot.text(_LEFT + wide * (tenths - 1) / 8, _HEIGHT - 14, f"{10 * tenths}")
+    plot.text(_LEFT + wide / 2, _HEIGHT - 2, "% of the cells removed")
+    for method, values in lines.items():
+        places = [(tenths, value) for tenths, value in zip(_TENTHS, values, strict=True)]
+        plot.line([(_LEFT + wide * (x - 1) / 8, _TOP + high * (1 - y)) for x, y in places], looks[method], method)
+    return plot.svg()
+
+
+def intervals(
+    title: str, figures: Mapping[str, Interval], looks: Mapping[str, Look], marks: Mapping[str, str], width: int = 706
+) -> Markup:
+    """Return figures with their intervals, one line each, in the given order.
+
+    Args:
+        title: above it.
+        figures: by method.
+        looks: from ``styles``.
+        marks: by method, what stands behind its numbers.
+        width: in pixels.
+    """
+    names, row = 240, 19
+    low, high = min(each.low for each in figures.values()), max(each.high for each in figures.values())
+    low, high = (low, high) if high > low else (low - 1, high + 1)
+    span = width - names - 172
+
+    def x(value: float) -> float:
+        return names + span * (value - low) / (high - low)
+
+    plot = Plot(width, 28 + row * len(figures))
+    plot.text(names, 13, title, "start", bold=True)
+    for place, (method, each) in enumerate(figures.items()):
+        y, colour = 24 + row * place + row / 2, looks[method].colour
+        value, below, above = (f"{round(number, 9) + 0.0:.3g}" for number in (each.value, each.low, each.high))
+        label = f"{value} ({below} to {above}){marks.get(method, '')}"
+        name = method if len(method) <= _LONGEST else f"{method[: _LONGEST - 1]}…"
+        plot.text(names - 8, y + 4, name, "end")
+        plot.level(x(each.low), x(each.high), y, Look(colour, width=2), f"{method}: {label}")
+        plot.dot(x(each.value), y, colour, 3.5)
+        plot.text(width - 160, y + 4, label, "start")
+    return plot.svg()

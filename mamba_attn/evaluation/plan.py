@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from mamba_attn.datasets.data import open_data
-from mamba_attn.datasets.labels import class_indices
+from mamba_attn.datasets.loaded_model import class_indices
 from mamba_attn.datasets.samples import Data
-from mamba_attn.evaluation.contestants import LABEL, Model, Options, misfit
+from mamba_attn.evaluation.specs import LABEL, Model, Options
 from mamba_attn.evaluation.store import Key, Store
 
 MEASURES = ("perturbation", "pixels", "localisation", "sanity", "cost", "picture")
@@ -101,7 +101,7 @@ class Plan:
 
     def fitting(self, model: Model) -> list[str]:
         """Return the methods that fit a model."""
-        return [name for name in self.methods if misfit(name, model) is None]
+        return [name for name in self.methods if model.misfit(name) is None]
 
     def indices(self, selector: str, measure: str, method: str | None = None) -> list[int]:
         """Return the images of a collection that a measure is taken on: the first ones, by their order."""
@@ -150,7 +150,7 @@ class Plan:
             ValueError: a method that fits none of the models, a target that is no class or a label that is missing.
         """
         for method in self.methods:
-            reasons = {model.name: misfit(method, model) for model in self.models}
+            reasons = {model.name: model.misfit(method) for model in self.models}
             wrong = {name: reason for name, reason in reasons.items() if reason is not None}
             if len(wrong) == len(reasons) and method not in self.unasked:
                 raise ValueError(f"methods={method!r}: {next(iter(wrong.values()))}")

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from mamba_attn.datasets.samples import Data
-from mamba_attn.evaluation.bootstrap import Interval, Resampler, interval
-from mamba_attn.evaluation.contestants import Model
+from mamba_attn.evaluation.intervals import Interval, Resampler, interval
 from mamba_attn.evaluation.metrics import METRICS, Metric
 from mamba_attn.evaluation.plan import Plan
+from mamba_attn.evaluation.specs import Model
 from mamba_attn.evaluation.store import Store
 
 Lines = Mapping[int, dict[str, Any]]  # by the image's index

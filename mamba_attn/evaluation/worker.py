@@ -3,8 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,22 +10,40 @@ from torch import Tensor
 
 from mamba_attn import images as image_files
 from mamba_attn.datasets.data import open_data
-from mamba_attn.datasets.labels import class_indices
+from mamba_attn.datasets.loaded_model import class_indices
 from mamba_attn.datasets.samples import Data, Sample
 from mamba_attn.errors import NonFiniteError
 from mamba_attn.evaluation import perturbation
-from mamba_attn.evaluation.contestants import FAILURES, LABEL
-from mamba_attn.evaluation.judges import JUDGES, Batch, answers, explainer
+from mamba_attn.evaluation.measures import JUDGES, Batch, answers, explainer
 from mamba_attn.evaluation.plan import Needs, Task
 from mamba_attn.evaluation.ranking import check_finite
+from mamba_attn.evaluation.specs import FAILURES, LABEL, Model
 from mamba_attn.evaluation.store import Key
 
 Record = tuple[Key, dict[str, Any]]
 
 
-def work(task: Task) -> list[Record]:
-    """Do a task and return its lines; what fails is a line with the reason."""
-    data, subject = _data(task.selector, Path.cwd()), task.model.subject
+class Worker:
+    """Does tasks. What they need is loaded once and kept as long as the worker.
+
+    Args:
+        data: collections that are open already, by selector.
+    """
+
+    def __init__(self, data: Mapping[str, Data] | None = None) -> None:
+        self._data = dict(data or {})
+        self._models: dict[Model, Model] = {}
+
+    def work(self, task: Task) -> list[Record]:
+        """Do a task and return its lines; what fails is a line with the reason."""
+        model = self._models.setdefault(task.model, task.model)  # of equal ones the first, which may be loaded
+        if task.selector not in self._data:
+            self._data[task.selector] = open_data(task.selector)
+        return _work(replace(task, model=model), self._data[task.selector])
+
+
+def _work(task: Task, data: Data) -> list[Record]:
+    subject = task.model.subject
     labels = class_indices(data, subject)
     samples: dict[int, Sample] = {}
     classes, lines = [], []
@@ -47,7 +63,7 @@ def work(task: Task) -> list[Record]:
         if len(samples) == 1:
             return lines + _failed(task, data, _restricted(task.needs, list(samples)), error)
         parts = (replace(task, needs=_restricted(task.needs, [index])) for index in samples)
-        return lines + [line for part in parts for line in work(part)]
+        return lines + [line for part in parts for line in _work(part, data)]
     known = [None if sample.label is None else labels[sample.label] for sample in samples.values()]
     batch = Batch(task, list(samples), list(samples.values()), images, clean, known)
     for method, needs in _restricted(task.needs, list(samples)).items():
@@ -145,9 +161,3 @@ def _failed(task: Task, data: Data, needs: Needs, error: BaseException) -> list[
 def _key(task: Task, data: Data, index: int, method: str, measure: str) -> Key:
     identity = task.model.identity
     return Key(data.identity, data.items[index].key, identity, method, measure, task.options.of(measure))
-
-
-@cache
-def _data(selector: str, folder: Path) -> Data:
-    """Opened once per process; what a relative path means depends on the folder."""
-    return open_data(selector)

@@ -44,7 +44,7 @@ class Answer:
 
     @property
     def name(self) -> str:
-        """The model's name."""
+        """The name of the model in titles and files."""
         return self.question.subject.name
 
     @property

@@ -8,13 +8,13 @@ from mamba_attn.attribution import catalogue
 from mamba_attn.attribution.queries import Query, require_inside
 from mamba_attn.attribution.spec import Method, method
 from mamba_attn.core.requirements import parse_place
-from mamba_attn.datasets.loaded_model import Subject
+from mamba_attn.datasets.loaded_model import LoadedModel
 from mamba_attn.errors import nearest
 
 _DEFAULT = ("raw_attention", "attention_rollout", "mamba_attribution")
 
 
-def parse_methods(methods: Sequence[str], subject: Subject) -> list[Method]:
+def parse_methods(methods: Sequence[str], subject: LoadedModel) -> list[Method]:
     """Return the methods named by a user, without duplicates; by default, those that fit the model.
 
     Args:
@@ -34,13 +34,13 @@ def parse_methods(methods: Sequence[str], subject: Subject) -> list[Method]:
     return list(found.values())
 
 
-def counterparts(methods: Sequence[Method], other: Subject) -> list[Method]:
+def counterparts(methods: Sequence[Method], other: LoadedModel) -> list[Method]:
     """Return the methods for a second model: the same ones or their counterparts, with default options."""
     names = dict.fromkeys(catalogue.counterpart(method.name, other.model) for method in methods)
     return [Method(name) for name in names]
 
 
-def parse_query(query: str | None, box: str | None, subject: Subject, methods: Sequence[Method]) -> Query | None:
+def parse_query(query: str | None, box: str | None, subject: LoadedModel, methods: Sequence[Method]) -> Query | None:
     """Return the pixel or box in the image as the model sees it; None if neither is given.
 
     Args:
@@ -65,7 +65,7 @@ def parse_query(query: str | None, box: str | None, subject: Subject, methods: S
     return None
 
 
-def parse_layers(layers: Sequence[str], subject: Subject) -> list[str]:
+def parse_layers(layers: Sequence[str], subject: LoadedModel) -> list[str]:
     """Return the names of layers, first to last.
 
     Args:
@@ -88,7 +88,7 @@ def parse_layers(layers: Sequence[str], subject: Subject) -> list[str]:
     return [name for name in subject.layers if name in chosen]
 
 
-def same_depth(layers: Sequence[str], subject: Subject, other: Subject) -> list[str]:
+def same_depth(layers: Sequence[str], subject: LoadedModel, other: LoadedModel) -> list[str]:
     """Return the layers of a second model at the same relative depth as those of the first."""
     last, others_last = len(subject.layers) - 1, len(other.layers) - 1
     deep = {round(subject.layers.index(name) / max(last, 1) * others_last) for name in layers}
@@ -106,13 +106,13 @@ class Question(NamedTuple):
         query: the pixel or box whose rows are read. Default: the class token, or the mean over patches.
     """
 
-    subject: Subject
+    subject: LoadedModel
     methods: Sequence[Method]
     layers: Sequence[str] = ()
     target: int | None = None
     query: Query | None = None
 
-    def of_companion(self, other: Subject) -> "Question":
+    def of_companion(self, other: LoadedModel) -> "Question":
         """Return the same question for a second model: layers at the same depth, class by name, query scaled."""
         target = self.target
         if target is not None and other.classes != self.subject.classes:

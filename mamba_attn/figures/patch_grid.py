@@ -56,7 +56,7 @@ def patch_view(
         image: (rows, columns, 3), uint8 or in 0..1, drawn below and stretched to the grid.
         marks: patches to frame, as raster indices; adjacent ones share a frame.
         order: the patch visited at each step; its path is drawn.
-        step: draw the first steps of it only. Default: all.
+        step: draw only its first steps. Default: all.
         opacity: of the largest values, 0 to 1; below 1, smaller ones are fainter. Default: 0.9 over an image, else 1.
         limits: values of the first and the last colour. Default: the map's range without the largest half percent.
         signed: centre on zero. Default: whether a value is negative.

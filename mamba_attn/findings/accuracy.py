@@ -10,9 +10,9 @@ import numpy as np
 from mamba_attn.analytics.store import AttentionStore
 from mamba_attn.errors import WeightsError
 from mamba_attn.findings.controls import ALL, Report
-from mamba_attn.findings.measured import MODEL
+from mamba_attn.findings.intervals import Together, together
 from mamba_attn.findings.registry import FINDINGS
-from mamba_attn.findings.resampling import Together, together
+from mamba_attn.findings.results import MODEL
 from mamba_attn.models import registry
 
 LEAST = 3  # orders, for a correlation

@@ -14,12 +14,11 @@ import numpy as np
 from mamba_attn.analytics.rebuild import order_of, takes_order
 from mamba_attn.analytics.store import AttentionStore
 from mamba_attn.errors import MambaAttnError
-from mamba_attn.findings import resampling
-from mamba_attn.findings.expected import LEVEL, Expected, expected, holm
-from mamba_attn.findings.measured import MODEL, Measured
-from mamba_attn.findings.measuring import Advance, Measuring
+from mamba_attn.findings import intervals
+from mamba_attn.findings.intervals import LEVEL, Estimate, Expected, expected, holm
+from mamba_attn.findings.measure import Advance, Measuring
 from mamba_attn.findings.registry import FINDINGS, Finding
-from mamba_attn.findings.resampling import Estimate
+from mamba_attn.findings.results import MODEL, Measured
 
 ALL = "all"  # the mean over blocks, or stages
 SHUFFLED_ORDER = "random"  # one of mamba_attn.orders.ORDERS
@@ -240,7 +239,7 @@ def _rows(own: Sequence[Measured], random: Sequence[Measured], reordered: Sequen
     first, seeds, shuffle = tables[0], tables[1 : 1 + len(random)], tables[-1]
     others = tables[1 + len(random) : -1]
     for key in sorted(first, key=lambda key: list(FINDINGS).index(key[0])):
-        trained = resampling.mean(first[key])
+        trained = intervals.mean(first[key])
         if trained is None:
             continue
         controls = [each[key] for each in seeds if key in each]
@@ -249,7 +248,7 @@ def _rows(own: Sequence[Measured], random: Sequence[Measured], reordered: Sequen
             *key, trained,
             float(np.mean(each_seed)) if each_seed else None, each_seed,
             reordered=_mean(others[0].get(key)) if others else None,
-            order=resampling.difference(first[key], others[0][key]) if others and key in others[0] else None,
+            order=intervals.difference(first[key], others[0][key]) if others and key in others[0] else None,
             shuffled=_mean(shuffle.get(key)),
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mamba_attn.errors import nearest
-from mamba_attn.findings import block_measures, matrix_measures, row_measures
+from mamba_attn.findings import formulas
 
 VERSION = 1  # of the measurements: what an older one left in a folder is measured again
 GROUPS = 10  # of images, at most
@@ -47,11 +47,6 @@ class Finding:
         """What has one number: a "block", a "stage" or the "model"."""
         return {"blocks": "stage", "depth": "model"}.get(self.kind, "block")
 
-    @property
-    def needs_two(self) -> bool:
-        """Whether images are compared with each other."""
-        return self.kind == "features" or self.name in ("block_silhouette", "block_neighbours")
-
 
 def _finding(of: str, title: str, kind: str, claim: str, function: Callable[..., Any], question: str) -> Finding:
     sign, _, number = claim.partition(" ")
@@ -64,46 +59,46 @@ def _depth(of: str, source: str, title: str, claim: str, question: str) -> Findi
     sign, _, number = claim.partition(" ")
     return Finding(
         f"{source}_by_depth", of, title, question, "depth", (sign, float(number)) if claim else None,
-        block_measures.by_depth, source,
+        formulas.by_depth, source,
     )  # fmt: skip
 
 
 FINDINGS: dict[str, Finding] = {
     each.name: each
     for each in (
-        _finding("F1", "silhouette of blocks", "blocks", "> 0.5", block_measures.block_silhouette,
+        _finding("F1", "silhouette of blocks", "blocks", "> 0.5", formulas.block_silhouette,
                  "Do the blocks of a stage form clusters of their own?"),
-        _finding("F1", "nearest point of the same block", "blocks", "> 0.95", block_measures.block_neighbours,
+        _finding("F1", "nearest point of the same block", "blocks", "> 0.95", formulas.block_neighbours,
                  "Is an image's matrix nearest to others of the same block?"),
-        _finding("F2", "read just before / uniform", "matrix", "> 1", matrix_measures.preceding_lift,
+        _finding("F2", "read just before / uniform", "matrix", "> 1", formulas.preceding_lift,
                  "Do patches read those just before them in a scan?"),
-        _finding("F3", "least correlation of two blocks", "blocks", "< 0", block_measures.block_correlation,
+        _finding("F3", "least correlation of two blocks", "blocks", "< 0", formulas.block_correlation,
                  "Do two blocks of a stage complement each other?"),
-        _finding("F3", "range of distances over blocks", "blocks", "", block_measures.distance_range,
+        _finding("F3", "range of distances over blocks", "blocks", "", formulas.distance_range,
                  "Do some blocks of a stage look far and others near?"),
-        _finding("F3", "share of neighbours and self", "matrix", "", matrix_measures.neighbour_share,
+        _finding("F3", "share of neighbours and self", "matrix", "", formulas.neighbour_share,
                  "How much is read from the patch itself and its neighbours?"),
-        _finding("F4", "cosine, same less other column", "rows", "> 0", row_measures.column_similarity,
+        _finding("F4", "cosine, same less other column", "rows", "> 0", formulas.column_similarity,
                  "Do patches of one column read alike?"),
-        _finding("F4", "cosine, same less other row", "rows", "", row_measures.row_similarity,
+        _finding("F4", "cosine, same less other row", "rows", "", formulas.row_similarity,
                  "Do patches of one row read alike?"),
-        _finding("F4", "purity of columns", "rows", "> 0", row_measures.column_purity,
+        _finding("F4", "purity of columns", "rows", "> 0", formulas.column_purity,
                  "Are the patches that read most alike in one column?"),
-        _finding("F4", "purity of rows", "rows", "", row_measures.row_purity,
+        _finding("F4", "purity of rows", "rows", "", formulas.row_purity,
                  "Are the patches that read most alike in one row?"),
-        _finding("F7", "purity of z-blocks", "rows", "", row_measures.block_purity,
+        _finding("F7", "purity of z-blocks", "rows", "", formulas.block_purity,
                  "Are the patches that read most alike in one z-block?"),
-        _finding("F5", "rows follow the image", "rows", "> 0", row_measures.grid_locality,
+        _finding("F5", "rows follow the image", "rows", "> 0", formulas.grid_locality,
                  "Do patches that are close in the image read alike?"),
-        _finding("F5", "rows follow the scan", "rows", "> 0", row_measures.sequence_locality,
+        _finding("F5", "rows follow the scan", "rows", "> 0", formulas.sequence_locality,
                  "Do patches that are close in a scan read alike?"),
-        _finding("F7", "own order over raster", "rows", "> 0", row_measures.order_over_raster,
+        _finding("F7", "own order over raster", "rows", "> 0", formulas.order_over_raster,
                  "Does the pattern follow the order that is scanned, rather than the raster?"),
-        _finding("F6", "part that differs by image", "features", "", block_measures.image_share,
+        _finding("F6", "part that differs by image", "features", "", formulas.image_share,
                  "How much of a block's attention depends on the image?"),
-        _finding("", "entropy", "matrix", "", matrix_measures.entropy,
+        _finding("", "entropy", "matrix", "", formulas.entropy,
                  "How widely is attention spread?"),
-        _finding("", "mean attention distance, px", "matrix", "", matrix_measures.distance,
+        _finding("", "mean attention distance, px", "matrix", "", formulas.distance,
                  "How far does attention reach?"),
         _depth("F6", "image_share", "part that differs, by depth", "> 0",
                "Does attention depend more on the image in later blocks?"),

@@ -9,9 +9,9 @@ from typing import Any
 
 from mamba_attn.findings.accuracy import Orders
 from mamba_attn.findings.controls import ALL, Report, Row
-from mamba_attn.findings.measured import MODEL
+from mamba_attn.findings.intervals import Estimate
 from mamba_attn.findings.registry import FINDINGS, Finding
-from mamba_attn.findings.resampling import Estimate
+from mamba_attn.findings.results import MODEL
 
 Texts = tuple[str, list[str], list[list[str]]]
 TERMS = {

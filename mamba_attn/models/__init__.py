@@ -1,4 +1,8 @@
-"""Vim and VMamba in plain PyTorch, and timm's ViT, by name."""
+"""Vim and VMamba in plain PyTorch, and timm's ViT, by name.
+
+``create`` builds one, with weights of this package, official ones or a file's; ``transform`` prepares images for it;
+``names`` lists all.
+"""
 
 from mamba_attn.models.registry import create, names, transform
 

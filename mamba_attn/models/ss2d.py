@@ -225,6 +225,6 @@ class SS2D(nn.Module):
         return cross_scan(height, width, self.A_logs.device, self.order, self.second)
 
     def forward(self, x: Float[Tensor, "batch height width features"]) -> Float[Tensor, "batch height width features"]:
-        """Mix tokens."""
+        """Mix tokens along the four routes of the grid."""
         record = project(self, x, orders=self.routes(*x.shape[1:3]))
         return finish(self, record, selective_scan(record))

@@ -118,7 +118,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(features, num_classes) if num_classes else nn.Identity()
 
     def forward(self, x: Float[Tensor, "batch height width features"]) -> Float[Tensor, "batch classes"]:
-        """Return the logits."""
+        """Return the logits from the tokens of the last stage."""
         logits: Tensor = self.head(self.norm(x).mean((1, 2)))
         return logits
 

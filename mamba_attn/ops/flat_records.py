@@ -36,7 +36,8 @@ def flatten(record: ScanRecord) -> tuple[Any, ...]:
 
 def flatten_for_matrix(record: ScanRecord) -> tuple[Any, ...]:
     """The same without D and the values of u: the matrix does not depend on them, nor does it need their gradients."""
-    return flatten(record.replace(source_u=record.source_u.detach(), D=None))
+    u, delta, A, B, C, _, *rest = flatten(record)
+    return (u.detach(), delta, A, B, C, None, *rest)
 
 
 def y_shape(u: Tensor, read_order: Tensor, tokens: int, merged: bool) -> Sequence[int | torch.SymInt]:

@@ -270,7 +270,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The mixer's output and the sum before the norm, both (batch, length, dim)."""
         residual = hidden_states if residual is None else hidden_states + residual
-        normalised = self.norm(residual.to(self.norm.weight.dtype))
+        dtype = next(self.norm.parameters()).dtype
+        normalised = self.norm(residual.to(dtype))
         residual = residual.float() if self.residual_in_fp32 else residual
         return self.mixer(normalised, inference_params=inference_params), residual
 

@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
             for t in (self.B, self.C)
         ]
         rest = [None if t is None else t.to(kind) for t in (self.u, self.delta, self.D, self.z, self.delta_bias)]
-        return Inputs(*rest[:2], self.A.to(wide), *paired, *rest[2:])  # type: ignore[arg-type]
+        return Inputs(*rest[:2], self.A.to(wide), *paired, *rest[2:])  # type: ignore[arg-type, call-arg]
 
 
 def run(name: str, given: Inputs, softplus: object) -> tuple[Tensor, Tensor]:
@@ -209,7 +209,7 @@ def _every_state(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Ten
     """A scan whose output is the states: each is a channel of one state, of a group of its own, read by C = 1."""
     states = A.shape[1]
     batch, groups, _, length = B.shape
-    wide = [t.repeat_interleave(states, 1) for t in (u, delta)]
+    wide = u.repeat_interleave(states, 1), delta.repeat_interleave(states, 1)
     # channels (channel, state): the B of channel c and state n is B[:, group of c, n]
     narrow = B.repeat_interleave(u.shape[1] // groups, 1).reshape(batch, -1, 1, length)
     bias = None if delta_bias is None else delta_bias.repeat_interleave(states, 0)
@@ -273,7 +273,7 @@ def _both_axes(name: str, given: Inputs, softplus: object, rows: int, columns: i
         for step in range(1, state.shape[axis]):
             along.append(decay.select(axis, step) * along[-1] + state.select(axis, step))
         state = torch.stack(along, axis)
-    y = (state * C).sum(2).flatten(-2)
+    y: Tensor = (state * C).sum(2).flatten(-2)
     return y if x.D is None else y + x.D[:, None] * x.u
 
 

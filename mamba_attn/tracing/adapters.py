@@ -22,6 +22,7 @@ from mamba_attn.core.rules import Rules
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import UnsupportedModelError
 
+_OF_SCANS = ("A_log", "A_logs", "dt_bias")
 _FAMILIES = ("vim", "mamba", "vmamba", "mambavision", "timm_vit")  # asked in this order
 
 
@@ -231,20 +232,36 @@ def find_mixers(
 
 
 def nothing_found(model: nn.Module, adapters: Iterable[AnyAdapter] | None = None) -> UnsupportedModelError:
-    """Return the error of a model without anything that can be traced: the module types seen and the families known.
+    """Return the error of a model without anything that can be traced: its modules that look like scans, and families.
 
     Args:
         model: any model.
         adapters: that were asked before the known ones.
     """
-    seen = Counter(type(module).__name__ for module in model.modules())
     families = ", ".join(dict.fromkeys(adapter.family for adapter in [*(adapters or ()), *known_adapters()]))
+    scans = Counter(why for module in model.modules() if (why := _looks_like_a_scan(module)))
+    if scans:
+        shown = [f"{why} x {count}" for why, count in scans.most_common(12)]
+        seen = f"What looks like a scan in it: {', '.join(shown)}"
+    else:
+        types = Counter(type(module).__name__ for module in model.modules())
+        seen = f"Module types seen: {', '.join(f'{name} x {count}' for name, count in types.most_common(12))}"
     return UnsupportedModelError(
         f"{type(model).__name__} has no layer that can be traced, and none of its scans went through a compiled "
-        f"selective scan. Families known: {families}. Module types seen: "
-        f"{', '.join(f'{name} x {count}' for name, count in seen.most_common(12))}. "
-        "See register_adapter for a family of your own."
+        f"selective scan. Families known: {families}. {seen}. See register_adapter for a family of your own."
     )
+
+
+def _looks_like_a_scan(module: nn.Module) -> str | None:
+    """The type of a module that holds what scans decay by, or whose own code names a scan, with what it holds or names.
+
+    Args:
+        module: any module; what its children hold is theirs.
+    """
+    own = [name for name in _OF_SCANS if getattr(module, name, None) is not None]
+    code = getattr(type(module).forward, "__code__", None)
+    own += [name for name in (code.co_names if code is not None else ()) if "scan" in name.lower()]
+    return f"{type(module).__name__} (with {', '.join(dict.fromkeys(own))})" if own else None
 
 
 def unknown_parts(

@@ -19,9 +19,10 @@ from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.tracing.adapters import Seen
 from mamba_attn.tracing.doors import ScanCall, Watch
-from mamba_attn.tracing.frames import Place, Replay
+from mamba_attn.tracing.frames import Place
 from mamba_attn.tracing.layers import ScanLayer
 from mamba_attn.tracing.patching import recomputing
+from mamba_attn.tracing.replay import Replay
 from mamba_attn.tracing.steps import Found, Steps, steps_of
 
 AnyLayout = TokenLayout | Mapping[str, TokenLayout] | Callable[[str, int], TokenLayout | None]
@@ -295,6 +296,7 @@ class DoorScans:
         self.model = model
         self.watch = watch
         self.runs = 0
+        self.finished = 0  # of these runs; a forward that raised shows nothing
         self.leaves: list[Tensor] = []  # of the model's input, for gradients
         self._refused = refused or {}
         self._seen = seen
@@ -311,6 +313,10 @@ class DoorScans:
         stack.callback(self.watch.close)
         hook = self.model.register_forward_pre_hook(self._starts, with_kwargs=True, prepend=True)
         stack.callback(hook.remove)
+        stack.callback(self.model.register_forward_hook(self._ends).remove)
+
+    def _ends(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.finished += get_ident() == self.watch.thread
 
     def _starts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if get_ident() != self.watch.thread or recomputing() or self.watch.suspended:

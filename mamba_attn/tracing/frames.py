@@ -9,7 +9,7 @@ to one cell.
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from types import FunctionType
@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from mamba_attn._types import Int
-from mamba_attn.errors import TraceError
 from mamba_attn.tracing.doors import ScanCall, Watch, open_doors, suspended
+from mamba_attn.tracing.replay import Replay, as_it_was
 
 _SHARE = 0.2  # of a step's gradient that must come from its own cell; stricter limits chose inner tensors in silence
 _LOOKS = 2  # at tensors of one shape
@@ -78,50 +78,6 @@ class Measured:
     nearest: dict[int, str]
     maps: dict[str, list[tuple[int, ...]]]
     backwards: int
-
-
-@dataclass
-class Replay:
-    """How a model was called, so that it can be called that way again."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    autocast: list[tuple[str, torch.dtype]] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Replay":
-        """Copies of the tensors: a model may write over what it is given."""
-        found = cls(args, kwargs).changed(Tensor.clone)
-        devices = {"cpu", *(value.device.type for value in found.tensors)}
-        found.autocast = [(d, torch.get_autocast_dtype(d)) for d in devices if torch.is_autocast_enabled(d)]
-        return found
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All tensors among the arguments."""
-        return [value for value in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(value, Tensor)]
-
-    @property
-    def batch(self) -> int | None:
-        """Number of images, where every tensor's first axis is as long."""
-        sizes = {value.shape[0] if value.ndim else 0 for value in self.tensors}
-        return sizes.pop() if len(sizes) == 1 else None
-
-    def changed(self, function: Callable[[Tensor], Tensor]) -> "Replay":
-        """With every tensor changed, outside all graphs."""
-        with torch.inference_mode(False), torch.no_grad():
-            args, kwargs = pytree.tree_map(
-                lambda value: function(value.detach()) if isinstance(value, Tensor) else value, (self.args, self.kwargs)
-            )
-        return Replay(args, kwargs, self.autocast)
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What orders may depend on, of the arguments: shapes, types and everything that is no tensor."""
-        return tuple(
-            (tuple(value.shape), value.dtype, str(value.device)) if isinstance(value, Tensor) else repr(value)
-            for value in pytree.tree_leaves((self.args, self.kwargs))
-        )
 
 
 def measure(model: nn.Module, replay: Replay) -> Measured:
@@ -277,7 +233,7 @@ def _watched_pass(model: nn.Module, replay: Replay) -> Iterator[_Run]:
     watch = Watch(model, cut=True)
     with ExitStack() as whole:
         whole.callback(watch.close)
-        for block in (torch.inference_mode(False), _as_it_was(model), open_doors(watch), suspended(watch)):
+        for block in (torch.inference_mode(False), as_it_was(model), open_doors(watch), suspended(watch)):
             whole.enter_context(block)
         run = _Run(watch)
 
@@ -301,36 +257,6 @@ def _watched_pass(model: nn.Module, replay: Replay) -> Iterator[_Run]:
             stack.enter_context(_Centre())
             model(*own.args, **own.kwargs)
         yield run
-
-
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """In eval mode and with frozen parameters inside, since only where gradients go matters; as before after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    buffers = [(module, name, value, None if value is None else value.clone())
-               for module in model.modules() for name, value in module._buffers.items()]  # fmt: skip
-    if any(parameter.is_inference() for parameter, _ in flags):
-        raise TraceError(
-            "the order of the scans' tokens is measured by gradients, and the model was built in inference mode: "
-            "build it outside torch.inference_mode(), or pass orders= to trace()."
-        )
-    devices = {parameter.device for parameter, _ in flags if parameter.is_cuda}
-    with torch.random.fork_rng(devices), torch.no_grad():
-        try:
-            model.eval()
-            for parameter, _ in flags:
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-            for module, name, value, copy in buffers:
-                module._buffers[name] = value
-                if value is not None and copy is not None and not torch.equal(value, copy):
-                    value.copy_(copy)
 
 
 def _look(stack: ExitStack, model: nn.Module, run: _Run) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from mamba_attn._types import Int
 from mamba_attn.tracing.doors import ScanCall
-from mamba_attn.tracing.frames import Measured, Place, Replay, agrees, measure
+from mamba_attn.tracing.frames import Measured, Place, agrees, measure
+from mamba_attn.tracing.replay import Replay
 
 _PAIR = 2  # images that are measured of a larger batch: enough to see whether orders differ, and how rows are laid
 

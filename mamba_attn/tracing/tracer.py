@@ -4,6 +4,7 @@ Everything installed is owned by one ExitStack and by one entry of the context m
 after normal exit, an exception, a failure half way through, nesting, or another thread's use of the same model.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from numbers import Integral
@@ -26,6 +27,7 @@ from mamba_attn.tracing.layer_names import ByLayer, LayerName, LayerNames, layer
 from mamba_attn.tracing.layers import AnyLayer, AttentionLayer, Layer, ScanLayer
 from mamba_attn.tracing.module_rules import check_rules_apply, install_rules
 from mamba_attn.tracing.patching import Interest, observed, patched, watch_layout
+from mamba_attn.tracing.unseen import MIXES, Unseen, unseen_sentence
 
 _MODES = ("route", "observe")
 _GRADIENTS = ("y", "output")
@@ -38,20 +40,25 @@ class Trace(Mapping[str, Layer]):
     ``scans`` and ``softmax`` are those of one kind, with what only that kind has.
     """
 
-    def __init__(self, names: Sequence[str], doors: DoorScans | None = None, wanted: LayerNames | None = None) -> None:
+    def __init__(
+        self, names: Sequence[str], doors: DoorScans | None = None, wanted: LayerNames | None = None,
+        around: Unseen | None = None,
+    ) -> None:  # fmt: skip
         self._adapted = list(names)
         self._doors = doors
         self._wanted = wanted
+        self._around = around
         self._stored: dict[str, tuple[int, Layer]] = {}
         self._repeated: set[str] = set()
 
     @property
     def _layers(self) -> dict[str, Layer]:
         """By name, in execution order: those of adapters, and those that were seen at doors."""
-        if self._doors is None or not self._doors.watch.calls:
-            if not self._stored:
-                self._require_seen()
+        if self._doors is None:
             return {name: layer for name, (_, layer) in self._stored.items()}
+        if not self._doors.watch.calls and not self._stored:
+            self._require_seen()
+            return {}
         # a layer that an adapter stored when k scans had come through doors ran before scan k
         found = [(at, 0, layer) for at, layer in self._stored.values()]
         found += [(at, 1, layer) for at, layer in self._doors.layers()]
@@ -86,6 +93,10 @@ class Trace(Mapping[str, Layer]):
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    def __repr__(self) -> str:
+        unseen = "".join(f"\n  {name}: {what}, not traced" for name, what in self.unseen.items())
+        return f"Trace({', '.join(self._layers)}){unseen}"
 
     def _repr_html_(self) -> str:
         """In a notebook: every layer, one below the other."""
@@ -124,6 +135,23 @@ class Trace(Mapping[str, Layer]):
             TraceError: no layer has run yet.
         """
         return self._of_kind(AttentionLayer)
+
+    @property
+    def unseen(self) -> dict[str, str]:
+        """What mixes tokens in blocks like those of the traced mixers and was not traced: what it does, by its name.
+
+        Attention that nobody knows, convolutions, and stages without a traced mixer. Found by moving one token of what
+        a module was called with, and looking which others move; empty before the model runs.
+        """
+        if self._around is None or not self._layers:
+            return {}
+        at_doors = [] if self._doors is None else [call.module for call in self._doors.watch.calls]
+        return self._around.found(at_doors)
+
+    @property
+    def unseen_mixers(self) -> list[str]:
+        """Names of what mixes tokens like a layer and was not traced; a product of layers leaves it out."""
+        return [name for name, what in self.unseen.items() if what == MIXES]
 
     def gradients(self, scalar: Tensor, of: str = "y") -> ByLayer[Tensor]:
         """Return the gradient of a scalar with respect to every layer's ``variable``, or ``output``.
@@ -180,7 +208,7 @@ class Trace(Mapping[str, Layer]):
 
     def _require_seen(self) -> None:
         """Raise UnsupportedModelError when the model ran, and what was to be seen at doors was not."""
-        if self._doors is None or not self._doors.runs:
+        if self._doors is None or not self._doors.finished:
             return
         self._doors.require_seen()
         if not self._stored and not self._doors.watch.calls:
@@ -282,7 +310,8 @@ def trace(
     if at_doors:
         watch = Watch(model, {module for module, _ in known.values()}, attention, ruled=rules is not None)
         doors = DoorScans(model, watch, seen, layout, orders, refused=refused)
-    record = Trace(list(mixers), doors, layers if at_doors else None)
+    around = Unseen(model, list(known))
+    record = Trace(list(mixers), doors, layers if at_doors else None, around)
     with ExitStack() as stack:
         families = dict.fromkeys(adapter for _, adapter in found.values())  # also of mixers that were not asked for
         sources = [source for adapter in families for source in adapter.layout_sources(model)]
@@ -294,8 +323,11 @@ def trace(
         if doors is not None:
             doors.install(stack)
             stack.enter_context(open_doors(doors.watch))
+        around.install(stack, (lambda: False) if doors is None else (lambda: doors.watch.suspended))
         yield record
     record._require_seen()
+    if layers is None and record.unseen_mixers:
+        warnings.warn(unseen_sentence("trace", record.unseen_mixers), UserWarning, stacklevel=3)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -7,12 +7,12 @@ import dash
 from dash import ALL, ClientsideFunction, Input, Output, ctx, no_update
 from dash.exceptions import PreventUpdate
 
-from mamba_attn.viewer.beside import strip
 from mamba_attn.viewer.context import Context
 from mamba_attn.viewer.drawing import drawn_map
+from mamba_attn.viewer.errors import FAILURES, sentence
 from mamba_attn.viewer.interaction import after
-from mamba_attn.viewer.saying import FAILURES, sentence
 from mamba_attn.viewer.state import Pane, State
+from mamba_attn.viewer.surroundings import strip
 
 _CONTROLS = {"pane": ALL, "set": ALL}
 

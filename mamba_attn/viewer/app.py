@@ -7,11 +7,11 @@ from urllib.parse import parse_qs
 import dash
 from dash import Input, Output
 
-from mamba_attn.viewer import acting, beside, drawing, export, interaction
+from mamba_attn.viewer import acting, drawing, export, interaction, surroundings
 from mamba_attn.viewer.context import Context
+from mamba_attn.viewer.errors import on_error, sentence
 from mamba_attn.viewer.guard import guard
 from mamba_attn.viewer.page import page, shell
-from mamba_attn.viewer.saying import on_error, sentence
 from mamba_attn.viewer.source import Source
 from mamba_attn.viewer.state import State
 
@@ -38,7 +38,7 @@ def build(stores: Sequence[Any], *, host: str = "127.0.0.1") -> dash.Dash:
     context = Context(sources)
     drawing.register(app, context)
     acting.register(app, context)
-    beside.register(app, context)
+    surroundings.register(app, context)
     interaction.register(app, context)
     export.register(app, context)
 

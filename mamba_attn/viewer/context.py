@@ -5,7 +5,7 @@ from typing import Any
 
 from werkzeug.exceptions import BadRequest
 
-from mamba_attn.viewer.offer import fitting
+from mamba_attn.viewer.captions import fitting
 from mamba_attn.viewer.source import Source
 from mamba_attn.viewer.state import Pane, State
 from mamba_attn.viewer.views import Views

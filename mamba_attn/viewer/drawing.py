@@ -1,4 +1,8 @@
-"""Draws a pane: its points when they change, and only the changed parts of its map."""
+"""Draws a pane: its points when they change, and only the changed parts of its map.
+
+Axes, legend and gestures of the scatterplot are plotly's, its points are on a canvas of our own: plotly takes 0.2 s to
+highlight some of 3,000 points without a graphics card; a canvas takes a few milliseconds.
+"""
 
 import base64
 import hashlib
@@ -8,19 +12,19 @@ from typing import Any, NamedTuple
 
 import dash
 import numpy as np
+import plotly.graph_objects as go
 from dash import ALL, MATCH, ClientsideFunction, Input, Output, ctx, no_update
 
-from mamba_attn.viewer.canvas import moved, on_canvas
+from mamba_attn.viewer.captions import heading, legend, point_colours
 from mamba_attn.viewer.context import Context
-from mamba_attn.viewer.offer import colours
-from mamba_attn.viewer.saying import BLANK, FAILURES, sentence
+from mamba_attn.viewer.errors import BLANK, FAILURES, sentence
 from mamba_attn.viewer.state import Pane, State
-from mamba_attn.viewer.words import heading, legend
 
 # a change of one of these needs a new figure; any other field changes only the map's values, or the points
 _PICTURE = ("store", "layer", "image", "palette", "opacity", "path", "step")
 _KEPT = 16  # figures of points
 _NOTHING = "nothing"  # the key of a view that could not be drawn: the next change tries again
+_ROOM = 0.05  # margin around the points, as a part of their extent
 
 
 class Drawn(NamedTuple):
@@ -83,7 +87,7 @@ def register(app: dash.Dash, context: Context) -> None:
     )  # fmt: skip
     def _colours(mode: str, store: int) -> Any:
         pane = Pane.parsed({"mode": mode, "store": store})
-        return [{"label": each, "value": each} for each in colours(context.views(pane).source, pane.mode)]
+        return [{"label": each, "value": each} for each in point_colours(context.views(pane).source, pane.mode)]
 
     app.clientside_callback(
         ClientsideFunction("explorer", "light"), Output(_of("points", "shone"), "data"),
@@ -138,3 +142,78 @@ def _packed(changes: dict[str, Any]) -> dict[str, Any]:
     """Pack the map's numbers as base64, which is shorter than JSON."""
     values = np.ascontiguousarray(changes["z"], dtype="<f4")
     return {**changes, "z": base64.b64encode(values.tobytes()).decode("ascii"), "width": values.shape[1]}
+
+
+def on_canvas(figure: go.Figure) -> go.Figure:
+    """Return an ``embedding`` figure whose points ``assets/points.js`` draws.
+
+    The first trace has all points, invisible, for gestures, and in its ``meta`` how they look: "colours", and per point
+    the number of its "colour" in them, its "size" and its "symbol". The others only make the legend or the colour bar.
+
+    Args:
+        figure: of ``figures.embedding``, with its points in any number of traces.
+    """
+    count = sum(len(trace.x) for trace in figure.data)
+    x, y, size = np.empty(count), np.empty(count), np.empty(count)
+    colour, symbol, texts = np.zeros(count, int), np.zeros(count, int), np.empty(count, object)
+    colours: list[str] = []
+    for kind, trace in enumerate(figure.data):
+        own = np.asarray(trace.customdata, dtype=int)
+        x[own], y[own], size[own], texts[own] = trace.x, trace.y, trace.marker.size, trace.text
+        if trace.marker.showscale:
+            colours = [each[1] for each in trace.marker.colorscale]
+            values = np.asarray(trace.marker.color, dtype=np.float64)
+            low, high = np.nanmin(values), np.nanmax(values)
+            colour[own] = np.nan_to_num((values - low) / max(high - low, 1e-12) * 255).round()
+        else:
+            colours.append(trace.marker.color)
+            colour[own], symbol[own] = kind, kind
+    look = {
+        "colours": colours, "colour": colour.tolist(), "size": size.round(1).tolist(), "symbol": symbol.tolist(),
+        "symbols": [trace.marker.symbol for trace in figure.data], "smooth": bool(figure.data[0].marker.showscale),
+    }  # fmt: skip
+    label = figure.data[0].hoverlabel.to_plotly_json()
+    points = go.Scatter(
+        x=x.astype(np.float32), y=y.astype(np.float32), mode="none", hoverinfo="text", hovertext=texts.tolist(),
+        customdata=list(range(count)), meta=look, showlegend=False, hoverlabel=label,
+    )  # fmt: skip
+    shown = go.Figure([points, *map(_legend, figure.data)], figure.layout)
+    shown.update_xaxes(range=_range(x)).update_yaxes(range=_range(y))
+    return shown.update_layout(legend={"itemclick": False, "itemdoubleclick": False})
+
+
+def moved(xy: np.ndarray, revision: str) -> dash.Patch:
+    """Return what changes of an ``on_canvas`` figure when its points, the same ones, lie elsewhere.
+
+    Args:
+        xy: (points, 2).
+        revision: of the figure; a new one makes plotly forget the user's zoom.
+    """
+    change = dash.Patch()
+    for name, values in zip("xy", xy.T.astype("<f4"), strict=True):
+        packed = base64.b64encode(np.ascontiguousarray(values).tobytes()).decode("ascii")
+        change["data"][0][name] = {"dtype": "f4", "bdata": packed}  # plotly's own way to write an array
+        change["layout"][f"{name}axis"]["range"] = _range(values)
+    change["layout"]["uirevision"] = revision
+    return change
+
+
+def _legend(trace: Any) -> go.Scatter:
+    """The trace without points, for its entry in the legend, or its colour bar."""
+    look = trace.marker
+    marker: dict[str, Any] = {"size": float(np.max(look.size)), "color": look.color, "symbol": look.symbol}
+    if look.showscale:
+        values = np.asarray(look.color, dtype=np.float64)
+        bar = look.colorbar.to_plotly_json()
+        marker |= {"cmin": float(np.nanmin(values)), "cmax": float(np.nanmax(values)), "color": [0.0]}
+        marker |= {"showscale": True, "colorscale": look.colorscale, "colorbar": bar}
+    return go.Scatter(
+        x=[None], y=[None], mode="markers", name=trace.name, marker=marker, showlegend=not look.showscale,
+        hoverinfo="skip",
+    )  # fmt: skip
+
+
+def _range(values: np.ndarray) -> list[float]:
+    low, high = float(values.min()), float(values.max())
+    room = (high - low) * _ROOM or 1.0
+    return [low - room, high + room]

@@ -12,10 +12,10 @@ from dash.exceptions import PreventUpdate
 
 from mamba_attn import figures
 from mamba_attn.figures.colours import BLUE_ORANGE
+from mamba_attn.viewer.captions import caption, of, palette, signed
 from mamba_attn.viewer.context import Context
 from mamba_attn.viewer.state import Pane, State
 from mamba_attn.viewer.views import Views
-from mamba_attn.viewer.words import caption, of, palette, signed
 
 _CONFIG = {"displaylogo": False, "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]]}
 _BUTTONS = {"pane": ALL, "export": ALL}

@@ -14,7 +14,7 @@ from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.ops.arguments import to_tokens
 from mamba_attn.tracing.layers import Layer, ScanLayer
 from mamba_attn.tracing.tracer import Trace, trace
-from mamba_attn.viewer.saying import UnavailableError
+from mamba_attn.viewer.errors import UnavailableError
 
 _TRACES = 4  # images whose records are remembered
 

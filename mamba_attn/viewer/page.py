@@ -7,7 +7,7 @@ from typing import Any
 
 from dash import dcc, html
 
-from mamba_attn.viewer.offer import colours, fitting
+from mamba_attn.viewer.captions import fitting, point_colours
 from mamba_attn.viewer.source import Source, others
 from mamba_attn.viewer.state import CHOICES, Pane, State
 
@@ -179,7 +179,9 @@ def _display(source: Source, index: int, pane: Pane) -> html.Details:
         _switches(index, {"log": "log", **({"gate": "gate", "skip": "D"} if source.scans else {})}, pane),
         _choice(index, "method", "reduction", _named("method"), pane.method),
         _switches(index, {"first": "reduce to 100 dimensions first (PCA)"}, pane),
-        _list(index, "colour", "colour of points", {each: each for each in colours(source, pane.mode)}, pane.colour),
+        _list(
+            index, "colour", "colour of points", {each: each for each in point_colours(source, pane.mode)}, pane.colour
+        ),
         _choice(index, "palette", "map", _named("palette"), pane.palette),
         _labelled("opacity", dcc.Slider(0, 1, 0.05, value=pane.opacity, id=_id(index, "opacity"), **slider), "slider"),
         *(path if source.scans else []),

@@ -10,8 +10,8 @@ import numpy as np
 
 from mamba_attn.analytics import NotStoredError
 from mamba_attn.tracing.layers import ScanLayer
+from mamba_attn.viewer.errors import UnavailableError
 from mamba_attn.viewer.live import Live
-from mamba_attn.viewer.saying import UnavailableError
 from mamba_attn.viewer.state import Pane
 
 if TYPE_CHECKING:

@@ -1,14 +1,17 @@
-"""The state of the explorer: a small dataclass that fits into JSON and into the page's address."""
+"""The state of the explorer: a small dataclass that fits into JSON and into the page's address.
+
+Numbers are packed as runs, to fit a lasso over thousands into an address: 3, 4, 5, 9 become "3:5,9".
+"""
 
 import base64
 import json
+import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
 import numpy as np
-
-from mamba_attn.viewer import runs
 
 LONGEST = 20_000  # characters of an address that are parsed
 _LARGEST = 2**20  # bytes of JSON in it
@@ -29,6 +32,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "colour": tuple(name for names in COLOURS.values() for name in names),
     "palette": ("viridis", "cividis"),
 }
+_RUN = re.compile(r"(-?\d{1,7})(?::(-?\d{1,7}))?")
 
 
 @dataclass(frozen=True)
@@ -145,9 +149,9 @@ class State:
     def to_url(self) -> str:
         """Return the state as URL-safe text; a selection too long for an address is left out."""
         given = self.to_json()
-        given |= {"cells": runs.packed(self.cells), "points": runs.packed_pairs(self.points)}
-        packed = zlib.compress(json.dumps(given, separators=(",", ":")).encode(), 9)
-        text = base64.urlsafe_b64encode(packed).decode("ascii").rstrip("=")
+        given |= {"cells": packed(self.cells), "points": packed_pairs(self.points)}
+        squeezed = zlib.compress(json.dumps(given, separators=(",", ":")).encode(), 9)
+        text = base64.urlsafe_b64encode(squeezed).decode("ascii").rstrip("=")
         return text if len(text) <= LONGEST else replace(self, cells=(), points=()).to_url()
 
     @classmethod
@@ -202,9 +206,9 @@ def _unpacked(given: Any) -> Any:
         return given
     cells, points = given.get("cells"), given.get("points")
     if isinstance(cells, str):
-        given = {**given, "cells": runs.unpacked(cells, _CELLS)}
+        given = {**given, "cells": unpacked(cells, _CELLS)}
     if isinstance(points, dict):
-        given = {**given, "points": runs.unpacked_pairs(points, _CELLS)}
+        given = {**given, "points": unpacked_pairs(points, _CELLS)}
     return given
 
 
@@ -232,3 +236,68 @@ def _integers(name: str, values: Any, count: int | None = None) -> tuple[int, ..
     if not fits or any(isinstance(value, bool) or not isinstance(value, int) for value in values):
         raise ValueError(f"{name} is a list of {'' if count is None else f'{count} '}whole numbers.")
     return tuple(values)
+
+
+def packed(numbers: Sequence[int]) -> str:
+    """Return numbers as text, in their order; neighbours that count up become one run."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ",".join(f"{first}" if first == last else f"{first}:{last}" for first, last in found)
+
+
+def unpacked(text: str, most: int) -> list[int]:
+    """Return the numbers of ``packed``.
+
+    Args:
+        text: runs.
+        most: numbers.
+
+    Raises:
+        ValueError: no runs, or more numbers.
+    """
+    found: list[int] = []
+    for run in text.split(",") if text else []:
+        match = _RUN.fullmatch(run)
+        if match is None:
+            raise ValueError(f"{run[:20]!r} is not a run of numbers")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last - first >= most - len(found):
+            raise ValueError(f"more than {most} numbers are selected")
+        found += range(first, last + 1)
+    return found
+
+
+def packed_pairs(pairs: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Return pairs, in their order, as the first numbers and, for each of them, runs of the second ones."""
+    firsts: list[int] = []
+    lines: list[list[int]] = []
+    for first, second in pairs:
+        if not firsts or firsts[-1] != first:
+            firsts.append(first)
+            lines.append([])
+        lines[-1].append(second)
+    return {"of": firsts, "runs": [packed(line) for line in lines]} if pairs else {}
+
+
+def unpacked_pairs(given: dict[str, Any], most: int) -> list[list[int]]:
+    """Return the pairs of ``packed_pairs``, as lists.
+
+    Args:
+        given: its result, from anywhere.
+        most: pairs.
+
+    Raises:
+        ValueError: something else, or more pairs.
+    """
+    firsts, lines = given.get("of", []), given.get("runs", [])
+    fits = isinstance(firsts, list) and isinstance(lines, list) and len(firsts) == len(lines)
+    if not fits or {type(first) for first in firsts} - {int} or {type(line) for line in lines} - {str}:
+        raise ValueError("points are runs of numbers")
+    found: list[list[int]] = []
+    for first, line in zip(firsts, lines, strict=True):
+        found += [[first, second] for second in unpacked(line, most - len(found))]
+    return found

@@ -3,7 +3,7 @@
 import math
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
@@ -12,12 +12,13 @@ import torch
 from mamba_attn import figures
 from mamba_attn.analytics.embed import embed
 from mamba_attn.analytics.projection import SIZE, feature_size, project
+from mamba_attn.figures import colours
 from mamba_attn.figures.patch_grid import patch_view_changes
-from mamba_attn.viewer.offer import fitting
+from mamba_attn.figures.picture import data_uri
+from mamba_attn.viewer.captions import drawn_route, fitting, legend, palette, signed
 from mamba_attn.viewer.scatter import of_blocks, of_patches
 from mamba_attn.viewer.source import Source, scans, tokens_of
 from mamba_attn.viewer.state import Pane, State
-from mamba_attn.viewer.words import drawn_route, legend, palette, signed
 
 STRONGEST = 5  # sources or readers listed on the card
 _POINTS = 1  # raise it when points are computed differently: cached ones are then computed again
@@ -215,3 +216,64 @@ class Views:
 def _square(row: np.ndarray) -> np.ndarray:
     side = math.isqrt(len(row))
     return row.reshape(side, side)
+
+
+class Card(NamedTuple):
+    """Facts about one patch.
+
+    Args:
+        row: on the grid.
+        column: on the grid.
+        ranks: its step in each route, from 1; None where the route does not visit it.
+        steps: length of every route.
+        strongest: (row, column, value) of the values with the largest magnitude in its map.
+        picture: its map, as a data URI of a PNG.
+    """
+
+    row: int
+    column: int
+    ranks: list[int | None]
+    steps: int
+    strongest: list[tuple[int, int, float]]
+    picture: str
+
+
+def card(views: Views, pane: Pane, cell: int) -> Card:
+    """Return the card of a patch.
+
+    Args:
+        views: of the store.
+        pane: which attention.
+        cell: raster index of the patch.
+
+    Raises:
+        ValueError: no such patch.
+        UnavailableError: as in ``Views.heat``.
+    """
+    layer = views.source.layer(pane)
+    height, width = layer.layout.grid
+    if not 0 <= cell < height * width:
+        raise ValueError(f"card(cell={cell}): the grid is {height}x{width}.")
+    values = views.shown(pane, views.source.read(pane, tokens_of(layer.layout, [cell])))
+    order = np.argsort(-np.abs(values), axis=None, kind="stable")[:STRONGEST]
+    strongest = [(int(at) // width, int(at) % width, float(values.flat[at])) for at in order]
+    ranks: list[int | None] = [
+        None if np.isnan(rank) else int(rank) + 1 for rank in (views.ranks(pane)[:, cell] if scans(layer) else [])
+    ]
+    steps = np.asarray(layer.orders).shape[-1] if scans(layer) else 0
+    return Card(cell // width, cell % width, ranks, steps, strongest, thumbnail(values, pane))
+
+
+def thumbnail(values: np.ndarray, pane: Pane, pixels: int = 112) -> str:
+    """Return a map as the data URI of a small PNG.
+
+    Args:
+        values: (height, width).
+        pane: the pane whose colours are used.
+        pixels: least length of its longer side.
+    """
+    limits: dict[str, Any] = colours.limits(values, signed(pane))
+    chosen = colours.scale(values, colours=colours.BLUE_ORANGE if limits["signed"] else palette(pane), **limits)
+    rgb = colours.to_rgb(values, chosen)
+    factor = max(1, pixels // max(values.shape))
+    return data_uri(np.ascontiguousarray(rgb.repeat(factor, 0).repeat(factor, 1)))

@@ -8,7 +8,7 @@ import torch
 
 from mamba_attn import images, trace
 from mamba_attn.analytics import AttentionStore, collect
-from mamba_attn.datasets.loaded_model import Subject
+from mamba_attn.datasets.loaded_model import LoadedModel
 from mamba_attn.ops import reference
 from tests.analytics import cases
 
@@ -240,5 +240,5 @@ def test_the_model_comes_back(tmp_path):
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(store.model()(x), loaded.model(x))
-    assert isinstance(store.subject, Subject)
+    assert isinstance(store.subject, LoadedModel)
     assert not store.model().training

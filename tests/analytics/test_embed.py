@@ -8,9 +8,9 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from mamba_attn.analytics import pca
+from mamba_attn.analytics import projection
 from mamba_attn.analytics.embed import METHODS, cache_key, embed
-from mamba_attn.analytics.pca import components
+from mamba_attn.analytics.projection import components
 
 RNG = np.random.default_rng(0)
 SHAPES = [(40, 7), (23, 301), (1, 4), (6, 6)]
@@ -47,7 +47,7 @@ def test_components_equal_a_singular_value_decomposition(shape):
 def test_components_do_not_depend_on_chunks_or_on_the_type_of_number(monkeypatch):
     features = RNG.normal(size=(15, 64)).astype(np.float16)
     whole = components(features, 3)
-    monkeypatch.setattr(pca, "_CHUNK", 100)
+    monkeypatch.setattr(projection, "_CHUNK", 100)
     np.testing.assert_allclose(components(features, 3).points, whole.points, atol=1e-10)
     np.testing.assert_allclose(components(features.astype(np.float64), 3).points, whole.points, atol=1e-10)
 
@@ -55,7 +55,7 @@ def test_components_do_not_depend_on_chunks_or_on_the_type_of_number(monkeypatch
 def test_the_approximation_is_close_seeded_and_says_so(monkeypatch):
     features = RNG.normal(size=(90, 12)) @ RNG.normal(size=(12, 120)) + 0.01 * RNG.normal(size=(90, 120))
     truth = components(features, 5)
-    monkeypatch.setattr(pca, "_EXACT", 10)
+    monkeypatch.setattr(projection, "_DIAGONALISED", 10)
     found = components(features, 5, seed=3)
     assert not found.exact
     np.testing.assert_allclose(found.points, truth.points, rtol=1e-6, atol=1e-6)

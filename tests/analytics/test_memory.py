@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mamba_attn.analytics import _memory, collect
-from mamba_attn.analytics._memory import batch_size, require_memory
+from mamba_attn.analytics import collect, collecting
+from mamba_attn.analytics.collecting import batch_size, require_memory
 from mamba_attn.analytics.index import StoredLayer
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import MatrixTooLargeError
@@ -22,7 +22,7 @@ SUM, EACH = 16, 5 * 16
 
 
 def free(monkeypatch, count):
-    monkeypatch.setattr(_memory, "free_bytes", lambda device: count + _memory._RESERVE)
+    monkeypatch.setattr(collecting, "free_bytes", lambda device: count + collecting._RESERVE)
 
 
 def test_what_would_fit(monkeypatch):
@@ -53,7 +53,7 @@ def test_batches_fit_their_matrices():
 
 
 def test_nothing_is_made_when_it_does_not_fit(monkeypatch, tmp_path):
-    monkeypatch.setattr(_memory, "_UNASKED", 0)
+    monkeypatch.setattr(collecting, "_UNASKED", 0)
     free(monkeypatch, 10)
     with pytest.raises(MatrixTooLargeError, match="None of the layers would fit"):
         collect(cases.request(cases.folder_of(tmp_path, 1)), tmp_path / "store")

@@ -10,10 +10,9 @@ import time
 import numpy as np
 import pytest
 
-from mamba_attn.analytics import AttentionStore, _run, collect, collecting
-from mamba_attn.analytics._arrays import Arrays
-from mamba_attn.analytics._writer import locked
+from mamba_attn.analytics import AttentionStore, collect, collecting
 from mamba_attn.analytics.index import Index
+from mamba_attn.analytics.storage import Arrays, locked
 from mamba_attn.errors import StoreError
 from tests.analytics import cases
 from tests.explanations.cases import VIM, save
@@ -40,7 +39,7 @@ def kill_at(monkeypatch, moment):
 
     for owner, name in ((Arrays, "write"), (Arrays, "create"), (Arrays, "grow"), (Index, "write")):
         monkeypatch.setattr(owner, name, counting(getattr(owner, name)))
-    monkeypatch.setattr(_run, "_CHECKPOINT_SHARE", 0)  # a checkpoint after every batch, however long it takes
+    monkeypatch.setattr(collecting, "_CHECKPOINT_SHARE", 0)  # a checkpoint after every batch, however long it takes
     monkeypatch.setattr(collecting, "discard", lambda folder: None)  # the dead tidy nothing up
     return seen
 
@@ -107,9 +106,9 @@ def test_a_process_that_is_killed(tmp_path, place):
             "--data", selector, "--out", str(tmp_path / "store"), "--batch", "1"]  # fmt: skip
     slow = f"""
 import time
-from mamba_attn.analytics import _run, command
+from mamba_attn.analytics import collecting, command
 from mamba_attn.commands.cli import main
-made, count = command._request, _run.Run._count
+made, count = command._request, collecting.Run._count
 
 def request(*args):
     asked = made(*args)
@@ -120,7 +119,7 @@ def slowly(self, samples):
     count(self, samples)
     time.sleep(0.3)
 
-command._request, _run.Run._count, _run._CHECKPOINT_SHARE = request, slowly, 0
+command._request, collecting.Run._count, collecting._CHECKPOINT_SHARE = request, slowly, 0
 main({call[3:]!r})
 """
     child = subprocess.Popen([sys.executable, "-c", slow], stderr=subprocess.PIPE)

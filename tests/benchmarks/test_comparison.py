@@ -82,7 +82,9 @@ def test_a_lead_is_over_the_best_other_method_on_the_half_that_chose_nothing(pho
 
 def test_the_time_of_the_whole_is_told_from_a_fair_share(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr("mamba_attn.evaluation.running.run", lambda plan, store, workers: seen.append((plan, workers)))
+    monkeypatch.setattr(
+        "mamba_attn.evaluation.scheduler.run", lambda plan, store, workers: seen.append((plan, workers))
+    )
     clock = iter([10.0, 10.0 + 3600])
     monkeypatch.setattr(comparison.time, "perf_counter", lambda: next(clock))
     small = part(models=("vit_digits",), methods=("centre@12", "random"))

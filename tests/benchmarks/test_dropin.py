@@ -42,6 +42,9 @@ class Compiled(nn.Module):
         super().__init__()
         self.linear = nn.Linear(2, 2)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
 
 def test_what_must_be_refused_must_be_refused_for_that_reason() -> None:
     found = dropin.measure(Case("Other", "", Compiled, (2, 2), refused="no layer that can be traced"))

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from benchmarks import boxes, images, maps, methods, run, scores
 from benchmarks.measure import wall_seconds
 from mamba_attn import models
-from mamba_attn.evaluation.bootstrap import Interval
+from mamba_attn.evaluation.intervals import Interval
 
 SIZES = [(16, 16), (17, 23)]
 TINY = {

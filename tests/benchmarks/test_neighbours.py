@@ -6,7 +6,7 @@ from sklearn.manifold import trustworthiness
 
 from benchmarks.neighbours import overlap, pca_check, ranked
 from mamba_attn.analytics.embed import embed
-from mamba_attn.analytics.pca import components
+from mamba_attn.analytics.projection import components
 from tests.analytics.test_embed import clusters
 
 RNG = np.random.default_rng(0)

@@ -171,7 +171,7 @@ def test_images_that_are_not_there(capsys, tmp_path):
 def test_weights_that_are_not_there_or_do_not_fit(capsys, weights, tmp_path):
     out = ["--out", str(tmp_path / "out")]
     assert "no bundled weights for this model" in refused(capsys, "--model", "vmamba_base_s1l20", *out)
-    assert "there is no such file" in refused(capsys, "--weights", str(tmp_path / "w.pth"), *out)
+    assert "no such file; expected" in refused(capsys, "--weights", str(tmp_path / "w.pth"), *out)
     assert "do not fit" in refused(capsys, "--weights", weights, "--model", "vim_tiny", *out)
     assert not (tmp_path / "out").exists()
 

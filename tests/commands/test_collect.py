@@ -93,7 +93,7 @@ def test_images_of_which_none_can_be_read(place, weights, capsys):
         (["--data", "photos", "--batch", "0"], "--batch 0: expected a number from 1 on"),
         (["--data", "photos", "--layer", "x*"], "'x*' fits no layer"),
         (["--data", "photos", "--model", "vim_mcro"], "no such model. Did you mean 'vim_micro'"),
-        (["--data", "photos", "--weights", "no.pt"], "there is no such file"),
+        (["--data", "photos", "--weights", "no.pt"], "no such file; expected"),
         (["--merge", "a", "b"], "a: there is no such folder; make a store with mamba-attn collect."),
     ],
 )
@@ -156,11 +156,11 @@ def test_the_missing_extra_is_named(place, capsys, monkeypatch):
 
 
 def test_stopping_says_how_to_go_on(place, weights, capsys, monkeypatch):
-    from mamba_attn.analytics import _run
+    from mamba_attn.analytics import collecting
 
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_run.Run, "_count", stop)
+    monkeypatch.setattr(collecting.Run, "_count", stop)
     assert collected(weights, "--data", "photos", "--out", "store") == 130
     assert "stopped; the same command resumes at the last checkpoint" in capsys.readouterr().err

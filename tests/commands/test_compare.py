@@ -141,7 +141,7 @@ def test_photos_without_labels(place, models, capsys):
         (["--data", "s.zip:masks", "--target", "label"], "--target label: s.zip:masks: it has no labels"),
         (["--data", "boats", "--target", "label"], "boats: none of its classes is one of the model's"),
         (["--data", "photos", "--models", "vim_micor"], "no such model. Did you mean 'vim_micro'"),
-        (["--data", "photos", "--models", "vim_micro=none.pth"], "there is no such file"),
+        (["--data", "photos", "--models", "vim_micro=none.pth"], "no such file; expected"),
         (["--data", "photos", "--models", ","], "--models: expected names of models"),
         (["--data", "photos", "--models", "vim_micro="], "--models vim_micro=: expected demo, official or a file"),
         (["--data", "photos", "--methods", "occlusion:strides=99"], "Stride dimension (3, 99, 99) cannot be larger"),
@@ -172,11 +172,11 @@ def test_all_are_those_that_fit(place, models, capsys):
 
 
 def test_stopping_is_no_accident(place, models, capsys, monkeypatch):
-    from mamba_attn.evaluation import running
+    from mamba_attn.evaluation import scheduler
 
-    def stop(task):
+    def stop(worker, task):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(running, "work", stop)
+    monkeypatch.setattr(scheduler.Worker, "work", stop)
     assert cli.main(["compare", "--models", models, "--data", "photos", "--out", "out"]) == 130
     assert "stopped; the same command resumes here." in capsys.readouterr().err

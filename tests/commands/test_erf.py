@@ -10,7 +10,7 @@ from mamba_attn import images
 from mamba_attn.commands import cli
 from mamba_attn.commands import erf as command
 from mamba_attn.datasets import loaded_model, open_data
-from mamba_attn.erf.receptive_field import receptive_field
+from mamba_attn.erf.fields import receptive_field
 from mamba_attn.images import normalise
 from mamba_attn.models import transform as transform_of
 from tests.datasets.cases import boxes_zip, class_folders

@@ -12,7 +12,7 @@ from mamba_attn.analytics import collect
 from mamba_attn.commands import cli
 from mamba_attn.commands import findings as findings_command
 from mamba_attn.findings import tables
-from mamba_attn.findings.figures import by_depth, matrices_rgb, pooled
+from mamba_attn.findings.page import by_depth, matrices_rgb, pooled
 from mamba_attn.findings.tables import number
 from tests.analytics import cases
 from tests.findings.test_findings import BIG, weights

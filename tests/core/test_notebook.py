@@ -12,6 +12,7 @@ from PIL import Image
 from mamba_attn import models, trace
 from mamba_attn.core import notebook
 from mamba_attn.figures import colours
+from mamba_attn.tracing.layers import ScanLayer
 from tests.analytics.cases import subject
 
 
@@ -67,8 +68,8 @@ def test_a_layer_without_a_place_or_with_nan_says_so():
     with torch.no_grad(), trace(model.layers, layout=None) as parts:
         pass
     assert "No layer has run yet" in parts._repr_html_()
-    bare = record.layers[0]
-    bare._layout = None
+    scan = record.layers[0].scan
+    bare = ScanLayer("bare", scan.replace(layout=None, source_u=torch.zeros_like(scan.source_u)))
     assert "the tokens&#x27; place in the image is not known" in bare._repr_html_()
     bare.name = "<b onclick=alert(1)>"
     assert "<b onclick" not in bare._repr_html_()

@@ -8,9 +8,9 @@ from mamba_attn import models
 from mamba_attn.attribution import AttentionRollout
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.erf import reach
-from mamba_attn.erf.figure import panels
+from mamba_attn.erf.fields import receptive_field
+from mamba_attn.erf.page import panels
 from mamba_attn.erf.reach import attention_distance
-from mamba_attn.erf.receptive_field import receptive_field
 from mamba_attn.errors import UnsupportedModelError
 from tests.attribution.cases import SIZE, images, matrices, vim, vmamba
 from tests.attribution.test_queries import keyword

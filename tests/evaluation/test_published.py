@@ -2,14 +2,13 @@
 
 import pytest
 
-from mamba_attn.datasets.loaded_model import Subject
+from mamba_attn.datasets.loaded_model import LoadedModel
 from mamba_attn.datasets.samples import Data
-from mamba_attn.evaluation import contestants
-from mamba_attn.evaluation.bootstrap import Interval
-from mamba_attn.evaluation.contestants import Model
+from mamba_attn.evaluation.intervals import Interval
 from mamba_attn.evaluation.page import _published
-from mamba_attn.evaluation.published import PERTURBATION, SEGMENTATION, beside
+from mamba_attn.evaluation.specs import Model
 from mamba_attn.evaluation.summary import Figure, Table
+from mamba_attn.evaluation.tables import PERTURBATION, SEGMENTATION, beside
 from mamba_attn.models import create, transform
 
 
@@ -24,8 +23,8 @@ SEGMENTS = Empty("gtsegs_ijcv.mat", "gtsegs_ijcv.mat-123", [])
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     model = create("vim_micro", depth=1, num_classes=1000)
-    subject = Subject("vim_small", model, [str(index) for index in range(1000)], transform("vim_micro"))
-    monkeypatch.setattr(contestants, "_subject", lambda model: subject)
+    subject = LoadedModel("vim_small", model, [str(index) for index in range(1000)], transform("vim_micro"))
+    monkeypatch.setattr(Model, "subject", subject)
 
 
 def test_only_there():

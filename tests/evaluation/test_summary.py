@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mamba_attn.evaluation.bootstrap import Interval
+from mamba_attn.evaluation.intervals import Interval
 from mamba_attn.evaluation.metrics import METRICS
 from mamba_attn.evaluation.summary import Figure, compare
 from mamba_attn.evaluation.tables import cell

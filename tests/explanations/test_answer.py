@@ -31,7 +31,7 @@ def inputs(loaded):
 
 def test_maps_are_those_of_the_methods(loaded):
     found, model = ask(loaded), loaded[0].model
-    last = TransformerAttribution if loaded[0].softmax else MambaAttribution
+    last = TransformerAttribution if loaded[0].is_transformer else MambaAttribution
     for method, built in zip(found.methods, (RawAttention, AttentionRollout, last), strict=True):
         truth = built(model).attribute(inputs(loaded))[0, 0].numpy()
         np.testing.assert_allclose(found.maps[method.key], truth, rtol=1e-5, atol=1e-6 * np.abs(truth).max())
@@ -58,7 +58,7 @@ def test_matrices_and_rows_are_those_of_the_trace(loaded):
 def test_target_layers_and_query_reach_the_methods(loaded):
     model, layers = loaded[0].model, loaded[0].layers[:1]  # of the last one only the class token's row counts
     found = ask(loaded, layers=layers, target=2, query=Query("pixel", ((3.0, 5.0),)))
-    last = TransformerAttribution if loaded[0].softmax else MambaAttribution
+    last = TransformerAttribution if loaded[0].is_transformer else MambaAttribution
     truth = last(model, layers=layers).attribute(inputs(loaded), 2, pixel=(3, 5))[0, 0].numpy()
     np.testing.assert_allclose(found.maps[found.methods[2].key], truth, rtol=1e-5, atol=1e-6 * np.abs(truth).max())
     other = ask(loaded, layers=layers, target=1, query=Query("pixel", ((3.0, 5.0),))).maps[found.methods[2].key]

@@ -13,8 +13,7 @@ from mamba_attn.attribution.queries import Query
 from mamba_attn.datasets import loaded_model
 from mamba_attn.explanations import choices
 from mamba_attn.explanations.answer import answer
-from mamba_attn.explanations.page import index, page
-from mamba_attn.explanations.sheet import marked, sheet
+from mamba_attn.explanations.page import index, marked, page, sheet
 from mamba_attn.figures.colours import limits
 from tests.explanations.cases import VIM, VIT, photo, save
 

@@ -94,5 +94,5 @@ def test_the_legend_stands_right_below_the_axis_and_nothing_is_blank():
         assert 40 <= below <= 60  # the ticks and the axis' title
         assert 80 <= margin.b - below <= 100  # four lines of two
         assert distances("abc", {}).layout.height < 320
-    with pytest.raises(ValueError, match=r"distances\(series\): expected a distance per layer, 2"):
+    with pytest.raises(ValueError, match=r"distances\(series\): expected one distance per layer, 2"):
         distances("ab", many)

@@ -5,9 +5,8 @@ import pytest
 from scipy import stats
 
 from mamba_attn.findings.controls import ALL, Row, compared, pairs
-from mamba_attn.findings.expected import LEVEL, expected, holm, quantile, tail
+from mamba_attn.findings.intervals import LEVEL, Estimate, expected, holm, quantile, tail
 from mamba_attn.findings.registry import FINDINGS
-from mamba_attn.findings.resampling import Estimate
 from mamba_attn.findings.tables import in_words, minimum_over, probability
 
 

@@ -13,9 +13,9 @@ from mamba_attn.errors import StoreError
 from mamba_attn.findings import registry as findings
 from mamba_attn.findings.accuracy import known_accuracy, over_orders
 from mamba_attn.findings.controls import ALL, Report, Row, report
-from mamba_attn.findings.measured import Block, Measured, compact
-from mamba_attn.findings.measuring import Measuring
-from mamba_attn.findings.resampling import Estimate
+from mamba_attn.findings.intervals import Estimate
+from mamba_attn.findings.measure import Measuring
+from mamba_attn.findings.results import Block, Measured, compact
 from mamba_attn.findings.tables import orders_sentence
 from tests.analytics import cases
 from tests.explanations.cases import save
@@ -228,7 +228,7 @@ def test_groups_of_images_are_their_means(stores):
 
 
 def test_of_large_grids_some_rows_are_drawn(monkeypatch, stores):
-    monkeypatch.setattr("mamba_attn.findings.measured.MOST_ROWS", 8)
+    monkeypatch.setattr("mamba_attn.findings.results.MOST_ROWS", 8)
     layer = stores["vim"].layers[0]
     block = Block(layer, 2, shuffle=0)
     block.add(0, np.random.default_rng(0).random((2, layer.tokens, layer.tokens), dtype=np.float32))

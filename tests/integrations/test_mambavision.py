@@ -486,5 +486,5 @@ def test_every_rule_runs_in_windows_as_it_does_window_by_window(options):
 @pytest.mark.parametrize("method", [MambaAttribution, TransformerAttribution])
 def test_methods_for_one_kind_refuse_the_other(method):
     model, x = model_of("whole")
-    with pytest.raises(UnsupportedModelError, match=r"choose other layers with layers="):
+    with pytest.raises(UnsupportedModelError, match=r"name other layers with layers="):
         method(model).attribute(x)

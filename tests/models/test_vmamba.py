@@ -253,7 +253,7 @@ def test_errors():
         VSSM(second="flip")
     with pytest.raises(ValueError, match="expected one entry of each per stage"):
         VSSM(dims=(8, 16), depths=(1, 1, 1))
-    with pytest.raises(ValueError, match=r"an image of 24 x 3 pixels leaves a stage .* the smallest is 4 x 4"):
+    with pytest.raises(ValueError, match=r"24 x 3 pixels leaves a stage .* the smallest possible size is 4 x 4"):
         small(**V0)(images(24, 3))
-    with pytest.raises(ValueError, match=r"an image of 0 x 3 pixels leaves a stage .* the smallest is 1 x 1"):
+    with pytest.raises(ValueError, match=r"0 x 3 pixels leaves a stage .* the smallest possible size is 1 x 1"):
         small()(images(0, 3))

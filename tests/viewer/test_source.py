@@ -9,15 +9,13 @@ import torch
 import mamba_attn
 from mamba_attn import images
 from mamba_attn.analytics import AttentionStore, collect
-from mamba_attn.viewer import offer
-from mamba_attn.viewer.card import card, thumbnail
+from mamba_attn.viewer.captions import heading, legend, point_colours
 from mamba_attn.viewer.context import Context
+from mamba_attn.viewer.errors import UnavailableError
 from mamba_attn.viewer.interaction import after
-from mamba_attn.viewer.saying import UnavailableError
 from mamba_attn.viewer.source import Source, tokens_of
 from mamba_attn.viewer.state import Pane, State
-from mamba_attn.viewer.views import Views
-from mamba_attn.viewer.words import heading, legend
+from mamba_attn.viewer.views import Views, card, thumbnail
 from tests.analytics.cases import folder_of, request
 from tests.viewer.double import Double, tiny
 
@@ -110,7 +108,7 @@ def test_features_of_many_images_are_projected_as_they_are_read(store, monkeypat
 
 @pytest.mark.parametrize("pane", [Pane(gate=True), Pane(skip=True), Pane(what="difference", gate=True)])
 def test_gate_and_d_of_a_mean_are_refused_in_words(store, pane):
-    with pytest.raises(UnavailableError, match=r"an image|switch them off"):
+    with pytest.raises(UnavailableError, match=r"single images only"):
         Source(store).read(pane, [0])
 
 
@@ -200,7 +198,7 @@ def test_softmax_attention_has_no_rank_no_path_and_no_gate(store, monkeypatch):
     source = Source(store)
     source.layers = [replace(layer, kind="softmax attention") for layer in source.layers]
     context = Context([source])
-    assert offer.colours(source, "patches") == ("column", "row")
+    assert point_colours(source, "patches") == ("column", "row")
     wishes = {"colour": "rank", "gate": ["on"], "skip": ["on"], "path": ["on"]}
     controls = [{"id": {"pane": 0, "set": name}, "value": value} for name, value in wishes.items()]
     assert context.pane(controls) == Pane()

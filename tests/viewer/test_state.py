@@ -32,7 +32,7 @@ def test_a_state_comes_back_from_json_and_from_an_address(state):
         ({"panes": [{"layer": 10**9}]}, "layer is out of range"),
         ({"panes": [{"gate": 1}]}, "gate is true or false"),
         ({"panes": [{"opacity": 2}]}, "opacity lies in"),
-        ({"grid": [0, 4]}, "a grid of 0x4 cells is none"),
+        ({"grid": [0, 4]}, "the grid 0x4 is not possible"),
         ({"grid": [2, 2], "cells": [4]}, "cells outside a grid of 2x2"),
         ({"cells": [True]}, "cells is a list of whole numbers"),
         ({"cells": [0] * 70_000}, "cells is a list"),
@@ -70,7 +70,7 @@ def test_addresses_of_lists_are_still_read():
     ("given", "sentence"),
     [
         ({"cells": "0:9999999"}, "more than 65536 numbers"),
-        ({"cells": "1:x"}, "no run of numbers"),
+        ({"cells": "1:x"}, "not a run of numbers"),
         ({"points": {"of": [1], "runs": []}}, "points are runs"),
         ({"points": {"of": ["a"], "runs": ["1"]}}, "points are runs"),
         ({"points": {"of": [1] * 3, "runs": ["0:30000"] * 3}}, "more than 5534 numbers"),

@@ -123,7 +123,7 @@ class FrozenRules(LinearRules):
         return y * gate.detach()
 
     def attention(self, record: AttentionRecord) -> AttentionRecord:
-        """Detach the probabilities."""
+        """Detach the probabilities: relevance passes through the values only."""
         return replace(record, probabilities=record.probabilities.detach())
 
     def norm(self, module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor] | None = None) -> Tensor:

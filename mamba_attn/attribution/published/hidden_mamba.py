@@ -33,6 +33,7 @@ class ClassTokenAttribution(TokenAttribution):
         UnsupportedModelError: when called, layers that are softmax attention.
     """
 
+    multiplies: ClassVar[bool] = True  # whether the layers' rows are multiplied
     gradients: ClassVar[bool] = False  # whether the map needs the gradients at the mixers' outputs
 
     @abstractmethod
@@ -51,7 +52,8 @@ class ClassTokenAttribution(TokenAttribution):
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         recorder = self._recorder()
-        with self._traced(inputs, target, gradients=self.gradients, rules=recorder) as (record, logit):
+        options = {"gradients": self.gradients, "multiplied": self.multiplies}
+        with self._traced(inputs, target, rules=recorder, **options) as (record, logit):
             layers = require(self.called, record.layers, ScanLayer)
             token = self._class_token(layers, query)
             found: Mapping[str, Tensor] = record.gradients(logit, of="output") if self.gradients else {}
@@ -77,6 +79,8 @@ class ClassTokenAttribution(TokenAttribution):
 
 class HiddenMambaRawAttention(ClassTokenAttribution):
     """Per layer the rows scaled to 0..1 over channels and tokens together, the mean over channels; their mean."""
+
+    multiplies: ClassVar[bool] = False
 
     def _combine(self, rows: Vectors, gradients: Sequence[Tensor], token: int) -> Float[Tensor, "batch tokens"]:
         return torch.stack([min_max(row, (1, 2)).mean(1) for row in rows]).mean(0).clamp(min=0)

@@ -35,7 +35,7 @@ class Equation24(TokenAttribution):
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         recorder = ActivationRecorder()
-        with self._traced(inputs, target, gradients=True, rules=recorder) as (record, logit):
+        with self._traced(inputs, target, gradients=True, rules=recorder, multiplied=True) as (record, logit):
             layers = require(self.called, record.layers, ScanLayer)
             gradients = gated_gradients(layers, logit, recorder)
 
@@ -61,7 +61,7 @@ class PublishedRecipe(TokenAttribution):
     """
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
-        with self._traced(inputs, target, gradients=True) as (record, logit):
+        with self._traced(inputs, target, gradients=True, multiplied=True) as (record, logit):
             layers = require(self.called, record.layers, ScanLayer)
             gradients = record.gradients(logit, of="output")
         layers = layers if self.layers is not None else late_layers(layers)

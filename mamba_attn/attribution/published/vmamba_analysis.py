@@ -51,7 +51,7 @@ class _AnalysisAttribution(TokenAttribution):
                 f"{self.called}: this is VMamba's own analysis map, and {type(self.model).__name__} is of the family "
                 f"{', '.join(sorted(families))}; use convention='exact'."
             )
-        with self._traced(inputs, target) as (record, _):
+        with self._traced(inputs, target, multiplied=True) as (record, _):
             return require(self.called, record.layers, ScanLayer)
 
 

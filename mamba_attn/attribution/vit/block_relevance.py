@@ -1,7 +1,7 @@
 """Layer-wise relevance propagation through timm's ViT and DeiT (arXiv 2012.09838), from the logits to the attention.
 
 Nothing is installed on the model: its tokens are computed once more, module by module, and relevance is taken back the
-same way. Parts that this file has no rule for are refused by name.
+same way. Parts without a rule in this file raise an error that names them.
 """
 
 from collections.abc import Iterator

@@ -77,7 +77,7 @@ class TransformerAttribution(TokenAttribution):
         self.start_layer = start_layer
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
-        with self._traced(inputs, target, gradients=True) as (record, logit):
+        with self._traced(inputs, target, gradients=True, multiplied=True) as (record, logit):
             layers = require(self.called, record.layers, AttentionLayer)
             gradients = record.gradients(logit)
         layers = self._chosen(layers)

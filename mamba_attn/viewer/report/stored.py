@@ -233,7 +233,7 @@ def _cells(layout: Any) -> list[int]:
 def elsewhere(stores: Sequence[Any]) -> str:
     """Return a sentence about the command that shows grids of any size."""
     names = " ".join(store.folder.name for store in stores)
-    return f"mamba-attn explore {names} shows them: it reads or computes rows on demand."
+    return f"mamba-attn explore {names} shows them: it reads rows, or computes them in linear time, on demand."
 
 
 def _jpeg(pixels: np.ndarray, side: int | None) -> str:

@@ -226,7 +226,7 @@ def test_models_and_queries_that_the_convention_has_no_row_for(method, conventio
             ValueError, match=f"{name}: this convention reads the class token's row, and {kind} has no "
         ):
             method(model, convention=convention).attribute(images())
-    with pytest.raises(ValueError, match=r"it has none for pixel=\(3, 4\); leave pixel out, or use convention='exact'"):
+    with pytest.raises(ValueError, match=r"not one for pixel=\(3, 4\); leave pixel out, or use convention='exact'"):
         method(vim(depth=1), convention=convention).attribute(images(), pixel=(3, 4))
 
 

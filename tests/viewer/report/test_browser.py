@@ -133,7 +133,7 @@ def test_a_click_on_a_patch_draws_its_row_frames_it_and_lights_its_point(report,
     assert (edge[:, :3].max(axis=1) < 60).all()
     text = report.page.locator("#card").inner_text()
     assert "row 2, column 5" in text
-    assert "30, 43, 67, 54 of 96" in text
+    assert "30th, 43rd, 67th and 54th of 96" in text
 
 
 def test_colours_are_those_of_the_figures(report, store):

@@ -30,11 +30,11 @@ def about(page):
     return json.loads(re.search(r'<script type="application/json" id="about">(.*?)</script>', page, re.DOTALL)[1])
 
 
-def held(page, told, key):
+def held(page, layer, key):
     """A matrix of the page, patches first."""
-    number = told["matrices"][key]
+    number = layer["matrices"][key]
     text = re.search(rf'<script type="text/plain" id="matrix-{number}">(.*?)</script>', page)[1]
-    return unpacked(base64.b64decode(text), told["tokens"], told["tokens"])
+    return unpacked(base64.b64decode(text), layer["tokens"], layer["tokens"])
 
 
 def close(found, matrix):
@@ -43,9 +43,9 @@ def close(found, matrix):
 
 def test_all_matrices_are_there_and_right(store):
     page, content = cases.report(store)
-    (told,) = about(page)["stores"]
+    (its_store,) = about(page)["stores"]
     assert content.notes == []
-    for layer, its in zip(store.layers, told["layers"], strict=True):
+    for layer, its in zip(store.layers, its_store["layers"], strict=True):
         assert set(its["matrices"]) == {f"{what}/{r}" for what in ("mean", 0, 1) for r in ("sum", 0, 1, 2, 3)}
         assert close(held(page, its, "mean/sum"), store.mean(layer))
         assert close(held(page, its, "mean/2"), store.mean(layer, 2))
@@ -53,7 +53,7 @@ def test_all_matrices_are_there_and_right(store):
         assert close(held(page, its, "0/3"), store.matrix(layer, 0, 3))
     stages = {f"stage{stage}/pca" for stage in (0, 1)}
     patches = {f"{n}/{r}/{d}/pca" for n in range(3) for r in ("sum", 0, 1, 2, 3) for d in ("row", "column")}
-    assert set(told["points"]) == stages | patches
+    assert set(its_store["points"]) == stages | patches
 
 
 def test_the_class_token_comes_last(vim):
@@ -96,12 +96,12 @@ def test_a_page_is_never_larger_than_it_may_be_and_says_what_is_missing(store, v
         for its in about(page)["stores"]:
             assert all("mean/sum" in layer["matrices"] for layer in its["layers"])
     assert sizes[0] > sizes[1] > sizes[2] > 0
-    said = re.search(r"left out to stay within size=[\d.]+ \((\d) of 2 images can be shown in every block\); size="
+    note = re.search(r"left out to stay within size=[\d.]+ \((\d) of 2 images can be shown in every block\); size="
                      r"(\d+) holds all", content.notes[0])  # fmt: skip
-    assert int(said[1]) < 2
-    assert cases.report(store, limit=int(said[2]) * 10**6)[1].notes == []
+    assert int(note[1]) < 2
+    assert cases.report(store, limit=int(note[2]) * 10**6)[1].notes == []
     few = cases.report(store, images=1)[1]
-    assert few.notes == ["vmamba_micro: 1 of 2 images kept in full are not in this page; images=2 adds them."]
+    assert few.notes == ["vmamba_micro: 1 of 2 images kept in full are not on this page; images=2 adds them."]
     with pytest.raises(ReportError, match=r"the mean of .* does not fit|names and orders alone need"):
         cases.report(store, limit=60_000)
 
@@ -125,8 +125,8 @@ def test_grids_that_are_too_large_are_left_to_the_explorer(store, monkeypatch):
 
     monkeypatch.setattr(stored, "CELLS", 24)
     page, made = cases.report(store)
-    (told,) = about(page)["stores"]
-    assert [its["number"] for its in told["layers"]] == [1, 2]
+    (its_store,) = about(page)["stores"]
+    assert [its["number"] for its in its_store["layers"]] == [1, 2]
     assert "1 layer of more than 24 patches (8x12) is left out. mamba-attn explore store shows them" in made.notes[0]
     monkeypatch.setattr(stored, "CELLS", 4)
     with pytest.raises(ReportError, match=r"grids of more than 4 patches\. mamba-attn explore store .*linear time"):

@@ -1,0 +1,358 @@
+"""Effective receptive fields by gradients.
+
+Features are those that a model hands on: the last output after a layer that still holds all of its tokens.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mamba_attn._types import Float
+from mamba_attn.attribution.lrp.linear_backward import holds_tokens, token_frame
+from mamba_attn.attribution.queries import Query, make_query, query_tokens, split_query
+from mamba_attn.core.layout import TokenLayout
+from mamba_attn.erf.reach import Reach, ReachSum
+from mamba_attn.errors import NonFiniteError, UnsupportedModelError
+from mamba_attn.tracing.adapters import find_mixers
+from mamba_attn.tracing.layer_names import LayerName, layer_name
+from mamba_attn.tracing.layers import Layer
+from mamba_attn.tracing.tracer import trace
+
+CLASS_TOKEN = "class"
+SHARES = (0.2, 0.3, 0.5, 0.99)  # that arXiv 2203.06717 draws rectangles for
+_SIGNS = ("positive", "absolute")
+
+
+@dataclass(frozen=True)
+class ReceptiveField:
+    """The effective receptive field of one token.
+
+    Args:
+        gradient: (rows, columns) float64: mean over images of d(sum of positive features) / d(pixel), its positive part
+            or absolute value, summed over colours.
+        centre: (row, column) of the token's centre in pixels; of the image for a class token.
+        layer: whose tokens.
+        reader: whose field it is, in words.
+        images: how many were averaged.
+        skipped: numbers of the images that gave NaN or Inf.
+        reach: how far attention reaches by itself, if that was asked for.
+    """
+
+    gradient: np.ndarray
+    centre: tuple[float, float]
+    layer: str
+    reader: str
+    images: int
+    skipped: list[int]
+    reach: Reach | None
+
+    def shown(self, power: float = 0.2) -> np.ndarray:
+        """Return the field as it is drawn, (rows, columns) in 0..1: to the power of 0.2, over the largest value.
+
+        Args:
+            power: of the gradient.
+        """
+        drawn = self.gradient**power
+        shown: np.ndarray = drawn / (drawn.max() or 1.0)
+        return shown
+
+    def rectangle(self, share: float) -> tuple[int, float]:
+        """Return side and area of the smallest square around the token that holds more than a share of the field.
+
+        Args:
+            share: of the sum of all gradients, 0 to 1.
+
+        Returns:
+            The side in pixels, and which part of the image lies inside: the square ends at the image's borders. For a
+            token in the middle of a square image these are the numbers of arXiv 2203.06717.
+
+        Raises:
+            ValueError: a share that is none, or a field that is zero everywhere.
+        """
+        total = float(self.gradient.sum())
+        if not 0 <= share < 1 or not total:
+            raise ValueError(f"rectangle(share={share}): expected 0 <= share < 1, and a field that is not zero.")
+        away = self._away(np.maximum)
+        order = np.argsort(away, axis=None, kind="stable")
+        inside = np.cumsum(self.gradient.ravel()[order])
+        reached = away.ravel()[order][min(int(np.searchsorted(inside, share * total, side="right")), away.size - 1)]
+        return round(2 * float(reached) + 1), float((away <= reached).mean())
+
+    @property
+    def distance(self) -> float:
+        """Mean distance from the token, in pixels, weighted by the field."""
+        total = float(self.gradient.sum())
+        return float((self.gradient * self._away(np.hypot)).sum() / total) if total else float("nan")
+
+    def _away(self, norm: np.ufunc) -> np.ndarray:
+        """Distance of the pixels' centres from the token's."""
+        rows, columns = (
+            np.abs(np.arange(n) + 0.5 - at) for n, at in zip(self.gradient.shape, self.centre, strict=True)
+        )
+        return np.asarray(norm(rows[:, None], columns[None]))
+
+    def arrays(self, prefix: str = "") -> dict[str, np.ndarray]:
+        """Return all of it by the names of the .npz file, each after a prefix."""
+        named = {
+            "erf": self.gradient, "centre": np.array(self.centre), "images": np.array(self.images),
+            "skipped": np.array(self.skipped, dtype=np.int64), "layer": np.array(self.layer),
+            "distance": np.array(self.distance),
+        }  # fmt: skip
+        if self.reach is not None:
+            reach = self.reach
+            named |= {f"row.{name}": row for name, row in reach.rows.items()}
+            named |= {
+                "layers": np.array(reach.layers), "row_distance": np.array(list(reach.row_distance.values())),
+                "mean_distance": np.array(list(reach.mean_distance.values())),
+                "rollout_distance": np.array(reach.rollout_distance),
+            }  # fmt: skip
+            named |= {} if reach.rollout is None else {"rollout": reach.rollout}
+        return {prefix + name: array for name, array in named.items()}
+
+
+def receptive_field(
+    model: nn.Module,
+    images: Tensor | Iterable[Tensor],
+    query: Sequence[float] | str | None = None,
+    *,
+    pixel: Sequence[float] | None = None,
+    box: Sequence[float] | None = None,
+    layer: LayerName | None = None,
+    sign: str = "positive",
+    reach: bool = True,
+) -> ReceptiveField:
+    """Return the effective receptive field of a token (arXiv 1701.04128), as arXiv 2203.06717 and VMamba measure it.
+
+    Per image: the positive features of the token are summed, and the positive part of that sum's gradient with respect
+    to the pixels is summed over colours. Features are what the model passes on after its last layer, on any grid.
+    Images with NaN or Inf are left out and counted.
+
+    Args:
+        model: one that ``mamba_attn.trace`` knows, as it is; it is not changed.
+        images: normalised, (batch, colours, rows, columns), all of one size, square or not; or several such batches.
+        query: "class" for the class token. Deprecated: two numbers are a ``pixel``, four a ``box``.
+        pixel: (row, column) in pixels, the same for all images. Default: the patch in the middle,
+            (height // 2, width // 2).
+        box: (x0, y0, x1, y1) in pixels, whose tokens' mean it is; the same for all images.
+        layer: whose block's output is meant, by name or number. Default: the last one.
+        sign: of the gradient: "positive" part, as published, or its "absolute" value.
+        reach: also say how far attention reaches: distances per layer, and the rollout.
+
+    Raises:
+        ValueError: no images, images of several sizes, a pixel or box outside them, several places, no class token,
+            an unknown sign.
+        UnknownLayerError: no such layer.
+        UnsupportedModelError: no output after the layer holds its tokens.
+        NonFiniteError: every image gave NaN or Inf.
+        TraceError: the tokens' place in the image is not known.
+
+    Example:
+        >>> field = receptive_field(model, images, pixel=(100, 40), reach=False)
+        >>> field.gradient.shape
+        (224, 224)
+    """
+    if sign not in _SIGNS:
+        raise ValueError(f"receptive_field(sign={sign!r}): expected one of {_SIGNS}.")
+    if isinstance(query, str) and (pixel is not None or box is not None):
+        raise ValueError(f"receptive_field(query={query!r}, ...): give this, pixel or box alone.")
+    if not isinstance(query, str):
+        pixel, box = split_query("receptive_field", query, pixel, box)
+    total = _Sum(model, query if isinstance(query, str) else None, pixel, box, layer, sign, reach)
+    for batch in [images] if isinstance(images, Tensor) else images:
+        total.add(batch)
+    return total.result()
+
+
+@dataclass
+class _Sum:
+    """Adds up images."""
+
+    model: nn.Module
+    named: str | None
+    pixel: Any
+    box: Any
+    layer: LayerName | None
+    sign: str
+    reach: bool
+    gradient: Tensor | None = None
+    used: int = 0
+    seen: int = 0
+    skipped: list[int] = field(default_factory=list)
+    centre: tuple[float, float] = (0.0, 0.0)
+    name: str = ""
+    reader: str = ""
+    attention: ReachSum | None = None
+
+    def add(self, images: Tensor) -> None:
+        """Look at a batch."""
+        size = self._size(images)
+        if self.gradient is None:
+            self.gradient = torch.zeros(size, dtype=torch.float64)
+        gradients, tokens = self._gradients(images, size)
+        finite = gradients.isfinite().flatten(1).all(1)
+        self.skipped += [self.seen + number for number in (~finite).nonzero().flatten().tolist()]
+        self.seen += len(images)
+        self.used += int(finite.sum())
+        self.gradient += gradients[finite].sum(0).cpu()
+        if self.attention is not None and bool(finite.any()):
+            self.attention.add(self.model, images[finite], tokens, self.name)
+
+    def result(self) -> ReceptiveField:
+        """Return the means."""
+        if self.gradient is None:
+            raise ValueError("receptive_field(images): there are none.")
+        if not self.used:
+            raise NonFiniteError(
+                f"receptive_field: all {self.seen} images gave NaN or Inf; check the images, the weights and the "
+                "precision of the model."
+            )
+        reach = None if self.attention is None else self.attention.result()
+        mean = (self.gradient / self.used).numpy()
+        return ReceptiveField(mean, self.centre, self.name, self.reader, self.used, self.skipped, reach)
+
+    def _size(self, images: Tensor) -> tuple[int, int]:
+        if images.ndim != 4 or not len(images) or not images.is_floating_point():
+            raise ValueError(
+                f"receptive_field(images{tuple(images.shape)} of {images.dtype}): expected normalised images (batch, "
+                "colours, rows, columns)."
+            )
+        size = (images.shape[2], images.shape[3])
+        if self.gradient is not None and size != tuple(self.gradient.shape):
+            raise ValueError(
+                f"receptive_field(images): {size[0]} x {size[1]} pixels after {self.gradient.shape[0]} x "
+                f"{self.gradient.shape[1]}; fields of several sizes cannot be averaged."
+            )
+        return size
+
+    def _gradients(self, images: Tensor, size: tuple[int, int]) -> tuple[Float[Tensor, "batch rows columns"], int]:
+        """Every image's gradient, signed as asked and summed over colours; the largest number of tokens of a layer."""
+        with torch.inference_mode(False), torch.enable_grad(), Features(self.model, self.layer) as features:
+            pixels = images.detach().clone().requires_grad_()
+            with trace(self.model) as record:
+                self.model(pixels)
+                layers = record.layers
+                last = record[features.layer or layers[-1].name]
+                tokens = self._tokens(last, size)
+                chosen = features.of(last)[:, tokens]
+                (gradient,) = torch.autograd.grad(chosen.relu().sum() / len(tokens), pixels)
+        signed = gradient.clamp(min=0) if self.sign == "positive" else gradient.abs()
+        # clamp makes numbers of -inf, and a feature that is NaN may lose its way in relu
+        bad = ~(gradient.isfinite().flatten(1).all(1) & chosen.isfinite().flatten(1).all(1))
+        summed = signed.double().sum(1)
+        summed[bad] = float("nan")
+        return summed, max(layer.tokens for layer in layers)
+
+    def _tokens(self, layer: Layer, size: tuple[int, int]) -> list[int]:
+        """The query's tokens; the first time, also where that is, in pixels and words."""
+        layout = layer.layout
+        asked = make_query("receptive_field", size, None, self.pixel, self.box)
+        query, centre, reader = _place(layout, self.named, asked, size)
+        if not self.name:
+            self.name, self.reader = layer.name, reader
+            self.centre = centre
+            if self.reach:
+                self.attention = ReachSum(query, None if query is None else centre)
+        return query_tokens(layout, query)[0]
+
+
+def _place(
+    layout: TokenLayout, named: str | None, query: Query | None, size: tuple[int, int]
+) -> tuple[Query | None, tuple[float, float], str]:
+    """The query in pixels or None for the class token, its centre, its name."""
+    if named is not None:
+        if named != CLASS_TOKEN or not layout.class_tokens:
+            what = f"expected {CLASS_TOKEN!r}" if named != CLASS_TOKEN else "there is no class token"
+            raise ValueError(f"receptive_field(query={named!r}): {what}.")
+        return None, (size[0] / 2, size[1] / 2), "the class token"
+    if query is None:
+        row, column = (n // 2 * layout.step + layout.centre for n in layout.grid)
+        return Query("pixel", ((row, column),)), (row, column), "the patch in the middle"
+    patches = layout.patches.tolist()
+    places = [divmod(patches.index(token), layout.grid[1]) for token in query_tokens(layout, query)[0]]
+    row, column = (float(np.mean(each)) * layout.step + layout.centre for each in zip(*places, strict=True))
+    (place,) = query.places
+    return query, (row, column), f"pixel {place[0]:g}, {place[1]:g}" if query.kind == "pixel" else "the marked box"
+
+
+class Features:
+    """Watches one forward pass of a model; nothing stays on it.
+
+    Behind the last layer that is what a backbone hands on: the last norm's output, where all tokens go through it.
+    Behind an earlier one it is the output of its block, with the residual stream; of blocks that return several
+    tensors of the same shape, as official Vim's with its residual apart, their sum.
+
+    Args:
+        model: to be traced in the same pass.
+        layer: a mixer's name, or its number. Default: the last one that runs.
+
+    Raises:
+        TypeError: neither a name nor a number.
+        UnknownLayerError: no such mixer.
+    """
+
+    def __init__(self, model: nn.Module, layer: LayerName | None = None) -> None:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        self.model = model
+        self.mixers = list(find_mixers(self.model))
+        self.wanted = None if layer is None else layer_name(f"layer={layer!r}", layer, self.mixers)
+        self.layer: str | None = None  # whose outputs are kept
+        self._stopped = False
+        self._outputs: list[tuple[str, Any]] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        """Watch the modules' outputs."""
+        for name, module in self.model.named_modules():
+            self._stack.callback(module.register_forward_hook(partial(self._after, name)).remove)
+            if name in self.mixers:
+                self._stack.callback(module.register_forward_pre_hook(partial(self._before, name)).remove)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stack.close()
+
+    def of(self, layer: Layer) -> Float[Tensor, "batch tokens features"]:
+        """Return the features of the layer that was watched.
+
+        Args:
+            layer: the traced one, ``layer`` by name.
+
+        Raises:
+            UnsupportedModelError: no output after it holds its tokens.
+        """
+        for name, output in reversed(self._outputs):
+            if self._stopped and not (layer.name == name or layer.name.startswith(f"{name}.") or not name):
+                continue
+            parts = [part for part in (output if isinstance(output, tuple | list) else [output]) if _whole(layer, part)]
+            if parts:
+                together = sum(part for part in parts[1:] if part.shape == parts[0].shape)
+                return token_frame(layer, parts[0] + together)
+        raise UnsupportedModelError(
+            f"{type(self.model).__name__}: no module after {layer.name} returns its {layer.tokens} tokens; name "
+            "another layer=."
+        )
+
+    def _before(self, name: str, module: nn.Module, args: Any) -> None:
+        if self.wanted is not None and self.layer is not None:
+            self._stopped = True
+
+    def _after(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if name in self.mixers and (self.wanted is None or name == self.wanted):
+            self.layer, self._outputs = name, []
+        if self.layer is not None and not self._stopped:
+            self._outputs.append((name, output))
+
+
+def _whole(layer: Layer, part: Any) -> bool:
+    """Whether it holds all tokens of the layer."""
+    if not isinstance(part, Tensor) or not part.is_floating_point() or (part.ndim == 4 and not layer.has_layout):
+        return False
+    return holds_tokens(layer, part)

@@ -1,0 +1,98 @@
+"""How far a figure moves when the images are drawn anew, and whether one method is really ahead of another."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure over a sample of images, and how far resampling the images moves it (percentiles of a bootstrap)."""
+
+    value: float
+    low: float  # 2.5 %
+    quartiles: tuple[float, float]
+    high: float  # 97.5 %
+
+    @property
+    def clear(self) -> bool:
+        """Whether zero lies outside."""
+        return self.low > 0 or self.high < 0
+
+
+def bootstrap(statistic: Callable[..., np.ndarray], *samples: np.ndarray, seed: int = 0) -> Interval:
+    """Resample the images with replacement, the same ones in every sample.
+
+    Args:
+        statistic: of samples with any leading axes, over the last one.
+        samples: (images,) each.
+        seed: of the resampling.
+    """
+    count = len(samples[0])
+    chosen = np.random.default_rng(seed).integers(0, count, (DRAWS, count))
+    return interval(float(statistic(*samples)), statistic(*(sample[chosen] for sample in samples)))
+
+
+def interval(value: float, drawn: np.ndarray) -> Interval:
+    """Return a figure and the percentiles of its resampled values.
+
+    Args:
+        value: on the sample itself.
+        drawn: (draws,); those that are no number, as a ratio to an accuracy of 0, are left out.
+    """
+    drawn = drawn[np.isfinite(drawn)]
+    if not len(drawn):
+        return Interval(float(value), np.nan, (np.nan, np.nan), np.nan)
+    low, first, third, high = np.percentile(drawn, [2.5, 25, 75, 97.5])
+    return Interval(float(value), float(low), (float(first), float(third)), float(high))
+
+
+def mean(sample: np.ndarray) -> np.ndarray:
+    """Mean over images."""
+    return np.asarray(sample.mean(-1))
+
+
+def ratio_of_means(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Ratio of two means over images."""
+    return np.asarray(numerator.mean(-1) / denominator.mean(-1))
+
+
+def drawn_counts(units: int, seed: int = 0) -> np.ndarray:
+    """Return how often each unit is in every resample, (draws, units).
+
+    Args:
+        units: images, or groups of images.
+        seed: of the resampling.
+    """
+    chosen = np.random.default_rng(seed).integers(0, units, (DRAWS, units))
+    counts = np.zeros((DRAWS, units))
+    np.add.at(counts, (np.arange(DRAWS)[:, None], chosen), 1)
+    return counts
+
+
+class Resampler:
+    """Resampled means of columns, for many methods on the same images.
+
+    Args:
+        images: how many.
+        seed: of the resampling; the same draws serve all methods, so that their differences are paired.
+    """
+
+    def __init__(self, images: int, seed: int = 0) -> None:
+        self._counts = np.concatenate([np.ones((1, images)), drawn_counts(images, seed)])  # the sample itself first
+
+    def means(self, columns: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        """Return the columns' means over the sample, then over every draw: (1 + draws, columns).
+
+        Args:
+            columns: (images, columns).
+            valid: (images,) bool: the others are left out of every draw.
+        """
+        weights = self._counts[:, valid]
+        # a draw that happens to hold no valid image repeats the sample
+        total = weights.sum(1, keepdims=True)
+        weights = np.where(total > 0, weights, weights[:1])
+        return np.asarray(weights @ columns[valid] / weights.sum(1, keepdims=True))

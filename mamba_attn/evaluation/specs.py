@@ -1,0 +1,165 @@
+"""What is compared, from text: models with their weights, methods by name, and what all figures depend on."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from mamba_attn.attribution import MapAttribution, catalogue, spec
+from mamba_attn.datasets import loaded_model
+from mamba_attn.datasets.loaded_model import LoadedModel
+from mamba_attn.errors import nearest
+from mamba_attn.evaluation.ranking import token_cell
+
+PREDICTED, LABEL = "predicted", "label"
+# what models, methods and images raise; captum asserts
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, MemoryError)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the figures depend on besides image, model and method.
+
+    Args:
+        target: "predicted", "label", or the index or name of a class that is explained in every image.
+        fill: what replaces removed pixels.
+        precision: in which the model answers when it is perturbed; maps are always of float32.
+        stages: of the cascade of randomised models.
+        seed: of everything random.
+    """
+
+    target: str = PREDICTED
+    fill: str = "black"
+    precision: str = "float32"
+    stages: int = 6
+    seed: int = 0
+
+    def of(self, measure: str) -> str:
+        """Return those that a measure depends on, as text."""
+        more = {"perturbation": ("fill", "seed"), "pixels": ("fill", "seed"), "sanity": ("stages", "seed")}
+        names = ("target", "precision", *more.get(measure, ()))
+        return json.dumps({name: value for name, value in asdict(self).items() if name in names})
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the comparison, as text, and what is loaded of it: once for every such object, freed with it.
+
+    Args:
+        name: see ``mamba_attn.models.create``.
+        weights: "demo", "official" or a file.
+        device: "cpu" or "cuda".
+    """
+
+    name: str
+    weights: str = "demo"
+    device: str = "cpu"
+
+    @classmethod
+    def parse(cls, text: str, device: str = "cpu") -> "Model":
+        """Read ``NAME`` or ``NAME=WEIGHTS``.
+
+        Raises:
+            ValueError: nothing after the sign of equality.
+        """
+        name, given, weights = text.partition("=")
+        if given and not weights:
+            raise ValueError(f"model={text!r}: expected demo, official or a file after the =.")
+        return cls(name, weights if given else "demo", device)
+
+    def __reduce__(self) -> tuple[type["Model"], tuple[str, str, str]]:
+        """Go to another process as text, without what was loaded here."""
+        return Model, (self.name, self.weights, self.device)
+
+    @cached_property
+    def subject(self) -> LoadedModel:
+        """The model itself, loaded when it is first asked for; see ``loaded_model.load`` for the errors."""
+        return loaded_model.load(self.name, self.weights, self.device)
+
+    @property
+    def identity(self) -> str:
+        """Name and hash of the weights, as results are filed under it."""
+        return f"{self.name}:{self.subject.fingerprint}"
+
+    def explained(self, options: Options) -> int | None:
+        """Return the class that ``target`` names; None for "predicted" and "label".
+
+        Raises:
+            ValueError: no such class.
+        """
+        if options.target in (PREDICTED, LABEL):
+            return None
+        return loaded_model.parse_target(options.target, self.subject)
+
+    def misfit(self, method: str) -> str | None:
+        """Return why a method does not fit this model, and which would; None if it does. Options are tried once."""
+        if method not in self._misfits:
+            self._misfits[method] = self._refusal(method)
+        return self._misfits[method]
+
+    def cell(self, size: tuple[int, int]) -> int:
+        """Return the side of the cells that are ranked in an image of (rows, columns), in pixels."""
+        if size not in self._cells:
+            empty = torch.zeros(1, 3, *size, device=self.subject.device)
+            self._cells[size] = token_cell(self.subject.model, empty)
+        return self._cells[size]
+
+    @cached_property
+    def _misfits(self) -> dict[str, str | None]:
+        return {}
+
+    @cached_property
+    def _cells(self) -> dict[tuple[int, int], int]:
+        return {}
+
+    def _refusal(self, method: str) -> str | None:
+        its, subject = spec.method(method, "methods"), self.subject
+        refusal = catalogue.refusal(its.name, subject.model, self.name)
+        if refusal is None and its.options:
+            try:
+                its.build(subject.model).attribute(torch.zeros(1, 3, *subject.transform.size, device=subject.device))
+            except FAILURES as error:
+                return str(error) or type(error).__name__
+        return refusal
+
+
+def choose_methods(texts: Sequence[str]) -> tuple[list[str], dict[str, int], set[str]]:
+    """Return the methods' keys, how many images some of them get at most, and those that "all" alone stands for.
+
+    Args:
+        texts: "all", names separated by commas, or one method with options each, ``NAME:OPTION=VALUE,OPTION``; every
+            name may end in ``@N``, a number of images. What is named after "all" takes the place of its plain form.
+
+    Raises:
+        ValueError: an unknown name, option or value, or no methods.
+    """
+    pieces = [piece for text in texts for piece in ([text] if ":" in text else text.split(","))]
+    found: list[str] = []
+    most: dict[str, int] = {}
+    asked: set[str] = set()
+    for piece in filter(None, map(str.strip, pieces)):
+        if piece.lower() == "all":
+            found += catalogue.METHODS
+            continue
+        text, at, count = piece.rpartition("@") if "@" in piece else (piece, "", "")
+        if at and not (count.isdecimal() and int(count)):
+            raise ValueError(f"methods={piece!r}: expected a number of images after @.")
+        name, colon, rest = text.partition(":")
+        its = spec.method(name.lower() + colon + rest, "methods")
+        if its.name in found and its.key != its.name and "all" in map(str.lower, texts):
+            found.remove(its.name)
+        found.append(its.key)
+        asked.add(its.key)
+        if at:
+            most[its.key] = int(count)
+    if not found:
+        raise ValueError(f"methods={' '.join(texts)!r}: expected 'all' or names. {nearest('', catalogue.METHODS)}")
+    return list(dict.fromkeys(found)), most, set(found) - asked
+
+
+def build(method: str, model: nn.Module) -> MapAttribution:
+    """Return a method on a model."""
+    return spec.method(method, "methods").build(model)

@@ -1,0 +1,387 @@
+"""What the findings compute: of the rows of a mean matrix, of each image's matrix, of the blocks of a stage, by depth.
+
+Mode 2 of arXiv 2502.20764 is about rows. A point is a patch: its row of the mean attention of a group of images,
+divided by its norm, on the first 100 principal components. No layout in the plane takes part.
+
+Shares are |attention| between patches divided by its sum over a row, (images, n, n); the reader is the first of the two
+axes. Rows that read nothing are left out.
+
+Mode 1 is about blocks: a point is the matrix of one image in one block.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from mamba_attn.analytics.projection import components
+from mamba_attn.core.ranks import ranks, spearman
+from mamba_attn.findings.places import Places
+
+FIRST = 100  # principal components
+NEIGHBOURS = 5  # that purity looks at
+MOST_POINTS = 1024  # of Mode 1: blocks x images; the first images are taken
+
+
+class Rows:
+    """The points of a mean matrix.
+
+    Args:
+        matrix: (points, n), what these patches read.
+    """
+
+    def __init__(self, matrix: np.ndarray) -> None:
+        self.points = components(unit(matrix), min(FIRST, *matrix.shape)).points
+
+    @cached_property
+    def squares(self) -> np.ndarray:
+        """(points, points) squared distances, 2 - 2 cosine but for what the principal components leave out."""
+        lengths = np.einsum("nf,nf->n", self.points, self.points)
+        found = lengths[:, None] + lengths - 2 * self.points @ self.points.T
+        np.fill_diagonal(found, 0)
+        return np.asarray(np.maximum(found, 0))
+
+    @cached_property
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of every pair, once."""
+        return np.triu_indices(len(self.points), 1)
+
+    @cached_property
+    def ranked(self) -> np.ndarray:
+        """Ranks of the pairs' distances less their mean; distances are rounded, so that equal rows tie."""
+        found = ranks(np.round(self.squares[self.pairs], 12))
+        return np.asarray(found - found.mean())
+
+    def follow(self, ranked: np.ndarray) -> float:
+        """Spearman's correlation of the pairs' distances with others; NaN where one of the two is constant.
+
+        Args:
+            ranked: the others' ranks less their mean.
+        """
+        scale = float(np.sqrt((self.ranked @ self.ranked) * (ranked @ ranked)))
+        return float(self.ranked @ ranked) / scale if scale > 0 else float("nan")
+
+
+def unit(values: np.ndarray) -> np.ndarray:
+    """Return rows of norm one, float64; zeros stay zeros.
+
+    Args:
+        values: (n, features).
+    """
+    rows = np.asarray(values, dtype=np.float64)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    found: np.ndarray = rows / np.where(norms > 0, norms, 1)
+    return found
+
+
+def column_similarity(rows: Rows, places: Places) -> float:
+    """Mean cosine of rows of one column less that of rows of different columns (arXiv 2502.20764, figure 4).
+
+    Args:
+        rows: of a mean matrix.
+        places: of its patches.
+    """
+    return _similarity(rows, places.column)
+
+
+def row_similarity(rows: Rows, places: Places) -> float:
+    """Mean cosine of rows of one row of the grid less that of rows of different ones, the counterpart of columns.
+
+    Args:
+        rows: of a mean matrix.
+        places: of its patches.
+    """
+    return _similarity(rows, places.row)
+
+
+def column_purity(rows: Rows, places: Places) -> float:
+    """(p - c) / (1 - c): p the part of the 5 nearest patches in the same column, c that of all patches.
+
+    Args:
+        rows: of a mean matrix.
+        places: of its patches.
+    """
+    return purity(rows, places.column)
+
+
+def row_purity(rows: Rows, places: Places) -> float:
+    """As the purity of columns, against the rows of the grid.
+
+    Args:
+        rows: of a mean matrix.
+        places: of its patches.
+    """
+    return purity(rows, places.row)
+
+
+def block_purity(rows: Rows, places: Places) -> float:
+    """As the purity of columns, against z-blocks, which Morton's order should make (arXiv 2502.20764, figure 7).
+
+    Args:
+        rows: of a mean matrix.
+        places: of its patches.
+    """
+    return purity(rows, places.block)
+
+
+def purity(rows: Rows, labels: np.ndarray) -> float:
+    """Return how far nearest points share a label: 0 as by chance, 1 if all do; NaN where no two points share one.
+
+    Points whose label no other has are left out. Of a label with fewer than six points, so many neighbours are looked
+    at as could share it.
+
+    Args:
+        rows: the points.
+        labels: one each.
+    """
+    same = labels[:, None] == labels
+    fellows = same.sum(1) - 1
+    if not fellows.any():
+        return float("nan")
+    near = rows.squares.copy()
+    np.fill_diagonal(near, np.inf)
+    order = np.argsort(near, axis=1, kind="stable")[:, :NEIGHBOURS]
+    alike = np.take_along_axis(same, order, axis=1)
+    looked = np.minimum(fellows, NEIGHBOURS)[:, None]
+    seen = np.arange(alike.shape[1]) < looked
+    pure = (alike & seen).sum(1)[fellows > 0] / looked[fellows > 0, 0]
+    chance = float((fellows[fellows > 0] / (len(labels) - 1)).mean())
+    return float((pure.mean() - chance) / (1 - chance)) if chance < 1 else float("nan")
+
+
+def grid_locality(rows: Rows, places: Places) -> float:
+    """Spearman's correlation of the distance between rows and between their patches in the image (arXiv 2502.20764).
+
+    Args:
+        rows: of a mean matrix.
+        places: of its patches.
+    """
+    return rows.follow(places.ranked["away"])
+
+
+def sequence_locality(rows: Rows, places: Places) -> float:
+    """Spearman's correlation of the distance between rows and the steps between their patches in the layer's routes.
+
+    Args:
+        rows: of a mean matrix.
+        places: of its patches.
+    """
+    return rows.follow(places.ranked["steps"])
+
+
+def order_over_raster(rows: Rows, places: Places) -> float:
+    """Correlation with steps in the layer's own order less that in raster order; NaN where these are the same.
+
+    Args:
+        rows: of a mean matrix.
+        places: of its patches.
+    """
+    if places.in_raster_order:
+        return float("nan")
+    return rows.follow(places.ranked["steps"]) - rows.follow(places.ranked["raster"])
+
+
+def _similarity(rows: Rows, labels: np.ndarray) -> float:
+    first, second = rows.pairs
+    squares, same = rows.squares[rows.pairs], labels[first] == labels[second]
+    if same.all() or not same.any():
+        return float("nan")
+    return float(squares[~same].mean() - squares[same].mean()) / 2
+
+
+def shares_of(matrices: np.ndarray) -> np.ndarray:
+    """Return |attention| as shares of its rows; rows of zeros stay zeros.
+
+    Args:
+        matrices: (images, n, n), signed or not.
+    """
+    size = np.abs(matrices)
+    total = size.sum(2, keepdims=True)
+    shares: np.ndarray = size / np.where(total > 0, total, 1)
+    return shares
+
+
+def entropy(shares: np.ndarray, places: Places) -> np.ndarray:
+    """-sum_j s_ij log s_ij / log n, mean over rows i: 0 where one patch is read, 1 where all are read alike.
+
+    Args:
+        shares: of images.
+        places: of the patches.
+    """
+    logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
+    return _mean(-np.einsum("bij,bij->bi", shares, logs) / np.log(len(places)), shares)
+
+
+def distance(shares: np.ndarray, places: Places) -> np.ndarray:
+    """sum_j s_ij |x_i - x_j|, mean over rows, in pixels: the mean attention distance of arXiv 2010.11929, figure 7.
+
+    Args:
+        shares: of images.
+        places: of the patches.
+    """
+    return _mean(np.einsum("bij,ij->bi", shares, places.away), shares)
+
+
+def neighbour_share(shares: np.ndarray, places: Places) -> np.ndarray:
+    """Sum of s_ij over the patch itself and its eight neighbours, mean over rows (arXiv 2502.20764, complementary).
+
+    Args:
+        shares: of images.
+        places: of the patches.
+    """
+    return _mean(np.einsum("bij,ij->bi", shares, places.near.astype(np.float32)), shares)
+
+
+def preceding_lift(shares: np.ndarray, places: Places) -> np.ndarray:
+    """Share read 1 to 3 steps back in a route, over that of uniform attention; the diagonal apart (arXiv 2502.20764).
+
+    What is just before a patch in a route that runs backwards is just after it in the forward one.
+
+    Args:
+        shares: of images.
+        places: of the patches.
+    """
+    others = 1 - np.einsum("bii->bi", shares)
+    counted = shares.any(2) & (others > 1e-6)
+    found = np.einsum("bij,ij->bi", shares, places.before.astype(np.float32)) / np.where(counted, others, 1)
+    expected = np.where(counted, places.before.sum(1) / (len(places) - 1), 0).sum(1)
+    lift: np.ndarray = np.where(expected > 0, (found * counted).sum(1) / np.where(expected > 0, expected, 1), np.nan)
+    return lift
+
+
+def _mean(rows: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """(images,) mean over the rows that read something; NaN where there is none."""
+    reads = shares.any(2)
+    count = reads.sum(1)
+    mean: np.ndarray = np.where(count > 0, (rows * reads).sum(1) / np.maximum(count, 1), np.nan)
+    return mean
+
+
+@dataclass(eq=False)
+class Stage:
+    """What was measured of the blocks of one stage.
+
+    Args:
+        features: per block (images, features), the images' matrices or projections of them.
+        means: per block (groups, points, n), mean matrices of groups of images.
+        diagonal: (points, n), whether an entry lies on the matrix's diagonal.
+        distances: per block (images,), mean attention distances; empty where they are not known.
+    """
+
+    features: Sequence[np.ndarray]
+    means: Sequence[np.ndarray]
+    diagonal: np.ndarray
+    distances: Sequence[np.ndarray] = field(default_factory=list)
+
+    @cached_property
+    def apart(self) -> tuple[np.ndarray, np.ndarray]:
+        """Distances of all (block, image) points on unit norm and 100 principal components; the blocks' numbers."""
+        blocks = len(self.features)
+        images = max(1, min(len(self.features[0]), MOST_POINTS // blocks))
+        points = np.concatenate([unit(each[:images]) for each in self.features])
+        points = components(points, min(FIRST, len(points))).points
+        lengths = np.einsum("nf,nf->n", points, points)
+        squares = lengths[:, None] + lengths - 2 * points @ points.T
+        return np.sqrt(np.maximum(squares, 0)), np.repeat(np.arange(blocks), images)
+
+
+def block_silhouette(stage: Stage) -> np.ndarray:
+    """(b - a) / max(a, b), mean over the blocks of an image: a to points of its block, b to those of the nearest other.
+
+    Rousseeuw (1987), of the points (block, image) of a stage; near 1 where blocks form clusters of their own.
+
+    Args:
+        stage: of at least two blocks; else there is nothing to tell apart.
+    """
+    blocks = len(stage.features)
+    if blocks < 2 or len(stage.features[0]) < 2:
+        return np.full(1, np.nan)
+    away, label = stage.apart
+    images = len(label) // blocks
+    sums = np.stack([away[:, label == block].sum(1) for block in range(blocks)], 1)
+    own = np.arange(len(label)), label
+    inside = sums[own] / (images - 1)
+    sums[own] = np.inf
+    outside = sums.min(1) / images
+    largest = np.maximum(inside, outside)
+    found = np.where(largest > 0, (outside - inside) / np.where(largest > 0, largest, 1), 0.0)
+    return np.asarray(found.reshape(blocks, images).mean(0))
+
+
+def block_neighbours(stage: Stage) -> np.ndarray:
+    """Part of an image's points whose nearest other point is of the same block; by chance 1 / blocks.
+
+    Args:
+        stage: of at least two blocks.
+    """
+    blocks = len(stage.features)
+    if blocks < 2 or len(stage.features[0]) < 2:
+        return np.full(1, np.nan)
+    away, label = stage.apart
+    other = away + np.diag(np.full(len(away), np.inf))
+    found = label[other.argmin(1)] == label
+    return np.asarray(found.reshape(blocks, -1).mean(0))
+
+
+def block_correlation(stage: Stage) -> np.ndarray:
+    """Least Pearson correlation of |mean attention| over pairs of blocks, off the diagonal; below 0 two complement.
+
+    A minimum: n blocks have n (n - 1) / 2 pairs, and the more there are, the lower it is by itself.
+
+    Args:
+        stage: of at least two blocks.
+    """
+    if len(stage.means) < 2:
+        return np.full(1, np.nan)
+    found = []
+    for group in zip(*stage.means, strict=True):
+        values = np.stack([np.abs(mean)[~stage.diagonal] for mean in group]).astype(np.float64)
+        values -= values.mean(1, keepdims=True)
+        norms = np.linalg.norm(values, axis=1)
+        if not norms.all():
+            found.append(np.nan)
+            continue
+        values /= norms[:, None]
+        found.append(float((values @ values.T)[np.triu_indices(len(values), 1)].min()))
+    return np.array(found)
+
+
+def distance_range(stage: Stage) -> np.ndarray:
+    """Largest less least mean attention distance of the stage's blocks, in pixels, per image.
+
+    Args:
+        stage: of at least two blocks.
+    """
+    if len(stage.distances) < 2:
+        return np.full(1, np.nan)
+    return np.asarray(np.ptp(np.stack(stage.distances), axis=0))
+
+
+def image_share(features: np.ndarray) -> np.ndarray:
+    """Variance of a block's matrices over images, as a part of their mean square, at unit norm; one number per image.
+
+    |f_k - mean f|^2 n / (n - 1) for the unit vector f_k of image k: their mean is 0 where all images have one pattern,
+    1 where nothing is common to them.
+
+    Args:
+        features: (images, features) of one block.
+    """
+    count = len(features)
+    if count < 2:
+        return np.full(count, np.nan)
+    rows = unit(features)
+    return np.asarray(((rows - rows.mean(0)) ** 2).sum(1) * count / (count - 1))
+
+
+def by_depth(values: np.ndarray) -> np.ndarray:
+    """Spearman's correlation of a block's number with its depth, one per image or group.
+
+    Args:
+        values: (blocks, images or groups); undefined blocks are left out, fewer than three give NaN.
+    """
+    found = []
+    for column in values.T:
+        known = np.isfinite(column)
+        found.append(spearman(np.flatnonzero(known), column[known]) if known.sum() > 2 else np.nan)
+    return np.array(found)

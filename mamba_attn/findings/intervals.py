@@ -1,0 +1,207 @@
+"""How sure a finding is: a bootstrap over images, the range of untrained models, and whether two orders go together.
+
+The range in which one more untrained model is expected is Student's prediction interval over random seeds. The
+question is whether one trained model could be one of the untrained ones, so that their scatter counts and not how well
+their mean is known. All models see the same images: what the choice of images adds to every model cancels, and what it
+adds to each apart is part of the seeds' scatter already. The bootstrap over images is therefore not added.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from mamba_attn.core.ranks import ranks, spearman
+from mamba_attn.evaluation.intervals import drawn_counts
+
+_EXACT = 7  # numbers whose orders are all tried
+_PERCENT = (2.5, 97.5)
+_ROUNDING = 1e-6  # what float32 alone makes of a matrix that does not change
+LEVEL = 0.05  # of a verdict, after the correction
+_LEAST_SCATTER = 1e-6  # of the size of a number: what float32 alone makes of seeds that do not differ
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and the interval that resampling gives; ``low`` and ``high`` are None where there is nothing to resample.
+
+    Args:
+        value: the mean.
+        low: 2.5 % of the draws lie below.
+        high: 2.5 % lie above.
+        units: images, or groups of images, that were counted.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    units: int
+
+    def beyond(self, sign: str, number: float) -> bool | None:
+        """Return whether the interval lies on one side of a number; None where it holds it, or there is none.
+
+        Args:
+            sign: ">" or "<".
+            number: the border.
+        """
+        if self.low is None or self.high is None or self.low - _ROUNDING <= number <= self.high + _ROUNDING:
+            return None
+        return (self.low > number) == (sign == ">")
+
+
+def mean(values: np.ndarray, seed: int = 0) -> Estimate | None:
+    """Return the mean of numbers, one per image or group, and the percentiles of a bootstrap; None without numbers.
+
+    Args:
+        values: (units,); NaN are left out.
+        seed: of the resampling.
+    """
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return None
+    if len(known) < 2:
+        return Estimate(float(known[0]), None, None, 1)
+    drawn = drawn_counts(len(known), seed) @ known / len(known)
+    return Estimate(float(known.mean()), *_percentiles(drawn), len(known))
+
+
+def difference(values: np.ndarray, other: np.ndarray, seed: int = 0) -> Estimate | None:
+    """Return the mean of numbers less that of the same images' numbers in another model; None without a common image.
+
+    Args:
+        values: (units,).
+        other: (units,).
+        seed: of the resampling.
+    """
+    return None if len(values) != len(other) else mean(values - other, seed)
+
+
+@dataclass(frozen=True)
+class Together:
+    """How far two orders of a few numbers go together.
+
+    Args:
+        correlation: Spearman's; NaN where one of the two is constant.
+        chance: which part of all orders (or of 10,000 drawn ones) correlate as far, whichever way: the p-value.
+        border: 95 % of the orders correlate less far than this.
+        count: numbers.
+    """
+
+    correlation: float
+    chance: float
+    border: float
+    count: int
+
+
+def together(first: np.ndarray, second: np.ndarray, seed: int = 0) -> Together:
+    """Compare two orders with all that chance could make of them.
+
+    Args:
+        first: (numbers,).
+        second: (numbers,).
+        seed: of the orders that are drawn, where there are too many to try all.
+    """
+    count = len(first)
+    found = spearman(first, second) if count > 1 else float("nan")
+    if count < 3 or math.isnan(found):
+        return Together(found, 1.0, 1.0, count)
+    a, b = (ranks(np.asarray(values)) for values in (first, second))
+    a, b = a - a.mean(), b - b.mean()
+    if count <= _EXACT:
+        orders = np.array(list(itertools.permutations(range(count))))
+    else:
+        random = np.random.default_rng(seed)
+        orders = np.array([range(count), *(random.permutation(count) for _ in range(9999))])
+    chance = np.abs(b[orders] @ a) / np.sqrt((a @ a) * (b @ b))
+    return Together(found, float((chance >= abs(found) - 1e-9).mean()), float(np.percentile(chance, 95)), count)
+
+
+def _percentiles(drawn: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(drawn, _PERCENT)
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Where one more untrained model is expected, and how rarely one lies as far from their mean as the trained one.
+
+    Args:
+        low: 2.5 % of untrained models lie below, if seeds scatter normally.
+        high: 2.5 % lie above.
+        chance: which part of untrained models lies as far from the mean as the trained one, either way: the p-value.
+        corrected: the same after Holm's correction over the rows of a table.
+    """
+
+    low: float
+    high: float
+    chance: float
+    corrected: float
+
+
+def expected(value: float, seeds: Sequence[float]) -> Expected | None:
+    """Compare a model's number with those of untrained models: mean ± t(0.975, k - 1) sd sqrt(1 + 1 / k) over k seeds.
+
+    Args:
+        value: of the trained model.
+        seeds: of k untrained models on the same images; fewer than two give None.
+    """
+    count = len(seeds)
+    if count < 2:
+        return None
+    centre = float(np.mean(seeds))
+    scatter = max(float(np.std(seeds, ddof=1)), _LEAST_SCATTER * max(1.0, abs(centre))) * math.sqrt(1 + 1 / count)
+    half = quantile(count - 1) * scatter
+    chance = tail(abs(value - centre) / scatter, count - 1)
+    return Expected(centre - half, centre + half, chance, chance)
+
+
+def holm(chances: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number, so that all errors together are bounded (Holm 1979).
+
+    Args:
+        chances: the p-values of one table.
+    """
+    found = [1.0] * len(chances)
+    largest = 0.0
+    for place, at in enumerate(sorted(range(len(chances)), key=lambda at: chances[at])):
+        largest = max(largest, min(1.0, (len(chances) - place) * chances[at]))
+        found[at] = largest
+    return found
+
+
+def tail(t: float, freedom: int) -> float:
+    """Return the probability that Student's t lies as far from 0, either way: Abramowitz and Stegun 26.7.3, 26.7.4.
+
+    Args:
+        t: from 0 on.
+        freedom: degrees of freedom, from 1 on.
+    """
+    angle = math.atan2(t, math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = freedom % 2
+    term, total = (cosine if odd else 1.0), 0.0
+    for step in range(1 + odd, freedom, 2):
+        total += term
+        term *= cosine**2 * step / (step + 1)
+    inside = 2 / math.pi * (angle + sine * total) if odd else sine * total
+    return min(1.0, max(0.0, 1 - inside))
+
+
+@cache
+def quantile(freedom: int, chance: float = LEVEL) -> float:
+    """Return the t that Student's t exceeds, either way, with a given probability.
+
+    Args:
+        freedom: degrees of freedom, from 1 on.
+        chance: the probability, both tails together.
+    """
+    low, high = 0.0, 1.0
+    while tail(high, freedom) > chance:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if tail(middle, freedom) > chance else (low, middle)
+    return (low + high) / 2

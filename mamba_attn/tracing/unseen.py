@@ -1,0 +1,297 @@
+"""What mixes tokens in a model beside the layers that a trace sees: found by moving one token, and looking who follows.
+
+A block that stands in one container with a block of a traced mixer, and holds no traced mixer itself, is unknown if a
+module of it mixes tokens: a map that multiplies layers would leave it out. Convolutions, and stages without any traced
+mixer, are named only. Modules that a forward pass called are called again with random numbers of the same shapes.
+"""
+
+import weakref
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from mamba_attn.tracing.patching import recomputing
+from mamba_attn.tracing.undisturbed import undisturbed
+
+MIXES = "mixes tokens"
+NEAR = "mixes neighbouring tokens"
+SCALES = "scales tokens by what it sees of all"
+STAGE = "a stage without a traced mixer"
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_CONVOLUTIONS = (nn.modules.conv._ConvNd, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.Unfold)
+_POOLS = (nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
+_ALONE = ("activation", "dropout", "linear", "normalization", "batchnorm", "instancenorm", "sparse", "flatten")
+_ATTENTION = ("softmax", "scaled_dot_product_attention", "multi_head_attention_forward", "flash_attn_func")
+_PUSH = 3.0  # what is added to a token; other tokens have a spread of 1
+_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError, AttributeError)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A tensor of random numbers in the place of one that a module was called with; equal numbers are one tensor."""
+
+    number: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Called:
+    """How a module was called: shape, type and device of its first tensor, which others may share."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Called | None":
+        """None: not with a sequence, or a grid, of tokens."""
+        leaves = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        first = next((t for t in leaves if t.is_floating_point()), None)
+        if first is None or first.ndim < 3:
+            return None
+        like = (first.shape, first.dtype, first.device)
+        numbers: dict[int, int] = {}
+
+        def given(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if (value.shape, value.dtype, value.device) != like:
+                return value.detach()  # masks, positions
+            return _Given(numbers.setdefault(id(value), len(numbers)))
+
+        args, kwargs = pytree.tree_map(given, (args, kwargs))
+        return cls(args, kwargs, tuple(first.shape), first.dtype, first.device)
+
+    def call(self, module: nn.Module, token: tuple[Any, ...], push: float, others: float = 1.0) -> Tensor | None:
+        """The first tensor that the module makes of random numbers, one token moved and the others scaled."""
+        draw = torch.Generator().manual_seed(7)
+        drawn: dict[int, Tensor] = {}
+
+        def fill(value: Any) -> Any:
+            if not isinstance(value, _Given):
+                return value
+            if value.number not in drawn:
+                tensor = torch.randn(self.shape, generator=draw).to(self.device, self.dtype)
+                own = tensor[token] + push
+                tensor *= others
+                tensor[token] = own
+                drawn[value.number] = tensor
+            return drawn[value.number]
+
+        args, kwargs = pytree.tree_map(fill, (self.args, self.kwargs))
+        output = pytree.tree_leaves(module(*args, **kwargs))
+        return next((value for value in output if isinstance(value, Tensor) and value.is_floating_point()), None)
+
+
+class Unseen:
+    """Watches which modules a forward pass calls, and says afterwards which of them mix tokens unseen.
+
+    Args:
+        model: that is traced.
+        traced: names of the modules whose insides are known, or not looked at.
+    """
+
+    def __init__(self, model: nn.Module, traced: Collection[str]) -> None:
+        self.model = model
+        self.traced = list(traced)
+        self._calls: dict[str, _Called] = {}
+        self._modules = dict(model.named_modules())
+        self._found: tuple[frozenset[str], dict[str, str]] | None = None
+
+    def install(self, stack: ExitStack, asleep: Callable[[], bool]) -> None:
+        """Put a hook on every module that may mix tokens.
+
+        Args:
+            stack: takes the hooks off.
+            asleep: whether the model runs for us now, to measure.
+        """
+        thread = get_ident()
+
+        def starts(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if asleep() or thread != get_ident() or recomputing() or name in self._calls:
+                return
+            called = _Called.of(args, kwargs)
+            if called is not None:
+                self._calls[name] = called
+
+        for name, module in self._modules.items():
+            if name and not _alone(module) and not any(_inside(name, other) for other in self.traced):
+                hook = module.register_forward_pre_hook(partial(starts, name), with_kwargs=True)
+                stack.callback(hook.remove)
+
+    def found(self, seen: Collection[str]) -> dict[str, str]:
+        """Return what mixes tokens and was not seen, by the modules' names, in words.
+
+        Args:
+            seen: names of modules whose scans or attention were seen, besides those that are traced.
+        """
+        known = frozenset([*self.traced, *seen])
+        if self._found is None or self._found[0] != known:
+            self._found = known, dict(self._look(known))
+        return self._found[1]
+
+    def _look(self, known: frozenset[str]) -> Iterator[tuple[str, str]]:
+        around = {name[:end] for name in known for end in [0, *_dots(name)]}
+        for name, module in self._modules.items():
+            if name not in around or not isinstance(module, _CONTAINERS):
+                continue
+            children = {key: f"{name}.{key}" if name else key for key, _ in module.named_children()}
+            traced = [child for child in children.values() if child in around or child in known]
+            stages = any(self._holds_blocks(child, known) for child in traced)
+            for child in children.values():
+                if child in known:
+                    continue
+                mixing = dict(self._mixing(child, around | known))
+                if child in around:  # a traced mixer's own block: what stands next to the mixer
+                    yield from (each for each in mixing.items() if not self._in_inner_container(each[0], child, around))
+                elif stages and mixing:
+                    yield child, STAGE
+                else:
+                    yield from mixing.items()
+
+    def _holds_blocks(self, stage: str, known: Collection[str]) -> bool:
+        """Whether a traced child of a container holds a container of blocks itself."""
+        for name, module in self._modules.items():
+            if _inside(name, stage) and isinstance(module, _CONTAINERS):
+                traced = [other for other in known if other != name and _inside(other, name)]
+                if len(traced) > 1 or (traced and (isinstance(module, nn.ModuleList) or len(module) == 1)):
+                    return True
+        return False
+
+    def _in_inner_container(self, name: str, block: str, around: Collection[str]) -> bool:
+        """Whether a module stands in a container of its own inside the block, which is looked at by itself."""
+        inner = (name[:end] for end in _dots(name) if end >= len(block))
+        return any(each in around and isinstance(self._modules[each], _CONTAINERS) for each in inner)
+
+    def _mixing(self, name: str, skip: Collection[str]) -> Iterator[tuple[str, str]]:
+        """The innermost modules at and below a name that mix tokens; ``skip`` are seen, or hold what is seen."""
+        module = self._modules[name]
+        if _alone(module):
+            return
+        below = []
+        for key, _ in module.named_children():
+            child = f"{name}.{key}"
+            if not (child in skip and not self._around_only(child, skip)):
+                below += list(self._mixing(child, skip))
+        if any(kind == MIXES for _, kind in below) or name in skip or name not in self._calls:
+            yield from below
+            return
+        kind = mixing(module, self._calls[name])
+        yield from [(name, kind)] if kind == MIXES or (kind and not below) else below
+
+    def _around_only(self, name: str, skip: Collection[str]) -> bool:
+        """Whether a name is that of a module around a traced one, whose other parts are looked at."""
+        return any(other != name and _inside(other, name) for other in skip)
+
+
+def unseen_sentence(call: str, names: Sequence[str]) -> str:
+    """Return what to say of modules that mix tokens and were not traced.
+
+    Args:
+        call: who says it.
+        names: the modules'.
+    """
+    shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return (
+        f"{call}: {shown} mix tokens next to the traced layers, and nothing here knows how: moving one token moves "
+        "others. What is traced is exact, but not all that the model mixes; name the layers that are meant with "
+        "layers=, or see register_adapter."
+    )
+
+
+def mixing(module: nn.Module, called: _Called) -> str | None:
+    """Return whether a module mixes tokens, ``MIXES`` or ``NEAR``, or None; remembered while its tensors are the same.
+
+    Args:
+        module: called on its own.
+        called: how.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    now = tuple((t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
+    key = (called.shape, called.dtype)
+    remembered = _remembered.setdefault(module, {})
+    if key not in remembered or remembered[key][0] != now:
+        remembered[key] = (now, _mixing(module, called))
+    return remembered[key][1]
+
+
+_remembered: "weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, str | None]]]" = weakref.WeakKeyDictionary()
+
+
+def _mixing(module: nn.Module, called: _Called) -> str | None:
+    near = isinstance(module, _CONVOLUTIONS)
+    axes = (1,) if near else (2,) if len(called.shape) == 3 else (1, len(called.shape) - 1)
+    reach: list[int] = []
+    scaled: list[int] = []
+    with torch.inference_mode(False), undisturbed(module):
+        for axis in axes:
+            token = tuple(slice(None) if i == axis else 0 if i == 0 else n // 2 for i, n in enumerate(called.shape))
+            try:
+                for moved, others in ((reach, 1.0), (scaled, 0.0)):
+                    before, after = (called.call(module, token, push, others) for push in (0.0, _PUSH))
+                    if before is None or after is None or before.ndim < len(called.shape):
+                        return None
+                    moved.append(_moved(before, after, axis))
+            except _FAILURES:
+                return None  # it does not run on other numbers
+    if min(reach) <= 1:
+        return None
+    own = set(getattr(getattr(type(module).forward, "__code__", None), "co_names", ()))
+    if own.intersection(_ATTENTION):
+        return MIXES
+    if near or 1 < min(reach) <= _reach(module, len(called.shape) - 2):
+        return NEAR
+    gates = min(scaled) <= 1 or any(isinstance(part, _POOLS) for part in module.modules())
+    return SCALES if gates else MIXES
+
+
+def _reach(module: nn.Module, rank: int) -> int:
+    """Number of tokens that a module's convolutions can reach, one behind the other."""
+    across, along = 1, 1  # a line of tokens may be a grid inside
+    for part in module.modules():
+        if isinstance(part, _CONVOLUTIONS):
+            sizes: Any = part.kernel_size
+            dilations: Any = getattr(part, "dilation", 1)
+            wide = [step * (size - 1) for size, step in zip(_each(sizes, rank), _each(dilations, rank), strict=False)]
+            across += max(wide)
+            along = max(along, len(wide))
+    cells: int = across ** max(along, rank)
+    return cells
+
+
+def _each(value: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,) * rank
+
+
+def _moved(plain: Tensor, moved: Tensor, axis: int) -> int:
+    """Number of tokens that moved."""
+    difference = (moved.float() - plain.float()).abs().amax(axis)
+    eps = max(torch.finfo(plain.dtype).eps, 2.5e-6)
+    return int((difference > 4 * eps * float(plain.float().abs().max())).sum())
+
+
+def _alone(module: nn.Module) -> bool:
+    """Whether a module of torch's own treats every token by itself, as its type says."""
+    kind = type(module).forward
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return all(size == 1 for size in module.kernel_size)
+    if isinstance(module, nn.MultiheadAttention):
+        return False
+    where = getattr(kind, "__module__", "")
+    return isinstance(module, nn.Identity) or where in [f"torch.nn.modules.{each}" for each in _ALONE]
+
+
+def _dots(name: str) -> list[int]:
+    return [end for end, letter in enumerate(name) if letter == "."]
+
+
+def _inside(name: str, outer: str) -> bool:
+    return not outer or name == outer or name.startswith(f"{outer}.")
