@@ -133,6 +133,6 @@ def spatial_mamba(root: Path) -> Iterator[Case]:
 
 def mamba_2d(root: Path) -> Iterator[Case]:
     """2DMamba: a recurrence over both axes."""
-    code = load(root / "2DVMamba" / "classification", "models.vmamba")
+    code = load(root / "2DVMamba", "classification.models.vmamba", "classification")
     make = made(code.SS2D, 24, d_state=4, forward_type="v05", use_v2d=True)
     yield Case("SS2D", "both axes", make, (2, 8, 6, 24), refused="other recurrence")
