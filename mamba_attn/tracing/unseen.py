@@ -239,9 +239,8 @@ def _mixing(module: nn.Module, called: _Called) -> str | None:
                     before, after = (called.call(module, token, push, others) for push in (0.0, _PUSH))
                     if before is None or after is None or before.ndim < len(called.shape):
                         return None
-                    if int((before != after).sum()) == called.shape[axis] and not any(
-                        True for _ in module.parameters()
-                    ):
+                    learnt = any(True for _ in module.parameters())
+                    if not learnt and int((before != after).sum()) == called.shape[axis]:
                         return None  # numbers that only change places: a permutation, a reshape
                     moved.append(_moved(before, after, axis))
             except _FAILURES:
