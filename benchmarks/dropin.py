@@ -58,7 +58,7 @@ def measure(case: Case) -> Row:
 
 
 def same_weights(official: nn.Module, name: str, size: tuple[int, int]) -> dict[str, float]:
-    """Our model with another one's weights, beside it: largest differences of logits, and relative ones of matrices."""
+    """Compare our model with another of the same weights: largest differences of logits, relative ones of matrices."""
     import mamba_attn
 
     torch.manual_seed(0)
@@ -78,12 +78,12 @@ def same_weights(official: nn.Module, name: str, size: tuple[int, int]) -> dict[
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What ``run.py dropin`` can be told."""
+    """Add the options of ``run.py dropin``."""
     parser.add_argument(
         "--checkouts", type=Path, required=True, help="folder of clones, under their repositories' names"
     )
     parser.add_argument(
-        "--only", nargs="+", metavar="OWNER/NAME", help="of the repositories; default: all that are there"
+        "--only", nargs="+", metavar="OWNER/NAME", help="repositories to run; default: all that are there"
     )
 
 
