@@ -81,7 +81,7 @@ def load(name: str, weights: str, device: str = "cpu") -> LoadedModel:
 
     Args:
         name: see ``mamba_attn.models.create``.
-        weights: "demo", "official" or a file; a .json card next to the file, as ``benchmarks/train.py`` writes it, gives
+        weights: "demo", "official" or a file; a .json card next to it, as ``benchmarks/train.py`` writes it, gives
             the model's options and the names of the classes.
         device: "cpu" or "cuda".
 

@@ -53,7 +53,7 @@ def test_what_does_not_belong_together(place, tmp_path):
     collect(cases.request(folder, "vmamba_micro", routes="sum"), tmp_path / "sum")
     collect(cases.request(folder, "vmamba_micro", layers=["*.0.*.0.*"]), tmp_path / "layer")
     first = place / "first.store"
-    for name, sentence in (("seed", "differ in models"), ("sum", "differ in routes"), ("layer", "other layers")):
+    for name, sentence in (("seed", "differ in models"), ("sum", "differ in routes"), ("layer", "differ in layers")):
         with pytest.raises(StoreError, match=sentence):
             merge_stores(first, tmp_path / name, tmp_path / "both")
     assert not (tmp_path / "both").exists()

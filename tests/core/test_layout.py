@@ -114,15 +114,15 @@ LAYOUT = TokenLayout(grid=(2, 3), patch_size=4, class_tokens=(0,))
         (lambda: TokenLayout(grid=(2, 3), class_tokens=(1,), registers=(1,)), r"must be distinct token indices"),
         (
             lambda: TokenLayout((2, 3), window=0),
-            r"window=0, .* must be at least 1, and windows cannot hold class tokens",
+            r"window=0, .* must be at least 1, and windows cannot hold",
         ),
         (
             lambda: TokenLayout((2, 3), window=2, class_tokens=(0,)),
-            r"class_tokens=\(0,\), .* windows cannot hold class tokens",
+            r"class_tokens=\(0,\), .* windows cannot hold",
         ),
         (
             lambda: TokenLayout((2, 3), window=2, registers=(0,)),
-            r"registers=\(0,\)\): .* windows cannot hold class tokens",
+            r"registers=\(0,\)\): .* windows cannot hold",
         ),
         (lambda: LAYOUT.to_grid(torch.zeros(2, 6)), r"to_grid\(values\(2, 6\)\): expected 7 tokens in the last axis"),
         (lambda: LAYOUT.to_grid(torch.zeros(2, 6)), r"\(grid 2x3 and 1 other tokens\)"),
