@@ -22,13 +22,13 @@ MODELS = ("vim_micro", "vmamba_micro")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Which images and models."""
+    """Add the options for images and models."""
     parser.add_argument("--data", required=True, metavar="DIR|ZIP[:PART]", help="at least 1,000 images")
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME")
 
 
 def partial(args: argparse.Namespace) -> bool:
-    """Whether something is left out."""
+    """Whether the options leave something out of the full run."""
     return tuple(args.models) != MODELS
 
 
@@ -75,7 +75,7 @@ def mean_error(name: str, data: str, limit: int, size: int | None = None) -> flo
 
 
 def batched(numbers: list[int], size: int) -> list[list[int]]:
-    """Numbers, so many at a time."""
+    """Yield numbers in groups of ``size``."""
     return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
 

@@ -50,7 +50,7 @@ def load(data: Path, transform: EvaluationTransform, limit: int | None = None) -
     Args:
         data: folder with localise.zip.
         transform: of the model.
-        limit: keep the first so many.
+        limit: keep only this number of first images.
 
     Raises:
         FileNotFoundError: there is no such zip.

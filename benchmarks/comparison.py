@@ -1,8 +1,8 @@
 """Attribution methods compared, as ``mamba-attn compare`` does, on the demo models; how far ours leads the best other.
 
-``--data`` names the folder with imagenette128.zip and localise.zip. What is measured is kept in ``--runs``, so that a
-killed run goes on. Our combination was chosen on the images that ``--half choose`` keeps, where its ablations are
-measured; perturbation is measured on the other half, and of boxes, masks and digits the halves are shown beside all.
+``--data`` names the folder with imagenette128.zip and localise.zip. Results are kept in ``--runs``; a killed run
+resumes from there. Our combination was chosen on the images that ``--half choose`` keeps, where its ablations are
+measured; perturbation is measured on the other half, and boxes, masks and digits show the halves and all images.
 Models answer in bfloat16 when they are perturbed; maps are of float32.
 """
 
@@ -39,7 +39,7 @@ BRIEF = (
     OURS, "mamba_lrp", "frozen_contribution", "mamba_attribution", "transformer_attribution", "raw_attention",
     "attention_rollout", "grad_cam", "attention_grad_cam", "input_x_gradient", "saliency", "random", "centre",
 )  # fmt: skip
-TIMED = 16  # images of each collection, from which the time of the whole is told
+TIMED = 16  # images of each collection, to estimate the total time from
 MOST = {"perturbation": 60, "localisation": 50, "sanity": 2}  # images of slow methods
 
 
@@ -82,7 +82,7 @@ PARTS = (
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What the benchmark is asked."""
+    """Add the benchmark's options."""
     parser.add_argument("--data", type=Path, required=True, help="folder with imagenette128.zip and localise.zip")
     parser.add_argument("--runs", type=Path, default=Path("compare_runs"), help="folder of what is measured")
     parser.add_argument("--parts", nargs="+", choices=[part.name for part in PARTS], help="default: all")
@@ -90,7 +90,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def partial(args: argparse.Namespace) -> bool:
-    """Whether something is left out."""
+    """Whether the options leave something out of the full run."""
     return args.parts is not None
 
 
@@ -117,7 +117,7 @@ def run_comparison(args: argparse.Namespace) -> tuple[list[Figure], dict[str, An
 
 
 def core_hours(part: Part, data: Path, images: int) -> float:
-    """Hours that one thread takes for a part, told from its first images; methods get their share of these.
+    """Hours that one thread takes for a part, estimated from its first images; methods get their share of these.
 
     Args:
         part: of the comparison.
@@ -185,7 +185,7 @@ def plan(part: Part, data: Path, limit: int | None) -> Any:
 
 
 def _methods(part: Part) -> Sequence[str]:
-    """All that fit; of photos the published ones too, beside the plain ones, and slow ones on fewer images."""
+    """Return all methods that fit; for photos also published ones, and slow ones on fewer images."""
     if part.methods:
         return part.methods
     if part.models != MICRO:

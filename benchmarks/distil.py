@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--packages", type=Path, required=True, help="folder with the teacher's two packages")
     add("--data", type=Path, required=True, help="folder with imagenette128.zip and clothing128.zip")
     add("--out", type=Path, required=True, help="folder of the soft targets; what is found there is continued")
-    add("--cache", type=Path, help="folder of the decoded images; default: cache, beside --out")
+    add("--cache", type=Path, help="folder of the decoded images; default: cache, next to --out")
     add("--crops", type=int, default=8, help="of each image")
     add("--pixels", type=int, default=160, help="side of the crops that the teacher sees")
     add("--threads", type=int, default=1)

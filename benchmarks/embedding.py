@@ -39,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def partial(_: argparse.Namespace) -> bool:
-    """Whether something is left out."""
+    """Whether the options leave something out of the full run."""
     return False
 
 

@@ -109,7 +109,7 @@ class Hand:
         return self.timed(lambda: self.page.mouse.click(*at), ("map", "lit"))
 
     def hover(self) -> float:
-        """The pointer comes to rest on another patch: its card, with its map."""
+        """Rest the pointer on another patch: its card, with its map."""
         return self.timed(lambda: self.page.mouse.move(*self.place()), ("card", "image"), "mousemove")
 
     def region_drag(self) -> float:

@@ -114,7 +114,7 @@ def samples(model: nn.Module, name: str, pixels: int, classes: Sequence[str]) ->
 
 
 def _initial_card(init: str | None) -> dict[str, Any] | None:
-    """The card beside the initial weights, shortened: how they were trained."""
+    """Return the card of the initial weights, shortened: how they were trained."""
     if init is None:
         return None
     path = Path(init).with_suffix(".json")

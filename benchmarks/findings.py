@@ -1,4 +1,4 @@
-"""The findings of the demo models and of models trained in other patch orders, beside random weights; docs/findings.md.
+"""The findings of the demo models, of models trained in other orders, and of random weights; docs/findings.md.
 
     python benchmarks/run.py findings --runs FOLDER --data FOLDER
     python benchmarks/findings.py              derives the verdicts of results/findings.json from its numbers again, and
@@ -7,7 +7,7 @@
 ``--runs`` holds what benchmarks/train.py wrote: <order>/vmamba_micro.safetensors with its card, class_token_first/ and
 class_token_middle/vim_micro.safetensors, digits/<order>_<seed>/*.safetensors. What is missing there is left out, and
 named in the results. ``--data`` holds imagenette128.zip and localise.zip. Stores, and what was measured of them, lie in
-``--work``, so that a killed run goes on.
+``--work``; a killed run resumes from there.
 """
 
 import argparse
@@ -48,7 +48,7 @@ _BATCH = 64
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What the benchmark is asked."""
+    """Add the benchmark's options."""
     parser.add_argument("--data", type=Path, required=True, help="folder with imagenette128.zip and localise.zip")
     parser.add_argument("--runs", type=Path, required=True, help="folder of trained models, as above")
     parser.add_argument("--work", type=Path, default=Path("findings_work"), help="default: ./findings_work")
@@ -59,7 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def partial(args: argparse.Namespace) -> bool:
-    """Whether something is left out."""
+    """Whether the options leave something out of the full run."""
     return (args.images, args.seeds, args.answers) != (200, 5, 500) or bool(missing(args.runs))
 
 
@@ -91,7 +91,7 @@ def recipe(weights: Path) -> dict[str, Any]:
 
 
 def run_findings(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
-    """Collect, measure, report."""
+    """Collect stores, measure their findings and report them."""
     if args.quick:
         args.images, args.seeds, args.answers = 8, 2, 16
     started, data, runs = time.perf_counter(), args.data.expanduser(), args.runs.expanduser()
@@ -130,7 +130,7 @@ def run_findings(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
 
 
 def measured(args: argparse.Namespace, models: dict[str, tuple[str, str]], selector: str) -> list[Report]:
-    """The findings of models beside their controls, some models at a time."""
+    """Return the findings of models and their controls, some models at a time."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, context, torch.set_num_threads, (1,)) as pool:
         jobs = [pool.submit(measure, args, name, *its, selector) for name, its in models.items()]
@@ -197,7 +197,7 @@ def labelled(data: Data, subject: LoadedModel, count: int) -> "list[tuple[torch.
 
 @torch.no_grad()
 def top1(model: torch.nn.Module, batches: "Sequence[tuple[torch.Tensor, torch.Tensor]]") -> float:
-    """Top-1 in percent."""
+    """Return top-1 accuracy in percent."""
     right = torch.cat([model(pixels).argmax(1) == labels for pixels, labels in batches])
     return round(100 * right.double().mean().item(), 2)
 
@@ -231,14 +231,14 @@ def class_token_rows(args: argparse.Namespace, stores: dict[str, AttentionStore]
 
 
 def enlarged(row: np.ndarray) -> np.ndarray:
-    """A map in whole pixels."""
+    """Enlarge a map by whole pixels."""
     rgb = png.matrix_rgb(row, **limits(row))
     times = max(1, 160 // max(rgb.shape[:2]))
     return rgb.repeat(times, 0).repeat(times, 1)
 
 
 def draw(args: argparse.Namespace, name: str, rgb: np.ndarray) -> None:
-    """Write a picture: where the pages are if nothing is left out, else beside the results."""
+    """Write a picture: next to the pages if nothing is left out, else next to the results."""
     folder = args.out or (args.work if args.quick or partial(args) else PICTURES)
     folder.mkdir(parents=True, exist_ok=True)
     png.save_png(folder / name, rgb)

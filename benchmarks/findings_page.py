@@ -22,7 +22,7 @@ def update(results: dict[str, Any], page: Path = PAGE) -> None:
         page: the file.
 
     Raises:
-        ValueError: a mark of the page is none of ours, or one of ours is missing.
+        ValueError: the page has an unknown mark, or lacks one of ours.
     """
     page.write_text(written(page.read_text(encoding="utf-8"), results["details"]), encoding="utf-8")
 
@@ -35,7 +35,7 @@ def written(text: str, details: dict[str, Any]) -> str:
         details: of the results; empty before the first run.
 
     Raises:
-        ValueError: a mark of the page is none of ours, or one of ours is missing.
+        ValueError: the page has an unknown mark, or lacks one of ours.
     """
     return filled(text, PARTS if details else dict.fromkeys(PARTS, lambda _: tables.NOTHING), details)
 

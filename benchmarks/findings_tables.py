@@ -1,4 +1,4 @@
-"""The findings as tables of docs/findings.md: per model, per order, per block, and beside what the paper says."""
+"""The findings as tables of docs/findings.md: per model, per order, per block, and compared with the paper."""
 
 import json
 from typing import Any
@@ -24,8 +24,8 @@ def untrained(details: dict[str, Any]) -> str:
             ]
             for verdict in (*OUTSIDE, "inside")
         }
-        said = [f"*{in_words(verdict)}*: {'; '.join(names)}" for verdict, names in by_verdict.items() if names]
-        lines.append(f"- **{store['name']}**. {'. '.join(said)}.")
+        found = [f"*{in_words(verdict)}*: {'; '.join(names)}" for verdict, names in by_verdict.items() if names]
+        lines.append(f"- **{store['name']}**. {'. '.join(found)}.")
     return "\n".join(lines) + "\n"
 
 
@@ -134,7 +134,7 @@ def shown(estimate: dict[str, Any] | None) -> str:
 
 
 def short(value: float | None) -> str:
-    """Three digits."""
+    """Format a number with three digits."""
     return "" if value is None else f"{value:.3g}" if abs(value) >= 0.0005 else "0"
 
 

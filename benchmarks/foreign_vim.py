@@ -122,7 +122,7 @@ def unified_implicit(root: Path) -> Iterator[Case]:
 
 
 def mamba_reg(root: Path) -> Iterator[Case]:
-    """Mamba-Reg: registers between the patches; it brings its own Mamba beside mamba_ssm's."""
+    """Mamba-Reg: registers between the patches; it brings its own Mamba in addition to mamba_ssm's."""
     mixer = load(root, "mamba_custom")
     yield from _mixers(mixer, ({"biscan": True}, {"biscan": True, "use_fast_path": False}, {"biscan": False}))
     code = load(root, "models_mamba")

@@ -43,7 +43,7 @@ class Collection:
 
     @property
     def augmentation(self) -> str:
-        """In words."""
+        """Description of the augmentation for the card."""
         ratio = "" if self.ratio == (3 / 4, 4 / 3) else f" (ratio {self.ratio[0]:g} to {self.ratio[1]:g})"
         flip = ", flip" if self.flip else ""
         return f"random resized crop {self.scale[0]:g}-{self.scale[1]:g}{ratio}{flip}, colour jitter 0.2"

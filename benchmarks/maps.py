@@ -1,7 +1,7 @@
 """How good the maps are: energy inside the objects' boxes, and what deleting the highest cells costs the model.
 
-Every method and its variants explain the predicted class of the micro models; two maps that no model made (random
-cells, a Gaussian in the centre) and every image's map tried on another image say what such a figure is worth.
+Every method and its variants explain the predicted class of the micro models; two maps without a model (random
+cells, a Gaussian in the centre) and every image's map on another image serve as controls.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def measure_energy(its: Setting, boxed: boxes.BoxedImages) -> dict[str, Any]:
 
 
 def measure_deletion(its: Setting, split: images.Images) -> dict[str, Any]:
-    """Per method and control the drop of the predicted class's probability, beside that of random cells."""
+    """Measure per method and control the drop of the predicted class's probability, relative to random cells."""
 
     def batches() -> Iterator[Tensor]:
         return (x for x, _ in images.evaluation_batches(split, its.size[0], BATCH))
@@ -152,7 +152,7 @@ def measure_time(runs: int) -> tuple[Figure, dict[str, Any]]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What ``run.py maps`` can be told."""
+    """Add the options of ``run.py maps``."""
     add = parser.add_argument
     add("--data", type=Path, help="folder with localise.zip, imagenette128.zip and clothing128.zip")
     add("--cache", type=Path, default=Path("cache"), help="folder of the decoded images; default: ./cache")

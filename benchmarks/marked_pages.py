@@ -8,7 +8,7 @@ _MARK = re.compile(r"(<!-- (\w[\w ]*): from results/[\w.]+ -->\n).*?(<!-- end --
 
 
 def filled(text: str, parts: Mapping[str, Callable[[dict[str, Any]], str]], results: dict[str, Any]) -> str:
-    """Return the page with every marked part written anew.
+    """Return the page with every marked part rewritten.
 
     Args:
         text: of the page.

@@ -95,7 +95,7 @@ def pca_check(
     if first >= min(features.shape):
         raise ValueError(
             f"pca_check(features{features.shape}, first={first}): there are no more than {min(features.shape)} "
-            "components, so PCA changes nothing; name fewer."
+            "components, so PCA changes nothing; choose fewer."
         )
     made: dict[str, list[np.ndarray]] = {"with": [], "without": []}
     seconds: dict[str, list[float]] = {"with": [], "without": []}

@@ -1,4 +1,4 @@
-"""A figure beside what it should reach; the table on the terminal and the JSON file."""
+"""Figures with their targets; the table on the terminal and the JSON file."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def finish(title: str, figures: Sequence[Figure], details: dict[str, Any], path:
         figures: one per row.
         details: all that was measured.
         path: the file; None writes nothing.
-        quick: whether this was a smoke test, whose numbers mean nothing; the file says so.
+        quick: whether this was a smoke test, whose numbers mean nothing; marked in the file.
     """
     header = ("what", "how", "measured", "quartiles", "at least", "aim", "met")
     rows = [

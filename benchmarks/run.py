@@ -39,7 +39,7 @@ RESULTS = Path(__file__).parent / "results"
 WHAT = {
     "ops": "operators: speed and errors against published code, growth with the length",
     "models": "models: time and memory of a forward pass and of its attention",
-    "attribution": "attribution: time and memory of MambaAttribution beside one forward + backward",
+    "attribution": "attribution: time and memory of MambaAttribution, compared with one forward + backward",
     "maps": "maps: energy in boxes, deletion, time of the command",
     "compare": "attribution methods judged on one scale: perturbation, boxes, masks, digits, sanity, cost",
     "collect": "mamba-attn collect: memory against images, time, means against explicit ones",
@@ -118,7 +118,7 @@ def measure_lines(shape: Shape, lengths: tuple[int, ...], rounds: int) -> tuple[
 
 
 def measure_model(name: str, pixels: int, rounds: int) -> tuple[list[Figure], dict[str, Any]]:
-    """A model's forward, plain and traced, beside DeiT-tiny's."""
+    """Measure a model's forward, plain and traced, and DeiT-tiny's."""
     calls = {
         "transformer": cases.forward(cases.TRANSFORMER, pixels=pixels),
         "plain": cases.forward(name, pixels=pixels),
@@ -177,7 +177,7 @@ def run_models(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
 def measure_attribution(
     name: str, pixels: int, batches: tuple[int, ...], rounds: int
 ) -> tuple[list[Figure], dict[str, Any]]:
-    """Every form of MambaAttribution, beside one forward + backward of the same images."""
+    """Measure every form of MambaAttribution, and one forward + backward of the same images."""
     figures: list[Figure] = []
     details: dict[str, Any] = {"pixels": pixels}
     whole = "forward + backward"
@@ -221,7 +221,7 @@ def run_kernel(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, show and write."""
+    """Run the chosen measurement, show its table and write its JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
     for what, text in WHAT.items():

@@ -51,8 +51,8 @@ def digest(cells: list[dict[str, Any]]) -> str:
     Args:
         cells: of the notebook.
     """
-    told = [[cell["cell_type"], "".join(cell["source"]), cell.get("outputs", [])] for cell in cells]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    contents = [[cell["cell_type"], "".join(cell["source"]), cell.get("outputs", [])] for cell in cells]
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""What can be measured of the CUDA kernels without a GPU: the compilers' report, and the error of the source on a host.
+"""Measurements of the CUDA kernels without a GPU: the compilers' report, and the error of the source on a host.
 
 Everything in the source but the inner instruction of the matrix unit runs there as it is written; that one is replaced
 by its definition, so its own rounding is not in these errors. Nothing here says anything about speed.

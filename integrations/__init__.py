@@ -1,6 +1,6 @@
-"""Adapters: one file per family of models, which says what its scans or heads are and where their tokens sit.
+"""Adapters: one file per family of models, which describes its scans or heads and where their tokens sit.
 
-Packaged as ``mamba_attn.integrations``; the core finds these files by name and imports none of them.
+Packaged as ``mamba_attn.integrations``; the core finds these files by name and does not import them.
 
 ===========  =======================================================================  ==================================
 file         recognises                                                               routes of a mixer
@@ -17,4 +17,4 @@ A family that is not listed needs one more file here; ``mamba_attn.testing.check
 """
 
 if __name__ == "integrations":
-    raise ImportError("import mamba_attn.integrations instead: under two names there would be two of everything.")
+    raise ImportError("import mamba_attn.integrations instead: importing under two names duplicates every class.")

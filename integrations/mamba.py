@@ -18,7 +18,7 @@ _NAMES_SHOWN = 6
 
 
 class MambaAdapter(Adapter):
-    """Mixers with mamba_ssm's names and nothing beside them, on the fast path or off it."""
+    """Mixers with exactly mamba_ssm's names, on the fast path or off it."""
 
     family: ClassVar[str] = "Mamba"
     treats: ClassVar[str] = "mixers with the parts of mamba_ssm's Mamba alone"
@@ -26,7 +26,7 @@ class MambaAdapter(Adapter):
     parameters: ClassVar[tuple[str, ...]] = ("A_log", "D")
     settings: ClassVar[tuple[str, ...]] = (
         "d_model", "d_state", "d_conv", "expand", "d_inner", "dt_rank", "use_fast_path", "layer_idx", "activation",
-        # forks that keep maps beside the output
+        # forks that keep maps in addition to the output
         "compute_attn_matrix", "compute_attn_vector", "old_attention", "ablate_attn_mat", "ablate_attn_vec",
         "ablate_dict",
     )  # fmt: skip
@@ -36,7 +36,7 @@ class MambaAdapter(Adapter):
         return all(hasattr(module, name) for name in _PARTS)
 
     def refusal(self, module: nn.Module, model: nn.Module) -> str | None:
-        """Refuse whatever has a part, a setting or an input that is not known, and parts that are not plain."""
+        """Refuse unknown parts, settings and inputs, and parts that are not plain."""
         if is_ours(module):
             return None
         foreign = list(dict.fromkeys(self._foreign(module)))
@@ -47,7 +47,7 @@ class MambaAdapter(Adapter):
         return _not_plain(module)
 
     def project(self, module: nn.Module, *args: Any, rules: Rules, seen: Seen, **kwargs: Any) -> ScanRecord:
-        """Return everything before the scans, from what the mixer's forward was called with.
+        """Return everything before the scans, from the arguments of the mixer's forward.
 
         Raises:
             UnsupportedModelError: a call with a cache of states, for generating one token after another, or on
@@ -81,11 +81,11 @@ class MambaAdapter(Adapter):
         return out_proj, gated.mT
 
     def layout_sources(self, model: nn.Module) -> Iterable[LayoutSource]:
-        """Return the patch embedding and the first layer, where the model has them."""
+        """Return the patch embedding and the first layer, if the model has them."""
         return patch_embedding.layout_sources(model)
 
     def _foreign(self, module: nn.Module) -> Iterator[str]:
-        """Names of inputs, submodules, parameters, buffers and settings that nothing here knows."""
+        """Yield names of unknown inputs, submodules, parameters, buffers and settings."""
         signature = inspect.signature(type(module).forward)
         known = ("inference_params", "orders", *_open_ended(signature))
         yield from (name for name in list(signature.parameters)[2:] if name not in known)
@@ -108,7 +108,7 @@ def is_ours(module: nn.Module) -> bool:
 
 
 def _given(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """What a mixer's forward was called with, by name; also where the forward was set on the instance."""
+    """Return the arguments of a mixer's forward by name; also if the forward was set on the instance."""
     signature = inspect.signature(module.forward)
     given = dict(signature.bind(*args, **kwargs).arguments)
     for name in _open_ended(signature):
@@ -119,12 +119,12 @@ def _given(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
 
 
 def _open_ended(signature: inspect.Signature) -> list[str]:
-    """The name that takes any keyword argument, if there is one: what it takes is looked at in every call."""
+    """Return the name of ``**`` arguments, if any; their contents are checked in every call."""
     return [name for name, value in signature.parameters.items() if value.kind is value.VAR_KEYWORD]
 
 
 def _not_plain(module: nn.Module) -> str | None:
-    """Why a part of a foreign mixer is not what it was built as, or None.
+    """Return why a part of a foreign mixer is not plain, or None.
 
     Forwards of mamba_ssm and Vim read ``weight`` of most parts and never call them.
     """

@@ -1,6 +1,6 @@
-"""MambaVision (arXiv 2407.08083): mixers half of whose channels go around the scan, in windows.
+"""MambaVision (arXiv 2407.08083): mixers that scan half of their channels, in windows.
 
-Its attention has the attributes of timm's, so that ``timm_vit`` takes it; where the windows are is said here.
+Its attention has the attributes of timm's, so ``timm_vit`` handles it; this file adds the layout of its windows.
 """
 
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ class MambaVisionAdapter(Adapter):
         return all(hasattr(module, name) for name in (*_CHILDREN, *_PARAMETERS))
 
     def refusal(self, module: nn.Module, model: nn.Module) -> str | None:
-        """Refuse a part, a setting or an input that the mixer has not, and convolutions that are wrapped."""
+        """Refuse unknown parts, settings and inputs, and wrapped convolutions."""
         foreign = unknown_parts(module, children=_CHILDREN, parameters=_PARAMETERS, settings=_SETTINGS)
         if foreign:
             return (
@@ -43,7 +43,7 @@ class MambaVisionAdapter(Adapter):
             if not isinstance(conv, nn.Conv1d):
                 return (
                     f"its {name} is {type(conv).__name__}, not Conv1d; the mixer reads its weight and never calls it, "
-                    "so that what wraps it is without effect. Merge it into the weight, or wrap the projections."
+                    "so a wrapper has no effect. Merge it into the weight, or wrap the projections."
                 )
         return None
 
@@ -87,7 +87,7 @@ class _LayoutReader:
         window = self.stage.window_size
         if not isinstance(x, Tensor) or x.ndim != 4 or not isinstance(window, int):
             return None
-        seen.batch = x.shape[0]  # a stage may be called by itself
+        seen.batch = x.shape[0]  # a stage may be called alone
         return seen.grid_layout(x.shape[2], x.shape[3], window)
 
 

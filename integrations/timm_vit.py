@@ -34,7 +34,7 @@ class TimmViTAdapter(AttentionAdapter):
         return all(hasattr(module, name) for name in _PARTS)
 
     def refusal(self, module: nn.Module, model: nn.Module) -> str | None:
-        """Refuse whatever has a part, a setting or an input that plain attention has not."""
+        """Refuse parts, settings and inputs that plain attention does not have."""
         foreign = unknown_parts(module, inputs=_INPUTS, children=_CHILDREN, settings=_SETTINGS)
         if foreign:
             return (
@@ -57,7 +57,7 @@ class TimmViTAdapter(AttentionAdapter):
 
         Raises:
             UnsupportedModelError: a mask, or an input that is not (batch, tokens, features).
-            MatrixTooLargeError: the matrix of all windows together would not fit the memory.
+            MatrixTooLargeError: the matrix of all windows together would not fit into memory.
         """
         if attn_mask is not None or is_causal:
             given = "is_causal=True" if attn_mask is None else "an attn_mask"
@@ -93,7 +93,7 @@ class TimmViTAdapter(AttentionAdapter):
     def mixed_values(
         self, module: nn.Module, record: AttentionRecord, probabilities: Tensor
     ) -> tuple[nn.Module, Tensor]:
-        """Return proj, which receives the heads' output side by side."""
+        """Return proj, which receives the heads' concatenated output."""
         return module.get_submodule("proj"), _mixed(module, record, probabilities, Rules())
 
     def layout_sources(self, model: nn.Module) -> Iterable[LayoutSource]:
@@ -106,7 +106,7 @@ class TimmViTAdapter(AttentionAdapter):
 
 
 def _drops_always(module: nn.Module, model: nn.Module) -> bool:
-    """Whether it is MambaVision's, the ``mixer`` of a block: it hands its dropout to the fused kernel in any mode."""
+    """Whether it is MambaVision's, the ``mixer`` of a block, which passes dropout to the fused kernel in any mode."""
     drops = getattr(module, "fused_attn", False) and getattr(getattr(module, "attn_drop", None), "p", 0) > 0
     return bool(drops) and any(getattr(block, "mixer", None) is module for block in model.modules())
 
@@ -122,7 +122,7 @@ def _norm(module: nn.Module, name: str, x: Tensor, rules: Rules) -> Tensor:
 def _mixed(
     module: nn.Module, record: AttentionRecord, probabilities: Tensor, rules: Rules, dropout: nn.Module | None = None
 ) -> Float[Tensor, "sequences length channels"]:
-    """The heads' output side by side, normed and gated where the module does that."""
+    """Return the heads' concatenated output, normed and gated if the module does that."""
     heads = record.mixed(probabilities, dropout or nn.Identity())
     mixed = _norm(module, "norm", rearrange(heads, "batch heads tokens width -> batch tokens (heads width)"), rules)
     if record.gate is None:
@@ -131,7 +131,7 @@ def _mixed(
 
 
 def _require_memory(probabilities: Tensor, layout: TokenLayout) -> None:
-    """Refuse windows whose probabilities would not fit the memory as one matrix of the image."""
+    """Refuse windows whose probabilities would not fit into memory as one matrix of the image."""
     sequences, heads, length = probabilities.shape[:3]
     images, side = sequences * length // layout.tokens, layout.tokens
     require_bytes(

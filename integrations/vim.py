@@ -32,22 +32,22 @@ class VimAdapter(MambaAdapter):
     parameters: ClassVar[tuple[str, ...]] = (*MambaAdapter.parameters, "A_b_log", "D_b", "gamma")
     settings: ClassVar[tuple[str, ...]] = (
         *MambaAdapter.settings, "bimamba_type", "biscan", "if_divide_out", "if_devide_out", "init_layer_scale",
-        # forks that keep maps beside the output
+        # forks that keep maps in addition to the output
         "compute_diff_maps", "compute_attn_gradients", "saveAttnMat", "saveAttnVec",
     )  # fmt: skip
 
     def recognises(self, module: nn.Module) -> bool:
-        """Whether the module has projections, and says or shows something of a second direction."""
+        """Whether the module has projections, and attributes of a second direction."""
         projections = hasattr(module, "in_proj") and hasattr(module, "out_proj")
         return projections and any(hasattr(module, name) for name in _MARKS)
 
     def refusal(self, module: nn.Module, model: nn.Module) -> str | None:
-        """Refuse what is not known, directions other than Vim's, and models that move tokens between layers."""
+        """Refuse unknown parts, directions other than Vim's, and models that move tokens between layers."""
         reason = super().refusal(module, model)
         return reason if reason or is_ours(module) else _other_directions(module) or next(_moving(model), None)
 
     def project(self, module: nn.Module, *args: Any, rules: Rules, seen: Seen, **kwargs: Any) -> ScanRecord:
-        """Return everything before the scans, and warn where the model's own code leaves one of them out."""
+        """Return everything before the scans, and warn if the model's own code skips one of them."""
         if hasattr(module, "A_b_log") and len(vim_mixer.scans(module)) == 1:
             seen.warn_once(
                 f"{type(module).__name__} has use_fast_path=False: Vim's own code then runs the forward direction "
@@ -57,19 +57,19 @@ class VimAdapter(MambaAdapter):
 
 
 def _other_directions(module: nn.Module) -> str | None:
-    """Why the directions of a mixer with known parts are not known, or None."""
-    said: object = getattr(module, "bimamba_type", None)
-    if said is None:
-        said = {True: "v2", False: "none"}.get(getattr(module, "biscan", None))  # type: ignore[arg-type]
-    if not isinstance(said, str) or said not in _PRESENT:
-        return f"its bimamba_type is {said!r}; this adapter knows {', '.join(_PRESENT)} (and biscan=True or False)."
+    """Return why the directions of a mixer with known parts are unsupported, or None."""
+    kind: object = getattr(module, "bimamba_type", None)
+    if kind is None:
+        kind = {True: "v2", False: "none"}.get(getattr(module, "biscan", None))  # type: ignore[arg-type]
+    if not isinstance(kind, str) or kind not in _PRESENT:
+        return f"its bimamba_type is {kind!r}; this adapter knows {', '.join(_PRESENT)} (and biscan=True or False)."
     present = tuple(name for name in _BACKWARD if hasattr(module, name))
-    if present != _PRESENT[said]:
-        return f"its bimamba_type is {said!r} and of {', '.join(_BACKWARD)} it has {', '.join(present) or 'none'}."
+    if present != _PRESENT[kind]:
+        return f"its bimamba_type is {kind!r} and of {', '.join(_BACKWARD)} it has {', '.join(present) or 'none'}."
     names = inspect.unwrap(type(module).forward).__code__.co_names
     unread = [name for name in present if name not in names]
-    if "A_log" in names and unread:  # a forward that reads its parts itself, as ARM's does
-        return f"its bimamba_type is {said!r} and its forward does not read {', '.join(unread)}."
+    if "A_log" in names and unread:  # a forward that reads its own parts, like ARM's
+        return f"its bimamba_type is {kind!r} and its forward does not read {', '.join(unread)}."
     divides = {bool(getattr(module, name)) for name in ("if_divide_out", "if_devide_out") if hasattr(module, name)}
     return "its if_divide_out and if_devide_out differ." if len(divides) == 2 else None
 

@@ -1,8 +1,8 @@
 """VMamba (arXiv 2401.10166) and the forks of its code: SS2D, four routes over the grid of each stage.
 
-VMamba's variants and the forks of its code give the same names to their parameters and differ in their equations. Which
-one a module is, its own children, parameters, settings and code say: positive knowledge of everything that may change
-the equations is asked for; the rest is refused by name.
+VMamba's variants and the forks of its code give the same names to their parameters and differ in their equations. The
+adapter identifies a module by its children, parameters, settings and code: it must know everything that may change the
+equations, and refuses the rest by name.
 """
 
 import functools
@@ -18,7 +18,7 @@ from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.models import ss2d
 from mamba_attn.tracing.adapters import Adapter, Seen
 
-_OTHERS = {  # attributes of modules with SS2D's parameters and other equations
+_OTHERS = {  # attributes of modules with SS2D's parameters but other equations
     "multi_scan": "LocalVMamba, whose routes walk windows",
     "step_size": "EfficientVMamba, whose routes walk quarters of the grid",
     "conv2d_b1": "MSVMamba, whose routes walk grids of two resolutions",
@@ -67,7 +67,7 @@ class VMambaAdapter(Adapter):
         return all(hasattr(module, name) for name in ("A_logs", "Ds", "dt_projs_bias"))
 
     def refusal(self, module: nn.Module, model: nn.Module) -> str | None:
-        """Refuse what is not known to compute SS2D's equations."""
+        """Refuse modules that are not known to compute SS2D's equations."""
         try:
             check_parts(module)
             variant(module)
@@ -76,7 +76,7 @@ class VMambaAdapter(Adapter):
         return None
 
     def project(self, module: nn.Module, x: Tensor, *, rules: Rules, seen: Seen, **ignored: Any) -> ScanRecord:
-        """Return everything before the scans; SS2D ignores other keyword arguments, too.
+        """Return everything before the scans; like SS2D, ignores other keyword arguments.
 
         Raises:
             UnsupportedModelError: an input that is not a grid of tokens.
@@ -106,7 +106,7 @@ class VMambaAdapter(Adapter):
 
 
 def _orders(module: nn.Module, height: int, width: int, x: Tensor) -> Tensor:
-    """The token visited at each step of the four routes."""
+    """Return the token visited at each step of the four routes."""
     if isinstance(module, ss2d.SS2D) and is_ours(module):
         return module.routes(height, width)
     scan = variant(module).scan
@@ -119,7 +119,7 @@ ADAPTER = VMambaAdapter()
 
 
 class Variant(NamedTuple):
-    """What differs between the variants: scan is "cross", "one way" or "both ways", the rest as in ``ss2d.finish``."""
+    """The differences between variants: scan is "cross", "one way" or "both ways", the rest as in ``ss2d.finish``."""
 
     scan: str = "cross"
     norm_frame: str | None = None
@@ -137,10 +137,10 @@ def channel_first(module: nn.Module) -> bool:
 
 
 def variant(module: nn.Module) -> Variant:
-    """Return what the module's code says of its equations.
+    """Return the variant that the module's code computes.
 
     Raises:
-        UnsupportedModelError: it is not known.
+        UnsupportedModelError: the variant is unknown.
     """
     if is_ours(module):
         return Variant(precision="features")
@@ -201,7 +201,7 @@ def _check_shapes(module: nn.Module) -> None:
         _refuse("its routes share A_logs or Ds, which this adapter does not know.")
     if getattr(parts, "x_proj_weight", None) is not None:
         return
-    for name in ("x_proj", "dt_projs"):  # of the one-file VMamba: they get the tokens in another order than there
+    for name in ("x_proj", "dt_projs"):  # of the one-file VMamba: they see the tokens in another order
         part = getattr(parts, name, None)
         plain = isinstance(part, nn.Linear) and {*part.state_dict()} <= {"weight", "bias"}
         if not plain or getattr(part, "groups", 1) != routes:
@@ -210,7 +210,7 @@ def _check_shapes(module: nn.Module) -> None:
 
 
 def _scan(core: "_Function") -> str:
-    """Which scan a core was bound to."""
+    """Return which scan a core was bound to."""
     backend, mode = core["selective_scan_backend"], core["scan_mode"]
     allowed = next((c for c in core.constants if isinstance(c, tuple) and "oflex" in c), _BACKENDS)
     if backend not in {*allowed}.intersection(_BACKENDS):
@@ -218,7 +218,7 @@ def _scan(core: "_Function") -> str:
         _refuse(f"it is bound to selective_scan_backend={backend!r}, which {why}.")
     if core["ssoflex"] is False:
         _refuse("its scans round their output (ssoflex=False), which this adapter does not know.")
-    if "scan_mode" not in core.taken:  # older code is given classes
+    if "scan_mode" not in core.taken:  # older code gets classes
         inner = _Function(core["cross_selective_scan"])
         mode, merge = (getattr(core.given.get(k, inner[k]), "__name__", None) for k in ("CrossScan", "CrossMerge"))
         mode = mode if str(mode).replace("Scan", "Merge") == merge else f"{mode} and {merge}"
@@ -248,14 +248,14 @@ class _Function:
         return name in self.names or name in self.constants
 
     def foreign(self) -> list[str]:
-        """What it takes and uses that is not known."""
+        """Names that it takes or uses and that are unknown."""
         arguments = [name for name in dict.fromkeys([*self.taken, *self.given]) if name not in _ARGUMENTS]
         return arguments + sorted(self.names.difference(_NAMES))
 
 
 @functools.lru_cache(maxsize=64)
 def _contents(code: CodeType) -> tuple[frozenset[str], frozenset[Any]]:
-    """The names and the constants that a function uses, and functions inside it."""
+    """Return the names and constants that a function, and functions inside it, use."""
     names, constants = frozenset(code.co_names), frozenset(code.co_consts)
     for inner in (const for const in code.co_consts if isinstance(const, CodeType)):
         names, constants = names | _contents(inner)[0], constants | _contents(inner)[1]

@@ -1,4 +1,4 @@
-"""The laws an adapter must obey, for whoever writes one: ``check_adapter(model, inputs)``."""
+"""Checks the laws that every adapter must obey: ``check_adapter(model, inputs)``."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -49,7 +49,7 @@ class AdapterReport:
     """What ``check_adapter`` found.
 
     Args:
-        output_error: traced output against the untouched model's, largest difference over the largest value.
+        output_error: traced output against the unmodified model's, largest difference over the largest value.
         observed_identical: whether mode "observe" leaves the output bit-identical.
         layers: one report per layer.
     """
@@ -60,7 +60,7 @@ class AdapterReport:
 
     @property
     def matrix_error(self) -> float:
-        """The worst layer's."""
+        """The largest matrix error of all layers."""
         return max(layer.matrix_error for layer in self.layers)
 
 
@@ -77,12 +77,12 @@ def check_adapter(
     For every layer the matrices are built in float64 from the record (``ops.reference``) and compared with what
     enters the submodule after the scans in the UNTOUCHED model: what a hook sees, or, where a fused forward reads that
     submodule's weight alone, what it multiplies by it. Long layers are checked on evenly spaced channels, so that the
-    matrices fit. Layers of softmax attention are checked likewise, and their rows sum to 1.
+    matrices fit in memory. Softmax attention is checked in the same way, and its rows must sum to 1.
 
     Args:
         model: a model that the adapter recognises; put it in eval mode if it has dropout.
-        inputs: a batch for it.
-        adapters: asked before the known ones.
+        inputs: a batch of its inputs.
+        adapters: tried before the installed ones.
         tolerance: largest relative error allowed.
         call: how to run the model. Default: ``model(inputs)``; the first tensor of what it returns is compared.
 
@@ -113,7 +113,7 @@ def check_adapter(
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Raise LawError when the model is left changed."""
+    """Raise LawError if the model is left changed."""
     before = _state(model)
     yield
     if _state(model) != before:
@@ -140,7 +140,7 @@ def _require(report: AdapterReport, tolerance: float) -> None:
 
 @contextmanager
 def _spies(mixers: dict[str, tuple[nn.Module, AnyAdapter]], record: Trace) -> Iterator[dict[str, Tensor]]:
-    """Keep what enters the submodule after the scans of every mixer, called as a module or by its weight alone."""
+    """Record the input of the submodule after every mixer's scans, called as a module or by its weight alone."""
     seen: dict[str, Tensor] = {}
     weights: dict[int, str] = {}
 
@@ -159,7 +159,7 @@ def _spies(mixers: dict[str, tuple[nn.Module, AnyAdapter]], record: Trace) -> It
 
 
 class _Products(TorchFunctionMode):
-    """Keeps what is multiplied by some weights: fused forwards read them and call no module."""
+    """Records what is multiplied by some weights: fused forwards read them and call no module."""
 
     def __init__(self, names: dict[int, str], seen: dict[str, Tensor]) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ def _check_layer(
 ) -> LayerReport:
     layer = record[name]
     if name not in seen:
-        raise LawError(f"{name}: no hook saw what its matrices give; scan_output must name a submodule that is used.")
+        raise LawError(f"{name}: no hook saw its matrices' product; scan_output must name a submodule that is used.")
     if isinstance(adapter, Adapter) and isinstance(layer, ScanLayer):
         return _check_scans(layer, module, adapter, seen[name])
     received = _received(module, adapter, layer)[1]

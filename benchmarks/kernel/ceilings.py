@@ -1,4 +1,4 @@
-"""The fastest that this machine copies, exponentiates and multiplies, measured in torch beside everything else."""
+"""The fastest that this machine copies, exponentiates and multiplies, measured in torch in the same run."""
 
 import functools
 from collections.abc import Callable, Iterator

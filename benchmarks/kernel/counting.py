@@ -1,7 +1,7 @@
 """Operations and bytes of the hidden attention of a model's layers, from shapes alone.
 
 Two formulations are known to be exact. *Direct*: one exponential per (pair of tokens, channel, state). *Factored*:
-a sequence is halved until its parts are leaves; the two halves of a part meet at their border, where every token has
+a sequence is halved until its parts are leaves; the two halves of a part meet at the midpoint, where every token has
 one factor per (channel, state), and their block is a matrix product; inside the leaves it is direct.
 """
 
@@ -57,7 +57,7 @@ class Scans:
 
 @dataclass(frozen=True)
 class Work:
-    """What has to be done.
+    """The work of a call.
 
     Args:
         exponentials: to be computed.
@@ -79,7 +79,7 @@ class Work:
 
     @property
     def bytes(self) -> int:
-        """Read and written."""
+        """Bytes read plus bytes written."""
         return self.bytes_read + self.bytes_written
 
     @property
@@ -143,13 +143,13 @@ def attention_work(scans: Scans, batch: int, formulation: str, itemsize: int = 4
 
 
 def total(works: Iterable[Work]) -> Work:
-    """Return the sum."""
+    """Return the sum of some works."""
     return sum(works, NOTHING)
 
 
 @functools.lru_cache(maxsize=4096)
 def halving(length: int, leaf: int = LEAF) -> tuple[int, int]:
-    """Return the exponentials of the factored form per channel and state: of all borders' factors, of all leaves.
+    """Return the factored form's exponentials per channel and state: of the factors at all midpoints, of all leaves.
 
     Args:
         length: steps.

@@ -71,7 +71,7 @@ def matrix_bytes(model: Model, batch: int) -> int:
 
 
 def scan_bytes(model: Model, batch: int) -> int:
-    """Return the bytes of one layer's inputs, three times, and of the states at the borders of blocks."""
+    """Return the bytes of one layer's inputs, three times, and of the states at the boundaries of blocks."""
     return max(
         3 * _inputs(each, batch) + 4 * 4 * batch * each.routes * each.channels * each.states * math.isqrt(each.length)
         for each in model.scans

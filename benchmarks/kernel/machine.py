@@ -77,12 +77,12 @@ def _cpu_model() -> str:
 
 
 def _git(*words: str) -> str | None:
-    """What git says of this checkout, or None: installed, without git, without commits."""
+    """Return git's output for this checkout; None if installed, without git, or without commits."""
     return _said(["git", *words], ROOT) if (ROOT / ".git").exists() else None
 
 
 def _said(command: Sequence[str], folder: Path | None = None) -> str | None:
-    """What a command prints, or None where it is absent or fails."""
+    """Return what a command prints; None if it is absent or fails."""
     if shutil.which(command[0]) is None:
         return None
     try:

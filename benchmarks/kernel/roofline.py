@@ -32,7 +32,7 @@ def roofline(
     Args:
         intensity: (points,), operations per byte that has to be moved.
         rate: (points,), operations per second that were reached.
-        labels: (points,), shown beside the pointer.
+        labels: (points,), shown at the pointer.
         groups: (points,), the legend; points of a group share a colour.
         bandwidth: bytes per second that the machine copies: the slope.
         rates: operations per second that the machine reaches, by name: horizontal lines.

@@ -1,4 +1,4 @@
-"""A row of the table: a measured time with what it is worth, or the reason why there is none."""
+"""A row of the table: a measured time compared with its floor, or the reason why it is missing."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -80,7 +80,7 @@ class Row:
         return self.floor.seconds / self.seconds.median
 
     def as_dict(self) -> dict[str, Any]:
-        """As it stands in the JSON file; what was not measured is null, with the reason beside it."""
+        """As it stands in the JSON file; what was not measured is null, with a reason."""
         shapes = [
             {**asdict(each.scans), "seconds": each.seconds, "floor": each.floor.seconds,
              "formulation": each.floor.formulation, "flops": each.floor.work.flops, "bytes": each.floor.work.bytes}

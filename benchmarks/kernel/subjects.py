@@ -24,8 +24,8 @@ TRANSFORMERS = {"deit_tiny_patch16_224": (192, 12), "deit_small_patch16_224": (3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class Unavailable(Exception):  # noqa: N818 - it is no error: the row says so and the others go on
-    """What should be timed cannot run here; the sentence says why."""
+class Unavailable(Exception):  # noqa: N818 - no error: the row says so and the others continue
+    """A subject cannot run on this machine; the message says why."""
 
 
 @dataclass(frozen=True)

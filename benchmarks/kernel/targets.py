@@ -148,7 +148,7 @@ def _against_mamba_ssm(run: Run) -> Found:
 def _error(run: Run) -> Found:
     """The worse of the types."""
     if run.backend in (None, BLOCKED):
-        return Found(reason="no CUDA backend ran beside the plain PyTorch path")
+        return Found(reason="no CUDA backend ran in addition to the plain PyTorch path")
     ratios = {
         dtype: error / run.errors[BLOCKED, dtype]
         for (name, dtype), error in run.errors.items()

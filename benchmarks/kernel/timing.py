@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 Call = Callable[[], object]
-Clock = Callable[[Call, int], float]  # seconds per call, of so many
+Clock = Callable[[Call, int], float]  # seconds per call, from a call and its repeats
 
 _AHEAD = 20  # flushes of 30 us or more each: longer than Python takes to launch one operator
 

@@ -1,4 +1,4 @@
-"""Visual analytics: the attention of a model over many images, collected once, then looked at from all sides.
+"""Visual analytics: the attention of a model over many images, collected once, then explored in many ways.
 
 ``mamba-attn collect`` makes a store, ``AttentionStore.open`` reads it; in code, ``collect`` does.
 """

@@ -1,7 +1,7 @@
 """One pass of a traced model over images into a store: statistics of its attention, features, matrices of some images.
 
-Memory does not grow with the images: what is kept of all of them are means and sums of squares; what is kept of each
-goes to the disk at once. Now and then a checkpoint counts the images so far.
+Memory does not grow with the images: it holds means and sums of squares over images, and writes per-image data to disk
+at once. From time to time, a checkpoint counts the images so far.
 """
 
 import time
@@ -27,7 +27,7 @@ from mamba_attn.tracing.layers import Layer, ScanLayer
 from mamba_attn.tracing.tracer import Trace, trace
 
 _LARGEST_HALF = 65504.0
-_CHECKPOINT_SHARE = 10  # between checkpoints ten times as long as one takes
+_CHECKPOINT_SHARE = 10  # time between checkpoints, in durations of one
 _BATCH_ENTRIES = 2**23  # of a batch of matrices, 32 MiB
 _LARGEST_BATCH = 16
 _RESERVE = 2**28  # bytes for the model, one image and everything else
@@ -35,7 +35,7 @@ _UNASKED = 2**26
 
 
 class Collected(NamedTuple):
-    """What a call did: images counted now and in all, and reasons by key of those that could not be used."""
+    """The result of a call: images counted now and in all, and why others could not be used, by key."""
 
     new: int
     counted: int
@@ -45,17 +45,17 @@ class Collected(NamedTuple):
 def collect(
     request: Request, out: str | Path, *, advance: Callable[[int, int], None] = lambda done, wanted: None
 ) -> Collected:
-    """Collect attention into a store; what it holds already is not done again.
+    """Collect attention into a store; skip images that it already holds.
 
     Args:
-        request: what is collected.
-        out: folder of the store; made when it is not there.
+        request: what to collect.
+        out: folder of the store; created if absent.
         advance: called with the images that are done, and those that are wanted, after every batch.
 
     Raises:
         StoreError: the folder holds another store, something else, or a store that is damaged; another process writes
             to it; no image could be used.
-        MatrixTooLargeError: the statistics would not fit the memory; the message says what would.
+        MatrixTooLargeError: the statistics would not fit into memory; the message says what would.
         UnknownLayerError: a pattern fits no layer.
         OSError: the folder cannot be written.
     """
@@ -73,7 +73,7 @@ def collect(
         try:
             Run(request, StoreWriter(folder, index, new), size, advance).go(wanted)
         finally:
-            if not index.statistics:  # nothing was counted: nothing is left in the way of the next call
+            if not index.statistics:  # nothing was counted: leave nothing behind
                 discard(folder)
         if len(index.images) == before and index.wanted != asked:
             index.write(folder)
@@ -94,7 +94,7 @@ def _index(request: Request, layers: list[StoredLayer]) -> Index:
 
 
 def _continued(folder: Path, request: Request, layers: list[StoredLayer]) -> Index:
-    """The index of a store that is already there, if it is one of the same model and images."""
+    """Return the index of an existing store, if it is of the same model and images."""
     index = Index.read(folder)
     subject, data = request.subject, request.data
     same = len(layers) == len(index.layers) and all(map(StoredLayer.same_as, layers, index.layers))
@@ -113,24 +113,24 @@ def _continued(folder: Path, request: Request, layers: list[StoredLayer]) -> Ind
             else:
                 found = f"{what} {found}"
             raise StoreError(
-                f"{folder}: this store is of {found}, not {asked}; nothing was changed. Name another folder."
+                f"{folder}: this store is of {found}, not {asked}; nothing was changed. Choose another folder."
             )
     if [each["identity"] for each in index.data] != [data.identity]:
         raise StoreError(f"{folder}: {data.name} is not the file or folder that this store was collected from; nothing "
-                         "was changed. Name another folder.")  # fmt: skip
+                         "was changed. Choose another folder.")  # fmt: skip
     if not same:
         raise StoreError(f"{folder}: this store is of other layers, orders or grids of this model; nothing was "
-                         "changed. Name another folder.")  # fmt: skip
+                         "changed. Choose another folder.")  # fmt: skip
     return index
 
 
 class Run:
-    """The images of a request that a store does not count yet.
+    """Collects the images of a request that a store does not count yet.
 
     Args:
-        request: what is collected.
+        request: what to collect.
         writer: of the store.
-        size: images at once.
+        size: images per batch.
         advance: called with the images that are done, and those that are wanted.
     """
 
@@ -145,7 +145,7 @@ class Run:
         self.done = 0
 
     def go(self, wanted: Sequence[int]) -> None:
-        """Count everything that is wanted."""
+        """Collect all these images."""
         items = self.request.data.items
         known = {image.key for image in self.index.images} | set(self.index.unreadable)
         left = [number for number in wanted if items[number].key not in known]
@@ -167,7 +167,7 @@ class Run:
         self.advance(self.done, len(wanted))
 
     def _batches(self, numbers: Sequence[int]) -> Iterator[list[Sample]]:
-        """Readable images, so many at a time."""
+        """Yield readable images in batches."""
         samples: list[Sample] = []
         for number in numbers:
             self.done += 1
@@ -182,7 +182,7 @@ class Run:
             yield samples
 
     def _count(self, samples: Sequence[Sample]) -> None:
-        """Count images, or list them as unusable when the model makes NaN of one alone."""
+        """Count images; list an image as unusable if the model returns NaN for it alone."""
         try:
             found, logits = self._forward(np.stack([sample.pixels for sample in samples]))
         except NonFiniteError as error:
@@ -202,7 +202,7 @@ class Run:
 
     @torch.no_grad()
     def _forward(self, pixels: np.ndarray) -> tuple[Trace, Tensor]:
-        """The traced pass; whatever it holds is finite."""
+        """Run the traced pass and check that everything it holds is finite."""
         subject, request = self.request.subject, self.request
         fused = "mean" if request.routes == "sum" else None
         with trace(subject.model, layers=request.layers, attention=fused) as found:
@@ -234,7 +234,7 @@ class Run:
             self.writer.write_matrix(start + at, number, route, matrix[at].numpy())
 
     def _features(self, number: int, matrices: Tensor) -> np.ndarray:
-        """(images, features) of the summed matrices, as they stand on the disk."""
+        """Return (images, features) of the summed matrices, as stored on disk."""
         layer = self.index.layers[number]
         if not layer.exact:
             return np.stack([project(matrix) for matrix in matrices.numpy()])
@@ -244,15 +244,15 @@ class Run:
         if largest * layer.scale > _LARGEST_HALF:
             raise StoreError(
                 f"{layer.name}: its attention is {largest * layer.scale:,.0f} times as large as in the first images, "
-                "more than the store's features hold; collect these images into a folder of their own."
+                "more than the store's features can hold; collect these images into a separate folder."
             )
         return (matrices.flatten(1) * layer.scale).half().numpy()
 
     def _named(self, samples: Sequence[Sample], logits: Tensor, start: int) -> list[StoredImage]:
         classes, names = self.request.data.classes, self.request.subject.classes
-        likeliest = logits.argmax(1).tolist() if names and logits.ndim == 2 else [None] * len(samples)
+        predicted = logits.argmax(1).tolist() if names and logits.ndim == 2 else [None] * len(samples)
         images = []
-        for row, (sample, best) in enumerate(zip(samples, likeliest, strict=True), start):
+        for row, (sample, best) in enumerate(zip(samples, predicted, strict=True), start):
             known = None if sample.label is None or not classes else self.model_class[sample.label]
             label = None if sample.label is None or not classes else classes[sample.label]
             images.append(
@@ -271,14 +271,14 @@ class Run:
         if not self.statistics.count:
             reasons = list(self.index.unreadable.values())
             raise StoreError(
-                f"none of the {self.done} images of {self.request.data.name} could be used; the first: {reasons[0]}"
+                f"none of the {self.done} images of {self.request.data.name} could be used; first reason: {reasons[0]}"
             )
         self.writer.checkpoint(self.pending, self.statistics)
         self.pending = []
 
 
 def batch_size(layers: Sequence[StoredLayer]) -> int:
-    """Return how many images go through the model at once: as many as the matrices of the largest layer allow.
+    """Return the batch size that the matrices of the largest layer allow.
 
     Args:
         layers: whose attention is collected.
@@ -288,7 +288,7 @@ def batch_size(layers: Sequence[StoredLayer]) -> int:
 
 
 def require_memory(layers: Sequence[StoredLayer], routes: str, batch: int) -> None:
-    """Refuse statistics that would not fit, before anything is allocated.
+    """Refuse statistics that would not fit into memory, before allocating anything.
 
     Args:
         layers: whose attention is collected.
@@ -296,7 +296,7 @@ def require_memory(layers: Sequence[StoredLayer], routes: str, batch: int) -> No
         batch: images at once.
 
     Raises:
-        MatrixTooLargeError: with what would fit.
+        MatrixTooLargeError: they would not fit; the message says what would.
     """
     needed = _bytes(layers, routes, batch)
     free = free_bytes(torch.device("cpu")) if needed > _UNASKED else None
@@ -322,7 +322,7 @@ def _bytes(layers: Sequence[StoredLayer], routes: str, batch: int) -> int:
 
 
 def _what_fits(layers: Sequence[StoredLayer], routes: str, batch: int, free: int) -> str:
-    """The nearest smaller calls that would do, in words."""
+    """Describe the nearest smaller calls that would fit."""
     found = []
     if batch > 1 and _bytes(layers, routes, 1) <= free:
         found.append("batch=1")
@@ -338,7 +338,7 @@ def _what_fits(layers: Sequence[StoredLayer], routes: str, batch: int, free: int
 
 
 def _fitting(layers: Sequence[StoredLayer], routes: str, free: int) -> list[StoredLayer]:
-    """The smallest layers that fit together, in their order; not all of them."""
+    """Return the smallest layers that fit together, in execution order; never all layers."""
     small: list[StoredLayer] = []
     for layer in sorted(layers, key=lambda layer: layer.tokens):
         if _bytes([*small, layer], routes, 1) > free:

@@ -1,4 +1,4 @@
-"""Points in the plane from many features: PCA, t-SNE, UMAP, seeded; and remembered where there is a cache."""
+"""Embeddings of features in the plane: PCA, t-SNE and UMAP, with seeds and an optional cache."""
 
 import hashlib
 import importlib.metadata
@@ -18,13 +18,13 @@ _DISTRIBUTIONS = {"pca": ("numpy",), "tsne": ("numpy", "scikit-learn"), "umap": 
 
 
 class Cache(Protocol):
-    """What remembers embeddings, such as a store of attention."""
+    """Caches embeddings; implemented by stores of attention."""
 
     def embedding(self, key: str) -> Any:
-        """Return (points, about) of a key; None or a KeyError where there is none."""
+        """Return (points, about) of a key; return None or raise KeyError if absent."""
 
     def save_embedding(self, key: str, array: np.ndarray, about: dict[str, Any]) -> None:
-        """Keep an embedding."""
+        """Save an embedding under a key."""
 
 
 class Embedding(NamedTuple):
@@ -32,7 +32,7 @@ class Embedding(NamedTuple):
 
     Args:
         points: (n, 2) float32.
-        about: how they were made, as JSON can say it.
+        about: how they were made, as JSON values.
     """
 
     points: np.ndarray
@@ -54,11 +54,11 @@ def embed(
     Args:
         features: (n, features), any type of number.
         method: "pca"; "tsne" (scikit-learn; perplexity 30, or less where there are few points); "umap" (umap-learn).
-        first: principal components that t-SNE and UMAP are given in place of the features, as in arXiv 2502.20764; None
-            for the features themselves. Without effect on "pca" or where there are fewer.
+        first: principal components that t-SNE and UMAP get instead of the features, as in arXiv 2502.20764; None
+            for the features themselves. No effect on "pca", or if there are fewer.
         unit_norm: divide every point's features by their Euclidean norm first.
         seed: of whatever is random.
-        cache: asked before anything is computed, and told afterwards; the key holds the features' own hash.
+        cache: read before computing, written afterwards; the key includes a hash of the features.
         **options: of sklearn.manifold.TSNE or umap.UMAP, e.g. ``perplexity=50`` or ``n_neighbors=30``.
 
     Raises:
@@ -82,7 +82,7 @@ def embed(
     values = _unit(features) if unit_norm else features
     points, made = _METHODS[method](_reduced(values, method, first, seed), seed, options)
     if not np.isfinite(points).all():
-        raise ValueError(f"embed(method={method!r}): it gave NaN or Inf for these features{features.shape}.")
+        raise ValueError(f"embed(method={method!r}): it returned NaN or Inf for these features{features.shape}.")
     found = Embedding(points.astype(np.float32), {**about, **made})
     if cache is not None:
         cache.save_embedding(key, *found)
@@ -90,11 +90,11 @@ def embed(
 
 
 def cache_key(features: np.ndarray, about: Mapping[str, Any]) -> str:
-    """Return the name that an embedding is remembered by: a hash of the features and of how it is made.
+    """Return the cache key of an embedding: a hash of the features and of how it is made.
 
     Args:
         features: (n, features).
-        about: of the call, as JSON can say it.
+        about: the call's parameters, as JSON values.
     """
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     digest.update(str((features.dtype.str, features.shape)).encode())
@@ -110,12 +110,12 @@ def _check(features: np.ndarray, method: str, first: int | None, options: Mappin
     if features.ndim != 2 or features.shape[0] < 2 or not features.shape[1]:
         raise ValueError(f"{call}: expected (n, features) with at least two points.")
     if first is not None and first < 2:
-        raise ValueError(f"{call}: first={first} principal components leave no plane; name at least 2, or None.")
+        raise ValueError(f"{call}: first={first} principal components do not span a plane; pass at least 2, or None.")
     if method == "pca" and options:
         raise ValueError(f"{call}: PCA has no options, got {', '.join(options)}.")
     for start in range(0, len(features), 256):
         if not np.isfinite(np.asarray(features[start : start + 256], dtype=np.float64)).all():
-            raise ValueError(f"{call}: there are NaN or Inf among the features; leave these points out.")
+            raise ValueError(f"{call}: the features contain NaN or Inf; leave these points out.")
 
 
 def _known(cache: Cache, key: str) -> Embedding | None:
@@ -138,7 +138,7 @@ def _unit(features: np.ndarray) -> np.ndarray:
 
 
 def _reduced(features: np.ndarray, method: str, first: int | None, seed: int) -> np.ndarray:
-    """What the method is given."""
+    """Return the method's input: the features, or their principal components."""
     if method == "pca":
         return features
     if first is None or first >= min(features.shape):
@@ -160,10 +160,10 @@ def _tsne(features: np.ndarray, seed: int, options: Mapping[str, Any]) -> tuple[
     perplexity = options.get("perplexity", min(30.0, (len(features) - 1) / 3))
     start = components(features, 2, seed).points  # signs are fixed there, so that machines agree
     start = start / (start[:, 0].std() or 1.0) + 0.1 * np.random.default_rng(seed).standard_normal(start.shape)
-    start *= 1e-4  # without what is random there, all seeds would give the same points
+    start *= 1e-4  # without this noise, all seeds would give the same points
     given = {"init": start.astype(np.float32), **options, "perplexity": perplexity, "random_state": seed}
     made = TSNE(2, n_jobs=1, **given)
-    with threadpool_limits(1, user_api="openmp"):  # after UMAP it has several, which spin while they wait
+    with threadpool_limits(1, user_api="openmp"):  # after UMAP there are several threads, which spin while they wait
         points = made.fit_transform(features)
     return points, {"perplexity": float(perplexity), "divergence": float(made.kl_divergence_)}
 
@@ -171,7 +171,7 @@ def _tsne(features: np.ndarray, seed: int, options: Mapping[str, Any]) -> tuple[
 def _umap(features: np.ndarray, seed: int, options: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ImportWarning)  # of what its optional parts miss
+            warnings.simplefilter("ignore", ImportWarning)  # about its missing optional parts
             import umap
     except ImportError as error:
         raise ImportError(f"embed(method='umap') needs umap-learn: {_HINT}") from error

@@ -1,4 +1,4 @@
-"""What a store holds, but for the numbers: ``store.json``, written in one step, the last of every change."""
+"""``store.json``: everything in a store but the arrays; written atomically, as the last step of every change."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import numpy as np
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import StoreError
 
-FORMAT = 1  # raised when a store changes its meaning: others are refused by name
+FORMAT = 1  # increase it when the format changes; stores of other formats are refused
 INDEX = "store.json"
 _LARGEST = 2**28  # bytes of an index that is read: a million images
 _STATISTICS = re.compile(r"statistics-\d{1,9}")
@@ -55,7 +55,7 @@ class StoredLayer:
         return self.layout.tokens
 
     def same_as(self, other: "StoredLayer") -> bool:
-        """Whether two layers are the same layer of the same model, whatever was collected of them."""
+        """Whether both are the same layer of the same model, regardless of what was collected."""
         names = ("name", "kind", "routes", "layout", "moments")
         same = all(getattr(self, name) == getattr(other, name) for name in names)
         return same and np.array_equal(self.orders, other.orders)
@@ -67,11 +67,11 @@ class StoredImage:
 
     Args:
         key: its name in the collection.
-        label: name of its class: the model's, where the model has it, else the collection's; None without labels.
-        predicted: name of the class that the model found likeliest; None when the model has no classes.
-        correct: whether that is the label; None where this is not known.
+        label: name of its class: the model's if the model has it, else the collection's; None without labels.
+        predicted: name of the class with the highest score; None if the model has no classes.
+        correct: whether that is the label; None if unknown.
         kept: whether its matrices are stored in full.
-        row: its place in the store.
+        row: its row in the store.
     """
 
     key: str
@@ -84,7 +84,7 @@ class StoredImage:
 
 @dataclass
 class Index:
-    """``store.json``: what was collected of which model, and which images count.
+    """``store.json``: the model, what was collected, and which images are counted.
 
     Args:
         model: "name", "weights", "options", "fingerprint".
@@ -92,13 +92,13 @@ class Index:
         transform: "size", "cover", "interpolation".
         data: "name" and "identity" of every collection.
         routes: "each" or "sum": whether routes were collected one by one.
-        keep: how many images are kept in full, the first; or keys of those that are.
+        keep: number of first images whose matrices are kept in full, or keys of such images.
         layers: in execution order.
-        images: those that are counted, in order.
+        images: the counted ones, in order.
         unreadable: reasons by key of images that could not be used.
         statistics: name of the folder with the statistics of exactly these images.
-        wanted: images that were asked for, readable or not.
-        command: how to go on.
+        wanted: number of requested images, readable or not.
+        command: the command that resumes the collection.
         package: version of this package.
     """
 
@@ -118,7 +118,7 @@ class Index:
 
     @property
     def finished(self) -> bool:
-        """Whether every image that was asked for is counted, or known to be unreadable."""
+        """Whether every requested image is counted, or known to be unreadable."""
         return bool(self.statistics) and len(self.images) + len(self.unreadable) >= self.wanted
 
     def keeps(self, row: int, key: str) -> bool:
@@ -148,14 +148,14 @@ class Index:
         """Read the index of a store.
 
         Raises:
-            StoreError: there is none, it is damaged, or of another version.
+            StoreError: it is missing, damaged, or of another version.
         """
         path = folder / INDEX
         if not folder.is_dir():
             raise StoreError(f"{folder}: there is no such folder; make a store with mamba-attn collect.")
         if not path.is_file():
             raise StoreError(
-                f"{folder}: this folder is no store of mamba-attn collect, or one whose {INDEX} is lost; name another."
+                f"{folder}: this folder is not a store of mamba-attn collect, or its {INDEX} is lost; choose another."
             )
         if path.stat().st_size > _LARGEST:
             raise StoreError(f"{path}: larger than {_LARGEST:,} bytes; this is not what mamba-attn collect wrote.")
@@ -192,7 +192,7 @@ class Index:
 
 
 def place_of(names: Sequence[str], grids: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
-    """Return (stage, block) of every layer: the numbers in its name, or the change of the grid where names have others.
+    """Return (stage, block) of every layer, from the numbers in its name, otherwise from changes of the grid.
 
     Args:
         names: of the layers, in execution order.
@@ -211,7 +211,7 @@ def place_of(names: Sequence[str], grids: Sequence[tuple[int, ...]]) -> list[tup
 
 
 def package_version() -> str:
-    """Version of this package; "unknown" when it is not installed."""
+    """Return this package's version; "unknown" if it is not installed."""
     try:
         return version("mamba_attn")
     except PackageNotFoundError:

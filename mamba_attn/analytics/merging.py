@@ -1,4 +1,4 @@
-"""Two stores of the same model as one: each may come from its own machine and its own part of the images."""
+"""Merges two stores of the same model, collected from different images, possibly on different machines."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,15 +22,15 @@ _ROWS_AT_ONCE = 16
 
 
 def merge_stores(first: str | Path, second: str | Path, out: str | Path) -> int:
-    """Write a store with the images of two others, which stay as they are; return the number of images.
+    """Write a store with the images of two others, which do not change; return the number of images.
 
     Args:
         first: a store.
         second: a store of the same model, layers and routes, of other images.
-        out: folder of the new one, empty or not there.
+        out: folder of the new one, empty or absent.
 
     Raises:
-        StoreError: stores that do not belong together, or an image that is in both; ``out`` holds something.
+        StoreError: stores that do not match, or an image that is in both; ``out`` is not empty.
         OSError: ``out`` cannot be written.
     """
     stores = [AttentionStore.open(each) for each in (first, second)]
@@ -38,7 +38,7 @@ def merge_stores(first: str | Path, second: str | Path, out: str | Path) -> int:
     index, images = _merged_index(*stores), _images(*stores)
     with folder_for(out) as folder, locked(folder):
         if not is_new(folder):
-            raise StoreError(f"{folder}: there is a store already; nothing was changed. Name another folder.")
+            raise StoreError(f"{folder}: the folder already holds a store; nothing was changed. Choose another folder.")
         index.wanted = len(images) + len(index.unreadable)
         writer = StoreWriter(folder, index, new=True)
         statistics = writer.statistics()
@@ -63,9 +63,9 @@ def _require_same(first: AttentionStore, second: AttentionStore) -> None:
     }
     for what, (one, other) in there.items():
         if one != other:
-            raise StoreError(f"{first.folder} and {second.folder} have other {what}: {one} and {other}; not merged.")
+            raise StoreError(f"{first.folder} and {second.folder} differ in {what}: {one} and {other}; not merged.")
     if not all(map(StoredLayer.same_as, a.layers, b.layers)):
-        raise StoreError(f"{first.folder} and {second.folder} have other orders or grids; not merged.")
+        raise StoreError(f"{first.folder} and {second.folder} differ in orders or grids; not merged.")
 
 
 def _merged_index(first: AttentionStore, second: AttentionStore) -> Index:
@@ -80,7 +80,7 @@ def _merged_index(first: AttentionStore, second: AttentionStore) -> Index:
 
 
 def _images(first: AttentionStore, second: AttentionStore) -> list[StoredImage]:
-    """All images; where two collections use one name, the second's stands before it."""
+    """All images; if two collections share a key, prefix the second collection's name."""
     a, b = first.index, second.index
     known = {image.key for image in a.images}
     twice = known & {image.key for image in b.images}

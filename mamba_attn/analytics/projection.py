@@ -1,4 +1,4 @@
-"""Many numbers as few: a fixed random projection that keeps distances, and principal components.
+"""Dimension reduction: a fixed random projection that keeps distances, and principal components.
 
 Features of a whole attention matrix are the matrix itself while it is small, else the sparse Johnson-Lindenstrauss
 transform (Kane and Nelson, J. ACM 61(1), 2014, the block construction): every entry of a matrix is added, with a random
@@ -27,7 +27,7 @@ _NOISE = 1e-7  # of the largest singular value; squares of smaller ones are belo
 
 
 def feature_size(tokens: int) -> int:
-    """Numbers that stand for a matrix.
+    """Return the number of features of a matrix.
 
     Args:
         tokens: its side.
@@ -54,7 +54,7 @@ def project(matrix: Float[np.ndarray, "tokens tokens"]) -> Float[np.ndarray, " f
 
 
 def power_of_two(largest: float) -> float:
-    """Return what numbers are multiplied with so that float16 holds them well: the largest becomes 0.5 to 1.
+    """Return the power of two that scales numbers for float16: the largest becomes 0.5 to 1.
 
     Args:
         largest: of their absolute values.
@@ -102,7 +102,7 @@ def components(features: np.ndarray, count: int = 2, seed: int = 0) -> Component
 
     The covariance, or the matrix of inner products where that is smaller, is diagonalised in float64; features are read
     in chunks. Where both sides exceed 3,000 a randomised range finder (arXiv 0909.4061, algorithm 4.4) stands in.
-    Components that are not there, or have no variance, are zeros.
+    Components that do not exist, or have no variance, are zeros.
 
     Args:
         features: (n, features), any type of number.
@@ -110,7 +110,7 @@ def components(features: np.ndarray, count: int = 2, seed: int = 0) -> Component
         seed: of the approximation.
 
     Raises:
-        ValueError: not two axes, no points, NaN or Inf, or no components asked for.
+        ValueError: not two axes, no points, NaN or Inf, or count < 1.
 
     Example:
         >>> components(np.eye(5), 3).points.shape
@@ -125,7 +125,7 @@ def components(features: np.ndarray, count: int = 2, seed: int = 0) -> Component
     for _, chunk in _centred(features):
         total += float((chunk**2).sum())
     if not np.isfinite(total):
-        raise ValueError(f"components(features{features.shape}): there are NaN or Inf among the features.")
+        raise ValueError(f"components(features{features.shape}): the features contain NaN or Inf.")
     exact = min(n, size) <= _DIAGONALISED
     if not exact:
         points, squares = _randomised(features, count, seed)
@@ -188,7 +188,7 @@ def _transposed_times(features: np.ndarray, left: np.ndarray) -> np.ndarray:
 
 
 def _centred(features: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Some features at a time, float64, less their means."""
+    """Yield centred features in float64, a few columns at a time."""
     n, size = features.shape
     width = max(1, _CHUNK // n)
     for start in range(0, size, width):

@@ -1,7 +1,7 @@
 """The model that a store was collected from, built again: as it was, with random weights, or scanning in another order.
 
-A store names what built its model and with which options. Whatever is built here must have the layers that the store
-holds, with their grids, and where nothing is reordered also their orders; else it would be another model's control.
+A store names its model's builder and options. The rebuilt model must have the store's layers and grids and, unless it
+is reordered, the same orders; otherwise it would be a control of another model.
 """
 
 import inspect
@@ -29,8 +29,8 @@ def trained(folder: Path, index: Index) -> LoadedModel:
         index: what it holds.
 
     Raises:
-        StoreError: its weights are in no file, or others are there now.
-        WeightsError: they are gone.
+        StoreError: its weights are not in a file, or the file has changed.
+        WeightsError: the file is gone.
     """
     about = index.model
     if not about["weights"]:
@@ -42,7 +42,7 @@ def trained(folder: Path, index: Index) -> LoadedModel:
     if subject.fingerprint != about["fingerprint"]:
         raise StoreError(
             f"{folder}: it was collected with weights {about['fingerprint']}, and {about['weights']!r} now "
-            f"holds {subject.fingerprint}; collect anew, into another folder."
+            f"holds {subject.fingerprint}; collect again, into another folder."
         )
     return subject
 
@@ -52,11 +52,11 @@ def untrained(folder: Path, index: Index, seed: int) -> LoadedModel:
 
     Args:
         folder: of the store.
-        index: what it holds; of its model only the name and the options are needed, so that one made in memory will do.
+        index: what it holds; only the model's name and options are used, so a model made in memory works too.
         seed: of the weights.
 
     Raises:
-        StoreError: its name builds no model here, or its options build one with other layers.
+        StoreError: the name is not a known model, or its options build one with other layers.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -75,10 +75,10 @@ def reordered(folder: Path, index: Index, order: str) -> LoadedModel:
 
     Raises:
         StoreError: as ``trained``; or a model that scans in no order, such as a ViT.
-        WeightsError: its weights are gone.
+        WeightsError: the weights' file is gone.
     """
     if not takes_order(index.model["name"]):
-        raise StoreError(f"{folder}: a {index.model['name']} scans in no order that could be changed.")
+        raise StoreError(f"{folder}: a {index.model['name']} has no scan order to change.")
     trained(folder, index)  # the weights are those of the store
     subject = _subject(folder, index, index.model["weights"], {**index.model["options"], "order": order})
     _require_layers(folder, index, subject, orders=False)
@@ -91,7 +91,7 @@ def takes_order(name: str) -> bool:
 
 
 def order_of(index: Index) -> str:
-    """Name of the order that a store's model scans in; "" where it has none."""
+    """Return the name of the order that a store's model scans in; "" if it has none."""
     name = index.model["name"]
     return str(index.model["options"].get("order", "raster")) if takes_order(name) else ""
 
@@ -108,7 +108,7 @@ def _subject(folder: Path, index: Index, weights: str, options: dict[str, Any]) 
 
 
 def transform_of(index: Index) -> EvaluationTransform:
-    """Return what the model was shown of an image."""
+    """Return the transform from an image to the model's input."""
     size, cover = ((int(side[0]), int(side[1])) for side in (index.transform["size"], index.transform["cover"]))
     return EvaluationTransform(size, cover, str(index.transform["interpolation"]))
 

@@ -1,4 +1,4 @@
-"""What is collected, of which model and images; the layers and the kept images that this stands for."""
+"""A request to collect attention: model, images, layers, and which images to keep in full."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,21 +21,21 @@ Keep = int | Sequence[str]
 
 @dataclass(frozen=True)
 class Request:
-    """What is collected.
+    """A request: what to collect, of which model and images.
 
     Args:
         subject: the model.
         data: the images.
-        limit: take the first so many. Default: all.
-        keep: store the matrices of the first so many in full, or of the images with these keys.
-        batch: images at once. Default: what the matrices' size allows, at most 16.
+        limit: number of images, taken from the start. Default: all.
+        keep: number of first images whose matrices to store in full, or keys of such images.
+        batch: images per batch. Default: as the matrices' size allows, at most 16.
         layers: names, patterns or numbers, or one of them. Default: all.
         routes: "each": statistics of every route and of their sum; "sum": of the sum alone.
         interval: seconds between checkpoints, at least.
-        command: how to go on after a kill, for messages.
+        command: the command that resumes after a kill, for messages.
 
     Raises:
-        ValueError: a number below the least, other ``routes``, an image in ``keep`` that is not collected.
+        ValueError: a number is too small, ``routes`` is unknown, or an image in ``keep`` is not collected.
     """
 
     subject: LoadedModel
@@ -59,7 +59,7 @@ class Request:
 
     @property
     def kept(self) -> int | list[str]:
-        """Of which images matrices are stored in full: the first so many, or sorted keys."""
+        """The images whose matrices are stored in full: a number of first images, or sorted keys."""
         return checked(self.keep, self.data, self.limit)
 
     @property
@@ -73,7 +73,7 @@ def describe(request: Request) -> list[StoredLayer]:
     """Return the layers of a request, from a forward pass over an empty image.
 
     Args:
-        request: what is collected.
+        request: what to collect.
 
     Raises:
         UnknownLayerError: a pattern fits no layer.
@@ -112,16 +112,16 @@ def _described(layer: Layer, stage: int, block: int) -> StoredLayer:
 
 
 def keep_from(keep: str, data: Data, limit: int | None = None) -> int | list[str]:
-    """Return what text asks to keep: a number, or keys of images.
+    """Parse ``keep`` into a number, or keys of images.
 
     Args:
         keep: a number, or names between commas: keys as a store lists them, paths below the collection's folder or
-            with it, or the end of a path that one image has alone.
+            with it, or the end of a path that is unique.
         data: the images.
-        limit: only the first so many are collected. Default: all.
+        limit: collect only this number of first images. Default: all.
 
     Raises:
-        ValueError: no such image, several of them, or one that ``limit`` leaves out.
+        ValueError: no such image, an ambiguous name, or an image that ``limit`` leaves out.
     """
     try:
         return int(keep)
@@ -135,12 +135,12 @@ def keep_from(keep: str, data: Data, limit: int | None = None) -> int | list[str
 
 
 def checked(keep: Keep, data: Data, limit: int | None = None) -> int | list[str]:
-    """Return a number as it is, and keys sorted, each once.
+    """Validate ``keep``: return a number unchanged, and keys sorted without duplicates.
 
     Args:
-        keep: of a request.
+        keep: as in ``Request``.
         data: the images.
-        limit: only the first so many are collected. Default: all.
+        limit: collect only this number of first images. Default: all.
 
     Raises:
         ValueError: a number below 0, a key that no image has, or one that ``limit`` leaves out.
@@ -165,12 +165,11 @@ def checked(keep: Keep, data: Data, limit: int | None = None) -> int | list[str]
 
 
 def _key(name: str, keys: Sequence[str]) -> str:
-    """The one image that a name means; the name itself where none, or several, are meant."""
+    """Return the key of the one image that matches a name, else the name itself."""
     found = _found(name, keys)
     if len(found) > 1:
         raise ValueError(
-            f"keep={name!r}: {len(found)} images are named so, {found[0]} and {found[1]} among them; give the "
-            "whole name."
+            f"keep={name!r}: {len(found)} images match, {found[0]} and {found[1]} among them; give the whole name."
         )
     return found[0] if found else name
 

@@ -19,15 +19,15 @@ _MOST_PAIRS_OF = 1024  # steps
 
 @dataclass(frozen=True)
 class Distances:
-    """Distance between states against the distance of their tokens, over all pairs of some steps.
+    """Distance between states as a function of the distance between their tokens, over all pairs of some steps.
 
     Args:
         kind: "grid", Euclidean on the patch grid; "raster", difference of raster indices; "sequence", steps between.
         distance: (bins,) of the tokens: 0 < 1 < ..., for "grid" rounded to whole patches.
         mean: (bins,) of the Euclidean distance between states.
         deviation: (bins,) its standard deviation.
-        pairs: (bins,) how many.
-        correlation: Spearman's, between both distances over all pairs; NaN where one of them never changes.
+        pairs: (bins,) number of pairs.
+        correlation: Spearman's, between both distances over all pairs; NaN if either is constant.
     """
 
     kind: str
@@ -80,7 +80,7 @@ class StateTrajectory:
         return np.asarray(np.linalg.norm(self.states, axis=1))
 
     def norm_map(self) -> np.ndarray:
-        """Return the state's norm where each patch was read, (height, width); NaN where the route does not go."""
+        """Return the state's norm where each patch was read, (height, width); NaN at patches that the route skips."""
         tokens = np.full(self.layout.tokens, np.nan)
         tokens[self.order] = self.norm()
         return self.layout.to_grid(torch.from_numpy(tokens)).numpy()
@@ -88,13 +88,13 @@ class StateTrajectory:
     def distances(self, kind: str = "sequence", *, steps: int = _MOST_PAIRS_OF, seed: int = 0) -> Distances:
         """Return the distance between states by the distance of their tokens.
 
-        Steps that read no patch (class tokens, registers, padding) are left out; of longer routes, pairs of a random
-        choice of steps are taken.
+        Steps that read no patch (class tokens, registers, padding) are left out; longer routes use pairs of a random
+        sample of steps.
 
         Args:
             kind: "grid", "raster" or "sequence".
-            steps: at most so many are paired.
-            seed: of the choice.
+            steps: sample at most this number of steps.
+            seed: of the sample.
 
         Raises:
             ValueError: an unknown kind, or fewer than two steps.
@@ -117,17 +117,17 @@ class StateTrajectory:
 def state_trajectory(
     layer: Layer, route: int = 0, channels: int | Iterable[int] | None = None, image: int = 0
 ) -> StateTrajectory:
-    """Return the hidden states of one route of a traced layer, of one image; only what is asked for is computed.
+    """Return the hidden states of one route of a traced layer, of one image; computes only the requested channels.
 
     Args:
-        layer: of selective scans.
+        layer: a traced layer of selective scans.
         route: its number.
         channels: the number of one channel, or several. Default: all.
         image: its number in the batch.
 
     Raises:
-        UnsupportedModelError: a layer of softmax attention, which has no states.
-        ValueError: a route, channel or image that is not there.
+        UnsupportedModelError: the layer is softmax attention, which has no states.
+        ValueError: a route, channel or image out of range.
         TraceError: the tokens' place in the image is not known.
 
     Example:
@@ -152,7 +152,7 @@ def _of_image(scan: ScanRecord, image: int) -> ScanRecord:
 
 
 def _pairwise(states: np.ndarray) -> np.ndarray:
-    """(steps, steps) Euclidean distances."""
+    """Return (steps, steps) Euclidean distances."""
     centred = states - states.mean(0)
     squares = np.einsum("sf,sf->s", centred, centred)
     distances: np.ndarray = np.sqrt(np.maximum(squares[:, None] + squares - 2 * centred @ centred.T, 0))

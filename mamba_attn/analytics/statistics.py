@@ -1,4 +1,4 @@
-"""Mean and variance of matrices that come in batches, in float64; two of them merge (Chan, Golub and LeVeque, 1979).
+"""Running mean and variance of batches of matrices, in float64, that can be merged (Chan, Golub and LeVeque, 1979).
 
 ``state_moments`` are those of a scan's hidden state, in time linear in the length.
 """
@@ -14,13 +14,13 @@ from mamba_attn._types import Float
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import NonFiniteError
 
-_AT_ONCE = 2**17  # numbers of a batch that are treated at once: they stay in the cache
+_AT_ONCE = 2**17  # numbers of a batch to process at once: they stay in the cache
 Moment = Float[Tensor, "routes channels length"]
 
 
 @dataclass(eq=False)
 class Running:
-    """Mean, and sum of squared deviations from it, of matrices that are not kept.
+    """Running mean, and sum of squared deviations from it, of matrices.
 
     Args:
         mean: float64.
@@ -32,18 +32,18 @@ class Running:
 
     @classmethod
     def zeros(cls, tokens: int) -> "Running":
-        """Return the statistics of nothing."""
+        """Return the statistics of no images."""
         return cls(*torch.zeros(2, tokens, tokens, dtype=torch.float64))
 
     def update(self, values: Float[Tensor, "batch tokens tokens"], before: int) -> None:
-        """Count a batch.
+        """Add a batch.
 
         Args:
             values: the batch, on the CPU.
             before: matrices that are counted already.
 
         Raises:
-            NonFiniteError: there are NaN or Inf; the statistics are then of no use.
+            NonFiniteError: the batch contains NaN or Inf; the statistics are then invalid.
         """
         batch, tokens = values.shape[:2]
         rows = max(1, _AT_ONCE // (batch * tokens))
@@ -56,7 +56,7 @@ class Running:
             raise NonFiniteError("attention contains NaN or Inf; check the weights.")
 
     def merge(self, other: "Running", before: int, count: int) -> None:
-        """Count the matrices of another.
+        """Add the matrices of another one.
 
         Args:
             other: its statistics.
@@ -68,7 +68,7 @@ class Running:
 
 @dataclass(eq=False)
 class LayerStatistics:
-    """What is kept of one layer.
+    """The statistics of one layer.
 
     Args:
         routes: statistics by "sum", "0", "1", ...
@@ -80,12 +80,12 @@ class LayerStatistics:
 
     @classmethod
     def zeros(cls, routes: list[str], tokens: int, moments: tuple[int, int, int] | None) -> "LayerStatistics":
-        """Return the statistics of nothing."""
+        """Return the statistics of no images."""
         states = None if moments is None else torch.zeros(2, *moments, dtype=torch.float64)
         return cls({route: Running.zeros(tokens) for route in routes}, states)
 
     def update_moments(self, moments: tuple[Tensor, Tensor], before: int, count: int) -> None:
-        """Count the states of a batch.
+        """Add the states of a batch.
 
         Args:
             moments: of the batch.
@@ -93,7 +93,7 @@ class LayerStatistics:
             count: of the batch.
 
         Raises:
-            NonFiniteError: there are NaN or Inf.
+            NonFiniteError: the moments contain NaN or Inf.
         """
         if self.moments is not None:
             found = torch.stack(moments).to("cpu", torch.float64)
@@ -102,14 +102,14 @@ class LayerStatistics:
                 raise NonFiniteError("the states of the scans contain NaN or Inf; check the weights.")
 
     def merge(self, other: "LayerStatistics", before: int, count: int) -> None:
-        """Count the images of another; the arguments are those of ``Running.merge``."""
+        """Add the images of another one; arguments as in ``Running.merge``."""
         for route, running in self.routes.items():
             running.merge(other.routes[route], before, count)
         if self.moments is not None and other.moments is not None:
             self.moments += (other.moments - self.moments) * (count / (before + count))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return everything by name."""
+        """Return all arrays by name."""
         found: dict[str, np.ndarray] = {}
         for route, running in self.routes.items():
             found |= {f"mean/{route}": running.mean.numpy(), f"m2/{route}": running.m2.numpy()}
@@ -129,14 +129,14 @@ class Statistics:
     count: int = 0
 
     def merge(self, other: "Statistics") -> None:
-        """Count the images of another."""
+        """Add the images of another one."""
         for own, its in zip(self.layers, other.layers, strict=True):
             own.merge(its, self.count, other.count)
         self.count += other.count
 
 
 def _merge(mean: Tensor, m2: Tensor, before: int, other_mean: Tensor, other_m2: Tensor, count: int) -> None:
-    """Chan's update, in place."""
+    """Update mean and squares in place by Chan's formula."""
     difference = other_mean - mean
     mean += difference * (count / (before + count))
     m2 += other_m2 + difference.square_() * (before * count / (before + count))

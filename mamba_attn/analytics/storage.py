@@ -1,12 +1,12 @@
-"""The arrays of a store, and writing them so that a kill at any moment loses little and corrupts nothing.
+"""The arrays of a store, written in an order in which a kill at any moment loses little and corrupts nothing.
 
-Every chunk has a checksum. What was never written reads as NaN, or, of whole numbers, is missed as a file: lost or
-damaged numbers are an error, never zeros.
+Every chunk has a checksum. Unwritten floats read as NaN; unwritten integers show as missing files: lost or
+damaged numbers raise an error, never read as zeros.
 
 Rows of images (features, pixels, matrices) are written first, at their place, which no counted image has; then the
 statistics of all images so far into a folder of a new name; then ``store.json``, in one step, names this folder and the
-images that it counts. Until that step the store is what it was before: what the next run finds beyond it is overwritten
-by the same images. Nothing that the index names is ever changed.
+images that it counts. Until that step the store is unchanged: the next run overwrites anything beyond it with
+the same images. Nothing that the index names ever changes.
 """
 
 import itertools
@@ -28,7 +28,7 @@ from mamba_attn.core.requirements import writable
 from mamba_attn.errors import StoreError
 
 _LOCK = ".lock"
-_OURS = {_LOCK, f"{INDEX}.new"}  # what a run that was killed at once leaves
+_OURS = {_LOCK, f"{INDEX}.new"}  # what a run that is killed right at the start leaves
 TILE = 256  # side of a matrix's tiles: a row or a column of 3,136 tokens touches 13 of them
 _ROWS_PER_CHUNK = 16
 _CHUNK_BYTES = 2**20
@@ -38,7 +38,7 @@ _WHOLE = "every chunk is a file"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a folder for this process; the lock ends with it, however it ends. Without a store no trace of it is left.
+    """Lock a folder for this process; the lock ends with the process. If no store was written, the lock file goes too.
 
     Raises:
         StoreError: another process has it.
@@ -50,10 +50,10 @@ def locked(folder: Path) -> Iterator[None]:
             try:
                 system.flock(file, system.LOCK_EX | system.LOCK_NB)
                 if not os.path.samestat(os.fstat(file.fileno()), (folder / _LOCK).stat()):
-                    raise OSError("the lock was taken away by a call that ended meanwhile")
+                    raise OSError("a call that just ended removed the lock")
             except OSError as error:
                 raise StoreError(
-                    f"{folder}: another mamba-attn collect is writing this store; wait for it, or name another folder."
+                    f"{folder}: another mamba-attn collect is writing this store; wait for it, or use another folder."
                 ) from error
         try:
             yield
@@ -65,7 +65,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def folder_for(out: str | Path) -> Iterator[Path]:
-    """Make a folder; after an error those that were made for it go again, as far as they are empty.
+    """Make a folder; after an error, remove the folders made for it that are empty.
 
     Raises:
         OSError: it cannot be made or written.
@@ -85,18 +85,18 @@ def is_new(folder: Path) -> bool:
     """Whether nothing was ever written into a folder.
 
     Raises:
-        StoreError: there is something that is no store.
+        StoreError: the folder holds something that is not a store.
     """
     there = {path.name for path in folder.iterdir()} - _OURS
     if there and INDEX not in there:
         raise StoreError(
-            f"{folder}: this folder holds {sorted(there)[0]!r} and no store; nothing was written. Name another folder."
+            f"{folder}: this folder holds {sorted(there)[0]!r} and no store; nothing was written. Use another folder."
         )
     return not there
 
 
 def discard(folder: Path) -> None:
-    """Remove a store that counts no image."""
+    """Remove the files of a store that counts no image."""
     for name in (INDEX, f"{INDEX}.new"):
         (folder / name).unlink(missing_ok=True)
     for path in (folder / "images", *folder.glob("statistics-*")):
@@ -104,18 +104,18 @@ def discard(folder: Path) -> None:
 
 
 def route_names(layer: StoredLayer, routes: str) -> list[str]:
-    """Names of the matrices that are kept of a layer; the sum of one route is this route."""
+    """Return names of the matrices kept for a layer; with one route, the sum is that route."""
     each = [str(route) for route in range(layer.routes)] if routes == "each" and layer.routes > 1 else []
     return [*each, "sum"]
 
 
 class StoreWriter:
-    """A store that is being filled.
+    """Writes images and statistics into a store.
 
     Args:
         folder: of the store, locked.
-        index: what it holds; ``layers``, ``images`` and ``statistics`` change with what is counted.
-        new: whether its arrays are yet to be made.
+        index: of the store; ``layers``, ``images`` and ``statistics`` change as images are counted.
+        new: whether its arrays do not exist yet.
     """
 
     def __init__(self, folder: Path, index: Index, new: bool) -> None:
@@ -131,7 +131,7 @@ class StoreWriter:
         self._grow()
 
     def statistics(self) -> Statistics:
-        """Return the statistics of the images that are counted.
+        """Return the statistics of the counted images.
 
         Raises:
             StoreError: they are missing or damaged.
@@ -152,7 +152,7 @@ class StoreWriter:
         self._rows.write(f"features/{layer:03d}", features, start)
 
     def add_pixels(self, start: int, pixels: np.ndarray) -> None:
-        """Write what the model saw of images that are not counted yet."""
+        """Write the pixels that the model saw, of images that are not counted yet."""
         self._rows.write("pixels", pixels, start)
 
     def write_matrix(self, row: int, layer: int, route: str, matrix: np.ndarray) -> None:
@@ -163,7 +163,7 @@ class StoreWriter:
         """Count images.
 
         Args:
-            images: in addition to those that are counted, in the order of their rows.
+            images: in addition to the counted ones, in the order of their rows.
             statistics: of all of them together.
 
         Raises:
@@ -171,7 +171,7 @@ class StoreWriter:
         """
         before = self.index.statistics
         name = f"statistics-{int(before.rpartition('-')[2] or 0) + 1:05d}"
-        shutil.rmtree(self.folder / name, ignore_errors=True)  # of a run that was killed here
+        shutil.rmtree(self.folder / name, ignore_errors=True)  # left by a run that was killed here
         arrays = Arrays(self.folder / name, writable=True)
         for number, layer in enumerate(statistics.layers):
             for key, values in layer.arrays().items():
@@ -187,7 +187,7 @@ class StoreWriter:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _create(self, number: int, layer: StoredLayer) -> None:
-        """The arrays of a layer that are not there yet."""
+        """Create the missing arrays of a layer."""
         name = f"features/{number:03d}"
         if not self._rows.exists(name):
             self._rows.create_rows(name, (feature_size(layer.tokens),), "f2" if layer.exact else "f4")
@@ -197,7 +197,7 @@ class StoreWriter:
                 self._rows.create_rows(name, (layer.tokens, layer.tokens), "f4", alone=True)
 
     def _grow(self) -> None:
-        """Room for every image that is wanted, once: a run changes no shapes."""
+        """Make room for all wanted images once, because a run must not change shapes."""
         for number, layer in enumerate(self.index.layers):
             self._rows.grow(f"features/{number:03d}", self.index.wanted)
             for route in route_names(layer, self.index.routes) if self.index.keep else ():
@@ -206,7 +206,7 @@ class StoreWriter:
 
     @property
     def _most_kept(self) -> int:
-        """Rows that kept matrices may have: named images can be anywhere, and what is never written takes no room."""
+        """Return the rows for kept matrices: named images can be anywhere, and unwritten rows take no space."""
         keep = self.index.keep
         return min(keep, self.index.wanted) if isinstance(keep, int) else self.index.wanted
 
@@ -243,15 +243,15 @@ def _fcntl() -> ModuleType | Any | None:
 
 
 class Arrays:
-    """The zarr arrays below a folder.
+    """The zarr arrays in a folder.
 
     Args:
         folder: where they are.
-        writable: whether they may be created and changed; else the folder must exist.
+        writable: allow creating and changing arrays; otherwise the folder must exist.
 
     Raises:
         ImportError: zarr is not installed.
-        StoreError: there are no arrays.
+        StoreError: the folder has no arrays.
     """
 
     def __init__(self, folder: Path, writable: bool = False) -> None:
@@ -267,13 +267,13 @@ class Arrays:
         self._open: dict[str, Any] = {}
 
     def create(self, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str) -> None:
-        """Make an empty array.
+        """Create an array without values.
 
         Args:
             name: with slashes.
-            shape: of it.
-            chunks: of its chunks.
-            dtype: of its numbers.
+            shape: of the array.
+            chunks: shape of a chunk.
+            dtype: of the array.
         """
         from zarr.codecs import BloscCodec, Crc32cCodec
 
@@ -284,20 +284,20 @@ class Arrays:
         )  # fmt: skip
 
     def create_rows(self, name: str, row: tuple[int, ...], dtype: str, alone: bool = False) -> None:
-        """Make an array without rows, for one row per image.
+        """Create an array without rows, to hold one row per image.
 
         Args:
             name: with slashes.
             row: shape of a row.
             dtype: of its numbers.
-            alone: rows are matrices, and each is cut into tiles.
+            alone: rows are matrices, to be cut into tiles.
         """
         size = int(np.prod(row)) * np.dtype(dtype).itemsize
         first = 1 if alone else max(1, min(_ROWS_PER_CHUNK, _CHUNK_BYTES // max(1, size)))
         self.create(name, (0, *row), (first, *(tile(row) if alone else row)), dtype)
 
     def exists(self, name: str) -> bool:
-        """Whether there is such an array."""
+        """Whether an array of this name exists."""
         return name in self._open or name in self._group
 
     def write(self, name: str, values: np.ndarray, start: int | None = None) -> None:
@@ -305,7 +305,7 @@ class Arrays:
 
         Args:
             name: with slashes.
-            values: what is written.
+            values: to write.
             start: the first row; None: all.
         """
         array = self._array(name)
@@ -315,13 +315,13 @@ class Arrays:
             array[start : start + len(values)] = values
 
     def grow(self, name: str, rows: int) -> None:
-        """Let an array have at least so many rows."""
+        """Enlarge an array to at least this number of rows."""
         array = self._array(name)
         if array.shape[0] < rows:
             array.resize((rows, *array.shape[1:]))
 
     def read(self, name: str, selection: Any = ...) -> np.ndarray:
-        """Read a part of an array; only the chunks that it lies in.
+        """Read a part of an array, and only the chunks that hold it.
 
         Args:
             name: with slashes.
@@ -342,7 +342,7 @@ class Arrays:
         return values
 
     def _check_files(self, name: str, array: Any, selection: Any) -> None:
-        """Look for the chunks of the rows that were read: zarr gives zeros for those that are lost."""
+        """Check that the chunks of the rows that were read exist: zarr returns zeros for lost ones."""
         first = selection[0] if isinstance(selection, tuple) and selection else selection
         rows = np.arange(array.shape[0])[first if isinstance(first, int | np.integer | slice) else slice(None)]
         counts = [-(-side // chunk) for side, chunk in zip(array.shape[1:], array.chunks[1:], strict=True)]
@@ -351,7 +351,7 @@ class Arrays:
                 raise self._damaged(name, f"chunk {place[0]} is lost")
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of an array.
+        """Return the shape of an array.
 
         Raises:
             StoreError: it is missing or damaged.

@@ -1,4 +1,4 @@
-"""AttentionStore: what ``mamba-attn collect`` kept of a model's attention, read from the disk as far as it is asked."""
+"""AttentionStore: reads from disk, on demand, what ``mamba-attn collect`` kept of a model's attention."""
 
 import hashlib
 import io
@@ -30,7 +30,7 @@ _LARGEST_EMBEDDING = 2**30  # bytes of a file that is read
 
 
 class NotStoredError(StoreError, KeyError):
-    """Something that a store does not hold: a layer, a route, an image, an image's matrices."""
+    """The store does not hold this layer, route, image, or image's matrices."""
 
     __str__ = RuntimeError.__str__  # KeyError would print the repr of the sentence
 
@@ -38,8 +38,8 @@ class NotStoredError(StoreError, KeyError):
 class AttentionStore:
     """A store of collected attention.
 
-    Attention is the signed mean over channels, or heads, in the token frame: row i is what token i reads. Layers are
-    named by their name, their number or a ``StoredLayer``; images likewise; routes are "sum" or numbers.
+    Attention is the signed mean over channels, or heads, in the token frame: row i is what token i reads. Refer to
+    layers by name, number or ``StoredLayer``, to images by key, number or ``StoredImage``; routes are "sum" or numbers.
 
     Args:
         folder: of the store.
@@ -58,7 +58,7 @@ class AttentionStore:
         return f"AttentionStore({str(self.folder)!r}, {self.model_name}, {len(self.images)} images)"
 
     def _repr_html_(self) -> str:
-        """In a notebook: some images, and per layer what the patch in the middle reads on average."""
+        """Show in a notebook some images, and per layer what the middle patch reads on average."""
         images = [notebook.photo(self.pixels(each), each.label or each.key, 72) for each in self.images[:_PICTURES]]
         maps = []
         for layer in self.layers[:_MAPS]:
@@ -76,10 +76,10 @@ class AttentionStore:
 
         Args:
             path: its folder.
-            unfinished: take one that is half written, with the images that it counts.
+            unfinished: also open a half-written store, with the images that it counts.
 
         Raises:
-            StoreError: there is none, or one that is half written, damaged or of another version.
+            StoreError: the store is missing, half written, damaged or of another version.
             ImportError: zarr is not installed.
         """
         folder = Path(path).expanduser()
@@ -88,7 +88,7 @@ class AttentionStore:
             how = f": {index.command}" if index.command else ""
             raise StoreError(
                 f"{folder}: this store is half written: {len(index.images)} of {index.wanted} images are counted. "
-                f"The same collect command goes on from there{how}; or open what there is with "
+                f"The same collect command resumes from there{how}; or open what there is with "
                 "AttentionStore.open(path, unfinished=True)."
             )
         return cls(folder, index)
@@ -112,7 +112,7 @@ class AttentionStore:
         """Return a layer.
 
         Args:
-            layer: itself, its name, or its number, negative ones from the last.
+            layer: the layer, its name, or its number; negative numbers count from the last.
 
         Raises:
             NotStoredError: there is no such layer.
@@ -123,7 +123,7 @@ class AttentionStore:
         """Return an image.
 
         Args:
-            image: itself, its key, or its number.
+            image: the image, its key, or its number.
 
         Raises:
             NotStoredError: there is no such image.
@@ -148,12 +148,12 @@ class AttentionStore:
 
     @property
     def transform(self) -> EvaluationTransform:
-        """What the model was shown of an image."""
+        """The transform from an image to the model's input."""
         return rebuild.transform_of(self.index)
 
     @cached_property
     def subject(self) -> LoadedModel:
-        """The model with its classes and transform, rebuilt from what the store says of it; see ``model``."""
+        """The model with its classes and transform, rebuilt from the store's record; see ``model``."""
         return rebuild.trained(self.folder, self.index)
 
     def untrained(self, seed: int = 0) -> LoadedModel:
@@ -163,7 +163,7 @@ class AttentionStore:
             seed: of the weights.
 
         Raises:
-            StoreError: the name builds no model, or the options one with other layers.
+            StoreError: the name is not a known model, or the options build one with other layers.
         """
         return rebuild.untrained(self.folder, self.index, seed)
 
@@ -174,8 +174,8 @@ class AttentionStore:
             order: one of ``mamba_attn.orders.ORDERS``.
 
         Raises:
-            StoreError: as ``model``; or a model that scans in no order.
-            WeightsError: the weights are gone.
+            StoreError: as ``model``; or the model has no scan order.
+            WeightsError: the weights' file is gone.
         """
         return rebuild.reordered(self.folder, self.index, order)
 
@@ -183,8 +183,8 @@ class AttentionStore:
         """Return the model, in eval mode.
 
         Raises:
-            StoreError: its weights are in no file, or others are there now.
-            WeightsError: they are gone.
+            StoreError: its weights are not in a file, or the file has changed.
+            WeightsError: the file is gone.
         """
         return self.subject.model
 
@@ -260,7 +260,7 @@ class AttentionStore:
         """Return the mean, and the mean square, of the state after every step, over images and states, in scan order.
 
         Args:
-            layer: of selective scans.
+            layer: a layer of selective scans.
 
         Raises:
             NotStoredError: softmax attention has no states.
@@ -333,10 +333,10 @@ class AttentionStore:
             yield start, found.astype(np.float32) / scale
 
     def embedding(self, key: str) -> tuple[np.ndarray, dict[str, Any]] | None:
-        """Return what was saved under a key, and what was said about it; None when there is nothing of these images.
+        """Return what was saved under a key, with its ``about``; None if nothing was saved for these images.
 
         Args:
-            key: everything that the embedding depends on but the images.
+            key: everything that the embedding depends on except the images.
 
         Raises:
             StoreError: its file is damaged.
@@ -355,10 +355,10 @@ class AttentionStore:
             raise StoreError(f"{path}: it is damaged ({error}); delete this file.") from error
 
     def save_embedding(self, key: str, array: np.ndarray, about: dict[str, Any] | None = None) -> None:
-        """Save an array beside the store, in one step.
+        """Save an array in the store's folder, in one step.
 
         Args:
-            key: everything that it depends on but the images.
+            key: everything that it depends on except the images.
             array: of numbers.
             about: JSON values.
 
@@ -397,7 +397,7 @@ class AttentionStore:
         if not found.kept:
             kept = sum(each.kept for each in self.index.images)
             raise NotStoredError(
-                f"{found.key}: of this image no matrices are stored, only of {kept} others; collect with "
+                f"{found.key}: no matrices are stored for this image, only for {kept} others; collect with "
                 f"keep=[{found.key!r}], or compute them: trace(store.model()), then layer.attention() or "
                 "layer.row(token)."
             )
@@ -421,7 +421,7 @@ class AttentionStore:
         return number % count
 
     def _route(self, number: int, route: str | int) -> str:
-        """The route's name on the disk; the only route of a layer is the sum."""
+        """Return the route's name on disk; the only route of a layer is the sum."""
         layer = self.index.layers[number]
         if layer.routes == 1 and route == 0:
             return "sum"

@@ -1,4 +1,4 @@
-"""AttentionRecord: everything that one call of softmax attention depended on."""
+"""AttentionRecord: the matrices and values of one call of softmax attention."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ class AttentionRecord:
 
     Args:
         probabilities: after softmax, before dropout; row i is what token i reads, and sums to 1.
-        value: what is read.
-        gate: factor of the heads' output, side by side, after its activation; or None.
+        value: the values that are read.
+        gate: factor of the heads' concatenated output, after its activation; or None.
         layout: where the tokens sit in the image, when known.
     """
 
@@ -87,11 +87,11 @@ class AttentionRecord:
     def mixed(
         self, probabilities: Float[Tensor, "batch heads tokens tokens"], dropout: Callable[[Tensor], Tensor]
     ) -> Float[Tensor, "sequences heads length width"]:
-        """Return probabilities @ value, window by window where there are windows, as the module computes it.
+        """Return probabilities @ value as the module computes it, window by window if there are windows.
 
         Args:
             probabilities: in the token frame.
-            dropout: what the module does to the probabilities of its sequences, e.g. ``attn_drop``.
+            dropout: applied by the module to the probabilities of its sequences, e.g. ``attn_drop``.
         """
         value, windows = self.value, None if self.layout is None else self.layout.windows(self.device)
         if self.layout is not None and windows is not None and len(windows) > 1:

@@ -1,4 +1,4 @@
-"""HTML pages in one file that need no network, from the templates of this package; charts in them as SVG."""
+"""Renders self-contained HTML pages from the package's templates, and draws charts in them as SVG."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -9,11 +9,11 @@ from markupsafe import Markup
 
 
 def render(template: str, **values: Any) -> str:
-    """Return a page; plain text in the values stays text, ``Markup`` in them is HTML.
+    """Render a page. Plain text in the values is escaped; ``Markup`` is inserted as HTML.
 
     Args:
-        template: its file in ``mamba_attn/templates``; pages extend ``base.html``.
-        values: what its names stand for. "title" is needed by all; "command" says how to make the page again.
+        template: file in ``mamba_attn/templates``; pages extend ``base.html``.
+        values: the template's variables. All need "title"; "command" is the command that makes the page again.
     """
     return _environment().get_template(template).render(values)
 
@@ -22,8 +22,8 @@ class Look(NamedTuple):
     """How a line is drawn.
 
     Args:
-        colour: as CSS writes it.
-        dash: lengths drawn and left out, in pixels; empty: drawn through.
+        colour: in CSS notation.
+        dash: lengths of dashes and gaps, in pixels; empty for a solid line.
         width: in pixels.
     """
 
@@ -33,42 +33,42 @@ class Look(NamedTuple):
 
     @property
     def html(self) -> Markup:
-        """Attributes of an element of SVG."""
+        """Return the line's attributes for an SVG element."""
         dash = Markup(' stroke-dasharray="{}"').format(self.dash) if self.dash else ""
         return Markup('stroke="{}" stroke-width="{:g}"{}').format(self.colour, self.width, dash)
 
 
 class Plot:
-    """A chart as SVG, drawn from back to front; places are (x, y) in pixels from the corner above left."""
+    """A chart as SVG, drawn from back to front; positions are (x, y) in pixels from the upper left corner."""
 
     def __init__(self, width: float, height: float) -> None:
         self.width, self.height = width, height
         self.parts: list[Markup] = []
 
     def text(self, x: float, y: float, text: str, anchor: str = "middle", *, bold: bool = False) -> None:
-        """Write, so that the text starts, has its middle or ends there."""
+        """Write text that starts, is centred or ends at (x, y)."""
         weight = Markup(' font-weight="600"') if bold else ""
         place = Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}"{}>{}</text>')
         self.parts.append(place.format(x, y, anchor, weight, text))
 
     def line(self, points: Iterable[tuple[float, float]], look: Look, title: str) -> None:
-        """Draw a curve from place to place; its title is under the pointer."""
+        """Draw a curve through the points; the pointer shows its title."""
         places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         form = Markup('<polyline points="{}" fill="none" {}><title>{}</title></polyline>')
         self.parts.append(form.format(places, look.html, title))
 
     def level(self, left: float, right: float, y: float, look: Look, title: str = "") -> None:
-        """Draw a level line; its title, if any, is under the pointer."""
+        """Draw a horizontal line; the pointer shows its title, if any."""
         label = Markup("<title>{}</title>").format(title) if title else ""
         form = Markup('<line x1="{:.1f}" x2="{:.1f}" y1="{y:.1f}" y2="{y:.1f}" {}>{}</line>')
         self.parts.append(form.format(left, right, look.html, label, y=y))
 
     def dot(self, x: float, y: float, colour: str, radius: float = 3) -> None:
-        """Draw a disc."""
+        """Draw a disc around (x, y), radius in pixels."""
         self.parts.append(Markup('<circle cx="{:.1f}" cy="{:.1f}" r="{:g}" fill="{}"/>').format(x, y, radius, colour))
 
     def svg(self) -> Markup:
-        """Return all of it; as wide as given, or as the page lets ``svg.plot`` be."""
+        """Return the chart as an element, as wide as given or as the page allows ``svg.plot`` to be."""
         frame = Markup('<svg class=plot viewBox="0 0 {0} {1}" width="{0}" height="{1}" role="img">{2}</svg>')
         return frame.format(self.width, self.height, Markup("").join(self.parts))
 

@@ -17,7 +17,7 @@ class TokenLayout:
 
     Patches are numbered in raster order over the token indices that class tokens and registers leave free. With
     ``window`` the frame is the grid padded to whole windows, below and on the right, in raster order; the padding is
-    part of the frame and of no map: it lies outside the image.
+    part of the frame but not of maps: it lies outside the image.
 
     Args:
         grid: (height, width) of the patch grid; of a volume or a video (depth or frames, height, width), of a line of
@@ -28,13 +28,13 @@ class TokenLayout:
         class_tokens: token indices of class tokens.
         registers: token indices of registers.
         offset: centre of the first patch, in pixels from the image's edge, or one per axis. Default:
-            ``patch_size / 2``. Stems of padded convolutions see around a pixel, not a patch: theirs is 0.5.
+            ``patch_size / 2``. Stems of padded convolutions are centred on a pixel, not a patch: use 0.5.
         window: side, in patches, of the square windows (of a volume: cubes) that tokens are mixed within; None: all
             tokens are mixed.
 
     Raises:
         ValueError: a grid without axes, sizes for another number of axes, an index outside the token frame, an index
-            used twice, a size below one, or windows beside class tokens or registers.
+            used twice, a size below one, or windows together with class tokens or registers.
 
     Example:
         >>> TokenLayout(grid=(14, 14), patch_size=16, class_tokens=(98,)).tokens
@@ -66,7 +66,7 @@ class TokenLayout:
         if self.window is not None and (self.window < 1 or extra):
             raise ValueError(
                 f"TokenLayout(window={self.window}, class_tokens={self.class_tokens}, registers={self.registers}): "
-                "window must be at least 1, and windows hold patches alone."
+                "window must be at least 1, and windows cannot hold class tokens or registers."
             )
         object.__setattr__(self, "tokens", math.prod(self.padded) + len(extra))
         if len(set(extra)) != len(extra) or any(not 0 <= index < self.tokens for index in extra):
@@ -125,12 +125,12 @@ class TokenLayout:
         return value if isinstance(value, tuple) else (value,) * len(self.grid)
 
     def windows(self, device: torch.device | str = "cpu") -> Int[Tensor, "windows length"]:
-        """Return the tokens that are mixed with each other, window by window; without windows all in one.
+        """Return the tokens of each window, which are mixed with each other; all tokens if there are no windows.
 
         Windows are in raster order, tokens in raster order inside each.
 
         Args:
-            device: where the indices are wanted.
+            device: of the result.
         """
         if self.window is None:
             return _in_order(self.tokens, torch.device(device))[None]
@@ -151,7 +151,7 @@ class TokenLayout:
         return windows_first
 
     def from_windows(self, x: Tensor, axis: int) -> Tensor:
-        """Put windows together to the token frame, the inverse of ``to_windows``.
+        """Assemble windows into the token frame, the inverse of ``to_windows``.
 
         Args:
             x: with images and, inside each, windows first: (batch * windows, ...).
@@ -164,7 +164,7 @@ class TokenLayout:
         return side_by_side.index_select(axis, inverse)
 
     def to_grid(self, values: Float[Tensor, "*batch tokens"]) -> Float[Tensor, "*batch_and_grid"]:
-        """Drop the tokens that are not patches, padding too, and lay the rest on the grid.
+        """Drop tokens that are not patches, and padding; arrange the rest on the grid.
 
         Args:
             values: one number per token.
@@ -194,7 +194,7 @@ class TokenLayout:
 
         Args:
             values: a map on the patch grid, (..., *grid); or one number per token, (..., tokens), as
-                ``layer.row`` gives, or per patch, (..., patches). What has the shape of the grid is read as a map.
+                ``layer.row`` returns, or per patch, (..., patches). Values shaped like the grid are read as a map.
             size: of the image in pixels, one number per axis: (rows, columns). Default: what the patches cover.
 
         Returns:
@@ -209,7 +209,7 @@ class TokenLayout:
         """
         values = self._on_grid(values, size)
         axes = len(self.grid)
-        for axis, pixels in enumerate(size or self.covered):  # each axis by itself
+        for axis, pixels in enumerate(size or self.covered):  # one axis at a time
             weights = self._interpolation(pixels, axis).to(values)
             if axis == axes - 2:
                 values = weights @ values
@@ -218,7 +218,7 @@ class TokenLayout:
         return values
 
     def _on_grid(self, values: Tensor, size: tuple[int, ...] | None) -> Tensor:
-        """The map that ``to_pixels`` was given, or is made of what it was given."""
+        """Return ``to_pixels``'s values as a map on the grid."""
         grid, cells = self.grid, math.prod(self.grid)
         if size is not None and (len(size) != len(grid) or min(size) < 1):
             expected = "(rows, columns) of the image" if len(grid) == 2 else f"{len(grid)} numbers, one per axis"
@@ -282,7 +282,7 @@ def _in_order(tokens: int, device: torch.device) -> Int[Tensor, " tokens"]:
 def _windows(
     padded: tuple[int, ...], side: int, device: torch.device
 ) -> tuple[Int[Tensor, "windows length"], Int[Tensor, " tokens"]]:
-    """The tokens of every window, and where in that list every token stands; remembered."""
+    """Return the tokens of every window and each token's position in that list; cached."""
     with torch.inference_mode(False):
         cut = torch.arange(math.prod(padded), device=device).view(
             [n for count in padded for n in (count // side, side)]

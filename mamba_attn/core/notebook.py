@@ -1,4 +1,4 @@
-"""What layers, traces and stores show in a notebook: small HTML with its pictures inside, made by no other package."""
+"""How layers, traces and stores look in a notebook: small HTML with embedded pictures, without other packages."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -36,12 +36,12 @@ def row(pictures: Sequence[str]) -> str:
 
 
 def picture(values: np.ndarray, caption: str, side: int = 150) -> str:
-    """Return HTML of a map or matrix, its colours those of ``mamba_attn.figures``, above a caption.
+    """Return HTML of a map or matrix in the colours of ``mamba_attn.figures``, above a caption.
 
     Args:
         values: (rows, columns); large ones are averaged over blocks.
         caption: plain text.
-        side: the longer one's pixels on the screen.
+        side: length of the longer side on the screen, in pixels.
     """
     cells = _smaller(np.nan_to_num(np.asarray(values, dtype=np.float64)))
     return photo(coloured(cells), f"{caption} ({cells.min():.2g} to {cells.max():.2g})", side)
@@ -53,7 +53,7 @@ def photo(rgb: np.ndarray, caption: str, side: int = 150) -> str:
     Args:
         rgb: (rows, columns, 3) uint8; large ones are averaged over blocks.
         caption: plain text.
-        side: the longer one's pixels on the screen.
+        side: length of the longer side on the screen, in pixels.
     """
     rgb = np.stack([_smaller(channel, side) for channel in np.moveaxis(rgb, 2, 0)], axis=2).round().astype(np.uint8)
     rows, columns = rgb.shape[:2]
@@ -66,18 +66,18 @@ def photo(rgb: np.ndarray, caption: str, side: int = 150) -> str:
 
 
 def coloured(values: np.ndarray) -> np.ndarray:
-    """Return the colours of values, (rows, columns, 3) uint8: signed ones centred on zero, else from the lowest on."""
+    """Return the colours of values, (rows, columns, 3) uint8: centred on zero if signed, else from the lowest on."""
     its = limits(values)
     return to_rgb(values, scale(values, colours=BLUE_ORANGE if its["signed"] else VIRIDIS, **its))
 
 
 def safe(text: object) -> str:
-    """Return anything as text in HTML."""
+    """Return any object as escaped HTML text."""
     return html.escape(str(text))
 
 
 def _smaller(values: np.ndarray, side: int = _LARGEST) -> np.ndarray:
-    """Means over square blocks, the last ones cut at the edge."""
+    """Average over square blocks; the last ones end at the edge."""
     factor = -(-max(values.shape) // side)
     if factor == 1:
         return values

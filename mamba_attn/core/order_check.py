@@ -1,7 +1,7 @@
-"""Orders whose tokens exist and do not repeat: a tensor is looked at once, because a look waits for the GPU.
+"""Checks that an order's tokens exist and do not repeat: once per tensor, because the check waits for the GPU.
 
 A matrix entry has one place in the token frame only if a route reads and writes each token at most once; an order that
-repeats one would break y = W u + D u in silence.
+repeats one would silently break y = W u + D u.
 """
 
 from collections.abc import MutableMapping
@@ -25,17 +25,17 @@ def require_distinct(what: str, order: Tensor, tokens: int, *, padding: bool = F
     """Refuse an order that repeats a token on one route or visits one that does not exist.
 
     Args:
-        what: whose order it is, for the message: "ScanRecord: write_order".
-        order: (..., length), integers. Not looked at: one seen before and unchanged since, one without values (meta),
-            one inside a CUDA graph's capture or torch.compile's tracing; there the operators look at run time.
+        what: name of the order in the message: "ScanRecord: write_order".
+        order: (..., length), integers. Not checked: one seen before and unchanged since, one without values (meta),
+            one inside a CUDA graph's capture or torch.compile's tracing, where the operators check at run time.
         tokens: number of tokens in the token frame.
         padding: whether -1 is allowed, a step that has no token; it may repeat.
 
     Returns:
-        Whether there are steps without a token; None where nobody may look.
+        Whether there are steps without a token; None if unchecked.
 
     Raises:
-        ValueError: with the first offence.
+        ValueError: the order is invalid; the message names the first offence.
     """
     if torch.compiler.is_compiling():
         return None
@@ -55,24 +55,24 @@ def require_distinct(what: str, order: Tensor, tokens: int, *, padding: bool = F
         raise ValueError(f"{what} visits {smallest}..{largest}, but there are {tokens} tokens; pass tokens= too.")
     if repeated:
         twice = int(steps[..., 1:][repeats][0])
-        raise ValueError(f"{what} visits token {twice} more than once on one route; each may stand in a route once.")
+        raise ValueError(f"{what} visits token {twice} more than once on one route; list it at most once.")
     remember(order, tokens, padded=smallest < 0)
     return bool(smallest < 0)
 
 
 def is_known(order: Tensor, tokens: int) -> bool:
-    """Whether an order was looked at, or vouched for, and is unchanged since."""
+    """Whether an order was checked, or vouched for, and is unchanged since."""
     return _known(order, tokens) is not None
 
 
 def remember(order: Tensor, tokens: int, *, padded: bool = False) -> None:
-    """Vouch for an order that is right by the way it was made."""
+    """Vouch for an order that is valid by construction."""
     if not order.is_inference():  # inference tensors do not count their changes
         _SEEN[order] = _Seen(tokens, order._version, padded)
 
 
 def _known(order: Tensor, tokens: int) -> _Seen | None:
-    """What is known of an order; None when it was changed since, or for another number of tokens."""
+    """Return what is known of an order; None if it changed since, or for another number of tokens."""
     seen = None if order.is_inference() else _SEEN.get(order)
     if seen is None or seen.tokens != tokens or seen.version != order._version:
         return None
@@ -80,5 +80,5 @@ def _known(order: Tensor, tokens: int) -> _Seen | None:
 
 
 def capturing(order: Tensor) -> bool:
-    """Whether a CUDA graph is being captured, which must not wait; kernels skip what does not exist anyway."""
+    """Whether a CUDA graph is being captured, which must not wait; kernels skip missing tokens anyway."""
     return order.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float:
-    """Return Spearman's rank correlation; NaN where one of the two is constant.
+    """Return Spearman's rank correlation; NaN if either is constant.
 
     Args:
         first: (numbers,).

@@ -1,4 +1,4 @@
-"""What has to be there before work begins: packages of an extra, a folder that can be written."""
+"""Checks to run before work begins: places parse, packages of an extra are installed, a folder is writable."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -6,18 +6,18 @@ from pathlib import Path
 
 
 def parse_place(query: str | None, box: str | None, words: str = "") -> dict[str, tuple[float, ...]]:
-    """Return ``pixel`` or ``box`` as numbers, from ROW,COL or X0,Y0,X1,Y1; nothing without either.
+    """Parse ROW,COL or X0,Y0,X1,Y1 into a ``pixel`` or ``box`` of numbers; empty without either.
 
     Args:
         query: ROW,COL.
         box: X0,Y0,X1,Y1.
-        words: what else may be given, for errors.
+        words: other inputs that are allowed, for errors.
 
     Raises:
-        ValueError: other counts of numbers, or both.
+        ValueError: a wrong count of numbers, or both were given.
     """
     if query is not None and box is not None:
-        raise ValueError(f"query={query!r}, box={box!r}: both say whose attention; leave one out.")
+        raise ValueError(f"query={query!r}, box={box!r}: give only one of them.")
     name, text, kind, count = ("query", query, "pixel", 2) if box is None else ("box", box, "box", 4)
     if text is None:
         return {}
@@ -36,11 +36,11 @@ def require_extras(needed: Mapping[str, str], extra: str = "explain") -> None:
     """Check that modules are installed.
 
     Args:
-        needed: packages by the names of the modules that are imported.
-        extra: of this package, that brings them.
+        needed: package by name of the module to import.
+        extra: this package's extra that installs them.
 
     Raises:
-        ImportError: the packages that are missing, and the extra that brings them.
+        ImportError: packages are missing; the message names them and the extra.
     """
     missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
@@ -48,7 +48,7 @@ def require_extras(needed: Mapping[str, str], extra: str = "explain") -> None:
 
 
 def writable(out: str) -> Path:
-    """Return a folder, made and tried.
+    """Make a folder, check that it can be written, and return it.
 
     Args:
         out: its path; ``~`` is the home folder.
@@ -63,5 +63,5 @@ def writable(out: str) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OSError(f"out={out!r}: this folder cannot be written ({error.strerror}); name another.") from error
+        raise OSError(f"out={out!r}: cannot write this folder ({error.strerror}); choose another.") from error
     return folder

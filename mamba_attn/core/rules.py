@@ -1,7 +1,7 @@
 """What an attribution method may change in a model's forward: activations, gates, norms, scans, attention, layers.
 
-The families' equations (``models/``) ask a Rules object inside the mixers. A Rules object that ``wants`` it is asked
-at every norm, activation and linear layer of the model too (``tracing.module_rules``). ``PLAIN`` changes nothing.
+The families' equations (``models/``) call a Rules object inside the mixers. It is also called at every norm, activation
+and linear layer of the model that it ``wants`` (``tracing.module_rules``). ``PLAIN`` changes nothing.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class Rules:
     An override keeps the values of the forward and changes gradients only.
 
     Attributes:
-        wants: of ``KINDS``, what the rules are asked for outside the mixers' equations too: "norm" and "activation"
+        wants: the ``KINDS`` that the rules also handle outside the mixers' equations: "norm" and "activation"
             modules anywhere in the model, "linear" and convolution modules anywhere, those inside mixers included, and
             the "tokens" that enter each layer.
     """
@@ -42,12 +42,12 @@ class Rules:
         Args:
             module: the layer.
             x: its input.
-            call: its own forward, where the rule stands in the place of it. Default: the module is called.
+            call: its own forward, if the rule replaces it. Default: call the module.
         """
         return (call or module)(x)
 
     def linear(self, module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
-        """Apply a linear or convolution layer; ``call`` is its own forward."""
+        """Apply a linear or convolution layer, whose own forward is ``call``."""
         return call(x)
 
     def scan(self, record: ScanRecord) -> ScanRecord:
@@ -59,7 +59,7 @@ class Rules:
         return record
 
     def enter(self, layer: str, x: Tensor) -> None:
-        """See what enters a mixer, by name, and before it what enters the modules around it, outermost first."""
+        """Observe the input of a mixer, by name, after the inputs of the modules around it, outermost first."""
 
 
 PLAIN = Rules()

@@ -1,4 +1,4 @@
-"""ScanRecord: everything that one call of a mixer's selective scans depended on."""
+"""ScanRecord: every input of one call of a mixer's selective scans."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -21,32 +21,32 @@ class ScanRecord:
     heads == channels and groups == 1; Mamba-2 has channels == heads x head width. ``delta`` is after bias and softplus.
 
     A mixer whose routes permute shared tensors keeps these in the token frame instead (``source_frame="tokens"``):
-    the kernels index them, and ``u, delta, B, C`` gather when asked.
+    the kernels index them, and the properties ``u, delta, B, C`` gather on access.
 
     Args:
         source_u: (batch, routes or 1, channels, positions).
         source_delta: (batch, routes or 1, heads, positions), not negative: how far the state decays.
-        A: (routes, heads, states), or (routes, heads, 1) where states share it; negative.
+        A: (routes, heads, states), or (routes, heads, 1) if states share it; negative.
         source_B: (batch, routes or 1, groups, states, positions).
         source_C: as ``source_B``.
         D: (routes, channels): each route adds D times what its step reads; or (batch, channels, tokens), in the token
             frame: each token adds D times its own input, which all routes share; or None.
-        source_gain: as ``source_delta``, of any sign: what the input is multiplied by; None where that is delta.
+        source_gain: as ``source_delta``, of any sign: factor of the input; None if that is delta.
         gate: (batch, channels, tokens) in the token frame, after its activation, or None.
-        bypass: (batch, channels of its own, tokens) in the token frame: channels that no scan mixes and that stand
-            beside those of the scans after them (MambaVision's second half), or None.
+        bypass: (batch, channels of its own, tokens) in the token frame: channels that no scan mixes, concatenated
+            after those of the scans (MambaVision's second half), or None.
         read_order: (routes, length), or (batch, routes, length) where images differ: token read at each step. A route
             may leave tokens out, but visits none twice. -1: the step reads no token; its state decays and takes
             nothing in.
-        write_order: (routes, length) or (batch, routes, length): token written at each step, none twice on a route;
-            differs from ``read_order`` in rare variants only. -1: what the step gives is dropped.
+        write_order: (routes, length) or (batch, routes, length): token written at each step, at most once per route;
+            differs from ``read_order`` in rare variants only. -1: the step's output is dropped.
         tokens: number of tokens in the token frame.
         scale: factor of the summed routes (1/2 for Vim's division).
         source_frame: "scan" when positions are steps, "tokens" when they are tokens.
         layout: where the tokens sit in the image, when known.
 
     Attributes:
-        lacking: whether steps of ``read_order`` and of ``write_order`` have no token; None where nobody may look (see
+        lacking: whether steps of ``read_order`` and of ``write_order`` lack a token; None if unchecked (see
             ``core.order_check``).
 
     Raises:
@@ -72,7 +72,7 @@ class ScanRecord:
     lacking: tuple[bool | None, bool | None] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Look at orders that are new, and at the shapes of what few records have."""
+        """Validate new orders, and the shapes of optional tensors."""
         read = write = require_distinct("ScanRecord: read_order", self.read_order, self.tokens, padding=True)
         if self.write_order is not self.read_order:
             write = require_distinct("ScanRecord: write_order", self.write_order, self.tokens, padding=True)
@@ -106,7 +106,7 @@ class ScanRecord:
         length = delta.shape[-1]
         tokens = length if tokens is None else tokens
         if order is None:
-            with torch.inference_mode(False):  # inference tensors are looked at every time
+            with torch.inference_mode(False):  # inference tensors are checked every time
                 order = torch.arange(length, device=delta.device).expand(delta.shape[1], length)
             if length <= tokens:
                 remember(order, tokens)
@@ -173,7 +173,7 @@ class ScanRecord:
 
     @property
     def shares_orders(self) -> bool:
-        """Whether all images walk the same orders and every step has a token, as the compiled kernels want it."""
+        """Whether all images walk the same orders and every step has a token, as the compiled kernels require."""
         read, write = self.lacking
         return not read and not write and self.read_order.ndim == self.write_order.ndim == 2
 
@@ -189,7 +189,7 @@ class ScanRecord:
 
     @property
     def gain(self) -> Float[Tensor, "batch routes heads length"]:
-        """What the input is multiplied by, in scan order: delta, unless the record says otherwise."""
+        """Factor of the input, in scan order: delta, unless the record has a gain of its own."""
         return self.delta if self.source_gain is None else self._in_scan_order(self.source_gain)
 
     @property
@@ -204,20 +204,20 @@ class ScanRecord:
 
     @property
     def token_u(self) -> Float[Tensor, "batch channels tokens"]:
-        """The input of every token, where all routes share it.
+        """The input of every token, if all routes share it.
 
         Raises:
-            ValueError: they do not.
+            ValueError: routes have different inputs.
         """
         if self.source_frame == "tokens" and self.source_u.shape[1] == 1:
             return self.source_u[:, 0]
         if self.routes > 1:
             raise ValueError(
-                "ScanRecord.token_u: routes have inputs of their own; give u once, in the token frame: from_tokens "
+                "ScanRecord.token_u: routes have different inputs; give u once, in the token frame: from_tokens "
                 "with u (batch, 1, channels, tokens)."
             )
         u, order = self.u[:, 0], self.read_order[..., 0, None, :]
-        frame = u.new_zeros(*u.shape[:2], self.tokens + 1)  # what is read nowhere goes to the end
+        frame = u.new_zeros(*u.shape[:2], self.tokens + 1)  # tokens that no step reads go to the end
         return frame.scatter(-1, order.where(order >= 0, self.tokens).expand_as(u), u)[..., :-1]
 
     def on_grid(self, x: Float[Tensor, "batch channels tokens"]) -> Float[Tensor, "batch *grid channels"]:
@@ -244,7 +244,7 @@ class ScanRecord:
         return type(self)(**{**{name: getattr(self, name) for name in _GIVEN}, **changes})
 
     def select_routes(self, routes: slice) -> Self:
-        """Return the record of some routes only; nothing is copied, but of a D of tokens each route has a share."""
+        """Return the record of some routes without copying tensors; a per-token D is split between the routes."""
 
         def pick(source: Tensor) -> Tensor:
             return source if source.shape[1] == 1 else source[:, routes]
@@ -261,14 +261,14 @@ class ScanRecord:
         )  # fmt: skip
 
     def select_images(self, images: slice) -> Self:
-        """Return the record of some images only; nothing is copied."""
+        """Return the record of some images without copying tensors."""
         names = ("source_u", "source_delta", "source_B", "source_C", "source_gain", "gate", "bypass")
         parts = {name: None if (its := getattr(self, name)) is None else its[images] for name in names}
         D = self.D[images] if self.D is not None and self.D.ndim == 3 else self.D
         return self.replace(**parts, D=D, **self._orders(lambda order: order[images] if order.ndim == 3 else order))
 
     def in_scan_order(self) -> Self:
-        """Return the scans alone, every tensor in scan order and every route with a token per step; no D of tokens."""
+        """Return only the scans: tensors in scan order, a token per step on every route, no per-token D."""
         with torch.inference_mode(False):
             order = torch.arange(self.length, device=self.source_delta.device).expand(self.routes, self.length)
         if not torch.compiler.is_compiling():
@@ -283,7 +283,7 @@ class ScanRecord:
     def _in_scan_order(self, source: Tensor, read: bool = False) -> Tensor:
         """Expand shared routes; gather the token frame along each route's order.
 
-        ``read``: nothing comes from a step that reads no token. In the token frame such a step finds nothing at all.
+        ``read``: a step that reads no token gives zero. In the token frame such a step always does.
         """
         source = source.expand(-1, self.routes, *source.shape[2:])
         lacking = self.lacking[0] is not False
@@ -297,7 +297,7 @@ class ScanRecord:
         return source.masked_fill(order < 0, 0) if lacking else source
 
     def _orders(self, pick: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """A part of both orders; what is known of the whole is known of it."""
+        """Pick a part of both orders, which inherits the checks of the whole."""
 
         def part(order: Tensor, lacking: bool | None) -> Tensor:
             chosen = pick(order)
@@ -335,7 +335,7 @@ class ScanRecord:
         shared = self.source_frame == "tokens" and self.source_u.shape[1] == 1
         if not shared and self.routes > 1:
             raise ValueError(
-                "ScanRecord: a D of tokens multiplies the input of each token, and here routes have inputs of their "
+                "ScanRecord: a per-token D multiplies each token's input, but these routes have inputs of their "
                 "own; give u once, in the token frame: from_tokens with u (batch, 1, channels, tokens)."
             )
 

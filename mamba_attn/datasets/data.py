@@ -1,4 +1,4 @@
-"""Test images by a selector, ``DIR``, ``ZIP``, ``ZIP:PART`` or ``FILE.mat``, and the collections that these hold.
+"""Opens test images by a selector: ``DIR``, ``ZIP``, ``ZIP:PART`` or ``FILE.mat``.
 
 A folder or zip has a table of boxes, labels or segments, or images sorted by class. gtsegs_ijcv.mat is
 ImageNet-Segmentation (Guillaumin, Kuettel and Ferrari, IJCV 2014), a MATLAB v7.3 file, hence HDF5.
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "val")
 TABLES = ("boxes.csv", "segments.csv", "labels.csv")
-_BOXES = "boxes_xyxy"  # the column's name begins so; the rest says in pixels of what
+_BOXES = "boxes_xyxy"  # start of the column's name; the rest names the image whose pixels count
 _THINGS = "the object is the union of all things (COCO's sense), whatever class is explained"
 _SELECTOR = "give a folder of images, ZIP, ZIP:PART or gtsegs_ijcv.mat"
-# what a damaged or encrypted member of a zip makes its reader raise
+# raised for a damaged or encrypted member of a zip
 _DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError)
 
 
 def open_data(selector: str) -> Data:
-    """Open a collection of test images; images are read when they are asked for.
+    """Open a collection of test images; images are read on demand.
 
     A folder, or zip, may hold
 
@@ -48,15 +48,15 @@ def open_data(selector: str) -> Data:
     - ``segments.csv`` with images/ and segments/: masks of COCO's panoptic kind, whose things are the objects;
     - or images alone, in a folder per class or all in one place.
 
-    Where files lie in train/ and val/, val is read unless the part names the other.
+    If files lie in train/ and val/, val is read unless the part names train.
 
     Args:
         selector: ``photos``, ``imagenette128.zip``, ``localise.zip:digits64``, ``localise.zip:digits64/train`` or the
             file of ImageNet-Segmentation.
 
     Raises:
-        FileNotFoundError: there is no such file or folder.
-        ValueError: no such part, or not such a file.
+        FileNotFoundError: no such file or folder.
+        ValueError: no such part, or not a file of these kinds.
         ImportError: a .mat file without h5py.
     """
     if not selector.strip():
@@ -64,7 +64,7 @@ def open_data(selector: str) -> Data:
     text, part = _split(selector)
     path = Path(text).expanduser()
     if not path.exists():
-        raise FileNotFoundError(f"open_data({selector!r}): there is no file or folder {text!r}; {_SELECTOR}.")
+        raise FileNotFoundError(f"open_data({selector!r}): no such file or folder {text!r}; {_SELECTOR}.")
     name = path.name + (f":{part}" if part else "")
     if path.suffix.lower() == ".mat":
         if part:
@@ -80,7 +80,7 @@ def open_data(selector: str) -> Data:
 
 
 def _split(selector: str) -> tuple[str, str]:
-    """The path, and the part after its last colon; a path that exists as it is written has none."""
+    """Split off the part after the last colon; a path that exists as written has no part."""
     if Path(selector).expanduser().exists():
         return selector, ""
     path, colon, part = selector.rpartition(":")
@@ -96,11 +96,11 @@ class Files(ABC):
     @property
     @abstractmethod
     def names(self) -> list[str]:
-        """All files' names, in order."""
+        """Return the names of all files, in order."""
 
     @abstractmethod
     def _bytes(self, name: str) -> bytes:
-        """A file's contents; OSError, or KeyError, where there is none."""
+        """Return a file's contents; raise OSError or KeyError if absent."""
 
     def text(self, name: str) -> str:
         """Return a table's text.
@@ -111,7 +111,7 @@ class Files(ABC):
         try:
             return self._bytes(name).decode("utf-8-sig")
         except _DAMAGED as error:
-            raise ValueError(f"{self.root}: {name}: the zip is damaged there ({error}).") from error
+            raise ValueError(f"{self.root}: {name}: the zip is damaged at this file ({error}).") from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.root}: {name} is not UTF-8 text.") from error
 
@@ -119,15 +119,15 @@ class Files(ABC):
         """Return an image, 8-bit RGB.
 
         Raises:
-            ImageError: absent or damaged.
+            ImageError: the file is absent or damaged.
         """
         where = f"{self.root}: {name}"
         try:
             content = self._bytes(name)
         except (OSError, KeyError) as error:
-            raise images.ImageError(f"{where}: there is no such file.") from error
+            raise images.ImageError(f"{where}: no such file.") from error
         except _DAMAGED as error:
-            raise images.ImageError(f"{where}: the zip is damaged there ({error}).") from error
+            raise images.ImageError(f"{where}: the zip is damaged at this file ({error}).") from error
         return images.read(io.BytesIO(content), where)
 
 
@@ -136,7 +136,7 @@ class Folder(Files):
 
     @cached_property
     def names(self) -> list[str]:
-        """All files' names, in order."""
+        """Return the names of all files, in order."""
         root = Path(self.root)
         paths = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
         return sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
@@ -149,7 +149,7 @@ class Zip(Files):
     """A zip file.
 
     Raises:
-        ValueError: not a zip.
+        ValueError: the file is not a zip.
     """
 
     def __init__(self, root: str) -> None:
@@ -161,7 +161,7 @@ class Zip(Files):
 
     @cached_property
     def names(self) -> list[str]:
-        """All files' names, in order."""
+        """Return the names of all files, in order."""
         return sorted(name for name in self._archive.namelist() if not name.endswith("/"))
 
     def _bytes(self, name: str) -> bytes:
@@ -181,7 +181,7 @@ class FileData(Data):
 
     Args:
         files: where they lie.
-        base: what stands before every item's key and mask.
+        base: prefix of every item's key and mask.
         args: of ``Data``.
         options: of ``Data``.
     """
@@ -204,8 +204,8 @@ class FileData(Data):
         if mask.size != picture.size:
             raise ImageError(f"{item.key}: its mask has {mask.size} pixels, the image {picture.size}.")
         colours = np.asarray(mask)
-        if (colours != colours[..., :1]).any():  # a palette's colours, say, are not its regions' numbers
-            raise ImageError(f"{item.key}: its mask is in colours; expected 8-bit grey, the regions' numbers.")
+        if (colours != colours[..., :1]).any():  # e.g. a palette: its colours are not region numbers
+            raise ImageError(f"{item.key}: its mask has colours; expected 8-bit grey with the regions' numbers.")
         values = transformed_mask(mask, transform)
         return _where(values, item.values), _where(values, item.traps) if item.traps else None
 
@@ -220,15 +220,15 @@ def collection(files: Files, part: str, name: str, identity: str) -> Data:
         identity: see ``Data``.
 
     Raises:
-        ValueError: no such part, several to choose from, no images, a table that is none.
+        ValueError: no such part, several to choose from, no images, an invalid table.
     """
     base = f"{part}/" if part else ""
     if part and not any(file.startswith(base) for file in files.names):
-        raise ValueError(f"open_data({name!r}): there is no folder {part!r} in it. {_parts(files)}")
+        raise ValueError(f"open_data({name!r}): it has no folder {part!r}. {_parts(files)}")
     folder, table = _table(files, part)
     if table is None:
         if any(file.startswith(base) and file.endswith(tuple(f"/{each}" for each in TABLES)) for file in files.names):
-            raise ValueError(f"open_data({name!r}): it has several parts; name one. {_parts(files)}")
+            raise ValueError(f"open_data({name!r}): it has several parts; choose one. {_parts(files)}")
         return _sorted_by_class(files, base, name, identity)
     rows = _rows(files, folder + table)
     split = part.removeprefix(folder.rstrip("/")).strip("/")
@@ -236,9 +236,7 @@ def collection(files: Files, part: str, name: str, identity: str) -> Data:
     try:
         data = readers[table](files, folder, rows, split, name, identity)
     except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"open_data({name!r}): {folder}{table} is not such a table as was expected ({error!r})."
-        ) from error
+        raise ValueError(f"open_data({name!r}): {folder}{table} is not a valid table ({error!r}).") from error
     if not len(data):
         raise ValueError(f"open_data({name!r}): it holds no images.")
     return data
@@ -357,7 +355,7 @@ class ImageNetSegmentation(Data):
 
     Args:
         path: of the file.
-        name: as people read it.
+        name: to display.
 
     Raises:
         ImportError: h5py is not installed.

@@ -1,4 +1,4 @@
-"""A model with what it is shown and the names of its classes, built by name; what a collection's labels are in it."""
+"""LoadedModel: a model with its transform and class names, built by name; mapping of a collection's labels."""
 
 import hashlib
 import importlib.util
@@ -21,7 +21,7 @@ from mamba_attn.models.transforms import EvaluationTransform
 from mamba_attn.tracing.adapters import AttentionAdapter, find_mixers
 
 NO_COMPANION = "none"
-_COMPANION = "vit_micro"  # of the micro models; the others have none of their size inside
+_COMPANION = "vit_micro"  # of the micro models; the package has none for other sizes
 _IMAGENET = 1000
 _SYNSET = re.compile(r"n\d{8}")
 
@@ -34,9 +34,9 @@ class LoadedModel:
         name: of the model.
         model: in eval mode.
         classes: the names of its classes.
-        transform: what it is shown of an image.
+        transform: from an image to the model's input.
         weights: "demo", "official" or a file; "" when the model was made in memory.
-        options: of ``mamba_attn.models.create``, that it was built with.
+        options: the options of ``mamba_attn.models.create`` that built it.
     """
 
     name: str
@@ -58,7 +58,7 @@ class LoadedModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the weights, and of their names."""
+        """Hash of the weights and their names."""
         digest = hashlib.sha256()
         for name, value in sorted(self.model.state_dict().items()):
             flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
@@ -67,12 +67,12 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model's parameters."""
         return next(self.model.parameters()).device
 
     @property
     def parameters(self) -> int:
-        """Numbers in the model."""
+        """Number of parameters of the model."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
@@ -81,21 +81,21 @@ def load(name: str, weights: str, device: str = "cpu") -> LoadedModel:
 
     Args:
         name: see ``mamba_attn.models.create``.
-        weights: "demo", "official" or a file; a .json card beside the file, as ``benchmarks/train.py`` writes it, gives
+        weights: "demo", "official" or a file; a .json card next to it, as ``benchmarks/train.py`` writes it, gives
             the model's options and the names of the classes.
         device: "cpu" or "cuda".
 
     Raises:
-        ValueError: an unknown name, a device that is not there, a card that is not one.
-        WeightsError: weights that are absent or do not fit.
+        ValueError: an unknown name, a missing device, an invalid card.
+        WeightsError: weights are absent or do not fit.
     """
     require_device(device)
     card: dict[str, Any] = {}
     if weights == "demo" and name in registry.demos():
         card = registry.demo_card(name)
-    beside = Path(weights).with_suffix(".json")
-    if weights not in ("demo", "official") and beside.is_file():
-        card = _card(beside)
+    card_file = Path(weights).with_suffix(".json")
+    if weights not in ("demo", "official") and card_file.is_file():
+        card = _card(card_file)
     options = card.get("options", {})
     model = models.create(name, weights=weights, **options)
     transform = models.transform(name, cast(tuple[int, int], model.image_size))
@@ -103,24 +103,24 @@ def load(name: str, weights: str, device: str = "cpu") -> LoadedModel:
 
 
 def require_device(device: str) -> None:
-    """Refuse a CUDA device that is not there.
+    """Refuse a missing CUDA device.
 
     Args:
         device: "cpu" or "cuda".
 
     Raises:
-        ValueError: see above.
+        ValueError: PyTorch sees no CUDA device.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda': PyTorch sees no CUDA device here; use device='cpu'.")
 
 
 def load_companion(name: str | None, subject: LoadedModel, device: str = "cpu") -> LoadedModel | None:
-    """Build the model that is shown beside another, with its demo weights.
+    """Build the model to show next to another one, with its demo weights.
 
     Args:
-        name: of the model, or "none". Default: a ViT of the same size beside the micro models.
-        subject: the model it is shown beside.
+        name: of the model, or "none". Default: for micro models, a ViT of the same size.
+        subject: the model to compare with.
         device: "cpu" or "cuda".
 
     Raises:
@@ -162,7 +162,7 @@ def _card(path: Path) -> dict[str, Any]:
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: this card beside the weights is not JSON ({error}).") from error
+        raise ValueError(f"{path}: this card of the weights is not JSON ({error}).") from error
     card = card if isinstance(card, dict) else {"options": None}
     found = {"options": card.get("options", {}), "classes": card.get("classes", [])}
     fits = isinstance(found["options"], dict) and isinstance(found["classes"], list)
@@ -172,7 +172,7 @@ def _card(path: Path) -> dict[str, Any]:
 
 
 def _class_names(model: nn.Module, card: dict[str, Any]) -> list[str]:
-    """The card's names; ImageNet's for 1000 classes, if timm is there; else numbers."""
+    """Return the card's names; for 1000 classes ImageNet's if timm is installed; else numbers."""
     count = int(getattr(model, "num_classes", 0))
     names = [str(name) for name in card.get("classes", [])]
     if len(names) == count:
@@ -189,12 +189,12 @@ def _class_names(model: nn.Module, card: dict[str, Any]) -> list[str]:
 def class_indices(data: Data, subject: LoadedModel) -> list[int | None]:
     """Return the model's class for every label: by ImageNet's index or WordNet's number where both have it, by name.
 
-    None stands for a class that the model does not have; case does not matter; a name that two classes of the model
-    share is not guessed.
+    None stands for a class that the model does not have, or whose name two of its classes share. Case does not
+    matter.
 
     Args:
-        data: whose labels.
-        subject: whose classes.
+        data: the collection with the labels.
+        subject: the model with the classes.
     """
     count = len(subject.classes)
     if count == _IMAGENET and data.imagenet is not None:

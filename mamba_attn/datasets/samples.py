@@ -1,4 +1,4 @@
-"""What every collection of test images gives: names and labels at once, one image with its truth when asked.
+"""The interface of test images: names and labels at once, an image with its truth on demand.
 
 The truth, boxes or masks, is transformed like the image: it lies in the pixels that a model sees.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 HALVES = ("choose", "report")
-Regions = tuple[torch.Tensor | None, torch.Tensor | None]  # the truth, and what only resembles it
+Regions = tuple[torch.Tensor | None, torch.Tensor | None]  # the truth, and the trap
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Sample:
         key: its name in the collection.
         pixels: uint8, before normalisation.
         label: index into the collection's classes.
-        inside: which part of every pixel belongs to the object, in 0..1; None where nothing is known.
-        trap: likewise, of what is there to mislead.
+        inside: the fraction of every pixel that belongs to the object, in 0..1; None if unknown.
+        trap: the same for a distractor that resembles the object.
     """
 
     key: str
@@ -44,12 +44,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Item:
-    """What is known of an image before it is read.
+    """An image's entry in a collection, before it is read.
 
     Args:
         key: its name in the collection.
         label: index into the collection's classes.
-        boxes: (x0, y0, x1, y1) of its objects, in pixels of the file; as it was read, checked with the image.
+        boxes: (x0, y0, x1, y1) of its objects, in pixels of the file; as read, and checked with the image.
         mask: the name of its mask.
         values: of the mask's pixels that are the object.
         traps: of those that only resemble it.
@@ -67,13 +67,13 @@ class Data(ABC):
     """A collection of test images, in the order of their names' hashes: any first part of it is a fair sample.
 
     Args:
-        name: as people read it.
-        identity: as results are filed under it.
+        name: to display.
+        identity: key of stored results.
         items: all images, in any order.
         classes: names by label; empty without labels.
-        imagenet: ImageNet-1k index by label, where the collection says so.
+        imagenet: ImageNet-1k index by label, if the collection has it.
         truth: "boxes", "masks" or "".
-        note: what must be known to read its figures.
+        note: what a reader must know to interpret its figures.
     """
 
     def __init__(
@@ -88,11 +88,11 @@ class Data(ABC):
         return len(self.items)
 
     def chosen(self, half: str = "all", limit: int | None = None) -> list[int]:
-        """Return the indices of a half, its first so many.
+        """Return the indices of a half, or the first of them.
 
         Args:
             half: "choose", "report" or "all".
-            limit: at most.
+            limit: at most this number.
         """
         found = [index for index, item in enumerate(self.items) if half == "all" or half_of(item.key) == half]
         return found[:limit]
@@ -110,15 +110,15 @@ class Data(ABC):
 
     @abstractmethod
     def _picture(self, item: Item) -> "Image":
-        """The image, 8-bit RGB."""
+        """Read the image, 8-bit RGB."""
 
     @abstractmethod
     def _regions(self, item: Item, picture: "Image", transform: EvaluationTransform) -> Regions:
-        """Its truth in the pixels of the transformed image."""
+        """Return its truth in the pixels of the transformed image."""
 
 
 def half_of(key: str) -> str:
-    """Return the half of an image, by its name alone: choices are made on one, tables on the other.
+    """Return the half that an image belongs to, from its name: one for choosing methods, one for reporting.
 
     Args:
         key: the image's name in its collection.
@@ -133,7 +133,7 @@ def _digest(key: str) -> bytes:
 def box_coverage(
     boxes: Sequence[Sequence[float]], image: tuple[int, int], transform: EvaluationTransform
 ) -> Float[torch.Tensor, "rows columns"]:
-    """Return which part of every pixel of the transformed image lies in the boxes, in 0..1.
+    """Return the fraction of every pixel of the transformed image that lies in the boxes, in 0..1.
 
     Where several boxes share an edge pixel the largest part counts.
 
@@ -151,7 +151,7 @@ def box_coverage(
                 (y0, y1, image[0], transform.size[0]),
                 (x0, x1, image[1], transform.size[1]),
             )
-            for cut in (round((side * scale - length) / 2),)  # whole pixels, as the transform cuts
+            for cut in (round((side * scale - length) / 2),)  # whole pixels, like the transform
         ]
         whole = torch.maximum(whole, parts[0][:, None] * parts[1])
     return whole
@@ -168,6 +168,6 @@ def transformed_mask(mask: "Image", transform: EvaluationTransform) -> np.ndarra
 
 
 def _covered(low: float, high: float, length: int) -> torch.Tensor:
-    """Which part of each of the unit intervals from 0 on lies between two numbers."""
+    """Return the fraction of each unit interval from 0 on that lies between two numbers."""
     start = torch.arange(length, dtype=torch.float32)
     return ((start + 1).clamp(max=high) - start.clamp(min=low)).clamp(min=0)

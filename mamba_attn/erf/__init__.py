@@ -1,4 +1,4 @@
-"""Effective receptive fields: how far away the pixels and tokens lie that a place of the output depends on.
+"""Effective receptive fields: how far away the pixels and tokens are that a place of the output depends on.
 
 ``receptive_field`` measures it by gradients, ``Reach`` by the attention matrices; ``page`` shows both. Imported on
 demand only, because it needs captum.

@@ -1,6 +1,6 @@
 """Effective receptive fields by gradients.
 
-Features are those that a model hands on: the last output after a layer that still holds all of its tokens.
+Features are what a model passes on: the last output after a layer that still holds all of its tokens.
 """
 
 from collections.abc import Iterable, Sequence
@@ -38,11 +38,11 @@ class ReceptiveField:
         gradient: (rows, columns) float64: mean over images of d(sum of positive features) / d(pixel), its positive part
             or absolute value, summed over colours.
         centre: (row, column) of the token's centre in pixels; of the image for a class token.
-        layer: whose tokens.
-        reader: whose field it is, in words.
+        layer: name of the layer whose tokens they are.
+        reader: description of the token whose field it is.
         images: how many were averaged.
         skipped: numbers of the images that gave NaN or Inf.
-        reach: how far attention reaches by itself, if that was asked for.
+        reach: how far attention alone reaches, if requested.
     """
 
     gradient: np.ndarray
@@ -54,10 +54,10 @@ class ReceptiveField:
     reach: Reach | None
 
     def shown(self, power: float = 0.2) -> np.ndarray:
-        """Return the field as it is drawn, (rows, columns) in 0..1: to the power of 0.2, over the largest value.
+        """Return the field scaled for drawing, (rows, columns) in 0..1: to the power of 0.2, over the largest value.
 
         Args:
-            power: of the gradient.
+            power: exponent of the gradient.
         """
         drawn = self.gradient**power
         shown: np.ndarray = drawn / (drawn.max() or 1.0)
@@ -70,11 +70,11 @@ class ReceptiveField:
             share: of the sum of all gradients, 0 to 1.
 
         Returns:
-            The side in pixels, and which part of the image lies inside: the square ends at the image's borders. For a
+            The side in pixels, and the fraction of the image inside: the square ends at the image's edges. For a
             token in the middle of a square image these are the numbers of arXiv 2203.06717.
 
         Raises:
-            ValueError: a share that is none, or a field that is zero everywhere.
+            ValueError: a share outside 0 <= share < 1, or a field that is zero everywhere.
         """
         total = float(self.gradient.sum())
         if not 0 <= share < 1 or not total:
@@ -92,14 +92,14 @@ class ReceptiveField:
         return float((self.gradient * self._away(np.hypot)).sum() / total) if total else float("nan")
 
     def _away(self, norm: np.ufunc) -> np.ndarray:
-        """Distance of the pixels' centres from the token's."""
+        """Return the distance of the pixels' centres from the token's."""
         rows, columns = (
             np.abs(np.arange(n) + 0.5 - at) for n, at in zip(self.gradient.shape, self.centre, strict=True)
         )
         return np.asarray(norm(rows[:, None], columns[None]))
 
     def arrays(self, prefix: str = "") -> dict[str, np.ndarray]:
-        """Return all of it by the names of the .npz file, each after a prefix."""
+        """Return all fields by their names in the .npz file, each after a prefix."""
         named = {
             "erf": self.gradient, "centre": np.array(self.centre), "images": np.array(self.images),
             "skipped": np.array(self.skipped, dtype=np.int64), "layer": np.array(self.layer),
@@ -135,15 +135,15 @@ def receptive_field(
     Images with NaN or Inf are left out and counted.
 
     Args:
-        model: one that ``mamba_attn.trace`` knows, as it is; it is not changed.
+        model: a model that ``mamba_attn.trace`` supports; it is not changed.
         images: normalised, (batch, colours, rows, columns), all of one size, square or not; or several such batches.
         query: "class" for the class token. Deprecated: two numbers are a ``pixel``, four a ``box``.
         pixel: (row, column) in pixels, the same for all images. Default: the patch in the middle,
             (height // 2, width // 2).
         box: (x0, y0, x1, y1) in pixels, whose tokens' mean it is; the same for all images.
-        layer: whose block's output is meant, by name or number. Default: the last one.
+        layer: use this layer's block output; a name or number. Default: the last one.
         sign: of the gradient: "positive" part, as published, or its "absolute" value.
-        reach: also say how far attention reaches: distances per layer, and the rollout.
+        reach: also measure how far attention reaches: distances per layer, and the rollout.
 
     Raises:
         ValueError: no images, images of several sizes, a pixel or box outside them, several places, no class token,
@@ -161,7 +161,7 @@ def receptive_field(
     if sign not in _SIGNS:
         raise ValueError(f"receptive_field(sign={sign!r}): expected one of {_SIGNS}.")
     if isinstance(query, str) and (pixel is not None or box is not None):
-        raise ValueError(f"receptive_field(query={query!r}, ...): give this, pixel or box alone.")
+        raise ValueError(f"receptive_field(query={query!r}, ...): give only one of query, pixel and box.")
     if not isinstance(query, str):
         pixel, box = split_query("receptive_field", query, pixel, box)
     total = _Sum(model, query if isinstance(query, str) else None, pixel, box, layer, sign, reach)
@@ -172,7 +172,7 @@ def receptive_field(
 
 @dataclass
 class _Sum:
-    """Adds up images."""
+    """Accumulates gradients and reach over images."""
 
     model: nn.Module
     named: str | None
@@ -191,7 +191,7 @@ class _Sum:
     attention: ReachSum | None = None
 
     def add(self, images: Tensor) -> None:
-        """Look at a batch."""
+        """Add a batch of images."""
         size = self._size(images)
         if self.gradient is None:
             self.gradient = torch.zeros(size, dtype=torch.float64)
@@ -205,9 +205,9 @@ class _Sum:
             self.attention.add(self.model, images[finite], tokens, self.name)
 
     def result(self) -> ReceptiveField:
-        """Return the means."""
+        """Return the field averaged over images."""
         if self.gradient is None:
-            raise ValueError("receptive_field(images): there are none.")
+            raise ValueError("receptive_field(images): expected at least one image, got none.")
         if not self.used:
             raise NonFiniteError(
                 f"receptive_field: all {self.seen} images gave NaN or Inf; check the images, the weights and the "
@@ -232,7 +232,7 @@ class _Sum:
         return size
 
     def _gradients(self, images: Tensor, size: tuple[int, int]) -> tuple[Float[Tensor, "batch rows columns"], int]:
-        """Every image's gradient, signed as asked and summed over colours; the largest number of tokens of a layer."""
+        """Return every image's gradient, with the chosen sign and summed over colours; the most tokens of a layer."""
         with torch.inference_mode(False), torch.enable_grad(), Features(self.model, self.layer) as features:
             pixels = images.detach().clone().requires_grad_()
             with trace(self.model) as record:
@@ -243,14 +243,14 @@ class _Sum:
                 chosen = features.of(last)[:, tokens]
                 (gradient,) = torch.autograd.grad(chosen.relu().sum() / len(tokens), pixels)
         signed = gradient.clamp(min=0) if self.sign == "positive" else gradient.abs()
-        # clamp makes numbers of -inf, and a feature that is NaN may lose its way in relu
+        # clamp turns -inf into finite numbers, and relu may drop NaN
         bad = ~(gradient.isfinite().flatten(1).all(1) & chosen.isfinite().flatten(1).all(1))
         summed = signed.double().sum(1)
         summed[bad] = float("nan")
         return summed, max(layer.tokens for layer in layers)
 
     def _tokens(self, layer: Layer, size: tuple[int, int]) -> list[int]:
-        """The query's tokens; the first time, also where that is, in pixels and words."""
+        """Return the query's tokens; at the first call, also set its place in pixels and its description."""
         layout = layer.layout
         asked = make_query("receptive_field", size, None, self.pixel, self.box)
         query, centre, reader = _place(layout, self.named, asked, size)
@@ -265,7 +265,7 @@ class _Sum:
 def _place(
     layout: TokenLayout, named: str | None, query: Query | None, size: tuple[int, int]
 ) -> tuple[Query | None, tuple[float, float], str]:
-    """The query in pixels or None for the class token, its centre, its name."""
+    """Return the query in pixels (None for the class token), its centre and its description."""
     if named is not None:
         if named != CLASS_TOKEN or not layout.class_tokens:
             what = f"expected {CLASS_TOKEN!r}" if named != CLASS_TOKEN else "there is no class token"
@@ -284,12 +284,12 @@ def _place(
 class Features:
     """Watches one forward pass of a model; nothing stays on it.
 
-    Behind the last layer that is what a backbone hands on: the last norm's output, where all tokens go through it.
-    Behind an earlier one it is the output of its block, with the residual stream; of blocks that return several
+    After the last layer that is what a backbone returns: the last norm's output, if all tokens go through it.
+    After an earlier one it is the output of its block, with the residual stream; of blocks that return several
     tensors of the same shape, as official Vim's with its residual apart, their sum.
 
     Args:
-        model: to be traced in the same pass.
+        model: the model; trace it in the same pass.
         layer: a mixer's name, or its number. Default: the last one that runs.
 
     Raises:
@@ -323,7 +323,7 @@ class Features:
         """Return the features of the layer that was watched.
 
         Args:
-            layer: the traced one, ``layer`` by name.
+            layer: the traced layer named by ``layer``.
 
         Raises:
             UnsupportedModelError: no output after it holds its tokens.
@@ -336,7 +336,7 @@ class Features:
                 together = sum(part for part in parts[1:] if part.shape == parts[0].shape)
                 return token_frame(layer, parts[0] + together)
         raise UnsupportedModelError(
-            f"{type(self.model).__name__}: no module after {layer.name} returns its {layer.tokens} tokens; name "
+            f"{type(self.model).__name__}: no module after {layer.name} returns its {layer.tokens} tokens; choose "
             "another layer=."
         )
 
@@ -352,7 +352,7 @@ class Features:
 
 
 def _whole(layer: Layer, part: Any) -> bool:
-    """Whether it holds all tokens of the layer."""
+    """Whether an output holds all tokens of the layer."""
     if not isinstance(part, Tensor) or not part.is_floating_point() or (part.ndim == 4 and not layer.has_layout):
         return False
     return holds_tokens(layer, part)

@@ -1,4 +1,4 @@
-"""``erf.html``: receptive fields of some models as one page that needs no network, and what its figure shows."""
+"""``erf.html``: receptive fields of some models as one self-contained page, and the data of its figure."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ _CONFIG = {"displaylogo": False, "responsive": True}
 
 
 def page(fields: Mapping[str, ReceptiveField], command: str) -> str:
-    """Return the page.
+    """Render the page of receptive fields.
 
     Args:
         fields: by name of the model.
@@ -70,7 +70,7 @@ def _html(figure: Any, *, script: bool) -> Markup:
 def panels(fields: Mapping[str, ReceptiveField]) -> dict[str, Any]:
     """Return the arguments of ``figures.reach``: every model's field, its rollout, what the token reads by layer.
 
-    Maps are drawn as ``ReceptiveField.shown`` does it, the attention's too, so that they can be compared.
+    All maps, including attention, are scaled as in ``ReceptiveField.shown``, to be comparable.
 
     Args:
         fields: by name of the model; the names are left out where there is one.
@@ -97,7 +97,7 @@ def panels(fields: Mapping[str, ReceptiveField]) -> dict[str, Any]:
             levels[f"{of}rollout"] = reach.rollout_distance
         series[f"{of}what it reads"] = list(reach.row_distance.values())
         series[f"{of}what all patches read, mean"] = list(reach.mean_distance.values())
-    series = dict(sorted(series.items(), key=lambda pair: "all patches" in pair[0]))  # models beside each other
+    series = dict(sorted(series.items(), key=lambda pair: "all patches" in pair[0]))  # models next to each other
     levels = dict(sorted(levels.items(), key=lambda pair: pair[0].endswith("rollout")))
     first = next(iter(fields.values()))
     layers = [] if first.reach is None else first.reach.layers

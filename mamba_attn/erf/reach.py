@@ -15,7 +15,7 @@ from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.tracing.layers import Layer
 from mamba_attn.tracing.tracer import trace
 
-DENSE = 4096  # tokens up to which whole matrices are looked at
+DENSE = 4096  # tokens up to which whole matrices are used
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Reach:
 
     Args:
         layers: names, first to last.
-        rows: per layer (height, width), the size of what the token reads, |attention|, as shares.
+        rows: per layer (height, width), |attention| of what the token reads, as shares.
         row_distance: per layer, the mean distance of what the token reads, in pixels; NaN for a class token.
-        mean_distance: per layer, the mean of that over all patches; NaN where the matrix is too large.
+        mean_distance: per layer, the mean of that over all patches; NaN if the matrix is too large.
         rollout: (height, width) on the first layer's grid, what reaches the token through all layers, as shares; None
-            where layers do not fit each other.
+            if layers do not fit each other.
         rollout_distance: its mean distance in pixels.
-        note: which rollout, or why there is none.
+        note: which rollout was used, or why it is missing.
     """
 
     layers: list[str]
@@ -44,11 +44,11 @@ class Reach:
 
 @dataclass
 class ReachSum:
-    """Adds up images; ``result`` divides.
+    """Accumulates reach over images; ``result`` returns the means.
 
     Args:
         query: one pixel or box; None for the class token.
-        centre: (row, column) in pixels that distances are measured from; None: none are.
+        centre: (row, column) in pixels to measure distances from; None: measure no distances.
     """
 
     query: Query | None
@@ -66,11 +66,11 @@ class ReachSum:
         Args:
             model: as it is.
             images: (batch, colours, rows, columns).
-            tokens: of the layer that has most.
-            last: the name of the layer that the rollout starts from.
+            tokens: number of tokens of the largest layer.
+            last: name of the layer at which the rollout starts.
 
         Raises:
-            NonFiniteError: a layer met NaN or Inf.
+            NonFiniteError: a layer's attention contains NaN or Inf.
         """
         dense = tokens <= DENSE
         with torch.no_grad(), trace(model, attention="mean" if dense else None) as record:
@@ -85,7 +85,7 @@ class ReachSum:
         self.images += len(images)
 
     def result(self) -> Reach:
-        """Return the means."""
+        """Return the reach averaged over images."""
         rows = {name: (total / self.images).cpu().numpy() for name, total in self.rows.items()}
         rolled = None if self.rollout is None else (self.rollout / self.images).cpu().numpy()
         first = next(iter(self.layouts.values()))

@@ -1,7 +1,7 @@
 """Attribution methods judged on one scale: perturbation, localisation, sanity checks, cost; any model, any method.
 
 ``mamba-attn compare`` runs all of it. In code: ``perturb`` and ``auc``, ``locate``, ``randomisation``, ``cost`` judge
-maps, wherever they come from; ``open_data`` reads test images with their truth.
+maps from any source; ``open_data`` reads test images with their truth.
 """
 
 from mamba_attn.datasets.data import open_data

@@ -1,4 +1,4 @@
-"""What a map costs: seconds and peak bytes of memory per image."""
+"""The cost of a map: seconds and peak bytes of memory per image."""
 
 import contextlib
 import os
@@ -13,11 +13,11 @@ RUNS = 2  # timed, after one that loads and compiles
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one call.
+    """The cost of one call.
 
     Args:
         seconds: wall time, the fastest of a few runs.
-        peak_bytes: memory of tensors at the worst moment, beyond what was there before.
+        peak_bytes: peak memory of tensors, in addition to what was allocated before.
     """
 
     seconds: float
@@ -28,7 +28,7 @@ def cost(call: Callable[[], object], device: torch.device) -> Cost:
     """Measure a call.
 
     Args:
-        call: what is measured; it is called four times.
+        call: the function to measure; it is called four times.
         device: where it runs.
     """
     call()
@@ -55,7 +55,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _peak(call: Callable[[], object]) -> int:
-    """The allocator's own record, so that what is freed at once counts too."""
+    """Return the peak from the allocator's record, which includes tensors that are freed at once."""
     with (
         _quiet(),
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
@@ -72,7 +72,7 @@ def _peak(call: Callable[[], object]) -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the profiler's library writes to the process's stderr when it starts and stops."""
+    """Suppress what the profiler's library writes to stderr when it starts and stops."""
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)
     try:

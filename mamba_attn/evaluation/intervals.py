@@ -1,4 +1,4 @@
-"""How far a figure moves when the images are drawn anew, and whether one method is really ahead of another."""
+"""Bootstrap intervals of a figure, and whether one method is significantly ahead of another."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Interval:
 
     @property
     def clear(self) -> bool:
-        """Whether zero lies outside."""
+        """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 
@@ -41,7 +41,7 @@ def interval(value: float, drawn: np.ndarray) -> Interval:
 
     Args:
         value: on the sample itself.
-        drawn: (draws,); those that are no number, as a ratio to an accuracy of 0, are left out.
+        drawn: (draws,); non-finite ones, such as a ratio to an accuracy of 0, are ignored.
     """
     drawn = drawn[np.isfinite(drawn)]
     if not len(drawn):
@@ -51,12 +51,12 @@ def interval(value: float, drawn: np.ndarray) -> Interval:
 
 
 def mean(sample: np.ndarray) -> np.ndarray:
-    """Mean over images."""
+    """Return the mean over images, the last axis."""
     return np.asarray(sample.mean(-1))
 
 
 def ratio_of_means(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Ratio of two means over images."""
+    """Return the ratio of two means over images."""
     return np.asarray(numerator.mean(-1) / denominator.mean(-1))
 
 
@@ -77,8 +77,8 @@ class Resampler:
     """Resampled means of columns, for many methods on the same images.
 
     Args:
-        images: how many.
-        seed: of the resampling; the same draws serve all methods, so that their differences are paired.
+        images: number of images.
+        seed: of the resampling; all methods share the draws, so their differences are paired.
     """
 
     def __init__(self, images: int, seed: int = 0) -> None:
@@ -89,10 +89,10 @@ class Resampler:
 
         Args:
             columns: (images, columns).
-            valid: (images,) bool: the others are left out of every draw.
+            valid: (images,) bool; other images are dropped from every draw.
         """
         weights = self._counts[:, valid]
-        # a draw that happens to hold no valid image repeats the sample
+        # a draw without a valid image repeats the sample
         total = weights.sum(1, keepdims=True)
         weights = np.where(total > 0, weights, weights[:1])
         return np.asarray(weights @ columns[valid] / weights.sum(1, keepdims=True))

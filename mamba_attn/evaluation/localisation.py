@@ -1,4 +1,4 @@
-"""Localisation: does a map stand where the object stands? Segmentation metrics, the pointing game, energy inside.
+"""Localisation: does a map highlight the object? Segmentation metrics, the pointing game, energy inside.
 
 Pixel accuracy, mAP and mIoU follow the ImageNet-Segmentation protocol of Chefer et al., CVPR 2021: the map, scaled to
 0..1 per image, is foreground above its own mean; a pixel's scores for (background, foreground) are (1 - map, map), and
@@ -14,26 +14,26 @@ from torch import Tensor
 from mamba_attn._types import Float
 from mamba_attn.evaluation.ranking import check_finite, constant
 
-HALF = 0.5  # of a pixel: from there on it counts as the object's
+HALF = 0.5  # fraction of a pixel from which it counts as the object's
 
 
 @dataclass(frozen=True)
 class Located:
-    """What one map is worth on one image; sums and counts, so that a set of images has its own ratios.
+    """The scores of one map on one image; sums and counts, to form ratios over a set of images.
 
     Args:
         area: share of the image that the object covers.
         correct: pixels on the right side of the threshold.
-        pixels: of the image.
+        pixels: number of pixels of the image.
         intersections: pixels that (background, foreground) share with the truth.
         unions: pixels that either of them has.
         precision: average precision of the pooled channels.
-        hit: share of the map's highest pixels that lie on the object; None where there is no object.
-        energy: share of the map's positive part on the object; None where there is no object.
-        trap_area: share of the image that the trap covers; None where there is none.
+        hit: share of the map's highest pixels that lie on the object; None without an object.
+        energy: share of the map's positive part on the object; None without an object.
+        trap_area: share of the image that the trap covers; None without a trap.
         trap_energy: share of the map's positive part on the trap.
         one_class: the truth is all object or all background.
-        constant: the map says nothing.
+        constant: all values of the map are equal.
     """
 
     area: float
@@ -50,7 +50,7 @@ class Located:
     constant: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it for a JSON file."""
+        """Return the fields for a JSON file."""
         return asdict(self)
 
 
@@ -58,12 +58,12 @@ def locate(
     values: Float[Tensor, "rows columns"], inside: Float[Tensor, "height width"],
     trap: Float[Tensor, "height width"] | None = None,
 ) -> Located:  # fmt: skip
-    """Judge one map by where the object is.
+    """Score one map by where the object is.
 
     Args:
         values: the map, in pixels.
-        inside: which part of every pixel is the object's, in 0..1.
-        trap: likewise, what is there to mislead.
+        inside: the fraction of every pixel that is the object's, in 0..1.
+        trap: the same for a distractor that resembles the object.
 
     Raises:
         ValueError: sizes that differ.
@@ -97,7 +97,7 @@ def locate(
 
 
 def unit_range(values: np.ndarray) -> np.ndarray:
-    """Return a map scaled to 0..1; a constant one is 1/2 everywhere, which ranks nothing and is nowhere foreground."""
+    """Return a map scaled to 0..1; a constant one becomes 1/2 everywhere: no ranking, no foreground."""
     low, high = values.min(), values.max()
     return np.full_like(values, HALF) if high == low else (values - low) / (high - low)
 
@@ -107,7 +107,7 @@ def energy_share(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
 
     Args:
         values: (..., rows, columns).
-        inside: likewise, in 0..1.
+        inside: (..., rows, columns), in 0..1.
     """
     positive = np.maximum(np.asarray(values, dtype=np.float64), 0)
     total, area = positive.sum((-2, -1)), np.asarray(inside, dtype=np.float64).mean((-2, -1))

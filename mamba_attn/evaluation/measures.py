@@ -1,4 +1,4 @@
-"""Every measure of a batch of maps, as the lines that are stored."""
+"""Computes every measure of a batch of maps, as lines for the store."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,15 +20,15 @@ from mamba_attn.evaluation.specs import build
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of a task that could be read, in the order of their indices.
+    """The readable images of a task, in the order of their indices.
 
     Args:
-        task: what is to be done.
+        task: the task.
         indices: of the images in their collection.
         samples: the images.
         images: normalised, on the model's device.
         clean: the model's answers.
-        labels: the model's class of every label, None where it has none.
+        labels: the model's class for every label; None if it has none.
     """
 
     task: Task
@@ -53,10 +53,10 @@ class Batch:
 
 
 def explainer(method: str, batch: Batch) -> Callable[[nn.Module], Tensor]:
-    """The method's maps of the batch, (batch, rows, columns), by any model."""
+    """Return a function from a model to the method's maps of the batch, (batch, rows, columns)."""
 
     def explain(model: nn.Module) -> Tensor:
-        with _seeded(batch.task.options.seed, batch.images.device):  # methods that draw draw the same
+        with _seeded(batch.task.options.seed, batch.images.device):  # random methods draw the same numbers
             attribution = build(method, model)
             maps: Tensor = attribution.attribute(batch.images, target=batch.clean.explained.clone()).detach().float()
         if maps.shape != (len(batch.images), 1, *batch.images.shape[2:]):
@@ -68,13 +68,13 @@ def explainer(method: str, batch: Batch) -> Callable[[nn.Module], Tensor]:
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the generators that a method on this device draws from; the caller's go on where they were."""
+    """Seed the generators that a method on this device uses; restore the caller's afterwards."""
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng(range(torch.cuda.device_count()) if on_gpu else []):
         if on_gpu:
             torch.manual_seed(seed)
         else:
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch those of GPUs too
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed GPUs
         yield
 
 
@@ -100,14 +100,14 @@ def _localised(batch: Batch, maps: Tensor, method: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for sample, values in zip(batch.samples, maps, strict=True):
         if sample.inside is None:
-            found.append({"skipped": "it has neither boxes nor a mask"})
+            found.append({"skipped": "it has no boxes and no mask"})
         else:
             found.append(locate(values, sample.inside, sample.trap).as_dict())
     return found
 
 
 def _sane(batch: Batch, maps: Tensor, method: str) -> list[dict[str, Any]]:
-    """Randomisation, another class, the same again, alone and in a batch."""
+    """Run the sanity checks: randomisation, another class, repeatability, alone and in a batch."""
     task, model = batch.task, batch.task.model.subject.model
     explain, coarse = explainer(method, batch), cells(maps, batch.cell)
     stages = sanity.randomisation(
@@ -133,7 +133,7 @@ def _costs(batch: Batch, maps: Tensor, method: str) -> list[dict[str, Any]]:
 
 
 def _pictures(batch: Batch, maps: Tensor, method: str) -> list[dict[str, Any]]:
-    """The map for the page: twice as fine as what is ranked."""
+    """Return the map for the page, twice as fine as the ranked cells."""
     fine = cells(maps, max(1, batch.cell // 2))
     return [
         {"predicted": predicted, "map": [[float(f"{value:.4g}") for value in row] for row in each.tolist()]}
@@ -152,7 +152,7 @@ JUDGES: dict[str, Callable[[Batch, Tensor, str], list[dict[str, Any]]]] = {
 
 
 def answers(task: Task) -> Callable[[Tensor], Tensor]:
-    """Return the model, in the precision in which it answers."""
+    """Return the model, in the precision of its answers."""
     model = task.model.subject.model
 
     def autocast(images: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ def answers(task: Task) -> Callable[[Tensor], Tensor]:
 
 
 def _second(batch: Batch) -> Tensor:
-    """The likeliest class but the explained one."""
+    """Return the most probable class other than the explained one."""
     with torch.inference_mode():
         logits = answers(batch.task)(batch.images).float()
     hidden = logits.scatter(1, batch.clean.explained.to(logits.device)[:, None], -torch.inf)

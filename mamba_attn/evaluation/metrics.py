@@ -1,4 +1,4 @@
-"""Every figure of the comparison: from which lines it comes, how images add up to it, and which direction is better."""
+"""The figures of the comparison: each one's source lines, how images combine into it, and which direction is better."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import numpy as np
 from mamba_attn.evaluation import perturbation
 
 SMALL = 0.5  # of the image: larger objects leave a map little to miss
-Columns = Callable[[dict[str, Any]], Sequence[float] | None]  # of one image's line; None: this image says nothing
+Columns = Callable[[dict[str, Any]], Sequence[float] | None]  # from one image's line; None: the image does not count
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,10 @@ class Metric:
     """A figure over images.
 
     Args:
-        name: in the files.
+        name: in files.
         title: in tables.
-        better: +1 where higher is better, -1 where lower is, 0 where neither.
-        measure: whose lines it is of.
+        better: +1 if higher is better, -1 if lower is, 0 if neither.
+        measure: the measure whose lines it uses.
         columns: of one image; their means over images make the figure.
         combine: means (..., columns) to figures.
         note: what it is, in a sentence.
@@ -68,7 +68,7 @@ def _gap(of: str) -> Columns:
 
 
 def _gained(means: np.ndarray) -> np.ndarray:
-    """(negative - positive AUC) / (80 x clean accuracy)."""
+    """Return (negative - positive AUC) / (80 x clean accuracy)."""
     clean = means[..., 2]
     return np.asarray((means[..., 0] - means[..., 1]) / np.where(clean > 0, 80 * clean, np.nan))
 
@@ -100,7 +100,7 @@ def _perturbations(measure: str, prefix: str = "", suffix: str = "") -> list[Met
         Metric(f"{prefix}deletion", f"deletion{suffix}", -1, measure, _probability(perturbation.deletion),
                note="area under the explained class's probability as the highest cells are removed, %"),
         Metric(f"{prefix}insertion", f"insertion{suffix}", 1, measure, _probability(perturbation.insertion),
-               note="likewise as the highest cells are put on a blank image, %"),
+               note="area under the probability as the highest cells are added to a blank image, %"),
     ]  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def _both(line: dict[str, Any]) -> Sequence[float]:
 
 
 def _miou(means: np.ndarray) -> np.ndarray:
-    """The mean of both classes' intersection over union, each over the whole set; a class that never is counts 1."""
+    """Return the mean of both classes' intersection over union over the whole set; an absent class counts 1."""
     ratios = [np.where(means[..., u] > 0, means[..., i] / np.where(means[..., u] > 0, means[..., u], 1), 1.0)
               for i, u in ((0, 1), (2, 3))]  # fmt: skip
     return np.asarray(100 * (ratios[0] + ratios[1]) / 2)
@@ -146,9 +146,9 @@ _LOCATED: list[Metric] = [
 ]  # fmt: skip
 _TRAPS: list[Metric] = [
     Metric("trap_energy", "on the trap", -1, "localisation", _located("trap_energy", 100),
-           note="energy on what only resembles the object, %"),
+           note="energy on the distractor that resembles the object, %"),
     Metric("not_trap", "object : trap", 1, "localisation", _shared,
-           note="energy per area on the object, as a share of that on object and trap, %; 50 knows no difference"),
+           note="energy per area on the object, as a share of that on object and trap, %; 50: no difference"),
 ]  # fmt: skip
 
 
@@ -167,12 +167,12 @@ def _stage(place: int) -> Columns:
 _SANITY: list[Metric] = [
     Metric("randomised_first", "last blocks randomised", -1, "sanity", _stage(0),
            note="Spearman with the trained model's map after the first stage of the cascade; lower is saner"),
-    Metric("randomised_all", "all randomised", -1, "sanity", _stage(-1), note="likewise after the last stage"),
+    Metric("randomised_all", "all randomised", -1, "sanity", _stage(-1), note="the same after the last stage"),
     Metric("other_class", "another class", 0, "sanity", _sane("other_class"),
-           note="Spearman with the map of the second likeliest class; 1: the method does not see the class"),
+           note="Spearman with the map of the second most probable class; 1: the method does not see the class"),
     Metric("again", "the same again", 0, "sanity", _sane("again"),
-           note="largest difference when asked twice, over the map's largest value"),
-    Metric("alone", "alone or in a batch", 0, "sanity", _sane("alone"), note="likewise batch 1 against a batch"),
+           note="largest difference between two runs, over the map's largest value"),
+    Metric("alone", "alone or in a batch", 0, "sanity", _sane("alone"), note="the same for batch 1 against a batch"),
 ]  # fmt: skip
 _COSTS: list[Metric] = [
     Metric("seconds", "s / image", -1, "cost", _located("seconds"), note="wall seconds, one image at a time"),

@@ -1,4 +1,4 @@
-"""The comparison as one HTML page that needs no network: pictures, curves, ranks, tables, published figures, notes."""
+"""The comparison as one self-contained HTML page: pictures, curves, ranks, tables, published figures, notes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,21 +23,21 @@ from mamba_attn.figures.picture import data_uri
 _EDGE = (0, 255, 255)
 _RANKED = ("positive_auc_top", "negative_auc_top", "gap_target", "gap_top", "insertion", "deletion", "miou", "map",
            "energy_ratio", "not_trap")  # fmt: skip
-_DASHES = ("", "5 3", "1.5 2.5", "8 3 2 3")  # where there are more methods than colours
+_DASHES = ("", "5 3", "1.5 2.5", "8 3 2 3")  # if there are more methods than colours
 _WIDTH, _HEIGHT = 318, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 38, 8, 22, 30
 _TENTHS = range(1, 10)
-_LONGEST = 38  # letters that fit beside an interval
+_LONGEST = 38  # letters that fit next to an interval
 
 
 def page(plan: Plan, store: Store, tables: Sequence[Table], about: Mapping[str, Any]) -> str:
-    """Return the page.
+    """Render the page of a comparison.
 
     Args:
-        plan: what was compared.
-        store: what was measured, the maps that are shown among it.
+        plan: the comparison.
+        store: what was measured, including the maps to show.
         tables: the figures.
-        about: of the run: "command", "notes" and what else is worth a line.
+        about: metadata of the run: "command", "notes" and other lines.
     """
     looks = styles(plan.methods)  # the same for all models
     return render(
@@ -61,14 +61,14 @@ def page(plan: Plan, store: Store, tables: Sequence[Table], about: Mapping[str, 
 def _summary(tables: Sequence[Table]) -> str:
     parts = [
         f"{table.model.name} on {table.data.name}, {table.images} images"
-        + ("" if table.accuracy is None else f", {table.accuracy:.1%} right")
+        + ("" if table.accuracy is None else f", {table.accuracy:.1%} correct")
         for table in tables
     ]
     return "; ".join(parts) + "."
 
 
 def _pictures(plan: Plan, store: Store, selector: str) -> list[dict[str, Any]]:
-    """Images down, a row per model; methods across, so that a ViT stands below the Mambas."""
+    """Return images down, a row per model, and methods across, which puts a ViT below the Mambas."""
     data, models = plan.data[selector], [model for its, model in plan.pairs if its == selector]
     rows = []
     for index in plan.indices(selector, "picture"):
@@ -96,7 +96,7 @@ def _row(
 
 
 def _outlined(sample: Sample) -> np.ndarray:
-    """The image, the edge of its object drawn on it."""
+    """Return the image with the outline of its object."""
     if sample.inside is None:
         return sample.pixels
     inside = np.pad(sample.inside.numpy() >= HALF, 1)
@@ -114,7 +114,7 @@ def _cell(method: str, line: dict[str, Any] | None) -> dict[str, str]:
 
 
 def _curves(tables: Sequence[Table], looks: Mapping[str, Look]) -> list[tuple[str, Any, list[Markup]]]:
-    """Per table its title, (method, look) of the legend, and the plots."""
+    """Return per table its title, (method, look) of the legend, and the plots."""
     found = []
     for table in (table for table in tables if table.curves):
         drawn = [
@@ -143,7 +143,7 @@ def _rankings(tables: Sequence[Table], looks: Mapping[str, Look]) -> list[tuple[
 
 
 def _published(tables: Sequence[Table]) -> list[Rows]:
-    """Title, header and rows of published figures; of the tables that they can be compared with."""
+    """Return title, header and rows of published figures, for tables that they can be compared with."""
     found: list[Rows] = []
     for table in tables:
         rows = beside(table)
@@ -152,12 +152,12 @@ def _published(tables: Sequence[Table]) -> list[Rows]:
         names = list(rows[0].figures)
         titles = (f"{METRICS[name].title}, {whose}" for name in names for whose in ("paper", "ours"))
         cells = [cells for row in rows for cells in _beside(table, row, names)]
-        found.append((f"{_title(table)}, beside Ali et al., 2403.01590", ["model", "method", "ours", *titles], cells))
+        found.append((f"{_title(table)}, next to Ali et al., 2403.01590", ["model", "method", "ours", *titles], cells))
     return found
 
 
 def _beside(table: Table, row: Published, names: Sequence[str]) -> list[list[str]]:
-    """A published row, once for every variant of ours."""
+    """Return a published row, once for every variant of ours."""
     ours = [method for method in table.methods if method.partition(":")[0] == row.ours and row.model == VIM]
     found = []
     for method in ours or [""]:
@@ -182,10 +182,10 @@ def styles(methods: Sequence[str]) -> dict[str, Look]:
 
 
 def curves(title: str, lines: Mapping[str, Sequence[float]], looks: Mapping[str, Look]) -> Markup:
-    """Return accuracies at 10 to 90 % removed as one plot.
+    """Draw accuracies at 10 to 90 % removed as one plot.
 
     Args:
-        title: above it.
+        title: above the plot.
         lines: nine accuracies in 0..1 per method.
         looks: from ``styles``.
     """
@@ -208,13 +208,13 @@ def curves(title: str, lines: Mapping[str, Sequence[float]], looks: Mapping[str,
 def intervals(
     title: str, figures: Mapping[str, Interval], looks: Mapping[str, Look], marks: Mapping[str, str], width: int = 706
 ) -> Markup:
-    """Return figures with their intervals, one line each, in the given order.
+    """Draw figures with their intervals, one line each, in the given order.
 
     Args:
-        title: above it.
+        title: above the plot.
         figures: by method.
         looks: from ``styles``.
-        marks: by method, what stands behind its numbers.
+        marks: by method, text after its numbers.
         width: in pixels.
     """
     names, row = 240, 19

@@ -1,10 +1,10 @@
-"""Perturbation: what a model still sees when the cells that a map puts first, or last, are removed.
+"""Perturbation: what a model still predicts when the cells that a map ranks first, or last, are removed.
 
 Positive perturbation removes the highest cells first: accuracy should fall fast. Negative perturbation removes the
 lowest first: accuracy should stay. After Chefer et al., CVPR 2021, in the form of Ali et al., 2403.01590: 10 to 90 % of
 the image, each time from the clean one; "top" is agreement with the clean prediction, "target" with the label, over all
-images, those too that the model gets wrong. Deviation from the published code: maps are averaged over the token grid
-and its cells are ranked; ``cell=1`` ranks pixels as they do.
+images, also those that the model gets wrong. Deviation from the published code: maps are averaged over the token
+grid and its cells are ranked; ``cell=1`` ranks pixels as they do.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from mamba_attn._types import Bool, Float, Int
 from mamba_attn.errors import NonFiniteError
 from mamba_attn.evaluation.ranking import ranking, to_pixels
 
-TENTHS = range(1, 10)  # of the cells that are removed
+TENTHS = range(1, 10)  # tenths of the cells to remove
 FILLS = ("black", "mean")
 BATCH = 18  # perturbed images per forward: both signs of one image; more is no faster on a CPU
 _WEIGHTS = np.array([0.05, *[0.1] * 7, 0.05])  # the trapezoid on 0.1 .. 0.9, not divided by its length
@@ -28,13 +28,13 @@ _WHOLE = np.array([0.05, *[0.1] * 9, 0.05])  # on 0 .. 1
 
 @dataclass(frozen=True)
 class Clean:
-    """What a model says of images before anything is removed, and of one without content.
+    """A model's answers to images before anything is removed, and to one without content.
 
     Args:
-        predicted: the likeliest class.
+        predicted: the class with the highest probability.
         probability: of the explained class.
-        blank: that of an image of the fill alone.
-        explained: the class that maps are of.
+        blank: the same for an image of the fill alone.
+        explained: the class that maps explain.
     """
 
     predicted: Int[Tensor, " batch"]
@@ -45,10 +45,10 @@ class Clean:
 
 @dataclass(frozen=True)
 class Perturbed:
-    """What remains of the model's answer, by image, sign (positive, negative) and tenths removed.
+    """The model's answers after removal, by image, sign (positive, negative) and tenths removed.
 
     Args:
-        predicted: the likeliest class.
+        predicted: the class with the highest probability.
         probability: of the explained class.
     """
 
@@ -63,7 +63,7 @@ def fill_value(fill: str) -> Float[Tensor, "3 1 1"]:
         fill: "black", 0 before normalisation, as published; "mean", ImageNet's mean colour.
 
     Raises:
-        ValueError: neither.
+        ValueError: an unknown fill.
     """
     if fill not in FILLS:
         raise ValueError(f"fill={fill!r}: expected 'black' or 'mean'.")
@@ -76,7 +76,7 @@ def clean_answers(
     model: Callable[[Tensor], Tensor], images: Float[Tensor, "batch 3 height width"], fill: str = "black",
     explained: Sequence[int | None] | None = None,
 ) -> Clean:  # fmt: skip
-    """Ask the model once about the images, and about one without content; all methods share the answers.
+    """Run the model once on the images, and on one without content; all methods share the answers.
 
     Args:
         model: returns logits.
@@ -92,7 +92,7 @@ def clean_answers(
         empty = fill_value(fill).to(images).expand_as(images[:1])
         chances = torch.cat([model(images), model(empty)]).float().softmax(1)
     if not bool(chances.isfinite().all()):
-        raise NonFiniteError("the model's answer holds NaN or Inf, so that it predicts no class.")
+        raise NonFiniteError("the model's answer contains NaN or Inf, so it predicts no class.")
     predicted, classes = chances[:-1].argmax(1), chances.shape[1]
     chosen = predicted.clone()
     for index, given in enumerate(explained or []):
@@ -107,7 +107,7 @@ def perturb(
     maps: Float[Tensor, "maps rows columns"], explained: Int[Tensor, " batch"], *, cell: int,
     seeds: Sequence[int] | None = None, fill: str = "black", batch: int = BATCH,
 ) -> Perturbed:  # fmt: skip
-    """Remove 10 to 90 % of every image, highest cells first and lowest cells first, and ask the model each time.
+    """Remove 10 to 90 % of every image, highest cells first and lowest cells first, and run the model each time.
 
     Args:
         model: returns logits.
@@ -136,13 +136,13 @@ def perturb(
             answers.append(torch.cat([model(part) for part in changed.split(batch)]).float().softmax(1))
     chances = torch.stack(answers).unflatten(1, (2, len(TENTHS)))
     if not bool(chances.isfinite().all()):
-        raise NonFiniteError("the model's answer to an image with cells removed holds NaN or Inf.")
+        raise NonFiniteError("the model's answer to an image with cells removed contains NaN or Inf.")
     probability = chances.gather(3, explained.to(chances.device).view(-1, 1, 1, 1).expand(-1, *chances.shape[1:3], 1))
     return Perturbed(chances.argmax(3), probability.squeeze(3))
 
 
 def auc(accuracy: np.ndarray) -> np.ndarray:
-    """Area under accuracies at 10 to 90 % removed, times 100: a trapezoid over 0.1 .. 0.9, hence at most 80.
+    """Return the area under accuracies at 10 to 90 % removed, times 100: a trapezoid over 0.1 .. 0.9, so at most 80.
 
     Args:
         accuracy: (..., 9) in 0..1, or hits of single images: the area of a mean is the mean of the areas.
@@ -151,7 +151,7 @@ def auc(accuracy: np.ndarray) -> np.ndarray:
 
 
 def deletion(probability: np.ndarray, clean: np.ndarray, blank: np.ndarray) -> np.ndarray:
-    """Area under the probability as the highest cells are removed, 0 to 100 %: lower is better.
+    """Return the area under the probability as the highest cells are removed, 0 to 100 %: lower is better.
 
     After Petsiuk et al., RISE, BMVC 2018, in steps of 10 %.
 
@@ -165,9 +165,9 @@ def deletion(probability: np.ndarray, clean: np.ndarray, blank: np.ndarray) -> n
 
 
 def insertion(probability: np.ndarray, clean: np.ndarray, blank: np.ndarray) -> np.ndarray:
-    """Area under the probability as the highest cells are put on a blank image, 0 to 100 %: higher is better.
+    """Return the area under the probability as the highest cells are added to a blank image: higher is better.
 
-    What is put in at a fraction is what negative perturbation leaves at its complement, so nothing is computed twice.
+    Inserting a fraction leaves the same image as negative perturbation by its complement, so nothing is computed twice.
     RISE begins with a blurred image; this one with the fill.
 
     Args:
@@ -180,7 +180,7 @@ def insertion(probability: np.ndarray, clean: np.ndarray, blank: np.ndarray) -> 
 
 
 def _removed(order: Int[Tensor, " cells"]) -> Bool[Tensor, "2 9 cells"]:
-    """Which cells go: int(cells x fraction) of them, as published, from the top and from the bottom."""
+    """Return which cells to remove: int(cells x fraction), as published, from the top and from the bottom."""
     place = order.argsort()
     counts = torch.tensor([len(order) * tenths // 10 for tenths in TENTHS], device=order.device)[:, None]
     return torch.stack([place < counts, place >= len(order) - counts])

@@ -1,4 +1,4 @@
-"""What a run consists of: models, collections and methods, and the work that is not done yet."""
+"""The plan of a run: models, collections and methods, and the work that remains."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -13,17 +13,17 @@ from mamba_attn.evaluation.store import Key, Store
 
 MEASURES = ("perturbation", "pixels", "localisation", "sanity", "cost", "picture")
 Needs = Mapping[str, Mapping[int, tuple[str, ...]]]  # measures, by method and image
-CHUNK = 8  # images that one task explains in one batch
+CHUNK = 8  # images per task, explained in one batch
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker does at once: some images of a collection, one model.
+    """A unit of work: some images of a collection and one model.
 
     Args:
         selector: of the collection.
         model: by name.
-        needs: by method, the measures that every image lacks, by the image's index.
+        needs: by method and index of the image, the measures that it lacks.
         options: of the run.
     """
 
@@ -34,7 +34,7 @@ class Task:
 
     @property
     def records(self) -> int:
-        """How many lines it will give."""
+        """Number of lines that the task will return."""
         return sum(len(measures) for its in self.needs.values() for measures in its.values())
 
 
@@ -47,16 +47,16 @@ class Plan:
         selectors: of the collections.
         only: the measures of some collections; the others get all.
         methods: keys, as ``choose_methods`` returns them.
-        unasked: those that may fit none of the models: nobody named them.
-        most: how many images some methods get at most; the others get all.
+        unasked: methods not named by the user, which may fit no model.
+        most: largest number of images of some methods; the others get all.
         measures: some of ``MEASURES``.
         options: of the run.
         half: of the images, or "all".
         limit: images per collection.
-        sanity_images: so many of them for the sanity checks.
-        pixel_images: so many of them for the ranking of pixels.
-        pictures: so many of them are shown.
-        notes: what was left out, and why, in sentences.
+        sanity_images: number of images for the sanity checks.
+        pixel_images: number of images for ranking pixels.
+        pictures: number of images to show.
+        notes: sentences about what was left out, and why.
     """
 
     models: Sequence[Model]
@@ -81,10 +81,10 @@ class Plan:
 
     @cached_property
     def pairs(self) -> list[tuple[str, Model]]:
-        """The selectors and models that go together: every model with every collection that it knows.
+        """Pairs of selectors and models: every model with every collection whose classes it knows.
 
-        A model is left out of a collection none of whose classes it knows if another model knows them and it has
-        another collection; alone with it, it is still asked for its predicted class.
+        If a model knows no class of a collection, the pair is left out, provided another model knows them and the model
+        has another collection; otherwise the model's predicted class is explained.
         """
         knows = {(s, m): not d.classes or any(i is not None for i in class_indices(d, m.subject))
                  for s, d in self.data.items() for m in self.models}  # fmt: skip
@@ -104,7 +104,7 @@ class Plan:
         return [name for name in self.methods if model.misfit(name) is None]
 
     def indices(self, selector: str, measure: str, method: str | None = None) -> list[int]:
-        """Return the images of a collection that a measure is taken on: the first ones, by their order."""
+        """Return indices of the images of a collection that a measure uses: the first ones."""
         data = self.data[selector]
         if measure not in self.only.get(selector, self.measures) or (measure == "localisation" and not data.truth):
             return []
@@ -114,12 +114,12 @@ class Plan:
         return data.chosen(self.half, self.limit)[: min(counts, default=None)]
 
     def key(self, data: Data, index: int, model: Model, method: str, measure: str) -> Key:
-        """Return where a figure is filed."""
+        """Return the store's key of a figure."""
         options = self.options.of(measure)
         return Key(data.identity, data.items[index].key, model.identity, method, measure, options)
 
     def tasks(self, store: Store) -> Iterator[Task]:
-        """Yield what is not in the store yet, in chunks of images; collections in turn, models within."""
+        """Yield the work that is not in the store yet, in chunks of images, by collection, then model."""
         for selector, model in self.pairs:
             methods = self.fitting(model)
             chosen = self.data[selector].chosen(self.half, self.limit)
@@ -132,7 +132,7 @@ class Plan:
     def _lacking(
         self, store: Store, selector: str, model: Model, method: str, chosen: Sequence[int], part: Sequence[int]
     ) -> dict[int, tuple[str, ...]]:
-        """What the store lacks of some images: the measures by image."""
+        """Return the measures that the store lacks, by image."""
         data, found = self.data[selector], {}
         counts = {measure: len(self.indices(selector, measure, method)) for measure in self.measures}
         for place in part:
@@ -144,10 +144,10 @@ class Plan:
         return found
 
     def check(self) -> None:
-        """Find what cannot work before anything runs, and note what is left out.
+        """Check the plan before anything runs, and note what is left out.
 
         Raises:
-            ValueError: a method that fits none of the models, a target that is no class or a label that is missing.
+            ValueError: a method fits no model, a target is not a class, or a label is missing.
         """
         for method in self.methods:
             reasons = {model.name: model.misfit(method) for model in self.models}
@@ -162,17 +162,17 @@ class Plan:
             model.explained(self.options)
             known = [index for index in class_indices(data, model.subject) if index is not None]
             if self.options.target == LABEL and not known:
-                what = "none of its classes is one of the model's" if data.classes else "it has no labels"
+                what = "the model has none of its classes" if data.classes else "it has no labels"
                 raise ValueError(f"target='label': {data.name}: {what} ({model.name}); use target='predicted'.")
             if data.classes and not known:
-                self.notes.append(f"{data.name}: none of its classes is one of {model.name}'s, so that there is no "
+                self.notes.append(f"{data.name}: {model.name} has none of its classes, so there is no "
                                   "accuracy against labels.")  # fmt: skip
             elif len(known) < len(data.classes):
                 self.notes.append(f"{data.name}: {len(data.classes) - len(known)} of its {len(data.classes)} classes "
-                                  f"are none of {model.name}'s.")  # fmt: skip
+                                  f"are not among {model.name}'s.")  # fmt: skip
         self.notes += [f"{data.name}: {data.note}." for data in self.data.values() if data.note]
         self.notes += [
-            f"{data.name} has neither boxes nor masks: no localisation."
+            f"{data.name} has no boxes and no masks: no localisation."
             for selector, data in self.data.items()
             if "localisation" in self.only.get(selector, self.measures) and not data.truth
         ]

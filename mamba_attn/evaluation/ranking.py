@@ -1,4 +1,4 @@
-"""Which parts of an image a map puts first: cells of the token grid, or single pixels."""
+"""Ranks the parts of an image by a map: cells of the token grid, or single pixels."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ _FEWEST = 14  # cells a side: the grid of the published protocol
 def token_cell(model: nn.Module, images: Float[Tensor, "batch 3 height width"]) -> int:
     """Return the side, in pixels, of the cells over which the model's maps are averaged before ranking.
 
-    It is the coarsest token grid of the model with at least 14 cells a side (its finest, if none has so many): the
+    It is the coarsest token grid of the model with at least 14 cells a side (its finest, if none has that many): the
     patches of Vim and ViT, and for VMamba, whose grids halve from stage to stage, squares of the same size. A model
     that cannot be traced gets 14 cells a side.
 
@@ -48,18 +48,18 @@ def cells(maps: Float[Tensor, "batch height width"], cell: int) -> Float[Tensor,
 
 
 def check_finite(maps: Float[Tensor, "batch height width"]) -> None:
-    """Check that maps hold numbers alone.
+    """Check that maps are finite.
 
     Raises:
         NonFiniteError: NaN or Inf.
     """
     broken = (~maps.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if broken:
-        raise NonFiniteError(f"maps: those of the images {broken} hold NaN or Inf and cannot be ranked.")
+        raise NonFiniteError(f"maps: those of the images {broken} contain NaN or Inf and cannot be ranked.")
 
 
 def constant(maps: Float[Tensor, "batch height width"]) -> Bool[Tensor, " batch"]:
-    """Return which maps say nothing: all their values are equal."""
+    """Return which maps are constant."""
     flat = maps.flatten(1)
     return flat.amax(1) == flat.amin(1)
 
@@ -67,7 +67,7 @@ def constant(maps: Float[Tensor, "batch height width"]) -> Bool[Tensor, " batch"
 def ranking(maps: Float[Tensor, "batch height width"], cell: int, seeds: Sequence[int]) -> Int[Tensor, "batch cells"]:
     """Return the cells' indices, highest mean first.
 
-    Equal cells come in a random order, so that a constant map is a random choice, not the image's upper edge.
+    Equal cells come in random order: a constant map selects random cells, not the image's upper edge.
 
     Args:
         maps: one per image.
@@ -89,7 +89,7 @@ def ranking(maps: Float[Tensor, "batch height width"], cell: int, seeds: Sequenc
 def to_pixels(
     chosen: Bool[Tensor, "*batch cells"], cell: int, size: tuple[int, int]
 ) -> Bool[Tensor, "*batch height width"]:
-    """Return cells as pixels.
+    """Expand cells to pixels.
 
     Args:
         chosen: which cells.

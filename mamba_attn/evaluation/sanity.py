@@ -2,7 +2,7 @@
 
 Cascading randomisation after Adebayo et al., NeurIPS 2018: weights are destroyed from the last block to the first, and
 the map is compared with the trained model's by Spearman's rank correlation over the token grid. Deviation: a tensor's
-entries are permuted, not drawn anew, so that any model keeps the range of its parameters and stays numerically sane.
+entries are permuted, not redrawn, which keeps the range of any model's parameters and avoids numerical trouble.
 """
 
 import copy
@@ -22,11 +22,11 @@ Explain = Callable[[nn.Module], Tensor]  # a model's maps of some images, (batch
 def spearman(
     first: Float[Tensor, "batch rows columns"], second: Float[Tensor, "batch rows columns"]
 ) -> list[float | None]:
-    """Return Spearman's rank correlation of pairs of maps; None where one of them is constant.
+    """Return Spearman's rank correlation of pairs of maps; None if either is constant.
 
     Args:
         first: one map per image.
-        second: likewise.
+        second: one map per image.
     """
     pairs = zip(first.double().flatten(1).cpu().numpy(), second.double().flatten(1).cpu().numpy(), strict=True)
     found = [ranks.spearman(a, b) for a, b in pairs]
@@ -34,10 +34,10 @@ def spearman(
 
 
 def blocks(model: nn.Module) -> list[list[str]]:
-    """Return the names of a model's parameters, last block first: what is destroyed together.
+    """Return groups of names of a model's parameters to randomise together, last block first.
 
-    A block is what the numbers in the parameters' names stand for (``layers.11``, ``layers.2.blocks.0``), or the first
-    part of a name without one. Blocks run in the order of their definition, but for heads, which come last.
+    A block follows from the numbers in the parameters' names (``layers.11``, ``layers.2.blocks.0``), or is the first
+    part of a name without one. Blocks are in the order of their definition, except heads, which come last.
 
     Args:
         model: any.
@@ -50,11 +50,11 @@ def blocks(model: nn.Module) -> list[list[str]]:
 
 
 def cascade(model: nn.Module, stages: int | None = None, seed: int = 0) -> Iterator[nn.Module]:
-    """Yield a copy of the model with ever more of its blocks destroyed, last to first; the model itself is not touched.
+    """Yield a copy of the model with more and more blocks randomised, last to first; the model itself does not change.
 
     Args:
         model: any.
-        stages: how many, evenly spaced, the last with everything destroyed. Default: one per block.
+        stages: how many, evenly spaced; the last one randomises everything. Default: one per block.
         seed: of the permutations.
     """
     changed = copy.deepcopy(model)
@@ -76,7 +76,7 @@ def randomisation(
 ) -> list[list[float | None]]:  # fmt: skip
     """Return per image the maps' correlation with the trained model's, at every stage of the cascade.
 
-    Near 1 all the way: the method looks at the image and not at the model.
+    If it stays near 1, the method looks at the image and not at the model.
 
     Args:
         model: trained.
@@ -94,7 +94,7 @@ def difference(first: Float[Tensor, "batch rows columns"], second: Float[Tensor,
 
     Args:
         first: one map per image.
-        second: likewise.
+        second: one map per image.
     """
     apart = (first.double() - second.double()).abs().flatten(1).amax(1)
     scale = first.double().abs().flatten(1).amax(1)
@@ -102,7 +102,7 @@ def difference(first: Float[Tensor, "batch rows columns"], second: Float[Tensor,
 
 
 def _block(name: str) -> str:
-    """The name up to the last number in it, else its first part."""
+    """Return the name up to its last number, else its first part."""
     parts = name.split(".")
     numbers = [index for index, part in enumerate(parts) if part.isdecimal()]
     inner = [index for index in numbers if index <= 3]  # deeper ones number the parts of a block

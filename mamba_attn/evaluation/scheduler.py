@@ -1,4 +1,4 @@
-"""All tasks of a plan, here or in several processes, with a progress bar; what is done is on the disk at once."""
+"""Runs all tasks of a plan, in this or several processes, with a progress bar; writes results to disk at once."""
 
 import multiprocessing
 import os
@@ -22,10 +22,10 @@ def run(plan: Plan, store: Store, workers: int = 1, progress: Progress | None = 
     """Measure everything that the store lacks.
 
     Args:
-        plan: what is wanted.
-        store: what there is; every finished task is added to it.
-        workers: processes; 1 works in this one.
-        progress: where the bar is shown.
+        plan: the comparison.
+        store: existing results; every finished task adds to it.
+        workers: number of processes; 1 uses this one.
+        progress: shows the bar.
 
     Raises:
         OSError: the store cannot be written.
@@ -56,7 +56,7 @@ def _done(tasks: Iterable[Task], workers: int, data: Mapping[str, Data]) -> Iter
 
 
 def _in_flight(pool: ProcessPoolExecutor, waiting: deque[Task], most: int) -> Iterator[tuple[Task, list[Record]]]:
-    """Results in the order of the tasks; only so many wait in the pool."""
+    """Yield results in the order of the tasks, with at most ``most`` tasks in the pool."""
     running: deque[tuple[Task, Future[list[Record]]]] = deque()
     while waiting or running:
         while waiting and len(running) < most:
@@ -75,12 +75,12 @@ def _prepare(threads: int) -> None:
 
 def _work(task: Task) -> list[Record]:
     if _worker is None:
-        raise RuntimeError("this process was not prepared for tasks; start it with _prepare.")
+        raise RuntimeError("this process is not prepared for tasks; start it with _prepare.")
     return _worker.work(task)
 
 
 def _end_with_parent() -> None:
-    """A killed run leaves no workers behind: they would wait for tasks for ever."""
+    """End this worker with its parent; it would otherwise wait for tasks for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""What is compared, from text: models with their weights, methods by name, and what all figures depend on."""
+"""Parses what to compare: models with their weights, methods by name, and options that figures depend on."""
 
 import json
 from collections.abc import Sequence
@@ -15,18 +15,18 @@ from mamba_attn.errors import nearest
 from mamba_attn.evaluation.ranking import token_cell
 
 PREDICTED, LABEL = "predicted", "label"
-# what models, methods and images raise; captum asserts
+# raised by models, methods and images; captum asserts
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, MemoryError)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the figures depend on besides image, model and method.
+    """Options that the figures depend on, in addition to image, model and method.
 
     Args:
         target: "predicted", "label", or the index or name of a class that is explained in every image.
         fill: what replaces removed pixels.
-        precision: in which the model answers when it is perturbed; maps are always of float32.
+        precision: of the model's answers in perturbation; maps are always float32.
         stages: of the cascade of randomised models.
         seed: of everything random.
     """
@@ -38,7 +38,7 @@ class Options:
     seed: int = 0
 
     def of(self, measure: str) -> str:
-        """Return those that a measure depends on, as text."""
+        """Return the options that a measure depends on, as text."""
         more = {"perturbation": ("fill", "seed"), "pixels": ("fill", "seed"), "sanity": ("stages", "seed")}
         names = ("target", "precision", *more.get(measure, ()))
         return json.dumps({name: value for name, value in asdict(self).items() if name in names})
@@ -46,7 +46,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Model:
-    """A model of the comparison, as text, and what is loaded of it: once for every such object, freed with it.
+    """A model of the comparison, as text; loaded once per object, on demand, and freed with it.
 
     Args:
         name: see ``mamba_attn.models.create``.
@@ -63,7 +63,7 @@ class Model:
         """Read ``NAME`` or ``NAME=WEIGHTS``.
 
         Raises:
-            ValueError: nothing after the sign of equality.
+            ValueError: nothing after the equals sign.
         """
         name, given, weights = text.partition("=")
         if given and not weights:
@@ -71,17 +71,17 @@ class Model:
         return cls(name, weights if given else "demo", device)
 
     def __reduce__(self) -> tuple[type["Model"], tuple[str, str, str]]:
-        """Go to another process as text, without what was loaded here."""
+        """Pickle as text, without the loaded model."""
         return Model, (self.name, self.weights, self.device)
 
     @cached_property
     def subject(self) -> LoadedModel:
-        """The model itself, loaded when it is first asked for; see ``loaded_model.load`` for the errors."""
+        """The model itself, loaded at first access; see ``loaded_model.load`` for the errors."""
         return loaded_model.load(self.name, self.weights, self.device)
 
     @property
     def identity(self) -> str:
-        """Name and hash of the weights, as results are filed under it."""
+        """Name and hash of the weights: the key of stored results."""
         return f"{self.name}:{self.subject.fingerprint}"
 
     def explained(self, options: Options) -> int | None:
@@ -95,13 +95,13 @@ class Model:
         return loaded_model.parse_target(options.target, self.subject)
 
     def misfit(self, method: str) -> str | None:
-        """Return why a method does not fit this model, and which would; None if it does. Options are tried once."""
+        """Return why a method does not fit this model, and which one does; None if it fits. Also tries its options."""
         if method not in self._misfits:
             self._misfits[method] = self._refusal(method)
         return self._misfits[method]
 
     def cell(self, size: tuple[int, int]) -> int:
-        """Return the side of the cells that are ranked in an image of (rows, columns), in pixels."""
+        """Return the side of the ranked cells of an image of (rows, columns), in pixels."""
         if size not in self._cells:
             empty = torch.zeros(1, 3, *size, device=self.subject.device)
             self._cells[size] = token_cell(self.subject.model, empty)
@@ -127,11 +127,11 @@ class Model:
 
 
 def choose_methods(texts: Sequence[str]) -> tuple[list[str], dict[str, int], set[str]]:
-    """Return the methods' keys, how many images some of them get at most, and those that "all" alone stands for.
+    """Return the methods' keys, some methods' largest numbers of images, and methods that only "all" includes.
 
     Args:
         texts: "all", names separated by commas, or one method with options each, ``NAME:OPTION=VALUE,OPTION``; every
-            name may end in ``@N``, a number of images. What is named after "all" takes the place of its plain form.
+            name may end in ``@N``, a number of images. A method named after "all" replaces its plain form.
 
     Raises:
         ValueError: an unknown name, option or value, or no methods.
@@ -161,5 +161,5 @@ def choose_methods(texts: Sequence[str]) -> tuple[list[str], dict[str, int], set
 
 
 def build(method: str, model: nn.Module) -> MapAttribution:
-    """Return a method on a model."""
+    """Construct a method for a model."""
     return spec.method(method, "methods").build(model)

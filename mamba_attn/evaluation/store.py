@@ -1,4 +1,4 @@
-"""What is already measured: one JSON line per image, method, model and measure, so that a killed run goes on."""
+"""The store of results: one JSON line per image, method, model and measure; a killed run resumes from it."""
 
 import json
 import os
@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PROTOCOL = 1  # raised when a measure changes its meaning: older lines then count no more
+PROTOCOL = 1  # increase it when a measure changes; older lines then no longer count
 
 
 class Key(NamedTuple):
-    """What a line is about; two lines of the same key are never both counted.
+    """The key of a line; of lines with the same key only one counts.
 
     Args:
         data: the collection's identity.
@@ -19,7 +19,7 @@ class Key(NamedTuple):
         model: name and hash of the weights.
         method: name.
         measure: what was measured.
-        options: everything else that the figures depend on.
+        options: all other options that the figures depend on.
     """
 
     data: str
@@ -36,7 +36,7 @@ class Store:
 
     Args:
         path: of the file; it need not exist.
-        damaged: lines that were no records, e.g. the last one of a killed run.
+        damaged: number of invalid lines, e.g. the last one of a killed run.
     """
 
     path: Path
@@ -49,7 +49,7 @@ class Store:
         *lines, last = self.path.read_bytes().split(b"\n")
         for line in filter(None, map(bytes.strip, lines)):
             self._take(line)
-        if last:  # killed in the middle of a line: what is appended must not continue it
+        if last:  # killed in the middle of a line: do not append to it
             before = self.damaged
             self._take(last)
             with self.path.open("r+b") as file:
@@ -60,11 +60,11 @@ class Store:
         return len(self._found)
 
     def __contains__(self, key: Key) -> bool:
-        """Whether there is a figure; what ended in an error is tried again."""
+        """Whether there is a figure; an error does not count, so it is tried again."""
         return "error" not in self._found.get(key, {"error": ""})
 
     def get(self, key: Key) -> dict[str, Any] | None:
-        """Return the figures, or {"error": why not}; None where nothing was tried."""
+        """Return the figures, or {"error": reason}; None if nothing was tried."""
         return self._found.get(key)
 
     def items(self) -> Iterator[tuple[Key, dict[str, Any]]]:
@@ -72,7 +72,7 @@ class Store:
         return iter(self._found.items())
 
     def add(self, records: Iterable[tuple[Key, dict[str, Any]]]) -> None:
-        """Append records, at once on the disk.
+        """Append records and flush them to disk.
 
         Raises:
             OSError: the file cannot be written.

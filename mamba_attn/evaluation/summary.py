@@ -1,4 +1,4 @@
-"""From lines to figures: per collection, model and method, with intervals, ranks and paired differences."""
+"""Summarises lines as figures: per collection, model and method, with intervals, ranks and paired differences."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,11 +23,11 @@ class Figure:
 
     Args:
         interval: over the images.
-        images: how many it is of.
-        rank: 1 is the best; 0 where neither direction is better.
-        behind: the first method's lead over this one on the images of both, always positive where it is really ahead;
+        images: number of images.
+        rank: 1 is the best; 0 if neither direction is better.
+        behind: the first method's lead over this one on the images of both, always positive if it is clearly ahead;
             None for the first.
-        ahead_of: methods it is ahead of by the paired interval.
+        ahead_of: methods that it leads by the paired interval.
     """
 
     interval: Interval
@@ -39,18 +39,18 @@ class Figure:
 
 @dataclass
 class Table:
-    """What is known of one model on one collection.
+    """The figures of one model on one collection.
 
     Args:
         data: the collection.
         model: the model.
-        images: how many were asked for.
+        images: number of requested images.
         accuracy: share of the clean predictions that are the label; None without labels.
         figures: by metric, then method, best first.
         curves: by method: accuracies at 10 to 90 %, by sign and kind.
         randomised: by method: correlation at every stage of the cascade.
-        failed: by method, the reasons and how many images each cost.
-        flags: sentences about maps and truths that say nothing.
+        failed: by method, reasons and the number of images lost to each.
+        flags: sentences about maps and truths without information.
     """
 
     data: Data
@@ -65,7 +65,7 @@ class Table:
 
     @property
     def methods(self) -> list[str]:
-        """All methods with figures, best first by the most telling one there is."""
+        """All methods with figures, best first by the most informative figure available."""
         for name in ("gap_target", "gap_top", "miou", *METRICS):
             if name in self.figures:
                 first = list(self.figures[name])
@@ -78,9 +78,9 @@ def summarise(plan: Plan, store: Store, half: str | None = None) -> list[Table]:
     """Return all tables of a plan.
 
     Args:
-        plan: what was wanted.
+        plan: the comparison.
         store: what was measured.
-        half: keep the images of this half alone.
+        half: use only the images of this half.
     """
     return [_table(plan, store, selector, model, half) for selector, model in plan.pairs]
 
@@ -162,7 +162,7 @@ def compare(metric: Metric, lines: Mapping[str, Lines], indices: Sequence[int], 
 def _order(
     better: int, columns: Mapping[str, tuple[np.ndarray, np.ndarray]], draws: Callable[[str, np.ndarray], np.ndarray]
 ) -> list[str]:
-    """Best first.
+    """Order methods, best first.
 
     Methods of fewer images are placed by their difference to one of all images, on those that both have: otherwise
     easier images would put them ahead.
@@ -189,7 +189,7 @@ def _resampler(images: int, seed: int) -> Resampler:
 
 
 def _columns(metric: Metric, lines: Lines, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(images, columns) with zeros where an image says nothing, and (images,) whether it says something."""
+    """(images, columns) with zeros for images that do not count, and (images,) whether each counts."""
     found = [metric.columns(lines[index]) if index in lines else None for index in indices]
     width = max((len(each) for each in found if each is not None), default=1)
     array = np.array([[0.0] * width if each is None else list(each) for each in found]).reshape(-1, width)
@@ -224,7 +224,7 @@ def _cascade(lines: Lines) -> list[float | None]:
 
 
 def _note(table: Table, measure: str, lines: Mapping[str, Lines]) -> None:
-    """What is said in sentences: failures, skipped images, constant maps, truths of one class."""
+    """Add sentences to a table: failures, skipped images, constant maps, truths of one class."""
     for method, its in lines.items():
         for line in its.values():
             if "error" in line:
@@ -236,7 +236,7 @@ def _note(table: Table, measure: str, lines: Mapping[str, Lines]) -> None:
             table.flags.append(f"{method}, {measure}: {flat} of {len(its)} maps are constant; {what}.")
     every = {index: line for its in lines.values() for index, line in its.items() if "error" not in line}
     if skipped := sum("skipped" in line for line in every.values()):
-        table.flags.append(f"{skipped} of {len(every)} images have neither boxes nor a mask and are left out of the "
+        table.flags.append(f"{skipped} of {len(every)} images have no boxes and no mask and are left out of the "
                            "localisation.")  # fmt: skip
     if single := sum(bool(line.get("one_class")) for line in every.values()):
         table.flags.append(f"{single} of {len(every)} images are all object or all background; those without an "

@@ -1,8 +1,8 @@
-"""The comparison as text, CSV and JSON, next to published figures where ours may stand: official weights, ImageNet.
+"""The comparison as text, CSV and JSON, next to published figures if comparable: official weights, ImageNet.
 
 Ali, Zimerman and Wolf, "The Hidden Attention of Mamba Models" (arXiv 2403.01590v2; ACL 2025): perturbation, Table 1
-(ImageNet validation images, AUC x 100; maps of the predicted class, accuracy against the label, as the code that the
-protocol is of: our ``..._target``); segmentation, Table 2 (ImageNet-Segmentation, percent).
+(ImageNet validation images, AUC x 100; maps of the predicted class, accuracy against the label, as in the protocol's
+code: our ``..._target``); segmentation, Table 2 (ImageNet-Segmentation, percent).
 The models are Vim-S and a Transformer of the same size. The row of MambaLRP is in the ACL version only.
 """
 
@@ -45,7 +45,7 @@ ABSENT = (
 
 
 def text_tables(tables: Sequence[Table]) -> list[Rows]:
-    """Return what is printed: per collection and model one table per question, methods in the order of the first."""
+    """Return the tables to print: per collection and model one per question, methods in the order of the first."""
     found = []
     for table in tables:
         accuracy = "" if table.accuracy is None else f", accuracy {table.accuracy:.1%}"
@@ -68,11 +68,11 @@ def text_tables(tables: Sequence[Table]) -> list[Rows]:
 
 
 def cell(figure: Figure | None, most: int = 0) -> str:
-    """Return a figure as it stands in a table.
+    """Format a figure for a table.
 
     Args:
         figure: of one method.
-        most: how many images the others have; a method of fewer says so.
+        most: number of images of the other methods; a method with fewer shows its own.
     """
     if figure is None:
         return ""
@@ -84,14 +84,14 @@ def cell(figure: Figure | None, most: int = 0) -> str:
 
 
 def mark(figure: Figure) -> str:
-    """Return " *" for the first, " =" for one that it is not ahead of by the paired interval, else nothing."""
+    """Return " *" for the first, " =" for one that it is not ahead of by the paired interval, else ""."""
     if not figure.rank:
         return ""
     return " *" if figure.rank == 1 else "" if figure.behind is None or figure.behind.clear else " ="
 
 
 def as_csv(tables: Sequence[Table]) -> str:
-    """Return one line per collection, model, method and metric."""
+    """Return CSV with one line per collection, model, method and metric."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["data", "model", "method", "metric", "value", "low", "high", "images", "rank", "better",
@@ -109,12 +109,12 @@ def as_csv(tables: Sequence[Table]) -> str:
 
 
 def as_json(tables: Sequence[Table], about: dict[str, Any], halves: Mapping[str, Sequence[Table]]) -> str:
-    """Return everything.
+    """Return all figures as JSON.
 
     Args:
         tables: of all images.
-        about: of the run: command, versions, options, notes.
-        halves: the same of one half of the images each.
+        about: metadata of the run: command, versions, options, notes.
+        halves: the tables of each half of the images.
     """
     used = {name for table in tables for name in table.figures}
     contents = {
@@ -157,7 +157,7 @@ def _interval(its: Interval) -> dict[str, float]:
 
 
 def _finite(value: Any) -> Any:
-    """The same with NaN and Inf as null: JSON has neither."""
+    """Replace NaN and Inf by None: JSON has neither."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -166,7 +166,7 @@ def _finite(value: Any) -> Any:
 
 
 def _short(value: float) -> str:
-    value = round(value, 9)  # rounding errors are no figures
+    value = round(value, 9)  # drop rounding errors
     if value == 0:
         return "0"
     return f"{value:.2f}" if 0.1 <= abs(value) < 100 else f"{value:.3g}"
@@ -177,10 +177,10 @@ class Published:
     """One row of a table.
 
     Args:
-        paper: what the paper calls the method.
-        ours: what we call it.
+        paper: the paper's name of the method.
+        ours: our name.
         model: "Vim-S" or "Transformer-S".
-        figures: by the names of our metrics.
+        figures: by name of our metrics.
     """
 
     paper: str
@@ -217,7 +217,7 @@ SEGMENTATION = (
 
 
 def beside(table: Table) -> tuple[Published, ...]:
-    """Return the rows that ours compare with; none unless weights and images are those of the paper."""
+    """Return the published rows to compare with; empty unless weights and images are those of the paper."""
     if table.model.name != MAMBA or table.model.weights == "demo" or len(table.model.subject.classes) != _CLASSES:
         return ()
     if table.data.identity.startswith("gtsegs_ijcv.mat"):

@@ -1,4 +1,4 @@
-"""One task: explain some images with every method that lacks figures, and measure; no image can end the run."""
+"""Runs tasks: explains images with every method that lacks figures, and measures; no image can end the run."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ Record = tuple[Key, dict[str, Any]]
 
 
 class Worker:
-    """Does tasks. What they need is loaded once and kept as long as the worker.
+    """Runs tasks. Models and data are loaded once and kept as long as the worker.
 
     Args:
         data: collections that are open already, by selector.
@@ -35,8 +35,8 @@ class Worker:
         self._models: dict[Model, Model] = {}
 
     def work(self, task: Task) -> list[Record]:
-        """Do a task and return its lines; what fails is a line with the reason."""
-        model = self._models.setdefault(task.model, task.model)  # of equal ones the first, which may be loaded
+        """Run a task and return its lines; a failure becomes a line with the reason."""
+        model = self._models.setdefault(task.model, task.model)  # the first of equal ones, which may be loaded
         if task.selector not in self._data:
             self._data[task.selector] = open_data(task.selector)
         return _work(replace(task, model=model), self._data[task.selector])
@@ -72,7 +72,7 @@ def _work(task: Task, data: Data) -> list[Record]:
 
 
 def _method(batch: Batch, data: Data, method: str, needs: Mapping[int, tuple[str, ...]]) -> list[Record]:
-    """All lines of a method; a batch that fails is tried again image by image, so that one does not cost the others."""
+    """Return all lines of a method; a failing batch is retried image by image, to lose only the failing ones."""
     try:
         lines = _measured(batch, data, method, needs)
     except FAILURES as error:
@@ -97,7 +97,7 @@ def _measured(batch: Batch, data: Data, method: str, needs: Mapping[int, tuple[s
 
 
 def _judged(batch: Batch, maps: Tensor, data: Data, method: str, measure: str) -> list[Record]:
-    """All lines of a measure; where it fails, the others stay, and images that are tried again one by one."""
+    """Return all lines of a measure; a failure keeps other measures, and images are retried one by one."""
     try:
         found = JUDGES[measure](batch, maps, method)
         _check_numbers(measure, found)
@@ -116,7 +116,7 @@ def _judged(batch: Batch, maps: Tensor, data: Data, method: str, measure: str) -
 
 
 def _check_numbers(measure: str, lines: list[dict[str, Any]]) -> None:
-    """Refuse what a store cannot hold."""
+    """Refuse NaN and Inf, which a store cannot hold."""
     try:
         json.dumps(lines, allow_nan=False)
     except ValueError as error:
@@ -124,10 +124,10 @@ def _check_numbers(measure: str, lines: list[dict[str, Any]]) -> None:
 
 
 def _explained(task: Task, data: Data, index: int, labels: Sequence[int | None]) -> int | None:
-    """The class that is explained; None for the predicted one.
+    """Return the class to explain; None for the predicted one.
 
     Raises:
-        ValueError: the label is asked for, and there is none that the model knows.
+        ValueError: the label was requested, but the image has none that the model knows.
     """
     if task.options.target != LABEL:
         return task.model.explained(task.options)
@@ -135,12 +135,12 @@ def _explained(task: Task, data: Data, index: int, labels: Sequence[int | None])
     known = None if label is None else labels[label]
     if known is None:
         what = "it has no label" if label is None else f"{data.classes[label]!r} is no class of {task.model.name}"
-        raise ValueError(f"{data.items[index].key}: {what}, so that there is no target.")
+        raise ValueError(f"{data.items[index].key}: {what}, so there is no target.")
     return known
 
 
 def _restricted(needs: Needs, indices: Sequence[int]) -> Needs:
-    """What some of the images need."""
+    """Return the needs of some of the images."""
     kept = {
         method: {index: measures for index, measures in its.items() if index in indices}
         for method, its in needs.items()

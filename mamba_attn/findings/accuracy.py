@@ -1,4 +1,4 @@
-"""What goes with accuracy over patch orders, and whether accuracy differs over orders at all."""
+"""What correlates with accuracy over patch orders, and whether accuracy differs between orders at all."""
 
 import json
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ _DRAWS = 10_000
 
 @dataclass(frozen=True)
 class Orders:
-    """Models that differ in their order, and in the seed of their training, alone.
+    """Models that differ only in their order and the seed of their training.
 
     Args:
         model: their name.
-        options: that all have.
+        options: common to all.
         accuracy: top-1 in percent by order, one per model.
         correlations: by finding: the numbers of the orders' models, averaged, against their averaged accuracy.
     """
@@ -37,19 +37,19 @@ class Orders:
 
     @property
     def spread(self) -> float:
-        """Largest less least mean accuracy of an order, in percentage points."""
+        """Range of the orders' mean accuracies, in percentage points."""
         means = [float(np.mean(each)) for each in self.accuracy.values()]
         return max(means) - min(means)
 
     @property
     def seeds_spread(self) -> float | None:
-        """The same within an order, over its seeds, on average; None with one seed each."""
+        """Range of accuracies over an order's seeds, averaged over orders; None with one seed each."""
         ranges = [float(np.ptp(each)) for each in self.accuracy.values() if len(each) > 1]
         return float(np.mean(ranges)) if ranges else None
 
     @property
     def chance(self) -> float | None:
-        """Which part of random assignments of models to orders lets the orders' means differ as much; None likewise."""
+        """Fraction of random assignments to orders whose means differ as much: a p-value; None with one seed each."""
         if self.seeds_spread is None:
             return None
         label = np.repeat(np.arange(len(self.accuracy)), [len(each) for each in self.accuracy.values()])
@@ -63,7 +63,7 @@ class Orders:
 
     @property
     def strongest(self) -> tuple[str, Together, float] | None:
-        """The finding that goes with accuracy most, and its p-value times the number of findings; None without any."""
+        """The finding that correlates best with accuracy, and its p-value times the number of findings; or None."""
         known = {name: each for name, each in self.correlations.items() if np.isfinite(each.correlation)}
         if not known:
             return None
@@ -72,10 +72,10 @@ class Orders:
 
 
 def over_orders(reports: Sequence[Report]) -> list[Orders]:
-    """Return what goes with accuracy, for each model of which there are several orders.
+    """Return what correlates with accuracy, for each model with several orders.
 
     Args:
-        reports: of stores; those without accuracy are left out.
+        reports: of stores; those without accuracy are ignored.
     """
     families: dict[str, list[Report]] = {}
     for report in reports:
@@ -91,10 +91,10 @@ def over_orders(reports: Sequence[Report]) -> list[Orders]:
 
 
 def known_accuracy(store: AttentionStore) -> float | None:
-    """Return the accuracy that the card of a store's weights names, top-1 in percent; None where there is none.
+    """Return the accuracy on the card of a store's weights, top-1 in percent; None if unknown.
 
     Args:
-        store: the store.
+        store: a store of attention.
     """
     weights = str(store.index.model["weights"])
     try:

@@ -1,7 +1,7 @@
-"""The findings of a store's model beside its controls: random weights, another scan order, shuffled places.
+"""The findings of a store's model and its controls: random weights, another scan order, shuffled places.
 
 What a trained model shows may be its architecture's: a recurrence that decays reads near patches whatever its weights.
-What lies inside the range expected of untrained models says nothing of training; what lies outside is a fact about this
+A number inside the range expected of untrained models says nothing about training; one outside is a fact about this
 one trained model.
 """
 
@@ -32,13 +32,13 @@ class Row:
         finding: its name.
         place: a layer, "stage 0", "model", or "all": the mean over layers or stages.
         trained: of the store's model.
-        random: the mean over seeds; None without any.
+        random: the mean over seeds; None without seeds.
         seeds: every seed's own.
-        untrained: where one more model with random weights is expected, and the p-value of the trained one; see
+        untrained: the range of one more model with random weights, and the p-value of the trained one; see
             ``compared``.
         reordered: of the trained weights scanning in a random order.
-        order: trained less reordered, resampled over images.
-        shuffled: of the trained model with the patches' places shuffled: what chance gives.
+        order: trained minus reordered, resampled over images.
+        shuffled: of the trained model with the patches' places shuffled: the chance level.
     """
 
     finding: str
@@ -53,7 +53,7 @@ class Row:
 
     @property
     def about(self) -> Finding:
-        """The finding."""
+        """The finding that the row is about."""
         return FINDINGS[self.finding]
 
     @property
@@ -66,7 +66,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """Where the model is, to the range expected of untrained ones: "above", "below", "inside"; "" if not known."""
+        """The model relative to the range expected of untrained ones: "above", "below", "inside"; "" if unknown."""
         if self.random is None or self.untrained is None:
             return ""
         if self.untrained.corrected > LEVEL:
@@ -75,7 +75,7 @@ class Row:
 
     @property
     def order_verdict(self) -> str:
-        """What its own order changes: "more", "less", "no difference"; "" where this is not known."""
+        """The effect of its own order: "more", "less", "no difference"; "" if unknown."""
         if self.order is None or self.order.low is None:
             return ""
         beyond = self.order.beyond(">", 0.0)
@@ -84,20 +84,20 @@ class Row:
 
 @dataclass
 class Report:
-    """What was found in one store.
+    """The findings of one store.
 
     Args:
         name: of the store.
         model: name of its model.
-        options: that it was built with.
-        order: that it scans in; "" for softmax attention.
-        images: that were looked at.
+        options: that built it.
+        order: its scan order; "" for softmax attention.
+        images: number of images used.
         groups: of images, for findings about mean matrices.
-        rows: all findings at all places.
+        rows: findings at every place.
         depths: places of blocks, first to last.
-        pairs: of blocks, in every stage that has some; ``block_correlation`` is a minimum over them.
-        notes: what could not be done, and why.
-        accuracy: top-1 in percent, where it is known.
+        pairs: number of pairs of blocks per stage with pairs; ``block_correlation`` is a minimum over them.
+        notes: what could not be measured, and why.
+        accuracy: top-1 in percent, if known.
     """
 
     name: str
@@ -113,7 +113,7 @@ class Report:
     accuracy: float | None = None
 
     def row(self, finding: str, place: str = ALL) -> Row | None:
-        """Return a finding at a place, or None where it is undefined.
+        """Return a finding at a place, or None if undefined.
 
         Args:
             finding: its name.
@@ -123,10 +123,10 @@ class Report:
 
 
 def steps(store: AttentionStore, count: int, seeds: int) -> int:
-    """How often ``report`` will call ``advance``, at most.
+    """Return how often ``report`` calls ``advance``, at most.
 
     Args:
-        store: the store.
+        store: a store of attention.
         count: images.
         seeds: of random weights.
     """
@@ -141,10 +141,10 @@ def report(
 
     Args:
         name: what the store is called.
-        store: the store.
-        folder: where numbers are kept, so that a killed call goes on.
-        images: the first so many. Default: all.
-        seeds: models with random weights.
+        store: a store of attention.
+        folder: where numbers are kept; a killed call resumes from it.
+        images: number of first images to use. Default: all.
+        seeds: number of models with random weights.
         advance: called after every image of every model.
 
     Raises:
@@ -162,11 +162,11 @@ def report(
     for seed in range(seeds):
         found = _tried(lambda: measuring.model(store.untrained(seed)), f"random weights, seed {seed}", notes)  # noqa: B023
         if found is None:
-            break  # what failed once fails for every seed
+            break  # a failure repeats for every seed
         random += found
     reordered = _reordered(store, measuring, notes)
     if count < 2:
-        notes.append("one image alone: no intervals, and nothing that compares images.")
+        notes.append("only one image: no intervals, and nothing that compares images.")
     result = Report(name, store.model_name, dict(store.index.model["options"]), order_of(store.index), count, 0,
                     depths=[layer.name for layer in store.layers], pairs=pairs([each.stage for each in store.layers]),
                     notes=notes)  # fmt: skip
@@ -176,7 +176,7 @@ def report(
 
 
 def compared(rows: Sequence[Row]) -> list[Row]:
-    """Return rows with the range that is expected of untrained models, from their seeds.
+    """Return rows with the range expected of untrained models, from their seeds.
 
     p-values are corrected over the rows of a table: those of the whole model, and those of its blocks and stages.
 
@@ -213,7 +213,7 @@ def _reordered(store: AttentionStore, measuring: Measuring, notes: list[str]) ->
     if not order:
         return []
     if order == SHUFFLED_ORDER:
-        notes.append("it was trained in a random order, so that no model scans in another one for comparison.")
+        notes.append("it was trained in a random order, so there is no comparison with another scan order.")
         return []
     return _tried(lambda: measuring.model(store.reordered(SHUFFLED_ORDER)), "the random scan order", notes) or []
 
@@ -254,7 +254,7 @@ def _rows(own: Sequence[Measured], random: Sequence[Measured], reordered: Sequen
 
 
 def _with_means(values: dict[tuple[str, str], np.ndarray]) -> dict[tuple[str, str], np.ndarray]:
-    """The same, and the mean over its places of every finding that has several, image by image."""
+    """Add the per-image mean over places of every finding that has several places."""
     found = dict(values)
     for name in (name for name, finding in FINDINGS.items() if finding.level != "model"):
         each = [array for (its, place), array in values.items() if its == name and np.isfinite(array).any()]

@@ -1,10 +1,10 @@
-"""What the findings compute: of the rows of a mean matrix, of each image's matrix, of the blocks of a stage, by depth.
+"""The findings' formulas: for rows of a mean matrix, each image's matrix, the blocks of a stage, and depth.
 
 Mode 2 of arXiv 2502.20764 is about rows. A point is a patch: its row of the mean attention of a group of images,
-divided by its norm, on the first 100 principal components. No layout in the plane takes part.
+divided by its norm, on the first 100 principal components. No embedding in the plane is involved.
 
 Shares are |attention| between patches divided by its sum over a row, (images, n, n); the reader is the first of the two
-axes. Rows that read nothing are left out.
+axes. Rows that read nothing are ignored.
 
 Mode 1 is about blocks: a point is the matrix of one image in one block.
 """
@@ -20,7 +20,7 @@ from mamba_attn.core.ranks import ranks, spearman
 from mamba_attn.findings.places import Places
 
 FIRST = 100  # principal components
-NEIGHBOURS = 5  # that purity looks at
+NEIGHBOURS = 5  # used for purity
 MOST_POINTS = 1024  # of Mode 1: blocks x images; the first images are taken
 
 
@@ -36,7 +36,7 @@ class Rows:
 
     @cached_property
     def squares(self) -> np.ndarray:
-        """(points, points) squared distances, 2 - 2 cosine but for what the principal components leave out."""
+        """Squared distances (points, points): 2 - 2 cosine, up to what the principal components omit."""
         lengths = np.einsum("nf,nf->n", self.points, self.points)
         found = lengths[:, None] + lengths - 2 * self.points @ self.points.T
         np.fill_diagonal(found, 0)
@@ -54,7 +54,7 @@ class Rows:
         return np.asarray(found - found.mean())
 
     def follow(self, ranked: np.ndarray) -> float:
-        """Spearman's correlation of the pairs' distances with others; NaN where one of the two is constant.
+        """Return Spearman's correlation of the pairs' distances with others; NaN if either is constant.
 
         Args:
             ranked: the others' ranks less their mean.
@@ -126,10 +126,10 @@ def block_purity(rows: Rows, places: Places) -> float:
 
 
 def purity(rows: Rows, labels: np.ndarray) -> float:
-    """Return how far nearest points share a label: 0 as by chance, 1 if all do; NaN where no two points share one.
+    """Return how often nearest points share a label: 0 as by chance, 1 if always; NaN if no two points share one.
 
-    Points whose label no other has are left out. Of a label with fewer than six points, so many neighbours are looked
-    at as could share it.
+    Points with a unique label are ignored. For a label with fewer than six points, only as many neighbours count as
+    could share it.
 
     Args:
         rows: the points.
@@ -203,7 +203,7 @@ def shares_of(matrices: np.ndarray) -> np.ndarray:
 
 
 def entropy(shares: np.ndarray, places: Places) -> np.ndarray:
-    """-sum_j s_ij log s_ij / log n, mean over rows i: 0 where one patch is read, 1 where all are read alike.
+    """-sum_j s_ij log s_ij / log n, mean over rows i: 0 if one patch is read, 1 if all are read equally.
 
     Args:
         shares: of images.
@@ -251,7 +251,7 @@ def preceding_lift(shares: np.ndarray, places: Places) -> np.ndarray:
 
 
 def _mean(rows: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """(images,) mean over the rows that read something; NaN where there is none."""
+    """Return the mean over rows that read something, (images,); NaN if no row does."""
     reads = shares.any(2)
     count = reads.sum(1)
     mean: np.ndarray = np.where(count > 0, (rows * reads).sum(1) / np.maximum(count, 1), np.nan)
@@ -260,13 +260,13 @@ def _mean(rows: np.ndarray, shares: np.ndarray) -> np.ndarray:
 
 @dataclass(eq=False)
 class Stage:
-    """What was measured of the blocks of one stage.
+    """Measurements of the blocks of one stage.
 
     Args:
         features: per block (images, features), the images' matrices or projections of them.
         means: per block (groups, points, n), mean matrices of groups of images.
         diagonal: (points, n), whether an entry lies on the matrix's diagonal.
-        distances: per block (images,), mean attention distances; empty where they are not known.
+        distances: per block (images,), mean attention distances; empty if unknown.
     """
 
     features: Sequence[np.ndarray]
@@ -292,7 +292,7 @@ def block_silhouette(stage: Stage) -> np.ndarray:
     Rousseeuw (1987), of the points (block, image) of a stage; near 1 where blocks form clusters of their own.
 
     Args:
-        stage: of at least two blocks; else there is nothing to tell apart.
+        stage: of at least two blocks; with one there is nothing to separate.
     """
     blocks = len(stage.features)
     if blocks < 2 or len(stage.features[0]) < 2:
@@ -327,7 +327,7 @@ def block_neighbours(stage: Stage) -> np.ndarray:
 def block_correlation(stage: Stage) -> np.ndarray:
     """Least Pearson correlation of |mean attention| over pairs of blocks, off the diagonal; below 0 two complement.
 
-    A minimum: n blocks have n (n - 1) / 2 pairs, and the more there are, the lower it is by itself.
+    A minimum: n blocks have n (n - 1) / 2 pairs, and more pairs alone make it lower.
 
     Args:
         stage: of at least two blocks.
@@ -348,7 +348,7 @@ def block_correlation(stage: Stage) -> np.ndarray:
 
 
 def distance_range(stage: Stage) -> np.ndarray:
-    """Largest less least mean attention distance of the stage's blocks, in pixels, per image.
+    """Range of the mean attention distances of the stage's blocks, in pixels, per image.
 
     Args:
         stage: of at least two blocks.
@@ -361,8 +361,8 @@ def distance_range(stage: Stage) -> np.ndarray:
 def image_share(features: np.ndarray) -> np.ndarray:
     """Variance of a block's matrices over images, as a part of their mean square, at unit norm; one number per image.
 
-    |f_k - mean f|^2 n / (n - 1) for the unit vector f_k of image k: their mean is 0 where all images have one pattern,
-    1 where nothing is common to them.
+    |f_k - mean f|^2 n / (n - 1) for the unit vector f_k of image k: their mean is 0 if all images have one pattern, 1
+    if they have nothing in common.
 
     Args:
         features: (images, features) of one block.
@@ -378,7 +378,7 @@ def by_depth(values: np.ndarray) -> np.ndarray:
     """Spearman's correlation of a block's number with its depth, one per image or group.
 
     Args:
-        values: (blocks, images or groups); undefined blocks are left out, fewer than three give NaN.
+        values: (blocks, images or groups); undefined blocks are ignored, fewer than three give NaN.
     """
     found = []
     for column in values.T:

@@ -1,4 +1,4 @@
-"""How sure a finding is: a bootstrap over images, the range of untrained models, and whether two orders go together.
+"""Uncertainty of a finding: a bootstrap over images, the range of untrained models, and rank correlation.
 
 The range in which one more untrained model is expected is Student's prediction interval over random seeds. The
 question is whether one trained model could be one of the untrained ones, so that their scatter counts and not how well
@@ -17,22 +17,22 @@ import numpy as np
 from mamba_attn.core.ranks import ranks, spearman
 from mamba_attn.evaluation.intervals import drawn_counts
 
-_EXACT = 7  # numbers whose orders are all tried
+_EXACT = 7  # up to this count of numbers, try all permutations
 _PERCENT = (2.5, 97.5)
-_ROUNDING = 1e-6  # what float32 alone makes of a matrix that does not change
+_ROUNDING = 1e-6  # float32 error of a matrix that does not change
 LEVEL = 0.05  # of a verdict, after the correction
-_LEAST_SCATTER = 1e-6  # of the size of a number: what float32 alone makes of seeds that do not differ
+_LEAST_SCATTER = 1e-6  # relative float32 error of seeds that do not differ
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and the interval that resampling gives; ``low`` and ``high`` are None where there is nothing to resample.
+    """A mean and the interval that resampling gives; ``low`` and ``high`` are None if there is nothing to resample.
 
     Args:
         value: the mean.
         low: 2.5 % of the draws lie below.
         high: 2.5 % lie above.
-        units: images, or groups of images, that were counted.
+        units: number of images, or groups of images.
     """
 
     value: float
@@ -41,11 +41,11 @@ class Estimate:
     units: int
 
     def beyond(self, sign: str, number: float) -> bool | None:
-        """Return whether the interval lies on one side of a number; None where it holds it, or there is none.
+        """Return whether the interval lies on one side of a number; None if it contains it or there is no interval.
 
         Args:
             sign: ">" or "<".
-            number: the border.
+            number: the threshold.
         """
         if self.low is None or self.high is None or self.low - _ROUNDING <= number <= self.high + _ROUNDING:
             return None
@@ -56,7 +56,7 @@ def mean(values: np.ndarray, seed: int = 0) -> Estimate | None:
     """Return the mean of numbers, one per image or group, and the percentiles of a bootstrap; None without numbers.
 
     Args:
-        values: (units,); NaN are left out.
+        values: (units,); NaN are ignored.
         seed: of the resampling.
     """
     known = values[np.isfinite(values)]
@@ -69,7 +69,7 @@ def mean(values: np.ndarray, seed: int = 0) -> Estimate | None:
 
 
 def difference(values: np.ndarray, other: np.ndarray, seed: int = 0) -> Estimate | None:
-    """Return the mean of numbers less that of the same images' numbers in another model; None without a common image.
+    """Return the mean of numbers minus that of the same images in another model; None without a common image.
 
     Args:
         values: (units,).
@@ -81,13 +81,13 @@ def difference(values: np.ndarray, other: np.ndarray, seed: int = 0) -> Estimate
 
 @dataclass(frozen=True)
 class Together:
-    """How far two orders of a few numbers go together.
+    """How strongly the ranks of two short lists of numbers agree.
 
     Args:
-        correlation: Spearman's; NaN where one of the two is constant.
-        chance: which part of all orders (or of 10,000 drawn ones) correlate as far, whichever way: the p-value.
-        border: 95 % of the orders correlate less far than this.
-        count: numbers.
+        correlation: Spearman's; NaN if either is constant.
+        chance: fraction of all permutations (or of 10,000 drawn) that correlate as strongly, two-sided: the p-value.
+        border: 95 % of the permutations correlate less strongly than this.
+        count: how many numbers.
     """
 
     correlation: float
@@ -97,12 +97,12 @@ class Together:
 
 
 def together(first: np.ndarray, second: np.ndarray, seed: int = 0) -> Together:
-    """Compare two orders with all that chance could make of them.
+    """Compare a rank correlation with those of random permutations.
 
     Args:
         first: (numbers,).
         second: (numbers,).
-        seed: of the orders that are drawn, where there are too many to try all.
+        seed: of drawn permutations, if there are too many to try all.
     """
     count = len(first)
     found = spearman(first, second) if count > 1 else float("nan")
@@ -126,12 +126,12 @@ def _percentiles(drawn: np.ndarray) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Expected:
-    """Where one more untrained model is expected, and how rarely one lies as far from their mean as the trained one.
+    """The range of one more untrained model, and how rarely one lies as far from their mean as the trained one.
 
     Args:
         low: 2.5 % of untrained models lie below, if seeds scatter normally.
         high: 2.5 % lie above.
-        chance: which part of untrained models lies as far from the mean as the trained one, either way: the p-value.
+        chance: fraction of untrained models that lie as far from the mean as the trained one, two-sided: the p-value.
         corrected: the same after Holm's correction over the rows of a table.
     """
 
@@ -159,7 +159,7 @@ def expected(value: float, seeds: Sequence[float]) -> Expected | None:
 
 
 def holm(chances: Sequence[float]) -> list[float]:
-    """Return p-values corrected for their number, so that all errors together are bounded (Holm 1979).
+    """Return p-values corrected for their number, which bounds the family-wise error (Holm 1979).
 
     Args:
         chances: the p-values of one table.
@@ -173,7 +173,7 @@ def holm(chances: Sequence[float]) -> list[float]:
 
 
 def tail(t: float, freedom: int) -> float:
-    """Return the probability that Student's t lies as far from 0, either way: Abramowitz and Stegun 26.7.3, 26.7.4.
+    """Return the two-sided tail probability of Student's t: Abramowitz and Stegun 26.7.3, 26.7.4.
 
     Args:
         t: from 0 on.
@@ -192,7 +192,7 @@ def tail(t: float, freedom: int) -> float:
 
 @cache
 def quantile(freedom: int, chance: float = LEVEL) -> float:
-    """Return the t that Student's t exceeds, either way, with a given probability.
+    """Return the two-sided quantile of Student's t for a given probability.
 
     Args:
         freedom: degrees of freedom, from 1 on.

@@ -1,4 +1,4 @@
-"""One pass of a model over a store's own pictures, or over the matrices that the store kept, for all findings."""
+"""Measures all findings in one pass over a store's pictures, or over the matrices that the store kept."""
 
 import hashlib
 import json
@@ -18,17 +18,17 @@ from mamba_attn.findings import registry as findings
 from mamba_attn.findings.results import Block, Measured, gathered
 from mamba_attn.tracing.tracer import trace
 
-SHUFFLE = 0  # seed of the places that are dealt out at random
+SHUFFLE = 0  # seed of shuffled places
 Advance = Callable[[], None]
 
 
 class Measuring:
-    """Measures models on the images of a store; what is done is kept in a folder.
+    """Measures models on the images of a store; results are cached in a folder.
 
     Args:
-        store: whose images.
-        count: the first so many of them.
-        folder: where numbers are kept, so that a killed call goes on.
+        store: the store with the images.
+        count: number of first images to use.
+        folder: where numbers are kept; a killed call resumes from it.
         advance: called after every image of every model.
     """
 
@@ -39,11 +39,11 @@ class Measuring:
         self._images = json.dumps([keys, store.index.data, vars(store.transform)], default=str)
 
     def model(self, subject: LoadedModel, shuffled: bool = False) -> list[Measured]:
-        """Return the numbers of a model, and with the patches' places dealt out at random where asked for.
+        """Return the numbers of a model, and those with the patches' places shuffled if requested.
 
         Args:
             subject: the model; it sees what the store's model saw.
-            shuffled: whether to do that too.
+            shuffled: also measure with shuffled places.
 
         Raises:
             NonFiniteError: its attention contains NaN or Inf.
@@ -61,7 +61,7 @@ class Measuring:
         return self._keep(gathered(blocks), "model", options)
 
     def kept(self) -> list[Measured]:
-        """Return the numbers of the store's model as far as the store itself knows them, and with shuffled places.
+        """Return the numbers of the store's model that its stored matrices give, and those with shuffled places.
 
         Of layers whose matrices it holds as projections alone, findings of rows come from the mean over all images and
         have no interval; those that need every matrix are missing.
@@ -84,7 +84,7 @@ class Measuring:
 
     @property
     def projected(self) -> list[StoredLayer]:
-        """Layers of which the store has no exact matrices."""
+        """Return layers of which the store has no exact matrices."""
         return [layer for layer in self.store.layers if not layer.exact]
 
     def _from_store(self, block: Block) -> None:

@@ -1,4 +1,4 @@
-"""The findings of some stores as one HTML page that needs no network.
+"""The findings of some stores as one self-contained HTML page.
 
 Its pictures: matrices at a quarter, half and three quarters of the depth, and numbers by depth.
 """
@@ -34,11 +34,11 @@ _WIDE, _HIGH, _LEFT, _TOP, _BOTTOM = 330, 190, 62, 24, 26  # a label has up to n
 def page(
     reports: Sequence[Report], orders: Sequence[Orders], stores: Mapping[str, AttentionStore], command: str
 ) -> str:
-    """Return the page.
+    """Render the page of findings.
 
     Args:
         reports: of the stores.
-        orders: what goes with accuracy.
+        orders: what correlates with accuracy.
         stores: by name, for the pictures.
         command: how to make it again.
     """
@@ -72,7 +72,7 @@ def _questions() -> list[list[str]]:
 def matrices_rgb(stores: Mapping[str, AttentionStore], side: int = _SIDE) -> np.ndarray:
     """Return mean attention at 25, 50 and 75 % of the depth, a row per model, and what the patch in the middle reads.
 
-    Patches are in raster order; every panel has its own colours. Larger matrices are shrunk by averaging.
+    Patches are in raster order; every panel has its own colours. Larger matrices are averaged over blocks.
 
     Args:
         stores: by name.
@@ -93,11 +93,11 @@ def matrices_rgb(stores: Mapping[str, AttentionStore], side: int = _SIDE) -> np.
 
 
 def pooled(matrix: np.ndarray, most: int) -> np.ndarray:
-    """Return a matrix of at most so many rows and columns: means of equal squares, an incomplete one at the end cut.
+    """Return a matrix of at most ``most`` rows and columns: means of equal squares, dropping an incomplete last one.
 
     Args:
         matrix: square.
-        most: rows.
+        most: largest number of rows and columns.
     """
     step = -(-len(matrix) // most)
     side = len(matrix) // step
@@ -111,7 +111,7 @@ def looks(reports: Sequence[Report]) -> list[tuple[str, Look]]:
 
 
 def by_depth(reports: Sequence[Report], name: str) -> Markup:
-    """Return a finding against depth as SVG: a line per store, trained drawn through, random weights dashed.
+    """Return a finding against depth as SVG: a line per store, solid if trained, dashed for random weights.
 
     Args:
         reports: of the stores.
@@ -154,6 +154,6 @@ def _plot(title: str, lines: Sequence[tuple[str, Look, list[tuple[float, float]]
 
 
 def _enlarged(rgb: np.ndarray, side: int) -> np.ndarray:
-    """Whole pixels, so that cells keep their edges."""
+    """Enlarge by whole pixels, which keeps the edges of cells sharp."""
     times = max(1, side // max(rgb.shape[:2]))
     return rgb.repeat(times, 0).repeat(times, 1)

@@ -1,4 +1,4 @@
-"""Where patches lie: in the image, in rows, columns and z-blocks, and along the scans of their layer."""
+"""The places of patches: in the image, in rows, columns and z-blocks, and along the scans of their layer."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _FAR = np.iinfo(np.int32).max
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """What is known of the places of n patches, and of pairs of them; the first axis of a pair is the reader.
+    """Places of n patches, and relations of pairs of them; the first axis of a pair is the reader.
 
     Args:
         row: (n,) label of the patch's row.
@@ -27,7 +27,7 @@ class Places:
             power of two nearest to the square root of the grid's, so that there are about as many of them as rows.
         away: (n, n) distance in pixels, float32.
         near: (n, n) whether a patch is another's neighbour in the grid, of eight, or itself.
-        steps: (n, n) steps between two patches in the route of the layer where they are fewest; class tokens are none.
+        steps: (n, n) fewest steps between two patches over the layer's routes; class tokens do not count.
         before: (n, n) whether the second is 1 to 3 steps before the first in one of the routes.
         raster: (n, n) as ``steps``, in raster order; where a layer has more than two routes, in rows or columns.
     """
@@ -46,7 +46,7 @@ class Places:
 
     @cached_property
     def ranked(self) -> dict[str, np.ndarray]:
-        """Ranks of "away", "steps" and "raster" over all pairs, less their mean."""
+        """Centred ranks of "away", "steps" and "raster" over all pairs."""
         pairs = np.triu_indices(len(self), 1)
         found = {name: ranks(getattr(self, name)[pairs]) for name in ("away", "steps", "raster")}
         return {name: values - values.mean() for name, values in found.items()}
@@ -67,7 +67,7 @@ class Places:
         return Places(**{name: v[index] if v.ndim == 1 else v[np.ix_(index, index)] for name, v in values.items()})
 
     def shuffled(self, seed: int = 0) -> "Places":
-        """Return the places dealt out to the patches at random: what is left of a statistic then is chance.
+        """Return the places in random order: what then remains of a statistic is chance.
 
         Args:
             seed: of the permutation.
@@ -79,7 +79,7 @@ def places_of(layer: StoredLayer) -> Places:
     """Return the places of a layer's patches, in raster order.
 
     Args:
-        layer: its layout and the orders of its routes count; softmax attention has one route, the raster.
+        layer: uses its layout and the orders of its routes; softmax attention has one route, the raster.
     """
     height, width = layer.layout.grid
     row, column = np.divmod(np.arange(height * width), width)
@@ -103,14 +103,14 @@ def places_of(layer: StoredLayer) -> Places:
 
 
 def _positions(routes: np.ndarray, tokens: int) -> np.ndarray:
-    """(routes, tokens) step at which a token is visited; -1 where a route leaves it out."""
+    """Return the step at which each token is visited, (routes, tokens); -1 if a route skips it."""
     found = np.full((len(routes), tokens), -1, dtype=np.int32)
     np.put_along_axis(found, routes, np.arange(routes.shape[1], dtype=np.int32)[None], axis=1)
     return found
 
 
 def _fewest_steps(visited: np.ndarray) -> np.ndarray:
-    """Over the routes that visit both."""
+    """Return the fewest steps between tokens, over the routes that visit both."""
     fewest = np.full((visited.shape[1],) * 2, _FAR, dtype=np.int32)
     for steps in visited:
         both = (steps[:, None] >= 0) & (steps >= 0)

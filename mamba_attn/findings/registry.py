@@ -1,8 +1,8 @@
-"""The findings of arXiv 2502.20764 as measurements: what is asked, what the paper says of it, which function answers.
+"""The findings of arXiv 2502.20764 as measurements: each with its question, the paper's claim and its function.
 
 Attention is the signed mean over channels, or heads, between patches, routes summed. Numbers of single images come from
-each image's matrix; numbers of rows come from mean matrices of groups of images, because a mean over images is what
-cancels their content.
+each image's matrix; numbers of rows come from mean matrices of groups of images, because averaging over
+images cancels their content.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from typing import Any
 from mamba_attn.errors import nearest
 from mamba_attn.findings import formulas
 
-VERSION = 1  # of the measurements: what an older one left in a folder is measured again
+VERSION = 1  # of the measurements; results of older versions are measured again
 GROUPS = 10  # of images, at most
 LEAST = 16  # patches, for a finding about rows
 
@@ -22,14 +22,14 @@ class Finding:
     """One measurement.
 
     Args:
-        name: of it.
+        name: of the finding.
         of: the finding of the paper that it stands for, F1 to F7; "" for one that the paper does not state.
         title: in a table.
         question: that it answers.
-        kind: what ``function`` takes: "matrix" (shares of images, places), "rows" (rows of a mean matrix, places),
+        kind: the input of ``function``: "matrix" (shares of images, places), "rows" (rows of a mean matrix, places),
             "features" (a block's features), "blocks" (a stage), "depth" (numbers of blocks).
-        claim: what the paper says of a trained model: a sign and a number; None where it says nothing.
-        function: with the formula.
+        claim: the paper's claim about a trained model: a sign and a number; None without a claim.
+        function: computes it; its docstring has the formula.
         source: the finding that a "depth" is about.
     """
 
@@ -44,7 +44,7 @@ class Finding:
 
     @property
     def level(self) -> str:
-        """What has one number: a "block", a "stage" or the "model"."""
+        """What the finding gives one number for: a "block", a "stage" or the "model"."""
         return {"blocks": "stage", "depth": "model"}.get(self.kind, "block")
 
 
@@ -122,10 +122,10 @@ def of_kind(kind: str) -> list[Finding]:
 
 
 def finding(name: str) -> Finding:
-    """Return a finding.
+    """Return the finding of a name.
 
     Args:
-        name: of it.
+        name: of the finding.
 
     Raises:
         ValueError: no such finding.

@@ -15,13 +15,13 @@ from mamba_attn.findings import registry as findings
 from mamba_attn.findings.formulas import Rows, shares_of
 from mamba_attn.findings.places import Places, places_of
 
-MOST_ROWS = 1024  # patches whose rows are compared; of larger grids so many are drawn
+MOST_ROWS = 1024  # patches whose rows are compared; larger grids are sampled
 MODEL = "model"
 
 
 @dataclass(eq=False)
 class Measured:
-    """The numbers of one model, or of one whose patches' places were dealt out at random.
+    """The numbers of one model, possibly with its patches' places shuffled.
 
     Args:
         values: (units,) by (finding, place): images or groups, NaN where undefined. A place is a layer's name,
@@ -31,7 +31,7 @@ class Measured:
     values: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write them in one step.
+        """Write the numbers to a file in one step.
 
         Args:
             path: of the file.
@@ -48,7 +48,7 @@ class Measured:
 
     @classmethod
     def load(cls, path: Path) -> "Measured | None":
-        """Return what was saved; None where there is nothing, or something damaged."""
+        """Return what was saved; None if the file is missing or damaged."""
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
                 names = [tuple(each) for each in json.loads(str(found["names"]))]
@@ -58,12 +58,12 @@ class Measured:
 
 
 class Block:
-    """Takes the matrices of one layer in, batch by batch.
+    """Accumulates the matrices of one layer, batch by batch.
 
     Args:
-        layer: whose.
-        images: how many will come.
-        shuffle: seed of places that are dealt out to the patches at random; None: they are where they are.
+        layer: the layer.
+        images: how many will be added.
+        shuffle: also measure with the patches' places shuffled by this seed. None: do not.
     """
 
     def __init__(self, layer: StoredLayer, images: int, shuffle: int | None = None) -> None:
@@ -85,7 +85,7 @@ class Block:
         }
 
     def add(self, start: int, matrices: np.ndarray) -> None:
-        """Take images in.
+        """Add images.
 
         Args:
             start: the first one's number.
@@ -108,11 +108,11 @@ class Block:
 
     @property
     def diagonal(self) -> np.ndarray:
-        """(points, n), whether an entry lies on the matrix's diagonal."""
+        """Whether an entry lies on the matrix's diagonal, (points, n)."""
         return np.asarray(self.points[:, None] == np.arange(len(self.patches)))
 
     def results(self) -> dict[bool, dict[str, np.ndarray]]:
-        """Return the numbers of the block's findings, and with the places dealt out at random where there are such."""
+        """Return the numbers of the block's findings, and those with shuffled places if requested."""
         found: dict[bool, dict[str, np.ndarray]] = {shuffled: {} for shuffled in self.places}
         for (name, shuffled), values in self.values.items():
             if values:
@@ -152,10 +152,10 @@ def compact(matrix: np.ndarray) -> np.ndarray:
 
 
 def gathered(blocks: Sequence[Block]) -> list[Measured]:
-    """Return the numbers of a model, and of its blocks with the places dealt out at random where these were asked for.
+    """Return the numbers of a model, and those with shuffled places if requested.
 
     Args:
-        blocks: that have all images, in execution order.
+        blocks: with all images added, in execution order.
     """
     results = {block.layer.name: block.results() for block in blocks}
     found = [

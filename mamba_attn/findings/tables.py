@@ -71,7 +71,7 @@ def side_by_side(reports: Sequence[Report]) -> Texts:
 
 
 def orders_table(orders: Orders) -> Texts:
-    """Return title, header and rows of what goes with accuracy over orders.
+    """Return title, header and rows of what correlates with accuracy over orders.
 
     Args:
         orders: of one model.
@@ -85,7 +85,7 @@ def orders_table(orders: Orders) -> Texts:
 
 
 def orders_sentence(orders: Orders) -> str:
-    """Return in words whether accuracy differs over orders, and what goes with it.
+    """Describe whether accuracy differs over orders, and what correlates with it.
 
     Args:
         orders: of one model.
@@ -93,7 +93,7 @@ def orders_sentence(orders: Orders) -> str:
     count, models = len(orders.accuracy), sum(len(each) for each in orders.accuracy.values())
     parts = [f"{orders.model}: top-1 of {models} models in {count} orders differs by {orders.spread:.2f} points."]
     if orders.chance is None:
-        parts.append("With one seed each, this cannot be told from what the seed changes.")
+        parts.append("With one seed each, this cannot be distinguished from the effect of the seed.")
     else:
         differ = "more than by chance" if orders.chance < 0.05 else "no more than by chance"
         parts.append(
@@ -101,7 +101,7 @@ def orders_sentence(orders: Orders) -> str:
         )
     found = orders.strongest
     if found is None:
-        parts.append("That is too few orders, or numbers, for a correlation.")
+        parts.append("There are too few orders, or numbers, for a correlation.")
     else:
         name, its, corrected = found
         certain = "" if corrected < 0.05 else ", which is no evidence"
@@ -114,7 +114,7 @@ def orders_sentence(orders: Orders) -> str:
 
 
 def blocks_table(report: Report) -> Texts:
-    """Return title, header and rows of everything, place by place.
+    """Return title, header and rows of all findings, place by place.
 
     Args:
         report: of a store.
@@ -124,7 +124,7 @@ def blocks_table(report: Report) -> Texts:
 
 
 def as_csv(reports: Sequence[Report]) -> str:
-    """Return every number of every store, a line each."""
+    """Return all numbers of all stores as CSV, one per line."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     names = ["trained", "order"]
@@ -148,12 +148,12 @@ def as_csv(reports: Sequence[Report]) -> str:
 
 
 def as_json(reports: Sequence[Report], orders: Sequence[Orders], about: dict[str, Any]) -> dict[str, Any]:
-    """Return everything as JSON can say it.
+    """Return all results as JSON values.
 
     Args:
         reports: of the stores.
-        orders: what goes with accuracy.
-        about: of the call.
+        orders: what correlates with accuracy.
+        about: metadata of the call.
     """
     return {
         **about,
@@ -168,7 +168,7 @@ def as_json(reports: Sequence[Report], orders: Sequence[Orders], about: dict[str
 
 
 def row_as_json(row: Row) -> dict[str, Any]:
-    """Return a row with its verdicts as JSON can say it.
+    """Return a row with its verdicts as JSON values.
 
     Args:
         row: of a report.
@@ -190,7 +190,7 @@ def _described(finding: Finding) -> dict[str, Any]:
 
 
 def _of_all(report: Report, finding: Finding) -> Row | None:
-    """The row that stands for the whole model."""
+    """Return the row for the whole model."""
     return report.row(finding.name, MODEL if finding.level == "model" else ALL)
 
 
@@ -207,16 +207,16 @@ def _cells(row: Row, pairs: Sequence[int]) -> list[str]:
 
 def _short(row: Row, pairs: Sequence[int]) -> str:
     mark = "!" if row.verdict in OUTSIDE else ""
-    beside = "" if row.random is None else f" ({number(row.random)}){mark}"
-    return f"{number(row.trained.value)}{beside}{minimum_over(row.finding, pairs)}"
+    untrained = "" if row.random is None else f" ({number(row.random)}){mark}"
+    return f"{number(row.trained.value)}{untrained}{minimum_over(row.finding, pairs)}"
 
 
 def minimum_over(finding: str, pairs: Sequence[int]) -> str:
-    """Return over how many pairs of blocks a finding is a minimum, as text; nothing for other findings.
+    """Describe over how many pairs of blocks a finding is a minimum; empty for other findings.
 
     Args:
         finding: its name.
-        pairs: of blocks, in every stage that has some.
+        pairs: number of pairs of blocks, per stage with pairs.
     """
     if finding != "block_correlation" or not pairs:
         return ""
@@ -242,7 +242,7 @@ def probability(value: float) -> str:
 
 
 def shown(estimate: Estimate | None) -> str:
-    """Return an estimate as text, with its interval where it has one."""
+    """Return an estimate as text, with its interval if it has one."""
     if estimate is None:
         return ""
     if estimate.low is None:
@@ -264,10 +264,10 @@ def _number(value: float | None) -> str:
 
 
 def finite(value: object) -> object:
-    """Return the same without NaN, which JSON does not have.
+    """Replace NaN, which JSON does not have, by None.
 
     Args:
-        value: of dicts, lists and numbers.
+        value: nested dicts, lists and numbers.
     """
     if isinstance(value, dict):
         return {name: finite(each) for name, each in value.items()}

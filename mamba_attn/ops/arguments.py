@@ -1,4 +1,4 @@
-"""From what a caller passed to one validated ScanRecord, and errors that say the call back."""
+"""Turns a call's arguments into one validated ScanRecord; errors quote the call."""
 
 import math
 from typing import NamedTuple, cast
@@ -31,7 +31,7 @@ def as_record(
 
     Raises:
         TypeError: something is not a floating-point tensor.
-        ValueError: shapes that disagree, A >= 0, orders that are not orders, tensors on different devices.
+        ValueError: shapes that disagree, A >= 0, invalid orders, tensors on different devices.
     """
     if isinstance(delta, ScanRecord):
         given = {"A": A, "B": B, "C": C, "D": D, "orders": orders, "tokens": tokens}
@@ -116,11 +116,11 @@ def _check_orders(text: str, orders: Tensor, batch: int, routes: int, length: in
 def scan_weight(call: Call, name: str, weight: Tensor | None, gather: bool = True) -> Tensor | None:
     """Bring a row or column weight to (batch, routes, channels, length), in scan order.
 
-    Token-frame weights (batch, channels, tokens) are read along each route, or stay as they are without ``gather`` if
-    routes merge; (batch, routes, channels, length) are taken as they are.
+    Token-frame weights (batch, channels, tokens) are gathered along each route, or stay unchanged without ``gather`` if
+    routes merge; (batch, routes, channels, length) stay unchanged.
 
     Raises:
-        ValueError: a shape that fits neither.
+        ValueError: the shape is neither of these.
     """
     if weight is None:
         return None
@@ -144,7 +144,7 @@ def scan_weight(call: Call, name: str, weight: Tensor | None, gather: bool = Tru
 
 
 def gathered(record: ScanRecord, name: str, weight: Tensor | None, merged: bool) -> Tensor | None:
-    """A weight in scan order: (batch, channels, tokens) is read along each route of a merged result."""
+    """Return a weight in scan order; (batch, channels, tokens) is gathered along each route if routes merge."""
     if weight is None or weight.ndim == 4 or not merged:
         return weight
     order = record.write_order if name == "row_weight" else record.read_order
@@ -154,24 +154,24 @@ def gathered(record: ScanRecord, name: str, weight: Tensor | None, merged: bool)
 
 
 def at_tokens(values: Float[Tensor, "batch *middle tokens"], order: Int[Tensor, "*any length"]) -> Tensor:
-    """Values of the token that each step of an order has, (batch, *middle, length); zero at a step without one.
+    """Gather the value of each step's token, (batch, *middle, length); zero at a step without one.
 
     Args:
         values: in the token frame.
-        order: its axes before the last stand for those of ``values`` from behind, or are 1.
+        order: its axes before the last align with the trailing ones of ``values`` before tokens, or are 1.
     """
     order = order.expand(*values.shape[:-1], order.shape[-1])
     return values.gather(-1, order.clamp(min=0)).masked_fill(order < 0, 0)
 
 
 def to_tokens(values: Float[Tensor, "batch *middle length"], order: Int[Tensor, "*any length"], tokens: int) -> Tensor:
-    """Values of steps at their tokens, (batch, *middle, tokens), zero elsewhere; the transpose of ``at_tokens``."""
-    frame = values.new_zeros(*values.shape[:-1], tokens + 1)  # what has no token goes to the end
+    """Scatter steps' values to their tokens, (batch, *middle, tokens), zero elsewhere; transposes ``at_tokens``."""
+    frame = values.new_zeros(*values.shape[:-1], tokens + 1)  # steps without a token go to the end
     return frame.scatter(-1, order.where(order >= 0, tokens).expand_as(values), values)[..., :-1]
 
 
 def pick(weights: Weights, *index: slice) -> Weights:
-    """Index both weights, where there are any."""
+    """Index both weights; None stays None."""
     rows, columns = weights
     return None if rows is None else rows[index], None if columns is None else columns[index]
 
@@ -189,7 +189,7 @@ def check_index(call: Call, name: str, index: int, size: int) -> None:
 
 
 def working_dtype(record: ScanRecord) -> torch.dtype:
-    """float64 if anything is, else float32."""
+    """Return float64 if any tensor of the record is float64, else float32."""
     tensors = (record.source_delta, record.A, record.source_B, record.source_C, record.source_u)
     gain = record.source_gain
     double = any(tensor.dtype == torch.float64 for tensor in tensors) or (

@@ -31,7 +31,7 @@ def hidden_attention(
 
     Args:
         delta: (batch, channels, length) or (batch, routes, channels, length), after bias and softplus; or a
-            ScanRecord, which then stands for everything up to ``C`` and carries its orders and scale.
+            ScanRecord, which replaces everything up to ``C`` and brings its orders and scale.
         A: (channels, states) or (routes, channels, states), negative; states may be 1 and shared.
         B: (batch, states, length) or (batch, routes, states, length); (batch, routes, groups, states, length) too.
         C: as B.
@@ -39,10 +39,10 @@ def hidden_attention(
         col_weight: (batch, channels, tokens) or (batch, routes, channels, length); multiplies column j of channel c.
         fold: "mean" or "sum" over channels of the weighted matrices; "positive" and "absolute": max(., 0) and |.| of
             each weighted channel, then the mean; "each": no fold.
-        orders: (routes, length) or (batch, routes, length) token visited at each step, -1 where there is none; merges
+        orders: (routes, length) or (batch, routes, length) token visited at each step, -1 for none; merges
             the routes in the token frame.
         tokens: tokens in that frame. Default: the largest index + 1.
-        backend: "fused", "native", "blocked" or "reference"; insisting never falls back. Default: the fastest that can.
+        backend: "fused", "native", "blocked" or "reference"; a named one never falls back. Default: the fastest.
 
     Returns:
         (batch, [routes,] [channels,] length, length) in scan order; with orders or a record (batch, [channels,] tokens,
@@ -50,8 +50,8 @@ def hidden_attention(
 
     Raises:
         ValueError: shapes that disagree, A >= 0, an unknown fold or backend.
-        MatrixTooLargeError: the result would not fit the memory.
-        BackendUnavailableError: the backend insisted upon cannot run.
+        MatrixTooLargeError: the result would not fit into memory.
+        BackendUnavailableError: the requested backend cannot run.
 
     Example:
         >>> delta, A, B, C = torch.rand(2, 8, 5), -torch.ones(8, 4), torch.randn(2, 4, 5), torch.randn(2, 4, 5)
@@ -112,13 +112,13 @@ def selective_scan(
     """Run a selective scan: h = exp(delta A) h + delta B u, y = C h + D u (arXiv 2312.00752, eq. 2, Euler for B).
 
     Args:
-        u: (batch, channels, length) or (batch, routes, channels, length); or a ScanRecord for all of it.
+        u: (batch, channels, length) or (batch, routes, channels, length); or a ScanRecord in place of all tensors.
         delta: like u, after bias and softplus.
         A: (channels, states) or (routes, channels, states), negative.
         B: (batch, states, length) or (batch, routes, states, length).
         C: as B.
         D: (channels) or (routes, channels), or None.
-        attention: a fold of ``hidden_attention``, to get that matrix with the output.
+        attention: a fold of ``hidden_attention``; also returns that matrix.
         backend: see ``hidden_attention``.
 
     Returns:
@@ -127,7 +127,7 @@ def selective_scan(
 
     Raises:
         ValueError: shapes that disagree, A >= 0, an unknown fold or backend.
-        BackendUnavailableError: the backend insisted upon cannot run.
+        BackendUnavailableError: the requested backend cannot run.
     """
     if isinstance(u, ScanRecord):
         if delta is not None:
@@ -143,7 +143,7 @@ def selective_scan(
         require_memory(call, attention)
     squeeze: Callable[[Tensor], Tensor] = (lambda x: x) if call.merged or call.route_axis else lambda x: x.squeeze(1)
     scans = call.record
-    if scans.D is not None and scans.D.ndim == 3:  # of tokens: no route's own
+    if scans.D is not None and scans.D.ndim == 3:  # per token: added after routes merge
         scans = scans.replace(D=None)
     if attention is None:
         return squeeze(add_skip(call.record, chosen.selective_scan(scans, call.merged)))

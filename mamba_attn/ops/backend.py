@@ -1,4 +1,4 @@
-"""What every backend offers."""
+"""The interface of every backend."""
 
 from abc import ABC, abstractmethod
 
@@ -9,7 +9,7 @@ from mamba_attn.ops.reference import merge, merge_tokens
 
 
 class Backend(ABC):
-    """One way to run the operators; every result of ``merged=False`` is in scan order, one per route."""
+    """An implementation of the operators; with ``merged=False`` results are in scan order, one per route."""
 
     gathers_weights = False  # whether it takes weights (batch, channels, tokens) as they are when routes merge
     takes_any_orders = False  # whether images may walk different orders, and steps may have no token
@@ -29,17 +29,17 @@ class Backend(ABC):
         """(batch, [channels,] tokens, tokens) merged, else (batch, routes, [channels,] length, length)."""
 
     def scan_and_attention(self, record: ScanRecord, fold: str, merged: bool) -> tuple[Tensor, Tensor]:
-        """Both."""
+        """Return the results of ``selective_scan`` and ``hidden_attention``."""
         return self.selective_scan(record, merged), self.hidden_attention(record, None, None, fold, merged)
 
 
 class InScanOrder(Backend):
     """A backend for records whose images walk different orders, or whose steps may have no token.
 
-    It runs in scan order, where there are no orders; its results are put where each image has them.
+    It runs the backend in scan order, without orders, and scatters the results to each image's tokens.
 
     Args:
-        backend: the one that runs.
+        backend: the backend that runs.
     """
 
     def __init__(self, backend: Backend) -> None:

@@ -27,12 +27,12 @@ _WORKSPACE = 2**24  # elements of one temporary
 
 
 class Blocked(Backend):
-    """Backend "blocked"."""
+    """Backend "blocked": plain PyTorch on any device."""
 
     takes_any_orders = True
 
     def unavailable(self, record: ScanRecord) -> str | None:
-        """It runs everywhere."""
+        """Return None: this backend runs any record on any device."""
         return None
 
     def selective_scan(self, record: ScanRecord, merged: bool) -> Tensor:
@@ -50,7 +50,7 @@ class Blocked(Backend):
     ) -> Tensor:
         """(batch, [channels,] tokens, tokens) merged, else (batch, routes, [channels,] length, length)."""
         results = []
-        for route in range(record.routes):  # one at a time: a merged result never holds the matrices of all routes
+        for route in range(record.routes):  # one at a time: never hold the matrices of all routes
             own = slice(route, route + 1)
             part = record.select_routes(own)
             matrix = _attention(part, pick((row_weight, col_weight), slice(None), own), fold)
@@ -68,7 +68,7 @@ def attention_gradients(
 ) -> list[Tensor | None]:
     """Gradients of the matrix with respect to source_delta, A, source_B, source_C and the weights, where needed.
 
-    The backward pass of kernels that have none of their own.
+    The backward pass of kernels without one.
     """
     names = ("source_delta", "A", "source_B", "source_C")
     sources = [*(getattr(record, name) for name in names), *weights]
@@ -86,7 +86,7 @@ def attention_gradients(
 
 
 class Channels(NamedTuple):
-    """A scan with heads, groups and shared states spelt out.
+    """A scan with heads, groups and shared states expanded to channels.
 
     delta and gain (b r c l), which may be one tensor; A (r c n), B and C (b r c|1 n l).
     """
@@ -98,7 +98,7 @@ class Channels(NamedTuple):
     gain: Tensor
 
     def block(self, channels: slice) -> "Channels":
-        """Some of the channels."""
+        """Return a slice of the channels."""
         shared = self.B.shape[2] == 1
         B, C = (x if shared else x[:, :, channels] for x in (self.B, self.C))
         delta = self.delta[:, :, channels]
@@ -107,7 +107,7 @@ class Channels(NamedTuple):
 
 
 def per_channel(record: ScanRecord, dtype: torch.dtype) -> Channels:
-    """Spell out heads, groups and shared states of a record; B and C stay shared where there is one group."""
+    """Expand heads, groups and shared states of a record; B and C stay shared if there is one group."""
     width, groups = record.channels // record.heads, record.source_B.shape[2]
     delta, A, B, C = (x.to(dtype) for x in (record.delta, record.A, record.B, record.C))
     if width > 1:
@@ -126,7 +126,7 @@ def recurrence(
 ) -> Float[Tensor, "batch routes channels length"]:
     """y_t = C_t . h_t with h_t = exp(step_t A) h_{t-1} + inputs_t B_t, in blocks of about sqrt(length) steps.
 
-    All blocks advance together from zero states; the true states at block borders follow in a second, short loop.
+    All blocks advance together from zero states; the true states at block boundaries follow in a second, short loop.
     """
     length = step.shape[-1]
     size = max(1, math.isqrt(length))

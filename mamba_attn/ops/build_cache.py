@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept between runs."""
+"""The folder that keeps compiled kernels between runs."""
 
 import os
 import tempfile
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """MAMBA_ATTN_CACHE, or the user's cache; a temporary folder of this process when that cannot be written."""
+    """Return MAMBA_ATTN_CACHE, or the user's cache; a temporary folder of this process if that is not writable."""
     try:
         folder = Path(os.environ.get("MAMBA_ATTN_CACHE") or Path.home() / ".cache" / "mamba_attn")
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Which backend runs a call: the one a user insists on, or the fastest that can."""
+"""Chooses the backend of a call: the one requested, or the fastest that can run it."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ from mamba_attn.ops.cuda import fused
 
 
 class _Reference(Backend):
-    """The specification in the shape of a backend; computes in float64, returns the working type."""
+    """The specification as a backend; computes in float64, returns the working type."""
 
     takes_any_orders = True
 
@@ -40,7 +40,7 @@ BACKENDS: dict[str, Backend] = {
     "native": native.BACKEND,
     "fused": fused.BACKEND,
 }
-_UNASKED = 2**26  # bytes that are allocated without asking the system first: that takes longer than a small layer
+_UNASKED = 2**26  # bytes to allocate without checking free memory, which takes longer than a small layer
 _FASTEST_FIRST = ("fused", "native", "blocked")
 
 
@@ -49,7 +49,7 @@ def choose(call: Call, backend: str | None) -> Backend:
 
     Raises:
         ValueError: an unknown name.
-        BackendUnavailableError: the one insisted upon cannot run; there is no fallback.
+        BackendUnavailableError: the requested backend cannot run; there is no fallback.
     """
     if backend is None:
         fastest = (BACKENDS[name] for name in _FASTEST_FIRST if not BACKENDS[name].unavailable(call.record))
@@ -58,7 +58,7 @@ def choose(call: Call, backend: str | None) -> Backend:
         raise ValueError(f"{call.text}: backend={backend!r} is not one of {tuple(BACKENDS)}.")
     reason = BACKENDS[backend].unavailable(call.record)
     if reason:
-        raise BackendUnavailableError(f"{call.text}: backend={backend!r} was insisted upon, but {reason}")
+        raise BackendUnavailableError(f"{call.text}: backend={backend!r} was requested, but {reason}")
     return _for_orders(BACKENDS[backend], call.record)
 
 
@@ -67,10 +67,10 @@ def _for_orders(backend: Backend, record: ScanRecord) -> Backend:
 
 
 def require_memory(call: Call, fold: str) -> None:
-    """Refuse a dense matrix that would not fit, before anything is allocated.
+    """Refuse a dense matrix that would not fit into memory, before allocating anything.
 
     Raises:
-        MatrixTooLargeError: with the bytes, and the linear-time way.
+        MatrixTooLargeError: it would not fit; the message gives the bytes and the linear-memory alternative.
     """
     record = call.record
     side = record.tokens if call.merged else record.length
@@ -83,13 +83,13 @@ def require_memory(call: Call, fold: str) -> None:
 
 
 def require_bytes(what: str, needed: int, device: torch.device, remedy: str) -> None:
-    """Refuse what would not fit the memory of a device; little is allocated unasked.
+    """Refuse what would not fit into a device's memory; small sizes pass unchecked.
 
     Args:
-        what: that needs the memory, for the message.
+        what: name of what needs the memory, for the message.
         needed: bytes.
-        device: where.
-        remedy: a sentence.
+        device: where to allocate.
+        remedy: a sentence that ends the message.
 
     Raises:
         MatrixTooLargeError: fewer bytes are free.

@@ -1,4 +1,4 @@
-"""A record as an operator of torch takes it, and what such operators share: shapes for the compiler, gradients."""
+"""Records as flat arguments of torch operators, and what these operators share: output shapes, gradients."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ def unflatten(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, read_order: Tensor,
     write_order: Tensor, tokens: int, scale: float, source_frame: str,
 ) -> ScanRecord:  # fmt: skip
-    """The record of an operator's arguments."""
+    """Build the record from an operator's arguments."""
     return ScanRecord(
         source_u=u, source_delta=delta, A=A, source_B=B, source_C=C, D=D, read_order=read_order,
         write_order=write_order, tokens=tokens, scale=scale, source_frame=source_frame,
@@ -27,7 +27,7 @@ def unflatten(
 
 
 def flatten(record: ScanRecord) -> tuple[Any, ...]:
-    """A record as the operators take it; ``unflatten`` is the way back."""
+    """Return a record as operator arguments; ``unflatten`` is the inverse."""
     return (
         record.source_u, record.source_delta, record.A, record.source_B, record.source_C, record.D, record.read_order,
         record.write_order, record.tokens, record.scale, record.source_frame,
@@ -35,13 +35,13 @@ def flatten(record: ScanRecord) -> tuple[Any, ...]:
 
 
 def flatten_for_matrix(record: ScanRecord) -> tuple[Any, ...]:
-    """The same without D and the values of u: the matrix does not depend on them, nor does it need their gradients."""
+    """Like ``flatten``, but without D and the values of u: the matrix does not depend on them."""
     u, delta, A, B, C, _, *rest = flatten(record)
     return (u.detach(), delta, A, B, C, None, *rest)
 
 
 def y_shape(u: Tensor, read_order: Tensor, tokens: int, merged: bool) -> Sequence[int | torch.SymInt]:
-    """Shape of a scan's output."""
+    """Return the shape of a scan's output."""
     routes, length = read_order.shape
     return (u.shape[0], u.shape[2], tokens) if merged else (u.shape[0], routes, u.shape[2], length)
 
@@ -49,7 +49,7 @@ def y_shape(u: Tensor, read_order: Tensor, tokens: int, merged: bool) -> Sequenc
 def attention_shape(
     u: Tensor, read_order: Tensor, tokens: int, merged: bool, fold: str
 ) -> Sequence[int | torch.SymInt]:
-    """Shape of a folded matrix."""
+    """Return the shape of a folded matrix."""
     routes, length = read_order.shape
     kept = (u.shape[2],) if fold == "each" else ()
     return (u.shape[0], *kept, tokens, tokens) if merged else (u.shape[0], routes, *kept, length, length)
@@ -70,9 +70,9 @@ def hidden_attention_backward(
         with torch.cuda.stream(stream):
             return blocked.attention_gradients(record, weights, fold, merged, gradient, needed)
 
-    with ThreadPoolExecutor(1) as other:  # in an operator's own thread autograd is off
+    with ThreadPoolExecutor(1) as other:  # autograd is off in an operator's own thread
         found = (u.new_empty(0) if x is None else x for x in other.submit(run).result())
-    a, b, c, d, e, f = (x.contiguous() for x in found)  # as the fake says; inductor relies on it
+    a, b, c, d, e, f = (x.contiguous() for x in found)  # as the fake kernel promises to inductor
     return a, b, c, d, e, f
 
 
@@ -86,7 +86,7 @@ def _(  # type: ignore[no-untyped-def]
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Save the tensors of a call and the rest of its arguments; outputs that nobody used get no gradient."""
+    """Save the tensors of a call and the rest of its arguments; unused outputs get no gradient."""
     ctx.set_materialize_grads(False)
     weights = inputs[FIELDS + 1 : FIELDS + 3] if len(inputs) > FIELDS + 2 else ()
     ctx.save_for_backward(*inputs[:SOURCES], *weights)
@@ -96,7 +96,7 @@ def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def through_attention(ctx: Any, gradient: Tensor | None) -> list[Tensor | None]:
     """Gradients of u, delta, A, B, C, D and the weights through the matrix, by the blocked path.
 
-    u and D are no part of it.
+    The matrix does not depend on u and D.
     """
     if gradient is None:
         return [None] * 8

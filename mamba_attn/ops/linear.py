@@ -167,7 +167,7 @@ def _line(
 
 
 def _lines(call: Call, axis: str, index: int, weights: Weights, fold: str) -> Tensor:
-    """The line, route by route, of images that walk the same orders."""
+    """Return the line of images that walk the same orders, computed route by route."""
     record = call.record
     lines = [
         _route_line(record.select_routes(slice(r, r + 1)), axis, index, _route(weights, r), fold, call.merged)
@@ -206,7 +206,7 @@ def _route_line(record: ScanRecord, axis: str, index: int, weights: Weights, fol
 
 
 def _kernel(record: ScanRecord, weights: Weights, *others: Tensor) -> Backend | None:
-    """The compiled backend that takes a call without gradients; the CPU's takes one group."""
+    """Return a compiled backend that runs a call without gradients; the CPU's takes one group."""
     tensors = [record.source_delta, record.A, record.source_B, record.source_C, *weights, *others]
     graph = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     if graph:
@@ -289,7 +289,7 @@ def _route_product(
     part = per_channel(record, dtype)
     v = vector.to(dtype)[:, None, None]
     frozen = torch.is_inference_mode_enabled() or any(x.is_inference() for x in (*part, vector))
-    kernel = None if transposed and frozen else _kernel(record, weights, vector)  # transposed, it is a backward pass
+    kernel = None if transposed and frozen else _kernel(record, weights, vector)  # transposed: a backward pass
     apply = partial(_kernel_scan, kernel) if kernel else _transposed_scan if transposed else _scan
     size = max(16, _WORKSPACE // (record.batch * record.states * record.length) // 16 * 16)
     total = torch.zeros_like(vector, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The specification: what a selective scan is, equation by equation, in float64 and without tricks.
+"""The specification of a selective scan: its equations, in float64, without optimisations.
 
 Everything faster is compared with this file. One channel c of one route, steps j <= i (arXiv 2312.00752, eq. 2;
 arXiv 2403.01590, eq. 11):
@@ -100,14 +100,14 @@ def merge_tokens(
 
 
 def add_skip(record: ScanRecord, y: Float[Tensor, "batch *routes channels tokens"]) -> Tensor:
-    """Add what a D of tokens gives to a merged output: y[t] += D[t] * u[t], times the record's scale."""
+    """Add a per-token D to a merged output: y[t] += D[t] * u[t], times the record's scale."""
     if record.D is None or record.D.ndim == 2:
         return y
     return y + record.D.to(y.dtype) * record.token_u.to(y.dtype) * record.scale
 
 
 def _walks(record: ScanRecord) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
-    """Images that walk a route alike, the route, and the tokens that it reads and writes at each step."""
+    """Yield images that share a route's order, the route, and the tokens that it reads and writes at each step."""
     orders = record.read_order, record.write_order
     if _side(record) > record.tokens:
         orders = orders[0].where(orders[0] >= 0, record.tokens), orders[1].where(orders[1] >= 0, record.tokens)
@@ -119,7 +119,7 @@ def _walks(record: ScanRecord) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
 
 
 def _side(record: ScanRecord) -> int:
-    """Tokens, and one more for steps that have none: it is cut off in the end."""
+    """Number of tokens, plus one for steps without a token, which is cut off at the end."""
     return record.tokens + any(lacking is not False for lacking in record.lacking)
 
 

@@ -1,4 +1,4 @@
-"""The hidden states of a selective scan, of the routes and channels that are asked for and of no others."""
+"""The hidden states of a selective scan, computed only for the requested routes and channels."""
 
 from collections.abc import Iterable
 
@@ -26,10 +26,10 @@ def scan_states(
 ) -> Tensor:
     """Return the hidden state after every step: h = exp(delta A) h + delta B u (arXiv 2312.00752, eq. 2, Euler for B).
 
-    Time is linear in length. ``reference.states`` says the same step by step. C . h + D u is the scan's output.
+    Time is linear in length. ``reference.states`` computes the same step by step. C . h + D u is the scan's output.
 
     Args:
-        u: (batch, channels, length) or (batch, routes, channels, length); or a ScanRecord for all of it.
+        u: (batch, channels, length) or (batch, routes, channels, length); or a ScanRecord in place of all tensors.
         delta: like u, after bias and softplus.
         A: (channels, states) or (routes, channels, states), negative; states may be 1 and shared.
         B: (batch, states, length) or (batch, routes, states, length); with groups before the states too.
@@ -38,13 +38,13 @@ def scan_states(
         backend: see ``hidden_attention``.
 
     Returns:
-        (batch, routes, channels, states, length) in scan order, the chosen ones in the order that they were named in;
+        (batch, routes, channels, states, length) in scan order, routes and channels in the order given;
         of tensors without an axis of routes (batch, channels, states, length). float64 if an input is, else float32.
 
     Raises:
-        ValueError: shapes that disagree, A >= 0, a route or channel that is not there, an unknown backend.
-        MatrixTooLargeError: the states would not fit the memory.
-        BackendUnavailableError: the backend insisted upon cannot run.
+        ValueError: shapes that disagree, A >= 0, a route or channel out of range, an unknown backend.
+        MatrixTooLargeError: the states would not fit into memory.
+        BackendUnavailableError: the requested backend cannot run.
 
     Example:
         >>> u, delta, A, B = torch.randn(2, 8, 5), torch.rand(2, 8, 5), -torch.ones(8, 4), torch.randn(2, 4, 5)
@@ -82,12 +82,12 @@ def _indices(call: Call, name: str, wanted: int | Iterable[int] | None, size: in
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < size:
             raise ValueError(f"{call.text}: {name}={wanted!r}: {index!r} must be an integer in 0..{size - 1}.")
     if not indices:
-        raise ValueError(f"{call.text}: {name}={wanted!r} names none; leave it out for all {size}.")
+        raise ValueError(f"{call.text}: {name}={wanted!r} is empty; leave it out for all {size}.")
     return indices
 
 
 def _of_channels(record: ScanRecord, channels: list[int]) -> ScanRecord:
-    """The record of some channels, each with a head of its own; B stays shared where there is one group."""
+    """Return the record of some channels, each with its own head; B stays shared if there is one group."""
     if channels == list(range(record.channels)):
         return record
     index = torch.tensor(channels, device=record.source_u.device)
@@ -104,7 +104,7 @@ def _of_channels(record: ScanRecord, channels: list[int]) -> ScanRecord:
 def _require_memory(call: Call, shape: tuple[int, ...]) -> None:
     needed = torch.Size(shape).numel() * working_dtype(call.record).itemsize
     what = f"{call.text}: the states {shape} of (batch, routes, channels, states, length)"
-    require_bytes(what, needed, call.record.source_delta.device, "Name fewer routes= or channels=.")
+    require_bytes(what, needed, call.record.source_delta.device, "Choose fewer routes= or channels=.")
 
 
 def _route(record: ScanRecord, call: Call, backend: str | None) -> Tensor:

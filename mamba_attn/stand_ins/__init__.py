@@ -1,7 +1,7 @@
 """Stand-ins for the compiled parts of CUDA-only model code, so that it builds and runs on a CPU.
 
-``cpu_stand_ins`` is the door. The rest is loaded when the first stand-in is imported. Its functions are called by code
-that is not ours: flags are ``object``, since callers pass None and integers for them.
+``cpu_stand_ins`` is the entry point. The rest is loaded when the first stand-in is imported. Foreign code calls its
+functions and passes None and integers as flags, so flags are typed ``object``.
 """
 
 import threading
@@ -18,15 +18,15 @@ __all__ = ["cpu_stand_ins"]
 
 # `sys.meta_path` and `sys.modules` belong to the process, so the finder that changes them does too: one for all blocks
 _lock = threading.Lock()
-_active: "StandInFinder | None" = None  # made by the first block, then kept; between blocks it serves nothing
-_open = 0  # blocks that are entered and not left, in all threads
+_active: "StandInFinder | None" = None  # made by the first block, then kept; inactive between blocks
+_open = 0  # number of open blocks, in all threads
 
 
 @contextmanager
 def cpu_stand_ins() -> Iterator[None]:
     """Let CUDA-only vision-Mamba code be imported, built and run on a CPU, unchanged.
 
-    Use it around the first import of the code. Models built of it run, forward and backward, inside the block and
+    Use it around the first import of the code. Models built from it run, forward and backward, inside the block and
     after it. In the block ``import`` finds
 
     - always a stand-in: ``selective_scan_cuda`` and its relatives (``selective_scan_cuda_core``, ``_oflex``, ``_nrow``,

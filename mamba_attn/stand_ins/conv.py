@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __version__ = "1.5.0"  # the release whose signatures these are
-# What stands between the fixed first arguments and silu, by the number of arguments, oldest release first.
+# Arguments between the fixed first ones and silu, by the number of arguments, oldest release first.
 _FORWARD: dict[int, tuple[str, ...]] = {
     4: (),
     5: ("seq_idx",),
@@ -26,16 +26,16 @@ _BACKWARD: dict[int, tuple[str, ...]] = {
 
 
 class Inputs(NamedTuple):
-    """The tensors of a convolution."""
+    """The input tensors of a convolution."""
 
     x: Tensor  # (batch, channels, length)
     weight: Tensor  # (channels, width)
     bias: Tensor | None = None  # (channels)
-    initial_states: Tensor | None = None  # (batch, channels, width - 1): what came before
+    initial_states: Tensor | None = None  # (batch, channels, width - 1): the preceding steps
 
 
 def convolve(given: Inputs, seq_idx: Tensor | None, silu: object) -> tuple[Tensor, Tensor]:
-    """The convolution, and what a next call would need as initial states, both in working precision.
+    """Return the convolution and the next call's initial states, both in working precision.
 
     Step t sees steps t - width + 1 .. t.
 
@@ -51,7 +51,7 @@ def convolve(given: Inputs, seq_idx: Tensor | None, silu: object) -> tuple[Tenso
 
 
 def _working(given: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What came before and x in one, the weight and the bias, in float32 or better."""
+    """Return preceding steps and x concatenated, the weight and the bias, in float32 or better."""
     kind = torch.promote_types(torch.promote_types(given.x.dtype, given.weight.dtype), torch.float32)
     x, weight = given.x.to(kind), given.weight.to(kind)
     zero = x.new_zeros(*x.shape[:2], weight.shape[1] - 1)
@@ -60,7 +60,7 @@ def _working(given: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def _summed(padded: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None) -> Tensor:
-    """The convolution before its activation."""
+    """Return the convolution before its activation."""
     width = weight.shape[1]
     length = padded.shape[-1] - width + 1
     y = padded.new_zeros(()) if bias is None else bias[:, None]
@@ -70,7 +70,7 @@ def _summed(padded: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor
 
 
 def _own(tap_sees: Tensor, seq_idx: Tensor | None, width: int, tap: int) -> Tensor:
-    """What a tap sees, zero where that is another sequence."""
+    """Return the inputs of a tap, zero if they belong to another sequence."""
     if seq_idx is None:
         return tap_sees
     seen = F.pad(seq_idx, (width - 1 - tap, 0), value=-(2**30))[..., : seq_idx.shape[-1]]
@@ -78,7 +78,7 @@ def _own(tap_sees: Tensor, seq_idx: Tensor | None, width: int, tap: int) -> Tens
 
 
 def _gradients(given: Inputs, dout: Tensor, dlast: Tensor | None, seq_idx: Tensor | None, silu: object) -> list[Tensor]:
-    """Of x, weight, bias and initial states; by hand, since the extension may be called where autograd is off."""
+    """Return gradients of x, weight, bias and initial states, without autograd, which may be off for the caller."""
     padded, weight, bias = _working(given)
     length, width = given.x.shape[2], weight.shape[1]
     dy = dout.to(padded.dtype) if seq_idx is None else dout.to(padded.dtype) * (seq_idx >= 0)[:, None]
@@ -99,7 +99,7 @@ def _gradients(given: Inputs, dout: Tensor, dlast: Tensor | None, seq_idx: Tenso
 def _named(name: str, known: dict[int, tuple[str, ...]], fixed: int, arguments: tuple[Any, ...]) -> dict[str, Any]:
     if len(arguments) not in known:
         raise TypeError(
-            f"{name} got {len(arguments)} arguments; mamba_attn.cpu_stand_ins() knows the releases that take "
+            f"{name} got {len(arguments)} arguments; mamba_attn.cpu_stand_ins() supports the releases that take "
             f"{', '.join(map(str, known))}."
         )
     return dict(zip((*known[len(arguments)], "silu"), arguments[fixed:], strict=True))
@@ -138,9 +138,9 @@ def causal_conv1d_bwd(
 
 
 def extension_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor | None:
-    """One or several steps; reads and moves on ``conv_state`` (batch, channels, at least width - 1) in place.
+    """One or several steps; updates ``conv_state`` (batch, channels, at least width - 1) in place.
 
-    Releases differ in what follows: silu; silu, cache_seqlens; silu, cache_seqlens, indices; or out before these.
+    Releases differ in the rest: silu; silu, cache_seqlens; silu, cache_seqlens, indices; or out before these.
 
     Raises:
         NotImplementedError: circular buffers (cache_seqlens) or indexed states.
@@ -154,7 +154,7 @@ def extension_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor
         steps = x.unsqueeze(-1) if x.ndim == 2 else x
         width = weight.shape[1]
         before = conv_state[..., conv_state.shape[-1] - (width - 1) :]
-        # the oldest releases keep `width` steps, of which the first is about to leave
+        # the oldest releases keep `width` steps and drop the first next
         y, _ = convolve(Inputs(steps, weight, bias, before), None, bool(flags[0]))
         conv_state.copy_(torch.cat([conv_state, steps.to(conv_state.dtype)], dim=-1)[..., -conv_state.shape[-1] :])
         result = y.to(x.dtype).reshape(x.shape)
@@ -204,7 +204,7 @@ def causal_conv1d_update(
     cache_seqlens: Tensor | None = None,
     conv_state_indices: Tensor | None = None,
 ) -> Tensor:
-    """One or several steps of the convolution; moves ``conv_state`` on in place.
+    """One or several steps of the convolution; updates ``conv_state`` in place.
 
     Args:
         x: (batch, channels) or (batch, channels, length).

@@ -1,7 +1,7 @@
-"""The finder that serves stand-ins: which module names, with what, and what is repaired in real modules.
+"""The import finder for stand-ins: which modules to serve, with which contents, and what to repair in real modules.
 
-Real modules that load beside the stand-ins and would still not run on a CPU tensor stay the user's own, with their own
-classes; only the functions that launch kernels are replaced.
+Real modules that import but would not run on a CPU tensor keep their own classes; only their functions that launch
+kernels are replaced.
 """
 
 import functools
@@ -93,7 +93,7 @@ PACKAGES = ("causal_conv1d", "mamba_ssm")
 
 
 def thing(path: str) -> Any:
-    """The object that a table above names."""
+    """Return the object that a table above names."""
     module, name = path.split(".")
     return getattr(importlib.import_module(f"mamba_attn.stand_ins.{module}"), name)
 
@@ -102,7 +102,7 @@ class StandIn(ModuleType):
     """A module that stands in for a compiled, CUDA-only or missing one."""
 
     def __getattr__(self, name: str) -> Any:
-        """Say what there is; for triton any name is one, since kernels only name it."""
+        """Raise and suggest names that exist; triton accepts any name, because kernels only mention it."""
         if name.startswith("__"):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         if self.__name__.split(".")[0] == "triton":
@@ -124,23 +124,23 @@ class StandInLoader(Loader):
         self.things = things
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """An empty stand-in."""
+        """Return an empty stand-in module."""
         return StandIn(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Fill it."""
+        """Put the stand-in's objects into the module."""
         fill(module, self.things)
 
 
 def fill(module: ModuleType, things: dict[str, str]) -> None:
-    """Put what the tables name into a module."""
+    """Put the objects that the tables name into a module."""
     module.__doc__ = f"Stand-in of mamba_attn.cpu_stand_ins() for {module.__name__}."
-    module.__file__ = __file__  # so that `cannot import name` tells where it looked
+    module.__file__ = __file__  # shown by `cannot import name` errors
     vars(module).update({name: thing(path) for name, path in things.items()})
 
 
 class AroundLoader(Loader):
-    """Runs a real module through its own loader, with something before or after.
+    """Runs a real module through its own loader, with an action around it.
 
     Args:
         inner: the module's own loader, which it keeps.
@@ -151,14 +151,14 @@ class AroundLoader(Loader):
         self.inner, self.action = inner, action
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)  # get_source and the like
+        return getattr(self.inner, name)  # e.g. get_source
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """As the module's own loader."""
+        """Delegate to the module's own loader."""
         return self.inner.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Give the module its own loader back, and run it."""
+        """Restore the module's own loader, and run the module."""
         module.__loader__ = self.inner
         if module.__spec__ is not None:
             module.__spec__.loader = self.inner
@@ -166,7 +166,7 @@ class AroundLoader(Loader):
 
 
 def overrides(name: str) -> bool:
-    """Whether a module name is served whatever is installed."""
+    """Whether a stand-in replaces this module even if it is installed."""
     return name in ALWAYS or name.startswith("triton.")
 
 
@@ -174,12 +174,12 @@ class StandInFinder(MetaPathFinder):
     """Serves stand-ins by exact name, from ``install`` to ``remove``."""
 
     def __init__(self) -> None:
-        self._real: dict[str, ModuleType] = {}  # what the stand-ins hide
+        self._real: dict[str, ModuleType] = {}  # hidden by stand-ins
         self._failed: list[ModuleType] = []  # real modules that could not be run, filled with stand-ins
-        self._cuda: dict[str, Any] = {}  # what needs a CUDA device, where there is none
+        self._cuda: dict[str, Any] = {}  # replaced functions that need a missing CUDA device
 
     def install(self) -> None:
-        """Hide the real modules, and come first."""
+        """Hide the real modules, and become the first finder."""
         if not torch.cuda.is_available():
             self._cuda = {name: getattr(torch.cuda, name) for name in CUDA}
             vars(torch.cuda).update(CUDA)
@@ -187,7 +187,7 @@ class StandInFinder(MetaPathFinder):
         sys.meta_path.insert(0, self)
 
     def remove(self) -> None:
-        """Take every stand-in out of ``sys.modules``, and put back what they hid."""
+        """Remove all stand-ins from ``sys.modules``, and restore what they hid."""
         vars(torch.cuda).update(self._cuda)
         if self in sys.meta_path:
             sys.meta_path.remove(self)
@@ -200,7 +200,7 @@ class StandInFinder(MetaPathFinder):
         self._real, self._failed = {}, []
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        """A stand-in, a real module with something around its loading, or None for everything else."""
+        """Return the spec of a stand-in, or of a real module with an action around its loading; else None."""
         root, _, _ = fullname.partition(".")
         if overrides(fullname):
             return _spec(fullname, ALWAYS.get(fullname, {}), package=root == "triton" or _holds(ALWAYS, fullname))
@@ -215,7 +215,7 @@ class StandInFinder(MetaPathFinder):
         return None
 
     def _stands_in_for(self, root: str) -> bool:
-        """Whether a package is missing; one that was served stays served."""
+        """Whether a package is missing; one that was served before counts as missing."""
         present = sys.modules.get(root)
         return self._elsewhere(root, None, None) is None if present is None else isinstance(present, StandIn)
 
@@ -230,7 +230,7 @@ class StandInFinder(MetaPathFinder):
         return _spec(fullname, MISSING[fullname], _holds(MISSING, fullname))
 
     def _elsewhere(self, fullname: str, path: Any, target: ModuleType | None) -> ModuleSpec | None:
-        """What the finders after this one find."""
+        """Return what the finders after this one find."""
         for finder in sys.meta_path:
             if finder is not self and hasattr(finder, "find_spec"):
                 spec = finder.find_spec(fullname, path, target)
@@ -255,7 +255,7 @@ class StandInFinder(MetaPathFinder):
             try:
                 run()
             except RuntimeError as error:
-                if not torchvision_repair.declare(error):  # a CPU build of torch beside PyPI's torchvision
+                if not torchvision_repair.declare(error):  # a CPU build of torch with PyPI's torchvision
                     raise
                 run()
 
@@ -268,7 +268,7 @@ class StandInFinder(MetaPathFinder):
 
     @contextmanager
     def _suspended(self) -> Iterator[None]:
-        """The machine as it is, for the length of an import."""
+        """Suspend the stand-ins during an import."""
         if self not in sys.meta_path:  # inside another suspension
             yield
             return
@@ -291,7 +291,7 @@ def _run_and_repair(module: ModuleType, run: Callable[[], None]) -> None:
 
 
 def _holds(table: dict[str, dict[str, str]], fullname: str) -> bool:
-    """Whether a name is a package: others of the table stand below it."""
+    """Whether a name is a package: the table has names below it."""
     return any(name.startswith(f"{fullname}.") for name in table)
 
 
@@ -300,7 +300,7 @@ def _spec(fullname: str, things: dict[str, str], package: bool) -> ModuleSpec:
 
 
 def _forget(name: str, module: ModuleType) -> None:
-    """Remove a stand-in from its parent, where the parent is a real module that stays."""
+    """Remove a stand-in from its parent, if the parent is a real module that stays."""
     parent, _, child = name.rpartition(".")
     holder = sys.modules.get(parent)
     if holder is not None and vars(holder).get(child) is module:
@@ -308,7 +308,7 @@ def _forget(name: str, module: ModuleType) -> None:
 
 
 def repair(module: ModuleType) -> None:
-    """Replace what launches kernels in a module that was just run, if its functions are the known ones."""
+    """Replace the kernel-launching functions of a module that just ran, if they are the known ones."""
     REPAIRS[module.__name__.rpartition(".")[2]](module)
 
 

@@ -1,6 +1,6 @@
 """The package ``mamba_ssm`` in plain PyTorch, for machines without it: the scan's functions and the mixer.
 
-Of what its language models need, vision models only import: this is refused when it is called.
+Vision models only import the parts that its language models need; calling these raises.
 """
 
 import math
@@ -49,11 +49,11 @@ def selective_scan_fn(
 
 
 class _Scan(torch.autograd.Function):
-    """As the package's own: the extension's functions are looked up at every call, so that a trace sees the scan."""
+    """Like the package's own; looks up the extension's functions at every call, which lets a trace see the scan."""
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Any:
-        """The output, after the gate where there is one, and the states."""
+        """Return the output, after the gate if there is one, and the states."""
         out, states, *gated = selective_scan_cuda.fwd(*given)
         ctx.save_for_backward(*given[:8], states)
         ctx.softplus = given[8]
@@ -63,7 +63,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, _: Any) -> Any:
-        """Gradients by the extension's ``bwd``."""
+        """Return gradients by the extension's ``bwd``."""
         *given, states = ctx.saved_tensors
         found = selective_scan_cuda.bwd(*given, dout.contiguous(), states, None, None, ctx.softplus, False)
         du, ddelta, dA, dB, dC, dD, dbias, *dz = found
@@ -88,8 +88,8 @@ def mamba_inner_fn_no_out_proj(
         x_proj_weight: (rank + 2 * states, channels).
         delta_proj_weight: (channels, rank).
         A: (channels, states).
-        B: given only where it does not depend on the input.
-        C: likewise.
+        B: given only if it does not depend on the input.
+        C: as B.
         D: (channels), or None.
         delta_bias: (channels), or None.
         B_proj_bias: (states), or None.
@@ -120,7 +120,7 @@ def mamba_inner_fn(
         out_proj_bias: (features), or None.
         A: (channels, states).
         arguments: B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus.
-        options: the same by name.
+        options: the same, by name.
     """
     y = mamba_inner_fn_no_out_proj(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, *arguments, **options
@@ -156,7 +156,7 @@ def _projected(
     xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, x_proj_weight: Tensor, delta_proj_weight: Tensor,
     states: int, bc: tuple[Tensor | None, Tensor | None], biases: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """u, z, delta before its bias, and B and C, with length last."""
+    """Return u, z, delta before its bias, and B and C, with length last."""
     x, z = xz.chunk(2, dim=1)
     u = convolve(Inputs(x, conv1d_weight.squeeze(1), conv1d_bias), None, silu=True)[0].to(x.dtype)
     low = F.linear(u.mT, x_proj_weight)
@@ -182,12 +182,12 @@ class Mamba(nn.Module):
         dt_min: smallest initial step size.
         dt_max: largest initial step size.
         dt_init: "random" or "constant" weights of that projection.
-        dt_scale: multiplies them.
+        dt_scale: factor of these weights.
         dt_init_floor: least initial step size.
         conv_bias: whether the convolution has a bias.
         bias: whether the input and output projections have one.
-        use_fast_path: kept, without effect.
-        layer_idx: kept, without effect.
+        use_fast_path: stored, no effect.
+        layer_idx: stored, no effect.
         device: of the parameters.
         dtype: of the parameters.
         variant: arguments of mamba_ssm's forks, which are refused.
@@ -231,15 +231,15 @@ class Mamba(nn.Module):
         self.out_proj = nn.Linear(channels, d_model, bias=bias, **where)
 
     def forward(self, hidden_states: Tensor, inference_params: Any = None, **sequences: Any) -> Tensor:
-        """(batch, length, d_model) to the same.
+        """Mix tokens: (batch, length, d_model) to the same shape.
 
         Raises:
             NotImplementedError: steps with a cache, or several sequences in one row.
         """
         if inference_params is not None or any(value is not None for value in sequences.values()):
             raise NotImplementedError(
-                "Mamba(hidden_states, inference_params, ...): mamba_attn.cpu_stand_ins() stands in for whole "
-                "sequences, not for steps with a cache nor for several sequences in one row."
+                "Mamba(hidden_states, inference_params, ...): mamba_attn.cpu_stand_ins() supports whole "
+                "sequences, not steps with a cache or several sequences in one row."
             )
         record = project(self, hidden_states)
         return finish(self, record, selective_scan(record))
@@ -252,7 +252,7 @@ class Block(nn.Module):
         dim: features of a token.
         mixer_cls: makes the mixer from ``dim``.
         norm_cls: makes the norm from ``dim``.
-        fused_add_norm: kept, without effect.
+        fused_add_norm: stored, no effect.
         residual_in_fp32: return the residual in float32.
     """
 
@@ -268,7 +268,7 @@ class Block(nn.Module):
     def forward(
         self, hidden_states: Tensor, residual: Tensor | None = None, inference_params: Any = None
     ) -> tuple[Tensor, Tensor]:
-        """The mixer's output and the sum before the norm, both (batch, length, dim)."""
+        """Return the mixer's output and the sum before the norm, both (batch, length, dim)."""
         residual = hidden_states if residual is None else hidden_states + residual
         dtype = next(self.norm.parameters()).dtype
         normalised = self.norm(residual.to(dtype))
@@ -277,10 +277,10 @@ class Block(nn.Module):
 
 
 class GenerationMixin:
-    """Base class of mamba_ssm's language models; text is not generated here."""
+    """Base class of mamba_ssm's language models; cannot generate text."""
 
     def generate(self, *arguments: Any, **options: Any) -> NoReturn:
-        """Refuse."""
+        """Raise: the stand-in cannot generate text."""
         _no_text("GenerationMixin.generate")
 
 
@@ -297,12 +297,12 @@ class InferenceParams:
 
 
 def load_config_hf(*arguments: Any, **options: Any) -> NoReturn:
-    """Refuse."""
+    """Raise: language models need transformers."""
     _no_text("load_config_hf")
 
 
 def load_state_dict_hf(*arguments: Any, **options: Any) -> NoReturn:
-    """Refuse."""
+    """Raise: language models need transformers."""
     _no_text("load_state_dict_hf")
 
 

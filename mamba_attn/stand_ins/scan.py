@@ -1,4 +1,4 @@
-"""What the compiled selective scans do, on any device: ``fwd`` and ``bwd`` as their Python wrappers call them.
+"""The compiled selective scans on any device: ``fwd`` and ``bwd`` as their Python wrappers call them.
 
 ``selective_scan_cuda`` is Mamba's extension, ``selective_scan_cuda_oflex``, ``_core``, ``_nrow`` and ``_ndstate`` are
 VMamba's, ``_oflex_rh`` is Spatial-Mamba's; ``v2dmamba_scan`` is 2DMamba's. Half precision is computed in float32 and
@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
     delta_bias: Tensor | None  # (channels)
 
     def working(self) -> "Inputs":
-        """All of them in float32, or in float64 if u, delta or A is; A, B and C complex if A is."""
+        """Return all tensors in float32, or float64 if u, delta or A is; A, B and C are complex if A is."""
         double = torch.float64 in (self.u.dtype, self.delta.dtype, self.A.real.dtype)
         kind = torch.float64 if double else torch.float32
         if not self.A.is_complex():
@@ -49,7 +49,7 @@ def run(name: str, given: Inputs, softplus: object) -> tuple[Tensor, Tensor]:
     """The scan in working precision: y, and y * silu(z), or y again without z (arXiv 2312.00752, algorithm 2).
 
     Args:
-        name: the function that was called, for errors.
+        name: the called function, for errors.
         given: its tensors.
         softplus: whether delta goes through softplus.
 
@@ -77,13 +77,13 @@ def run(name: str, given: Inputs, softplus: object) -> tuple[Tensor, Tensor]:
 
 
 def steps(x: Inputs, softplus: object) -> Tensor:
-    """Delta after bias and softplus."""
+    """Return delta after bias and softplus."""
     delta = x.delta if x.delta_bias is None else x.delta + x.delta_bias[:, None]
     return F.softplus(delta) if softplus else delta
 
 
 def _grouped(x: Inputs, groups: int) -> list[Tensor]:
-    """B and C as (batch, groups, states, length), or with one more axis of channels where one of them is constant."""
+    """Return B and C as (batch, groups, states, length), or with an extra axis of channels if either is constant."""
     batch, channels, length = x.u.shape
     width, constant = channels // groups, 2 in (x.B.ndim, x.C.ndim)
     found = []
@@ -198,7 +198,7 @@ def ndstate_bwd(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None,
     dout: Tensor, x: Tensor | None, delta_softplus: object, nrows: int = 1,
 ) -> list[Tensor | None]:  # fmt: skip
-    """``selective_scan_cuda_ndstate.bwd``: [du, ddelta, dA, dB, dC, dD, ddelta_bias], shaped as what was given."""
+    """``selective_scan_cuda_ndstate.bwd``: [du, ddelta, dA, dB, dC, dD, ddelta_bias], shaped like the arguments."""
     found = core_bwd(u, delta, A[:, None], B.unsqueeze(2), C.unsqueeze(2), D, delta_bias, dout, x, delta_softplus)
     for i, given in ((2, A), (3, B), (4, C)):
         found[i] = cast(Tensor, found[i]).reshape(given.shape)
@@ -313,11 +313,11 @@ def core_bwd(
 
 
 def _last_states(given: Inputs, softplus: object) -> Tensor:
-    """``ScanStates`` of complex states, which no trace reads."""
+    """Return the last states for complex A, which no trace reads."""
     x = given.working()
     delta = steps(x, softplus)
     total = delta.double().cumsum(-1)
-    left = (total[..., -1:] - total).to(delta.dtype)  # what is still to come after each step
+    left = (total[..., -1:] - total).to(delta.dtype)  # remaining decay after each step
     channels = x.u.shape[1]
     if x.B.ndim == 2:
         B = x.B[None, :, :, None]

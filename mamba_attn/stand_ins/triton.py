@@ -1,7 +1,7 @@
-"""``triton`` where it cannot run, and what mamba_ssm's Triton kernels compute, in plain PyTorch.
+"""A stand-in for ``triton``, and the functions of mamba_ssm's Triton kernels in plain PyTorch.
 
-Decorators keep a kernel's name; launching one says why it cannot run. The fused norms and the step of the scan replace
-the functions of a real mamba_ssm that would launch one.
+Decorators keep a kernel's name; launching one raises and says why it cannot run. The fused norms and the step of the
+scan replace the functions of a real mamba_ssm that would launch one.
 """
 
 import functools
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mamba_attn.errors import BackendUnavailableError
 
-__version__ = "3.0.0"  # code asks; old enough that nothing newer is expected of it
+__version__ = "3.0.0"  # some code reads it; old enough not to promise newer features
 
 
 class Kernel:
@@ -34,9 +34,9 @@ class Kernel:
         return self
 
     def __call__(self, *arguments: Any, **options: Any) -> NoReturn:
-        """Say why it cannot be launched."""
+        """Raise and say why the kernel cannot run."""
         raise BackendUnavailableError(
-            f"The Triton kernel {self.__name__!r} was launched, and on the CPU it cannot run: "  # type: ignore[attr-defined]
+            f"The Triton kernel {self.__name__!r} was launched, but cannot run on a CPU: "  # type: ignore[attr-defined]
             "mamba_attn.cpu_stand_ins() stood in for triton when this code was imported. Use the code's own PyTorch "
             "path, or import it without cpu_stand_ins() on a machine with a GPU."
         )
@@ -70,7 +70,7 @@ def heuristics(values: Any) -> Callable[[Any], Any]:
 
 
 class Config(SimpleNamespace):
-    """``triton.Config``: keeps what it was given.
+    """``triton.Config``: stores its arguments.
 
     Args:
         kwargs: meta-parameters of the kernel.
@@ -82,12 +82,12 @@ class Config(SimpleNamespace):
 
 
 def cdiv(x: int, y: int) -> int:
-    """The quotient, rounded up."""
+    """Return x / y, rounded up."""
     return -(-x // y)
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least n."""
+    """Return the smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
@@ -95,7 +95,7 @@ class constexpr:  # noqa: N801 - Triton's own name
     """``triton.language.constexpr``: a value known at compile time.
 
     Args:
-        value: what it wraps.
+        value: the wrapped value.
     """
 
     def __init__(self, value: Any) -> None:
@@ -118,10 +118,10 @@ class Symbol:
         return Symbol(f"{self.__name__}.{name}")
 
     def __call__(self, *arguments: Any, **options: Any) -> NoReturn:
-        """Say what there is outside kernels."""
+        """Raise and say which names work outside kernels."""
         raise BackendUnavailableError(
-            f"{self.__name__} was called outside a kernel; mamba_attn.cpu_stand_ins() stands in for triton's "
-            "decorators, Config, cdiv, next_power_of_2 and constexpr, and for no more."
+            f"{self.__name__} was called outside a kernel; mamba_attn.cpu_stand_ins() replaces only triton's "
+            "decorators, Config, cdiv, next_power_of_2 and constexpr."
         )
 
     def __repr__(self) -> str:
@@ -162,7 +162,7 @@ def layer_norm_fn(
         prenorm: also return the sum that was normalised.
         residual_in_fp32: that sum in float32 or better, if there is no residual whose type decides.
         is_rms_norm: divide by the root mean square, and subtract no mean.
-        return_dropout_mask: also return what was kept of x and of x1.
+        return_dropout_mask: also return the masks of kept elements of x and x1.
 
     Returns:
         The norm; with weight1 the second norm after it, with prenorm the sum after these, then the masks.
@@ -272,7 +272,7 @@ def selective_state_update(
     """One step: state = exp(dt A) state + dt B x, in place; y = C state + D x, times silu(z).
 
     Args:
-        state: (batch, [heads,] channels, states), moved on in place.
+        state: (batch, [heads,] channels, states), updated in place.
         x: (batch, [heads,] channels).
         dt: like x, before bias and softplus.
         A: ([heads,] channels, states).

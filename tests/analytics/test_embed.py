@@ -70,7 +70,7 @@ def test_the_approximation_is_close_seeded_and_says_so(monkeypatch):
         (np.zeros(3), 2, r"components\(features\(3,\), count=2\): expected \(n, features\)"),
         (np.zeros((0, 3)), 2, "all at least 1"),
         (np.ones((2, 3)), 0, "count=0"),
-        (np.full((4, 2), np.nan), 1, "NaN or Inf among the features"),
+        (np.full((4, 2), np.nan), 1, "features contain NaN or Inf"),
     ],
 )
 def test_components_refuse(features, count, sentence):
@@ -191,7 +191,7 @@ def test_the_key_does_not_depend_on_memory_layout():
         (np.ones(3), {}, "at least two points"),
         (np.ones((4, 3)), {"first": 1}, "first=1 principal components leave no plane"),
         (np.ones((4, 3)), {"perplexity": 3}, "PCA has no options, got perplexity"),
-        (np.full((4, 3), np.inf), {}, "NaN or Inf among the features"),
+        (np.full((4, 3), np.inf), {}, "features contain NaN or Inf"),
     ],
 )
 def test_embed_refuses(features, options, sentence):

@@ -53,13 +53,13 @@ def test_what_does_not_belong_together(place, tmp_path):
     collect(cases.request(folder, "vmamba_micro", routes="sum"), tmp_path / "sum")
     collect(cases.request(folder, "vmamba_micro", layers=["*.0.*.0.*"]), tmp_path / "layer")
     first = place / "first.store"
-    for name, sentence in (("seed", "have other models"), ("sum", "have other routes"), ("layer", "other layers")):
+    for name, sentence in (("seed", "differ in models"), ("sum", "differ in routes"), ("layer", "differ in layers")):
         with pytest.raises(StoreError, match=sentence):
             merge_stores(first, tmp_path / name, tmp_path / "both")
     assert not (tmp_path / "both").exists()
     with pytest.raises(StoreError, match=r"both count '.*' and 2 others; each image counts once, so they are not"):
         merge_stores(first, first, tmp_path / "both")
-    with pytest.raises(StoreError, match="there is a store already; nothing was changed"):
+    with pytest.raises(StoreError, match="already holds a store; nothing was changed"):
         merge_stores(first, place / "second.store", tmp_path / "seed")
 
 

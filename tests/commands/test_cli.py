@@ -179,7 +179,7 @@ def test_weights_that_are_not_there_or_do_not_fit(capsys, weights, tmp_path):
 @pytest.mark.parametrize(
     ("card", "message"),
     [
-        ("{", r"w.json: this card beside the weights is not JSON"),
+        ("{", r"w.json: this card of the weights is not JSON"),
         ("[1]", "w.json: expected a card with 'options'"),
         ('{"options": 3}', "w.json: expected a card with 'options'"),
         ('{"options": {"depht": 2}}', "depht"),

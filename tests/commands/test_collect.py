@@ -87,7 +87,7 @@ def test_images_of_which_none_can_be_read(place, weights, capsys):
     [
         (["--data", "empty"], "--data empty: it holds no images."),
         (["--data", "absent"], "there is no file or folder 'absent'"),
-        (["--data", "a.zip"], "it has several parts; name one"),
+        (["--data", "a.zip"], "it has several parts; choose one"),
         (["--data", "photos", "--limit", "0"], "--limit 0: expected a number from 1 on"),
         (["--data", "photos", "--keep", "-1"], "--keep -1: expected a number from 0 on"),
         (["--data", "photos", "--batch", "0"], "--batch 0: expected a number from 1 on"),

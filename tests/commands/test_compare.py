@@ -106,7 +106,7 @@ def test_a_bad_box_loses_neither_the_run_nor_the_page(place, models, capsys):
     assert cli.main(call) == 1
     said = capsys.readouterr().out
     assert "boxed: localisation, 1 images" in said
-    assert "1 of 2 images have neither boxes nor a mask and are left out of the localisation." in said
+    assert "1 of 2 images have no boxes and no mask and are left out of the localisation." in said
     notes = [line for line in said.splitlines() if "figures missing" in line]
     assert len(notes) == 2 * 2  # a line for all methods, per model and image
     assert all(", all methods: 4 figures missing: " in line for line in notes)
@@ -119,7 +119,7 @@ def test_photos_without_labels(place, models, capsys):
     call = ["compare", "--models", models, "--data", "mine", "--out", "out", "--measures", "perturbation,localisation"]
     assert cli.main(call) == 0
     said = capsys.readouterr().out
-    assert "mine has neither boxes nor masks: no localisation." in said
+    assert "mine has no boxes and no masks: no localisation." in said
     assert "AUC target" not in said
     assert "accuracy" not in said
 
@@ -139,14 +139,14 @@ def test_photos_without_labels(place, models, capsys):
         (["--data", "photos", "--target", "hatt"], "--target hatt: no such class; vim_micro knows 3 classes, 0..2."),
         (["--data", "photos", "--target", "3"], "--target 3: no such class; vim_micro knows 3 classes, 0..2."),
         (["--data", "s.zip:masks", "--target", "label"], "--target label: s.zip:masks: it has no labels"),
-        (["--data", "boats", "--target", "label"], "boats: none of its classes is one of the model's"),
+        (["--data", "boats", "--target", "label"], "boats: the model has none of its classes"),
         (["--data", "photos", "--models", "vim_micor"], "no such model. Did you mean 'vim_micro'"),
         (["--data", "photos", "--models", "vim_micro=none.pth"], "no such file; expected"),
         (["--data", "photos", "--models", ","], "--models: expected names of models"),
         (["--data", "photos", "--models", "vim_micro="], "--models vim_micro=: expected demo, official or a file"),
         (["--data", "photos", "--methods", "occlusion:strides=99"], "Stride dimension (3, 99, 99) cannot be larger"),
         (["--data", "photos", "--methods", "integrated_gradients:n_steps=0"], "number of steps has to be larger than"),
-        (["--data", "photos", "--out", "photos/red/0.png/x"], "this folder cannot be written"),
+        (["--data", "photos", "--out", "photos/red/0.png/x"], "cannot write this folder"),
     ],
 )
 def test_what_is_refused(place, models, capsys, arguments, message):

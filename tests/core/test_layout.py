@@ -112,12 +112,18 @@ LAYOUT = TokenLayout(grid=(2, 3), patch_size=4, class_tokens=(0,))
         (lambda: TokenLayout(grid=(2, 3), class_tokens=(7,)), r"class_tokens=\(7,\) .* 0\.\.6 of a 2x3 grid with 1"),
         (lambda: TokenLayout(grid=(2, 3), registers=(-1,)), r"registers=\(-1,\) must be distinct token indices"),
         (lambda: TokenLayout(grid=(2, 3), class_tokens=(1,), registers=(1,)), r"must be distinct token indices"),
-        (lambda: TokenLayout((2, 3), window=0), r"window=0, .* must be at least 1, and windows hold patches alone"),
+        (
+            lambda: TokenLayout((2, 3), window=0),
+            r"window=0, .* must be at least 1, and windows cannot hold",
+        ),
         (
             lambda: TokenLayout((2, 3), window=2, class_tokens=(0,)),
-            r"class_tokens=\(0,\), .* windows hold patches alone",
+            r"class_tokens=\(0,\), .* windows cannot hold",
         ),
-        (lambda: TokenLayout((2, 3), window=2, registers=(0,)), r"registers=\(0,\)\): .* windows hold patches alone"),
+        (
+            lambda: TokenLayout((2, 3), window=2, registers=(0,)),
+            r"registers=\(0,\)\): .* windows cannot hold",
+        ),
         (lambda: LAYOUT.to_grid(torch.zeros(2, 6)), r"to_grid\(values\(2, 6\)\): expected 7 tokens in the last axis"),
         (lambda: LAYOUT.to_grid(torch.zeros(2, 6)), r"\(grid 2x3 and 1 other tokens\)"),
         (lambda: LAYOUT.token_at(8, 0), r"token_at: row 8 is outside the 8 pixels that the patches cover"),

@@ -115,8 +115,8 @@ def test_without_h5py_the_remedy_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("selector", "message"),
     [
-        ("none.zip", "there is no file or folder"),
-        ("a.zip", "it has several parts; name one. Its parts: boxes, digits."),
+        ("none.zip", "no such file or folder"),
+        ("a.zip", "it has several parts; choose one. Its parts: boxes, digits."),
         ("a.zip:boxs", "there is no folder 'boxs' in it. Its parts: boxes, digits."),
         ("text.zip", "this is not a zip file"),
         ("text.txt", "expected a folder, a .zip or a .mat file"),

@@ -207,7 +207,7 @@ def test_distance_and_what_is_shown():
         ({"sign": "negative"}, ValueError, r"receptive_field\(sign='negative'\): expected one of"),
         ({"pixel": (40, 3)}, ValueError, "outside the image of 40 x 24 pixels"),
         ({"pixel": (4, 3), "box": (0, 0, 9, 9)}, ValueError, "both choose the rows to read"),
-        ({"query": "class", "pixel": (4, 3)}, ValueError, "give this, pixel or box alone"),
+        ({"query": "class", "pixel": (4, 3)}, ValueError, "give only one of query, pixel and box"),
         ({"query": "middle"}, ValueError, "query='middle'.: expected 'class'"),
         ({"images": images(1)[0]}, ValueError, r"images\(3, 40, 24\) of torch.float64.: expected normalised images"),
         ({"images": []}, ValueError, "there are none"),

@@ -92,7 +92,7 @@ def test_energy_of_batches():
 
 
 def test_what_is_refused():
-    with pytest.raises(NonFiniteError, match="hold NaN or Inf"):
+    with pytest.raises(NonFiniteError, match="contain NaN or Inf"):
         locate(torch.full((4, 4), torch.nan), toy())
     with pytest.raises(ValueError, match=r"the map has \(3, 4\) pixels, the truth \(4, 4\)"):
         locate(torch.zeros(3, 4), toy())

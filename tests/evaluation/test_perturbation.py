@@ -130,7 +130,7 @@ def test_an_answer_of_nan_to_a_perturbed_image_is_named():
         return torch.log(images.mean((1, 2, 3)) - 0.9)[:, None].expand(-1, 2)  # black is below
 
     _, images, maps = setting()
-    with pytest.raises(NonFiniteError, match="answer to an image with cells removed holds NaN"):
+    with pytest.raises(NonFiniteError, match="answer to an image with cells removed contains NaN"):
         perturbation.perturb(model, images, maps, torch.tensor([1, 1]), cell=4)
 
 
@@ -146,5 +146,5 @@ def test_what_is_refused():
         perturbation.perturb(model, images, maps.nan_to_num(), target, cell=4, fill="white")
     with pytest.raises(ValueError, match=r"explained=2: the model's classes are 0..1"):
         perturbation.clean_answers(model, images, explained=[None, 2])
-    with pytest.raises(NonFiniteError, match="the model's answer holds NaN"):
+    with pytest.raises(NonFiniteError, match="the model's answer contains NaN"):
         perturbation.clean_answers(model, images * torch.nan)

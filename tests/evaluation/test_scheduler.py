@@ -71,7 +71,7 @@ def test_all_measures_of_all_fitting_methods(models, boxes, tmp_path):
     assert vim.figures["other_class"]["raw_attention"].interval.value == 1  # it does not see the class
     assert vim.figures["peak_megabytes"]["raw_attention"].interval.value > 0.01
     assert 0 <= vim.accuracy <= 1
-    assert "1 of 6 images have neither boxes nor a mask and are left out of the localisation." in vim.flags
+    assert "1 of 6 images have no boxes and no mask and are left out of the localisation." in vim.flags
     assert any("is made of softmax attention; use transformer_attribution" in note for note in wanted.notes)
 
 
@@ -207,7 +207,7 @@ def _raise(_):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (lambda values: values.fill_(torch.nan), "hold NaN or Inf and cannot be ranked"),
+        (lambda values: values.fill_(torch.nan), "contain NaN or Inf and cannot be ranked"),
         (_raise, "out of luck"),
     ],
 )

@@ -129,7 +129,7 @@ def test_queries(subjects):
     for text in ("3", "a,b", "1,2", "1,,2", ""):
         with pytest.raises(ValueError, match=rf"box='{text}': expected X0,Y0,X1,Y1 in pixels"):
             choices.parse_query(None, text, vmamba, [])
-    with pytest.raises(ValueError, match="query='1,2', box='1,2,3,4': both say whose attention; leave one out"):
+    with pytest.raises(ValueError, match="query='1,2', box='1,2,3,4': give only one of them"):
         choices.parse_query("1,2", "1,2,3,4", vmamba, [])
     with pytest.raises(ValueError, match="box='0,0,33,4': the box is empty or leaves the image"):
         choices.parse_query(None, "0,0,33,4", vmamba, [])

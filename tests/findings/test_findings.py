@@ -122,7 +122,7 @@ def test_reordering_keeps_the_weights_and_changes_the_routes(stores):
     found = stores["vim"].reordered("spiral")
     assert found.fingerprint == stores["vim"].index.model["fingerprint"]
     assert found.model.order == "spiral"
-    with pytest.raises(StoreError, match="a vit_micro scans in no order that could be changed"):
+    with pytest.raises(StoreError, match="a vit_micro has no scan order to change"):
         stores["vit"].reordered("spiral")
 
 
@@ -175,7 +175,7 @@ def test_features_of_another_projection_are_refused(stores, tmp_path, monkeypatc
 
 def test_one_image_has_no_intervals_and_nothing_to_compare(stores, tmp_path):
     found = report("vim", stores["vim"], tmp_path, images=1, seeds=1)
-    assert found.notes == ["one image alone: no intervals, and nothing that compares images."]
+    assert found.notes == ["only one image: no intervals, and nothing that compares images."]
     assert found.row("entropy").trained.low is None
     assert found.row("entropy").verdict == ""
     assert found.row("image_share") is None
@@ -210,7 +210,7 @@ def test_a_model_in_random_order_has_no_other(stores, folder, tmp_path):
     found = report("store", AttentionStore.open(tmp_path / "store"), tmp_path / "measured", seeds=0)
     assert found.order == "random"
     assert found.notes == [
-        "it was trained in a random order, so that no model scans in another one for comparison."
+        "it was trained in a random order, so there is no comparison with another scan order."
     ]  # fmt: skip
     assert found.row("order_over_raster") is not None
 
@@ -289,7 +289,7 @@ def test_orders_that_differ_as_their_seeds_do_and_too_few_orders():
     assert "too few orders" in orders_sentence(found)
     single = over_orders([made("raster", 70, 1), made("morton", 71, 2)])[0]
     assert single.chance is None
-    assert "With one seed each, this cannot be told" in orders_sentence(single)
+    assert "With one seed each, this cannot be distinguished" in orders_sentence(single)
 
 
 def test_accuracy_comes_from_the_card_beside_the_weights(stores, tmp_path):

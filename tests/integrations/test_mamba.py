@@ -246,5 +246,5 @@ def test_check_adapter_says_when_nothing_enters_the_projection() -> None:
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
             return self.direction(self.entering(hidden_states)) @ self.out_proj.weight.T
 
-    with pytest.raises(LawError, match="no hook saw what its matrices give"):
+    with pytest.raises(LawError, match="no hook saw its matrices"):
         check_adapter(Fused(6), torch.randn(1, 5, 6))

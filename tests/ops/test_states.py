@@ -142,7 +142,7 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(monkeypatch):
     monkeypatch.setattr(dispatch, "_UNASKED", 0)
     monkeypatch.setattr(dispatch, "free_bytes", lambda device: 1000)
     record = make(Case())
-    with pytest.raises(MatrixTooLargeError, match=r"the states \(2, 2, 5, 3, 15\).*Name fewer routes= or channels="):
+    with pytest.raises(MatrixTooLargeError, match=r"the states \(2, 2, 5, 3, 15\).*Choose fewer routes= or channels="):
         ops.scan_states(record)
     assert ops.scan_states(record, routes=0, channels=0).shape == (2, 1, 1, 3, 15)
 

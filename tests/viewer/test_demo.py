@@ -52,7 +52,7 @@ def test_stores_that_cannot_be_shown_are_sentences(tmp_path, capsys):
     assert main(["explore", str(tmp_path / "nowhere")]) == 2
     assert "there is no such folder; make a store with mamba-attn collect" in capsys.readouterr().err
     assert main(["explore", str(tmp_path)]) == 2
-    assert "is no store of mamba-attn collect" in capsys.readouterr().err
+    assert "is not a store of mamba-attn collect" in capsys.readouterr().err
     content = {
         "format": 1, "model": {"name": "vim_micro"}, "classes": [], "transform": {}, "data": [], "routes": "sum",
         "keep": 0, "layers": [], "images": [], "wanted": 9,

@@ -23,7 +23,7 @@ _FLAGS = (
 
 
 def library() -> ctypes.CDLL:
-    """Return the loaded kernel library; ``library_problem()`` says beforehand whether there is one."""
+    """Return the loaded kernel library; check ``library_problem()`` first."""
     loaded, problem = _load()
     if loaded is None:
         raise BackendUnavailableError(problem)
@@ -31,7 +31,7 @@ def library() -> ctypes.CDLL:
 
 
 def library_problem() -> str | None:
-    """Return why there is no kernel library, or None; warns once when there is none."""
+    """Return why the kernel library is missing, or None; warns once if it is missing."""
     return _load()[1]
 
 
@@ -45,13 +45,13 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return ctypes.CDLL(str(_compiled())), None
     except (OSError, subprocess.SubprocessError) as error:
         detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-        problem = f"its C++ source could not be compiled or loaded: {detail.strip()[-800:]} Install g++ or set CXX."
+        problem = f"its C++ source does not compile or load: {detail.strip()[-800:]} Install g++ or set CXX."
         warnings.warn(f"mamba_attn runs without its CPU kernel (the slower blocked path runs): {problem}", stacklevel=4)
         return None, problem
 
 
 def _compiled() -> Path:
-    """Path of the shared object for this source, compiler and CPU; compiled now if it is not there."""
+    """Return the path of the shared object for this source, compiler and CPU; compile it if missing."""
     found = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
     compiler = shlex.split(os.environ.get("CXX", "")) or ([found] if found else [])  # CXX may be "ccache g++"
     if not compiler:
@@ -74,7 +74,7 @@ def _wide_vectors() -> tuple[str, ...]:
 
 
 def _cpu() -> str:
-    """What -march=native depends on: a cached file must not meet another CPU."""
+    """Identify the CPU: -march=native depends on it, so a cached file must not run on another."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor() + platform.machine()

@@ -140,7 +140,7 @@ void forward_block(const Scan& s, float* y, int64_t b, int64_t c) {
     }
 }
 
-// Everything the backward of one image needs beside its inputs.
+// Everything the backward of one image needs in addition to its inputs.
 struct Workspace {
     int64_t steps;                   // of a segment: recomputed and kept at once
     std::vector<vec> start;          // (segments, blocks, states): state before each segment
@@ -279,7 +279,7 @@ struct Attention {
 struct Block {  // a block of channels of one (image, route), cut into chunks
     int64_t first, channels, chunks;
     std::vector<float> Q, K;     // (chunks, channels * states, 16)
-    std::vector<double> S;       // (chunks + 1, channels): cumulative delta at chunk borders
+    std::vector<double> S;       // (chunks + 1, channels): cumulative delta at chunk boundaries
     float* q(int64_t chunk, int64_t states) { return Q.data() + chunk * channels * states * LANES; }
     float* k(int64_t chunk, int64_t states) { return K.data() + chunk * channels * states * LANES; }
 };

@@ -1,6 +1,6 @@
 """The CPU kernel: native.cpp through ctypes, compiled once per machine at first use.
 
-Never required: without a compiler the blocked path runs. float32 (half precision is converted); float64 is declined.
+Optional: without a compiler the blocked path runs. Computes in float32 (converts half precision); refuses float64.
 """
 
 import ctypes
@@ -72,7 +72,7 @@ class _CAttention(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where steps read and write: source positions, and tokens when routes merge."""
+    """The source positions that steps read, and the tokens that they write when routes merge."""
 
     read: Tensor | None
     write: Tensor | None
@@ -84,10 +84,10 @@ class _Frame:
 
 
 class Native(Backend):
-    """Backend "native"."""
+    """Backend "native": the C++ kernel on the CPU."""
 
     def unavailable(self, record: ScanRecord) -> str | None:
-        """Return why the kernel cannot take this record, or None."""
+        """Return why the kernel cannot run this record, or None."""
         tensors: tuple[Tensor, ...] = (
             record.source_u, record.source_delta, record.A, record.source_B, record.source_C
         )  # fmt: skip
@@ -146,7 +146,7 @@ def _scan(
 ) -> Tensor:  # fmt: skip
     """The scan of float32 tensors: (batch, channels, tokens), or (batch, routes, channels, length); channels last.
 
-    The fields of a ``ScanRecord`` with one group; ``read`` where sources are in the token frame, ``write`` where routes
+    The fields of a ``ScanRecord`` with one group; ``read`` if sources are in the token frame, ``write`` if routes
     merge.
     """
     u, delta, D, A2 = *(_channels_last(x, 0) for x in (u, delta)), _dense(D), _base_two(A)
@@ -162,9 +162,9 @@ def _scan_backward(
     gradient: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     gain: Tensor | None, read: Tensor | None, write: Tensor | None, tokens: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients as the kernel lays them out: channels last, those of A and D per image; the states are recomputed.
+    """Return gradients in the kernel's layout: channels last, those of A and D per image; the states are recomputed.
 
-    The last is that of the gain, empty without one.
+    The last is the gradient of the gain, empty without one.
     """
     u, delta, D, A2 = *(_channels_last(x, 0) for x in (u, delta)), _dense(D), _base_two(A)
     gain = None if gain is None else _channels_last(gain, 0)
@@ -174,7 +174,7 @@ def _scan_backward(
     for zeroed in (dA, dB, dC, dD):
         zeroed.zero_()
     for x, source in ((du, u), (ddelta, delta), (dgain, delta if gain is None else gain)):
-        if source.shape[1] != frame.routes or source.shape[3] != frame.length:  # else every entry is written once
+        if source.shape[1] != frame.routes or source.shape[3] != frame.length:  # otherwise every entry is written once
             x.zero_()
     scan = _c_scan(u, delta, A2, B, C, D, frame, gain)
     routes = [0 if x is None else x.shape[1] for x in (u, delta, B, gain)]
@@ -188,7 +188,7 @@ def _attention(
     write_order: Tensor, tokens: int, scale: float, source_frame: str, merged: bool, row_weight: Tensor | None,
     col_weight: Tensor | None, fold: str,
 ) -> Tensor:  # fmt: skip
-    """The folded matrix of a record with one group; of u only the shape counts. Its gradient takes the blocked path."""
+    """Return the folded matrix of a record with one group; uses only u's shape. Its gradient is the blocked path's."""
     record = unflatten(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
     out = torch.zeros(attention_shape(u, read_order, tokens, merged, fold))
     with _call(record, (row_weight, col_weight), out, fold, merged) as (call, source):
@@ -312,7 +312,7 @@ def _line_shape(u: Tensor, read_order: Tensor, fold: str) -> tuple[int | torch.S
 def _call(
     record: ScanRecord, weights: Weights, out: Tensor, fold: str, merged: bool
 ) -> Iterator[tuple[_CAttention, ctypes.c_void_p]]:
-    """The C structure of a call and where steps find their sources; its tensors live as long as the block."""
+    """Yield a call's C structure and the positions of its sources; tensors stay alive inside the block."""
     exact = torch.nn.functional.pad(record.A.detach().double().flatten() * _LOG2_E, (0, _LANES))
     A2, A2_low = exact.float(), (exact - exact.float()).float()
     delta, B, C = (x.detach().float() for x in (record.source_delta, record.source_B, record.source_C))
@@ -330,10 +330,10 @@ def _call(
 
 
 def _gain_in_columns(record: ScanRecord, columns: Tensor | None) -> tuple[ScanRecord, Tensor]:
-    """A record without a gain, and gain / delta as weights of columns: the kernels multiply them by delta again.
+    """Return a record without a gain, and gain / delta as column weights: the kernels multiply by delta again.
 
-    Values only: the gradient of the quotient would cancel where delta is small. No delta that decays anything is
-    changed by what keeps it from zero.
+    Values only: the gradient of the quotient would cancel where delta is small. Only a delta too
+    small to decay anything is clamped away from zero.
     """
     delta = record.source_delta.float() + _SMALLEST_STEP
     plain = record.replace(source_delta=delta, source_gain=None)
@@ -342,7 +342,7 @@ def _gain_in_columns(record: ScanRecord, columns: Tensor | None) -> tuple[ScanRe
 
 
 def _groups(record: ScanRecord) -> list[ScanRecord]:
-    """Spell out shared heads and states, and give every group of B and C its own record."""
+    """Expand shared heads and states, and give every group of B and C its own record."""
     width, states = record.channels // record.heads, record.states
     if width > 1:
         record = record.replace(
@@ -393,7 +393,7 @@ def _rows(
 def _gradients(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, gain: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Memory for the gradients of u, delta, A, B, C, D and the gain."""
+    """Allocate the gradients of u, delta, A, B, C, D and the gain."""
     batch, _, channels, positions = u.shape
     routes, states = A.shape[0], A.shape[2]
     du, ddelta = (u.new_empty(batch, x.shape[1], positions, channels) for x in (u, delta))
@@ -428,7 +428,7 @@ def _scan_frame(u: Tensor, A: Tensor, read: Tensor | None, write: Tensor | None,
 
 
 def _attention_frame(record: ScanRecord, merged: bool) -> _Frame:
-    """In which ``read`` is the token whose column a step is."""
+    """Return a frame whose ``read`` is the token of a step's column."""
     read = _order("read_order", record.read_order, record.tokens)
     write = _order("write_order", record.write_order, record.tokens) if merged else None
     positions, scale = record.source_delta.shape[-1], record.scale if merged else 1.0
@@ -436,13 +436,13 @@ def _attention_frame(record: ScanRecord, merged: bool) -> _Frame:
 
 
 def _order(name: str, order: Tensor, size: int) -> Tensor:
-    """An order as the kernel indexes with it: int64, contiguous, nowhere outside; it would write there unchecked."""
+    """Return an order for the kernel: int64, contiguous, checked for range, because the kernel does not check."""
     require_distinct(f"ScanRecord: {name}", order, size)
     return order.long().contiguous()
 
 
 def _c_tensor(x: Tensor | None, axis: int, routes: int) -> _CTensor:
-    """Pointer and strides; a route axis of size 1 is shared by all routes."""
+    """Return pointer and strides; all routes share a route axis of size 1."""
     if x is None:
         return _CTensor(None, 0, 0, 0, 0)
     route = x.stride(1) if x.shape[1] == routes and routes > 1 else 0

@@ -1,7 +1,7 @@
 """The CUDA sources of the package, compiled for an architecture and kept on disk.
 
-A kept file is named after everything that it depends on and ends in its own checksum: a file that another version
-wrote, or that is damaged, is never loaded.
+A cached file is named after everything that it depends on and ends in its checksum: a damaged file, or one that another
+version wrote, is never loaded.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ _DIGEST = hashlib.sha256().digest_size
 
 @cache
 def sources() -> Mapping[str, str]:
-    """Text of every .cu and .cuh file of the package by its bare name, in the order of names.
+    """Return the text of every .cu and .cuh file of the package by its bare name, sorted by name.
 
     Raises:
         BackendUnavailableError: the package lacks them.
@@ -33,26 +33,26 @@ def sources() -> Mapping[str, str]:
             if entry.name.endswith((".cu", ".cuh"))
         }
     except (ModuleNotFoundError, OSError) as error:
-        raise BackendUnavailableError(f"its CUDA sources cannot be read ({error}); reinstall mamba_attn.") from error
+        raise BackendUnavailableError(f"cannot read the CUDA sources ({error}); reinstall mamba_attn.") from error
     if not any(name.endswith(".cu") for name in found):
-        raise BackendUnavailableError("the package holds no CUDA sources; reinstall mamba_attn.")
+        raise BackendUnavailableError("the package has no CUDA sources; reinstall mamba_attn.")
     return found
 
 
 def units() -> tuple[str, ...]:
-    """Names of the files that are compiled, one module each; the others are included by them."""
+    """Return names of the files to compile, one module each; they include the others."""
     return tuple(name for name in sources() if name.endswith(".cu"))
 
 
 def targets(capability: tuple[int, int], architectures: tuple[int, ...]) -> tuple[str, ...]:
-    """What to compile for a GPU, best first: its own machine code, then PTX, which the driver translates.
+    """Return what to compile for a GPU, best first: its own machine code, then PTX, which the driver translates.
 
     Args:
         capability: of the GPU, (9, 0).
-        architectures: those that the compiler knows: 75, 80, ...
+        architectures: those that the compiler supports: 75, 80, ...
 
     Raises:
-        BackendUnavailableError: the GPU is older than all of them, or than the kernels.
+        BackendUnavailableError: the GPU is older than all of these, or too old for the kernels.
     """
     own = capability[0] * 10 + capability[1]
     older = [architecture for architecture in architectures if OLDEST <= architecture <= own]
@@ -85,7 +85,7 @@ def image(unit: str, target: str, compiler: Compiler) -> bytes:
 
 
 def _read(path: Path) -> bytes | None:
-    """What ``_write`` wrote, or None: no such file, or a damaged one."""
+    """Return what ``_write`` wrote; None if the file is missing or damaged."""
     try:
         data = path.read_bytes()
     except OSError:
@@ -95,7 +95,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, body: bytes) -> None:
-    """Keep an image; two processes may do so at once. A full disk only costs the next process a compilation."""
+    """Cache an image; processes may do so at once. If the disk is full, the next process compiles again."""
     try:
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             made = Path(scratch, path.name)

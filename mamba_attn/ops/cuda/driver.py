@@ -1,6 +1,6 @@
 """The CUDA driver through ctypes: load compiled kernels into a device's primary context, and launch them.
 
-The primary context is the one that torch uses; it is made current for each call and what was current comes back.
+The primary context is the one that torch uses; each call makes it current and restores the previous one.
 """
 
 import ctypes
@@ -53,9 +53,9 @@ _UPDATE = "Update the NVIDIA driver, or install a torch built for an older CUDA.
 _REMEDIES = {
     1: "Launch it with fewer blocks or less shared memory (a smaller batch), or use backend='blocked'.",
     3: "CUDA cannot be used after a fork: start worker processes with the 'spawn' method.",
-    34: "This libcuda is the stub of the CUDA toolkit; put the driver's own folder first in LD_LIBRARY_PATH.",
+    34: "This libcuda is the stub of the CUDA toolkit; put the driver's folder first in LD_LIBRARY_PATH.",
     36: _UPDATE,
-    46: "Another process holds the GPU for itself; use a free one.",
+    46: "Another process uses the GPU exclusively; use a free one.",
     100: "Check with nvidia-smi that there is a GPU, and that CUDA_VISIBLE_DEVICES names it.",
     101: "Check CUDA_VISIBLE_DEVICES.",
     201: "Run any torch operation on the device first.",
@@ -63,14 +63,14 @@ _REMEDIES = {
     701: "The block needs more registers or shared memory than there are; use backend='blocked'.",
     802: "The system is not ready for CUDA yet (the fabric manager is not running?).",
     803: "The loaded driver module and the driver's libraries differ; restart the machine.",
-    804: "The compatibility libraries of CUDA do not support this GPU; take them off LD_LIBRARY_PATH.",
+    804: "The compatibility libraries of CUDA do not support this GPU; remove them from LD_LIBRARY_PATH.",
     900: "Run the call once before capturing the graph.",
     901: "Run the call once before capturing the graph.",
 }
 
 
 class ImageRejectedError(BackendUnavailableError):
-    """The driver cannot load this machine code or PTX; in another form it may."""
+    """The driver cannot load this machine code or PTX; another form may load."""
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Kernel:
         handle: the driver's.
         context: of the device that it was loaded on.
         parameter_bytes: size of its one argument; None when the driver (before 12.4) does not say.
-        shared_bytes: dynamic shared memory that a block was last allowed to ask for.
+        shared_bytes: limit last set for a block's dynamic shared memory.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Kernel:
 
 
 class Driver:
-    """The functions of libcuda that a launch needs; errors come as exceptions that say the remedy."""
+    """The functions of libcuda that a launch needs; failures raise exceptions that name a remedy."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         for name, signature in _SIGNATURES.items():
@@ -104,7 +104,7 @@ class Driver:
     def version(self) -> tuple[int, int]:
         """CUDA version that the driver supports, (major, minor)."""
         number = ctypes.c_int()
-        self._call("tell its version", "cuDriverGetVersion", ctypes.byref(number))
+        self._call("return its version", "cuDriverGetVersion", ctypes.byref(number))
         return number.value // 1000, number.value % 1000 // 10
 
     def attribute(self, device: int, attribute: int) -> int:
@@ -139,7 +139,7 @@ class Driver:
         """Return a function of one of these modules.
 
         Raises:
-            MambaAttnError: none has one of that name.
+            MambaAttnError: no module has a function of that name.
         """
         handle, status = ctypes.c_void_p(), _NOT_FOUND
         with self._current(context), self._relaxed_capture():
@@ -151,7 +151,7 @@ class Driver:
             return Kernel(name, handle.value or 0, context, self._parameter_bytes(handle))
 
     def allow_shared(self, kernel: Kernel, size: int) -> None:
-        """Let blocks of a kernel ask for this much dynamic shared memory, in bytes."""
+        """Allow blocks of a kernel this much dynamic shared memory, in bytes."""
         doing = f"give a block of {kernel.name!r} {size:,} bytes of shared memory"
         with self._current(kernel.context):
             self._call(doing, "cuFuncSetAttribute", kernel.handle, _MAX_DYNAMIC_SHARED, size)
@@ -177,7 +177,7 @@ class Driver:
 
     @contextmanager
     def _relaxed_capture(self) -> Iterator[None]:
-        """Loading allocates, which a thread may not do while it captures a graph, unless it says that it knows."""
+        """Relax graph capture in this thread: loading allocates, which strict capture forbids."""
         mode = ctypes.c_int(_CAPTURE_RELAXED)
         self.library.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
         try:
@@ -215,7 +215,7 @@ def driver() -> Driver:
     """Return the driver, started.
 
     Raises:
-        BackendUnavailableError: there is none, or it cannot start.
+        BackendUnavailableError: no driver was found, or it cannot start.
     """
     tried = []
     for name in _LIBRARIES:
@@ -240,7 +240,7 @@ def _error_of(code: int, name: str, text: str, doing: str) -> RuntimeError:
     Args:
         code: what the driver returned, not zero.
         name: its name there, "CUDA_ERROR_NO_DEVICE".
-        text: the driver's words for it.
+        text: the driver's description of it.
         doing: what was asked of the driver, "load the kernels on cuda:0".
     """
     failure = f"the CUDA driver could not {doing}: {text} ({name}, {code})."

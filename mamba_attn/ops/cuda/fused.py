@@ -15,16 +15,16 @@ from mamba_attn.ops.cuda import kernels, operators
 from mamba_attn.ops.cuda.kernel_args import supported
 from mamba_attn.ops.flat_records import flatten, flatten_for_matrix
 
-_said: set[str] = set()  # of limits
+_warned: set[str] = set()  # limits that were warned about
 
 
 class Fused(Backend):
-    """Backend "fused"."""
+    """Backend "fused": the CUDA kernels as torch operators."""
 
     gathers_weights = True
 
     def unavailable(self, record: ScanRecord) -> str | None:
-        """Return why the kernels cannot take this record, or None."""
+        """Return why the kernels cannot run this record, or None."""
         tensors = _tensors(record)
         others = {str(x.device) for x in tensors} - {str(record.source_delta.device)}
         if others:
@@ -33,17 +33,17 @@ class Fused(Backend):
         if odd:
             return f"it takes float32, bfloat16 and float16, and an input is {odd[0]}; use backend='blocked'."
         if record.source_gain is not None:
-            return "its input has a gain apart from delta, which the kernels do not know; use backend='blocked'."
+            return "its input has a gain other than delta, which the kernels do not support; use backend='blocked'."
         problem = operators.launcher.problem(record.source_delta.device)
         if problem:
             return problem
         if torch.is_grad_enabled() and kernels.deterministic() and any(x.requires_grad for x in tensors):
             return "its backward adds in no fixed order and deterministic algorithms are on; use backend='blocked'."
         limit = kernels.limits(record, operators.launcher)
-        if limit and limit not in _said:
-            _said.add(limit)
+        if limit and limit not in _warned:
+            _warned.add(limit)
             warnings.warn(
-                f"mamba_attn leaves its CUDA kernel out here (the slower blocked path runs): {limit}", stacklevel=2
+                f"mamba_attn skips its CUDA kernel here (the slower blocked path runs): {limit}", stacklevel=2
             )
         return limit
 
@@ -62,7 +62,7 @@ class Fused(Backend):
         return attention
 
     def scan_and_attention(self, record: ScanRecord, fold: str, merged: bool) -> tuple[Tensor, Tensor]:
-        """Both, by one launch."""
+        """Return both results from one launch."""
         y, attention = operators.scan_and_attention(*flatten(record), merged, fold)
         return y, attention
 

@@ -14,7 +14,7 @@ _STRIDES = ("batch", "route", "group", "axis", "position")
 
 
 class CTensor(ctypes.Structure):
-    """A tensor that is read."""
+    """A tensor that a kernel reads."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -36,7 +36,7 @@ class COutput(ctypes.Structure):
 
 
 class CCall(ctypes.Structure):
-    """One scan, or attention, of a record."""
+    """Inputs of a scan, or of its attention."""
 
     _fields_ = [
         *((name, CTensor) for name in ("u", "delta", "A", "B", "C", "D", "row_weight", "col_weight")),
@@ -50,7 +50,7 @@ class CCall(ctypes.Structure):
 
 
 class CBackward(ctypes.Structure):
-    """The gradients of a scan's output."""
+    """Inputs and outputs of a scan's backward pass."""
 
     _fields_ = [
         ("call", CCall),
@@ -61,18 +61,18 @@ class CBackward(ctypes.Structure):
 
 
 class CLine(ctypes.Structure):
-    """One row or column."""
+    """A row or column of the attention matrix."""
 
     _fields_ = [("call", CCall), *((name, ctypes.c_int32) for name in ("first", "index", "column", "token"))]
 
 
 def tensor(x: Tensor | None, axes: Sequence[str | None], frame: int = STEP) -> CTensor:
-    """Pointer and strides.
+    """Return a tensor's pointer and strides.
 
     Args:
         x: float32, bfloat16 or float16; None is a null pointer.
-        axes: what each axis of ``x`` is: "batch", "route", "group", "axis" or "position". An axis of size 1 does not
-            move, so that one entry is shared by all.
+        axes: what each axis of ``x`` is: "batch", "route", "group", "axis" or "position". An axis of size 1 gets
+            stride 0: all share its entry.
         frame: STEP, READ or WRITE.
     """
     if x is None:
@@ -81,14 +81,14 @@ def tensor(x: Tensor | None, axes: Sequence[str | None], frame: int = STEP) -> C
 
 
 def output(x: Tensor | None, axes: Sequence[str | None], frame: int = STEP, add: bool = False) -> COutput:
-    """The same for a result; ``add``: several writers meet in zeros."""
+    """Like ``tensor``, for a result; ``add``: several writers add to zeros."""
     if x is None:
         return COutput()
     return COutput(data=x.data_ptr(), add=add, frame=frame, **_strides(x, axes))
 
 
 def call(record: ScanRecord, read: Tensor | None, write: Tensor | None) -> CCall:
-    """The inputs of a record; the two orders are int64 and contiguous, and live as long as the call."""
+    """Return a record as kernel inputs; the two orders are int64, contiguous and must outlive the call."""
     frame = READ if record.source_frame == "tokens" else STEP
     channels = ("batch", "route", "axis", "position")
     states = ("batch", "route", "group", "axis", "position")
@@ -107,7 +107,7 @@ def call(record: ScanRecord, read: Tensor | None, write: Tensor | None) -> CCall
 
 
 def supported(x: Tensor | None) -> bool:
-    """Whether a kernel reads this type."""
+    """Whether kernels can read a tensor's type."""
     return x is None or x.dtype in _TYPES
 
 

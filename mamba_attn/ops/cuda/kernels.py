@@ -41,13 +41,13 @@ _TILES = {  # steps, threads
 _SHARED_BACKWARD = 2 * _BACKWARD_THREADS // 32 * _SPAN * 4
 _SHARED_LINE = 8 * _LINE_CHANNELS + _LINE_THREADS // 32 * _SPAN * 4 + 4
 _SHORT, _LONG = 16, 512  # lengths below which pairs are few, and from which large tiles are full
-_THREADS_PER_MULTIPROCESSOR = 1024  # wanted of attention blocks, when channels can be divided among them
+_THREADS_PER_MULTIPROCESSOR = 1024  # target for attention blocks, if channels can be split among them
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
 
 def limits(record: ScanRecord, launcher: Launcher) -> str | None:
-    """Return why the kernels cannot take the sizes of a record, or None."""
+    """Return why the kernels cannot run a record of this size, or None."""
     needed, limit = _SHARED_BACKWARD + 64 * record.states, launcher.shared_limit(record.source_delta.device)
     if needed > limit:
         return (
@@ -64,7 +64,7 @@ def limits(record: ScanRecord, launcher: Launcher) -> str | None:
 
 
 def formulation(record: ScanRecord, fold: str, shared_limit: int) -> str:
-    """Name the kernel whose operations, counted, cost least.
+    """Return the name of the kernel with the lowest operation count.
 
     Folds that are not linear need every channel's entries, pair by pair. Tiles of 128 steps need half the exponentials
     of tiles of 64, but a short sequence leaves them empty.
@@ -99,8 +99,8 @@ def attention(
         weights: of rows and columns: None, (batch, routes, channels, length) or, merged, (batch, channels, tokens).
         fold: see ``hidden_attention``.
         merged: routes summed in the token frame, times the record's scale.
-        with_y: the scan's output too, by the same launch.
-        kernel: insists on a formulation; default: ``formulation``.
+        with_y: also return the scan's output, from the same launch.
+        kernel: name of a formulation. Default: chosen by ``formulation``.
     """
     device = record.source_delta.device
     kernel = kernel or formulation(record, fold, launcher.shared_limit(device))
@@ -207,7 +207,7 @@ def _launch_attention(
 
 
 def _attention_shared(kernel: str, states: int) -> int:
-    """Bytes of a block: what it stages and, in a factored kernel, a slab; or its warps' states while it scans."""
+    """Return a block's shared bytes: staging and, in a factored kernel, a slab; or its warps' states in a scan."""
     tile, threads = _TILES[kernel]
     sides = 2 * tile
     stage = 8 + 12 * _CHANNELS * (sides + 2) + 4 * (_STATES + 1) * sides + 8 * _CHANNELS * _STATES
@@ -229,7 +229,7 @@ def _new_y(record: ScanRecord, merged: bool) -> Tensor:
 
 
 def _weight(weight: Tensor | None, routes: slice, frame: int) -> tuple[Tensor | None, CTensor]:
-    """A weight's tensor, to be kept alive, and its argument; (batch, channels, tokens) is read in the token frame."""
+    """Return a weight's tensor, to keep alive, and its argument; (batch, channels, tokens) is in the token frame."""
     if weight is None:
         return None, CTensor()
     weight = weight.detach() if supported(weight) else weight.detach().float()
@@ -240,7 +240,7 @@ def _weight(weight: Tensor | None, routes: slice, frame: int) -> tuple[Tensor | 
 
 
 def _parts(record: ScanRecord, merged: bool) -> Iterator[tuple[ScanRecord, Tensor | None, Tensor | None]]:
-    """The record and its orders: all routes at once or, where results may not depend on who adds first, one by one."""
+    """Yield the record and its orders: all routes at once or, for deterministic sums, one by one."""
     record = record.map_tensors(torch.Tensor.detach)
     read, write = _checked_orders(record, merged)
     size = 1 if merged and deterministic() else record.routes
@@ -251,29 +251,29 @@ def _parts(record: ScanRecord, merged: bool) -> Iterator[tuple[ScanRecord, Tenso
 
 
 def _checked_orders(record: ScanRecord, merged: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Tokens read and written at each step, where a kernel asks: int64, contiguous, on the tensors' device."""
+    """Return tokens read and written at each step, where needed: int64, contiguous, on the tensors' device."""
     gathers = record.source_frame == "tokens"
     read = _checked_order(record, "read_order") if gathers or merged else None
     return read, _checked_order(record, "write_order") if merged else None
 
 
 def _checked_order(record: ScanRecord, name: str) -> Tensor:
-    """An order as kernels index with it; it may have been changed since the record was made."""
+    """Return an order for kernels to index with, checked again: it may have changed since the record was made."""
     order: Tensor = getattr(record, name)
     require_distinct(f"ScanRecord: {name}", order, record.tokens)
     return order.to(record.source_delta.device).long().contiguous()
 
 
 def deterministic() -> bool:
-    """Whether torch may use no algorithm whose result depends on timing."""
+    """Whether torch must avoid algorithms whose results depend on timing."""
     strict = not torch.is_deterministic_algorithms_warn_only_enabled()
     return torch.are_deterministic_algorithms_enabled() and strict
 
 
 def _tf32() -> bool:
-    """Whether the user allows float32 matrix products to lose digits."""
+    """Whether the user allows float32 matrix products in TF32."""
     matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9: once it is set, the older question raises
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9: once it is set, the older attribute raises
         return bool(matmul.fp32_precision == "tf32")
     return torch.get_float32_matmul_precision() != "highest"
 

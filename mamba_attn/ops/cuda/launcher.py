@@ -24,13 +24,13 @@ from mamba_attn.ops.cuda.nvrtc import Compiler, compiler
 
 
 class Launcher(Protocol):
-    """What a backend needs to run kernels ``extern "C" __global__ void name(const Struct arguments)``."""
+    """Runs kernels of the form ``extern "C" __global__ void name(const Struct arguments)``."""
 
     def problem(self, device: torch.device) -> str | None:
         """Return why kernels cannot run there, with the remedy, or None."""
 
     def multiprocessors(self, device: torch.device) -> int:
-        """Blocks that can run side by side, at least."""
+        """Return a lower bound of the blocks that can run at the same time."""
 
     def shared_limit(self, device: torch.device) -> int:
         """Most dynamic shared memory that a block may ask for, in bytes."""
@@ -71,7 +71,7 @@ class CudaLauncher:
     def problem(self, device: torch.device) -> str | None:
         """Return why kernels cannot run on a device, or None; compiles and loads them at the first call.
 
-        A failure is remembered, and said by a warning once; lack of memory is tried again.
+        A failure is cached and warned about once; after a lack of memory the next call tries again.
 
         Raises:
             MambaAttnError: an earlier kernel has taken the CUDA context of this process down.
@@ -116,17 +116,17 @@ class CudaLauncher:
             name: of the kernel in the sources.
             grid: number of blocks, along x.
             block: threads per block, along x.
-            shared_bytes: dynamic shared memory of a block.
-            arguments: the kernel's one argument; copied before this returns. What it points to has to stay alive, and
+            shared_bytes: dynamic shared memory per block.
+            arguments: the kernel's one argument; copied before this returns. What it points to must stay alive, and
                 on this stream.
             device: of the tensors.
 
         Raises:
-            BackendUnavailableError: the kernels cannot run there (see ``problem``), or not with so many blocks or so
-                much shared memory.
+            BackendUnavailableError: the kernels cannot run there (see ``problem``), or the launch exceeds the limits
+                of blocks or shared memory.
             MambaAttnError: no such kernel; or an earlier one has taken the CUDA context of this process down.
             torch.cuda.OutOfMemoryError: the driver found no memory to run it.
-            ValueError: no blocks, a block that no GPU has, or a structure of another size than the kernel's.
+            ValueError: no blocks, an invalid block size, or a structure of another size than the kernel's.
         """
         loaded = self._loaded(device)
         _require_launchable(name, grid, block, shared_bytes, loaded.shared_limit)
@@ -137,7 +137,7 @@ class CudaLauncher:
         loaded.driver.launch(kernel, grid, block, shared_bytes, stream(device), arguments)
 
     def _find_problem(self, number: int) -> tuple[str | None, bool]:
-        """The problem of a device, and whether nobody has said it yet."""
+        """Return the problem of a device, and whether a warning about it is still due."""
         with self._lock:
             if number in self._devices:
                 return None, False
@@ -176,7 +176,7 @@ LAUNCHER = CudaLauncher()
 
 
 def index(device: torch.device) -> int:
-    """Number of a CUDA device, as the driver and torch count; "cuda" alone is the current one."""
+    """Return the number of a CUDA device, as the driver and torch count; "cuda" is the current one."""
     return torch.cuda.current_device() if device.index is None else device.index
 
 
@@ -226,7 +226,7 @@ def _versions(cuda: Driver, nvrtc: Compiler) -> str:
 def _require_launchable(name: str, grid: int, block: int, shared_bytes: int, shared_limit: int) -> None:
     if grid < 1 or not 1 <= block <= BLOCK_LIMIT or shared_bytes < 0:
         raise ValueError(
-            f"launch: kernel {name!r} was given grid={grid}, block={block}, shared_bytes={shared_bytes}; expected at "
+            f"launch: kernel {name!r} got grid={grid}, block={block}, shared_bytes={shared_bytes}; expected at "
             f"least one block, 1 to {BLOCK_LIMIT} threads and no negative size."
         )
     if grid > GRID_LIMIT:

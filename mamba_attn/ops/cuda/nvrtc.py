@@ -1,6 +1,6 @@
-"""NVRTC, the run-time compiler of CUDA, through ctypes: found, asked what it knows, and run. It needs no GPU.
+"""Finds NVRTC, CUDA's run-time compiler, queries what it supports, and runs it through ctypes. It needs no GPU.
 
-Torch's CUDA builds bring it along; nothing has to be installed and there is no build step.
+Torch's CUDA builds include it, so nothing needs to be installed or built.
 """
 
 import ctypes
@@ -32,7 +32,7 @@ _FUNCTIONS = (
 
 @dataclass(frozen=True)
 class Compiler:
-    """One loaded NVRTC.
+    """A loaded NVRTC library.
 
     Attributes:
         path: the file it was loaded from.
@@ -54,12 +54,12 @@ class Compiler:
         Args:
             source: CUDA C++.
             name: what the compiler's messages call it.
-            headers: text of every file that may be included, by the name in quotes.
+            headers: text of every file to include, by the name in quotes.
             target: the architecture, "sm_90" or "compute_90".
-            options: of the compiler, the architecture left out.
+            options: compiler options other than the architecture.
 
         Raises:
-            BackendUnavailableError: it does not compile; with the compiler's log.
+            BackendUnavailableError: it does not compile; the message has the compiler's log.
         """
         texts = _strings(headers.values()), _strings(headers)
         program = ctypes.c_void_p()
@@ -73,7 +73,7 @@ class Compiler:
             self._check(status, f"{name} for {target}", program)
             image = self._text(program, "PTX" if target.startswith("compute_") else "CUBIN")
             if not image:
-                raise BackendUnavailableError(f"NVRTC ({self.path}) gave nothing for {name} and {target}.")
+                raise BackendUnavailableError(f"NVRTC ({self.path}) returned no code for {name} and {target}.")
             return image
         finally:
             self.library.nvrtcDestroyProgram(ctypes.byref(program))
@@ -87,11 +87,11 @@ class Compiler:
         version = "{}.{}".format(*self.version)
         raise BackendUnavailableError(
             f"NVRTC {version} ({self.path}) could not compile {what}: {kind}. {log.strip()[-1500:]} "
-            "Install the NVRTC that torch was built with; if it is that one, report this text."
+            "Install the NVRTC that torch was built with; if it already is that one, report this text."
         )
 
     def _text(self, program: ctypes.c_void_p, what: str) -> bytes:
-        """A result of the compiler: "CUBIN", "PTX" or "ProgramLog"."""
+        """Read a result of the compiler: "CUBIN", "PTX" or "ProgramLog"."""
         size = ctypes.c_size_t()
         if getattr(self.library, f"nvrtcGet{what}Size")(program, ctypes.byref(size)) != 0:
             return b""
@@ -102,10 +102,10 @@ class Compiler:
 
 @cache
 def compiler() -> Compiler:
-    """Return the first NVRTC that loads; where it is looked for: ``candidates``.
+    """Return the first NVRTC of ``candidates`` that loads.
 
     Raises:
-        BackendUnavailableError: there is none; with what was tried.
+        BackendUnavailableError: none loads; the message lists what was tried.
     """
     tried = []
     for path in candidates():
@@ -121,7 +121,7 @@ def compiler() -> Compiler:
 
 
 def candidates() -> Iterator[Path]:
-    """Files that may be NVRTC, best first: torch's own packages, CUDA_HOME and CUDA_PATH, the system's."""
+    """Yield files that may be NVRTC, best first: torch's own packages, CUDA_HOME and CUDA_PATH, the system's."""
     site = Path(torch.__file__).parent.parent
     nvidia = find_spec("nvidia")
     roots = [site / "nvidia", *map(Path, (nvidia and nvidia.submodule_search_locations) or ())]
@@ -148,19 +148,19 @@ def _folders(root: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def _ranked(folders: Sequence[Path]) -> list[Path]:
-    """NVRTC in these folders: torch's own major version first (its driver loads that one's code), then the newest."""
+    """NVRTC in these folders: torch's own major version first (torch's driver can load its code), then the newest."""
     paths = {path.resolve(): path for folder in folders for pattern in _FILES for path in sorted(folder.glob(pattern))}
     return sorted(paths.values(), key=lambda path: (_major(path) != torch_major(), -_major(path)))
 
 
 def _major(path: Path) -> int:
-    """13 of libnvrtc.so.13.0, 12 of nvrtc64_120_0.dll."""
+    """Return the major version: 13 of libnvrtc.so.13.0, 12 of nvrtc64_120_0.dll."""
     found = re.search(r"\.so\.(\d+)|nvrtc64_(\d\d)", path.name)
     return int(found[1] or found[2]) if found else 0
 
 
 def _open(path: Path) -> Compiler:
-    """Load one NVRTC; it opens its builtins by bare name, which only works when they are loaded already."""
+    """Load one NVRTC; it opens its builtins by bare name, which only works if they are loaded already."""
     if path.parent != Path():
         for builtins in sorted(path.parent.glob(_BUILTINS)):
             ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
@@ -174,7 +174,7 @@ def _open(path: Path) -> Compiler:
     architectures = (ctypes.c_int * count.value)()
     failed = failed or library.nvrtcGetSupportedArchs(architectures)
     if failed:
-        raise OSError(f"it answers with error {failed}")
+        raise OSError(f"it returns error {failed}")
     return Compiler(str(path), (major.value, minor.value), tuple(sorted(architectures)), library)
 
 

@@ -22,12 +22,12 @@ from mamba_attn.ops.flat_records import (
     y_shape,
 )
 
-launcher: Launcher = LAUNCHER  # tests put another in its place
+launcher: Launcher = LAUNCHER  # tests replace it
 
 
 @contextmanager
 def remedy(record: ScanRecord) -> Iterator[None]:
-    """Say what helps when the device's memory runs out."""
+    """Add a remedy to the error when the device's memory runs out."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -69,7 +69,7 @@ def hidden_attention(
     write_order: Tensor, tokens: int, scale: float, source_frame: str, merged: bool, row_weight: Tensor | None,
     col_weight: Tensor | None, fold: str,
 ) -> Tensor:  # fmt: skip
-    """The folded matrix of a record; of u only the shape counts."""
+    """Return the folded matrix of a record; of u it only uses the shape."""
     record = unflatten(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
     with remedy(record):
         return kernels.attention(launcher, record, (row_weight, col_weight), fold, merged)[1]
@@ -80,7 +80,7 @@ def scan_and_attention(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, read_order: Tensor,
     write_order: Tensor, tokens: int, scale: float, source_frame: str, merged: bool, fold: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Y and the folded matrix, by one launch."""
+    """Return y and the folded matrix, from one launch."""
     record = unflatten(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
     with remedy(record):
         y, attention = kernels.attention(launcher, record, (None, None), fold, merged, with_y=True)

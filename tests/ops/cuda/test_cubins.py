@@ -147,7 +147,7 @@ def test_sources_come_from_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path
     (tmp_path / "README.md").write_text("no")
     monkeypatch.setattr(cubins, "files", lambda name: tmp_path if name == "mamba_attn.cuda" else None)
     (tmp_path / "b.cuh").write_text("header")
-    with pytest.raises(BackendUnavailableError, match="holds no CUDA sources; reinstall mamba_attn"):
+    with pytest.raises(BackendUnavailableError, match="has no CUDA sources; reinstall mamba_attn"):
         cubins.sources.__wrapped__()
     (tmp_path / "a.cu").write_text("unit, naïve", encoding="utf-8")
     assert cubins.sources.__wrapped__() == {"a.cu": "unit, naïve", "b.cuh": "header"}
@@ -159,7 +159,9 @@ def test_a_package_without_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.undo()
     monkeypatch.setattr(cubins, "files", lost)
-    with pytest.raises(BackendUnavailableError, match=r"cannot be read \(No module.*reinstall mamba_attn"):
+    with pytest.raises(
+        BackendUnavailableError, match=r"cannot read the CUDA sources \(No module.*reinstall mamba_attn"
+    ):
         cubins.sources.__wrapped__()
 
 
