@@ -327,7 +327,8 @@ def trace(
         around.install(stack, (lambda: False) if doors is None else (lambda: doors.watch.suspended))
         yield record
     record._require_seen()
-    if layers is None and record.unseen_mixers:
+    # with rules, the method that brought them looks: looking calls modules, on which another trace may have its rules
+    if layers is None and rules is None and record.unseen_mixers:
         warnings.warn(unseen_sentence("trace", record.unseen_mixers), UserWarning, stacklevel=3)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from threading import get_ident
 from typing import Any
 
@@ -239,9 +240,9 @@ def _mixing(module: nn.Module, called: _Called) -> str | None:
                     before, after = (called.call(module, token, push, others) for push in (0.0, _PUSH))
                     if before is None or after is None or before.ndim < len(called.shape):
                         return None
-                    learnt = any(True for _ in module.parameters())
-                    if not learnt and int((before != after).sum()) == called.shape[axis]:
-                        return None  # numbers that only change places: a permutation, a reshape
+                    tokens = prod(called.shape) // called.shape[axis]
+                    if others and int((before != after).sum()) * tokens <= before.numel():
+                        return None  # no more than one token's part of the output moved, wherever it stands now
                     moved.append(_moved(before, after, axis))
             except _FAILURES:
                 return None  # it does not run on other numbers
