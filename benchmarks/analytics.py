@@ -86,8 +86,20 @@ def run_collect(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]
     data = str(Path(args.data).expanduser().resolve()) if Path(args.data).exists() else args.data
     for name in args.models:
         memory = [peak_memory("benchmarks.analytics:collecting", name=name, data=data, limit=n) for n in (few, many)]
-        command = [sys.executable, "-m", "mamba_attn.commands.cli", "collect", "--model", name, "--data", data,
-                   "--limit", str(many), "--out", "{folder}/store"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "mamba_attn.commands.cli",
+            "collect",
+            "--model",
+            name,
+            "--data",
+            data,
+            "--limit",
+            str(many),
+            "--out",
+            "{folder}/store",
+        ]
         seconds = wall_seconds(command, 1)[0]
         error, alone = mean_error(name, data, compared), mean_error(name, data, compared, size=1)
         figures += [
@@ -95,6 +107,11 @@ def run_collect(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]
             figure("collect time", name, seconds),
             figure("collect mean", name, error),
         ]
-        details[name] = {"images": (few, many), "peak_bytes": memory, "seconds": seconds, "error": error,
-                         "error_one_by_one": alone}  # fmt: skip
+        details[name] = {
+            "images": (few, many),
+            "peak_bytes": memory,
+            "seconds": seconds,
+            "error": error,
+            "error_one_by_one": alone,
+        }
     return figures, details

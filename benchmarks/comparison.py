@@ -23,22 +23,43 @@ OURS = "relevance_attention_ranks"
 MICRO = (*EXPLAINED, "vit_micro")
 DIGITS = (*cases.DIGITS, "vit_digits")
 PUBLISHED = (
-    *(f"{method}:convention={code}" for method in ("raw_attention", "attention_rollout", "mamba_attribution")
-      for code in ("hidden_mamba", "implicit_unified")),
+    *(
+        f"{method}:convention={code}"
+        for method in ("raw_attention", "attention_rollout", "mamba_attribution")
+        for code in ("hidden_mamba", "implicit_unified")
+    ),
     *(f"{method}:convention=vmamba_analysis" for method in ("raw_attention", "attention_rollout")),
-    "mamba_attribution:rule=paper", "mamba_attribution:rule=published_code",
-)  # fmt: skip
+    "mamba_attribution:rule=paper",
+    "mamba_attribution:rule=published_code",
+)
 SLOW = ("integrated_gradients:n_steps=16", "occlusion:sliding_window_shapes=32,strides=16")
 CHEAPER = ("saliency", "attention_rollout_signed", "centre")
 ABLATIONS = (
-    OURS, f"{OURS}:weight=0", f"{OURS}:power=1", f"{OURS}:gamma=0.25",
+    OURS,
+    f"{OURS}:weight=0",
+    f"{OURS}:power=1",
+    f"{OURS}:gamma=0.25",
     *(f"{OURS}:extent={name}" for name in ("smooth_relevance", "implicit_attention", "raw_attention")),
-    "mamba_lrp", "mamba_lrp:gamma_layers=*,gamma=1", "implicit_attention", "raw_attention",
-)  # fmt: skip
+    "mamba_lrp",
+    "mamba_lrp:gamma_layers=*,gamma=1",
+    "implicit_attention",
+    "raw_attention",
+)
 BRIEF = (
-    OURS, "mamba_lrp", "frozen_contribution", "mamba_attribution", "transformer_attribution", "raw_attention",
-    "attention_rollout", "grad_cam", "attention_grad_cam", "input_x_gradient", "saliency", "random", "centre",
-)  # fmt: skip
+    OURS,
+    "mamba_lrp",
+    "frozen_contribution",
+    "mamba_attribution",
+    "transformer_attribution",
+    "raw_attention",
+    "attention_rollout",
+    "grad_cam",
+    "attention_grad_cam",
+    "input_x_gradient",
+    "saliency",
+    "random",
+    "centre",
+)
 TIMED = 16  # images of each collection, to estimate the total time from
 MOST = {"perturbation": 60, "localisation": 50, "sanity": 2}  # images of slow methods
 
@@ -179,9 +200,17 @@ def plan(part: Part, data: Path, limit: int | None) -> Any:
     texts = list(_methods(part))
     methods, least, unasked = choose_methods(texts)
     return Plan(
-        [Model(name) for name in part.models], [str(data / each) for each in part.data], methods, part.measures, {},
-        least, unasked, Options(precision="bfloat16"), part.half, limit,
-    )  # fmt: skip
+        [Model(name) for name in part.models],
+        [str(data / each) for each in part.data],
+        methods,
+        part.measures,
+        {},
+        least,
+        unasked,
+        Options(precision="bfloat16"),
+        part.half,
+        limit,
+    )
 
 
 def _methods(part: Part) -> Sequence[str]:
@@ -210,11 +239,12 @@ def leads(part: Part, planned: Any, store: Any) -> list[Figure]:
         indices = sorted({*planned.indices(selector, part.measures[0])} & {*data.chosen("report")})
         lines = {
             name: {
-                index: line for index in indices
+                index: line
+                for index in indices
                 if (line := store.get(planned.key(data, index, model, name, part.measures[0]))) and "error" not in line
             }
             for name in names
-        }  # fmt: skip
+        }
         for aim in part.aims:
             best = next(name for name in compare(METRICS[aim], lines, indices) if name != OURS)
             both = compare(METRICS[aim], {OURS: lines[OURS], best: lines[best]}, indices)
@@ -244,13 +274,19 @@ def _brief(table: Any) -> dict[str, Any]:
             for method, its in found.items()
         }
         for name, found in table.figures.items()
-    }  # fmt: skip
+    }
     ahead = {name: found[OURS].ahead_of for name, found in table.figures.items() if OURS in found}
     return {
-        "data": table.data.name, "model": table.model.name, "images": table.images, "accuracy": table.accuracy,
-        "figures [value, low, high, images, place]": figures, "ours is ahead of": ahead, "curves": table.curves,
-        "flags": table.flags, "failed": table.failed,
-    }  # fmt: skip
+        "data": table.data.name,
+        "model": table.model.name,
+        "images": table.images,
+        "accuracy": table.accuracy,
+        "figures [value, low, high, images, place]": figures,
+        "ours is ahead of": ahead,
+        "curves": table.curves,
+        "flags": table.flags,
+        "failed": table.failed,
+    }
 
 
 def _short(value: float) -> float | None:

@@ -69,8 +69,10 @@ def standing_table(results: Mapping[str, Any]) -> str:
             before = list(found)[: list(found).index(OURS)]
             missed = [f"**{_name(name)}**" if name in before else _name(name) for name in others if name not in ahead]
             lead = _lead(results, table["model"], where[2])
-            lines.append(f"| {table['model']}, {what} | {lead} | {len(others) - len(missed)} of {len(others)} | "
-                         f"{', '.join(missed) or 'none'} |")  # fmt: skip
+            lines.append(
+                f"| {table['model']}, {what} | {lead} | {len(others) - len(missed)} of {len(others)} | "
+                f"{', '.join(missed) or 'none'} |"
+            )
     return "\n".join(lines)
 
 
@@ -121,10 +123,13 @@ def sanity_table(results: Mapping[str, Any]) -> str:
     tables = {_family(table): table for table in _tables(results, "sanity and cost", None, "")}
     names = list(dict.fromkeys(name for table in tables.values() for name in table[FIGURES]["randomised_all"]))
     size = {
-        name: next(abs(its[FIGURES]["randomised_all"][name][0]) for its in tables.values()
-                   if name in its[FIGURES]["randomised_all"])
+        name: next(
+            abs(its[FIGURES]["randomised_all"][name][0])
+            for its in tables.values()
+            if name in its[FIGURES]["randomised_all"]
+        )
         for name in names
-    }  # fmt: skip
+    }
     lines = [f"| method | {' | '.join(FAMILIES)} |", f"|---|{'---|' * len(FAMILIES)}"]
     for name in sorted(names, key=lambda each: size[each]):
         cells = (_sanity(tables[family][FIGURES], name) for family in FAMILIES)
@@ -277,9 +282,16 @@ def _cell(found: Mapping[tuple[str, str], str], family: str) -> str:
 
 
 PARTS = {
-    "hours": hours, "methods": methods_table, "rival": rival, "standing": standing_table, "raw": raw,
-    "sanity": sanity_table, "sanity words": sanity_words, "ablation": ablation_table, "ablation words": ablation_words,
-}  # fmt: skip
+    "hours": hours,
+    "methods": methods_table,
+    "rival": rival,
+    "standing": standing_table,
+    "raw": raw,
+    "sanity": sanity_table,
+    "sanity words": sanity_words,
+    "ablation": ablation_table,
+    "ablation words": ablation_words,
+}
 
 if __name__ == "__main__":
     found = json.loads(RESULTS.read_text())

@@ -143,9 +143,11 @@ def _child(name: str, checkout: str, extent: str) -> None:
     for case in list(cases)[: 1 if extent == "quick" else None]:
         print(case.class_name, case.variant, file=sys.stderr, flush=True)
         rows.append(measure(case))
-    pairs = {} if extent == "quick" else {
-        key: same_weights(model, key, (224, 224)) for key, model in official_pairs(name, Path(checkout))
-    }  # fmt: skip
+    pairs = (
+        {}
+        if extent == "quick"
+        else {key: same_weights(model, key, (224, 224)) for key, model in official_pairs(name, Path(checkout))}
+    )
     print(json.dumps({"commit": _commit(name, Path(checkout)), "rows": rows, "pairs": pairs}))
 
 

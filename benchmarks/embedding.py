@@ -90,19 +90,29 @@ def answer(results: dict[str, Any]) -> str:
     """
     details = results["details"]
     checks = {how: its for how, its in details.items() if isinstance(its, dict)}
-    lines = ["| model, method | trustworthiness, with PCA / without | neighbours kept, with / without | needed |",
-             "|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| model, method | trustworthiness, with PCA / without | neighbours kept, with / without | needed |",
+        "|---|---|---|---|",
+    ]
     for how, its in checks.items():
-        cells = (" / ".join(f"{np.mean(its[measure][name]):.3f}" for name in ("with", "without"))
-                 for measure in ("trustworthiness", "overlap"))  # fmt: skip
+        cells = (
+            " / ".join(f"{np.mean(its[measure][name]):.3f}" for name in ("with", "without"))
+            for measure in ("trustworthiness", "overlap")
+        )
         lines.append(f"| {how} | {' | '.join(cells)} | {'yes' if its['needed'] else 'no'} |")
     needed = sum(its["needed"] for its in checks.values())
     kept = [its["kept"] for its in checks.values()]
     words = f"Needed in {needed} of {len(checks)} cases" if needed else "Not needed in any of these cases"
-    return "\n".join([*lines, "", f"{words}: {details['points']} points of unit norm, means over {len(SEEDS)} seeds; "
-                      "'needed' means PCA improved trustworthiness for every seed and neighbour overlap on average. "
-                      f"The 100 components themselves keep {min(kept):.0%} to {max(kept):.0%} of the 12 nearest "
-                      "neighbours."])  # fmt: skip
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{words}: {details['points']} points of unit norm, means over {len(SEEDS)} seeds; "
+            "'needed' means PCA improved trustworthiness for every seed and neighbour overlap on average. "
+            f"The 100 components themselves keep {min(kept):.0%} to {max(kept):.0%} of the 12 nearest "
+            "neighbours.",
+        ]
+    )
 
 
 PARTS = {"pca first": answer}

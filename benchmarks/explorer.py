@@ -155,8 +155,10 @@ def run_explore(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
     """All rows about the explorer."""
     found = chromium()
     if found is None or importlib.util.find_spec("playwright") is None:
-        raise SystemExit("benchmarks/run.py explore needs playwright and chromium: pip install playwright, then "
-                         "apt-get install chromium or playwright install chromium.")  # fmt: skip
+        raise SystemExit(
+            "benchmarks/run.py explore needs playwright and chromium: pip install playwright, then "
+            "apt-get install chromium or playwright install chromium."
+        )
     from playwright.sync_api import sync_playwright
 
     pixels, rounds = (64, 4) if quick else (PIXELS, 40)

@@ -100,8 +100,9 @@ def run_findings(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
     tokens = {name: (path.stem, str(path)) for name in CLASS_TOKENS if (path := weights_in(runs / name)) is not None}
     digits = {
         f"digits {path.parent.name}": (path.stem, str(path))
-        for path in sorted(runs.glob("digits/*/*.safetensors")) if path.with_suffix(".json").is_file()
-    }  # fmt: skip
+        for path in sorted(runs.glob("digits/*/*.safetensors"))
+        if path.with_suffix(".json").is_file()
+    }
     parts = {
         "models": ({name: (name, "demo") for name in DEMOS}, OBJECTS), "orders": (objects, OBJECTS),
         "class tokens": (tokens, OBJECTS), "digits": (digits, DIGITS),
@@ -191,8 +192,9 @@ def labelled(data: Data, subject: LoadedModel, count: int) -> "list[tuple[torch.
     pairs = [(pixels, label) for pixels, label in fitting if label is not None]
     return [
         (images.normalise(np.stack([pixels for pixels, _ in part])), torch.tensor([label for _, label in part]))
-        for start in range(0, len(pairs), _BATCH) if (part := pairs[start : start + _BATCH])
-    ]  # fmt: skip
+        for start in range(0, len(pairs), _BATCH)
+        if (part := pairs[start : start + _BATCH])
+    ]
 
 
 @torch.no_grad()

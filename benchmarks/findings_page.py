@@ -116,8 +116,10 @@ def averaging(details: dict[str, Any]) -> str:
     for store in details["models"]["stores"]:
         row = tables.row_of(details["models"], store, "image_share")
         if row is not None:
-            lines.append(f"- {store['name']}: {tables.shown(row['trained'])}, with random weights "
-                         f"{tables.short(row.get('random'))}.")  # fmt: skip
+            lines.append(
+                f"- {store['name']}: {tables.shown(row['trained'])}, with random weights "
+                f"{tables.short(row.get('random'))}."
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -130,8 +132,10 @@ def order_pattern(details: dict[str, Any]) -> str:
             continue
         low, high = row["trained"]["low"], row["trained"]["high"]
         says = "undecided" if low is None or low <= 0 <= high else "the order" if low > 0 else "the raster"
-        lines.append(f"- {store['order']}: {tables.shown(row['trained'])}, so rows follow {says}; untrained models "
-                     f"{tables.short(row.get('random'))}.")  # fmt: skip
+        lines.append(
+            f"- {store['order']}: {tables.shown(row['trained'])}, so rows follow {says}; untrained models "
+            f"{tables.short(row.get('random'))}."
+        )
     return "\n".join(lines) + "\n" if lines else tables.NOTHING
 
 
@@ -156,14 +160,19 @@ def goes_with_accuracy(details: dict[str, Any]) -> str:
         for each in details[part]["orders"]:
             if not each["correlations"]:
                 continue
-            found += [f"{each['model']}:", "", "| | finding | rank correlation | 95 % of chance below | p |",
-                      "|---|---|---|---|---|"]  # fmt: skip
+            found += [
+                f"{each['model']}:",
+                "",
+                "| | finding | rank correlation | 95 % of chance below | p |",
+                "|---|---|---|---|---|",
+            ]
             ranked = sorted(each["correlations"].items(), key=lambda pair: -abs(pair[1]["correlation"] or 0))
             for name, its in ranked:
                 about = details[part]["findings"][name]
                 correlation = "" if its["correlation"] is None else f"{its['correlation']:+.2f}"
-                found.append(f"| {about['of']} | {about['title']} | {correlation} | {its['border']:.2f} | "
-                             f"{its['chance']:.3f} |")  # fmt: skip
+                found.append(
+                    f"| {about['of']} | {about['title']} | {correlation} | {its['border']:.2f} | {its['chance']:.3f} |"
+                )
             found.append("")
     return "\n".join(found) + "\n" if found else tables.NOTHING
 
@@ -180,8 +189,11 @@ def reordered(details: dict[str, Any]) -> str:
     if len(names) > 1:
         own = sum(row[at] for at, row in enumerate(table)) / len(names)
         other = [value for at, row in enumerate(table) for place, value in enumerate(row) if place != at]
-        lines += ["", f"Over {details['reordered']['images']} images: {own:.1f} % in the order of training, "
-                  f"{sum(other) / len(other):.1f} % in another, at best {max(other):.1f} %."]  # fmt: skip
+        lines += [
+            "",
+            f"Over {details['reordered']['images']} images: {own:.1f} % in the order of training, "
+            f"{sum(other) / len(other):.1f} % in another, at best {max(other):.1f} %.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -200,9 +212,21 @@ def class_tokens(details: dict[str, Any]) -> str:
 
 
 PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "in short": in_short, "setting": setting, "rule": rule, "models": tables.models, "untrained": tables.untrained,
-    "paper": tables.paper, "recipes": training, "averaging": averaging, "order findings": tables.order_findings,
-    "order pattern": order_pattern, "accuracy": accuracy,
-    "goes with accuracy": goes_with_accuracy, "reordered": reordered, "class tokens": class_tokens,
-    "by layer": tables.by_layer, "matrices": matrices, "class token maps": class_token_maps,
-}  # fmt: skip
+    "in short": in_short,
+    "setting": setting,
+    "rule": rule,
+    "models": tables.models,
+    "untrained": tables.untrained,
+    "paper": tables.paper,
+    "recipes": training,
+    "averaging": averaging,
+    "order findings": tables.order_findings,
+    "order pattern": order_pattern,
+    "accuracy": accuracy,
+    "goes with accuracy": goes_with_accuracy,
+    "reordered": reordered,
+    "class tokens": class_tokens,
+    "by layer": tables.by_layer,
+    "matrices": matrices,
+    "class token maps": class_token_maps,
+}

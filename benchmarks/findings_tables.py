@@ -56,8 +56,10 @@ def order_findings(details: dict[str, Any]) -> str:
 
 def by_layer(details: dict[str, Any]) -> str:
     """Neighbourhood and distance of every block of the demo models, for F3."""
-    lines = ["| model | block | self, neighbours | mean distance, px | read just before / uniform | differs by image |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| model | block | self, neighbours | mean distance, px | read just before / uniform | differs by image |",
+        "|---|---|---|---|---|---|",
+    ]
     names = ("neighbour_share", "distance", "preceding_lift", "image_share")
     for store in details["models"]["stores"]:
         for place in store["depths"]:
@@ -71,9 +73,12 @@ def _findings_table(part: dict[str, Any]) -> str:
     lines = []
     for store in part["stores"]:
         known = "" if store["accuracy"] is None else f", top-1 {store['accuracy']:.2f} %"
-        lines += [f"**{store['name']}** ({store['images']} images{known}):", "",
-                  "| | finding | trained | untrained | p | range of untrained | reordered | chance |",
-                  "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        lines += [
+            f"**{store['name']}** ({store['images']} images{known}):",
+            "",
+            "| | finding | trained | untrained | p | range of untrained | reordered | chance |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
         for row in summary_rows(part, store):
             about = part["findings"][row["finding"]]
             its = row.get("untrained")
@@ -97,10 +102,13 @@ def _short_table(part: dict[str, Any]) -> str:
         if not any(rows):
             continue
         cells = [
-            "" if row is None else f"{short(row['trained']['value'])} ({short(row.get('random'))})"
-            + ("!" if row["verdict"] in OUTSIDE else "") + minimum_over(name, store["pairs"])
+            ""
+            if row is None
+            else f"{short(row['trained']['value'])} ({short(row.get('random'))})"
+            + ("!" if row["verdict"] in OUTSIDE else "")
+            + minimum_over(name, store["pairs"])
             for row, store in zip(rows, part["stores"], strict=True)
-        ]  # fmt: skip
+        ]
         lines.append(f"| {part['findings'][name]['of']} | {part['findings'][name]['title']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -146,5 +154,5 @@ def digits(results: dict[str, Any]) -> dict[str, Any]:
     """
     found: dict[str, Any] = json.loads(
         json.dumps(finite(results)), parse_float=lambda text: float(f"{float(text):.5g}")
-    )  # fmt: skip
+    )
     return found

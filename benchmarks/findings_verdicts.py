@@ -36,13 +36,18 @@ def rows_of(store: dict[str, Any]) -> list[Row]:
     """
     return [
         Row(
-            row["finding"], row["place"], Estimate(**row["trained"]), row.get("random"), tuple(row.get("seeds", ())),
-            reordered=row.get("reordered"), order=Estimate(**row["order"]) if "order" in row else None,
+            row["finding"],
+            row["place"],
+            Estimate(**row["trained"]),
+            row.get("random"),
+            tuple(row.get("seeds", ())),
+            reordered=row.get("reordered"),
+            order=Estimate(**row["order"]) if "order" in row else None,
             shuffled=row.get("shuffled"),
         )
         for row in store["rows"]
         if not (row["place"] == ALL and FINDINGS[row["finding"]].level == "model")
-    ]  # fmt: skip
+    ]
 
 
 def untrained_in_place(details: dict[str, Any]) -> Iterator[list[Row]]:

@@ -29,9 +29,12 @@ def mamba_vision(root: Path) -> Iterator[Case]:
         ("one window", {"window_size": [8, 8, 14, 7]}, (224, 224)),
         ("windows of 4 and 3", {"window_size": [8, 8, 4, 3]}, (160, 240)),
         ("odd grids", {"window_size": [8, 8, 4, 2]}, (150, 230)),
-        ("norms of queries and keys, layer scale", {"window_size": [8, 8, 4, 3], "qk_scale": True, "layer_scale": 0.5},
-         (160, 240)),
-    ):  # fmt: skip
+        (
+            "norms of queries and keys, layer scale",
+            {"window_size": [8, 8, 4, 3], "qk_scale": True, "layer_scale": 0.5},
+            (160, 240),
+        ),
+    ):
         yield Case("MambaVision", variant, made(code.MambaVision, **{**small, **more}), (2, 3, *size))
     for size in ((224, 224), (320, 256)):
         yield Case(

@@ -16,13 +16,20 @@ def u_mamba(root: Path) -> Iterator[Case]:
         package(name, root / "umamba" / name.replace(".", "/"))
     for dim, size in ((2, (16, 24)), (3, (4, 8, 12))):
         base: dict[str, Any] = {
-            "input_channels": 2, "n_stages": 3, "features_per_stage": [8, 16, 24], "num_classes": 3,
-            "conv_op": nn.Conv2d if dim == 2 else nn.Conv3d, "kernel_sizes": [[3] * dim] * 3,
-            "strides": [[1] * dim, [2] * dim, [2] * dim], "conv_bias": True, "deep_supervision": False,
+            "input_channels": 2,
+            "n_stages": 3,
+            "features_per_stage": [8, 16, 24],
+            "num_classes": 3,
+            "conv_op": nn.Conv2d if dim == 2 else nn.Conv3d,
+            "kernel_sizes": [[3] * dim] * 3,
+            "strides": [[1] * dim, [2] * dim, [2] * dim],
+            "conv_bias": True,
+            "deep_supervision": False,
             "norm_op": nn.InstanceNorm2d if dim == 2 else nn.InstanceNorm3d,
-            "norm_op_kwargs": {"eps": 1e-5, "affine": True}, "nonlin": nn.LeakyReLU,
+            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+            "nonlin": nn.LeakyReLU,
             "nonlin_kwargs": {"inplace": True},
-        }  # fmt: skip
+        }
         for name in ("UMambaBot", "UMambaEnc"):
             code = load(root / "umamba", f"nnunetv2.nets.{name}_{dim}d")
             more = {"input_size": size} if name == "UMambaEnc" else {}
@@ -42,9 +49,14 @@ def lightm_unet(root: Path) -> Iterator[Case]:
     code = load(root / "lightm-unet", "nnunetv2.nets.LightMUNet")
     for dim, size in ((2, (32, 48)), (3, (8, 16, 24))):
         make = made(
-            code.LightMUNet, spatial_dims=dim, init_filters=8, in_channels=2, out_channels=3, blocks_down=(1, 1, 1),
+            code.LightMUNet,
+            spatial_dims=dim,
+            init_filters=8,
+            in_channels=2,
+            out_channels=3,
+            blocks_down=(1, 1, 1),
             blocks_up=(1, 1),
-        )  # fmt: skip
+        )
         yield Case("LightMUNet", f"{dim}-D", make, (2, 2, *size))
 
 
@@ -67,9 +79,15 @@ def mamba_unet(root: Path) -> Iterator[Case]:
     """Mamba-UNet: an encoder and a decoder of the first SS2D."""
     code = load(root / "code", "networks.mamba_sys")
     make = made(
-        code.VSSM, patch_size=4, in_chans=1, num_classes=4, depths=[1, 1, 1, 1], dims=[16, 32, 64, 128], d_state=4,
+        code.VSSM,
+        patch_size=4,
+        in_chans=1,
+        num_classes=4,
+        depths=[1, 1, 1, 1],
+        dims=[16, 32, 64, 128],
+        d_state=4,
         drop_path_rate=0.0,
-    )  # fmt: skip
+    )
     yield Case("VSSM", "encoder-decoder", make, (2, 1, 64, 96))
 
 

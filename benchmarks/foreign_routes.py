@@ -37,10 +37,19 @@ def local_mamba(root: Path) -> Iterator[Case]:
     folder = _model_library(root)
     vim = load(folder, "lib.models.local_vim").VisionMamba
     base = {
-        "patch_size": 16, "embed_dim": 48, "depth": 3, "rms_norm": True, "residual_in_fp32": True,
-        "fused_add_norm": True, "final_pool_type": "mean", "if_abs_pos_embed": True, "if_rope": False,
-        "bimamba_type": "v2", "num_classes": 7, "drop_path_rate": 0.0,
-    }  # fmt: skip
+        "patch_size": 16,
+        "embed_dim": 48,
+        "depth": 3,
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "fused_add_norm": True,
+        "final_pool_type": "mean",
+        "if_abs_pos_embed": True,
+        "if_rope": False,
+        "bimamba_type": "v2",
+        "num_classes": 7,
+        "drop_path_rate": 0.0,
+    }
     windows = (["h", "v_flip", "w7", "w7_flip"], ["h", "v", "w2", "w2_flip"], ["h_flip", "v", "v_flip", "w2_flip"])
     for name, size, directions in (
         ("windows of 2 and 7", (112, 112), windows),
@@ -65,9 +74,14 @@ def group_mamba(root: Path) -> Iterator[Case]:
     """GroupMamba: four groups of channels, one scan each; the last stages are attention."""
     code = load(root / "classification", "models.groupmamba")
     make = made(
-        code.GroupMamba, stem_hidden_dim=8, embed_dims=[16, 32, 64, 64], mlp_ratios=[2, 2, 2, 2], depths=[1, 1, 1, 1],
-        num_classes=7, distillation=False,
-    )  # fmt: skip
+        code.GroupMamba,
+        stem_hidden_dim=8,
+        embed_dims=[16, 32, 64, 64],
+        mlp_ratios=[2, 2, 2, 2],
+        depths=[1, 1, 1, 1],
+        num_classes=7,
+        distillation=False,
+    )
     yield Case("GroupMamba", "four groups", make, (2, 3, 64, 96))
 
 
@@ -76,9 +90,14 @@ def mobile_mamba(root: Path) -> Iterator[Case]:
     load(root, "model.lib_mamba.vmambanew", "model/lib_mamba")
     code = load(root, "model.mobilemamba.mobilemamba")
     make = made(
-        code.MobileMamba, img_size=128, embed_dim=[32, 48, 64], depth=[1, 1, 1], num_classes=7, ssm_ratio=2,
+        code.MobileMamba,
+        img_size=128,
+        embed_dim=[32, 48, 64],
+        depth=[1, 1, 1],
+        num_classes=7,
+        ssm_ratio=2,
         kernels=[7, 5, 3],
-    )  # fmt: skip
+    )
     yield Case("MobileMamba", "wavelets", make, (2, 3, 128, 192))
 
 
@@ -86,9 +105,17 @@ def def_mamba(root: Path) -> Iterator[Case]:
     """DefMamba: a scan whose order of tokens each image decides, beside raster scans."""
     code = load(root / "classification", "models.vmamba")
     make = made(
-        code.VSSM, depths=[1, 1, 1, 1], dims=[24, 48, 96, 192], num_classes=7, drop_path_rate=0.0, ssm_d_state=4,
-        ssm_ratio=1.0, mlp_ratio=2.0, downsample_version="v3", patchembed_version="v2",
-    )  # fmt: skip
+        code.VSSM,
+        depths=[1, 1, 1, 1],
+        dims=[24, 48, 96, 192],
+        num_classes=7,
+        drop_path_rate=0.0,
+        ssm_d_state=4,
+        ssm_ratio=1.0,
+        mlp_ratio=2.0,
+        downsample_version="v3",
+        patchembed_version="v2",
+    )
     yield Case("VSSM", "an order per image", make, (2, 3, 224, 224))
 
 
@@ -98,9 +125,14 @@ def tiny_vim(root: Path) -> Iterator[Case]:
     code = load(root, "model.tinyvim")
     for scans in (1, 4):
         make = made(
-            code.TinyViM, [1, 1, 2, 1], embed_dims=[16, 32, 48, 64], downsamples=[True] * 4, num_classes=7,
-            ssm_num=scans, distillation=False,
-        )  # fmt: skip
+            code.TinyViM,
+            [1, 1, 2, 1],
+            embed_dims=[16, 32, 48, 64],
+            downsamples=[True] * 4,
+            num_classes=7,
+            ssm_num=scans,
+            distillation=False,
+        )
         yield Case("TinyViM", f"ssm_num={scans}", make, (2, 3, 128, 192))
 
 
@@ -109,9 +141,14 @@ def plain_mamba(root: Path) -> Iterator[Case]:
     code = load(root, "mmcls.models")
     mixer = {"d_state": 4, "expand": 2, "conv_size": 3, "default_hw_shape": (5, 6)}
     make = made(
-        code.PlainMamba, img_size=(40, 48), patch_size=8, embed_dims=24, num_layers=2,
-        layer_cfgs={"use_rms_norm": False, "mamba_cfg": mixer}, layers_with_dwconv=[0],
-    )  # fmt: skip
+        code.PlainMamba,
+        img_size=(40, 48),
+        patch_size=8,
+        embed_dims=24,
+        num_layers=2,
+        layer_cfgs={"use_rms_norm": False, "mamba_cfg": mixer},
+        layers_with_dwconv=[0],
+    )
     yield Case("PlainMamba", "snakes", make, (2, 3, 40, 48), call=lambda model, x: model(x)[-1])
 
 
@@ -124,9 +161,14 @@ def mamba_ir(root: Path) -> Iterator[Case]:
     yield Case("MambaIR", "twice as large", made(code.MambaIR, **base, depths=(2, 2), mlp_ratio=1.5), (2, 3, 12, 20))
     for name, file in (("MambaIRv2", "mambairv2_arch"), ("MambaIRv2Light", "mambairv2light_arch")):
         more = {
-            "depths": (2, 2), "num_heads": (2, 2), "window_size": 8, "inner_rank": 8, "num_tokens": 16,
-            "convffn_kernel_size": 5, "mlp_ratio": 1.0,
-        }  # fmt: skip
+            "depths": (2, 2),
+            "num_heads": (2, 2),
+            "window_size": 8,
+            "inner_rank": 8,
+            "num_tokens": 16,
+            "convffn_kernel_size": 5,
+            "mlp_ratio": 1.0,
+        }
         make = made(getattr(importlib.import_module(f"basicsr.archs.{file}"), name), **base, **more)
         yield Case(name, "an order per image", make, (2, 3, 16, 24), call=_seeded)
 

@@ -30,10 +30,21 @@ def arm(root: Path) -> Iterator[Case]:
     """ARM: clusters of 4 x 4 tokens, along rows and along columns, there and back."""
     code = load(root / "Finetuning", "models_mamba")
     make = made(
-        code.ARM, img_size=128, patch_size=16, embed_dim=48, depth=2, num_classes=7, rms_norm=True, fused_add_norm=True,
-        residual_in_fp32=True, drop_path_rate=0.0, if_abs_pos_embed=True, bimamba_type="None", if_cls_token=True,
+        code.ARM,
+        img_size=128,
+        patch_size=16,
+        embed_dim=48,
+        depth=2,
+        num_classes=7,
+        rms_norm=True,
+        fused_add_norm=True,
+        residual_in_fp32=True,
+        drop_path_rate=0.0,
+        if_abs_pos_embed=True,
+        bimamba_type="None",
+        if_cls_token=True,
         use_middle_cls_token=True,
-    )  # fmt: skip
+    )
     yield Case("ARM", "clusters", make, (2, 3, 128, 128))
 
 
@@ -45,10 +56,13 @@ def audio_mamba(root: Path) -> Iterator[Case]:
     code = load(root, "src.models.mamba_models")
     base = {"spectrogram_size": (64, 96), "depth": 2, "embed_dim": 48, "num_classes": 7}
     for name, more in {
-        "v2": {}, "none": {"bimamba_type": "none"}, "v1": {"bimamba_type": "v1"},
+        "v2": {},
+        "none": {"bimamba_type": "none"},
+        "v1": {"bimamba_type": "v1"},
         "flipped layers": {"if_bidirectional": True},
-        "first token": {"use_middle_cls_token": False}, "transposed": {"transpose_token_sequence": True},
-    }.items():  # fmt: skip
+        "first token": {"use_middle_cls_token": False},
+        "transposed": {"transpose_token_sequence": True},
+    }.items():
         yield Case("AudioMamba", name, made(code.AudioMamba, **{**base, **more}), (2, 96, 64))
 
 
@@ -57,9 +71,17 @@ def se_mamba(root: Path) -> Iterator[Case]:
     load(root / "mamba-1_2_0_post1", "mamba_ssm")
     code = load(root, "models.generator")
     sizes = {
-        "hid_feature": 16, "compress_factor": 0.3, "num_tfmamba": 2, "d_state": 4, "d_conv": 4, "expand": 2,
-        "norm_epsilon": 1e-5, "beta": 2.0, "input_channel": 2, "output_channel": 1,
-    }  # fmt: skip
+        "hid_feature": 16,
+        "compress_factor": 0.3,
+        "num_tfmamba": 2,
+        "d_state": 4,
+        "d_conv": 4,
+        "expand": 2,
+        "norm_epsilon": 1e-5,
+        "beta": 2.0,
+        "input_channel": 2,
+        "output_channel": 1,
+    }
     config = {"model_cfg": sizes, "stft_cfg": {"n_fft": 40, "hop_size": 10, "win_size": 40}}
 
     def call(model: nn.Module, pair: Tensor) -> Any:

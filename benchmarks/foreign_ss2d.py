@@ -36,9 +36,13 @@ def vmamba(root: Path) -> Iterator[Case]:
             make = made(code.VSSM, **small, **options, **versions)
             yield Case("VSSM", f"{file} {kind} {norm}", make, (2, 3, 68, 96))
         backbone = made(
-            code.Backbone_VSSM, **{**small, "num_classes": 0}, forward_type="v05_noz", norm_layer="ln2d",
-            patchembed_version="v2", downsample_version="v3",
-        )  # fmt: skip
+            code.Backbone_VSSM,
+            **{**small, "num_classes": 0},
+            forward_type="v05_noz",
+            norm_layer="ln2d",
+            patchembed_version="v2",
+            downsample_version="v3",
+        )
         yield Case("Backbone_VSSM", f"{file} v05_noz ln2d, detection", backbone, (2, 3, 100, 164), call=side_by_side)
     yield Case(
         "vmamba_tiny_s1l8", "vmamba.py, 30.2 M", files["vmamba.py"].vmamba_tiny_s1l8, (1, 3, 224, 224), noise=0.1
@@ -84,10 +88,12 @@ def _ss2d(file: str, code: ModuleType) -> Iterator[Case]:
             options = {"d_state": 3, "forward_type": name, "channel_first": first}
             yield Case("SS2D", f"{file} {name} {frame}", made(code.SS2D, 24, **options), shape[first], maps=False)
         for what, more in {
-            "no conv": {"d_conv": 1}, "GELU, biases": {"act_layer": nn.GELU, "bias": True},
-            "ratio 1": {"ssm_ratio": 1.0}, "rank 5, 16 states": {"dt_rank": 5, "d_state": 16},
+            "no conv": {"d_conv": 1},
+            "GELU, biases": {"act_layer": nn.GELU, "bias": True},
+            "ratio 1": {"ssm_ratio": 1.0},
+            "rank 5, 16 states": {"dt_rank": 5, "d_state": 16},
             "init v2": {"initialize": "v2"},
-        }.items():  # fmt: skip
+        }.items():
             options = {"d_state": 1, "forward_type": "v05", "channel_first": first, **more}
             yield Case("SS2D", f"{file} v05 {what} {frame}", made(code.SS2D, 24, **options), shape[first], maps=False)
     flags = code if file == "vmamba.py" else importlib.import_module("models.csms6s")

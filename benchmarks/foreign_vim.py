@@ -31,18 +31,33 @@ def _mixers(code: ModuleType, options: tuple[Mapping[str, Any], ...], length: in
 def _vision(code: ModuleType, cases: Mapping[str, Mapping[str, Any]], size: tuple[int, int]) -> Iterator[Case]:
     """VisionMamba with options; keys of the forward stand behind "forward"."""
     base = {
-        "img_size": size, "patch_size": 16, "stride": 16, "depth": 3, "embed_dim": 48, "num_classes": 7,
-        "rms_norm": True, "fused_add_norm": True, "residual_in_fp32": True, "drop_path_rate": 0.0,
-        "if_abs_pos_embed": True, "bimamba_type": "v2", "if_cls_token": True, "use_middle_cls_token": True,
-    }  # fmt: skip
+        "img_size": size,
+        "patch_size": 16,
+        "stride": 16,
+        "depth": 3,
+        "embed_dim": 48,
+        "num_classes": 7,
+        "rms_norm": True,
+        "fused_add_norm": True,
+        "residual_in_fp32": True,
+        "drop_path_rate": 0.0,
+        "if_abs_pos_embed": True,
+        "bimamba_type": "v2",
+        "if_cls_token": True,
+        "use_middle_cls_token": True,
+    }
     for name, its in cases.items():
         given = its.get("forward", {})
         options = {**base, **{key: value for key, value in its.items() if key not in ("forward", "refused")}}
         shape = options["img_size"] if isinstance(options["img_size"], tuple) else (options["img_size"],) * 2
         yield Case(
-            "VisionMamba", name, made(code.VisionMamba, **options), (2, 3, *shape),
-            call=_seeded(given), refused=its.get("refused"),
-        )  # fmt: skip
+            "VisionMamba",
+            name,
+            made(code.VisionMamba, **options),
+            (2, 3, *shape),
+            call=_seeded(given),
+            refused=its.get("refused"),
+        )
 
 
 def _seeded(given: Mapping[str, Any]) -> Callable[[nn.Module, Tensor], Any]:
@@ -91,9 +106,10 @@ def vim(root: Path) -> Iterator[Case]:
     mixer = importlib.import_module("mamba_ssm.modules.mamba_simple")
     both = tuple(
         {"bimamba_type": kind, "if_divide_out": divide, **more}
-        for kind in ("v1", "v2") for divide in (False, True)
+        for kind in ("v1", "v2")
+        for divide in (False, True)
         for more in ({}, {"use_fast_path": False}, {"init_layer_scale": 0.3, "bias": True})
-    )  # fmt: skip
+    )
     yield from _mixers(mixer, MIXERS + both)
     code = load(root / "vim", "models_mamba")
     yield from _vision(code, _vim_cases("if_divide_out", True), (48, 80))
@@ -128,9 +144,10 @@ def mamba_reg(root: Path) -> Iterator[Case]:
     code = load(root, "models_mamba")
     base = {"patch_size": 16, "embed_dim": 48, "depth": 3, "num_classes": 7, "rms_norm": True, "fused_add_norm": True}
     for name, its in {
-        "3 registers": {"num_cls_tokens": 3}, "4, reduced": {"num_cls_tokens": 4, "cls_reduce": 2},
+        "3 registers": {"num_cls_tokens": 3},
+        "4, reduced": {"num_cls_tokens": 4, "cls_reduce": 2},
         "none": {"num_cls_tokens": 0, "num_classes": 0},
-    }.items():  # fmt: skip
+    }.items():
         make = made(code.VisionMamba, **{**base, "img_size": (48, 80), "residual_in_fp32": True, **its})
         yield Case("VisionMamba", name, make, (2, 3, 48, 80))
 

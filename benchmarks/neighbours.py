@@ -111,9 +111,13 @@ def pca_check(
 
 
 def _compared(
-    features: np.ndarray, made: dict[str, list[np.ndarray]], seconds: dict[str, list[float]], count: int, first: int,
+    features: np.ndarray,
+    made: dict[str, list[np.ndarray]],
+    seconds: dict[str, list[float]],
+    count: int,
+    first: int,
     about: dict[str, Any],
-) -> PcaCheck:  # fmt: skip
+) -> PcaCheck:
     values = np.asarray(features, dtype=np.float64)
     if about["unit_norm"]:
         norms = np.linalg.norm(values, axis=1, keepdims=True)

@@ -31,10 +31,17 @@ class Figure:
         target = TARGETS[self.target]
         interval = {} if self.interval is None else {"interval": [*self.interval]}
         return {
-            "what": target.what, "how": self.how, "value": self.spread.median, "unit": target.unit,
-            "quartiles": [self.spread.low, self.spread.high], "rounds": self.spread.count,
-            "at_least": target.at_least, "aim": target.aim, "met": target.met(self.spread.median), **interval,
-        }  # fmt: skip
+            "what": target.what,
+            "how": self.how,
+            "value": self.spread.median,
+            "unit": target.unit,
+            "quartiles": [self.spread.low, self.spread.high],
+            "rounds": self.spread.count,
+            "at_least": target.at_least,
+            "aim": target.aim,
+            "met": target.met(self.spread.median),
+            **interval,
+        }
 
 
 def figure(target: str, how: str, value: Spread | float, interval: tuple[float, float] | None = None) -> Figure:
@@ -55,12 +62,16 @@ def finish(title: str, figures: Sequence[Figure], details: dict[str, Any], path:
     header = ("what", "how", "measured", "quartiles", "at least", "aim", "met")
     rows = [
         (
-            row["what"], row["how"], _number(row["value"], row["unit"]),
+            row["what"],
+            row["how"],
+            _number(row["value"], row["unit"]),
             " .. ".join(_number(value, "") for value in row["quartiles"]) if row["rounds"] > 1 else "",
-            _number(row["at_least"], row["unit"]), _number(row["aim"], row["unit"]), "yes" if row["met"] else "NO",
+            _number(row["at_least"], row["unit"]),
+            _number(row["aim"], row["unit"]),
+            "yes" if row["met"] else "NO",
         )
         for row in (item.row() for item in figures)
-    ]  # fmt: skip
+    ]
     show(title + (" (quick: these numbers mean nothing)" if quick else ""), header, rows)
     if path is None:
         return

@@ -244,9 +244,12 @@ def main(argv: list[str] | None = None) -> None:
         found, partial = [(args.what, *measure(args))], args.quick or module.partial(args)
     else:
         runs = {
-            "ops": run_ops, "models": run_models, "attribution": run_attribution, "build": without_gpu.run_build,
+            "ops": run_ops,
+            "models": run_models,
+            "attribution": run_attribution,
+            "build": without_gpu.run_build,
             "explore": explorer.run_explore,
-        }  # fmt: skip
+        }
         found, partial = [(args.what, *runs[args.what](args.quick))], args.quick
     folder = args.out or (None if partial else RESULTS)
     for name, figures, details in found:

@@ -31,10 +31,17 @@ from benchmarks import distil, images, zoo
 from benchmarks.export import evaluate, export
 
 RECIPE = {
-    "optimizer": "AdamW", "weight_decay": 0.05, "betas": [0.9, 0.999], "clip_norm": 1.0, "warmup": 0.15,
-    "schedule": "cosine to 0", "label_smoothing": 0.1, "drop_path": 0.05, "ema_decay": 0.999,
+    "optimizer": "AdamW",
+    "weight_decay": 0.05,
+    "betas": [0.9, 0.999],
+    "clip_norm": 1.0,
+    "warmup": 0.15,
+    "schedule": "cosine to 0",
+    "label_smoothing": 0.1,
+    "drop_path": 0.05,
+    "ema_decay": 0.999,
     "autocast": "bfloat16",
-}  # fmt: skip
+}
 
 
 class Run:
@@ -69,9 +76,13 @@ class Run:
         total = args.epochs * self.steps_per_epoch
         warmup = round(RECIPE["warmup"] * total)
         self.scheduler = CosineLRScheduler(
-            self.optimizer, t_initial=max(total - warmup, 1), warmup_t=warmup, warmup_lr_init=1e-6,
-            warmup_prefix=True, t_in_epochs=False,
-        )  # fmt: skip
+            self.optimizer,
+            t_initial=max(total - warmup, 1),
+            warmup_t=warmup,
+            warmup_lr_init=1e-6,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
         self.scheduler.step_update(0)
         self.ema = ModelEmaV3(self.model, decay=RECIPE["ema_decay"], use_warmup=True)
         self.loss = nn.CrossEntropyLoss(label_smoothing=RECIPE["label_smoothing"])
@@ -134,10 +145,15 @@ class Run:
     def save(self, path: Path) -> None:
         """Write the checkpoint; a kill at any moment leaves the old or the new one."""
         state = {
-            "identity": self.identity(), "step": self.step, "losses": self.losses, "wall": self.wall, "cpu": self.cpu,
-            "model": self.model.state_dict(), "ema": self.ema.module.state_dict(),
+            "identity": self.identity(),
+            "step": self.step,
+            "losses": self.losses,
+            "wall": self.wall,
+            "cpu": self.cpu,
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-        }  # fmt: skip
+        }
         partial = path.with_suffix(".partial")
         torch.save(state, partial)
         os.replace(partial, path)

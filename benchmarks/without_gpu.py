@@ -101,7 +101,12 @@ def run_build(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
     figures += [figure("kernel error", kernel, max(row[kernel] for row in rows) / plain) for kernel in KERNELS]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
     details = {
-        "nvcc": version, "nvrtc": ".".join(map(str, nvrtc.compiler().version)), "compiled": compiled,
-        "nvrtc seconds": nvrtc_seconds(), "errors": rows, "errors are": NOTE, "torch threads": torch.get_num_threads(),
-    }  # fmt: skip
+        "nvcc": version,
+        "nvrtc": ".".join(map(str, nvrtc.compiler().version)),
+        "compiled": compiled,
+        "nvrtc seconds": nvrtc_seconds(),
+        "errors": rows,
+        "errors are": NOTE,
+        "torch threads": torch.get_num_threads(),
+    }
     return figures, details

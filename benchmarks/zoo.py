@@ -9,9 +9,15 @@ from torch import nn
 
 
 def create(
-    name: str, *, num_classes: int, image_size: int, drop_path: float = 0.0, weights: str | None = None,
-    part: bool = False, **options: Any,
-) -> nn.Module:  # fmt: skip
+    name: str,
+    *,
+    num_classes: int,
+    image_size: int,
+    drop_path: float = 0.0,
+    weights: str | None = None,
+    part: bool = False,
+    **options: Any,
+) -> nn.Module:
     """Build a model, from weights of any resolution if given.
 
     Args:

@@ -25,11 +25,23 @@ class MambaAdapter(Adapter):
     children: ClassVar[tuple[str, ...]] = ("in_proj", "conv1d", "act", "x_proj", "dt_proj", "out_proj")
     parameters: ClassVar[tuple[str, ...]] = ("A_log", "D")
     settings: ClassVar[tuple[str, ...]] = (
-        "d_model", "d_state", "d_conv", "expand", "d_inner", "dt_rank", "use_fast_path", "layer_idx", "activation",
+        "d_model",
+        "d_state",
+        "d_conv",
+        "expand",
+        "d_inner",
+        "dt_rank",
+        "use_fast_path",
+        "layer_idx",
+        "activation",
         # forks that keep maps in addition to the output
-        "compute_attn_matrix", "compute_attn_vector", "old_attention", "ablate_attn_mat", "ablate_attn_vec",
+        "compute_attn_matrix",
+        "compute_attn_vector",
+        "old_attention",
+        "ablate_attn_mat",
+        "ablate_attn_vec",
         "ablate_dict",
-    )  # fmt: skip
+    )
 
     def recognises(self, module: nn.Module) -> bool:
         """Whether the module has the parts of a Mamba mixer."""

@@ -74,8 +74,9 @@ class MambaVisionAdapter(Adapter):
         stages = [module for module in model.modules() if all(hasattr(module, name) for name in _STAGE)]
         return [
             LayoutSource(stage, _LayoutReader(stage), before=True, inside=True)
-            for stage in stages if stage.transformer_block
-        ]  # fmt: skip
+            for stage in stages
+            if stage.transformer_block
+        ]
 
 
 class _LayoutReader:

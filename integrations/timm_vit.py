@@ -50,9 +50,15 @@ class TimmViTAdapter(AttentionAdapter):
         return f"it has no {' and no '.join(absent)}, so it is another kind of attention." if absent else None
 
     def project(
-        self, module: nn.Module, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, rules: Rules,
+        self,
+        module: nn.Module,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        rules: Rules,
         seen: Seen,
-    ) -> AttentionRecord:  # fmt: skip
+    ) -> AttentionRecord:
         """Return the probabilities and the values.
 
         Raises:
@@ -61,17 +67,20 @@ class TimmViTAdapter(AttentionAdapter):
         """
         if attn_mask is not None or is_causal:
             given = "is_causal=True" if attn_mask is None else "an attn_mask"
-            raise UnsupportedModelError(f"family {self.family}: the model calls its attention with {given}, which this "
-                                        "adapter does not know.")  # fmt: skip
+            raise UnsupportedModelError(
+                f"family {self.family}: the model calls its attention with {given}, which this adapter does not know."
+            )
         if x.ndim != 3:
             raise UnsupportedModelError(
                 f"family {self.family}: {type(module).__name__} got an input of shape {tuple(x.shape)}; this adapter "
                 "knows attention over (batch, tokens, features)."
             )
         joint = rearrange(
-            module.get_submodule("qkv")(x), "batch tokens (three heads width) -> three batch heads tokens width",
-            three=3, heads=cast(int, module.num_heads),
-        )  # fmt: skip
+            module.get_submodule("qkv")(x),
+            "batch tokens (three heads width) -> three batch heads tokens width",
+            three=3,
+            heads=cast(int, module.num_heads),
+        )
         query, key = _norm(module, "q_norm", joint[0], rules), _norm(module, "k_norm", joint[1], rules)
         # the fused kernel scales by the heads' width, whatever the module's scale
         scale = joint.shape[-1] ** -0.5 if getattr(module, "fused_attn", False) else cast(float, module.scale)
@@ -161,9 +170,12 @@ class _LayoutReader:
         if getattr(self.model, "global_pool", "token") not in ("token", ""):
             classes = 0  # the head does not read the class token, so it is a register
         return TokenLayout(
-            grid=(output.shape[-2], output.shape[-1]), patch_size=kernel[0] * ratio[0], stride=stride[0] * ratio[0],
-            class_tokens=tuple(range(classes)), registers=tuple(range(classes, total)),
-        )  # fmt: skip
+            grid=(output.shape[-2], output.shape[-1]),
+            patch_size=kernel[0] * ratio[0],
+            stride=stride[0] * ratio[0],
+            class_tokens=tuple(range(classes)),
+            registers=tuple(range(classes, total)),
+        )
 
 
 ADAPTER = TimmViTAdapter()

@@ -31,10 +31,18 @@ class VimAdapter(MambaAdapter):
     children: ClassVar[tuple[str, ...]] = (*MambaAdapter.children, "conv1d_b", "x_proj_b", "dt_proj_b")
     parameters: ClassVar[tuple[str, ...]] = (*MambaAdapter.parameters, "A_b_log", "D_b", "gamma")
     settings: ClassVar[tuple[str, ...]] = (
-        *MambaAdapter.settings, "bimamba_type", "biscan", "if_divide_out", "if_devide_out", "init_layer_scale",
+        *MambaAdapter.settings,
+        "bimamba_type",
+        "biscan",
+        "if_divide_out",
+        "if_devide_out",
+        "init_layer_scale",
         # forks that keep maps in addition to the output
-        "compute_diff_maps", "compute_attn_gradients", "saveAttnMat", "saveAttnVec",
-    )  # fmt: skip
+        "compute_diff_maps",
+        "compute_attn_gradients",
+        "saveAttnMat",
+        "saveAttnVec",
+    )
 
     def recognises(self, module: nn.Module) -> bool:
         """Whether the module has projections, and attributes of a second direction."""

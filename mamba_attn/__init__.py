@@ -80,10 +80,27 @@ _HOMES = {
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _ROOMS = (
-    "analytics", "attribution", "commands", "core", "datasets", "erf", "errors", "evaluation", "explanations",
-    "figures", "findings", "images", "integrations", "models", "ops", "orders", "stand_ins", "testing", "tracing",
+    "analytics",
+    "attribution",
+    "commands",
+    "core",
+    "datasets",
+    "erf",
+    "errors",
+    "evaluation",
+    "explanations",
+    "figures",
+    "findings",
+    "images",
+    "integrations",
+    "models",
+    "ops",
+    "orders",
+    "stand_ins",
+    "testing",
+    "tracing",
     "viewer",
-)  # fmt: skip
+)
 
 _HERE = Path(__file__).parent
 if not (_HERE / "integrations").is_dir():

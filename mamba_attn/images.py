@@ -25,9 +25,18 @@ SAMPLES = Path(__file__).parent / "data"
 
 # errors of Pillow's readers on damaged files
 _DAMAGED = (
-    OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, LookupError, TypeError, AttributeError,
-    ArithmeticError, MemoryError,
-)  # fmt: skip
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+)
 _TRANSPARENT = ("RGBA", "RGBa", "LA", "La", "PA")
 
 

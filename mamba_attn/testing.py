@@ -233,11 +233,15 @@ def _some_channels(scan: ScanRecord, channels: Tensor) -> ScanRecord:
     width, groups = scan.channels // scan.heads, scan.channels // scan.source_B.shape[2]
     heads, group = channels // width, channels // groups
     return scan.replace(
-        source_u=scan.source_u[:, :, channels], source_delta=scan.source_delta[:, :, heads], A=scan.A[:, heads],
-        source_B=scan.source_B[:, :, group], source_C=scan.source_C[:, :, group],
-        D=None if scan.D is None else scan.D[:, channels], gate=None,
+        source_u=scan.source_u[:, :, channels],
+        source_delta=scan.source_delta[:, :, heads],
+        A=scan.A[:, heads],
+        source_B=scan.source_B[:, :, group],
+        source_C=scan.source_C[:, :, group],
+        D=None if scan.D is None else scan.D[:, channels],
+        gate=None,
         source_gain=None if scan.source_gain is None else scan.source_gain[:, :, heads],
-    )  # fmt: skip
+    )
 
 
 def _relative(value: Tensor, truth: Tensor) -> float:

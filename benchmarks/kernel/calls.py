@@ -36,10 +36,13 @@ def subjects(model: Model, batch: int) -> list[Subject]:
     found = [
         Subject("forward", model.backend, [plain], memory, work),
         Subject(
-            "forward + attention", model.backend, [traced], memory + more,
+            "forward + attention",
+            model.backend,
+            [traced],
+            memory + more,
             work + estimates.attention_work(model, batch),
         ),
-    ]  # fmt: skip
+    ]
     if model.scans:
         records = _Once(lambda: model.records(batch))
         found += [_operator(name, model, batch, records) for name in ops.BACKENDS if name != "reference"]
@@ -142,9 +145,14 @@ def _loops(model: Model, batch: int, records: _Records) -> Subject:
     text = f"extrapolated by the number of products from {shown} of one route per shape of layer"
     memory = max(2 * 4 * batch * LOOP_LENGTH * each.channels * (each.states + 1) for each in model.scans)
     return Subject(
-        "attention", "published loops", parts, memory, counting.Work(0, 0, passes, 0), extrapolated=text,
+        "attention",
+        "published loops",
+        parts,
+        memory,
+        counting.Work(0, 0, passes, 0),
+        extrapolated=text,
         note=f"all its rows at once would need {estimates.shown(estimates.loop_bytes(model, batch))} per route",
-    )  # fmt: skip
+    )
 
 
 def _our_scan(model: Model, batch: int, records: _Records) -> Subject:

@@ -73,9 +73,11 @@ class Work:
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
-            self.exponentials + other.exponentials, self.flops + other.flops, self.bytes_read + other.bytes_read,
+            self.exponentials + other.exponentials,
+            self.flops + other.flops,
+            self.bytes_read + other.bytes_read,
             self.bytes_written + other.bytes_written,
-        )  # fmt: skip
+        )
 
     @property
     def bytes(self) -> int:

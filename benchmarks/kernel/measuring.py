@@ -182,15 +182,24 @@ def _row(trial: Trial, model: Model, batch: int, bench: Bench) -> Row:
         return Row(its=its, what=subject.what, how=subject.how, reason=trial.reason, note=subject.note)
     attention = subject.what == "attention"
     shapes = [
-        ShapeTime(part.scans, part.times * Spread.of(times).median, cheapest([part.scans], batch, its.itemsize,
-                                                                           bench.ceilings))
-        for part, times in zip(subject.parts, trial.times, strict=True) if attention and part.scans
-    ]  # fmt: skip
+        ShapeTime(
+            part.scans,
+            part.times * Spread.of(times).median,
+            cheapest([part.scans], batch, its.itemsize, bench.ceilings),
+        )
+        for part, times in zip(subject.parts, trial.times, strict=True)
+        if attention and part.scans
+    ]
     return Row(
-        its=its, what=subject.what, how=subject.how, seconds=Spread.of(trial.totals()), note=subject.note,
-        extrapolated=subject.extrapolated, floor=floor_of(model, batch, bench.ceilings) if attention else None,
+        its=its,
+        what=subject.what,
+        how=subject.how,
+        seconds=Spread.of(trial.totals()),
+        note=subject.note,
+        extrapolated=subject.extrapolated,
+        floor=floor_of(model, batch, bench.ceilings) if attention else None,
         shapes=tuple(shapes),
-    )  # fmt: skip
+    )
 
 
 def _added(plain: Trial, traced: Trial, model: Model, batch: int, bench: Bench) -> Row:

@@ -46,8 +46,9 @@ def roofline(
     """
     best = None if floors is None else np.asarray(floors, dtype=np.float64)
     if len(labels) != len(groups) or (best is not None and best.shape != (len(groups),)):
-        raise ValueError(f"roofline: expected a label and a floor per point, got {len(labels)} labels and "
-                         f"{len(groups)} groups.")  # fmt: skip
+        raise ValueError(
+            f"roofline: expected a label and a floor per point, got {len(labels)} labels and {len(groups)} groups."
+        )
     its = roof("roofline", intensity, rate, groups, estimated, bandwidth, rates, () if best is None else best)
     figure = Figure()
     for ceiling in its.ceilings:
@@ -62,15 +63,24 @@ def roofline(
     names = list(dict.fromkeys(groups))
     for group in its.groups:
         symbol = _SYMBOLS[names.index(group.name) % len(_SYMBOLS)]
-        figure.add_trace(go.Scatter(
-            x=its.intensity[group.members], y=its.rate[group.members], mode="markers", name=group.title,
-            marker={"color": group.colour, "size": 10, "symbol": symbol + ("-open" if group.estimated else ""),
-                    "line": {"color": group.colour if group.estimated else "white", "width": 1.5}},
-            text=[labels[index] for index in group.members],
-            customdata=[short(value, "op/s") for value in its.rate[group.members]],
-            hovertemplate=f"%{{text}}<br>{group.title}<br>%{{x:.3g}} operations per byte, "
-            "%{customdata}<extra></extra>",
-        ))  # fmt: skip
+        figure.add_trace(
+            go.Scatter(
+                x=its.intensity[group.members],
+                y=its.rate[group.members],
+                mode="markers",
+                name=group.title,
+                marker={
+                    "color": group.colour,
+                    "size": 10,
+                    "symbol": symbol + ("-open" if group.estimated else ""),
+                    "line": {"color": group.colour if group.estimated else "white", "width": 1.5},
+                },
+                text=[labels[index] for index in group.members],
+                customdata=[short(value, "op/s") for value in its.rate[group.members]],
+                hovertemplate=f"%{{text}}<br>{group.title}<br>%{{x:.3g}} operations per byte, "
+                "%{customdata}<extra></extra>",
+            )
+        )
     plain(figure, title=title, width=round(1.55 * size), height=size)
     axis = {"type": "log", "gridcolor": GRID, "linecolor": INK, "ticks": "outside", "exponentformat": "power"}
     figure.update_xaxes(title="operations per byte moved", range=np.log10(its.x).tolist(), dtick=1, **axis)
@@ -196,9 +206,15 @@ class Roof(NamedTuple):
 
 
 def roof(
-    call: str, intensity: Any, rate: Any, groups: Sequence[str], estimated: Sequence[bool] | None, bandwidth: float,
-    rates: Mapping[str, float], extra: Any = (),
-) -> Roof:  # fmt: skip
+    call: str,
+    intensity: Any,
+    rate: Any,
+    groups: Sequence[str],
+    estimated: Sequence[bool] | None,
+    bandwidth: float,
+    rates: Mapping[str, float],
+    extra: Any = (),
+) -> Roof:
     """Check the points and lay out the picture.
 
     Args:
@@ -227,8 +243,9 @@ def roof(
     ridges = np.array(list(rates.values())) / bandwidth
     left, right = _decades(np.concatenate([x, ridges]))
     bottom, top = _decades(np.concatenate([y, more.ravel(), list(rates.values())]))
-    return Roof(x, y, _groups(groups, marks), _ceilings(bandwidth, rates, (left, right), bottom),
-                (left, right), (bottom, top))  # fmt: skip
+    return Roof(
+        x, y, _groups(groups, marks), _ceilings(bandwidth, rates, (left, right), bottom), (left, right), (bottom, top)
+    )
 
 
 def short(rate: float, unit: str) -> str:
@@ -261,9 +278,7 @@ def _groups(names: Sequence[str], marks: Sequence[bool]) -> list[Group]:
 def _ceilings(bandwidth: float, rates: Mapping[str, float], x: tuple[float, float], bottom: float) -> list[Ceiling]:
     highest = max(rates.values())
     start = max(x[0], bottom / bandwidth)
-    memory = Ceiling(
-        f"copy, {short(bandwidth, 'B/s')}", (start, start * bandwidth), (highest / bandwidth, highest)
-    )  # fmt: skip
+    memory = Ceiling(f"copy, {short(bandwidth, 'B/s')}", (start, start * bandwidth), (highest / bandwidth, highest))
     flat = [
         Ceiling(f"{name}, {short(value, 'op/s')}", (value / bandwidth, value), (x[1], value))
         for name, value in sorted(rates.items(), key=lambda item: -item[1])
@@ -274,17 +289,25 @@ def _ceilings(bandwidth: float, rates: Mapping[str, float], x: tuple[float, floa
 def _line(ceiling: Ceiling, slope: bool) -> go.Scatter:
     (x0, y0), (x1, y1) = ceiling.start, ceiling.stop
     return go.Scatter(
-        x=[x0, x1], y=[y0, y1], mode="lines", name=ceiling.name, showlegend=slope,
+        x=[x0, x1],
+        y=[y0, y1],
+        mode="lines",
+        name=ceiling.name,
+        showlegend=slope,
         line={"color": INK, "width": 2, "dash": "solid" if slope else "dash"},
         hovertemplate=f"{ceiling.name}<extra></extra>",
-    )  # fmt: skip
+    )
 
 
 def _floors(intensity: np.ndarray, rates: np.ndarray, labels: Sequence[str]) -> go.Scatter:
     """A short bar per point, at what the cheapest way would reach."""
     return go.Scatter(
-        x=intensity, y=rates, mode="markers", name="cheapest known way",
+        x=intensity,
+        y=rates,
+        mode="markers",
+        name="cheapest known way",
         marker={"symbol": "line-ew", "size": 16, "line": {"color": INK, "width": 2}},
-        text=list(labels), customdata=[short(value, "op/s") for value in rates],
+        text=list(labels),
+        customdata=[short(value, "op/s") for value in rates],
         hovertemplate="%{text}<br>cheapest known way: %{customdata}<extra></extra>",
-    )  # fmt: skip
+    )

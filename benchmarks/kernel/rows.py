@@ -82,17 +82,28 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """As it stands in the JSON file; what was not measured is null, with a reason."""
         shapes = [
-            {**asdict(each.scans), "seconds": each.seconds, "floor": each.floor.seconds,
-             "formulation": each.floor.formulation, "flops": each.floor.work.flops, "bytes": each.floor.work.bytes}
+            {
+                **asdict(each.scans),
+                "seconds": each.seconds,
+                "floor": each.floor.seconds,
+                "formulation": each.floor.formulation,
+                "flops": each.floor.work.flops,
+                "bytes": each.floor.work.bytes,
+            }
             for each in self.shapes
-        ]  # fmt: skip
+        ]
         return {
-            **asdict(self.its), "what": self.what, "how": self.how,
+            **asdict(self.its),
+            "what": self.what,
+            "how": self.how,
             "seconds": None if self.seconds is None else asdict(self.seconds),
             "reason": None if self.reason is None else f"not measured: {self.reason}",
-            "extrapolated": self.extrapolated or None, "floor": None if self.floor is None else asdict(self.floor),
-            "fraction of floor": self.fraction, "shapes": shapes, "note": self.note or None,
-        }  # fmt: skip
+            "extrapolated": self.extrapolated or None,
+            "floor": None if self.floor is None else asdict(self.floor),
+            "fraction of floor": self.fraction,
+            "shapes": shapes,
+            "note": self.note or None,
+        }
 
 
 def cheapest(scans: list[Scans], batch: int, itemsize: int, ceilings: Ceilings) -> Floor:

@@ -18,8 +18,13 @@ from mamba_attn.tracing.layers import ScanLayer
 from mamba_attn.tracing.tracer import trace
 
 MODELS = (
-    "vim_tiny", "vim_small", "vim_base", "vmamba_tiny_s1l8", "vmamba_small_s1l20", "vmamba_base_s1l20",
-)  # fmt: skip
+    "vim_tiny",
+    "vim_small",
+    "vim_base",
+    "vmamba_tiny_s1l8",
+    "vmamba_small_s1l20",
+    "vmamba_base_s1l20",
+)
 TRANSFORMERS = {"deit_tiny_patch16_224": (192, 12), "deit_small_patch16_224": (384, 12)}  # features, layers
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

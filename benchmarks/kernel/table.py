@@ -40,9 +40,13 @@ def show_rows(rows: Sequence[Row], figures: Sequence[dict[str, Any]], ceilings: 
 
 
 def contents(
-    rows: Sequence[Row], figures: Sequence[dict[str, Any]], ceilings: Ceilings, header: dict[str, Any],
-    quick: bool, details: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+    rows: Sequence[Row],
+    figures: Sequence[dict[str, Any]],
+    ceilings: Ceilings,
+    header: dict[str, Any],
+    quick: bool,
+    details: dict[str, Any],
+) -> dict[str, Any]:
     """Return what stands in the JSON file.
 
     Args:
@@ -54,9 +58,11 @@ def contents(
         details: whatever else is to be known.
     """
     return {
-        "quick": quick, "machine": header, "figures": list(figures),
+        "quick": quick,
+        "machine": header,
+        "figures": list(figures),
         "details": {"ceilings": ceilings.as_dict(), **details, "rows": [row.as_dict() for row in rows]},
-    }  # fmt: skip
+    }
 
 
 def write(path: Path, found: dict[str, Any]) -> None:
@@ -115,9 +121,17 @@ def _cells(row: Row) -> tuple[str, ...]:
     fraction = "" if row.fraction is None else f"{100 * row.fraction:.2g} %"
     its, mark = row.its, "~ " if row.extrapolated else ""
     return (
-        its.model, str(its.pixels), str(its.batch), its.dtype, row.what, row.how, f"{mark}{row.seconds.median:.3g}",
-        spread, fraction, "extrapolated from a few rows" if row.extrapolated else "",
-    )  # fmt: skip
+        its.model,
+        str(its.pixels),
+        str(its.batch),
+        its.dtype,
+        row.what,
+        row.how,
+        f"{mark}{row.seconds.median:.3g}",
+        spread,
+        fraction,
+        "extrapolated from a few rows" if row.extrapolated else "",
+    )
 
 
 def _few(names: Sequence[str]) -> str:

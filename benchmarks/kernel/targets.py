@@ -85,10 +85,17 @@ def figures(run: Run) -> list[dict[str, Any]]:
         found = find(run) if run.device.type == "cuda" else Found(reason=_no_gpu())
         value = found.value
         row: dict[str, Any] = {
-            "what": target.what, "how": found.how + (", TF32 on" if run.tf32 and value else ""), "value": None,
-            "unit": target.unit, "quartiles": None, "rounds": 0, "at_least": target.at_least, "aim": target.aim,
-            "met": None, "reason": None,
-        }  # fmt: skip
+            "what": target.what,
+            "how": found.how + (", TF32 on" if run.tf32 and value else ""),
+            "value": None,
+            "unit": target.unit,
+            "quartiles": None,
+            "rounds": 0,
+            "at_least": target.at_least,
+            "aim": target.aim,
+            "met": None,
+            "reason": None,
+        }
         if value is None:
             row["reason"] = f"not measured: {found.reason}"
         else:

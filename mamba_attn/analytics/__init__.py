@@ -10,6 +10,12 @@ from mamba_attn.analytics.request import Request
 from mamba_attn.analytics.store import AttentionStore, NotStoredError
 
 __all__ = [
-    "AttentionStore", "Collected", "NotStoredError", "Request", "StoredImage", "StoredLayer", "collect",
+    "AttentionStore",
+    "Collected",
+    "NotStoredError",
+    "Request",
+    "StoredImage",
+    "StoredLayer",
+    "collect",
     "merge_stores",
-]  # fmt: skip
+]

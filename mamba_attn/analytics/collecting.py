@@ -84,13 +84,21 @@ def _index(request: Request, layers: list[StoredLayer]) -> Index:
     subject, data = request.subject, request.data
     weights = subject.weights
     model = {
-        "name": subject.name, "options": dict(subject.options), "fingerprint": subject.fingerprint,
+        "name": subject.name,
+        "options": dict(subject.options),
+        "fingerprint": subject.fingerprint,
         "weights": str(Path(weights).resolve()) if Path(weights).is_file() else weights,
-    }  # fmt: skip
+    }
     return Index(
-        model, list(subject.classes), asdict(subject.transform), [{"name": data.name, "identity": data.identity}],
-        request.routes, request.kept, layers, command=request.command,
-    )  # fmt: skip
+        model,
+        list(subject.classes),
+        asdict(subject.transform),
+        [{"name": data.name, "identity": data.identity}],
+        request.routes,
+        request.kept,
+        layers,
+        command=request.command,
+    )
 
 
 def _continued(folder: Path, request: Request, layers: list[StoredLayer]) -> Index:
@@ -116,11 +124,15 @@ def _continued(folder: Path, request: Request, layers: list[StoredLayer]) -> Ind
                 f"{folder}: this store is of {found}, not {asked}; nothing was changed. Choose another folder."
             )
     if [each["identity"] for each in index.data] != [data.identity]:
-        raise StoreError(f"{folder}: {data.name} is not the file or folder that this store was collected from; nothing "
-                         "was changed. Choose another folder.")  # fmt: skip
+        raise StoreError(
+            f"{folder}: {data.name} is not the file or folder that this store was collected from; nothing "
+            "was changed. Choose another folder."
+        )
     if not same:
-        raise StoreError(f"{folder}: this store is of other layers, orders or grids of this model; nothing was "
-                         "changed. Choose another folder.")  # fmt: skip
+        raise StoreError(
+            f"{folder}: this store is of other layers, orders or grids of this model; nothing was "
+            "changed. Choose another folder."
+        )
     return index
 
 
@@ -134,9 +146,7 @@ class Run:
         advance: called with the images that are done, and those that are wanted.
     """
 
-    def __init__(
-        self, request: Request, writer: StoreWriter, size: int, advance: Callable[[int, int], None]
-    ) -> None:  # fmt: skip
+    def __init__(self, request: Request, writer: StoreWriter, size: int, advance: Callable[[int, int], None]) -> None:
         self.request, self.writer, self.size, self.advance = request, writer, size, advance
         self.index = writer.index
         self.statistics = writer.statistics()
@@ -228,7 +238,7 @@ class Run:
 
     def _take(
         self, own: LayerStatistics, number: int, route: str, matrix: Tensor, start: int, kept: Sequence[int]
-    ) -> None:  # fmt: skip
+    ) -> None:
         own.routes[route].update(matrix, self.statistics.count)
         for at in kept:
             self.writer.write_matrix(start + at, number, route, matrix[at].numpy())

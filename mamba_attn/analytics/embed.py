@@ -71,10 +71,15 @@ def embed(
     """
     _check(features, method, first, options)
     about: dict[str, Any] = {
-        "method": method, "first": first if method != "pca" else None, "unit_norm": unit_norm, "seed": seed,
-        "options": options, "n": len(features), "features": features.shape[1],
+        "method": method,
+        "first": first if method != "pca" else None,
+        "unit_norm": unit_norm,
+        "seed": seed,
+        "options": options,
+        "n": len(features),
+        "features": features.shape[1],
         "versions": {name: _version(name, method) for name in _DISTRIBUTIONS[method]},
-    }  # fmt: skip
+    }
     key = cache_key(features, about) if cache is not None else ""
     known = None if cache is None else _known(cache, key)
     if known is not None:

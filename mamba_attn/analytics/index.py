@@ -181,9 +181,16 @@ class Index:
         images = [_image(row, *each) for row, each in enumerate(content.pop("images"))]
         index = cls(**content, layers=layers, images=images)
         expected: Mapping[str, type | UnionType] = {
-            "model": dict, "classes": list, "transform": dict, "data": list, "unreadable": dict, "statistics": str,
-            "wanted": int, "keep": int | list, "routes": str,
-        }  # fmt: skip
+            "model": dict,
+            "classes": list,
+            "transform": dict,
+            "data": list,
+            "unreadable": dict,
+            "statistics": str,
+            "wanted": int,
+            "keep": int | list,
+            "routes": str,
+        }
         wrong = [name for name, kind in expected.items() if not isinstance(getattr(index, name), kind)]
         wrong += [f"image {image.row}" for image in images if not isinstance(image.key, str)]
         if wrong or (index.statistics and not _STATISTICS.fullmatch(index.statistics)):

@@ -74,9 +74,15 @@ def _merged_index(first: AttentionStore, second: AttentionStore) -> Index:
     kept = [image.row for image in a.images if image.kept]
     kept += [len(a.images) + image.row for image in b.images if image.kept]
     return replace(
-        a, data=[*a.data, *b.data], layers=layers, images=[], unreadable={**a.unreadable, **b.unreadable},
-        statistics="", keep=max(kept, default=-1) + 1, command="",
-    )  # fmt: skip
+        a,
+        data=[*a.data, *b.data],
+        layers=layers,
+        images=[],
+        unreadable={**a.unreadable, **b.unreadable},
+        statistics="",
+        keep=max(kept, default=-1) + 1,
+        command="",
+    )
 
 
 def _images(first: AttentionStore, second: AttentionStore) -> list[StoredImage]:

@@ -117,8 +117,9 @@ def _require_layers(folder: Path, index: Index, subject: LoadedModel, *, orders:
     try:
         layers: Sequence[StoredLayer] = described(subject, [layer.name for layer in index.layers])
     except (RuntimeError, ValueError, LookupError) as error:
-        raise StoreError(f"{folder}: {subject.name} with options {dict(subject.options)} is another model: {error}"
-                         ) from error  # fmt: skip
+        raise StoreError(
+            f"{folder}: {subject.name} with options {dict(subject.options)} is another model: {error}"
+        ) from error
     same = len(layers) == len(index.layers) and all(
         own.same_as(its) if orders else (own.name, own.layout) == (its.name, its.layout)
         for own, its in zip(index.layers, layers, strict=True)

@@ -106,9 +106,16 @@ def _described(layer: Layer, stage: int, block: int) -> StoredLayer:
     routes = 1 if scan is None else scan.routes
     orders = torch.arange(layer.tokens)[None] if scan is None else scan.read_order
     return StoredLayer(
-        layer.name, layer.kind, stage, block, routes, layer.layout, orders.cpu().numpy(), layer.tokens**2 <= EXACT,
+        layer.name,
+        layer.kind,
+        stage,
+        block,
+        routes,
+        layer.layout,
+        orders.cpu().numpy(),
+        layer.tokens**2 <= EXACT,
         moments=None if scan is None else (routes, scan.channels, scan.length),
-    )  # fmt: skip
+    )
 
 
 def keep_from(keep: str, data: Data, limit: int | None = None) -> int | list[str]:

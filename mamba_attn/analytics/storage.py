@@ -278,10 +278,15 @@ class Arrays:
         from zarr.codecs import BloscCodec, Crc32cCodec
 
         self._open[name] = self._group.create_array(
-            name, shape=shape, chunks=chunks, dtype=dtype, fill_value=np.nan if np.dtype(dtype).kind == "f" else 0,
+            name,
+            shape=shape,
+            chunks=chunks,
+            dtype=dtype,
+            fill_value=np.nan if np.dtype(dtype).kind == "f" else 0,
             compressors=[BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"), Crc32cCodec()],
-            config={"write_empty_chunks": True}, attributes={_WHOLE: True},
-        )  # fmt: skip
+            config={"write_empty_chunks": True},
+            attributes={_WHOLE: True},
+        )
 
     def create_rows(self, name: str, row: tuple[int, ...], dtype: str, alone: bool = False) -> None:
         """Create an array without rows, to hold one row per image.

@@ -228,9 +228,15 @@ class AttentionStore:
         return self._statistic("mean", layer, route, (slice(None), self._token(layer, token)))
 
     def lines(
-        self, layer: StoredLayer | str | int, start: int, stop: int, route: str | int = "sum", *,
-        image: StoredImage | str | int | None = None, columns: bool = False,
-    ) -> Float[np.ndarray, "lines tokens"]:  # fmt: skip
+        self,
+        layer: StoredLayer | str | int,
+        start: int,
+        stop: int,
+        route: str | int = "sum",
+        *,
+        image: StoredImage | str | int | None = None,
+        columns: bool = False,
+    ) -> Float[np.ndarray, "lines tokens"]:
         """Return neighbouring rows of the mean, or of one image; only the tiles that they lie in are read.
 
         Args:

@@ -119,9 +119,16 @@ class IntegratedGradients(PixelsFromCaptum):
     """
 
     def __init__(
-        self, model: nn.Module, *, colours: str = "sum", baselines: Any = None, n_steps: int = 50,
-        method: str = "gausslegendre", internal_batch_size: int = 32, multiply_by_inputs: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        *,
+        colours: str = "sum",
+        baselines: Any = None,
+        n_steps: int = 50,
+        method: str = "gausslegendre",
+        internal_batch_size: int = 32,
+        multiply_by_inputs: bool = True,
+    ) -> None:
         super().__init__(model, colours)
         self.baselines = baselines
         self.n_steps = n_steps
@@ -134,9 +141,13 @@ class IntegratedGradients(PixelsFromCaptum):
         method = captum.attr.IntegratedGradients(asked.forward(self.model), multiply_by_inputs=self.multiply_by_inputs)
         with torch.enable_grad():
             found: Tensor = method.attribute(
-                asked.images, self.baselines, asked.target, n_steps=self.n_steps, method=self.method,
+                asked.images,
+                self.baselines,
+                asked.target,
+                n_steps=self.n_steps,
+                method=self.method,
                 internal_batch_size=size,
-            )  # fmt: skip
+            )
         return found
 
 
@@ -213,9 +224,14 @@ class Occlusion(PixelsFromCaptum):
     """
 
     def __init__(
-        self, model: nn.Module, *, sliding_window_shapes: int | tuple[int, ...] | None = None,
-        strides: int | tuple[int, ...] | None = None, baselines: Any = None, perturbations_per_eval: int = 1,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        *,
+        sliding_window_shapes: int | tuple[int, ...] | None = None,
+        strides: int | tuple[int, ...] | None = None,
+        baselines: Any = None,
+        perturbations_per_eval: int = 1,
+    ) -> None:
         super().__init__(model)
         self.sliding_window_shapes = sliding_window_shapes
         self.strides = strides

@@ -80,51 +80,124 @@ _GRADIENT_WEIGHTED = "Attention weighted by the gradient of the class, multiplie
 METHODS: dict[str, Entry] = {
     entry.name: entry
     for entry in (
-        Entry("raw_attention", "raw attention", RawAttention,
-              "What {reader} reads in a layer, averaged over the layers. The same for every class.", of_a_class=False),
-        Entry("attention_rollout", "attention rollout", AttentionRollout,
-              "What reaches {reader} through the product of all layers' attention, residual streams included. The same "
-              "for every class.", of_a_class=False),
-        Entry("attention_rollout_signed", "signed attention rollout", AttentionRollout,
-              "What reaches {reader} through the product of all layers' attention with its signs, residual streams "
-              "included. The same for every class.", of_a_class=False, options={"signed": True}),
-        Entry("mamba_attribution", "Mamba-Attribution", MambaAttribution, _GRADIENT_WEIGHTED, (SCANS,),
-              instead="transformer_attribution"),
-        Entry("implicit_attention", "implicit attention", ImplicitAttention,
-              "Attention with the mixers' gates and convolutions in it, weighted by the gradient of the class, "
-              "multiplied over the layers.", (SCANS,), class_option="gradient", instead="transformer_attribution"),
-        Entry("mamba_lrp", "MambaLRP", MambaLRP,
-              "The relevance of the class, propagated back layer by layer to the tokens; signed, and it adds "
-              "up.", (SCANS,),
-              instead="transformer_attribution", check=linear_backward.require_known),
-        Entry("relevance_attention_ranks", "ranks of relevance and attention", RelevanceAttentionRanks,
-              "The relevance of the class (MambaLRP), reordered with attention; our own combination.", (SCANS,),
-              instead="transformer_attribution_lrp", check=linear_backward.require_known),
-        Entry("transformer_attribution", "Transformer-Attribution", TransformerAttribution, _GRADIENT_WEIGHTED,
-              (SOFTMAX,), instead="mamba_attribution"),
-        Entry("transformer_attribution_lrp", "Transformer-Attribution, LRP", TransformerAttribution,
-              "Relevance of the attention, weighted by the gradient of the class, multiplied over the layers.",
-              (SOFTMAX,), instead="mamba_attribution", options={"variant": "lrp"},
-              check=lambda model: block_relevance.require_known("transformer_attribution_lrp", model)),
-        Entry("attention_grad_cam", "attention GradCAM", AttentionGradCAM,
-              "What {reader} reads in the last layer, heads weighted by the gradient of the class.", (SOFTMAX,),
-              instead="grad_cam"),
-        Entry("frozen_contribution", "frozen contribution", FrozenContribution,
-              "What every token contributes to the class when gates, steps and attention are held fixed; signed, and "
-              "it adds up.", check=linear_backward.require_known),
-        Entry("grad_cam", "GradCAM", LayerGradCam,
-              "Features of the last tokens that reach the head, weighted by the gradient of the class."),
-        Entry("integrated_gradients", "integrated gradients", IntegratedGradients,
-              "The gradient of the class along the way from a grey image, times the image.", ANY),
-        Entry("input_x_gradient", "input x gradient", InputXGradient,
-              "The gradient of the class times the image.", ANY),
+        Entry(
+            "raw_attention",
+            "raw attention",
+            RawAttention,
+            "What {reader} reads in a layer, averaged over the layers. The same for every class.",
+            of_a_class=False,
+        ),
+        Entry(
+            "attention_rollout",
+            "attention rollout",
+            AttentionRollout,
+            "What reaches {reader} through the product of all layers' attention, residual streams included. The same "
+            "for every class.",
+            of_a_class=False,
+        ),
+        Entry(
+            "attention_rollout_signed",
+            "signed attention rollout",
+            AttentionRollout,
+            "What reaches {reader} through the product of all layers' attention with its signs, residual streams "
+            "included. The same for every class.",
+            of_a_class=False,
+            options={"signed": True},
+        ),
+        Entry(
+            "mamba_attribution",
+            "Mamba-Attribution",
+            MambaAttribution,
+            _GRADIENT_WEIGHTED,
+            (SCANS,),
+            instead="transformer_attribution",
+        ),
+        Entry(
+            "implicit_attention",
+            "implicit attention",
+            ImplicitAttention,
+            "Attention with the mixers' gates and convolutions in it, weighted by the gradient of the class, "
+            "multiplied over the layers.",
+            (SCANS,),
+            class_option="gradient",
+            instead="transformer_attribution",
+        ),
+        Entry(
+            "mamba_lrp",
+            "MambaLRP",
+            MambaLRP,
+            "The relevance of the class, propagated back layer by layer to the tokens; signed, and it adds up.",
+            (SCANS,),
+            instead="transformer_attribution",
+            check=linear_backward.require_known,
+        ),
+        Entry(
+            "relevance_attention_ranks",
+            "ranks of relevance and attention",
+            RelevanceAttentionRanks,
+            "The relevance of the class (MambaLRP), reordered with attention; our own combination.",
+            (SCANS,),
+            instead="transformer_attribution_lrp",
+            check=linear_backward.require_known,
+        ),
+        Entry(
+            "transformer_attribution",
+            "Transformer-Attribution",
+            TransformerAttribution,
+            _GRADIENT_WEIGHTED,
+            (SOFTMAX,),
+            instead="mamba_attribution",
+        ),
+        Entry(
+            "transformer_attribution_lrp",
+            "Transformer-Attribution, LRP",
+            TransformerAttribution,
+            "Relevance of the attention, weighted by the gradient of the class, multiplied over the layers.",
+            (SOFTMAX,),
+            instead="mamba_attribution",
+            options={"variant": "lrp"},
+            check=lambda model: block_relevance.require_known("transformer_attribution_lrp", model),
+        ),
+        Entry(
+            "attention_grad_cam",
+            "attention GradCAM",
+            AttentionGradCAM,
+            "What {reader} reads in the last layer, heads weighted by the gradient of the class.",
+            (SOFTMAX,),
+            instead="grad_cam",
+        ),
+        Entry(
+            "frozen_contribution",
+            "frozen contribution",
+            FrozenContribution,
+            "What every token contributes to the class when gates, steps and attention are held fixed; signed, and "
+            "it adds up.",
+            check=linear_backward.require_known,
+        ),
+        Entry(
+            "grad_cam",
+            "GradCAM",
+            LayerGradCam,
+            "Features of the last tokens that reach the head, weighted by the gradient of the class.",
+        ),
+        Entry(
+            "integrated_gradients",
+            "integrated gradients",
+            IntegratedGradients,
+            "The gradient of the class along the way from a grey image, times the image.",
+            ANY,
+        ),
+        Entry(
+            "input_x_gradient", "input x gradient", InputXGradient, "The gradient of the class times the image.", ANY
+        ),
         Entry("saliency", "saliency", Saliency, "The size of the gradient of the class.", ANY),
-        Entry("occlusion", "occlusion", Occlusion,
-              "How much the logit of the class falls when a window is covered.", ANY),
+        Entry(
+            "occlusion", "occlusion", Occlusion, "How much the logit of the class falls when a window is covered.", ANY
+        ),
         Entry("random", "random", RandomMap, "A control: random numbers.", ANY, of_a_class=False),
         Entry("centre", "centre", CentreMap, "A control: the middle of the image.", ANY, of_a_class=False),
     )
-}  # fmt: skip
+}
 
 
 def get(name: str) -> Entry:

@@ -102,9 +102,13 @@ class ImplicitAttention(TokenAttribution):
         self.parts = dict(zip(PARTS, (skip, gate, conv, activation), strict=True))
 
     def rows(
-        self, inputs: Tensor, query: Sequence[float] | None = None, *, pixel: Place | None = None,
+        self,
+        inputs: Tensor,
+        query: Sequence[float] | None = None,
+        *,
+        pixel: Place | None = None,
         box: Place | None = None,
-    ) -> ByLayer[Float[Tensor, "batch tokens"]]:  # fmt: skip
+    ) -> ByLayer[Float[Tensor, "batch tokens"]]:
         """Return the query's signed row of mean_c M_c in every layer by the layers' names, in linear time.
 
         Args:
@@ -286,9 +290,15 @@ class Implicit:
     """
 
     def __init__(
-        self, layer: ScanLayer, recorder: MixerRecorder, *, skip: bool = True, gate: bool = True, conv: bool = True,
+        self,
+        layer: ScanLayer,
+        recorder: MixerRecorder,
+        *,
+        skip: bool = True,
+        gate: bool = True,
+        conv: bool = True,
         activation: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         layer.require_finite()
         self.layer, self.conv, dtype = layer, conv, layer.dtype
         if not layer.scan.shares_orders or (layer.scan.D is not None and layer.scan.D.ndim == 3):
@@ -360,8 +370,9 @@ class Implicit:
             grid = x.view(call.x.shape)
             return (self._convolved(call.module, grid) if self.conv else grid).flatten(2).unsqueeze(1)
         routes = (x.index_select(2, order) for order in self.scan.read_order)
-        return torch.stack([self._convolved(c.module, r) if self.conv else r
-                            for c, r in zip(self._calls, routes, strict=True)], dim=1)  # fmt: skip
+        return torch.stack(
+            [self._convolved(c.module, r) if self.conv else r for c, r in zip(self._calls, routes, strict=True)], dim=1
+        )
 
     @staticmethod
     def _bias(call: _Call) -> Tensor:

@@ -227,9 +227,14 @@ class TokenAttribution(MapAttribution):
 
     @contextmanager
     def _traced(
-        self, inputs: Tensor, target: Target, *, gradients: bool = False, rules: Rules | None = None,
+        self,
+        inputs: Tensor,
+        target: Target,
+        *,
+        gradients: bool = False,
+        rules: Rules | None = None,
         multiplied: bool = False,
-    ) -> Iterator[tuple[Trace, Tensor]]:  # fmt: skip
+    ) -> Iterator[tuple[Trace, Tensor]]:
         """Run one traced forward pass; yield the trace and the sum of the images' target values.
 
         Take gradients inside the block: a model that checkpoints its activations runs again then, and must be traced.

@@ -51,9 +51,13 @@ class RawAttention(TokenAttribution):
         self._other = self._published(RawAttention, "convention")
 
     def rows(
-        self, inputs: Tensor, query: Sequence[float] | None = None, *, pixel: Place | None = None,
+        self,
+        inputs: Tensor,
+        query: Sequence[float] | None = None,
+        *,
+        pixel: Place | None = None,
         box: Place | None = None,
-    ) -> ByLayer[Tensor]:  # fmt: skip
+    ) -> ByLayer[Tensor]:
         """Return the query's signed row in every layer, (batch, tokens) each, by the layers' names; always exact.
 
         Args:

@@ -38,9 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     made = argparse.ArgumentParser(
-        prog="mamba-attn", description="See what vision Mamba models look at.", epilog=_EXAMPLES,
+        prog="mamba-attn",
+        description="See what vision Mamba models look at.",
+        epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     made.add_argument("--version", action="version", version=f"mamba-attn {mamba_attn.__version__}")
     commands = made.add_subparsers(title="commands", metavar="COMMAND", dest="command", parser_class=CommandParser)
     for each in (explain, explore, compare, collect, report, findings, erf, bench):

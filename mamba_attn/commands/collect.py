@@ -38,9 +38,14 @@ collected on different images.
 def add_parser(commands: Commands) -> None:
     """Add the command and its arguments."""
     parser = command(
-        commands, "collect", "save the attention of a model over many images, in a store",
-        examples=_EXAMPLES, notes=_NOTES, run=run, stopped="stopped; the same command resumes at the last checkpoint.",
-    )  # fmt: skip
+        commands,
+        "collect",
+        "save the attention of a model over many images, in a store",
+        examples=_EXAMPLES,
+        notes=_NOTES,
+        run=run,
+        stopped="stopped; the same command resumes at the last checkpoint.",
+    )
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", metavar="DIR|ZIP[:PART]|FILE.mat", help="the images")

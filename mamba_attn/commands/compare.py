@@ -54,9 +54,14 @@ interruption.
 def add_parser(commands: Commands) -> None:
     """Add the command and its arguments."""
     parser = command(
-        commands, "compare", "score attribution methods on your images",
-        examples=_EXAMPLES, notes=_NOTES, run=run, stopped="stopped; the same command resumes here.",
-    )  # fmt: skip
+        commands,
+        "compare",
+        "score attribution methods on your images",
+        examples=_EXAMPLES,
+        notes=_NOTES,
+        run=run,
+        stopped="stopped; the same command resumes here.",
+    )
     add = parser.add_argument
     add("--data", action="append", required=True, metavar="DIR|ZIP[:PART]|FILE.mat", help="may be given several times")
     add(
@@ -126,10 +131,19 @@ def _plan(args: argparse.Namespace) -> "Plan":
     selectors, only = _selectors(args.data)
     methods, most, unasked = choose_methods(args.methods or ["all"])
     return Plan(
-        models, selectors, methods, _measures("--measures", args.measures), only, most, unasked,
-        Options(args.target, args.fill, args.precision, seed=args.seed), args.half, args.limit, args.sanity_images,
+        models,
+        selectors,
+        methods,
+        _measures("--measures", args.measures),
+        only,
+        most,
+        unasked,
+        Options(args.target, args.fill, args.precision, seed=args.seed),
+        args.half,
+        args.limit,
+        args.sanity_images,
         pictures=args.pictures,
-    )  # fmt: skip
+    )
 
 
 def _selectors(texts: Sequence[str]) -> tuple[list[str], dict[str, tuple[str, ...]]]:
@@ -185,13 +199,18 @@ def _report(plan: "Plan", store: "Store", folder: Path, call: str) -> int:
     tables = summarise(plan, store)
     failed = [
         f"{table.model.name}, {table.data.name}, {sentence}"
-        for table in tables for sentence in _missing(table, plan.fitting(table.model))
-    ]  # fmt: skip
+        for table in tables
+        for sentence in _missing(table, plan.fitting(table.model))
+    ]
     flags = [f"{table.model.name}, {table.data.name}: {flag}" for table in tables for flag in table.flags]
     about: dict[str, Any] = {
-        "command": call, "torch": torch.__version__, "threads": torch.get_num_threads(), "half": plan.half,
-        "options": vars(plan.options), "notes": [*dict.fromkeys([*plan.notes, *flags, *failed])],
-    }  # fmt: skip
+        "command": call,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "half": plan.half,
+        "options": vars(plan.options),
+        "notes": [*dict.fromkeys([*plan.notes, *flags, *failed])],
+    }
     halves = {half: summarise(plan, store, half) for half in HALVES} if plan.half == "all" else {}
     shown = text_tables(tables)
     for title, header, rows in shown:

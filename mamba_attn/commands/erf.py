@@ -44,9 +44,13 @@ sample.
 def add_parser(commands: Commands) -> None:
     """Add the command and its arguments."""
     parser = command(
-        commands, "erf", "measure how far a token sees, in pixels",
-        examples=_EXAMPLES, notes=_NOTES, run=run,
-    )  # fmt: skip
+        commands,
+        "erf",
+        "measure how far a token sees, in pixels",
+        examples=_EXAMPLES,
+        notes=_NOTES,
+        run=run,
+    )
     add = parser.add_argument
     add_images(parser)
     add("--data", metavar="DIR|ZIP[:PART]", help="a collection instead, as for collect; --limit takes a fair sample")
@@ -122,9 +126,12 @@ def _of_data(data: "Data", index: int, transform: "EvaluationTransform") -> "np.
 
 
 def _read(
-    pictures: Iterable[_Picture], transform: "EvaluationTransform", device: "torch.device", damaged: set[str],
+    pictures: Iterable[_Picture],
+    transform: "EvaluationTransform",
+    device: "torch.device",
+    damaged: set[str],
     console: "Console",
-) -> "Iterator[torch.Tensor]":  # fmt: skip
+) -> "Iterator[torch.Tensor]":
     """Yield images one by one; report each unreadable one once, whatever the number of models."""
     from mamba_attn import images
 

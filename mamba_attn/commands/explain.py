@@ -40,9 +40,14 @@ class Job(NamedTuple):
 def add_parser(commands: Commands) -> None:
     """Add the command and its arguments."""
     parser = command(
-        commands, "explain", "draw attention maps of your images, with classes and matrices",
-        examples=_EXAMPLES, notes=_NOTES, run=run, more=_methods,
-    )  # fmt: skip
+        commands,
+        "explain",
+        "draw attention maps of your images, with classes and matrices",
+        examples=_EXAMPLES,
+        notes=_NOTES,
+        run=run,
+        more=_methods,
+    )
     add = parser.add_argument
     add_images(parser)
     add_model(parser)

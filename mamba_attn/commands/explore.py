@@ -27,9 +27,13 @@ anyone who reaches it sees the store's images. Ctrl+C stops it.
 def add_parser(commands: Commands) -> None:
     """Add the command and its arguments."""
     parser = command(
-        commands, "explore", "explore attention between patches in a browser",
-        examples=_EXAMPLES, notes=_NOTES, run=run,
-    )  # fmt: skip
+        commands,
+        "explore",
+        "explore attention between patches in a browser",
+        examples=_EXAMPLES,
+        notes=_NOTES,
+        run=run,
+    )
     add = parser.add_argument
     add("store", nargs="*", metavar="STORE", help="made by mamba-attn collect; default: a bundled model on six photos")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, this machine only")

@@ -41,9 +41,14 @@ def add_parser(commands: Commands) -> None:
     """Add the command and its arguments."""
     what = "measure patterns of attention and compare them with those of untrained models"
     parser = command(
-        commands, "findings", what,
-        examples=_EXAMPLES, notes=_NOTES, run=run, stopped="stopped; the same command resumes after the last model.",
-    )  # fmt: skip
+        commands,
+        "findings",
+        what,
+        examples=_EXAMPLES,
+        notes=_NOTES,
+        run=run,
+        stopped="stopped; the same command resumes after the last model.",
+    )
     add = parser.add_argument
     add("store", nargs="+", metavar="STORE", help="made by mamba-attn collect")
     add_folder(parser, "mamba_attn_findings")
@@ -109,9 +114,12 @@ def named(paths: Sequence[str]) -> "dict[str, AttentionStore]":
 
 
 def write(
-    folder: Path, reports: "Sequence[Report]", orders: "Sequence[Orders]", stores: "dict[str, AttentionStore]",
+    folder: Path,
+    reports: "Sequence[Report]",
+    orders: "Sequence[Orders]",
+    stores: "dict[str, AttentionStore]",
     command: str,
-) -> None:  # fmt: skip
+) -> None:
     """Print the tables, and write findings.html, .txt, .csv, .json and matrices.png.
 
     Args:

@@ -22,9 +22,16 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def command(
-    commands: Commands, name: str, what: str, *, examples: str, notes: str, run: Callable[[argparse.Namespace], int],
-    stopped: str = "stopped.", more: Callable[[], str] | None = None,
-) -> argparse.ArgumentParser:  # fmt: skip
+    commands: Commands,
+    name: str,
+    what: str,
+    *,
+    examples: str,
+    notes: str,
+    run: Callable[[argparse.Namespace], int],
+    stopped: str = "stopped.",
+    more: Callable[[], str] | None = None,
+) -> argparse.ArgumentParser:
     """Add a command and return its parser.
 
     Args:
@@ -39,9 +46,12 @@ def command(
     """
     shown = "\n".join(f"  mamba-attn {name} {line}".rstrip() for line in examples.splitlines())
     parser: CommandParser = commands.add_parser(
-        name, help=what, description=f"{what[0].upper()}{what[1:]}.", epilog=f"examples:\n{shown}\n\n{notes}",
+        name,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        epilog=f"examples:\n{shown}\n\n{notes}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.more = more
     parser.set_defaults(run=run, stopped=stopped)
     return parser

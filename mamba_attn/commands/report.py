@@ -29,9 +29,13 @@ one image, the means of each route, then the other --images kept by collect
 def add_parser(commands: Commands) -> None:
     """Add the command and its arguments."""
     parser = command(
-        commands, "report", "freeze the explorer's views into one page that needs no server",
-        examples=_EXAMPLES, notes=_NOTES, run=run,
-    )  # fmt: skip
+        commands,
+        "report",
+        "freeze the explorer's views into one page that needs no server",
+        examples=_EXAMPLES,
+        notes=_NOTES,
+        run=run,
+    )
     add = parser.add_argument
     add("store", nargs="+", metavar="STORE", help="made by mamba-attn collect; several share one page")
     add("--out", required=True, metavar="FILE", help="the page, e.g. report.html; an older one is replaced")
@@ -59,9 +63,13 @@ def run(args: argparse.Namespace) -> int:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("report", total=None)
         text, content = make(
-            stores, methods, args.images, args.size, f"mamba_attn {package_version()}",
+            stores,
+            methods,
+            args.images,
+            args.size,
+            f"mamba_attn {package_version()}",
             advance=lambda what: progress.update(task, description=f"report, {what}"),
-        )  # fmt: skip
+        )
     _replace(path, text)
     for note in content.notes:
         print(as_flags(note, vars(args)), file=sys.stderr)

@@ -54,9 +54,11 @@ class AttentionRecord:
             probabilities = blocks.new_zeros(*blocks.shape[:2], layout.tokens, layout.tokens)
             probabilities[:, :, windows[:, :, None], windows[:, None, :]] = blocks
         return cls(
-            probabilities=probabilities, value=layout.from_windows(value, axis=2),
-            gate=None if gate is None else layout.from_windows(gate, axis=2), layout=layout,
-        )  # fmt: skip
+            probabilities=probabilities,
+            value=layout.from_windows(value, axis=2),
+            gate=None if gate is None else layout.from_windows(gate, axis=2),
+            layout=layout,
+        )
 
     @property
     def batch(self) -> int:

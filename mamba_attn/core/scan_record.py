@@ -112,9 +112,21 @@ class ScanRecord:
                 remember(order, tokens)
         require_distinct("ScanRecord.from_scan: order", order, tokens, padding=True)
         return cls(
-            source_u=u, source_delta=delta, A=A, source_B=B, source_C=C, D=D, source_gain=gain, gate=gate,
-            bypass=bypass, read_order=order, write_order=order, tokens=tokens, scale=scale, layout=layout,
-        )  # fmt: skip
+            source_u=u,
+            source_delta=delta,
+            A=A,
+            source_B=B,
+            source_C=C,
+            D=D,
+            source_gain=gain,
+            gate=gate,
+            bypass=bypass,
+            read_order=order,
+            write_order=order,
+            tokens=tokens,
+            scale=scale,
+            layout=layout,
+        )
 
     @classmethod
     def from_tokens(
@@ -136,10 +148,22 @@ class ScanRecord:
         """Build a record from tensors in the token frame, which every route reads in its own order."""
         require_distinct("ScanRecord.from_tokens: order", order, u.shape[-1], padding=True)
         return cls(
-            source_u=u, source_delta=delta, A=A, source_B=B, source_C=C, D=D, source_gain=gain, gate=gate,
-            bypass=bypass, read_order=order, write_order=order, tokens=u.shape[-1], scale=scale, source_frame="tokens",
+            source_u=u,
+            source_delta=delta,
+            A=A,
+            source_B=B,
+            source_C=C,
+            D=D,
+            source_gain=gain,
+            gate=gate,
+            bypass=bypass,
+            read_order=order,
+            write_order=order,
+            tokens=u.shape[-1],
+            scale=scale,
+            source_frame="tokens",
             layout=layout,
-        )  # fmt: skip
+        )
 
     @property
     def batch(self) -> int:
@@ -254,11 +278,15 @@ class ScanRecord:
         if D is not None:
             D = D[routes] if D.ndim == 2 else D * (orders["read_order"].shape[-2] / self.routes)
         return self.replace(
-            source_u=pick(self.source_u), source_delta=pick(self.source_delta), A=self.A[routes],
-            source_B=pick(self.source_B), source_C=pick(self.source_C), D=D,
+            source_u=pick(self.source_u),
+            source_delta=pick(self.source_delta),
+            A=self.A[routes],
+            source_B=pick(self.source_B),
+            source_C=pick(self.source_C),
+            D=D,
             source_gain=None if self.source_gain is None else pick(self.source_gain),
             **orders,
-        )  # fmt: skip
+        )
 
     def select_images(self, images: slice) -> Self:
         """Return the record of some images without copying tensors."""
@@ -274,11 +302,20 @@ class ScanRecord:
         if not torch.compiler.is_compiling():
             remember(order, self.length)
         return self.replace(
-            source_u=self.u, source_delta=self.delta, source_B=self.B, source_C=self.C,
+            source_u=self.u,
+            source_delta=self.delta,
+            source_B=self.B,
+            source_C=self.C,
             D=self.D if self.D is not None and self.D.ndim == 2 else None,
-            source_gain=None if self.source_gain is None else self.gain, gate=None, bypass=None, layout=None,
-            read_order=order, write_order=order, tokens=self.length, source_frame="scan",
-        )  # fmt: skip
+            source_gain=None if self.source_gain is None else self.gain,
+            gate=None,
+            bypass=None,
+            layout=None,
+            read_order=order,
+            write_order=order,
+            tokens=self.length,
+            source_frame="scan",
+        )
 
     def _in_scan_order(self, source: Tensor, read: bool = False) -> Tensor:
         """Expand shared routes; gather the token frame along each route's order.

@@ -309,8 +309,11 @@ def _segmented(files: Files, base: str, rows: list[dict[str, str]], split: str, 
         chosen = things.setdefault(row["id"], set())
         if row["is_thing"] == "1":
             chosen.add(int(row["segment_value"]))
-    names = {PurePosixPath(file).stem: file.removeprefix(base) for file in pictures(files.names)
-             if file.startswith(f"{base}images/")}  # fmt: skip
+    names = {
+        PurePosixPath(file).stem: file.removeprefix(base)
+        for file in pictures(files.names)
+        if file.startswith(f"{base}images/")
+    }
     items = [
         Item(names.get(id, f"images/{id}.jpg"), mask=f"segments/{id}.png", values=frozenset(values))
         for id, values in things.items()

@@ -77,9 +77,16 @@ class Data(ABC):
     """
 
     def __init__(
-        self, name: str, identity: str, items: Sequence[Item], *, classes: Sequence[str] = (),
-        imagenet: Sequence[int] | None = None, truth: str = "", note: str = "",
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        identity: str,
+        items: Sequence[Item],
+        *,
+        classes: Sequence[str] = (),
+        imagenet: Sequence[int] | None = None,
+        truth: str = "",
+        note: str = "",
+    ) -> None:
         self.name, self.identity, self.truth, self.note = name, identity, truth, note
         self.items = sorted(items, key=lambda item: (_digest(item.key), item.key))
         self.classes, self.imagenet = list(classes), None if imagenet is None else list(imagenet)

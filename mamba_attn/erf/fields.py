@@ -109,10 +109,11 @@ class ReceptiveField:
             reach = self.reach
             named |= {f"row.{name}": row for name, row in reach.rows.items()}
             named |= {
-                "layers": np.array(reach.layers), "row_distance": np.array(list(reach.row_distance.values())),
+                "layers": np.array(reach.layers),
+                "row_distance": np.array(list(reach.row_distance.values())),
                 "mean_distance": np.array(list(reach.mean_distance.values())),
                 "rollout_distance": np.array(reach.rollout_distance),
-            }  # fmt: skip
+            }
             named |= {} if reach.rollout is None else {"rollout": reach.rollout}
         return {prefix + name: array for name, array in named.items()}
 

@@ -105,9 +105,15 @@ def panels(fields: Mapping[str, ReceptiveField]) -> dict[str, Any]:
     count = f"{first.images} image{'' if first.images == 1 else 's'}"
     title = f"{names}: receptive field of {first.reader}, {count}"
     return {
-        "maps": maps, "titles": titles, "marks": marks, "layers": layers, "series": series, "levels": levels,
-        "title": title, "size": max(140, min(260, round(1100 / sum(each.shape[1] / each.shape[0] for each in maps)))),
-    }  # fmt: skip
+        "maps": maps,
+        "titles": titles,
+        "marks": marks,
+        "layers": layers,
+        "series": series,
+        "levels": levels,
+        "title": title,
+        "size": max(140, min(260, round(1100 / sum(each.shape[1] / each.shape[0] for each in maps)))),
+    }
 
 
 def _shown(weights: np.ndarray) -> np.ndarray:

@@ -14,7 +14,28 @@ from mamba_attn.evaluation.ranking import ranking, token_cell
 from mamba_attn.evaluation.sanity import cascade, randomisation, spearman
 
 __all__ = [
-    "Clean", "Cost", "Data", "Interval", "Located", "Perturbed", "Sample", "auc", "average_precision", "bootstrap",
-    "cascade", "clean_answers", "cost", "deletion", "energy_share", "half_of", "insertion", "locate", "open_data",
-    "perturb", "randomisation", "ranking", "spearman", "token_cell",
-]  # fmt: skip
+    "Clean",
+    "Cost",
+    "Data",
+    "Interval",
+    "Located",
+    "Perturbed",
+    "Sample",
+    "auc",
+    "average_precision",
+    "bootstrap",
+    "cascade",
+    "clean_answers",
+    "cost",
+    "deletion",
+    "energy_share",
+    "half_of",
+    "insertion",
+    "locate",
+    "open_data",
+    "perturb",
+    "randomisation",
+    "ranking",
+    "spearman",
+    "token_cell",
+]

@@ -55,9 +55,10 @@ class Located:
 
 
 def locate(
-    values: Float[Tensor, "rows columns"], inside: Float[Tensor, "height width"],
+    values: Float[Tensor, "rows columns"],
+    inside: Float[Tensor, "height width"],
     trap: Float[Tensor, "height width"] | None = None,
-) -> Located:  # fmt: skip
+) -> Located:
     """Score one map by where the object is.
 
     Args:

@@ -87,13 +87,16 @@ def _perturbed(batch: Batch, maps: Tensor, cell: int) -> list[dict[str, Any]]:
     flat = constant(maps).tolist()
     return [
         {
-            "label": label, "predicted": int(clean.predicted[i]), "clean": _short(clean.probability[i]),
-            "blank": _short(clean.blank[i]), "constant": flat[i],
+            "label": label,
+            "predicted": int(clean.predicted[i]),
+            "clean": _short(clean.probability[i]),
+            "blank": _short(clean.blank[i]),
+            "constant": flat[i],
             "answers": found.predicted[i].tolist(),
             "probability": [[_short(value) for value in sign] for sign in found.probability[i]],
         }
         for i, label in enumerate(batch.labels)
-    ]  # fmt: skip
+    ]
 
 
 def _localised(batch: Batch, maps: Tensor, method: str) -> list[dict[str, Any]]:
@@ -120,10 +123,14 @@ def _sane(batch: Batch, maps: Tensor, method: str) -> list[dict[str, Any]]:
     batched = sanity.difference(maps, torch.stack(alone))
     labels = sanity.spearman(coarse, cells(elsewhere, batch.cell))
     return [
-        {"randomised": [None if value is None else _short(value) for value in stages[i]], "other_class": labels[i],
-         "again": again[i], "alone": batched[i]}
+        {
+            "randomised": [None if value is None else _short(value) for value in stages[i]],
+            "other_class": labels[i],
+            "again": again[i],
+            "alone": batched[i],
+        }
         for i in range(len(batch.indices))
-    ]  # fmt: skip
+    ]
 
 
 def _costs(batch: Batch, maps: Tensor, method: str) -> list[dict[str, Any]]:

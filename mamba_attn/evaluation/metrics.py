@@ -86,15 +86,34 @@ def _perturbations(measure: str, prefix: str = "", suffix: str = "") -> list[Met
     for of, against in (("top", "clean prediction"), ("target", "label")):
         for sign, name, better in ((0, "positive", -1), (1, "negative", 1)):
             found += [
-                Metric(f"{prefix}{name}_auc_{of}", f"{name[:3]} AUC {of}{suffix}", better, measure, _auc(sign, of),
-                       note=f"{name} perturbation, area under the accuracy against the {against}, 80 at most"),
-                Metric(f"{prefix}{name}_mean_{of}", f"{name[:3]} mean {of}{suffix}", better, measure,
-                       _accuracy(sign, of), note=f"mean of the nine accuracies against the {against}, %"),
-            ]  # fmt: skip
+                Metric(
+                    f"{prefix}{name}_auc_{of}",
+                    f"{name[:3]} AUC {of}{suffix}",
+                    better,
+                    measure,
+                    _auc(sign, of),
+                    note=f"{name} perturbation, area under the accuracy against the {against}, 80 at most",
+                ),
+                Metric(
+                    f"{prefix}{name}_mean_{of}",
+                    f"{name[:3]} mean {of}{suffix}",
+                    better,
+                    measure,
+                    _accuracy(sign, of),
+                    note=f"mean of the nine accuracies against the {against}, %",
+                ),
+            ]
         found.append(
-            Metric(f"{prefix}gap_{of}", f"gap {of}{suffix}", 1, measure, _gap(of), _gained,
-                   "(negative - positive AUC) / (80 x clean accuracy): compares models of different accuracy")
-        )  # fmt: skip
+            Metric(
+                f"{prefix}gap_{of}",
+                f"gap {of}{suffix}",
+                1,
+                measure,
+                _gap(of),
+                _gained,
+                "(negative - positive AUC) / (80 x clean accuracy): compares models of different accuracy",
+            )
+        )
     return [
         *found,
         Metric(f"{prefix}deletion", f"deletion{suffix}", -1, measure, _probability(perturbation.deletion),
@@ -119,8 +138,10 @@ def _both(line: dict[str, Any]) -> Sequence[float]:
 
 def _miou(means: np.ndarray) -> np.ndarray:
     """Return the mean of both classes' intersection over union over the whole set; an absent class counts 1."""
-    ratios = [np.where(means[..., u] > 0, means[..., i] / np.where(means[..., u] > 0, means[..., u], 1), 1.0)
-              for i, u in ((0, 1), (2, 3))]  # fmt: skip
+    ratios = [
+        np.where(means[..., u] > 0, means[..., i] / np.where(means[..., u] > 0, means[..., u], 1), 1.0)
+        for i, u in ((0, 1), (2, 3))
+    ]
     return np.asarray(100 * (ratios[0] + ratios[1]) / 2)
 
 
@@ -145,11 +166,23 @@ _LOCATED: list[Metric] = [
            note="mean over images; 1 for a map that knows nothing"),
 ]  # fmt: skip
 _TRAPS: list[Metric] = [
-    Metric("trap_energy", "on the trap", -1, "localisation", _located("trap_energy", 100),
-           note="energy on the distractor that resembles the object, %"),
-    Metric("not_trap", "object : trap", 1, "localisation", _shared,
-           note="energy per area on the object, as a share of that on object and trap, %; 50: no difference"),
-]  # fmt: skip
+    Metric(
+        "trap_energy",
+        "on the trap",
+        -1,
+        "localisation",
+        _located("trap_energy", 100),
+        note="energy on the distractor that resembles the object, %",
+    ),
+    Metric(
+        "not_trap",
+        "object : trap",
+        1,
+        "localisation",
+        _shared,
+        note="energy per area on the object, as a share of that on object and trap, %; 50: no difference",
+    ),
+]
 
 
 def _sane(name: str) -> Columns:
@@ -176,9 +209,15 @@ _SANITY: list[Metric] = [
 ]  # fmt: skip
 _COSTS: list[Metric] = [
     Metric("seconds", "s / image", -1, "cost", _located("seconds"), note="wall seconds, one image at a time"),
-    Metric("peak_megabytes", "peak MB", -1, "cost", _located("peak_bytes", 1e-6),
-           note="tensors at the worst moment, one image"),
-]  # fmt: skip
+    Metric(
+        "peak_megabytes",
+        "peak MB",
+        -1,
+        "cost",
+        _located("peak_bytes", 1e-6),
+        note="tensors at the worst moment, one image",
+    ),
+]
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
@@ -186,10 +225,20 @@ METRICS: dict[str, Metric] = {
         *_perturbations("perturbation"),
         *_perturbations("pixels", "pixel_ranked_", ", pixels"),
         *_LOCATED,
-        *(Metric(f"{each.name}_small", f"{each.title} (< half)", each.better, each.measure, _small(each.columns),
-                 each.combine, f"{each.note}; objects below half of the image") for each in _LOCATED),
+        *(
+            Metric(
+                f"{each.name}_small",
+                f"{each.title} (< half)",
+                each.better,
+                each.measure,
+                _small(each.columns),
+                each.combine,
+                f"{each.note}; objects below half of the image",
+            )
+            for each in _LOCATED
+        ),
         *_TRAPS,
         *_SANITY,
         *_COSTS,
     ]
-}  # fmt: skip
+}

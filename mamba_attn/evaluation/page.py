@@ -21,8 +21,18 @@ from mamba_attn.figures.colours import CATEGORIES, GRID, PERCENTILE, limits
 from mamba_attn.figures.picture import data_uri
 
 _EDGE = (0, 255, 255)
-_RANKED = ("positive_auc_top", "negative_auc_top", "gap_target", "gap_top", "insertion", "deletion", "miou", "map",
-           "energy_ratio", "not_trap")  # fmt: skip
+_RANKED = (
+    "positive_auc_top",
+    "negative_auc_top",
+    "gap_target",
+    "gap_top",
+    "insertion",
+    "deletion",
+    "miou",
+    "map",
+    "energy_ratio",
+    "not_trap",
+)
 _DASHES = ("", "5 3", "1.5 2.5", "8 3 2 3")  # if there are more methods than colours
 _WIDTH, _HEIGHT = 318, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 38, 8, 22, 30
@@ -133,11 +143,13 @@ def _rankings(tables: Sequence[Table], looks: Mapping[str, Look]) -> list[tuple[
         drawn = [
             intervals(
                 f"{METRICS[name].title} ({'higher' if METRICS[name].better > 0 else 'lower'} is better)",
-                {method: figure.interval for method, figure in table.figures[name].items()}, looks,
+                {method: figure.interval for method, figure in table.figures[name].items()},
+                looks,
                 {method: mark(figure) for method, figure in table.figures[name].items()},
             )
-            for name in _RANKED if name in table.figures
-        ]  # fmt: skip
+            for name in _RANKED
+            if name in table.figures
+        ]
         found.append((_title(table), drawn))
     return [each for each in found if each[1]]
 

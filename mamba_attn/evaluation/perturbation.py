@@ -73,9 +73,11 @@ def fill_value(fill: str) -> Float[Tensor, "3 1 1"]:
 
 
 def clean_answers(
-    model: Callable[[Tensor], Tensor], images: Float[Tensor, "batch 3 height width"], fill: str = "black",
+    model: Callable[[Tensor], Tensor],
+    images: Float[Tensor, "batch 3 height width"],
+    fill: str = "black",
     explained: Sequence[int | None] | None = None,
-) -> Clean:  # fmt: skip
+) -> Clean:
     """Run the model once on the images, and on one without content; all methods share the answers.
 
     Args:
@@ -103,10 +105,16 @@ def clean_answers(
 
 
 def perturb(
-    model: Callable[[Tensor], Tensor], images: Float[Tensor, "batch 3 height width"],
-    maps: Float[Tensor, "maps rows columns"], explained: Int[Tensor, " batch"], *, cell: int,
-    seeds: Sequence[int] | None = None, fill: str = "black", batch: int = BATCH,
-) -> Perturbed:  # fmt: skip
+    model: Callable[[Tensor], Tensor],
+    images: Float[Tensor, "batch 3 height width"],
+    maps: Float[Tensor, "maps rows columns"],
+    explained: Int[Tensor, " batch"],
+    *,
+    cell: int,
+    seeds: Sequence[int] | None = None,
+    fill: str = "black",
+    batch: int = BATCH,
+) -> Perturbed:
     """Remove 10 to 90 % of every image, highest cells first and lowest cells first, and run the model each time.
 
     Args:
@@ -124,8 +132,9 @@ def perturb(
         NonFiniteError: NaN or Inf in a map, or in an answer.
     """
     if maps.shape != (len(images), *images.shape[2:]):
-        raise ValueError(f"perturb: expected a map per image in pixels, got {tuple(maps.shape)} for "
-                         f"{tuple(images.shape)}.")  # fmt: skip
+        raise ValueError(
+            f"perturb: expected a map per image in pixels, got {tuple(maps.shape)} for {tuple(images.shape)}."
+        )
     order = ranking(maps, cell, range(len(maps)) if seeds is None else seeds)
     value = fill_value(fill).to(images)
     answers = []

@@ -86,8 +86,11 @@ class Plan:
         If a model knows no class of a collection, the pair is left out, provided another model knows them and the model
         has another collection; otherwise the model's predicted class is explained.
         """
-        knows = {(s, m): not d.classes or any(i is not None for i in class_indices(d, m.subject))
-                 for s, d in self.data.items() for m in self.models}  # fmt: skip
+        knows = {
+            (s, m): not d.classes or any(i is not None for i in class_indices(d, m.subject))
+            for s, d in self.data.items()
+            for m in self.models
+        }
         found = []
         for selector, data in self.data.items():
             for model in self.models:
@@ -165,11 +168,14 @@ class Plan:
                 what = "the model has none of its classes" if data.classes else "it has no labels"
                 raise ValueError(f"target='label': {data.name}: {what} ({model.name}); use target='predicted'.")
             if data.classes and not known:
-                self.notes.append(f"{data.name}: {model.name} has none of its classes, so there is no "
-                                  "accuracy against labels.")  # fmt: skip
+                self.notes.append(
+                    f"{data.name}: {model.name} has none of its classes, so there is no accuracy against labels."
+                )
             elif len(known) < len(data.classes):
-                self.notes.append(f"{data.name}: {len(data.classes) - len(known)} of its {len(data.classes)} classes "
-                                  f"are not among {model.name}'s.")  # fmt: skip
+                self.notes.append(
+                    f"{data.name}: {len(data.classes) - len(known)} of its {len(data.classes)} classes "
+                    f"are not among {model.name}'s."
+                )
         self.notes += [f"{data.name}: {data.note}." for data in self.data.values() if data.note]
         self.notes += [
             f"{data.name} has no boxes and no masks: no localisation."

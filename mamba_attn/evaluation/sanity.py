@@ -71,9 +71,12 @@ def cascade(model: nn.Module, stages: int | None = None, seed: int = 0) -> Itera
 
 
 def randomisation(
-    model: nn.Module, explain: Explain, original: Float[Tensor, "batch rows columns"], stages: int | None = None,
+    model: nn.Module,
+    explain: Explain,
+    original: Float[Tensor, "batch rows columns"],
+    stages: int | None = None,
     seed: int = 0,
-) -> list[list[float | None]]:  # fmt: skip
+) -> list[list[float | None]]:
     """Return per image the maps' correlation with the trained model's, at every stage of the cascade.
 
     If it stays near 1, the method looks at the image and not at the model.

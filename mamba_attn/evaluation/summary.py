@@ -94,11 +94,12 @@ def _table(plan: Plan, store: Store, selector: str, model: Model, half: str | No
         indices = [index for index in plan.indices(selector, measure) if index in allowed]
         lines = {
             method: {
-                index: line for index in indices
+                index: line
+                for index in indices
                 if (line := store.get(plan.key(data, index, model, method, measure))) is not None
             }
             for method in methods
-        }  # fmt: skip
+        }
         _note(table, measure, lines)
         good = {
             method: {i: line for i, line in its.items() if "error" not in line and "skipped" not in line}
@@ -150,12 +151,20 @@ def compare(metric: Metric, lines: Mapping[str, Lines], indices: Sequence[int], 
                 gained = metric.better * (draws(method, shared) - draws(other, shared))
                 leads[other] = interval(float(gained[0]), gained[1:])
         lead = leads.get(order[0])
-        behind = None if lead is None else Interval(-lead.value, -lead.high, (-lead.quartiles[1], -lead.quartiles[0]),
-                                                    -lead.low)  # fmt: skip
+        behind = (
+            None
+            if lead is None
+            else Interval(-lead.value, -lead.high, (-lead.quartiles[1], -lead.quartiles[0]), -lead.low)
+        )
         ahead = tuple(other for other, each in leads.items() if each.low > 0)
         values = whole[method]
-        found[method] = Figure(interval(float(values[0]), values[1:]), int(columns[method][1].sum()),
-                               place + 1 if metric.better else 0, behind, ahead)  # fmt: skip
+        found[method] = Figure(
+            interval(float(values[0]), values[1:]),
+            int(columns[method][1].sum()),
+            place + 1 if metric.better else 0,
+            behind,
+            ahead,
+        )
     return found
 
 
@@ -236,8 +245,11 @@ def _note(table: Table, measure: str, lines: Mapping[str, Lines]) -> None:
             table.flags.append(f"{method}, {measure}: {flat} of {len(its)} maps are constant; {what}.")
     every = {index: line for its in lines.values() for index, line in its.items() if "error" not in line}
     if skipped := sum("skipped" in line for line in every.values()):
-        table.flags.append(f"{skipped} of {len(every)} images have no boxes and no mask and are left out of the "
-                           "localisation.")  # fmt: skip
+        table.flags.append(
+            f"{skipped} of {len(every)} images have no boxes and no mask and are left out of the localisation."
+        )
     if single := sum(bool(line.get("one_class")) for line in every.values()):
-        table.flags.append(f"{single} of {len(every)} images are all object or all background; those without an "
-                           "object are left out of pointing and energy.")  # fmt: skip
+        table.flags.append(
+            f"{single} of {len(every)} images are all object or all background; those without an "
+            "object are left out of pointing and energy."
+        )

@@ -94,17 +94,43 @@ def as_csv(tables: Sequence[Table]) -> str:
     """Return CSV with one line per collection, model, method and metric."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["data", "model", "method", "metric", "value", "low", "high", "images", "rank", "better",
-                     "behind_first", "behind_low", "behind_high"])  # fmt: skip
+    writer.writerow(
+        [
+            "data",
+            "model",
+            "method",
+            "metric",
+            "value",
+            "low",
+            "high",
+            "images",
+            "rank",
+            "better",
+            "behind_first",
+            "behind_low",
+            "behind_high",
+        ]
+    )
     for table in tables:
         for name, figures in table.figures.items():
             for method, its in figures.items():
                 behind = ["", "", ""] if its.behind is None else [its.behind.value, its.behind.low, its.behind.high]
                 direction = {1: "higher", -1: "lower", 0: ""}[METRICS[name].better]
-                writer.writerow([
-                    table.data.name, table.model.name, method, name, its.interval.value, its.interval.low,
-                    its.interval.high, its.images, its.rank or "", direction, *behind,
-                ])  # fmt: skip
+                writer.writerow(
+                    [
+                        table.data.name,
+                        table.model.name,
+                        method,
+                        name,
+                        its.interval.value,
+                        its.interval.low,
+                        its.interval.high,
+                        its.images,
+                        its.rank or "",
+                        direction,
+                        *behind,
+                    ]
+                )
     return file.getvalue()
 
 
@@ -119,30 +145,40 @@ def as_json(tables: Sequence[Table], about: dict[str, Any], halves: Mapping[str,
     used = {name for table in tables for name in table.figures}
     contents = {
         **about,
-        "metrics": {name: {"title": metric.title, "better": metric.better, "what": metric.note}
-                    for name, metric in METRICS.items() if name in used},
+        "metrics": {
+            name: {"title": metric.title, "better": metric.better, "what": metric.note}
+            for name, metric in METRICS.items()
+            if name in used
+        },
         "intervals": f"95 %, {DRAWS} resamplings of the images, the same for all methods",
         "tables": [_as_dict(table) for table in tables],
         "halves": {half: [_brief(table) for table in its] for half, its in halves.items()},
-    }  # fmt: skip
+    }
     return json.dumps(_finite(contents), indent=1, allow_nan=False) + "\n"
 
 
 def _as_dict(table: Table) -> dict[str, Any]:
     return {
-        "data": table.data.name, "model": table.model.name, "weights": table.model.identity, "images": table.images,
+        "data": table.data.name,
+        "model": table.model.name,
+        "weights": table.model.identity,
+        "images": table.images,
         "accuracy": table.accuracy,
         "figures": {
             name: {method: _figure(figure) for method, figure in its.items()} for name, its in table.figures.items()
         },
-        "curves": table.curves, "randomised": table.randomised, "failed": table.failed, "flags": table.flags,
+        "curves": table.curves,
+        "randomised": table.randomised,
+        "failed": table.failed,
+        "flags": table.flags,
         "published": [asdict(row) for row in beside(table)],
-    }  # fmt: skip
+    }
 
 
 def _brief(table: Table) -> dict[str, Any]:
-    figures = {name: {method: figure.interval.value for method, figure in its.items()} for name, its in
-               table.figures.items()}  # fmt: skip
+    figures = {
+        name: {method: figure.interval.value for method, figure in its.items()} for name, its in table.figures.items()
+    }
     return {"data": table.data.name, "model": table.model.name, "images": table.images, "figures": figures}
 
 

@@ -16,9 +16,20 @@ if TYPE_CHECKING:
     from mamba_attn.figures.rescale import shown
 
 __all__ = [
-    "depth_grid", "embedding", "layer_grid", "matrix", "overlay", "overlay_rgb", "patch_view", "png", "reach",
-    "scan_path", "shown", "state_trajectory", "volume",
-]  # fmt: skip
+    "depth_grid",
+    "embedding",
+    "layer_grid",
+    "matrix",
+    "overlay",
+    "overlay_rgb",
+    "patch_view",
+    "png",
+    "reach",
+    "scan_path",
+    "shown",
+    "state_trajectory",
+    "volume",
+]
 _WHERE = {
     "depth_grid": "heatmaps",
     "embedding": "points",

@@ -50,10 +50,16 @@ def reach(
     specs = [[{} for _ in arrays], [{"colspan": len(arrays)}, *[None] * (len(arrays) - 1)]]
     area = size + _BETWEEN + _CHART if chart else size
     figure = make_subplots(
-        rows=2 if chart else 1, cols=len(arrays), subplot_titles=list(titles), specs=specs if chart else specs[:1],
-        column_widths=[width / sum(widths) for width in widths], row_heights=[size, _CHART] if chart else None,
-        vertical_spacing=_BETWEEN / area, horizontal_spacing=0.02, figure=Figure(),
-    )  # fmt: skip
+        rows=2 if chart else 1,
+        cols=len(arrays),
+        subplot_titles=list(titles),
+        specs=specs if chart else specs[:1],
+        column_widths=[width / sum(widths) for width in widths],
+        row_heights=[size, _CHART] if chart else None,
+        vertical_spacing=_BETWEEN / area,
+        horizontal_spacing=0.02,
+        figure=Figure(),
+    )
     width = round(size * sum(widths)) + 40 * len(arrays) + 60
     plain(figure, title=title, width=max(width, 560 if chart else 0), height=area)
     if not chart:
@@ -91,9 +97,13 @@ def distances(
 
 
 def check_reach(
-    call: str, maps: Sequence[Any], titles: Sequence[str], marks: Sequence[Any] | None, layers: Sequence[str],
+    call: str,
+    maps: Sequence[Any],
+    titles: Sequence[str],
+    marks: Sequence[Any] | None,
+    layers: Sequence[str],
     series: Mapping[str, Sequence[float]] | None,
-) -> list[np.ndarray]:  # fmt: skip
+) -> list[np.ndarray]:
     """Return the maps as arrays.
 
     Raises:
@@ -101,8 +111,10 @@ def check_reach(
     """
     arrays = [as_values(f"{call}(maps[{index}])", values) for index, values in enumerate(maps)]
     if not arrays or len(titles) != len(arrays) or (marks is not None and len(marks) != len(arrays)):
-        raise ValueError(f"{call}: expected one title per map, and one mark per map if any; got {len(arrays)} maps, "
-                         f"{len(titles)} titles, {'no' if marks is None else len(marks)} marks.")  # fmt: skip
+        raise ValueError(
+            f"{call}: expected one title per map, and one mark per map if any; got {len(arrays)} maps, "
+            f"{len(titles)} titles, {'no' if marks is None else len(marks)} marks."
+        )
     wrong = [name for name, values in (series or {}).items() if len(values) != len(layers)]
     if wrong:
         raise ValueError(f"{call}(series): expected one distance per layer, {len(layers)}; {wrong[0]!r} differs.")
@@ -125,9 +137,13 @@ def _map(figure: go.Figure, array: np.ndarray, mark: tuple[float, float] | None,
     its = scale(array, colours=SEQUENTIAL, signed=False)
     place = {"row": 1, "col": column}
     heat = go.Heatmap(
-        z=array.astype(np.float32), zmin=its.low, zmax=its.high, colorscale=plotly_scale(its.colours), showscale=False,
+        z=array.astype(np.float32),
+        zmin=its.low,
+        zmax=its.high,
+        colorscale=plotly_scale(its.colours),
+        showscale=False,
         hovertemplate="row %{y}, column %{x}: %{z:.3g}<extra></extra>",
-    )  # fmt: skip
+    )
     figure.add_trace(heat, **place)
     if mark is not None:
         cross = {"symbol": "cross-thin", "size": 11, "line": {"color": "#00ffff", "width": 2}}
@@ -152,11 +168,17 @@ def _chart(
         marker = {"symbol": _SYMBOLS[index % len(_SYMBOLS)], "size": 7}
         figure.add_trace(
             go.Scatter(
-                x=numbers, y=y, name=name, mode="lines" if whole else "lines+markers", line=line, marker=marker,
-                text=layers, hovertemplate=f"{name}<br>%{{text}}: %{{y:.3g}} pixels<extra></extra>",
+                x=numbers,
+                y=y,
+                name=name,
+                mode="lines" if whole else "lines+markers",
+                line=line,
+                marker=marker,
+                text=layers,
+                hovertemplate=f"{name}<br>%{{text}}: %{{y:.3g}} pixels<extra></extra>",
             ),
             **where,
-        )  # fmt: skip
+        )
     axis = {"gridcolor": GRID, "linecolor": INK, "ticks": "outside"}
     figure.update_xaxes(title={"text": "layer", "standoff": 6}, dtick=-(-len(layers) // 16), tick0=1, **where, **axis)
     figure.update_yaxes(title="mean distance in pixels", rangemode="tozero", **where, **axis)
@@ -166,9 +188,14 @@ def _legend_below(figure: go.Figure, entries: int, area: int) -> None:
     """The legend right below the axis, in two columns, and the height that all of it needs."""
     below = _AXIS + _LINE * -(-entries // 2) + 8
     legend = {
-        "orientation": "h", "x": 0, "y": -_AXIS / area, "yanchor": "top", "font": {"size": 12},
-        "entrywidthmode": "fraction", "entrywidth": 0.5 if entries > 1 else 1,
-    }  # fmt: skip
+        "orientation": "h",
+        "x": 0,
+        "y": -_AXIS / area,
+        "yanchor": "top",
+        "font": {"size": 12},
+        "entrywidthmode": "fraction",
+        "entrywidth": 0.5 if entries > 1 else 1,
+    }
     figure.update_layout(showlegend=True, legend=legend, margin={"l": 60, "r": 20, "b": below})
     figure.update_layout(height=area + below + figure.layout.margin.t)
 
@@ -247,13 +274,22 @@ def _checked(kind: str, given: tuple[Any, Any, Any]) -> tuple[np.ndarray, np.nda
 def _state_path(figure: go.Figure, steps: np.ndarray, explained: tuple[float, float] | None) -> None:
     bar = {"title": {"text": "step", "side": "top"}, "thickness": 8, "outlinewidth": 0, "x": 0.265, "len": 0.9}
     marker = {
-        "color": np.arange(len(steps)), "colorscale": plotly_scale(CIVIDIS), "size": 4, "showscale": True,
+        "color": np.arange(len(steps)),
+        "colorscale": plotly_scale(CIVIDIS),
+        "size": 4,
+        "showscale": True,
         "colorbar": bar,
-    }  # fmt: skip
+    }
     line = go.Scatter(
-        x=steps[:, 0], y=steps[:, 1], mode="lines+markers", marker=marker, line={"color": "#c8c8c8", "width": 1},
-        text=[f"step {step}" for step in range(len(steps))], hovertemplate="%{text}<extra></extra>", showlegend=False,
-    )  # fmt: skip
+        x=steps[:, 0],
+        y=steps[:, 1],
+        mode="lines+markers",
+        marker=marker,
+        line={"color": "#c8c8c8", "width": 1},
+        text=[f"step {step}" for step in range(len(steps))],
+        hovertemplate="%{text}<extra></extra>",
+        showlegend=False,
+    )
     figure.add_trace(line, row=1, col=1)
     names = [f"component {number}" for number in (1, 2)]
     if explained is not None:
@@ -268,10 +304,14 @@ def _state_path(figure: go.Figure, steps: np.ndarray, explained: tuple[float, fl
 def _norms(figure: go.Figure, norms: np.ndarray) -> None:
     its = scale(norms, colours=SEQUENTIAL, signed=False)
     heat = go.Heatmap(
-        z=norms, zmin=its.low, zmax=its.high, colorscale=plotly_scale(its.colours), hoverongaps=False,
+        z=norms,
+        zmin=its.low,
+        zmax=its.high,
+        colorscale=plotly_scale(its.colours),
+        hoverongaps=False,
         colorbar={"thickness": 8, "outlinewidth": 0, "x": 0.635, "len": 0.9},
         hovertemplate="row %{y}, column %{x}: %{z:.3g}<extra></extra>",
-    )  # fmt: skip
+    )
     figure.add_trace(heat, row=1, col=2)
     figure.update_xaxes(visible=False, constrain="domain", row=1, col=2)
     figure.update_yaxes(visible=False, constrain="domain", autorange="reversed", row=1, col=2)
@@ -284,12 +324,22 @@ def _distance(figure: go.Figure, kind: str, its: tuple[np.ndarray, np.ndarray, n
     colour = CATEGORIES[index % len(CATEGORIES)]
     band = go.Scatter(
         x=np.concatenate([distance, distance[::-1]]),
-        y=np.concatenate([mean + deviation, (mean - deviation)[::-1]]), fill="toself", fillcolor=colour, opacity=0.15,
-        line={"width": 0}, hoverinfo="skip", showlegend=False, legendgroup=kind,
-    )  # fmt: skip
+        y=np.concatenate([mean + deviation, (mean - deviation)[::-1]]),
+        fill="toself",
+        fillcolor=colour,
+        opacity=0.15,
+        line={"width": 0},
+        hoverinfo="skip",
+        showlegend=False,
+        legendgroup=kind,
+    )
     line = go.Scatter(
-        x=distance, y=mean, mode="lines", name=kind, legendgroup=kind,
+        x=distance,
+        y=mean,
+        mode="lines",
+        name=kind,
+        legendgroup=kind,
         line={"color": colour, "width": 2, "dash": _STATE_DASHES[index % len(_STATE_DASHES)]},
         hovertemplate=f"{kind} %{{x}}: %{{y:.3g}}<extra></extra>",
-    )  # fmt: skip
+    )
     figure.add_trace(band, row=1, col=3).add_trace(line, row=1, col=3)

@@ -42,9 +42,13 @@ def overlay(
         raise ValueError(f"overlay: the map is {array.shape} pixels, the image {picture.shape[:2]}; they must agree.")
     chosen = scale(array, limits=limits, signed=signed, colours=colours)
     heat = go.Heatmap(
-        z=array, zmin=chosen.low, zmax=chosen.high, colorscale=plotly_scale(chosen.colours), opacity=opacity,
+        z=array,
+        zmin=chosen.low,
+        zmax=chosen.high,
+        colorscale=plotly_scale(chosen.colours),
+        opacity=opacity,
         hovertemplate="row %{y}, column %{x}: %{z:.3g}<extra></extra>",
-    )  # fmt: skip
+    )
     width = round(size * array.shape[1] / array.shape[0]) + 60
     figure = Figure([photo(data_uri(picture), array.shape, array.shape), heat])
     plain(figure, title=title, width=width, height=size)
@@ -144,16 +148,14 @@ def layer_grid(
     pixels = picture.shape[:2]
     patches = [patch_size(f"layer_grid(maps[{index}])", pixels, array.shape) for index, array in enumerate(arrays)]
     shape = (size, size * pixels[1] / pixels[0])
-    figure, places = panels(
-        "layer_grid", len(arrays), titles, columns=columns, shape=shape, bar=shared, title=title
-    )  # fmt: skip
+    figure, places = panels("layer_grid", len(arrays), titles, columns=columns, shape=shape, bar=shared, title=title)
     source = data_uri(picture)
     for place, array, patch in zip(places, arrays, patches, strict=True):
         figure.add_trace(photo(source, pixels, array.shape), **place)
         figure.update_yaxes(scaleratio=patch[0] / patch[1], **place)
     return add_heat(
         figure, places, arrays, shared=shared, opacity=opacity, limits=limits, signed=signed, colours=colours
-    )  # fmt: skip
+    )
 
 
 def matrix(
@@ -183,9 +185,12 @@ def matrix(
     array = as_values("matrix(values)", values)
     chosen = scale(array, limits=limits, signed=signed, colours=colours)
     heat = go.Heatmap(
-        z=array, zmin=chosen.low, zmax=chosen.high, colorscale=plotly_scale(chosen.colours),
+        z=array,
+        zmin=chosen.low,
+        zmax=chosen.high,
+        colorscale=plotly_scale(chosen.colours),
         hovertemplate="token %{y} reads token %{x}: %{z:.3g}<extra></extra>",
-    )  # fmt: skip
+    )
     figure = plain(Figure(heat), title=title, width=size + 60, height=size)
     square_cells(figure)
     figure.update_xaxes(title="token read")
@@ -227,5 +232,5 @@ def depth_grid(
     arrays = [as_values(f"depth_grid(values[{index}])", value) for index, value in enumerate(values)]
     figure, places = panels(
         "depth_grid", len(arrays), titles, columns=columns, shape=(size, size), bar=shared, title=title
-    )  # fmt: skip
+    )
     return add_heat(figure, places, arrays, shared=shared, limits=limits, signed=signed, colours=colours)

@@ -98,9 +98,15 @@ def patch_view(
         text=bar_title, x=0, y=1, xref="paper", yref="paper", xanchor="left", yanchor="bottom", showarrow=False
     )
     return figure.update_layout(
-        width=None, autosize=True, margin=margin, dragmode="select", showlegend=False, hovermode="closest",
-        newselection={"line": line}, activeselection={"fillcolor": "white", "opacity": 0.12},
-    )  # fmt: skip
+        width=None,
+        autosize=True,
+        margin=margin,
+        dragmode="select",
+        showlegend=False,
+        hovermode="closest",
+        newselection={"line": line},
+        activeselection={"fillcolor": "white", "opacity": 0.12},
+    )
 
 
 def patch_view_changes(
@@ -131,22 +137,37 @@ def patch_view_changes(
     chosen = _chosen(array, None, signed, colours)
     x, y = outline(as_marks("patch_view_changes", marks, (array.shape[0], array.shape[1])), array.shape)
     return {
-        "z": array.astype(np.float32), "zmin": chosen.low, "zmax": chosen.high,
-        "colorscale": _clear(chosen, opacity), "x": x, "y": y, **_ticks(array, chosen),
-    }  # fmt: skip
+        "z": array.astype(np.float32),
+        "zmin": chosen.low,
+        "zmax": chosen.high,
+        "colorscale": _clear(chosen, opacity),
+        "x": x,
+        "y": y,
+        **_ticks(array, chosen),
+    }
 
 
 def _heat(
-    array: np.ndarray, opacity: float, limits: tuple[float, float] | None, signed: bool | None,
+    array: np.ndarray,
+    opacity: float,
+    limits: tuple[float, float] | None,
+    signed: bool | None,
     colours: list[str] | None,
-) -> go.Heatmap:  # fmt: skip
+) -> go.Heatmap:
     chosen = _chosen(array, limits, signed, colours)
     gap = 1 if array.size <= _GAPS else 0
     bar = {"thickness": 10, "outlinewidth": 0, "x": 1.0, "xpad": 6, **_ticks(array, chosen)}
     return go.Heatmap(
-        z=array.astype(np.float32), zmin=chosen.low, zmax=chosen.high, colorscale=_clear(chosen, opacity),
-        colorbar=bar, name=HEAT, xgap=gap, ygap=gap, hovertemplate="row %{y}, column %{x}: %{z:.3g}<extra></extra>",
-    )  # fmt: skip
+        z=array.astype(np.float32),
+        zmin=chosen.low,
+        zmax=chosen.high,
+        colorscale=_clear(chosen, opacity),
+        colorbar=bar,
+        name=HEAT,
+        xgap=gap,
+        ygap=gap,
+        hovertemplate="row %{y}, column %{x}: %{z:.3g}<extra></extra>",
+    )
 
 
 def _chosen(
@@ -155,9 +176,11 @@ def _chosen(
     own = {} if limits is not None or signed is False else _colours.limits(np.nan_to_num(array), signed)
     signed = own.get("signed", signed)
     return _colours.scale(
-        array, limits=limits or own.get("limits"), signed=signed,
+        array,
+        limits=limits or own.get("limits"),
+        signed=signed,
         colours=colours or (BLUE_ORANGE if signed or (signed is None and (array < 0).any()) else VIRIDIS),
-    )  # fmt: skip
+    )
 
 
 def _ticks(array: np.ndarray, chosen: Scale) -> dict[str, Any]:
@@ -284,9 +307,15 @@ def _cells(points: np.ndarray, grid: tuple[int, int], chosen: Scale, opacity: fl
     steps = np.full(grid, np.nan)
     steps[points[:, 0], points[:, 1]] = np.arange(len(points))
     return go.Heatmap(
-        z=steps, zmin=chosen.low, zmax=chosen.high, colorscale=plotly_scale(chosen.colours), opacity=opacity,
-        showscale=False, hoverongaps=False, hovertemplate="step %{z}, row %{y}, column %{x}<extra></extra>",
-    )  # fmt: skip
+        z=steps,
+        zmin=chosen.low,
+        zmax=chosen.high,
+        colorscale=plotly_scale(chosen.colours),
+        opacity=opacity,
+        showscale=False,
+        hoverongaps=False,
+        hovertemplate="step %{z}, row %{y}, column %{x}<extra></extra>",
+    )
 
 
 def _lines(points: np.ndarray, count: int, chosen: Scale, width: float, *, halo: bool) -> Iterator[go.Scatter]:
@@ -334,6 +363,4 @@ def _ends(points: np.ndarray, chosen: Scale, cell: float, *, bar: bool) -> go.Sc
 
 
 def _markers(points: np.ndarray, marker: dict[str, Any]) -> go.Scatter:
-    return go.Scatter(
-        x=points[:, 1], y=points[:, 0], mode="markers", hoverinfo="skip", cliponaxis=False, marker=marker
-    )  # fmt: skip
+    return go.Scatter(x=points[:, 1], y=points[:, 0], mode="markers", hoverinfo="skip", cliponaxis=False, marker=marker)

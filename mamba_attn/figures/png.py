@@ -343,9 +343,17 @@ def add_legend(figure: "Figure", left: float, top: float, handles: Sequence[Any]
     """Say what stands for what, a line each, from a place in pixels from the corner above left."""
     corner = left / figure.bbox.width, 1 - top / figure.bbox.height
     legend = figure.legend(
-        handles, names, loc="upper left", bbox_to_anchor=corner, frameon=False, fontsize=12, labelcolor=INK,
-        borderpad=0, borderaxespad=0, labelspacing=0.4,
-    )  # fmt: skip
+        handles,
+        names,
+        loc="upper left",
+        bbox_to_anchor=corner,
+        frameon=False,
+        fontsize=12,
+        labelcolor=INK,
+        borderpad=0,
+        borderaxespad=0,
+        labelspacing=0.4,
+    )
     for text in legend.get_texts():
         text.set_parse_math(False)
 

@@ -64,9 +64,13 @@ def embedding(
     )
     margin = {"l": 26, "r": 8, "t": 34 if title else 28, "b": 26}
     return figure.update_layout(
-        width=None, autosize=True, margin=margin, dragmode="lasso", hovermode="closest",
+        width=None,
+        autosize=True,
+        margin=margin,
+        dragmode="lasso",
+        hovermode="closest",
         legend={"title": {"text": colour_title}, "itemsizing": "constant"},
-    )  # fmt: skip
+    )
 
 
 def highlighted(figure: go.Figure, selected: Iterable[int]) -> list[list[int] | None]:
@@ -87,9 +91,11 @@ def _kinds(
     for index, (name, colour) in enumerate(zip(names, categories(len(names)), strict=True)):
         numbers = np.flatnonzero(of_kind == name)
         marker = {
-            "color": colour, "symbol": _SYMBOLS[index % len(_SYMBOLS)], "size": diameters[numbers],
+            "color": colour,
+            "symbol": _SYMBOLS[index % len(_SYMBOLS)],
+            "size": diameters[numbers],
             "line": {"width": 0.6, "color": "white"},
-        }  # fmt: skip
+        }
         traces.append(_trace(places, numbers, words, chosen, marker, len(places), name=name))
     return traces
 
@@ -99,21 +105,37 @@ def _numbers(
 ) -> go.Scatter:
     bar = {"title": {"text": title, "side": "right"}, "thickness": 10, "outlinewidth": 0, "x": 1.0, "xpad": 4}
     marker = {
-        "color": values, "colorscale": plotly_scale(CIVIDIS), "size": diameters, "showscale": True, "colorbar": bar,
+        "color": values,
+        "colorscale": plotly_scale(CIVIDIS),
+        "size": diameters,
+        "showscale": True,
+        "colorbar": bar,
         "line": {"width": 0.5, "color": "white"},
-    }  # fmt: skip
+    }
     return _trace(places, np.arange(len(places)), words, chosen, marker, len(places), showlegend=False)
 
 
 def _trace(
-    places: np.ndarray, numbers: np.ndarray, words: np.ndarray, chosen: set[int], marker: dict[str, Any], count: int,
+    places: np.ndarray,
+    numbers: np.ndarray,
+    words: np.ndarray,
+    chosen: set[int],
+    marker: dict[str, Any],
+    count: int,
     **options: Any,
-) -> go.Scatter:  # fmt: skip
+) -> go.Scatter:
     kind = go.Scattergl if count > _WEBGL else go.Scatter
     return kind(
-        x=places[numbers, 0], y=places[numbers, 1], mode="markers", customdata=numbers.tolist(), text=words[numbers],
-        hovertemplate="%{text}<extra></extra>", marker=marker, unselected={"marker": {"opacity": _FAINT}},
-        selected={"marker": {"opacity": 1.0, "size": _LIT}}, hoverlabel={"font": {"color": INK}, "bgcolor": "white"},
+        x=places[numbers, 0],
+        y=places[numbers, 1],
+        mode="markers",
+        customdata=numbers.tolist(),
+        text=words[numbers],
+        hovertemplate="%{text}<extra></extra>",
+        marker=marker,
+        unselected={"marker": {"opacity": _FAINT}},
+        selected={"marker": {"opacity": 1.0, "size": _LIT}},
+        hoverlabel={"font": {"color": INK}, "bgcolor": "white"},
         selectedpoints=[place for place, number in enumerate(numbers) if int(number) in chosen] if chosen else None,
         **options,
-    )  # fmt: skip
+    )

@@ -41,9 +41,13 @@ def plain(figure: go.Figure, *, title: str | None, width: int, height: int) -> g
     figure.layout.template = go.layout.Template()  # whatever plotly.io.templates.default says
     return figure.update_layout(
         title={"text": title, "x": 0.5, "xanchor": "center"} if title else None,
-        font=FONT, paper_bgcolor="white", plot_bgcolor="white", width=width, height=height,
+        font=FONT,
+        paper_bgcolor="white",
+        plot_bgcolor="white",
+        width=width,
+        height=height,
         margin={"l": 50, "r": 20, "t": 50 if title else 20, "b": 45},
-    )  # fmt: skip
+    )
 
 
 def square_cells(figure: go.Figure, **where: Any) -> None:
@@ -97,9 +101,13 @@ def panels(
     caption = CAPTION if any(titles) else 0
     width, height = shape[1] * across + GAP * (across - 1), shape[0] * down + (GAP + caption) * (down - 1)
     figure = make_subplots(
-        rows=down, cols=across, subplot_titles=list(titles), horizontal_spacing=GAP / width,
-        vertical_spacing=(GAP + caption) / height, figure=Figure(),
-    )  # fmt: skip
+        rows=down,
+        cols=across,
+        subplot_titles=list(titles),
+        horizontal_spacing=GAP / width,
+        vertical_spacing=(GAP + caption) / height,
+        figure=Figure(),
+    )
     margin = {"l": EDGE, "r": BAR if bar else EDGE, "t": EDGE + caption + (40 if title else 0), "b": EDGE}
     width, height = round(width + margin["l"] + margin["r"]), round(height + margin["t"] + margin["b"])
     plain(figure, title=title, width=width, height=height).update_layout(margin=margin)
@@ -127,8 +135,12 @@ def add_heat(
     for index, (place, array, its) in enumerate(zip(places, arrays, chosen, strict=True)):
         heat = go.Heatmap(
             z=array.astype(np.float32),  # half the file; colours and three digits need no more
-            zmin=its.low, zmax=its.high, colorscale=plotly_scale(its.colours), opacity=opacity,
-            showscale=shared and index == 0, hovertemplate="row %{y}, column %{x}: %{z:.3g}<extra></extra>",
-        )  # fmt: skip
+            zmin=its.low,
+            zmax=its.high,
+            colorscale=plotly_scale(its.colours),
+            opacity=opacity,
+            showscale=shared and index == 0,
+            hovertemplate="row %{y}, column %{x}: %{z:.3g}<extra></extra>",
+        )
         figure.add_trace(heat, **place)
     return figure

@@ -114,8 +114,9 @@ def _common(report: Report) -> dict[str, object]:
 
 
 def _compared(members: Sequence[Report], orders: Sequence[str]) -> Orders:
-    accuracy = {order: [float(m.accuracy) for m in members if m.order == order and m.accuracy is not None]
-                for order in orders}  # fmt: skip
+    accuracy = {
+        order: [float(m.accuracy) for m in members if m.order == order and m.accuracy is not None] for order in orders
+    }
     means = np.array([np.mean(each) for each in accuracy.values()])
     correlations = {}
     for name, finding in FINDINGS.items():

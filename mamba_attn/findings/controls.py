@@ -134,9 +134,14 @@ def steps(store: AttentionStore, count: int, seeds: int) -> int:
 
 
 def report(
-    name: str, store: AttentionStore, folder: Path, *, images: int | None = None, seeds: int = 5,
+    name: str,
+    store: AttentionStore,
+    folder: Path,
+    *,
+    images: int | None = None,
+    seeds: int = 5,
     advance: Advance = lambda: None,
-) -> Report:  # fmt: skip
+) -> Report:
     """Measure a store's model and its controls on the store's own images.
 
     Args:
@@ -167,9 +172,17 @@ def report(
     reordered = _reordered(store, measuring, notes)
     if count < 2:
         notes.append("only one image: no intervals, and nothing that compares images.")
-    result = Report(name, store.model_name, dict(store.index.model["options"]), order_of(store.index), count, 0,
-                    depths=[layer.name for layer in store.layers], pairs=pairs([each.stage for each in store.layers]),
-                    notes=notes)  # fmt: skip
+    result = Report(
+        name,
+        store.model_name,
+        dict(store.index.model["options"]),
+        order_of(store.index),
+        count,
+        0,
+        depths=[layer.name for layer in store.layers],
+        pairs=pairs([each.stage for each in store.layers]),
+        notes=notes,
+    )
     result.rows = compared(list(_rows(own, random, reordered)))
     result.groups = max((row.trained.units for row in result.rows if row.about.kind == "rows"), default=0)
     return result
@@ -245,12 +258,14 @@ def _rows(own: Sequence[Measured], random: Sequence[Measured], reordered: Sequen
         controls = [each[key] for each in seeds if key in each]
         each_seed = tuple(float(np.nanmean(each)) for each in controls if np.isfinite(each).any())
         yield Row(
-            *key, trained,
-            float(np.mean(each_seed)) if each_seed else None, each_seed,
+            *key,
+            trained,
+            float(np.mean(each_seed)) if each_seed else None,
+            each_seed,
             reordered=_mean(others[0].get(key)) if others else None,
             order=intervals.difference(first[key], others[0][key]) if others and key in others[0] else None,
             shuffled=_mean(shuffle.get(key)),
-        )  # fmt: skip
+        )
 
 
 def _with_means(values: dict[tuple[str, str], np.ndarray]) -> dict[tuple[str, str], np.ndarray]:

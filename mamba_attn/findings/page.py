@@ -63,10 +63,15 @@ def page(
 
 def _questions() -> list[list[str]]:
     return [
-        [each.of, each.title, each.question, "" if each.claim is None else "{} {:g}".format(*each.claim),
-         (each.function.__doc__ or "").partition("\n")[0]]
+        [
+            each.of,
+            each.title,
+            each.question,
+            "" if each.claim is None else "{} {:g}".format(*each.claim),
+            (each.function.__doc__ or "").partition("\n")[0],
+        ]
         for each in FINDINGS.values()
-    ]  # fmt: skip
+    ]
 
 
 def matrices_rgb(stores: Mapping[str, AttentionStore], side: int = _SIDE) -> np.ndarray:

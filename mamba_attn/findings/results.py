@@ -182,6 +182,7 @@ def _stage(
     stage = formulas.Stage(
         [np.concatenate(block.features) for block in blocks],
         [block.means for block in blocks] if all(block.counts.any() for block in blocks) else [],
-        blocks[0].diagonal, known if len(known) == len(blocks) else [],
-    )  # fmt: skip
+        blocks[0].diagonal,
+        known if len(known) == len(blocks) else [],
+    )
     return {(finding.name, place): finding.function(stage) for finding in findings.of_kind("blocks")}

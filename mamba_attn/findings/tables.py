@@ -129,21 +129,50 @@ def as_csv(reports: Sequence[Report]) -> str:
     writer = csv.writer(file, lineterminator="\n")
     names = ["trained", "order"]
     writer.writerow(
-        ["store", "model", "scan_order", "images", "finding", "of", "place", "random",
-         "untrained_low", "untrained_high", "chance", "corrected", "reordered", "shuffled", "claim", "paper", "verdict",
-         "order_verdict",
-         *(f"{name}_{what}" for name in names for what in ("value", "low", "high"))]
-    )  # fmt: skip
+        [
+            "store",
+            "model",
+            "scan_order",
+            "images",
+            "finding",
+            "of",
+            "place",
+            "random",
+            "untrained_low",
+            "untrained_high",
+            "chance",
+            "corrected",
+            "reordered",
+            "shuffled",
+            "claim",
+            "paper",
+            "verdict",
+            "order_verdict",
+            *(f"{name}_{what}" for name in names for what in ("value", "low", "high")),
+        ]
+    )
     for report in reports:
         for row in report.rows:
             claim = "" if row.about.claim is None else "{} {:g}".format(*row.about.claim)
             its = row.untrained
             untrained = [None] * 4 if its is None else [its.low, its.high, its.chance, its.corrected]
             writer.writerow(
-                [report.name, report.model, report.order, report.images, row.finding, row.about.of, row.place,
-                 *map(_number, (row.random, *untrained, row.reordered, row.shuffled)), claim, row.claimed, row.verdict,
-                 row.order_verdict, *(_number(value) for name in names for value in _three(getattr(row, name)))]
-            )  # fmt: skip
+                [
+                    report.name,
+                    report.model,
+                    report.order,
+                    report.images,
+                    row.finding,
+                    row.about.of,
+                    row.place,
+                    *map(_number, (row.random, *untrained, row.reordered, row.shuffled)),
+                    claim,
+                    row.claimed,
+                    row.verdict,
+                    row.order_verdict,
+                    *(_number(value) for name in names for value in _three(getattr(row, name))),
+                ]
+            )
     return file.getvalue()
 
 
@@ -160,11 +189,16 @@ def as_json(reports: Sequence[Report], orders: Sequence[Orders], about: dict[str
         "findings": {name: _described(each) for name, each in FINDINGS.items()},
         "stores": [_plain(report) for report in reports],
         "orders": [
-            {**asdict(each), "spread": each.spread, "seeds_spread": each.seeds_spread, "chance": each.chance,
-             "sentence": orders_sentence(each)}
+            {
+                **asdict(each),
+                "spread": each.spread,
+                "seeds_spread": each.seeds_spread,
+                "chance": each.chance,
+                "sentence": orders_sentence(each),
+            }
             for each in orders
         ],
-    }  # fmt: skip
+    }
 
 
 def row_as_json(row: Row) -> dict[str, Any]:
@@ -184,9 +218,13 @@ def _plain(report: Report) -> dict[str, Any]:
 def _described(finding: Finding) -> dict[str, Any]:
     source = f" of {finding.source}" if finding.source else ""
     return {
-        "of": finding.of, "title": finding.title, "question": finding.question, "level": finding.level,
-        "claim": finding.claim, "formula": f"{(finding.function.__doc__ or '').partition(chr(10))[0]}{source}",
-    }  # fmt: skip
+        "of": finding.of,
+        "title": finding.title,
+        "question": finding.question,
+        "level": finding.level,
+        "claim": finding.claim,
+        "formula": f"{(finding.function.__doc__ or '').partition(chr(10))[0]}{source}",
+    }
 
 
 def _of_all(report: Report, finding: Finding) -> Row | None:
@@ -199,10 +237,17 @@ def _cells(row: Row, pairs: Sequence[int]) -> list[str]:
     its = row.untrained
     untrained = number(row.random) + (f" [{number(its.low)}, {number(its.high)}]" if its is not None else "")
     return [
-        row.about.of, f"{row.about.title}{minimum_over(row.finding, pairs)}", shown(row.trained), untrained,
-        "" if its is None else probability(its.corrected), in_words(row.verdict), f"{claim}{row.claimed}",
-        number(row.reordered), row.order_verdict, number(row.shuffled),
-    ]  # fmt: skip
+        row.about.of,
+        f"{row.about.title}{minimum_over(row.finding, pairs)}",
+        shown(row.trained),
+        untrained,
+        "" if its is None else probability(its.corrected),
+        in_words(row.verdict),
+        f"{claim}{row.claimed}",
+        number(row.reordered),
+        row.order_verdict,
+        number(row.shuffled),
+    ]
 
 
 def _short(row: Row, pairs: Sequence[int]) -> str:

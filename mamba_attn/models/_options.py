@@ -128,8 +128,11 @@ def _stages(value: Sequence[int]) -> bool:
     return len(value) > 0 and min(value) >= 1
 
 
-_STRIDE = _rule("a whole number of at least 1, or None for patch_size", lambda v: v is None or _is_whole(v),
-                lambda v: v is None or v >= 1)  # fmt: skip
+_STRIDE = _rule(
+    "a whole number of at least 1, or None for patch_size",
+    lambda v: v is None or _is_whole(v),
+    lambda v: v is None or v >= 1,
+)
 _RULES: dict[str, Rule] = {
     "image_size": _rule("a side or (height, width) in pixels, whole numbers of at least 1",
                         lambda v: _is_whole(v) or _are_whole(v),

@@ -199,9 +199,16 @@ class SS2D(nn.Module):
     """
 
     def __init__(
-        self, features: int, *, d_state: int = 1, ratio: float = 1.0, gated: bool = False, conv_bias: bool = False,
-        order: str = "raster", second: str = "transpose",
-    ) -> None:  # fmt: skip
+        self,
+        features: int,
+        *,
+        d_state: int = 1,
+        ratio: float = 1.0,
+        gated: bool = False,
+        conv_bias: bool = False,
+        order: str = "raster",
+        second: str = "transpose",
+    ) -> None:
         super().__init__()
         channels = int(ratio * features)
         rank = math.ceil(features / 16)

@@ -102,11 +102,22 @@ class VisionMamba(nn.Module):
 
     @checked
     def __init__(
-        self, *, image_size: int | Sequence[int] = 224, patch_size: int = 16, stride: int | None = None,
-        num_classes: int = 1000, embed_dim: int = 192, depth: int = 24, d_state: int = 16, d_conv: int = 4,
-        expand: int = 2, class_token: str | None = "middle", order: str = "raster", drop_path: float = 0.0,
+        self,
+        *,
+        image_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        stride: int | None = None,
+        num_classes: int = 1000,
+        embed_dim: int = 192,
+        depth: int = 24,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        class_token: str | None = "middle",
+        order: str = "raster",
+        drop_path: float = 0.0,
         if_divide_out: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.class_token = class_token
         self.order = order

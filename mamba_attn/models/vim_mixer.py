@@ -161,9 +161,15 @@ class VimMixer(nn.Module):
     """
 
     def __init__(
-        self, features: int, *, d_state: int = 16, d_conv: int = 4, expand: int = 2, dt_rank: int | None = None,
+        self,
+        features: int,
+        *,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | None = None,
         if_divide_out: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         channels = expand * features
         rank = dt_rank or math.ceil(features / 16)

@@ -151,10 +151,20 @@ class VSSM(nn.Module):
 
     @checked
     def __init__(
-        self, *, image_size: int | Sequence[int] = 224, num_classes: int = 1000, dims: int | Sequence[int] = 96,
-        depths: Sequence[int] = (2, 2, 8, 2), d_state: int = 1, ssm_ratio: float = 1.0, mlp_ratio: float = 4.0,
-        generation: str = "v05_noz", order: str = "raster", second: str = "transpose", drop_path: float = 0.0,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        image_size: int | Sequence[int] = 224,
+        num_classes: int = 1000,
+        dims: int | Sequence[int] = 96,
+        depths: Sequence[int] = (2, 2, 8, 2),
+        d_state: int = 1,
+        ssm_ratio: float = 1.0,
+        mlp_ratio: float = 4.0,
+        generation: str = "v05_noz",
+        order: str = "raster",
+        second: str = "transpose",
+        drop_path: float = 0.0,
+    ) -> None:
         super().__init__()
         widths = [dims << stage for stage in range(len(depths))] if isinstance(dims, int) else list(dims)
         if len(widths) != len(depths):

@@ -24,9 +24,16 @@ class Call(NamedTuple):
 
 
 def as_record(
-    name: str, u: Tensor | None, delta: Tensor | ScanRecord, A: Tensor | None, B: Tensor | None, C: Tensor | None,
-    D: Tensor | None = None, orders: Tensor | None = None, tokens: int | None = None,
-) -> Call:  # fmt: skip
+    name: str,
+    u: Tensor | None,
+    delta: Tensor | ScanRecord,
+    A: Tensor | None,
+    B: Tensor | None,
+    C: Tensor | None,
+    D: Tensor | None = None,
+    orders: Tensor | None = None,
+    tokens: int | None = None,
+) -> Call:
     """Validate the tensors of a call and wrap them into a record.
 
     Raises:
@@ -56,9 +63,16 @@ def as_record(
 
 
 def _wrap(
-    text: str, u: Tensor | None, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    orders: Tensor | None, tokens: int | None,
-) -> ScanRecord:  # fmt: skip
+    text: str,
+    u: Tensor | None,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    orders: Tensor | None,
+    tokens: int | None,
+) -> ScanRecord:
     if delta.ndim not in (3, 4):
         raise ValueError(f"{text}: expected delta (batch, channels, length) or (batch, routes, channels, length).")
     if delta.ndim == 3:  # one route

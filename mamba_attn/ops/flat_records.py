@@ -16,22 +16,49 @@ REST = (None,) * (FIELDS - 6)  # orders, tokens, scale, frame
 
 
 def unflatten(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, read_order: Tensor,
-    write_order: Tensor, tokens: int, scale: float, source_frame: str,
-) -> ScanRecord:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    read_order: Tensor,
+    write_order: Tensor,
+    tokens: int,
+    scale: float,
+    source_frame: str,
+) -> ScanRecord:
     """Build the record from an operator's arguments."""
     return ScanRecord(
-        source_u=u, source_delta=delta, A=A, source_B=B, source_C=C, D=D, read_order=read_order,
-        write_order=write_order, tokens=tokens, scale=scale, source_frame=source_frame,
-    )  # fmt: skip
+        source_u=u,
+        source_delta=delta,
+        A=A,
+        source_B=B,
+        source_C=C,
+        D=D,
+        read_order=read_order,
+        write_order=write_order,
+        tokens=tokens,
+        scale=scale,
+        source_frame=source_frame,
+    )
 
 
 def flatten(record: ScanRecord) -> tuple[Any, ...]:
     """Return a record as operator arguments; ``unflatten`` is the inverse."""
     return (
-        record.source_u, record.source_delta, record.A, record.source_B, record.source_C, record.D, record.read_order,
-        record.write_order, record.tokens, record.scale, record.source_frame,
-    )  # fmt: skip
+        record.source_u,
+        record.source_delta,
+        record.A,
+        record.source_B,
+        record.source_C,
+        record.D,
+        record.read_order,
+        record.write_order,
+        record.tokens,
+        record.scale,
+        record.source_frame,
+    )
 
 
 def flatten_for_matrix(record: ScanRecord) -> tuple[Any, ...]:
@@ -57,10 +84,24 @@ def attention_shape(
 
 @torch.library.custom_op("mamba_attn::hidden_attention_backward", mutates_args=())
 def hidden_attention_backward(
-    gradient: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, read_order: Tensor,
-    write_order: Tensor, tokens: int, scale: float, source_frame: str, merged: bool, row_weight: Tensor | None,
-    col_weight: Tensor | None, fold: str, needed: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gradient: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    read_order: Tensor,
+    write_order: Tensor,
+    tokens: int,
+    scale: float,
+    source_frame: str,
+    merged: bool,
+    row_weight: Tensor | None,
+    col_weight: Tensor | None,
+    fold: str,
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of delta, A, B, C and the two weights by the blocked path; empty where not needed."""
     record = unflatten(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
     weights = (row_weight, col_weight)
@@ -78,9 +119,24 @@ def hidden_attention_backward(
 
 @hidden_attention_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    gradient, u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame, merged, row_weight,
-    col_weight, fold, needed,
-):  # fmt: skip
+    gradient,
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    read_order,
+    write_order,
+    tokens,
+    scale,
+    source_frame,
+    merged,
+    row_weight,
+    col_weight,
+    fold,
+    needed,
+):
     sources = zip((delta, A, B, C, row_weight, col_weight), needed, strict=True)
     return tuple(u.new_empty(0) if x is None or not need else x.new_empty(x.shape) for x, need in sources)
 

@@ -29,10 +29,18 @@ _SIGNED = ("mean", "sum")
 
 
 def attention_row(
-    delta: Tensor | ScanRecord, A: Tensor | None = None, B: Tensor | None = None, C: Tensor | None = None, *,
-    row: int, row_weight: Tensor | None = None, col_weight: Tensor | None = None, fold: str = "mean",
-    orders: Tensor | None = None, tokens: int | None = None,
-) -> Tensor:  # fmt: skip
+    delta: Tensor | ScanRecord,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    *,
+    row: int,
+    row_weight: Tensor | None = None,
+    col_weight: Tensor | None = None,
+    fold: str = "mean",
+    orders: Tensor | None = None,
+    tokens: int | None = None,
+) -> Tensor:
     """Return one row of ``hidden_attention``: what one token reads.
 
     Args:
@@ -58,10 +66,18 @@ def attention_row(
 
 
 def attention_column(
-    delta: Tensor | ScanRecord, A: Tensor | None = None, B: Tensor | None = None, C: Tensor | None = None, *,
-    column: int, row_weight: Tensor | None = None, col_weight: Tensor | None = None, fold: str = "mean",
-    orders: Tensor | None = None, tokens: int | None = None,
-) -> Tensor:  # fmt: skip
+    delta: Tensor | ScanRecord,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    *,
+    column: int,
+    row_weight: Tensor | None = None,
+    col_weight: Tensor | None = None,
+    fold: str = "mean",
+    orders: Tensor | None = None,
+    tokens: int | None = None,
+) -> Tensor:
     """Return one column of ``hidden_attention``: where one token is read.
 
     Args:
@@ -87,10 +103,18 @@ def attention_column(
 
 
 def left_product(
-    delta: Tensor | ScanRecord, A: Tensor | None = None, B: Tensor | None = None, C: Tensor | None = None, *,
-    vector: Tensor, row_weight: Tensor | None = None, col_weight: Tensor | None = None, fold: str = "mean",
-    orders: Tensor | None = None, tokens: int | None = None,
-) -> Tensor:  # fmt: skip
+    delta: Tensor | ScanRecord,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    *,
+    vector: Tensor,
+    row_weight: Tensor | None = None,
+    col_weight: Tensor | None = None,
+    fold: str = "mean",
+    orders: Tensor | None = None,
+    tokens: int | None = None,
+) -> Tensor:
     """Return ``vector @ hidden_attention(...)``: one scan, run backwards.
 
     Args:
@@ -116,10 +140,18 @@ def left_product(
 
 
 def right_product(
-    delta: Tensor | ScanRecord, A: Tensor | None = None, B: Tensor | None = None, C: Tensor | None = None, *,
-    vector: Tensor, row_weight: Tensor | None = None, col_weight: Tensor | None = None, fold: str = "mean",
-    orders: Tensor | None = None, tokens: int | None = None,
-) -> Tensor:  # fmt: skip
+    delta: Tensor | ScanRecord,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    *,
+    vector: Tensor,
+    row_weight: Tensor | None = None,
+    col_weight: Tensor | None = None,
+    fold: str = "mean",
+    orders: Tensor | None = None,
+    tokens: int | None = None,
+) -> Tensor:
     """Return ``hidden_attention(...) @ vector``: one scan.
 
     Args:
@@ -145,9 +177,19 @@ def right_product(
 
 
 def _line(
-    name: str, axis: str, delta: Tensor | ScanRecord, A: Tensor | None, B: Tensor | None, C: Tensor | None, index: int,
-    row_weight: Tensor | None, col_weight: Tensor | None, fold: str, orders: Tensor | None, tokens: int | None,
-) -> Tensor:  # fmt: skip
+    name: str,
+    axis: str,
+    delta: Tensor | ScanRecord,
+    A: Tensor | None,
+    B: Tensor | None,
+    C: Tensor | None,
+    index: int,
+    row_weight: Tensor | None,
+    col_weight: Tensor | None,
+    fold: str,
+    orders: Tensor | None,
+    tokens: int | None,
+) -> Tensor:
     call = as_record(name, None, delta, A, B, C, orders=orders, tokens=tokens)
     record = call.record
     check_fold(call, fold)
@@ -281,9 +323,11 @@ def _product(
 
 
 def _route_product(
-    record: ScanRecord, vector: Float[Tensor, "batch length"], weights: Weights,
+    record: ScanRecord,
+    vector: Float[Tensor, "batch length"],
+    weights: Weights,
     transposed: bool,
-) -> Float[Tensor, "batch length"]:  # fmt: skip
+) -> Float[Tensor, "batch length"]:
     """M v or, transposed, v M of one route, summed over weighted channels."""
     dtype = working_dtype(record)
     part = per_channel(record, dtype)

@@ -96,9 +96,15 @@ def _of_channels(record: ScanRecord, channels: list[int]) -> ScanRecord:
     B = record.source_B if groups == 1 else record.source_B[:, :, index // (record.channels // groups)]
     gain = None if record.source_gain is None else record.source_gain[:, :, heads]
     return record.replace(
-        source_u=record.source_u[:, :, index], source_delta=record.source_delta[:, :, heads], A=record.A[:, heads],
-        source_B=B, source_C=B, D=None, source_gain=gain, gate=None,
-    )  # fmt: skip
+        source_u=record.source_u[:, :, index],
+        source_delta=record.source_delta[:, :, heads],
+        A=record.A[:, heads],
+        source_B=B,
+        source_C=B,
+        D=None,
+        source_gain=gain,
+        gate=None,
+    )
 
 
 def _require_memory(call: Call, shape: tuple[int, ...]) -> None:

@@ -223,18 +223,30 @@ causal_conv1d_update_ref = causal_conv1d_update
 
 
 def causal_conv1d_fwd_function(
-    x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, initial_states: Tensor | None,
-    final_states_out: Tensor | None, silu_activation: object,
-) -> Tensor | None:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_states: Tensor | None,
+    final_states_out: Tensor | None,
+    silu_activation: object,
+) -> Tensor | None:
     """``cpp_functions.causal_conv1d_fwd_function``, which mamba_ssm 2 calls."""
     return causal_conv1d_fwd(x, weight, bias, seq_idx, initial_states, final_states_out, silu_activation)
 
 
 def causal_conv1d_bwd_function(
-    x: Tensor, weight: Tensor, bias: Tensor | None, dout: Tensor, seq_idx: Tensor | None,
-    initial_states: Tensor | None, dfinal_states: Tensor | None, dx: Tensor | None, return_dinitial_states: object,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dout: Tensor,
+    seq_idx: Tensor | None,
+    initial_states: Tensor | None,
+    dfinal_states: Tensor | None,
+    dx: Tensor | None,
+    return_dinitial_states: object,
     silu_activation: object,
-) -> tuple[Tensor | None, ...] | None:  # fmt: skip
+) -> tuple[Tensor | None, ...] | None:
     """``cpp_functions.causal_conv1d_bwd_function``."""
     return causal_conv1d_bwd(
         x, weight, bias, dout, seq_idx, initial_states, dfinal_states, dx, return_dinitial_states, silu_activation
@@ -242,9 +254,14 @@ def causal_conv1d_bwd_function(
 
 
 def causal_conv1d_update_function(
-    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu_activation: object,
-    cache_seqlens: Tensor | None = None, conv_state_indices: Tensor | None = None,
-) -> Tensor | None:  # fmt: skip
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu_activation: object,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
+) -> Tensor | None:
     """``cpp_functions.causal_conv1d_update_function``."""
     return extension_update(x, conv_state, weight, bias, silu_activation, cache_seqlens, conv_state_indices)
 

@@ -371,10 +371,18 @@ def _scan_of_cpu_tensors(module: ModuleType) -> None:
 
     @functools.wraps(loop)
     def through_extension(
-        u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-        delta_bias: Tensor | None = None, delta_softplus: object = True, oflex: object = True, *rest: Any,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_softplus: object = True,
+        oflex: object = True,
+        *rest: Any,
         **more: Any,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         given = (u, delta, A, B, C, D, delta_bias, delta_softplus, oflex)
         if getattr(module, "WITH_SELECTIVESCAN_OFLEX", False) and not u.is_cuda:
             return compiled.apply(*given, "oflex")

@@ -23,9 +23,17 @@ fill(selective_scan_cuda, ALWAYS["selective_scan_cuda"])
 
 
 def selective_scan_fn(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
-    delta_bias: Tensor | None = None, delta_softplus: object = False, return_last_state: object = False,
-) -> Any:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: object = False,
+    return_last_state: object = False,
+) -> Any:
     """The selective scan (arXiv 2312.00752, algorithm 2); autograd differentiates it.
 
     Args:
@@ -74,11 +82,20 @@ selective_scan_ref = selective_scan_fn
 
 
 def mamba_inner_fn_no_out_proj(
-    xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, x_proj_weight: Tensor, delta_proj_weight: Tensor,
-    A: Tensor, B: Tensor | None = None, C: Tensor | None = None, D: Tensor | None = None,
-    delta_bias: Tensor | None = None, B_proj_bias: Tensor | None = None, C_proj_bias: Tensor | None = None,
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
     delta_softplus: object = True,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Convolution, SiLU, projections, scan and gate of one direction of a Mamba mixer, before its output projection.
 
     Args:
@@ -105,9 +122,17 @@ def mamba_inner_fn_no_out_proj(
 
 
 def mamba_inner_fn(
-    xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, x_proj_weight: Tensor, delta_proj_weight: Tensor,
-    out_proj_weight: Tensor, out_proj_bias: Tensor | None, A: Tensor, *arguments: Any, **options: Any,
-) -> Tensor:  # fmt: skip
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    A: Tensor,
+    *arguments: Any,
+    **options: Any,
+) -> Tensor:
     """``mamba_inner_fn_no_out_proj``, then the output projection: (batch, length, features).
 
     Args:
@@ -132,11 +157,23 @@ mamba_inner_ref = mamba_inner_fn
 
 
 def bimamba_inner_fn(
-    xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, x_proj_weight: Tensor, delta_proj_weight: Tensor,
-    out_proj_weight: Tensor, out_proj_bias: Tensor | None, A: Tensor, A_b: Tensor, B: Tensor | None = None,
-    C: Tensor | None = None, D: Tensor | None = None, delta_bias: Tensor | None = None,
-    B_proj_bias: Tensor | None = None, C_proj_bias: Tensor | None = None, delta_softplus: object = True,
-) -> Tensor:  # fmt: skip
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    A: Tensor,
+    A_b: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: object = True,
+) -> Tensor:
     """Vim's first bidirectional mixer: both directions share everything but A (``A_b``: last to first)."""
     biases = (B_proj_bias, C_proj_bias)
     u, z, delta, (B, C) = _projected(
@@ -153,9 +190,15 @@ bimamba_inner_ref = bimamba_inner_fn
 
 
 def _projected(
-    xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, x_proj_weight: Tensor, delta_proj_weight: Tensor,
-    states: int, bc: tuple[Tensor | None, Tensor | None], biases: tuple[Tensor | None, Tensor | None],
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    states: int,
+    bc: tuple[Tensor | None, Tensor | None],
+    biases: tuple[Tensor | None, Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Return u, z, delta before its bias, and B and C, with length last."""
     x, z = xz.chunk(2, dim=1)
     u = convolve(Inputs(x, conv1d_weight.squeeze(1), conv1d_bias), None, silu=True)[0].to(x.dtype)
@@ -194,11 +237,25 @@ class Mamba(nn.Module):
     """
 
     def __init__(
-        self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, dt_rank: int | str = "auto",
-        dt_min: float = 0.001, dt_max: float = 0.1, dt_init: str = "random", dt_scale: float = 1.0,
-        dt_init_floor: float = 1e-4, conv_bias: bool = True, bias: bool = False, use_fast_path: bool = True,
-        layer_idx: int | None = None, device: Any = None, dtype: Any = None, **variant: Any,
-    ) -> None:  # fmt: skip
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        use_fast_path: bool = True,
+        layer_idx: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+        **variant: Any,
+    ) -> None:
         if variant:
             raise TypeError(
                 f"Mamba(...) got {', '.join(variant)}: these belong to a fork of mamba_ssm, and mamba_ssm cannot be "
@@ -257,9 +314,13 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, dim: int, mixer_cls: Callable[[int], nn.Module], norm_cls: Callable[[int], nn.Module] = nn.LayerNorm,
-        fused_add_norm: object = False, residual_in_fp32: object = False,
-    ) -> None:  # fmt: skip
+        self,
+        dim: int,
+        mixer_cls: Callable[[int], nn.Module],
+        norm_cls: Callable[[int], nn.Module] = nn.LayerNorm,
+        fused_add_norm: object = False,
+        residual_in_fp32: object = False,
+    ) -> None:
         super().__init__()
         self.residual_in_fp32, self.fused_add_norm = residual_in_fp32, fused_add_norm
         self.mixer = mixer_cls(dim)

@@ -141,18 +141,36 @@ def _backward(name: str, given: Inputs, dout: Tensor, softplus: object) -> tuple
 
 
 def fwd(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    delta_bias: Tensor | None, delta_softplus: object,
-) -> list[Tensor]:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: object,
+) -> list[Tensor]:
     """``selective_scan_cuda.fwd``: [out, states], and out * silu(z) where there is a z."""
     return _forward("selective_scan_cuda.fwd", Inputs(u, delta, A, B, C, D, z, delta_bias), delta_softplus, None)
 
 
 def bwd(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    delta_bias: Tensor | None, dout: Tensor, x: Tensor | None, out: Tensor | None, dz: Tensor | None,
-    delta_softplus: object, recompute_out_z: object,
-) -> list[Tensor | None]:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    dout: Tensor,
+    x: Tensor | None,
+    out: Tensor | None,
+    dz: Tensor | None,
+    delta_softplus: object,
+    recompute_out_z: object,
+) -> list[Tensor | None]:
     """``selective_scan_cuda.bwd``: [du, ddelta, dA, dB, dC, dD, ddelta_bias], then dz and out_z where there is a z.
 
     ``x`` and ``out``, kept by the extension for speed, are not read; a given ``dz`` is written to and returned.
@@ -168,9 +186,17 @@ def bwd(
 
 
 def oflex_fwd(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None,
-    delta_softplus: object, nrows: int = 1, out_float: object = True,
-) -> list[Tensor]:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: object,
+    nrows: int = 1,
+    out_float: object = True,
+) -> list[Tensor]:
     """``selective_scan_cuda_oflex.fwd``: [out, states]; out is float32 with ``out_float``, else as u."""
     given = Inputs(u, delta, A, B, C, D, None, delta_bias)
     dtype = torch.float32 if out_float and u.dtype != torch.float64 else None
@@ -178,26 +204,49 @@ def oflex_fwd(
 
 
 def core_fwd(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None,
-    delta_softplus: object, nrows: int = 1,
-) -> list[Tensor]:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: object,
+    nrows: int = 1,
+) -> list[Tensor]:
     """``selective_scan_cuda_core.fwd``: [out, states]."""
     given = Inputs(u, delta, A, B, C, D, None, delta_bias)
     return _forward("selective_scan_cuda_core.fwd", given, delta_softplus, None)
 
 
 def ndstate_fwd(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None,
-    delta_softplus: object, nrows: int = 1,
-) -> list[Tensor]:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: object,
+    nrows: int = 1,
+) -> list[Tensor]:
     """``selective_scan_cuda_ndstate.fwd``: ``core_fwd`` of one state, of which A, B and C have no axis."""
     return core_fwd(u, delta, A[:, None], B.unsqueeze(2), C.unsqueeze(2), D, delta_bias, delta_softplus)
 
 
 def ndstate_bwd(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None,
-    dout: Tensor, x: Tensor | None, delta_softplus: object, nrows: int = 1,
-) -> list[Tensor | None]:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    dout: Tensor,
+    x: Tensor | None,
+    delta_softplus: object,
+    nrows: int = 1,
+) -> list[Tensor | None]:
     """``selective_scan_cuda_ndstate.bwd``: [du, ddelta, dA, dB, dC, dD, ddelta_bias], shaped like the arguments."""
     found = core_bwd(u, delta, A[:, None], B.unsqueeze(2), C.unsqueeze(2), D, delta_bias, dout, x, delta_softplus)
     for i, given in ((2, A), (3, B), (4, C)):
@@ -217,9 +266,16 @@ def _every_state(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Ten
 
 
 def states_fwd(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, D: Tensor | None, delta_bias: Tensor | None,
-    delta_softplus: object, nrows: int = 1, out_float: object = True,
-) -> list[Tensor]:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: object,
+    nrows: int = 1,
+    out_float: object = True,
+) -> list[Tensor]:
     """``selective_scan_cuda_oflex_rh.fwd``: [states of every step (batch, channels, states, length), last states].
 
     Args:
@@ -241,9 +297,17 @@ def states_fwd(
 
 
 def states_bwd(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, D: Tensor | None, delta_bias: Tensor | None, dout: Tensor,
-    x: Tensor | None, delta_softplus: object, nrows: int = 1,
-) -> list[Tensor | None]:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    dout: Tensor,
+    x: Tensor | None,
+    delta_softplus: object,
+    nrows: int = 1,
+) -> list[Tensor | None]:
     """``selective_scan_cuda_oflex_rh.bwd``: [du, ddelta, dA, dB, dD, ddelta_bias]; dD is zero."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in (u, delta, A, B, delta_bias)]
     with torch.enable_grad():
@@ -278,9 +342,18 @@ def _both_axes(name: str, given: Inputs, softplus: object, rows: int, columns: i
 
 
 def grid_fwd(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: None, delta_bias: Tensor | None,
-    delta_softplus: object, rows: int, columns: int,
-) -> list[Tensor]:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: None,
+    delta_bias: Tensor | None,
+    delta_softplus: object,
+    rows: int,
+    columns: int,
+) -> list[Tensor]:
     """``v2dmamba_scan.fwd``: [out, nothing that is read]; B and C (batch, groups, states, length), no gate."""
     given = Inputs(u, delta, A, B, C, D, None, delta_bias)
     with torch.no_grad():
@@ -289,10 +362,23 @@ def grid_fwd(
 
 
 def grid_bwd(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: None, delta_bias: Tensor | None,
-    dout: Tensor, x: Tensor | None, out: Tensor | None, dz: None, delta_softplus: object, recompute_out_z: object,
-    rows: int, columns: int,
-) -> list[Tensor | None]:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: None,
+    delta_bias: Tensor | None,
+    dout: Tensor,
+    x: Tensor | None,
+    out: Tensor | None,
+    dz: None,
+    delta_softplus: object,
+    recompute_out_z: object,
+    rows: int,
+    columns: int,
+) -> list[Tensor | None]:
     """``v2dmamba_scan.bwd``: [du, ddelta, dA, dB, dC, dD, ddelta_bias]."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in (u, delta, A, B, C, D, None, delta_bias)]
     with torch.enable_grad():
@@ -303,9 +389,18 @@ def grid_bwd(
 
 
 def core_bwd(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None,
-    dout: Tensor, x: Tensor | None, delta_softplus: object, nrows: int = 1,
-) -> list[Tensor | None]:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    dout: Tensor,
+    x: Tensor | None,
+    delta_softplus: object,
+    nrows: int = 1,
+) -> list[Tensor | None]:
     """``bwd`` of both of VMamba's extensions: [du, ddelta, dA, dB, dC, dD, ddelta_bias]."""
     given = Inputs(u, delta, A, B, C, D, None, delta_bias)
     found, _ = _backward("selective_scan_cuda_core.bwd", given, dout, delta_softplus)

@@ -197,18 +197,29 @@ def rms_norm_fn(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any,
 
 
 def old_layer_norm_fn(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, eps: float = 1e-6,
-    prenorm: object = False, residual_in_fp32: object = False, is_rms_norm: object = False,
-) -> Any:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    eps: float = 1e-6,
+    prenorm: object = False,
+    residual_in_fp32: object = False,
+    is_rms_norm: object = False,
+) -> Any:
     """``layer_norm_fn`` with the arguments of mamba_ssm 1.0 and 1.1, in their order."""
     options = {"eps": eps, "prenorm": prenorm, "residual_in_fp32": residual_in_fp32, "is_rms_norm": is_rms_norm}
     return layer_norm_fn(x, weight, bias, residual, **options)  # type: ignore[arg-type]
 
 
 def old_rms_norm_fn(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, prenorm: object = False,
-    residual_in_fp32: object = False, eps: float = 1e-6,
-) -> Any:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    prenorm: object = False,
+    residual_in_fp32: object = False,
+    eps: float = 1e-6,
+) -> Any:
     """``rms_norm_fn`` with the arguments of mamba_ssm 1.0 and 1.1, in their order."""
     return old_layer_norm_fn(x, weight, bias, residual, eps, prenorm, residual_in_fp32, True)
 
@@ -265,10 +276,18 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: objec
 
 
 def selective_state_update(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-    z: Tensor | None = None, dt_bias: Tensor | None = None, dt_softplus: object = False,
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: object = False,
     state_batch_indices: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """One step: state = exp(dt A) state + dt B x, in place; y = C state + D x, times silu(z).
 
     Args:

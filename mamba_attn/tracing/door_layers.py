@@ -141,9 +141,13 @@ class _Placed:
     def by_image(self, parts: Sequence[Tensor]) -> Float[Tensor, "batch routes channels length"]:
         """(rows, groups, width, length) of every call, as routes of images."""
         length = self.record.length
-        return torch.cat([
-            _routes(_padded(part, length), index, self.grouped) for part, index in zip(parts, self.index, strict=True)
-        ], 1)  # fmt: skip
+        return torch.cat(
+            [
+                _routes(_padded(part, length), index, self.grouped)
+                for part, index in zip(parts, self.index, strict=True)
+            ],
+            1,
+        )
 
     def merged(self, parts: Sequence[Tensor]) -> Float[Tensor, "batch channels tokens"]:
         """The routes' sum in the token frame."""
@@ -290,9 +294,14 @@ class DoorScans:
     """
 
     def __init__(
-        self, model: nn.Module, watch: Watch, seen: Seen, layout: AnyLayout | None = None,
-        orders: AnyOrders | None = None, refused: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        watch: Watch,
+        seen: Seen,
+        layout: AnyLayout | None = None,
+        orders: AnyOrders | None = None,
+        refused: Mapping[str, str] | None = None,
+    ) -> None:
         self.model = model
         self.watch = watch
         self.runs = 0
@@ -418,9 +427,12 @@ class DoorScans:
         if given is None:
             return None
         order = given if given.ndim == 3 else given[None]
-        if order.dtype != torch.int64 or order.ndim != 3 or order.shape[0] not in (1, rows) or (
-            order.shape[1] not in (1, groups) or order.shape[2] != length or int(order.min()) < 0
-        ):  # fmt: skip
+        if (
+            order.dtype != torch.int64
+            or order.ndim != 3
+            or order.shape[0] not in (1, rows)
+            or (order.shape[1] not in (1, groups) or order.shape[2] != length or int(order.min()) < 0)
+        ):
             raise ValueError(
                 f"trace(orders=...): {layer.name} has {groups} routes of {length} steps and a batch of {rows}: "
                 f"expected int64 (routes, length) or (batch, routes, length), got {given.dtype} {tuple(given.shape)}."

@@ -75,11 +75,14 @@ class ScanInputs(NamedTuple):
         constant = 2 in (B.ndim, C.ndim)
         size = (self.u.shape[0], self.u.shape[2])
         return ScanParts(
-            work(self.u).unflatten(1, split), delta.unflatten(1, split), A.unflatten(0, split),
-            _grouped(B, split, size, constant), _grouped(C, split, size, constant),
+            work(self.u).unflatten(1, split),
+            delta.unflatten(1, split),
+            A.unflatten(0, split),
+            _grouped(B, split, size, constant),
+            _grouped(C, split, size, constant),
             None if self.D is None else work(self.D).unflatten(0, split),
             None if self.z is None else work(self.z).unflatten(1, split),
-        )  # fmt: skip
+        )
 
 
 class ScanParts(NamedTuple):
@@ -166,9 +169,13 @@ class Watch:
     """
 
     def __init__(
-        self, model: nn.Module, outside: set[nn.Module] | None = None, attention: str | None = None, cut: bool = False,
+        self,
+        model: nn.Module,
+        outside: set[nn.Module] | None = None,
+        attention: str | None = None,
+        cut: bool = False,
         ruled: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.names = {id(module): name for name, module in model.named_modules()}
         self.outside = {id(module) for module in outside or ()}
         self.attention = attention

@@ -98,9 +98,13 @@ def measure(model: nn.Module, replay: Replay) -> Measured:
         for number in _to_look_at(run, search.settled):
             search.take(list(_decoded(run, number, search)))
         return Measured(
-            [call.signature for call in calls], [search.places.get(i) for i in range(len(calls))], _chained(calls),
-            {i: words for i, (_, words) in search.nearest.items() if i not in search.places}, run.maps, run.backwards,
-        )  # fmt: skip
+            [call.signature for call in calls],
+            [search.places.get(i) for i in range(len(calls))],
+            _chained(calls),
+            {i: words for i, (_, words) in search.nearest.items() if i not in search.places},
+            run.maps,
+            run.backwards,
+        )
 
 
 class _Search:

@@ -27,9 +27,21 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm, *_BATCH_NORMS)
 _NORM_NAMES = ("RMSNorm", "LayerNorm", "LayerNorm2d")  # of foreign classes with a weight and an eps
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d)
 _ACTIVATIONS = (  # all with f(0) = 0, so that f(x) / x is finite
-    nn.SiLU, nn.GELU, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.Mish, nn.Hardswish,
-    nn.Tanh, nn.Hardtanh, nn.Softsign,
-)  # fmt: skip
+    nn.SiLU,
+    nn.GELU,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.ELU,
+    nn.CELU,
+    nn.SELU,
+    nn.Mish,
+    nn.Hardswish,
+    nn.Tanh,
+    nn.Hardtanh,
+    nn.Softsign,
+)
 _ACTIVATION_NAMES = ("GELU", "GELUTanh", "QuickGELU", "QuickGelu", "Swish", "SiLU", "HardSwish", "HardMish", "Mish")
 
 

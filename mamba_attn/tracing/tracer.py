@@ -41,9 +41,12 @@ class Trace(Mapping[str, Layer]):
     """
 
     def __init__(
-        self, names: Sequence[str], doors: DoorScans | None = None, wanted: LayerNames | None = None,
+        self,
+        names: Sequence[str],
+        doors: DoorScans | None = None,
+        wanted: LayerNames | None = None,
         around: Unseen | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._adapted = list(names)
         self._doors = doors
         self._wanted = wanted

@@ -8,9 +8,14 @@ import torch
 from torch import nn
 
 _HOOKS = (
-    "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
-)  # fmt: skip
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 @contextmanager
@@ -23,8 +28,11 @@ def undisturbed(module: nn.Module, *, hooks: bool = False) -> Iterator[None]:
     """
     modules = list(module.modules())
     modes = [(each, each.training) for each in modules]
-    buffers = [(each, name, value, None if value is None else value.clone())
-               for each in modules for name, value in each._buffers.items()]  # fmt: skip
+    buffers = [
+        (each, name, value, None if value is None else value.clone())
+        for each in modules
+        for name, value in each._buffers.items()
+    ]
     kept = [] if hooks else [(each, name, vars(each)[name]) for each in modules for name in _HOOKS if vars(each)[name]]
     devices = {parameter.device for parameter in module.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(devices), torch.no_grad():

@@ -63,9 +63,11 @@ def register(app: dash.Dash, context: Context) -> None:
 
     for function, trigger in (("acted", "acted"), ("address", "link")):
         app.clientside_callback(
-            ClientsideFunction("explorer", function), Output("written", "data", allow_duplicate=True),
-            Input(trigger, "data"), prevent_initial_call=True,
-        )  # fmt: skip
+            ClientsideFunction("explorer", function),
+            Output("written", "data", allow_duplicate=True),
+            Input(trigger, "data"),
+            prevent_initial_call=True,
+        )
 
 
 _GESTURES = ("clickData", "selectedData")
@@ -77,13 +79,11 @@ def _every(name: str, part: str) -> dict[str, Any]:
 
 def _draw(context: Context, before: State, state: State, drawn: Sequence[Any]) -> list[list[Any]]:
     """Return the outputs for all panes, one list per kind of output."""
-    maps = [
-        drawn_map(context, pane, state, known) for pane, known in zip(state.panes, drawn, strict=False)
-    ]  # fmt: skip
+    maps = [drawn_map(context, pane, state, known) for pane, known in zip(state.panes, drawn, strict=False)]
     points = [context.views(pane).selected(pane, state) for pane in state.panes]
     fresh = any(known is None for known in drawn) or [pane.mode for pane in state.panes] != [
         pane.mode for pane in before.panes
-    ]  # fmt: skip
+    ]
     source = ctx.triggered_id
     fresh = fresh or (isinstance(source, dict) and source.get("set") == "mode")
     strips = [

@@ -31,9 +31,15 @@ def build(stores: Sequence[Any], *, host: str = "127.0.0.1") -> dash.Dash:
     if not sources or not all(source.images and source.layers for source in sources):
         raise ValueError("explore: the store has no images to show; collect some with mamba-attn collect.")
     app = dash.Dash(
-        __name__, title="Attention between patches", update_title="", serve_locally=True, assets_folder="assets",
-        suppress_callback_exceptions=True, compress=False, on_error=on_error,
-    )  # fmt: skip
+        __name__,
+        title="Attention between patches",
+        update_title="",
+        serve_locally=True,
+        assets_folder="assets",
+        suppress_callback_exceptions=True,
+        compress=False,
+        on_error=on_error,
+    )
     app.layout = shell()
     context = Context(sources)
     drawing.register(app, context)
@@ -43,9 +49,11 @@ def build(stores: Sequence[Any], *, host: str = "127.0.0.1") -> dash.Dash:
     export.register(app, context)
 
     @app.callback(
-        Output("page", "children"), Output("selection", "data"), Output("message", "children"),
+        Output("page", "children"),
+        Output("selection", "data"),
+        Output("message", "children"),
         Input("address", "search"),
-    )  # fmt: skip
+    )
     def _open(search: str | None) -> tuple[list[Any], dict[str, Any], str]:
         state, message = State(), ""
         try:

@@ -82,21 +82,29 @@ def register(app: dash.Dash, context: Context) -> None:
         return figure, views.points(pane).about, "", [key, places]
 
     @app.callback(
-        Output({"pane": MATCH, "set": "colour"}, "options"), Input({"pane": MATCH, "set": "mode"}, "value"),
-        dash.State({"pane": MATCH, "built": "store"}, "data"), prevent_initial_call=True,
-    )  # fmt: skip
+        Output({"pane": MATCH, "set": "colour"}, "options"),
+        Input({"pane": MATCH, "set": "mode"}, "value"),
+        dash.State({"pane": MATCH, "built": "store"}, "data"),
+        prevent_initial_call=True,
+    )
     def _colours(mode: str, store: int) -> Any:
         pane = Pane.parsed({"mode": mode, "store": store})
         return [{"label": each, "value": each} for each in point_colours(context.views(pane).source, pane.mode)]
 
     app.clientside_callback(
-        ClientsideFunction("explorer", "light"), Output(_of("points", "shone"), "data"),
-        Input(_of("points", "lit"), "data"), Input(_of("scatter"), "figure"), dash.State(_of("points", "lit"), "id"),
-    )  # fmt: skip
+        ClientsideFunction("explorer", "light"),
+        Output(_of("points", "shone"), "data"),
+        Input(_of("points", "lit"), "data"),
+        Input(_of("scatter"), "figure"),
+        dash.State(_of("points", "lit"), "id"),
+    )
     app.clientside_callback(
-        ClientsideFunction("explorer", "map"), Output(_of("patches", "shone"), "data"),
-        Input(_of("patches", "map"), "data"), dash.State(_of("patches", "map"), "id"), prevent_initial_call=True,
-    )  # fmt: skip
+        ClientsideFunction("explorer", "map"),
+        Output(_of("patches", "shone"), "data"),
+        Input(_of("patches", "map"), "data"),
+        dash.State(_of("patches", "map"), "id"),
+        prevent_initial_call=True,
+    )
 
 
 def drawn_map(context: Context, pane: Pane, state: State, before: Any) -> Drawn:
@@ -174,9 +182,16 @@ def on_canvas(figure: go.Figure) -> go.Figure:
     }  # fmt: skip
     label = figure.data[0].hoverlabel.to_plotly_json()
     points = go.Scatter(
-        x=x.astype(np.float32), y=y.astype(np.float32), mode="none", hoverinfo="text", hovertext=texts.tolist(),
-        customdata=list(range(count)), meta=look, showlegend=False, hoverlabel=label,
-    )  # fmt: skip
+        x=x.astype(np.float32),
+        y=y.astype(np.float32),
+        mode="none",
+        hoverinfo="text",
+        hovertext=texts.tolist(),
+        customdata=list(range(count)),
+        meta=look,
+        showlegend=False,
+        hoverlabel=label,
+    )
     shown = go.Figure([points, *map(_legend, figure.data)], figure.layout)
     shown.update_xaxes(range=_range(x)).update_yaxes(range=_range(y))
     return shown.update_layout(legend={"itemclick": False, "itemdoubleclick": False})
@@ -208,9 +223,14 @@ def _legend(trace: Any) -> go.Scatter:
         marker |= {"cmin": float(np.nanmin(values)), "cmax": float(np.nanmax(values)), "color": [0.0]}
         marker |= {"showscale": True, "colorscale": look.colorscale, "colorbar": bar}
     return go.Scatter(
-        x=[None], y=[None], mode="markers", name=trace.name, marker=marker, showlegend=not look.showscale,
+        x=[None],
+        y=[None],
+        mode="markers",
+        name=trace.name,
+        marker=marker,
+        showlegend=not look.showscale,
         hoverinfo="skip",
-    )  # fmt: skip
+    )
 
 
 def _range(values: np.ndarray) -> list[float]:

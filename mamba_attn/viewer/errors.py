@@ -8,8 +8,9 @@ from mamba_attn.errors import MambaAttnError
 FAILURES = (MambaAttnError, OSError, ImportError)
 # drawn instead of a view that failed: otherwise the old picture would stay under a new title
 BLANK: dict[str, Any] = {
-    "data": [], "layout": {"xaxis": {"visible": False}, "yaxis": {"visible": False}, "dragmode": False},
-}  # fmt: skip
+    "data": [],
+    "layout": {"xaxis": {"visible": False}, "yaxis": {"visible": False}, "dragmode": False},
+}
 
 
 class UnavailableError(MambaAttnError):

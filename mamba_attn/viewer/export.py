@@ -25,10 +25,13 @@ def register(app: dash.Dash, context: Context) -> None:
     """Register the callbacks of the HTML, PNG and NPZ buttons."""
 
     @app.callback(
-        Output("file", "data"), Output("picture", "data"),
-        Input(_BUTTONS, "n_clicks"), dash.State({"pane": ALL, "set": ALL}, "value"), dash.State("selection", "data"),
+        Output("file", "data"),
+        Output("picture", "data"),
+        Input(_BUTTONS, "n_clicks"),
+        dash.State({"pane": ALL, "set": ALL}, "value"),
+        dash.State("selection", "data"),
         prevent_initial_call=True,
-    )  # fmt: skip
+    )
     def _save(_: Any, __: Any, selection: Any) -> Any:
         if not ctx.triggered or not ctx.triggered[0]["value"]:
             raise PreventUpdate
@@ -47,9 +50,11 @@ def register(app: dash.Dash, context: Context) -> None:
         return no_update, {"figure": figure, "filename": name, "format": "png", "scale": 2, **size}
 
     app.clientside_callback(
-        ClientsideFunction("explorer", "picture"), Output("written", "data", allow_duplicate=True),
-        Input("picture", "data"), prevent_initial_call=True,
-    )  # fmt: skip
+        ClientsideFunction("explorer", "picture"),
+        Output("written", "data", allow_duplicate=True),
+        Input("picture", "data"),
+        prevent_initial_call=True,
+    )
 
 
 def as_figure(views: Views, pane: Pane, state: State, view: str) -> go.Figure:

@@ -139,9 +139,12 @@ def _panes(app: dash.Dash, context: Context) -> None:
 
 def _keys(app: dash.Dash) -> None:
     @app.callback(
-        Output("keys", "className"), Input("open-keys", "n_clicks"), Input("key", "data"),
-        dash.State("keys", "className"), prevent_initial_call=True,
-    )  # fmt: skip
+        Output("keys", "className"),
+        Input("open-keys", "n_clicks"),
+        Input("key", "data"),
+        dash.State("keys", "className"),
+        prevent_initial_call=True,
+    )
     def _toggle(_: Any, key: Any, now: str) -> str:
         pressed = ctx.triggered_id == "open-keys" or "?" in _keys_of(key)
         if not pressed or not ctx.triggered[0]["value"]:

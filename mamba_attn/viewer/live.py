@@ -33,9 +33,16 @@ class Live:
         self._lock = Lock()  # a trace belongs to one thread, but the server has several
 
     def read(
-        self, image: Any, layer: str, tokens: Sequence[int], *, route: str | int = "sum", direction: str = "row",
-        gate: bool = False, skip: bool = False,
-    ) -> np.ndarray:  # fmt: skip
+        self,
+        image: Any,
+        layer: str,
+        tokens: Sequence[int],
+        *,
+        route: str | int = "sum",
+        direction: str = "row",
+        gate: bool = False,
+        skip: bool = False,
+    ) -> np.ndarray:
         """Return the mean of some tokens' rows, or columns, of an image's attention: (tokens,).
 
         Args:

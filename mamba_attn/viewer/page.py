@@ -13,11 +13,20 @@ from mamba_attn.viewer.state import CHOICES, Pane, State
 
 MANY = 2000  # images in the list; a click on its point opens any other
 LABELS = {
-    "blocks": "blocks of this stage", "patches": "patches of this block", "row": "takes from", "column": "gives to",
-    "mean": "average of all images", "image": "this image", "difference": "this image minus average",
-    "range": "0 to 1", "largest": "divide by maximum", "sum": "divide by sum",
-    "pca": "PCA", "tsne": "t-SNE", "umap": "UMAP",
-}  # fmt: skip
+    "blocks": "blocks of this stage",
+    "patches": "patches of this block",
+    "row": "takes from",
+    "column": "gives to",
+    "mean": "average of all images",
+    "image": "this image",
+    "difference": "this image minus average",
+    "range": "0 to 1",
+    "largest": "divide by maximum",
+    "sum": "divide by sum",
+    "pca": "PCA",
+    "tsne": "t-SNE",
+    "umap": "UMAP",
+}
 KEYS = (
     ("← ↑ → ↓", "move the chosen patch"), ("Esc", "clear selection"), ("r", "takes from / gives to"),
     ("[ ]", "previous, next block"), ("0 1 2 …", "sum, or a route"), ("m", "average, image, difference"),
@@ -110,10 +119,14 @@ def _view(index: int, view: str, title: str, hint: str) -> html.Section:
         className="bar",
     )  # fmt: skip
     config = {
-        "displaylogo": False, "responsive": True, "scrollZoom": False, "doubleClick": False, "doubleClickDelay": 1,
+        "displaylogo": False,
+        "responsive": True,
+        "scrollZoom": False,
+        "doubleClick": False,
+        "doubleClickDelay": 1,
         # listed one by one, because some of plotly's default buttons send figures to a cloud
         "modeBarButtons": [["select2d", "lasso2d", "zoom2d", "pan2d", "resetScale2d"]],
-    }  # fmt: skip
+    }
     graph = dcc.Graph(id={"pane": index, "view": view}, config=config, className=f"graph {view}", responsive=True)
     notice = html.P(id={"pane": index, "notice": view}, className="notice", role="status")
     return html.Section(
@@ -123,9 +136,12 @@ def _view(index: int, view: str, title: str, hint: str) -> html.Section:
 
 def _export(index: int, view: str, kind: str) -> html.Button:
     return html.Button(
-        kind, id={"pane": index, "export": f"{view}-{kind}"}, n_clicks=0, className="quiet",
+        kind,
+        id={"pane": index, "export": f"{view}-{kind}"},
+        n_clicks=0,
+        className="quiet",
         title=f"save the {view} view as {kind}",
-    )  # fmt: skip
+    )
 
 
 def _controls(sources: Sequence[Source], source: Source, index: int, pane: Pane) -> html.Div:
@@ -218,5 +234,5 @@ def _switches(index: int, names: Mapping[str, str], pane: Pane) -> html.Div:
     boxes = [
         dcc.Checklist([{"label": text, "value": "on"}], ["on"] if getattr(pane, name) else [], id=_id(index, name))
         for name, text in names.items()
-    ]  # fmt: skip
+    ]
     return html.Div(boxes, className="control switches", role="group")

@@ -106,7 +106,7 @@ class Source:
             return self._stored(pane, tokens, image)
         return self.live.read(
             image, layer.name, tokens, route=route, direction=pane.direction, gate=pane.gate, skip=pane.skip
-        )  # fmt: skip
+        )
 
     def _stored(self, pane: Pane, tokens: list[int], image: Any) -> np.ndarray:
         """Mean over tokens of the stored lines; the mean over all is cached, because it reads the whole matrix."""

@@ -118,9 +118,11 @@ class State:
         plain = asdict(Pane())
         panes = [{name: value for name, value in asdict(pane).items() if value != plain[name]} for pane in self.panes]
         return {
-            "panes": panes, "grid": list(self.grid), "cells": list(self.cells),
+            "panes": panes,
+            "grid": list(self.grid),
+            "cells": list(self.cells),
             "points": [list(pair) for pair in self.points],
-        }  # fmt: skip
+        }
 
     @classmethod
     def from_json(cls, given: Any) -> Self:

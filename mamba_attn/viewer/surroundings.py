@@ -98,25 +98,34 @@ def strip(context: Context, pane: Pane, number: int, state: State) -> list[Any]:
             counts[image] = counts.get(image, 0) + 1
     return [
         html.Button(
-            [html.Img(src=_small(context, pane, image), alt=source.images[image].key),
-             f"{count} point{'s' if count > 1 else ''}"],
-            id={"pane": number, "pick": image}, n_clicks=0,
+            [
+                html.Img(src=_small(context, pane, image), alt=source.images[image].key),
+                f"{count} point{'s' if count > 1 else ''}",
+            ],
+            id={"pane": number, "pick": image},
+            n_clicks=0,
             title=f"{source.images[image].key}, {source.images[image].label}",
         )
         for image, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_STRIP]
-    ]  # fmt: skip
+    ]
 
 
 def _gallery(app: dash.Dash, context: Context) -> None:
     app.clientside_callback(
-        ClientsideFunction("explorer", "gallery"), Output("gallery-of", "data"), Output("gallery", "className"),
-        Input("open-gallery", "n_clicks"), Input("link", "data"),
-    )  # fmt: skip
+        ClientsideFunction("explorer", "gallery"),
+        Output("gallery-of", "data"),
+        Output("gallery", "className"),
+        Input("open-gallery", "n_clicks"),
+        Input("link", "data"),
+    )
 
     @app.callback(
-        Output("gallery", "children"), Input("gallery-of", "data"), dash.State("selection", "data"),
-        dash.State({"pane": 0, "set": ALL}, "value"), prevent_initial_call=True,
-    )  # fmt: skip
+        Output("gallery", "children"),
+        Input("gallery-of", "data"),
+        dash.State("selection", "data"),
+        dash.State({"pane": 0, "set": ALL}, "value"),
+        prevent_initial_call=True,
+    )
     def _show(_: Any, selection: Any, __: Any) -> Any:
         if not ctx.states_list[1]:
             return no_update
@@ -128,16 +137,23 @@ def _gallery(app: dash.Dash, context: Context) -> None:
             return sentence(error)
         current = min(pane.layer, len(maps) - 1)
         saving = [
-            html.Button(kind, id={"pane": 0, "export": f"gallery-{kind}"}, n_clicks=0, className="quiet",
-                        title=f"save the gallery as {kind}")
+            html.Button(
+                kind,
+                id={"pane": 0, "export": f"gallery-{kind}"},
+                n_clicks=0,
+                className="quiet",
+                title=f"save the gallery as {kind}",
+            )
             for kind in ("HTML", "PNG", "NPZ")
-        ]  # fmt: skip
+        ]
         blocks = [
             html.Button(
                 [html.Img(src=thumbnail(values, pane), alt=""), f"stage {layer.stage} · block {layer.block}"],
-                id={"block": index}, n_clicks=0, className="current" if index == current else "",
+                id={"block": index},
+                n_clicks=0,
+                className="current" if index == current else "",
             )
             for index, (values, layer) in enumerate(zip(maps, views.source.layers, strict=True))
-        ]  # fmt: skip
+        ]
         title = html.H2(f"All blocks: {heading(views.source, pane, state)}")
         return [html.Div([title, html.Span(className="space"), *saving], className="bar"), *blocks]

@@ -190,12 +190,17 @@ class Views:
         order = self.path(pane) if pane.path and scans(layer) else None
         values = self.heat(pane, state)
         return figures.patch_view(
-            values, image=self.source.pixels(pane), order=order,
+            values,
+            image=self.source.pixels(pane),
+            order=order,
             marks=state.on_grid(tuple(layer.layout.grid)),
-            step=None if order is None or not 0 < pane.step <= len(order) else pane.step, opacity=pane.opacity,
-            signed=signed(pane), colours=None if signed(pane) else palette(pane),
-            bar_title=legend(self.source, pane), size=size,
-        )  # fmt: skip
+            step=None if order is None or not 0 < pane.step <= len(order) else pane.step,
+            opacity=pane.opacity,
+            signed=signed(pane),
+            colours=None if signed(pane) else palette(pane),
+            bar_title=legend(self.source, pane),
+            size=size,
+        )
 
     def changes(self, pane: Pane, state: State) -> dict[str, Any]:
         """Return the changes to a drawn patch view for another selection, route or scale; arguments as ``patches``."""

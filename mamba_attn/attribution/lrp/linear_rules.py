@@ -75,10 +75,13 @@ class LinearRules(Rules):
     def scan(self, record: ScanRecord) -> ScanRecord:
         """Detach everything that multiplies u."""
         return record.replace(
-            source_delta=record.source_delta.detach(), A=record.A.detach(), source_B=record.source_B.detach(),
-            source_C=record.source_C.detach(), D=None if record.D is None else record.D.detach(),
+            source_delta=record.source_delta.detach(),
+            A=record.A.detach(),
+            source_B=record.source_B.detach(),
+            source_C=record.source_C.detach(),
+            D=None if record.D is None else record.D.detach(),
             source_gain=None if record.source_gain is None else record.source_gain.detach(),
-        )  # fmt: skip
+        )
 
     def enter(self, layer: str, x: Tensor) -> None:
         """Record the input of a layer."""

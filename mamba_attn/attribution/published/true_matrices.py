@@ -103,8 +103,12 @@ def _channel_blocks(scan: ScanRecord, size: int) -> list[ScanRecord]:
     spans = (slice(start, start + size) for start in range(0, scan.channels, size))
     return [
         scan.replace(
-            source_u=scan.source_u[:, :, own], source_delta=scan.source_delta[:, :, own], A=scan.A[:, own],
-            source_gain=None if scan.source_gain is None else scan.source_gain[:, :, own], D=None, gate=None,
+            source_u=scan.source_u[:, :, own],
+            source_delta=scan.source_delta[:, :, own],
+            A=scan.A[:, own],
+            source_gain=None if scan.source_gain is None else scan.source_gain[:, :, own],
+            D=None,
+            gate=None,
         )
         for own in spans
-    ]  # fmt: skip
+    ]

@@ -17,15 +17,35 @@ from mamba_attn.errors import UnsupportedModelError
 
 _MODELS = ("VisionTransformer", "VisionTransformerDistilled")
 _CHILDREN = {
-    "": {"patch_embed", "pos_drop", "patch_drop", "norm_pre", "blocks", "norm", "fc_norm", "head_drop", "head",
-         "head_dist"},
+    "": {
+        "patch_embed",
+        "pos_drop",
+        "patch_drop",
+        "norm_pre",
+        "blocks",
+        "norm",
+        "fc_norm",
+        "head_drop",
+        "head",
+        "head_dist",
+    },
     "block": {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"},
     "attn": {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"},
     "mlp": {"fc1", "act", "drop1", "norm", "fc2", "drop2"},
-}  # fmt: skip
+}
 # layers by what they are, by name: timm has norms, activations and scales of its own under these names
-_ELEMENT_WISE = {"LayerNorm", "Identity", "GELU", "GELUTanh", "QuickGELU", "ReLU", "SiLU", "LayerScale", "Dropout",
-                 "DropPath"}  # fmt: skip
+_ELEMENT_WISE = {
+    "LayerNorm",
+    "Identity",
+    "GELU",
+    "GELUTanh",
+    "QuickGELU",
+    "ReLU",
+    "SiLU",
+    "LayerScale",
+    "Dropout",
+    "DropPath",
+}
 _LINEAR = ("qkv", "proj", "fc1", "fc2", "head", "head_dist")
 _NESTED = ("patch_embed", "patch_drop", "blocks", "attn", "mlp")  # looked into, or before the attention
 _POOLS = ("token", "avg")
@@ -105,9 +125,11 @@ def _block(block: Any, x: Tensor) -> Kept:
     attention, mlp = block.attn, block.mlp
     normed = block.norm1(x)
     joint = rearrange(
-        attention.qkv(normed), "batch tokens (three heads width) -> three batch heads tokens width",
-        three=3, heads=attention.num_heads,
-    )  # fmt: skip
+        attention.qkv(normed),
+        "batch tokens (three heads width) -> three batch heads tokens width",
+        three=3,
+        heads=attention.num_heads,
+    )
     query, key = attention.q_norm(joint[0]), attention.k_norm(joint[1])
     probabilities = attention.attn_drop((query * attention.scale @ key.mT).softmax(-1))
     heads = rearrange(probabilities @ joint[2], "batch heads tokens width -> batch tokens (heads width)")

@@ -17,9 +17,16 @@ from mamba_attn.errors import BackendUnavailableError
 from mamba_attn.ops.build_cache import cache_folder
 
 _FLAGS = (
-    "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno",
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    "-fopenmp",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
     "-fno-trapping-math",
-)  # fmt: skip
+)
 
 
 def library() -> ctypes.CDLL:

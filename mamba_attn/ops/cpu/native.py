@@ -41,14 +41,16 @@ class _CTensor(ctypes.Structure):
 
 class _CScan(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in
-          ("batch", "routes", "channels", "states", "length", "tokens", "positions")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("batch", "routes", "channels", "states", "length", "tokens", "positions")
+        ),
         *((name, _CTensor) for name in ("u", "delta", "B", "C")),
         *((name, ctypes.c_void_p) for name in ("A2", "D", "read", "write")),
         ("scale", ctypes.c_float),
         ("threads", ctypes.c_int32),
         ("gain", _CTensor),
-    ]  # fmt: skip
+    ]
 
 
 class _CGradients(ctypes.Structure):
@@ -88,9 +90,7 @@ class Native(Backend):
 
     def unavailable(self, record: ScanRecord) -> str | None:
         """Return why the kernel cannot run this record, or None."""
-        tensors: tuple[Tensor, ...] = (
-            record.source_u, record.source_delta, record.A, record.source_B, record.source_C
-        )  # fmt: skip
+        tensors: tuple[Tensor, ...] = (record.source_u, record.source_delta, record.A, record.source_B, record.source_C)
         if record.source_gain is not None:
             tensors = (*tensors, record.source_gain)
         if any(tensor.device.type != "cpu" for tensor in tensors):
@@ -141,9 +141,18 @@ BACKEND = Native()
 
 
 def _scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, gain: Tensor | None,
-    read: Tensor | None, write: Tensor | None, tokens: int, scale: float,
-) -> Tensor:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    gain: Tensor | None,
+    read: Tensor | None,
+    write: Tensor | None,
+    tokens: int,
+    scale: float,
+) -> Tensor:
     """The scan of float32 tensors: (batch, channels, tokens), or (batch, routes, channels, length); channels last.
 
     The fields of a ``ScanRecord`` with one group; ``read`` if sources are in the token frame, ``write`` if routes
@@ -159,9 +168,19 @@ def _scan(
 
 
 def _scan_backward(
-    gradient: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    gain: Tensor | None, read: Tensor | None, write: Tensor | None, tokens: int, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gradient: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    gain: Tensor | None,
+    read: Tensor | None,
+    write: Tensor | None,
+    tokens: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return gradients in the kernel's layout: channels last, those of A and D per image; the states are recomputed.
 
     The last is the gradient of the gain, empty without one.
@@ -184,10 +203,22 @@ def _scan_backward(
 
 
 def _attention(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, read_order: Tensor,
-    write_order: Tensor, tokens: int, scale: float, source_frame: str, merged: bool, row_weight: Tensor | None,
-    col_weight: Tensor | None, fold: str,
-) -> Tensor:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    read_order: Tensor,
+    write_order: Tensor,
+    tokens: int,
+    scale: float,
+    source_frame: str,
+    merged: bool,
+    row_weight: Tensor | None,
+    col_weight: Tensor | None,
+    fold: str,
+) -> Tensor:
     """Return the folded matrix of a record with one group; uses only u's shape. Its gradient is the blocked path's."""
     record = unflatten(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
     out = torch.zeros(attention_shape(u, read_order, tokens, merged, fold))
@@ -200,10 +231,23 @@ def _attention(
 
 
 def _line(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, read_order: Tensor,
-    write_order: Tensor, tokens: int, scale: float, source_frame: str, row_weight: Tensor | None,
-    col_weight: Tensor | None, fold: str, axis: str, step: int,
-) -> Tensor:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    read_order: Tensor,
+    write_order: Tensor,
+    tokens: int,
+    scale: float,
+    source_frame: str,
+    row_weight: Tensor | None,
+    col_weight: Tensor | None,
+    fold: str,
+    axis: str,
+    step: int,
+) -> Tensor:
     """One row or column of a record of one route and one group, in scan order; keeps no graph."""
     record = unflatten(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
     out = torch.zeros(_line_shape(u, read_order, fold))
@@ -323,9 +367,17 @@ def _call(
         scan.scale /= record.channels
     source = _order("read_order", record.read_order, frame.positions) if record.source_frame == "tokens" else None
     call = _CAttention(
-        scan, _c_tensor(rows, 2, frame.routes), _c_tensor(columns, 2, frame.routes), A2_low.data_ptr(),
-        out.data_ptr(), 0, out.stride(0), 0, 0, _FOLDS[fold],
-    )  # fmt: skip
+        scan,
+        _c_tensor(rows, 2, frame.routes),
+        _c_tensor(columns, 2, frame.routes),
+        A2_low.data_ptr(),
+        out.data_ptr(),
+        0,
+        out.stride(0),
+        0,
+        0,
+        _FOLDS[fold],
+    )
     yield call, ctypes.c_void_p(None if source is None else source.data_ptr())
 
 
@@ -358,13 +410,16 @@ def _groups(record: ScanRecord) -> list[ScanRecord]:
     size = record.channels // groups
     return [
         record.replace(
-            source_u=record.source_u[:, :, part], source_delta=record.source_delta[:, :, part], A=record.A[:, part],
-            source_B=record.source_B[:, :, group : group + 1], source_C=record.source_C[:, :, group : group + 1],
+            source_u=record.source_u[:, :, part],
+            source_delta=record.source_delta[:, :, part],
+            A=record.A[:, part],
+            source_B=record.source_B[:, :, group : group + 1],
+            source_C=record.source_C[:, :, group : group + 1],
             D=None if record.D is None else record.D[:, part],
             source_gain=None if record.source_gain is None else record.source_gain[:, :, part],
         )
         for group, part in enumerate(slice(g * size, (g + 1) * size) for g in range(groups))
-    ]  # fmt: skip
+    ]
 
 
 def _fold_groups(
@@ -450,13 +505,30 @@ def _c_tensor(x: Tensor | None, axis: int, routes: int) -> _CTensor:
 
 
 def _c_scan(
-    u: Tensor, delta: Tensor, A2: Tensor, B: Tensor, C: Tensor, D: Tensor | None, frame: _Frame,
+    u: Tensor,
+    delta: Tensor,
+    A2: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    frame: _Frame,
     gain: Tensor | None = None,
-) -> _CScan:  # fmt: skip
+) -> _CScan:
     pointers = [None if x is None else x.data_ptr() for x in (A2, D, frame.read, frame.write)]
     return _CScan(
-        delta.shape[0], frame.routes, delta.shape[2], B.shape[3], frame.length, frame.tokens, frame.positions,
-        _c_tensor(u, 2, frame.routes), _c_tensor(delta, 2, frame.routes), _c_tensor(B, 3, frame.routes),
-        _c_tensor(C, 3, frame.routes), *pointers, frame.scale, torch.get_num_threads(),
+        delta.shape[0],
+        frame.routes,
+        delta.shape[2],
+        B.shape[3],
+        frame.length,
+        frame.tokens,
+        frame.positions,
+        _c_tensor(u, 2, frame.routes),
+        _c_tensor(delta, 2, frame.routes),
+        _c_tensor(B, 3, frame.routes),
+        _c_tensor(C, 3, frame.routes),
+        *pointers,
+        frame.scale,
+        torch.get_num_threads(),
         *(() if gain is None else (_c_tensor(gain, 2, frame.routes),)),
-    )  # fmt: skip
+    )

@@ -42,11 +42,26 @@ class CCall(ctypes.Structure):
         *((name, CTensor) for name in ("u", "delta", "A", "B", "C", "D", "row_weight", "col_weight")),
         *((name, COutput) for name in ("y", "attention")),
         *((name, ctypes.c_void_p) for name in ("read", "write", "before", "counters")),
-        *((name, ctypes.c_int32) for name in
-          ("batch", "routes", "channels", "heads", "groups", "states", "length", "tokens",
-           "fold", "splits", "products", "want_y", "want_attention")),
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "batch",
+                "routes",
+                "channels",
+                "heads",
+                "groups",
+                "states",
+                "length",
+                "tokens",
+                "fold",
+                "splits",
+                "products",
+                "want_y",
+                "want_attention",
+            )
+        ),
         *((name, ctypes.c_float) for name in ("y_scale", "attention_scale")),
-    ]  # fmt: skip
+    ]
 
 
 class CBackward(ctypes.Structure):
@@ -99,11 +114,20 @@ def call(record: ScanRecord, read: Tensor | None, write: Tensor | None) -> CCall
         B=tensor(record.source_B, states, frame),
         C=tensor(record.source_C, states, frame),
         D=tensor(record.D, ("route", "axis")),
-        read=None if read is None else read.data_ptr(), write=None if write is None else write.data_ptr(),
-        batch=record.batch, routes=record.routes,
-        channels=record.channels, heads=record.heads, groups=record.source_B.shape[2], states=record.states,
-        length=record.length, tokens=record.tokens, splits=1, y_scale=1.0, attention_scale=1.0,
-    )  # fmt: skip
+        read=None if read is None else read.data_ptr(),
+        write=None if write is None else write.data_ptr(),
+        batch=record.batch,
+        routes=record.routes,
+        channels=record.channels,
+        heads=record.heads,
+        groups=record.source_B.shape[2],
+        states=record.states,
+        length=record.length,
+        tokens=record.tokens,
+        splits=1,
+        y_scale=1.0,
+        attention_scale=1.0,
+    )
 
 
 def supported(x: Tensor | None) -> bool:

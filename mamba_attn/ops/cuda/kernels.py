@@ -88,9 +88,14 @@ def scan(launcher: Launcher, record: ScanRecord, merged: bool) -> Tensor:
 
 
 def attention(
-    launcher: Launcher, record: ScanRecord, weights: Weights, fold: str, merged: bool, with_y: bool = False,
+    launcher: Launcher,
+    record: ScanRecord,
+    weights: Weights,
+    fold: str,
+    merged: bool,
+    with_y: bool = False,
     kernel: str | None = None,
-) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+) -> tuple[Tensor | None, Tensor]:
     """y, when wanted, and (batch, [channels,] tokens, tokens) merged, else (batch, routes, [channels,] length, length).
 
     Args:
@@ -147,7 +152,7 @@ def backward(launcher: Launcher, record: ScanRecord, gradient: Tensor, merged: b
         C=output(C, states, frame, add=True),
         D=output(D, ("route", "axis"), add=True),
         entering=entering.data_ptr(),
-    )  # fmt: skip
+    )
     job.call.y_scale = record.scale if merged else 1.0
     groups, warps = record.source_B.shape[2], _BACKWARD_THREADS // 32
     blocks = record.batch * record.routes * groups * math.ceil(record.channels // groups / warps)
@@ -222,9 +227,11 @@ def _ask_for_y(args: CCall, record: ScanRecord, y: Tensor, merged: bool) -> None
 
 
 def _new_y(record: ScanRecord, merged: bool) -> Tensor:
-    shape = (record.batch, record.channels, record.tokens) if merged else (
-        record.batch, record.routes, record.channels, record.length
-    )  # fmt: skip
+    shape = (
+        (record.batch, record.channels, record.tokens)
+        if merged
+        else (record.batch, record.routes, record.channels, record.length)
+    )
     return torch.zeros(shape, device=record.source_delta.device)
 
 

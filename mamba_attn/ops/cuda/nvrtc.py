@@ -24,10 +24,19 @@ _WINDOWS = sys.platform == "win32"
 _FILES = ("nvrtc64_*_0.dll",) if _WINDOWS else ("libnvrtc.so.*", "libnvrtc-[!b]*.so.*")  # hashed names in old wheels
 _BUILTINS = "nvrtc-builtins64_*.dll" if _WINDOWS else "libnvrtc-builtins*.so.*"
 _FUNCTIONS = (
-    "nvrtcVersion", "nvrtcGetNumSupportedArchs", "nvrtcGetSupportedArchs", "nvrtcCreateProgram", "nvrtcCompileProgram",
-    "nvrtcGetProgramLogSize", "nvrtcGetProgramLog", "nvrtcGetCUBINSize", "nvrtcGetCUBIN", "nvrtcGetPTXSize",
-    "nvrtcGetPTX", "nvrtcDestroyProgram",
-)  # fmt: skip
+    "nvrtcVersion",
+    "nvrtcGetNumSupportedArchs",
+    "nvrtcGetSupportedArchs",
+    "nvrtcCreateProgram",
+    "nvrtcCompileProgram",
+    "nvrtcGetProgramLogSize",
+    "nvrtcGetProgramLog",
+    "nvrtcGetCUBINSize",
+    "nvrtcGetCUBIN",
+    "nvrtcGetPTXSize",
+    "nvrtcGetPTX",
+    "nvrtcDestroyProgram",
+)
 
 
 @dataclass(frozen=True)

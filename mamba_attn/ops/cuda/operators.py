@@ -40,9 +40,19 @@ def remedy(record: ScanRecord) -> Iterator[None]:
 
 @torch.library.custom_op("mamba_attn::selective_scan", mutates_args=())
 def selective_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, read_order: Tensor,
-    write_order: Tensor, tokens: int, scale: float, source_frame: str, merged: bool,
-) -> Tensor:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    read_order: Tensor,
+    write_order: Tensor,
+    tokens: int,
+    scale: float,
+    source_frame: str,
+    merged: bool,
+) -> Tensor:
     """The fields of a ``ScanRecord``; y (batch, channels, tokens) merged, else (batch, routes, channels, length)."""
     record = unflatten(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
     with remedy(record):
@@ -51,9 +61,20 @@ def selective_scan(
 
 @torch.library.custom_op("mamba_attn::selective_scan_backward", mutates_args=())
 def selective_scan_backward(
-    gradient: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, read_order: Tensor,
-    write_order: Tensor, tokens: int, scale: float, source_frame: str, merged: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gradient: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    read_order: Tensor,
+    write_order: Tensor,
+    tokens: int,
+    scale: float,
+    source_frame: str,
+    merged: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, delta, A, B, C and D (empty without D), in their shapes and types."""
     record = unflatten(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
     with remedy(record):
@@ -65,10 +86,22 @@ def selective_scan_backward(
 
 @torch.library.custom_op("mamba_attn::hidden_attention", mutates_args=())
 def hidden_attention(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, read_order: Tensor,
-    write_order: Tensor, tokens: int, scale: float, source_frame: str, merged: bool, row_weight: Tensor | None,
-    col_weight: Tensor | None, fold: str,
-) -> Tensor:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    read_order: Tensor,
+    write_order: Tensor,
+    tokens: int,
+    scale: float,
+    source_frame: str,
+    merged: bool,
+    row_weight: Tensor | None,
+    col_weight: Tensor | None,
+    fold: str,
+) -> Tensor:
     """Return the folded matrix of a record; of u it only uses the shape."""
     record = unflatten(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
     with remedy(record):
@@ -77,9 +110,20 @@ def hidden_attention(
 
 @torch.library.custom_op("mamba_attn::scan_and_attention", mutates_args=())
 def scan_and_attention(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, read_order: Tensor,
-    write_order: Tensor, tokens: int, scale: float, source_frame: str, merged: bool, fold: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    read_order: Tensor,
+    write_order: Tensor,
+    tokens: int,
+    scale: float,
+    source_frame: str,
+    merged: bool,
+    fold: str,
+) -> tuple[Tensor, Tensor]:
     """Return y and the folded matrix, from one launch."""
     record = unflatten(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
     with remedy(record):

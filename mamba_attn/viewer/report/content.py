@@ -11,9 +11,13 @@ _NOTES = 4000  # characters per store, reserved for the notes on what is left ou
 
 
 def gather(
-    stores: Sequence[Any], methods: Sequence[str], images: int, limit: int, frame: Callable[[Content], int],
+    stores: Sequence[Any],
+    methods: Sequence[str],
+    images: int,
+    limit: int,
+    frame: Callable[[Content], int],
     advance: Callable[[str], None] = lambda what: None,
-) -> Content:  # fmt: skip
+) -> Content:
     """Collect what the page shows, most important first; notes list what does not fit.
 
     Means of the routes' sum come first, then points, an image, each route's means, then the other images' matrices.
@@ -42,8 +46,12 @@ def gather(
             f"size={-int(-content.size // 1e6)} holds them."
         )
     steps: list[Callable[[Stored], None]] = [
-        Stored.means, Stored.points, lambda each: each.pictures(images), Stored.first_image, Stored.routes,
-    ]  # fmt: skip
+        Stored.means,
+        Stored.points,
+        lambda each: each.pictures(images),
+        Stored.first_image,
+        Stored.routes,
+    ]
     for step in steps:
         for each in kept:
             advance(each.name)

@@ -26,9 +26,12 @@ KEYS = (
 )  # fmt: skip
 _TITLE = "Attention between patches"
 _PALETTES = {
-    "viridis": colours.VIRIDIS, "cividis": colours.CIVIDIS, "signed": colours.BLUE_ORANGE, "path": colours.PATH,
+    "viridis": colours.VIRIDIS,
+    "cividis": colours.CIVIDIS,
+    "signed": colours.BLUE_ORANGE,
+    "path": colours.PATH,
     "kinds": colours.CATEGORIES,
-}  # fmt: skip
+}
 _NOTE = (
     "Numbers are stored in 16 bits, with one scale per row of a matrix, so the error is at most "
     f"1/{round(1 / ERROR):,} of the largest number in the row."
@@ -36,9 +39,13 @@ _NOTE = (
 
 
 def make(
-    stores: Sequence[Any], methods: Sequence[str], images: int, size: float, made_with: str,
+    stores: Sequence[Any],
+    methods: Sequence[str],
+    images: int,
+    size: float,
+    made_with: str,
     advance: Callable[[str], None] = lambda what: None,
-) -> tuple[str, Content]:  # fmt: skip
+) -> tuple[str, Content]:
     """Return the page of some stores, and what it holds.
 
     Args:
@@ -100,9 +107,13 @@ def _policy(script: str) -> str:
 
 def _about(content: Content) -> dict[str, Any]:
     return {
-        "stores": content.stores, "steps": STEPS, "percentile": colours.PERCENTILE, "thin": THIN, "ink": colours.INK,
+        "stores": content.stores,
+        "steps": STEPS,
+        "percentile": colours.PERCENTILE,
+        "thin": THIN,
+        "ink": colours.INK,
         "palettes": {name: _channels(its) for name, its in _PALETTES.items()},
-    }  # fmt: skip
+    }
 
 
 def _channels(its: list[str]) -> list[list[int]]:

@@ -90,11 +90,14 @@ class Stored:
         """Add points of the stages, and of the layers' patches."""
         for number in self.shown:
             for method in self.methods:
-                self._point(f"stage{self.source.layers[number].stage}/{method}", Pane(
-                    layer=number, mode="blocks", method=method))  # fmt: skip
+                self._point(
+                    f"stage{self.source.layers[number].stage}/{method}",
+                    Pane(layer=number, mode="blocks", method=method),
+                )
                 for direction in ("row", "column"):
-                    self._point(f"{number}/sum/{direction}/{method}", Pane(
-                        layer=number, direction=direction, method=method))  # fmt: skip
+                    self._point(
+                        f"{number}/sum/{direction}/{method}", Pane(layer=number, direction=direction, method=method)
+                    )
 
     def routes(self) -> None:
         """Add the mean of each route, and its points."""
@@ -102,8 +105,10 @@ class Stored:
             if not self._fits("means of routes", number, MEAN, route):
                 continue
             for direction in ("row", "column"):
-                self._point(f"{number}/{route}/{direction}/{self.methods[0]}", Pane(
-                    layer=number, route=route, direction=direction, method=self.methods[0]))  # fmt: skip
+                self._point(
+                    f"{number}/{route}/{direction}/{self.methods[0]}",
+                    Pane(layer=number, route=route, direction=direction, method=self.methods[0]),
+                )
 
     def pictures(self, count: int) -> None:
         """Add the images whose matrices follow, or the first one, as the model saw them, and thumbnails of many.
@@ -166,19 +171,33 @@ class Stored:
             of_token = {token: cell for cell, token in enumerate(cells)}
             scans = layer.orders.tolist() if layer.kind == ScanLayer.kind else []
             orders = [[of_token.get(token, -1) for token in order] for order in scans]
-            layers.append({
-                "number": number, "name": layer.name, "stage": layer.stage, "block": layer.block,
-                "grid": list(layer.layout.grid), "tokens": len(cells), "routes": layer.routes, "orders": orders,
-                "classes": len(layer.layout.class_tokens), "matrices": self.matrices[number],
-            })  # fmt: skip
+            layers.append(
+                {
+                    "number": number,
+                    "name": layer.name,
+                    "stage": layer.stage,
+                    "block": layer.block,
+                    "grid": list(layer.layout.grid),
+                    "tokens": len(cells),
+                    "routes": layer.routes,
+                    "orders": orders,
+                    "classes": len(layer.layout.class_tokens),
+                    "matrices": self.matrices[number],
+                }
+            )
         stages: dict[int, list[int]] = {}
         for number, layer in enumerate(self.source.layers):
             stages.setdefault(layer.stage, []).append(number)
         return {
-            "name": self.name, "layers": layers, "points": self.scatter, "photos": self.photos, "small": self.small,
-            "stages": stages, "blocks": [layer.block for layer in self.source.layers],
+            "name": self.name,
+            "layers": layers,
+            "points": self.scatter,
+            "photos": self.photos,
+            "small": self.small,
+            "stages": stages,
+            "blocks": [layer.block for layer in self.source.layers],
             "images": [[image.key, image.label, image.predicted] for image in self.source.images],
-        }  # fmt: skip
+        }
 
     def _routes(self) -> Iterator[tuple[int, int]]:
         for number in self.shown:
