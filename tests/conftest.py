@@ -30,7 +30,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.fixture(autouse=True)
 def _seed_and_nan_fill() -> Iterator[None]:
-    """Seeds; and torch.empty, in Python and C++, gives NaN (the largest integer for integer types)."""
+    """One thread, seeds; and torch.empty, in Python and C++, gives NaN (the largest integer for integer types)."""
+    torch.set_num_threads(1)  # commands and benchmarks under test set their own
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

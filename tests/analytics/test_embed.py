@@ -189,7 +189,7 @@ def test_the_key_does_not_depend_on_memory_layout():
         (np.ones((4, 3)), {"method": "tnse"}, r"embed\(method='tnse'\): no such method. Did you mean 'tsne'"),
         (np.ones((1, 3)), {}, r"embed\(features\(1, 3\), method='pca'\): expected .* at least two points"),
         (np.ones(3), {}, "at least two points"),
-        (np.ones((4, 3)), {"first": 1}, "first=1 principal components leave no plane"),
+        (np.ones((4, 3)), {"first": 1}, "first=1 principal components do not span a plane"),
         (np.ones((4, 3)), {"perplexity": 3}, "PCA has no options, got perplexity"),
         (np.full((4, 3), np.inf), {}, "features contain NaN or Inf"),
     ],

@@ -51,7 +51,7 @@ def changed(folder, **values):
 )
 def test_another_model_or_request_overwrites_nothing(place, copy, options, sentence):
     before = digest(copy)
-    with pytest.raises(StoreError, match=rf"{sentence}.*nothing was changed\. Name another folder\."):
+    with pytest.raises(StoreError, match=rf"{sentence}.*nothing was changed\. Choose another folder\."):
         collect(cases.request(place[1], **{"keep": 1, **options}), copy)
     assert digest(copy) == before
 
@@ -171,7 +171,7 @@ def test_names_that_it_does_not_hold(place):
         store.pixels(f"{key}x")
     with pytest.raises(KeyError, match="it holds no image -1 of 3"):
         store.pixels(-1)
-    with pytest.raises(NotStoredError, match=r"of this image no matrices are stored, only of 1 others; .*keep="):
+    with pytest.raises(NotStoredError, match=r"no matrices are stored for this image, only for 1 others; .*keep="):
         store.matrix(0, 1)
     with pytest.raises(IndexError, match=r"token 16: expected the index of a token, 0\.\.15"):
         store.mean_row(0, 16)

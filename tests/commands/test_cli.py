@@ -195,7 +195,7 @@ def test_cards_that_are_none(capsys, weights, tmp_path, card, message):
 def test_a_folder_that_cannot_be_written(capsys, weights, tmp_path):
     (tmp_path / "file").touch()
     said = refused(capsys, "--weights", weights, "--out", str(tmp_path / "file" / "out"))
-    assert "file/out: this folder cannot be written (Not a directory); name another." in said
+    assert "file/out: cannot write this folder (Not a directory); choose another." in said
 
 
 def test_a_device_that_is_not_there(capsys, weights, tmp_path, monkeypatch):

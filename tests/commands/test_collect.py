@@ -72,7 +72,7 @@ def test_images_of_which_none_can_be_read(place, weights, capsys):
     for name in "ab":
         (place / "bad" / f"{name}.png").write_bytes(b"no image")
     arguments = ("--model", "vmamba_micro", "--weights", weights, "--data", "bad", "--out", "store")
-    sentence = "none of the 2 images of bad could be used; the first: bad: "
+    sentence = "none of the 2 images of bad could be used; first reason: bad: "
     assert sentence in refused(capsys, *arguments)
     assert not (place / "store").exists()
     (place / "store").mkdir()  # what was there stays there
@@ -86,7 +86,7 @@ def test_images_of_which_none_can_be_read(place, weights, capsys):
     ("arguments", "sentence"),
     [
         (["--data", "empty"], "--data empty: it holds no images."),
-        (["--data", "absent"], "there is no file or folder 'absent'"),
+        (["--data", "absent"], "no such file or folder 'absent'"),
         (["--data", "a.zip"], "it has several parts; choose one"),
         (["--data", "photos", "--limit", "0"], "--limit 0: expected a number from 1 on"),
         (["--data", "photos", "--keep", "-1"], "--keep -1: expected a number from 0 on"),
@@ -120,7 +120,7 @@ def test_named_images_are_kept(place, weights, capsys):
     arguments = ("--model", "vmamba_micro", "--weights", weights, *asked)
     for keep, sentence in (
         ("red/9.png", "--keep red/9.png: photos has no such image. Did you mean 'red/0.png'"),
-        ("0.png", "--keep 0.png: 3 images are named so, "),
+        ("0.png", "--keep 0.png: 3 images match, "),
         (" , ", "--keep ' , ': expected a number, or names of images between commas."),
         ("1", "this store is of --keep red/0.png,red/far/b.png, not --keep 1; nothing was changed"),
     ):

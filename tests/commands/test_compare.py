@@ -128,8 +128,8 @@ def test_photos_without_labels(place, models, capsys):
     ("arguments", "message"),
     [
         (["--data", ""], "--data '': give a folder of images, ZIP, ZIP:PART"),
-        (["--data", "none"], "--data none: there is no file or folder 'none'; give a folder of images, ZIP, ZIP:PART"),
-        (["--data", "a.zip:box"], "there is no folder 'box' in it. Its parts: boxes."),
+        (["--data", "none"], "--data none: no such file or folder 'none'; give a folder of images, ZIP, ZIP:PART"),
+        (["--data", "a.zip:box"], "it has no folder 'box'. Its parts: boxes."),
         (["--data", "photos", "--methods", "raw_atention"], "no such method. Did you mean 'raw_attention'"),
         (["--data", "photos", "--methods", ","], "--methods ,: expected 'all' or names."),
         (["--data", "photos", "--measures", "sanitty"], "there is no measure 'sanitty'. Did you mean 'sanity'?"),

@@ -127,7 +127,7 @@ def test_a_collection_is_averaged_image_by_image(tmp_path, weights, capsys):
         (["--layer", "7"], "--layer 7: no such layer; vim_micro has 2 layers, 0..1."),
         (["--limit", "0"], "--limit 0: expected a number from 1 on"),
         (["--model", "vim_mikro"], "no such model"),
-        (["--data", "nowhere.zip"], "--data nowhere.zip: there is no file or folder 'nowhere.zip'"),
+        (["--data", "nowhere.zip"], "--data nowhere.zip: no such file or folder 'nowhere.zip'"),
         (["a.jpg", "--data", "photos"], "--data photos: give a collection or IMAGE (a.jpg), not both."),
         (["nowhere.jpg"], "there is no file or folder 'nowhere.jpg'"),
     ],
@@ -147,7 +147,7 @@ def test_no_good_images_and_missing_packages(tmp_path, weights, capsys, monkeypa
     assert erf(tmp_path / "broken.jpg", *options) == 2
     said = capsys.readouterr().err.splitlines()
     assert any("skipped: " in line and "broken.jpg: this is not an image" in line for line in said)
-    assert said[-1] == "mamba-attn erf: receptive_field(images): there are none."
+    assert said[-1] == "mamba-attn erf: receptive_field(images): expected at least one image, got none."
     assert not list((tmp_path / "out").iterdir())
     monkeypatch.setitem(command._NEEDED, "no_such_module", "no-such-package")
     assert "no-such-package not installed: pip install 'mamba_attn[explain]'" in refused(capsys)

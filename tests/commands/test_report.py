@@ -52,7 +52,7 @@ def test_what_is_left_out_is_said(folder, tmp_path, capsys, monkeypatch):
         (["{store}", "--out", "a.html", "--size", "0"], "--size 0: expected 10^6 bytes, from 0.5 to 1000"),
         (["{store}", "--out", "a.html", "--size", "nan"], "--size nan: expected 10^6 bytes"),
         (["{store}", "--out", "a.html", "--images", "-1"], "--images -1: expected a number from 0 on"),
-        (["empty", "--out", "a.html"], "empty: this folder is no store of mamba-attn collect"),
+        (["empty", "--out", "a.html"], "empty: this folder is not a store of mamba-attn collect"),
     ],
 )
 def test_refusals(folder, tmp_path, capsys, monkeypatch, options, sentence):

@@ -117,12 +117,12 @@ def test_without_h5py_the_remedy_is_named(tmp_path, monkeypatch):
     [
         ("none.zip", "no such file or folder"),
         ("a.zip", "it has several parts; choose one. Its parts: boxes, digits."),
-        ("a.zip:boxs", "there is no folder 'boxs' in it. Its parts: boxes, digits."),
+        ("a.zip:boxs", "it has no folder 'boxs'. Its parts: boxes, digits."),
         ("text.zip", "this is not a zip file"),
         ("text.txt", "expected a folder, a .zip or a .mat file"),
         ("empty", "it holds no images"),
-        ("bad.zip", "labels.csv is not such a table as was expected"),
-        ("digits.zip:digits/test", "there is no folder 'digits/test'"),
+        ("bad.zip", "labels.csv is not a valid table"),
+        ("digits.zip:digits/test", "it has no folder 'digits/test'"),
     ],
 )
 def test_what_is_no_collection(tmp_path, monkeypatch, selector, message):
@@ -163,7 +163,7 @@ def test_a_damaged_stream_in_a_zip_is_an_error_of_its_image(tmp_path):
     content = bytearray(path.read_bytes())
     content[start : start + 300] = bytes(byte ^ 0x5A for byte in content[start : start + 300])
     path.write_bytes(content)
-    with pytest.raises(ImageError, match=r"a\.zip: 0\.ppm: the zip is damaged there"):
+    with pytest.raises(ImageError, match=r"a\.zip: 0\.ppm: the zip is damaged at this file"):
         open_data(str(path)).load(0, WHOLE)
 
 
@@ -197,7 +197,7 @@ def test_masks_that_are_absent_or_in_colours(tmp_path):
     data = open_data(str(tmp_path))
     places = {item.key: index for index, item in enumerate(data.items)}
     assert data.load(places["0.png"], WHOLE).inside is None
-    with pytest.raises(ImageError, match=r"1\.png: its mask is in colours; expected 8-bit grey"):
+    with pytest.raises(ImageError, match=r"1\.png: its mask has colours; expected 8-bit grey"):
         data.load(places["1.png"], WHOLE)
 
 

@@ -210,7 +210,7 @@ def test_distance_and_what_is_shown():
         ({"query": "class", "pixel": (4, 3)}, ValueError, "give only one of query, pixel and box"),
         ({"query": "middle"}, ValueError, "query='middle'.: expected 'class'"),
         ({"images": images(1)[0]}, ValueError, r"images\(3, 40, 24\) of torch.float64.: expected normalised images"),
-        ({"images": []}, ValueError, "there are none"),
+        ({"images": []}, ValueError, "expected at least one image, got none"),
         ({"images": [images(1), images(1, (24, 40))]}, ValueError, "24 x 40 pixels after 40 x 24"),
         ({"layer": "layers.2.mixr"}, UnknownLayerError, r"'layers.2.mixr'.*Did you mean 'layers\.2\.mixer'"),
     ],
@@ -263,7 +263,7 @@ def test_a_layer_whose_tokens_nothing_returns():
         model(images(1))
     with Features(model) as features:
         pass
-    with pytest.raises(UnsupportedModelError, match=r"no module after layers\.2\.mixer returns its 16 tokens; name"):
+    with pytest.raises(UnsupportedModelError, match=r"no module after layers\.2\.mixer returns its 16 tokens; choose"):
         features.of(record.layers[-1])
 
 

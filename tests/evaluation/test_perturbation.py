@@ -138,7 +138,7 @@ def test_what_is_refused():
     model, images, maps = setting()
     maps[1, 0, 0] = torch.nan
     target = torch.tensor([1, 1])
-    with pytest.raises(NonFiniteError, match=r"maps: those of the images \[1\] hold NaN or Inf"):
+    with pytest.raises(NonFiniteError, match=r"maps: those of the images \[1\] contain NaN or Inf"):
         perturbation.perturb(model, images, maps, target, cell=4)
     with pytest.raises(ValueError, match="expected a map per image in pixels"):
         perturbation.perturb(model, images, maps[:, :4], target, cell=4)

@@ -262,7 +262,7 @@ def test_labels_as_targets(models, tmp_path):
     folder = cases.class_folders(tmp_path / "photos", 2, ["red", "green", "boat"])
     wanted = small(models[:1], str(folder), measures=("perturbation",), options=Options(target="label"))
     wanted.check()
-    assert "photos: 1 of its 3 classes are none of vim_micro's." in wanted.notes
+    assert "photos: 1 of its 3 classes are not among vim_micro's." in wanted.notes
     (table,) = summarise(wanted, done(wanted, tmp_path / "s.jsonl"))
     assert table.figures["deletion"]["raw_attention"].images == 4
     reasons = " ".join(table.failed["raw_attention"])

@@ -217,7 +217,7 @@ def test_what_the_kernels_do_not_take_is_a_sentence() -> None:
     record = make(SMALL)
     with machine("host", shared_limit=9000):
         wide = make(Case(batch=1, routes=1, channels=2, states=40, grid=(1, 4)))
-        fused._said.clear()
+        fused._warned.clear()
         with pytest.warns(UserWarning, match="leaves its CUDA kernel out here .*: 40 states need 10,752 bytes"):
             assert ops.selective_scan(wide).isfinite().all()
         with pytest.raises(

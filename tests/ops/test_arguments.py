@@ -80,7 +80,7 @@ def test_errors_say_the_call_back() -> None:
 
 def test_insisting_on_a_backend_never_falls_back() -> None:
     delta, A, B, C = (x.double() for x in tensors())
-    with pytest.raises(BackendUnavailableError, match="'native' was insisted upon, but it computes in float32"):
+    with pytest.raises(BackendUnavailableError, match="'native' was requested, but it computes in float32"):
         ops.hidden_attention(delta, A, B, C, backend="native")
     assert ops.hidden_attention(delta, A, B, C).dtype == torch.float64  # left to itself it finds another
 

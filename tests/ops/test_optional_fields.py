@@ -345,5 +345,5 @@ def test_shapes_that_do_not_agree_are_refused() -> None:
         record.replace(source_gain=record.source_delta[..., :-1])
     with pytest.raises(ValueError, match=r"D must be \(routes, channels\) = \(2, 6\) or \(batch, channels, tokens\)"):
         record.replace(D=torch.ones(BATCH, CHANNELS, TOKENS - 1))
-    with pytest.raises(ValueError, match="here routes have inputs of their own; give u once"):
+    with pytest.raises(ValueError, match="these routes have inputs of their own; give u once"):
         make(Special(skip="tokens"))

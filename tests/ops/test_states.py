@@ -117,7 +117,7 @@ def test_extremes():
         ({"routes": [0, -1]}, r"routes=\[0, -1\]: -1 must be an integer in 0..1"),
         ({"channels": [4, 5]}, r"5 must be an integer in 0..4"),
         ({"channels": True}, r"True must be an integer"),
-        ({"channels": []}, r"channels=\[\] names none; leave it out for all 5"),
+        ({"channels": []}, r"channels=\[\] is empty; leave it out for all 5"),
         ({"backend": "magic"}, r"backend='magic' is not one of"),
     ],
 )

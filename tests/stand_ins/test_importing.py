@@ -229,9 +229,7 @@ def test_kernels_are_defined_and_refuse_to_be_launched(code):
     assert own_kernel.SIZES == [32, 64]
     assert own_kernel.add_one.__doc__ == "Adds one."
     assert own_kernel.WIDE.value == 64
-    with pytest.raises(
-        BackendUnavailableError, match=r"Triton kernel 'add_one' was launched, and on the CPU it cannot"
-    ):
+    with pytest.raises(BackendUnavailableError, match=r"Triton kernel 'add_one' was launched, but cannot run on a CPU"):
         own_kernel.run(torch.ones(3))
     with pytest.raises(BackendUnavailableError, match="'other' was launched"):
         own_kernel.other(1, 2)

@@ -168,7 +168,7 @@ def test_mamba_is_its_equations(bias):
 def test_mamba_says_what_it_cannot():
     with pytest.raises(TypeError, match=r"bimamba_type: these belong to a fork .*mamba-1p1p1"):
         Mamba(6, bimamba_type="v2")
-    with pytest.raises(NotImplementedError, match="whole sequences, not for steps with a cache"):
+    with pytest.raises(NotImplementedError, match="whole sequences, not steps with a cache"):
         Mamba(6)(torch.randn(1, 3, 6), object())
     for refused in (mamba_ssm.GenerationMixin().generate, mamba_ssm.InferenceParams, mamba_ssm.load_config_hf):
         with pytest.raises(NotImplementedError, match="needs the package transformers"):

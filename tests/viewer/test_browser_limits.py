@@ -91,6 +91,6 @@ def test_side_by_side_views_line_up_and_what_cannot_be_saved_says_why(explorer):
         first, second = (page.locator(f".graph.{view}").nth(pane).bounding_box() for pane in (0, 1))
         assert first["y"] == second["y"]
     page.get_by_text("gate", exact=True).first.click()
-    page.locator(".notice", has_text="Gate and D belong to an image").wait_for()
+    page.locator(".notice", has_text="Gate and D exist for single images only").wait_for()
     page.get_by_title("save the patches view as PNG").first.click()
-    page.locator("#message", has_text="Gate and D belong to an image").wait_for()
+    page.locator("#message", has_text="Gate and D exist for single images only").wait_for()

@@ -101,7 +101,7 @@ def whole_way(fake_cuda: FakeCuda) -> None:
         ("cuInit", 803, BackendUnavailableError, "restart the machine"),
         ("cuInit", 999, BackendUnavailableError, "Check the driver with nvidia-smi"),
         ("cuInit", 12345, BackendUnavailableError, r"unknown error \(unknown, 12345\)"),
-        ("cuDevicePrimaryCtxRetain", 46, BackendUnavailableError, "open cuda:0.*Another process holds the GPU"),
+        ("cuDevicePrimaryCtxRetain", 46, BackendUnavailableError, "open cuda:0.*Another process uses the GPU"),
         ("cuDevicePrimaryCtxRetain", 2, torch.cuda.OutOfMemoryError, "CUDA out of memory: .*open cuda:0.*empty_cache"),
         ("load cubin", 200, ImageRejectedError, "log of load cubin.*Update the NVIDIA driver"),
         ("load cubin", 209, ImageRejectedError, "Update the NVIDIA driver, or install a torch built for an older CUDA"),
