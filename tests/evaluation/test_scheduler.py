@@ -266,7 +266,7 @@ def test_labels_as_targets(models, tmp_path):
     (table,) = summarise(wanted, done(wanted, tmp_path / "s.jsonl"))
     assert table.figures["deletion"]["raw_attention"].images == 4
     reasons = " ".join(table.failed["raw_attention"])
-    assert "'boat' is no class of vim_micro, so that there is no target." in reasons
+    assert "'boat' is no class of vim_micro, so there is no target." in reasons
 
 
 def test_every_model_finds_its_collection(tmp_path):

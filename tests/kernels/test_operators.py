@@ -218,7 +218,7 @@ def test_what_the_kernels_do_not_take_is_a_sentence() -> None:
     with machine("host", shared_limit=9000):
         wide = make(Case(batch=1, routes=1, channels=2, states=40, grid=(1, 4)))
         fused._warned.clear()
-        with pytest.warns(UserWarning, match="leaves its CUDA kernel out here .*: 40 states need 10,752 bytes"):
+        with pytest.warns(UserWarning, match="skips its CUDA kernel here .*: 40 states need 10,752 bytes"):
             assert ops.selective_scan(wide).isfinite().all()
         with pytest.raises(
             BackendUnavailableError, match=r"40 states need 10,752 bytes of shared memory .* has 9,000; use"
