@@ -386,7 +386,8 @@ def _forward(door: _Door, *args: Any) -> Any:
     if any(watch.ruled for watch, _ in places):
         raise UnsupportedModelError(
             f"{type(places[0][1]).__name__}: no adapter recognises this module, and at the door of its scan the rules "
-            "of this method are not known."
+            "of this method are not known; use a method without rules (RawAttention, AttentionRollout, "
+            "MambaAttribution), or write an adapter (mamba_attn.register_adapter)."
         )
     inputs = _forward_inputs(args)
     if inputs is None:
