@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from numbers import Integral
 from threading import get_ident
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from mamba_attn.tracing.doors import Watch, open_doors, reaches_a_door
 from mamba_attn.tracing.layer_names import ByLayer, LayerName, LayerNames, layer_name, layer_names
 from mamba_attn.tracing.layers import AnyLayer, AttentionLayer, Layer, ScanLayer
 from mamba_attn.tracing.module_rules import check_rules_apply, install_rules
-from mamba_attn.tracing.patching import Interest, observed, patched, watch_layout
+from mamba_attn.tracing.patching import Interest, observed, patched, recomputing, watch_layout
 from mamba_attn.tracing.unseen import MIXES, Unseen, unseen_sentence
 
 _MODES = ("route", "observe")
@@ -53,6 +54,8 @@ class Trace(Mapping[str, Layer]):
         self._around = around
         self._stored: dict[str, tuple[int, Layer]] = {}
         self._repeated: set[str] = set()
+        self._thread = get_ident()
+        self._runs = 0  # of the model itself; parts of it may be called alone
 
     @property
     def _layers(self) -> dict[str, Layer]:
@@ -72,7 +75,7 @@ class Trace(Mapping[str, Layer]):
 
     @property
     def _names(self) -> list[str]:
-        return list(dict.fromkeys([*self._adapted, *(self._layers if self._doors is not None else ())]))
+        return list(dict.fromkeys([*self._adapted, *self._layers]))
 
     def __getitem__(self, name: LayerName) -> Layer:
         if not isinstance(name, str):
@@ -82,7 +85,7 @@ class Trace(Mapping[str, Layer]):
             raise UnknownLayerError(f"no traced layer is called {name!r}. {nearest(name, self._names)}")
         if name not in self._layers:
             raise TraceError(f"{name} has not run: call the model inside the with-block first, then read the trace.")
-        if name in self._repeated or (self._doors is not None and self._doors.runs > 1):
+        if name in self._repeated or self._runs > 1:
             raise TraceError(f"{name} ran twice inside one trace(): use one trace per forward pass.")
         return self._layers[name]
 
@@ -222,11 +225,20 @@ class Trace(Mapping[str, Layer]):
         if not self._layers:
             raise TraceError("no layer has run yet: call the model inside the with-block first, then read the trace.")
 
+    def _starts(self, *_: Any) -> None:
+        """Count the model's own runs, which tell a second forward pass from a mixer that one pass calls twice."""
+        measuring = self._doors is not None and self._doors.watch.suspended
+        self._runs += get_ident() == self._thread and not recomputing() and not measuring
+
     def _store(self, layer: Layer) -> None:
         watch = None if self._doors is None else self._doors.watch
         if watch is not None and watch.suspended:
             return  # the model runs for us, to measure
-        if layer.name in self._stored:
+        if layer.name in self._stored and self._runs == 1:  # one forward calls the mixer again: another layer
+            name, number = layer.name, 2
+            while layer.name in self._stored:
+                layer.name, number = f"{name}#{number}", number + 1
+        elif layer.name in self._stored:
             self._repeated.add(layer.name)
         self._stored[layer.name] = (0 if watch is None else len(watch.calls), layer)
 
@@ -324,6 +336,7 @@ def trace(
         for name, (module, adapter) in mixers.items():
             interest = Interest(name, record._store, seen, adapter, attention, rules, get_ident())
             stack.enter_context(patched(module, interest) if mode == "route" else observed(module, interest))
+        stack.callback(model.register_forward_pre_hook(record._starts, prepend=True).remove)
         if doors is not None:
             doors.install(stack)
             stack.enter_context(open_doors(doors.watch))

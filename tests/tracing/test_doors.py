@@ -419,7 +419,7 @@ def test_scans_of_other_names_and_signatures():
 
 def test_rules_are_refused_at_doors():
     with pytest.raises(
-        UnsupportedModelError, match="Scan: no adapter recognises this module, and .* use a method without rules"
+        UnsupportedModelError, match=r"Scan: no adapter recognises this module, and .* use a method without rules"
     ):
         attribution.MambaLRP(Net(Line()).eval()).attribute(images(), target=0)
 

@@ -239,3 +239,31 @@ def test_a_copy_made_inside_a_trace_is_a_plain_model() -> None:
         twin.layers[0].mixer.out_proj.weight.mul_(2)
         assert not torch.equal(twin(x), expected)
         assert torch.equal(model(x), expected)
+
+
+class Parallel(torch.nn.Module):
+    """One mixer for three parts of the channels, as UltraLight VM-UNet has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer = mamba_attn.models.create("vim_micro", depth=1, embed_dim=16).layers[0].mixer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.mixer(part) for part in x.chunk(3, -1)], -1)
+
+
+@pytest.mark.parametrize("mode", ["route", "observe"])
+def test_calls_of_one_mixer_in_one_forward_are_several_layers(mode):
+    model, x = Parallel().eval(), torch.randn(2, 7, 48)
+    with torch.no_grad(), mamba_attn.trace(model, mode=mode) as trace:
+        model(x)
+    assert list(trace) == trace.names == ["mixer", "mixer#2", "mixer#3"]
+    for name, part in zip(trace, x.chunk(3, -1), strict=True):
+        with torch.no_grad(), mamba_attn.trace(model.mixer, mode=mode) as alone:
+            model.mixer(part)
+        torch.testing.assert_close(trace[name].attention(), alone[0].attention(), rtol=1e-5, atol=1e-7)
+    with torch.no_grad(), mamba_attn.trace(model, mode=mode) as twice:
+        model(x)
+        model(x)
+    with pytest.raises(TraceError, match="mixer ran twice inside one trace"):
+        twice["mixer"]
