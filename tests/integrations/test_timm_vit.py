@@ -350,19 +350,23 @@ class Caller(nn.Module):
         (WindowAttention(24, 3, window_size=4), r"it has mask, .*relative_position_bias_table, .*window_size"),
     ],
 )
-def test_other_attention_is_refused_by_name(attention: nn.Module, reason: str) -> None:
-    name = type(attention).__name__
-    with pytest.raises(UnsupportedModelError, match=rf"attn \({name}, family timm ViT\): {reason}"):
-        with mamba_attn.trace(Caller(attention)):
-            pass
+def test_other_attention_is_refused_by_name_where_it_goes_through_no_door(attention: nn.Module, reason: str) -> None:
+    model, x = Caller(attention).eval(), torch.randn(2, 16, 24)
+    attention.fused_attn = True
+    with torch.no_grad(), mamba_attn.trace(model) as trace:
+        model(x)
+    assert list(trace.softmax) == ["attn"]
+    attention.fused_attn = False
+    with pytest.raises(UnsupportedModelError, match=rf"attn: {reason}"), mamba_attn.trace(model):
+        model(x)
 
 
-def test_attention_without_dropout_is_refused() -> None:
+def test_attention_without_dropout_is_no_attention_that_the_adapter_knows() -> None:
     attention = build("vit")[0].blocks[0].attn
     del attention.attn_drop
-    with pytest.raises(UnsupportedModelError, match="it has no attn_drop, so it is another kind of attention"):
-        with mamba_attn.trace(Caller(attention)):
-            pass
+    reason = TimmViTAdapter().refusal(attention, attention)
+    assert reason is not None
+    assert "it has no attn_drop, so it is another kind of attention" in reason
 
 
 @pytest.mark.parametrize(
