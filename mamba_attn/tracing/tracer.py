@@ -331,11 +331,12 @@ def trace(
     }
     known = {name: mixer for name, mixer in found.items() if name not in refused}
     adapted = [module for module, _ in known.values()]
-    at_doors = bool(refused) or reaches_a_door(model) or reaches_attention(model, adapted)
+    unnamed = bool(refused) or reaches_a_door(model) or reaches_attention(model, adapted)
+    at_doors = unnamed or reaches_attention(model)  # also where an adapter turns out not to compute what it should
     if not known and not at_doors:
         raise nothing_found(model, adapters)
     # at doors nobody knows the layers' names before they run
-    chosen = list(known) if layers is None or at_doors else layer_names("trace(layers=...)", layers, list(known))
+    chosen = list(known) if layers is None or unnamed else layer_names("trace(layers=...)", layers, list(known))
     mixers = {name: known[name] for name in chosen}
     for name, (module, adapter) in mixers.items():
         require_supported(name, module, adapter, model)
@@ -346,7 +347,7 @@ def trace(
         watch = Watch(model, set(adapted), attention, ruled=rules is not None)
         doors = DoorScans(model, watch, seen, layout, orders, refused=refused)
     around = Unseen(model, list(known))
-    record = Trace(list(mixers), doors, layers if at_doors else None, around)
+    record = Trace(list(mixers), doors, layers if unnamed else None, around)
     with ExitStack() as stack:
         families = dict.fromkeys(adapter for _, adapter in found.values())  # also of mixers that were not asked for
         sources = [source for adapter in families for source in adapter.layout_sources(model)]
@@ -379,7 +380,7 @@ def _apart_sentence(found: Mapping[str, tuple[nn.Module, AnyAdapter]], apart: Ma
     module, adapter = found[name]
     more = f", and {len(apart) - 1} more like it" if len(apart) > 1 else ""
     sentence = apart[name].sentence(name, module, adapter.family).rstrip(".")
-    return f"trace: {sentence}{more}. Its scans are taken where they enter a compiled selective scan instead."
+    return f"trace: {sentence}{more}. What enters a compiled scan or torch's attention is taken there instead."
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
