@@ -1,6 +1,6 @@
 """Checks the laws that every adapter must obey: ``check_adapter(model, inputs)``."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mamba_attn.core.scan_record import ScanRecord
-from mamba_attn.errors import MambaAttnError
+from mamba_attn.errors import MambaAttnError, UnsupportedModelError
 from mamba_attn.ops import reference
 from mamba_attn.ops.arguments import at_tokens
 from mamba_attn.tracing.adapters import Adapter, AnyAdapter, AttentionAdapter, find_mixers, nothing_found
+from mamba_attn.tracing.agreement import latest
 from mamba_attn.tracing.layers import AttentionLayer, Layer, ScanLayer
 from mamba_attn.tracing.tracer import Trace, trace
 
@@ -99,8 +100,9 @@ def check_adapter(
     if not mixers:
         raise nothing_found(model, adapters)
     with torch.no_grad():
-        with _unchanged(model), trace(model, adapters=adapters) as record:
+        with _agreeing(mixers), _unchanged(model), trace(model, adapters=adapters) as record:
             routed = _first_tensor(run(model, inputs))
+        mixers = {name: (module, _agreed(module, adapter)) for name, (module, adapter) in mixers.items()}
         with _spies(mixers, record) as seen:
             plain = _first_tensor(run(model, inputs))  # a model's own forward may set attributes
         with _unchanged(model), trace(model, adapters=adapters, mode="observe"):
@@ -109,6 +111,28 @@ def check_adapter(
     report = AdapterReport(_relative(routed, plain), torch.equal(observed, plain), layers)
     _require(report, tolerance)
     return report
+
+
+@contextmanager
+def _agreeing(mixers: Mapping[str, tuple[nn.Module, AnyAdapter]]) -> Iterator[None]:
+    """Raise LawError for a mixer whose own output is another than its adapter's."""
+    failed: UnsupportedModelError | None = None
+    try:
+        yield
+    except UnsupportedModelError as error:
+        failed = error
+    for name, (module, adapter) in mixers.items():
+        verdict = latest(module)
+        if verdict is not None and not verdict.agrees and verdict.adapter is not None:
+            raise LawError(verdict.sentence(name, module, adapter.family)) from failed
+    if failed is not None:
+        raise failed
+
+
+def _agreed(module: nn.Module, adapter: AnyAdapter) -> AnyAdapter:
+    """Of the adapter's alternatives the one that computes what the module does."""
+    verdict = latest(module)
+    return adapter if verdict is None or verdict.adapter is None else verdict.adapter
 
 
 @contextmanager
@@ -217,7 +241,10 @@ def _check_scans(layer: ScanLayer, module: nn.Module, adapter: Adapter, seen: Te
     channels = torch.linspace(0, scan.channels - 1, min(count, scan.channels)).round().long()
     y, above = _by_matrices(scan, channels), max(_above_diagonal(layer, route) for route in range(scan.routes))
     full = layer.y.double().index_copy(1, channels, y)
-    expected = adapter.scan_output(module, scan, full)[1]
+    # of alternatives with equal outputs one may hand it over in another form
+    alike = [adapter, *(each for each in adapter.alternatives(module) if isinstance(each, Adapter))]
+    forms = [each.scan_output(module, scan, full)[1] for each in alike]
+    expected = next((form for form in forms if form.shape == seen.shape), forms[0])
     return LayerReport(layer.name, _relative(expected, seen), above)
 
 

@@ -1,4 +1,8 @@
-"""Chooses the backend of a call: the one requested, or the fastest that can run it."""
+"""Chooses the backend of a call: the one requested, or the fastest that can run it.
+
+Channels that share a head's matrix (Mamba-2) are folded per head by "native" and "blocked". "fused" computes a matrix for
+every channel in its one launch, and "reference" is the definition, channel by channel.
+"""
 
 import os
 from pathlib import Path

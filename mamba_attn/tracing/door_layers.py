@@ -21,9 +21,9 @@ from mamba_attn.tracing.adapters import Seen
 from mamba_attn.tracing.doors import ScanCall, Watch
 from mamba_attn.tracing.frames import Place
 from mamba_attn.tracing.layers import ScanLayer
-from mamba_attn.tracing.patching import recomputing
 from mamba_attn.tracing.replay import Replay
 from mamba_attn.tracing.steps import Found, Steps, steps_of
+from mamba_attn.tracing.undisturbed import recomputing
 
 AnyLayout = TokenLayout | Mapping[str, TokenLayout] | Callable[[str, int], TokenLayout | None]
 AnyOrders = Tensor | Mapping[str, Tensor] | Callable[[str, int, int], Tensor | None]

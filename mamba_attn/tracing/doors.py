@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from mamba_attn import ops
 from mamba_attn.errors import TraceError, UnsupportedModelError
-from mamba_attn.tracing.patching import recomputing
 from mamba_attn.tracing.scan_states import ScanStates
+from mamba_attn.tracing.undisturbed import recomputing
 
 _DEPTH = 4  # a model's file names a mixer's, that one a function's, and that one a compiled module
 _NO_DOORS = ("torch", "builtins", "numpy", "timm", "transformers", "einops", "typing", "functools")
@@ -259,9 +259,10 @@ def open_doors(watch: Watch) -> Iterator[Watch]:
 
 
 @contextmanager
-def suspended(watch: Watch) -> Iterator[None]:
+def suspended(watch: Watch | None) -> Iterator[None]:
     """Let the other traces of this thread see nothing, while a model runs for one of ours."""
-    others = [other for other in tuple(_open) if other is not watch and other.thread == watch.thread]
+    thread = get_ident()
+    others = [other for other in tuple(_open) if other is not watch and other.thread == thread]
     before = [other.suspended for other in others]
     for other in others:
         other.suspended = True

@@ -1,10 +1,8 @@
 """Steps: what measuring says of one call's steps, image by image, and how long it is remembered."""
 
-import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from mamba_attn._types import Int
 from mamba_attn.tracing.doors import ScanCall
 from mamba_attn.tracing.frames import Measured, Place, agrees, measure
 from mamba_attn.tracing.replay import Replay
+from mamba_attn.tracing.undisturbed import settings, versions
 
 _PAIR = 2  # images that are measured of a larger batch: enough to see whether orders differ, and how rows are laid
 
@@ -61,9 +60,9 @@ def steps_of(model: nn.Module, replay: Replay, calls: Sequence[ScanCall]) -> Fou
     """
     batch = replay.batch
     small = replay if batch is None or batch <= _PAIR else replay.changed(lambda tensor: tensor[:_PAIR])
-    key = (small.key, _settings(model))
+    key = (small.key, settings(model))
     remembered = _remembered.setdefault(model, {})
-    now = _versions(model)
+    now = versions(model)
     if key in remembered:
         then, measured = remembered[key]
         if then == now or agrees(model, small, measured):
@@ -133,26 +132,3 @@ def _by_image(place: Place, rows: int, batch: int | None) -> Steps | None:
         else:
             return None
     return Steps(index, token, tokens, place)
-
-
-def _versions(model: nn.Module) -> tuple[Any, ...]:
-    """What changes when anything writes to a model's parameters or buffers."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return tuple((tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in tensors)
-
-
-def _settings(model: nn.Module) -> int:
-    """A number for everything in the modules that is no tensor and may say how tokens are ordered."""
-    return hash(tuple((name, type(module), _simple(vars(module))) for name, module in model.named_modules()))
-
-
-def _simple(value: Any) -> Any:
-    if isinstance(value, dict):
-        return tuple((str(key), _simple(item)) for key, item in value.items() if not str(key).startswith("_"))
-    if isinstance(value, list | tuple):
-        return tuple(map(_simple, value))
-    if isinstance(value, functools.partial):
-        return _simple(value.func), _simple(value.args), _simple(value.keywords)
-    if isinstance(value, FunctionType):
-        return value.__qualname__
-    return value if isinstance(value, int | float | str | None) else type(value).__name__

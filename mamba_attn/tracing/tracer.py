@@ -22,12 +22,14 @@ from mamba_attn.core.rules import Rules
 from mamba_attn.errors import TraceError, UnknownLayerError, UnsupportedModelError, nearest
 from mamba_attn.tracing import patch_embedding
 from mamba_attn.tracing.adapters import AnyAdapter, Seen, find_mixers, nothing_found, require_supported
+from mamba_attn.tracing.agreement import Verdict
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders, DoorLayer, DoorScans
 from mamba_attn.tracing.doors import Watch, open_doors, reaches_a_door
 from mamba_attn.tracing.layer_names import ByLayer, LayerName, LayerNames, layer_name, layer_names
 from mamba_attn.tracing.layers import AnyLayer, AttentionLayer, Layer, ScanLayer
 from mamba_attn.tracing.module_rules import check_rules_apply, install_rules
-from mamba_attn.tracing.patching import Interest, observed, patched, recomputing, watch_layout
+from mamba_attn.tracing.patching import Interest, observed, patched, watch_layout
+from mamba_attn.tracing.undisturbed import recomputing
 from mamba_attn.tracing.unseen import MIXES, Unseen, unseen_sentence
 
 _MODES = ("route", "observe")
@@ -54,6 +56,7 @@ class Trace(Mapping[str, Layer]):
         self._around = around
         self._stored: dict[str, tuple[int, Layer]] = {}
         self._repeated: set[str] = set()
+        self._apart: dict[str, Verdict] = {}  # of mixers that their adapter does not compute, and that doors show
         self._thread = get_ident()
         self._runs = 0  # of the model itself; parts of it may be called alone
 
@@ -75,7 +78,8 @@ class Trace(Mapping[str, Layer]):
 
     @property
     def _names(self) -> list[str]:
-        return list(dict.fromkeys([*self._adapted, *self._layers]))
+        adapted = [name for name in self._adapted if name not in self._apart]
+        return list(dict.fromkeys([*adapted, *self._layers]))
 
     def __getitem__(self, name: LayerName) -> Layer:
         if not isinstance(name, str):
@@ -334,7 +338,10 @@ def trace(
         watch_layout(stack, model, sources or patch_embedding.layout_sources(model), seen)
         install_rules(stack, model, mixers, rules)
         for name, (module, adapter) in mixers.items():
-            interest = Interest(name, record._store, seen, adapter, attention, rules, get_ident())
+            at = None if doors is None else doors.watch
+            interest = Interest(
+                name, record._store, seen, adapter, attention, rules, get_ident(), record._apart.__setitem__, at
+            )
             stack.enter_context(patched(module, interest) if mode == "route" else observed(module, interest))
         stack.callback(model.register_forward_pre_hook(record._starts, prepend=True).remove)
         if doors is not None:
@@ -343,9 +350,20 @@ def trace(
         around.install(stack, (lambda: False) if doors is None else (lambda: doors.watch.suspended))
         yield record
     record._require_seen()
+    if record._apart:
+        warnings.warn(_apart_sentence(found, record._apart), UserWarning, stacklevel=3)
     # with rules, the method that brought them looks: looking calls modules, on which another trace may have its rules
     if layers is None and rules is None and record.unseen_mixers:
         warnings.warn(unseen_sentence("trace", record.unseen_mixers), UserWarning, stacklevel=3)
+
+
+def _apart_sentence(found: Mapping[str, tuple[nn.Module, AnyAdapter]], apart: Mapping[str, Verdict]) -> str:
+    """What to say of mixers whose adapters compute something else."""
+    name = max(apart, key=lambda name: (apart[name].adapter is not None, apart[name].number))
+    module, adapter = found[name]
+    more = f", and {len(apart) - 1} more like it" if len(apart) > 1 else ""
+    sentence = apart[name].sentence(name, module, adapter.family).rstrip(".")
+    return f"trace: {sentence}{more}. Its scans are taken where they enter a compiled selective scan instead."
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

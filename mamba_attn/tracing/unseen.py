@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mamba_attn.tracing.patching import recomputing
-from mamba_attn.tracing.undisturbed import undisturbed
+from mamba_attn.tracing.undisturbed import recomputing, undisturbed
 
 MIXES = "mixes tokens"
 NEAR = "mixes neighbouring tokens"

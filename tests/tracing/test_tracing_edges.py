@@ -11,7 +11,7 @@ from torch import nn
 
 import mamba_attn
 from mamba_attn.core.rules import Rules
-from mamba_attn.errors import TraceError, UnsupportedModelError
+from mamba_attn.errors import TraceError
 from mamba_attn.testing import LawError, check_adapter
 from mamba_attn.tracing.adapters import _registered, find_mixers
 
@@ -216,15 +216,6 @@ def test_mixers_inside_mixers_and_the_order_of_adapters() -> None:
         assert find_mixers(model)["layers.0.mixer"][1] is first
     finally:
         _registered.clear()
-
-
-def test_other_numbers_of_routes_are_refused() -> None:
-    model = vmamba()
-    op = model.layers[0].blocks[0].op
-    op.dt_projs_bias = nn.Parameter(torch.zeros(2, op.dt_projs_bias.shape[1]))
-    with pytest.raises(UnsupportedModelError, match="it has 2 routes; the cross-scan has 4"):
-        with mamba_attn.trace(model):
-            pass
 
 
 def test_a_copy_made_inside_a_trace_is_a_plain_model() -> None:

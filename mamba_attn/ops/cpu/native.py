@@ -18,7 +18,7 @@ from mamba_attn.core.order_check import require_distinct
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.ops import blocked
 from mamba_attn.ops.arguments import Weights, pick
-from mamba_attn.ops.backend import Backend
+from mamba_attn.ops.backend import Backend, by_route
 from mamba_attn.ops.cpu.build import library, library_problem
 from mamba_attn.ops.flat_records import (
     REST,
@@ -28,6 +28,7 @@ from mamba_attn.ops.flat_records import (
     keep,
     unflatten,
 )
+from mamba_attn.ops.heads import as_units, by_group, fold_heads, unit_width
 
 _LANES = 16
 _FOLDS = {"sum": 0, "mean": 0, "positive": 1, "absolute": 2, "each": 3}
@@ -108,6 +109,8 @@ class Native(Backend):
         self, record: ScanRecord, row_weight: Tensor | None, col_weight: Tensor | None, fold: str, merged: bool
     ) -> Tensor:
         """(batch, [channels,] tokens, tokens) merged, else (batch, routes, [channels,] length, length)."""
+        if unit_width(record) > 1:
+            return by_route(record, (row_weight, col_weight), merged, partial(fold_heads, _scan_ordered, fold=fold))
         if record.source_gain is not None:
             tensors = (record.source_delta, record.A, record.source_B, record.source_C, record.source_gain)
             if torch.is_grad_enabled() and any(
@@ -138,6 +141,10 @@ class Native(Backend):
 
 
 BACKEND = Native()
+
+
+def _scan_ordered(record: ScanRecord, weights: Weights, fold: str) -> Tensor:
+    return BACKEND.hidden_attention(record, *weights, fold, merged=False)
 
 
 def _scan(
@@ -395,31 +402,10 @@ def _gain_in_columns(record: ScanRecord, columns: Tensor | None) -> tuple[ScanRe
 
 def _groups(record: ScanRecord) -> list[ScanRecord]:
     """Expand shared heads and states, and give every group of B and C its own record."""
-    width, states = record.channels // record.heads, record.states
-    if width > 1:
-        record = record.replace(
-            source_delta=record.source_delta.repeat_interleave(width, dim=2),
-            A=record.A.repeat_interleave(width, dim=1),
-            source_gain=None if record.source_gain is None else record.source_gain.repeat_interleave(width, dim=2),
-        )
-    if record.A.shape[2] != states:
-        record = record.replace(A=record.A.expand(-1, -1, states))
-    groups = record.source_B.shape[2]
-    if groups == 1:
-        return [record]
-    size = record.channels // groups
-    return [
-        record.replace(
-            source_u=record.source_u[:, :, part],
-            source_delta=record.source_delta[:, :, part],
-            A=record.A[:, part],
-            source_B=record.source_B[:, :, group : group + 1],
-            source_C=record.source_C[:, :, group : group + 1],
-            D=None if record.D is None else record.D[:, part],
-            source_gain=None if record.source_gain is None else record.source_gain[:, :, part],
-        )
-        for group, part in enumerate(slice(g * size, (g + 1) * size) for g in range(groups))
-    ]
+    record = as_units(record, 1)
+    if record.A.shape[2] != record.states:
+        record = record.replace(A=record.A.expand(-1, -1, record.states))
+    return by_group(record)
 
 
 def _fold_groups(
