@@ -108,7 +108,7 @@ def check_adapter(
             plain = _first_tensor(run(model, inputs))  # a model's own forward may set attributes
         with _unchanged(model), trace(model, adapters=adapters, mode="observe"):
             observed = _first_tensor(run(model, inputs))
-        layers = tuple(_check_layer(name, *mixers[name], record, seen) for name in record)
+        layers = tuple(_check_layer(name, *mixers[_mixer_of(name, mixers)], record, seen) for name in record)
     report = AdapterReport(_relative(routed, plain), torch.equal(observed, plain), layers)
     _require(report, tolerance)
     return report
@@ -169,36 +169,50 @@ def _require(report: AdapterReport, tolerance: float) -> None:
 def _spies(mixers: dict[str, tuple[nn.Module, AnyAdapter]], record: Trace) -> Iterator[dict[str, Tensor]]:
     """Record the input of the submodule after every mixer's scans, called as a module or by its weight alone."""
     seen: dict[str, Tensor] = {}
+    runs: dict[str, int] = {}
     weights: dict[int, str] = {}
 
-    def keep(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen[name] = args[0]
+    def starts(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        runs[name] = runs.get(name, 0) + 1
+
+    def keep(name: str, value: Tensor) -> None:
+        seen[name if runs.get(name, 1) == 1 else f"{name}#{runs[name]}"] = value
 
     with ExitStack() as stack:
-        for name in record:
+        for name in dict.fromkeys(_mixer_of(each, mixers) for each in record):
             module, adapter = mixers[name]
+            stack.callback(module.register_forward_pre_hook(partial(starts, name)).remove)
             receiver, _ = _received(module, adapter, record[name])
-            stack.callback(receiver.register_forward_pre_hook(partial(keep, name)).remove)
+            stack.callback(receiver.register_forward_pre_hook(partial(_first_input, keep, name)).remove)
             if isinstance(receiver, nn.Linear):
                 weights[id(receiver.weight)] = name
-        stack.enter_context(_Products(weights, seen))
+        stack.enter_context(_Products(weights, keep))
         yield seen
 
 
-class _Products(TorchFunctionMode):
-    """Records what is multiplied by some weights: fused forwards read them and call no module."""
+def _mixer_of(layer: str, mixers: dict[str, tuple[nn.Module, AnyAdapter]]) -> str:
+    """The mixer that a layer is of; one that a forward calls again has layers mixer, mixer#2, ..."""
+    return layer if layer in mixers else layer.rpartition("#")[0]
 
-    def __init__(self, names: dict[int, str], seen: dict[str, Tensor]) -> None:
+
+def _first_input(keep: Callable[[str, Tensor], None], name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    keep(name, args[0])
+
+
+class _Products(TorchFunctionMode):
+    """Shows what is multiplied by some weights: fused forwards read them and call no module."""
+
+    def __init__(self, names: dict[int, str], keep: Callable[[str, Tensor], None]) -> None:
         super().__init__()
         self.names = names
-        self.seen = seen
+        self.keep = keep
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = self.names.get(id(args[1])) if func is F.linear and len(args) > 1 else None
         if name is not None:
-            self.seen[name] = args[0]
+            self.keep(name, args[0])
         return func(*args, **(kwargs or {}))
 
 

@@ -27,9 +27,13 @@ from mamba_attn.tracing.replay import Replay, as_it_was
 from mamba_attn.tracing.softmax_doors import SoftmaxCall, open_softmax_doors
 
 _SHARE = 0.2  # of a step's gradient that must come from its own cell; stricter limits chose inner tensors in silence
+_SMALLEST = torch.finfo(torch.float32).tiny
 _LOOKS = 2  # at tensors of one shape
 _NORMS = ("layer_norm_fn", "rms_norm_fn")  # fused norms are called as functions: what they return is looked at, too
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+_MEANS = (torch.mean, Tensor.mean, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+_SPREAD = (*_CONVOLUTIONS, *_MEANS, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_LITTLE = 1e-3  # of their gradient is kept: it may be all there is, as where routes are merged by a mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -307,21 +311,27 @@ def _look(stack: ExitStack, model: nn.Module, run: _Run) -> None:
 
 
 class _Centre(TorchFunctionMode):
-    """The value of a convolution that keeps the grid, the gradient of its middle tap: a step stays on its token."""
+    """Values as they are, and gradients that stay on their token.
+
+    Convolutions that keep the grid have the gradient of their middle tap. Means and other convolutions have little: a
+    gate made of all tokens, or the coarse grids inside a U-Net, would send every step's gradient to many.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func not in _CONVOLUTIONS or len(args) < 2:
+        if func not in _SPREAD or not out.requires_grad:
             return out
-        x, weight = args[:2]
-        if out.shape[2:] != x.shape[2:] or set(weight.shape[2:]) == {1} or not out.requires_grad:
-            return out
-        middle, at = torch.zeros_like(weight), (..., *(size // 2 for size in weight.shape[2:]))
-        middle[at] = weight.detach()[at]
-        only = func(x, middle, *args[2:], **(kwargs or {}))
-        return out.detach() + only - only.detach()
+        if func in _CONVOLUTIONS and len(args) > 1 and out.shape[2:] == args[0].shape[2:]:
+            x, weight = args[:2]
+            if set(weight.shape[2:]) == {1}:
+                return out
+            middle, at = torch.zeros_like(weight), (..., *(size // 2 for size in weight.shape[2:]))
+            middle[at] = weight.detach()[at]
+            only = func(x, middle, *args[2:], **(kwargs or {}))
+            return out.detach() + only - only.detach()
+        return out.detach() + _LITTLE * (out - out.detach())
 
 
 def _to_look_at(run: _Run, settled: Collection[int]) -> Iterator[int]:
@@ -348,7 +358,9 @@ def _to_look_at(run: _Run, settled: Collection[int]) -> Iterator[int]:
     for call in reversed(calls):
         around = {call.module[:end] for end, letter in enumerate(call.module + ".") if letter == "."}
         for number in reversed(range(len(run.tensors))):
-            if call in left() and run.tensors[number][0] in around and number not in looked and possible(number):
+            name = run.tensors[number][0]
+            near = name in around or name.startswith(f"{call.module}.")
+            if near and call in left() and number not in looked and possible(number):
                 looked.add(number)
                 yield number
 
@@ -389,11 +401,11 @@ def _noise(out: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Decoded:
-    """What a tensor says of one call: its place, whether no two steps of a row and group share a cell, its gradient."""
+    """What a tensor says of one call."""
 
     call: int
     place: Place
-    single: bool
+    single: bool  # no two steps of a row and group share a cell, and all of a row are in one image
     gradient: Tensor  # (rows, groups, width, length)
 
 
@@ -420,20 +432,32 @@ def _decoded(run: _Run, number: int, search: _Search) -> Iterator[_Decoded]:
     if not reached:
         return
     numbers = {i: torch.zeros(total[i][:, :, 0].shape, dtype=torch.long, device=out.device) for i in reached}
-    norms = {i: total[i].square().sum(2) for i in reached}
+    # a gate may leave some steps 1e-20 of what it leaves others; padding gets nothing
+    size = {i: total[i].abs().amax(2, keepdim=True) for i in reached}
+    unit = {i: total[i] / size[i].clamp_min(_SMALLEST) for i in reached}
     for bit in range(probe.bits):
         found = run.back(out, probe.with_bit(bit))
         for i in reached:  # nearer to all of the gradient than to none of it
-            numbers[i] += (2 * (total[i] * found[i]).sum(2) > norms[i]).long() << bit
+            part = found[i] / size[i].clamp_min(_SMALLEST)
+            numbers[i] += ((unit[i] * (2 * part - unit[i])).sum(2) > 0).long() << bit
     for i in reached:
-        size = norms[i].sqrt()
-        order = torch.where(size > 1e-3 * size.amax(), probe.cell_of(numbers[i]), -1)
-        single = all(bool((row[row >= 0].unique(return_counts=True)[1] == 1).all()) for row in order.flatten(0, 1))
+        order = torch.where(size[i].squeeze(2) > 0, probe.cell_of(numbers[i]), -1)
         first = total[i][:, :1]
         alike = float((total[i] - first).abs().max()) <= 1e-4 * float(first.abs().max())
         share = _shares(total[i], check[i], probe.weight, order)
         place = Place(order.cpu(), number, shape, axis, alike, share, name)
-        yield _Decoded(i, place, single and bool((order >= 0).any()), total[i])
+        yield _Decoded(i, place, _single(order, probe.cells // shape[0]), total[i])
+
+
+def _single(order: Tensor, image: int) -> bool:
+    """Whether no two steps of a row and group share a cell, and a row's steps lie in one image, of so many cells."""
+    landed = order >= 0
+    if not bool(landed.any()):
+        return False
+    if not all(bool((row[row >= 0].unique(return_counts=True)[1] == 1).all()) for row in order.flatten(0, 1)):
+        return False
+    images = torch.where(landed, order // image, -1).flatten(1)
+    return bool(((images < 0) | (images == images.amax(1, keepdim=True))).all())
 
 
 def _feature_axis(run: _Run, out: Tensor, wanted: Iterable[int]) -> int | None:
@@ -448,7 +472,9 @@ def _feature_axis(run: _Run, out: Tensor, wanted: Iterable[int]) -> int | None:
         for arrived in (found[i] for i in wanted if i in found):
             energy = arrived.square().sum(2).flatten().double()
             steps = float(energy.sum() ** 2 / energy.square().sum().clamp_min(1e-300))
-            if steps and (best is None or steps < best[0] * 0.999):
+            # of a scan of one step every axis reaches one: then features are the longest
+            longer = best is not None and steps < best[0] * 1.001 and out.shape[axis] > out.shape[best[1]]
+            if steps and (best is None or steps < best[0] * 0.999 or longer):
                 best = (steps, axis)
     return None if best is None else best[1]
 
@@ -464,8 +490,8 @@ def _shares(t: Tensor, c: Tensor, weight: Tensor, order: Tensor) -> float:
     """Part of a step's gradient that comes from its own cell, of the worst hundredth of steps that land somewhere."""
     order = order.to(t.device)
     own = weight[order.clamp_min(0)].unsqueeze(2).to(t)
-    size = t.square().sum(2).sqrt()
-    error = (c - t * own).square().sum(2).sqrt() / size.clamp_min(1e-30)
+    size = t.abs().amax(2, keepdim=True).clamp_min(_SMALLEST)
+    error = ((c - t * own) / size).norm(dim=2) / (t / size).norm(dim=2).clamp_min(_SMALLEST)
     share = (1 - error[order >= 0].clamp_max(1)).sort()[0]
     return float(share[len(share) // 100]) if len(share) else 0.0
 

@@ -253,6 +253,8 @@ def test_calls_of_one_mixer_in_one_forward_are_several_layers(mode):
         with torch.no_grad(), mamba_attn.trace(model.mixer, mode=mode) as alone:
             model.mixer(part)
         torch.testing.assert_close(trace[name].attention(), alone[0].attention(), rtol=1e-5, atol=1e-7)
+    report = check_adapter(model, x)
+    assert [layer.name for layer in report.layers] == list(trace)
     with torch.no_grad(), mamba_attn.trace(model, mode=mode) as twice:
         model(x)
         model(x)
