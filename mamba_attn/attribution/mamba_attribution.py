@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from mamba_attn import ops
 from mamba_attn._types import Float
 from mamba_attn.attribution.attention_rollout import Product, dense, of_one_token, roll_out_weighted
-from mamba_attn.attribution.maps import Row, Target, TokenAttribution
+from mamba_attn.attribution.maps import Row, TokenAttribution
 from mamba_attn.attribution.queries import Query, query_weights, single_token
+from mamba_attn.attribution.targets import Target
 from mamba_attn.core.rules import Rules
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError
@@ -81,7 +82,7 @@ class MambaAttribution(TokenAttribution):
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         if self._other is not None:
-            return self._other._explain(inputs, target, query)
+            return self._at_this_call(self._other)._explain(inputs, target, query)
         if not self.rollout:
             return self._rows(inputs, target, query)
         with self._traced(inputs, target, gradients=True, multiplied=True) as (record, logit):
@@ -98,9 +99,10 @@ class MambaAttribution(TokenAttribution):
 
     def _rows(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         """Return every layer's own row; the mean over all tokens needs nothing but the backward pass."""
-        with self._traced(inputs, target, gradients=True, rules=OwnInputs()) as (record, logit):
+        rules = None if self._call.trace is not None else OwnInputs()
+        with self._traced(inputs, target, gradients=True, rules=rules) as (record, logit):
             layers = require(self.called, record.layers, ScanLayer)
-            if query is None and all(map(reads_all, layers)):
+            if rules is not None and query is None and all(map(reads_all, layers)):
                 outputs, inner = own_gradients(layers, logit)
                 rows = [summed_rows(*each) for each in zip(layers, outputs, inner, strict=True)]
             else:

@@ -4,8 +4,9 @@ Everything installed is owned by one ExitStack and by one entry of the context m
 after normal exit, an exception, a failure half way through, nesting, or another thread's use of the same model.
 """
 
+import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from numbers import Integral
 from threading import get_ident
@@ -52,7 +53,9 @@ class Trace(Mapping[str, Layer]):
         doors: DoorScans | None = None,
         wanted: LayerNames | None = None,
         around: Unseen | None = None,
+        model: nn.Module | None = None,
     ) -> None:
+        self.model = model
         self._adapted = list(names)
         self._doors = doors
         self._wanted = wanted
@@ -62,10 +65,17 @@ class Trace(Mapping[str, Layer]):
         self._apart: dict[str, Verdict] = {}  # of mixers that their adapter does not compute, and that doors show
         self._thread = get_ident()
         self._runs = 0  # of the model itself; parts of it may be called alone
+        self._call: tuple[tuple[Any, ...], dict[str, Any], Any] | None = None
+        self._part: frozenset[str] | None = None
 
     @property
     def _layers(self) -> dict[str, Layer]:
-        """By name, in execution order: those of adapters, and those that were seen at doors."""
+        """By name, in execution order; of a part, those in it."""
+        layers = self._seen_layers()
+        return layers if self._part is None else {name: layers[name] for name in layers if name in self._part}
+
+    def _seen_layers(self) -> dict[str, Layer]:
+        """Those of adapters, and those that were seen at doors."""
         if self._doors is None:
             return {name: layer for name, (_, layer) in self._stored.items()}
         if not self._doors.watch.calls and not self._stored:
@@ -130,6 +140,35 @@ class Trace(Mapping[str, Layer]):
     def layers(self) -> list[Layer]:
         """The layers in execution order."""
         return [self[name] for name in self]
+
+    @property
+    def output(self) -> Any:
+        """What the model returned, with its graph.
+
+        Raises:
+            TraceError: the model has not run, or only parts of it did.
+        """
+        return self._ran()[2]
+
+    @property
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model was called with, (args, kwargs).
+
+        Raises:
+            TraceError: the model has not run, or only parts of it did.
+        """
+        args, kwargs, _ = self._ran()
+        return args, kwargs
+
+    def part(self, names: Collection[str]) -> "Trace":
+        """Return the same pass with only some of its layers.
+
+        Args:
+            names: of those.
+        """
+        found = copy.copy(self)
+        found._part = frozenset(names)
+        return found
 
     @property
     def scans(self) -> ByLayer[ScanLayer]:
@@ -247,6 +286,19 @@ class Trace(Mapping[str, Layer]):
         measuring = self._doors is not None and self._doors.watch.suspended
         self._runs += get_ident() == self._thread and not recomputing() and not measuring
 
+    def _ends(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Keep what went in and what came out."""
+        measuring = self._doors is not None and self._doors.watch.suspended
+        if get_ident() == self._thread and not recomputing() and not measuring:
+            self._call = (args, kwargs, output)
+
+    def _ran(self) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        if self._call is None:
+            raise TraceError("the model has not run: call it inside the with-block first, then read the trace.")
+        if self._runs > 1:
+            raise TraceError("the model ran twice inside one trace(): use one trace per forward pass.")
+        return self._call
+
     def _store(self, layer: Layer) -> None:
         watch = None if self._doors is None else self._doors.watch
         if watch is not None and watch.suspended:
@@ -347,7 +399,7 @@ def trace(
         watch = Watch(model, set(adapted), attention, ruled=rules is not None)
         doors = DoorScans(model, watch, seen, layout, orders, refused=refused)
     around = Unseen(model, list(known))
-    record = Trace(list(mixers), doors, layers if unnamed else None, around)
+    record = Trace(list(mixers), doors, layers if unnamed else None, around, model)
     with ExitStack() as stack:
         families = dict.fromkeys(adapter for _, adapter in found.values())  # also of mixers that were not asked for
         sources = [source for adapter in families for source in adapter.layout_sources(model)]
@@ -360,6 +412,7 @@ def trace(
             )
             stack.enter_context(patched(module, interest) if mode == "route" else observed(module, interest))
         stack.callback(model.register_forward_pre_hook(record._starts, prepend=True).remove)
+        stack.callback(model.register_forward_hook(record._ends, with_kwargs=True).remove)
         if doors is not None:
             doors.install(stack)
             stack.enter_context(open_doors(doors.watch))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mamba_attn._types import Float
 from mamba_attn.attribution.lrp.linear_backward import Entrance, LinearisedAttribution
 from mamba_attn.attribution.lrp.linear_rules import LinearRules
-from mamba_attn.attribution.maps import Target
+from mamba_attn.attribution.targets import Target
 from mamba_attn.core.attention_record import AttentionRecord
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.tracing.layer_names import LayerNames

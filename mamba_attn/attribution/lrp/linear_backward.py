@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from mamba_attn._types import Float
 from mamba_attn.attribution.lrp.linear_rules import LinearRules
-from mamba_attn.attribution.maps import Row, Target, TokenAttribution
+from mamba_attn.attribution.maps import Row, TokenAttribution
 from mamba_attn.attribution.queries import Query
+from mamba_attn.attribution.targets import Target
 from mamba_attn.errors import TraceError
 from mamba_attn.tracing.adapters import find_mixers
 from mamba_attn.tracing.layer_names import LayerNames, layer_names, listed_layers
@@ -54,6 +55,7 @@ class LinearisedAttribution(TokenAttribution):
     """
 
     reads_rows: ClassVar[bool] = False
+    takes_parts: ClassVar[bool] = False  # shares add up over all that the model is given
 
     def __init__(self, model: nn.Module, *, layers: LayerNames | None = None) -> None:
         super().__init__(model)  # traces all layers

@@ -15,7 +15,7 @@ from mamba_attn.attribution.lrp.linear_rules import (
     own_weight,
     same_value,
 )
-from mamba_attn.attribution.maps import Target
+from mamba_attn.attribution.targets import Target
 from mamba_attn.errors import nearest
 from mamba_attn.tracing.layer_names import ByLayer, LayerNames
 from mamba_attn.tracing.layers import ScanLayer, require
