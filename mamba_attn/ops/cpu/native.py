@@ -417,6 +417,7 @@ def _groups(record: ScanRecord) -> list[ScanRecord]:
             source_C=record.source_C[:, :, group : group + 1],
             D=None if record.D is None else record.D[:, part],
             source_gain=None if record.source_gain is None else record.source_gain[:, :, part],
+            gate=None if record.gate is None else record.gate[:, part],
         )
         for group, part in enumerate(slice(g * size, (g + 1) * size) for g in range(groups))
     ]
