@@ -17,7 +17,7 @@ from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.tracing.adapters import Seen
-from mamba_attn.tracing.doors import ScanCall, ScanInputs, Watch
+from mamba_attn.tracing.doors import ScanCall, Watch
 from mamba_attn.tracing.frames import Place
 from mamba_attn.tracing.layer_names import by_pattern
 from mamba_attn.tracing.layers import Layer, ScanLayer
@@ -492,9 +492,10 @@ def _one_layer(calls: Sequence[ScanCall | SoftmaxCall], found: Found, earlier: i
     if a is None or b is None or (earlier, later) in found.measured.chained:
         return False
     same_frame = a.place.tensor == b.place.tensor and a.rows.shape == b.rows.shape
-    first, second = calls[earlier].inputs, calls[later].inputs
-    if not isinstance(first, ScanInputs) or not isinstance(second, ScanInputs):
+    one, other = calls[earlier], calls[later]
+    if not isinstance(one, ScanCall) or not isinstance(other, ScanCall) or type(one.inputs) is not type(other.inputs):
         return False
+    first, second = one.inputs, other.inputs
     alike = (
         first.u.shape[:2] == second.u.shape[:2] and first.A.shape == second.A.shape and first.groups == second.groups
     )

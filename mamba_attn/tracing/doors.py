@@ -7,7 +7,7 @@ each call asks which of them it concerns: those of its own thread, or of any thr
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,16 @@ from torch import Tensor, nn
 
 from mamba_attn import ops
 from mamba_attn.errors import TraceError, UnsupportedModelError
-from mamba_attn.tracing.reachable import compiled_scans
+from mamba_attn.tracing.chunk_scans import (
+    ChunkInputs,
+    ScanParts,
+    backward_inputs,
+    forward_inputs,
+    recomputes,
+    scanned,
+    zeros,
+)
+from mamba_attn.tracing.reachable import CHUNK_SCANS, compiled_scans
 from mamba_attn.tracing.scan_states import ScanStates
 from mamba_attn.tracing.undisturbed import recomputing
 
@@ -84,18 +93,6 @@ class ScanInputs(NamedTuple):
         )
 
 
-class ScanParts(NamedTuple):
-    """A call's tensors as the operators take them: ``delta`` is after bias and softplus."""
-
-    u: Tensor  # (batch, groups, width, length)
-    delta: Tensor  # (batch, groups, width, length)
-    A: Tensor  # (groups, width, states)
-    B: Tensor  # (batch, groups, 1 or width, states, length)
-    C: Tensor  # as B
-    D: Tensor | None  # (groups, width)
-    z: Tensor | None  # (batch, groups, width, length)
-
-
 def _grouped(t: Tensor, split: tuple[int, int], size: tuple[int, int], constant: bool) -> Tensor:
     """B or C as (batch, groups, 1, states, length); with all channels spelt out where one of them is constant."""
     if t.ndim == 2:  # (channels, states): the same at every step
@@ -103,6 +100,9 @@ def _grouped(t: Tensor, split: tuple[int, int], size: tuple[int, int], constant:
         return spelt_out.expand(size[0], -1, -1, -1, size[1])
     t = (t.unsqueeze(1) if t.ndim == 3 else t).unsqueeze(2).expand(-1, split[0], -1, -1, -1)
     return t.expand(-1, -1, split[1], -1, -1) if constant else t
+
+
+AnyInputs = ScanInputs | ChunkInputs
 
 
 @dataclass(eq=False)
@@ -114,13 +114,13 @@ class ScanCall:
         run: which of that module's calls it was in, from 0.
         inputs: what was handed in.
         y: the scan's own output before its gate, (batch, channels, length).
-        states: what ``fwd`` handed out for ``bwd``.
+        states: what ``fwd`` handed out for ``bwd``; of a chunk scan its output.
         attention: (fold, matrix per group in scan order) when one was asked for.
     """
 
     module: str
     run: int
-    inputs: ScanInputs
+    inputs: AnyInputs
     y: Tensor
     states: Tensor
     attention: tuple[str, Tensor] | None = None
@@ -220,7 +220,7 @@ class Watch:
             return None
         return next((module for module in running if id(module) in self.names), None)
 
-    def keep(self, module: nn.Module, inputs: ScanInputs, found: list[Any], matrix: tuple[str, Tensor] | None) -> None:
+    def keep(self, module: nn.Module, inputs: AnyInputs, found: list[Any], matrix: tuple[str, Tensor] | None) -> None:
         """Record a call, or, when checkpointing repeats one inside a backward pass, pair it with its first."""
         name = self.names[id(module)]
         if recomputing():
@@ -232,14 +232,14 @@ class Watch:
             self._runs[name] = 0
             hook = partial(self._starts, name)  # the module is running: the hook sees its next call
             self._hooks.append(module.register_forward_pre_hook(hook, prepend=True))
-        detached = ScanInputs(*(t.detach() if isinstance(t, Tensor) else t for t in inputs))  # type: ignore[arg-type]
+        detached = type(inputs)._make(t.detach() if isinstance(t, Tensor) else t for t in inputs)
         self.calls.append(ScanCall(name, self._runs[name], detached, found[0].detach(), found[1], matrix))
 
     def _starts(self, name: str, module: nn.Module, args: Any) -> None:
         if get_ident() == self.thread and not recomputing():
             self._runs[name] += 1
 
-    def _same_call(self, name: str, inputs: ScanInputs) -> ScanCall | None:
+    def _same_call(self, name: str, inputs: AnyInputs) -> ScanCall | None:
         alike = [c for c in self.scans if c.module == name and c.inputs.u.shape == inputs.u.shape]
         if len(alike) < 2:
             return next(iter(alike), None)
@@ -300,7 +300,7 @@ def suspended(watch: Watch | None) -> Iterator[None]:
 
 
 class _Door:
-    """One module's ``fwd`` and ``bwd`` while anybody watches."""
+    """One module's two functions while anybody watches."""
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module
@@ -310,8 +310,11 @@ class _Door:
         """Patch the module, the first time."""
         self.watches += 1
         if self.watches == 1:
-            self.own = {name: vars(self.module)[name] for name in ("fwd", "bwd")}
-            self.ours = {"fwd": partial(_forward, self), "bwd": partial(_backward, self)}
+            chunks = CHUNK_SCANS[0] in vars(self.module)
+            forward, backward = (_chunk_forward, _chunk_backward) if chunks else (_forward, _backward)
+            names = CHUNK_SCANS if chunks else ("fwd", "bwd")
+            self.own = {name: vars(self.module)[name] for name in names}
+            self.ours = dict(zip(names, (partial(forward, self), partial(backward, self)), strict=True))
             vars(self.module).update(self.ours)
             _patched[id(self.module)] = self
 
@@ -336,12 +339,7 @@ def _forward(door: _Door, *args: Any) -> Any:
     again, places = recomputing(), watching(sys._getframe(1))
     if not places:
         return own(*args)
-    if any(watch.ruled for watch, _ in places):
-        raise UnsupportedModelError(
-            f"{type(places[0][1]).__name__}: no adapter recognises this module, and at the door of its scan the rules "
-            "of this method are not known; use a method without rules (RawAttention, AttentionRollout, "
-            "MambaAttribution), or write an adapter (mamba_attn.register_adapter)."
-        )
+    _require_no_rules(places)
     inputs = _forward_inputs(args)
     if inputs is None:
         for watch, _ in places:
@@ -363,6 +361,42 @@ def _forward(door: _Door, *args: Any) -> Any:
     for watch, module in places:
         watch.keep(module, inputs, found, matrices.get(watch.attention))
     return found
+
+
+def _require_no_rules(places: Sequence[tuple[Watch, nn.Module]]) -> None:
+    if any(watch.ruled for watch, _ in places):
+        raise UnsupportedModelError(
+            f"{type(places[0][1]).__name__}: no adapter recognises this module, and at the door of its scan the rules "
+            "of this method are not known; use a method without rules (RawAttention, AttentionRollout, "
+            "MambaAttribution), or write an adapter (mamba_attn.register_adapter)."
+        )
+
+
+def _chunk_forward(door: _Door, *args: Any, **kwargs: Any) -> Any:
+    """``_mamba_chunk_scan_combined_fwd``, seen by the traces that it concerns."""
+    places = watching(sys._getframe(1))
+    _require_no_rules(places)
+    inputs = forward_inputs(places[0][0].names[id(places[0][1])], args, kwargs) if places else None
+    found = door.own[CHUNK_SCANS[0]](*args, **kwargs)
+    if inputs is not None:
+        out = scanned(found)
+        for watch, module in places:
+            watch.keep(module, inputs, [out.flatten(2).mT, out], None)
+    return found
+
+
+def _chunk_backward(door: _Door, *args: Any, **kwargs: Any) -> Any:
+    """``_mamba_chunk_scan_combined_bwd``, whose ``dout`` is kept for the call that its output comes from."""
+    own: Callable[..., Any] = door.own[CHUNK_SCANS[1]]
+    dout, out = backward_inputs(args, kwargs)
+    hits = [(watch, call) for watch in tuple(_open) if (call := watch.call_of(out)) is not None]
+    for watch, call in hits:
+        call.dout = dout
+        if watch.cut:
+            call.node = torch._C._current_autograd_node()
+    if any(watch.cut for watch, _ in hits):
+        return zeros(args, kwargs, own(*args, **kwargs) if recomputes(args, kwargs) else None)
+    return own(*args, **kwargs)
 
 
 def _backward(door: _Door, *args: Any) -> Any:

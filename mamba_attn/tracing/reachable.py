@@ -12,6 +12,7 @@ from torch import nn
 _DEPTH = 4  # a model's file names a mixer's, that one a function's, and that one a compiled module
 _NO_DOORS = ("torch", "builtins", "numpy", "timm", "transformers", "einops", "typing", "functools")
 _PREFIX = "selective_scan"  # of the extensions' names: selective_scan_cuda_oflex, selective_scan_vmamba_pt202, ...
+CHUNK_SCANS = ("_mamba_chunk_scan_combined_fwd", "_mamba_chunk_scan_combined_bwd")  # of mamba_ssm's ssd_combined
 _ATTENTION = frozenset(("scaled_dot_product_attention", "multi_head_attention_forward", "ALL_ATTENTION_FUNCTIONS"))
 _OF_TORCH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -51,6 +52,8 @@ def reaches_a_door(model: nn.Module) -> bool:
         for names in waiting:
             if str(names.get("__name__")).partition(".")[0] in _NO_DOORS:
                 continue
+            if CHUNK_SCANS[0] in names:
+                return True
             for value in list(names.values()):
                 if _is_compiled_scan(value):
                     return True
@@ -74,10 +77,12 @@ def _names_behind(value: Any) -> dict[str, Any] | None:
 
 def _is_compiled_scan(value: Any) -> bool:
     # isinstance would ask the value for its class, and some modules answer by warnings
-    if not issubclass(type(value), ModuleType) or not value.__name__.rpartition(".")[2].startswith(_PREFIX):
+    if not issubclass(type(value), ModuleType):
         return False
     names = vars(value)
-    return callable(names.get("fwd")) and callable(names.get("bwd"))
+    if value.__name__.rpartition(".")[2].startswith(_PREFIX):
+        return callable(names.get("fwd")) and callable(names.get("bwd"))
+    return all(isinstance(names.get(name), FunctionType) for name in CHUNK_SCANS)
 
 
 _looked_at: "weakref.WeakKeyDictionary[ModuleType, tuple[int, list[weakref.ref[ModuleType]]]]"
