@@ -1,6 +1,7 @@
 """Mamba-Attribution: hidden attention weighted by the gradient of a class, rolled out over the layers."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from mamba_attn.core.rules import Rules
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError
 from mamba_attn.ops.arguments import at_tokens, to_tokens
+from mamba_attn.tracing.door_layers import DoorLayer
 from mamba_attn.tracing.layer_names import LayerNames
 from mamba_attn.tracing.layers import ScanLayer, require
 
@@ -100,7 +102,8 @@ class MambaAttribution(TokenAttribution):
         """Return every layer's own row; the mean over all tokens needs nothing but the backward pass."""
         with self._traced(inputs, target, gradients=True, rules=OwnInputs()) as (record, logit):
             layers = require(self.called, record.layers, ScanLayer)
-            if query is None and all(map(reads_all, layers)):
+            at_doors = any(isinstance(layer, DoorLayer) for layer in layers)  # whose u is in no graph
+            if query is None and not at_doors and all(map(reads_all, layers)):
                 outputs, inner = own_gradients(layers, logit)
                 rows = [summed_rows(*each) for each in zip(layers, outputs, inner, strict=True)]
             else:
@@ -153,6 +156,8 @@ def gradient_x_attention(
 
 class OwnInputs(Rules):
     """Gives every scan its own view of u, without changing values; delta, B and C depend on the original u."""
+
+    at_doors: ClassVar[bool] = True  # where it changes nothing
 
     def scan(self, record: ScanRecord) -> ScanRecord:
         """Replace u by a view, whose gradient is then that of the scan alone."""

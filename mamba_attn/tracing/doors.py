@@ -7,8 +7,7 @@ each call asks which of them it concerns: those of its own thread, or of any thr
 """
 
 import sys
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,13 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_attn import ops
+from mamba_attn.core.rules import Rules
 from mamba_attn.errors import TraceError, UnsupportedModelError
+from mamba_attn.tracing.door_rules import ruled_backward
 from mamba_attn.tracing.patching import recomputing
+from mamba_attn.tracing.reachable import compiled_scans
+from mamba_attn.tracing.running import Names, running_modules
 from mamba_attn.tracing.scan_states import ScanStates
 
-_DEPTH = 4  # a model's file names a mixer's, that one a function's, and that one a compiled module
-_NO_DOORS = ("torch", "builtins", "numpy", "timm", "transformers", "einops", "typing", "functools")
-_PREFIX = "selective_scan"  # of the extensions' names: selective_scan_cuda_oflex, selective_scan_vmamba_pt202, ...
+Handler = Callable[..., Any]  # what stands in a function's place: handler(door, *the function's arguments)
 
 
 class ScanInputs(NamedTuple):
@@ -165,7 +166,8 @@ class Watch:
         outside: modules whose scans are not, those inside them included.
         attention: a fold; our operator then takes the scan's place and gives that matrix beside the output.
         cut: no gradient passes a scan, and ``dout`` is kept at each: for measuring orders.
-        ruled: rules were asked for, and are not known at doors: the first scan is refused.
+        rules: what an attribution method changes, by what the doors' backward passes return.
+        around: further doors: modules, and what stands in their functions' places.
     """
 
     def __init__(
@@ -174,13 +176,17 @@ class Watch:
         outside: set[nn.Module] | None = None,
         attention: str | None = None,
         cut: bool = False,
-        ruled: bool = False,
+        rules: Rules | None = None,
+        around: Callable[[], Iterable[tuple[ModuleType, dict[str, Handler]]]] = tuple,
     ) -> None:
-        self.names = {id(module): name for name, module in model.named_modules()}
+        self.name_of = Names(model)
+        self.names = self.name_of.modules
         self.outside = {id(module) for module in outside or ()}
         self.attention = attention
         self.cut = cut
-        self.ruled = ruled
+        self.rules = rules
+        self.around = around
+        self.convolved: dict[Any, tuple[Tensor, str]] = {}  # by where they lie: inputs of fused convolutions
         self.thread = get_ident()
         self.calls: list[ScanCall] = []
         self.other_scans: list[str] = []  # doors that were called in a way that is not known
@@ -188,11 +194,20 @@ class Watch:
         self._hooks: list[Any] = []
         self._runs: dict[str, int] = {}
 
-    def place(self, running: list[nn.Module]) -> nn.Module | None:
+    def place(self, running: Sequence[nn.Module]) -> nn.Module | None:
         """The innermost running module of the model, if its scans are wanted."""
         if any(id(module) in self.outside for module in running):
             return None
         return next((module for module in running if id(module) in self.names), None)
+
+    def require_rules(self, module: nn.Module) -> None:
+        """Raise UnsupportedModelError if there are rules that are not known at doors."""
+        if self.rules is not None and not self.rules.at_doors:
+            raise UnsupportedModelError(
+                f"{type(module).__name__}: no adapter recognises this module, and at the door of its scan what this "
+                "method looks at is not seen; use another method (RawAttention, AttentionRollout, MambaAttribution, "
+                "MambaLRP, FrozenContribution), or write an adapter (mamba_attn.register_adapter)."
+            )
 
     def keep(self, module: nn.Module, inputs: ScanInputs, found: list[Any], matrix: tuple[str, Tensor] | None) -> None:
         """Record a call, or, when checkpointing repeats one inside a backward pass, pair it with its first."""
@@ -206,6 +221,8 @@ class Watch:
             self._runs[name] = 0
             hook = partial(self._starts, name)  # the module is running: the hook sees its next call
             self._hooks.append(module.register_forward_pre_hook(hook, prepend=True))
+        if self.rules is not None:
+            self.rules.enter(name, inputs.u)
         detached = ScanInputs(*(t.detach() if isinstance(t, Tensor) else t for t in inputs))  # type: ignore[arg-type]
         self.calls.append(ScanCall(name, self._runs[name], detached, found[0].detach(), found[1], matrix))
 
@@ -245,7 +262,8 @@ def open_doors(watch: Watch) -> Iterator[Watch]:
     A watch may be let in again, for a backward pass after the trace.
     """
     with _lock:
-        doors = [_patched.get(id(module)) or _Door(module) for module in compiled_scans()]
+        wanted = [(module, _SCAN) for module in compiled_scans()] + list(watch.around())
+        doors = [_patched.get((id(module), tuple(its))) or Door(module, its) for module, its in wanted]
         for door in doors:
             door.enter()
         _open.append(watch)
@@ -272,123 +290,71 @@ def suspended(watch: Watch) -> Iterator[None]:
             other.suspended = value
 
 
-def compiled_scans() -> list[ModuleType]:
-    """Return the modules with a compiled scan, or a stand-in of one, that any loaded module is or holds.
-
-    Stand-ins leave ``sys.modules`` when their block ends, and live on in the modules that imported them.
-    """
-    found: dict[int, ModuleType] = {}
-    for module in list(sys.modules.values()):
-        if not issubclass(type(module), ModuleType):
-            continue
-        names = vars(module)
-        known = _looked_at.get(module)
-        if known is None or known[0] != len(names):
-            held = [value for value in [module, *list(names.values())] if _is_compiled_scan(value)]
-            known = _looked_at[module] = (len(names), [weakref.ref(value) for value in held])
-        for reference in known[1]:
-            value = reference()
-            if value is not None:
-                found[id(value)] = value
-    return list(found.values())
-
-
-def reaches_a_door(model: nn.Module) -> bool:
-    """Whether a compiled scan can be found from the code of a model's modules, by the names in it.
+class Door:
+    """Some functions of one module while anybody watches.
 
     Args:
-        model: a model, or a mixer.
+        module: the module.
+        handlers: what stands in their places, by name.
     """
-    start = {sys.modules.get(cls.__module__) for module in model.modules() for cls in type(module).__mro__}
-    waiting = [vars(module) for module in start if module is not None]
-    seen = {id(names) for names in waiting}
-    for _ in range(_DEPTH):
-        further: list[dict[str, Any]] = []
-        for names in waiting:
-            if str(names.get("__name__")).partition(".")[0] in _NO_DOORS:
-                continue
-            for value in list(names.values()):
-                if _is_compiled_scan(value):
-                    return True
-                found = _names_behind(value)
-                if found is not None and id(found) not in seen:
-                    seen.add(id(found))
-                    further.append(found)
-        waiting = further
-    return any(_is_compiled_scan(module) for name, module in list(sys.modules.items()) if name.startswith(_PREFIX))
 
-
-def _names_behind(value: Any) -> dict[str, Any] | None:
-    """The namespace of the code that a name stands for."""
-    if isinstance(value, FunctionType):
-        return value.__globals__
-    if isinstance(value, type):
-        module = sys.modules.get(value.__module__)
-        return None if module is None else vars(module)
-    return vars(value) if issubclass(type(value), ModuleType) else None
-
-
-def _is_compiled_scan(value: Any) -> bool:
-    # isinstance would ask the value for its class, and some modules answer by warnings
-    if not issubclass(type(value), ModuleType) or not value.__name__.rpartition(".")[2].startswith(_PREFIX):
-        return False
-    names = vars(value)
-    return callable(names.get("fwd")) and callable(names.get("bwd"))
-
-
-class _Door:
-    """One module's ``fwd`` and ``bwd`` while anybody watches."""
-
-    def __init__(self, module: ModuleType) -> None:
+    def __init__(self, module: ModuleType, handlers: Mapping[str, Handler]) -> None:
         self.module = module
+        self.handlers = handlers
         self.watches = 0
 
     def enter(self) -> None:
         """Patch the module, the first time."""
         self.watches += 1
         if self.watches == 1:
-            self.own = {name: vars(self.module)[name] for name in ("fwd", "bwd")}
-            self.ours = {"fwd": partial(_forward, self), "bwd": partial(_backward, self)}
+            self.own = {name: vars(self.module)[name] for name in self.handlers}
+            self.ours = {name: partial(handler, self) for name, handler in self.handlers.items()}
             vars(self.module).update(self.ours)
-            _patched[id(self.module)] = self
+            _patched[id(self.module), tuple(self.handlers)] = self
 
     def leave(self) -> None:
         """Put the module's own functions back, the last time; what somebody put around ours stays."""
         self.watches -= 1
         if self.watches == 0:
-            del _patched[id(self.module)]
+            del _patched[id(self.module), tuple(self.handlers)]
             for name, function in self.own.items():
                 if vars(self.module).get(name) is self.ours[name]:
                     setattr(self.module, name, function)
 
 
-_lock = Lock()
-_open: list[Watch] = []
-_patched: dict[int, _Door] = {}
-_looked_at: "weakref.WeakKeyDictionary[ModuleType, tuple[int, list[weakref.ref[ModuleType]]]]"
-_looked_at = weakref.WeakKeyDictionary()
-
-
-def _forward(door: _Door, *args: Any) -> Any:
-    """``fwd``, seen by the traces that it concerns."""
-    own: Callable[..., Any] = door.own["fwd"]
+def watching(frame: FrameType | None) -> list[tuple[Watch, nn.Module]]:
+    """The traces that a call in this frame concerns, each with the module of its model that is running."""
     again, thread = recomputing(), get_ident()
-    running = _running_modules(sys._getframe(1))
-    places = [
+    if not _open:
+        return []
+    running = list(running_modules(frame))
+    return [
         (watch, module)
         for watch in tuple(_open)
         if (again or watch.thread == thread) and not watch.suspended
         for module in [watch.place(running)]
         if module is not None
     ]
+
+
+def opened() -> tuple[Watch, ...]:
+    """All that watch at the moment, in every thread."""
+    return tuple(_open)
+
+
+_lock = Lock()
+_open: list[Watch] = []
+_patched: dict[tuple[int, tuple[str, ...]], Door] = {}
+
+
+def _forward(door: Door, *args: Any) -> Any:
+    """``fwd``, seen by the traces that it concerns."""
+    own: Callable[..., Any] = door.own["fwd"]
+    places = watching(sys._getframe(1))
     if not places:
         return own(*args)
-    if any(watch.ruled for watch, _ in places):
-        raise UnsupportedModelError(
-            f"{type(places[0][1]).__name__}: no adapter recognises this module, and at the door of its scan the rules "
-            "of this method are not known; use a method without rules (RawAttention, AttentionRollout, "
-            "MambaAttribution), or write an adapter (mamba_attn.register_adapter)."
-        )
+    for watch, module in places:
+        watch.require_rules(module)
     inputs = _forward_inputs(args)
     if inputs is None:
         for watch, _ in places:
@@ -399,7 +365,7 @@ def _forward(door: _Door, *args: Any) -> Any:
             "trace(...): a scan is being captured in a CUDA graph. Trace the model's own forward: "
             "with trace(model): model(images), outside torch.cuda.graph."
         )
-    folds = dict.fromkeys(watch.attention for watch, _ in places if watch.attention and not again)
+    folds = dict.fromkeys(watch.attention for watch, _ in places if watch.attention and not recomputing())
     matrices: dict[str | None, tuple[str, Tensor]] = {}
     if folds and _replaceable(inputs):
         for fold in folds:
@@ -412,7 +378,7 @@ def _forward(door: _Door, *args: Any) -> Any:
     return found
 
 
-def _backward(door: _Door, *args: Any) -> Any:
+def _backward(door: Door, *args: Any) -> Any:
     """``bwd``, whose ``dout`` is kept for the call that its states come from."""
     own: Callable[..., Any] = door.own["bwd"]
     gated = _first_flag(args) == 12
@@ -427,7 +393,14 @@ def _backward(door: _Door, *args: Any) -> Any:
         return _zeros(args, gated)
     if isinstance(states, ScanStates) and not isinstance(own, FunctionType | partial):
         args = (*args[: at + 1], states.read().contiguous(), *args[at + 2 :])
+    ruled = [(watch.rules, call) for watch, call in hits if watch.rules is not None]
+    if ruled:
+        rules, call = ruled[-1]  # of nested traces the last
+        return ruled_backward(own, args, call.y, rules, gated=gated)
     return own(*args)
+
+
+_SCAN: dict[str, Handler] = {"fwd": _forward, "bwd": _backward}
 
 
 def _zeros(args: tuple[Any, ...], gated: bool) -> list[Tensor | None]:
@@ -452,19 +425,6 @@ def _forward_inputs(args: tuple[Any, ...]) -> ScanInputs | None:
     if first == 8:
         return ScanInputs._make(args[:9])
     return ScanInputs._make((*args[:6], None, *args[6:8])) if first == 7 else None
-
-
-def _running_modules(frame: FrameType | None) -> list[nn.Module]:
-    """The modules whose calls this frame stands in, innermost first."""
-    found: list[nn.Module] = []
-    while frame is not None:
-        if frame.f_code in _CALLS:
-            found.append(frame.f_locals["self"])
-        frame = frame.f_back
-    return found
-
-
-_CALLS = {nn.Module._call_impl.__code__}
 
 
 def _replaceable(inputs: ScanInputs) -> bool:

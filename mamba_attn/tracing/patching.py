@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from mamba_attn.core.rules import PLAIN, Rules
+from mamba_attn.core.rules import PLAIN, Rules, unruled
 from mamba_attn.errors import TraceError
 from mamba_attn.ops import hidden_attention, selective_scan
 from mamba_attn.tracing.adapters import AnyAdapter, AttentionAdapter, LayoutSource, Seen
@@ -77,6 +77,7 @@ class PatchedForward(ABC):
 class _RoutedForward(PatchedForward):
     """A mixer's forward, through ``mamba_attn.ops``."""
 
+    @unruled()
     def run(self, interests: list[Interest], again: bool, /, *args: Any, **kwargs: Any) -> Any:
         store = [] if again else interests
         adapter, seen = interests[-1].adapter, interests[-1].seen

@@ -13,10 +13,10 @@ from mamba_attn.attribution.lrp.linear_rules import (
     bare_layer,
     fitting,
     own_weight,
-    same_value,
 )
 from mamba_attn.attribution.maps import Target
 from mamba_attn.errors import nearest
+from mamba_attn.tracing.function_rules import straight
 from mamba_attn.tracing.layer_names import ByLayer, LayerNames
 from mamba_attn.tracing.layers import ScanLayer, require
 from mamba_attn.tracing.tracer import Trace
@@ -135,7 +135,11 @@ class LRPRules(LinearRules):
 
         For y = x g, x dy/dx + g dy/dg is 2 y: the plain gradient would double the relevance.
         """
-        half = 0.5 * (y * gate)
+        return self.product(torch.mul, y, gate)
+
+    def product(self, function: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+        """Apply a function that is linear in both, with half of the gradient."""
+        half = 0.5 * function(a, b)
         return half + half.detach()
 
     def linear(self, module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
@@ -176,7 +180,7 @@ def generalised_gamma(
         changed = changed + constant
     zero = changed.detach() == 0
     ratio = torch.where(zero, 0, z / torch.where(zero, 1, changed.detach()))
-    y = same_value(z, changed * ratio)
+    y = straight(z, changed * ratio)
     return y, None if constant is None else constant * ratio
 
 
