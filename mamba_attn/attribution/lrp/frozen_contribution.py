@@ -23,7 +23,8 @@ class Contributions(NamedTuple):
     Args:
         tokens: the patches without their position embeddings; class tokens and registers with theirs.
         positions: the patches' position embeddings; 0 for the other tokens.
-        biases: every other additive constant, by its name.
+        biases: every other additive constant, by its name, and what reaches the logit without passing the first layer,
+            as over skip connections.
         layout: of the tokens.
     """
 
@@ -62,16 +63,17 @@ class FrozenContribution(LinearisedAttribution):
     The map shows the patches without their position embeddings, which are not part of the image.
 
     Args:
-        model: a model that ``mamba_attn.trace`` supports, of scans or softmax attention; with fused_add_norm=False if
-            it has that option.
+        model: a model that ``mamba_attn.trace`` supports, of scans or softmax attention, with or without an adapter. In
+            code that no adapter knows the gate of a product is what comes out of an activation, else the second factor.
         layers: names, patterns or numbers of mixers; contributions are read before them and the maps averaged.
             Default: the first one.
         positions: add to each patch the contribution of its position embedding.
 
     Raises:
         ValueError: when called, a pixel or box.
-        UnsupportedModelError: when called, norms without a known rule.
-        TraceError: when called, contributions that do not add up, because something escaped the rules.
+        UnsupportedModelError: when called, batch statistics.
+        TraceError: when called, contributions that do not add up, because something escaped the rules, and where; an
+            output of probabilities.
 
     Example:
         >>> FrozenContribution(model).attribute(images, target=281).shape

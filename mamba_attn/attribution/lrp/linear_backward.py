@@ -89,6 +89,7 @@ class LinearisedAttribution(TokenAttribution):
         rules.batch = len(inputs)
         with self._traced(inputs, target, gradients=True, rules=rules) as (record, logit):
             self._check(record)
+            rules.require_asked(logit)
             chosen = self._chosen(record)
             found = [self._entering(record, name, logit) for name in chosen]
             rules.starts(found[0][0])

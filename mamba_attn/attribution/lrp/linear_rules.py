@@ -108,6 +108,9 @@ class LinearRules(Rules):
         y.register_hook(note)
         return y.view_as(y)  # a new tensor: if y itself enters a layer, its constant belongs to that layer's input
 
+    def require_asked(self, end: Tensor) -> None:
+        """Raise UnsupportedModelError if the pass computed ``end`` by a layer that was to be asked for and was not."""
+
     def starts(self, tensors: Sequence[Tensor]) -> None:
         """Take the tensors that enter the first layer; their graph is there still."""
 

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import mamba_attn
 from mamba_attn.attribution import FrozenContribution, MambaAttribution, MambaLRP
-from mamba_attn.errors import TraceError
+from mamba_attn.attribution.lrp.mamba_lrp import LRPRules
+from mamba_attn.errors import TraceError, UnsupportedModelError
 from tests.tracing import foreign
 from tests.tracing.foreign import Both, Line, Net, Windows
 from tests.tracing.test_doors import MODELS, Scanned
@@ -188,6 +189,13 @@ def test_fused_code_has_the_relevance_of_the_same_code_in_parts(make, method):
         torch.testing.assert_close(constants[name], others[name], rtol=0, atol=1e-12)
 
 
+def test_gamma_layers_that_fused_code_does_not_call_are_refused():
+    model, x = Net(Fused()).double().eval(), images()
+    assert not torch.equal(MambaLRP(model, gamma_layers="*.enter").attribute(x), MambaLRP(model).attribute(x))
+    with pytest.raises(UnsupportedModelError, match=r"gamma_layers=\['\*\.conv'\]\): mixers\.0\.conv: the model's own"):
+        MambaLRP(model, gamma_layers="*.conv").attribute(x)
+
+
 @METHODS
 def test_checkpointed_blocks(method):
     class Saved(nn.Module):
@@ -268,19 +276,24 @@ def test_nothing_is_left_behind_and_other_threads_see_nothing():
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
-def test_a_trace_around_a_method_keeps_its_own_gradients():
-    model, x = Net(Line()).double().eval(), images()
-    with mamba_attn.trace(model) as alone:
-        logits = model(x)
-    expected = alone.gradients(logits[:, 1].sum())
-    relevance, _, _ = shares(MambaLRP, model, x)
-    with mamba_attn.trace(model) as around:
-        logits = model(x)
-        inside = MambaLRP(model).relevances(x[:1], 1)
-        gradients = dict(around._doors.watch.calls[0].__dict__)
-    assert gradients
-    torch.testing.assert_close(next(iter(inside.values()))[0], relevance[0], rtol=0, atol=1e-13)
-    assert set(expected) == set(alone)
+def test_nested_traces_do_not_see_each_others_rules():
+    model, other, x = Net(Fused()).double().eval(), Net(Fused(), Line()).double().eval(), images()
+    expected, _, _ = shares(MambaLRP, model, x)
+    with mamba_attn.trace(other) as alone:
+        gradients = alone.gradients(other(x)[:, 1].sum())
+    with mamba_attn.trace(other) as around:
+        logits = other(x)
+        relevance, _, _ = shares(MambaLRP, model, x)
+        found = around.gradients(logits[:, 1].sum())
+    torch.testing.assert_close(relevance, expected, rtol=0, atol=1e-13)
+    for name, gradient in gradients.items():
+        assert torch.equal(found[name], gradient)
+    with mamba_attn.trace(model, rules=LRPRules(model)):
+        model(x)
+        with mamba_attn.trace(other) as inside:
+            found = inside.gradients(other(x)[:, 1].sum())
+    for name, gradient in gradients.items():
+        assert torch.equal(found[name], gradient)
 
 
 def test_the_module_where_relevance_escapes_is_named():
