@@ -1,6 +1,7 @@
 """Mamba-Attribution: hidden attention weighted by the gradient of a class, rolled out over the layers."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from mamba_attn.core.rules import Rules
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError
 from mamba_attn.ops.arguments import at_tokens, to_tokens
+from mamba_attn.tracing.door_layers import DoorLayer
 from mamba_attn.tracing.layer_names import LayerNames
 from mamba_attn.tracing.layers import ScanLayer, require
 
@@ -102,7 +104,8 @@ class MambaAttribution(TokenAttribution):
         rules = None if self._call.trace is not None else OwnInputs()
         with self._traced(inputs, target, gradients=True, rules=rules) as (record, logit):
             layers = require(self.called, record.layers, ScanLayer)
-            if rules is not None and query is None and all(map(reads_all, layers)):
+            at_doors = any(isinstance(layer, DoorLayer) for layer in layers)  # whose u is in no graph
+            if rules is not None and query is None and not at_doors and all(map(reads_all, layers)):
                 outputs, inner = own_gradients(layers, logit)
                 rows = [summed_rows(*each) for each in zip(layers, outputs, inner, strict=True)]
             else:
@@ -155,6 +158,8 @@ def gradient_x_attention(
 
 class OwnInputs(Rules):
     """Gives every scan its own view of u, without changing values; delta, B and C depend on the original u."""
+
+    at_doors: ClassVar[bool] = True  # where it changes nothing
 
     def scan(self, record: ScanRecord) -> ScanRecord:
         """Replace u by a view, whose gradient is then that of the scan alone."""

@@ -42,7 +42,7 @@ class RelevanceAttentionRanks(MapAttribution):
     of the test images (docs/comparing.md). All cells after the positive ones are 0.
 
     Args:
-        model: Vim or VMamba, with fused_add_norm=False where it has that.
+        model: Vim or VMamba.
         power: exponent of relevance's rank, at least 0.
         weight: of relevance compared with ``extent``, at least 0.
         gamma: strength of the gamma rule, at least 0.

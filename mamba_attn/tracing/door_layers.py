@@ -69,6 +69,11 @@ class DoorLayer(ScanLayer):
         """Part of a step's gradient that came from its own token when the order was measured; 1 when it was given."""
         return self._placed.share
 
+    @property
+    def padding(self) -> int:
+        """Number of its last tokens that stand for padding, which the scan takes in."""
+        return self._placed.padding
+
     @cached_property
     def scan_frame(self) -> ScanRecord:
         """Everything that the first scan depended on, every route in its own order; nothing is measured."""
@@ -127,12 +132,14 @@ class _Placed:
         index: rows of each call by image, (images, rows each).
         grouped: whether the groups of a call are groups of channels of one route, and not routes.
         share: worst of theirs.
+        padding: number of tokens, the last ones, that stand for padding.
     """
 
     record: ScanRecord
     index: list[Tensor]
     grouped: bool
     share: float
+    padding: int
 
     @property
     def orders(self) -> Int[Tensor, "batch routes length"]:
@@ -247,7 +254,8 @@ def place(name: str, calls: Sequence[ScanCall], steps: Sequence[Steps], layout: 
     record = ScanRecord.from_scan(
         **joined, order=order[0] if len(order) == 1 else order, tokens=tokens, gate=one_gate, layout=layout
     )
-    return _Placed(record, [each.rows for each in steps], grouped, min(each.place.share for each in steps))
+    share = min(each.place.share for each in steps)
+    return _Placed(record, [each.rows for each in steps], grouped, share, tokens - steps[0].tokens)
 
 
 def _padded(t: Tensor, length: int, value: int = 0) -> Tensor:

@@ -7,7 +7,7 @@ each call asks which of them it concerns: those of its own thread, or of any thr
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_attn import ops
+from mamba_attn.core.rules import Rules
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.tracing.chunk_scans import (
     ChunkInputs,
@@ -30,12 +31,16 @@ from mamba_attn.tracing.chunk_scans import (
     scanned,
     zeros,
 )
+from mamba_attn.tracing.door_rules import ruled_backward
 from mamba_attn.tracing.reachable import CHUNK_SCANS, compiled_scans
+from mamba_attn.tracing.running import Names, running_modules
 from mamba_attn.tracing.scan_states import ScanStates
 from mamba_attn.tracing.undisturbed import recomputing
 
 if TYPE_CHECKING:
     from mamba_attn.tracing.softmax_doors import SoftmaxCall
+
+Handler = Callable[..., Any]  # what stands in a function's place: handler(door, *the function's arguments)
 
 
 class ScanInputs(NamedTuple):
@@ -184,7 +189,8 @@ class Watch:
         outside: modules whose scans are not, those inside them included.
         attention: a fold; our operator then takes the scan's place and gives that matrix beside the output.
         cut: no gradient passes a scan, and ``dout`` is kept at each: for measuring orders.
-        ruled: rules were asked for, and are not known at doors: the first scan is refused.
+        rules: what an attribution method changes, by what the doors' backward passes return.
+        around: further doors: modules, and what stands in their functions' places.
     """
 
     def __init__(
@@ -193,13 +199,17 @@ class Watch:
         outside: set[nn.Module] | None = None,
         attention: str | None = None,
         cut: bool = False,
-        ruled: bool = False,
+        rules: Rules | None = None,
+        around: Callable[[], Iterable[tuple[ModuleType, dict[str, Handler]]]] = tuple,
     ) -> None:
-        self.names = {id(module): name for name, module in model.named_modules()}
+        self.name_of = Names(model)
+        self.names = self.name_of.modules
         self.outside = {id(module) for module in outside or ()}
         self.attention = attention
         self.cut = cut
-        self.ruled = ruled
+        self.rules = rules
+        self.around = around
+        self.convolved: dict[Any, tuple[Tensor, str]] = {}  # by where they lie: inputs of fused convolutions
         self.thread = get_ident()
         self.calls: list[ScanCall | SoftmaxCall] = []
         self.tensors: list[tuple[str, Tensor]] = []  # while orders are measured: what modules returned
@@ -214,11 +224,25 @@ class Watch:
         """The calls that are scans."""
         return [call for call in self.calls if isinstance(call, ScanCall)]
 
-    def place(self, running: list[nn.Module]) -> nn.Module | None:
+    @property
+    def ruled(self) -> bool:
+        """Whether there are rules that are not known at doors."""
+        return self.rules is not None and not self.rules.at_doors
+
+    def place(self, running: Sequence[nn.Module]) -> nn.Module | None:
         """The innermost running module of the model, if its scans are wanted."""
         if any(id(module) in self.outside for module in running):
             return None
         return next((module for module in running if id(module) in self.names), None)
+
+    def require_rules(self, module: nn.Module) -> None:
+        """Raise UnsupportedModelError if there are rules that are not known at doors."""
+        if self.ruled:
+            raise UnsupportedModelError(
+                f"{type(module).__name__}: no adapter recognises this module, and at the door of its scan what this "
+                "method looks at is not seen; use another method (RawAttention, AttentionRollout, MambaAttribution, "
+                "MambaLRP, FrozenContribution), or write an adapter (mamba_attn.register_adapter)."
+            )
 
     def keep(self, module: nn.Module, inputs: AnyInputs, found: list[Any], matrix: tuple[str, Tensor] | None) -> None:
         """Record a call, or, when checkpointing repeats one inside a backward pass, pair it with its first."""
@@ -232,6 +256,8 @@ class Watch:
             self._runs[name] = 0
             hook = partial(self._starts, name)  # the module is running: the hook sees its next call
             self._hooks.append(module.register_forward_pre_hook(hook, prepend=True))
+        if self.rules is not None and isinstance(inputs, ScanInputs):
+            self.rules.enter(name, inputs.u)
         detached = type(inputs)._make(t.detach() if isinstance(t, Tensor) else t for t in inputs)
         self.calls.append(ScanCall(name, self._runs[name], detached, found[0].detach(), found[1], matrix))
 
@@ -271,7 +297,9 @@ def open_doors(watch: Watch) -> Iterator[Watch]:
     A watch may be let in again, for a backward pass after the trace.
     """
     with _lock:
-        doors = [_patched.get(id(module)) or _Door(module) for module in compiled_scans()]
+        scans = [(scan, _CHUNKS if CHUNK_SCANS[0] in vars(scan) else _SCAN) for scan in compiled_scans()]
+        wanted = [*scans, *watch.around()]
+        doors = [_patched.get((id(module), tuple(its))) or Door(module, its) for module, its in wanted]
         for door in doors:
             door.enter()
         _open.append(watch)
@@ -299,47 +327,71 @@ def suspended(watch: Watch | None) -> Iterator[None]:
             other.suspended = value
 
 
-class _Door:
-    """One module's two functions while anybody watches."""
+class Door:
+    """Some functions of one module while anybody watches.
 
-    def __init__(self, module: ModuleType) -> None:
+    Args:
+        module: the module.
+        handlers: what stands in their places, by name.
+    """
+
+    def __init__(self, module: ModuleType, handlers: Mapping[str, Handler]) -> None:
         self.module = module
+        self.handlers = handlers
         self.watches = 0
 
     def enter(self) -> None:
         """Patch the module, the first time."""
         self.watches += 1
         if self.watches == 1:
-            chunks = CHUNK_SCANS[0] in vars(self.module)
-            forward, backward = (_chunk_forward, _chunk_backward) if chunks else (_forward, _backward)
-            names = CHUNK_SCANS if chunks else ("fwd", "bwd")
-            self.own = {name: vars(self.module)[name] for name in names}
-            self.ours = dict(zip(names, (partial(forward, self), partial(backward, self)), strict=True))
+            self.own = {name: vars(self.module)[name] for name in self.handlers}
+            self.ours = {name: partial(handler, self) for name, handler in self.handlers.items()}
             vars(self.module).update(self.ours)
-            _patched[id(self.module)] = self
+            _patched[id(self.module), tuple(self.handlers)] = self
 
     def leave(self) -> None:
         """Put the module's own functions back, the last time; what somebody put around ours stays."""
         self.watches -= 1
         if self.watches == 0:
-            del _patched[id(self.module)]
+            del _patched[id(self.module), tuple(self.handlers)]
             for name, function in self.own.items():
                 if vars(self.module).get(name) is self.ours[name]:
                     setattr(self.module, name, function)
 
 
+def watching(frame: FrameType | None) -> list[tuple[Watch, nn.Module]]:
+    """Return the traces that a call in this frame concerns, each with the innermost running module of its model."""
+    again, thread = recomputing(), get_ident()
+    if not _open:
+        return []
+    running = list(running_modules(frame))
+    return [
+        (watch, module)
+        for watch in tuple(_open)
+        if (again or watch.thread == thread) and not watch.suspended
+        for module in [watch.place(running)]
+        if module is not None
+    ]
+
+
+def opened() -> tuple[Watch, ...]:
+    """All that watch at the moment, in every thread."""
+    return tuple(_open)
+
+
 _lock = Lock()
 _open: list[Watch] = []
-_patched: dict[int, _Door] = {}
+_patched: dict[tuple[int, tuple[str, ...]], Door] = {}
 
 
-def _forward(door: _Door, *args: Any) -> Any:
+def _forward(door: Door, *args: Any) -> Any:
     """``fwd``, seen by the traces that it concerns."""
     own: Callable[..., Any] = door.own["fwd"]
-    again, places = recomputing(), watching(sys._getframe(1))
+    places = watching(sys._getframe(1))
     if not places:
         return own(*args)
-    _require_no_rules(places)
+    for watch, module in places:
+        watch.require_rules(module)
     inputs = _forward_inputs(args)
     if inputs is None:
         for watch, _ in places:
@@ -350,7 +402,7 @@ def _forward(door: _Door, *args: Any) -> Any:
             "trace(...): a scan is being captured in a CUDA graph. Trace the model's own forward: "
             "with trace(model): model(images), outside torch.cuda.graph."
         )
-    folds = dict.fromkeys(watch.attention for watch, _ in places if watch.attention and not again)
+    folds = dict.fromkeys(watch.attention for watch, _ in places if watch.attention and not recomputing())
     matrices: dict[str | None, tuple[str, Tensor]] = {}
     if folds and _replaceable(inputs):
         for fold in folds:
@@ -363,19 +415,17 @@ def _forward(door: _Door, *args: Any) -> Any:
     return found
 
 
-def _require_no_rules(places: Sequence[tuple[Watch, nn.Module]]) -> None:
-    if any(watch.ruled for watch, _ in places):
-        raise UnsupportedModelError(
-            f"{type(places[0][1]).__name__}: no adapter recognises this module, and at the door of its scan the rules "
-            "of this method are not known; use a method without rules (RawAttention, AttentionRollout, "
-            "MambaAttribution), or write an adapter (mamba_attn.register_adapter)."
-        )
-
-
-def _chunk_forward(door: _Door, *args: Any, **kwargs: Any) -> Any:
+def _chunk_forward(door: Door, *args: Any, **kwargs: Any) -> Any:
     """``_mamba_chunk_scan_combined_fwd``, seen by the traces that it concerns."""
     places = watching(sys._getframe(1))
-    _require_no_rules(places)
+    for watch, module in places:
+        watch.require_rules(module)
+        if watch.rules is not None and watch.rules.wants:
+            raise UnsupportedModelError(
+                f"{type(module).__name__}: no adapter recognises this module, and at the door of a chunk scan "
+                "(Mamba-2) the rules of this method are not known; use one without rules (RawAttention, AttentionRollout, "
+                "MambaAttribution), or write an adapter (mamba_attn.register_adapter)."
+            )
     inputs = forward_inputs(places[0][0].names[id(places[0][1])], args, kwargs) if places else None
     found = door.own[CHUNK_SCANS[0]](*args, **kwargs)
     if inputs is not None:
@@ -385,7 +435,7 @@ def _chunk_forward(door: _Door, *args: Any, **kwargs: Any) -> Any:
     return found
 
 
-def _chunk_backward(door: _Door, *args: Any, **kwargs: Any) -> Any:
+def _chunk_backward(door: Door, *args: Any, **kwargs: Any) -> Any:
     """``_mamba_chunk_scan_combined_bwd``, whose ``dout`` is kept for the call that its output comes from."""
     own: Callable[..., Any] = door.own[CHUNK_SCANS[1]]
     dout, out = backward_inputs(args, kwargs)
@@ -399,7 +449,7 @@ def _chunk_backward(door: _Door, *args: Any, **kwargs: Any) -> Any:
     return own(*args, **kwargs)
 
 
-def _backward(door: _Door, *args: Any) -> Any:
+def _backward(door: Door, *args: Any) -> Any:
     """``bwd``, whose ``dout`` is kept for the call that its states come from."""
     own: Callable[..., Any] = door.own["bwd"]
     gated = _first_flag(args) == 12
@@ -414,7 +464,15 @@ def _backward(door: _Door, *args: Any) -> Any:
         return _zeros(args, gated)
     if isinstance(states, ScanStates) and not isinstance(own, FunctionType | partial):
         args = (*args[: at + 1], states.read().contiguous(), *args[at + 2 :])
+    ruled = [(watch.rules, call) for watch, call in hits if watch.rules is not None]
+    if ruled:
+        rules, call = ruled[-1]  # of nested traces the last
+        return ruled_backward(own, args, call.y, rules, gated=gated)
     return own(*args)
+
+
+_SCAN: dict[str, Handler] = {"fwd": _forward, "bwd": _backward}
+_CHUNKS: dict[str, Handler] = dict(zip(CHUNK_SCANS, (_chunk_forward, _chunk_backward), strict=True))
 
 
 def _zeros(args: tuple[Any, ...], gated: bool) -> list[Tensor | None]:
@@ -439,32 +497,6 @@ def _forward_inputs(args: tuple[Any, ...]) -> ScanInputs | None:
     if first == 8:
         return ScanInputs._make(args[:9])
     return ScanInputs._make((*args[:6], None, *args[6:8])) if first == 7 else None
-
-
-def watching(frame: FrameType | None) -> list[tuple[Watch, nn.Module]]:
-    """Return the traces that a call in this frame concerns, each with the innermost running module of its model."""
-    again, thread = recomputing(), get_ident()
-    running = _running_modules(frame)
-    return [
-        (watch, module)
-        for watch in tuple(_open)
-        if (again or watch.thread == thread) and not watch.suspended
-        for module in [watch.place(running)]
-        if module is not None
-    ]
-
-
-def _running_modules(frame: FrameType | None) -> list[nn.Module]:
-    """The modules whose calls this frame stands in, innermost first."""
-    found: list[nn.Module] = []
-    while frame is not None:
-        if frame.f_code in _CALLS:
-            found.append(frame.f_locals["self"])
-        frame = frame.f_back
-    return found
-
-
-_CALLS = {nn.Module._call_impl.__code__}
 
 
 def _replaceable(inputs: ScanInputs) -> bool:

@@ -19,16 +19,17 @@ from torch.utils.checkpoint import CheckpointError
 from mamba_attn import ops
 from mamba_attn.core import notebook
 from mamba_attn.core.layout import TokenLayout
-from mamba_attn.core.rules import Rules
+from mamba_attn.core.rules import KINDS, Rules
 from mamba_attn.errors import TraceError, UnknownLayerError, UnsupportedModelError, nearest
 from mamba_attn.tracing import patch_embedding
 from mamba_attn.tracing.adapters import AnyAdapter, Seen, find_mixers, nothing_found, require_supported
 from mamba_attn.tracing.agreement import Verdict
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders, DoorLayer, DoorScans
 from mamba_attn.tracing.doors import Watch, open_doors
+from mamba_attn.tracing.fused_doors import fused_doors
 from mamba_attn.tracing.layer_names import ByLayer, LayerName, LayerNames, layer_name, layer_names
 from mamba_attn.tracing.layers import AnyLayer, AttentionLayer, Layer, ScanLayer
-from mamba_attn.tracing.module_rules import check_rules_apply, install_rules
+from mamba_attn.tracing.module_rules import Asked, install_rules
 from mamba_attn.tracing.patching import Interest, observed, patched, watch_layout
 from mamba_attn.tracing.reachable import reaches_a_door, reaches_attention
 from mamba_attn.tracing.softmax_doors import CROSS, NESTED, open_softmax_doors
@@ -67,6 +68,7 @@ class Trace(Mapping[str, Layer]):
         self._runs = 0  # of the model itself; parts of it may be called alone
         self._call: tuple[tuple[Any, ...], dict[str, Any], Any] | None = None
         self._part: frozenset[str] | None = None
+        self.asked: Asked | None = None  # what rules that want everything need of the pass
 
     @property
     def _layers(self) -> dict[str, Layer]:
@@ -356,8 +358,7 @@ def trace(
         pass ran with gradients.
 
     Raises:
-        UnsupportedModelError: nothing to trace, a variant that is refused, a compiled model, copies on several devices;
-            norms that rules for the whole model do not know.
+        UnsupportedModelError: nothing to trace, a variant that is refused, a compiled model, copies on several devices.
         UnknownLayerError: a name or pattern that fits no mixer, a number that is out of range.
         TypeError: ``layers`` that are neither names nor numbers.
         ValueError: an unknown mode or fold, rules in mode "observe".
@@ -392,11 +393,11 @@ def trace(
     mixers = {name: known[name] for name in chosen}
     for name, (module, adapter) in mixers.items():
         require_supported(name, module, adapter, model)
-    check_rules_apply(model, mixers, rules)
     seen = Seen(layout=layout if isinstance(layout, TokenLayout) else None)
     doors = None
     if at_doors:
-        watch = Watch(model, set(adapted), attention, ruled=rules is not None)
+        watch = Watch(model, set(adapted), attention, rules=rules)
+        watch.around = fused_doors if rules is not None and rules.wants >= frozenset(KINDS) else watch.around
         doors = DoorScans(model, watch, seen, layout, orders, refused=refused)
     around = Unseen(model, list(known))
     record = Trace(list(mixers), doors, layers if unnamed else None, around, model)
@@ -404,7 +405,8 @@ def trace(
         families = dict.fromkeys(adapter for _, adapter in found.values())  # also of mixers that were not asked for
         sources = [source for adapter in families for source in adapter.layout_sources(model)]
         watch_layout(stack, model, sources or patch_embedding.layout_sources(model), seen)
-        install_rules(stack, model, mixers, rules)
+        quiet = bool if doors is None else lambda: doors.watch.suspended
+        record.asked = install_rules(stack, model, mixers, rules, quiet)
         for name, (module, adapter) in mixers.items():
             at = None if doors is None else doors.watch
             interest = Interest(
@@ -417,7 +419,7 @@ def trace(
             doors.install(stack)
             stack.enter_context(open_doors(doors.watch))
             stack.enter_context(open_softmax_doors())
-        around.install(stack, (lambda: False) if doors is None else (lambda: doors.watch.suspended))
+        around.install(stack, quiet)
         yield record
     record._require_seen()
     if record._apart:
