@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from mamba_attn.core.transform import Transform
 from mamba_attn.errors import WeightsError, nearest
 from mamba_attn.models import checkpoints, official
 from mamba_attn.models._options import check_option, sides
-from mamba_attn.models.transforms import EvaluationTransform
 from mamba_attn.models.vim import VisionMamba
 from mamba_attn.models.vit import vision_transformer
 from mamba_attn.models.vmamba import VSSM
@@ -266,7 +266,19 @@ def builder(name: str) -> Callable[..., nn.Module]:
     return _CONFIGS[_known("builder", name)][0]
 
 
-def transform(name: str, image_size: int | Sequence[int] | None = None) -> EvaluationTransform:
+def on_meta(name: str) -> nn.Module:
+    """Build a model for its names and shapes, without numbers where its builder needs none.
+
+    Args:
+        name: as in ``create``.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    return _on_meta(*_CONFIGS[_known("on_meta", name)])
+
+
+def transform(name: str, image_size: int | Sequence[int] | None = None) -> Transform:
     """Return the evaluation transform of a model: a function from a Pillow image or a path to (3, height, width).
 
     The published models see the centre of the image, its shorter side scaled to ``int(size / 0.875)`` bicubically; the
@@ -289,8 +301,8 @@ def transform(name: str, image_size: int | Sequence[int] | None = None) -> Evalu
         check_option("transform", "image_size", image_size)
     height, width = sides(_CONFIGS[name][1].get("image_size", 224) if image_size is None else image_size)
     if name.endswith(("_micro", "_digits")):
-        return EvaluationTransform((height, width), (height, width), "bilinear")
-    return EvaluationTransform((height, width), (int(height / 0.875), int(width / 0.875)))
+        return Transform((height, width), (height, width), "bilinear")
+    return Transform((height, width), (int(height / 0.875), int(width / 0.875)))
 
 
 def _known(call: str, name: str) -> str:
