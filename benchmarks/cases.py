@@ -45,6 +45,8 @@ TARGETS = {
     "loop": Target(f"published triple loop / ours, {VIM}", 80, 400, higher=True, unit="x"),
     "formula": Target(f"ours / VMamba's published formula, {VIM}", 2, 1, unit="x"),
     "error": Target("error against float64 / sum of absolute terms, delta x 1e-3 to 10, L to 3136", 1e-5, 1e-6),
+    "heads 64": Target("a fold of one Mamba-2 layer, 24 heads of 64, 128 states, L 64", 3, 1, unit="ms"),
+    "heads 256": Target("a fold of one Mamba-2 layer, 24 heads of 64, 128 states, L 256", 40, 10, unit="ms"),
     "spills": Target("bytes that the CUDA kernels spill on sm_80, sm_90 and sm_120, all together", 0, 0),
     "kernel error": Target("error of the CUDA source, run on a host / plain PyTorch's", 2, 1, unit="x"),
     "vim_tiny": Target("vim_tiny forward / DeiT-tiny forward", 8, 5, unit="x"),

@@ -55,6 +55,11 @@ class Layer(ABC):
         return self._described.tokens
 
     @property
+    def padding(self) -> int:
+        """Number of its last tokens that stand for padding, which is no part of the image."""
+        return 0
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of what is computed from the record."""
         record = self._described
