@@ -16,7 +16,7 @@ from benchmarks.kernel.timing import Spread
 from benchmarks.report import Figure, figure
 from mamba_attn import models
 from mamba_attn.analytics import AttentionStore, Request, collect
-from mamba_attn.datasets import loaded_model, open_data
+from mamba_attn.datasets import loading, open_data
 
 MODEL, PIXELS, GRID = "vmamba_tiny_s1l8", 224, 56
 KINDS = ("patch click", "hover", "region drag", "route switch", "mode switch", "scatter click")
@@ -68,7 +68,7 @@ def collected(folder: Path, pixels: int) -> Path:
     weights = folder / "weights.pth"
     torch.save(models.create(MODEL, image_size=pixels).state_dict(), weights)
     weights.with_suffix(".json").write_text(f'{{"options": {{"image_size": {pixels}}}}}')
-    subject = loaded_model.load(MODEL, str(weights))
+    subject = loading.load(MODEL, str(weights))
     collect(Request(subject, open_data(str(photos)), layers=["layers.0.*"]), folder / "store")
     return folder / "store"
 

@@ -48,8 +48,8 @@ def demo_store(advance: Callable[[int, int], None] = lambda done, wanted: None) 
 def _collect(folder: Path, advance: Callable[[int, int], None]) -> None:
     from mamba_attn import images
     from mamba_attn.analytics import Request, collect
-    from mamba_attn.datasets import loaded_model, open_data
+    from mamba_attn.datasets import loading, open_data
 
     data = open_data(str(images.samples()[0].parent))
-    request = Request(loaded_model.load(MODEL, "demo"), data, keep=len(data.items), command="mamba-attn explore")
+    request = Request(loading.load(MODEL, "demo"), data, keep=len(data.items), command="mamba-attn explore")
     collect(request, folder, advance=advance)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mamba_attn import images, ops
+from mamba_attn import ops
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.ops.arguments import to_tokens
 from mamba_attn.tracing.layers import Layer, ScanLayer
@@ -28,7 +28,7 @@ class Live:
 
     def __init__(self, store: Any) -> None:
         self._store = store
-        self._model = store.model()
+        self._subject = store.subject
         self._traces: OrderedDict[str, Trace] = OrderedDict()
         self._lock = Lock()  # a trace belongs to one thread, but the server has several
 
@@ -69,9 +69,9 @@ class Live:
         if image.key in self._traces:
             self._traces.move_to_end(image.key)
             return self._traces[image.key]
-        batch = images.normalise(np.asarray(self._store.pixels(image))[None])
-        with torch.no_grad(), trace(self._model) as record:
-            self._model(batch)
+        batch = self._subject.transform.normalise(np.asarray(self._store.pixels(image))[None])
+        with torch.no_grad(), trace(self._subject.model, layout=self._subject.layout) as record:
+            self._subject.model(batch.to(self._subject.device))
         self._traces[image.key] = record
         if len(self._traces) > _TRACES:
             self._traces.popitem(last=False)

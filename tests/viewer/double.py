@@ -7,6 +7,8 @@ import torch
 
 import mamba_attn
 from mamba_attn import images
+from mamba_attn.core.loaded_model import LoadedModel
+from mamba_attn.core.transform import Transform
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +63,10 @@ class Double:
         stage, block = (int(parts[1]), int(parts[3])) if len(parts) > 3 else (0, int(parts[1]))
         orders = layer.scan.read_order.numpy()
         return Layer(layer.name, "selective scans", stage, block, layer.layout, orders, len(orders))
+
+    @property
+    def subject(self):
+        return LoadedModel(self._model, Transform(self._pixels[0].shape[:2]))
 
     def model(self):
         return self._model

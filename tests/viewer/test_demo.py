@@ -8,7 +8,7 @@ from mamba_attn import images
 from mamba_attn.analytics import AttentionStore, Request, collect
 from mamba_attn.commands import explore
 from mamba_attn.commands.cli import main
-from mamba_attn.datasets import loaded_model, open_data
+from mamba_attn.datasets import loading, open_data
 from mamba_attn.viewer import demo
 
 
@@ -17,7 +17,7 @@ def test_the_demo_is_collected_once_and_a_half_is_finished(tmp_path, monkeypatch
     data = open_data(str(images.samples()[0].parent))
     folder = demo.demo_folder()
     assert folder.parent == tmp_path
-    collect(Request(loaded_model.load(demo.MODEL, "demo"), data, limit=2, keep=6), folder)  # a kill after two images
+    collect(Request(loading.load(demo.MODEL, "demo"), data, limit=2, keep=6), folder)  # a kill after two images
     index = folder / "store.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "wanted": 6}))
 
