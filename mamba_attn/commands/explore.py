@@ -8,7 +8,7 @@ from mamba_attn.commands.options import Commands, command
 from mamba_attn.commands.terminal import progress_bar
 from mamba_attn.core.requirements import require_extras
 
-_NEEDED = {"dash": "dash", "plotly": "plotly", "PIL": "pillow", "zarr": "zarr"}
+_NEEDED = {"starlette": "starlette", "uvicorn": "uvicorn", "jinja2": "jinja2", "PIL": "pillow", "zarr": "zarr"}
 _EXAMPLES = """\
                          # a bundled model on six photos
 store
@@ -59,10 +59,10 @@ def serve(stores: Sequence[Any], host: str, port: int) -> None:
         OSError: the port is in use, or the address cannot be bound.
         ValueError: a store has no images.
     """
-    from mamba_attn.viewer.app import build
+    from mamba_attn.viewer.server import Explorer
     from mamba_attn.viewer.serving import bound
 
-    with bound(build(stores, host=host), host, port) as server:
+    with bound(Explorer(stores, host=host), host, port) as server:
         name = f"[{host}]" if ":" in host else host
         print(f"mamba-attn explore: http://{name}:{server.port}/ (Ctrl+C stops)", flush=True)
         try:

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
     from mamba_attn.analytics import AttentionStore
     from mamba_attn.analytics.index import package_version
-    from mamba_attn.viewer.report.page import make
+    from mamba_attn.viewer.report.content import make
 
     if not 0.5 <= args.size <= 1000:
         raise ValueError(f"--size {args.size:g}: expected 10^6 bytes, from 0.5 to 1000.")
