@@ -109,10 +109,8 @@ def test_the_class_token_is_a_cell_of_its_own(gated):
 def test_the_spread_is_the_standard_deviation_over_images(store, monkeypatch):
     matrices = np.random.default_rng(0).random((5, 96, 96))
     monkeypatch.setattr(store, "variance", lambda layer, route: matrices.var(0))
-    for direction, expected in (
-        ("row", matrices.std(0)[[2, 9]].mean(0)),
-        ("column", matrices.std(0)[:, [2, 9]].mean(1)),
-    ):
+    spread = matrices.std(0)
+    for direction, expected in (("row", spread[[2, 9]].mean(0)), ("column", spread[:, [2, 9]].mean(1))):
         found = Source(store).read(Pane(what="spread", direction=direction), [2, 9])
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 

@@ -15,8 +15,8 @@ def test_a_pane_of_json_is_the_pane():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("layer", -1), ("layer", True), ("layer", 1.0), ("layer", 10**7), ("route", -2), ("what", "all"), ("what", ["mean"]),
-     ("gate", 1), ("mode", None), ("image", "0")],
+    [("layer", -1), ("layer", True), ("layer", 1.0), ("layer", 10**7), ("route", -2), ("what", "all"),
+     ("what", ["mean"]), ("gate", 1), ("mode", None), ("image", "0")],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(name, value):
     with pytest.raises(ValueError, match=name):

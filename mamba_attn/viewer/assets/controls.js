@@ -136,8 +136,9 @@ export async function add(file) {
 }
 
 function addPhoto() {
-  const input = element('input', undefined, { type: 'file', accept: 'image/*' });
-  input.addEventListener('change', () => input.files[0] && add(input.files[0]));
+  const input = element('input', undefined, { type: 'file', accept: 'image/*', hidden: '' });
+  input.addEventListener('change', () => { input.remove(); if (input.files[0]) add(input.files[0]); });
+  document.body.append(input);
   input.click();
 }
 

@@ -140,7 +140,7 @@ export function change(changes, its = {}) {
   Object.assign(pane(), its);
   settle();
   const now = performance.now();
-  remember(now - last < 400 ? 'replaceState' : 'pushState');
+  remember(now - last < 250 ? 'replaceState' : 'pushState');
   last = now;
   return draw();
 }
