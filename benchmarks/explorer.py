@@ -193,7 +193,7 @@ def run_explore(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
     for kind, sample in milliseconds.items():
         figures.append(figure("explore median", kind, Spread.of(sample)))
         figures.append(figure("explore 95", kind, statistics.quantiles(sample, n=20, method="inclusive")[-1]))
-    figures.append(figure("explore first", "picture, ms", statistics.median(time for time, _ in starts)))
-    figures.append(figure("explore first", "bytes before it", max(size for _, size in starts)))
+    figures.append(figure("explore first", "page, script, data", Spread.of([time for time, _ in starts])))
+    figures.append(figure("explore bytes", "page, script, data", max(size for _, size in starts) / 1000))
     details = {"model": MODEL, "pixels": pixels, "grid": pixels // 4, "browser": version, "milliseconds": milliseconds}
     return figures, details

@@ -14,10 +14,10 @@ _EXAMPLES = """\
 store
 store1 store2 --port 0   # side by side, on any free port"""
 _NOTES = """\
-Two linked views of the attention between patches: points (a stage's blocks
-over images, or a block's patches) and the patch grid over the image. Click,
-or drag a box or lasso in one; the other follows. The page's address holds the
-whole view.
+A page that shows where the model looks: a photo, a selected patch, what it
+takes from all others, on this photo, usually, and in every block; next to it,
+patches and blocks as points. Click a patch or a point, or drag over several.
+The page's address holds the whole view; "Save as one page" makes a file of it.
 
 The explorer is reachable only from this machine, unless --host says otherwise;
 anyone who reaches it sees the store's images. Ctrl+C stops it.

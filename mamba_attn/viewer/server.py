@@ -6,7 +6,6 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from mamba_attn.viewer.state import Pane, unpacked
 QUERIES = 600  # maps of one request
 ADDED = 64  # photos that a page may add
 _SMALL = 64  # pixels of a thumbnail
-_PIXELS = 50_000_000  # of a photo
+_PIXELS, _LONG = 50_000_000, 20  # of a photo; its longer side as a multiple of the other
 _NOTES = (
     "This page is served by mamba-attn explore on your own machine; it loads nothing from elsewhere.",
     "Maps and points come from the store. What it does not hold is computed by the model when you ask for it.",
@@ -184,22 +183,16 @@ class Explorer:
         """The page as a file that needs no server."""
         from mamba_attn.viewer.report.content import make  # here, because the server starts faster without it
 
-        pane = self._asked(request)
+        pane, stores = self._asked(request), [source.store for source in self.sources]
+        start = request.query_params.get("state", "")[:20_000]
+        wanted = (pane.store, pane.image)
         try:
             text, _ = make(
-                [source.store for source in self.sources],
-                ("pca",),
-                4,
-                8.0,
-                "mamba-attn explore",
-                sources=self.sources,
-                first=(pane.store, pane.image),
-                start=request.query_params.get("state", "")[:20_000],
+                stores, ("pca",), 4, 8.0, "mamba-attn explore", sources=self.sources, first=wanted, start=start
             )
-        except (*FAILURES, ValueError) as error:
-            return HTMLResponse(f"The page could not be made. {sentence(error)}", 409)
-        name = quote(f"{self.sources[pane.store].store.model_name}_attention.html")
-        return HTMLResponse(text, headers={"content-disposition": f'attachment; filename="{name}"'})
+        except FAILURES as error:
+            raise Refused(409, f"The page cannot be made: {sentence(error)}") from error
+        return HTMLResponse(text)
 
 
 def _added(source: Source, body: bytes, name: str) -> dict[str, Any]:
@@ -207,8 +200,8 @@ def _added(source: Source, body: bytes, name: str) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(body)) as picture:
-                if picture.width * picture.height > _PIXELS:
-                    return {"error": f"A photo has at most {_PIXELS:,} pixels."}
+                if picture.width * picture.height > _PIXELS or max(picture.size) > _LONG * min(picture.size):
+                    return {"error": f"A photo has at most {_PIXELS:,} pixels, and is no narrow strip."}
                 pixels = source.store.transform.pixels(picture.convert("RGB"))
     except (UnidentifiedImageError, Image.DecompressionBombWarning, OSError, ValueError, SyntaxError):
         return {"error": "This file is no photo that can be read: drop a JPEG, PNG or WebP."}

@@ -1,7 +1,6 @@
 """What the page asks the server for: one pane's attention, or its points, and the selected cells; checked."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -76,19 +75,8 @@ def _checked(name: str, value: Any, default: Any) -> Any:
     return value
 
 
-def packed(numbers: Sequence[int]) -> str:
-    """Return numbers as text, in their order; neighbours that count up become one run: 3, 4, 5, 9 are "3:5,9"."""
-    found: list[list[int]] = []
-    for number in numbers:
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return ",".join(f"{first}" if first == last else f"{first}:{last}" for first, last in found)
-
-
 def unpacked(text: Any, most: int = CELLS) -> list[int]:
-    """Return the numbers of ``packed``.
+    """Return numbers that are written as runs: "3:5,9" are 3, 4, 5, 9.
 
     Args:
         text: runs.

@@ -67,7 +67,8 @@ class Viewer:
         canvas = self.page.locator("canvas.plot").nth(at)
         canvas.scroll_into_view_if_needed()
         box = canvas.bounding_box()
-        return np.array(self.page.evaluate("(at) => viewer.points()[at].places", at)) + [box["x"], box["y"]]
+        places = np.array(self.page.evaluate("(at) => viewer.points()[at].places", at))
+        return places + np.array([box["x"], box["y"]])
 
     def lit(self, expected, at=0):
         self.until(

@@ -25,7 +25,7 @@ def store():
     found = tiny()
     found.images = [
         type(i)(i.key, i.label, p, True, c)
-        for i, p, c in zip(found.images, "cat cat dog dog".split(), (True, False, False, True), strict=True)
+        for i, p, c in zip(found.images, ["cat", "cat", "dog", "dog"], (True, False, False, True), strict=True)
     ]
     for image in found.images[1:]:  # the double keeps the first alone
         with torch.no_grad(), mamba_attn.trace(found.model()) as record:
@@ -64,7 +64,8 @@ def test_the_first_screen_explains_itself(viewer, store):
     assert arrows == ["all", "→", "↓", "←", "↑"]
     viewer.points(96)
     viewer.lit([MIDDLE])
-    pixels = page.evaluate("""() => { const c = viewer.maps()[1].canvas, d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+    pixels = page.evaluate("""() => { const c = viewer.maps()[1].canvas;
+        const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
         return new Set(Array.from({ length: 400 }, (_, k) => d.slice(k * 40, k * 40 + 3).join())).size; }""")
     assert pixels > 3  # something is drawn
 
@@ -188,7 +189,7 @@ def test_points_of_patches_and_of_blocks(viewer, store):
     page.get_by_title("open stage 1, block 0").nth(1).click()
     viewer.until("viewer.state.panes[0].layer === 1 && viewer.state.panes[0].mode === 'patches'")
     viewer.points(24)
-    page.get_by_role("button", name="Larger points view").click()
+    page.get_by_role("button", name="larger points view").click()
     assert np.ptp(viewer.points(24), axis=0).max() > np.ptp(places, axis=0).max() * 0.9
 
 
@@ -273,8 +274,8 @@ def test_keys_alone(viewer, store):
     viewer.lit([MIDDLE - 13])
     viewer.heat(image[MIDDLE - 13])
     for key, name, value in (
-        ("r", "direction", "column"), ("m", "show", "image"), ("v", "mode", "blocks"), ("]", "layer", 1), ("[", "layer", 0),
-        ("3", "route", 2), ("0", "route", -1), (".", "image", 1), (",", "image", 0),
+        ("r", "direction", "column"), ("m", "show", "image"), ("v", "mode", "blocks"), ("]", "layer", 1),
+        ("[", "layer", 0), ("3", "route", 2), ("0", "route", -1), (".", "image", 1), (",", "image", 0),
     ):  # fmt: skip
         page.keyboard.press(key)
         assert viewer.state()["panes"][0][name] == value, key
@@ -304,8 +305,14 @@ def test_keys_alone(viewer, store):
 
 
 @pytest.mark.parametrize(
-    ("start", "words"), [(1, "Every dot is one block"), (2, "One colour is one column"), (3, "The strip follows one patch"), (4, "what this photo alone does")]
-)  # fmt: skip
+    ("start", "words"),
+    [
+        (1, "Every dot is one block"),
+        (2, "One colour is one column"),
+        (3, "The strip follows one patch"),
+        (4, "what this photo alone does"),
+    ],
+)
 def test_guided_starts(viewer, start, words):
     page = viewer.page
     page.locator(f"[data-name=start-{start}]").click()
@@ -393,7 +400,7 @@ def test_the_path_is_drawn_and_what_cannot_act_says_why(viewer):
 def test_when_the_server_is_gone_a_banner_says_so(browser, store):
     with served(store) as address:
         page = browser.new_page()
-        viewer = Viewer(page, address).open()
+        Viewer(page, address).open()
     page.keyboard.press("]")
     page.get_by_role("alert").filter(has_text="The explorer does not answer").wait_for()
     page.close()
@@ -421,9 +428,12 @@ def test_no_width_scrolls_sideways(browser, address, width, scheme):
 def test_every_control_has_a_name(viewer):
     viewer.more()
     viewer.page.wait_for_timeout(300)
-    nameless = viewer.page.evaluate("""() => [...document.querySelectorAll('button, select, input, canvas[tabindex]')].filter((one) => {
-        const label = one.getAttribute('aria-label') || one.labels?.[0]?.innerText || one.innerText || one.title;
-        return one.checkVisibility() && !label?.trim(); }).map((one) => one.outerHTML.slice(0, 200))""")
+    nameless = viewer.page.evaluate("""() => {
+        const all = [...document.querySelectorAll('button, select, input, canvas[tabindex]')];
+        return all.filter((one) => {
+            const label = one.getAttribute('aria-label') || one.labels?.[0]?.innerText || one.innerText || one.title;
+            return one.checkVisibility() && !label?.trim();
+        }).map((one) => one.outerHTML.slice(0, 200)); }""")
     assert nameless == []
 
 

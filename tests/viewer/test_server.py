@@ -21,6 +21,7 @@ from mamba_attn.viewer.guard import LARGEST
 from mamba_attn.viewer.server import Explorer
 from mamba_attn.viewer.serving import bound
 from tests.viewer.double import tiny
+from tests.viewer.report.cases import stored
 
 HERE = "http://127.0.0.1:8050"
 
@@ -134,7 +135,7 @@ def test_a_photo_joins_the_images(store, monkeypatch):
         for body in (b"", b"no photo", file.getvalue()[:60]):
             assert "no photo that can be read" in client.post("/api/photo", content=body).json()["error"]
         monkeypatch.setattr(server, "_PIXELS", 100)
-        assert "at most 100 pixels" in client.post("/api/photo", content=file.getvalue()).json()["error"]
+        assert "at most 100 pixels, and" in client.post("/api/photo", content=file.getvalue()).json()["error"]
         monkeypatch.setattr(server, "ADDED", 1)
         assert "1 photos have been added" in client.post("/api/photo", content=file.getvalue()).json()["error"]
     assert len(store.images) == 4  # the store itself is as it was
@@ -245,3 +246,16 @@ def test_a_port_is_a_number(capsys):
     with pytest.raises(SystemExit):
         main(["explore", "--port", "70000"])
     assert "a port is a number in 0..65535" in capsys.readouterr().err
+
+
+def test_the_page_as_a_file(tmp_path, monkeypatch):
+    found = stored(tmp_path)
+    with TestClient(Explorer([found]), base_url=HERE) as client:
+        reply = client.get("/api/file", params={"image": 1, "state": "image=1&x=</script>"})
+        assert reply.text.startswith("<!doctype html>")
+        assert '"start":"image=1\\u0026x=\\u003c/script\\u003e"' in reply.text
+        assert client.get("/api/file?image=99").status_code == 404
+        monkeypatch.setattr("mamba_attn.viewer.report.stored.CELLS", 1)
+        refused = client.get("/api/file?image=1")
+        assert refused.status_code == 409
+        assert "grids of more than 1 patches" in refused.text

@@ -155,7 +155,7 @@ function ofPoints(its) {
 function handling() {
   return [
     choice('tool', 'drag', [['lasso', 'lasso'], ['box', 'box'], ['move', 'move']], pointTools.points, (tool) => { pointTools.points = tool; build(); }),
-    element('span', undefined, { class: 'segments' }, button('zoom-in', '+', () => zoom(1.5), '', 'Larger points view'), button('zoom-out', '−', () => zoom(1 / 1.5), '', 'Smaller points view'), button('zoom-reset', 'reset', () => zoom(0), '', 'Whole points view')),
+    element('span', undefined, { class: 'segments' }, button('zoom-in', '+', () => zoom(1.5), '', '+ larger points view'), button('zoom-out', '−', () => zoom(1 / 1.5), '', '− smaller points view'), button('zoom-reset', 'reset', () => zoom(0), '', 'reset points view')),
   ];
 }
 
@@ -285,4 +285,5 @@ export async function start(at) {
   const [changes, its] = await STARTS[at][2]();
   return change({ ...changes, start: at + 1 }, its);
 }
-export const drawAll = () => { build(); drawPoints(); return drawMaps(); };
+// The maps are asked for first: they are what one waits for.
+export const drawAll = () => { const done = drawMaps(); build(); drawPoints(); return done; };

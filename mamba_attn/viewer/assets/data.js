@@ -17,7 +17,7 @@ function bytes(text) {
 }
 
 // An answer of the server; without one, the banner says so until there is one again.
-export async function ask(path, options) {
+export async function ask(path, options, kind = 'json') {
   let reply;
   try {
     reply = await fetch(path, options);
@@ -27,7 +27,7 @@ export async function ask(path, options) {
     return { error: 'The explorer does not answer.' };
   }
   byId('banner').hidden = true;
-  return reply.ok ? reply.json() : { error: await reply.text() };
+  return reply.ok ? reply[kind]() : { error: await reply.text() };
 }
 const post = (path, given) => ask(path, { method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(given) });
 

@@ -1,5 +1,5 @@
 // Saves what is shown: pictures, numbers, the whole page; names of files say what is inside.
-import { byId, live, picture } from './data.js';
+import { ask, byId, live, picture } from './data.js';
 import { element, paint } from './colours.js';
 import { saving } from './controls.js';
 import { shownMaps, strips } from './maps.js';
@@ -133,11 +133,11 @@ function checksum(data) {
 }
 
 byId('file').hidden = !live;
-byId('file').addEventListener('click', () => {
+byId('file').addEventListener('click', async () => {
   byId('message').textContent = 'The page is being written; the browser saves it in a moment.';
-  setTimeout(() => { byId('message').textContent = ''; }, 6000);
-  const link = element('a', undefined, { href: `api/file?store=${pane().store}&image=${pane().image}&state=${encodeURIComponent(written())}`, download: '' });
-  link.click();
+  const reply = await ask(`api/file?store=${pane().store}&image=${pane().image}&state=${encodeURIComponent(written())}`, {}, 'blob');
+  byId('message').textContent = reply.error ?? '';
+  if (!reply.error) download(reply, '.html');
 });
 byId('copy').addEventListener('click', async () => {
   try {

@@ -111,7 +111,7 @@ def test_the_explorer_saves_its_state_as_one_page(browser, store, tmp_path):
         heat(viewer, store, expected)
         saved = viewer.saved("Save as one page", tmp_path)
         page.close()
-    assert saved.name == "vmamba_micro_attention.html"
+    assert saved.name == "vmamba_micro_stage_1_block_1_patch_1_2_takes_from.html"
     page = browser.new_page(viewport={"width": 1400, "height": 900})
     frozen = Viewer(page, saved.as_uri())
     page.goto(saved.as_uri())
