@@ -22,7 +22,8 @@ WATCH = Watch()
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Before any test module is imported, so that each of them sees the watched trace and a timm that imports."""
     torch.set_num_threads(1)
-    if hasattr(session.config, "workerinput") or session.config.getoption("dist") == "no":
+    config = session.config  # with workers, the main process imports no tests, unless it only lists them
+    if hasattr(config, "workerinput") or config.getoption("dist") == "no" or config.getoption("collectonly"):
         importlib.import_module("mamba_attn.models.torchvision_repair").prepare()
         if importlib.util.find_spec("mamba_attn.tracing.tracer"):
             WATCH.install(importlib.import_module("mamba_attn.tracing.tracer"))

@@ -1,10 +1,13 @@
 """The interface of every backend."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.ops.arguments import Weights, pick
 from mamba_attn.ops.reference import merge, merge_tokens
 
 
@@ -60,14 +63,31 @@ class InScanOrder(Backend):
         """(batch, [channels,] tokens, tokens) merged, else (batch, routes, [channels,] length, length)."""
         if not merged:
             return self.backend.hidden_attention(record.in_scan_order(), row_weight, col_weight, fold, merged)
-        total: Tensor | None = None
-        for route in range(record.routes):  # one at a time: the matrices of all routes are never held at once
-            own = slice(route, route + 1)
-            part = record.select_routes(own)
-            rows, columns = (None if weight is None else weight[:, own] for weight in (row_weight, col_weight))
-            matrix = self.backend.hidden_attention(part.in_scan_order(), rows, columns, fold, merged=False)
-            placed = merge(part, matrix)
-            total = placed if total is None else total + placed
-        if total is None:
-            raise ValueError("hidden_attention: the record has no route.")
-        return total
+        return by_route(
+            record,
+            (row_weight, col_weight),
+            merged,
+            lambda part, its: self.backend.hidden_attention(part.in_scan_order(), *its, fold, merged=False),
+        )
+
+
+def by_route(
+    record: ScanRecord, weights: Weights, merged: bool, matrix: Callable[[ScanRecord, Weights], Tensor]
+) -> Tensor:
+    """Compute one route's matrix after the other: when they merge, those of all routes are never held at once.
+
+    Args:
+        record: all routes.
+        weights: of rows and columns, in scan order.
+        merged: as in ``Backend.hidden_attention``, whose result this returns.
+        matrix: of one route, in scan order: (batch, 1, [channels,] length, length).
+    """
+    results: list[Tensor] = []
+    for route in range(record.routes):
+        own = slice(route, route + 1)
+        part = record.select_routes(own)
+        found = matrix(part, pick(weights, slice(None), own))
+        results.append(merge(part, found) if merged else found)
+        if merged and route:
+            results = [results[0] + results[1]]
+    return results[0] if merged else torch.cat(results, dim=1)

@@ -10,6 +10,7 @@ float64 cumulative sums. Padding has delta = 0 and B = C = 0, which is exact.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,8 +20,9 @@ from torch import Tensor
 from mamba_attn._types import Float
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.ops.arguments import Weights, gathered, pick, working_dtype
-from mamba_attn.ops.backend import Backend
-from mamba_attn.ops.reference import merge, merge_tokens
+from mamba_attn.ops.backend import Backend, by_route
+from mamba_attn.ops.heads import fold_heads, unit_width
+from mamba_attn.ops.reference import merge_tokens
 
 _LEAF = 4  # nodes up to this length are computed pair by pair
 _WORKSPACE = 2**24  # elements of one temporary
@@ -49,15 +51,7 @@ class Blocked(Backend):
         self, record: ScanRecord, row_weight: Tensor | None, col_weight: Tensor | None, fold: str, merged: bool
     ) -> Tensor:
         """(batch, [channels,] tokens, tokens) merged, else (batch, routes, [channels,] length, length)."""
-        results = []
-        for route in range(record.routes):  # one at a time: never hold the matrices of all routes
-            own = slice(route, route + 1)
-            part = record.select_routes(own)
-            matrix = _attention(part, pick((row_weight, col_weight), slice(None), own), fold)
-            results.append(merge(part, matrix) if merged else matrix)
-            if merged and route:
-                results = [results[0] + results[1]]
-        return results[0] if merged else torch.cat(results, dim=1)
+        return by_route(record, (row_weight, col_weight), merged, partial(_attention, fold=fold))
 
 
 BACKEND = Blocked()
@@ -159,6 +153,8 @@ def _attention(
     record: ScanRecord, weights: Weights, fold: str
 ) -> Float[Tensor, "batch routes *channels length length"]:
     """The matrices of a record in scan order, folded; channel blocks bound the temporaries."""
+    if unit_width(record) > 1:
+        return fold_heads(_attention, record, weights, fold)
     dtype, length, channels = working_dtype(record), record.length, record.channels
     part = per_channel(record, dtype)
     signed = fold in ("mean", "sum")

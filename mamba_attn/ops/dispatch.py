@@ -1,4 +1,8 @@
-"""Chooses the backend of a call: the one requested, or the fastest that can run it."""
+"""Chooses the backend of a call: the one requested, or the fastest that can run it.
+
+"native" and "blocked" fold channels that share a head's matrix (Mamba-2) per head. "fused" computes every channel's
+matrix in its one launch, and "reference" by definition.
+"""
 
 import os
 from pathlib import Path

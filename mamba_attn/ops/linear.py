@@ -23,6 +23,7 @@ from mamba_attn.ops.backend import Backend
 from mamba_attn.ops.blocked import Channels, per_channel, recurrence
 from mamba_attn.ops.cpu import native
 from mamba_attn.ops.cuda import fused
+from mamba_attn.ops.heads import as_units, fold_heads, unit_width
 
 _WORKSPACE = 2**22  # elements of one temporary
 _SIGNED = ("mean", "sum")
@@ -231,13 +232,7 @@ def _route_line(record: ScanRecord, axis: str, index: int, weights: Weights, fol
     size = record.tokens if merged else record.length
     line = torch.zeros(record.batch, *kept, size, dtype=dtype, device=device)
     for step in steps:
-        if _kernel(record, weights) is native.BACKEND:
-            part = record if record.shares_orders else record.in_scan_order()
-            values = native.attention_line(part, axis, step, weights, fold)
-        else:
-            span = slice(0, step + 1) if axis == "row" else slice(step, record.length)
-            values = _line_values(record, axis, step, span, weights, fold)
-            values = torch.nn.functional.pad(values, (span.start, record.length - span.stop))
+        values = _step_line(record, axis, step, weights, fold)
         if not merged:
             line = values
         elif record.shares_orders:
@@ -245,6 +240,24 @@ def _route_line(record: ScanRecord, axis: str, index: int, weights: Weights, fol
         else:
             line = line + to_tokens(values * record.scale, other, size)
     return line
+
+
+def _step_line(record: ScanRecord, axis: str, step: int, weights: Weights, fold: str) -> Tensor:
+    """The line of one step of one route, in scan order: (batch, [channels,] length)."""
+    if unit_width(record) > 1:
+        own, every = slice(step, step + 1), slice(None)
+        along, rows, columns = (-2, own, every) if axis == "row" else (-1, every, own)
+
+        def run(part: ScanRecord, its: Weights, what: str) -> Tensor:
+            return _step_line(part, axis, step, its, what).unsqueeze(1).unsqueeze(along)
+
+        return fold_heads(run, record, weights, fold, rows, columns).squeeze(along).squeeze(1)
+    if _kernel(record, weights) is native.BACKEND:
+        part = record if record.shares_orders else record.in_scan_order()
+        return native.attention_line(part, axis, step, weights, fold)
+    span = slice(0, step + 1) if axis == "row" else slice(step, record.length)
+    values = _line_values(record, axis, step, span, weights, fold)
+    return torch.nn.functional.pad(values, (span.start, record.length - span.stop))
 
 
 def _kernel(record: ScanRecord, weights: Weights, *others: Tensor) -> Backend | None:
@@ -329,7 +342,11 @@ def _route_product(
     transposed: bool,
 ) -> Float[Tensor, "batch length"]:
     """M v or, transposed, v M of one route, summed over weighted channels."""
-    dtype = working_dtype(record)
+    dtype, width = working_dtype(record), unit_width(record)
+    if width > 1 and any(weight is None for weight in weights):  # one scan per unit, whose channels' weights add up
+        rows, columns = (None if x is None else x.to(dtype).unflatten(2, (-1, width)).sum(3) for x in weights)
+        units = _route_product(as_units(record, width), vector, (rows, columns), transposed)
+        return units * width if rows is None and columns is None else units
     part = per_channel(record, dtype)
     v = vector.to(dtype)[:, None, None]
     frozen = torch.is_inference_mode_enabled() or any(x.is_inference() for x in (*part, vector))

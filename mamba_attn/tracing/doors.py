@@ -7,14 +7,13 @@ each call asks which of them it concerns: those of its own thread, or of any thr
 """
 
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock, get_ident
 from types import FrameType, FunctionType, ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +21,12 @@ from torch import Tensor, nn
 
 from mamba_attn import ops
 from mamba_attn.errors import TraceError, UnsupportedModelError
-from mamba_attn.tracing.patching import recomputing
+from mamba_attn.tracing.reachable import compiled_scans
 from mamba_attn.tracing.scan_states import ScanStates
+from mamba_attn.tracing.undisturbed import recomputing
 
-_DEPTH = 4  # a model's file names a mixer's, that one a function's, and that one a compiled module
-_NO_DOORS = ("torch", "builtins", "numpy", "timm", "transformers", "einops", "typing", "functools")
-_PREFIX = "selective_scan"  # of the extensions' names: selective_scan_cuda_oflex, selective_scan_vmamba_pt202, ...
+if TYPE_CHECKING:
+    from mamba_attn.tracing.softmax_doors import SoftmaxCall
 
 
 class ScanInputs(NamedTuple):
@@ -137,6 +136,26 @@ class ScanCall:
         """What says that a call of another forward pass, of any number of images, is the same one."""
         return (self.module, self.run, tuple(self.inputs.u.shape[1:]), self.inputs.groups, self.inputs.z is None)
 
+    @property
+    def rows(self) -> int:
+        """Number of sequences."""
+        return self.inputs.u.shape[0]
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of channels, which may be routes."""
+        return self.inputs.groups
+
+    @property
+    def length(self) -> int:
+        """Number of steps."""
+        return self.y.shape[-1]
+
+    @property
+    def steps(self) -> int:
+        """Number of steps that share no token: those of all rows."""
+        return self.rows * self.length
+
     def require_unchanged(self) -> None:
         """Raise TraceError if the model wrote over the tensors after the scan had read them."""
         if self._seen() != self._versions:
@@ -182,11 +201,18 @@ class Watch:
         self.cut = cut
         self.ruled = ruled
         self.thread = get_ident()
-        self.calls: list[ScanCall] = []
+        self.calls: list[ScanCall | SoftmaxCall] = []
+        self.tensors: list[tuple[str, Tensor]] = []  # while orders are measured: what modules returned
+        self.crosses: dict[str, str] = {}  # modules whose attention reads other tokens than its own, in words
         self.other_scans: list[str] = []  # doors that were called in a way that is not known
         self.suspended = False
         self._hooks: list[Any] = []
         self._runs: dict[str, int] = {}
+
+    @property
+    def scans(self) -> list[ScanCall]:
+        """The calls that are scans."""
+        return [call for call in self.calls if isinstance(call, ScanCall)]
 
     def place(self, running: list[nn.Module]) -> nn.Module | None:
         """The innermost running module of the model, if its scans are wanted."""
@@ -214,7 +240,7 @@ class Watch:
             self._runs[name] += 1
 
     def _same_call(self, name: str, inputs: ScanInputs) -> ScanCall | None:
-        alike = [c for c in self.calls if c.module == name and c.inputs.u.shape == inputs.u.shape]
+        alike = [c for c in self.scans if c.module == name and c.inputs.u.shape == inputs.u.shape]
         if len(alike) < 2:
             return next(iter(alike), None)
         same = [c for c in alike if torch.equal(c.inputs.u, inputs.u) and torch.equal(c.inputs.delta, inputs.delta)]
@@ -225,7 +251,7 @@ class Watch:
         if not isinstance(states, Tensor):
             return None
         wanted = states.data_ptr()
-        for call in reversed(self.calls):
+        for call in reversed(self.scans):
             for kept in (call.states, call.again):
                 if kept is states or (kept is not None and kept.data_ptr() == wanted != 0):
                     return call
@@ -259,9 +285,10 @@ def open_doors(watch: Watch) -> Iterator[Watch]:
 
 
 @contextmanager
-def suspended(watch: Watch) -> Iterator[None]:
+def suspended(watch: Watch | None) -> Iterator[None]:
     """Let the other traces of this thread see nothing, while a model runs for one of ours."""
-    others = [other for other in tuple(_open) if other is not watch and other.thread == watch.thread]
+    thread = get_ident()
+    others = [other for other in tuple(_open) if other is not watch and other.thread == thread]
     before = [other.suspended for other in others]
     for other in others:
         other.suspended = True
@@ -270,70 +297,6 @@ def suspended(watch: Watch) -> Iterator[None]:
     finally:
         for other, value in zip(others, before, strict=True):
             other.suspended = value
-
-
-def compiled_scans() -> list[ModuleType]:
-    """Return the modules with a compiled scan, or a stand-in of one, that any loaded module is or holds.
-
-    Stand-ins leave ``sys.modules`` when their block ends, and live on in the modules that imported them.
-    """
-    found: dict[int, ModuleType] = {}
-    for module in list(sys.modules.values()):
-        if not issubclass(type(module), ModuleType):
-            continue
-        names = vars(module)
-        known = _looked_at.get(module)
-        if known is None or known[0] != len(names):
-            held = [value for value in [module, *list(names.values())] if _is_compiled_scan(value)]
-            known = _looked_at[module] = (len(names), [weakref.ref(value) for value in held])
-        for reference in known[1]:
-            value = reference()
-            if value is not None:
-                found[id(value)] = value
-    return list(found.values())
-
-
-def reaches_a_door(model: nn.Module) -> bool:
-    """Whether a compiled scan can be found from the code of a model's modules, by the names in it.
-
-    Args:
-        model: a model, or a mixer.
-    """
-    start = {sys.modules.get(cls.__module__) for module in model.modules() for cls in type(module).__mro__}
-    waiting = [vars(module) for module in start if module is not None]
-    seen = {id(names) for names in waiting}
-    for _ in range(_DEPTH):
-        further: list[dict[str, Any]] = []
-        for names in waiting:
-            if str(names.get("__name__")).partition(".")[0] in _NO_DOORS:
-                continue
-            for value in list(names.values()):
-                if _is_compiled_scan(value):
-                    return True
-                found = _names_behind(value)
-                if found is not None and id(found) not in seen:
-                    seen.add(id(found))
-                    further.append(found)
-        waiting = further
-    return any(_is_compiled_scan(module) for name, module in list(sys.modules.items()) if name.startswith(_PREFIX))
-
-
-def _names_behind(value: Any) -> dict[str, Any] | None:
-    """The namespace of the code that a name stands for."""
-    if isinstance(value, FunctionType):
-        return value.__globals__
-    if isinstance(value, type):
-        module = sys.modules.get(value.__module__)
-        return None if module is None else vars(module)
-    return vars(value) if issubclass(type(value), ModuleType) else None
-
-
-def _is_compiled_scan(value: Any) -> bool:
-    # isinstance would ask the value for its class, and some modules answer by warnings
-    if not issubclass(type(value), ModuleType) or not value.__name__.rpartition(".")[2].startswith(_PREFIX):
-        return False
-    names = vars(value)
-    return callable(names.get("fwd")) and callable(names.get("bwd"))
 
 
 class _Door:
@@ -365,22 +328,12 @@ class _Door:
 _lock = Lock()
 _open: list[Watch] = []
 _patched: dict[int, _Door] = {}
-_looked_at: "weakref.WeakKeyDictionary[ModuleType, tuple[int, list[weakref.ref[ModuleType]]]]"
-_looked_at = weakref.WeakKeyDictionary()
 
 
 def _forward(door: _Door, *args: Any) -> Any:
     """``fwd``, seen by the traces that it concerns."""
     own: Callable[..., Any] = door.own["fwd"]
-    again, thread = recomputing(), get_ident()
-    running = _running_modules(sys._getframe(1))
-    places = [
-        (watch, module)
-        for watch in tuple(_open)
-        if (again or watch.thread == thread) and not watch.suspended
-        for module in [watch.place(running)]
-        if module is not None
-    ]
+    again, places = recomputing(), watching(sys._getframe(1))
     if not places:
         return own(*args)
     if any(watch.ruled for watch, _ in places):
@@ -452,6 +405,19 @@ def _forward_inputs(args: tuple[Any, ...]) -> ScanInputs | None:
     if first == 8:
         return ScanInputs._make(args[:9])
     return ScanInputs._make((*args[:6], None, *args[6:8])) if first == 7 else None
+
+
+def watching(frame: FrameType | None) -> list[tuple[Watch, nn.Module]]:
+    """Return the traces that a call in this frame concerns, each with the innermost running module of its model."""
+    again, thread = recomputing(), get_ident()
+    running = _running_modules(frame)
+    return [
+        (watch, module)
+        for watch in tuple(_open)
+        if (again or watch.thread == thread) and not watch.suspended
+        for module in [watch.place(running)]
+        if module is not None
+    ]
 
 
 def _running_modules(frame: FrameType | None) -> list[nn.Module]:

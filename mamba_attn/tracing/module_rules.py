@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from mamba_attn.core.rules import ACTIVATION, LINEAR, NORM, TOKENS, Rules
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.tracing.adapters import AnyAdapter
-from mamba_attn.tracing.patching import PatchedForward, patched, recomputing
+from mamba_attn.tracing.patching import PatchedForward, patched
+from mamba_attn.tracing.undisturbed import recomputing
 
 Mixers = Mapping[str, tuple[nn.Module, AnyAdapter]]
 

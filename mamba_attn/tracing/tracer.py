@@ -23,12 +23,17 @@ from mamba_attn.core.rules import Rules
 from mamba_attn.errors import TraceError, UnknownLayerError, UnsupportedModelError, nearest
 from mamba_attn.tracing import patch_embedding
 from mamba_attn.tracing.adapters import AnyAdapter, Seen, find_mixers, nothing_found, require_supported
+from mamba_attn.tracing.agreement import Verdict
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders, DoorLayer, DoorScans
-from mamba_attn.tracing.doors import Watch, open_doors, reaches_a_door
+from mamba_attn.tracing.doors import Watch, open_doors
 from mamba_attn.tracing.layer_names import ByLayer, LayerName, LayerNames, layer_name, layer_names
 from mamba_attn.tracing.layers import AnyLayer, AttentionLayer, Layer, ScanLayer
 from mamba_attn.tracing.module_rules import check_rules_apply, install_rules
-from mamba_attn.tracing.patching import Interest, observed, patched, recomputing, watch_layout
+from mamba_attn.tracing.patching import Interest, observed, patched, watch_layout
+from mamba_attn.tracing.reachable import reaches_a_door, reaches_attention
+from mamba_attn.tracing.softmax_doors import CROSS, NESTED, open_softmax_doors
+from mamba_attn.tracing.softmax_layers import DoorAttention
+from mamba_attn.tracing.undisturbed import recomputing
 from mamba_attn.tracing.unseen import MIXES, Unseen, unseen_sentence
 
 _MODES = ("route", "observe")
@@ -57,6 +62,7 @@ class Trace(Mapping[str, Layer]):
         self._around = around
         self._stored: dict[str, tuple[int, Layer]] = {}
         self._repeated: set[str] = set()
+        self._apart: dict[str, Verdict] = {}  # of mixers that their adapter does not compute, and that doors show
         self._thread = get_ident()
         self._runs = 0  # of the model itself; parts of it may be called alone
         self._call: tuple[tuple[Any, ...], dict[str, Any], Any] | None = None
@@ -85,7 +91,8 @@ class Trace(Mapping[str, Layer]):
 
     @property
     def _names(self) -> list[str]:
-        return list(dict.fromkeys([*self._adapted, *self._layers]))
+        adapted = [name for name in self._adapted if name not in self._apart]
+        return list(dict.fromkeys([*adapted, *self._layers]))
 
     def __getitem__(self, name: LayerName) -> Layer:
         if not isinstance(name, str):
@@ -192,12 +199,13 @@ class Trace(Mapping[str, Layer]):
         at_doors = [] if self._doors is None else [call.module for call in self._doors.watch.calls]
         if self._around is None or not (self._stored or at_doors):
             return {}
-        return self._around.found(at_doors)
+        crosses = {} if self._doors is None else self._doors.watch.crosses
+        return self._around.found(at_doors) | crosses
 
     @property
     def unseen_mixers(self) -> list[str]:
         """Names of what mixes tokens like a layer and was not traced; a product of layers leaves it out."""
-        return [name for name, what in self.unseen.items() if what == MIXES]
+        return [name for name, what in self.unseen.items() if what in (MIXES, CROSS, NESTED)]
 
     def gradients(self, scalar: Tensor, of: str = "y") -> ByLayer[Tensor]:
         """Return the gradient of a scalar with respect to every layer's ``variable``, or ``output``.
@@ -218,21 +226,27 @@ class Trace(Mapping[str, Layer]):
         if of not in _GRADIENTS:
             raise ValueError(f"gradients(of={of!r}): expected one of {_GRADIENTS}.")
         at_doors = [layer for layer in self.layers if isinstance(layer, DoorLayer)]
-        layers = [layer for layer in self.layers if not isinstance(layer, DoorLayer)]
+        softmax = [layer for layer in self.layers if isinstance(layer, DoorAttention)]
+        layers = [layer for layer in self.layers if not isinstance(layer, DoorLayer | DoorAttention)]
+        edges = [edge for layer in softmax for edge in layer.call.edges if edge is not None]
+        if softmax and of == "output":
+            softmax[0].require_output()
         if at_doors and of == "output":
             at_doors[0].require_output()
         direct = [layer.variable if of == "y" and layer.tail is None else layer.output for layer in layers]
         attached = [tensor for tensor in direct if tensor.requires_grad]
         leaves = self._doors.differentiable() if at_doors and self._doors is not None else []
-        if len(attached) < len(layers) or not scalar.requires_grad or (at_doors and not leaves):
+        lost = len(attached) < len(layers) or not all(any(layer.call.edges) for layer in softmax)
+        if lost or not scalar.requires_grad or (at_doors and not leaves):
             raise TraceError(
                 "gradients(): the forward pass ran without gradients; call the model outside no_grad(), where it "
                 "checkpoints activations, with use_reentrant=False, and where all of its parameters are frozen, on "
                 "images.requires_grad_()."
             )
+        ends: list[Any] = [*edges, *attached, *leaves]
         try:
             with open_doors(self._doors.watch) if self._doors is not None and at_doors else nullcontext():
-                found = torch.autograd.grad(scalar, [*attached, *leaves], retain_graph=True, allow_unused=True)
+                found = torch.autograd.grad(scalar, ends, retain_graph=True, allow_unused=True)
         except CheckpointError as error:
             raise TraceError(
                 "gradients(): the model checkpoints activations, so its forward runs again now, and no longer traced; "
@@ -241,11 +255,14 @@ class Trace(Mapping[str, Layer]):
         if all(gradient is None for gradient in found):
             raise TraceError("gradients(): the scalar does not depend on this forward pass; take it from its output.")
         result: ByLayer[Tensor] = ByLayer()
-        for layer, tensor, gradient in zip(layers, attached, found, strict=False):
+        at_edges = iter(found[: len(edges)])
+        for its in softmax:
+            result[its.name] = its.placed_gradient([None if e is None else next(at_edges) for e in its.call.edges])
+        for layer, tensor, gradient in zip(layers, attached, found[len(edges) :], strict=False):
             filled = torch.zeros_like(tensor) if gradient is None else gradient
             result[layer.name] = filled if of == "output" or layer.tail is None else _through_tail(layer, filled)
-        for layer in at_doors:
-            result[layer.name] = layer.take_gradient()
+        for scans in at_doors:
+            result[scans.name] = scans.take_gradient()
         return ByLayer({layer.name: result[layer.name] for layer in self.layers})
 
     def _of_kind(self, kind: type[AnyLayer]) -> ByLayer[AnyLayer]:
@@ -317,7 +334,8 @@ def trace(
     """Record the selective scans, and the softmax attention, of the next forward pass of a model.
 
     Args:
-        model: a model with mixers of a known family, as it is; it is neither switched to eval nor changed. Inside
+        model: a model with mixers of a known family, or whose scans and attention go through a door (compiled scans,
+            torch's attention), as it is; it is neither switched to eval nor changed. Inside
             DistributedDataParallel, and DataParallel on one device, names are those of the wrapped model.
         layers: names, patterns (``"layers.1?.mixer"``) or numbers of mixers, or one of them; numbers count the
             model's mixers in the order of its modules, negative ones from the last. Default: all.
@@ -361,14 +379,16 @@ def trace(
     refused = {
         name: reason
         for name, (module, adapter) in found.items()
-        if (reason := adapter.refusal(module, model)) and reaches_a_door(module)
+        if (reason := adapter.refusal(module, model)) and (reaches_a_door(module) or reaches_attention(module))
     }
     known = {name: mixer for name, mixer in found.items() if name not in refused}
-    at_doors = bool(refused) or reaches_a_door(model)
+    adapted = [module for module, _ in known.values()]
+    unnamed = bool(refused) or reaches_a_door(model) or reaches_attention(model, adapted)
+    at_doors = unnamed or reaches_attention(model)  # also where an adapter turns out not to compute what it should
     if not known and not at_doors:
         raise nothing_found(model, adapters)
     # at doors nobody knows the layers' names before they run
-    chosen = list(known) if layers is None or at_doors else layer_names("trace(layers=...)", layers, list(known))
+    chosen = list(known) if layers is None or unnamed else layer_names("trace(layers=...)", layers, list(known))
     mixers = {name: known[name] for name in chosen}
     for name, (module, adapter) in mixers.items():
         require_supported(name, module, adapter, model)
@@ -376,29 +396,44 @@ def trace(
     seen = Seen(layout=layout if isinstance(layout, TokenLayout) else None)
     doors = None
     if at_doors:
-        watch = Watch(model, {module for module, _ in known.values()}, attention, ruled=rules is not None)
+        watch = Watch(model, set(adapted), attention, ruled=rules is not None)
         doors = DoorScans(model, watch, seen, layout, orders, refused=refused)
     around = Unseen(model, list(known))
-    record = Trace(list(mixers), doors, layers if at_doors else None, around, model)
+    record = Trace(list(mixers), doors, layers if unnamed else None, around, model)
     with ExitStack() as stack:
         families = dict.fromkeys(adapter for _, adapter in found.values())  # also of mixers that were not asked for
         sources = [source for adapter in families for source in adapter.layout_sources(model)]
         watch_layout(stack, model, sources or patch_embedding.layout_sources(model), seen)
         install_rules(stack, model, mixers, rules)
         for name, (module, adapter) in mixers.items():
-            interest = Interest(name, record._store, seen, adapter, attention, rules, get_ident())
+            at = None if doors is None else doors.watch
+            interest = Interest(
+                name, record._store, seen, adapter, attention, rules, get_ident(), record._apart.__setitem__, at
+            )
             stack.enter_context(patched(module, interest) if mode == "route" else observed(module, interest))
         stack.callback(model.register_forward_pre_hook(record._starts, prepend=True).remove)
         stack.callback(model.register_forward_hook(record._ends, with_kwargs=True).remove)
         if doors is not None:
             doors.install(stack)
             stack.enter_context(open_doors(doors.watch))
+            stack.enter_context(open_softmax_doors())
         around.install(stack, (lambda: False) if doors is None else (lambda: doors.watch.suspended))
         yield record
     record._require_seen()
+    if record._apart:
+        warnings.warn(_apart_sentence(found, record._apart), UserWarning, stacklevel=3)
     # with rules, the method that brought them looks: looking calls modules, on which another trace may have its rules
     if layers is None and rules is None and record.unseen_mixers:
         warnings.warn(unseen_sentence("trace", record.unseen_mixers), UserWarning, stacklevel=3)
+
+
+def _apart_sentence(found: Mapping[str, tuple[nn.Module, AnyAdapter]], apart: Mapping[str, Verdict]) -> str:
+    """What to say of mixers whose adapters compute something else."""
+    name = max(apart, key=lambda name: (apart[name].adapter is not None, apart[name].number))
+    module, adapter = found[name]
+    more = f", and {len(apart) - 1} more like it" if len(apart) > 1 else ""
+    sentence = apart[name].sentence(name, module, adapter.family).rstrip(".")
+    return f"trace: {sentence}{more}. What enters a compiled scan or torch's attention is taken there instead."
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
