@@ -6,6 +6,7 @@ wrapper around them sees all scans of a model and changes none. A door is patche
 each call asks which of them it concerns: those of its own thread, or of any thread when it runs inside a backward pass.
 """
 
+import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from mamba_attn.tracing.undisturbed import recomputing
 
 _DEPTH = 4  # a model's file names a mixer's, that one a function's, and that one a compiled module
 _NO_DOORS = ("torch", "builtins", "numpy", "timm", "transformers", "einops", "typing", "functools")
-_PREFIX = "selective_scan"  # of the extensions' names: selective_scan_cuda_oflex, selective_scan_vmamba_pt202, ...
+_PREFIXES = ("selective_scan", "v2dmamba_scan")  # of the extensions' names; the second is 2DMamba's other recurrence
 
 
 class ScanInputs(NamedTuple):
@@ -231,6 +232,15 @@ class Watch:
                     return call
         return None
 
+    def another_recurrence(self) -> str | None:
+        """What the model scans with that is no selective scan, in a sentence; None: nothing."""
+        if not self.other_scans:
+            return None
+        return (
+            f"Its scan {self.other_scans[0]}.fwd takes other arguments than a selective scan: it is another "
+            "recurrence, whose matrix is not known here."
+        )
+
     def close(self) -> None:
         """Take the hooks off the model."""
         for hook in self._hooks:
@@ -287,10 +297,7 @@ def compiled_scans() -> list[ModuleType]:
         if known is None or known[0] != len(names):
             held = [value for value in [module, *list(names.values())] if _is_compiled_scan(value)]
             known = _looked_at[module] = (len(names), [weakref.ref(value) for value in held])
-        for reference in known[1]:
-            value = reference()
-            if value is not None:
-                found[id(value)] = value
+        found |= {id(value): value for reference in known[1] if (value := reference()) is not None}
     return list(found.values())
 
 
@@ -300,9 +307,12 @@ def reaches_a_door(model: nn.Module) -> bool:
     Args:
         model: a model, or a mixer.
     """
-    start = {sys.modules.get(cls.__module__) for module in model.modules() for cls in type(module).__mro__}
-    waiting = [vars(module) for module in start if module is not None]
-    seen = {id(names) for names in waiting}
+    modules = list(model.modules())  # scans are kept there, too, and the file of a stand-in may be gone
+    files = {sys.modules.get(cls.__module__) for module in modules for cls in type(module).__mro__}
+    held = (value for module in modules for value in (*vars(module).values(), type(module).forward))
+    functions = (_names_behind(value) for value in held if isinstance(value, FunctionType))
+    seen = {id(names): names for names in (*map(vars, files - {None}), *functions) if names is not None}
+    waiting = list(seen.values())
     for _ in range(_DEPTH):
         further: list[dict[str, Any]] = []
         for names in waiting:
@@ -313,25 +323,24 @@ def reaches_a_door(model: nn.Module) -> bool:
                     return True
                 found = _names_behind(value)
                 if found is not None and id(found) not in seen:
-                    seen.add(id(found))
+                    seen[id(found)] = found
                     further.append(found)
         waiting = further
-    return any(_is_compiled_scan(module) for name, module in list(sys.modules.items()) if name.startswith(_PREFIX))
+    return any(_is_compiled_scan(module) for name, module in list(sys.modules.items()) if name.startswith(_PREFIXES))
 
 
 def _names_behind(value: Any) -> dict[str, Any] | None:
     """The namespace of the code that a name stands for."""
     if isinstance(value, FunctionType):
-        return value.__globals__
+        return getattr(inspect.unwrap(value), "__globals__", None)
     if isinstance(value, type):
-        module = sys.modules.get(value.__module__)
-        return None if module is None else vars(module)
+        return getattr(sys.modules.get(value.__module__), "__dict__", None)
     return vars(value) if issubclass(type(value), ModuleType) else None
 
 
 def _is_compiled_scan(value: Any) -> bool:
     # isinstance would ask the value for its class, and some modules answer by warnings
-    if not issubclass(type(value), ModuleType) or not value.__name__.rpartition(".")[2].startswith(_PREFIX):
+    if not issubclass(type(value), ModuleType) or not value.__name__.rpartition(".")[2].startswith(_PREFIXES):
         return False
     names = vars(value)
     return callable(names.get("fwd")) and callable(names.get("bwd"))
@@ -450,7 +459,7 @@ def _first_flag(args: tuple[Any, ...]) -> int:
 def _forward_inputs(args: tuple[Any, ...]) -> ScanInputs | None:
     """What was handed to ``fwd``: with z in Mamba's own extension, without in the others; None: to another scan."""
     first = _first_flag(args)
-    if first == 8:
+    if first == 8 and len(args) == 9:  # 2DMamba's goes on with the size of a grid
         return ScanInputs._make(args[:9])
     return ScanInputs._make((*args[:6], None, *args[6:8])) if first == 7 else None
 
