@@ -423,8 +423,8 @@ def _chunk_forward(door: Door, *args: Any, **kwargs: Any) -> Any:
         if watch.rules is not None and watch.rules.wants:
             raise UnsupportedModelError(
                 f"{type(module).__name__}: no adapter recognises this module, and at the door of a chunk scan "
-                "(Mamba-2) the rules of this method are not known; use one without rules (RawAttention, AttentionRollout, "
-                "MambaAttribution), or write an adapter (mamba_attn.register_adapter)."
+                "(Mamba-2) the rules of this method are not known; use one without rules (RawAttention, "
+                "AttentionRollout, MambaAttribution), or write an adapter (mamba_attn.register_adapter)."
             )
     inputs = forward_inputs(places[0][0].names[id(places[0][1])], args, kwargs) if places else None
     found = door.own[CHUNK_SCANS[0]](*args, **kwargs)
