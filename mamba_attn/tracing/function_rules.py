@@ -5,6 +5,7 @@ Activations, norms, products, softmax and sums with constants are met where any 
 extensions do inside; whether that changed the answer shows in what the relevances sum to.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -47,7 +48,8 @@ class FunctionRules(TorchFunctionMode):
     def __torch_function__(self, func: Function, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         """Call a function, by its rule if it has one."""
         kwargs = kwargs or {}
-        rule = _RULES.get(func)
+        # torch names the function that stands in its own's place while a door watches it
+        rule = _RULES.get(func.args[0] if isinstance(func, partial) and func.args else func)
         if rule is None or not torch.is_grad_enabled() or ruled_elsewhere() or self.quiet():
             return func(*args, **kwargs)
         where = self.names.running(sys._getframe(1))
@@ -336,12 +338,39 @@ def _softmax_attention(mode: FunctionRules, func: Function, query: Any, key: Any
     return func(mode.rules.fixed(query), mode.rules.fixed(key), *rest, **kwargs)
 
 
+def _attention_module(mode: FunctionRules, func: Function, *args: Any, **kwargs: Any) -> Any:
+    """The function behind nn.MultiheadAttention, tokens first: linear in the values, its probabilities fixed."""
+    bound = _ATTENTION.bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    value, heads = given["value"], given["num_heads"]
+    unknown = (given[name] is not None for name in ("bias_k", "bias_v", "static_k", "static_v"))
+    dropped = given["training"] and given["dropout_p"] > 0
+    if not mode.depends(value) or value.ndim != 3 or given["add_zero_attn"] or dropped or any(unknown):
+        return func(*args, **kwargs)
+    with torch.no_grad():
+        output = func(*args, **kwargs)
+        each = {**given, "need_weights": True, "average_attn_weights": False}
+        probabilities = func(**each)[1]  # (batch, heads, tokens, tokens)
+    separate, bias = given["use_separate_proj_weight"], given["in_proj_bias"]
+    weight = given["v_proj_weight"] if separate else given["in_proj_weight"].chunk(3)[2]
+    # images first, as constants are counted by image
+    values = F.linear(value.transpose(0, 1), weight, None if bias is None else bias.chunk(3)[2])
+    if bias is not None:
+        values = mode.rules.added(mode.name(bias, "bias"), values, bias.chunk(3)[2])
+    y = torch.einsum("bhij,bjhd->bihd", mode.rules.fixed(probabilities), values.unflatten(2, (heads, -1))).flatten(2)
+    y = F.linear(y, given["out_proj_weight"], given["out_proj_bias"])
+    y = mode.with_bias(straight(output[0].transpose(0, 1), y), given["out_proj_bias"])
+    return y.transpose(0, 1), output[1]
+
+
 def _named(*names: str) -> list[Function]:
     """The functions of these names in torch, its tensors and torch.nn.functional."""
     homes = (torch, Tensor, F)
     return [getattr(home, name) for name in names for home in homes if hasattr(home, name)]
 
 
+_ATTENTION = inspect.signature(F.multi_head_attention_forward)
 _POSITIONS = ("input", "tensors", "other", "mat1", "mat2", "exponent", "tensor1", "tensor2")  # may come by name
 _IN_PLACE = {*_named("mul_", "relu_", "tanh_", "leaky_relu_", "elu_", "selu_", "celu_", "hardtanh_", "__imul__")}
 _IN_PLACE |= {*_named("multiply_")}
@@ -380,6 +409,7 @@ _RULES |= dict.fromkeys(
     _named("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution
 )
 _RULES |= {F.embedding: _embedded, F.batch_norm: _batch_norm, F.scaled_dot_product_attention: _softmax_attention}
+_RULES |= {F.multi_head_attention_forward: _attention_module}
 for _rule, _functions in (
     (_layer_norm, _named("layer_norm")), (_rms_norm, _named("rms_norm")), (_group_norm, _named("group_norm")),
     (_instance_norm, [F.instance_norm]), (_unit_norm, [F.normalize]), (_gated, [F.glu]),

@@ -189,6 +189,38 @@ def test_fused_code_has_the_relevance_of_the_same_code_in_parts(make, method):
         torch.testing.assert_close(constants[name], others[name], rtol=0, atol=1e-12)
 
 
+class Attention(nn.MultiheadAttention):
+    """Attention written in three ways."""
+
+    def __init__(self, way):
+        super().__init__(foreign.CHANNELS, 2, batch_first=True)
+        self.way = way
+
+    def forward(self, x):
+        if self.way == "module":
+            return super().forward(x, x, x)[0]
+        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        if self.way == "function":
+            y = F.scaled_dot_product_attention(q, k, v)
+        else:
+            y = ((q @ k.mT) * q.shape[-1] ** -0.5).softmax(-1) @ v
+        return F.linear(y.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+
+
+@pytest.mark.filterwarnings("ignore:trace")
+def test_softmax_attention_is_held_fixed_however_it_is_written():
+    models = {way: Net(Line(), Attention(way)).double().eval() for way in ("by hand", "function", "module")}
+    x, found = images(), {}
+    with torch.no_grad():
+        for value in models["by hand"].parameters():
+            value.add_(0.1 * torch.randn_like(value))
+    for way, model in models.items():
+        model.load_state_dict(models["by hand"].state_dict())
+        found[way], constants, logits = shares(FrozenContribution, model, x)
+        torch.testing.assert_close(found[way].sum(1) + sum(constants.values()), logits, rtol=0, atol=1e-12)
+        torch.testing.assert_close(found[way], found["by hand"], rtol=0, atol=1e-12)
+
+
 def test_gamma_layers_that_fused_code_does_not_call_are_refused():
     model, x = Net(Fused()).double().eval(), images()
     assert not torch.equal(MambaLRP(model, gamma_layers="*.enter").attribute(x), MambaLRP(model).attribute(x))
