@@ -13,6 +13,7 @@ _NEEDED = {"zarr": "zarr", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
 _METHODS = ("pca", "tsne", "umap")
 _EXAMPLES = """\
 store --out report.html
+store --out small.html --size 2 --method pca tsne
 store1 store2 --out both.html --size 20 --images 8"""
 _NOTES = """\
 One page with the two linked views of mamba-attn explore, for grids of up to
