@@ -146,11 +146,11 @@ def spatial_mamba(root: Path) -> Iterator[Case]:
     """Spatial-Mamba: states of neighbouring tokens are mixed before C reads them, which no matrix of ours holds."""
     code = load(root / "classification", "models.spatialmamba")
     make = made(code.SpatialMamba, depths=[1, 1, 1, 1], dims=[16, 32, 64, 128], num_classes=7, drop_path_rate=0.0)
-    yield Case("SpatialMamba", "states mixed", make, (2, 3, 64, 64), training=True, refused="other recurrence")
+    yield Case("SpatialMamba", "states mixed", make, (2, 3, 64, 64), training=True, refused="another recurrence")
 
 
 def mamba_2d(root: Path) -> Iterator[Case]:
     """2DMamba: a recurrence over both axes."""
     code = load(root / "2DVMamba", "classification.models.vmamba", "classification")
     make = made(code.SS2D, 24, d_state=4, forward_type="v05", use_v2d=True)
-    yield Case("SS2D", "both axes", make, (2, 8, 6, 24), refused="both axes at once")
+    yield Case("SS2D", "both axes", make, (2, 8, 6, 24), refused="another recurrence")

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ _AMPLIFIED = 16  # times what the module's own output moves by, when its input m
 _MOST = 100  # times what is allowed: no input makes more of it
 _REMEMBERED = 64  # calls of one module
 _FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError, AttributeError)
-_PLAIN = (int, float, str, complex, type(None), torch.dtype, torch.device, torch.Size)
+# no states of an earlier call; classes and functions are ways to scan and merge, as GroupMamba hands them over
+_PLAIN = (int, float, str, complex, type(None), torch.dtype, torch.device, torch.Size, type, FunctionType)
 
 
 @dataclass(frozen=True)

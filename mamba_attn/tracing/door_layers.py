@@ -343,11 +343,9 @@ class DoorScans:
         for name, reason in self._refused.items():
             if not any(f"{other}.".startswith(f"{name}.") or not name for other in ran):
                 raise UnsupportedModelError(f"{name or type(self.model).__name__}: {reason}")
-        if self.watch.other_scans and not ran:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__}: its scan {self.watch.other_scans[0]}.fwd takes other arguments than a "
-                "selective scan: it is another recurrence, whose matrix is not known here."
-            )
+        another = self.watch.another_recurrence()
+        if another is not None and not ran:
+            raise UnsupportedModelError(f"{type(self.model).__name__}: {another}")
 
     def differentiable(self) -> list[Tensor]:
         """What a backward pass may end at."""

@@ -283,6 +283,15 @@ class Watch:
                     return call
         return None
 
+    def another_recurrence(self) -> str | None:
+        """What the model scans with that is no selective scan, in a sentence; None: nothing."""
+        if not self.other_scans:
+            return None
+        return (
+            f"Its scan {self.other_scans[0]}.fwd takes other arguments than a selective scan: it is another "
+            "recurrence, whose matrix is not known here."
+        )
+
     def close(self) -> None:
         """Take the hooks off the model."""
         for hook in self._hooks:
@@ -494,7 +503,7 @@ def _first_flag(args: tuple[Any, ...]) -> int:
 def _forward_inputs(args: tuple[Any, ...]) -> ScanInputs | None:
     """What was handed to ``fwd``: with z in Mamba's own extension, without in the others; None: to another scan."""
     first = _first_flag(args)
-    if first == 8:
+    if first == 8 and len(args) == 9:  # 2DMamba's goes on with the size of a grid
         return ScanInputs._make(args[:9])
     return ScanInputs._make((*args[:6], None, *args[6:8])) if first == 7 else None
 

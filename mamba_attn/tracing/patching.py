@@ -68,9 +68,10 @@ class Interest:
         return 0 if self.watch is None else len(self.watch.calls)
 
     def why_refused(self, module: nn.Module, verdict: Verdict) -> str:
-        """What disagrees, and that no door shows its scans."""
+        """What disagrees, and why no door shows its scans."""
         sentence = verdict.sentence(self.name, module, self.adapter.family).rstrip(".")
-        return f"{sentence}. None of its scans goes through a door that is known, so it is not traced."
+        another = None if self.watch is None else self.watch.another_recurrence()
+        return f"{sentence}. {another or 'None of its scans goes through a door that is known, so it is not traced.'}"
 
 
 class PatchedForward(ABC):

@@ -11,7 +11,7 @@ from torch import nn
 
 _DEPTH = 4  # a model's file names a mixer's, that one a function's, and that one a compiled module
 _NO_DOORS = ("torch", "builtins", "numpy", "timm", "transformers", "einops", "typing", "functools")
-_PREFIX = "selective_scan"  # of the extensions' names: selective_scan_cuda_oflex, selective_scan_vmamba_pt202, ...
+_PREFIXES = ("selective_scan", "v2dmamba_scan")  # of the extensions' names; the second is 2DMamba's other recurrence
 CHUNK_SCANS = ("_mamba_chunk_scan_combined_fwd", "_mamba_chunk_scan_combined_bwd")  # of mamba_ssm's ssd_combined
 _ATTENTION = frozenset(("scaled_dot_product_attention", "multi_head_attention_forward", "ALL_ATTENTION_FUNCTIONS"))
 _OF_TORCH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -44,9 +44,12 @@ def reaches_a_door(model: nn.Module) -> bool:
     Args:
         model: a model, or a mixer.
     """
-    start = {sys.modules.get(cls.__module__) for module in model.modules() for cls in type(module).__mro__}
-    waiting = [vars(module) for module in start if module is not None]
-    seen = {id(names) for names in waiting}
+    modules = list(model.modules())  # scans are kept there, too, and the file of a stand-in may be gone
+    files = {sys.modules.get(cls.__module__) for module in modules for cls in type(module).__mro__}
+    held = (value for module in modules for value in (*vars(module).values(), type(module).forward))
+    functions = (_names_behind(value) for value in held if isinstance(value, FunctionType))
+    seen = {id(names): names for names in (*map(vars, files - {None}), *functions) if names is not None}
+    waiting = list(seen.values())
     for _ in range(_DEPTH):
         further: list[dict[str, Any]] = []
         for names in waiting:
@@ -59,19 +62,18 @@ def reaches_a_door(model: nn.Module) -> bool:
                     return True
                 found = _names_behind(value)
                 if found is not None and id(found) not in seen:
-                    seen.add(id(found))
+                    seen[id(found)] = found
                     further.append(found)
         waiting = further
-    return any(_is_compiled_scan(module) for name, module in list(sys.modules.items()) if name.startswith(_PREFIX))
+    return any(_is_compiled_scan(module) for name, module in list(sys.modules.items()) if name.startswith(_PREFIXES))
 
 
 def _names_behind(value: Any) -> dict[str, Any] | None:
     """The namespace of the code that a name stands for."""
     if isinstance(value, FunctionType):
-        return value.__globals__
+        return getattr(unwrap(value), "__globals__", None)
     if isinstance(value, type):
-        module = sys.modules.get(value.__module__)
-        return None if module is None else vars(module)
+        return getattr(sys.modules.get(value.__module__), "__dict__", None)
     return vars(value) if issubclass(type(value), ModuleType) else None
 
 
@@ -80,7 +82,7 @@ def _is_compiled_scan(value: Any) -> bool:
     if not issubclass(type(value), ModuleType):
         return False
     names = vars(value)
-    if value.__name__.rpartition(".")[2].startswith(_PREFIX):
+    if value.__name__.rpartition(".")[2].startswith(_PREFIXES):
         return callable(names.get("fwd")) and callable(names.get("bwd"))
     return all(isinstance(names.get(name), FunctionType) for name in CHUNK_SCANS)
 

@@ -235,6 +235,7 @@ def test_differences() -> None:
     assert difference(x[:2], x) == float("inf")
     assert difference(x * torch.nan, x * torch.nan) != difference(x, x)
     assert Call((x,), {"a": [x.long()], "cache": object()}).opaque == ["object"]
+    assert Call((x, torch.autograd.Function), {"merge": torch.nn.functional.relu}).opaque == []
 
 
 def test_no_more_calls_are_remembered_than_a_few(monkeypatch: pytest.MonkeyPatch) -> None:

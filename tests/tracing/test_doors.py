@@ -422,6 +422,25 @@ def test_a_method_that_looks_into_mixers_is_refused_at_doors():
         attribution.ImplicitAttention(Net(Line()).eval()).attribute(images(), target=0)
 
 
+def test_a_scan_that_a_module_keeps_is_found():
+    """mamba.py imports its scan when a model is built; a stand-in's module is gone by the time it is traced."""
+
+    nowhere = {"__module__": "not_there_any_more"}
+    kept = type("Kept", (nn.Module,), nowhere)()
+    assert not reachable.reaches_a_door(kept)
+    kept.scan = foreign.selective_scan_fn
+    assert reachable.reaches_a_door(kept)
+    assert reachable.reaches_a_door(type("Gone", (nn.Module,), {**nowhere, "forward": foreign.Scan.forward})())
+
+
+def test_a_scan_that_takes_a_grid_is_another_recurrence():
+    x = torch.ones(2, 6, 20)
+    B = torch.ones(2, 1, 3, 20)
+    given = (x, x, -torch.ones(6, 3), B, B, None, None, None, True)
+    assert doors._forward_inputs(given) is not None
+    assert doors._forward_inputs((*given, 4, 5)) is None
+
+
 def test_methods_that_need_no_rules_run():
     model = Net(Line(), Both()).eval()
     x = images()

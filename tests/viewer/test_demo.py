@@ -14,7 +14,7 @@ from mamba_attn.viewer import demo
 
 def test_the_demo_is_collected_once_and_a_half_is_finished(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MAMBA_ATTN_CACHE", str(tmp_path))
-    data = open_data(str(images.samples()[0].parent))
+    data = open_data(str(demo.photos()))
     folder = demo.demo_folder()
     assert folder.parent == tmp_path
     collect(Request(loading.load(demo.MODEL, "demo"), data, limit=2, keep=6), folder)  # a kill after two images
@@ -23,7 +23,8 @@ def test_the_demo_is_collected_once_and_a_half_is_finished(tmp_path, monkeypatch
 
     assert demo.demo_store() == folder
     store = AttentionStore.open(folder)
-    assert sorted(image.key for image in store.images) == sorted(path.name for path in images.samples())
+    assert sorted(image.key.split("/")[-1] for image in store.images) == sorted(path.name for path in images.samples())
+    assert sum(image.correct for image in store.images) == 5  # the classes are known
     assert all(image.kept for image in store.images)
 
     monkeypatch.setattr(demo, "_collect", lambda *_: pytest.fail("collected again"))
