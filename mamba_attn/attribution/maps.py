@@ -22,6 +22,7 @@ from mamba_attn.attribution.queries import Place, Query, make_query, split_query
 from mamba_attn.attribution.targets import Target, require_classes, target_values
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.rules import Rules
+from mamba_attn.core.training_mode import warn_of_training
 from mamba_attn.errors import NonFiniteError, TraceError, UnsupportedModelError, nearest
 from mamba_attn.tracing.layer_names import LayerNames, layer_names, listed_layers
 from mamba_attn.tracing.layers import Layer
@@ -142,8 +143,12 @@ class MapAttribution(Attribution, ABC):
             TraceError: the places of the model's tokens in the image are unknown; a trace without gradients.
             UnknownLayerError: a layer name or pattern matches none, or a number is out of range.
             NonFiniteError: a layer, the target or the map contains NaN or Inf.
+
+        Warns:
+            UserWarning: once per model, modules in training mode that change its answer (dropout, batch norms).
         """
         call = f"{self.called}.attribute"
+        warn_of_training(self.model)
         several = inputs if isinstance(inputs, tuple) else (inputs,)
         if not several:
             raise TypeError(f"{call}(inputs=()): expected a tensor of images, or several.")

@@ -6,6 +6,7 @@ import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from mamba_attn.commands.exit_codes import as_flags
 from mamba_attn.commands.options import (
     Commands,
     add_limit,
@@ -121,7 +122,7 @@ def _next(request: "Request", out: str, args: argparse.Namespace) -> str:
 
 def _report(found: "Collected", out: str, then: str) -> int:
     for reason in list(found.unreadable.values())[:_SHOWN]:
-        print(f"skipped: {reason}", file=sys.stderr)
+        print(f"skipped: {as_flags(reason, ('range',))}", file=sys.stderr)
     more = len(found.unreadable) - _SHOWN
     if more > 0:
         print(f"skipped: {more} more; store.json lists all.", file=sys.stderr)

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mamba_attn.commands.exit_codes import as_flags
 from mamba_attn.commands.options import (
     Commands,
     add_folder,
@@ -147,7 +148,9 @@ def _read(
             image = transform.normalise(picture(transform)[None])
         except images.ImageError as error:
             if str(error) not in damaged:
-                console.print(f"skipped: {error}", markup=False, highlight=False, soft_wrap=True)
+                console.print(
+                    f"skipped: {as_flags(str(error), ('range',))}", markup=False, highlight=False, soft_wrap=True
+                )
             damaged.add(str(error))
             continue
         yield image.to(device)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from mamba_attn.commands.exit_codes import as_flags
 from mamba_attn.commands.options import (
     Commands,
     add_folder,
@@ -158,11 +159,12 @@ def _explain(job: Job) -> int:
             try:
                 answers = [answer(question, path) for question in job.questions]
             except (images.ImageError, NonFiniteError) as error:
-                progress.console.print(f"skipped: {error}", markup=False, highlight=False, soft_wrap=True)
+                reason = as_flags(str(error), ("range",))
+                progress.console.print(f"skipped: {reason}", markup=False, highlight=False, soft_wrap=True)
                 continue
             if answers[0].left_out > _HALF:
                 share = f"{answers[0].left_out:.0%}"
-                progress.console.print(f"{path}: {share} of the picture are cut off, as the page shows", soft_wrap=True)
+                progress.console.print(f"{path}: {share} of the picture is cut off, as the page shows", soft_wrap=True)
             pages.add(path.name, answers)
             _add_rows(table, path.name, answers)
             done += 1

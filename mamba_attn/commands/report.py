@@ -13,6 +13,7 @@ _NEEDED = {"zarr": "zarr", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
 _METHODS = ("pca", "tsne", "umap")
 _EXAMPLES = """\
 store --out report.html
+store --out small.html --size 2 --method pca tsne
 store1 store2 --out both.html --size 20 --images 8"""
 _NOTES = """\
 The page of mamba-attn explore in one file, for grids of up to 32 x 32 patches.

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from mamba_attn.core.loaded_model import LoadedModel
+from mamba_attn.core.training_mode import warn_of_training
 from mamba_attn.core.transform import Transform
 from mamba_attn.datasets.class_names import names_for, read_names
 from mamba_attn.datasets.user_code import build_model, find_function, names_code, stand_ins_for, takes
@@ -123,6 +124,7 @@ def complete(model: nn.Module | LoadedModel) -> LoadedModel:
         UserWarning: the transform was guessed; modules are in training mode that change the answer.
     """
     found = model if isinstance(model, LoadedModel) else LoadedModel(model)
+    warn_of_training(found.model)
     if found.transform is None:
         found.transform = _own_transform(found.model, str(found.name))
     count = vars(found).get(_OUTPUTS)

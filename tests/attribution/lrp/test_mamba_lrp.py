@@ -319,6 +319,7 @@ def test_a_norm_of_another_formula_is_ruled_by_its_functions():
     torch.testing.assert_close(total, logits(model, inputs), rtol=0, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:Wrapped is in training mode")  # the batch norms are the point
 def test_only_what_lies_between_the_target_and_the_tokens_is_asked_for_rules():
     class Wrapped(nn.Module):
         """A normalisation of the images in front, and a second head that nobody explains."""
