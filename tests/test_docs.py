@@ -90,3 +90,80 @@ def test_every_method_that_folds_attention_is_on_the_page_about_folding() -> Non
     named = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
     assert named <= set(catalogue.METHODS)
     assert {name for name, entry in catalogue.METHODS.items() if entry.made_of != catalogue.ANY} == named
+
+
+def test_maps_of_one_pass_in_code() -> None:
+    assert [maps.shape for maps in run("how_it_works.md")["maps"]] == [(2, 1, 128, 128)] * 3
+
+
+def test_every_recipe_is_run_here() -> None:
+    here = Path(__file__).read_text()
+    for page in (DOCS / "how-to").glob("*.md"):
+        assert f'run("how-to/{page.name}")' in here, page.name
+
+
+def test_logging_maps_in_a_training_loop_changes_nothing_of_the_model(tmp_path: Path) -> None:
+    found = run("how-to/training_loop.md")
+    names = sorted(path.name for path in found["folder"].glob("*.png"))
+    assert names == [f"image{n}_step{step:06d}.png" for n in (0, 1) for step in (0, 2)]
+
+    class Writer:
+        def __init__(self) -> None:
+            self.images: list[tuple[str, tuple[int, ...], int, str]] = []
+
+        def add_image(self, tag: str, array: Any, step: int, dataformats: str) -> None:
+            self.images.append((tag, array.shape, step, dataformats))
+
+    model = found["model"].train()
+    model.norm_f.eval()  # a part that is frozen
+    x = torch.rand(2, 3, 64, 64)
+    model(x).sum().backward()
+    gradients = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    modes, needed = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    random, writer = torch.get_rng_state(), Writer()
+    found["log_maps"](model, x, x, 7, tmp_path, writer)
+    assert writer.images == [(f"maps/{n}", (64, 64, 3), 7, "HWC") for n in (0, 1)]
+    for name, parameter in model.named_parameters():
+        before = gradients[name]
+        assert (parameter.grad is None) == (before is None)
+        assert before is None or (parameter.grad is not None and torch.equal(parameter.grad, before))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == needed
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_segmentations_pixel_in_code() -> None:
+    found = run("how-to/segmentation_pixel.md")
+    assert found["one"].shape == found["each"].shape == found["region"].shape == found["read"].shape == (2, 1, 64, 96)
+    torch.testing.assert_close(found["each"][0], found["one"][0])
+    assert not torch.allclose(found["each"][1], found["one"][1])
+    assert not torch.allclose(found["read"], found["one"])
+
+
+def test_a_loaders_maps_in_code() -> None:
+    found = run("how-to/dataloader_to_npz.md")
+    maps = found["maps"]
+    assert maps["labels"].tolist() == [0, 1, 2, 3, 4]
+    images = torch.stack([image for image, _ in found["loader"].dataset])
+    for name, method in found["methods"].items():
+        truth = method.attribute(images, list(range(5)))[:, 0]
+        torch.testing.assert_close(torch.from_numpy(maps[name]), truth, rtol=1e-4, atol=1e-6 * float(truth.abs().max()))
+
+
+def test_a_unet_of_mamba_blocks_in_code() -> None:
+    found = run("how-to/unet_of_mamba_blocks.md")
+    for maps in found["maps"].values():
+        assert [each.shape for each in maps] == [(2, 1, 64, 96)] * 2
+        assert all(each.isfinite().all() and each.std() > 0 for each in maps)
+    coarse = found["maps"]["coarse"][0][0, 0]
+    row, column = divmod(int(coarse.argmax()), 96)
+    assert 64 * 96 > row * 96 + column >= 0
+    assert (row // 8, column // 8) <= (30 // 8, 40 // 8)  # a causal scan reads what comes before the pixel's token
+
+
+def test_patches_made_by_einops_in_code() -> None:
+    found = run("how-to/einops_patches.md")
+    assert [maps.shape for maps in found["maps"]] == [(2, 1, 64, 96)] * 3
+    assert found["changed"].tolist() == [found["expected"]] == [2 * 12 + 5]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mamba_attn.tracing.door_layers import DoorLayer
 from mamba_attn.tracing.layers import AttentionLayer, Layer, ScanLayer
+from mamba_attn.tracing.softmax_layers import DoorAttention
 from mamba_attn.tracing.tracer import Trace, trace
 from mamba_attn.tracing.undisturbed import undisturbed
 
@@ -162,10 +163,12 @@ def _pushed(images: Tensor) -> Tensor:
 
 def _entered(layer: Layer) -> Tensor:
     """Return the tensor from which a layer's tokens come."""
+    if isinstance(layer, DoorAttention):
+        return layer.row_frame.value  # at doors, before any order is measured
+    if isinstance(layer, DoorLayer):
+        return layer.scan_frame.source_u
     if isinstance(layer, AttentionLayer):
         return layer.record.value
-    if isinstance(layer, DoorLayer):
-        return layer.scan_frame.source_u  # its order is not measured for this
     if isinstance(layer, ScanLayer):
         return layer.scan.source_u
     raise TypeError(f"{layer.name}: a layer of another kind, {type(layer).__name__}.")
