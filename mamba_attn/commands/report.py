@@ -22,8 +22,8 @@ the images that it shows, and the names of all.
 
 The most important parts go in first: the means of the blocks, their points,
 one image, then, small grids first, the means of each route and the other
---images kept by collect --keep. The page and the command list what does not fit into --size, and which
---size or --images would include it.
+--images kept by collect --keep. The page and the command list what does not
+fit into --size, and which --size or --images would include it.
 """
 
 

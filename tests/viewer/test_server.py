@@ -73,16 +73,22 @@ def test_an_image_that_is_not_stored_is_computed_with_its_gate_refused_in_words(
     assert not any(its["gate"] for its in client.post("/api/has", json={}).json()["layers"].values())
 
 
+def ended(client, job):
+    """A job's end; importing scikit-learn takes long on a busy machine."""
+    for _ in range(1200):
+        now = client.get(f"/api/jobs/{job}").json()
+        if now["state"] != "running":
+            break
+        time.sleep(0.2)
+    return now
+
+
 def test_points_and_a_job_that_computes_them(client):
     found = client.post("/api/points", json={"layer": 2, "mode": "blocks"}).json()
     assert numbers(found["xy"]).shape == (16,)
     job = client.post("/api/points", json={"layer": 0, "method": "tsne"}).json()["job"]
     assert client.post("/api/points", json={"layer": 0, "method": "tsne"}).json()["job"] == job
-    for _ in range(300):
-        now = client.get(f"/api/jobs/{job}").json()
-        if now["state"] != "running":
-            break
-        time.sleep(0.1)
+    now = ended(client, job)
     assert (now["state"], now["what"]) == ("done", "t-SNE of 96 patches")
     assert numbers(client.post("/api/points", json={"layer": 0, "method": "tsne"}).json()["xy"]).shape == (192,)
     other = client.post("/api/points", json={"layer": 1, "method": "umap"}).json()["job"]
@@ -93,11 +99,7 @@ def test_points_and_a_job_that_computes_them(client):
 def test_a_job_that_fails_says_why(client, monkeypatch):
     monkeypatch.setattr("mamba_attn.viewer.reductions.FIRST", -5)
     job = client.post("/api/points", json={"layer": 1, "method": "tsne"}).json()["job"]
-    for _ in range(300):
-        now = client.get(f"/api/jobs/{job}").json()
-        if now["state"] != "running":
-            break
-        time.sleep(0.1)
+    now = ended(client, job)
     assert now["state"] == "failed"
     assert "ValueError" in now["error"]
 

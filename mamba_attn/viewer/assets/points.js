@@ -79,7 +79,9 @@ async function refresh(its) {
 
 // Points, after the job that computes them; the old ones stay, faint, while words say what is going on.
 async function settled(wanted, its, stale) {
+  const late = setTimeout(() => { if (!stale()) its.notice.replaceChildren('Placing the points …'); }, 500);
   let found = await points(wanted);
+  clearTimeout(late);
   while (found.job && !stale()) {
     const now = await job(found.job);
     if (now.state === 'done') found = await points(wanted);
