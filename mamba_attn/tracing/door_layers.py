@@ -1,5 +1,6 @@
 """Layers made of what a trace saw at the doors: records in the token frame, measured when they are first asked for."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -455,8 +456,11 @@ class DoorScans:
             return None  # the frame is a part of an image
         grids = [steps.place.grid]
         found = self._found[0] if self._found else None
-        for shapes in _nearest_first(layer.calls[0].module, found.measured.maps if found else {}):
-            grids += [grid for shape in shapes for grid in (shape[2:], shape[1:-1]) if min(grid) > 1]
+        given_shapes = [] if self._replay is None else [tuple(t.shape) for t in self._replay.tensors]
+        for shape in itertools.chain(*_nearest_first(layer.calls[0].module, found.measured.maps if found else {})):
+            # features stand first or last; of what the model was given, three colours and rows are no grid
+            both = (shape[2:],) if shape in given_shapes else (shape[2:], shape[1:-1])
+            grids += [grid for grid in both if min(grid) > 1]
         fitting = (grid for grid in grids if len(grid) > 1 and prod(grid) == steps.tokens)
         return self._laid_out(next(fitting, (steps.tokens,)))
 
