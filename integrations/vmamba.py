@@ -83,8 +83,8 @@ class VMambaAdapter(Adapter):
 
 
 def _channel_first(module: nn.Module) -> bool:
-    """Whether the module gets and returns (batch, channels, height, width)."""
-    return bool(getattr(module, "channel_first", False))
+    """Whether the module gets and returns (batch, channels, height, width); ours says so of its submodules alone."""
+    return bool(getattr(module, "channel_first", False)) and not isinstance(module, ss2d.SS2D)
 
 
 def _check_shapes(module: nn.Module) -> None:

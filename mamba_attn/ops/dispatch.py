@@ -1,7 +1,7 @@
 """Chooses the backend of a call: the one requested, or the fastest that can run it.
 
-Channels that share a head's matrix (Mamba-2) are folded per head by "native" and "blocked". "fused" computes a matrix for
-every channel in its one launch, and "reference" is the definition, channel by channel.
+"native" and "blocked" fold channels that share a head's matrix (Mamba-2) per head. "fused" computes every channel's
+matrix in its one launch, and "reference" by definition.
 """
 
 import os

@@ -254,12 +254,12 @@ def _nearest(
         try:
             number = difference(_first(of_adapter(each)), truth)
         except UnsupportedModelError as error:
-            best = replace(best, why=best.why or str(error))
+            best = replace(best, why=best.why or str(error)) if best.adapter is None else best
             continue
         except (MambaAttnError, torch.OutOfMemoryError):
             raise
         except _FAILURES as error:
-            best = replace(best, why=best.why or _words(error))
+            best = replace(best, why=best.why or _words(error)) if best.adapter is None else best
             continue
         if best.adapter is None or number < best.number:
             best = Verdict(each, number, best.allowed)

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from mamba_attn._types import Int
 from mamba_attn.tracing.doors import ScanCall, Watch, open_doors, suspended
 from mamba_attn.tracing.replay import Replay, as_it_was
+from mamba_attn.tracing.softmax_doors import SoftmaxCall, open_softmax_doors
 
 _SHARE = 0.2  # of a step's gradient that must come from its own cell; stricter limits chose inner tensors in silence
 _SMALLEST = torch.finfo(torch.float32).tiny
@@ -72,6 +73,7 @@ class Measured:
         places: of each call; None where no tensor qualifies.
         chained: pairs (earlier, later) of calls in one run of a module, of which the later depends on the earlier.
         nearest: what came nearest to a place, in words, for calls without one.
+        other_keys: calls of attention whose keys or values were not found to come from the tokens of its queries.
         maps: shapes of the tensors of four axes and more that modules took and returned, by the modules' names.
         backwards: number of backward passes.
     """
@@ -80,6 +82,7 @@ class Measured:
     places: list[Place | None]
     chained: set[tuple[int, int]]
     nearest: dict[int, str]
+    other_keys: set[int]
     maps: dict[str, list[tuple[int, ...]]]
     backwards: int
 
@@ -98,6 +101,9 @@ def measure(model: nn.Module, replay: Replay) -> Measured:
     """
     with _watched_pass(model, replay) as run:
         calls = run.watch.calls
+        other_keys = {
+            i for i, c in enumerate(calls) if isinstance(c, SoftmaxCall) and not c.reads_own(run.before(c.at))
+        }
         search = _Search(calls)
         for number in _to_look_at(run, search.settled):
             search.take(list(_decoded(run, number, search)))
@@ -106,6 +112,7 @@ def measure(model: nn.Module, replay: Replay) -> Measured:
             [search.places.get(i) for i in range(len(calls))],
             _chained(calls),
             {i: words for i, (_, words) in search.nearest.items() if i not in search.places},
+            other_keys,
             run.maps,
             run.backwards,
         )
@@ -114,7 +121,7 @@ def measure(model: nn.Module, replay: Replay) -> Measured:
 class _Search:
     """The places found so far, and the calls for which no other tensor is to be looked at."""
 
-    def __init__(self, calls: Sequence[ScanCall]) -> None:
+    def __init__(self, calls: Sequence[ScanCall | SoftmaxCall]) -> None:
         self.calls = calls
         self.places: dict[int, Place] = {}
         self.settled: set[int] = set()
@@ -152,10 +159,15 @@ class _Search:
             self.places.update({each.call: each.place for each in members})
         for i in numbers:
             self._tries[i] = self._tries.get(i, 0) + 1
-        if _added_up(members):
+        heads = isinstance(self.calls[members[0].call], SoftmaxCall) and _in_one_order(members[0].place.order)
+        if heads or _added_up(members):
             self.settled |= numbers
         else:
             self.settled |= {i for i in numbers if self._tries[i] > _LOOKS}
+
+
+def _in_one_order(order: Int[Tensor, "rows groups length"]) -> bool:
+    return bool((order == order[:, :1]).all())
 
 
 def _cells(places: Sequence[Place]) -> int:
@@ -208,11 +220,15 @@ class _Run:
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
-        self.tensors: list[tuple[str, Tensor]] = []  # what modules returned, with the module, in order
+        self.tensors = watch.tensors  # what modules returned, with the module, in order
         self.maps: dict[str, list[tuple[int, ...]]] = {}
         self.leaves: list[Tensor] = []
         self.axes: dict[tuple[int, ...], int] = {}  # of features, by shape
         self.backwards = 0
+
+    def before(self, number: int) -> list[Tensor]:
+        """The tensors seen before one, latest first, and what the pass began with."""
+        return [*(tensor for _, tensor in reversed(self.tensors[:number])), *self.leaves]
 
     def see(self, name: str, given: Any, output: Any) -> None:
         """Keep what a module returned; of several tensors the first is looked at first, so it comes last."""
@@ -229,7 +245,7 @@ class _Run:
             call.dout = None
         torch.autograd.grad(out, self.leaves, cotangent, retain_graph=True, allow_unused=True)
         return {
-            i: call.dout.detach().float().unflatten(1, (call.inputs.groups, -1))
+            i: call.dout.detach().float().unflatten(1, (call.groups, -1))
             for i, call in enumerate(calls)
             if call.dout is not None
         }
@@ -241,7 +257,13 @@ def _watched_pass(model: nn.Module, replay: Replay) -> Iterator[_Run]:
     watch = Watch(model, cut=True)
     with ExitStack() as whole:
         whole.callback(watch.close)
-        for block in (torch.inference_mode(False), as_it_was(model), open_doors(watch), suspended(watch)):
+        for block in (
+            torch.inference_mode(False),
+            as_it_was(model),
+            open_doors(watch),
+            open_softmax_doors(),
+            suspended(watch),
+        ):
             whole.enter_context(block)
         run = _Run(watch)
 
@@ -317,12 +339,12 @@ def _to_look_at(run: _Run, settled: Collection[int]) -> Iterator[int]:
     calls, looked = run.watch.calls, set()
     times: dict[tuple[Any, ...], int] = {}
 
-    def left() -> list[ScanCall]:
+    def left() -> list[ScanCall | SoftmaxCall]:
         return [call for i, call in enumerate(calls) if i not in settled]
 
     def possible(number: int) -> bool:
         out = run.tensors[number][1]
-        fewest = min(call.y.shape[0] * call.y.shape[-1] for call in left())
+        fewest = min(call.steps for call in left())
         return out.requires_grad and out.ndim > 2 and out.is_floating_point() and out.numel() >= fewest
 
     for number in reversed(range(len(run.tensors))):
@@ -391,7 +413,7 @@ def _decoded(run: _Run, number: int, search: _Search) -> Iterator[_Decoded]:
     """What a tensor says of every call that is not settled, and that its gradient reaches."""
     name, out = run.tensors[number]
     # of each call and group, all rows
-    steps = {i: call.y.shape[0] * call.y.shape[-1] for i, call in enumerate(run.watch.calls) if i not in search.settled}
+    steps = {i: call.steps for i, call in enumerate(run.watch.calls) if i not in search.settled}
     shape = tuple(out.shape)
     axis = run.axes.get(shape)
     if axis is None:
@@ -474,7 +496,7 @@ def _shares(t: Tensor, c: Tensor, weight: Tensor, order: Tensor) -> float:
     return float(share[len(share) // 100]) if len(share) else 0.0
 
 
-def _chained(calls: Sequence[ScanCall]) -> set[tuple[int, int]]:
+def _chained(calls: Sequence[ScanCall | SoftmaxCall]) -> set[tuple[int, int]]:
     """Pairs of calls in one run of a module, of which the later takes what the earlier gave."""
     runs: dict[tuple[str, int], list[int]] = {}
     for i, call in enumerate(calls):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from mamba_attn.core.attention_record import AttentionRecord
-from mamba_attn.core.rules import PLAIN, Rules
+from mamba_attn.core.rules import PLAIN, Rules, unruled
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.ops import hidden_attention, selective_scan
@@ -105,6 +105,7 @@ class PatchedForward(ABC):
 class _RoutedForward(PatchedForward):
     """A mixer's forward, through ``mamba_attn.ops``."""
 
+    @unruled()
     def run(self, interests: list[Interest], again: bool, /, *args: Any, **kwargs: Any) -> Any:
         last, call = interests[-1], Call(args, kwargs)
         rules = next((interest.rules for interest in reversed(interests) if interest.rules is not None), PLAIN)

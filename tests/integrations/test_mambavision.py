@@ -289,10 +289,12 @@ def test_what_computes_something_else_is_refused_with_the_number():
     assert re.match(differs("mixer", "Doubled", "MambaVision"), str(found)), found
 
 
-def test_attention_that_drops_in_eval_mode_is_refused():
+def test_attention_that_drops_in_eval_mode_is_seen_at_the_door():
     block, x = Block(Attention(8, attn_drop=0.2), 8).eval(), torch.randn(2, 5, 8)
-    found = refusal(block, x)
-    assert re.search(r"by 0\.\d+ \(.*, and so does the module's own output from call to call", str(found)), found
+    reason = r"by 0\.\d+ \(.*, and so does the module's own output from call to call"
+    with pytest.warns(UserWarning, match=reason), torch.no_grad(), mamba_attn.trace(block) as trace:
+        block(x)
+    assert list(trace.softmax) == ["mixer"]
     assert not torch.equal(block(x), block(x))
     block.mixer.fused_attn = False
     assert check_adapter(block, x).output_error <= 1e-6

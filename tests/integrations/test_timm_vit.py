@@ -355,8 +355,11 @@ def test_other_attention_is_refused_with_the_number(attention: nn.Module) -> Non
 def test_rotary_positions_count_where_they_are_given() -> None:
     attention, x = AttentionRope(24, 3, num_prefix_tokens=0).eval(), torch.randn(2, 16, 24)
     assert refusal(Caller(attention), x) is None
-    found = refusal(Caller(attention, rope=torch.randn(16, 16)), x)
-    assert re.match(r"attn \(AttentionRope, family timm ViT\): this adapter cannot compute it: TypeError", str(found))
+    model = Caller(attention, rope=torch.randn(16, 16))
+    reason = r"trace: attn \(AttentionRope, family timm ViT\): this adapter cannot compute it: TypeError"
+    with pytest.warns(UserWarning, match=reason), torch.no_grad(), mamba_attn.trace(model) as trace:
+        model(x)
+    assert list(trace.softmax) == ["attn"]
 
 
 def test_attention_without_dropout() -> None:
@@ -382,11 +385,17 @@ def test_attention_without_dropout() -> None:
         ({"is_causal": True}, (2, 5, 192), "with is_causal=True, which this adapter does not know"),
     ],
 )
-def test_calls_that_are_refused(arguments: dict[str, Any], shape: tuple[int, ...], reason: str) -> None:
-    model = Caller(build("vit")[0].blocks[0].attn, **arguments)
-    with torch.no_grad(), mamba_attn.trace(model):
-        with pytest.raises(UnsupportedModelError, match=reason):
-            model(torch.randn(shape))
+def test_calls_that_the_adapter_does_not_know_are_seen_at_the_door(
+    arguments: dict[str, Any], shape: tuple[int, ...], reason: str
+) -> None:
+    model, x = Caller(build("vit")[0].blocks[0].attn, **arguments), torch.randn(shape)
+    with pytest.warns(UserWarning, match=reason), torch.no_grad(), mamba_attn.trace(model) as trace:
+        traced = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(traced, model(x), rtol=1e-5, atol=1e-6)
+    matrix = trace.softmax["attn"].attention()
+    torch.testing.assert_close(matrix.sum(-1), torch.ones(2, 5))
+    assert bool((matrix.triu(1) == 0).all()) == ("is_causal" in arguments)
 
 
 class Unscaled(TimmViTAdapter):

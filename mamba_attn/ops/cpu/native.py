@@ -7,19 +7,18 @@ import ctypes
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mamba_attn.core.order_check import require_distinct
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.ops import blocked
 from mamba_attn.ops.arguments import Weights, pick
 from mamba_attn.ops.backend import Backend, by_route
 from mamba_attn.ops.cpu.build import library, library_problem
+from mamba_attn.ops.cpu.structures import CAttention, CGradients, Frame, c_scan, c_tensor, checked_order
 from mamba_attn.ops.flat_records import (
     REST,
     attention_gradient,
@@ -34,56 +33,6 @@ _LANES = 16
 _FOLDS = {"sum": 0, "mean": 0, "positive": 1, "absolute": 2, "each": 3}
 _LOG2_E = 1 / math.log(2)
 _SMALLEST_STEP = 1e-20
-
-
-class _CTensor(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "route", "axis", "position"))]
-
-
-class _CScan(ctypes.Structure):
-    _fields_ = [
-        *(
-            (name, ctypes.c_int64)
-            for name in ("batch", "routes", "channels", "states", "length", "tokens", "positions")
-        ),
-        *((name, _CTensor) for name in ("u", "delta", "B", "C")),
-        *((name, ctypes.c_void_p) for name in ("A2", "D", "read", "write")),
-        ("scale", ctypes.c_float),
-        ("threads", ctypes.c_int32),
-        ("gain", _CTensor),
-    ]
-
-
-class _CGradients(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("u", "delta", "A", "B", "C", "D", "gain")),
-        *((name, ctypes.c_int64) for name in ("u_routes", "delta_routes", "bc_routes", "gain_routes")),
-    ]
-
-
-class _CAttention(ctypes.Structure):
-    _fields_ = [
-        ("scan", _CScan),
-        ("row_weight", _CTensor),
-        ("col_weight", _CTensor),
-        ("A2_low", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("side", "out_batch", "out_route", "out_channel")),
-        ("fold", ctypes.c_int32),
-    ]
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """The source positions that steps read, and the tokens that they write when routes merge."""
-
-    read: Tensor | None
-    write: Tensor | None
-    routes: int
-    length: int
-    tokens: int
-    positions: int
-    scale: float
 
 
 class Native(Backend):
@@ -169,7 +118,7 @@ def _scan(
     gain = None if gain is None else _channels_last(gain, 0)
     frame = _scan_frame(u, A, read, write, tokens, scale)
     y = u.new_zeros(_rows(u, A, read, write, tokens))
-    scan = _c_scan(u, delta, A2, B, C, D, frame, gain)
+    scan = c_scan(u, delta, A2, B, C, D, frame, gain)
     library().scan_forward(ctypes.byref(scan), ctypes.c_void_p(y.data_ptr()))
     return y.mT
 
@@ -202,9 +151,9 @@ def _scan_backward(
     for x, source in ((du, u), (ddelta, delta), (dgain, delta if gain is None else gain)):
         if source.shape[1] != frame.routes or source.shape[3] != frame.length:  # otherwise every entry is written once
             x.zero_()
-    scan = _c_scan(u, delta, A2, B, C, D, frame, gain)
+    scan = c_scan(u, delta, A2, B, C, D, frame, gain)
     routes = [0 if x is None else x.shape[1] for x in (u, delta, B, gain)]
-    gradients = _CGradients(*(x.data_ptr() for x in results), *routes)
+    gradients = CGradients(*(x.data_ptr() for x in results), *routes)
     library().scan_backward(ctypes.byref(scan), ctypes.c_void_p(gradient.data_ptr()), ctypes.byref(gradients))
     return results
 
@@ -362,21 +311,22 @@ def _line_shape(u: Tensor, read_order: Tensor, fold: str) -> tuple[int | torch.S
 @contextmanager
 def _call(
     record: ScanRecord, weights: Weights, out: Tensor, fold: str, merged: bool
-) -> Iterator[tuple[_CAttention, ctypes.c_void_p]]:
+) -> Iterator[tuple[CAttention, ctypes.c_void_p]]:
     """Yield a call's C structure and the positions of its sources; tensors stay alive inside the block."""
     exact = torch.nn.functional.pad(record.A.detach().double().flatten() * _LOG2_E, (0, _LANES))
     A2, A2_low = exact.float(), (exact - exact.float()).float()
     delta, B, C = (x.detach().float() for x in (record.source_delta, record.source_B, record.source_C))
     rows, columns = (None if x is None else x.detach().float() for x in weights)
     frame = _attention_frame(record, merged)
-    scan = _c_scan(delta, delta, A2, B, C, None, frame)
+    scan = c_scan(delta, delta, A2, B, C, None, frame)
     if fold in ("mean", "positive", "absolute"):
         scan.scale /= record.channels
-    source = _order("read_order", record.read_order, frame.positions) if record.source_frame == "tokens" else None
-    call = _CAttention(
+    in_tokens = record.source_frame == "tokens"
+    source = checked_order("read_order", record.read_order, frame.positions) if in_tokens else None
+    call = CAttention(
         scan,
-        _c_tensor(rows, 2, frame.routes),
-        _c_tensor(columns, 2, frame.routes),
+        c_tensor(rows, 2, frame.routes),
+        c_tensor(columns, 2, frame.routes),
         A2_low.data_ptr(),
         out.data_ptr(),
         0,
@@ -460,61 +410,17 @@ def _channels_last(x: Tensor, padding: int) -> Tensor:
     return (x if x.stride(-1) == 1 else x.contiguous()).mT
 
 
-def _scan_frame(u: Tensor, A: Tensor, read: Tensor | None, write: Tensor | None, tokens: int, scale: float) -> _Frame:
+def _scan_frame(u: Tensor, A: Tensor, read: Tensor | None, write: Tensor | None, tokens: int, scale: float) -> Frame:
     positions = u.shape[3]
     length = positions if read is None else read.shape[1]
-    read = None if read is None else _order("read_order", read, positions)
-    write = None if write is None else _order("write_order", write, tokens)
-    return _Frame(read, write, A.shape[0], length, tokens, positions, scale)
+    read = None if read is None else checked_order("read_order", read, positions)
+    write = None if write is None else checked_order("write_order", write, tokens)
+    return Frame(read, write, A.shape[0], length, tokens, positions, scale)
 
 
-def _attention_frame(record: ScanRecord, merged: bool) -> _Frame:
+def _attention_frame(record: ScanRecord, merged: bool) -> Frame:
     """Return a frame whose ``read`` is the token of a step's column."""
-    read = _order("read_order", record.read_order, record.tokens)
-    write = _order("write_order", record.write_order, record.tokens) if merged else None
+    read = checked_order("read_order", record.read_order, record.tokens)
+    write = checked_order("write_order", record.write_order, record.tokens) if merged else None
     positions, scale = record.source_delta.shape[-1], record.scale if merged else 1.0
-    return _Frame(read, write, record.routes, record.length, record.tokens, positions, scale)
-
-
-def _order(name: str, order: Tensor, size: int) -> Tensor:
-    """Return an order for the kernel: int64, contiguous, checked for range, because the kernel does not check."""
-    require_distinct(f"ScanRecord: {name}", order, size)
-    return order.long().contiguous()
-
-
-def _c_tensor(x: Tensor | None, axis: int, routes: int) -> _CTensor:
-    """Return pointer and strides; all routes share a route axis of size 1."""
-    if x is None:
-        return _CTensor(None, 0, 0, 0, 0)
-    route = x.stride(1) if x.shape[1] == routes and routes > 1 else 0
-    return _CTensor(x.data_ptr(), x.stride(0), route, x.stride(axis), x.stride(-1))
-
-
-def _c_scan(
-    u: Tensor,
-    delta: Tensor,
-    A2: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    frame: _Frame,
-    gain: Tensor | None = None,
-) -> _CScan:
-    pointers = [None if x is None else x.data_ptr() for x in (A2, D, frame.read, frame.write)]
-    return _CScan(
-        delta.shape[0],
-        frame.routes,
-        delta.shape[2],
-        B.shape[3],
-        frame.length,
-        frame.tokens,
-        frame.positions,
-        _c_tensor(u, 2, frame.routes),
-        _c_tensor(delta, 2, frame.routes),
-        _c_tensor(B, 3, frame.routes),
-        _c_tensor(C, 3, frame.routes),
-        *pointers,
-        frame.scale,
-        torch.get_num_threads(),
-        *(() if gain is None else (_c_tensor(gain, 2, frame.routes),)),
-    )
+    return Frame(read, write, record.routes, record.length, record.tokens, positions, scale)
