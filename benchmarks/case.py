@@ -44,6 +44,8 @@ def build(case: Case) -> tuple[nn.Module, Tensor]:
     model.train(case.training)  # a model's own may return nothing
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if not parameter.is_floating_point():
+                continue  # an index
             plain = parameter.ndim < 2 or "A_log" in name or not parameter.numel()
             parameter.add_(case.noise * torch.randn_like(parameter) * (0.3 if plain else parameter[0].numel() ** -0.5))
     return model, torch.randn(case.shape)

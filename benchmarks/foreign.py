@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from benchmarks import foreign_dense, foreign_routes, foreign_sequences, foreign_ss2d, foreign_vim
+from benchmarks import foreign_dense, foreign_routes, foreign_sequences, foreign_ss2d, foreign_unseen, foreign_vim
 from benchmarks.case import Case
 from benchmarks.foreign_code import load, made
 
@@ -105,4 +105,10 @@ REPOSITORIES: dict[str, Callable[[Path], Iterator[Case]]] = {
     "EdwardChasel/Spatial-Mamba": foreign_dense.spatial_mamba,
     "AtlasAnalyticsLab/2DMamba": foreign_dense.mamba_2d,
     "timm": timm_vit,
+    "ziyangwang007/VMambaMorph": foreign_unseen.vmamba_morph,
+    "scott-yjyang/Vivim": foreign_unseen.vivim,
+    "lewandofskee/MambaAD": foreign_unseen.mamba_ad,
+    "CompVis/zigma": foreign_unseen.zigma,
+    "walking-shadow/Official_Remote_Sensing_Mamba": foreign_unseen.remote_sensing_mamba,
 }
+UNSEEN = list(REPOSITORIES)[-5:]  # of which nobody here knew the code; as they came out

@@ -92,7 +92,7 @@ def _vim_cases(divide: str, whole: bool) -> dict[str, dict[str, Any]]:
     more: dict[str, dict[str, Any]] = {
         "v1": {"bimamba_type": "v1"},
         "rope": {
-            "img_size": 48, "if_rope": True, "if_cls_token": False, "use_middle_cls_token": False,
+            "img_size": 64, "if_rope": True, "if_cls_token": False, "use_middle_cls_token": False,
             "final_pool_type": "mean",
         },
         "every second layer flipped": {"if_bidirectional": True, "bimamba_type": "none", "depth": 4},

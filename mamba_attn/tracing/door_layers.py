@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from math import prod
 from threading import get_ident
 from typing import Any, NoReturn
@@ -476,8 +477,11 @@ class DoorScans:
             return None  # the frame is a part of an image
         grids = [steps.place.grid]
         found = self._found[0] if self._found else None
-        for shapes in found.shapes_around(module) if found else ():
-            grids += [grid for shape in shapes for grid in (shape[2:], shape[1:-1]) if min(grid) > 1]
+        given_shapes = [] if self._replay is None else [tuple(t.shape) for t in self._replay.tensors]
+        for shape in chain(*(found.shapes_around(module) if found else ())):
+            # features stand first or last; of what the model was given, three colours and rows are no grid
+            both = (shape[2:],) if shape in given_shapes else (shape[2:], shape[1:-1])
+            grids += [grid for grid in both if min(grid) > 1]
         fitting = (grid for grid in grids if len(grid) > 1 and prod(grid) == steps.tokens)
         return self._laid_out(next(fitting, (steps.tokens,)))
 
