@@ -5,7 +5,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
-from math import prod
 from threading import get_ident
 from typing import Any, NoReturn
 
@@ -22,6 +21,7 @@ from mamba_attn.tracing.doors import ScanCall, Watch
 from mamba_attn.tracing.frames import Place
 from mamba_attn.tracing.layers import ScanLayer
 from mamba_attn.tracing.replay import Replay
+from mamba_attn.tracing.standing import nearest_layout
 from mamba_attn.tracing.steps import Found, Steps, steps_of
 from mamba_attn.tracing.undisturbed import recomputing
 
@@ -344,10 +344,7 @@ class DoorScans:
             if not any(f"{other}.".startswith(f"{name}.") or not name for other in ran):
                 raise UnsupportedModelError(f"{name or type(self.model).__name__}: {reason}")
         if self.watch.other_scans and not ran:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__}: its scan {self.watch.other_scans[0]}.fwd takes other arguments than a "
-                "selective scan: it is another recurrence, whose matrix is not known here."
-            )
+            raise UnsupportedModelError(f"{type(self.model).__name__}: {self.watch.another_recurrence()}")
 
     def differentiable(self) -> list[Tensor]:
         """What a backward pass may end at."""
@@ -455,22 +452,9 @@ class DoorScans:
         batch = None if self._replay is None else self._replay.batch
         if batch is not None and len(steps.rows) != batch:
             return None  # the frame is a part of an image
-        grids = [steps.place.grid]
-        found = self._found[0] if self._found else None
-        for shapes in _nearest_first(layer.calls[0].module, found.measured.maps if found else {}):
-            grids += [grid for shape in shapes for grid in (shape[2:], shape[1:-1]) if min(grid) > 1]
-        fitting = (grid for grid in grids if len(grid) > 1 and prod(grid) == steps.tokens)
-        return self._laid_out(next(fitting, (steps.tokens,)))
-
-    def _laid_out(self, grid: tuple[int, ...]) -> TokenLayout | None:
-        """The layout of a grid, from the sizes of what the model was given."""
-        given = [] if self._replay is None else [tuple(t.shape[2:]) for t in self._replay.tensors if t.ndim > 2]
-        if len(grid) == 2 and self._seen.image_size is not None:
-            return self._seen.grid_layout(*grid)
-        if len(grid) == 1 and any(len(size) > 1 for size in given):
-            return None  # a line in what is no line
-        sizes = next((size for size in given if len(size) == len(grid)), grid)
-        return TokenLayout(grid, tuple(max(1, round(size / count)) for size, count in zip(sizes, grid, strict=True)))
+        maps = self._found[0].measured.maps if self._found and self._found[0] else {}
+        name = layer.calls[0].module
+        return nearest_layout(name, steps.tokens, maps, self._replay, self._seen, steps.place.grid)
 
 
 def _one_layer(calls: Sequence[ScanCall], found: Found, earlier: int, later: int) -> bool:
@@ -489,11 +473,3 @@ def _one_layer(calls: Sequence[ScanCall], found: Found, earlier: int, later: int
 def _by_pattern(given: Mapping[str, Any], name: str) -> Any:
     """The value of the first pattern that fits a name."""
     return next((value for pattern, value in given.items() if fnmatchcase(name, pattern)), None)
-
-
-def _nearest_first(module: str, maps: Mapping[str, Sequence[tuple[int, ...]]]) -> Iterator[Sequence[tuple[int, ...]]]:
-    """Shapes that were seen in the module itself, below it, and so on with what stands around it."""
-    around = [module, *(module[:end] for end in range(len(module) - 1, 0, -1) if module[end] == "."), ""]
-    for outer in dict.fromkeys(around):
-        inside = [(name, shapes) for name, shapes in maps.items() if not outer or f"{name}.".startswith(f"{outer}.")]
-        yield from (shapes for _, shapes in sorted(inside, key=lambda item: len(item[0])))

@@ -231,6 +231,13 @@ class Watch:
                     return call
         return None
 
+    def another_recurrence(self) -> str:
+        """What to say of a door that was called in a way that is not known."""
+        return (
+            f"Its scan {self.other_scans[0]}.fwd takes other arguments than a selective scan: it is another "
+            "recurrence, whose matrix is not known here."
+        )
+
     def close(self) -> None:
         """Take the hooks off the model."""
         for hook in self._hooks:

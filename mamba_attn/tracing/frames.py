@@ -25,7 +25,7 @@ from mamba_attn._types import Int
 from mamba_attn.tracing.doors import ScanCall, Watch, open_doors, suspended
 from mamba_attn.tracing.replay import Replay, as_it_was
 
-_SHARE = 0.2  # of a step's gradient that must come from its own cell; stricter limits chose inner tensors in silence
+SHARE = 0.2  # of a step's gradient that must come from its own cell; stricter limits chose inner tensors in silence
 _LOOKS = 2  # at tensors of one shape
 _NORMS = ("layer_norm_fn", "rms_norm_fn")  # fused norms are called as functions: what they return is looked at, too
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
@@ -127,7 +127,7 @@ class _Search:
         runs: dict[tuple[str, int], list[_Decoded]] = {}
         for each in decoded:
             call, place = self.calls[each.call], each.place
-            if each.single and place.share >= _SHARE:
+            if each.single and place.share >= SHARE:
                 runs.setdefault((call.module, call.run), []).append(each)
             elif place.share >= self.nearest.get(each.call, (0.0, ""))[0]:
                 kind = "one cell a step" if each.single else "steps share cells"
@@ -191,10 +191,10 @@ def agrees(model: nn.Module, replay: Replay, measured: Measured) -> bool:
             out, first = run.tensors[number][1], placed[0][1]
             if tuple(out.shape) != first.shape:
                 return False
-            probe = _Probe(out, first.axis)
+            probe = Probe(out, first.axis)
             total, check = run.back(out, probe.noise), run.back(out, probe.weighted)
             for i, place in placed:
-                if i not in total or _shares(total[i], check[i], probe.weight, place.order) < _SHARE:
+                if i not in total or _shares(total[i], check[i], probe.weight, place.order) < SHARE:
                     return False
         return True
 
@@ -258,7 +258,7 @@ def _watched_pass(model: nn.Module, replay: Replay) -> Iterator[_Run]:
                 stack.enter_context(torch.autocast(device, dtype=dtype))
             stack.enter_context(torch.enable_grad())
             _look(stack, model, run)
-            stack.enter_context(_Centre())
+            stack.enter_context(Centre())
             model(*own.args, **own.kwargs)
         yield run
 
@@ -284,7 +284,7 @@ def _look(stack: ExitStack, model: nn.Module, run: _Run) -> None:
                 setattr(holder, name, partial(normed, own))
 
 
-class _Centre(TorchFunctionMode):
+class Centre(TorchFunctionMode):
     """The value of a convolution that keeps the grid, the gradient of its middle tap: a step stays on its token."""
 
     def __torch_function__(
@@ -331,7 +331,7 @@ def _to_look_at(run: _Run, settled: Collection[int]) -> Iterator[int]:
                 yield number
 
 
-class _Probe:
+class Probe:
     """Random cotangents on a tensor T: plain, weighted by cell, and by bits of the cells' numbers."""
 
     def __init__(self, out: Tensor, axis: int) -> None:
@@ -387,7 +387,7 @@ def _decoded(run: _Run, number: int, search: _Search) -> Iterator[_Decoded]:
         if axis is None:
             return
         run.axes[shape] = axis
-    probe = _Probe(out, axis)
+    probe = Probe(out, axis)
     # half of the steps may be padding; a second place is one with more cells
     reachable = [i for i, count in steps.items() if 2 * probe.cells >= count and probe.cells > search.cells(i)]
     total = run.back(out, probe.noise) if reachable else {}

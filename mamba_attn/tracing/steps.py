@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -91,6 +91,7 @@ def _another(image: Tensor) -> Tensor:
 
 def _for(measured: Measured, batch: int | None, calls: Sequence[ScanCall]) -> Found | None:
     """The steps of the calls that were seen, of so many images."""
+    measured = _of_modules(measured, {call.module for call in calls})
     if [call.signature for call in calls] != measured.signatures:
         return None
     steps = [
@@ -102,11 +103,32 @@ def _for(measured: Measured, batch: int | None, calls: Sequence[ScanCall]) -> Fo
     return Found(steps, measured)
 
 
+def _of_modules(measured: Measured, names: set[str]) -> Measured:
+    """What was measured of some modules; adapters trace the others, whose scans are cut as well."""
+    numbers = [i for i, signature in enumerate(measured.signatures) if signature[0] in names]
+    now = {before: i for i, before in enumerate(numbers)}
+    return replace(
+        measured,
+        signatures=[measured.signatures[i] for i in numbers],
+        places=[measured.places[i] for i in numbers],
+        chained={(now[a], now[b]) for a, b in measured.chained if a in now and b in now},
+        nearest={now[i]: words for i, words in measured.nearest.items() if i in now},
+    )
+
+
 def _by_image(place: Place, rows: int, batch: int | None) -> Steps | None:
     """A place told by image; None if it was measured on fewer images and their rows are laid in no known way."""
+    found = _told(place, rows, place.shape[0])
+    measured = None if batch is None else batch if rows == len(place.order) else min(batch, _PAIR)
+    if found is None and measured is not None and place.shape[0] % measured == 0:
+        return _told(place, rows, measured)  # T holds every image as several rows
+    return found
+
+
+def _told(place: Place, rows: int, images: int) -> Steps | None:
+    """A place told by image, where T holds so many."""
     order = place.order
-    images = place.shape[0]
-    tokens = max(1, torch.Size(place.grid).numel())
+    tokens = max(1, torch.Size(place.shape).numel() // (place.shape[place.axis] * images))
     of_row = torch.where(order >= 0, order // tokens, -1).flatten(1).amax(1)
     mixed = bool((torch.where(order >= 0, order // tokens, of_row[:, None, None]) != of_row[:, None, None]).any())
     if (
