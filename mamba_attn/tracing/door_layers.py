@@ -4,8 +4,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import chain
-from math import prod
 from threading import get_ident
 from typing import Any, NoReturn
 
@@ -25,6 +23,7 @@ from mamba_attn.tracing.layers import Layer, ScanLayer
 from mamba_attn.tracing.replay import Replay
 from mamba_attn.tracing.softmax_doors import SoftmaxCall
 from mamba_attn.tracing.softmax_layers import DoorAttention, PlacedAttention, place_attention
+from mamba_attn.tracing.standing import nearest_layout
 from mamba_attn.tracing.steps import Found, Steps, padded_layout, steps_of, with_padding
 from mamba_attn.tracing.undisturbed import recomputing
 
@@ -475,25 +474,8 @@ class DoorScans:
         batch = None if self._replay is None else self._replay.batch
         if batch is not None and len(steps.rows) != batch:
             return None  # the frame is a part of an image
-        grids = [steps.place.grid]
-        found = self._found[0] if self._found else None
-        given_shapes = [] if self._replay is None else [tuple(t.shape) for t in self._replay.tensors]
-        for shape in chain(*(found.shapes_around(module) if found else ())):
-            # features stand first or last; of what the model was given, three colours and rows are no grid
-            both = (shape[2:],) if shape in given_shapes else (shape[2:], shape[1:-1])
-            grids += [grid for grid in both if min(grid) > 1]
-        fitting = (grid for grid in grids if len(grid) > 1 and prod(grid) == steps.tokens)
-        return self._laid_out(next(fitting, (steps.tokens,)))
-
-    def _laid_out(self, grid: tuple[int, ...]) -> TokenLayout | None:
-        """The layout of a grid, from the sizes of what the model was given."""
-        given = [] if self._replay is None else [tuple(t.shape[2:]) for t in self._replay.tensors if t.ndim > 2]
-        if len(grid) == 2 and self._seen.image_size is not None:
-            return self._seen.grid_layout(*grid)
-        if len(grid) == 1 and any(len(size) > 1 for size in given):
-            return None  # a line in what is no line
-        sizes = next((size for size in given if len(size) == len(grid)), grid)
-        return TokenLayout(grid, tuple(max(1, round(size / count)) for size, count in zip(sizes, grid, strict=True)))
+        maps = self._found[0].measured.maps if self._found and self._found[0] else {}
+        return nearest_layout(module, steps.tokens, maps, self._replay, self._seen, steps.place.grid)
 
 
 def _one_layer(calls: Sequence[ScanCall | SoftmaxCall], found: Found, earlier: int, later: int) -> bool:

@@ -26,7 +26,7 @@ from mamba_attn.tracing.doors import ScanCall, Watch, open_doors, suspended
 from mamba_attn.tracing.replay import Replay, as_it_was
 from mamba_attn.tracing.softmax_doors import SoftmaxCall, open_softmax_doors
 
-_SHARE = 0.2  # of a step's gradient that must come from its own cell; stricter limits chose inner tensors in silence
+SHARE = 0.2  # of a step's gradient that must come from its own cell; stricter limits chose inner tensors in silence
 _SMALLEST = torch.finfo(torch.float32).tiny
 _LOOKS = 2  # at tensors of one shape
 _NORMS = ("layer_norm_fn", "rms_norm_fn")  # fused norms are called as functions: what they return is looked at, too
@@ -138,7 +138,7 @@ class _Search:
         runs: dict[tuple[str, int], list[_Decoded]] = {}
         for each in decoded:
             call, place = self.calls[each.call], each.place
-            if each.single and place.share >= _SHARE:
+            if each.single and place.share >= SHARE:
                 runs.setdefault((call.module, call.run), []).append(each)
             elif place.share >= self.nearest.get(each.call, (0.0, ""))[0]:
                 kind = "one cell a step" if each.single else "steps share cells"
@@ -207,10 +207,10 @@ def agrees(model: nn.Module, replay: Replay, measured: Measured) -> bool:
             out, first = run.tensors[number][1], placed[0][1]
             if tuple(out.shape) != first.shape:
                 return False
-            probe = _Probe(out, first.axis)
+            probe = Probe(out, first.axis)
             total, check = run.back(out, probe.noise), run.back(out, probe.weighted)
             for i, place in placed:
-                if i not in total or _shares(total[i], check[i], probe.weight, place.order) < _SHARE:
+                if i not in total or _shares(total[i], check[i], probe.weight, place.order) < SHARE:
                     return False
         return True
 
@@ -284,7 +284,7 @@ def _watched_pass(model: nn.Module, replay: Replay) -> Iterator[_Run]:
                 stack.enter_context(torch.autocast(device, dtype=dtype))
             stack.enter_context(torch.enable_grad())
             _look(stack, model, run)
-            stack.enter_context(_Centre())
+            stack.enter_context(Centre())
             model(*own.args, **own.kwargs)
         yield run
 
@@ -310,7 +310,7 @@ def _look(stack: ExitStack, model: nn.Module, run: _Run) -> None:
                 setattr(holder, name, partial(normed, own))
 
 
-class _Centre(TorchFunctionMode):
+class Centre(TorchFunctionMode):
     """Values as they are, and gradients that stay on their token.
 
     Convolutions that keep the grid have the gradient of their middle tap. Means and other convolutions have little: a
@@ -365,7 +365,7 @@ def _to_look_at(run: _Run, settled: Collection[int]) -> Iterator[int]:
                 yield number
 
 
-class _Probe:
+class Probe:
     """Random cotangents on a tensor T: plain, weighted by cell, and by bits of the cells' numbers."""
 
     def __init__(self, out: Tensor, axis: int) -> None:
@@ -421,7 +421,7 @@ def _decoded(run: _Run, number: int, search: _Search) -> Iterator[_Decoded]:
         if axis is None:
             return
         run.axes[shape] = axis
-    probe = _Probe(out, axis)
+    probe = Probe(out, axis)
     # half of the steps may be padding; a second place is one with more cells
     reachable = [i for i, count in steps.items() if 2 * probe.cells >= count and probe.cells > search.cells(i)]
     total = run.back(out, probe.noise) if reachable else {}

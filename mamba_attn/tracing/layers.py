@@ -262,6 +262,11 @@ class ScanLayer(Layer):
         """Everything that the scans depended on, in the token frame."""
         return self._scan
 
+    def lay_out(self, layout: TokenLayout | None) -> None:
+        """Say where the tokens sit in the image."""
+        if layout is not None:
+            self._scan = self._scan.replace(layout=layout)
+
     @property
     def _described(self) -> ScanRecord:
         return self.scan

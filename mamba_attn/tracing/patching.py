@@ -62,6 +62,10 @@ class Interest:
             self.watch.outside.discard(id(module))
             self.apart(self.name, verdict)
 
+    def at_doors(self, module: nn.Module) -> bool:
+        """Whether the mixer's scans are seen at doors."""
+        return self.watch is not None and id(module) not in self.watch.outside
+
     @property
     def scans_seen(self) -> int:
         """Number of scans that came through doors so far."""
@@ -108,6 +112,8 @@ class _RoutedForward(PatchedForward):
     @unruled()
     def run(self, interests: list[Interest], again: bool, /, *args: Any, **kwargs: Any) -> Any:
         last, call = interests[-1], Call(args, kwargs)
+        if last.at_doors(self.module):
+            return self.original(*args, **kwargs)
         rules = next((interest.rules for interest in reversed(interests) if interest.rules is not None), PLAIN)
         wanted = dict.fromkeys(interest.attention for interest in interests if interest.attention)
         computed: dict[AnyAdapter, _Computed] = {}
@@ -292,10 +298,13 @@ def _look_at(
 ) -> None:
     """Compare before the call, so that doors see the scans of one that differs."""
     again, call = recomputing(), Call(args, kwargs)
-    if (interest.thread != get_ident() and not again) or call.opaque:
+    if interest.thread != get_ident() and not again:
+        return
+    verdicts.clear()
+    if call.opaque or interest.at_doors(module):
         return
     verdict = _verdict(interest, module, module.forward, call, again)
-    verdicts[:] = [(verdict, interest.scans_seen)]
+    verdicts.append((verdict, interest.scans_seen))
     if verdict is not None and not verdict.agrees and not again:
         interest.send_to_doors(module, verdict)
 
@@ -309,10 +318,10 @@ def _observe(
     output: Any,
 ) -> None:
     again, call = recomputing(), Call(args, kwargs)
-    if interest.thread != get_ident() and not again:
+    if (interest.thread != get_ident() and not again) or (interest.at_doors(module) and not verdicts):
         return
     if call.opaque and not again:
-        verdicts[:] = [(_against(interest, module, call, output), 0)]
+        verdicts.append((_against(interest, module, call, output), 0))
     verdict, before = verdicts[0] if verdicts else (None, 0)
     if verdict is not None and not verdict.agrees:
         if interest.scans_seen == before and not again:

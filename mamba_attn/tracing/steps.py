@@ -1,7 +1,7 @@
 """Steps: what measuring says of one call's steps, image by image, and how long it is remembered."""
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,21 +48,6 @@ class Found:
     steps: list[Steps | None]
     measured: Measured
 
-    def shapes_around(self, module: str) -> Iterator[Sequence[tuple[int, ...]]]:
-        """Yield shapes that were seen in a module itself, below it, and so on with what stands around it.
-
-        Args:
-            module: its name.
-        """
-        around = [module, *(module[:end] for end in range(len(module) - 1, 0, -1) if module[end] == "."), ""]
-        for outer in dict.fromkeys(around):
-            inside = [
-                (name, shapes)
-                for name, shapes in self.measured.maps.items()
-                if not outer or f"{name}.".startswith(f"{outer}.")
-            ]
-            yield from (shapes for _, shapes in sorted(inside, key=lambda item: len(item[0])))
-
 
 def steps_of(model: nn.Module, replay: Replay, calls: Sequence[ScanCall | SoftmaxCall]) -> Found | None:
     """Return the steps of the scans of a forward pass, measured or remembered; None if it runs another way now.
@@ -108,6 +93,7 @@ def _another(image: Tensor) -> Tensor:
 
 def _for(measured: Measured, batch: int | None, calls: Sequence[ScanCall | SoftmaxCall]) -> Found | None:
     """The steps of the calls that were seen, of so many images."""
+    measured = _of_modules(measured, {call.module for call in calls})
     if [call.signature for call in calls] != measured.signatures:
         return None
     steps = [
@@ -119,11 +105,32 @@ def _for(measured: Measured, batch: int | None, calls: Sequence[ScanCall | Softm
     return Found(steps, measured)
 
 
+def _of_modules(measured: Measured, names: set[str]) -> Measured:
+    """What was measured of some modules; adapters trace the others, whose scans are cut as well."""
+    numbers = [i for i, signature in enumerate(measured.signatures) if signature[0] in names]
+    now = {before: i for i, before in enumerate(numbers)}
+    return replace(
+        measured,
+        signatures=[measured.signatures[i] for i in numbers],
+        places=[measured.places[i] for i in numbers],
+        chained={(now[a], now[b]) for a, b in measured.chained if a in now and b in now},
+        nearest={now[i]: words for i, words in measured.nearest.items() if i in now},
+    )
+
+
 def _by_image(place: Place, rows: int, batch: int | None) -> Steps | None:
     """A place told by image; None if it was measured on fewer images and their rows are laid in no known way."""
+    found = _told(place, rows, place.shape[0])
+    measured = None if batch is None else batch if rows == len(place.order) else min(batch, _PAIR)
+    if found is None and measured is not None and place.shape[0] % measured == 0:
+        return _told(place, rows, measured)  # T holds every image as several rows
+    return found
+
+
+def _told(place: Place, rows: int, images: int) -> Steps | None:
+    """A place told by image, where T holds so many."""
     order = place.order
-    images = place.shape[0]
-    tokens = max(1, torch.Size(place.grid).numel())
+    tokens = max(1, torch.Size(place.shape).numel() // (place.shape[place.axis] * images))
     of_row = torch.where(order >= 0, order // tokens, -1).flatten(1).amax(1)
     mixed = bool((torch.where(order >= 0, order // tokens, of_row[:, None, None]) != of_row[:, None, None]).any())
     if (

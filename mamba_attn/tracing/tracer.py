@@ -22,7 +22,7 @@ from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.rules import KINDS, Rules
 from mamba_attn.errors import TraceError, UnknownLayerError, UnsupportedModelError, nearest
 from mamba_attn.tracing import patch_embedding
-from mamba_attn.tracing.adapters import AnyAdapter, Seen, find_mixers, nothing_found, require_supported
+from mamba_attn.tracing.adapters import Adapter, AnyAdapter, Seen, find_mixers, nothing_found, require_supported
 from mamba_attn.tracing.agreement import Verdict
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders, DoorLayer, DoorScans
 from mamba_attn.tracing.doors import Watch, open_doors
@@ -34,6 +34,7 @@ from mamba_attn.tracing.patching import Interest, observed, patched, watch_layou
 from mamba_attn.tracing.reachable import reaches_a_door, reaches_attention
 from mamba_attn.tracing.softmax_doors import CROSS, NESTED, open_softmax_doors
 from mamba_attn.tracing.softmax_layers import DoorAttention
+from mamba_attn.tracing.standing import Ahead
 from mamba_attn.tracing.undisturbed import recomputing
 from mamba_attn.tracing.unseen import MIXES, Unseen, unseen_sentence
 
@@ -63,6 +64,7 @@ class Trace(Mapping[str, Layer]):
         self._around = around
         self._stored: dict[str, tuple[int, Layer]] = {}
         self._repeated: set[str] = set()
+        self._ahead: Ahead | None = None
         self._apart: dict[str, Verdict] = {}  # of mixers that their adapter does not compute, and that doors show
         self._thread = get_ident()
         self._runs = 0  # of the model itself; parts of it may be called alone
@@ -93,7 +95,8 @@ class Trace(Mapping[str, Layer]):
 
     @property
     def _names(self) -> list[str]:
-        adapted = [name for name in self._adapted if name not in self._apart]
+        elsewhere = {*self._apart, *(self._ahead.at_doors if self._ahead else ())}
+        adapted = [name for name in self._adapted if name not in elsewhere]
         return list(dict.fromkeys([*adapted, *self._layers]))
 
     def __getitem__(self, name: LayerName) -> Layer:
@@ -305,6 +308,8 @@ class Trace(Mapping[str, Layer]):
         watch = None if self._doors is None else self._doors.watch
         if watch is not None and watch.suspended:
             return  # the model runs for us, to measure
+        if self._ahead is not None and isinstance(layer, ScanLayer) and not layer.has_layout:
+            layer.lay_out(self._ahead.layout_of(layer.name, layer.batch, layer.tokens))
         if layer.name in self._stored and self._runs == 1:  # one forward calls the mixer again: another layer
             name, number = layer.name, 2
             while layer.name in self._stored:
@@ -419,11 +424,17 @@ def trace(
             doors.install(stack)
             stack.enter_context(open_doors(doors.watch))
             stack.enter_context(open_softmax_doors())
+        inside = {name: module for name, (module, _) in mixers.items() if name}  # nothing stands around a mixer alone
+        if rules is None and any(isinstance(mixers[name][1], Adapter) for name in inside):
+            record._ahead = Ahead(model, inside, seen, None if doors is None else doors.watch)
+            record._ahead.install(stack)
         around.install(stack, quiet)
         yield record
     record._require_seen()
     if record._apart:
         warnings.warn(_apart_sentence(found, record._apart), UserWarning, stacklevel=3)
+    if record._ahead is not None and record._ahead.unplaced:
+        warnings.warn(record._ahead.sentence(), UserWarning, stacklevel=3)
     # with rules, the method that brought them looks: looking calls modules, on which another trace may have its rules
     if layers is None and rules is None and record.unseen_mixers:
         warnings.warn(unseen_sentence("trace", record.unseen_mixers), UserWarning, stacklevel=3)

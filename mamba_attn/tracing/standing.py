@@ -1,0 +1,365 @@
+"""Where the tokens that a mixer gets stand in the model: one forward pass of one image, and one weighted gradient.
+
+An adapter knows the order of a mixer's own tokens. Code around it may have flipped them before, and flip them back.
+With every mixer cut, the gradient of a later tensor T reaches a mixer's output at the tokens that its cells came from:
+where weights on the cells arrive as the same weights, token by token, the mixer's order is the model's. Where they do
+not, bits of the cells' numbers tell the order, as in ``frames``.
+"""
+
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from math import prod
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from mamba_attn._types import Float, Int
+from mamba_attn.core.layout import TokenLayout
+from mamba_attn.tracing.adapters import Seen
+from mamba_attn.tracing.agreement import measurable
+from mamba_attn.tracing.doors import Watch, open_doors, suspended
+from mamba_attn.tracing.frames import SHARE, Centre, Probe
+from mamba_attn.tracing.replay import Replay
+from mamba_attn.tracing.undisturbed import recomputing, settings, undisturbed
+
+Maps = Mapping[str, Sequence[tuple[int, ...]]]
+_LOOKS = 2  # at tensors of one shape that stand not around a mixer
+_ALIVE = 1e-3  # of the largest gradient: tokens with less of it do not reach T
+_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError, AttributeError)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What one look at a model gave.
+
+    Args:
+        orders: of the calls of mixers, by name: the cell of every token, (sequences, tokens), in the latest tensor in
+            which each token has its own; -1 for tokens that do not reach it. Calls without such a tensor are left out.
+        maps: shapes of the tensors of four axes and more that modules took and returned, by the modules' names.
+        doors: names of modules whose scans went through doors.
+    """
+
+    orders: list[tuple[str, Int[Tensor, "sequences tokens"]]] = field(default_factory=list)
+    maps: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+    doors: list[str] = field(default_factory=list)
+
+    def at_a_door(self, name: str) -> bool:
+        """Whether a mixer's scans went through a door."""
+        return any(not name or f"{door}.".startswith(f"{name}.") for door in self.doors)
+
+    @property
+    def moved(self) -> list[str]:
+        """Mixers that get tokens in another order than the model has them."""
+        return list(dict.fromkeys(name for name, order in self.orders if not _increases(order)))
+
+    @property
+    def whole(self) -> list[str]:
+        """Mixers whose sequences are an image's tokens, one after the other."""
+        return list(dict.fromkeys(name for name, order in self.orders if len(order) == 1 and _counts_up(order)))
+
+
+def _increases(order: Tensor) -> bool:
+    """Whether every sequence goes through the cells upwards."""
+    top = torch.where(order >= 0, order, -1).cummax(1).values
+    return bool(((order > torch.nn.functional.pad(top, (1, 0), value=-1)[:, :-1]) | (order < 0)).all())
+
+
+def _counts_up(order: Tensor) -> bool:
+    flat = order.flatten()
+    return bool(((flat == torch.arange(len(flat))) | (flat < 0)).all())
+
+
+def standing(model: nn.Module, replay: Replay, mixers: Mapping[str, nn.Module]) -> Standing:
+    """Return where the mixers' tokens stand, measured or remembered per model, settings and shapes.
+
+    Args:
+        model: that is about to run; its modes, flags, buffers, hooks and random numbers are as before.
+        replay: how it is called; one image is enough.
+        mixers: by name.
+    """
+    small = replay if replay.batch in (None, 1) else replay.changed(lambda tensor: tensor[:1])
+    key = (small.key, settings(model), tuple(mixers))
+    remembered = _remembered.setdefault(model, {})
+    if key not in remembered:
+        remembered[key] = _measured(model, small, mixers)
+    return remembered[key]
+
+
+_remembered: "weakref.WeakKeyDictionary[nn.Module, dict[Any, Standing]]" = weakref.WeakKeyDictionary()
+
+
+@dataclass(eq=False)
+class _Cut:
+    """One call of a mixer, whose output is a leaf of the graph."""
+
+    name: str
+    leaf: Tensor
+    axis: int  # of features
+    at: int  # number of tensors before it
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Sequences, and tokens in each."""
+        sizes = [n for axis, n in enumerate(self.leaf.shape) if axis != self.axis]
+        return sizes[0], prod(sizes[1:])
+
+    def by_token(self, gradient: Tensor | None) -> Float[Tensor, "tokens features"]:
+        """A gradient, token by token."""
+        value = torch.zeros_like(self.leaf) if gradient is None else gradient
+        return value.detach().movedim(self.axis, -1).flatten(0, -2).float()
+
+
+@dataclass(eq=False)
+class _Pass:
+    """A forward pass with its mixers cut."""
+
+    mixers: dict[nn.Module, str]
+    cuts: list[_Cut] = field(default_factory=list)
+    tensors: list[tuple[str, Tensor]] = field(default_factory=list)
+    maps: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+    inside: int = 0
+
+    def enters(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Give a mixer its input without the graph behind it."""
+        self.inside += 1
+        return pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
+
+    def leaves(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Begin the graph anew at a mixer's output."""
+        self.inside -= 1
+        first = next((v for v in pytree.tree_leaves(output) if isinstance(v, Tensor)), None)
+        if first is None or first.ndim not in (3, 4) or not first.is_floating_point():
+            return output
+        leaf = torch.zeros_like(first.detach()).requires_grad_()
+        axis = 1 if first.ndim == 4 and getattr(module, "channel_first", False) else first.ndim - 1
+        self.cuts.append(_Cut(self.mixers[module], leaf, axis, len(self.tensors)))
+        return pytree.tree_map(lambda v: v.detach() + leaf if v is first else v, output)
+
+    def returns(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        """Keep what a module around the mixers returned."""
+        if self.inside:
+            return
+        values = [v for v in pytree.tree_leaves((args, output)) if isinstance(v, Tensor) and v.ndim > 2]
+        self.maps.setdefault(name, []).extend(tuple(v.shape) for v in values if v.ndim > 3)
+        if module in self.mixers:
+            return
+        found = [v for v in pytree.tree_leaves(output) if isinstance(v, Tensor) and v.ndim > 2]
+        self.tensors += [(name, v) for v in reversed(found) if v.requires_grad and v.is_floating_point()]
+
+
+def _measured(model: nn.Module, replay: Replay, mixers: Mapping[str, nn.Module]) -> Standing:
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        return Standing()
+    seen, watch = _Pass({module: name for name, module in mixers.items()}), Watch(model)
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with ExitStack() as stack:
+        stack.callback(watch.close)
+        for block in (torch.inference_mode(False), undisturbed(model), open_doors(watch), suspended(watch)):
+            stack.enter_context(block)
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(warnings.catch_warnings(action="ignore"))  # the traced pass gives them
+        for parameter, flag in flags:
+            stack.callback(parameter.requires_grad_, flag)
+            parameter.requires_grad_(False)
+        own = replay.changed(Tensor.clone)
+        try:
+            with ExitStack() as hooks:
+                _install(hooks, model, seen)
+                for device, dtype in own.autocast:
+                    hooks.enter_context(torch.autocast(device, dtype=dtype))
+                model(*own.args, **own.kwargs)
+            return Standing(_orders(seen), seen.maps, list({call.module for call in watch.calls}))
+        except _FAILURES:  # it does not run so: nothing is known
+            return Standing(maps=seen.maps)
+
+
+def _install(stack: ExitStack, model: nn.Module, seen: _Pass) -> None:
+    for name, module in model.named_modules():
+        if module in seen.mixers:
+            stack.callback(module.register_forward_pre_hook(seen.enters, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(seen.leaves).remove)
+        stack.callback(module.register_forward_hook(partial(seen.returns, name)).remove)
+    stack.enter_context(Centre())
+
+
+def _orders(seen: _Pass) -> list[tuple[str, Tensor]]:
+    """Cell of every token, in the latest tensor in which each has one of its own."""
+    found: dict[_Cut, Tensor] = {}
+    looks: dict[tuple[_Cut, tuple[int, ...]], int] = {}
+    for number in reversed(range(len(seen.tensors))):
+        name, out = seen.tensors[number]
+        shape = tuple(out.shape)
+        left = [cut for cut in seen.cuts if cut.at <= number and cut not in found]
+        left = [cut for cut in left if looks.get((cut, shape), 0) < _LOOKS or f"{cut.name}.".startswith(f"{name}.")]
+        for axis in dict.fromkeys((out.ndim - 1, 1)):
+            wanted = [cut for cut in left if prod(cut.tokens) == out.numel() // shape[axis] and cut not in found]
+            found.update(_decoded(Probe(out, axis), out, wanted) if wanted else ())
+            looks.update({(cut, shape): looks.get((cut, shape), 0) + 1 for cut in wanted})
+    return [(cut.name, found[cut]) for cut in seen.cuts if cut in found]
+
+
+def _decoded(probe: Probe, out: Tensor, cuts: Sequence[_Cut]) -> Iterator[tuple[_Cut, Tensor]]:
+    """The orders of the mixers whose tokens have a cell each in T."""
+
+    def back(cotangent: Tensor, wanted: Sequence[_Cut]) -> list[Tensor]:
+        leaves = [cut.leaf for cut in wanted]
+        gradients = torch.autograd.grad(out, leaves, cotangent, retain_graph=True, allow_unused=True)
+        return [cut.by_token(gradient) for cut, gradient in zip(wanted, gradients, strict=True)]
+
+    same = torch.arange(probe.cells, device=out.device)
+    others: list[tuple[_Cut, Tensor, Tensor]] = []
+    for cut, plain, weighted in zip(cuts, back(probe.noise, cuts), back(probe.weighted, cuts), strict=True):
+        alive = _alive(plain)
+        if int(alive.sum()) * 2 < probe.cells:
+            continue
+        if _share(plain, weighted, probe.weight) >= SHARE:
+            yield cut, torch.where(alive, same, -1).view(cut.tokens).cpu()
+        elif _share(plain, weighted, None) >= SHARE:
+            others.append((cut, plain, weighted))
+    if not others:
+        return
+    numbers = [torch.zeros(probe.cells, dtype=torch.long, device=out.device) for _ in others]
+    for bit in range(probe.bits):
+        for own, (_, plain, _), some in zip(
+            numbers, others, back(probe.with_bit(bit), [cut for cut, _, _ in others]), strict=True
+        ):
+            own += (2 * (plain * some).sum(1) > plain.square().sum(1)).long() << bit
+    for own, (cut, plain, weighted) in zip(numbers, others, strict=True):
+        order, alive = probe.cell_of(own), _alive(plain)
+        single = len(order[alive].unique()) == int(alive.sum())
+        if single and _share(plain, weighted, probe.weight[order]) >= SHARE:
+            yield cut, torch.where(alive, order, -1).view(cut.tokens).cpu()
+
+
+def _alive(gradient: Tensor) -> Tensor:
+    size: Tensor = gradient.norm(dim=1)
+    return size > _ALIVE * size.amax()
+
+
+def _share(plain: Tensor, weighted: Tensor, weight: Tensor | None) -> float:
+    """Part of a token's gradient with its cell's weight, or with any one weight, of the worst hundredth of tokens."""
+    alive = _alive(plain)
+    plain, weighted = plain[alive], weighted[alive]
+    any_one = (plain * weighted).sum(1) / plain.square().sum(1).clamp_min(1e-30)
+    own = any_one if weight is None else weight[alive].to(plain)
+    error = (weighted - plain * own[:, None]).norm(dim=1) / plain.norm(dim=1).clamp_min(1e-30)
+    share = (1 - error.clamp_max(1)).sort().values
+    return float(share[len(share) // 100]) if len(share) else 0.0
+
+
+class Ahead:
+    """Looks at a model ahead of its first run in a trace.
+
+    Args:
+        model: that is traced.
+        mixers: by name, those that adapters trace.
+        seen: what the forward pass shows of the image.
+        watch: at doors, or None.
+    """
+
+    def __init__(self, model: nn.Module, mixers: Mapping[str, nn.Module], seen: Seen, watch: Watch | None) -> None:
+        self.model = model
+        self.mixers = mixers
+        self.at_doors: list[str] = []  # mixers whose order is measured there, since they get tokens in another
+        self.unplaced: list[str] = []  # the same, where there is no door
+        self._seen = seen
+        self._watch = watch
+        self._thread = get_ident()
+        self._replay: Replay | None = None
+        self._found = Standing()
+
+    def install(self, stack: ExitStack) -> None:
+        """Look when the model is called."""
+        hook = self.model.register_forward_pre_hook(self._starts, with_kwargs=True)
+        stack.callback(hook.remove)
+
+    def _starts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        asleep = self._watch is not None and self._watch.suspended
+        if self._replay is not None or asleep or get_ident() != self._thread or recomputing() or not measurable():
+            return
+        self._replay = Replay.of(args, kwargs)
+        self._found = standing(self.model, self._replay, self.mixers)
+        moved = self._found.moved
+        seen = [name for name in self.mixers if self._watch is not None and self._found.at_a_door(name)]
+        self.unplaced = [name for name in moved if name not in seen]
+        if self._watch is not None and any(name in seen for name in moved):  # the others, too: in one frame
+            elsewhere = {name for name, _ in self._found.orders if name not in self._found.whole}
+            self.at_doors = [name for name in seen if name in elsewhere]
+            self._watch.outside -= {id(self.mixers[name]) for name in self.at_doors}
+
+    def layout_of(self, name: str, batch: int, tokens: int) -> TokenLayout | None:
+        """Return the layout of a mixer's tokens from the nearest feature map, where that has as many cells.
+
+        Args:
+            name: the mixer's.
+            batch: number of its sequences.
+            tokens: number of tokens in each.
+        """
+        whole = name in self._found.whole  # a mixer may take channels for tokens
+        if self._replay is None or self._replay.batch != batch or not whole:
+            return None
+        layout = nearest_layout(name, tokens, self._found.maps, self._replay, self._seen)
+        return layout if layout is not None and len(layout.grid) > 1 else None
+
+    def sentence(self) -> str:
+        """What to say of mixers that get tokens in another order, and whose doors are not known."""
+        shown = ", ".join(self.unplaced[:6]) + (f" and {len(self.unplaced) - 6} more" if self.unplaced[6:] else "")
+        return (
+            f"trace: {shown} get the tokens in another order than the model around them has, and their scans go "
+            "through no door at which it could be measured: their matrices are in the order in which they get them, "
+            "and a product with those of other layers mixes two orders."
+        )
+
+
+def nearest_layout(
+    module: str, tokens: int, maps: Maps, replay: Replay | None, seen: Seen, own: tuple[int, ...] = ()
+) -> TokenLayout | None:
+    """Return the layout of a mixer's tokens: of the nearest feature map with as many cells, in the module or around it.
+
+    Args:
+        module: the mixer's name.
+        tokens: number of tokens.
+        maps: shapes that the modules took and returned.
+        replay: how the model was called, whose sizes say how large a cell is.
+        seen: what the forward pass has shown of the image.
+        own: a grid that is looked at first.
+    """
+    grids, inputs = [own], [] if replay is None else [tuple(tensor.shape) for tensor in replay.tensors]
+    for shape in chain(*_nearest_first(module, maps)):
+        # features stand first or last; of what the model was given, three colours and rows are no grid
+        both = (shape[2:],) if shape in inputs else (shape[2:], shape[1:-1])
+        grids += [grid for grid in both if min(grid) > 1 or len(grid) > 2]
+    grid = next((grid for grid in grids if len(grid) > 1 and prod(grid) == tokens), (tokens,))
+    given = [] if replay is None else [tuple(t.shape[2:]) for t in replay.tensors if t.ndim > 2]
+    if len(grid) == 2 and seen.image_size is not None:
+        turned = replay is not None and _is_turned(replay, seen.image_size)
+        return None if turned else seen.grid_layout(*grid)
+    if len(grid) == 1 and (seen.image_size is not None or any(len(size) > 1 for size in given)):
+        return None  # a line in what is no line
+    sizes = next((size for size in given if len(size) == len(grid)), grid)
+    patches = tuple(max(1, round(size / count)) for size, count in zip(sizes, grid, strict=True))
+    if len(grid) == 1 and not sizes[0] // patches[0] <= tokens <= -(-sizes[0] // patches[0]):
+        return None  # what was taken for a line's length is something else
+    return TokenLayout(grid, patches)
+
+
+def _is_turned(replay: Replay, size: tuple[int, ...]) -> bool:
+    """Whether the model turned its input on its side, so that a map of it would lie across the input."""
+    given = [tuple(tensor.shape[-len(size) :]) for tensor in replay.tensors]
+    return size not in given and size[::-1] in given
+
+
+def _nearest_first(module: str, maps: Maps) -> Iterator[Sequence[tuple[int, ...]]]:
+    """Shapes that were seen in the module itself, below it, and so on with what stands around it."""
+    around = [module, *(module[:end] for end in range(len(module) - 1, 0, -1) if module[end] == "."), ""]
+    for outer in dict.fromkeys(around):
+        inside = [(name, shapes) for name, shapes in maps.items() if not outer or f"{name}.".startswith(f"{outer}.")]
+        yield from (shapes for _, shapes in sorted(inside, key=lambda item: len(item[0])))
