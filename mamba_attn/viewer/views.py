@@ -149,7 +149,7 @@ class Views:
         layer = self.source.layer(pane)
         ranks = np.full((len(layer.orders), layer.layout.tokens), np.nan)
         for route, order in enumerate(np.asarray(layer.orders)):
-            ranks[route, order] = np.arange(len(order))
+            ranks[route, order[order >= 0]] = np.flatnonzero(order >= 0)
         return np.asarray(ranks[:, layer.layout.patches.numpy()])
 
     def path(self, pane: Pane) -> np.ndarray:
@@ -157,7 +157,8 @@ class Views:
         layer = self.source.layer(pane)
         number = np.full(layer.layout.tokens, -1)
         number[layer.layout.patches.numpy()] = np.arange(len(layer.layout.patches))
-        visited = number[np.asarray(layer.orders)[drawn_route(self.source, pane)]]
+        order = np.asarray(layer.orders)[drawn_route(self.source, pane)]
+        visited = number[order[order >= 0]]
         return np.asarray(visited[visited >= 0])
 
     def heat(self, pane: Pane, state: State) -> np.ndarray:
