@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -218,7 +218,9 @@ class Run:
         """Run the traced pass and check that everything it holds is finite."""
         subject, request = self.request.subject, self.request
         fused = "mean" if request.routes == "sum" else None
-        with trace(subject.model, layers=request.layers, attention=fused, layout=subject.layout) as found:
+        layout = subject.layout if request.layout is None else request.layout
+        given: dict[str, Any] = {"layers": request.layers, "layout": layout, "orders": request.orders}
+        with trace(subject.model, attention=fused, **given) as found:
             logits = subject.logits(subject.transform.normalise(pixels).to(subject.device))
         for layer in found.layers:
             layer.require_finite()

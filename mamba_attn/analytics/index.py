@@ -32,7 +32,8 @@ class StoredLayer:
         block: in its stage, from 0.
         routes: scans of the layer; 1 for softmax attention.
         layout: where its tokens sit in the image.
-        orders: (routes, length), the token that a route visits at each step.
+        orders: (routes, length), the token that a route visits at each step, -1 for none; (routes, 0) where images
+            differ.
         exact: whether features are matrices as they are, and no projections of them.
         scale: what exact features are multiplied with on the disk, a power of two.
         moments: shape (routes, channels, length) of the states' moments, or None.
@@ -245,4 +246,4 @@ def _image(
 
 
 def _within(orders: np.ndarray, tokens: int) -> bool:
-    return bool(orders.size) and int(orders.min()) >= 0 and int(orders.max()) < tokens
+    return not orders.size or (int(orders.min()) >= -1 and int(orders.max()) < tokens)

@@ -13,6 +13,7 @@ from mamba_attn.datasets import Data
 from mamba_attn.datasets.loading import complete
 from mamba_attn.datasets.memory import as_data
 from mamba_attn.errors import nearest
+from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
 from mamba_attn.tracing.layer_names import LayerNames
 from mamba_attn.tracing.layers import Layer, ScanLayer
 from mamba_attn.tracing.tracer import trace
@@ -32,6 +33,8 @@ class Request:
         keep: number of first images whose matrices to store in full, or keys of such images.
         batch: images per batch. Default: as the matrices' size allows, at most 16.
         layers: names, patterns or numbers, or one of them. Default: all.
+        layout: as in ``mamba_attn.trace``: where the tokens are, for models that do not show it.
+        orders: as in ``mamba_attn.trace``: in which order scans walk them, where it cannot be measured.
         routes: "each": statistics of every route and of their sum; "sum": of the sum alone.
         interval: seconds between checkpoints, at least.
         command: the command that resumes after a kill, for messages.
@@ -46,6 +49,8 @@ class Request:
     keep: Keep = 0
     batch: int | None = None
     layers: LayerNames | None = None
+    layout: AnyLayout | None = None
+    orders: AnyOrders | None = None
     routes: str = "each"
     interval: float = 20.0
     command: str = ""
@@ -74,7 +79,7 @@ class Request:
 
 
 def describe(request: Request) -> list[StoredLayer]:
-    """Return the layers of a request, from a forward pass over an empty image.
+    """Return the layers of a request, from a forward pass over two images of noise.
 
     Args:
         request: what to collect.
@@ -83,23 +88,33 @@ def describe(request: Request) -> list[StoredLayer]:
         UnknownLayerError: a pattern fits no layer.
         TraceError: a layer whose tokens' place is not known.
     """
-    return described(request.subject, request.layers)
+    return described(request.subject, request.layers, request.layout, request.orders)
 
 
-def described(subject: LoadedModel, patterns: LayerNames | None = None) -> list[StoredLayer]:
-    """Return the layers of a model, from a forward pass over an empty image.
+def described(
+    subject: LoadedModel,
+    patterns: LayerNames | None = None,
+    layout: AnyLayout | None = None,
+    orders: AnyOrders | None = None,
+) -> list[StoredLayer]:
+    """Return the layers of a model, from a forward pass over two images of noise.
 
     Args:
         subject: the model.
         patterns: names, patterns or numbers of layers. Default: all.
+        layout: as in ``mamba_attn.trace``.
+        orders: as in ``mamba_attn.trace``.
 
     Raises:
         UnknownLayerError: a pattern fits no layer.
         TraceError: a layer whose tokens' place is not known.
     """
-    empty = subject.transform.blank().to(subject.device)
-    with torch.no_grad(), trace(subject.model, layers=patterns, layout=subject.layout) as found:
-        subject.model(empty)
+    # orders are measured on it: zeros would make tokens alike, and one image would hide that images differ
+    size = subject.transform.blank().shape[1:]
+    noise = torch.randn(2, *size, generator=torch.Generator().manual_seed(2))
+    layout = subject.layout if layout is None else layout
+    with torch.no_grad(), trace(subject.model, layers=patterns, layout=layout, orders=orders) as found:
+        subject.model(noise.to(subject.device))
     layers = found.layers
     places = place_of([layer.name for layer in layers], [layer.layout.grid for layer in layers])
     return [_described(layer, *place) for layer, place in zip(layers, places, strict=True)]
@@ -109,6 +124,8 @@ def _described(layer: Layer, stage: int, block: int) -> StoredLayer:
     scan = layer.scan if isinstance(layer, ScanLayer) else None
     routes = 1 if scan is None else scan.routes
     orders = torch.arange(layer.tokens)[None] if scan is None else scan.read_order
+    if orders.ndim == 3:  # each image has its own: none is the layer's
+        orders = orders[0, :, :0]
     return StoredLayer(
         layer.name,
         layer.kind,

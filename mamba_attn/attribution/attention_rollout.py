@@ -15,6 +15,7 @@ from mamba_attn.attribution.queries import Query, query_weights
 from mamba_attn.attribution.targets import Target
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import UnsupportedModelError
+from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
 from mamba_attn.tracing.layer_names import LayerNames
 from mamba_attn.tracing.layers import AnyLayer, Layer
 
@@ -35,6 +36,8 @@ class AttentionRollout(TokenAttribution):
     Args:
         model: a model that ``mamba_attn.trace`` supports.
         layers: names, patterns or numbers of the mixers to use; the others act as the identity. Default: all.
+        layout: as in ``mamba_attn.trace``: where the tokens are, for models that do not show it.
+        orders: as in ``mamba_attn.trace``: in which order scans walk them, where it cannot be measured.
         signed: no positive part and no normalisation, I + attention as it is; time and memory linear in tokens.
         convention: "exact", or published code whose map to return instead: "hidden_mamba", "implicit_unified",
             "vmamba_analysis" or "vmamba_analysis_dt", see ``mamba_attn.attribution.published``. These take no other
@@ -54,10 +57,12 @@ class AttentionRollout(TokenAttribution):
         model: nn.Module,
         *,
         layers: LayerNames | None = None,
+        layout: AnyLayout | None = None,
+        orders: AnyOrders | None = None,
         signed: bool = False,
         convention: str = "exact",
     ) -> None:
-        super().__init__(model, layers=layers)
+        super().__init__(model, layers=layers, layout=layout, orders=orders)
         self.signed = signed
         self.convention = convention
         self._other = self._published(AttentionRollout, "convention")

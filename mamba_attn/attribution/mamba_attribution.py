@@ -16,7 +16,7 @@ from mamba_attn.core.rules import Rules
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError
 from mamba_attn.ops.arguments import at_tokens, to_tokens
-from mamba_attn.tracing.door_layers import DoorLayer
+from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders, DoorLayer
 from mamba_attn.tracing.layer_names import LayerNames
 from mamba_attn.tracing.layers import ScanLayer, require
 
@@ -47,6 +47,8 @@ class MambaAttribution(TokenAttribution):
     Args:
         model: a model that ``mamba_attn.trace`` knows.
         layers: names, patterns or numbers of the mixers to use; the others act as the identity. Default: all.
+        layout: as in ``mamba_attn.trace``: where the tokens are, for models that do not show it.
+        orders: as in ``mamba_attn.trace``: in which order scans walk them, where it cannot be measured.
         rule: "gradient_x_attention", "paper" or "published_code", see above. The last uses the late layers unless
             ``layers`` names some.
         rollout: False averages the layers' rows instead, each query's as in ``RawAttention``, in linear time. The
@@ -70,12 +72,14 @@ class MambaAttribution(TokenAttribution):
         model: nn.Module,
         *,
         layers: LayerNames | None = None,
+        layout: AnyLayout | None = None,
+        orders: AnyOrders | None = None,
         rule: str = "gradient_x_attention",
         rollout: bool = True,
         signed: bool = False,
         convention: str = "exact",
     ) -> None:
-        super().__init__(model, layers=layers)
+        super().__init__(model, layers=layers, layout=layout, orders=orders)
         self.rule = rule
         self.rollout = rollout
         self.signed = signed

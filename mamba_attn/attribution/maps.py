@@ -24,6 +24,7 @@ from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.rules import Rules
 from mamba_attn.core.training_mode import warn_of_training
 from mamba_attn.errors import NonFiniteError, TraceError, UnsupportedModelError, nearest
+from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
 from mamba_attn.tracing.layer_names import LayerNames, layer_names, listed_layers
 from mamba_attn.tracing.layers import Layer
 from mamba_attn.tracing.tracer import Trace, trace
@@ -32,6 +33,8 @@ from mamba_attn.tracing.unseen import unseen_sentence
 Images = TypeVar("Images", Tensor, tuple[Tensor, ...])  # captum's wrappers pass a tuple and expect one back
 Method = TypeVar("Method", bound="MapAttribution")
 Row = tuple[TokenLayout, Tensor]  # one number per token (batch, tokens), and the layout of the tokens
+
+_TRACED = ("layers", "layout", "orders")  # options of tracing, which published methods know too
 
 
 class MapAttribution(Attribution, ABC):
@@ -309,6 +312,8 @@ class TokenAttribution(MapAttribution):
         model: a model that ``mamba_attn.trace`` supports; called with the inputs only.
         layers: names, patterns or numbers of the mixers to use, or one of them, as in ``mamba_attn.trace``. Default:
             all.
+        layout: as in ``mamba_attn.trace``: where the tokens are, for models that do not show it.
+        orders: as in ``mamba_attn.trace``: in which order scans walk them, where it cannot be measured.
 
     Raises:
         TypeError: the model is not a module; ``layers`` are neither names nor numbers.
@@ -317,9 +322,17 @@ class TokenAttribution(MapAttribution):
     reads_rows: ClassVar[bool] = True
     reads_traces: ClassVar[bool] = True
 
-    def __init__(self, model: nn.Module, *, layers: LayerNames | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: LayerNames | None = None,
+        layout: AnyLayout | None = None,
+        orders: AnyOrders | None = None,
+    ) -> None:
         super().__init__(model)
         self.layers = listed_layers(f"{type(self).__name__}(layers=...)", layers)
+        self.layout, self.orders = layout, orders
 
     def _published(self, kind: type["TokenAttribution"], option: str) -> "TokenAttribution | None":
         """Return the method of ``attribution.published`` named by an option; None for the default, this method.
@@ -335,7 +348,7 @@ class TokenAttribution(MapAttribution):
         """
         from mamba_attn.attribution.published import METHODS  # which imports this file
 
-        options = [each for each in inspect.signature(kind.__init__).parameters.values() if each.name != "layers"]
+        options = [each for each in inspect.signature(kind.__init__).parameters.values() if each.name not in _TRACED]
         default = {each.name: each.default for each in options if each.kind is each.KEYWORD_ONLY}
         value, methods = getattr(self, option), METHODS[kind.__name__, option]
         if value == default[option]:
@@ -354,6 +367,7 @@ class TokenAttribution(MapAttribution):
                 f"out, or {option}={value!r}."
             )
         method = methods[value](self.model, layers=self.layers)
+        method.layout, method.orders = self.layout, self.orders
         method.called = f"{call})"
         return method
 
@@ -419,7 +433,7 @@ class TokenAttribution(MapAttribution):
         """Run the model, or read the pass that was traced before; yield the trace and the model's output."""
         given = self._call.trace
         if given is None:
-            with trace(self.model, layers=self.layers, rules=rules) as record:
+            with trace(self.model, layers=self.layers, layout=self.layout, orders=self.orders, rules=rules) as record:
                 with torch.set_grad_enabled(gradients):
                     output = self._call.run(self.model, images)
                 yield record, output

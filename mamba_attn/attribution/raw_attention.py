@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mamba_attn.attribution.maps import Row, TokenAttribution
 from mamba_attn.attribution.queries import Place, Query, read_rows
 from mamba_attn.attribution.targets import Target
+from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
 from mamba_attn.tracing.layer_names import ByLayer, LayerNames
 from mamba_attn.tracing.tracer import trace
 
@@ -24,6 +25,8 @@ class RawAttention(TokenAttribution):
         model: a model that ``mamba_attn.trace`` supports.
         layers: names, patterns or numbers of the mixers to use, e.g. ``["layers.2.*"]`` for one stage of VMamba.
             Default: all.
+        layout: as in ``mamba_attn.trace``: where the tokens are, for models that do not show it.
+        orders: as in ``mamba_attn.trace``: in which order scans walk them, where it cannot be measured.
         signed: keep the negative entries.
         convention: "exact", or published code whose map to return instead: "hidden_mamba", "implicit_unified",
             "vmamba_analysis" or "vmamba_analysis_dt", see ``mamba_attn.attribution.published``. These take no other
@@ -43,10 +46,12 @@ class RawAttention(TokenAttribution):
         model: nn.Module,
         *,
         layers: LayerNames | None = None,
+        layout: AnyLayout | None = None,
+        orders: AnyOrders | None = None,
         signed: bool = False,
         convention: str = "exact",
     ) -> None:
-        super().__init__(model, layers=layers)
+        super().__init__(model, layers=layers, layout=layout, orders=orders)
         self.signed = signed
         self.convention = convention
         self._other = self._published(RawAttention, "convention")
@@ -72,7 +77,7 @@ class RawAttention(TokenAttribution):
         """
         asked = self._asked("rows", inputs, query, pixel, box)
         with torch.no_grad():
-            with trace(self.model, layers=self.layers) as record:
+            with trace(self.model, layers=self.layers, layout=self.layout, orders=self.orders) as record:
                 self.model(inputs)
             return ByLayer({layer.name: read_rows(layer, asked) for layer in self._ran(record)})
 

@@ -61,7 +61,7 @@ def collect(
     from mamba_attn.analytics import collect as run
 
     loaded = complete(model)
-    request = Request(loaded, data, limit, keep, batch, layers, routes)
+    request = Request(loaded, data, limit, keep, batch, layers, routes=routes)
     run(request, store)
     return AttentionStore.open(store, model=loaded)
 

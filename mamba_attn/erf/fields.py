@@ -3,7 +3,7 @@
 Features are what a model passes on: the last output after a layer that still holds all of its tokens.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,8 +21,10 @@ from mamba_attn.core.layout import TokenLayout
 from mamba_attn.erf.reach import Reach, ReachSum
 from mamba_attn.errors import NonFiniteError, UnsupportedModelError
 from mamba_attn.tracing.adapters import find_mixers
+from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
 from mamba_attn.tracing.layer_names import LayerName, layer_name
 from mamba_attn.tracing.layers import Layer
+from mamba_attn.tracing.reachable import reaches_a_door, reaches_attention
 from mamba_attn.tracing.tracer import trace
 
 CLASS_TOKEN = "class"
@@ -128,6 +130,8 @@ def receptive_field(
     layer: LayerName | None = None,
     sign: str = "positive",
     reach: bool = True,
+    layout: AnyLayout | None = None,
+    orders: AnyOrders | None = None,
 ) -> ReceptiveField:
     """Return the effective receptive field of a token (arXiv 1701.04128), as arXiv 2203.06717 and VMamba measure it.
 
@@ -145,6 +149,8 @@ def receptive_field(
         layer: use this layer's block output; a name or number. Default: the last one.
         sign: of the gradient: "positive" part, as published, or its "absolute" value.
         reach: also measure how far attention reaches: distances per layer, and the rollout.
+        layout: as in ``mamba_attn.trace``: where the tokens are, for models that do not show it.
+        orders: as in ``mamba_attn.trace``: in which order scans walk them, where it cannot be measured.
 
     Raises:
         ValueError: no images, images of several sizes, a pixel or box outside them, several places, no class token,
@@ -165,7 +171,8 @@ def receptive_field(
         raise ValueError(f"receptive_field(query={query!r}, ...): give only one of query, pixel and box.")
     if not isinstance(query, str):
         pixel, box = split_query("receptive_field", query, pixel, box)
-    total = _Sum(model, query if isinstance(query, str) else None, pixel, box, layer, sign, reach)
+    given = {"layout": layout, "orders": orders}
+    total = _Sum(model, query if isinstance(query, str) else None, pixel, box, layer, sign, reach, given)
     for batch in [images] if isinstance(images, Tensor) else images:
         total.add(batch)
     return total.result()
@@ -182,6 +189,8 @@ class _Sum:
     layer: LayerName | None
     sign: str
     reach: bool
+    given: Mapping[str, Any]
+    names: list[str] = field(default_factory=list)
     gradient: Tensor | None = None
     used: int = 0
     seen: int = 0
@@ -234,10 +243,13 @@ class _Sum:
 
     def _gradients(self, images: Tensor, size: tuple[int, int]) -> tuple[Float[Tensor, "batch rows columns"], int]:
         """Return every image's gradient, with the chosen sign and summed over colours; the most tokens of a layer."""
-        with torch.inference_mode(False), torch.enable_grad(), Features(self.model, self.layer) as features:
+        if not self.names:
+            self.names = self._layer_names(images[:1])
+        with torch.inference_mode(False), torch.enable_grad(), Features(self.model, self.layer, self.names) as features:
             pixels = images.detach().clone().requires_grad_()
-            with trace(self.model) as record:
+            with trace(self.model, **self.given) as record:
                 self.model(pixels)
+                features.stop()
                 layers = record.layers
                 last = record[features.layer or layers[-1].name]
                 tokens = self._tokens(last, size)
@@ -250,6 +262,17 @@ class _Sum:
         summed[bad] = float("nan")
         return summed, max(layer.tokens for layer in layers)
 
+    def _layer_names(self, image: Tensor) -> list[str]:
+        """The layers' names; at doors they are known when the model has run."""
+        model = _unwrapped(self.model)
+        mixers = find_mixers(model)
+        adapted = [module for module, _ in mixers.values()]
+        if mixers and not reaches_a_door(model) and not reaches_attention(model, adapted):
+            return list(mixers)
+        with torch.no_grad(), trace(self.model, **self.given) as record:
+            self.model(image)
+        return list(record)
+
     def _tokens(self, layer: Layer, size: tuple[int, int]) -> list[int]:
         """Return the query's tokens; at the first call, also set its place in pixels and its description."""
         layout = layer.layout
@@ -259,7 +282,7 @@ class _Sum:
             self.name, self.reader = layer.name, reader
             self.centre = centre
             if self.reach:
-                self.attention = ReachSum(query, None if query is None else centre)
+                self.attention = ReachSum(query, None if query is None else centre, self.given)
         return query_tokens(layout, query)[0]
 
 
@@ -291,21 +314,20 @@ class Features:
 
     Args:
         model: the model; trace it in the same pass.
-        layer: a mixer's name, or its number. Default: the last one that runs.
+        layer: a layer's name, or its number. Default: the last one that runs.
+        names: of the layers, as a trace has them. Default: of the mixers that adapters recognise.
 
     Raises:
         TypeError: neither a name nor a number.
         UnknownLayerError: no such mixer.
     """
 
-    def __init__(self, model: nn.Module, layer: LayerName | None = None) -> None:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        self.model = model
-        self.mixers = list(find_mixers(self.model))
+    def __init__(self, model: nn.Module, layer: LayerName | None = None, names: Sequence[str] | None = None) -> None:
+        self.model = model = _unwrapped(model)
+        self.mixers = list(find_mixers(self.model)) if names is None else list(names)
         self.wanted = None if layer is None else layer_name(f"layer={layer!r}", layer, self.mixers)
         self.layer: str | None = None  # whose outputs are kept
-        self._stopped = False
+        self._stopped = self._over = False
         self._outputs: list[tuple[str, Any]] = []
         self._stack = ExitStack()
 
@@ -316,6 +338,10 @@ class Features:
             if name in self.mixers:
                 self._stack.callback(module.register_forward_pre_hook(partial(self._before, name)).remove)
         return self
+
+    def stop(self) -> None:
+        """Keep what has been seen: measuring the order of a layer's tokens calls the model again."""
+        self._over = True
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stack.close()
@@ -342,14 +368,20 @@ class Features:
         )
 
     def _before(self, name: str, module: nn.Module, args: Any) -> None:
-        if self.wanted is not None and self.layer is not None:
+        if not self._over and self.wanted is not None and self.layer is not None:
             self._stopped = True
 
     def _after(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if self._over:
+            return
         if name in self.mixers and (self.wanted is None or name == self.wanted):
             self.layer, self._outputs = name, []
         if self.layer is not None and not self._stopped:
             self._outputs.append((name, output))
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) else model
 
 
 def _whole(layer: Layer, part: Any) -> bool:

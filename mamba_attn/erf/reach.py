@@ -1,7 +1,8 @@
 """How far attention reaches: distances of what a token reads, and the row of the rollout."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,10 +50,12 @@ class ReachSum:
     Args:
         query: one pixel or box; None for the class token.
         centre: (row, column) in pixels to measure distances from; None: measure no distances.
+        given: options of ``mamba_attn.trace``: layout and orders.
     """
 
     query: Query | None
     centre: tuple[float, float] | None
+    given: Mapping[str, Any] = field(default_factory=dict)
     images: int = 0
     rows: dict[str, Tensor] = field(default_factory=dict)
     means: dict[str, float] = field(default_factory=dict)
@@ -73,7 +76,7 @@ class ReachSum:
             NonFiniteError: a layer's attention contains NaN or Inf.
         """
         dense = tokens <= DENSE
-        with torch.no_grad(), trace(model, attention="mean" if dense else None) as record:
+        with torch.no_grad(), trace(model, attention="mean" if dense else None, **self.given) as record:
             model(images)
             layers = record.layers
             for layer in layers:

@@ -20,6 +20,8 @@ class AttentionGradCAM(TokenAttribution):
     Args:
         model: a model of softmax attention that ``mamba_attn.trace`` knows.
         layers: names or patterns of the layers whose maps are averaged. Default: the last.
+        layout: as in ``mamba_attn.trace``: where the tokens are, for models that do not show it.
+        orders: as in ``mamba_attn.trace``: in which order scans walk them, where it cannot be measured.
 
     Raises:
         UnsupportedModelError: when called, layers that are selective scans.

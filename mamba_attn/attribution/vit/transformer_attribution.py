@@ -11,6 +11,7 @@ from mamba_attn.attribution.queries import Query, query_weights
 from mamba_attn.attribution.targets import Target
 from mamba_attn.attribution.vit import block_relevance
 from mamba_attn.errors import UnsupportedModelError, nearest
+from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
 from mamba_attn.tracing.layer_names import LayerNames
 from mamba_attn.tracing.layers import AttentionLayer, require
 
@@ -43,6 +44,8 @@ class TransformerAttribution(TokenAttribution):
         model: a model of softmax attention that ``mamba_attn.trace`` supports; for "lrp" a ViT or DeiT of timm.
         layers: names, patterns or numbers of the layers to use; the others act as the identity. Default: all from
             ``start_layer`` on.
+        layout: as in ``mamba_attn.trace``: where the tokens are, for models that do not show it.
+        orders: as in ``mamba_attn.trace``: in which order scans walk them, where it cannot be measured.
         variant: one of the two above.
         start_layer: number of the first layer that is used. Default: 0; for "lrp" 1, as published evaluations.
 
@@ -62,10 +65,12 @@ class TransformerAttribution(TokenAttribution):
         model: nn.Module,
         *,
         layers: LayerNames | None = None,
+        layout: AnyLayout | None = None,
+        orders: AnyOrders | None = None,
         variant: str = "gradient_x_attention",
         start_layer: int | None = None,
     ) -> None:
-        super().__init__(model, layers=layers)
+        super().__init__(model, layers=layers, layout=layout, orders=orders)
         if variant not in VARIANTS:
             raise ValueError(
                 f"TransformerAttribution(variant={variant!r}): no such variant. {nearest(variant, VARIANTS)}"
