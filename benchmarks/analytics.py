@@ -16,7 +16,7 @@ from mamba_attn import images, trace
 from mamba_attn.analytics import AttentionStore, Request, collect
 from mamba_attn.analytics.collecting import batch_size
 from mamba_attn.datasets import open_data
-from mamba_attn.datasets.loaded_model import load
+from mamba_attn.datasets.loading import load
 
 MODELS = ("vim_micro", "vmamba_micro")
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.images import normalise
+from mamba_attn.core.transform import Transform
 from mamba_attn.datasets.samples import box_coverage
-from mamba_attn.models.transforms import EvaluationTransform
 
 ARCHIVE = "localise.zip"
 FOLDER = "imagenette_boxes224"
@@ -42,7 +42,7 @@ class BoxedImages:
             yield normalise(torch.from_numpy(self.pixels[start : start + batch]).permute(0, 3, 1, 2).float() / 255)
 
 
-def load(data: Path, transform: EvaluationTransform, limit: int | None = None) -> BoxedImages:
+def load(data: Path, transform: Transform, limit: int | None = None) -> BoxedImages:
     """Read the images whose boxes cover less than ``LARGEST``, in a fixed random order.
 
     Neighbours in that order are of different classes nine times of ten, so that one's map can be tried on the other.

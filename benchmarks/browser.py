@@ -36,10 +36,10 @@ def chromium() -> str | None:
 @contextmanager
 def served(*stores: Any) -> Iterator[str]:
     """The address of an explorer of stores, in threads of this process."""
-    from mamba_attn.viewer.app import build
+    from mamba_attn.viewer.server import Explorer
     from mamba_attn.viewer.serving import bound
 
-    with bound(build(list(stores)), "127.0.0.1", 0) as server:
+    with bound(Explorer(list(stores)), "127.0.0.1", 0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:

@@ -33,6 +33,10 @@ TRANSFORMER = "deit_tiny_patch16_224"
 
 FORMS: dict[str, dict[str, bool]] = {"rows": {"rollout": False}, "dense": {}, "signed": {"signed": True}}
 EXPLAINED = ("vim_micro", "vmamba_micro")
+TRIPLES = (  # methods whose maps are made of one pass
+    ("raw_attention", "attention_rollout_signed", "mamba_attribution"),
+    ("raw_attention", "attention_rollout", "mamba_attribution"),
+)
 DIGITS = ("vim_digits", "vmamba_digits")
 ON_DIGITS = {"miou": "mIoU of digits"}
 AIMS = {
@@ -75,9 +79,15 @@ TARGETS = {
     "findings families": Target("`mamba-attn findings`: families of Mamba models", 2, 2, higher=True),
     "explore median": Target("`mamba-attn explore`, 56 x 56 patches: gesture to picture, median", 200, 100, unit="ms"),
     "explore 95": Target("the same, 95th percentile", 200, 100, unit="ms"),
+    "explore first": Target("`mamba-attn explore`, 56 x 56 patches: address to first picture", 2000, 1000, unit="ms"),
+    "explore bytes": Target("the same, received until then", 1500, 500, unit="kB"),
     "explain": Target("`mamba-attn explain` with its defaults, wall seconds", 60, 20, unit="s"),
     **{
         f"{name} rows": Target(f"{name}: MambaAttribution's row form / one forward + backward", 1.3, 1.1, unit="x")
+        for name in EXPLAINED
+    },
+    **{
+        f"{name} one pass": Target(f"{name}: three maps of one traced pass / the dearest of them", 1.3, 1.1, unit="x")
         for name in EXPLAINED
     },
     **{
@@ -182,6 +192,33 @@ def explained(name: str, what: str, batch: int, pixels: int = 128) -> Call:
         return torch.autograd.grad(model(inputs)[:, 0].sum(), inputs)
 
     return run
+
+
+def three_maps(name: str, methods: tuple[str, ...], batch: int, pixels: int = 128) -> dict[str, Call]:
+    """Several maps of the same images: all from one traced pass ("one pass"), and each from a pass of its own.
+
+    Args:
+        name: of the model; its weights are random.
+        methods: in the catalogue.
+        batch: images.
+        pixels: their side.
+    """
+    from mamba_attn.attribution import catalogue
+    from mamba_attn.tracing.tracer import trace
+
+    model = _model(name, pixels)
+    images = torch.randn(batch, 3, pixels, pixels, generator=torch.Generator().manual_seed(0))
+    built = {method: catalogue.build(method, model) for method in methods}
+
+    def together() -> object:
+        with trace(model, attention="mean") as record:
+            model(images)
+        return [method.attribute(images, 0, trace=record) for method in built.values()]
+
+    def alone(method: str) -> Call:
+        return lambda: built[method].attribute(images, 0)
+
+    return {"one pass": together, **{method: alone(method) for method in methods}}
 
 
 def _model(name: str, pixels: int) -> Any:

@@ -122,7 +122,12 @@ def _in_a_process(name: str, checkout: Path, quick: bool) -> Row:
     if child.returncode:
         said = (child.stderr or child.stdout).strip()
         print(f"{name}: {said[-2000:]}", file=sys.stderr, flush=True)
-        row = {"class": "", "variant": "", "input": "", "failed": said.splitlines()[-1]}
+        row = {
+            "class": "",
+            "variant": "",
+            "input": "",
+            "failed": said.splitlines()[-1] if said else f"exit status {child.returncode}",
+        }
         return {"commit": _commit(name, checkout), "rows": [row], "pairs": {}}
     result: Row = json.loads(child.stdout.splitlines()[-1])
     return result

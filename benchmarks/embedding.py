@@ -24,7 +24,7 @@ from benchmarks.report import Figure, figure
 from mamba_attn.analytics import AttentionStore, Request, collect
 from mamba_attn.analytics.request import describe
 from mamba_attn.datasets import open_data
-from mamba_attn.datasets.loaded_model import load
+from mamba_attn.datasets.loading import load
 
 PAGE = Path(__file__).parents[1] / "docs" / "exploring.md"
 RESULTS = Path(__file__).parent / "results" / "embed.json"

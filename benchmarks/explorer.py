@@ -16,7 +16,7 @@ from benchmarks.kernel.timing import Spread
 from benchmarks.report import Figure, figure
 from mamba_attn import models
 from mamba_attn.analytics import AttentionStore, Request, collect
-from mamba_attn.datasets import loaded_model, open_data
+from mamba_attn.datasets import loading, open_data
 
 MODEL, PIXELS, GRID = "vmamba_tiny_s1l8", 224, 56
 KINDS = ("patch click", "hover", "region drag", "route switch", "mode switch", "scatter click")
@@ -24,21 +24,17 @@ WARM = 3  # interactions of every kind before those that count
 # The event that starts a gesture's answer, and whether the answer is drawn; both on the page's own clock. What is
 # measured ends with the frame after the one in which everything is there.
 PROBE = """() => {
-    const graph = (view) => document.querySelector('.graph.' + view + ' .js-plotly-plot');
     const seen = () => ({
-        map: graph('patches').querySelector('.heatmaplayer image')?.getAttribute('href')
-            || graph('patches').querySelector('.heatmaplayer image')?.getAttribute('xlink:href'),
-        lit: (graph('scatter').drawnPoints || {}).lit?.join() ?? '',
-        points: Array.from((graph('scatter').drawnPoints || {}).x?.slice(0, 40) ?? []).join(),
-        drawn: (graph('scatter').drawnPoints || {}).count,
-        card: document.querySelector('.card').innerText,
-        image: document.querySelector('.card img')?.src,
+        map: viewer.maps()[0].values?.slice(0, 60).join(),
+        lit: viewer.lit(0).join(),
+        points: viewer.points()[0].key + viewer.points()[0].places.length,
+        card: document.querySelector('#card').innerText,
     });
     let began = 0;
-    for (const kind of ['mouseup', 'mousemove', 'click'])
+    for (const kind of ['pointerup', 'pointermove', 'click'])
         document.addEventListener(kind, (event) => { if (kind === window.probe.kind) began = event.timeStamp; }, true);
     window.probe = {
-        kind: 'mouseup',
+        kind: 'pointerup',
         before: null,
         arm: (kind) => { window.probe.kind = kind; window.probe.before = seen(); },
         until: (what) => new Promise((done, fail) => {
@@ -54,6 +50,7 @@ PROBE = """() => {
         }),
     };
 }"""
+FIRST = "() => viewer.maps()[0]?.values && new Promise((done) => requestAnimationFrame(() => done(performance.now())))"
 
 
 def collected(folder: Path, pixels: int) -> Path:
@@ -68,7 +65,7 @@ def collected(folder: Path, pixels: int) -> Path:
     weights = folder / "weights.pth"
     torch.save(models.create(MODEL, image_size=pixels).state_dict(), weights)
     weights.with_suffix(".json").write_text(f'{{"options": {{"image_size": {pixels}}}}}')
-    subject = loaded_model.load(MODEL, str(weights))
+    subject = loading.load(MODEL, str(weights))
     collect(Request(subject, open_data(str(photos)), layers=["layers.0.*"]), folder / "store")
     return folder / "store"
 
@@ -84,22 +81,24 @@ class Hand:
     def __init__(self, page: Any, grid: int) -> None:
         self.page, self.grid = page, grid
         self.random = np.random.default_rng(0)
-        page.wait_for_function("document.querySelector('.graph.scatter .js-plotly-plot')?.drawnPoints?.count > 1")
-        page.wait_for_selector(".graph.patches .heatmaplayer image")
+        while not page.evaluate(
+            "() => window.viewer && viewer.maps()[0]?.values && viewer.points()[0].places.length > 1"
+        ):
+            page.wait_for_timeout(50)
         page.evaluate(PROBE)
 
     def place(self, margin: int = 2) -> tuple[float, float]:
         """A patch on the screen, anywhere."""
-        box = self.page.locator(".graph.patches .nsewdrag").first.bounding_box()
+        box = self.page.locator("canvas.map").first.bounding_box()
         row, column = self.random.integers(margin, self.grid - margin, 2) + 0.5
         return box["x"] + column * box["width"] / self.grid, box["y"] + row * box["height"] / self.grid
 
-    def timed(self, act: Callable[[], None], what: tuple[str, ...], kind: str = "mouseup") -> float:
+    def timed(self, act: Callable[[], None], what: tuple[str, ...], kind: str = "pointerup") -> float:
         """Milliseconds from the gesture's last event until all these have changed and are drawn."""
         self.page.evaluate("(kind) => window.probe.arm(kind)", kind)
         act()
         found = float(self.page.evaluate("(what) => window.probe.until(what)", list(what)))
-        self.page.wait_for_timeout(120)  # a person looks first
+        self.page.wait_for_timeout(300)  # a person looks first
         return found
 
     def patch_click(self) -> float:
@@ -110,45 +109,55 @@ class Hand:
 
     def hover(self) -> float:
         """Rest the pointer on another patch: its card, with its map."""
-        return self.timed(lambda: self.page.mouse.move(*self.place()), ("card", "image"), "mousemove")
+        return self.timed(lambda: self.page.mouse.move(*self.place()), ("card",), "pointermove")
 
     def region_drag(self) -> float:
         """A box over patches: the mean of their maps, and their points."""
         self.page.mouse.move(*self.place(4))
         self.page.mouse.down()
         self.page.mouse.move(*self.place(4), steps=5)
-        self.page.wait_for_timeout(150)  # plotly answers 100 ms after the last move, at the soonest
         return self.timed(self.page.mouse.up, ("map", "lit"))
 
     def route_switch(self) -> float:
         """Another route: another map, and other points."""
-        current = self.page.locator(".segments").first.locator("label:has(input:checked)").inner_text()
-        other = {"1": "2"}.get(current.strip(), "1")
-        label = self.page.locator(".segments").first.get_by_text(other, exact=True)
+        other = 2 if self.page.evaluate("viewer.state.panes[0].route") == 1 else 1
+        label = self.page.locator(f"label:has([name=route][value='{other}'])")
         return self.timed(label.click, ("map", "points"), "click")
 
     def mode_switch(self) -> float:
         """From the patches of a block to the blocks of a stage, or back: other points."""
-        control = self.page.locator(".control", has=self.page.get_by_text("compare", exact=True))
-        label = control.locator("label:not(:has(input:checked))").first
-        return self.timed(label.click, ("points", "drawn"), "click")
+        other = "patches" if self.page.evaluate("viewer.state.panes[0].mode") == "blocks" else "blocks"
+        label = self.page.locator(f"label:has([name=mode][value='{other}'])")
+        return self.timed(label.click, ("points",), "click")
 
     def scatter_click(self) -> float:
         """A click on a point that no other covers: it is lit, and the map of its patch."""
+        self.page.locator("canvas.plot").first.scroll_into_view_if_needed()
         at = self.page.evaluate(
-            """(draw) => { const g = document.querySelector('.graph.scatter .js-plotly-plot'), l = g._fullLayout,
-            t = g._fullData[0], b = g.getBoundingClientRect();
-            const at = (axis, side, value) => side + axis._offset + axis.l2p(value);
-            const place = (k) => [at(l.xaxis, b.x, t.x[k]), at(l.yaxis, b.y, t.y[k])];
-            const all = Array.from(t.x, (_, k) => place(k)), now = (g.drawnPoints || {}).lit?.join();
+            """(draw) => { const box = document.querySelector('canvas.plot').getBoundingClientRect();
+            const all = viewer.points()[0].places, now = viewer.lit(0).join();
             const alone = all.filter((p, k) => String(k) !== now && all.every((q, i) => i === k
                 || Math.hypot(p[0] - q[0], p[1] - q[1]) > 15));
-            return alone[Math.floor(draw * alone.length)]; }""",
+            const [x, y] = alone[Math.floor(draw * alone.length)]; return [box.x + x, box.y + y]; }""",
             self.random.random(),
         )
         self.page.mouse.move(*at)
         self.page.wait_for_timeout(150)
         return self.timed(lambda: self.page.mouse.click(*at), ("map", "lit"))
+
+
+def opened(browser: Any, address: str) -> tuple[float, int]:
+    """Milliseconds from opening the address to the first picture, and the bytes received until then."""
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    session = page.context.new_cdp_session(page)
+    session.send("Network.enable")
+    received: list[float] = []
+    session.on("Network.dataReceived", lambda event: received.append(event["dataLength"]))
+    page.goto(address)
+    while not (found := page.evaluate(FIRST)):
+        page.wait_for_timeout(5)
+    page.close()
+    return float(found), int(sum(received))
 
 
 def run_explore(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
@@ -169,7 +178,8 @@ def run_explore(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
     ):
         browser = driver.chromium.launch(executable_path=found, headless=True, args=FLAGS)
         page = browser.new_page(viewport={"width": 1400, "height": 900})
-        page.goto(address)
+        starts = [opened(browser, address) for _ in range(2 if quick else 7)]
+        page.goto(address + "#layer=0")
         hand = Hand(page, pixels // 4)
         milliseconds = {}
         for kind in KINDS:
@@ -183,5 +193,7 @@ def run_explore(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
     for kind, sample in milliseconds.items():
         figures.append(figure("explore median", kind, Spread.of(sample)))
         figures.append(figure("explore 95", kind, statistics.quantiles(sample, n=20, method="inclusive")[-1]))
+    figures.append(figure("explore first", "page, script, data", Spread.of([time for time, _ in starts])))
+    figures.append(figure("explore bytes", "page, script, data", max(size for _, size in starts) / 1000))
     details = {"model": MODEL, "pixels": pixels, "grid": pixels // 4, "browser": version, "milliseconds": milliseconds}
     return figures, details

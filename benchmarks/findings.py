@@ -31,8 +31,9 @@ from benchmarks.findings_verdicts import derive
 from benchmarks.report import Figure, figure, show, written
 from mamba_attn import images, orders
 from mamba_attn.analytics import AttentionStore, Request, collect
+from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.datasets import Data, class_indices, open_data
-from mamba_attn.datasets.loaded_model import LoadedModel, load
+from mamba_attn.datasets.loading import load
 from mamba_attn.figures import png
 from mamba_attn.figures.colours import limits
 from mamba_attn.findings.accuracy import known_accuracy, over_orders

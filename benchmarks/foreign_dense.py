@@ -71,7 +71,7 @@ def seg_mamba(root: Path) -> Iterator[Case]:
     """SegMamba: volumes, scanned forward, backward and across slices."""
     load(root / "mamba", "mamba_ssm")
     code = load(root, "model_segmamba.segmamba")
-    make = made(code.SegMamba, in_chans=2, out_chans=3, depths=[1, 1, 1, 1], feat_size=[48, 16, 16, 16], hidden_size=32)
+    make = made(code.SegMamba, in_chans=2, out_chans=3, depths=[1, 1, 1, 1], feat_size=[48, 8, 8, 8], hidden_size=8)
     yield Case("SegMamba", "3-D", make, (2, 2, 16, 32, 64))
 
 
@@ -103,9 +103,9 @@ def sigma(root: Path) -> Iterator[Case]:
 
         def __init__(self) -> None:
             super().__init__()
-            self.backbone = encoder(depths=[1, 1, 1, 1], dims=16, mlp_ratio=0.0, drop_path_rate=0.0, num_classes=7)
+            self.backbone = encoder(depths=[1, 1, 1, 1], dims=32, mlp_ratio=0.0, drop_path_rate=0.0, num_classes=7)
             self.decode_head = decoder(
-                img_size=[64, 96], in_channels=[16, 32, 64, 128], num_classes=7, embed_dim=16, deep_supervision=False
+                img_size=[64, 96], in_channels=[32, 64, 128, 256], num_classes=7, embed_dim=32, deep_supervision=False
             )
 
         def forward(self, pair: Tensor) -> Tensor:
@@ -146,11 +146,11 @@ def spatial_mamba(root: Path) -> Iterator[Case]:
     """Spatial-Mamba: states of neighbouring tokens are mixed before C reads them, which no matrix of ours holds."""
     code = load(root / "classification", "models.spatialmamba")
     make = made(code.SpatialMamba, depths=[1, 1, 1, 1], dims=[16, 32, 64, 128], num_classes=7, drop_path_rate=0.0)
-    yield Case("SpatialMamba", "states mixed", make, (2, 3, 64, 64), training=True, refused="other recurrence")
+    yield Case("SpatialMamba", "states mixed", make, (2, 3, 64, 64), training=True, refused="another recurrence")
 
 
 def mamba_2d(root: Path) -> Iterator[Case]:
     """2DMamba: a recurrence over both axes."""
     code = load(root / "2DVMamba", "classification.models.vmamba", "classification")
     make = made(code.SS2D, 24, d_state=4, forward_type="v05", use_v2d=True)
-    yield Case("SS2D", "both axes", make, (2, 8, 6, 24), refused="other recurrence")
+    yield Case("SS2D", "both axes", make, (2, 8, 6, 24), refused="another recurrence")

@@ -1,6 +1,5 @@
 """The repositories whose mixers scan an image in orders of their own, which ``dropin`` runs: their classes, small."""
 
-import importlib
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,7 +168,7 @@ def mamba_ir(root: Path) -> Iterator[Case]:
             "convffn_kernel_size": 5,
             "mlp_ratio": 1.0,
         }
-        make = made(getattr(importlib.import_module(f"basicsr.archs.{file}"), name), **base, **more)
+        make = made(getattr(load(root, f"basicsr.archs.{file}"), name), **base, **more)
         yield Case(name, "an order per image", make, (2, 3, 16, 24), call=_seeded)
 
 

@@ -116,6 +116,9 @@ def mamba_py(root: Path) -> Iterator[Case]:
         config = code.MambaConfig(d_model=24, n_layers=2, d_state=4, **more)
         yield Case("Mamba", name, made(code.Mamba, config), (2, 13, 24), maps=False)
     vim = importlib.import_module("mambapy.vim")
-    for name, more in {"bidirectional": {}, "bidirectional, use_cuda": {"use_cuda": True}}.items():
+    for name, more, refused in (
+        ("bidirectional", {}, "None of its scans goes through a door"),
+        ("bidirectional, use_cuda", {"use_cuda": True}, None),
+    ):
         config = vim.MambaConfig(d_model=24, n_layers=2, d_state=4, **more)
-        yield Case("VMamba", name, made(vim.VMamba, config), (2, 13, 24), maps=False)
+        yield Case("VMamba", name, made(vim.VMamba, config), (2, 13, 24), maps=False, refused=refused)

@@ -3,6 +3,7 @@
     python benchmarks/run.py ops
     python benchmarks/run.py models
     python benchmarks/run.py attribution
+    python benchmarks/run.py passes
     python benchmarks/run.py maps --data FOLDER
     python benchmarks/run.py compare --data FOLDER
     python benchmarks/run.py kernel [--device cuda]
@@ -42,6 +43,7 @@ WHAT = {
     "ops": "operators: speed and errors against published code, growth with the length",
     "models": "models: time and memory of a forward pass and of its attention",
     "attribution": "attribution: time and memory of MambaAttribution, compared with one forward + backward",
+    "passes": "several maps of one traced pass, compared with the dearest of them",
     "maps": "maps: energy in boxes, deletion, time of the command",
     "compare": "attribution methods judged on one scale: perturbation, boxes, masks, digits, sanity, cost",
     "collect": "mamba-attn collect: memory against images, time, means against explicit ones",
@@ -211,6 +213,29 @@ def run_attribution(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
     return figures, details
 
 
+def run_passes(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
+    """Three maps of one traced pass, against the dearest of them from a pass of its own."""
+    figures: list[Figure] = []
+    details: dict[str, Any] = {}
+    pixels, batches, rounds = (32, (2,), 2) if quick else (128, (1, 8), 11)
+    for name in cases.EXPLAINED:
+        for methods in cases.TRIPLES:
+            for batch in batches:
+                times = interleave(cases.three_maps(name, methods, batch, pixels), rounds)
+                dearest = max(methods, key=lambda method: Spread.of(times[method]).median)
+                how = f"{', '.join(methods)}; batch {batch}"
+                figures.append(figure(f"{name} one pass", how, paired(times["one pass"], times[dearest])))
+                details[f"{name}: {how}"] = {
+                    "pixels": pixels,
+                    "dearest": dearest,
+                    "milliseconds": {what: Spread.of([1e3 * t for t in sample]) for what, sample in times.items()},
+                    "all apart / dearest": paired(
+                        [sum(each) for each in zip(*(times[method] for method in methods), strict=True)], times[dearest]
+                    ),
+                }
+    return figures, details
+
+
 def run_kernel(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """The grid of models, sizes and backends; pictures too where a folder is named."""
     try:
@@ -251,6 +276,7 @@ def main(argv: list[str] | None = None) -> None:
             "models": run_models,
             "attribution": run_attribution,
             "heads": heads.run_heads,
+            "passes": run_passes,
             "build": without_gpu.run_build,
             "explore": explorer.run_explore,
         }

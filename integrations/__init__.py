@@ -13,7 +13,8 @@ timm_vit     ViT and DeiT of timm: ``qkv``, ``proj``, ``num_heads``, ``scale``; 
              MambaVision's attention                                                  tokens, or those of one window
 ===========  =======================================================================  ==================================
 
-A family that is not listed needs one more file here; ``mamba_attn.testing.check_adapter`` runs the laws it must obey.
+They recognise a module by what they read of it, and are used where their output is the module's own. A family that is
+not listed needs one more file here; ``mamba_attn.testing.check_adapter`` runs the laws it must obey.
 """
 
 if __name__ == "integrations":

@@ -13,11 +13,9 @@ from mamba_attn.core.rules import Rules
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.models import mambavision_mixer
-from mamba_attn.tracing.adapters import Adapter, LayoutSource, Seen, unknown_parts
+from mamba_attn.tracing.adapters import Adapter, LayoutSource, Seen
 
-_CHILDREN = ("in_proj", "conv1d_x", "conv1d_z", "x_proj", "dt_proj", "out_proj")
-_PARAMETERS = ("A_log", "D")
-_SETTINGS = ("d_model", "d_state", "d_conv", "expand", "d_inner", "dt_rank", "use_fast_path", "layer_idx", "training")
+_PARTS = ("in_proj", "conv1d_x", "conv1d_z", "x_proj", "dt_proj", "out_proj", "A_log", "D")
 _STAGE = ("blocks", "window_size", "transformer_block")
 
 
@@ -28,24 +26,7 @@ class MambaVisionAdapter(Adapter):
 
     def recognises(self, module: nn.Module) -> bool:
         """Whether the module has the parts of a scan, and a convolution for each half of the channels."""
-        return all(hasattr(module, name) for name in (*_CHILDREN, *_PARAMETERS))
-
-    def refusal(self, module: nn.Module, model: nn.Module) -> str | None:
-        """Refuse unknown parts, settings and inputs, and wrapped convolutions."""
-        foreign = unknown_parts(module, children=_CHILDREN, parameters=_PARAMETERS, settings=_SETTINGS)
-        if foreign:
-            return (
-                f"it has {', '.join(foreign)}, which this adapter does not know; it treats the mixer of "
-                "arXiv 2407.08083, one scan of half the channels."
-            )
-        for name in ("conv1d_x", "conv1d_z"):
-            conv = module.get_submodule(name)
-            if not isinstance(conv, nn.Conv1d):
-                return (
-                    f"its {name} is {type(conv).__name__}, not Conv1d; the mixer reads its weight and never calls it, "
-                    "so a wrapper has no effect. Merge it into the weight, or wrap the projections."
-                )
-        return None
+        return all(hasattr(module, name) for name in _PARTS)
 
     def project(self, module: nn.Module, hidden_states: Tensor, *, rules: Rules, seen: Seen) -> ScanRecord:
         """Return everything before the scans, one per window.

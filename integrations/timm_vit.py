@@ -16,12 +16,9 @@ from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.rules import Rules
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.ops import require_bytes
-from mamba_attn.tracing.adapters import AttentionAdapter, LayoutSource, Seen, unknown_parts
+from mamba_attn.tracing.adapters import AttentionAdapter, LayoutSource, Seen
 
 _PARTS = ("qkv", "proj", "num_heads", "scale")
-_INPUTS = ("x", "attn_mask", "is_causal")
-_CHILDREN = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
-_SETTINGS = ("num_heads", "head_dim", "attn_dim", "dim", "scale", "fused_attn", "training")
 
 
 class TimmViTAdapter(AttentionAdapter):
@@ -32,22 +29,6 @@ class TimmViTAdapter(AttentionAdapter):
     def recognises(self, module: nn.Module) -> bool:
         """Whether the module has a joint projection to queries, keys and values, and heads."""
         return all(hasattr(module, name) for name in _PARTS)
-
-    def refusal(self, module: nn.Module, model: nn.Module) -> str | None:
-        """Refuse parts, settings and inputs that plain attention does not have."""
-        foreign = unknown_parts(module, inputs=_INPUTS, children=_CHILDREN, settings=_SETTINGS)
-        if foreign:
-            return (
-                f"it has {', '.join(foreign)}, which this adapter does not know; it treats plain "
-                "softmax attention over all tokens: no rotary or relative positions, no windows, no mixing of heads."
-            )
-        if _drops_always(module, model):
-            return (
-                "it is MambaVision's attention with fused_attn and attn_drop.p > 0, which drops probabilities in eval "
-                "mode too; set attn_drop.p = 0 or fused_attn = False on it."
-            )
-        absent = [name for name in ("attn_drop", "proj_drop") if not hasattr(module, name)]
-        return f"it has no {' and no '.join(absent)}, so it is another kind of attention." if absent else None
 
     def project(
         self,
@@ -95,9 +76,10 @@ class TimmViTAdapter(AttentionAdapter):
 
     def finish(self, module: nn.Module, record: AttentionRecord, probabilities: Tensor, rules: Rules) -> Tensor:
         """Return the projected output."""
-        mixed = _mixed(module, record, probabilities, rules, module.get_submodule("attn_drop"))
-        output: Tensor = module.get_submodule("proj_drop")(module.get_submodule("proj")(mixed))
-        return output
+        mixed = _mixed(module, record, probabilities, rules, getattr(module, "attn_drop", None))
+        output: Tensor = module.get_submodule("proj")(mixed)
+        dropout: nn.Module | None = getattr(module, "proj_drop", None)
+        return output if dropout is None else dropout(output)
 
     def mixed_values(
         self, module: nn.Module, record: AttentionRecord, probabilities: Tensor
@@ -112,12 +94,6 @@ class TimmViTAdapter(AttentionAdapter):
             if isinstance(projection, nn.Conv2d) and hasattr(module, "blocks"):
                 return [LayoutSource(projection, _LayoutReader(module, projection))]
         return []
-
-
-def _drops_always(module: nn.Module, model: nn.Module) -> bool:
-    """Whether it is MambaVision's, the ``mixer`` of a block, which passes dropout to the fused kernel in any mode."""
-    drops = getattr(module, "fused_attn", False) and getattr(getattr(module, "attn_drop", None), "p", 0) > 0
-    return bool(drops) and any(getattr(block, "mixer", None) is module for block in model.modules())
 
 
 def _norm(module: nn.Module, name: str, x: Tensor, rules: Rules) -> Tensor:

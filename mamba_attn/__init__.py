@@ -28,9 +28,14 @@ if TYPE_CHECKING:
     from mamba_attn import testing as testing
     from mamba_attn import tracing as tracing
     from mamba_attn import viewer as viewer
+    from mamba_attn.commands.functions import collect, compare, explore
     from mamba_attn.core.attention_record import AttentionRecord
     from mamba_attn.core.layout import TokenLayout
+    from mamba_attn.core.loaded_model import LoadedModel
     from mamba_attn.core.scan_record import ScanRecord
+    from mamba_attn.core.transform import Transform
+    from mamba_attn.datasets.loading import load
+    from mamba_attn.explanations.explaining import explain
     from mamba_attn.ops import (
         attention_column,
         attention_row,
@@ -49,15 +54,22 @@ __all__ = [
     "Adapter",
     "AttentionAdapter",
     "AttentionRecord",
+    "LoadedModel",
     "MambaAttnError",
     "ScanRecord",
     "TokenLayout",
     "Trace",
+    "Transform",
     "attention_column",
     "attention_row",
+    "collect",
+    "compare",
     "cpu_stand_ins",
+    "explain",
+    "explore",
     "hidden_attention",
     "left_product",
+    "load",
     "models",
     "ops",
     "orders",
@@ -68,9 +80,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "commands.functions": ("collect", "compare", "explore"),
     "core.attention_record": ("AttentionRecord",),
     "core.layout": ("TokenLayout",),
+    "core.loaded_model": ("LoadedModel",),
     "core.scan_record": ("ScanRecord",),
+    "core.transform": ("Transform",),
+    "datasets.loading": ("load",),
+    "explanations.explaining": ("explain",),
     "ops": (
         "attention_column", "attention_row", "hidden_attention", "left_product", "right_product", "selective_scan",
     ),

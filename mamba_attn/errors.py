@@ -41,6 +41,10 @@ class WeightsError(MambaAttnError):
     """A checkpoint does not fit, is damaged, or is unsafe to load."""
 
 
+class ModelBuildError(MambaAttnError):
+    """A user's own code that should build a model failed, or built none; the message has its traceback."""
+
+
 class StoreError(MambaAttnError):
     """A store of attention is half written, damaged, of another version or of another model."""
 

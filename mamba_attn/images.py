@@ -5,7 +5,7 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,7 @@ _DAMAGED = (
     ArithmeticError,
     MemoryError,
 )
+_LARGEST = 65535  # of 16 bits
 _TRANSPARENT = ("RGBA", "RGBa", "LA", "La", "PA")
 
 
@@ -80,7 +81,9 @@ def find(patterns: Iterable[str]) -> list[Path]:
     return list(found.values())
 
 
-def read(path: str | Path | io.BytesIO, name: str | None = None) -> "Image":
+def read(
+    path: str | Path | io.BytesIO, name: str | None = None, *, range: tuple[float, float] | None = None
+) -> "Image":
     """Read the first frame of an image file as 8-bit RGB, rotated upright according to its EXIF data.
 
     Any mode is converted: grey, palette, CMYK, 16-bit grey (scaled, not clipped). Transparency becomes white.
@@ -88,10 +91,15 @@ def read(path: str | Path | io.BytesIO, name: str | None = None) -> "Image":
     Args:
         path: the file, or an open one.
         name: its name in errors. Default: the path.
+        range: (low, high) of the values in files of more than 8 bits, shown as black and white; values outside it are
+            clipped. Default: 0..65535 for 16 bits; numbers of another kind need it.
 
     Raises:
         ImageError: no such file, not an image, damaged or truncated, too many pixels, or values of unknown range.
         ImportError: Pillow is not installed.
+
+    Warns:
+        UserWarning: a 16-bit file of which less than an eighth of the range is used, as by a 12-bit camera.
     """
     name = str(path) if name is None else name
     try:
@@ -104,7 +112,7 @@ def read(path: str | Path | io.BytesIO, name: str | None = None) -> "Image":
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 image.load()
-                return _rgb(ImageOps.exif_transpose(image))
+                upright = ImageOps.exif_transpose(image)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError(
             f"{name}: refused, because it has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller first."
@@ -116,10 +124,16 @@ def read(path: str | Path | io.BytesIO, name: str | None = None) -> "Image":
     except _DAMAGED as error:
         reason = str(error).strip().rstrip(".").partition("\n")[0][:150] or type(error).__name__
         raise ImageError(f"{name}: the image is damaged or incomplete ({reason}).") from error
+    return _rgb(upright, name, range)
 
 
 def crop(
-    image: "Image", size: tuple[int, int], *, cover: tuple[int, int] | None = None, interpolation: str = "bilinear"
+    image: "Image",
+    size: tuple[int, int],
+    *,
+    cover: tuple[int, int] | None = None,
+    interpolation: str = "bilinear",
+    squash: bool = False,
 ) -> np.ndarray:
     """Scale the image until it just covers ``cover`` and crop the centre, in one antialiased interpolation.
 
@@ -129,7 +143,8 @@ def crop(
         image: any size and mode.
         size: (rows, columns) in pixels.
         cover: (rows, columns) in pixels, at least ``size``. Default: ``size``.
-        interpolation: "bilinear" or "bicubic".
+        interpolation: "bilinear", "bicubic" or another of Pillow's.
+        squash: scale each side to ``cover`` by itself, whatever the proportions.
 
     Returns:
         (rows, columns, 3) uint8: the image as the model sees it, before normalisation.
@@ -137,11 +152,7 @@ def crop(
     from PIL.Image import Resampling
 
     rows, columns = size
-    height, width = cover or size
-    if height * image.width >= width * image.height:  # the limiting side keeps its exact length
-        width = max(width, image.width * height // image.height)
-    else:
-        height = max(height, image.height * width // image.width)
+    height, width = (cover or size) if squash else covering((image.height, image.width), cover or size)
     top, left = round((height - rows) / 2), round((width - columns) / 2)
     vertical, horizontal = image.height / height, image.width / width
     box = (left * horizontal, top * vertical, (left + columns) * horizontal, (top + rows) * vertical)
@@ -149,11 +160,47 @@ def crop(
     return np.asarray(image.convert("RGB").resize((columns, rows), Resampling[interpolation.upper()], box=box))
 
 
-def normalise(images: np.ndarray) -> Float[Tensor, "batch 3 rows columns"]:
-    """Normalise uint8 images (batch, rows, columns, 3) with ImageNet's mean and standard deviation."""
+def covering(sides: tuple[int, int], cover: tuple[int, int]) -> tuple[int, int]:
+    """Return the (rows, columns) to which an image is scaled to just cover a rectangle."""
+    (rows, columns), (height, width) = sides, cover
+    if height * columns >= width * rows:  # the limiting side keeps its exact length
+        return height, max(width, columns * height // rows)
+    return max(height, rows * width // columns), width
+
+
+def fitting(sides: tuple[int, int], room: tuple[int, int]) -> tuple[int, int]:
+    """Return the (rows, columns) to which an image is scaled to just fit into a rectangle."""
+    scale = min(wanted / side for wanted, side in zip(room, sides, strict=True))
+    return max(1, round(sides[0] * scale)), max(1, round(sides[1] * scale))
+
+
+def pad(image: "Image", size: tuple[int, int], *, interpolation: str = "bilinear") -> np.ndarray:
+    """Scale the image until it just fits into ``size``, centred on black; arguments and result as in ``crop``."""
+    from PIL.Image import Resampling
+
+    rows, columns = size
+    height, width = fitting((image.height, image.width), size)
+    top, left = -round((height - rows) / 2), -round((width - columns) / 2)
+    shown = np.zeros((rows, columns, 3), np.uint8)
+    inside = image.convert("RGB").resize((width, height), Resampling[interpolation.upper()])
+    shown[top : top + height, left : left + width] = np.asarray(inside)
+    return shown
+
+
+def normalise(
+    images: np.ndarray, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> Float[Tensor, "batch colours rows columns"]:
+    """Normalise uint8 images (batch, rows, columns, 3).
+
+    Args:
+        images: what models see, in RGB.
+        mean: of each channel, in 0..1; one for grey images, which are the mean of the colours. Default: ImageNet's.
+        std: standard deviation of each channel.
+    """
     pixels = torch.from_numpy(images.astype(np.float32) / 255).movedim(3, 1)
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (pixels - mean) / std
+    pixels = pixels.mean(1, keepdim=True) if len(mean) == 1 else pixels
+    shift, scale = (torch.tensor(tuple(values)).view(1, -1, 1, 1) for values in (mean, std))
+    return (pixels - shift) / scale
 
 
 def _images(paths: Iterable[Path]) -> list[Path]:
@@ -164,16 +211,35 @@ def _images(paths: Iterable[Path]) -> list[Path]:
     return sorted(path for path in paths if path.suffix.lower() in known and path.is_file())
 
 
-def _rgb(image: "Image") -> "Image":
+def _rgb(image: "Image", name: str, range: tuple[float, float] | None) -> "Image":
     """Convert any mode to 8-bit RGB, with transparency on white."""
     from PIL import Image
 
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"mode {image.mode} has no known range of values; save it with 8 or 16 bits")
-        return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
+        low, high = _range_of(values, image.mode, name) if range is None else range
+        scaled = (values.astype(np.float64) - low) * (255 / (high - low))
+        return Image.fromarray(np.nan_to_num(scaled).clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in _TRANSPARENT or "transparency" in image.info:
         front = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", front.size, "white"), front)
     return image.convert("RGB")
+
+
+def _range_of(values: np.ndarray, mode: str, name: str) -> tuple[float, float]:
+    """Return the range of a file of more than 8 bits, where its format tells it."""
+    low, high = float(values.min()), float(values.max())
+    if mode == "F" or low < 0 or high > _LARGEST:
+        kind = "floating-point numbers" if mode == "F" else "integers"
+        raise ImageError(
+            f"{name}: its values are {kind} from {low:g} to {high:g}, and which of them is black and which is white is "
+            f"not in the file; give range=({low:g}, {high:g}), or another."
+        )
+    if 0 < high < _LARGEST / 8:
+        bits = 2 ** int(high).bit_length() - 1
+        warnings.warn(
+            f"{name}: its values end at {high:g} of {_LARGEST}, so the picture is almost black; if that is white, give "
+            f"range=(0, {bits}).",
+            stacklevel=2,
+        )
+    return 0, _LARGEST

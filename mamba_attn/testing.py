@@ -1,6 +1,7 @@
 """Checks the laws that every adapter must obey: ``check_adapter(model, inputs)``."""
 
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mamba_attn.core.scan_record import ScanRecord
-from mamba_attn.errors import MambaAttnError
+from mamba_attn.errors import MambaAttnError, UnsupportedModelError
 from mamba_attn.ops import reference
 from mamba_attn.ops.arguments import at_tokens
 from mamba_attn.tracing.adapters import Adapter, AnyAdapter, AttentionAdapter, find_mixers, nothing_found
+from mamba_attn.tracing.agreement import latest
 from mamba_attn.tracing.layers import AttentionLayer, Layer, ScanLayer
 from mamba_attn.tracing.tracer import Trace, trace
 
@@ -99,16 +101,41 @@ def check_adapter(
     if not mixers:
         raise nothing_found(model, adapters)
     with torch.no_grad():
-        with _unchanged(model), trace(model, adapters=adapters) as record:
+        with _agreeing(mixers), _unchanged(model), trace(model, adapters=adapters) as record:
             routed = _first_tensor(run(model, inputs))
+        mixers = {name: (module, _agreed(module, adapter)) for name, (module, adapter) in mixers.items()}
         with _spies(mixers, record) as seen:
             plain = _first_tensor(run(model, inputs))  # a model's own forward may set attributes
         with _unchanged(model), trace(model, adapters=adapters, mode="observe"):
             observed = _first_tensor(run(model, inputs))
-        layers = tuple(_check_layer(name, *mixers[name], record, seen) for name in record)
+        layers = tuple(_check_layer(name, *mixers[_mixer_of(name, mixers)], record, seen) for name in record)
     report = AdapterReport(_relative(routed, plain), torch.equal(observed, plain), layers)
     _require(report, tolerance)
     return report
+
+
+@contextmanager
+def _agreeing(mixers: Mapping[str, tuple[nn.Module, AnyAdapter]]) -> Iterator[None]:
+    """Raise LawError for a mixer whose own output is another than its adapter's."""
+    failed: UnsupportedModelError | None = None
+    try:
+        with warnings.catch_warnings():  # of a mixer that its adapter does not compute: an error here, see below
+            warnings.filterwarnings("ignore", r"trace: .*this adapter", UserWarning)
+            yield
+    except UnsupportedModelError as error:
+        failed = error
+    for name, (module, adapter) in mixers.items():
+        verdict = latest(module)
+        if verdict is not None and not verdict.agrees and verdict.adapter is not None:
+            raise LawError(verdict.sentence(name, module, adapter.family)) from failed
+    if failed is not None:
+        raise failed
+
+
+def _agreed(module: nn.Module, adapter: AnyAdapter) -> AnyAdapter:
+    """Of the adapter's alternatives the one that computes what the module does."""
+    verdict = latest(module)
+    return adapter if verdict is None or verdict.adapter is None else verdict.adapter
 
 
 @contextmanager
@@ -142,36 +169,50 @@ def _require(report: AdapterReport, tolerance: float) -> None:
 def _spies(mixers: dict[str, tuple[nn.Module, AnyAdapter]], record: Trace) -> Iterator[dict[str, Tensor]]:
     """Record the input of the submodule after every mixer's scans, called as a module or by its weight alone."""
     seen: dict[str, Tensor] = {}
+    runs: dict[str, int] = {}
     weights: dict[int, str] = {}
 
-    def keep(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen[name] = args[0]
+    def starts(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        runs[name] = runs.get(name, 0) + 1
+
+    def keep(name: str, value: Tensor) -> None:
+        seen[name if runs.get(name, 1) == 1 else f"{name}#{runs[name]}"] = value
 
     with ExitStack() as stack:
-        for name in record:
+        for name in dict.fromkeys(_mixer_of(each, mixers) for each in record):
             module, adapter = mixers[name]
+            stack.callback(module.register_forward_pre_hook(partial(starts, name)).remove)
             receiver, _ = _received(module, adapter, record[name])
-            stack.callback(receiver.register_forward_pre_hook(partial(keep, name)).remove)
+            stack.callback(receiver.register_forward_pre_hook(partial(_first_input, keep, name)).remove)
             if isinstance(receiver, nn.Linear):
                 weights[id(receiver.weight)] = name
-        stack.enter_context(_Products(weights, seen))
+        stack.enter_context(_Products(weights, keep))
         yield seen
 
 
-class _Products(TorchFunctionMode):
-    """Records what is multiplied by some weights: fused forwards read them and call no module."""
+def _mixer_of(layer: str, mixers: dict[str, tuple[nn.Module, AnyAdapter]]) -> str:
+    """The mixer that a layer is of; one that a forward calls again has layers mixer, mixer#2, ..."""
+    return layer if layer in mixers else layer.rpartition("#")[0]
 
-    def __init__(self, names: dict[int, str], seen: dict[str, Tensor]) -> None:
+
+def _first_input(keep: Callable[[str, Tensor], None], name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    keep(name, args[0])
+
+
+class _Products(TorchFunctionMode):
+    """Shows what is multiplied by some weights: fused forwards read them and call no module."""
+
+    def __init__(self, names: dict[int, str], keep: Callable[[str, Tensor], None]) -> None:
         super().__init__()
         self.names = names
-        self.seen = seen
+        self.keep = keep
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = self.names.get(id(args[1])) if func is F.linear and len(args) > 1 else None
         if name is not None:
-            self.seen[name] = args[0]
+            self.keep(name, args[0])
         return func(*args, **(kwargs or {}))
 
 
@@ -203,7 +244,10 @@ def _check_scans(layer: ScanLayer, module: nn.Module, adapter: Adapter, seen: Te
     channels = torch.linspace(0, scan.channels - 1, min(count, scan.channels)).round().long()
     y, above = _by_matrices(scan, channels), max(_above_diagonal(layer, route) for route in range(scan.routes))
     full = layer.y.double().index_copy(1, channels, y)
-    expected = adapter.scan_output(module, scan, full)[1]
+    # of alternatives with equal outputs one may hand it over in another form
+    alike = [adapter, *(each for each in adapter.alternatives(module) if isinstance(each, Adapter))]
+    forms = [each.scan_output(module, scan, full)[1] for each in alike]
+    expected = next((form for form in forms if form.shape == seen.shape), forms[0])
     return LayerReport(layer.name, _relative(expected, seen), above)
 
 

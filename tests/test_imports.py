@@ -32,7 +32,8 @@ HOUSE = [
 FLOOR = {name: depth for depth, names in enumerate(HOUSE) for name in names}
 ANY_ROOM = ("__init__", "__main__")  # the front doors
 CORE = [f"mamba_attn.{name}" for name in ("models", "ops", "tracing", "core", "orders")]
-HEAVY = ("timm", "torchvision", "captum", "plotly", "PIL", "rich", "safetensors", "sklearn", "umap", "dash", "zarr")
+HEAVY = ("timm", "torchvision", "captum", "plotly", "PIL", "rich", "safetensors", "sklearn", "umap", "zarr",
+         "starlette", "uvicorn")  # fmt: skip
 
 
 def modules():

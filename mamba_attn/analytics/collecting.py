@@ -6,7 +6,7 @@ at once. From time to time, a checkpoint counts the images so far.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,6 +85,9 @@ def _index(request: Request, layers: list[StoredLayer]) -> Index:
     weights = subject.weights
     model = {
         "name": subject.name,
+        "spec": subject.spec,
+        "head": subject.head,
+        "stand_ins": subject.stand_ins,
         "options": dict(subject.options),
         "fingerprint": subject.fingerprint,
         "weights": str(Path(weights).resolve()) if Path(weights).is_file() else weights,
@@ -92,7 +95,7 @@ def _index(request: Request, layers: list[StoredLayer]) -> Index:
     return Index(
         model,
         list(subject.classes),
-        asdict(subject.transform),
+        subject.transform.as_dict(),
         [{"name": data.name, "identity": data.identity}],
         request.routes,
         request.kept,
@@ -211,12 +214,12 @@ class Run:
         self.pending += self._named(samples, logits, start)
 
     @torch.no_grad()
-    def _forward(self, pixels: np.ndarray) -> tuple[Trace, Tensor]:
+    def _forward(self, pixels: np.ndarray) -> tuple[Trace, Tensor | None]:
         """Run the traced pass and check that everything it holds is finite."""
         subject, request = self.request.subject, self.request
         fused = "mean" if request.routes == "sum" else None
-        with trace(subject.model, layers=request.layers, attention=fused) as found:
-            logits = subject.model(image_files.normalise(pixels).to(subject.device))
+        with trace(subject.model, layers=request.layers, attention=fused, layout=subject.layout) as found:
+            logits = subject.logits(subject.transform.normalise(pixels).to(subject.device))
         for layer in found.layers:
             layer.require_finite()
         return found, logits
@@ -258,9 +261,9 @@ class Run:
             )
         return (matrices.flatten(1) * layer.scale).half().numpy()
 
-    def _named(self, samples: Sequence[Sample], logits: Tensor, start: int) -> list[StoredImage]:
+    def _named(self, samples: Sequence[Sample], logits: Tensor | None, start: int) -> list[StoredImage]:
         classes, names = self.request.data.classes, self.request.subject.classes
-        predicted = logits.argmax(1).tolist() if names and logits.ndim == 2 else [None] * len(samples)
+        predicted = logits.argmax(1).tolist() if names and logits is not None else [None] * len(samples)
         images = []
         for row, (sample, best) in enumerate(zip(samples, predicted, strict=True), start):
             known = None if sample.label is None or not classes else self.model_class[sample.label]

@@ -5,38 +5,54 @@ is reordered, the same orders; otherwise it would be a control of another model.
 """
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from mamba_attn import models
 from mamba_attn.analytics.index import Index, StoredLayer
 from mamba_attn.analytics.request import described
-from mamba_attn.datasets.loaded_model import LoadedModel
+from mamba_attn.core.loaded_model import LoadedModel
+from mamba_attn.core.transform import Transform
+from mamba_attn.datasets.loading import load
+from mamba_attn.datasets.user_code import names_code
 from mamba_attn.errors import StoreError
 from mamba_attn.models import registry
-from mamba_attn.models.transforms import EvaluationTransform
 
 
-def trained(folder: Path, index: Index) -> LoadedModel:
+def trained(folder: Path, index: Index, given: LoadedModel | None = None) -> LoadedModel:
     """Return the model of a store with its weights.
+
+    A function of a user's is not run because a store names it: the user must, who may not have made the store.
 
     Args:
         folder: of the store.
         index: what it holds.
+        given: the model, where the user has it.
 
     Raises:
-        StoreError: its weights are not in a file, or the file has changed.
+        StoreError: its weights are not in a file, or the file has changed; it was made by code that is not named here.
         WeightsError: the file is gone.
     """
-    about = index.model
-    if not about["weights"]:
+    about, spec = index.model, spec_of(index)
+    its = f"{about['name']} with weights {about['fingerprint']}"
+    if given is not None:
+        if given.fingerprint != about["fingerprint"]:
+            raise StoreError(f"{folder}: it is of {its}, not of {given.name} with weights {given.fingerprint}.")
+        return given
+    if names_code(spec):
+        weights = f" and weights={about['weights']!r}" if about["weights"] else ""
+        raise StoreError(
+            f"{folder}: its model was built by code of yours, which runs only where you name it: give model={spec!r}"
+            f"{weights} again; in Python, AttentionStore.open(path, model=...) takes what mamba_attn.load returns."
+        )
+    if not spec or not about["weights"]:
         raise StoreError(
             f"{folder}: it was collected from a {about['name']} that was made in memory, whose weights are "
-            "in no file; trace that model itself."
+            "in no file; trace that model itself, or give it to AttentionStore.open(path, model=...)."
         )
     subject = _subject(folder, index, about["weights"], about["options"])
     if subject.fingerprint != about["fingerprint"]:
@@ -45,6 +61,11 @@ def trained(folder: Path, index: Index) -> LoadedModel:
             f"holds {subject.fingerprint}; collect again, into another folder."
         )
     return subject
+
+
+def spec_of(index: Index) -> str:
+    """Return what ``mamba_attn.load`` builds a store's model from; "" for one made in memory."""
+    return str(index.model.get("spec", index.model["name"]))  # older stores name models of this package alone
 
 
 def untrained(folder: Path, index: Index, seed: int) -> LoadedModel:
@@ -97,20 +118,22 @@ def order_of(index: Index) -> str:
 
 
 def _subject(folder: Path, index: Index, weights: str, options: dict[str, Any]) -> LoadedModel:
-    name = str(index.model["name"])
-    if name not in models.names():
-        raise StoreError(f"{folder}: its model {name!r} is not one that mamba_attn.models builds.")
+    spec = spec_of(index) or str(index.model["name"])
+    if spec not in models.names() and not spec.startswith(("timm:", "hf:")):
+        raise StoreError(f"{folder}: its model {spec!r} is not one that mamba_attn.models builds.")
     try:
-        model: nn.Module = models.create(name, weights=weights or None, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what was adapted was said when it was collected
+            subject = load(spec, weights or "random", classes=index.classes, **options)
     except (TypeError, ValueError) as error:
-        raise StoreError(f"{folder}: its options {options} build no {name}: {error}") from error
-    return LoadedModel(name, model, list(index.classes), transform_of(index), weights, options)
+        raise StoreError(f"{folder}: its options {options} build no {spec}: {error}") from error
+    subject.transform, subject.head = transform_of(index), str(index.model.get("head", "softmax"))
+    return subject
 
 
-def transform_of(index: Index) -> EvaluationTransform:
+def transform_of(index: Index) -> Transform:
     """Return the transform from an image to the model's input."""
-    size, cover = ((int(side[0]), int(side[1])) for side in (index.transform["size"], index.transform["cover"]))
-    return EvaluationTransform(size, cover, str(index.transform["interpolation"]))
+    return Transform.from_dict(index.transform)
 
 
 def _require_layers(folder: Path, index: Index, subject: LoadedModel, *, orders: bool) -> None:

@@ -8,8 +8,10 @@ import torch
 
 from mamba_attn.analytics.index import StoredLayer, place_of
 from mamba_attn.analytics.projection import EXACT
+from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.datasets import Data
-from mamba_attn.datasets.loaded_model import LoadedModel
+from mamba_attn.datasets.loading import complete
+from mamba_attn.datasets.memory import as_data
 from mamba_attn.errors import nearest
 from mamba_attn.tracing.layer_names import LayerNames
 from mamba_attn.tracing.layers import Layer, ScanLayer
@@ -24,8 +26,8 @@ class Request:
     """A request: what to collect, of which model and images.
 
     Args:
-        subject: the model.
-        data: the images.
+        subject: the model, or a plain network.
+        data: the images, or what ``as_data`` makes a collection of, e.g. a DataLoader.
         limit: number of images, taken from the start. Default: all.
         keep: number of first images whose matrices to store in full, or keys of such images.
         batch: images per batch. Default: as the matrices' size allows, at most 16.
@@ -49,6 +51,8 @@ class Request:
     command: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "subject", complete(self.subject))
+        object.__setattr__(self, "data", as_data(self.data, self.subject))
         for name, least in (("limit", 1), ("batch", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -93,8 +97,8 @@ def described(subject: LoadedModel, patterns: LayerNames | None = None) -> list[
         UnknownLayerError: a pattern fits no layer.
         TraceError: a layer whose tokens' place is not known.
     """
-    empty = torch.zeros(1, 3, *subject.transform.size, device=subject.device)
-    with torch.no_grad(), trace(subject.model, layers=patterns) as found:
+    empty = subject.transform.blank().to(subject.device)
+    with torch.no_grad(), trace(subject.model, layers=patterns, layout=subject.layout) as found:
         subject.model(empty)
     layers = found.layers
     places = place_of([layer.name for layer in layers], [layer.layout.grid for layer in layers])

@@ -20,9 +20,9 @@ from mamba_attn.analytics.index import Index, StoredImage, StoredLayer
 from mamba_attn.analytics.projection import feature_size
 from mamba_attn.analytics.storage import Arrays, route_names
 from mamba_attn.core import notebook
-from mamba_attn.datasets.loaded_model import LoadedModel
+from mamba_attn.core.loaded_model import LoadedModel
+from mamba_attn.core.transform import Transform
 from mamba_attn.errors import StoreError, nearest
-from mamba_attn.models.transforms import EvaluationTransform
 
 _ROWS_AT_ONCE = 64
 _PICTURES, _MAPS = 6, 12  # in a notebook
@@ -44,6 +44,7 @@ class AttentionStore:
     Args:
         folder: of the store.
         index: what it holds.
+        given: its model, where the user has it.
 
     Example:
         >>> store = AttentionStore.open("store")  # doctest: +SKIP
@@ -51,8 +52,8 @@ class AttentionStore:
         (257, 257)
     """
 
-    def __init__(self, folder: Path, index: Index) -> None:
-        self.folder, self.index = folder, index
+    def __init__(self, folder: Path, index: Index, given: LoadedModel | None = None) -> None:
+        self.folder, self.index, self._given = folder, index, given
 
     def __repr__(self) -> str:
         return f"AttentionStore({str(self.folder)!r}, {self.model_name}, {len(self.images)} images)"
@@ -71,12 +72,15 @@ class AttentionStore:
         return notebook.card(self.model_name, facts, notebook.row(images) + reads + notebook.row(maps))
 
     @classmethod
-    def open(cls, path: str | Path, unfinished: bool = False) -> "AttentionStore":
+    def open(
+        cls, path: str | Path, unfinished: bool = False, *, model: LoadedModel | nn.Module | None = None
+    ) -> "AttentionStore":
         """Open a store for reading.
 
         Args:
             path: its folder.
             unfinished: also open a half-written store, with the images that it counts.
+            model: the one that it was collected from, where that was made in memory or by your own code.
 
         Raises:
             StoreError: the store is missing, half written, damaged or of another version.
@@ -91,7 +95,12 @@ class AttentionStore:
                 f"The same collect command resumes from there{how}; or open what there is with "
                 "AttentionStore.open(path, unfinished=True)."
             )
-        return cls(folder, index)
+        given = model if model is None or isinstance(model, LoadedModel) else LoadedModel(model)
+        if given is not None:
+            given = rebuild.trained(folder, index, given)
+        if given is not None and given.transform is None:
+            given.transform = rebuild.transform_of(index)
+        return cls(folder, index, given)
 
     @property
     def layers(self) -> list[StoredLayer]:
@@ -138,7 +147,7 @@ class AttentionStore:
 
     @property
     def model_name(self) -> str:
-        """Name of the model, as ``mamba_attn.models.create`` takes it."""
+        """Name of the model."""
         return str(self.index.model["name"])
 
     @property
@@ -147,14 +156,14 @@ class AttentionStore:
         return list(self.index.classes)
 
     @property
-    def transform(self) -> EvaluationTransform:
+    def transform(self) -> Transform:
         """The transform from an image to the model's input."""
         return rebuild.transform_of(self.index)
 
     @cached_property
     def subject(self) -> LoadedModel:
         """The model with its classes and transform, rebuilt from the store's record; see ``model``."""
-        return rebuild.trained(self.folder, self.index)
+        return rebuild.trained(self.folder, self.index, self._given)
 
     def untrained(self, seed: int = 0) -> LoadedModel:
         """Return a model of the same name and options with random weights; its own weights are not needed.

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.attribution.maps import Row, Target, TokenAttribution
+from mamba_attn.attribution.maps import Row, TokenAttribution
 from mamba_attn.attribution.queries import Query, query_weights
+from mamba_attn.attribution.targets import Target
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.tracing.layer_names import LayerNames
@@ -63,7 +64,7 @@ class AttentionRollout(TokenAttribution):
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         if self._other is not None:
-            return self._other._explain(inputs, target, query)
+            return self._at_this_call(self._other)._explain(inputs, target, query)
         with self._traced(inputs, target, multiplied=True) as (record, _):
             layers = record.layers
         start = query_weights(layers[-1], query)

@@ -6,16 +6,18 @@ and are refused.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import captum.attr
 import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.attribution.maps import Function, MapAttribution, Target, cell_means, layouts, target_indices
+from mamba_attn.attribution.calls import Call
+from mamba_attn.attribution.maps import MapAttribution, cell_means
 from mamba_attn.attribution.queries import Query
+from mamba_attn.attribution.targets import Function, Target, find_scores, follow, target_indices
 from mamba_attn.errors import nearest
 
 _COLOURS = ("sum", "absolute")
@@ -29,16 +31,41 @@ class Asked(NamedTuple):
         images: a copy that requires gradients.
         target: as captum takes it; None if there is a function.
         function: the target, if it is a function of the model's output; it must see exactly these images.
+        call: what else the model is called with.
+        scores: the way to them in the model's output.
     """
 
     images: Tensor
     target: Any
     function: Function | None
+    call: Call
+    scores: tuple[tuple[str, Any], ...] = ()
 
-    def forward(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        """Return the model, or the function after it."""
-        function = self.function
-        return model if function is None else lambda x: function(model(x)).reshape(-1)
+    @property
+    def others(self) -> tuple[Any, ...] | None:
+        """All arguments of the model but the images, as captum's ``additional_forward_args``."""
+        return tuple(value for place, value in enumerate(self.call.args) if place != self.call.place) or None
+
+    @property
+    def together(self) -> tuple[Tensor, ...]:
+        """All inputs that are explained, these images among them, each a copy that requires gradients."""
+        given = self.call.args[: len(self.call.explained)]
+        return tuple(
+            self.images if place == self.call.place else each.detach().clone().requires_grad_()
+            for place, each in enumerate(given)
+        )
+
+    def forward(self, model: nn.Module) -> Callable[..., Tensor]:
+        """Return a function of the images and ``others``: the scores, or what the target makes of the output."""
+        place = int(self.call.place)
+        return lambda x, *others: self._scores(model(*others[:place], x, *others[place:]))
+
+    def forward_together(self, model: nn.Module) -> Callable[..., Tensor]:
+        """Return a function of all of the model's arguments in their order."""
+        return lambda *args: self._scores(model(*args))
+
+    def _scores(self, output: Any) -> Tensor:
+        return follow(output, self.scores) if self.function is None else self.function(output).reshape(-1)
 
 
 class FromCaptum(MapAttribution):
@@ -51,12 +78,16 @@ class FromCaptum(MapAttribution):
             output = self._output(copy, target)
             copy.requires_grad_()
             if callable(target) and not isinstance(target, Tensor):
-                return Asked(copy, None, target)
-            indices = target_indices(f"{self.called}.attribute", output, target, len(copy))
+                return Asked(copy, None, target, self._call)
+            where = f"{self.called}.attribute"
+            scores = find_scores(where, output, len(copy), target)
+            indices = target_indices(where, follow(output, scores), target, len(copy))
+            if indices.shape[1] == 0:  # one number per image: captum wants no target
+                return Asked(copy, None, None, self._call, scores)
             tuples = [tuple(each) for each in indices.tolist()]
             # captum takes a tensor of classes, a list of tuples or, for one image, a tuple; it rejects a list of one
             chosen: Any = indices[:, 0] if indices.shape[1] == 1 else tuples if len(tuples) > 1 else tuples[0]
-        return Asked(copy, chosen, None)
+        return Asked(copy, chosen, None, self._call, scores)
 
 
 class PixelsFromCaptum(FromCaptum):
@@ -93,7 +124,7 @@ class PixelsFromCaptum(FromCaptum):
         asked = self._ask(images, target)
         with torch.inference_mode(False):
             maps = self._reduced(self._attributions(asked).detach())
-        return cell_means(maps, layouts(self.model, images)[0]) if grid else maps
+        return cell_means(maps, self._layouts(images)[0]) if grid else maps
 
 
 class IntegratedGradients(PixelsFromCaptum):
@@ -118,6 +149,10 @@ class IntegratedGradients(PixelsFromCaptum):
         torch.Size([1, 1, 224, 224])
     """
 
+    options: ClassVar[Mapping[str, str]] = {
+        each: each for each in ("baselines", "n_steps", "method", "internal_batch_size", "return_convergence_delta")
+    }
+
     def __init__(
         self,
         model: nn.Module,
@@ -135,20 +170,40 @@ class IntegratedGradients(PixelsFromCaptum):
         self.method = method
         self.internal_batch_size = internal_batch_size
         self.multiply_by_inputs = multiply_by_inputs
+        self.return_convergence_delta = False  # an argument of attribute only
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """Whether the gradient is multiplied by the inputs; captum asks."""
+        return self.multiply_by_inputs
+
+    def compute_convergence_delta(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return captum's: how far attributions in the inputs' shape (``expand=True``) are from adding up."""
+        method = captum.attr.IntegratedGradients(self.model, multiply_by_inputs=self.multiply_by_inputs)
+        delta: Tensor = method.compute_convergence_delta(*args, **kwargs)
+        return delta
 
     def _attributions(self, asked: Asked) -> Tensor:
         size = len(asked.images) if asked.function is not None else max(self.internal_batch_size, len(asked.images))
-        method = captum.attr.IntegratedGradients(asked.forward(self.model), multiply_by_inputs=self.multiply_by_inputs)
+        forward = asked.forward_together(self.model)
+        method = captum.attr.IntegratedGradients(forward, multiply_by_inputs=self.multiply_by_inputs)
+        # the path of several inputs goes from all baselines to all inputs at once
+        inputs, place = asked.together, int(asked.call.place)
         with torch.enable_grad():
-            found: Tensor = method.attribute(
-                asked.images,
+            found = method.attribute(
+                inputs,
                 self.baselines,
                 asked.target,
+                asked.call.args[len(inputs) :] or None,
                 n_steps=self.n_steps,
                 method=self.method,
                 internal_batch_size=size,
+                return_convergence_delta=self.return_convergence_delta,
             )
-        return found
+        if self.return_convergence_delta:
+            found, self._delta = found
+        chosen: Tensor = found[place]
+        return chosen
 
 
 class InputXGradient(PixelsFromCaptum):
@@ -169,8 +224,15 @@ class InputXGradient(PixelsFromCaptum):
     def __init__(self, model: nn.Module, *, colours: str = "sum") -> None:
         super().__init__(model, colours)
 
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """Whether the gradient is multiplied by the inputs; captum asks."""
+        return True
+
     def _attributions(self, asked: Asked) -> Tensor:
-        found: Tensor = captum.attr.InputXGradient(asked.forward(self.model)).attribute(asked.images, asked.target)
+        found: Tensor = captum.attr.InputXGradient(asked.forward(self.model)).attribute(
+            asked.images, asked.target, asked.others
+        )
         return found
 
 
@@ -190,13 +252,15 @@ class Saliency(PixelsFromCaptum):
         torch.Size([1, 1, 224, 224])
     """
 
+    options: ClassVar[Mapping[str, str]] = {"abs": "abs"}
+
     def __init__(self, model: nn.Module, *, colours: str = "sum", abs: bool = True) -> None:
         super().__init__(model, colours)
         self.abs = abs
 
     def _attributions(self, asked: Asked) -> Tensor:
         found: Tensor = captum.attr.Saliency(asked.forward(self.model)).attribute(
-            asked.images, asked.target, abs=self.abs
+            asked.images, asked.target, abs=self.abs, additional_forward_args=asked.others
         )
         return found
 
@@ -222,6 +286,10 @@ class Occlusion(PixelsFromCaptum):
         >>> Occlusion(model, sliding_window_shapes=112, strides=112).attribute(torch.randn(1, 3, 224, 224)).shape
         torch.Size([1, 1, 224, 224])
     """
+
+    options: ClassVar[Mapping[str, str]] = {
+        each: each for each in ("sliding_window_shapes", "strides", "baselines", "perturbations_per_eval")
+    }
 
     def __init__(
         self,
@@ -249,7 +317,7 @@ class Occlusion(PixelsFromCaptum):
             strides = (colours, *(max(1, side // 2) for side in window[1:]))
         elif isinstance(strides, int):
             strides = (colours, strides, strides)
-        if asked.function and len(clean) > 1 and asked.forward(self.model)(clean).numel() == 1:
+        if asked.function and len(clean) > 1 and asked.forward(self.model)(clean, *(asked.others or ())).numel() == 1:
             raise ValueError(
                 f"Occlusion.attribute(target={asked.function!r}): the function returned one number for {len(clean)} "
                 "images; covering a window needs one of each, (batch,)."
@@ -260,6 +328,7 @@ class Occlusion(PixelsFromCaptum):
             strides,
             self.baselines,
             asked.target,
+            asked.others,
             # a function expects the images of the batch, not several copies of them
             perturbations_per_eval=1 if asked.function else self.perturbations_per_eval,
         )

@@ -12,7 +12,6 @@ from mamba_attn.attribution.captum_methods import InputXGradient, IntegratedGrad
 from mamba_attn.attribution.controls import CentreMap, RandomMap
 from mamba_attn.attribution.implicit_attention import ImplicitAttention
 from mamba_attn.attribution.layer_grad_cam import LayerGradCam
-from mamba_attn.attribution.lrp import linear_backward
 from mamba_attn.attribution.lrp.frozen_contribution import FrozenContribution
 from mamba_attn.attribution.lrp.mamba_lrp import MambaLRP
 from mamba_attn.attribution.mamba_attribution import MambaAttribution
@@ -129,7 +128,6 @@ METHODS: dict[str, Entry] = {
             "The relevance of the class, propagated back layer by layer to the tokens; signed, and it adds up.",
             (SCANS,),
             instead="transformer_attribution",
-            check=linear_backward.require_known,
         ),
         Entry(
             "relevance_attention_ranks",
@@ -138,7 +136,6 @@ METHODS: dict[str, Entry] = {
             "The relevance of the class (MambaLRP), reordered with attention; our own combination.",
             (SCANS,),
             instead="transformer_attribution_lrp",
-            check=linear_backward.require_known,
         ),
         Entry(
             "transformer_attribution",
@@ -172,7 +169,6 @@ METHODS: dict[str, Entry] = {
             FrozenContribution,
             "What every token contributes to the class when gates, steps and attention are held fixed; signed, and "
             "it adds up.",
-            check=linear_backward.require_known,
         ),
         Entry(
             "grad_cam",

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.attribution.maps import MapAttribution, Target, cell_means, layouts
+from mamba_attn.attribution.maps import MapAttribution, cell_means
 from mamba_attn.attribution.queries import Query
+from mamba_attn.attribution.targets import Target
 
 
 class _Control(MapAttribution):
@@ -22,7 +23,7 @@ class _Control(MapAttribution):
         if target is not None:
             self._output(images, target)
         maps = torch.stack([self._draw(image) for image in images]).unsqueeze(1).to(images.device)
-        return cell_means(maps, layouts(self.model, images)[0]) if grid else maps
+        return cell_means(maps, self._layouts(images)[0]) if grid else maps
 
 
 class RandomMap(_Control):

@@ -1,8 +1,8 @@
 """Captum's LayerGradCam on tokens: it expects features on the channel axis, where token models do not have them."""
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import captum.attr
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from mamba_attn._types import Float
 from mamba_attn.attribution.captum_methods import Asked, FromCaptum
-from mamba_attn.attribution.maps import Target, cell_means, layouts
+from mamba_attn.attribution.maps import cell_means
 from mamba_attn.attribution.queries import Query
+from mamba_attn.attribution.targets import Target
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import UnsupportedModelError, nearest
 from mamba_attn.tracing.adapters import find_mixers, nothing_found
@@ -46,6 +47,8 @@ class LayerGradCam(FromCaptum):
         >>> LayerGradCam(model).attribute(torch.randn(2, 3, 224, 224)).shape
         torch.Size([2, 1, 224, 224])
     """
+
+    options: ClassVar[Mapping[str, str]] = {"relu_attributions": "relu"}
 
     def __init__(self, model: nn.Module, *, layer: LayerName | None = None, relu: bool = True) -> None:
         super().__init__(model)
@@ -81,13 +84,20 @@ class LayerGradCam(FromCaptum):
             if grid and frame.grid == frames[0].grid:
                 return own
             pixels = frame.to_pixels(own, size)
-        return cell_means(pixels, (frames or layouts(self.model, images))[0]) if grid else pixels
+        return cell_means(pixels, (frames or self._layouts(images))[0]) if grid else pixels
 
     def _cam(self, asked: Asked, name: str, at_input: bool, tap: "_Tap") -> Float[Tensor, "batch 1 *tokens"]:
         run = asked.forward(_tapped(self.model, name, tap, at_input))
 
-        def forward(x: Tensor) -> Tensor:
-            values = run(x)
+        def forward(x: Tensor, *others: Any) -> Tensor:
+            tap.calls = 0
+            values = run(x, *others)
+            if tap.calls > 1:
+                raise UnsupportedModelError(
+                    f"LayerGradCam(layer={name!r}): {type(self.model).__name__} calls it {tap.calls} times in one "
+                    "forward pass, so it is not known which call's features to take; choose a layer behind those that "
+                    "are shared."
+                )
             if tap.shape is None:
                 raise UnsupportedModelError(
                     f"LayerGradCam(layer={name!r}): {type(self.model).__name__} does not call it; choose another layer."
@@ -95,7 +105,7 @@ class LayerGradCam(FromCaptum):
             return values
 
         found: Tensor = captum.attr.LayerGradCam(forward, tap.channels).attribute(
-            asked.images, asked.target, relu_attributions=self.relu
+            asked.images, asked.target, asked.others, relu_attributions=self.relu
         )
         return found.detach()
 
@@ -118,7 +128,7 @@ class LayerGradCam(FromCaptum):
     def _frames(self, images: Tensor) -> list[TokenLayout]:
         """The model's token frames; none for a model that cannot be traced, whose layer was named."""
         try:
-            return layouts(self.model, images)
+            return self._layouts(images)
         except UnsupportedModelError:
             if find_mixers(self.model):
                 raise
@@ -133,8 +143,10 @@ class _Tap(nn.Module):
         self.grids = grids
         self.channels = nn.Identity()
         self.shape: tuple[int, ...] | None = None
+        self.calls = 0
 
     def forward(self, features: Any) -> Tensor:
+        self.calls += 1
         if not isinstance(features, Tensor):
             raise TypeError(
                 f"LayerGradCam: the layer gives {type(features).__name__}, not a tensor; name another layer=."

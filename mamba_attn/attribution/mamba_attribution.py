@@ -1,6 +1,7 @@
 """Mamba-Attribution: hidden attention weighted by the gradient of a class, rolled out over the layers."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +9,14 @@ from torch import Tensor, nn
 from mamba_attn import ops
 from mamba_attn._types import Float
 from mamba_attn.attribution.attention_rollout import Product, dense, of_one_token, roll_out_weighted
-from mamba_attn.attribution.maps import Row, Target, TokenAttribution
+from mamba_attn.attribution.maps import Row, TokenAttribution
 from mamba_attn.attribution.queries import Query, query_weights, single_token
+from mamba_attn.attribution.targets import Target
 from mamba_attn.core.rules import Rules
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError
 from mamba_attn.ops.arguments import at_tokens, to_tokens
+from mamba_attn.tracing.door_layers import DoorLayer
 from mamba_attn.tracing.layer_names import LayerNames
 from mamba_attn.tracing.layers import ScanLayer, require
 
@@ -81,7 +84,7 @@ class MambaAttribution(TokenAttribution):
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         if self._other is not None:
-            return self._other._explain(inputs, target, query)
+            return self._at_this_call(self._other)._explain(inputs, target, query)
         if not self.rollout:
             return self._rows(inputs, target, query)
         with self._traced(inputs, target, gradients=True, multiplied=True) as (record, logit):
@@ -98,9 +101,11 @@ class MambaAttribution(TokenAttribution):
 
     def _rows(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         """Return every layer's own row; the mean over all tokens needs nothing but the backward pass."""
-        with self._traced(inputs, target, gradients=True, rules=OwnInputs()) as (record, logit):
+        rules = None if self._call.trace is not None else OwnInputs()
+        with self._traced(inputs, target, gradients=True, rules=rules) as (record, logit):
             layers = require(self.called, record.layers, ScanLayer)
-            if query is None and all(map(reads_all, layers)):
+            at_doors = any(isinstance(layer, DoorLayer) for layer in layers)  # whose u is in no graph
+            if rules is not None and query is None and not at_doors and all(map(reads_all, layers)):
                 outputs, inner = own_gradients(layers, logit)
                 rows = [summed_rows(*each) for each in zip(layers, outputs, inner, strict=True)]
             else:
@@ -153,6 +158,8 @@ def gradient_x_attention(
 
 class OwnInputs(Rules):
     """Gives every scan its own view of u, without changing values; delta, B and C depend on the original u."""
+
+    at_doors: ClassVar[bool] = True  # where it changes nothing
 
     def scan(self, record: ScanRecord) -> ScanRecord:
         """Replace u by a view, whose gradient is then that of the scan alone."""

@@ -1,35 +1,36 @@
-"""Base classes of all attribution methods: the contract of ``attribute``, targets, and conversion of tokens to pixels.
+"""Base classes of all attribution methods: the contract of ``attribute``, and conversion of tokens to pixels.
 
 ``MapAttribution`` (any model) checks the call; ``TokenAttribution`` (a traced model) runs one traced pass and turns
-rows of tokens into maps. Below them: maps on the token grid, and targets. ``queries`` handles pixels and boxes.
+rows of tokens into maps. Below them: maps on the token grid. ``queries`` handles pixels and boxes, ``targets`` outputs
+and classes, ``calls`` what the model is called with.
 """
 
+import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar, overload
 
 import torch
 from captum.attr import Attribution
 from torch import Tensor, nn
 
-from mamba_attn._types import Float, Int
+from mamba_attn._types import Float
+from mamba_attn.attribution.calls import Call, unwrappable
 from mamba_attn.attribution.queries import Place, Query, make_query, split_query
+from mamba_attn.attribution.targets import Target, require_classes, target_values
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.rules import Rules
 from mamba_attn.errors import NonFiniteError, TraceError, UnsupportedModelError, nearest
-from mamba_attn.tracing.layer_names import LayerNames, listed_layers
+from mamba_attn.tracing.layer_names import LayerNames, layer_names, listed_layers
 from mamba_attn.tracing.layers import Layer
 from mamba_attn.tracing.tracer import Trace, trace
 from mamba_attn.tracing.unseen import unseen_sentence
 
-Images = TypeVar("Images", Tensor, tuple[Tensor])  # captum's metrics pass a tuple of one tensor and expect one back
-Function = Callable[[Any], Tensor]
-Target = int | Tensor | tuple[int, ...] | Sequence[int] | Sequence[tuple[int, ...]] | Function | None
+Images = TypeVar("Images", Tensor, tuple[Tensor, ...])  # captum's wrappers pass a tuple and expect one back
+Method = TypeVar("Method", bound="MapAttribution")
 Row = tuple[TokenLayout, Tensor]  # one number per token (batch, tokens), and the layout of the tokens
-
-_DENSE = "target=(class, row, column) or whatever indexes it, a list of such tuples, or a function of the output"
 
 
 class MapAttribution(Attribution, ABC):
@@ -38,13 +39,20 @@ class MapAttribution(Attribution, ABC):
     It changes neither model nor inputs, and does not switch the model to eval mode.
 
     Args:
-        model: called with the images only; returns logits (batch, classes), or any output that a target can index.
+        model: called with the images, and with what ``attribute`` is given for it; returns logits (batch, classes), or
+            any output that a target can index. Of tuples, mappings and dataclasses the only (batch, classes) tensor
+            counts.
 
     Raises:
         TypeError: the model is not a module.
     """
 
     reads_rows: ClassVar[bool] = False  # whether it takes a pixel or a box
+    reads_traces: ClassVar[bool] = False  # whether a pass that was traced before will do
+    takes_parts: ClassVar[bool] = True  # whether it explains one of several inputs that have layers of their own
+    options: ClassVar[Mapping[str, str]] = {}  # captum's arguments of attribute, and which option each one replaces
+    _call: Call = Call()
+    _delta: Any = None  # set by methods that have one
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
@@ -53,6 +61,7 @@ class MapAttribution(Attribution, ABC):
         self.model = model
         self.called = type(self).__name__  # in messages; differs if this method implements another method's option
 
+    @overload
     def attribute(
         self,
         inputs: Images,
@@ -63,16 +72,44 @@ class MapAttribution(Attribution, ABC):
         box: Place | None = None,
         grid: bool = False,
         expand: bool = False,
-    ) -> Images:
+        additional_forward_args: Any = None,
+        trace: Trace | None = None,
+        return_convergence_delta: Literal[False] = False,
+        **options: Any,
+    ) -> Images: ...
+
+    @overload
+    def attribute(
+        self, inputs: Images, target: Target = None, *, return_convergence_delta: Literal[True], **options: Any
+    ) -> tuple[Images, Tensor]: ...
+
+    @unwrappable
+    def attribute(
+        self,
+        inputs: Images,
+        target: Target = None,
+        query: Sequence[float] | None = None,
+        *,
+        pixel: Place | None = None,
+        box: Place | None = None,
+        grid: bool = False,
+        expand: bool = False,
+        additional_forward_args: Any = None,
+        trace: Trace | None = None,
+        return_convergence_delta: bool = False,
+        **options: Any,
+    ) -> Images | tuple[Images, Tensor]:
         """Return one map per image.
 
         Args:
             inputs: (batch, colours, height, width), images as the model takes them; volumes and videos
-                (batch, colours, *sizes), spectrograms (batch, time, frequency).
+                (batch, colours, *sizes), spectrograms (batch, time, frequency). A tuple of them for a model with
+                several inputs, each of which gets a map from the layers that it alone reaches.
             target: class index, or one per image as a list or tensor. For dense outputs, a tuple of indices such as
                 (class, row, column), or a list of one tuple per image. Or a function of the model's output that returns
                 one number per image, each depending on its own image only, or their sum. Default: the predicted class,
-                for models that return (batch, classes). Class-independent methods also check the target.
+                for models that return (batch, classes); the number itself for those that return (batch,).
+                Class-independent methods also check the target.
             query: deprecated: two numbers are a ``pixel``, four a ``box``.
             pixel: (row, column) in pixels: read the row of this pixel's token. One for all images, or one per image as
                 a list of tuples or a tensor (batch, 2). Default: the class token, or the mean over patches for models
@@ -82,44 +119,110 @@ class MapAttribution(Attribution, ABC):
             grid: return the map on the token grid instead of in pixels.
             expand: return the inputs' shape, with an equal part of the map in every colour. Captum's metrics and
                 pictures, which sum or compare all channels, need this.
+            additional_forward_args: what the model is called with after the inputs, one or a tuple, as in captum. If
+                they are images too, the layers that they alone reach are left out.
+            trace: a pass of the model over these inputs, from ``mamba_attn.trace``; read instead of running the model
+                again, so that several maps cost one pass. Methods that need the class want it outside
+                ``torch.no_grad()``. Layers are those of the trace, or those of them that ``layers`` names.
+            return_convergence_delta: return (maps, delta), of methods that have captum's (batch,) error of the sum.
+            **options: captum's own arguments of methods that have them (``baselines``, ``n_steps``, ...), for this call
+                instead of those of the constructor.
 
         Returns:
             (batch, 1, height, width) at the inputs' size in pixels, of volumes (batch, 1, *sizes), interpolated
             linearly between patch centres; with ``grid=True`` that of the patch grid; with ``expand=True`` the inputs'
-            shape: the sum over colours is the map. For a tuple of one tensor, as captum's metrics pass it, a tuple of
-            one.
+            shape: the sum over colours is the map. For a tuple, as captum's metrics pass it, a tuple of as many.
 
         Raises:
-            TypeError: several inputs, or an input that is not a tensor.
-            ValueError: inputs are not a batch; the output does not have the target, or the target is missing and there
-                is no predicted class; a pixel or box outside the image, both at once, or one for a method that reads
-                no rows; ``grid=True`` for layers on several grids, or with ``expand=True``.
-            TraceError: the places of the model's tokens in the image are unknown.
+            TypeError: an input that is not a tensor; an option that the method does not have.
+            ValueError: inputs are not a batch, or of several sizes; the output does not have the target, or the target
+                is missing and there is no predicted class; a pixel or box outside the image, both at once, or one for a
+                method that reads no rows; ``grid=True`` for layers on several grids, or with ``expand=True``; a layer
+                that several of the inputs reach; a trace of another pass, or for a method that cannot read one.
+            TraceError: the places of the model's tokens in the image are unknown; a trace without gradients.
             UnknownLayerError: a layer name or pattern matches none, or a number is out of range.
             NonFiniteError: a layer, the target or the map contains NaN or Inf.
         """
         call = f"{self.called}.attribute"
-        if isinstance(inputs, tuple) and len(inputs) != 1:
-            raise TypeError(f"{call}(inputs): expected one tensor of images, got a tuple of {len(inputs)}.")
-        images = inputs[0] if isinstance(inputs, tuple) else inputs
-        size, asked = self._size("attribute", images), self._asked("attribute", images, query, pixel, box)
+        several = inputs if isinstance(inputs, tuple) else (inputs,)
+        if not several:
+            raise TypeError(f"{call}(inputs=()): expected a tensor of images, or several.")
+        sizes = [self._size("attribute", images) for images in several]
+        if len({len(images) for images in several}) > 1:
+            shapes = ", ".join(str(tuple(images.shape)) for images in several)
+            raise ValueError(f"{call}(inputs=...): the inputs have batches of different sizes, {shapes}.")
+        if query is not None:
+            pixel, box = split_query(call, query, pixel, box, stacklevel=4)
+        asked = [self._asked("attribute", images, None, pixel, box) for images in several]
         if grid and expand:
             raise ValueError(f"{call}(grid=True, expand=True): the inputs' shape is in pixels; leave one of them out.")
-        if asked is not None and not self.reads_rows:
-            raise ValueError(f"{call}({asked}): this method reads no token's row; leave {asked.kind} out.")
+        if asked[0] is not None and not self.reads_rows:
+            raise ValueError(f"{call}({asked[0]}): this method reads no token's row; leave {asked[0].kind} out.")
+        if return_convergence_delta:
+            options["return_convergence_delta"] = True
+        bound = self._with(call, options)
+        if trace is None:
+            first = Call.of(several, additional_forward_args)
+        elif not self.reads_traces:
+            raise ValueError(f"{call}(trace=...): this method reads no trace, it runs the model itself; leave it out.")
+        elif additional_forward_args is not None:
+            raise ValueError(f"{call}(trace=..., additional_forward_args=...): the trace has its own; leave them out.")
+        else:
+            first = Call.traced(call, several, self.model, trace)
+        results = []
+        for place, images, size, rows in zip(first.explained, several, sizes, asked, strict=True):
+            bound._call = first.at(place)
+            maps = bound._finite_maps(images, target, rows, size, grid)
+            if expand:
+                colours = maps.ndim == images.ndim  # spectrograms have none
+                maps = (maps / images.shape[1]).expand_as(images).contiguous() if colours else maps.squeeze(1)
+            results.append(maps)
+        found: Any = tuple(results) if isinstance(inputs, tuple) else results[0]
+        return (found, bound._delta) if return_convergence_delta else found
+
+    def has_convergence_delta(self) -> bool:
+        """Whether ``attribute`` takes ``return_convergence_delta``; captum asks."""
+        return "return_convergence_delta" in self.options
+
+    def _with(self, call: str, options: Mapping[str, Any]) -> Self:
+        """Return a copy for one call, with captum's arguments in place of the options that they replace.
+
+        Raises:
+            TypeError: an argument that this method does not have.
+        """
+        bound = copy.copy(self)
+        for name, value in options.items():
+            if name not in self.options:
+                owners = [each.__name__ for each in _all_methods() if name in each.options]
+                whose = f"Methods with it: {', '.join(sorted(owners))}." if owners else nearest(name, _arguments())
+                raise TypeError(f"{call}({name}=...): this method has no {name}. {whose}")
+            setattr(bound, self.options[name], value)
+        return bound
+
+    def _at_this_call(self, other: Method) -> Method:
+        """Return a copy of another method that calls the model as this one does."""
+        bound = copy.copy(other)
+        bound._call = self._call
+        return bound
+
+    def _finite_maps(
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, ...], grid: bool
+    ) -> Float[Tensor, "batch 1 *size"]:
+        """Return the maps.
+
+        Raises:
+            NonFiniteError: a map contains NaN or Inf.
+        """
         with torch.no_grad():
-            maps = self._maps(images, target, asked, size, grid)
+            maps = self._maps(images, target, query, size, grid)
         finite = maps.isfinite().flatten(1).all(1)
         if not bool(finite.all()):
             which = ", ".join(str(index) for index in (~finite).nonzero().flatten().tolist())
             raise NonFiniteError(
-                f"{call}: the maps of images {which} contain NaN or Inf; check the images, the weights and the "
-                "precision of the model."
+                f"{self.called}.attribute: the maps of images {which} contain NaN or Inf; check the images, the "
+                "weights and the precision of the model."
             )
-        if expand:
-            colours = maps.ndim == images.ndim  # spectrograms have none
-            maps = (maps / images.shape[1]).expand_as(images).contiguous() if colours else maps.squeeze(1)
-        return (maps,) if isinstance(inputs, tuple) else maps
+        return maps
 
     @abstractmethod
     def _maps(
@@ -152,14 +255,46 @@ class MapAttribution(Attribution, ABC):
             ValueError: the output does not have the target.
             NonFiniteError: the value to explain is NaN or Inf.
         """
-        call = f"{self.called}.attribute"
-        output = self.model(images)
-        if not bool(target_values(call, output, target, len(images)).isfinite().all()):
+        output = self._call.run(self.model, images)
+        if not bool(self._values(output, target, len(images)).isfinite().all()):
             raise NonFiniteError(
-                f"{call}: the value to explain is NaN or Inf; check the images, the weights and the precision of the "
-                "model."
+                f"{self.called}.attribute: the value to explain is NaN or Inf; check the images, the weights and the "
+                "precision of the model."
             )
         return output
+
+    def _values(self, output: Any, target: Target, batch: int) -> Tensor:
+        """Return the target's value in every image, or their sum.
+
+        Raises:
+            ValueError: the output does not have the target.
+        """
+        call = f"{self.called}.attribute"
+        require_classes(call, self.model, target)
+        return target_values(call, output, target, batch)
+
+    def _part(self, record: Trace, reached: frozenset[str] | None) -> Trace:
+        """Return the layers of a pass whose tokens come from the images.
+
+        Raises:
+            ValueError: the method cannot do with them, because other inputs have layers of their own.
+        """
+        if reached is None or reached.issuperset(record):
+            return record
+        if not self.takes_parts:
+            others = ", ".join(name for name in record if name not in reached)
+            raise ValueError(
+                f"{self.called}.attribute: {others} belong to other inputs of the model, and this method explains all "
+                "of a pass; use MambaAttribution or IntegratedGradients."
+            )
+        return record.part([name for name in record if name in reached])
+
+    def _layouts(self, images: Tensor) -> list[TokenLayout]:
+        """Return the token layout of every layer, from a pass of the first image."""
+        reached = self._call.reached(f"{self.called}.attribute", self.model)
+        with torch.no_grad(), trace(self.model) as record:
+            self._call.run(self.model, images if self._call.has_others else images[:1])
+        return [layer.layout for layer in self._part(record, reached).layers]
 
 
 class TokenAttribution(MapAttribution):
@@ -175,6 +310,7 @@ class TokenAttribution(MapAttribution):
     """
 
     reads_rows: ClassVar[bool] = True
+    reads_traces: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, *, layers: LayerNames | None = None) -> None:
         super().__init__(model)
@@ -252,11 +388,17 @@ class TokenAttribution(MapAttribution):
         call = f"{self.called}.attribute"
         with torch.inference_mode(False):
             images = inputs.clone() if inputs.is_inference() else inputs  # autograd cannot save inference tensors
-            with trace(self.model, layers=self.layers, rules=rules) as record:
+            reached = self._call.reached(call, self.model)
+            with self._pass(images, gradients, rules) as (record, output):
                 with torch.set_grad_enabled(gradients):
-                    output = self.model(images)
                     needed = gradients or target is not None
-                    logit = target_values(call, output, target, len(inputs)).sum() if needed else torch.zeros(())
+                    logit = self._values(output, target, len(inputs)).sum() if needed else torch.zeros(())
+                if gradients and self._call.trace is not None and not logit.requires_grad:
+                    raise TraceError(
+                        f"{call}(trace=...): the traced pass kept no graph for gradients; run the model outside "
+                        "torch.no_grad(), and if all of its parameters are frozen on images.requires_grad_()."
+                    )
+                record = self._part(record, reached)
                 layers = self._ran(record)
                 if multiplied and self.layers is None and record.unseen_mixers:
                     raise UnsupportedModelError(unseen_sentence(self.called, record.unseen_mixers))
@@ -266,6 +408,27 @@ class TokenAttribution(MapAttribution):
                     raise NonFiniteError(f"{call}: the value to explain is NaN or Inf; check the model's head.")
                 with torch.no_grad():
                     yield record, logit
+
+    @contextmanager
+    def _pass(self, images: Tensor, gradients: bool, rules: Rules | None) -> Iterator[tuple[Trace, Any]]:
+        """Run the model, or read the pass that was traced before; yield the trace and the model's output."""
+        given = self._call.trace
+        if given is None:
+            with trace(self.model, layers=self.layers, rules=rules) as record:
+                with torch.set_grad_enabled(gradients):
+                    output = self._call.run(self.model, images)
+                yield record, output
+            return
+        if rules is not None:
+            raise ValueError(
+                f"{self.called}.attribute(trace=...): this method watches or changes the forward pass, so it runs the "
+                "model itself; leave trace out."
+            )
+        if self.layers is not None:
+            mixers = dict.fromkeys(name.partition("#")[0] for name in given)
+            chosen = layer_names(f"{type(self).__name__}(layers=...)", self.layers, list(mixers))
+            given = given.part([name for name in given if name.partition("#")[0] in chosen])
+        yield given, given.output
 
     def _ran(self, record: Trace) -> list[Layer]:
         """Return the layers of the pass.
@@ -301,11 +464,18 @@ class TokenAttribution(MapAttribution):
         return (torch.stack(maps).sum(0) / len(rows)).unsqueeze(1)
 
 
-def layouts(model: nn.Module, images: Tensor) -> list[TokenLayout]:
-    """Return the token layout of every layer, from a pass of the first image."""
-    with torch.no_grad(), trace(model) as record:
-        model(images[:1])
-    return [layer.layout for layer in record.layers]
+def _all_methods() -> Iterator[type[MapAttribution]]:
+    """Yield every attribution method that is loaded."""
+    waiting = MapAttribution.__subclasses__()
+    while waiting:
+        found = waiting.pop()
+        yield found
+        waiting += found.__subclasses__()
+
+
+def _arguments() -> list[str]:
+    """Names of the arguments of ``attribute``."""
+    return [name for name in inspect.signature(MapAttribution.attribute).parameters if name not in ("self", "options")]
 
 
 def cell_means(
@@ -323,100 +493,3 @@ def _means(pixels: int, count: int, layout: TokenLayout) -> Float[Tensor, "count
     owner = (position + 0.5).floor().clamp(0, count - 1)
     inside = (owner == torch.arange(count)[:, None]).double()
     return inside / inside.sum(1, keepdim=True).clamp(min=1)
-
-
-def target_values(call: str, output: Any, target: Any, batch: int) -> Tensor:
-    """Return the target value of every image, (batch,), or their sum if a function returned a scalar.
-
-    Args:
-        call: the name of the caller, for the message.
-        output: of the model.
-        target: a class, one per image, a tuple of indices after the batch's or a list of them, a function of the
-            output; None for the predicted class.
-        batch: number of images.
-
-    Raises:
-        ValueError: the output does not have the target.
-    """
-    if callable(target) and not isinstance(target, Tensor):
-        return _called(call, target, output, batch)
-    indices = target_indices(call, output, target, batch)
-    chosen: Tensor = output[(torch.arange(batch, device=output.device), *indices.unbind(1))]
-    return chosen
-
-
-def target_indices(call: str, output: Any, target: Any, batch: int) -> Int[Tensor, "batch axes"]:
-    """Return the indices of the target value in each image's output.
-
-    Args:
-        call: the name of the caller, for the message.
-        output: of the model.
-        target: as in ``target_values``, except a function.
-        batch: number of images.
-
-    Raises:
-        ValueError: the output does not have the target.
-    """
-    where = f"{call}(target={target!r})"
-    if not isinstance(output, Tensor) or output.ndim < 1 or len(output) != batch:
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(
-            f"{where}: the model returned {shape}, not one result for each of the {batch} images; give a function of "
-            "the output, e.g. target=lambda output: output['scores'].sum()."
-        )
-    if target is None:
-        if output.ndim != 2:
-            raise ValueError(
-                f"{where}: the model returned {tuple(output.shape)}, not (batch, classes), so there is no predicted "
-                f"class; give {_DENSE}."
-            )
-        return output.argmax(1, keepdim=True)
-    indices = _as_indices(where, target, batch).to(output.device)
-    sizes = torch.tensor(output.shape[1:], device=output.device)
-    if indices.shape[1] != len(sizes):
-        raise ValueError(
-            f"{where}: the model returned {tuple(output.shape)}, which needs {len(sizes)} indices after the batch's, "
-            f"not {indices.shape[1]}; give {_DENSE}."
-        )
-    if bool(((indices < 0) | (indices >= sizes)).any()):
-        known = ", ".join(f"0..{size - 1}" for size in output.shape[1:])
-        raise ValueError(f"{where}: expected {'class indices' if len(sizes) == 1 else 'indices'} in {known}.")
-    return indices
-
-
-def _as_indices(where: str, target: Any, batch: int) -> Int[Tensor, "batch axes"]:
-    """Return the indices as given, before they are checked against the output."""
-    tuples = [target] * batch if isinstance(target, tuple) else target
-    if isinstance(tuples, list) and any(isinstance(each, tuple) for each in tuples):
-        if len({len(each) if isinstance(each, tuple) else -1 for each in tuples}) > 1:
-            raise ValueError(f"{where}: expected tuples with equally many indices.")
-        found = _as_tensor(where, tuples)
-    else:
-        found = _as_tensor(where, tuples)
-        if found.ndim == 0:
-            found = found.expand(batch)
-        found = found.unsqueeze(1)
-    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
-        raise ValueError(f"{where}: expected a class index, or one per image, as integers.")
-    if found.ndim != 2 or len(found) != batch:
-        raise ValueError(f"{where}: expected one class index, or one for each of the {batch} images.")
-    return found.long()
-
-
-def _as_tensor(where: str, target: Any) -> Tensor:
-    """Return the numbers as a tensor; refuse names and other things."""
-    try:
-        return torch.as_tensor(target)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{where}: expected a class index, or one per image, as integers.") from error
-
-
-def _called(call: str, function: Function, output: Any, batch: int) -> Tensor:
-    found = function(output)
-    if isinstance(found, Tensor) and found.is_floating_point() and found.shape in ((), (1,), (batch,)):
-        return found
-    what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-    raise ValueError(
-        f"{call}(target={function!r}): the function returned {what}; expected a scalar, or one number for each of the "
-        f"{batch} images, as a tensor."
-    )

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mamba_attn.attribution.maps import Row, Target, TokenAttribution
+from mamba_attn.attribution.maps import Row, TokenAttribution
 from mamba_attn.attribution.queries import Place, Query, read_rows
+from mamba_attn.attribution.targets import Target
 from mamba_attn.tracing.layer_names import ByLayer, LayerNames
 from mamba_attn.tracing.tracer import trace
 
@@ -77,7 +78,7 @@ class RawAttention(TokenAttribution):
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         if self._other is not None:
-            return self._other._explain(inputs, target, query)
+            return self._at_this_call(self._other)._explain(inputs, target, query)
         with self._traced(inputs, target) as (record, _):
             layers = record.layers
         signed = ((layer.layout, read_rows(layer, query)) for layer in layers)

@@ -1,14 +1,17 @@
 """RelevanceAttentionRanks: MambaLRP's relevance, reordered with attention; our own combination."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
 from mamba_attn.attribution.implicit_attention import ImplicitAttention
 from mamba_attn.attribution.lrp.mamba_lrp import MambaLRP
-from mamba_attn.attribution.maps import MapAttribution, Target, cell_means, target_values
+from mamba_attn.attribution.maps import MapAttribution, cell_means
 from mamba_attn.attribution.queries import Query
 from mamba_attn.attribution.raw_attention import RawAttention
+from mamba_attn.attribution.targets import Target
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.ranks import ranks
 from mamba_attn.errors import nearest
@@ -39,7 +42,7 @@ class RelevanceAttentionRanks(MapAttribution):
     of the test images (docs/comparing.md). All cells after the positive ones are 0.
 
     Args:
-        model: Vim or VMamba, with fused_add_norm=False where it has that.
+        model: Vim or VMamba.
         power: exponent of relevance's rank, at least 0.
         weight: of relevance compared with ``extent``, at least 0.
         gamma: strength of the gamma rule, at least 0.
@@ -53,6 +56,8 @@ class RelevanceAttentionRanks(MapAttribution):
         >>> RelevanceAttentionRanks(model).attribute(images, target=281).shape
         torch.Size([2, 1, 224, 224])
     """
+
+    takes_parts: ClassVar[bool] = False  # as MambaLRP
 
     def __init__(
         self,
@@ -84,7 +89,7 @@ class RelevanceAttentionRanks(MapAttribution):
         cells = self._cells(images, target)
 
         def read(method: _Part) -> Tensor:
-            return cell_means(method.attribute(images, target), cells)
+            return cell_means(self._at_this_call(method)._finite_maps(images, target, None, size, False), cells)
 
         relevance = read(self.relevance)
         extent = torch.stack([_shares(read(method)) for method in self.extent]).sum(0)
@@ -94,11 +99,12 @@ class RelevanceAttentionRanks(MapAttribution):
 
     def _cells(self, images: Tensor, target: Target) -> TokenLayout:
         """Return the first token grid; checks model and target here, so errors name this method and not its parts."""
+        reached = self._call.reached(f"{self.called}.attribute", self.model)
         with torch.inference_mode(False), torch.no_grad(), trace(self.model) as record:
-            output = self.model(images.clone() if images.is_inference() else images)
-        require(type(self).__name__, record.layers, ScanLayer)
-        target_values(f"{type(self).__name__}.attribute", output, target, len(images))
-        return record.layers[0].layout
+            output = self._call.run(self.model, images.clone() if images.is_inference() else images)
+        layers = require(self.called, self._part(record, reached).layers, ScanLayer)
+        self._values(output, target, len(images))
+        return layers[0].layout
 
 
 def in_order(

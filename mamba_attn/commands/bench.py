@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mamba_attn.commands.options import Commands, add_device, command, require_least
 from mamba_attn.commands.terminal import show
@@ -19,6 +19,7 @@ _HEADER = ("model", "forward", "traced", "with attention", "layers", "forward / 
 _EXAMPLES = """\
 
 --model vmamba_micro vim_micro --batch 8
+--model net.py:build timm:vit_small_patch16_224
 --device cuda"""
 _NOTES = """\
 Milliseconds for one batch of noise at each model's own image size, with
@@ -36,7 +37,7 @@ def add_parser(commands: Commands) -> None:
     )
     add = parser.add_argument
     models = ["vim_tiny", "vmamba_tiny_s1l8"]
-    add("--model", nargs="+", default=models, metavar="NAME", help=f"default: {' '.join(models)}")
+    add("--model", nargs="+", default=models, metavar="SPEC", help=f"as for explain; default: {' '.join(models)}")
     add("--batch", type=int, default=1, metavar="N", help="images at once; default: 1")
     add("--rounds", type=int, default=5, metavar="N", help="timings of each; default: 5")
     add_device(parser)
@@ -48,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from mamba_attn import models
-    from mamba_attn.datasets.loaded_model import require_device
-    from mamba_attn.models import torchvision_repair
+    from mamba_attn.datasets.loading import load, require_device
+    from mamba_attn.models import registry, torchvision_repair
     from mamba_attn.tracing.tracer import trace
 
     require_least(args, batch=1, rounds=1)
@@ -59,13 +60,18 @@ def run(args: argparse.Namespace) -> int:
     torchvision_repair.prepare()
     import timm
 
-    built: dict[str, nn.Module] = {name: models.create(name) for name in dict.fromkeys(args.model)}
-    built[_DEIT] = timm.create_model(_DEIT)
+    sizes: dict[str, tuple[int, int]] = {}
+    built: dict[str, nn.Module] = {}
+    for name in dict.fromkeys(args.model):
+        random = name in (*models.names(), *registry.aliases())  # the weights are not what is timed
+        loaded = load(name, "random" if random or name.startswith("timm:") else None, device=args.device)
+        built[name], sizes[name] = loaded.model, loaded.transform.size
+    built[_DEIT], sizes[_DEIT] = timm.create_model(_DEIT), (224, 224)
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     layers = {}
     for name, model in built.items():
         model.eval().to(args.device)
-        images = torch.randn(args.batch, 3, *_size(model), device=args.device)
+        images = torch.randn(args.batch, 3, *sizes[name], device=args.device)
         calls[name, "forward"] = partial(model, images)
         calls[name, "traced"] = partial(_traced, model, images, attention=False)
         calls[name, "attention"] = partial(_traced, model, images, attention=True)
@@ -83,13 +89,6 @@ def run(args: argparse.Namespace) -> int:
     where = torch.cuda.get_device_name() if args.device == "cuda" else "CPU time of one thread"
     show(f"batch {args.batch}, {where}, torch {torch.__version__}", _HEADER, rows)
     return 0
-
-
-def _size(model: "nn.Module") -> tuple[int, int]:
-    """Return (rows, columns) of a model's native images."""
-    own: Any = model
-    rows, columns = own.image_size if hasattr(own, "image_size") else own.patch_embed.img_size
-    return int(rows), int(columns)
 
 
 def _traced(model: "nn.Module", images: "Tensor", attention: bool) -> object:

@@ -9,13 +9,14 @@ import sys
 from collections.abc import Sequence
 
 import mamba_attn
-from mamba_attn.commands import bench, collect, compare, erf, explain, explore, findings, report
+from mamba_attn.commands import bench, collect, compare, erf, explain, explore, findings, models, report
 from mamba_attn.commands.exit_codes import MEANING, exit_code
 from mamba_attn.commands.options import CommandParser
 
 _EXAMPLES = f"""\
 examples:
   mamba-attn explain photo.jpg
+  mamba-attn explain photo.jpg --model net.py:build --weights best.pth
   mamba-attn explore
   mamba-attn COMMAND --help
 
@@ -45,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--version", action="version", version=f"mamba-attn {mamba_attn.__version__}")
     commands = made.add_subparsers(title="commands", metavar="COMMAND", dest="command", parser_class=CommandParser)
-    for each in (explain, explore, compare, collect, report, findings, erf, bench):
+    for each in (explain, explore, compare, collect, report, findings, erf, bench, models):
         each.add_parser(commands)
     return made
 

@@ -6,7 +6,15 @@ import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from mamba_attn.commands.options import Commands, add_limit, add_model, command, settle_threads
+from mamba_attn.commands.options import (
+    Commands,
+    add_limit,
+    add_model,
+    command,
+    load_model,
+    settle_threads,
+    spelt_model,
+)
 from mamba_attn.commands.terminal import progress_bar
 from mamba_attn.core.requirements import require_extras
 
@@ -19,6 +27,7 @@ _SHOWN = 10
 _EXAMPLES = """\
 --data photos --out store
 --data photos.zip --limit 200 --keep 4 --out store
+--model hf:./my-model --data photos --out store
 --merge store1 store2 --out both"""
 _NOTES = """\
 data: a folder of images, with or without class folders; a zip of them;
@@ -72,21 +81,21 @@ def add_parser(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Collect, or merge two stores."""
     require_extras(_NEEDED, "analytics")
-    return _merge(args) if args.merge else _collect(_request(args), args.out)
+    return _merge(args) if args.merge else _collect(_request(args), args.out, args)
 
 
 def _request(args: argparse.Namespace) -> "Request":
     from mamba_attn.analytics.request import Request, keep_from
-    from mamba_attn.datasets import loaded_model, open_data
+    from mamba_attn.datasets import open_data
 
     data = open_data(args.data)  # before the model, which takes longer
     keep = keep_from(args.keep, data, args.limit)
-    subject = loaded_model.load(args.model, args.weights, args.device)
+    subject = load_model(args)
     settle_threads([subject.parameters])
     return Request(subject, data, args.limit, keep, args.batch, args.layer, args.routes, command=args.call)
 
 
-def _collect(request: "Request", out: str) -> int:
+def _collect(request: "Request", out: str, args: argparse.Namespace) -> int:
     from mamba_attn.analytics.collecting import collect
 
     progress = progress_bar()
@@ -99,17 +108,25 @@ def _collect(request: "Request", out: str) -> int:
             progress.update(task, completed=done, total=wanted)
 
         found = collect(request, out, advance=advance)
-    return _report(found, out)
+    return _report(found, out, _next(request, out, args))
 
 
-def _report(found: "Collected", out: str) -> int:
+def _next(request: "Request", out: str, args: argparse.Namespace) -> str:
+    """Return the command to type next; code of the user's has to be named again."""
+    from mamba_attn.datasets.user_code import names_code
+
+    again = f" {spelt_model(args)}" if names_code(request.subject.spec) else ""
+    return f"mamba-attn explore {shlex.quote(out)}{again}"
+
+
+def _report(found: "Collected", out: str, then: str) -> int:
     for reason in list(found.unreadable.values())[:_SHOWN]:
         print(f"skipped: {reason}", file=sys.stderr)
     more = len(found.unreadable) - _SHOWN
     if more > 0:
         print(f"skipped: {more} more; store.json lists all.", file=sys.stderr)
     skipped = f", {len(found.unreadable)} skipped" if found.unreadable else ""
-    print(f"{found.new} images added, {found.counted} in {out}{skipped}; next: mamba-attn explore {shlex.quote(out)}")
+    print(f"{found.new} images added, {found.counted} in {out}{skipped}; next: {then}")
     return 1 if found.unreadable else 0
 
 

@@ -3,15 +3,17 @@
 import argparse
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mamba_attn.commands.options import (
     Commands,
-    add_device,
     add_folder,
     add_limit,
+    add_model,
     command,
+    model_arguments,
     require_least,
     settle_threads,
 )
@@ -25,10 +27,12 @@ if TYPE_CHECKING:
     from mamba_attn.evaluation.summary import Table
 
 _NEEDED = {"captum": "captum", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
-_STORE = "measured.jsonl"
+STORE = "measured.jsonl"
+_MODELS = "vim_micro,vmamba_micro,vit_micro"
 _EXAMPLES = """\
 --data photos --limit 50
 --data photos --models vim_micro=my.pt --methods grad_cam
+--data photos --model net.py:build --models vit_micro
 --data boxes.zip --measures localisation --workers 4"""
 _NOTES = """\
 data: a folder of images, with or without class folders; a zip of them, or one
@@ -66,9 +70,8 @@ def add_parser(commands: Commands) -> None:
     add("--data", action="append", required=True, metavar="DIR|ZIP[:PART]|FILE.mat", help="may be given several times")
     add(
         "--models",
-        default="vim_micro,vmamba_micro,vit_micro",
-        metavar="NAME[=WEIGHTS],...",
-        help="WEIGHTS: demo, official or a file; default: vim_micro,vmamba_micro,vit_micro with demo weights",
+        metavar="SPEC[=WEIGHTS],...",
+        help=f"default: --model alone, or {_MODELS} with demo weights",
     )
     add(
         "--methods",
@@ -98,7 +101,7 @@ def add_parser(commands: Commands) -> None:
     )
     add("--workers", type=int, default=1, metavar="N", help="processes; default: 1")
     add("--seed", type=int, default=0, metavar="N", help="seed of all random numbers; default: 0")
-    add_device(parser)
+    add_model(parser, None)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -121,10 +124,17 @@ def _plan(args: argparse.Namespace) -> "Plan":
     from mamba_attn.evaluation.specs import Model, Options, choose_methods
 
     require_least(args, limit=1, workers=1, sanity_images=0, pictures=0, seed=0)
-    names = [text.strip() for text in args.models.split(",") if text.strip()]
-    if not names:
+    given = args.models if args.models is not None else "" if args.model else _MODELS
+    names = [text.strip() for text in given.split(",") if text.strip()]
+    if not names and not args.model:
         raise ValueError("--models: expected names of models, e.g. vim_micro,vit_micro.")
     models = list(dict.fromkeys(Model.parse(name, args.device) for name in names))
+    more = tuple(model_arguments(args).items())
+    if args.model:
+        models.insert(0, replace(Model.parse(args.model, args.device), more=more))
+        models[0] = models[0] if args.weights is None else replace(models[0], weights=args.weights)
+    elif more or args.weights:
+        raise ValueError("--model: name the model that --weights, --classes and --mean are of.")
     if len({model.name for model in models}) < len(models):
         raise ValueError(f"--models {args.models}: a model can be compared with one set of weights at a time.")
     settle_threads([model.subject.parameters for model in models], args.workers)
@@ -179,9 +189,9 @@ def _compare(plan: "Plan", args: argparse.Namespace) -> int:
     if empty:
         raise ValueError(f"--half {plan.half}: {empty[0]} has no images in this half.")
     folder = writable(args.out)
-    store = Store(folder / _STORE)
+    store = Store(folder / STORE)
     if store.damaged:
-        plan.notes.append(f"{_STORE}: {store.damaged} damaged lines were left out and their figures measured again.")
+        plan.notes.append(f"{STORE}: {store.damaged} damaged lines were left out and their figures measured again.")
     with progress_bar() as progress:
         measure(plan, store, args.workers, progress)
     return _report(plan, store, folder, args.call)
@@ -189,6 +199,30 @@ def _compare(plan: "Plan", args: argparse.Namespace) -> int:
 
 def _report(plan: "Plan", store: "Store", folder: Path, call: str) -> int:
     """Print and write everything; the exit code says whether something failed."""
+    from mamba_attn.evaluation.summary import summarise
+    from mamba_attn.evaluation.tables import LEGEND, text_tables
+
+    tables = summarise(plan, store)
+    for title, header, rows in text_tables(tables):
+        show(title, header, rows)
+    print(f"\n{LEGEND}")
+    notes, failed = write(plan, store, tables, folder, call)
+    for note in notes:
+        print(f"note: {note}")
+    print(f"open {folder / 'compare.html'}")
+    return 1 if failed else 0
+
+
+def write(plan: "Plan", store: "Store", tables: "Sequence[Table]", folder: Path, call: str) -> tuple[list[str], bool]:
+    """Write compare.html, .txt, .csv and .json; return the notes on them, and whether something failed.
+
+    Args:
+        plan: the comparison.
+        store: its measurements.
+        tables: their summary.
+        folder: where to.
+        call: how to make them again.
+    """
     import torch
 
     from mamba_attn.datasets.samples import HALVES
@@ -196,7 +230,6 @@ def _report(plan: "Plan", store: "Store", folder: Path, call: str) -> int:
     from mamba_attn.evaluation.summary import summarise
     from mamba_attn.evaluation.tables import LEGEND, as_csv, as_json, text_tables
 
-    tables = summarise(plan, store)
     failed = [
         f"{table.model.name}, {table.data.name}, {sentence}"
         for table in tables
@@ -212,22 +245,15 @@ def _report(plan: "Plan", store: "Store", folder: Path, call: str) -> int:
         "notes": [*dict.fromkeys([*plan.notes, *flags, *failed])],
     }
     halves = {half: summarise(plan, store, half) for half in HALVES} if plan.half == "all" else {}
-    shown = text_tables(tables)
-    for title, header, rows in shown:
-        show(title, header, rows)
-    print(f"\n{LEGEND}")
-    for note in about["notes"]:
-        print(f"note: {note}")
     files = {
-        "compare.txt": "\n".join([*(plain(*each) for each in shown), LEGEND, *about["notes"], ""]),
+        "compare.txt": "\n".join([*(plain(*each) for each in text_tables(tables)), LEGEND, *about["notes"], ""]),
         "compare.csv": as_csv(tables),
         "compare.json": as_json(tables, about, halves),
         "compare.html": page(plan, store, tables, about),
     }
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    print(f"open {folder / 'compare.html'}")
-    return 1 if failed else 0
+    return about["notes"], bool(failed)
 
 
 def _missing(table: "Table", methods: Sequence[str]) -> list[str]:

@@ -6,7 +6,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mamba_attn.commands.options import Commands, add_folder, add_images, add_limit, add_model, command, require_least
+from mamba_attn.commands.options import (
+    Commands,
+    add_folder,
+    add_images,
+    add_limit,
+    add_model,
+    command,
+    load_model,
+    require_least,
+)
 from mamba_attn.commands.terminal import show
 from mamba_attn.core.requirements import parse_place, require_extras, writable
 from mamba_attn.errors import nearest
@@ -16,14 +25,14 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+    from mamba_attn.core.loaded_model import LoadedModel
+    from mamba_attn.core.transform import Transform
     from mamba_attn.datasets import Data
-    from mamba_attn.datasets.loaded_model import LoadedModel
     from mamba_attn.erf.fields import ReceptiveField
-    from mamba_attn.models.transforms import EvaluationTransform
 
 _NEEDED = {"captum": "captum", "matplotlib": "matplotlib", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
 _UNTRAINED = "untrained"
-_Picture = Callable[["EvaluationTransform"], "np.ndarray"]
+_Picture = Callable[["Transform"], "np.ndarray"]
 _EXAMPLES = """\
 photo.jpg --untrained             # next to random weights
 --data photos.zip --limit 50 --model vmamba_micro
@@ -56,7 +65,6 @@ def add_parser(commands: Commands) -> None:
     add("--data", metavar="DIR|ZIP[:PART]", help="a collection instead, as for collect; --limit takes a fair sample")
     add_model(parser)
     add("--untrained", action="store_true", help="add the same model with random weights")
-    add("--size", metavar="ROWS,COLUMNS", help="size of the images in pixels; default: the model's")
     add("--query", metavar="ROW,COL|class", help="measure the field of this pixel or token; default: the central patch")
     add("--box", metavar="X0,Y0,X1,Y1", help="measure a box instead, columns X and rows Y: the mean of its tokens")
     add("--layer", metavar="LAYER", help="index or name; default: the last layer's output")
@@ -72,13 +80,12 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from mamba_attn.attribution.queries import Query, require_inside
-    from mamba_attn.datasets import loaded_model
     from mamba_attn.erf.fields import ReceptiveField, receptive_field
 
     require_least(args, limit=1)
     pictures = _pictures(args)  # before the model, which takes longer
-    subject = loaded_model.load(args.model, args.weights, args.device)
-    transform, place = _transform(args.size, subject), _place(args)
+    subject, place = load_model(args), _place(args)
+    transform = subject.transform
     for kind, numbers in place.items():
         if not isinstance(numbers, str):
             require_inside("query" if kind == "pixel" else kind, Query(kind, (numbers,)), transform.size)
@@ -117,17 +124,17 @@ def _pictures(args: argparse.Namespace) -> list[_Picture]:
     return [partial(_of_data, data, index) for index in data.chosen(limit=args.limit)]
 
 
-def _of_file(path: Path, transform: "EvaluationTransform") -> "np.ndarray":
+def _of_file(path: Path, transform: "Transform") -> "np.ndarray":
     return transform.pixels(path)
 
 
-def _of_data(data: "Data", index: int, transform: "EvaluationTransform") -> "np.ndarray":
+def _of_data(data: "Data", index: int, transform: "Transform") -> "np.ndarray":
     return data.load(index, transform).pixels
 
 
 def _read(
     pictures: Iterable[_Picture],
-    transform: "EvaluationTransform",
+    transform: "Transform",
     device: "torch.device",
     damaged: set[str],
     console: "Console",
@@ -137,28 +144,13 @@ def _read(
 
     for picture in pictures:
         try:
-            image = images.normalise(picture(transform)[None])
+            image = transform.normalise(picture(transform)[None])
         except images.ImageError as error:
             if str(error) not in damaged:
                 console.print(f"skipped: {error}", markup=False, highlight=False, soft_wrap=True)
             damaged.add(str(error))
             continue
         yield image.to(device)
-
-
-def _transform(text: str | None, subject: "LoadedModel") -> "EvaluationTransform":
-    from mamba_attn import models
-
-    if text is None:
-        return subject.transform
-    parts = text.split(",")
-    if len(parts) != 2 or not all(part.strip().isdecimal() and int(part) for part in parts):
-        raise ValueError(f"--size {text}: expected ROWS,COLUMNS in pixels, e.g. 224,320.")
-    size = (int(parts[0]), int(parts[1]))
-    if subject.is_transformer and size != subject.transform.size:
-        rows, columns = subject.transform.size
-        raise ValueError(f"--size {text}: {subject.name} takes only images of {rows},{columns} pixels.")
-    return models.transform(subject.name, size)
 
 
 def _place(args: argparse.Namespace) -> dict[str, Any]:
@@ -169,23 +161,31 @@ def _place(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _layer(text: str | None, subject: "LoadedModel") -> str | None:
-    if text is None or text in subject.layers:
+    from mamba_attn.datasets.loading import traced_layers
+
+    layers = [] if text is None else traced_layers(subject)
+    if text is None or text in layers:
         return text
-    if text.removeprefix("-").isdecimal() and -len(subject.layers) <= int(text) < len(subject.layers):
-        return subject.layers[int(text)]
-    known = f"{subject.name} has {len(subject.layers)} layers, 0..{len(subject.layers) - 1}. "
-    raise ValueError(f"--layer {text}: no such layer; {known}{nearest(text, subject.layers)}")
+    if text.removeprefix("-").isdecimal() and -len(layers) <= int(text) < len(layers):
+        return layers[int(text)]
+    known = f"{subject.name} has {len(layers)} layers, 0..{len(layers) - 1}. "
+    raise ValueError(f"--layer {text}: no such layer; {known}{nearest(text, layers)}")
 
 
 def _untrained(subject: "LoadedModel", seed: int) -> "torch.nn.Module":
     """Return a model of the same kind with its initial random weights."""
     import torch
 
-    from mamba_attn import models
+    from mamba_attn.datasets.loading import load
+    from mamba_attn.datasets.user_code import names_code
 
+    if not subject.spec or names_code(subject.spec) or subject.spec.startswith("hf:"):
+        raise ValueError(
+            f"--untrained: {subject.name} is not built by its name, so it cannot be built without weights."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return models.create(subject.name, **subject.options).to(subject.device)
+        return load(subject.spec, "random", device=subject.device.type, **subject.options).model
 
 
 def _write(folder: Path, fields: "dict[str, ReceptiveField]", command: str) -> None:

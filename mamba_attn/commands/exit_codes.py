@@ -8,7 +8,9 @@ import ast
 import re
 import shlex
 import sys
-from collections.abc import Callable, Collection
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 
 from mamba_attn.errors import MambaAttnError
 
@@ -17,8 +19,9 @@ exit codes: 0 done; 1 done, but something failed and is named; 2 refused,
 nothing was done; 130 stopped by Ctrl+C"""
 _CALL = r"[\w.]+\((?:[^()]|\([^()]*\))*\)"
 _VALUE = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\[[^\]]*\]|\([^)]*\)|[+-]?\w+(?:\.\d+)?(?:e[+-]?\d+)?"""
-_ARGUMENT = re.compile(rf"{_CALL}|(?<![^\s(])(?P<name>[a-z_]+)=(?P<value>{_VALUE})")
-_FIRST = {"create": "model", "open_data": "data"}  # first positional arguments, by function
+_ARGUMENT = re.compile(rf"{_CALL}|(?<![^\s(])(?P<name>[a-z_]+)=(?P<value>{_VALUE}|(?=[,.;\s]|$))")
+_FIRST = {"create": "model", "load": "model", "open_data": "data"}  # first positional arguments, by function
+_OF_BUILDERS = {"image_size", "img_size", "num_classes", "stride", "class_token"}  # said after --option
 _COMMAS = {"--keep"}  # lists written with commas on the command line
 
 
@@ -32,13 +35,31 @@ def exit_code(name: str, call: Callable[[], int], options: Collection[str] = (),
         stopped: printed after Ctrl+C.
     """
     try:
-        return call()
+        with _notes(name, options):
+            return call()
     except (ValueError, TypeError, OSError, ImportError, MambaAttnError) as error:
         print(f"mamba-attn {name}: {as_flags(str(error), options)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"mamba-attn {name}: {stopped}", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _notes(name: str, options: Collection[str]) -> Iterator[None]:
+    """Print warnings as sentences, each once."""
+    shown: set[str] = set()
+
+    def note(message: Warning | str, category: type[Warning], *_: object) -> None:
+        text = as_flags(str(message), options)
+        if text not in shown and issubclass(category, UserWarning):
+            print(f"mamba-attn {name}: note: {text}", file=sys.stderr)
+        shown.add(text)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = note  # type: ignore[assignment]
+        yield
 
 
 def as_flags(sentence: str, options: Collection[str]) -> str:
@@ -57,7 +78,11 @@ def as_flags(sentence: str, options: Collection[str]) -> str:
 
     def flag(found: re.Match[str]) -> str:
         option = _option(found["name"] or "", options)
-        return found[0] if option is None else f"{option}{_typed(option, found['value'])}"
+        if option is None and found["name"] in _OF_BUILDERS and "option" in options:
+            return f"--option {found[0]}"
+        if option is None or not found["value"]:
+            return option or found[0]
+        return f"{option}{_typed(option, found['value'])}"
 
     call = re.match(rf"({_CALL}): ", sentence)
     flags = call and _call_as_flags(call[1], options)

@@ -2,12 +2,22 @@
 
 import argparse
 import inspect
+import shlex
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from mamba_attn.commands.options import Commands, add_folder, add_images, add_model, command, settle_threads
+from mamba_attn.commands.options import (
+    Commands,
+    add_folder,
+    add_images,
+    add_model,
+    command,
+    load_model,
+    settle_threads,
+    spelt_model,
+)
 from mamba_attn.core.requirements import require_extras, writable
 
 if TYPE_CHECKING:
@@ -17,9 +27,11 @@ if TYPE_CHECKING:
     from mamba_attn.explanations.choices import Question
 
 _NEEDED = {"captum": "captum", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
+_HALF = 0.5  # of a picture: less shown is said
 _EXAMPLES = """\
                                    # six sample photos
 photo.jpg --model vmamba_micro --target hat
+scan.png --model net.py:build --weights best.pth --mean 0.5
 'photos/*.jpg' --method raw_attention mamba_lrp"""
 _NOTES = """\
 Writes to FOLDER, for every image: NAME.html (an offline page), NAME.png (the
@@ -29,12 +41,13 @@ row in every layer, all probabilities); and index.html, which lists them.
 
 
 class Job(NamedTuple):
-    """A run of the command: a question per model, the images, the folder for results."""
+    """A run of the command: a question per model, the images, the folder for results, the model's options as typed."""
 
     questions: list["Question"]
     paths: list[Path]
     folder: Path
     call: str
+    model: str
 
 
 def add_parser(commands: Commands) -> None:
@@ -107,86 +120,62 @@ def _methods() -> str:
 def _job(args: argparse.Namespace) -> Job:
     """Parse and check everything possible before the first image."""
     from mamba_attn import images
-    from mamba_attn.datasets import loaded_model
+    from mamba_attn.datasets import loading
+    from mamba_attn.datasets.class_names import parse_target
     from mamba_attn.explanations import choices
 
     paths = images.find(args.image) if args.image else images.samples()
-    first = loaded_model.load(args.model, args.weights, args.device)
+    first = load_model(args)
     methods = choices.parse_methods(args.method, first)
     question = choices.Question(
         first,
         methods,
         choices.parse_layers(args.layer, first),
-        loaded_model.parse_target(args.target, first),
+        parse_target(args.target, first),
         choices.parse_query(args.query, args.box, first, methods),
     )
-    beside = args.beside or (None if args.weights == "demo" else loaded_model.NO_COMPANION)
-    second = loaded_model.load_companion(beside, first, args.device)
+    beside = args.beside or (None if first.weights == "demo" else loading.NO_COMPANION)
+    second = loading.load_companion(beside, first, args.device)
     questions = [question, *([] if second is None else [question.of_companion(second)])]
     settle_threads(each.subject.parameters for each in questions)
-    return Job(questions, paths, writable(args.out), args.call)
+    return Job(questions, paths, writable(args.out), args.call, spelt_model(args))
 
 
 def _explain(job: Job) -> int:
-    """Explain images one by one; print the table of predictions and the location of the pages."""
+    """Explain images one by one; print the table of predictions, and the next command."""
     from rich.console import Console
     from rich.progress import Progress
 
     from mamba_attn import images
     from mamba_attn.errors import NonFiniteError
     from mamba_attn.explanations.answer import answer
-    from mamba_attn.explanations.page import index
+    from mamba_attn.explanations.explaining import Pages
 
     progress = Progress(console=Console(stderr=True))
-    table, done = _table(job.questions), []
+    table, done, pages = _table(job.questions), 0, Pages(job.folder, job.call)
     with progress:
-        for path, name in progress.track(
-            list(zip(job.paths, _names(job.paths), strict=True)), description="explaining"
-        ):
+        for path in progress.track(job.paths, description="explaining"):
             try:
                 answers = [answer(question, path) for question in job.questions]
             except (images.ImageError, NonFiniteError) as error:
                 progress.console.print(f"skipped: {error}", markup=False, highlight=False, soft_wrap=True)
                 continue
-            _write(job, path.name, name, answers)
+            if answers[0].left_out > _HALF:
+                share = f"{answers[0].left_out:.0%}"
+                progress.console.print(f"{path}: {share} of the picture are cut off, as the page shows", soft_wrap=True)
+            pages.add(path.name, answers)
             _add_rows(table, path.name, answers)
-            done.append((path.name, name))
-    if done:
-        (job.folder / "index.html").write_text(index(*map(list, zip(*done, strict=True))), encoding="utf-8")
+            done += 1
+    pages.finish()
     console = Console()
     if table.row_count:
         console.print(table)
-    summary = f"{len(done)} of {len(job.paths)} images explained"
-    where = f"; open {job.folder / 'index.html'}" if done else ""
-    console.print(summary + where, markup=False, highlight=False, soft_wrap=True)
-    return 0 if len(done) == len(job.paths) else 1
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    """Return a unique name per image: its stem, numbered if another image or the index has the same."""
-    names: dict[str, None] = {"index": None}
-    for path in paths:
-        name, number = path.stem, 2
-        while name in names:
-            name, number = f"{path.stem}-{number}", number + 1
-        names[name] = None
-    return list(names)[1:]
-
-
-def _write(job: Job, title: str, name: str, answers: Sequence["Answer"]) -> None:
-    """Write <name>.html, .png and .npz."""
-    import numpy as np
-
-    from mamba_attn.explanations.page import page, sheet
-    from mamba_attn.figures.png import save_png
-
-    first, *others = answers
-    arrays = first.arrays()
-    for other in others:
-        arrays |= other.arrays(f"{other.name}.")
-    (job.folder / f"{name}.html").write_text(page(title, answers, job.call), encoding="utf-8")
-    save_png(job.folder / f"{name}.png", sheet(answers))
-    np.savez_compressed(job.folder / f"{name}.npz", **arrays)  # type: ignore[arg-type]
+    lines = [f"{done} of {len(job.paths)} images explained" + (f"; open {job.folder / 'index.html'}" if done else "")]
+    if done:
+        folder = shlex.quote(str(job.paths[0].parent))
+        lines.append(f"next: mamba-attn collect {job.model} --data {folder} --out store".replace("  ", " "))
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    return 0 if done == len(job.paths) else 1
 
 
 def _table(questions: Sequence["Question"]) -> "Table":
@@ -203,11 +192,11 @@ def _table(questions: Sequence["Question"]) -> "Table":
 def _add_rows(table: "Table", name: str, answers: Sequence["Answer"]) -> None:
     from rich.text import Text
 
-    best = [answer.best() for answer in answers]
-    count = max(len(classes) for classes in best)
+    best = [[(label, answer.spelt(value)) for label, value in answer.best()] for answer in answers]
+    count = max(1, *(len(classes) for classes in best))
     for place in range(count):
         cells = [Text(name if place == 0 else "")]
         for classes in best:
-            label, probability = classes[place] if place < len(classes) else ("", None)
-            cells += [Text(label), Text("" if probability is None else f"{probability:.1%}")]
+            label, value = classes[place] if place < len(classes) else ("no classes" if not classes else "", "")
+            cells += [Text(label), Text(value)]
         table.add_row(*cells, end_section=place + 1 == count)

@@ -4,20 +4,21 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from mamba_attn.commands.options import Commands, command
+from mamba_attn.commands.options import Commands, add_model, command, open_stores
 from mamba_attn.commands.terminal import progress_bar
 from mamba_attn.core.requirements import require_extras
 
-_NEEDED = {"dash": "dash", "plotly": "plotly", "PIL": "pillow", "zarr": "zarr"}
+_NEEDED = {"starlette": "starlette", "uvicorn": "uvicorn", "jinja2": "jinja2", "PIL": "pillow", "zarr": "zarr"}
 _EXAMPLES = """\
                          # a bundled model on six photos
 store
+store --model net.py:build   # collected with your own code
 store1 store2 --port 0   # side by side, on any free port"""
 _NOTES = """\
-Two linked views of the attention between patches: points (a stage's blocks
-over images, or a block's patches) and the patch grid over the image. Click,
-or drag a box or lasso in one; the other follows. The page's address holds the
-whole view.
+A page that shows where the model looks: a photo, a selected patch, what it
+takes from all others, on this photo, usually, and in every block; next to it,
+patches and blocks as points. Click a patch or a point, or drag over several.
+The page's address holds the whole view; "Save as one page" makes a file of it.
 
 The explorer is reachable only from this machine, unless --host says otherwise;
 anyone who reaches it sees the store's images. Ctrl+C stops it.
@@ -38,12 +39,13 @@ def add_parser(commands: Commands) -> None:
     add("store", nargs="*", metavar="STORE", help="made by mamba-attn collect; default: a bundled model on six photos")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, this machine only")
     add("--port", default=8050, type=_port, metavar="P", help="default: 8050; 0: any free one")
+    add_model(parser, None)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve the stores until Ctrl+C."""
     require_extras(_NEEDED, "app")
-    serve(_stores(args.store), args.host, args.port)
+    serve(_stores(args), args.host, args.port)
     return 0
 
 
@@ -59,10 +61,10 @@ def serve(stores: Sequence[Any], host: str, port: int) -> None:
         OSError: the port is in use, or the address cannot be bound.
         ValueError: a store has no images.
     """
-    from mamba_attn.viewer.app import build
+    from mamba_attn.viewer.server import Explorer
     from mamba_attn.viewer.serving import bound
 
-    with bound(build(stores, host=host), host, port) as server:
+    with bound(Explorer(stores, host=host), host, port) as server:
         name = f"[{host}]" if ":" in host else host
         print(f"mamba-attn explore: http://{name}:{server.port}/ (Ctrl+C stops)", flush=True)
         try:
@@ -71,12 +73,13 @@ def serve(stores: Sequence[Any], host: str, port: int) -> None:
             print()
 
 
-def _stores(paths: Sequence[str]) -> list[Any]:
-    from mamba_attn.analytics import AttentionStore
+def _stores(args: argparse.Namespace) -> list[Any]:
     from mamba_attn.viewer.demo import demo_store
 
-    if paths:
-        return [AttentionStore.open(path) for path in paths]
+    if args.store:
+        return open_stores(args.store, args)
+    from mamba_attn.analytics import AttentionStore
+
     require_extras({"rich": "rich"}, "analytics")
     with progress_bar() as progress:
         task = progress.add_task("collecting the demo", total=None, visible=False)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mamba_attn.commands.options import Commands, add_folder, command, require_least
+from mamba_attn.commands.options import Commands, add_folder, add_model, command, open_stores, require_least
 from mamba_attn.commands.terminal import plain, progress_bar, show
 from mamba_attn.core.requirements import require_extras, writable
 from mamba_attn.errors import nearest
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _NEEDED = {"zarr": "zarr", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
 _EXAMPLES = """\
 store
+store --model net.py:build --weights best.pth
 raster morton --seeds 3 --accuracy raster=71.5"""
 _NOTES = """\
 STORE: a folder made by mamba-attn collect. Rebuilds its model and compares
@@ -67,6 +68,7 @@ def add_parser(commands: Commands) -> None:
         metavar="NAME=VALUE",
         help="top-1 of a store's model in percent; default: what the card next to its weights says",
     )
+    add_model(parser, None)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     from mamba_attn.findings.accuracy import over_orders
 
     require_least(args, seeds=0, images=1)
-    stores = named(args.store)
+    stores = named(args.store, args)
     accuracies = _accuracies(args.accuracy, stores)
     folder = writable(args.out)
     torch.set_num_threads(1)  # small models: threads would wait for each other longer than they work
@@ -91,18 +93,17 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any("not measured" in note for report in reports for note in report.notes) else 0
 
 
-def named(paths: Sequence[str]) -> "dict[str, AttentionStore]":
+def named(paths: Sequence[str], args: argparse.Namespace | None = None) -> "dict[str, AttentionStore]":
     """Open stores by the names of their folders; names include as much of the path as needed to differ.
 
     Args:
         paths: of the stores.
+        args: of the command, which may name their model.
 
     Raises:
         ValueError: a store is named twice.
         StoreError: a folder is not a store, or half written, damaged or of another version.
     """
-    from mamba_attn.analytics.store import AttentionStore
-
     folders = [Path(path).expanduser().resolve() for path in paths]
     twice = next((path for path in folders if folders.count(path) > 1), None)
     if twice is not None:
@@ -110,7 +111,8 @@ def named(paths: Sequence[str]) -> "dict[str, AttentionStore]":
     parts = 1
     while len({folder.parts[-parts:] for folder in folders}) < len(folders):
         parts += 1
-    return {"/".join(folder.parts[-parts:]): AttentionStore.open(folder) for folder in folders}
+    opened = open_stores(folders, args or argparse.Namespace(model=None))
+    return {"/".join(folder.parts[-parts:]): store for folder, store in zip(folders, opened, strict=True)}
 
 
 def write(

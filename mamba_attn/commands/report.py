@@ -15,13 +15,13 @@ _EXAMPLES = """\
 store --out report.html
 store1 store2 --out both.html --size 20 --images 8"""
 _NOTES = """\
-One page with the two linked views of mamba-attn explore, for grids of up to
-32 x 32 patches. It needs no server and no network: send it, or open it from
-disk. It contains the images that it shows, and the names of all.
+The page of mamba-attn explore in one file, for grids of up to 32 x 32 patches.
+It needs no server and no network: send it, or open it from disk. It contains
+the images that it shows, and the names of all.
 
 The most important parts go in first: the means of the blocks, their points,
-one image, the means of each route, then the other --images kept by collect
---keep. The page and the command list what does not fit into --size, and which
+one image, then, small grids first, the means of each route and the other
+--images kept by collect --keep. The page and the command list what does not fit into --size, and which
 --size or --images would include it.
 """
 
@@ -31,7 +31,7 @@ def add_parser(commands: Commands) -> None:
     parser = command(
         commands,
         "report",
-        "freeze the explorer's views into one page that needs no server",
+        "freeze the explorer's page into one file that needs no server",
         examples=_EXAMPLES,
         notes=_NOTES,
         run=run,
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
     from mamba_attn.analytics import AttentionStore
     from mamba_attn.analytics.index import package_version
-    from mamba_attn.viewer.report.page import make
+    from mamba_attn.viewer.report.content import make
 
     if not 0.5 <= args.size <= 1000:
         raise ValueError(f"--size {args.size:g}: expected 10^6 bytes, from 0.5 to 1000.")

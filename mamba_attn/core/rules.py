@@ -1,10 +1,13 @@
 """What an attribution method may change in a model's forward: activations, gates, norms, scans, attention, layers.
 
 The families' equations (``models/``) call a Rules object inside the mixers. It is also called at every norm, activation
-and linear layer of the model that it ``wants`` (``tracing.module_rules``). ``PLAIN`` changes nothing.
+and linear layer of the model that it ``wants`` (``tracing.module_rules``), and, if it wants them all, at the functions
+that the model calls anywhere else (``tracing.function_rules``). ``PLAIN`` changes nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import local
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -24,9 +27,11 @@ class Rules:
         wants: the ``KINDS`` that the rules also handle outside the mixers' equations: "norm" and "activation"
             modules anywhere in the model, "linear" and convolution modules anywhere, those inside mixers included, and
             the "tokens" that enter each layer.
+        at_doors: whether they also hold where a scan is seen at its door alone, by what its backward pass returns.
     """
 
     wants: ClassVar[frozenset[str]] = frozenset()
+    at_doors: ClassVar[bool] = False
 
     def activation(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Apply an element-wise activation."""
@@ -35,6 +40,24 @@ class Rules:
     def gate(self, y: Tensor, gate: Tensor) -> Tensor:
         """Multiply the scan's output by its gate."""
         return y * gate
+
+    def product(self, function: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+        """Apply a function that is linear in each of two tensors that depend on the model's input."""
+        return function(a, b)
+
+    def fixed(self, factor: Tensor) -> Tensor:
+        """Return what multiplies the tokens: a norm's denominator, softmax probabilities, a sigmoid."""
+        return factor
+
+    def added(self, name: str, y: Tensor, constant: Tensor) -> Tensor:
+        """Return y, to which a constant was added.
+
+        Args:
+            name: of the constant.
+            y: the sum.
+            constant: in any shape that broadcasts over y.
+        """
+        return y
 
     def norm(self, module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Apply a normalisation layer.
@@ -59,7 +82,33 @@ class Rules:
         return record
 
     def enter(self, layer: str, x: Tensor) -> None:
-        """Observe the input of a mixer, by name, after the inputs of the modules around it, outermost first."""
+        """Observe the input of a mixer, by name, after the inputs of the modules around it, outermost first.
+
+        A scan that is seen at its door shows its own input.
+        """
 
 
 PLAIN = Rules()
+
+
+_off = local()
+
+
+@contextmanager
+def unruled(off: bool = True) -> Iterator[None]:
+    """Leave functions as they are inside the block, since what calls them asks the rules itself.
+
+    Args:
+        off: False ends it: a module's own code runs that the rules are to see.
+    """
+    before = ruled_elsewhere()
+    _off.value = off
+    try:
+        yield
+    finally:
+        _off.value = before
+
+
+def ruled_elsewhere() -> bool:
+    """Whether this thread is inside ``unruled``."""
+    return bool(getattr(_off, "value", False))

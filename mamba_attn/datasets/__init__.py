@@ -1,11 +1,13 @@
-"""Collections of test images: folders, zips, a part of one, ImageNet-Segmentation; with labels, boxes or masks.
+"""Collections of test images, and models to show them to.
 
-``open_data`` opens one by its selector; ``Data.load`` reads an image as a model sees it, ``class_indices`` says which
-class of a model, a ``LoadedModel`` with its classes and transform, a label is.
+``open_data`` opens folders, zips, a part of one, ImageNet-Segmentation, with labels, boxes or masks; ``load`` builds a
+model by its name, ``complete`` finds what one made in memory lacks. ``class_indices`` says which class a label is.
 """
 
+from mamba_attn.core.loaded_model import LoadedModel
+from mamba_attn.datasets.class_names import class_indices
 from mamba_attn.datasets.data import open_data
-from mamba_attn.datasets.loaded_model import LoadedModel, class_indices
+from mamba_attn.datasets.loading import complete, load
 from mamba_attn.datasets.samples import Data, Item, Sample, half_of
 
-__all__ = ["Data", "Item", "LoadedModel", "Sample", "class_indices", "half_of", "open_data"]
+__all__ = ["Data", "Item", "LoadedModel", "Sample", "class_indices", "complete", "half_of", "load", "open_data"]

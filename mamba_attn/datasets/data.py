@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from mamba_attn import images
+from mamba_attn.core.transform import Transform
 from mamba_attn.datasets.samples import Data, Item, Regions, box_coverage, transformed_mask
 from mamba_attn.images import ImageError
-from mamba_attn.models.transforms import EvaluationTransform
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -115,8 +115,12 @@ class Files(ABC):
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.root}: {name} is not UTF-8 text.") from error
 
-    def picture(self, name: str) -> "Image":
+    def picture(self, name: str, range: tuple[float, float] | None = None) -> "Image":
         """Return an image, 8-bit RGB.
+
+        Args:
+            name: of the file.
+            range: as in ``images.read``.
 
         Raises:
             ImageError: the file is absent or damaged.
@@ -128,7 +132,7 @@ class Files(ABC):
             raise images.ImageError(f"{where}: no such file.") from error
         except _DAMAGED as error:
             raise images.ImageError(f"{where}: the zip is damaged at this file ({error}).") from error
-        return images.read(io.BytesIO(content), where)
+        return images.read(io.BytesIO(content), where, range=range)
 
 
 class Folder(Files):
@@ -190,10 +194,10 @@ class FileData(Data):
         super().__init__(*args, **options)
         self._files, self._base = files, base
 
-    def _picture(self, item: Item) -> "Image":
-        return self._files.picture(self._base + item.key)
+    def _picture(self, item: Item, range: tuple[float, float] | None) -> "Image":
+        return self._files.picture(self._base + item.key, range)
 
-    def _regions(self, item: Item, picture: "Image", transform: EvaluationTransform) -> Regions:
+    def _regions(self, item: Item, picture: "Image", transform: Transform) -> Regions:
         if item.boxes is not None:
             size = (picture.height, picture.width)
             _check_boxes(item)
@@ -386,7 +390,7 @@ class ImageNetSegmentation(Data):
         items = [Item(f"{index:05d}", mask=f"{index:05d}") for index in range(count)]
         super().__init__(name, f"{Path(path).name}-{Path(path).stat().st_size}", items, truth="masks")
 
-    def _picture(self, item: Item) -> "Image":
+    def _picture(self, item: Item, range: tuple[float, float] | None) -> "Image":
         from PIL import Image
 
         pixels = self._read(item.key, "img")
@@ -394,7 +398,7 @@ class ImageNetSegmentation(Data):
             raise ImageError(f"{self.name}: {item.key}: expected an image (3, columns, rows), got {pixels.shape}.")
         return Image.fromarray(np.ascontiguousarray(pixels.transpose(2, 1, 0).astype(np.uint8)))
 
-    def _regions(self, item: Item, picture: "Image", transform: EvaluationTransform) -> Regions:
+    def _regions(self, item: Item, picture: "Image", transform: Transform) -> Regions:
         from PIL import Image
 
         mask = self._read(item.key, "gt").T.astype(np.uint8)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mamba_attn._types import Float
-from mamba_attn.models.transforms import EvaluationTransform
+from mamba_attn.core.transform import Transform
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -104,23 +104,23 @@ class Data(ABC):
         found = [index for index, item in enumerate(self.items) if half == "all" or half_of(item.key) == half]
         return found[:limit]
 
-    def load(self, index: int, transform: EvaluationTransform) -> Sample:
+    def load(self, index: int, transform: Transform) -> Sample:
         """Read one image, and its truth, as a model sees them.
 
         Raises:
             ImageError: the file, or its mask, is damaged or absent.
         """
         item = self.items[index]
-        picture = self._picture(item)
+        picture = self._picture(item, transform.range)
         inside, trap = self._regions(item, picture, transform)
         return Sample(item.key, transform.pixels(picture), item.label, inside, trap)
 
     @abstractmethod
-    def _picture(self, item: Item) -> "Image":
-        """Read the image, 8-bit RGB."""
+    def _picture(self, item: Item, range: tuple[float, float] | None) -> "Image":
+        """Read the image, 8-bit RGB; ``range`` as in ``images.read``."""
 
     @abstractmethod
-    def _regions(self, item: Item, picture: "Image", transform: EvaluationTransform) -> Regions:
+    def _regions(self, item: Item, picture: "Image", transform: Transform) -> Regions:
         """Return its truth in the pixels of the transformed image."""
 
 
@@ -138,7 +138,7 @@ def _digest(key: str) -> bytes:
 
 
 def box_coverage(
-    boxes: Sequence[Sequence[float]], image: tuple[int, int], transform: EvaluationTransform
+    boxes: Sequence[Sequence[float]], image: tuple[int, int], transform: Transform
 ) -> Float[torch.Tensor, "rows columns"]:
     """Return the fraction of every pixel of the transformed image that lies in the boxes, in 0..1.
 
@@ -147,30 +147,30 @@ def box_coverage(
     Args:
         boxes: (x0, y0, x1, y1) each, in pixels of the image.
         image: its (rows, columns).
-        transform: scale to cover, cut the centre out.
+        transform: of the model.
+
+    Raises:
+        ValueError: the transform is a function.
     """
-    scale = max(cover / side for cover, side in zip(transform.cover, image, strict=True))
+    axes = transform.axes(*image)
     whole = torch.zeros(transform.size)
     for x0, y0, x1, y1 in boxes:
         parts = [
-            _covered(low * scale - cut, high * scale - cut, length)
-            for low, high, side, length in (
-                (y0, y1, image[0], transform.size[0]),
-                (x0, x1, image[1], transform.size[1]),
-            )
-            for cut in (round((side * scale - length) / 2),)  # whole pixels, like the transform
+            _covered(low * axis.scale - axis.cut, high * axis.scale - axis.cut, length)
+            for (low, high), axis, length in zip(((y0, y1), (x0, x1)), axes, transform.size, strict=True)
         ]
         whole = torch.maximum(whole, parts[0][:, None] * parts[1])
     return whole
 
 
-def transformed_mask(mask: "Image", transform: EvaluationTransform) -> np.ndarray:
+def transformed_mask(mask: "Image", transform: Transform) -> np.ndarray:
     """Return a mask as the model sees its image, (rows, columns): the value of the nearest pixel, never a mixture.
 
     Args:
         mask: 8-bit grey, the image's size; its values are numbers of regions.
         transform: of the model.
     """
+    transform.axes(mask.height, mask.width)  # raises where it is a function
     return replace(transform, interpolation="nearest").pixels(mask)[..., 0]
 
 

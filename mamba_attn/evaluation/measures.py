@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba_attn.datasets.samples import Sample
+from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.evaluation import perturbation, sanity
 from mamba_attn.evaluation.cost import cost
 from mamba_attn.evaluation.localisation import locate
@@ -82,7 +83,14 @@ def _perturbed(batch: Batch, maps: Tensor, cell: int) -> list[dict[str, Any]]:
     task, clean = batch.task, batch.clean
     seeds = [task.options.seed * 1_000_003 + index for index in batch.indices]
     found = perturbation.perturb(
-        answers(task), batch.images, maps, clean.explained, cell=cell, seeds=seeds, fill=task.options.fill
+        answers(task),
+        batch.images,
+        maps,
+        clean.explained,
+        cell=cell,
+        seeds=seeds,
+        fill=task.options.fill,
+        subject=task.model.subject,
     )
     flat = constant(maps).tolist()
     return [
@@ -159,15 +167,17 @@ JUDGES: dict[str, Callable[[Batch, Tensor, str], list[dict[str, Any]]]] = {
 
 
 def answers(task: Task) -> Callable[[Tensor], Tensor]:
-    """Return the model, in the precision of its answers."""
-    model = task.model.subject.model
+    """Return the model's scores, in the precision of its answers."""
+    subject = task.model.subject
 
-    def autocast(images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, dtype=torch.bfloat16):
-            logits: Tensor = model(images)
+    def scores(images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=task.options.precision != "float32"):
+            logits = subject.logits(images)
+        if logits is None:
+            raise UnsupportedModelError(f"{subject.name} predicts no classes, so there is nothing to measure.")
         return logits
 
-    return model if task.options.precision == "float32" else autocast
+    return scores
 
 
 def _second(batch: Batch) -> Tensor:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mamba_attn import images as image_files
 from mamba_attn._types import Bool, Float, Int
+from mamba_attn.core.loaded_model import LoadedModel
+from mamba_attn.core.transform import Transform
 from mamba_attn.errors import NonFiniteError
 from mamba_attn.evaluation.ranking import ranking, to_pixels
 
@@ -56,20 +57,20 @@ class Perturbed:
     probability: Float[Tensor, "batch 2 9"]
 
 
-def fill_value(fill: str) -> Float[Tensor, "3 1 1"]:
+def fill_value(fill: str, shown: Transform | None = None) -> Float[Tensor, "colours 1 1"]:
     """Return what replaces a pixel, after normalisation.
 
     Args:
-        fill: "black", 0 before normalisation, as published; "mean", ImageNet's mean colour.
+        fill: "black", 0 before normalisation, as published; "mean", the mean colour of the normalisation.
+        shown: the model's transform. Default: ImageNet's normalisation.
 
     Raises:
         ValueError: an unknown fill.
     """
     if fill not in FILLS:
         raise ValueError(f"fill={fill!r}: expected 'black' or 'mean'.")
-    if fill == "mean":
-        return torch.zeros(3, 1, 1)
-    return image_files.normalise(np.zeros((1, 1, 1, 3), dtype=np.uint8))[0]
+    black = (Transform((1, 1)) if shown is None else shown).normalise(np.zeros((1, 1, 1, 3), dtype=np.uint8))[0]
+    return torch.zeros_like(black) if fill == "mean" else black
 
 
 def clean_answers(
@@ -77,6 +78,7 @@ def clean_answers(
     images: Float[Tensor, "batch 3 height width"],
     fill: str = "black",
     explained: Sequence[int | None] | None = None,
+    subject: LoadedModel | None = None,
 ) -> Clean:
     """Run the model once on the images, and on one without content; all methods share the answers.
 
@@ -85,14 +87,15 @@ def clean_answers(
         images: normalised.
         fill: as in ``fill_value``.
         explained: class per image whose probability is followed; None for the predicted one.
+        subject: whose transform and head count. Default: ImageNet's normalisation, softmax.
 
     Raises:
         ValueError: a class outside the model's.
         NonFiniteError: an answer of NaN or Inf.
     """
     with torch.inference_mode():
-        empty = fill_value(fill).to(images).expand_as(images[:1])
-        chances = torch.cat([model(images), model(empty)]).float().softmax(1)
+        empty = fill_value(fill, None if subject is None else subject.transform).to(images).expand_as(images[:1])
+        chances = _chances(torch.cat([model(images), model(empty)]), subject)
     if not bool(chances.isfinite().all()):
         raise NonFiniteError("the model's answer contains NaN or Inf, so it predicts no class.")
     predicted, classes = chances[:-1].argmax(1), chances.shape[1]
@@ -114,6 +117,7 @@ def perturb(
     seeds: Sequence[int] | None = None,
     fill: str = "black",
     batch: int = BATCH,
+    subject: LoadedModel | None = None,
 ) -> Perturbed:
     """Remove 10 to 90 % of every image, highest cells first and lowest cells first, and run the model each time.
 
@@ -126,6 +130,7 @@ def perturb(
         seeds: of the order of equal cells, one per image. Default: 0, 1, ...
         fill: as in ``fill_value``.
         batch: perturbed images per forward.
+        subject: as in ``clean_answers``.
 
     Raises:
         ValueError: maps of another size than the images.
@@ -136,18 +141,22 @@ def perturb(
             f"perturb: expected a map per image in pixels, got {tuple(maps.shape)} for {tuple(images.shape)}."
         )
     order = ranking(maps, cell, range(len(maps)) if seeds is None else seeds)
-    value = fill_value(fill).to(images)
+    value = fill_value(fill, None if subject is None else subject.transform).to(images)
     answers = []
     with torch.inference_mode():
         for image, its in zip(images, order, strict=True):
             gone = to_pixels(_removed(its), cell, (image.shape[1], image.shape[2])).flatten(0, 1)
             changed = torch.where(gone.unsqueeze(1), value, image)
-            answers.append(torch.cat([model(part) for part in changed.split(batch)]).float().softmax(1))
+            answers.append(_chances(torch.cat([model(part) for part in changed.split(batch)]), subject))
     chances = torch.stack(answers).unflatten(1, (2, len(TENTHS)))
     if not bool(chances.isfinite().all()):
         raise NonFiniteError("the model's answer to an image with cells removed contains NaN or Inf.")
     probability = chances.gather(3, explained.to(chances.device).view(-1, 1, 1, 1).expand(-1, *chances.shape[1:3], 1))
     return Perturbed(chances.argmax(3), probability.squeeze(3))
+
+
+def _chances(logits: Tensor, subject: LoadedModel | None) -> Tensor:
+    return logits.float().softmax(1) if subject is None else subject.probabilities(logits)
 
 
 def auc(accuracy: np.ndarray) -> np.ndarray:

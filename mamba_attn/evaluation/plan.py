@@ -5,8 +5,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from mamba_attn.datasets.class_names import class_indices
 from mamba_attn.datasets.data import open_data
-from mamba_attn.datasets.loaded_model import class_indices
 from mamba_attn.datasets.samples import Data
 from mamba_attn.evaluation.specs import LABEL, Model, Options
 from mamba_attn.evaluation.store import Key, Store

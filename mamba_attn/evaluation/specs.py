@@ -4,15 +4,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
 
 from mamba_attn.attribution import MapAttribution, catalogue, spec
-from mamba_attn.datasets import loaded_model
-from mamba_attn.datasets.loaded_model import LoadedModel
+from mamba_attn.core.loaded_model import LoadedModel
+from mamba_attn.datasets import loading
+from mamba_attn.datasets.class_names import parse_target
 from mamba_attn.errors import nearest
 from mamba_attn.evaluation.ranking import token_cell
+from mamba_attn.models import registry
 
 PREDICTED, LABEL = "predicted", "label"
 # raised by models, methods and images; captum asserts
@@ -49,14 +52,16 @@ class Model:
     """A model of the comparison, as text; loaded once per object, on demand, and freed with it.
 
     Args:
-        name: see ``mamba_attn.models.create``.
-        weights: "demo", "official" or a file.
+        name: see ``mamba_attn.load``.
+        weights: as there; "" for its default.
         device: "cpu" or "cuda".
+        more: further arguments of ``mamba_attn.load``, and their values.
     """
 
     name: str
     weights: str = "demo"
     device: str = "cpu"
+    more: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
     def parse(cls, text: str, device: str = "cpu") -> "Model":
@@ -67,17 +72,28 @@ class Model:
         """
         name, given, weights = text.partition("=")
         if given and not weights:
-            raise ValueError(f"model={text!r}: expected demo, official or a file after the =.")
-        return cls(name, weights if given else "demo", device)
+            raise ValueError(f"models={text!r}: expected demo, official or a file after the =.")
+        return cls(name, weights if given else "demo" if name in registry.names() else "", device)
 
-    def __reduce__(self) -> tuple[type["Model"], tuple[str, str, str]]:
+    @classmethod
+    def of(cls, loaded: LoadedModel) -> "Model":
+        """Take a model that is in memory; it cannot go to other processes.
+
+        Args:
+            loaded: complete, with its transform and classes.
+        """
+        made = cls(str(loaded.name), loaded.fingerprint, loaded.device.type)
+        vars(made)["subject"] = loaded
+        return made
+
+    def __reduce__(self) -> tuple[type["Model"], tuple[Any, ...]]:
         """Pickle as text, without the loaded model."""
-        return Model, (self.name, self.weights, self.device)
+        return Model, (self.name, self.weights, self.device, self.more)
 
     @cached_property
     def subject(self) -> LoadedModel:
-        """The model itself, loaded at first access; see ``loaded_model.load`` for the errors."""
-        return loaded_model.load(self.name, self.weights, self.device)
+        """The model itself, loaded at first access; see ``mamba_attn.load`` for the errors."""
+        return loading.load(self.name, self.weights or None, device=self.device, **dict(self.more))
 
     @property
     def identity(self) -> str:
@@ -92,7 +108,7 @@ class Model:
         """
         if options.target in (PREDICTED, LABEL):
             return None
-        return loaded_model.parse_target(options.target, self.subject)
+        return parse_target(options.target, self.subject)
 
     def misfit(self, method: str) -> str | None:
         """Return why a method does not fit this model, and which one does; None if it fits. Also tries its options."""
@@ -103,7 +119,8 @@ class Model:
     def cell(self, size: tuple[int, int]) -> int:
         """Return the side of the ranked cells of an image of (rows, columns), in pixels."""
         if size not in self._cells:
-            empty = torch.zeros(1, 3, *size, device=self.subject.device)
+            channels = len(self.subject.transform.mean)
+            empty = torch.zeros(1, channels, *size, device=self.subject.device)
             self._cells[size] = token_cell(self.subject.model, empty)
         return self._cells[size]
 
@@ -120,7 +137,7 @@ class Model:
         refusal = catalogue.refusal(its.name, subject.model, self.name)
         if refusal is None and its.options:
             try:
-                its.build(subject.model).attribute(torch.zeros(1, 3, *subject.transform.size, device=subject.device))
+                its.build(subject.model).attribute(subject.transform.blank().to(subject.device))
             except FAILURES as error:
                 return str(error) or type(error).__name__
         return refusal

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mamba_attn.datasets.loaded_model import is_imagenet
+from mamba_attn.datasets.class_names import is_imagenet
 from mamba_attn.evaluation.intervals import DRAWS, Interval
 from mamba_attn.evaluation.metrics import METRICS
 from mamba_attn.evaluation.summary import Figure, Table
@@ -254,7 +254,11 @@ SEGMENTATION = (
 
 def beside(table: Table) -> tuple[Published, ...]:
     """Return the published rows to compare with; empty unless weights and images are those of the paper."""
-    if table.model.name != MAMBA or table.model.weights == "demo" or len(table.model.subject.classes) != _CLASSES:
+    if (
+        table.model.name != MAMBA
+        or table.model.subject.weights == "demo"
+        or len(table.model.subject.classes) != _CLASSES
+    ):
         return ()
     if table.data.identity.startswith("gtsegs_ijcv.mat"):
         return SEGMENTATION

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mamba_attn import images as image_files
+from mamba_attn.datasets.class_names import class_indices
 from mamba_attn.datasets.data import open_data
-from mamba_attn.datasets.loaded_model import class_indices
 from mamba_attn.datasets.samples import Data, Sample
 from mamba_attn.errors import NonFiniteError
 from mamba_attn.evaluation import perturbation
@@ -56,9 +55,10 @@ def _work(task: Task, data: Data) -> list[Record]:
             lines += _failed(task, data, _restricted(task.needs, [index]), error)
     if not samples:
         return lines
-    images = image_files.normalise(np.stack([sample.pixels for sample in samples.values()])).to(subject.device)
+    pixels = np.stack([sample.pixels for sample in samples.values()])
+    images = subject.transform.normalise(pixels).to(subject.device)
     try:
-        clean = perturbation.clean_answers(answers(task), images, task.options.fill, classes)
+        clean = perturbation.clean_answers(answers(task), images, task.options.fill, classes, subject)
     except FAILURES as error:
         if len(samples) == 1:
             return lines + _failed(task, data, _restricted(task.needs, list(samples)), error)

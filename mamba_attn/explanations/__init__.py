@@ -1,4 +1,9 @@
-"""Behind ``mamba-attn explain``: turns an image file into a page, a picture and arrays.
+"""Explains images: maps, matrices and rows of a model's attention, as pages, pictures and arrays.
 
-It serves the command and promises nothing else. In code, use ``mamba_attn.attribution`` and ``mamba_attn.figures``.
+``explain`` does it all; ``mamba-attn explain`` is the same as a command.
 """
+
+from mamba_attn.explanations.answer import Answer
+from mamba_attn.explanations.explaining import explain
+
+__all__ = ["Answer", "explain"]

@@ -3,17 +3,23 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mamba_attn import images
 from mamba_attn.attribution import RawAttention
 from mamba_attn.attribution.queries import Query
 from mamba_attn.attribution.spec import Method
+from mamba_attn.core.loaded_model import LoadedModel
+from mamba_attn.datasets.loading import traced_layers
 from mamba_attn.explanations.choices import Question
 from mamba_attn.tracing.tracer import trace
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 DEPTHS = (0.25, 0.5, 0.75)
 
@@ -25,8 +31,9 @@ class Answer:
     Args:
         question: the request.
         image: (rows, columns, 3) uint8, as the model saw it.
-        probabilities: (classes,).
-        explained: the class that class-dependent maps explain.
+        probabilities: (classes,), what the head makes of the scores; empty for a model without classes.
+        explained: the class that class-dependent maps explain; None for a model without classes.
+        left_out: the share of the picture that the model was not shown, 0..1.
         reader: the token whose attention is shown, in words.
         maps: (rows, columns) by method.
         matrices: attention matrices, channels or heads averaged, (tokens, tokens) by layer.
@@ -36,16 +43,17 @@ class Answer:
     question: Question
     image: np.ndarray
     probabilities: np.ndarray
-    explained: int
+    explained: int | None
     reader: str
     maps: dict[str, np.ndarray]
     matrices: dict[str, np.ndarray]
     read: dict[str, np.ndarray]
+    left_out: float = 0.0
 
     @property
     def name(self) -> str:
         """The name of the model in titles and files."""
-        return self.question.subject.name
+        return str(self.question.subject.name)
 
     @property
     def methods(self) -> Sequence[Method]:
@@ -54,16 +62,25 @@ class Answer:
 
     def class_name(self, index: int) -> str:
         """Return the name of a class."""
-        return self.question.subject.classes[index]
+        return str(self.question.subject.classes[index])
 
     def best(self, count: int = 5) -> list[tuple[str, float]]:
         """Return the most likely classes with their probabilities, best first."""
         order = np.argsort(-self.probabilities, kind="stable")[:count].tolist()
         return [(self.class_name(index), float(self.probabilities[index])) for index in order]
 
+    def spelt(self, value: float, digits: int = 1) -> str:
+        """Return a probability in per cent, or a score of a head without probabilities as a number."""
+        return f"{100 * value:.{digits}f}%" if self.question.subject.gives_probabilities else f"{value:.4g}"
+
+    @property
+    def depths(self) -> int:
+        """Number of the model's layers."""
+        return len(traced_layers(self.question.subject))
+
     def depth(self, layer: str) -> str:
         """Return a layer's position, e.g. "layer 3 of 12"."""
-        names = self.question.subject.layers
+        names = traced_layers(self.question.subject)
         return f"layer {names.index(layer) + 1} of {len(names)}"
 
     def arrays(self, prefix: str = "") -> dict[str, np.ndarray]:
@@ -72,8 +89,8 @@ class Answer:
             "image": self.image,
             "probabilities": self.probabilities,
             "classes": np.array(self.question.subject.classes),
-            "explained": np.array(self.explained),
-            "layers": np.array(self.question.subject.layers),
+            "explained": np.array(-1 if self.explained is None else self.explained),
+            "layers": np.array(traced_layers(self.question.subject)),
             **self.maps,
             **{f"attention.{name}": matrix for name, matrix in self.matrices.items()},
             **{f"row.{name}": row for name, row in self.read.items()},
@@ -81,8 +98,12 @@ class Answer:
         return {prefix + name: array for name, array in named.items()}
 
 
-def answer(question: Question, path: Path) -> Answer:
+def answer(question: Question, image: "Path | Image | Tensor") -> Answer:
     """Explain one image.
+
+    Args:
+        question: what is asked of every image.
+        image: a file, a Pillow image, or the model's own input, (colours, rows, columns).
 
     Raises:
         ImageError: the file cannot be read.
@@ -90,12 +111,16 @@ def answer(question: Question, path: Path) -> Answer:
         ValueError, MambaAttnError: the question does not fit the model.
     """
     subject, layers, query = question.subject, list(question.layers), question.query
-    picture = subject.transform.pixels(path)
-    inputs = images.normalise(picture[None]).to(subject.device)
-    shown = layers or _at_depths(subject.layers)
-    with torch.no_grad(), trace(subject.model, layers=shown, attention="mean") as record:
-        logits = subject.model(inputs)
-    explained = int(logits[0].argmax()) if question.target is None else question.target
+    picture, left_out = _shown(subject, image)
+    if isinstance(image, Tensor):
+        inputs = image[None].to(subject.device)
+    else:
+        inputs = subject.transform.normalise(picture[None]).to(subject.device)
+    shown = layers or _at_depths(traced_layers(subject))
+    with torch.no_grad(), trace(subject.model, layers=shown, attention="mean", layout=subject.layout) as record:
+        logits = subject.logits(inputs)
+    chances = np.zeros(0) if logits is None else subject.probabilities(logits)[0].cpu().numpy()
+    explained = question.target if question.target is not None or logits is None else int(logits[0].argmax())
     with torch.no_grad():
         matrices = {layer.name: layer.attention()[0].cpu().numpy() for layer in record.layers}
     place: dict[str, Any] = {} if query is None else query.argument
@@ -107,13 +132,22 @@ def answer(question: Question, path: Path) -> Answer:
     return Answer(
         question=question,
         image=picture,
-        probabilities=logits.softmax(1)[0].cpu().numpy(),
+        probabilities=chances,
         explained=explained,
         reader=_reader(query, bool(record.layers[-1].layout.class_tokens)),
         maps=maps,
         matrices=matrices,
         read={name: row[0].cpu().numpy() for name, row in rows.items()},
+        left_out=left_out,
     )
+
+
+def _shown(subject: LoadedModel, image: "Path | Image | Tensor") -> tuple[np.ndarray, float]:
+    """Return the picture as the model sees it, and the share of it that it does not see."""
+    if isinstance(image, Tensor):
+        return subject.transform.pixels(image), 0.0
+    picture = images.read(image, range=subject.transform.range) if isinstance(image, str | Path) else image
+    return subject.transform.pixels(picture), 1 - subject.transform.shown_share(picture.height, picture.width)
 
 
 def _reader(query: Query | None, class_token: bool) -> str:

@@ -7,8 +7,9 @@ from typing import NamedTuple
 from mamba_attn.attribution import catalogue
 from mamba_attn.attribution.queries import Query, require_inside
 from mamba_attn.attribution.spec import Method, method
+from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.core.requirements import parse_place
-from mamba_attn.datasets.loaded_model import LoadedModel
+from mamba_attn.datasets.loading import traced_layers
 from mamba_attn.errors import nearest
 
 _DEFAULT = ("raw_attention", "attention_rollout", "mamba_attribution")
@@ -25,9 +26,16 @@ def parse_methods(methods: Sequence[str], subject: LoadedModel) -> list[Method]:
         ValueError: an unknown name, option or value, or a method that does not fit the model.
     """
     default = [catalogue.counterpart(name, subject.model) for name in _DEFAULT]
+    if not subject.classes:
+        default = [name for name in default if not method(name).of_a_class]
     found = {its.key: its for its in map(method, methods or default)}
     for its in found.values():
-        refusal = catalogue.refusal(its.name, subject.model, subject.name)
+        if its.of_a_class and not subject.classes:
+            raise ValueError(
+                f"methods={its.key!r}: it explains a class, and {subject.name} has none; without classes there are "
+                f"{' and '.join(default)}, and others."
+            )
+        refusal = catalogue.refusal(its.name, subject.model, str(subject.name))
         if refusal:
             raise ValueError(f"methods={its.key!r}: {refusal}")
         its.build(subject.model)  # raises if options exclude each other
@@ -75,24 +83,25 @@ def parse_layers(layers: Sequence[str], subject: LoadedModel) -> list[str]:
     Raises:
         ValueError: one of them matches no layer.
     """
+    every = traced_layers(subject) if layers else []
     chosen = set()
     for text in layers:
-        if text.removeprefix("-").isdecimal() and -len(subject.layers) <= int(text) < len(subject.layers):
-            chosen.add(subject.layers[int(text)])
+        if text.removeprefix("-").isdecimal() and -len(every) <= int(text) < len(every):
+            chosen.add(every[int(text)])
             continue
-        fitting = [name for name in subject.layers if fnmatchcase(name, text)]
+        fitting = [name for name in every if fnmatchcase(name, text)]
         if not fitting:
-            known = f"{subject.name} has {len(subject.layers)} layers, 0..{len(subject.layers) - 1}. "
-            raise ValueError(f"layers={text!r}: no such layer; {known}{nearest(text, subject.layers)}")
+            known = f"{subject.name} has {len(every)} layers, 0..{len(every) - 1}. "
+            raise ValueError(f"layers={text!r}: no such layer; {known}{nearest(text, every)}")
         chosen.update(fitting)
-    return [name for name in subject.layers if name in chosen]
+    return [name for name in every if name in chosen]
 
 
 def same_depth(layers: Sequence[str], subject: LoadedModel, other: LoadedModel) -> list[str]:
     """Return the layers of a second model at the same relative depth as those of the first."""
-    last, others_last = len(subject.layers) - 1, len(other.layers) - 1
-    deep = {round(subject.layers.index(name) / max(last, 1) * others_last) for name in layers}
-    return [other.layers[index] for index in sorted(deep)]
+    own, others = traced_layers(subject), traced_layers(other)
+    deep = {round(own.index(name) / max(len(own) - 1, 1) * (len(others) - 1)) for name in layers}
+    return [others[index] for index in sorted(deep)]
 
 
 class Question(NamedTuple):

@@ -70,13 +70,13 @@ def marked(image: np.ndarray, query: Query | None) -> np.ndarray:
 
 
 def _row(answer: Answer) -> np.ndarray:
-    best, probability = answer.best(1)[0]
     panels = [marked(answer.image, answer.question.query)]
-    captions = [f"{answer.name}: {best} {probability:.0%}"]
+    best = "".join(f": {name} {answer.spelt(value, 0)}" for name, value in answer.best(1))
+    captions = [f"{answer.name}{best}"]
     for method in answer.methods:
         values = answer.maps[method.key]
         panels.append(png.overlay_rgb(answer.image, values, **limits(values)))
-        of = f", {answer.class_name(answer.explained)}" if method.of_a_class else ""
+        of = f", {answer.class_name(answer.explained)}" if method.of_a_class and answer.explained is not None else ""
         captions.append(method.title + of)
     for layer, matrix in answer.matrices.items():
         panels.append(png.matrix_rgb(matrix, **limits(matrix)))

@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mamba_attn import images
 from mamba_attn.analytics.collecting import batch_size
 from mamba_attn.analytics.index import StoredLayer
 from mamba_attn.analytics.request import described
 from mamba_attn.analytics.store import AttentionStore
-from mamba_attn.datasets.loaded_model import LoadedModel
+from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.findings import registry as findings
 from mamba_attn.findings.results import Block, Measured, gathered
 from mamba_attn.tracing.tracer import trace
@@ -101,8 +100,8 @@ class Measuring:
     @torch.no_grad()
     def _forward(self, subject: LoadedModel, blocks: Sequence[Block], start: int, stop: int) -> None:
         pixels = np.stack([self.store.pixels(number) for number in range(start, stop)])
-        with trace(subject.model, layers=self.names, attention="mean") as found:
-            subject.model(images.normalise(pixels).to(subject.device))
+        with trace(subject.model, layers=self.names, attention="mean", layout=subject.layout) as found:
+            subject.model(subject.transform.normalise(pixels).to(subject.device))
         for block in blocks:
             layer = found[block.layer.name]
             layer.require_finite()

@@ -46,7 +46,9 @@ def as_units(record: ScanRecord, width: int) -> ScanRecord:
         delta, A = delta.repeat_interleave(repeats, dim=2), A.repeat_interleave(repeats, dim=1)
         gain = None if gain is None else gain.repeat_interleave(repeats, dim=2)
     D = None if record.D is None else record.D[:, ::width]
-    return record.replace(source_u=record.source_u[:, :, ::width], source_delta=delta, A=A, D=D, source_gain=gain)
+    gate = None if record.gate is None else record.gate[:, ::width]
+    u = record.source_u[:, :, ::width]
+    return record.replace(source_u=u, source_delta=delta, A=A, D=D, source_gain=gain, gate=gate)
 
 
 def by_group(record: ScanRecord) -> list[ScanRecord]:
@@ -165,6 +167,7 @@ def _channels(record: ScanRecord, channels: slice) -> ScanRecord:
         A=record.A[:, channels],
         D=None if record.D is None else record.D[:, channels],
         source_gain=None if record.source_gain is None else record.source_gain[:, :, channels],
+        gate=None if record.gate is None else record.gate[:, channels],
     )
 
 

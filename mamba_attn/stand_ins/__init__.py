@@ -33,12 +33,13 @@ def cpu_stand_ins() -> Iterator[None]:
       ``_ndstate``, ``_oflex_rh``, ``selective_scan_vmamba``, ``v2dmamba_scan``), ``causal_conv1d_cuda`` (the scan runs
       through ``mamba_attn.ops``, gradients included), and ``triton``, whose kernels are never compiled: launching one
       raises;
-    - a stand-in where the package cannot be found: ``causal_conv1d``; ``mamba_ssm`` with its scan functions, fused
-      norms, ``Mamba`` and mamba_ssm 1's ``Block``;
+    - a stand-in where the package cannot be found: ``causal_conv1d``; ``mamba_ssm`` with its scan functions,
+      chunk scans, fused norms, ``Mamba`` and mamba_ssm 1's ``Block``;
     - a stand-in where importing the real one fails: ``mamba_ssm.utils.generation`` and ``mamba_ssm.utils.hf``, which
       need a matching transformers and serve language models only;
-    - the real module with the functions that launch kernels replaced by plain PyTorch: ``layer_norm``, ``layernorm``
-      and ``selective_state_update`` of a real mamba_ssm, ``csm_triton``, ``csms6s`` and ``ssd_minimal`` of VMamba.
+    - the real module with the functions that launch kernels replaced by plain PyTorch: ``layer_norm``, ``layernorm``,
+      ``layernorm_gated``, ``ssd_combined`` and ``selective_state_update`` of a real mamba_ssm, ``csm_triton``,
+      ``csms6s`` and ``ssd_minimal`` of VMamba.
 
     Where there is no CUDA device, ``.cuda()``, ``.to("cuda")`` and ``device="cuda"`` mean the CPU in the block: some
     files build a model on the GPU when they are imported. ``torch.cuda.Event`` keeps the CPU's time there.

@@ -34,6 +34,7 @@ def _all_of(module: str, *names: str) -> dict[str, str]:
 _CONV = _all_of("conv", "causal_conv1d_fn", "causal_conv1d_update")
 _SCAN = _all_of("mamba_ssm", "selective_scan_fn", "mamba_inner_fn")
 _MAMBA = _all_of("mamba_ssm", "Mamba")
+_CHUNKS = _all_of("ssd", "mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined")
 _NORM = _all_of("triton", "RMSNorm", "layer_norm_fn", "rms_norm_fn")
 _CORE = {"fwd": "scan.core_fwd", "bwd": "scan.core_bwd"}
 # The compiled extensions, and triton: served in the block whatever is installed.
@@ -85,6 +86,8 @@ MISSING: dict[str, dict[str, str]] = {
     "mamba_ssm.ops.triton.layernorm": {
         **_NORM, "layer_norm_fn": "triton.old_layer_norm_fn", "rms_norm_fn": "triton.old_rms_norm_fn"
     },
+    "mamba_ssm.ops.triton.ssd_combined": _CHUNKS,
+    "mamba_ssm.ops.triton.layernorm_gated": {**_all_of("ssd", "RMSNorm", "rmsnorm_fn", "layernorm_fn")},
     "mamba_ssm.ops.triton.selective_state_update": _all_of("triton", "selective_state_update"),
     "mamba_ssm.utils": {},
     **FAILING,
@@ -333,6 +336,22 @@ def _norms(module: ModuleType) -> None:
         _replace(module, "rms_norm_fn", "triton.rms_norm_fn")
 
 
+def _gated_norms(module: ModuleType) -> None:
+    """The norms of mamba_ssm's Mamba-2, whose RMSNorm calls ``rmsnorm_fn`` of the same module."""
+    _replace(module, "rmsnorm_fn", "ssd.rmsnorm_fn")
+    _replace(module, "layernorm_fn", "ssd.layernorm_fn")
+
+
+def _chunk_scans(module: ModuleType) -> None:
+    """mamba_ssm's chunk scans: its autograd function calls the two below, the fused mixer more kernels."""
+    for name in (
+        "_mamba_chunk_scan_combined_fwd",
+        "_mamba_chunk_scan_combined_bwd",
+        "mamba_split_conv1d_scan_combined",
+    ):
+        _replace(module, name, f"ssd.{name}")
+
+
 def _step(module: ModuleType) -> None:
     """mamba_ssm's step with a cache."""
     _replace(module, "selective_state_update", "triton.selective_state_update")
@@ -411,6 +430,8 @@ def _chunked_scan(module: ModuleType) -> None:
 REPAIRS: dict[str, Callable[[ModuleType], None]] = {
     "layer_norm": _norms,
     "layernorm": _norms,
+    "layernorm_gated": _gated_norms,
+    "ssd_combined": _chunk_scans,
     "selective_state_update": _step,
     "csm_triton": _cross_scans,
     "csms6s": _scan_of_cpu_tensors,

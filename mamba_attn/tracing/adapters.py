@@ -1,16 +1,16 @@
 """What a family of models must say about itself to be traced, and the registry of those that do.
 
-An adapter is small and refuses what it does not know. The families' adapters stand in ``mamba_attn.integrations`` and
-are found by name; ``register_adapter`` adds one of your own. ``mamba_attn.testing.check_adapter`` tests it.
+An adapter is small, and used where its output is the module's own. The families' adapters stand in
+``mamba_attn.integrations`` and are found by name; ``register_adapter`` adds one of your own.
+``mamba_attn.testing.check_adapter`` tests it.
 """
 
 import importlib
-import inspect
 import math
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -125,8 +125,18 @@ class MixerAdapter(ABC):
     def recognises(self, module: nn.Module) -> bool:
         """Whether the module is a mixer of this family, by its attributes; never by names of classes alone."""
 
+    def alternatives(self, module: nn.Module) -> "Iterable[AnyAdapter]":
+        """Return adapters for what this module may compute; the first whose output agrees is used.
+
+        Args:
+            module: the mixer.
+        """
+        if not isinstance(self, Adapter | AttentionAdapter):
+            raise TypeError(f"{type(self).__name__}: expected a subclass of Adapter or AttentionAdapter.")
+        return (self,)
+
     def refusal(self, module: nn.Module, model: nn.Module) -> str | None:
-        """Return why this variant cannot be treated exactly, or None.
+        """Return why this variant cannot be treated exactly, or None; its output is compared with the module's anyway.
 
         Args:
             module: the mixer.
@@ -262,35 +272,6 @@ def _looks_like_a_scan(module: nn.Module) -> str | None:
     code = getattr(type(module).forward, "__code__", None)
     own += [name for name in (code.co_names if code is not None else ()) if "scan" in name.lower()]
     return f"{type(module).__name__} (with {', '.join(dict.fromkeys(own))})" if own else None
-
-
-def unknown_parts(
-    module: nn.Module,
-    *,
-    inputs: Collection[str] = (),
-    children: Collection[str] = (),
-    parameters: Collection[str] = (),
-    settings: Collection[str] = (),
-) -> list[str]:
-    """Return what a mixer has and its adapter does not list, by name: what a refusal is made of.
-
-    Args:
-        module: the mixer.
-        inputs: arguments of its forward, after the first.
-        children: submodules.
-        parameters: its own parameters; buffers are never listed.
-        settings: attributes that are numbers, words or tuples.
-    """
-    found = [name for name in list(inspect.signature(type(module).forward).parameters)[2:] if name not in inputs]
-    found += [name for name, _ in module.named_children() if name not in children]
-    found += [name for name, _ in module.named_parameters(recurse=False) if name not in parameters]
-    found += [name for name, _ in module.named_buffers(recurse=False)]
-    found += [
-        name
-        for name, value in vars(module).items()
-        if not name.startswith("_") and name not in settings and isinstance(value, int | float | str | tuple)
-    ]
-    return list(dict.fromkeys(found))
 
 
 def require_supported(name: str, module: nn.Module, adapter: AnyAdapter, model: nn.Module) -> None:

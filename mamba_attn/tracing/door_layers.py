@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from math import prod
 from threading import get_ident
@@ -20,10 +19,13 @@ from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.tracing.adapters import Seen
 from mamba_attn.tracing.doors import ScanCall, Watch
 from mamba_attn.tracing.frames import Place
-from mamba_attn.tracing.layers import ScanLayer
-from mamba_attn.tracing.patching import recomputing
+from mamba_attn.tracing.layer_names import by_pattern
+from mamba_attn.tracing.layers import Layer, ScanLayer
 from mamba_attn.tracing.replay import Replay
-from mamba_attn.tracing.steps import Found, Steps, steps_of
+from mamba_attn.tracing.softmax_doors import SoftmaxCall
+from mamba_attn.tracing.softmax_layers import DoorAttention, PlacedAttention, place_attention
+from mamba_attn.tracing.steps import Found, Steps, padded_layout, steps_of, with_padding
+from mamba_attn.tracing.undisturbed import recomputing
 
 AnyLayout = TokenLayout | Mapping[str, TokenLayout] | Callable[[str, int], TokenLayout | None]
 AnyOrders = Tensor | Mapping[str, Tensor] | Callable[[str, int, int], Tensor | None]
@@ -67,6 +69,11 @@ class DoorLayer(ScanLayer):
         """Part of a step's gradient that came from its own token when the order was measured; 1 when it was given."""
         return self._placed.share
 
+    @property
+    def padding(self) -> int:
+        """Number of its last tokens that stand for padding, which the scan takes in."""
+        return self._placed.padding
+
     @cached_property
     def scan_frame(self) -> ScanRecord:
         """Everything that the first scan depended on, every route in its own order; nothing is measured."""
@@ -89,7 +96,7 @@ class DoorLayer(ScanLayer):
         self.require_output()
 
     def require_output(self) -> NoReturn:
-        """Raise TraceError: there is no output."""
+        """Raise TraceError: there is none."""
         raise TraceError(f"{self.name}: it was traced at the scan's door, where the module's output is not seen.")
 
     def attention(self, fold: str = "mean", routes: str | int = "sum", **options: Any) -> Tensor:
@@ -125,12 +132,14 @@ class _Placed:
         index: rows of each call by image, (images, rows each).
         grouped: whether the groups of a call are groups of channels of one route, and not routes.
         share: worst of theirs.
+        padding: number of tokens, the last ones, that stand for padding.
     """
 
     record: ScanRecord
     index: list[Tensor]
     grouped: bool
     share: float
+    padding: int
 
     @property
     def orders(self) -> Int[Tensor, "batch routes length"]:
@@ -239,17 +248,14 @@ def place(name: str, calls: Sequence[ScanCall], steps: Sequence[Steps], layout: 
     gate = joined.pop("gate", None)
     order = order.to(calls[0].inputs.u.device)
     if bool((joined["u"].abs().amax(2) * (order < 0)).any()):  # padding that the scan takes in
-        order, tokens = _with_padding(order, tokens)
-    if layout is not None and tokens > layout.tokens:  # padding is part of no map
-        extra = tuple(range(layout.tokens, tokens))
-        layout = TokenLayout(
-            layout.grid, layout.patch_size, layout.stride, layout.class_tokens, layout.registers + extra, layout.offset
-        )
+        order, tokens = with_padding(order, tokens)
+    layout = padded_layout(layout, tokens)
     one_gate = None if gate is None else _one_gate(gate, order.expand(images, -1, -1), tokens)
     record = ScanRecord.from_scan(
         **joined, order=order[0] if len(order) == 1 else order, tokens=tokens, gate=one_gate, layout=layout
     )
-    return _Placed(record, [each.rows for each in steps], grouped, min(each.place.share for each in steps))
+    share = min(each.place.share for each in steps)
+    return _Placed(record, [each.rows for each in steps], grouped, share, tokens - steps[0].tokens)
 
 
 def _padded(t: Tensor, length: int, value: int = 0) -> Tensor:
@@ -260,12 +266,6 @@ def _padded(t: Tensor, length: int, value: int = 0) -> Tensor:
 def _same_route(steps: Steps) -> bool:
     """Whether the groups are parts of one route: in one order, and not added up."""
     return not steps.place.summed and bool((steps.order == steps.order[:, :, :1]).all())
-
-
-def _with_padding(order: Tensor, tokens: int) -> tuple[Int[Tensor, "_ routes length"], int]:
-    """Steps that land nowhere get tokens of their own, after those of the frame."""
-    nowhere = order < 0
-    return torch.where(nowhere, tokens - 1 + nowhere.cumsum(-1), order), tokens + int(nowhere.sum(-1).max())
 
 
 def _one_gate(gate: Tensor, order: Tensor, tokens: int) -> Tensor | None:
@@ -314,7 +314,7 @@ class DoorScans:
         self._replay: Replay | None = None
         self._end: int | None = None
         self._found: tuple[Found | None] | None = None
-        self._layers: list[tuple[int, DoorLayer]] = []
+        self._layers: list[tuple[int, DoorLayer | DoorAttention]] = []
         self._of = -1
 
     def install(self, stack: ExitStack) -> None:
@@ -343,17 +343,15 @@ class DoorScans:
         for name, reason in self._refused.items():
             if not any(f"{other}.".startswith(f"{name}.") or not name for other in ran):
                 raise UnsupportedModelError(f"{name or type(self.model).__name__}: {reason}")
-        if self.watch.other_scans and not ran:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__}: its scan {self.watch.other_scans[0]}.fwd takes other arguments than a "
-                "selective scan: it is another recurrence, whose matrix is not known here."
-            )
+        another = self.watch.another_recurrence()
+        if another is not None and not ran:
+            raise UnsupportedModelError(f"{type(self.model).__name__}: {another}")
 
     def differentiable(self) -> list[Tensor]:
         """What a backward pass may end at."""
         return [*self.leaves, *(parameter for parameter in self.model.parameters() if parameter.requires_grad)]
 
-    def layers(self) -> list[tuple[int, DoorLayer]]:
+    def layers(self) -> list[tuple[int, DoorLayer | DoorAttention]]:
         """The layers of the first forward pass, each with the number of its first scan."""
         self.require_seen()
         calls = self.watch.calls[: self._end]
@@ -364,11 +362,17 @@ class DoorScans:
                 base = calls[members[0]].module or "model"
                 times[base] = times.get(base, 0) + 1
                 name = base if times[base] == 1 else f"{base}#{times[base]}"
-                placed = partial(self._placed, members=tuple(members))
-                self._layers.append((members[0], DoorLayer(name, [calls[i] for i in members], placed)))
+                self._layers.append((members[0], self._layer(name, tuple(members))))
         return self._layers
 
-    def _parallel(self, calls: Sequence[ScanCall]) -> Iterator[list[int]]:
+    def _layer(self, name: str, members: tuple[int, ...]) -> DoorLayer | DoorAttention:
+        calls = [self.watch.calls[i] for i in members]
+        if isinstance(calls[0], SoftmaxCall):
+            return DoorAttention(name, calls[0], partial(self._placed_attention, members=members))
+        scans = [call for call in calls if isinstance(call, ScanCall)]
+        return DoorLayer(name, scans, partial(self._placed, members=members))
+
+    def _parallel(self, calls: Sequence[ScanCall | SoftmaxCall]) -> Iterator[list[int]]:
         """The scans that are routes of one layer: of one run of a module, in one frame, none behind another."""
         runs: dict[tuple[str, int], list[int]] = {}
         for i, call in enumerate(calls):
@@ -391,17 +395,32 @@ class DoorScans:
         return self._found[0]
 
     def _placed(self, layer: DoorLayer, members: tuple[int, ...]) -> _Placed:
-        given = self._given_orders(layer)
-        if given is not None:
-            steps = [given]
-        else:
-            found = self._measured()
-            steps = [] if found is None else [step for i in members if (step := found.steps[i]) is not None]
-            if len(steps) < len(members):
-                raise TraceError(f"{layer.name}: {self._why(found, members)}")
-        return place(layer.name, layer.calls, steps, self._layout_of(layer, steps[0]))
+        steps = self._steps(layer, layer.calls[0], members)
+        return place(layer.name, layer.calls, steps, self._layout_of(layer.name, layer.calls[0].module, steps[0]))
 
-    def _why(self, found: Found | None, members: tuple[int, ...]) -> str:
+    def _placed_attention(self, layer: DoorAttention, members: tuple[int, ...]) -> PlacedAttention:
+        (steps,) = self._steps(layer, layer.call, members)
+        if self._found and self._found[0] and members[0] in self._found[0].measured.other_keys:
+            raise UnsupportedModelError(
+                f"{layer.name}: its keys were not found to come from the tokens of its queries, so it is attention to "
+                "another sequence: no matrix of one token frame. layer.row_frame has it as the module does; name other "
+                "layers with layers=, or give the order with orders=."
+            )
+        return place_attention(layer.call, layer.name, steps, self._layout_of(layer.name, layer.call.module, steps))
+
+    def _steps(
+        self, layer: DoorLayer | DoorAttention, first: ScanCall | SoftmaxCall, members: tuple[int, ...]
+    ) -> list[Steps]:
+        given = self._given_orders(layer.name, first)
+        if given is not None:
+            return [given]
+        found = self._measured()
+        steps = [] if found is None else [step for i in members if (step := found.steps[i]) is not None]
+        if len(steps) < len(members):
+            raise TraceError(f"{layer.name}: {self._why(layer, found, members)}")
+        return steps
+
+    def _why(self, layer: Layer, found: Found | None, members: tuple[int, ...]) -> str:
         """Why there is no order."""
         if self._replay is None:
             reason = "the traced model itself was not called, so that it cannot be called again to measure it"
@@ -411,19 +430,19 @@ class DoorScans:
             nearest = [found.measured.nearest[i] for i in members if i in found.measured.nearest]
             seen = f"; nearest: {nearest[0]}" if nearest else ""
             reason = f"there is no tensor in the forward pass in which each of its steps answers to one token{seen}"
+        what, own = ("scan", "scan_frame") if isinstance(layer, DoorLayer) else ("attention", "row_frame")
         return (
-            f"the order of its scan's tokens is not known: {reason}. Pass orders={{{members and 'name'!r}: tensor of "
-            "(routes, length)} to trace(); layer.scan_frame has the scan in its own order."
+            f"the order of its {what}'s tokens is not known: {reason}. Pass orders={{'name': tensor of "
+            f"(routes, length)}} to trace(); layer.{own} has the {what} in its own order."
         )
 
-    def _given_orders(self, layer: DoorLayer) -> Steps | None:
-        inputs = layer.calls[0].inputs
-        rows, length, groups = inputs.u.shape[0], inputs.u.shape[2], inputs.groups
+    def _given_orders(self, name: str, call: ScanCall | SoftmaxCall) -> Steps | None:
+        rows, length, groups = call.rows, call.length, call.groups
         given = self._orders
         if callable(given):
-            given = given(layer.name, groups, length)
+            given = given(name, groups, length)
         elif isinstance(given, Mapping):
-            given = _by_pattern(given, layer.name)
+            given = by_pattern(given, name)
         if given is None:
             return None
         order = given if given.ndim == 3 else given[None]
@@ -434,7 +453,7 @@ class DoorScans:
             or (order.shape[1] not in (1, groups) or order.shape[2] != length or int(order.min()) < 0)
         ):
             raise ValueError(
-                f"trace(orders=...): {layer.name} has {groups} routes of {length} steps and a batch of {rows}: "
+                f"trace(orders=...): {name} has {groups} routes of {length} steps and a batch of {rows}: "
                 f"expected int64 (routes, length) or (batch, routes, length), got {given.dtype} {tuple(given.shape)}."
             )
         summed = order.shape[1] == groups
@@ -442,13 +461,13 @@ class DoorScans:
         where = Place(order[:, 0], -1, (rows, int(order.max()) + 1, 1), 2, summed, 1.0, "orders=")
         return Steps(torch.arange(rows)[:, None], order, int(order.max()) + 1, where)
 
-    def _layout_of(self, layer: DoorLayer, steps: Steps) -> TokenLayout | None:
+    def _layout_of(self, name: str, module: str, steps: Steps) -> TokenLayout | None:
         """Given, read from the patch embedding, or that of the nearest tensor with as many cells."""
         given = self._layout
         if callable(given):
-            given = given(layer.name, steps.tokens)
+            given = given(name, steps.tokens)
         elif isinstance(given, Mapping):
-            given = _by_pattern(given, layer.name)
+            given = by_pattern(given, name)
         for layout in (given, self._seen.layout):
             if layout is not None and layout.tokens == steps.tokens:
                 return layout
@@ -457,7 +476,7 @@ class DoorScans:
             return None  # the frame is a part of an image
         grids = [steps.place.grid]
         found = self._found[0] if self._found else None
-        for shapes in _nearest_first(layer.calls[0].module, found.measured.maps if found else {}):
+        for shapes in found.shapes_around(module) if found else ():
             grids += [grid for shape in shapes for grid in (shape[2:], shape[1:-1]) if min(grid) > 1]
         fitting = (grid for grid in grids if len(grid) > 1 and prod(grid) == steps.tokens)
         return self._laid_out(next(fitting, (steps.tokens,)))
@@ -473,27 +492,17 @@ class DoorScans:
         return TokenLayout(grid, tuple(max(1, round(size / count)) for size, count in zip(sizes, grid, strict=True)))
 
 
-def _one_layer(calls: Sequence[ScanCall], found: Found, earlier: int, later: int) -> bool:
+def _one_layer(calls: Sequence[ScanCall | SoftmaxCall], found: Found, earlier: int, later: int) -> bool:
     """Whether two scans of one run are routes of one layer."""
     a, b = found.steps[earlier], found.steps[later]
     if a is None or b is None or (earlier, later) in found.measured.chained:
         return False
     same_frame = a.place.tensor == b.place.tensor and a.rows.shape == b.rows.shape
-    first, second = calls[earlier].inputs, calls[later].inputs
+    one, other = calls[earlier], calls[later]
+    if not isinstance(one, ScanCall) or not isinstance(other, ScanCall) or type(one.inputs) is not type(other.inputs):
+        return False
+    first, second = one.inputs, other.inputs
     alike = (
         first.u.shape[:2] == second.u.shape[:2] and first.A.shape == second.A.shape and first.groups == second.groups
     )
     return same_frame and alike and (first.z is None) == (second.z is None) and _same_route(a) == _same_route(b)
-
-
-def _by_pattern(given: Mapping[str, Any], name: str) -> Any:
-    """The value of the first pattern that fits a name."""
-    return next((value for pattern, value in given.items() if fnmatchcase(name, pattern)), None)
-
-
-def _nearest_first(module: str, maps: Mapping[str, Sequence[tuple[int, ...]]]) -> Iterator[Sequence[tuple[int, ...]]]:
-    """Shapes that were seen in the module itself, below it, and so on with what stands around it."""
-    around = [module, *(module[:end] for end in range(len(module) - 1, 0, -1) if module[end] == "."), ""]
-    for outer in dict.fromkeys(around):
-        inside = [(name, shapes) for name, shapes in maps.items() if not outer or f"{name}.".startswith(f"{outer}.")]
-        yield from (shapes for _, shapes in sorted(inside, key=lambda item: len(item[0])))

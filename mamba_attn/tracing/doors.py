@@ -7,27 +7,40 @@ each call asks which of them it concerns: those of its own thread, or of any thr
 """
 
 import sys
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock, get_ident
 from types import FrameType, FunctionType, ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_attn import ops
+from mamba_attn.core.rules import Rules
 from mamba_attn.errors import TraceError, UnsupportedModelError
-from mamba_attn.tracing.patching import recomputing
+from mamba_attn.tracing.chunk_scans import (
+    ChunkInputs,
+    ScanParts,
+    backward_inputs,
+    forward_inputs,
+    recomputes,
+    scanned,
+    zeros,
+)
+from mamba_attn.tracing.door_rules import ruled_backward
+from mamba_attn.tracing.reachable import CHUNK_SCANS, compiled_scans
+from mamba_attn.tracing.running import Names, running_modules
 from mamba_attn.tracing.scan_states import ScanStates
+from mamba_attn.tracing.undisturbed import recomputing
 
-_DEPTH = 4  # a model's file names a mixer's, that one a function's, and that one a compiled module
-_NO_DOORS = ("torch", "builtins", "numpy", "timm", "transformers", "einops", "typing", "functools")
-_PREFIX = "selective_scan"  # of the extensions' names: selective_scan_cuda_oflex, selective_scan_vmamba_pt202, ...
+if TYPE_CHECKING:
+    from mamba_attn.tracing.softmax_doors import SoftmaxCall
+
+Handler = Callable[..., Any]  # what stands in a function's place: handler(door, *the function's arguments)
 
 
 class ScanInputs(NamedTuple):
@@ -85,18 +98,6 @@ class ScanInputs(NamedTuple):
         )
 
 
-class ScanParts(NamedTuple):
-    """A call's tensors as the operators take them: ``delta`` is after bias and softplus."""
-
-    u: Tensor  # (batch, groups, width, length)
-    delta: Tensor  # (batch, groups, width, length)
-    A: Tensor  # (groups, width, states)
-    B: Tensor  # (batch, groups, 1 or width, states, length)
-    C: Tensor  # as B
-    D: Tensor | None  # (groups, width)
-    z: Tensor | None  # (batch, groups, width, length)
-
-
 def _grouped(t: Tensor, split: tuple[int, int], size: tuple[int, int], constant: bool) -> Tensor:
     """B or C as (batch, groups, 1, states, length); with all channels spelt out where one of them is constant."""
     if t.ndim == 2:  # (channels, states): the same at every step
@@ -104,6 +105,9 @@ def _grouped(t: Tensor, split: tuple[int, int], size: tuple[int, int], constant:
         return spelt_out.expand(size[0], -1, -1, -1, size[1])
     t = (t.unsqueeze(1) if t.ndim == 3 else t).unsqueeze(2).expand(-1, split[0], -1, -1, -1)
     return t.expand(-1, -1, split[1], -1, -1) if constant else t
+
+
+AnyInputs = ScanInputs | ChunkInputs
 
 
 @dataclass(eq=False)
@@ -115,13 +119,13 @@ class ScanCall:
         run: which of that module's calls it was in, from 0.
         inputs: what was handed in.
         y: the scan's own output before its gate, (batch, channels, length).
-        states: what ``fwd`` handed out for ``bwd``.
+        states: what ``fwd`` handed out for ``bwd``; of a chunk scan its output.
         attention: (fold, matrix per group in scan order) when one was asked for.
     """
 
     module: str
     run: int
-    inputs: ScanInputs
+    inputs: AnyInputs
     y: Tensor
     states: Tensor
     attention: tuple[str, Tensor] | None = None
@@ -136,6 +140,26 @@ class ScanCall:
     def signature(self) -> tuple[Any, ...]:
         """What says that a call of another forward pass, of any number of images, is the same one."""
         return (self.module, self.run, tuple(self.inputs.u.shape[1:]), self.inputs.groups, self.inputs.z is None)
+
+    @property
+    def rows(self) -> int:
+        """Number of sequences."""
+        return self.inputs.u.shape[0]
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of channels, which may be routes."""
+        return self.inputs.groups
+
+    @property
+    def length(self) -> int:
+        """Number of steps."""
+        return self.y.shape[-1]
+
+    @property
+    def steps(self) -> int:
+        """Number of steps that share no token: those of all rows."""
+        return self.rows * self.length
 
     def require_unchanged(self) -> None:
         """Raise TraceError if the model wrote over the tensors after the scan had read them."""
@@ -165,7 +189,8 @@ class Watch:
         outside: modules whose scans are not, those inside them included.
         attention: a fold; our operator then takes the scan's place and gives that matrix beside the output.
         cut: no gradient passes a scan, and ``dout`` is kept at each: for measuring orders.
-        ruled: rules were asked for, and are not known at doors: the first scan is refused.
+        rules: what an attribution method changes, by what the doors' backward passes return.
+        around: further doors: modules, and what stands in their functions' places.
     """
 
     def __init__(
@@ -174,27 +199,52 @@ class Watch:
         outside: set[nn.Module] | None = None,
         attention: str | None = None,
         cut: bool = False,
-        ruled: bool = False,
+        rules: Rules | None = None,
+        around: Callable[[], Iterable[tuple[ModuleType, dict[str, Handler]]]] = tuple,
     ) -> None:
-        self.names = {id(module): name for name, module in model.named_modules()}
+        self.name_of = Names(model)
+        self.names = self.name_of.modules
         self.outside = {id(module) for module in outside or ()}
         self.attention = attention
         self.cut = cut
-        self.ruled = ruled
+        self.rules = rules
+        self.around = around
+        self.convolved: dict[Any, tuple[Tensor, str]] = {}  # by where they lie: inputs of fused convolutions
         self.thread = get_ident()
-        self.calls: list[ScanCall] = []
+        self.calls: list[ScanCall | SoftmaxCall] = []
+        self.tensors: list[tuple[str, Tensor]] = []  # while orders are measured: what modules returned
+        self.crosses: dict[str, str] = {}  # modules whose attention reads other tokens than its own, in words
         self.other_scans: list[str] = []  # doors that were called in a way that is not known
         self.suspended = False
         self._hooks: list[Any] = []
         self._runs: dict[str, int] = {}
 
-    def place(self, running: list[nn.Module]) -> nn.Module | None:
+    @property
+    def scans(self) -> list[ScanCall]:
+        """The calls that are scans."""
+        return [call for call in self.calls if isinstance(call, ScanCall)]
+
+    @property
+    def ruled(self) -> bool:
+        """Whether there are rules that are not known at doors."""
+        return self.rules is not None and not self.rules.at_doors
+
+    def place(self, running: Sequence[nn.Module]) -> nn.Module | None:
         """The innermost running module of the model, if its scans are wanted."""
         if any(id(module) in self.outside for module in running):
             return None
         return next((module for module in running if id(module) in self.names), None)
 
-    def keep(self, module: nn.Module, inputs: ScanInputs, found: list[Any], matrix: tuple[str, Tensor] | None) -> None:
+    def require_rules(self, module: nn.Module) -> None:
+        """Raise UnsupportedModelError if there are rules that are not known at doors."""
+        if self.ruled:
+            raise UnsupportedModelError(
+                f"{type(module).__name__}: no adapter recognises this module, and at the door of its scan what this "
+                "method looks at is not seen; use another method (RawAttention, AttentionRollout, MambaAttribution, "
+                "MambaLRP, FrozenContribution), or write an adapter (mamba_attn.register_adapter)."
+            )
+
+    def keep(self, module: nn.Module, inputs: AnyInputs, found: list[Any], matrix: tuple[str, Tensor] | None) -> None:
         """Record a call, or, when checkpointing repeats one inside a backward pass, pair it with its first."""
         name = self.names[id(module)]
         if recomputing():
@@ -206,15 +256,17 @@ class Watch:
             self._runs[name] = 0
             hook = partial(self._starts, name)  # the module is running: the hook sees its next call
             self._hooks.append(module.register_forward_pre_hook(hook, prepend=True))
-        detached = ScanInputs(*(t.detach() if isinstance(t, Tensor) else t for t in inputs))  # type: ignore[arg-type]
+        if self.rules is not None and isinstance(inputs, ScanInputs):
+            self.rules.enter(name, inputs.u)
+        detached = type(inputs)._make(t.detach() if isinstance(t, Tensor) else t for t in inputs)
         self.calls.append(ScanCall(name, self._runs[name], detached, found[0].detach(), found[1], matrix))
 
     def _starts(self, name: str, module: nn.Module, args: Any) -> None:
         if get_ident() == self.thread and not recomputing():
             self._runs[name] += 1
 
-    def _same_call(self, name: str, inputs: ScanInputs) -> ScanCall | None:
-        alike = [c for c in self.calls if c.module == name and c.inputs.u.shape == inputs.u.shape]
+    def _same_call(self, name: str, inputs: AnyInputs) -> ScanCall | None:
+        alike = [c for c in self.scans if c.module == name and c.inputs.u.shape == inputs.u.shape]
         if len(alike) < 2:
             return next(iter(alike), None)
         same = [c for c in alike if torch.equal(c.inputs.u, inputs.u) and torch.equal(c.inputs.delta, inputs.delta)]
@@ -225,11 +277,20 @@ class Watch:
         if not isinstance(states, Tensor):
             return None
         wanted = states.data_ptr()
-        for call in reversed(self.calls):
+        for call in reversed(self.scans):
             for kept in (call.states, call.again):
                 if kept is states or (kept is not None and kept.data_ptr() == wanted != 0):
                     return call
         return None
+
+    def another_recurrence(self) -> str | None:
+        """What the model scans with that is no selective scan, in a sentence; None: nothing."""
+        if not self.other_scans:
+            return None
+        return (
+            f"Its scan {self.other_scans[0]}.fwd takes other arguments than a selective scan: it is another "
+            "recurrence, whose matrix is not known here."
+        )
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -245,7 +306,9 @@ def open_doors(watch: Watch) -> Iterator[Watch]:
     A watch may be let in again, for a backward pass after the trace.
     """
     with _lock:
-        doors = [_patched.get(id(module)) or _Door(module) for module in compiled_scans()]
+        scans = [(scan, _CHUNKS if CHUNK_SCANS[0] in vars(scan) else _SCAN) for scan in compiled_scans()]
+        wanted = [*scans, *watch.around()]
+        doors = [_patched.get((id(module), tuple(its))) or Door(module, its) for module, its in wanted]
         for door in doors:
             door.enter()
         _open.append(watch)
@@ -259,9 +322,10 @@ def open_doors(watch: Watch) -> Iterator[Watch]:
 
 
 @contextmanager
-def suspended(watch: Watch) -> Iterator[None]:
+def suspended(watch: Watch | None) -> Iterator[None]:
     """Let the other traces of this thread see nothing, while a model runs for one of ours."""
-    others = [other for other in tuple(_open) if other is not watch and other.thread == watch.thread]
+    thread = get_ident()
+    others = [other for other in tuple(_open) if other is not watch and other.thread == thread]
     before = [other.suspended for other in others]
     for other in others:
         other.suspended = True
@@ -272,123 +336,71 @@ def suspended(watch: Watch) -> Iterator[None]:
             other.suspended = value
 
 
-def compiled_scans() -> list[ModuleType]:
-    """Return the modules with a compiled scan, or a stand-in of one, that any loaded module is or holds.
-
-    Stand-ins leave ``sys.modules`` when their block ends, and live on in the modules that imported them.
-    """
-    found: dict[int, ModuleType] = {}
-    for module in list(sys.modules.values()):
-        if not issubclass(type(module), ModuleType):
-            continue
-        names = vars(module)
-        known = _looked_at.get(module)
-        if known is None or known[0] != len(names):
-            held = [value for value in [module, *list(names.values())] if _is_compiled_scan(value)]
-            known = _looked_at[module] = (len(names), [weakref.ref(value) for value in held])
-        for reference in known[1]:
-            value = reference()
-            if value is not None:
-                found[id(value)] = value
-    return list(found.values())
-
-
-def reaches_a_door(model: nn.Module) -> bool:
-    """Whether a compiled scan can be found from the code of a model's modules, by the names in it.
+class Door:
+    """Some functions of one module while anybody watches.
 
     Args:
-        model: a model, or a mixer.
+        module: the module.
+        handlers: what stands in their places, by name.
     """
-    start = {sys.modules.get(cls.__module__) for module in model.modules() for cls in type(module).__mro__}
-    waiting = [vars(module) for module in start if module is not None]
-    seen = {id(names) for names in waiting}
-    for _ in range(_DEPTH):
-        further: list[dict[str, Any]] = []
-        for names in waiting:
-            if str(names.get("__name__")).partition(".")[0] in _NO_DOORS:
-                continue
-            for value in list(names.values()):
-                if _is_compiled_scan(value):
-                    return True
-                found = _names_behind(value)
-                if found is not None and id(found) not in seen:
-                    seen.add(id(found))
-                    further.append(found)
-        waiting = further
-    return any(_is_compiled_scan(module) for name, module in list(sys.modules.items()) if name.startswith(_PREFIX))
 
-
-def _names_behind(value: Any) -> dict[str, Any] | None:
-    """The namespace of the code that a name stands for."""
-    if isinstance(value, FunctionType):
-        return value.__globals__
-    if isinstance(value, type):
-        module = sys.modules.get(value.__module__)
-        return None if module is None else vars(module)
-    return vars(value) if issubclass(type(value), ModuleType) else None
-
-
-def _is_compiled_scan(value: Any) -> bool:
-    # isinstance would ask the value for its class, and some modules answer by warnings
-    if not issubclass(type(value), ModuleType) or not value.__name__.rpartition(".")[2].startswith(_PREFIX):
-        return False
-    names = vars(value)
-    return callable(names.get("fwd")) and callable(names.get("bwd"))
-
-
-class _Door:
-    """One module's ``fwd`` and ``bwd`` while anybody watches."""
-
-    def __init__(self, module: ModuleType) -> None:
+    def __init__(self, module: ModuleType, handlers: Mapping[str, Handler]) -> None:
         self.module = module
+        self.handlers = handlers
         self.watches = 0
 
     def enter(self) -> None:
         """Patch the module, the first time."""
         self.watches += 1
         if self.watches == 1:
-            self.own = {name: vars(self.module)[name] for name in ("fwd", "bwd")}
-            self.ours = {"fwd": partial(_forward, self), "bwd": partial(_backward, self)}
+            self.own = {name: vars(self.module)[name] for name in self.handlers}
+            self.ours = {name: partial(handler, self) for name, handler in self.handlers.items()}
             vars(self.module).update(self.ours)
-            _patched[id(self.module)] = self
+            _patched[id(self.module), tuple(self.handlers)] = self
 
     def leave(self) -> None:
         """Put the module's own functions back, the last time; what somebody put around ours stays."""
         self.watches -= 1
         if self.watches == 0:
-            del _patched[id(self.module)]
+            del _patched[id(self.module), tuple(self.handlers)]
             for name, function in self.own.items():
                 if vars(self.module).get(name) is self.ours[name]:
                     setattr(self.module, name, function)
 
 
-_lock = Lock()
-_open: list[Watch] = []
-_patched: dict[int, _Door] = {}
-_looked_at: "weakref.WeakKeyDictionary[ModuleType, tuple[int, list[weakref.ref[ModuleType]]]]"
-_looked_at = weakref.WeakKeyDictionary()
-
-
-def _forward(door: _Door, *args: Any) -> Any:
-    """``fwd``, seen by the traces that it concerns."""
-    own: Callable[..., Any] = door.own["fwd"]
+def watching(frame: FrameType | None) -> list[tuple[Watch, nn.Module]]:
+    """Return the traces that a call in this frame concerns, each with the innermost running module of its model."""
     again, thread = recomputing(), get_ident()
-    running = _running_modules(sys._getframe(1))
-    places = [
+    if not _open:
+        return []
+    running = list(running_modules(frame))
+    return [
         (watch, module)
         for watch in tuple(_open)
         if (again or watch.thread == thread) and not watch.suspended
         for module in [watch.place(running)]
         if module is not None
     ]
+
+
+def opened() -> tuple[Watch, ...]:
+    """All that watch at the moment, in every thread."""
+    return tuple(_open)
+
+
+_lock = Lock()
+_open: list[Watch] = []
+_patched: dict[tuple[int, tuple[str, ...]], Door] = {}
+
+
+def _forward(door: Door, *args: Any) -> Any:
+    """``fwd``, seen by the traces that it concerns."""
+    own: Callable[..., Any] = door.own["fwd"]
+    places = watching(sys._getframe(1))
     if not places:
         return own(*args)
-    if any(watch.ruled for watch, _ in places):
-        raise UnsupportedModelError(
-            f"{type(places[0][1]).__name__}: no adapter recognises this module, and at the door of its scan the rules "
-            "of this method are not known; use a method without rules (RawAttention, AttentionRollout, "
-            "MambaAttribution), or write an adapter (mamba_attn.register_adapter)."
-        )
+    for watch, module in places:
+        watch.require_rules(module)
     inputs = _forward_inputs(args)
     if inputs is None:
         for watch, _ in places:
@@ -399,7 +411,7 @@ def _forward(door: _Door, *args: Any) -> Any:
             "trace(...): a scan is being captured in a CUDA graph. Trace the model's own forward: "
             "with trace(model): model(images), outside torch.cuda.graph."
         )
-    folds = dict.fromkeys(watch.attention for watch, _ in places if watch.attention and not again)
+    folds = dict.fromkeys(watch.attention for watch, _ in places if watch.attention and not recomputing())
     matrices: dict[str | None, tuple[str, Tensor]] = {}
     if folds and _replaceable(inputs):
         for fold in folds:
@@ -412,7 +424,41 @@ def _forward(door: _Door, *args: Any) -> Any:
     return found
 
 
-def _backward(door: _Door, *args: Any) -> Any:
+def _chunk_forward(door: Door, *args: Any, **kwargs: Any) -> Any:
+    """``_mamba_chunk_scan_combined_fwd``, seen by the traces that it concerns."""
+    places = watching(sys._getframe(1))
+    for watch, module in places:
+        watch.require_rules(module)
+        if watch.rules is not None and watch.rules.wants:
+            raise UnsupportedModelError(
+                f"{type(module).__name__}: no adapter recognises this module, and at the door of a chunk scan "
+                "(Mamba-2) the rules of this method are not known; use one without rules (RawAttention, "
+                "AttentionRollout, MambaAttribution), or write an adapter (mamba_attn.register_adapter)."
+            )
+    inputs = forward_inputs(places[0][0].names[id(places[0][1])], args, kwargs) if places else None
+    found = door.own[CHUNK_SCANS[0]](*args, **kwargs)
+    if inputs is not None:
+        out = scanned(found)
+        for watch, module in places:
+            watch.keep(module, inputs, [out.flatten(2).mT, out], None)
+    return found
+
+
+def _chunk_backward(door: Door, *args: Any, **kwargs: Any) -> Any:
+    """``_mamba_chunk_scan_combined_bwd``, whose ``dout`` is kept for the call that its output comes from."""
+    own: Callable[..., Any] = door.own[CHUNK_SCANS[1]]
+    dout, out = backward_inputs(args, kwargs)
+    hits = [(watch, call) for watch in tuple(_open) if (call := watch.call_of(out)) is not None]
+    for watch, call in hits:
+        call.dout = dout
+        if watch.cut:
+            call.node = torch._C._current_autograd_node()
+    if any(watch.cut for watch, _ in hits):
+        return zeros(args, kwargs, own(*args, **kwargs) if recomputes(args, kwargs) else None)
+    return own(*args, **kwargs)
+
+
+def _backward(door: Door, *args: Any) -> Any:
     """``bwd``, whose ``dout`` is kept for the call that its states come from."""
     own: Callable[..., Any] = door.own["bwd"]
     gated = _first_flag(args) == 12
@@ -427,7 +473,15 @@ def _backward(door: _Door, *args: Any) -> Any:
         return _zeros(args, gated)
     if isinstance(states, ScanStates) and not isinstance(own, FunctionType | partial):
         args = (*args[: at + 1], states.read().contiguous(), *args[at + 2 :])
+    ruled = [(watch.rules, call) for watch, call in hits if watch.rules is not None]
+    if ruled:
+        rules, call = ruled[-1]  # of nested traces the last
+        return ruled_backward(own, args, call.y, rules, gated=gated)
     return own(*args)
+
+
+_SCAN: dict[str, Handler] = {"fwd": _forward, "bwd": _backward}
+_CHUNKS: dict[str, Handler] = dict(zip(CHUNK_SCANS, (_chunk_forward, _chunk_backward), strict=True))
 
 
 def _zeros(args: tuple[Any, ...], gated: bool) -> list[Tensor | None]:
@@ -449,22 +503,9 @@ def _first_flag(args: tuple[Any, ...]) -> int:
 def _forward_inputs(args: tuple[Any, ...]) -> ScanInputs | None:
     """What was handed to ``fwd``: with z in Mamba's own extension, without in the others; None: to another scan."""
     first = _first_flag(args)
-    if first == 8:
+    if first == 8 and len(args) == 9:  # 2DMamba's goes on with the size of a grid
         return ScanInputs._make(args[:9])
     return ScanInputs._make((*args[:6], None, *args[6:8])) if first == 7 else None
-
-
-def _running_modules(frame: FrameType | None) -> list[nn.Module]:
-    """The modules whose calls this frame stands in, innermost first."""
-    found: list[nn.Module] = []
-    while frame is not None:
-        if frame.f_code in _CALLS:
-            found.append(frame.f_locals["self"])
-        frame = frame.f_back
-    return found
-
-
-_CALLS = {nn.Module._call_impl.__code__}
 
 
 def _replaceable(inputs: ScanInputs) -> bool:

@@ -24,11 +24,16 @@ from torch.utils import _pytree as pytree
 from mamba_attn._types import Int
 from mamba_attn.tracing.doors import ScanCall, Watch, open_doors, suspended
 from mamba_attn.tracing.replay import Replay, as_it_was
+from mamba_attn.tracing.softmax_doors import SoftmaxCall, open_softmax_doors
 
 _SHARE = 0.2  # of a step's gradient that must come from its own cell; stricter limits chose inner tensors in silence
+_SMALLEST = torch.finfo(torch.float32).tiny
 _LOOKS = 2  # at tensors of one shape
 _NORMS = ("layer_norm_fn", "rms_norm_fn")  # fused norms are called as functions: what they return is looked at, too
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+_MEANS = (torch.mean, Tensor.mean, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+_SPREAD = (*_CONVOLUTIONS, *_MEANS, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_LITTLE = 1e-3  # of their gradient is kept: it may be all there is, as where routes are merged by a mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +73,7 @@ class Measured:
         places: of each call; None where no tensor qualifies.
         chained: pairs (earlier, later) of calls in one run of a module, of which the later depends on the earlier.
         nearest: what came nearest to a place, in words, for calls without one.
+        other_keys: calls of attention whose keys or values were not found to come from the tokens of its queries.
         maps: shapes of the tensors of four axes and more that modules took and returned, by the modules' names.
         backwards: number of backward passes.
     """
@@ -76,6 +82,7 @@ class Measured:
     places: list[Place | None]
     chained: set[tuple[int, int]]
     nearest: dict[int, str]
+    other_keys: set[int]
     maps: dict[str, list[tuple[int, ...]]]
     backwards: int
 
@@ -94,6 +101,9 @@ def measure(model: nn.Module, replay: Replay) -> Measured:
     """
     with _watched_pass(model, replay) as run:
         calls = run.watch.calls
+        other_keys = {
+            i for i, c in enumerate(calls) if isinstance(c, SoftmaxCall) and not c.reads_own(run.before(c.at))
+        }
         search = _Search(calls)
         for number in _to_look_at(run, search.settled):
             search.take(list(_decoded(run, number, search)))
@@ -102,6 +112,7 @@ def measure(model: nn.Module, replay: Replay) -> Measured:
             [search.places.get(i) for i in range(len(calls))],
             _chained(calls),
             {i: words for i, (_, words) in search.nearest.items() if i not in search.places},
+            other_keys,
             run.maps,
             run.backwards,
         )
@@ -110,7 +121,7 @@ def measure(model: nn.Module, replay: Replay) -> Measured:
 class _Search:
     """The places found so far, and the calls for which no other tensor is to be looked at."""
 
-    def __init__(self, calls: Sequence[ScanCall]) -> None:
+    def __init__(self, calls: Sequence[ScanCall | SoftmaxCall]) -> None:
         self.calls = calls
         self.places: dict[int, Place] = {}
         self.settled: set[int] = set()
@@ -148,10 +159,15 @@ class _Search:
             self.places.update({each.call: each.place for each in members})
         for i in numbers:
             self._tries[i] = self._tries.get(i, 0) + 1
-        if _added_up(members):
+        heads = isinstance(self.calls[members[0].call], SoftmaxCall) and _in_one_order(members[0].place.order)
+        if heads or _added_up(members):
             self.settled |= numbers
         else:
             self.settled |= {i for i in numbers if self._tries[i] > _LOOKS}
+
+
+def _in_one_order(order: Int[Tensor, "rows groups length"]) -> bool:
+    return bool((order == order[:, :1]).all())
 
 
 def _cells(places: Sequence[Place]) -> int:
@@ -204,11 +220,15 @@ class _Run:
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
-        self.tensors: list[tuple[str, Tensor]] = []  # what modules returned, with the module, in order
+        self.tensors = watch.tensors  # what modules returned, with the module, in order
         self.maps: dict[str, list[tuple[int, ...]]] = {}
         self.leaves: list[Tensor] = []
         self.axes: dict[tuple[int, ...], int] = {}  # of features, by shape
         self.backwards = 0
+
+    def before(self, number: int) -> list[Tensor]:
+        """The tensors seen before one, latest first, and what the pass began with."""
+        return [*(tensor for _, tensor in reversed(self.tensors[:number])), *self.leaves]
 
     def see(self, name: str, given: Any, output: Any) -> None:
         """Keep what a module returned; of several tensors the first is looked at first, so it comes last."""
@@ -225,7 +245,7 @@ class _Run:
             call.dout = None
         torch.autograd.grad(out, self.leaves, cotangent, retain_graph=True, allow_unused=True)
         return {
-            i: call.dout.detach().float().unflatten(1, (call.inputs.groups, -1))
+            i: call.dout.detach().float().unflatten(1, (call.groups, -1))
             for i, call in enumerate(calls)
             if call.dout is not None
         }
@@ -237,7 +257,13 @@ def _watched_pass(model: nn.Module, replay: Replay) -> Iterator[_Run]:
     watch = Watch(model, cut=True)
     with ExitStack() as whole:
         whole.callback(watch.close)
-        for block in (torch.inference_mode(False), as_it_was(model), open_doors(watch), suspended(watch)):
+        for block in (
+            torch.inference_mode(False),
+            as_it_was(model),
+            open_doors(watch),
+            open_softmax_doors(),
+            suspended(watch),
+        ):
             whole.enter_context(block)
         run = _Run(watch)
 
@@ -285,21 +311,27 @@ def _look(stack: ExitStack, model: nn.Module, run: _Run) -> None:
 
 
 class _Centre(TorchFunctionMode):
-    """The value of a convolution that keeps the grid, the gradient of its middle tap: a step stays on its token."""
+    """Values as they are, and gradients that stay on their token.
+
+    Convolutions that keep the grid have the gradient of their middle tap. Means and other convolutions have little: a
+    gate made of all tokens, or the coarse grids inside a U-Net, would send every step's gradient to many.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func not in _CONVOLUTIONS or len(args) < 2:
+        if func not in _SPREAD or not out.requires_grad:
             return out
-        x, weight = args[:2]
-        if out.shape[2:] != x.shape[2:] or set(weight.shape[2:]) == {1} or not out.requires_grad:
-            return out
-        middle, at = torch.zeros_like(weight), (..., *(size // 2 for size in weight.shape[2:]))
-        middle[at] = weight.detach()[at]
-        only = func(x, middle, *args[2:], **(kwargs or {}))
-        return out.detach() + only - only.detach()
+        if func in _CONVOLUTIONS and len(args) > 1 and out.shape[2:] == args[0].shape[2:]:
+            x, weight = args[:2]
+            if set(weight.shape[2:]) == {1}:
+                return out
+            middle, at = torch.zeros_like(weight), (..., *(size // 2 for size in weight.shape[2:]))
+            middle[at] = weight.detach()[at]
+            only = func(x, middle, *args[2:], **(kwargs or {}))
+            return out.detach() + only - only.detach()
+        return out.detach() + _LITTLE * (out - out.detach())
 
 
 def _to_look_at(run: _Run, settled: Collection[int]) -> Iterator[int]:
@@ -307,12 +339,12 @@ def _to_look_at(run: _Run, settled: Collection[int]) -> Iterator[int]:
     calls, looked = run.watch.calls, set()
     times: dict[tuple[Any, ...], int] = {}
 
-    def left() -> list[ScanCall]:
+    def left() -> list[ScanCall | SoftmaxCall]:
         return [call for i, call in enumerate(calls) if i not in settled]
 
     def possible(number: int) -> bool:
         out = run.tensors[number][1]
-        fewest = min(call.y.shape[0] * call.y.shape[-1] for call in left())
+        fewest = min(call.steps for call in left())
         return out.requires_grad and out.ndim > 2 and out.is_floating_point() and out.numel() >= fewest
 
     for number in reversed(range(len(run.tensors))):
@@ -326,7 +358,9 @@ def _to_look_at(run: _Run, settled: Collection[int]) -> Iterator[int]:
     for call in reversed(calls):
         around = {call.module[:end] for end, letter in enumerate(call.module + ".") if letter == "."}
         for number in reversed(range(len(run.tensors))):
-            if call in left() and run.tensors[number][0] in around and number not in looked and possible(number):
+            name = run.tensors[number][0]
+            near = name in around or name.startswith(f"{call.module}.")
+            if near and call in left() and number not in looked and possible(number):
                 looked.add(number)
                 yield number
 
@@ -367,11 +401,11 @@ def _noise(out: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Decoded:
-    """What a tensor says of one call: its place, whether no two steps of a row and group share a cell, its gradient."""
+    """What a tensor says of one call."""
 
     call: int
     place: Place
-    single: bool
+    single: bool  # no two steps of a row and group share a cell, and all of a row are in one image
     gradient: Tensor  # (rows, groups, width, length)
 
 
@@ -379,7 +413,7 @@ def _decoded(run: _Run, number: int, search: _Search) -> Iterator[_Decoded]:
     """What a tensor says of every call that is not settled, and that its gradient reaches."""
     name, out = run.tensors[number]
     # of each call and group, all rows
-    steps = {i: call.y.shape[0] * call.y.shape[-1] for i, call in enumerate(run.watch.calls) if i not in search.settled}
+    steps = {i: call.steps for i, call in enumerate(run.watch.calls) if i not in search.settled}
     shape = tuple(out.shape)
     axis = run.axes.get(shape)
     if axis is None:
@@ -398,20 +432,32 @@ def _decoded(run: _Run, number: int, search: _Search) -> Iterator[_Decoded]:
     if not reached:
         return
     numbers = {i: torch.zeros(total[i][:, :, 0].shape, dtype=torch.long, device=out.device) for i in reached}
-    norms = {i: total[i].square().sum(2) for i in reached}
+    # a gate may leave some steps 1e-20 of what it leaves others; padding gets nothing
+    size = {i: total[i].abs().amax(2, keepdim=True) for i in reached}
+    unit = {i: total[i] / size[i].clamp_min(_SMALLEST) for i in reached}
     for bit in range(probe.bits):
         found = run.back(out, probe.with_bit(bit))
         for i in reached:  # nearer to all of the gradient than to none of it
-            numbers[i] += (2 * (total[i] * found[i]).sum(2) > norms[i]).long() << bit
+            part = found[i] / size[i].clamp_min(_SMALLEST)
+            numbers[i] += ((unit[i] * (2 * part - unit[i])).sum(2) > 0).long() << bit
     for i in reached:
-        size = norms[i].sqrt()
-        order = torch.where(size > 1e-3 * size.amax(), probe.cell_of(numbers[i]), -1)
-        single = all(bool((row[row >= 0].unique(return_counts=True)[1] == 1).all()) for row in order.flatten(0, 1))
+        order = torch.where(size[i].squeeze(2) > 0, probe.cell_of(numbers[i]), -1)
         first = total[i][:, :1]
         alike = float((total[i] - first).abs().max()) <= 1e-4 * float(first.abs().max())
         share = _shares(total[i], check[i], probe.weight, order)
         place = Place(order.cpu(), number, shape, axis, alike, share, name)
-        yield _Decoded(i, place, single and bool((order >= 0).any()), total[i])
+        yield _Decoded(i, place, _single(order, probe.cells // shape[0]), total[i])
+
+
+def _single(order: Tensor, image: int) -> bool:
+    """Whether no two steps of a row and group share a cell, and a row's steps lie in one image, of so many cells."""
+    landed = order >= 0
+    if not bool(landed.any()):
+        return False
+    if not all(bool((row[row >= 0].unique(return_counts=True)[1] == 1).all()) for row in order.flatten(0, 1)):
+        return False
+    images = torch.where(landed, order // image, -1).flatten(1)
+    return bool(((images < 0) | (images == images.amax(1, keepdim=True))).all())
 
 
 def _feature_axis(run: _Run, out: Tensor, wanted: Iterable[int]) -> int | None:
@@ -426,7 +472,9 @@ def _feature_axis(run: _Run, out: Tensor, wanted: Iterable[int]) -> int | None:
         for arrived in (found[i] for i in wanted if i in found):
             energy = arrived.square().sum(2).flatten().double()
             steps = float(energy.sum() ** 2 / energy.square().sum().clamp_min(1e-300))
-            if steps and (best is None or steps < best[0] * 0.999):
+            # of a scan of one step every axis reaches one: then features are the longest
+            longer = best is not None and steps < best[0] * 1.001 and out.shape[axis] > out.shape[best[1]]
+            if steps and (best is None or steps < best[0] * 0.999 or longer):
                 best = (steps, axis)
     return None if best is None else best[1]
 
@@ -442,13 +490,13 @@ def _shares(t: Tensor, c: Tensor, weight: Tensor, order: Tensor) -> float:
     """Part of a step's gradient that comes from its own cell, of the worst hundredth of steps that land somewhere."""
     order = order.to(t.device)
     own = weight[order.clamp_min(0)].unsqueeze(2).to(t)
-    size = t.square().sum(2).sqrt()
-    error = (c - t * own).square().sum(2).sqrt() / size.clamp_min(1e-30)
+    size = t.abs().amax(2, keepdim=True).clamp_min(_SMALLEST)
+    error = ((c - t * own) / size).norm(dim=2) / (t / size).norm(dim=2).clamp_min(_SMALLEST)
     share = (1 - error[order >= 0].clamp_max(1)).sort()[0]
     return float(share[len(share) // 100]) if len(share) else 0.0
 
 
-def _chained(calls: Sequence[ScanCall]) -> set[tuple[int, int]]:
+def _chained(calls: Sequence[ScanCall | SoftmaxCall]) -> set[tuple[int, int]]:
     """Pairs of calls in one run of a module, of which the later takes what the earlier gave."""
     runs: dict[tuple[str, int], list[int]] = {}
     for i, call in enumerate(calls):

@@ -1,6 +1,6 @@
 """How layers are named: by their name in the model, by a pattern, or by a number that counts them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from numbers import Integral
 from typing import Any, TypeVar
@@ -64,6 +64,16 @@ def layer_names(call: str, layers: LayerNames, names: Sequence[str]) -> list[str
         fitting = [name for name in names if fnmatchcase(name, each)] if isinstance(each, str) else []
         chosen.update(fitting or [layer_name(call, each, names)])
     return [name for name in names if name in chosen]
+
+
+def by_pattern(given: Mapping[str, Value], name: str) -> Value | None:
+    """Return the value of the first pattern that fits a name, or None.
+
+    Args:
+        given: values by patterns of names.
+        name: of a layer.
+    """
+    return next((value for pattern, value in given.items() if fnmatchcase(name, pattern)), None)
 
 
 def layer_name(call: str, layer: LayerName, names: Sequence[str]) -> str:

@@ -55,6 +55,11 @@ class Layer(ABC):
         return self._described.tokens
 
     @property
+    def padding(self) -> int:
+        """Number of its last tokens that stand for padding, which is no part of the image."""
+        return 0
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of what is computed from the record."""
         record = self._described
@@ -326,6 +331,8 @@ class ScanLayer(Layer):
     ) -> Tensor:
         """Return what one token reads, (batch, [channels,] tokens), in linear time."""
         self.require_finite()
+        if row_weight is None and col_weight is None and fold in self._ready and 0 <= token < self.tokens:
+            return self._ready[fold][..., token, :]
         return ops.attention_row(self.scan, row=token, fold=fold, row_weight=row_weight, col_weight=col_weight)
 
     def column(
@@ -346,6 +353,10 @@ class ScanLayer(Layer):
     ) -> Float[Tensor, "batch tokens"]:
         """Return ``vector @ (I + attention)`` in linear time; without ``residual`` the I is left out."""
         self.require_finite()
+        if row_weight is None and col_weight is None and fold in self._ready and fold in _LINEAR_FOLDS:
+            matrix = self._ready[fold]
+            read = (vector.to(matrix).unsqueeze(1) @ matrix).squeeze(1)
+            return vector + read if residual else read
         product = ops.left_product(self.scan, vector=vector, fold=fold, row_weight=row_weight, col_weight=col_weight)
         return vector + product if residual else product
 

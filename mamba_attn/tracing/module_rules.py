@@ -1,8 +1,9 @@
 """What a trace installs outside the mixers' equations when its rules want the whole model, and takes off again.
 
-Norms, activations, linear layers and convolutions get a forward on the instance that asks the rules, and hooks show the
-rules what enters each mixer and the modules around it. Modules of a mixer that its equations hand to the rules
-themselves, and modules inside a ruled one, are not ruled again.
+Norms, activations, linear layers and convolutions get a forward on the instance that asks the rules; what the rest of
+the model calls as functions is met by ``function_rules``. Hooks show the rules what enters each mixer and the modules
+around it. Modules of a mixer that its equations hand to the rules themselves, and modules inside a ruled one, are not
+ruled again.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,13 +13,15 @@ from functools import partial
 from threading import get_ident
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from mamba_attn.core.rules import ACTIVATION, LINEAR, NORM, TOKENS, Rules
+from mamba_attn.core.rules import ACTIVATION, KINDS, LINEAR, NORM, TOKENS, Rules, unruled
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.tracing.adapters import AnyAdapter
-from mamba_attn.tracing.patching import PatchedForward, patched, recomputing
+from mamba_attn.tracing.entrances import Arrivals
+from mamba_attn.tracing.function_rules import FunctionRules
+from mamba_attn.tracing.patching import PatchedForward, patched
+from mamba_attn.tracing.undisturbed import recomputing
 
 Mixers = Mapping[str, tuple[nn.Module, AnyAdapter]]
 
@@ -47,25 +50,39 @@ _ACTIVATION_NAMES = ("GELU", "GELUTanh", "QuickGELU", "QuickGelu", "Swish", "SiL
 
 @dataclass(frozen=True, eq=False)
 class _Interest:
-    """One trace's rules for one module."""
+    """One trace's rules for one module; ``functions``: whether they are also asked at functions."""
 
     rules: Rules
     kind: str
     thread: int
+    functions: bool
+    quiet: Callable[[], bool]
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What enters the modules, and the functions that are ruled, of one trace."""
+
+    arrivals: Arrivals
+    functions: FunctionRules
 
 
 class _RuledForward(PatchedForward):
     """The forward of a norm, an activation, a linear layer or a convolution, as the rules have it."""
 
     def run(self, interests: list[_Interest], again: bool, /, *args: Any, **kwargs: Any) -> Any:
+        interest = interests[-1]
         others = {name: value for name, value in kwargs.items() if value is not None and value is not False}
-        if len(args) != 1 or others or not isinstance(args[0], Tensor):
+        known = len(args) == 1 and not others and isinstance(args[0], Tensor)
+        if not known and not interest.functions and not interest.quiet():
             raise UnsupportedModelError(
                 f"{type(self.module).__name__} was called with {len(args)} positional arguments"
-                f"{' and ' if others else ''}{', '.join(others)}: rules for the whole model know calls with one tensor "
-                "alone. A norm that adds the residual stream as well needs fused_add_norm=False."
+                f"{' and ' if others else ''}{', '.join(others)}: these rules know calls with one tensor alone."
             )
-        return self._ruled(interests[-1], args[0], partial(self.original, **kwargs) if kwargs else self.original)
+        if not known or interest.quiet():
+            return self.original(*args, **kwargs)
+        with unruled():
+            return self._ruled(interest, args[0], partial(self.original, **kwargs) if kwargs else self.original)
 
     def _ruled(self, interest: _Interest, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
         rules = interest.rules
@@ -74,43 +91,37 @@ class _RuledForward(PatchedForward):
         return rules.activation(call, x) if interest.kind == ACTIVATION else rules.linear(self.module, x, call)
 
 
-def install_rules(stack: ExitStack, model: nn.Module, mixers: Mixers, rules: Rules | None) -> None:
-    """Install what the rules want; ``stack`` undoes it."""
+def install_rules(
+    stack: ExitStack, model: nn.Module, mixers: Mixers, rules: Rules | None, quiet: Callable[[], bool] = bool
+) -> Asked | None:
+    """Install what the rules want; ``stack`` undoes it.
+
+    Args:
+        stack: of the trace.
+        model: the model.
+        mixers: those that an adapter knows.
+        rules: the rules.
+        quiet: whether the model runs for something else at the moment.
+
+    Returns:
+        What rules that want everything need of the pass.
+    """
     if rules is None or not rules.wants:
-        return
-    thread = get_ident()
+        return None
+    thread, everything, asked = get_ident(), rules.wants >= frozenset(KINDS), None
     for _, module, kind in _ruled(model, mixers, rules.wants):
-        stack.enter_context(patched(module, _Interest(rules, kind, thread), _RuledForward))
+        interest = _Interest(rules, kind, thread, everything, quiet)
+        stack.enter_context(patched(module, interest, _RuledForward))
+    if everything:
+        arrivals = Arrivals(model, quiet)
+        arrivals.install(stack)
+        asked = Asked(arrivals, FunctionRules(model, rules, arrivals.sources, quiet))
+        stack.enter_context(asked.functions)
     if TOKENS in rules.wants:
         for mixer, module in _entrances(model, mixers):
-            hook = partial(_enter, rules, mixer, thread)
+            hook = partial(_enter, rules, mixer, thread, quiet)
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-
-
-def check_rules_apply(model: nn.Module, mixers: Mixers, rules: Rules | None) -> None:
-    """Refuse, before anything is installed, norms that the rules would miss or do not know.
-
-    Raises:
-        UnsupportedModelError: a fused add and norm, which no module call shows; a norm of an unknown type; batch
-            statistics.
-    """
-    if rules is None or NORM not in rules.wants:
-        return
-    call = f"trace(rules={type(rules).__name__})"
-    for name, module in model.named_modules():
-        what = f"{call}: {name or 'the model'} ({type(module).__name__})"
-        if getattr(module, "fused_add_norm", False) is True:
-            raise UnsupportedModelError(
-                f"{what} adds and norms in one fused function, which no module call shows; build the model with "
-                "fused_add_norm=False, or set that attribute to False on every module that has it."
-            )
-        if isinstance(module, _BATCH_NORMS) and module.training:
-            raise UnsupportedModelError(f"{what} normalises with the batch's statistics; call model.eval() first.")
-        if _is_unknown_norm(module) and not _inside(name, mixers):
-            raise UnsupportedModelError(
-                f"{what} is a norm of a type that is not known. Known: nn.LayerNorm and its subclasses, nn.RMSNorm and "
-                "classes called RMSNorm, BatchNorm in eval mode."
-            )
+    return asked
 
 
 def _ruled(model: nn.Module, mixers: Mixers, wants: frozenset[str]) -> Iterator[tuple[str, nn.Module, str]]:
@@ -132,10 +143,6 @@ def _kind(module: nn.Module) -> str:
     if isinstance(module, _NORMS) or (type(module).__name__ in _NORM_NAMES and _is_leaf(module)):
         return NORM
     return ""
-
-
-def _is_unknown_norm(module: nn.Module) -> bool:
-    return _is_leaf(module) and "norm" in type(module).__name__.lower() and _kind(module) != NORM
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -165,16 +172,10 @@ def _entrances(model: nn.Module, mixers: Mixers) -> Iterator[tuple[str, nn.Modul
 
 
 def _enter(
-    rules: Rules, mixer: str, thread: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Show the first tensor to the rules; where nothing before it has a gradient, let gradients start at it."""
-    if thread != get_ident() or recomputing():
-        return None
-    given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-    if given is None:
-        return None
-    starts = torch.is_grad_enabled() and not given.requires_grad and given.is_floating_point()
-    x = given.detach().requires_grad_() if starts else given
-    rules.enter(mixer, x)
-    changed = tuple(x if value is given else value for value in args)
-    return changed, {name: x if value is given else value for name, value in kwargs.items()}
+    rules: Rules, mixer: str, thread: int, quiet: Callable[[], bool], module: nn.Module, args: Any, kwargs: Any
+) -> None:
+    """Show the first tensor to the rules."""
+    if thread == get_ident() and not recomputing() and not quiet():
+        given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if given is not None:
+            rules.enter(mixer, given)

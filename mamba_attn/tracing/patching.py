@@ -18,11 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from mamba_attn.core.rules import PLAIN, Rules
-from mamba_attn.errors import TraceError
+from mamba_attn.core.attention_record import AttentionRecord
+from mamba_attn.core.rules import PLAIN, Rules, unruled
+from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.ops import hidden_attention, selective_scan
 from mamba_attn.tracing.adapters import AnyAdapter, AttentionAdapter, LayoutSource, Seen
+from mamba_attn.tracing.agreement import Call, Verdict, judge, judge_call, latest, measurable
+from mamba_attn.tracing.doors import Watch
 from mamba_attn.tracing.layers import AttentionLayer, Layer, ScanLayer
+from mamba_attn.tracing.undisturbed import recomputing, unseen
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +42,8 @@ class Interest:
         attention: a fold whose matrix is computed during the pass, or None.
         rules: what changes in the forward, or None.
         thread: whose calls are traced.
+        apart: takes what says that the adapter does not compute what the mixer does.
+        watch: at the doors that its scans may go through, or None.
     """
 
     name: str
@@ -46,6 +53,25 @@ class Interest:
     attention: str | None
     rules: Rules | None
     thread: int
+    apart: Callable[[str, Verdict], None]
+    watch: Watch | None = None
+
+    def send_to_doors(self, module: nn.Module, verdict: Verdict) -> None:
+        """Let the doors see the mixer's scans, which its adapter does not compute."""
+        if self.watch is not None:
+            self.watch.outside.discard(id(module))
+            self.apart(self.name, verdict)
+
+    @property
+    def scans_seen(self) -> int:
+        """Number of scans that came through doors so far."""
+        return 0 if self.watch is None else len(self.watch.calls)
+
+    def why_refused(self, module: nn.Module, verdict: Verdict) -> str:
+        """What disagrees, and why no door shows its scans."""
+        sentence = verdict.sentence(self.name, module, self.adapter.family).rstrip(".")
+        another = None if self.watch is None else self.watch.another_recurrence()
+        return f"{sentence}. {another or 'None of its scans goes through a door that is known, so it is not traced.'}"
 
 
 class PatchedForward(ABC):
@@ -65,6 +91,8 @@ class PatchedForward(ABC):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Answer in the forward's place, for the traces that this thread has open."""
+        if unseen():
+            return self.original(*args, **kwargs)
         again = recomputing()
         interests = [interest for interest in tuple(self.interests) if again or interest.thread == get_ident()]
         return self.run(interests, again, *args, **kwargs) if interests else self.original(*args, **kwargs)
@@ -77,32 +105,135 @@ class PatchedForward(ABC):
 class _RoutedForward(PatchedForward):
     """A mixer's forward, through ``mamba_attn.ops``."""
 
+    @unruled()
     def run(self, interests: list[Interest], again: bool, /, *args: Any, **kwargs: Any) -> Any:
-        store = [] if again else interests
-        adapter, seen = interests[-1].adapter, interests[-1].seen
+        last, call = interests[-1], Call(args, kwargs)
         rules = next((interest.rules for interest in reversed(interests) if interest.rules is not None), PLAIN)
-        if isinstance(adapter, AttentionAdapter):
-            record = rules.attention(adapter.project(self.module, *args, rules=rules, seen=seen, **kwargs))
-            _start_gradients(record.probabilities)
-            output = adapter.finish(self.module, record, record.probabilities, rules)
-            for interest in store:
-                interest.store(AttentionLayer(interest.name, record, output=output))
-            return output
-        scan = rules.scan(adapter.project(self.module, *args, rules=rules, seen=seen, **kwargs))
         wanted = dict.fromkeys(interest.attention for interest in interests if interest.attention)
-        folds = {fold: selective_scan(scan, attention=fold) for fold in wanted}
-        y = next(iter(folds.values()))[0] if folds else selective_scan(scan)
-        _start_gradients(y)
-        output = adapter.finish(self.module, scan, y, rules)
-        for interest in store:
-            ready = (interest.attention, folds[interest.attention][1]) if interest.attention else None
-            interest.store(ScanLayer(interest.name, scan, y=y, output=output, attention=ready))
+        computed: dict[AnyAdapter, _Computed] = {}
+
+        def ready(adapter: AnyAdapter) -> Any:
+            computed[adapter] = _compute(adapter, self.module, call, last.seen, rules, wanted)
+            return computed[adapter].output
+
+        verdict: Verdict | None
+        if call.opaque and not again:
+            verdict = self._beside_own(last, call)
+        else:
+            reusable = rules is PLAIN and not self.module.training and not _hooked(self.module)
+            verdict = _verdict(last, self.module, self.original, call, again, ready if reusable else None)
+        if verdict is not None and not verdict.agrees:
+            return self._at_doors(interests, again, call, verdict)
+        adapter = last.adapter if verdict is None or verdict.adapter is None else verdict.adapter
+        found = computed.get(adapter) or _compute(adapter, self.module, call, last.seen, rules, wanted)
+        for interest in interests if not again else ():
+            interest.store(found.layer(interest))
+        return found.output
+
+    def _beside_own(self, last: Interest, call: Call) -> Verdict:
+        """Run the module's own forward as well, since what it was given may keep states: a cache must be filled.
+
+        Raises:
+            UnsupportedModelError: it returns something else than without these states.
+        """
+        devices = {tensor.device for tensor in call.tensors if tensor.is_cuda}
+        with torch.random.fork_rng(devices), torch.no_grad():
+            own = self.original(*call.args, **call.kwargs)
+        return _against(last, self.module, call, own)
+
+    def _at_doors(self, interests: list[Interest], again: bool, call: Call, verdict: Verdict) -> Any:
+        """Run the module's own forward, whose scans the doors see.
+
+        Raises:
+            UnsupportedModelError: none of them goes through a door.
+        """
+        if again:
+            return self.original(*call.args, **call.kwargs)
+        for interest in interests:
+            interest.send_to_doors(self.module, verdict)
+        before = [interest.scans_seen for interest in interests]
+        output = self.original(*call.args, **call.kwargs)
+        for interest, count in zip(interests, before, strict=True):
+            if interest.scans_seen == count:
+                raise UnsupportedModelError(interest.why_refused(self.module, verdict))
         return output
 
 
-def recomputing() -> bool:
-    """Whether gradient checkpointing repeats a forward inside a backward pass, in whatever thread that runs."""
-    return torch._C._current_graph_task_id() != -1
+@dataclass(eq=False)
+class _Computed:
+    """What an adapter made of one call."""
+
+    record: ScanRecord | AttentionRecord
+    variable: Tensor
+    output: Any
+    folds: dict[str, Tensor]
+
+    def layer(self, interest: Interest) -> Layer:
+        """As a trace keeps it."""
+        if isinstance(self.record, AttentionRecord):
+            return AttentionLayer(interest.name, self.record, output=self.output)
+        ready = (interest.attention, self.folds[interest.attention]) if interest.attention else None
+        return ScanLayer(interest.name, self.record, y=self.variable, output=self.output, attention=ready)
+
+
+def _compute(
+    adapter: AnyAdapter, module: nn.Module, call: Call, seen: Seen, rules: Rules, folds: Iterable[str] = ()
+) -> _Computed:
+    """Run a call of a mixer through its adapter."""
+    if isinstance(adapter, AttentionAdapter):
+        record = rules.attention(adapter.project(module, *call.args, rules=rules, seen=seen, **call.kwargs))
+        _start_gradients(record.probabilities)
+        output = adapter.finish(module, record, record.probabilities, rules)
+        return _Computed(record, record.probabilities, output, {})
+    scan = rules.scan(adapter.project(module, *call.args, rules=rules, seen=seen, **call.kwargs))
+    both = {fold: selective_scan(scan, attention=fold) for fold in folds}
+    y = next(iter(both.values()))[0] if both else selective_scan(scan)
+    _start_gradients(y)
+    output = adapter.finish(module, scan, y, rules)
+    return _Computed(scan, y, output, {fold: matrix for fold, (_, matrix) in both.items()})
+
+
+def _verdict(
+    interest: Interest,
+    module: nn.Module,
+    own: Callable[..., Any],
+    call: Call,
+    again: bool,
+    ready: Callable[[AnyAdapter], Any] | None = None,
+) -> Verdict | None:
+    """Whether the adapter computes what the module does, compared or remembered; None: it cannot be compared now."""
+    if again or not measurable():  # of a repeated call the first said it
+        return latest(module)
+
+    def answer(adapter: AnyAdapter, again: Call) -> Any:
+        return _compute(adapter, module, again, interest.seen, PLAIN).output
+
+    return judge(module, own, interest.adapter, call, interest.seen, answer, ready)
+
+
+def _against(interest: Interest, module: nn.Module, call: Call, own: Any) -> Verdict:
+    """Compare an adapter with what the module returned, when it was called with what may hold states.
+
+    Raises:
+        UnsupportedModelError: they differ.
+    """
+
+    def answer(adapter: AnyAdapter, again: Call) -> Any:
+        return _compute(adapter, module, again, interest.seen, PLAIN).output
+
+    verdict = judge_call(module, own, interest.adapter, call, answer)
+    if not verdict.agrees:
+        sentence = verdict.sentence(interest.name, module, interest.adapter.family).rstrip(".")
+        raise UnsupportedModelError(
+            f"{sentence}. It was called with {', '.join(dict.fromkeys(call.opaque))}, which may hold states of an "
+            "earlier call: trace whole sequences, from their first token, without such a cache (use_cache=False)."
+        )
+    return verdict
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether a hook is on a mixer or inside it."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
 def _start_gradients(variable: Tensor) -> None:
@@ -138,22 +269,57 @@ def patched(module: nn.Module, interest: Any, kind: type[PatchedForward] = _Rout
                     del module.__dict__["forward"]
 
 
+_Verdicts = list[tuple[Verdict | None, int]]  # of the call that runs, with the number of scans seen before it
+
+
 @contextmanager
 def observed(module: nn.Module, interest: Interest) -> Iterator[None]:
-    """Install a hook that recomputes the record of a call, which runs untouched, from its input."""
-    handle = module.register_forward_hook(partial(_observe, interest), with_kwargs=True)
-    try:
+    """Install hooks that recompute the record of a call, which runs untouched, from its input."""
+    verdicts: _Verdicts = []
+    with ExitStack() as stack:
+        look, observe = partial(_look_at, interest, verdicts), partial(_observe, interest, verdicts)
+        stack.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)
+        stack.callback(module.register_forward_hook(observe, with_kwargs=True).remove)
         yield
-    finally:
-        handle.remove()
 
 
-def _observe(interest: Interest, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    again = recomputing()
+def _look_at(
+    interest: Interest,
+    verdicts: _Verdicts,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Compare before the call, so that doors see the scans of one that differs."""
+    again, call = recomputing(), Call(args, kwargs)
+    if (interest.thread != get_ident() and not again) or call.opaque:
+        return
+    verdict = _verdict(interest, module, module.forward, call, again)
+    verdicts[:] = [(verdict, interest.scans_seen)]
+    if verdict is not None and not verdict.agrees and not again:
+        interest.send_to_doors(module, verdict)
+
+
+def _observe(
+    interest: Interest,
+    verdicts: _Verdicts,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+) -> None:
+    again, call = recomputing(), Call(args, kwargs)
     if interest.thread != get_ident() and not again:
         return
+    if call.opaque and not again:
+        verdicts[:] = [(_against(interest, module, call, output), 0)]
+    verdict, before = verdicts[0] if verdicts else (None, 0)
+    if verdict is not None and not verdict.agrees:
+        if interest.scans_seen == before and not again:
+            raise UnsupportedModelError(interest.why_refused(module, verdict))
+        return
+    adapter = interest.adapter if verdict is None or verdict.adapter is None else verdict.adapter
     store = _forget if again else interest.store  # checkpointing wants the same computations again, nobody else does
-    adapter = interest.adapter
     finish: Callable[[Tensor], Tensor]
     if isinstance(adapter, AttentionAdapter):
         record = adapter.project(module, *args, rules=PLAIN, seen=interest.seen, **kwargs)

@@ -1,19 +1,20 @@
 """Steps: what measuring says of one call's steps, image by image, and how long it is remembered."""
 
-import functools
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
-from types import FunctionType
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Int
+from mamba_attn.core.layout import TokenLayout
 from mamba_attn.tracing.doors import ScanCall
 from mamba_attn.tracing.frames import Measured, Place, agrees, measure
 from mamba_attn.tracing.replay import Replay
+from mamba_attn.tracing.softmax_doors import SoftmaxCall
+from mamba_attn.tracing.undisturbed import settings, versions
 
 _PAIR = 2  # images that are measured of a larger batch: enough to see whether orders differ, and how rows are laid
 
@@ -47,8 +48,23 @@ class Found:
     steps: list[Steps | None]
     measured: Measured
 
+    def shapes_around(self, module: str) -> Iterator[Sequence[tuple[int, ...]]]:
+        """Yield shapes that were seen in a module itself, below it, and so on with what stands around it.
 
-def steps_of(model: nn.Module, replay: Replay, calls: Sequence[ScanCall]) -> Found | None:
+        Args:
+            module: its name.
+        """
+        around = [module, *(module[:end] for end in range(len(module) - 1, 0, -1) if module[end] == "."), ""]
+        for outer in dict.fromkeys(around):
+            inside = [
+                (name, shapes)
+                for name, shapes in self.measured.maps.items()
+                if not outer or f"{name}.".startswith(f"{outer}.")
+            ]
+            yield from (shapes for _, shapes in sorted(inside, key=lambda item: len(item[0])))
+
+
+def steps_of(model: nn.Module, replay: Replay, calls: Sequence[ScanCall | SoftmaxCall]) -> Found | None:
     """Return the steps of the scans of a forward pass, measured or remembered; None if it runs another way now.
 
     They are remembered per model, shapes and settings of its modules, as long as another image has the same orders.
@@ -61,9 +77,9 @@ def steps_of(model: nn.Module, replay: Replay, calls: Sequence[ScanCall]) -> Fou
     """
     batch = replay.batch
     small = replay if batch is None or batch <= _PAIR else replay.changed(lambda tensor: tensor[:_PAIR])
-    key = (small.key, _settings(model))
+    key = (small.key, settings(model))
     remembered = _remembered.setdefault(model, {})
-    now = _versions(model)
+    now = versions(model)
     if key in remembered:
         then, measured = remembered[key]
         if then == now or agrees(model, small, measured):
@@ -90,12 +106,12 @@ def _another(image: Tensor) -> Tensor:
     return image.flatten(1)[:, mixed].view(image.shape)
 
 
-def _for(measured: Measured, batch: int | None, calls: Sequence[ScanCall]) -> Found | None:
+def _for(measured: Measured, batch: int | None, calls: Sequence[ScanCall | SoftmaxCall]) -> Found | None:
     """The steps of the calls that were seen, of so many images."""
     if [call.signature for call in calls] != measured.signatures:
         return None
     steps = [
-        None if place is None else _by_image(place, call.inputs.u.shape[0], batch)
+        None if place is None else _by_image(place, call.rows, batch)
         for place, call in zip(measured.places, calls, strict=True)
     ]
     if any(place is not None and each is None for place, each in zip(measured.places, steps, strict=True)):
@@ -135,24 +151,28 @@ def _by_image(place: Place, rows: int, batch: int | None) -> Steps | None:
     return Steps(index, token, tokens, place)
 
 
-def _versions(model: nn.Module) -> tuple[Any, ...]:
-    """What changes when anything writes to a model's parameters or buffers."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return tuple((tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in tensors)
+def with_padding(order: Int[Tensor, "_ routes length"], tokens: int) -> tuple[Int[Tensor, "_ routes length"], int]:
+    """Give steps that land nowhere tokens of their own, after those of the frame.
+
+    Args:
+        order: with -1 for such steps.
+        tokens: size of the frame.
+
+    Returns:
+        The order, and the size of the frame.
+    """
+    nowhere = order < 0
+    return torch.where(nowhere, tokens - 1 + nowhere.cumsum(-1), order), tokens + int(nowhere.sum(-1).max())
 
 
-def _settings(model: nn.Module) -> int:
-    """A number for everything in the modules that is no tensor and may say how tokens are ordered."""
-    return hash(tuple((name, type(module), _simple(vars(module))) for name, module in model.named_modules()))
+def padded_layout(layout: TokenLayout | None, tokens: int) -> TokenLayout | None:
+    """Return a layout with room for the tokens of padding, which are part of no map.
 
-
-def _simple(value: Any) -> Any:
-    if isinstance(value, dict):
-        return tuple((str(key), _simple(item)) for key, item in value.items() if not str(key).startswith("_"))
-    if isinstance(value, list | tuple):
-        return tuple(map(_simple, value))
-    if isinstance(value, functools.partial):
-        return _simple(value.func), _simple(value.args), _simple(value.keywords)
-    if isinstance(value, FunctionType):
-        return value.__qualname__
-    return value if isinstance(value, int | float | str | None) else type(value).__name__
+    Args:
+        layout: without them.
+        tokens: size of the frame with them.
+    """
+    if layout is None or tokens <= layout.tokens:
+        return layout
+    extra = layout.registers + tuple(range(layout.tokens, tokens))
+    return replace(layout, registers=extra)

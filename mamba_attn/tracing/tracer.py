@@ -4,8 +4,9 @@ Everything installed is owned by one ExitStack and by one entry of the context m
 after normal exit, an exception, a failure half way through, nesting, or another thread's use of the same model.
 """
 
+import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from numbers import Integral
 from threading import get_ident
@@ -18,16 +19,22 @@ from torch.utils.checkpoint import CheckpointError
 from mamba_attn import ops
 from mamba_attn.core import notebook
 from mamba_attn.core.layout import TokenLayout
-from mamba_attn.core.rules import Rules
+from mamba_attn.core.rules import KINDS, Rules
 from mamba_attn.errors import TraceError, UnknownLayerError, UnsupportedModelError, nearest
 from mamba_attn.tracing import patch_embedding
 from mamba_attn.tracing.adapters import AnyAdapter, Seen, find_mixers, nothing_found, require_supported
+from mamba_attn.tracing.agreement import Verdict
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders, DoorLayer, DoorScans
-from mamba_attn.tracing.doors import Watch, open_doors, reaches_a_door
+from mamba_attn.tracing.doors import Watch, open_doors
+from mamba_attn.tracing.fused_doors import fused_doors
 from mamba_attn.tracing.layer_names import ByLayer, LayerName, LayerNames, layer_name, layer_names
 from mamba_attn.tracing.layers import AnyLayer, AttentionLayer, Layer, ScanLayer
-from mamba_attn.tracing.module_rules import check_rules_apply, install_rules
-from mamba_attn.tracing.patching import Interest, observed, patched, recomputing, watch_layout
+from mamba_attn.tracing.module_rules import Asked, install_rules
+from mamba_attn.tracing.patching import Interest, observed, patched, watch_layout
+from mamba_attn.tracing.reachable import reaches_a_door, reaches_attention
+from mamba_attn.tracing.softmax_doors import CROSS, NESTED, open_softmax_doors
+from mamba_attn.tracing.softmax_layers import DoorAttention
+from mamba_attn.tracing.undisturbed import recomputing
 from mamba_attn.tracing.unseen import MIXES, Unseen, unseen_sentence
 
 _MODES = ("route", "observe")
@@ -47,19 +54,30 @@ class Trace(Mapping[str, Layer]):
         doors: DoorScans | None = None,
         wanted: LayerNames | None = None,
         around: Unseen | None = None,
+        model: nn.Module | None = None,
     ) -> None:
+        self.model = model
         self._adapted = list(names)
         self._doors = doors
         self._wanted = wanted
         self._around = around
         self._stored: dict[str, tuple[int, Layer]] = {}
         self._repeated: set[str] = set()
+        self._apart: dict[str, Verdict] = {}  # of mixers that their adapter does not compute, and that doors show
         self._thread = get_ident()
         self._runs = 0  # of the model itself; parts of it may be called alone
+        self._call: tuple[tuple[Any, ...], dict[str, Any], Any] | None = None
+        self._part: frozenset[str] | None = None
+        self.asked: Asked | None = None  # what rules that want everything need of the pass
 
     @property
     def _layers(self) -> dict[str, Layer]:
-        """By name, in execution order: those of adapters, and those that were seen at doors."""
+        """By name, in execution order; of a part, those in it."""
+        layers = self._seen_layers()
+        return layers if self._part is None else {name: layers[name] for name in layers if name in self._part}
+
+    def _seen_layers(self) -> dict[str, Layer]:
+        """Those of adapters, and those that were seen at doors."""
         if self._doors is None:
             return {name: layer for name, (_, layer) in self._stored.items()}
         if not self._doors.watch.calls and not self._stored:
@@ -75,7 +93,8 @@ class Trace(Mapping[str, Layer]):
 
     @property
     def _names(self) -> list[str]:
-        return list(dict.fromkeys([*self._adapted, *self._layers]))
+        adapted = [name for name in self._adapted if name not in self._apart]
+        return list(dict.fromkeys([*adapted, *self._layers]))
 
     def __getitem__(self, name: LayerName) -> Layer:
         if not isinstance(name, str):
@@ -125,6 +144,35 @@ class Trace(Mapping[str, Layer]):
         return [self[name] for name in self]
 
     @property
+    def output(self) -> Any:
+        """What the model returned, with its graph.
+
+        Raises:
+            TraceError: the model has not run, or only parts of it did.
+        """
+        return self._ran()[2]
+
+    @property
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model was called with, (args, kwargs).
+
+        Raises:
+            TraceError: the model has not run, or only parts of it did.
+        """
+        args, kwargs, _ = self._ran()
+        return args, kwargs
+
+    def part(self, names: Collection[str]) -> "Trace":
+        """Return the same pass with only some of its layers.
+
+        Args:
+            names: of those.
+        """
+        found = copy.copy(self)
+        found._part = frozenset(names)
+        return found
+
+    @property
     def scans(self) -> ByLayer[ScanLayer]:
         """The layers of selective scans, by name or number.
 
@@ -153,12 +201,13 @@ class Trace(Mapping[str, Layer]):
         at_doors = [] if self._doors is None else [call.module for call in self._doors.watch.calls]
         if self._around is None or not (self._stored or at_doors):
             return {}
-        return self._around.found(at_doors)
+        crosses = {} if self._doors is None else self._doors.watch.crosses
+        return self._around.found(at_doors) | crosses
 
     @property
     def unseen_mixers(self) -> list[str]:
         """Names of what mixes tokens like a layer and was not traced; a product of layers leaves it out."""
-        return [name for name, what in self.unseen.items() if what == MIXES]
+        return [name for name, what in self.unseen.items() if what in (MIXES, CROSS, NESTED)]
 
     def gradients(self, scalar: Tensor, of: str = "y") -> ByLayer[Tensor]:
         """Return the gradient of a scalar with respect to every layer's ``variable``, or ``output``.
@@ -179,21 +228,27 @@ class Trace(Mapping[str, Layer]):
         if of not in _GRADIENTS:
             raise ValueError(f"gradients(of={of!r}): expected one of {_GRADIENTS}.")
         at_doors = [layer for layer in self.layers if isinstance(layer, DoorLayer)]
-        layers = [layer for layer in self.layers if not isinstance(layer, DoorLayer)]
+        softmax = [layer for layer in self.layers if isinstance(layer, DoorAttention)]
+        layers = [layer for layer in self.layers if not isinstance(layer, DoorLayer | DoorAttention)]
+        edges = [edge for layer in softmax for edge in layer.call.edges if edge is not None]
+        if softmax and of == "output":
+            softmax[0].require_output()
         if at_doors and of == "output":
             at_doors[0].require_output()
         direct = [layer.variable if of == "y" and layer.tail is None else layer.output for layer in layers]
         attached = [tensor for tensor in direct if tensor.requires_grad]
         leaves = self._doors.differentiable() if at_doors and self._doors is not None else []
-        if len(attached) < len(layers) or not scalar.requires_grad or (at_doors and not leaves):
+        lost = len(attached) < len(layers) or not all(any(layer.call.edges) for layer in softmax)
+        if lost or not scalar.requires_grad or (at_doors and not leaves):
             raise TraceError(
                 "gradients(): the forward pass ran without gradients; call the model outside no_grad(), where it "
                 "checkpoints activations, with use_reentrant=False, and where all of its parameters are frozen, on "
                 "images.requires_grad_()."
             )
+        ends: list[Any] = [*edges, *attached, *leaves]
         try:
             with open_doors(self._doors.watch) if self._doors is not None and at_doors else nullcontext():
-                found = torch.autograd.grad(scalar, [*attached, *leaves], retain_graph=True, allow_unused=True)
+                found = torch.autograd.grad(scalar, ends, retain_graph=True, allow_unused=True)
         except CheckpointError as error:
             raise TraceError(
                 "gradients(): the model checkpoints activations, so its forward runs again now, and no longer traced; "
@@ -202,11 +257,14 @@ class Trace(Mapping[str, Layer]):
         if all(gradient is None for gradient in found):
             raise TraceError("gradients(): the scalar does not depend on this forward pass; take it from its output.")
         result: ByLayer[Tensor] = ByLayer()
-        for layer, tensor, gradient in zip(layers, attached, found, strict=False):
+        at_edges = iter(found[: len(edges)])
+        for its in softmax:
+            result[its.name] = its.placed_gradient([None if e is None else next(at_edges) for e in its.call.edges])
+        for layer, tensor, gradient in zip(layers, attached, found[len(edges) :], strict=False):
             filled = torch.zeros_like(tensor) if gradient is None else gradient
             result[layer.name] = filled if of == "output" or layer.tail is None else _through_tail(layer, filled)
-        for layer in at_doors:
-            result[layer.name] = layer.take_gradient()
+        for scans in at_doors:
+            result[scans.name] = scans.take_gradient()
         return ByLayer({layer.name: result[layer.name] for layer in self.layers})
 
     def _of_kind(self, kind: type[AnyLayer]) -> ByLayer[AnyLayer]:
@@ -229,6 +287,19 @@ class Trace(Mapping[str, Layer]):
         """Count the model's own runs, which tell a second forward pass from a mixer that one pass calls twice."""
         measuring = self._doors is not None and self._doors.watch.suspended
         self._runs += get_ident() == self._thread and not recomputing() and not measuring
+
+    def _ends(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Keep what went in and what came out."""
+        measuring = self._doors is not None and self._doors.watch.suspended
+        if get_ident() == self._thread and not recomputing() and not measuring:
+            self._call = (args, kwargs, output)
+
+    def _ran(self) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        if self._call is None:
+            raise TraceError("the model has not run: call it inside the with-block first, then read the trace.")
+        if self._runs > 1:
+            raise TraceError("the model ran twice inside one trace(): use one trace per forward pass.")
+        return self._call
 
     def _store(self, layer: Layer) -> None:
         watch = None if self._doors is None else self._doors.watch
@@ -265,7 +336,8 @@ def trace(
     """Record the selective scans, and the softmax attention, of the next forward pass of a model.
 
     Args:
-        model: a model with mixers of a known family, as it is; it is neither switched to eval nor changed. Inside
+        model: a model with mixers of a known family, or whose scans and attention go through a door (compiled scans,
+            torch's attention), as it is; it is neither switched to eval nor changed. Inside
             DistributedDataParallel, and DataParallel on one device, names are those of the wrapped model.
         layers: names, patterns (``"layers.1?.mixer"``) or numbers of mixers, or one of them; numbers count the
             model's mixers in the order of its modules, negative ones from the last. Default: all.
@@ -286,8 +358,7 @@ def trace(
         pass ran with gradients.
 
     Raises:
-        UnsupportedModelError: nothing to trace, a variant that is refused, a compiled model, copies on several devices;
-            norms that rules for the whole model do not know.
+        UnsupportedModelError: nothing to trace, a variant that is refused, a compiled model, copies on several devices.
         UnknownLayerError: a name or pattern that fits no mixer, a number that is out of range.
         TypeError: ``layers`` that are neither names nor numbers.
         ValueError: an unknown mode or fold, rules in mode "observe".
@@ -309,43 +380,62 @@ def trace(
     refused = {
         name: reason
         for name, (module, adapter) in found.items()
-        if (reason := adapter.refusal(module, model)) and reaches_a_door(module)
+        if (reason := adapter.refusal(module, model)) and (reaches_a_door(module) or reaches_attention(module))
     }
     known = {name: mixer for name, mixer in found.items() if name not in refused}
-    at_doors = bool(refused) or reaches_a_door(model)
+    adapted = [module for module, _ in known.values()]
+    unnamed = bool(refused) or reaches_a_door(model) or reaches_attention(model, adapted)
+    at_doors = unnamed or reaches_attention(model)  # also where an adapter turns out not to compute what it should
     if not known and not at_doors:
         raise nothing_found(model, adapters)
     # at doors nobody knows the layers' names before they run
-    chosen = list(known) if layers is None or at_doors else layer_names("trace(layers=...)", layers, list(known))
+    chosen = list(known) if layers is None or unnamed else layer_names("trace(layers=...)", layers, list(known))
     mixers = {name: known[name] for name in chosen}
     for name, (module, adapter) in mixers.items():
         require_supported(name, module, adapter, model)
-    check_rules_apply(model, mixers, rules)
     seen = Seen(layout=layout if isinstance(layout, TokenLayout) else None)
     doors = None
     if at_doors:
-        watch = Watch(model, {module for module, _ in known.values()}, attention, ruled=rules is not None)
+        watch = Watch(model, set(adapted), attention, rules=rules)
+        watch.around = fused_doors if rules is not None and rules.wants >= frozenset(KINDS) else watch.around
         doors = DoorScans(model, watch, seen, layout, orders, refused=refused)
     around = Unseen(model, list(known))
-    record = Trace(list(mixers), doors, layers if at_doors else None, around)
+    record = Trace(list(mixers), doors, layers if unnamed else None, around, model)
     with ExitStack() as stack:
         families = dict.fromkeys(adapter for _, adapter in found.values())  # also of mixers that were not asked for
         sources = [source for adapter in families for source in adapter.layout_sources(model)]
         watch_layout(stack, model, sources or patch_embedding.layout_sources(model), seen)
-        install_rules(stack, model, mixers, rules)
+        quiet = bool if doors is None else lambda: doors.watch.suspended
+        record.asked = install_rules(stack, model, mixers, rules, quiet)
         for name, (module, adapter) in mixers.items():
-            interest = Interest(name, record._store, seen, adapter, attention, rules, get_ident())
+            at = None if doors is None else doors.watch
+            interest = Interest(
+                name, record._store, seen, adapter, attention, rules, get_ident(), record._apart.__setitem__, at
+            )
             stack.enter_context(patched(module, interest) if mode == "route" else observed(module, interest))
         stack.callback(model.register_forward_pre_hook(record._starts, prepend=True).remove)
+        stack.callback(model.register_forward_hook(record._ends, with_kwargs=True).remove)
         if doors is not None:
             doors.install(stack)
             stack.enter_context(open_doors(doors.watch))
-        around.install(stack, (lambda: False) if doors is None else (lambda: doors.watch.suspended))
+            stack.enter_context(open_softmax_doors())
+        around.install(stack, quiet)
         yield record
     record._require_seen()
+    if record._apart:
+        warnings.warn(_apart_sentence(found, record._apart), UserWarning, stacklevel=3)
     # with rules, the method that brought them looks: looking calls modules, on which another trace may have its rules
     if layers is None and rules is None and record.unseen_mixers:
         warnings.warn(unseen_sentence("trace", record.unseen_mixers), UserWarning, stacklevel=3)
+
+
+def _apart_sentence(found: Mapping[str, tuple[nn.Module, AnyAdapter]], apart: Mapping[str, Verdict]) -> str:
+    """What to say of mixers whose adapters compute something else."""
+    name = max(apart, key=lambda name: (apart[name].adapter is not None, apart[name].number))
+    module, adapter = found[name]
+    more = f", and {len(apart) - 1} more like it" if len(apart) > 1 else ""
+    sentence = apart[name].sentence(name, module, adapter.family).rstrip(".")
+    return f"trace: {sentence}{more}. What enters a compiled scan or torch's attention is taken there instead."
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -1,52 +1,134 @@
-"""Run a part of a user's model once more: modes, buffers, random numbers and hooks are as before."""
+"""Run a part of a user's model once more, and leave it as it was: modes, buffers, attributes, random numbers, hooks."""
 
-from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from threading import RLock, local
+from types import FunctionType, MethodType
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_DEPTH = 3  # of objects inside attributes: a configuration holds numbers, and perhaps another configuration
+_one_at_a_time = RLock()
+_here = local()
 
 
 @contextmanager
-def undisturbed(module: nn.Module, *, hooks: bool = False) -> Iterator[None]:
+def undisturbed(module: nn.Module, *, hooks: bool = False, own_mode: bool = False) -> Iterator[None]:
     """Put a module in eval mode, to be called inside the block; afterwards everything is as before.
 
     Args:
         module: a model or a part of one.
-        hooks: whether its hooks, the user's own among them, see the calls.
+        hooks: whether its hooks, the user's own among them, and traces see the calls.
+        own_mode: whether it stays in the mode in which it is, training or not.
     """
     modules = list(module.modules())
-    modes = [(each, each.training) for each in modules]
-    buffers = [
-        (each, name, value, None if value is None else value.clone())
-        for each in modules
-        for name, value in each._buffers.items()
-    ]
-    kept = [] if hooks else [(each, name, vars(each)[name]) for each in modules for name in _HOOKS if vars(each)[name]]
     devices = {parameter.device for parameter in module.parameters() if parameter.is_cuda}
-    with torch.random.fork_rng(devices), torch.no_grad():
-        try:
+    with _one_at_a_time, torch.random.fork_rng(devices), torch.no_grad(), ExitStack() as stack:
+        if not hooks:
+            stack.enter_context(_unseen(modules))
+        for each in modules:
+            stack.callback(_restore, each, dict(vars(each)), _contents(each))
+        for value in [value for each in modules for value in each._buffers.values() if value is not None]:
+            stack.callback(_write_back, value, value.clone())
+        if not own_mode:
             module.eval()
-            for each, name, _ in kept:
-                vars(each)[name] = OrderedDict()
-            yield
-        finally:
-            for each, name, value in kept:
-                vars(each)[name] = value
-            for each, mode in modes:
-                each.training = mode
-            for each, name, value, copy in buffers:
-                each._buffers[name] = value
-                if value is not None and copy is not None and not torch.equal(value, copy):
-                    value.copy_(copy)
+        yield
+
+
+def unseen() -> bool:
+    """Whether this thread calls a module for us, and no hook or trace is to see it."""
+    return getattr(_here, "depth", 0) > 0
+
+
+@contextmanager
+def _unseen(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let no hook see what this thread calls; other threads may use the modules, and put hooks on them."""
+    kept = []
+    for held in (vars(module)[name] for module in modules for name in _HOOKS):
+        for key, hook in list(held.items()):
+            kept.append((held, key, hook, _Asleep(hook)))
+            held[key] = kept[-1][-1]
+    _here.depth = getattr(_here, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _here.depth -= 1
+        for held, key, hook, asleep in kept:
+            if held.get(key) is asleep:
+                held[key] = hook
+
+
+class _Asleep:
+    """A hook, but for calls that it is not to see."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self.hook = hook
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return None if unseen() else self.hook(*args, **kwargs)
+
+
+def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
+    """The module's own lists and dictionaries, in which a forward may keep results, with what is in them."""
+    own = [value for name, value in vars(module).items() if name == "_buffers" or not name.startswith("_")]
+    return [(value, value.copy()) for value in own if isinstance(value, list | dict)]
+
+
+def _restore(module: nn.Module, attributes: dict[str, Any], contents: list[tuple[Any, Any]]) -> None:
+    """Give a module its attributes back; a trace of another thread may have put a forward on it meanwhile."""
+    for name in vars(module).keys() - attributes.keys() - {"forward"}:
+        del vars(module)[name]
+    vars(module).update({name: value for name, value in attributes.items() if name != "forward"})
+    for value, items in contents:
+        value.clear()
+        value.extend(items) if isinstance(value, list) else value.update(items)
+
+
+def _write_back(value: Tensor, copy: Tensor) -> None:
+    if not torch.equal(value, copy):
+        value.copy_(copy)
+
+
+def recomputing() -> bool:
+    """Whether gradient checkpointing repeats a forward inside a backward pass, in whatever thread that runs."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def versions(module: nn.Module) -> tuple[Any, ...]:
+    """What changes when anything writes to a module's parameters or buffers."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return tuple((tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in tensors)
+
+
+def settings(module: nn.Module) -> int:
+    """A number for everything in a module and those inside that is no tensor and may change what they compute."""
+    return hash(tuple((name, type(each), _simple(vars(each))) for name, each in module.named_modules()))
+
+
+def _simple(value: Any, depth: int = _DEPTH) -> Any:
+    if value is None or isinstance(value, int | float | str):
+        return value
+    if isinstance(value, nn.Module) or depth < 0:
+        return type(value).__name__
+    if isinstance(value, dict):
+        return tuple((str(key), _simple(item, depth)) for key, item in value.items() if _counts(str(key), item))
+    if isinstance(value, list | tuple):
+        return tuple(_simple(item, depth) for item in value if not isinstance(item, Tensor))
+    if isinstance(value, functools.partial):
+        return _simple((value.func, value.args, value.keywords), depth)
+    if isinstance(value, FunctionType | MethodType | type):
+        return value.__qualname__
+    if hasattr(value, "__wrapped__"):  # what a trace put in the place of a forward
+        return _simple(value.__wrapped__, depth)
+    inside = getattr(value, "__dict__", None)
+    return type(value).__name__, None if inside is None else _simple(inside, depth - 1)
+
+
+def _counts(name: str, value: Any) -> bool:
+    """Whether an attribute is a setting: not private, no result, and not what a trace put where there was nothing."""
+    ours = name == "forward" and getattr(value, "own", True) is False
+    return not name.startswith("_") and not isinstance(value, Tensor) and not ours

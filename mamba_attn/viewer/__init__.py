@@ -1,5 +1,8 @@
-"""Explore attention between patches in a browser: two linked views of a store.
+"""The viewer: one page that shows where patches look, live or frozen into a file.
 
-Imported on demand: the page needs dash; the views behind it (``views``, ``source``, ``state``) need plotly only.
-``report`` freezes the same views into one file that needs no server.
+``mamba-attn explore`` serves it, ``mamba-attn report`` writes it; ``notebook`` shows it in a cell.
 """
+
+from mamba_attn.viewer.notebook import notebook
+
+__all__ = ["notebook"]

@@ -1,5 +1,6 @@
 """The default store: the package's own images and demo model, collected once."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ def demo_folder() -> Path:
     """Return its folder, in ``MAMBA_ATTN_CACHE`` or ~/.cache/mamba_attn."""
     from mamba_attn.models.official import cache_folder
 
-    return cache_folder() / f"explore-{MODEL}"
+    return cache_folder() / f"demo-{MODEL}"
 
 
 def demo_store(advance: Callable[[int, int], None] = lambda done, wanted: None) -> Path:
@@ -45,11 +46,23 @@ def demo_store(advance: Callable[[int, int], None] = lambda done, wanted: None) 
     return folder
 
 
-def _collect(folder: Path, advance: Callable[[int, int], None]) -> None:
+def photos() -> Path:
+    """Return a folder of the package's images in folders of their classes, which their names hold."""
     from mamba_attn import images
-    from mamba_attn.analytics import Request, collect
-    from mamba_attn.datasets import loaded_model, open_data
 
-    data = open_data(str(images.samples()[0].parent))
-    request = Request(loaded_model.load(MODEL, "demo"), data, keep=len(data.items), command="mamba-attn explore")
+    folder = demo_folder().with_name("demo-photos")
+    for path in images.samples():
+        copy = folder / path.stem.split("_")[1] / path.name
+        if not copy.is_file():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+    return folder
+
+
+def _collect(folder: Path, advance: Callable[[int, int], None]) -> None:
+    from mamba_attn.analytics import Request, collect
+    from mamba_attn.datasets import loading, open_data
+
+    data = open_data(str(photos()))
+    request = Request(loading.load(MODEL, "demo"), data, keep=len(data.items), command="mamba-attn explore")
     collect(request, folder, advance=advance)

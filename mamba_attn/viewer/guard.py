@@ -1,88 +1,91 @@
-"""Refuses every request that our own page would not send, without a traceback."""
+"""Refuses every request that our own page would not send."""
 
+import asyncio
 import ipaddress
-import json
 from typing import Any
 
-import dash
-from dash.exceptions import DependencyException, InvalidResourceError
-from flask import Response, abort, request
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-LARGEST = 16 * 2**20  # bytes of a request: a lasso over a hundred thousand points
-# the page runs what this process serves; WebGL figures are compiled, pictures are data: addresses
-_POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; connect-src 'self'; worker-src 'self' blob:; frame-ancestors 'none'; "
-    "form-action 'none'"
-)
-_UPDATE = "/_dash-update-component"
-_SPLIT = ("\\", "..", "\0")  # parts of a path that no file of the page contains
+LARGEST = 16 * 2**20  # bytes of a request: a photo, or a lasso over a hundred thousand points
+_PATIENCE = 20.0  # seconds for a request's body
 
 
-def guard(app: dash.Dash, host: str) -> None:
-    """Refuse requests that are not for this app, and forbid its pages to load anything from elsewhere.
+class Refused(Exception):  # noqa: N818 - an answer more than a failure
+    """A request that is answered with a status and a sentence.
 
     Args:
-        app: whose server it is.
-        host: that it is bound to.
+        status: of the answer.
+        why: sentence.
     """
-    server = app.server
-    server.config["MAX_CONTENT_LENGTH"] = LARGEST
-    local = _loopback(host)
 
-    @server.before_request
-    def _names() -> None:
-        if local and not _loopback(request.host.rpartition(":")[0] if ":" in request.host[-6:] else request.host):
-            abort(403, "This explorer answers to 127.0.0.1 and localhost only.")
-        if any(part in request.path for part in _SPLIT):
-            abort(404)
-        if request.path == _UPDATE and request.method == "POST" and not _is_call(app, _parsed(request.get_data())):
-            abort(400, "This is no call of the page.")
-
-    @server.errorhandler(InvalidResourceError)
-    @server.errorhandler(DependencyException)
-    def _no_such_file(_: Exception) -> tuple[str, int]:
-        return "There is no such file.", 404
-
-    @server.after_request
-    def _headers(response: Response) -> Response:
-        response.headers["Content-Security-Policy"] = _POLICY
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["Referrer-Policy"] = "no-referrer"
-        return response
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status = status
 
 
-def _parsed(body: bytes) -> Any:
+class Guard:
+    """Answers only requests for this app's own name and origin, and forbids its answers to be used elsewhere.
+
+    A web page could otherwise reach the app through a name of its own (DNS rebinding), or post to it.
+
+    Args:
+        app: behind it.
+        host: that the app is bound to; if it is no loopback address, every name is answered.
+    """
+
+    def __init__(self, app: ASGIApp, host: str) -> None:
+        self._app, self._local = app, _loopback(host)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        request = Request(scope)
+        host, origin = request.headers.get("host", ""), request.headers.get("origin")
+        if self._local and not _loopback(_name(host)):
+            refusal = PlainTextResponse("This explorer answers to 127.0.0.1 and localhost only.", 403)
+            return await refusal(scope, receive, send)
+        if origin is not None and origin != f"{scope.get('scheme', 'http')}://{host}":
+            return await PlainTextResponse("Requests of other pages are refused.", 403)(scope, receive, send)
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] += [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"),
+                                       (b"cross-origin-resource-policy", b"same-origin"),
+                                       (b"cache-control", b"no-store")]  # fmt: skip
+            await send(message)
+
+        await self._app(scope, receive, with_headers)
+
+
+async def body_of(request: Request) -> bytes:
+    """Return the body of a request.
+
+    Raises:
+        Refused: it is too long, or comes too slowly.
+    """
+    found = bytearray()
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError):  # ValueError includes bytes that are no text
-        return None
+        async with asyncio.timeout(_PATIENCE):
+            async for part in request.stream():
+                found += part
+                if len(found) > LARGEST:
+                    raise Refused(413, f"A request has at most {LARGEST:,} bytes.")
+    except TimeoutError as error:
+        raise Refused(408, "The request came too slowly.") from error
+    return bytes(found)
 
 
-def _is_call(app: dash.Dash, body: Any) -> bool:
-    """Whether JSON has the shape that dash's page sends for one of our callbacks."""
-    if not isinstance(body, dict) or not isinstance(body.get("output"), str):
-        return False
-    known = app.callback_map.get(body["output"])
-    changed = body.get("changedPropIds", [])
-    if known is None or not isinstance(changed, list) or not all(isinstance(each, str) for each in changed):
-        return False
-    parts = [body.get(name, []) for name in ("inputs", "state")]
-    if [len(part) if isinstance(part, list) else -1 for part in parts] != [
-        len(known[name]) for name in ("inputs", "state")
-    ]:
-        return False
-    outputs = body.get("outputs")
-    return all(map(_is_item, parts[0] + parts[1])) and all(
-        map(_is_item, outputs if isinstance(outputs, list) else [outputs])
-    )
+async def refuse(_: Request, refused: Any) -> PlainTextResponse:
+    """Answer for ``Refused``."""
+    return PlainTextResponse(str(refused), refused.status)
 
 
-def _is_item(item: Any) -> bool:
-    """Whether it names a property of one component or of several."""
-    if isinstance(item, list):
-        return all(isinstance(each, dict) and _is_item(each) for each in item)
-    return isinstance(item, dict) and isinstance(item.get("id"), str | dict) and isinstance(item.get("property"), str)
+def _name(host: str) -> str:
+    """A Host header without its port."""
+    return host.partition("]")[0] if host.startswith("[") else host.partition(":")[0]
 
 
 def _loopback(name: str) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mamba_attn import images, ops
+from mamba_attn import ops
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.ops.arguments import to_tokens
 from mamba_attn.tracing.layers import Layer, ScanLayer
@@ -28,7 +28,7 @@ class Live:
 
     def __init__(self, store: Any) -> None:
         self._store = store
-        self._model = store.model()
+        self._subject = store.subject
         self._traces: OrderedDict[str, Trace] = OrderedDict()
         self._lock = Lock()  # a trace belongs to one thread, but the server has several
 
@@ -65,13 +65,41 @@ class Live:
             with torch.no_grad():
                 return _product(record, vector, route, direction, gate, skip)[0].double().numpy()
 
+    def matrix(self, image: Any, layer: str, route: str | int = "sum") -> np.ndarray:
+        """Return the attention of an image, (tokens, tokens); arguments as in ``read``."""
+        with self._lock, torch.no_grad():
+            record = self._trace(image)[layer]
+            found = record.attention() if route == "sum" else record.attention(routes="each")[:, int(route)]
+            return found[0].double().numpy()
+
+    def predicted(self, image: Any) -> str | None:
+        """Return the name of the class with the highest score; None if the model has no classes."""
+        names = self._store.classes
+        with torch.no_grad():
+            scores = self._subject.model(self._batch(image))
+        return names[int(scores.argmax())] if names and scores.ndim == 2 else None
+
+    def has(self, image: Any) -> dict[str, dict[str, bool]]:
+        """Return, per layer, whether its scans have a "gate", and "skip": a D."""
+        with self._lock:
+            return {
+                layer.name: {"gate": layer.scan.gate is not None, "skip": layer.scan.D is not None}
+                if isinstance(layer, ScanLayer)
+                else {"gate": False, "skip": False}
+                for layer in self._trace(image).layers
+            }
+
+    def _batch(self, image: Any) -> Tensor:
+        pixels = image.pixels if hasattr(image, "pixels") else self._store.pixels(image)  # its own if it was added
+        batch: Tensor = self._subject.transform.normalise(np.asarray(pixels)[None])
+        return batch.to(self._subject.device)
+
     def _trace(self, image: Any) -> Trace:
         if image.key in self._traces:
             self._traces.move_to_end(image.key)
             return self._traces[image.key]
-        batch = images.normalise(np.asarray(self._store.pixels(image))[None])
-        with torch.no_grad(), trace(self._model) as record:
-            self._model(batch)
+        with torch.no_grad(), trace(self._subject.model, layout=self._subject.layout) as record:
+            self._subject.model(self._batch(image))
         self._traces[image.key] = record
         if len(self._traces) > _TRACES:
             self._traces.popitem(last=False)

@@ -1,20 +1,51 @@
-"""A threaded server for one person, bound before its address is printed; no debugger, no reloader."""
+"""A server for one person, bound before its address is printed."""
 
 import errno
-import logging
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from werkzeug.serving import BaseWSGIServer, make_server
+import uvicorn
 
 if TYPE_CHECKING:
-    import dash
+    from mamba_attn.viewer.server import Explorer
+
+
+class Bound:
+    """A server that is bound and not yet running.
+
+    Args:
+        app: to serve.
+        listening: its socket.
+    """
+
+    def __init__(self, app: "Explorer", listening: socket.socket) -> None:
+        self.port = int(listening.getsockname()[1])
+        self._socket = listening
+        settings = uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=1,
+        )
+        self._server = uvicorn.Server(settings)
+
+    def serve_forever(self) -> None:
+        """Serve until Ctrl+C, or ``shutdown`` from another thread."""
+        self._server.run(sockets=[self._socket])
+
+    def shutdown(self) -> None:
+        """Stop ``serve_forever``."""
+        self._server.should_exit = True
 
 
 @contextmanager
-def bound(app: "dash.Dash", host: str, port: int) -> Iterator[BaseWSGIServer]:
+def bound(app: "Explorer", host: str, port: int) -> Iterator[Bound]:
     """Yield a server that is bound and not yet running; ``serve_forever`` runs it.
 
     Args:
@@ -25,13 +56,11 @@ def bound(app: "dash.Dash", host: str, port: int) -> Iterator[BaseWSGIServer]:
     Raises:
         OSError: the port is in use, or the address cannot be bound; a sentence.
     """
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a log line per request would only be noise
     with _socket(host, port) as listening:
-        server = make_server(host, port, app.server, threaded=True, fd=listening.fileno())
         try:
-            yield server
+            yield Bound(app, listening)
         finally:
-            server.server_close()
+            app.close()
 
 
 def _socket(host: str, port: int) -> socket.socket:

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from threading import RLock
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +23,27 @@ _BAND = 256  # rows, or columns, read at once: zarr unpacks whole tiles, so fewe
 Item = TypeVar("Item")
 
 
+@dataclass(eq=False)
+class Added:
+    """An image that the store does not have.
+
+    Args:
+        key: its name.
+        pixels: as the model sees it.
+        predicted: name of the class with the highest score.
+        label: not known.
+        correct: not known.
+        kept: nothing of it is stored.
+    """
+
+    key: str
+    pixels: np.ndarray
+    predicted: str | None = None
+    label: None = None
+    correct: None = None
+    kept: bool = False
+
+
 class Source:
     """One store, with a cache of what is read repeatedly.
 
@@ -35,11 +57,6 @@ class Source:
         self.images = list(store.images)
         self._kept: OrderedDict[Hashable, np.ndarray] = OrderedDict()
         self._lock = RLock()
-
-    @cached_property
-    def scans(self) -> bool:
-        """Whether any layer scans its tokens, and thus has routes, a path, perhaps a gate and D."""
-        return any(scans(layer) for layer in self.layers)
 
     @cached_property
     def live(self) -> Live:
@@ -66,6 +83,8 @@ class Source:
     def pixels(self, pane: Pane) -> np.ndarray:
         """Return the pane's image, (rows, columns, 3) uint8."""
         image = self.image(pane)
+        if isinstance(image, Added):
+            return np.asarray(image.pixels)
         return self._remember(("pixels", image.key), lambda: np.asarray(self.store.pixels(image)))
 
     def mean(self, pane: Pane) -> np.ndarray:
@@ -81,24 +100,63 @@ class Source:
             tokens: of the layer's token frame; empty means all.
 
         Raises:
-            UnavailableError: gate or D of a mean (only images have them); an image that is not stored and a model that
-                cannot run; the mean of a route if only sums were collected.
+            UnavailableError: gate or D of a mean (only images have them); the mean of a route if only sums were
+                collected.
+            MambaAttnError: an image that is not stored, and a model that cannot run.
         """
         layer = self.layer(pane)
         chosen = list(tokens) or list(range(layer.layout.tokens))
+        if pane.what == "image":
+            return self._of_image(pane, chosen)
+        if pane.gate or pane.skip:
+            raise UnavailableError("Gate and D exist for single images only.")
         if pane.what == "mean":
-            if pane.gate or pane.skip:
-                raise UnavailableError(
-                    "Gate and D exist for single images only: show 'this image' instead of the average."
-                )
-            return self._of_mean(pane, chosen)
-        if pane.what == "difference" and (pane.gate or pane.skip):
-            raise UnavailableError("The average has no gate and no D: switch them off to show the difference.")
-        values = self._of_image(pane, chosen)
-        return values - self._of_mean(pane, chosen) if pane.what == "difference" else values
+            return self._stored(pane, chosen, None)
+        spread = self._spread(pane)
+        lines = spread[chosen] if pane.direction == "row" else spread[:, chosen].T
+        return np.asarray(lines.mean(0, dtype=np.float64))
 
-    def _of_mean(self, pane: Pane, tokens: list[int]) -> np.ndarray:
-        return self._stored(pane, tokens, None)
+    def matrix(self, number: int, image: int | None, route: str | int) -> np.ndarray:
+        """Return the whole attention of a layer, (tokens, tokens), of an image or the mean; of the model if not stored.
+
+        Raises:
+            MambaAttnError: neither the store nor the model has it.
+        """
+        layer = self.layers[number]
+        if image is None:
+            return np.asarray(self.store.mean(layer, route))
+        its = self.images[image]
+        return np.asarray(
+            self.store.matrix(layer, its, route) if its.kept else self.live.matrix(its, layer.name, route)
+        )
+
+    def add(self, pixels: np.ndarray, name: str) -> int:
+        """Run the model on another image, which joins the others, and return its number.
+
+        Args:
+            pixels: as the model sees it, (rows, columns, 3) uint8.
+            name: of its file.
+
+        Raises:
+            MambaAttnError: the model cannot be built.
+        """
+        with self._lock:
+            image = Added(f"{name} (added {len(self.images) - len(self.store.images) + 1})", pixels)
+            image.predicted = self.live.predicted(image)
+            self.images.append(image)
+            return len(self.images) - 1
+
+    def _spread(self, pane: Pane) -> np.ndarray:
+        """Standard deviation over images, (tokens, tokens) float32."""
+        layer, route = self.layer(pane), self.route(pane)
+
+        def make() -> np.ndarray:
+            try:
+                return np.asarray(np.sqrt(self.store.variance(layer, route)), dtype=np.float32)
+            except NotStoredError as error:
+                raise UnavailableError(str(error)) from error
+
+        return self._remember(("spread", layer.name, route), make)
 
     def _of_image(self, pane: Pane, tokens: list[int]) -> np.ndarray:
         layer, route, image = self.layer(pane), self.route(pane), self.image(pane)

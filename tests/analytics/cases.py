@@ -4,8 +4,8 @@ import torch
 
 from mamba_attn import models
 from mamba_attn.analytics import Request
+from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.datasets import open_data
-from mamba_attn.datasets.loaded_model import LoadedModel
 from tests.datasets.cases import CLASSES, class_folders
 
 __all__ = ["CLASSES", "class_folders", "folder_of", "request", "subject"]
@@ -20,7 +20,9 @@ def subject(name="vim_micro", seed=0, **options):
     torch.manual_seed(seed)
     options = {**OPTIONS[name], **options}
     model = models.create(name, **options)
-    return LoadedModel(name, model, list(CLASSES), models.transform(name, options["image_size"]), options=options)
+    return LoadedModel(
+        model, models.transform(name, options["image_size"]), list(CLASSES), name=name, spec=name, options=options
+    )
 
 
 def folder_of(tmp_path, count=3, name="photos"):

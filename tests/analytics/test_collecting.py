@@ -8,7 +8,7 @@ import torch
 
 from mamba_attn import images, trace
 from mamba_attn.analytics import AttentionStore, collect
-from mamba_attn.datasets.loaded_model import LoadedModel
+from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.ops import reference
 from tests.analytics import cases
 
@@ -213,8 +213,8 @@ def test_an_image_that_makes_nan_is_left_out(tmp_path, monkeypatch):
     asked = cases.request(cases.folder_of(tmp_path, 1), batch=3)
     normalise = images.normalise
 
-    def broken(pixels):
-        result = normalise(pixels)
+    def broken(pixels, *numbers):
+        result = normalise(pixels, *numbers)
         for number, each in enumerate(pixels):
             if each.mean() == darkest:
                 result[number] = torch.nan
@@ -229,10 +229,10 @@ def test_an_image_that_makes_nan_is_left_out(tmp_path, monkeypatch):
 
 
 def test_the_model_comes_back(tmp_path):
-    from mamba_attn.datasets import loaded_model
+    from mamba_attn.datasets import loading
     from tests.explanations.cases import VIM, save
 
-    loaded = loaded_model.load("vim_micro", save(tmp_path / "weights", "vim_micro", VIM, cases.CLASSES))
+    loaded = loading.load("vim_micro", save(tmp_path / "weights", "vim_micro", VIM, cases.CLASSES))
     asked = cases.request(cases.folder_of(tmp_path, 1))
     object.__setattr__(asked, "subject", loaded)
     collect(asked, tmp_path / "store")

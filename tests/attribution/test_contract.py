@@ -8,7 +8,7 @@ from captum.metrics import infidelity, sensitivity_max
 from torch import nn
 
 from mamba_attn.attribution import AttentionRollout, MambaAttribution, MambaLRP, RawAttention, catalogue
-from mamba_attn.attribution.maps import target_indices, target_values
+from mamba_attn.attribution.targets import target_indices, target_values
 from mamba_attn.errors import NonFiniteError
 from tests.attribution.cases import SIZE, _livelier, images, vim, vmamba
 from tests.attribution.vit.test_vit import build
@@ -161,10 +161,10 @@ def test_functions_of_the_output_are_targets(segmenter, total):
 
 @pytest.mark.changes_model("forward")
 def test_other_outputs_need_a_function():
-    model = Chosen(vim(depth=1), lambda y: {"scores": y})
+    model = Chosen(vim(depth=1), lambda y: {"scores": y, "twice": 2 * y})
     maps = MambaAttribution(model).attribute(images(2), lambda output: output["scores"][:, 3])
     torch.testing.assert_close(maps, MambaAttribution(model.model).attribute(images(2), 3))
-    with pytest.raises(ValueError, match=r"target=3\): the model returned dict, .*give a function of the output"):
+    with pytest.raises(ValueError, match=r"target=3\): the model returned dict \(.*Give a function of the output"):
         MambaAttribution(model).attribute(images(2), 3)
 
 

@@ -219,7 +219,7 @@ Louder.__name__ = "VisionTransformer"
             r"propagated through timm's VisionTransformer and .*, but this is Wrapped; use variant=",
         ),
         (lambda: vit(global_pool="max"), "no relevance rule is known for global_pool='max'"),
-        (lambda: vit(global_pool="map", class_token=False), r"for attn_pool, global_pool='map'"),
+        (lambda: vit(global_pool="map", class_token=False), r"attn_pool mix tokens next to the traced layers"),
         (
             lambda: vit(block_fn=timm.models.vision_transformer.ResPostBlock),
             r"for blocks\.0 \(ResPostBlock\), blocks\.1",

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from mamba_attn import images, models
-from mamba_attn.commands import cli, explain
-from mamba_attn.datasets.loaded_model import _class_names
+from mamba_attn.commands import cli
+from mamba_attn.datasets.class_names import names_for
+from mamba_attn.explanations.explaining import free_name
 from tests.explanations.cases import VIM, VIT, VMAMBA, photo, save
 
 ROOT = Path(__file__).parents[2]
@@ -152,14 +153,16 @@ def test_a_method_that_is_not_for_this_model_ends_the_run(capsys, photos, weight
 
 
 def test_imagenets_classes_have_names():
-    names = _class_names(models.create("vim_micro", depth=1, num_classes=1000), {})
+    names = names_for(1000)
     assert len(names) == 1000
     assert names[0] == "tench"
 
 
 def test_files_of_the_same_name_get_numbers():
-    paths = [Path(name) for name in ("x/a.jpg", "y/a.png", "a-2.jpg", "z/a.jpg", "b.jpg", "index.jpg")]
-    assert explain._names(paths) == ["a", "a-2", "a-2-2", "a-3", "b", "index-2"]
+    found = []
+    for title in ("a.jpg", "a.png", "a-2.jpg", "a.jpg", "b.jpg", "index.jpg"):
+        found.append(free_name(title, found))
+    assert found == ["a", "a-2", "a-2-2", "a-3", "b", "index-2"]
 
 
 def test_images_that_are_not_there(capsys, tmp_path):
@@ -172,7 +175,7 @@ def test_weights_that_are_not_there_or_do_not_fit(capsys, weights, tmp_path):
     out = ["--out", str(tmp_path / "out")]
     assert "no bundled weights for this model" in refused(capsys, "--model", "vmamba_base_s1l20", *out)
     assert "no such file; expected" in refused(capsys, "--weights", str(tmp_path / "w.pth"), *out)
-    assert "do not fit" in refused(capsys, "--weights", weights, "--model", "vim_tiny", *out)
+    assert "not of vim_tiny but of vim_micro" in refused(capsys, "--weights", weights, "--model", "vim_tiny", *out)
     assert not (tmp_path / "out").exists()
 
 

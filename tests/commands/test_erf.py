@@ -9,7 +9,7 @@ from PIL import Image
 from mamba_attn import images
 from mamba_attn.commands import cli
 from mamba_attn.commands import erf as command
-from mamba_attn.datasets import loaded_model, open_data
+from mamba_attn.datasets import loading, open_data
 from mamba_attn.erf.fields import receptive_field
 from mamba_attn.images import normalise
 from mamba_attn.models import transform as transform_of
@@ -103,7 +103,7 @@ def test_a_collection_is_averaged_image_by_image(tmp_path, weights, capsys):
     assert capsys.readouterr().err.count("red/broken.png: this is not an image") == 1
     data, transform = open_data(str(folder)), transform_of("vim_micro", (24, 56))
     good = [number for number in data.chosen() if "broken" not in data.items[number].key]
-    model = loaded_model.load("vim_micro", weights["vim_micro"]).model
+    model = loading.load("vim_micro", weights["vim_micro"]).model
     each = [
         receptive_field(model, normalise(data.load(number, transform).pixels[None]), reach=False) for number in good
     ]
@@ -120,7 +120,7 @@ def test_a_collection_is_averaged_image_by_image(tmp_path, weights, capsys):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--size", "24"], "--size 24: expected ROWS,COLUMNS in pixels"),
+        (["--size", "24,x"], "--size 24,x: expected ROWS,COLUMNS in pixels"),
         (["--size", "0,24"], "--size 0,24: expected ROWS,COLUMNS"),
         (["--query", "a,b"], "--query a,b: expected ROW,COLUMN in pixels, or class"),
         (["--query", "900,1"], "outside the image of 32 x 32 pixels"),

@@ -86,12 +86,11 @@ def test_all_commands_end_alike(error, code, said, capsys):
 
 
 def test_the_library_and_its_command_name_the_same_argument(capsys, tmp_path):
-    from mamba_attn.datasets import open_data
-    from mamba_attn.models import create
+    from mamba_attn.datasets import load, open_data
 
     for call, arguments in (
         (lambda: open_data("no.zip"), ["collect", "--data", "no.zip", "--out", str(tmp_path / "store")]),
-        (lambda: create("vim_micor"), ["explain", "--model", "vim_micor", "--out", str(tmp_path / "out")]),
+        (lambda: load("vim_micor"), ["explain", "--model", "vim_micor", "--out", str(tmp_path / "out")]),
     ):
         with pytest.raises((ValueError, OSError)) as caught:
             call()

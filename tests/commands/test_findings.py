@@ -22,7 +22,7 @@ from tests.findings.test_findings import BIG, weights
 def place(tmp_path_factory):
     """Stores of a Vim in two orders, and of a ViT."""
     from mamba_attn.analytics import Request
-    from mamba_attn.datasets import loaded_model, open_data
+    from mamba_attn.datasets import loading, open_data
 
     folder = tmp_path_factory.mktemp("place")
     data = open_data(cases.folder_of(folder, 1))
@@ -30,7 +30,7 @@ def place(tmp_path_factory):
               "vit": ("vit_micro", {**cases.OPTIONS["vit_micro"], "image_size": (32, 40)})}  # fmt: skip
     for name, (model, options) in models.items():
         file = weights(folder / f"{name}_weights", model, options)
-        collect(Request(loaded_model.load(model, file), data), folder / name)
+        collect(Request(loading.load(model, file), data), folder / name)
     return folder
 
 

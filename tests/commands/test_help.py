@@ -14,7 +14,7 @@ from mamba_attn.attribution import catalogue
 from mamba_attn.commands import cli
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("explain", "explore", "compare", "collect", "report", "findings", "erf", "bench")
+COMMANDS = ("explain", "explore", "compare", "collect", "report", "findings", "erf", "bench", "models")
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_help_fits_80_columns_and_has_examples(helped, name):
     text = helped(*filter(None, [name]))
     assert [line for line in text.splitlines() if len(line) > 80] == []
     examples = re.findall(rf"^  mamba-attn {name}.*", text, re.MULTILINE)
-    assert len(examples) >= 2
+    assert len(examples) >= 3
     for example in examples if name else ():
         words = shlex.split(example, comments=True)[1:]
         parser = cli.parser()

@@ -9,15 +9,16 @@ import torch
 from PIL import Image
 
 from mamba_attn import models
+from mamba_attn.core.loaded_model import LoadedModel
+from mamba_attn.core.transform import Transform
+from mamba_attn.datasets.class_names import class_indices
 from mamba_attn.datasets.data import open_data
-from mamba_attn.datasets.loaded_model import LoadedModel, class_indices
 from mamba_attn.datasets.samples import HALVES, Data, half_of
 from mamba_attn.images import ImageError
-from mamba_attn.models.transforms import EvaluationTransform
 from tests.datasets import cases
 
-WHOLE = EvaluationTransform((40, 32), (40, 32), "bilinear")
-SQUARE = EvaluationTransform((16, 16), (16, 16), "bilinear")
+WHOLE = Transform((40, 32), (40, 32), "bilinear")
+SQUARE = Transform((16, 16), (16, 16), "bilinear")
 
 
 def loaded(data, transform=WHOLE):
@@ -229,9 +230,9 @@ class Labels(Data):
 def test_labels_find_the_models_classes():
     model = models.create("vim_micro", depth=1, num_classes=4)
     transform = models.transform("vim_micro")
-    subject = LoadedModel("a", model, ["Tench", "church", "gas pump", "church"], transform)
+    subject = LoadedModel(model, transform, ["Tench", "church", "gas pump", "church"])
     assert class_indices(Labels(["gas pump", "tench", "church", "dog"]), subject) == [2, 0, None, None]
-    thousand = LoadedModel("b", model, [f"class {index}" for index in range(1000)], transform)
+    thousand = LoadedModel(model, transform, [f"class {index}" for index in range(1000)])
     assert class_indices(Labels(["tench", "church"], [0, 497]), thousand) == [0, 497]
     assert class_indices(Labels(["n03028079", "n01440764"]), thousand) == [497, 0]
     assert class_indices(Labels(["tench"]), thousand) == [None]

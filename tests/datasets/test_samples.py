@@ -5,12 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
+from mamba_attn.core.transform import Transform
 from mamba_attn.datasets.samples import box_coverage, transformed_mask
-from mamba_attn.models.transforms import EvaluationTransform
 
 
 def test_a_box_covers_its_area_wherever_its_edges_are():
-    transform = EvaluationTransform((16, 16), (16, 16), "bilinear")
+    transform = Transform((16, 16), (16, 16), "bilinear")
     part = box_coverage([[3.3, 5.1, 17.9, 30.0]], (32, 32), transform)
     assert part.sum().item() == pytest.approx((17.9 - 3.3) * (30.0 - 5.1) / 4, rel=1e-5)
     assert part[2, 1].item() == pytest.approx((3 - 2.55) * (2 - 1.65), rel=1e-4)
@@ -22,7 +22,7 @@ def test_a_box_covers_its_area_wherever_its_edges_are():
 def test_boxes_go_the_way_of_the_image():
     image = np.zeros((40, 70, 3), np.uint8)
     image[10:30, 20:50] = 255
-    transform = EvaluationTransform((15, 17), (20, 20), "bilinear")  # scaled by a half, then cut
+    transform = Transform((15, 17), (20, 20), "bilinear")  # scaled by a half, then cut
     seen = transform.pixels(Image.fromarray(image))[..., 0] / 255
     part = box_coverage([[20, 10, 50, 30]], (40, 70), transform)
     assert np.abs(seen - part.numpy()).max() < 0.6  # interpolation blurs edges
@@ -33,7 +33,7 @@ def test_boxes_go_the_way_of_the_image():
 def test_masks_keep_their_values_and_lie_where_the_image_is():
     mask = np.zeros((40, 70), np.uint8)
     mask[10:30, 20:50] = 7
-    transform = EvaluationTransform((15, 17), (20, 20), "bicubic")
+    transform = Transform((15, 17), (20, 20), "bicubic")
     seen = transformed_mask(Image.fromarray(mask), transform)
     assert seen.shape == (15, 17)
     assert set(np.unique(seen)) == {0, 7}

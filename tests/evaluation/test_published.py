@@ -2,7 +2,7 @@
 
 import pytest
 
-from mamba_attn.datasets.loaded_model import LoadedModel
+from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.datasets.samples import Data
 from mamba_attn.evaluation.intervals import Interval
 from mamba_attn.evaluation.page import _published
@@ -23,7 +23,7 @@ SEGMENTS = Empty("gtsegs_ijcv.mat", "gtsegs_ijcv.mat-123", [])
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     model = create("vim_micro", depth=1, num_classes=1000)
-    subject = LoadedModel("vim_small", model, [str(index) for index in range(1000)], transform("vim_micro"))
+    subject = LoadedModel(model, transform("vim_micro"), [str(index) for index in range(1000)], name="vim_small")
     monkeypatch.setattr(Model, "subject", subject)
 
 

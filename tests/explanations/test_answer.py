@@ -7,7 +7,8 @@ import torch
 from mamba_attn import images, trace
 from mamba_attn.attribution import AttentionRollout, MambaAttribution, RawAttention, TransformerAttribution
 from mamba_attn.attribution.queries import Query
-from mamba_attn.datasets import loaded_model
+from mamba_attn.datasets import loading
+from mamba_attn.datasets.loading import is_transformer, traced_layers
 from mamba_attn.explanations import choices
 from mamba_attn.explanations.answer import _at_depths, answer
 from tests.explanations.cases import CLASSES, VIM, VIT, VMAMBA, photo, save
@@ -18,7 +19,7 @@ CASES = {"vim_micro": VIM, "vmamba_micro": VMAMBA, "vit_micro": VIT}
 @pytest.fixture(scope="module", params=CASES)
 def loaded(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    return loaded_model.load(request.param, save(folder, request.param, CASES[request.param])), photo(folder)
+    return loading.load(request.param, save(folder, request.param, CASES[request.param])), photo(folder)
 
 
 def ask(loaded, **more):
@@ -31,7 +32,7 @@ def inputs(loaded):
 
 def test_maps_are_those_of_the_methods(loaded):
     found, model = ask(loaded), loaded[0].model
-    last = TransformerAttribution if loaded[0].is_transformer else MambaAttribution
+    last = TransformerAttribution if is_transformer(loaded[0]) else MambaAttribution
     for method, built in zip(found.methods, (RawAttention, AttentionRollout, last), strict=True):
         truth = built(model).attribute(inputs(loaded))[0, 0].numpy()
         np.testing.assert_allclose(found.maps[method.key], truth, rtol=1e-5, atol=1e-6 * np.abs(truth).max())
@@ -56,9 +57,9 @@ def test_matrices_and_rows_are_those_of_the_trace(loaded):
 
 
 def test_target_layers_and_query_reach_the_methods(loaded):
-    model, layers = loaded[0].model, loaded[0].layers[:1]  # of the last one only the class token's row counts
+    model, layers = loaded[0].model, traced_layers(loaded[0])[:1]  # of the last one only the class token's row counts
     found = ask(loaded, layers=layers, target=2, query=Query("pixel", ((3.0, 5.0),)))
-    last = TransformerAttribution if loaded[0].is_transformer else MambaAttribution
+    last = TransformerAttribution if is_transformer(loaded[0]) else MambaAttribution
     truth = last(model, layers=layers).attribute(inputs(loaded), 2, pixel=(3, 5))[0, 0].numpy()
     np.testing.assert_allclose(found.maps[found.methods[2].key], truth, rtol=1e-5, atol=1e-6 * np.abs(truth).max())
     other = ask(loaded, layers=layers, target=1, query=Query("pixel", ((3.0, 5.0),))).maps[found.methods[2].key]
@@ -71,10 +72,10 @@ def test_arrays_have_names(loaded):
     found = ask(loaded)
     arrays = found.arrays()
     assert arrays["classes"].tolist() == CLASSES
-    assert arrays["layers"].tolist() == loaded[0].layers
+    assert arrays["layers"].tolist() == traced_layers(loaded[0])
     assert int(arrays["explained"]) == found.probabilities.argmax()
     expected = {"image", "probabilities", "classes", "explained", "layers", *found.maps}
-    expected |= {f"attention.{name}" for name in found.matrices} | {f"row.{name}" for name in loaded[0].layers}
+    expected |= {f"attention.{name}" for name in found.matrices} | {f"row.{name}" for name in traced_layers(loaded[0])}
     assert set(arrays) == expected
     assert set(found.arrays("x.")) == {f"x.{name}" for name in expected}
     assert np.array_equal(arrays["image"], loaded[0].transform.pixels(loaded[1]))
@@ -91,7 +92,7 @@ def test_a_quarter_half_and_three_quarters(count, expected):
 
 def test_official_models_see_the_crop_that_they_were_measured_with(tmp_path):
     path = save(tmp_path / "tiny", "vim_tiny", {**VIM, "image_size": [32, 48]})
-    found = ask((loaded_model.load("vim_tiny", path), photo(tmp_path)))
+    found = ask((loading.load("vim_tiny", path), photo(tmp_path)))
     picture = images.read(photo(tmp_path))
     expected = images.crop(picture, (32, 48), cover=(36, 54), interpolation="bicubic")
     assert np.array_equal(found.image, expected)

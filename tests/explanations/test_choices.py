@@ -6,7 +6,8 @@ import pytest
 
 from mamba_attn import attribution
 from mamba_attn.attribution.queries import Query
-from mamba_attn.datasets.loaded_model import load, parse_target
+from mamba_attn.datasets.class_names import parse_target
+from mamba_attn.datasets.loading import load, traced_layers
 from mamba_attn.explanations import choices
 from tests.explanations.cases import CLASSES, VIM, VIT, VMAMBA, save
 
@@ -142,10 +143,13 @@ def test_four_numbers_are_a_box_and_no_pixel(subjects):
 
 def test_layers(subjects):
     vmamba = subjects["vmamba_micro"]
-    assert len(vmamba.layers) == 3
+    assert len(traced_layers(vmamba)) == 3
     assert choices.parse_layers([], vmamba) == []
-    assert choices.parse_layers(["2", "layers.0.*", "2"], vmamba) == [vmamba.layers[0], vmamba.layers[2]]
-    assert choices.parse_layers(["-1", "-3"], vmamba) == [vmamba.layers[0], vmamba.layers[2]]
+    assert choices.parse_layers(["2", "layers.0.*", "2"], vmamba) == [
+        traced_layers(vmamba)[0],
+        traced_layers(vmamba)[2],
+    ]
+    assert choices.parse_layers(["-1", "-3"], vmamba) == [traced_layers(vmamba)[0], traced_layers(vmamba)[2]]
     for text in ("3", "-4", "layers.7.*"):
         with pytest.raises(ValueError, match=rf"layers='{text}': no such layer; vmamba_micro has 3 layers, 0..2."):
             choices.parse_layers([text], vmamba)
@@ -158,10 +162,10 @@ def test_the_model_beside_is_asked_the_same(subjects):
     methods = choices.parse_methods(["raw_attention:signed", "raw_attention", "mamba_attribution"], vmamba)
     cams = choices.parse_methods(["attention_grad_cam", "saliency:abs=false", "transformer_attribution_lrp"], vit)
     assert [each.key for each in choices.counterparts(cams, vmamba)] == ["grad_cam", "saliency", "mamba_attribution"]
-    question = choices.Question(vmamba, methods, vmamba.layers[-1:], 1, Query("pixel", ((32.0, 8.0),)))
+    question = choices.Question(vmamba, methods, traced_layers(vmamba)[-1:], 1, Query("pixel", ((32.0, 8.0),)))
     beside = question.of_companion(vit)  # 64 x 32 pixels there, 32 x 32 here
     assert [method.key for method in beside.methods] == ["raw_attention", "transformer_attribution"]
-    assert beside.layers == [vit.layers[-1]]
+    assert beside.layers == [traced_layers(vit)[-1]]
     assert beside.target == 1
     other = dataclasses.replace(vit, classes=["hat", "shoes", "dress"])
     assert question.of_companion(other).target == 0
@@ -174,5 +178,5 @@ def test_the_model_beside_is_asked_the_same(subjects):
 
 def test_layers_as_deep(subjects):
     vim, vit = subjects["vim_micro"], subjects["vit_micro"]  # 2 and 3 layers
-    assert choices.same_depth(vim.layers, vim, vit) == [vit.layers[0], vit.layers[2]]
-    assert choices.same_depth(vit.layers[2:], vit, vim) == vim.layers[1:]
+    assert choices.same_depth(traced_layers(vim), vim, vit) == [traced_layers(vit)[0], traced_layers(vit)[2]]
+    assert choices.same_depth(traced_layers(vit)[2:], vit, vim) == traced_layers(vim)[1:]

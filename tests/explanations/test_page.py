@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mamba_attn.attribution.queries import Query
-from mamba_attn.datasets import loaded_model
+from mamba_attn.datasets import loading
 from mamba_attn.explanations import choices
 from mamba_attn.explanations.answer import answer
 from mamba_attn.explanations.page import index, marked, page, sheet
@@ -21,8 +21,8 @@ from tests.explanations.cases import VIM, VIT, photo, save
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    vim = loaded_model.load("vim_micro", save(folder / "vim", "vim_micro", VIM))
-    vit = loaded_model.load("vit_micro", save(folder / "vit", "vit_micro", VIT))
+    vim = loading.load("vim_micro", save(folder / "vim", "vim_micro", VIM))
+    vit = loading.load("vit_micro", save(folder / "vit", "vit_micro", VIT))
     question = choices.Question(vim, choices.parse_methods([], vim), query=Query("pixel", ((9.0, 20.0),)), target=2)
     path = photo(folder)
     return [answer(question, path), answer(question.of_companion(vit), path)]

@@ -40,15 +40,15 @@ def weights(folder, name, options):
 def stores(folder):
     """A Vim whose weights are in a file, a VMamba that was made in memory, a ViT."""
     from mamba_attn.analytics import Request
-    from mamba_attn.datasets import loaded_model, open_data
+    from mamba_attn.datasets import loading, open_data
 
     data = open_data(cases.folder_of(folder, 2))
     file = weights(folder / "vim_weights", "vim_micro", BIG)
     vit = weights(folder / "vit_weights", "vit_micro", {**cases.OPTIONS["vit_micro"], "image_size": (32, 40)})
     made = {
-        "vim": Request(loaded_model.load("vim_micro", str(file)), data, batch=2),
+        "vim": Request(loading.load("vim_micro", str(file)), data, batch=2),
         "vmamba": Request(cases.subject("vmamba_micro", **STAGES), data, batch=2),
-        "vit": Request(loaded_model.load("vit_micro", str(vit)), data, batch=2),
+        "vit": Request(loading.load("vit_micro", str(vit)), data, batch=2),
     }
     for name, request in made.items():
         collect(request, folder / name)
@@ -129,7 +129,10 @@ def test_reordering_keeps_the_weights_and_changes_the_routes(stores):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"name": "someones_model"}, "its model 'someones_model' is not one that mamba_attn.models builds"),
+        (
+            {"name": "someones_model", "spec": "someones_model"},
+            "its model 'someones_model' is not one that mamba_attn.models builds",
+        ),
         ({"options": {**BIG, "depth": 2}}, "is another model|has other layers"),
         ({"options": {**BIG, "class_token": "first"}}, "has other layers, grids or orders than the store's"),
         ({"options": {**BIG, "depht": 2}}, "build no vim_micro"),
@@ -202,10 +205,10 @@ def test_a_killed_call_goes_on_and_other_images_are_measured_anew(stores, tmp_pa
 
 def test_a_model_in_random_order_has_no_other(stores, folder, tmp_path):
     from mamba_attn.analytics import Request
-    from mamba_attn.datasets import loaded_model, open_data
+    from mamba_attn.datasets import loading, open_data
 
     file = weights(tmp_path / "weights", "vim_micro", {**BIG, "order": "random"})
-    request = Request(loaded_model.load("vim_micro", str(file)), open_data(str(folder / "photos")), 2)
+    request = Request(loading.load("vim_micro", str(file)), open_data(str(folder / "photos")), 2)
     collect(request, tmp_path / "store")
     found = report("store", AttentionStore.open(tmp_path / "store"), tmp_path / "measured", seeds=0)
     assert found.order == "random"

@@ -10,7 +10,6 @@ from torch import nn
 import mamba_attn
 from mamba_attn.core.rules import Rules
 from mamba_attn.core.scan_record import ScanRecord
-from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.models import vim_mixer
 from mamba_attn.testing import LawError, check_adapter
 from mamba_attn.tracing.adapters import Adapter, Seen, _registered
@@ -78,15 +77,6 @@ def test_features_alone_are_enough() -> None:
     assert trace.layers[0].layout.patch_size == 4
 
 
-def test_the_mamba_2_variant_is_refused_by_name() -> None:
-    model, _ = build("vmamba")
-    op = model.layers[0].blocks[0].op
-    op.Ds = nn.Parameter(torch.ones(4, 6, 8))
-    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.blocks\.0\.op .*family VMamba.*Mamba-2 variant"):
-        with mamba_attn.trace(model):
-            pass
-
-
 class Wrong(VimAdapter):
     """Forgets the gate."""
 
@@ -108,12 +98,11 @@ class Misread(VimAdapter):
         return record.replace(source_delta=record.source_delta * 1.01)
 
 
-@pytest.mark.parametrize(
-    ("adapter", "sentence"), [(Wrong(), "traced output differs"), (Misread(), "traced output differs")]
-)
-def test_check_adapter_catches_a_wrong_adapter(adapter: Adapter, sentence: str) -> None:
+@pytest.mark.parametrize("adapter", [Wrong(), Misread()])
+def test_check_adapter_catches_a_wrong_adapter(adapter: Adapter) -> None:
     model, x = build("vim middle")
-    with pytest.raises(LawError, match="traced output differs"):
+    sentence = rf"mixer \(VimMixer, family {adapter.family}\): .* differs from what the module itself returns by \d"
+    with pytest.raises(LawError, match=sentence):
         check_adapter(model, x, adapters=[adapter])
 
 

@@ -1,5 +1,6 @@
 """timm's ViT and DeiT: probabilities, gradients and layouts against the untouched models; what is refused."""
 
+import re
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,6 +19,7 @@ from mamba_attn.errors import NonFiniteError, TraceError, UnsupportedModelError
 from mamba_attn.testing import LawError, check_adapter
 from mamba_attn.tracing.adapters import AttentionAdapter, Seen, _registered
 from mamba_attn.tracing.layers import AttentionLayer, ScanLayer, require
+from tests.integrations.by_number import differs, refusal
 
 TINY: dict[str, Any] = {"depth": 3, "num_classes": 7}
 MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
@@ -343,26 +345,37 @@ class Caller(nn.Module):
         return self.attn(x, **self.arguments)
 
 
-@pytest.mark.parametrize(
-    ("attention", "reason"),
-    [
-        (AttentionRope(24, 3), r"it has rope, .*rotate_half, which this adapter does not know; .*no rotary"),
-        (WindowAttention(24, 3, window_size=4), r"it has mask, .*relative_position_bias_table, .*window_size"),
-    ],
-)
-def test_other_attention_is_refused_by_name(attention: nn.Module, reason: str) -> None:
-    name = type(attention).__name__
-    with pytest.raises(UnsupportedModelError, match=rf"attn \({name}, family timm ViT\): {reason}"):
-        with mamba_attn.trace(Caller(attention)):
-            pass
+@pytest.mark.parametrize("attention", [WindowAttention(24, 3, window_size=4)])
+def test_other_attention_is_refused_with_the_number(attention: nn.Module) -> None:
+    nn.init.normal_(attention.relative_position_bias_table)
+    found = str(refusal(Caller(attention), torch.randn(2, 16, 24)))
+    assert re.match(differs("attn", type(attention).__name__, "timm ViT"), found), found
 
 
-def test_attention_without_dropout_is_refused() -> None:
-    attention = build("vit")[0].blocks[0].attn
-    del attention.attn_drop
-    with pytest.raises(UnsupportedModelError, match="it has no attn_drop, so it is another kind of attention"):
-        with mamba_attn.trace(Caller(attention)):
-            pass
+def test_rotary_positions_count_where_they_are_given() -> None:
+    attention, x = AttentionRope(24, 3, num_prefix_tokens=0).eval(), torch.randn(2, 16, 24)
+    assert refusal(Caller(attention), x) is None
+    model = Caller(attention, rope=torch.randn(16, 16))
+    reason = r"trace: attn \(AttentionRope, family timm ViT\): this adapter cannot compute it: TypeError"
+    with pytest.warns(UserWarning, match=reason), torch.no_grad(), mamba_attn.trace(model) as trace:
+        model(x)
+    assert list(trace.softmax) == ["attn"]
+
+
+def test_attention_without_dropout() -> None:
+    class Bare(nn.Module):
+        """Its attention is timm's, and drops nothing."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_heads, self.scale = 3, 8**-0.5
+            self.qkv, self.proj = nn.Linear(24, 72), nn.Linear(24, 24)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 3, 8).permute(2, 0, 3, 1, 4)
+            return self.proj(((q @ k.mT * self.scale).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    assert check_adapter(Caller(Bare()), torch.randn(2, 7, 24)).output_error <= 1e-6
 
 
 @pytest.mark.parametrize(
@@ -370,14 +383,19 @@ def test_attention_without_dropout_is_refused() -> None:
     [
         ({"attn_mask": torch.zeros(5, 5)}, (2, 5, 192), "with an attn_mask, which this adapter does not know"),
         ({"is_causal": True}, (2, 5, 192), "with is_causal=True, which this adapter does not know"),
-        ({}, (2, 4, 5, 192), r"got an input of shape \(2, 4, 5, 192\); .* \(batch, tokens, features\)"),
     ],
 )
-def test_calls_that_are_refused(arguments: dict[str, Any], shape: tuple[int, ...], reason: str) -> None:
-    model = Caller(build("vit")[0].blocks[0].attn, **arguments)
-    with torch.no_grad(), mamba_attn.trace(model):
-        with pytest.raises(UnsupportedModelError, match=reason):
-            model(torch.randn(shape))
+def test_calls_that_the_adapter_does_not_know_are_seen_at_the_door(
+    arguments: dict[str, Any], shape: tuple[int, ...], reason: str
+) -> None:
+    model, x = Caller(build("vit")[0].blocks[0].attn, **arguments), torch.randn(shape)
+    with pytest.warns(UserWarning, match=reason), torch.no_grad(), mamba_attn.trace(model) as trace:
+        traced = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(traced, model(x), rtol=1e-5, atol=1e-6)
+    matrix = trace.softmax["attn"].attention()
+    torch.testing.assert_close(matrix.sum(-1), torch.ones(2, 5))
+    assert bool((matrix.triu(1) == 0).all()) == ("is_causal" in arguments)
 
 
 class Unscaled(TimmViTAdapter):

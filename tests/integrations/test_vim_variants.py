@@ -1,5 +1,6 @@
 """Vim's mixers in every variant against a loop over tokens; class tokens found wherever they stand; refusals."""
 
+import re
 import warnings
 from typing import Any
 
@@ -9,10 +10,10 @@ from torch import nn
 
 import mamba_attn
 from mamba_attn.attribution import RawAttention
-from mamba_attn.errors import TraceError, UnsupportedModelError
+from mamba_attn.errors import TraceError
 from mamba_attn.testing import check_adapter
 from mamba_attn.tracing.patch_embedding import _tokens_of_patches
-from tests.integrations.refusing import adapters_refuse
+from tests.integrations.by_number import differs, refusal
 from tests.integrations.small_vim import Backbone, Mamba, Vim
 
 MARKS: dict[str, dict[str, Any]] = {
@@ -209,75 +210,6 @@ def with_parts(marks: dict[str, Any], **changes: Any) -> Vim:
     return mixer
 
 
-class Backwards(Mamba):
-    """A second direction, and nothing that says what becomes of it."""
-
-    def __init__(self) -> None:
-        super().__init__(8)
-        self.add_direction("_b", True)
-
-
-class Many(nn.Module):
-    """A mixer of as many directions as it is told."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bimamba_type = "v2"
-        self.in_proj, self.out_proj = nn.Linear(8, 32), nn.Linear(16, 8)
-        self.A_log_0, self.A_log_1 = nn.Parameter(torch.ones(16, 3)), nn.Parameter(torch.ones(16, 3))
-
-    def forward(self, hidden_states: torch.Tensor, inference_params: None = None) -> torch.Tensor:
-        return hidden_states
-
-
-V2 = MARKS["v2 halved"]
-REFUSED = {
-    "a third direction": (
-        with_parts(V2, A_c_log=nn.Parameter(torch.ones(3)), conv1d_c=nn.Identity()),
-        "it has conv1d_c, A_c_log, which",
-    ),
-    "numbered directions": (Many(), "it has A_log_0, A_log_1, which"),
-    "a type that is not known": (with_parts(V2, bimamba_type="v3"), r"its bimamba_type is 'v3'; this adapter knows v1"),
-    "a type switched off": (
-        with_parts(V2, bimamba_type="none"),
-        "its bimamba_type is 'none' and of .* it has A_b_log,",
-    ),
-    "a part removed": (with_parts(V2, D_b=None), "its bimamba_type is 'v2' and of"),
-    "a direction that nothing names": (Backwards(), "its bimamba_type is None; this adapter knows v1, v2, none"),
-    "two spellings": (with_parts(V2, if_devide_out=False), "its if_divide_out and if_devide_out differ"),
-    "a wrapped projection": (
-        with_parts(V2, x_proj_b=nn.Sequential(nn.Linear(16, 8))),
-        r"its x_proj_b is a .*Sequential instead",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused(name: str) -> None:
-    mixer, reason = REFUSED[name]
-    with pytest.raises(UnsupportedModelError, match=rf"layers\.0\.mixer \(\w+, family Vim\): .*{reason}"):
-        adapters_refuse(Backbone([mixer], (3, 5)))
-
-
-@pytest.mark.parametrize(
-    ("setting", "what"),
-    [
-        ("if_rope", "rotates tokens between its layers"),
-        ("if_rope_residual", "rotates tokens between its layers"),
-        ("if_bidirectional", "gives every second layer the tokens backwards"),
-    ],
-)
-def test_models_that_move_tokens_between_layers_are_refused(setting: str, what: str) -> None:
-    model = Backbone([Vim(8)], (3, 5))
-    setattr(model, setting, False)
-    with mamba_attn.trace(model):
-        pass
-    setattr(model, setting, True)
-    with pytest.raises(UnsupportedModelError, match=rf"Backbone has {setting}=True, which {what}"):
-        with mamba_attn.trace(model):
-            pass
-
-
 class OneWay(Vim):
     """Has the parts of both directions and runs one."""
 
@@ -286,16 +218,48 @@ class OneWay(Vim):
         return nn.functional.linear(mixed, self.out_proj.weight, self.out_proj.bias)
 
 
-def test_parts_that_the_forward_leaves_out_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"its bimamba_type is 'v2' and its forward does not read A_b_log"):
-        adapters_refuse(OneWay(8))
+V2 = MARKS["v2 halved"]
+ACCEPTED = {
+    "parts that nothing reads": with_parts(V2, A_c_log=nn.Parameter(torch.ones(3)), conv1d_c=nn.Identity()),
+    "two spellings": with_parts(V2, if_devide_out=False),
+    "another name": with_parts(V2, bimamba=True, T=3, config=object()),
+}
 
 
-def test_caches_are_refused() -> None:
-    mixer = Vim(8)
-    with torch.no_grad(), mamba_attn.trace(mixer):
-        with pytest.raises(UnsupportedModelError, match=r"family Vim: Vim was called with inference_params, which"):
-            mixer(torch.randn(1, 5, 8), inference_params=object())
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_what_computes_the_equations_is_used(name: str) -> None:
+    check_adapter(Backbone([ACCEPTED[name]], (3, 5)), torch.randn(2, 3, 12, 20), tolerance=2e-6)
+
+
+REFUSED = {
+    "a type that is not known": with_parts(V2, bimamba_type="v3"),
+    "a type switched off": with_parts(V2, bimamba_type="none"),
+    "parts that the forward leaves out": OneWay(8),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_computes_something_else_is_refused_with_the_number(name: str) -> None:
+    mixer = REFUSED[name]
+    found = str(refusal(Backbone([mixer], (3, 5)), torch.randn(2, 3, 12, 20)))
+    assert re.match(differs(r"layers\.0\.mixer", type(mixer).__name__, "Vim"), found), found
+
+
+def test_parts_that_are_missing_are_said() -> None:
+    class Many(nn.Module):
+        """A mixer of as many directions as one wants."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.bimamba_type = "v2"
+            self.in_proj, self.out_proj = nn.Linear(8, 32), nn.Linear(16, 8)
+            self.A_log_0, self.A_log_1 = nn.Parameter(torch.ones(16, 3)), nn.Parameter(torch.ones(16, 3))
+
+        def forward(self, hidden_states: torch.Tensor, inference_params: None = None) -> torch.Tensor:
+            return hidden_states
+
+    found = str(refusal(Backbone([Many()], (3, 5)), torch.randn(2, 3, 12, 20)))
+    assert re.match(r"layers\.0\.mixer \(Many, family Vim\): this adapter cannot compute it: AttributeError", found)
 
 
 def test_our_own_mixers_may_be_wrapped_and_carry_anything() -> None:

@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import sys
+import warnings
 
 import pytest
 import torch
@@ -37,38 +38,100 @@ def save(state, folder, name="weights.pth"):
     return path
 
 
-def assert_loads(path, model, **options):
-    """The file gives a fresh model of the same configuration the same weights."""
+def loaded(path, model, **options):
+    """The file gives a fresh model of the same configuration the same weights; returns what was warned about."""
     fresh = type(model)(**options)
-    checkpoints.load(fresh, path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        checkpoints.load(fresh, path)
     for key, value in model.state_dict().items():
         assert torch.equal(fresh.state_dict()[key], value), key
+    assert all(str(each.message).startswith(str(path)) for each in caught)
+    return " ".join(str(each.message).removeprefix(str(path)) for each in caught)
+
+
+def assert_loads(path, model, **options):
+    assert loaded(path, model, **options) == ""
+
+
+def put(prefix, state):
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+def other(state):
+    """The same names and shapes, other numbers: what must not be taken."""
+    return {key: value + 1 for key, value in state.items()}
 
 
 TRAINING_STATE = {
     "epoch": 3,
-    "optimizer": {"state": {}, "lr": [1e-3]},
+    "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "lr": [1e-3]},
     "args": argparse.Namespace(model="vim", lr=1e-3),
 }
+MMSEG = {"decode_head.conv.weight": torch.zeros(2), "auxiliary_head.bias": torch.zeros(3)}
+AVERAGE = "only as a moving average, "
+# how people's files hold the weights of a model, and what must be said of it
 LAYOUTS = {
-    "bare": lambda state: state,
-    "model": lambda state: {"model": state, **TRAINING_STATE},
-    "model_ema": lambda state: {"model_ema": state, **TRAINING_STATE},
-    "model before model_ema": lambda state: {"model_ema": {"a": torch.zeros(1)}, "model": state},
-    "state_dict": lambda state: {"state_dict": state, "meta": {"classes": ("a", "b")}},
-    "module.": lambda state: {f"module.{key}": value for key, value in state.items()},
-    "backbone.": lambda state: {
-        **{f"backbone.{key}": value for key, value in state.items()}, "decode_head.conv.weight": torch.zeros(2)
-    },
-    "module.backbone.": lambda state: {f"module.backbone.{key}": value for key, value in state.items()},
+    "bare": (lambda s: s, ""),
+    "model, args and an optimizer": (lambda s: {"model": s, **TRAINING_STATE}, ""),
+    "module.": (lambda s: put("module.", s), ""),
+    "model_ema(module.)": (lambda s: {"model_ema": put("module.", s)}, f"{AVERAGE}'model_ema.module'"),
+    "state_dict and state_dict_ema": (
+        lambda s: {"state_dict_ema": other(s), "state_dict": s},
+        "took 'state_dict', not the moving average 'state_dict_ema'",
+    ),
+    "state_dict_ema alone": (lambda s: {"state_dict_ema": s, "arch": "vim"}, f"{AVERAGE}'state_dict_ema'"),
+    "Lightning": (lambda s: {"state_dict": put("model.", s), "pytorch-lightning_version": "2.1", "loops": {}}, ""),
+    "torch.compile": (lambda s: put("_orig_mod.", s), ""),
+    "torch.compile in DistributedDataParallel": (lambda s: {"model": put("module._orig_mod.", s)}, ""),
+    "encoder. and a projector": (
+        lambda s: {**put("encoder.", s), "projector.0.weight": torch.zeros(3, 3)},
+        "took 'encoder' and left out 1 tensor outside it (projector)",
+    ),
+    "model_state_dict and a loss": (lambda s: {"model_state_dict": s, "loss": torch.tensor(0.3), "epoch": 1}, ""),
+    "net": (lambda s: {"net": s, "acc": 91.2}, ""),
+    "params": (lambda s: {"params": s}, ""),
+    "params_ema": (lambda s: {"params_ema": s, "iter": 3}, f"{AVERAGE}'params_ema'"),
+    "mmseg": (
+        lambda s: {"state_dict": {**put("backbone.", s), **MMSEG}, "meta": {"epoch": 1}},
+        "left out 2 tensors outside it (auxiliary_head, decode_head)",
+    ),
+    "two levels down": (lambda s: {"checkpoint": {"model": {"weights": s}}, "step": torch.tensor(3)}, ""),
+    "counters of thop": (lambda s: {**s, "total_ops": torch.zeros(1), "head.total_params": torch.zeros(1)}, ""),
+    "momentum encoder": (
+        lambda s: {**put("encoder_q.", s), **put("encoder_k.", other(s))}, "took 'encoder_q'; 'encoder_k' fits as well"
+    ),
+    "module.backbone.": (lambda s: put("module.backbone.", s), ""),
+    "averaged model": (lambda s: {"n_averaged": torch.tensor(3), **put("module.", s)}, ""),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("make", "options"), [(vim, VIM), (vmamba, VMAMBA)])
-def test_published_layouts(layout, make, options, tmp_path):
+def test_layouts_of_files(layout, make, options, tmp_path):
     model = make()
-    assert_loads(save(LAYOUTS[layout](model.state_dict()), tmp_path), model, **options)
+    pack, said = LAYOUTS[layout]
+    warned = loaded(save(pack(model.state_dict()), tmp_path), model, **options)
+    assert said in warned
+    assert bool(said) == bool(warned)
+
+
+def test_an_entry_can_be_chosen(tmp_path):
+    model = vim()
+    path = save({"model": other(model.state_dict()), "model_ema": model.state_dict()}, tmp_path)
+    fresh = VisionMamba(**VIM)
+    with pytest.warns(UserWarning, match="only as a moving average, 'model_ema'"):
+        checkpoints.load(fresh, f"{path}:model_ema")
+    assert torch.equal(fresh.head.weight, model.head.weight)
+    with pytest.raises(WeightsError, match=r"no tensors in 'ema'. Its entries: model, model_ema"):
+        checkpoints.load(fresh, f"{path}:ema")
+
+
+def test_a_wrapper_takes_the_weights_of_what_it_wraps(tmp_path):
+    model = vim()
+    wrapper = torch.nn.Sequential(VisionMamba(**VIM))
+    checkpoints.load(wrapper, save({"model": put("module.", model.state_dict())}, tmp_path))
+    assert torch.equal(wrapper[0].head.weight, model.head.weight)
 
 
 def test_safetensors(tmp_path):
@@ -80,7 +143,8 @@ def test_half_precision_files_load_into_float32(tmp_path):
     model = vim()
     state = {key: value.half() for key, value in model.state_dict().items()}
     loaded = VisionMamba(**VIM)
-    checkpoints.load(loaded, save(state, tmp_path))
+    with pytest.warns(UserWarning, match="its numbers are float16, and were cast to the model's float32"):
+        checkpoints.load(loaded, save(state, tmp_path))
     assert loaded.head.weight.dtype == torch.float32
     assert torch.equal(loaded.head.weight, state["head.weight"].float())
 
@@ -142,7 +206,8 @@ def test_one_by_one_convolutions(tmp_path):
 def test_position_embeddings_of_another_size(class_token, tmp_path):
     model = vim(class_token=class_token)
     loaded = VisionMamba(**{**VIM, "image_size": (48, 64), "class_token": class_token}).eval()
-    checkpoints.load(loaded, save(model.state_dict(), tmp_path))
+    with pytest.warns(UserWarning, match=r"for 4x4 patches \(32 pixels at this model's stride\), .* resized to .* 6x8"):
+        checkpoints.load(loaded, save(model.state_dict(), tmp_path))
     expected = resize_positions(model.pos_embed, model.layout(32, 32), loaded.layout(48, 64))
     assert torch.equal(loaded.pos_embed, expected)
     x = torch.randn(2, 3, 48, 64)
@@ -316,7 +381,46 @@ def test_damaged_safetensors(kind, tmp_path):
 @pytest.mark.parametrize("content", [torch.zeros(2), {"epoch": 1}, [1, 2], {"model": {"epoch": 1}}])
 def test_files_without_weights(content, tmp_path):
     with pytest.raises(WeightsError, match="this file contains no tensors; expected a state dict"):
-        checkpoints.read(save(content, tmp_path))
+        checkpoints.load(vim(), save(content, tmp_path))
+
+
+def without_numbers(state):
+    return {**state, "norm_f.weight": torch.zeros(16, device="meta")}
+
+
+NO_WEIGHTS = {
+    "int8": (lambda s: {**s, "head.weight": s["head.weight"].to(torch.int8)}, "head.weight is int8, so .* quantised"),
+    "fp8": (
+        lambda s: {**s, "head.weight": s["head.weight"].to(torch.float8_e4m3fn)},
+        r"head.weight is float8_e4m3fn, so .* save them in float32",
+    ),
+    "sparse": (lambda s: {**s, "head.weight": s["head.weight"].to_sparse()}, r"head.weight is sparse; .*to_dense"),
+    "meta": (without_numbers, "norm_f.weight is on the meta device, .* not its numbers"),
+    "keys are numbers": (lambda s: dict(enumerate(s.values())), "contains tensors without names, keyed by numbers"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_WEIGHTS)
+def test_what_is_no_weights_is_refused_in_a_sentence(kind, tmp_path):
+    pack, sentence = NO_WEIGHTS[kind]
+    with pytest.raises(WeightsError, match=sentence):
+        checkpoints.load(vim(), save(pack(vim().state_dict()), tmp_path))
+
+
+CLASSES = ["ant", "bee", "cat", "dog", "elk"]
+CLASS_LISTS = {
+    "classes": {"classes": CLASSES},
+    "meta": {"meta": {"CLASSES": tuple(CLASSES)}},
+    "class_to_idx": {"class_to_idx": {name: CLASSES.index(name) for name in reversed(CLASSES)}},
+    "id2label": {"config": {"id2label": dict(enumerate(CLASSES))}},
+    "args": {"args": argparse.Namespace(class_names=CLASSES)},
+}
+
+
+@pytest.mark.parametrize("kind", CLASS_LISTS)
+def test_the_classes_of_a_file(kind, tmp_path):
+    path = save({"model": vim().state_dict(), **CLASS_LISTS[kind]}, tmp_path)
+    assert checkpoints.Checkpoint(path).classes == CLASSES
 
 
 def test_missing_files(tmp_path):

@@ -156,14 +156,15 @@ def test_weights_of_vit_micro_load_at_another_resolution(tmp_path):
     same = mamba_attn.models.create("vit_micro", weights=tmp_path / "vit.safetensors", **options)
     x = torch.randn(1, 3, 128, 128)
     assert torch.equal(same(x), model(x))
-    larger = mamba_attn.models.create("vit_micro", weights=tmp_path / "vit.safetensors", image_size=192, **options)
+    with pytest.warns(UserWarning, match=r"for 16x16 patches \(128 pixels.* were resized to this model's 24x24"):
+        larger = mamba_attn.models.create("vit_micro", weights=tmp_path / "vit.safetensors", image_size=192, **options)
     assert larger.pos_embed.shape == (1, 577, 128)
     assert torch.equal(larger.pos_embed[:, 0], model.pos_embed[:, 0])
     smooth = torch.nn.functional.interpolate(larger.pos_embed[:, 1:].mT.reshape(1, 128, 24, 24), 16, mode="area")
     kept = torch.corrcoef(torch.stack([smooth.flatten(), model.pos_embed[:, 1:].mT.flatten()]))[0, 1]
     assert kept > 0.7  # the grid was not transposed or shifted
     with pytest.raises(WeightsError, match=r"do not fit this VisionTransformer: .*num_classes=3"):
-        mamba_attn.models.create("vit_micro", weights=tmp_path / "vit.safetensors", depth=1)
+        mamba_attn.models.create("vit_micro", weights=tmp_path / "vit.safetensors", depth=1, num_classes=5)
 
 
 def test_vit_micro_without_timm_or_with_an_unknown_option(monkeypatch):
@@ -222,3 +223,70 @@ def test_demo_weights(tmp_path, monkeypatch):
 def test_no_official_weights_for_micro():
     with pytest.raises(WeightsError, match=r"fetch\('vim_micro'\): there are no published weights"):
         mamba_attn.models.create("vim_micro", weights="official")
+
+
+SMALL = {"depth": 2, "embed_dim": 32}
+
+
+def vim_file(folder, **options):
+    model = mamba_attn.models.create("vim_tiny", **{**SMALL, **options})
+    path = folder / "vim.pth"
+    torch.save({"model": model.state_dict()}, path)
+    return model, path
+
+
+def test_the_number_of_classes_is_the_files(tmp_path):
+    model, path = vim_file(tmp_path, num_classes=7)
+    again = mamba_attn.models.create("vim_tiny", weights=path, **SMALL)
+    assert again.num_classes == 7
+    assert torch.equal(again.head.weight, model.head.weight)
+    with pytest.raises(WeightsError, match=r"they have 7 classes: num_classes=7"):
+        mamba_attn.models.create("vim_tiny", weights=path, **SMALL, num_classes=5)
+
+
+def test_a_file_without_a_classifier_makes_a_model_without_one(tmp_path):
+    _, path = vim_file(tmp_path, num_classes=0)
+    with pytest.warns(UserWarning, match=r"it holds no classifier, so the model has none \(num_classes=0\)"):
+        again = mamba_attn.models.create("vim_tiny", weights=path, **SMALL)
+    assert again(torch.zeros(1, 3, 224, 224)).shape == (1, 32)
+    with pytest.raises(WeightsError, match="They have no classifier: num_classes=0"):
+        mamba_attn.models.create("vim_tiny", weights=path, **SMALL, num_classes=7)
+
+
+@pytest.mark.parametrize(("made", "found"), [({"stride": 8}, "stride=8"), ({"image_size": 320}, "image_size=320")])
+def test_the_image_size_and_the_stride_are_the_files(made, found, tmp_path):
+    model, path = vim_file(tmp_path, **made)
+    name = "vim_tiny"
+    with pytest.MonkeyPatch.context() as patch:  # the table's own models, small
+        for each in ("vim_tiny", "vim_tiny_stride8"):
+            builder, config = registry._CONFIGS[each]
+            patch.setitem(registry._CONFIGS, each, (builder, {**config, **SMALL}))
+        with pytest.warns(UserWarning, match=rf"for \d+x\d+ patches, so the model was built with {found}; image_size="):
+            again = mamba_attn.models.create(name, weights=path)
+        assert torch.equal(again.pos_embed, model.pos_embed)
+        with pytest.warns(UserWarning, match=r"were resized to this model's 14x14"):
+            told = mamba_attn.models.create(name, weights=path, image_size=224)
+        assert told.pos_embed.shape == (1, 197, 32)
+
+
+def test_a_rectangle_says_how_to_give_its_size(tmp_path):
+    _, path = vim_file(tmp_path, image_size=(256, 128))
+    with pytest.raises(WeightsError, match=r"another image size, of 128 patches: give it as image_size=\(rows, col"):
+        mamba_attn.models.create("vim_tiny", weights=path, **SMALL)
+    assert mamba_attn.models.create("vim_tiny", weights=path, **SMALL, image_size=(256, 128)).image_size == (256, 128)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_weights_of_another_model_are_named(prefix, tmp_path):
+    with torch.device("meta"):
+        names = mamba_attn.models.create("vmamba_tiny_s1l8", num_classes=3).state_dict()
+    path = tmp_path / "file.pth"
+    torch.save({f"{prefix}{key}": torch.zeros(value.shape, dtype=torch.float16) for key, value in names.items()}, path)
+    with pytest.raises(WeightsError, match=r"file\.pth: these weights are not of vim_tiny but of vmamba_tiny_s1l8: "):
+        mamba_attn.models.create("vim_tiny", weights=path)
+
+
+def test_short_names():
+    assert registry.aliases()["vmamba_tiny"] == "vmamba_tiny_s1l8"
+    assert set(registry.aliases().values()) <= set(registry.names())
+    assert len(on_meta("vmamba_tiny").state_dict()) == 276

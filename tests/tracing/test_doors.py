@@ -14,7 +14,7 @@ import mamba_attn
 from mamba_attn import attribution, orders
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.testing import _by_matrices
-from mamba_attn.tracing import doors, frames, steps
+from mamba_attn.tracing import doors, frames, reachable, steps
 from tests.integrations import small_vim
 from tests.leaks import state_of
 from tests.tracing import foreign
@@ -170,7 +170,7 @@ def test_gradients_are_those_of_the_scans_outputs(case):
     found = []
     for sign in (1.0, -1.0):
         with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-            patch.setattr(doors, "_forward", partial(nudged, sign, []))
+            patch.setitem(doors._SCAN, "fwd", partial(nudged, sign, []))
             with mamba_attn.trace(model):
                 found.append(model(x)[:, 2].sum())
     expected = (found[0] - found[1]) / (2 * size) / layer.scan.routes  # each route was moved
@@ -397,7 +397,7 @@ def test_scans_of_other_names_and_signatures():
     holder.scans = named
     sys.modules["holder_of_a_scan"] = holder
     try:
-        assert named in doors.compiled_scans()
+        assert named in reachable.compiled_scans()
     finally:
         del sys.modules["holder_of_a_scan"]
     other = module("selective_scan_cuda_oflex_rh", lambda u, delta, A, B, D, bias, softplus, n, wide: [u, u], own.bwd)
@@ -417,11 +417,28 @@ def test_scans_of_other_names_and_signatures():
         del sys.modules["holder_of_another"]
 
 
-def test_rules_are_refused_at_doors():
-    with pytest.raises(
-        UnsupportedModelError, match=r"Scan: no adapter recognises this module, and .* use a method without rules"
-    ):
-        attribution.MambaLRP(Net(Line()).eval()).attribute(images(), target=0)
+def test_a_method_that_looks_into_mixers_is_refused_at_doors():
+    with pytest.raises(UnsupportedModelError, match=r"Scan: no adapter recognises this module, and .* use another"):
+        attribution.ImplicitAttention(Net(Line()).eval()).attribute(images(), target=0)
+
+
+def test_a_scan_that_a_module_keeps_is_found():
+    """mamba.py imports its scan when a model is built; a stand-in's module is gone by the time it is traced."""
+
+    nowhere = {"__module__": "not_there_any_more"}
+    kept = type("Kept", (nn.Module,), nowhere)()
+    assert not reachable.reaches_a_door(kept)
+    kept.scan = foreign.selective_scan_fn
+    assert reachable.reaches_a_door(kept)
+    assert reachable.reaches_a_door(type("Gone", (nn.Module,), {**nowhere, "forward": foreign.Scan.forward})())
+
+
+def test_a_scan_that_takes_a_grid_is_another_recurrence():
+    x = torch.ones(2, 6, 20)
+    B = torch.ones(2, 1, 3, 20)
+    given = (x, x, -torch.ones(6, 3), B, B, None, None, None, True)
+    assert doors._forward_inputs(given) is not None
+    assert doors._forward_inputs((*given, 4, 5)) is None
 
 
 def test_methods_that_need_no_rules_run():

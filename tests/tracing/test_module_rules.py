@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mamba_attn.core.rules import KINDS, Rules
@@ -136,60 +137,163 @@ def test_the_last_of_nested_traces_rules():
     assert outer.asked == inner.asked
 
 
-def test_a_fused_add_and_norm_is_refused_with_the_remedy():
-    model = MODELS["vim"]()
-    model.layers[1].fused_add_norm = True
-    with pytest.raises(
-        UnsupportedModelError, match=r"layers\.1 \(VimLayer\) adds and norms in one .* fused_add_norm=Fa"
-    ):
-        with trace(model, rules=Count()):
-            pass
-    model.layers[1].fused_add_norm = False
-    with trace(model, rules=Count()):
-        pass
+class Fused(nn.LayerNorm):
+    def forward(self, x, residual=None):
+        return super().forward(x if residual is None else x + residual)
 
 
-def test_a_norm_that_is_given_the_residual_stream_is_refused():
-    class Fused(nn.LayerNorm):
-        def forward(self, x, residual=None):
-            return super().forward(x if residual is None else x + residual)
-
+def with_fused_norm(model):
     class Layer(nn.Module):
         def __init__(self, layer):
             super().__init__()
-            self.norm, self.mixer, self.residual = Fused(16), layer.mixer, False
+            self.norm, self.mixer = Fused(16), layer.mixer
 
         def forward(self, x, orders=None):
-            return x + self.mixer(self.norm(x, residual=x if self.residual else None))
+            return x + self.mixer(self.norm(x, residual=x))
 
-    model = MODELS["vim"]().eval()
     model.layers[0] = Layer(model.layers[0])
-    with torch.no_grad(), trace(model, rules=Count()):
+    return model
+
+
+def test_a_norm_that_is_given_the_residual_stream_is_asked_as_a_function():
+    model, rules = with_fused_norm(MODELS["vim"]().eval()), Count()
+    with torch.no_grad(), trace(model, rules=rules):
         model(images())
-    model.layers[0].residual = True
-    with torch.no_grad(), pytest.raises(UnsupportedModelError, match=r"Fused was called with 1 .* and residual: rules"):
-        with trace(model, rules=Count()):
+    assert rules.asked[model.layers[0].norm] == 0
+    with torch.no_grad(), pytest.raises(UnsupportedModelError, match=r"Fused was called with 1 .* and residual: these"):
+        with trace(model, rules=OnlyNorms()):
             model(images())
 
 
-def test_norms_of_unknown_types_are_refused_by_name_and_batch_norms_in_training():
-    class GlobalResponseNorm(nn.Module):
-        def forward(self, x):
-            return x
+class OnlyNorms(Count):
+    wants = frozenset(("norm",))
 
-    model = MODELS["vim"]()
-    model.layers[1].norm = GlobalResponseNorm()
-    with pytest.raises(
-        UnsupportedModelError, match=r"Count\): layers\.1\.norm \(GlobalResponseNorm\) is a norm of a ty"
-    ):
-        with trace(model, rules=Count()):
-            pass
-    model.layers[1].norm = nn.BatchNorm1d(17)
-    with pytest.raises(UnsupportedModelError, match=r"normalises with the batch's statistics; call model\.eval"):
-        with trace(model, rules=Count()):
-            pass
-    with torch.no_grad(), trace(model.eval(), rules=Count()):
-        model(images())
+
+class Double(Rules):
+    """Doubles the gradients of what it is asked for, so that they tell where it was asked."""
+
+    wants = frozenset(KINDS)
+
+    def __init__(self):
+        self.constants = {}
+
+    def fixed(self, factor):
+        return factor.detach()
+
+    def product(self, function, a, b):
+        return function(a, b.detach())
+
+    def activation(self, function, x):
+        return function(x.detach()) + 2 * (x - x.detach())
+
+    def added(self, name, y, constant):
+        self.constants[name] = constant
+        return y
+
+
+def hand_written_rms(x):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+def in_place(x):
+    y = x.clone()
+    y.mul_(x.sigmoid())
+    return F.relu(y, inplace=True)
+
+
+FUNCTIONS = {
+    "silu": (F.silu, lambda x: F.silu(x.detach()) + 2 * (x - x.detach())),
+    "relu": (torch.relu, lambda x: torch.relu(x.detach()) + 2 * (x - x.detach())),
+    "in place": (
+        in_place, lambda x: torch.relu(x * x.sigmoid()).detach() + 2 * (x - x.detach()) * x.sigmoid().detach()
+    ),
+    "swish": (lambda x: x * torch.sigmoid(x), lambda x: x * torch.sigmoid(x).detach()),
+    "softmax": (lambda x: x.softmax(-1) * x, lambda x: x.softmax(-1).detach() * x),
+    "product": (lambda x: x * (x + 0), lambda x: x * x.detach()),
+    "square": (lambda x: x**2 + x.square(), lambda x: 2 * x * x.detach()),
+    "cube": (lambda x: x**3, lambda x: x * x.detach() ** 2),
+    "einsum": (lambda x: torch.einsum("bl,bl->bl", x, 2 * x), lambda x: 2 * x * x.detach()),
+    "quotient": (
+        lambda x: x / (1 + x.norm(dim=-1, keepdim=True)), lambda x: x / (1 + x.norm(dim=-1, keepdim=True)).detach()
+    ),
+    "reciprocal": (lambda x: x * (1 / (3 + x.std())), lambda x: x / (3 + x.std()).detach()),
+    "rms by hand": (hand_written_rms, lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5).detach()),
+    "normalize": (lambda x: F.normalize(x, dim=1), lambda x: x / x.norm(dim=1, keepdim=True).detach()),
+    "glu": (lambda x: F.glu(x, 1), lambda x: x[:, :2] * torch.sigmoid(x[:, 2:]).detach()),
+    "rms_norm": (
+        lambda x: F.rms_norm(x, (4,)), lambda x: x / (x.square().mean(-1, keepdim=True) + 2.3e-16).sqrt().detach()
+    ),
+    "addcmul": (lambda x: torch.addcmul(x, x, 2 * x, value=3), lambda x: x + 6 * x * x.detach()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_have_their_own_values_and_the_gradients_of_their_rules(name):
+    function, expected = FUNCTIONS[name]
+
+    class Between(nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    model, x = nn.Sequential(MODELS["vim"](), Between()).double().eval(), torch.randn(3, 4).double()
+    with trace(model, rules=Double()) as record:
+        (inner,) = [record.asked.arrivals.sources.tensors]
+        given = x.clone().requires_grad_()
+        found = model[1](given)
+        assert inner == [given]
+        (gradient,) = torch.autograd.grad((found * torch.arange(found.numel()).view_as(found)).sum(), given)
+    outside = x.clone().requires_grad_()
+    wanted = expected(outside)
+    torch.testing.assert_close(found, function(x.clone()), rtol=1e-12, atol=1e-12)
+    (truth,) = torch.autograd.grad((wanted * torch.arange(wanted.numel()).view_as(wanted)).sum(), outside)
+    torch.testing.assert_close(gradient, truth, rtol=1e-9, atol=1e-12)
+    again = x.clone().requires_grad_()  # nothing is left: the plain gradient
+    (plain,) = torch.autograd.grad(model[1](again).sum(), again)
+    again = x.clone().requires_grad_()
+    assert torch.equal(plain, torch.autograd.grad(function(again).sum(), again)[0])
+
+
+NORMS = {
+    "GroupNorm": lambda: nn.GroupNorm(2, 4),
+    "InstanceNorm": lambda: nn.InstanceNorm2d(4, affine=True),
+    "InstanceNorm of training": lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+    "BatchNorm": lambda: nn.BatchNorm2d(4),
+    "LayerNorm of channels": lambda: ChannelLayerNorm(4),
+}
+
+
+class ChannelLayerNorm(nn.Module):
+    """As restoration models write it: over axis 1, by hand."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        spread = torch.var(x, dim=1, unbiased=False, keepdim=True)
+        y = (x - x.mean(1, keepdim=True)) / torch.sqrt(spread + 1e-5)
+        return y * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_are_linear_but_for_their_constants(name):
+    """f(x) - constant is linear where its denominator is held: gradient times input gives it back."""
+    norm = NORMS[name]().double()
+    for value in norm.state_dict().values():
+        if value.is_floating_point():
+            value.add_(torch.rand_like(value))
+    norm.eval()
+    model, x, rules = nn.Sequential(MODELS["vim"](), norm).double().eval(), torch.randn(2, 4, 3, 5).double(), Double()
+    with trace(model, rules=rules):
+        given = x.clone().requires_grad_()
+        found = model[1](given)
+        (gradient,) = torch.autograd.grad(found.sum(), given)
+    torch.testing.assert_close(found, norm(x), rtol=1e-12, atol=1e-12)
+    if name == "BatchNorm":  # a module that the rules are asked for as a whole
+        assert not rules.constants
+        return
+    constant = sum(value.expand_as(found).sum() for value in rules.constants.values())
+    torch.testing.assert_close((gradient * x).sum() + constant, found.sum(), rtol=1e-10, atol=1e-10)
 
 
 def test_a_norm_inside_a_norm_is_asked_once():

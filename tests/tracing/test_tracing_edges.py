@@ -11,7 +11,7 @@ from torch import nn
 
 import mamba_attn
 from mamba_attn.core.rules import Rules
-from mamba_attn.errors import TraceError, UnsupportedModelError
+from mamba_attn.errors import TraceError
 from mamba_attn.testing import LawError, check_adapter
 from mamba_attn.tracing.adapters import _registered, find_mixers
 
@@ -218,15 +218,6 @@ def test_mixers_inside_mixers_and_the_order_of_adapters() -> None:
         _registered.clear()
 
 
-def test_other_numbers_of_routes_are_refused() -> None:
-    model = vmamba()
-    op = model.layers[0].blocks[0].op
-    op.dt_projs_bias = nn.Parameter(torch.zeros(2, op.dt_projs_bias.shape[1]))
-    with pytest.raises(UnsupportedModelError, match="it has 2 routes; the cross-scan has 4"):
-        with mamba_attn.trace(model):
-            pass
-
-
 def test_a_copy_made_inside_a_trace_is_a_plain_model() -> None:
     model, x = vim(), images()
     with torch.no_grad():
@@ -262,6 +253,8 @@ def test_calls_of_one_mixer_in_one_forward_are_several_layers(mode):
         with torch.no_grad(), mamba_attn.trace(model.mixer, mode=mode) as alone:
             model.mixer(part)
         torch.testing.assert_close(trace[name].attention(), alone[0].attention(), rtol=1e-5, atol=1e-7)
+    report = check_adapter(model, x)
+    assert [layer.name for layer in report.layers] == list(trace)
     with torch.no_grad(), mamba_attn.trace(model, mode=mode) as twice:
         model(x)
         model(x)

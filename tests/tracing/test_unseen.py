@@ -19,15 +19,27 @@ def _seed():
     torch.manual_seed(0)
 
 
+class Spelt(nn.Module):
+    """Softmax attention that goes through no door."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.joint = nn.Linear(width, 3 * width)
+
+    def forward(self, x):
+        query, key, value = self.joint(x).chunk(3, -1)
+        return (query @ key.mT).softmax(-1) @ value
+
+
 class Attention(nn.Module):
     """Softmax attention, as a mixer of a block."""
 
     def __init__(self, width):
         super().__init__()
-        self.attn = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.attn = Spelt(width)
 
     def forward(self, x, *ignored, **also):
-        return self.attn(x, x, x, need_weights=False)[0]
+        return self.attn(x)
 
 
 class Gate(nn.Module):

@@ -1,47 +1,19 @@
-"""The explorer in a real browser, for tests: gestures, and what is drawn after them."""
-
-import re
+"""The page in a real browser, for tests: gestures, and what is drawn after them."""
 
 import numpy as np
 
 from benchmarks.browser import chromium
 
 CHROMIUM = chromium()
-DRAWN = """([pane, view]) => {
-    const graph = document.querySelectorAll('.graph.' + view + ' .js-plotly-plot')[pane];
-    const heat = graph._fullData.find((trace) => trace.type === 'heatmap');
-    const lines = graph._fullData.filter((trace) => trace.name === 'chosen');
-    return {
-        z: heat ? Array.from(heat.z, (row) => Array.from(row)) : null,
-        frame: lines.length && lines[0].x ? lines[0].x.length / 3 : 0,
-        traces: graph._fullData.length,
-        points: graph._fullData[0]?.x?.length ?? 0,
-        lit: graph.drawnPoints ? graph.drawnPoints.lit : null,
-    };
-}"""
+DRAWN = """() => viewer.maps().map((one) => ({ what: one.slot.what, grid: one.its.grid, error: one.error ?? '',
+    values: one.values ? Array.from(one.values) : null }))"""
 
 
-PLACE = """([pane, number]) => {
-    const graph = document.querySelectorAll('.graph.scatter .js-plotly-plot')[pane];
-    const { xaxis, yaxis } = graph._fullLayout, trace = graph._fullData[0], box = graph.getBoundingClientRect();
-    return [box.x + xaxis._offset + xaxis.l2p(trace.x[number]), box.y + yaxis._offset + yaxis.l2p(trace.y[number])];
-}"""
-
-
-PIXEL = """(number) => {
-    const graph = document.querySelector('.graph.scatter .js-plotly-plot'), { xaxis, yaxis } = graph._fullLayout;
-    const x = xaxis._offset + xaxis.l2p(graph._fullData[0].x[number]);
-    const y = yaxis._offset + yaxis.l2p(graph._fullData[0].y[number]), dense = window.devicePixelRatio;
-    const canvas = graph.querySelector('canvas.points').getContext('2d');
-    return Array.from(canvas.getImageData(x * dense, y * dense, 1, 1).data);
-}"""
-
-
-class Explorer:
+class Viewer:
     """A page with what went wrong on it."""
 
     def __init__(self, page, address):
-        self.page, self.wrong = page, []
+        self.page, self.address, self.wrong = page, address, []
         page.on("console", lambda m: self.wrong.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: self.wrong.append(str(error)))
         page.on(
@@ -49,71 +21,60 @@ class Explorer:
         )
         page.on("response", lambda r: self.wrong.append(f"{r.status} {r.url}") if r.status >= 400 else None)
 
-    def open(self, address):
-        self.page.goto(address)
-        self.page.wait_for_selector(".graph.patches .js-plotly-plot .nsewdrag")
-        self.page.wait_for_selector(".graph.scatter .js-plotly-plot .nsewdrag")
-        self.wait("Where patches look, on average")
+    def open(self, state=""):
+        self.page.goto("about:blank")
+        self.page.goto(f"{self.address}#{state}")
+        self.until("window.viewer && viewer.maps().length && viewer.points()[0]?.key !== null")
+        return self
 
-    def wait(self, title):
-        self.page.get_by_role("heading", name=re.compile(f"^{re.escape(title)} · ")).first.wait_for()
+    def until(self, what, arg=None, timeout=30_000):
+        """Wait until JavaScript is true; asked from here, because the page's policy forbids to evaluate text in it."""
+        for _ in range(timeout // 50):
+            if self.page.evaluate(what, arg):
+                return
+            self.page.wait_for_timeout(50)
+        raise AssertionError(f"never true: {what} {arg or ''}")
 
-    def drawn(self, view, pane=0):
-        return self.page.evaluate(DRAWN, [pane, view])
+    def maps(self):
+        return self.page.evaluate(DRAWN)
 
-    def heat(self, expected, pane=0):
-        """Wait until the map is what it shall be."""
-        for _ in range(200):
-            found = np.array(self.drawn("patches", pane)["z"])
-            if found.shape == expected.shape and np.allclose(found, expected, rtol=1e-4, atol=1e-12):
+    def state(self):
+        return self.page.evaluate("JSON.parse(JSON.stringify(viewer.state))")
+
+    def heat(self, expected, what="image", tolerance=1e-4):
+        """Wait until the map of that name is what it shall be."""
+        expected = np.asarray(expected, dtype=float).ravel()
+        for _ in range(100):
+            found = next((np.array(one["values"], dtype=float) for one in self.maps() if one["what"] == what), None)
+            near = tolerance * np.abs(expected).max()
+            if found is not None and found.shape == expected.shape and np.allclose(found, expected, rtol=0, atol=near):
                 return
             self.page.wait_for_timeout(100)
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-12)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=near)
 
-    def box(self, view):
-        return self.page.locator(f".graph.{view} .nsewdrag").first.bounding_box()
+    def cell(self, row, column, at=0):
+        """The middle of a cell on the screen."""
+        canvas = self.page.locator("canvas.map").nth(at)
+        canvas.scroll_into_view_if_needed()
+        box, (rows, columns) = canvas.bounding_box(), self.maps()[at]["grid"]
+        return box["x"] + (column + 0.5) / columns * box["width"], box["y"] + (row + 0.5) / rows * box["height"]
 
-    def cell(self, row, column, grid=(8, 12)):
-        box = self.box("patches")
-        return box["x"] + (column + 0.5) / grid[1] * box["width"], box["y"] + (row + 0.5) / grid[0] * box["height"]
-
-    def points(self, count, pane=0):
-        """Wait until there are so many points."""
-        self.page.wait_for_function(
-            """([pane, count]) => document.querySelectorAll('.graph.scatter')[pane].querySelector('.js-plotly-plot')
-            ._fullData?.[0]?.x?.length === count""",
-            arg=[pane, count],
+    def points(self, count, at=0):
+        """Wait until there are as many points, and return where they are on the screen."""
+        self.until(
+            "([at, count]) => viewer.points()[at]?.places.length === count && viewer.points()[at].key", arg=[at, count]
         )
+        canvas = self.page.locator("canvas.plot").nth(at)
+        canvas.scroll_into_view_if_needed()
+        box = canvas.bounding_box()
+        places = np.array(self.page.evaluate("(at) => viewer.points()[at].places", at))
+        return places + np.array([box["x"], box["y"]])
 
-    def places(self, pane=0):
-        """Where the points lie, (points, 2)."""
-        found = self.page.evaluate(
-            """(pane) => { const trace = document.querySelectorAll('.graph.scatter .js-plotly-plot')[pane]._fullData[0];
-            return [Array.from(trace.x), Array.from(trace.y)]; }""",
-            pane,
+    def lit(self, expected, at=0):
+        self.until(
+            "([at, wanted]) => viewer.lit(at).sort((a, b) => a - b).join() === wanted",
+            arg=[at, ",".join(map(str, sorted(expected)))],
         )
-        return np.array(found).T
-
-    def lie(self, expected, pane=0):
-        """Wait until the points lie where they shall, and are drawn there."""
-        near = 1e-5 * float(np.abs(expected).max())
-        for _ in range(200):
-            if np.allclose(self.places(pane), expected, rtol=0, atol=near):
-                break
-            self.page.wait_for_timeout(100)
-        np.testing.assert_allclose(self.places(pane), expected, rtol=0, atol=near)
-        drawn = self.page.evaluate("document.querySelector('.graph.scatter .js-plotly-plot').drawnPoints.x[0]")
-        assert abs(drawn - expected[0][0]) <= near
-
-    def point(self, number, pane=0):
-        """Where a point is on the screen."""
-        return self.page.evaluate(PLACE, [pane, number])
-
-    def click(self, x, y):
-        """Move, rest, click: plotly looks where the pointer is every 50 ms only."""
-        self.page.mouse.move(x, y)
-        self.page.wait_for_timeout(200)
-        self.page.mouse.click(x, y)
 
     def drag(self, corners):
         self.page.mouse.move(*corners[0])
@@ -122,28 +83,16 @@ class Explorer:
             self.page.mouse.move(*corner, steps=4)
         self.page.mouse.up()
 
-    def lit(self, expected, pane=0):
-        """Wait until these points are lit."""
-        for _ in range(200):
-            found = sorted(self.drawn("scatter", pane)["lit"] or [])
-            if found == sorted(expected):
-                return
-            self.page.wait_for_timeout(100)
-        assert found == sorted(expected)
+    def choose(self, group, text):
+        self.page.get_by_role("radiogroup", name=group).get_by_text(text, exact=True).click()
 
-    def pixel(self, number):
-        """The canvas's colour, and how much it covers, where a point is drawn."""
-        return self.page.evaluate(PIXEL, number)
+    def more(self):
+        self.page.get_by_text("More", exact=True).click()
 
-    def saved(self, title, folder):
+    def saved(self, button, folder):
         """A file that a button saves."""
         with self.page.expect_download() as download:
-            self.page.get_by_title(title).click()
+            self.page.get_by_role("button", name=button).click()
         path = folder / download.value.suggested_filename
         download.value.save_as(path)
         return path
-
-    def choose(self, label, text):
-        self.page.locator(".control", has=self.page.get_by_text(label, exact=True)).get_by_text(
-            text, exact=True
-        ).click()

@@ -1,7 +1,7 @@
 import pytest
 
 from benchmarks.browser import FLAGS
-from tests.viewer.browsing import CHROMIUM, Explorer
+from tests.viewer.browsing import CHROMIUM, Viewer
 
 
 @pytest.fixture(scope="module")
@@ -16,11 +16,10 @@ def browser():
 
 
 @pytest.fixture
-def explorer(browser, address):
+def viewer(browser, address):
     """A page at the module's own address; nothing may have gone wrong on it."""
     page = browser.new_page(viewport={"width": 1400, "height": 900})
-    opened = Explorer(page, address)
-    opened.open(address)
+    opened = Viewer(page, address).open()
     yield opened
     page.close()
     assert opened.wrong == []

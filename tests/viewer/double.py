@@ -7,6 +7,8 @@ import torch
 
 import mamba_attn
 from mamba_attn import images
+from mamba_attn.core.loaded_model import LoadedModel
+from mamba_attn.core.transform import Transform
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,13 +28,14 @@ class Image:
     label: str
     predicted: str
     kept: bool
+    correct: bool | None = None
 
 
 class Double:
     """Means over a few images; the first image is kept in full, the others need the model."""
 
     def __init__(self, model, pixels, labels, keep=1, name="vmamba_micro"):
-        self.model_name, self._model = name, model.eval()
+        self.model_name, self._model, self.classes = name, model.eval(), []
         self._pixels = list(pixels)
         self.layers, self.images = [], []
         self._mean, self._matrix, self._features, self._embeddings = {}, {}, {}, {}
@@ -62,6 +65,10 @@ class Double:
         orders = layer.scan.read_order.numpy()
         return Layer(layer.name, "selective scans", stage, block, layer.layout, orders, len(orders))
 
+    @property
+    def subject(self):
+        return LoadedModel(self._model, Transform(self._pixels[0].shape[:2]))
+
     def model(self):
         return self._model
 
@@ -70,6 +77,10 @@ class Double:
 
     def mean(self, layer, route="sum"):
         return self._mean[layer.name, route]
+
+    def variance(self, layer, route="sum"):
+        matrices = [matrix for key, matrix in self._matrix.items() if key[:2] == (layer.name, route)]
+        return np.var(matrices, axis=0)
 
     def lines(self, layer, start, stop, route="sum", *, image=None, columns=False):
         self.lines_read.append((layer.name, start, stop))

@@ -8,22 +8,23 @@ from mamba_attn import images
 from mamba_attn.analytics import AttentionStore, Request, collect
 from mamba_attn.commands import explore
 from mamba_attn.commands.cli import main
-from mamba_attn.datasets import loaded_model, open_data
+from mamba_attn.datasets import loading, open_data
 from mamba_attn.viewer import demo
 
 
 def test_the_demo_is_collected_once_and_a_half_is_finished(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MAMBA_ATTN_CACHE", str(tmp_path))
-    data = open_data(str(images.samples()[0].parent))
+    data = open_data(str(demo.photos()))
     folder = demo.demo_folder()
     assert folder.parent == tmp_path
-    collect(Request(loaded_model.load(demo.MODEL, "demo"), data, limit=2, keep=6), folder)  # a kill after two images
+    collect(Request(loading.load(demo.MODEL, "demo"), data, limit=2, keep=6), folder)  # a kill after two images
     index = folder / "store.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "wanted": 6}))
 
     assert demo.demo_store() == folder
     store = AttentionStore.open(folder)
-    assert sorted(image.key for image in store.images) == sorted(path.name for path in images.samples())
+    assert sorted(image.key.split("/")[-1] for image in store.images) == sorted(path.name for path in images.samples())
+    assert sum(image.correct for image in store.images) == 5  # the classes are known
     assert all(image.kept for image in store.images)
 
     monkeypatch.setattr(demo, "_collect", lambda *_: pytest.fail("collected again"))

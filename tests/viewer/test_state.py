@@ -1,97 +1,43 @@
-import base64
-import json
-import random
-import zlib
+"""What the page asks for, checked."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mamba_attn.viewer.state import LONGEST, Pane, State
+from mamba_attn.viewer.state import CELLS, Pane, unpacked
 
-FULL = State(
-    (Pane(layer=3, route=2, mode="blocks", gate=True, opacity=0.5), Pane(what="difference", image=7)),
-    (8, 12), (0, 95, -1), ((2, 1), (3, 0)),
+
+def test_a_pane_of_json_is_the_pane():
+    asked = {"store": 1, "layer": 3, "route": -1, "what": "image", "gate": True, "method": "umap", "unknown": 7}
+    assert Pane.parsed(asked) == Pane(1, 3, -1, what="image", gate=True, method="umap")
+    assert Pane.parsed({}) == Pane()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("layer", -1), ("layer", True), ("layer", 1.0), ("layer", 10**7), ("route", -2), ("what", "all"),
+     ("what", ["mean"]), ("gate", 1), ("mode", None), ("image", "0")],
 )  # fmt: skip
+def test_what_cannot_be_is_refused(name, value):
+    with pytest.raises(ValueError, match=name):
+        Pane.parsed({name: value})
 
 
-@pytest.mark.parametrize("state", [State(), FULL])
-def test_a_state_comes_back_from_json_and_from_an_address(state):
-    assert State.from_json(json.loads(json.dumps(state.to_json()))) == state
-    text = state.to_url()
-    assert text.replace("-", "").replace("_", "").isalnum()
-    assert State.from_url(text) == state
+@pytest.mark.parametrize("value", [None, [], "x", 3])
+def test_a_pane_is_an_object(value):
+    with pytest.raises(ValueError, match="a pane is an object"):
+        Pane.parsed(value)
 
 
-@pytest.mark.parametrize(
-    ("given", "sentence"),
-    [
-        ([], "the state is an object"),
-        ({"panes": []}, "one or two panes"),
-        ({"panes": [{}] * 3}, "one or two panes"),
-        ({"panes": [{"mode": "<script>"}]}, "mode is one of"),
-        ({"panes": [{"layer": 1.5}]}, "layer is a list of whole numbers"),
-        ({"panes": [{"layer": 10**9}]}, "layer is out of range"),
-        ({"panes": [{"gate": 1}]}, "gate is true or false"),
-        ({"panes": [{"opacity": 2}]}, "opacity lies in"),
-        ({"grid": [0, 4]}, "the grid 0x4 is not possible"),
-        ({"grid": [2, 2], "cells": [4]}, "cells outside a grid of 2x2"),
-        ({"cells": [True]}, "cells is a list of whole numbers"),
-        ({"cells": [0] * 70_000}, "cells is a list"),
-        ({"points": [[1]]}, "points is a list of 2 whole numbers"),
-    ],
-)
-def test_what_is_no_state_is_refused_in_words(given, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        State.from_json(given)
+@given(st.lists(st.integers(-64, 9999), max_size=60))
+def test_runs_hold_any_numbers_in_their_order(numbers):
+    assert unpacked(",".join(map(str, numbers))) == numbers
+    assert unpacked(",".join(f"{number}:{number + 2}" for number in numbers)) == [
+        number + more for number in numbers for more in range(3)
+    ]
 
 
-@pytest.mark.parametrize("text", ["%%%", "AAAA", "e", "eJw", "a" * (LONGEST + 1)])
-def test_an_address_that_is_none_is_refused_in_words(text):
-    with pytest.raises(ValueError, match=r"state in the address cannot be read|more than"):
-        State.from_url(text)
-
-
-def test_any_lasso_over_a_thousand_images_fits_an_address():
-    pairs = [(layer, image) for layer in range(12) for image in range(1000)]
-    chance = random.Random(0)
-    for count in (1000, 6000, 9000, 12_000):
-        state = State(points=tuple(sorted(chance.sample(pairs, count))), grid=(64, 64), cells=tuple(range(4096)))
-        assert State.from_url(state.to_url()) == state
-    # an order that no gesture makes is left out
-    wild = State((Pane(layer=2),), points=tuple(chance.sample(pairs, 12_000)))
-    assert State.from_url(wild.to_url()) == State((Pane(layer=2),))
-
-
-def test_addresses_of_lists_are_still_read():
-    old = base64.urlsafe_b64encode(zlib.compress(json.dumps(FULL.to_json()).encode())).decode().rstrip("=")
-    assert State.from_url(old) == FULL
-
-
-@pytest.mark.parametrize(
-    ("given", "sentence"),
-    [
-        ({"cells": "0:9999999"}, "more than 65536 numbers"),
-        ({"cells": "1:x"}, "not a run of numbers"),
-        ({"points": {"of": [1], "runs": []}}, "points are runs"),
-        ({"points": {"of": ["a"], "runs": ["1"]}}, "points are runs"),
-        ({"points": {"of": [1] * 3, "runs": ["0:30000"] * 3}}, "more than 5534 numbers"),
-    ],
-)
-def test_runs_that_are_none_are_refused_in_words(given, sentence):
-    text = base64.urlsafe_b64encode(zlib.compress(json.dumps(given).encode())).decode().rstrip("=")
-    with pytest.raises(ValueError, match=sentence):
-        State.from_url(text)
-
-
-def test_an_address_cannot_unfold_to_a_flood():
-    flood = base64.urlsafe_b64encode(zlib.compress(b"[" * 2**23, 9)).decode().rstrip("=")
-    assert len(flood) < LONGEST
-    with pytest.raises(ValueError, match="more than 1048576 bytes"):
-        State.from_url(flood)
-
-
-def test_chosen_cells_lie_at_the_same_place_on_other_grids():
-    state = State(grid=(2, 3), cells=(0, 5, -1))
-    assert state.on_grid((2, 3)) == [0, 5]
-    assert state.on_grid((4, 6)) == [0, 1, 6, 7, 16, 17, 22, 23]
-    assert State(grid=(4, 6), cells=(16, 17, 22, 23)).on_grid((2, 3)) == [5]
-    assert State(grid=(4, 6), cells=(23,)).on_grid((2, 3)) == [5]  # a cell that holds no centre of the larger ones
+@pytest.mark.parametrize("text", ["a", "1:", ":1", "1,,2", "1.5", f"0:{CELLS}", "1:2:3", "\u0663", None, 3, [1]])
+def test_damaged_runs_are_refused(text):
+    with pytest.raises(ValueError, match=r"run|more than"):
+        unpacked(text)

@@ -1,8 +1,8 @@
 """FrozenContribution: gradient x input of the tokens, through a forward whose factors are held fixed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from mamba_attn._types import Float
 from mamba_attn.attribution.lrp.linear_backward import Entrance, LinearisedAttribution
 from mamba_attn.attribution.lrp.linear_rules import LinearRules
-from mamba_attn.attribution.maps import Target
+from mamba_attn.attribution.targets import Target
 from mamba_attn.core.attention_record import AttentionRecord
 from mamba_attn.core.layout import TokenLayout
+from mamba_attn.tracing.dependence import behind
 from mamba_attn.tracing.layer_names import LayerNames
 
 
@@ -22,7 +23,8 @@ class Contributions(NamedTuple):
     Args:
         tokens: the patches without their position embeddings; class tokens and registers with theirs.
         positions: the patches' position embeddings; 0 for the other tokens.
-        biases: every other additive constant, by its name.
+        biases: every other additive constant, by its name, and what reaches the logit without passing the first layer,
+            as over skip connections.
         layout: of the tokens.
     """
 
@@ -61,16 +63,17 @@ class FrozenContribution(LinearisedAttribution):
     The map shows the patches without their position embeddings, which are not part of the image.
 
     Args:
-        model: a model that ``mamba_attn.trace`` supports, of scans or softmax attention; with fused_add_norm=False if
-            it has that option.
+        model: a model that ``mamba_attn.trace`` supports, of scans or softmax attention, with or without an adapter. In
+            code that no adapter knows the gate of a product is what comes out of an activation, else the second factor.
         layers: names, patterns or numbers of mixers; contributions are read before them and the maps averaged.
             Default: the first one.
         positions: add to each patch the contribution of its position embedding.
 
     Raises:
         ValueError: when called, a pixel or box.
-        UnsupportedModelError: when called, norms without a known rule.
-        TraceError: when called, contributions that do not add up, because something escaped the rules.
+        UnsupportedModelError: when called, batch statistics.
+        TraceError: when called, contributions that do not add up, because something escaped the rules, and where; an
+            output of probabilities.
 
     Example:
         >>> FrozenContribution(model).attribute(images, target=281).shape
@@ -115,12 +118,25 @@ class FrozenRules(LinearRules):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._stem: Tensor | None = None
+        self._outputs: list[tuple[Tensor, Any]] = []
         self._first = ""
+        self._stem: Tensor | None = None
 
     def gate(self, y: Tensor, gate: Tensor) -> Tensor:
         """Multiply by the gate without its gradient."""
         return y * gate.detach()
+
+    def activation(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Apply an activation, whose output is known again as a gate."""
+        y = super().activation(function, x)
+        node: Any = y.grad_fn
+        if node is not None:
+            node.metadata[_GATE] = True
+        return y
+
+    def product(self, function: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+        """Apply it without the gradient of the gate: what comes out of an activation, else the second factor."""
+        return function(a.detach(), b) if _is_gate(a) and not _is_gate(b) else function(a, b.detach())
 
     def attention(self, record: AttentionRecord) -> AttentionRecord:
         """Detach the probabilities: relevance passes through the values only."""
@@ -148,12 +164,33 @@ class FrozenRules(LinearRules):
         return shares.index_copy(1, layout.patches.to(shares.device), added)
 
     def enter(self, layer: str, x: Tensor) -> None:
-        """Record the input of a layer, and which layer came first."""
-        self._first = layer if not self.entered else self._first
-        super().enter(layer, x)
+        """Remember which layer came first."""
+        self._first = self._first or layer
+
+    def starts(self, tensors: Sequence[Tensor]) -> None:
+        """The patch embedding's output is the last of a norm or a linear layer that these were computed from."""
+        nodes = behind(tensors)
+        self._stem = next((y for y, node in reversed(self._outputs) if node in nodes), None)
+        self._outputs.clear()
 
     def _before_layers(self, y: Tensor) -> Tensor:
-        """Record the last output before the first layer: that of the patch embedding."""
-        if not self.entered:
-            self._stem = y.detach()
+        """Record outputs before the first layer."""
+        if not self._first:
+            self._outputs.append((y.detach(), y.grad_fn))
         return y
+
+
+def _is_gate(x: Tensor) -> bool:
+    """Whether a tensor is an activation's output, perhaps in another shape."""
+    node: Any = x.grad_fn
+    while node is not None and _GATE not in node.metadata:
+        node = node.next_functions[0][0] if node.name().startswith(_SHAPES) and node.next_functions else None
+    return node is not None
+
+
+_GATE = "mamba_attn: an activation"
+_SHAPES = (
+    "ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "PermuteBackward", "TransposeBackward", "TBackward",
+    "UnsqueezeBackward", "SqueezeBackward", "ExpandBackward", "CloneBackward", "ToCopyBackward", "SplitBackward",
+    "SliceBackward", "SelectBackward", "AliasBackward",
+)  # fmt: skip

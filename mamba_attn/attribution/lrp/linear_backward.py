@@ -1,21 +1,22 @@
 """Base class of MambaLRP and FrozenContribution: one backward pass through linear rules, and a check of its sum."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
 from mamba_attn.attribution.lrp.linear_rules import LinearRules
-from mamba_attn.attribution.maps import Row, Target, TokenAttribution
+from mamba_attn.attribution.maps import Row, TokenAttribution
 from mamba_attn.attribution.queries import Query
+from mamba_attn.attribution.targets import Target
 from mamba_attn.errors import TraceError
-from mamba_attn.tracing.adapters import find_mixers
+from mamba_attn.tracing.escapes import Meter
 from mamba_attn.tracing.layer_names import LayerNames, layer_names, listed_layers
 from mamba_attn.tracing.layers import Layer
-from mamba_attn.tracing.module_rules import check_rules_apply
+from mamba_attn.tracing.module_rules import Asked
 from mamba_attn.tracing.tracer import Trace
 
 # relative to all shares: rounding leaves 1e-7, one GELU that escapes the rules 1e-3. float64 models may compute in
@@ -54,6 +55,7 @@ class LinearisedAttribution(TokenAttribution):
     """
 
     reads_rows: ClassVar[bool] = False
+    takes_parts: ClassVar[bool] = False  # shares add up over all that the model is given
 
     def __init__(self, model: nn.Module, *, layers: LayerNames | None = None) -> None:
         super().__init__(model)  # traces all layers
@@ -80,25 +82,61 @@ class LinearisedAttribution(TokenAttribution):
     ) -> tuple[list[Entrance], dict[str, Float[Tensor, " batch"]]]:
         """Return the inputs of the chosen layers with gradients, and the constants' shares after the first of them.
 
+        Where something reaches the target without passing the first layer, as over a U-Net's skip connections, its
+        share stands among the constants', and the sum is checked at what the model was given.
+
         Raises:
             TraceError: the shares do not sum to the logit; the input of a layer is not a tensor of its tokens.
         """
         rules.batch = len(inputs)
         with self._traced(inputs, target, gradients=True, rules=rules) as (record, logit):
             self._check(record)
+            rules.require_asked(logit)
             chosen = self._chosen(record)
-            tensors = [self._tokens(record[name], rules.entered.get(name, ())) for name in chosen]
-            gradients = torch.autograd.grad(logit, tensors, allow_unused=True)
+            found = [self._entering(record, name, logit) for name in chosen]
+            rules.starts(found[0][0])
+            rules.constants.clear()
+            flat = [tensor for tensors, _ in found for tensor in tensors]
+            gradients = iter(torch.autograd.grad(logit, flat, retain_graph=not found[0][1], allow_unused=True))
             entrances = []
-            for name, tensor, gradient in zip(chosen, tensors, gradients, strict=True):
-                if gradient is None:
+            for name, (tensors, _) in zip(chosen, found, strict=True):
+                pairs = [(tensor, next(gradients)) for tensor in tensors]
+                if all(gradient is None for _, gradient in pairs):
                     raise TraceError(f"{type(self).__name__}: the target does not depend on what enters {name}.")
-                parts = (token_frame(record[name], part).detach() for part in (tensor, gradient))
-                entrances.append(Entrance(record[name], *parts))
+                pairs = [(t, torch.zeros_like(t) if g is None else g) for t, g in pairs]
+                parts = [[token_frame(record[name], x).detach() for x in each] for each in zip(*pairs, strict=True)]
+                entrances.append(Entrance(record[name], *(torch.cat(each, -1) for each in parts)))
                 record[name].require_finite()
-            rules.entered.clear()
-            self._balance(entrances[0].shares, entrances[0].tokens.dtype, rules.constants, logit)
-        return entrances, dict(rules.constants)
+            constants, gap = self._summed(record, entrances[0], rules, logit, whole=found[0][1])
+        if gap is not None:
+            raise TraceError(f"{type(self).__name__}: {self._escaped(inputs, target, gap)}")
+        return entrances, constants
+
+    def _summed(
+        self, record: Trace, entrance: Entrance, rules: LinearRules, logit: Tensor, *, whole: bool
+    ) -> tuple[dict[str, Tensor], "_Gap | None"]:
+        """Return the constants' shares, and by how much the sum misses the target, if it does."""
+        shares, constants = entrance.shares, dict(rules.constants)
+        if whole:
+            return constants, self._gap(shares, entrance.tokens.dtype, constants, logit)
+        rules.constants.clear()
+        starts = _asked(record).arrivals.sources.tensors
+        found = torch.autograd.grad(logit, starts, allow_unused=True)
+        given = [(t.detach() * g) for t, g in zip(starts, found, strict=True) if g is not None]
+        start = torch.stack([each.double().reshape(rules.batch, -1).sum(1) for each in given]).sum(0)
+        everything = {name: share.detach() for name, share in rules.constants.items()}
+        rest = sum([*everything.values(), *(-share.detach() for share in constants.values())], start - shares.sum(1))
+        gap = self._gap(start, entrance.tokens.dtype, everything, logit)
+        return {**constants, f"what does not pass {entrance.layer.name}": rest}, gap
+
+    def _entering(self, record: Trace, name: str, logit: Tensor) -> tuple[list[Tensor], bool]:
+        """Return the tensors that hold a layer's tokens, and whether all of the target came through them."""
+        layer, layers = record[name], record.layers
+        arrivals, functions = _asked(record).arrivals, _asked(record).functions
+        if logit not in arrivals.sources:
+            raise TraceError(f"{type(self).__name__}: {_why_not(functions.last_probabilities)}")
+        earlier = layers[: [each.name for each in layers].index(name)]
+        return arrivals.entrance(layer, earlier, logit, lambda tensor: holds_tokens(layer, tensor))
 
     def _chosen(self, record: Trace) -> list[str]:
         call = f"{type(self).__name__}(layers=...)"
@@ -108,41 +146,58 @@ class LinearisedAttribution(TokenAttribution):
             raise TraceError(f"{call}: the model's forward called none of {', '.join(asked)}.")
         return chosen
 
-    def _tokens(self, layer: Layer, entered: Sequence[Tensor]) -> Tensor:
-        """Return the outermost tensor that holds the layer's tokens, which includes their residual stream."""
-        for tensor in entered:
-            if holds_tokens(layer, tensor):
-                return tensor
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in entered) or "nothing"
-        raise TraceError(
-            f"{type(self).__name__}: what enters {layer.name} and the modules around it ({shapes}) does not have its "
-            f"{layer.tokens} tokens, so relevance cannot be read there; choose other layers with layers=."
-        )
-
-    def _balance(self, shares: Tensor, dtype: torch.dtype, constants: dict[str, Tensor], logit: Tensor) -> None:
-        """Refuse shares that do not sum to the logit: a sign that something escaped the rules."""
+    def _gap(self, shares: Tensor, dtype: torch.dtype, constants: dict[str, Tensor], logit: Tensor) -> "_Gap | None":
+        """Return by how much the shares miss the logit, if by more than rounding: something escaped the rules."""
         parts = [part.detach().double() for part in (shares, *constants.values())]
         total, size = sum(float(part.sum()) for part in parts), sum(float(part.abs().sum()) for part in parts)
         tolerance = max(_TOLERANCE[each] for each in (dtype, logit.dtype, _autocast(shares.device.type)))
         tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
         tolerance = max(tolerance, _TF32) if shares.is_cuda and tf32 else tolerance
-        gap = abs(total - float(logit.detach()))
-        if gap > tolerance * max(size, abs(float(logit.detach()))):
-            raise TraceError(
-                f"{type(self).__name__}: the shares of tokens and constants sum to {total:.6g}, the target to "
-                f"{float(logit.detach()):.6g}, so something in {type(self.model).__name__} escaped the rules: a norm, "
-                "an activation or a gate called as a function instead of a module, or a target that is not linear in "
-                "the output."
-            )
+        value = float(logit.detach())
+        allowed = tolerance * max(size, abs(value))
+        return None if abs(total - value) <= allowed else _Gap(total, value, allowed)
+
+    def _escaped(self, inputs: Tensor, target: Target, gap: "_Gap") -> str:
+        """Say where relevance was lost, module by module, in a further pass."""
+        rules, meter = self._rules(), Meter(self.model)
+        rules.batch = len(inputs)
+        with meter.measuring(), self._traced(inputs, target, gradients=True, rules=rules) as (record, logit):
+            starts = _asked(record).arrivals.sources.tensors
+            rules.constants.clear()
+            torch.autograd.grad(logit, starts, allow_unused=True)
+        leaks = meter.leaks(rules.constants, gap.allowed)
+        where = ", ".join(leaks[:3]) + (f" and {len(leaks) - 3} more" if len(leaks) > 3 else "")
+        reason = (
+            f"so something escaped the rules in {where}: a norm, an activation or a gate that is no function of torch, "
+            "or constants that are written into its tensors"
+            if leaks
+            else "though no module lost any: the target is not linear in the output; explain the logit itself"
+        )
+        return f"the shares of tokens and constants sum to {gap.total:.6g}, the target to {gap.value:.6g}, {reason}."
 
 
-def require_known(model: nn.Module) -> None:
-    """Refuse a model with norms that have no known rule.
+class _Gap(NamedTuple):
+    """What the shares sum to, the target, and by how much they may differ."""
 
-    Raises:
-        UnsupportedModelError: the model has such a norm.
-    """
-    check_rules_apply(model, find_mixers(model), LinearRules(model))
+    total: float
+    value: float
+    allowed: float
+
+
+def _why_not(function: str) -> str:
+    """Why a target has no shares."""
+    if not function:
+        return "the target does not depend on what the model was given, or is not differentiable."
+    return (
+        f"the output comes out of {function}, and a probability is no sum of what tokens contribute; explain the logit "
+        "in front of it: let the model return its logits, e.g. with nn.Identity() in that layer's place."
+    )
+
+
+def _asked(record: Trace) -> Asked:
+    if record.asked is None:
+        raise TraceError("the pass was traced without rules for the whole model.")
+    return record.asked
 
 
 def _autocast(kind: str) -> torch.dtype:
@@ -153,15 +208,27 @@ def holds_tokens(layer: Layer, x: Tensor) -> bool:
     """Whether a tensor holds a feature vector for every token of a layer, in a shape that ``token_frame`` takes."""
     if x.ndim == 3:
         windows = len(layer.layout.windows()) if layer.has_layout else 1
-        return x.shape[0] * x.shape[1] == layer.batch * layer.tokens and x.shape[0] == layer.batch * windows
-    return x.ndim == 4 and layer.layout.grid in (x.shape[1:3], x.shape[2:])
+        if x.shape[0] != layer.batch * windows:
+            return False
+        return windows * x.shape[1] in (layer.tokens, layer.tokens - layer.padding) or _features_first(layer, x)
+    if not layer.has_layout or x.ndim < 4 or len(x) != layer.batch:
+        return False
+    return layer.layout.grid in (tuple(x.shape[1:-1]), tuple(x.shape[2:]))
 
 
 def token_frame(layer: Layer, x: Tensor) -> Float[Tensor, "batch tokens features"]:
-    """Convert tokens to the token frame, from windows, (batch, rows, columns, features) or channels first."""
+    """Convert tokens to the token frame, from windows, (batch, *grid, features) or features first."""
     if x.ndim == 3:
+        x = x.mT if _features_first(layer, x) and x.shape[1] != layer.tokens else x
+        if len(x) == layer.batch and x.shape[1] < layer.tokens:
+            return F.pad(x, (0, 0, 0, layer.tokens - x.shape[1]))
         return layer.layout.from_windows(x, axis=1) if layer.has_layout else x
     layout = layer.layout
-    patches = x.flatten(1, 2) if layout.grid == tuple(x.shape[1:3]) else x.flatten(2).mT
+    patches = x.flatten(1, -2) if layout.grid == tuple(x.shape[1:-1]) else x.flatten(2).mT
     frame = patches.new_zeros(len(patches), layout.tokens, patches.shape[2])  # windows may be padded
     return frame.index_copy(1, layout.patches.to(x.device), patches)
+
+
+def _features_first(layer: Layer, x: Tensor) -> bool:
+    """Whether a tensor is (batch, features, tokens)."""
+    return len(x) == layer.batch and x.shape[2] in (layer.tokens, layer.tokens - layer.padding)

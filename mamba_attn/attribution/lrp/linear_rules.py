@@ -5,16 +5,17 @@ forward pass, held fixed. Below the rules: norms with a fixed denominator, and l
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mamba_attn.core.rules import KINDS, Rules
+from mamba_attn.core.rules import KINDS, Rules, unruled
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import UnsupportedModelError
+from mamba_attn.tracing.function_rules import batch_statistics, refused, straight
 
 _TOLERANCE = 64  # of the output's precision, relative to its largest value
 _PLAIN = (nn.LayerNorm.forward, nn.RMSNorm.forward)
@@ -30,20 +31,21 @@ class LinearRules(Rules):
     scan         delta, A, B, C fixed: linear in u, D u kept
     ===========  ======================================================================================================
 
+    ``fixed`` detaches, so that softmax, sigmoids and denominators in the model's own code are factors, too.
+
     Args:
         model: provides the names of its modules.
 
     Attributes:
-        entered: per layer, the inputs of it and of the modules around it, outermost first.
         constants: per additive constant, (batch,), its share in the logit; filled by the backward pass.
         batch: number of images; set it before the pass.
     """
 
     wants: ClassVar[frozenset[str]] = frozenset(KINDS)
+    at_doors: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module) -> None:
         self.names = {module: name for name, module in model.named_modules()}
-        self.entered: dict[str, list[Tensor]] = {}
         self.constants: dict[str, Tensor] = {}
         self.batch = 1
 
@@ -58,14 +60,19 @@ class LinearRules(Rules):
         return y + (x - x.detach()) * ratio
 
     def norm(self, module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Normalise by a fixed denominator."""
+        """Normalise by a fixed denominator; a norm of an unknown formula by the rules of the functions in it."""
         run = call or module
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            if module.training:
+                return refused(run(x), batch_statistics(self.names.get(module, "a norm"), type(module).__name__))
             return self._noted(module, run(x), batch_norm_constant(module))
         with torch.no_grad():
             y = run(x)
-        linear, constant = frozen_norm(module, x, y)
-        return self._noted(module, same_value(y, linear), constant)
+        found = frozen_norm(module, x, y)
+        if found is None:
+            with unruled(False):
+                return run(x)
+        return self._noted(module, straight(y, found[0]), found[1])
 
     def linear(self, module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply a linear layer; its bias is an additive constant."""
@@ -83,17 +90,15 @@ class LinearRules(Rules):
             source_gain=None if record.source_gain is None else record.source_gain.detach(),
         )
 
-    def enter(self, layer: str, x: Tensor) -> None:
-        """Record the input of a layer."""
-        self.entered.setdefault(layer, []).append(x)
+    def fixed(self, factor: Tensor) -> Tensor:
+        """Detach a factor."""
+        return factor.detach()
 
-    def _noted(self, module: nn.Module, y: Tensor, constant: Tensor | None, suffix: str = "bias") -> Tensor:
+    def added(self, name: str, y: Tensor, constant: Tensor) -> Tensor:
         """Record constant * dlogit/dy of every image, during the backward pass, as the constant's share."""
-        if constant is None or not y.requires_grad:
+        if not y.requires_grad:
             return y
-        name, fixed = f"{self.names.get(module, type(module).__name__)}.{suffix}", constant.detach()
-        # The hook must not hold self: self.entered is part of the graph that holds the hook, a cycle that would leak.
-        constants, batch = self.constants, self.batch
+        fixed, constants, batch = constant.detach(), self.constants, self.batch
 
         def note(gradient: Tensor) -> None:
             share = (gradient * fixed).detach()
@@ -103,10 +108,17 @@ class LinearRules(Rules):
         y.register_hook(note)
         return y.view_as(y)  # a new tensor: if y itself enters a layer, its constant belongs to that layer's input
 
+    def require_asked(self, end: Tensor) -> None:
+        """Raise UnsupportedModelError if the pass computed ``end`` by a layer that was to be asked for and was not."""
 
-def same_value(y: Tensor, linear: Tensor) -> Tensor:
-    """Return the values of ``y`` with the gradient of ``linear``, exactly."""
-    return y.detach() + (linear - linear.detach()).to(y.dtype)
+    def starts(self, tensors: Sequence[Tensor]) -> None:
+        """Take the tensors that enter the first layer; their graph is there still."""
+
+    def _noted(self, module: nn.Module, y: Tensor, constant: Tensor | None) -> Tensor:
+        """Record the share of a module's bias."""
+        return (
+            y if constant is None else self.added(f"{self.names.get(module, type(module).__name__)}.bias", y, constant)
+        )
 
 
 def batch_norm_constant(module: nn.BatchNorm1d | nn.BatchNorm2d) -> Tensor | None:
@@ -125,8 +137,10 @@ def fitting(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def frozen_norm(module: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+def frozen_norm(module: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """Return the norm of x with its denominator detached, and its bias as a tensor that broadcasts over it.
+
+    None if no formula reproduces its output.
 
     Layer norms keep their mean in the graph; RMS norms have none. A class with its own forward may normalise the last
     axis or, as LayerNorm2d, axis 1, and may swap them: the variant that reproduces its output is used.
@@ -135,9 +149,6 @@ def frozen_norm(module: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor
         module: the norm.
         x: its input.
         y: its own output.
-
-    Raises:
-        UnsupportedModelError: no formula reproduces the output.
     """
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     shape = getattr(module, "normalized_shape", None) or (() if weight is None else weight.shape)
@@ -149,10 +160,7 @@ def frozen_norm(module: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor
         for linear, first in _frames(_formula(module, moved, len(shape), weight, bias), own=own):
             if _agree(linear, y):
                 return linear, bias if bias is None or not first else on_axis_1(bias, linear)
-    raise UnsupportedModelError(
-        f"{type(module).__name__}: its output is neither a layer norm nor an RMS norm of its input over the features, "
-        "so it is not known what to hold fixed in it."
-    )
+    return None
 
 
 def _frames(linear: Tensor, *, own: bool) -> Iterator[tuple[Tensor, bool]]:

@@ -13,10 +13,11 @@ from mamba_attn.attribution.lrp.linear_rules import (
     bare_layer,
     fitting,
     own_weight,
-    same_value,
 )
-from mamba_attn.attribution.maps import Target
-from mamba_attn.errors import nearest
+from mamba_attn.attribution.targets import Target
+from mamba_attn.errors import UnsupportedModelError, nearest
+from mamba_attn.tracing.dependence import behind
+from mamba_attn.tracing.function_rules import straight
 from mamba_attn.tracing.layer_names import ByLayer, LayerNames
 from mamba_attn.tracing.layers import ScanLayer, require
 from mamba_attn.tracing.tracer import Trace
@@ -41,7 +42,10 @@ class MambaLRP(LinearisedAttribution):
 
     Stabilisers: act(x) / x is taken at +-eps, the precision's epsilon, where x is smaller; the gamma rule propagates
     nothing where its denominator, and hence the output, is exactly 0. There are no others, so relevance is conserved:
-    R summed over all tokens plus the relevance kept by biases is the logit. Every call checks this.
+    R summed over all tokens plus the relevance kept by biases is the logit. Every call checks this, and names the
+    modules in which relevance escapes. Other code than the families' is met where it calls functions of torch, compiled
+    scans, fused convolutions and fused norms: softmax, sigmoid and denominators are fixed there, and a product of two
+    tensors that depend on the image gives half to each.
 
     Not copied from the published code: a gamma rule that raises NameError on linear layers and yields NaN where its
     denominator is 0; a ratio taken at x + 1e-6 sign(x), which loses relevance near 0; an empty list of rules, which
@@ -51,8 +55,7 @@ class MambaLRP(LinearisedAttribution):
     The class token's relevance is not part of the map; ``relevances`` reports it.
 
     Args:
-        model: a model of selective scans that ``mamba_attn.trace`` supports; with fused_add_norm=False if it has that
-            option.
+        model: a model of selective scans that ``mamba_attn.trace`` supports, with or without an adapter.
         layers: names, patterns or numbers of mixers; relevance is read before them and the maps averaged. Default: the
             first one.
         gamma_layers: names or patterns of linear layers and convolutions with the generalised gamma rule, e.g.
@@ -61,7 +64,9 @@ class MambaLRP(LinearisedAttribution):
 
     Raises:
         ValueError: a gamma below 0, a pattern that matches no linear layer; when called, a pixel or box.
-        UnsupportedModelError: when called, layers that are softmax attention; norms without a known rule.
+        UnsupportedModelError: when called, layers that are softmax attention; batch statistics; ``gamma_layers`` that
+            fused code does not call.
+        TraceError: when called, relevance that is not conserved, and in which modules; an output of probabilities.
 
     Example:
         >>> MambaLRP(model, gamma_layers=["*.in_proj", "*.out_proj"]).attribute(images, target=281).shape
@@ -129,21 +134,46 @@ class LRPRules(LinearRules):
         super().__init__(model)
         self.gamma_layers = gamma_layers
         self.gamma = gamma
+        self._model = model
+        self._asked: set[str] = set()
 
     def gate(self, y: Tensor, gate: Tensor) -> Tensor:
         """Multiply, with half of the gradient.
 
         For y = x g, x dy/dx + g dy/dg is 2 y: the plain gradient would double the relevance.
         """
-        half = 0.5 * (y * gate)
+        return self.product(torch.mul, y, gate)
+
+    def product(self, function: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+        """Apply a function that is linear in both, with half of the gradient."""
+        half = 0.5 * function(a, b)
         return half + half.detach()
 
     def linear(self, module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply LRP-0, or the gamma rule to the layers named for it."""
         if not self.gamma or not fitting(self.names.get(module, ""), self.gamma_layers):
             return super().linear(module, x, call)
+        self._asked.add(self.names[module])
         y, constant = generalised_gamma(module, x, call, self.gamma)
         return self._noted(module, y, constant)
+
+    def require_asked(self, end: Tensor) -> None:
+        """Refuse gamma layers whose weights fused code reads without calling them."""
+        if not self.gamma or not self.gamma_layers:
+            return
+        used = {id(variable) for node in behind([end]) if (variable := getattr(node, "variable", None)) is not None}
+        missed = [
+            name
+            for name, module in self._model.named_modules()
+            if isinstance(module, _KINDS) and fitting(name, self.gamma_layers) and name not in self._asked
+            if id(module.weight) in used
+        ]
+        if missed:
+            raise UnsupportedModelError(
+                f"MambaLRP(gamma_layers={list(self.gamma_layers)!r}): {', '.join(missed[:3])}"
+                f"{f' and {len(missed) - 3} more' if len(missed) > 3 else ''}: the model's own code reads the weight "
+                "and does not call the layer, so the gamma rule cannot be applied there; leave it out of gamma_layers."
+            )
 
 
 def generalised_gamma(
@@ -176,7 +206,7 @@ def generalised_gamma(
         changed = changed + constant
     zero = changed.detach() == 0
     ratio = torch.where(zero, 0, z / torch.where(zero, 1, changed.detach()))
-    y = same_value(z, changed * ratio)
+    y = straight(z, changed * ratio)
     return y, None if constant is None else constant * ratio
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.attribution.maps import Row, Target, TokenAttribution
+from mamba_attn.attribution.maps import Row, TokenAttribution
 from mamba_attn.attribution.published.hidden_mamba import min_max
 from mamba_attn.attribution.queries import Query, query_weights
+from mamba_attn.attribution.targets import Target
 from mamba_attn.ops.reference import merge
 from mamba_attn.tracing.adapters import find_mixers
 from mamba_attn.tracing.layer_names import LayerNames

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from mamba_attn.attribution.attention_rollout import Product, dense, of_one_token, roll_out_weighted
-from mamba_attn.attribution.maps import Row, Target, TokenAttribution, target_values
+from mamba_attn.attribution.maps import Row, TokenAttribution
 from mamba_attn.attribution.queries import Query, query_weights
+from mamba_attn.attribution.targets import Target
 from mamba_attn.attribution.vit import block_relevance
 from mamba_attn.errors import UnsupportedModelError, nearest
 from mamba_attn.tracing.layer_names import LayerNames
@@ -117,7 +118,7 @@ class TransformerAttribution(TokenAttribution):
         logits = block_relevance.logits_of(self.model, tokens)
         with torch.enable_grad():
             logits.requires_grad_()
-            value = target_values(f"{type(self).__name__}.attribute", logits, target, len(images)).sum()
+            value = self._values(logits, target, len(images)).sum()
             (start,) = torch.autograd.grad(value, logits)
         relevance = block_relevance.from_logits(self.model, start, tokens)
         wanted = {id(self.model.get_submodule(layer.name)): layer for layer in layers}

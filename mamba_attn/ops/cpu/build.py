@@ -27,6 +27,8 @@ _FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
 )
+# read beside native.py, whose structs it shares: an update of the package under a running Python changes the file
+_SOURCE = files("mamba_attn.ops.cpu").joinpath("native.cpp").read_bytes()
 
 
 def library() -> ctypes.CDLL:
@@ -63,16 +65,17 @@ def _compiled() -> Path:
     compiler = shlex.split(os.environ.get("CXX", "")) or ([found] if found else [])  # CXX may be "ccache g++"
     if not compiler:
         raise FileNotFoundError("no C++ compiler found (looked for $CXX, g++, clang++, c++).")
-    source = files("mamba_attn.ops.cpu").joinpath("native.cpp").read_bytes()
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256(source + repr((_FLAGS, version, _cpu())).encode()).hexdigest()[:20]
+    key = hashlib.sha256(_SOURCE + repr((_FLAGS, version, _cpu())).encode()).hexdigest()[:20]
     target = cache_folder() / f"native-{key}.so"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             made = Path(scratch, "native.so")
             command = [*compiler, *_wide_vectors(), *_FLAGS, "-x", "c++", "-", "-o", str(made)]
-            subprocess.run(command, input=source.decode(), capture_output=True, text=True, check=True, timeout=300)
-            made.replace(target)  # atomic: two processes may compile at once
+            subprocess.run(command, input=_SOURCE.decode(), capture_output=True, text=True, check=True, timeout=300)
+            with made.open("rb") as whole:
+                os.fsync(whole.fileno())  # else a crash of the machine may leave the name of an empty file
+            made.replace(target)  # atomic: several processes may compile at once
     return target
 
 

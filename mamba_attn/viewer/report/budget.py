@@ -1,4 +1,4 @@
-"""The contents of a page, and the space left in it."""
+"""What a frozen page holds, and the space left in it."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ _TAG = 64  # characters around a matrix, or before the text of a picture or of p
 
 
 class ReportError(MambaAttnError):
-    """The report cannot be made from these stores; the message names the remedy."""
+    """The page cannot be made from these stores; the message names the remedy."""
 
 
 @dataclass

@@ -1,48 +1,69 @@
-"""Gathers the contents of a report, most important first, until the size limit is reached."""
+"""Freezes the page: gathers its contents, most important first, until its size is reached."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mamba_attn.viewer.page import page
 from mamba_attn.viewer.report import stored
 from mamba_attn.viewer.report.budget import Content, ReportError
+from mamba_attn.viewer.report.quantised import ERROR
 from mamba_attn.viewer.report.stored import Stored, elsewhere
+from mamba_attn.viewer.source import Source
 
 _NOTES = 4000  # characters per store, reserved for the notes on what is left out
+_NOTE = (
+    "Numbers are stored in 16 bits, with one scale per row of a matrix, so the error is at most "
+    f"1/{round(1 / ERROR):,} of the largest number in the row."
+)
 
 
-def gather(
+def make(
     stores: Sequence[Any],
     methods: Sequence[str],
     images: int,
-    limit: int,
-    frame: Callable[[Content], int],
+    size: float,
+    made_with: str,
     advance: Callable[[str], None] = lambda what: None,
-) -> Content:
-    """Collect what the page shows, most important first; notes list what does not fit.
-
-    Means of the routes' sum come first, then points, an image, each route's means, then the other images' matrices.
+    *,
+    sources: Sequence[Source] | None = None,
+    first: tuple[int, int] | None = None,
+    start: str = "",
+) -> tuple[str, Content]:
+    """Return the page of some stores, and what it holds.
 
     Args:
         stores: ``AttentionStore`` objects.
         methods: of dimension reduction; but for the first, of the routes' sum alone.
         images: per store, how many of those kept in full are shown.
-        limit: bytes of the page.
-        frame: bytes of a page without matrices, points and pictures.
+        size: of the page at most, in 10^6 bytes.
+        made_with: what made the page, for its last note.
         advance: called with what is being done.
+        sources: of the stores, if there are any already.
+        first: number of a store and of its image that goes in before the others, computed if it is not kept.
+        start: what the page shows first, as the part of an address behind its #.
 
     Raises:
-        ReportError: no layer can be shown, or not even the names and one mean fit.
+        ReportError: nothing can be shown, or the names alone do not fit.
         ImportError: a method's package is not installed.
     """
-    content = Content(limit)
-    kept = [Stored(store, content, methods) for store in stores]
+
+    def frozen(its: Content) -> str:
+        notes = [*its.notes, _NOTE, f"Made with {made_with}."]
+        return page({"live": False, "stores": its.stores}, notes, its.matrices, start)
+
+    content = Content(int(size * 1e6))
+    wanted: list[int | None] = [None] * len(stores)
+    if first is not None:
+        wanted[first[0]] = first[1]
+    sources = [Source(store) for store in stores] if sources is None else sources
+    kept = [Stored(source, content, methods, image) for source, image in zip(sources, wanted, strict=True)]
     if not any(each.shown for each in kept):
         raise ReportError(f"all layers have grids of more than {stored.CELLS:,} patches. {elsewhere(stores)}")
     content.stores = [each.described() for each in kept]
-    content.size = frame(content) + _NOTES * len(kept)
-    if content.size > limit:
+    content.size = len(frozen(content).encode()) + _NOTES * len(kept)
+    if content.size > content.limit:
         raise ReportError(
-            f"size={limit / 1e6:g}: names and orders alone need {content.size:,} bytes; "
+            f"size={content.limit / 1e6:g}: names and orders alone need {content.size:,} bytes; "
             f"size={-int(-content.size // 1e6)} holds them."
         )
     steps: list[Callable[[Stored], None]] = [
@@ -50,17 +71,16 @@ def gather(
         Stored.points,
         lambda each: each.pictures(images),
         Stored.first_image,
-        Stored.routes,
     ]
     for step in steps:
         for each in kept:
             advance(each.name)
             step(each)
-    advance("images")
-    waiting = [each.images() for each in kept]
+    advance("routes and images")
+    waiting = [each.rest() for each in kept]
     while waiting:  # take turns: otherwise the first store would use up all the space
         waiting = [its for its in waiting if next(its, None) is not None]
     for each in kept:
         each.note_what_is_left_out()
     content.stores = [each.described() for each in kept if each.shown]
-    return content
+    return frozen(content), content

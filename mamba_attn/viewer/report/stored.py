@@ -1,19 +1,18 @@
-"""Selects the layers, matrices, points and pictures of a store that go into a page."""
+"""Selects the layers, matrices, points and pictures of a store that go into a frozen page."""
 
 import io
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from mamba_attn.tracing.layers import ScanLayer
+from mamba_attn.viewer.page import cells_of, described
+from mamba_attn.viewer.points import Scatter
 from mamba_attn.viewer.report.budget import Content, ReportError
 from mamba_attn.viewer.report.quantised import as_text, places
-from mamba_attn.viewer.source import Source, others
+from mamba_attn.viewer.source import Source
 from mamba_attn.viewer.state import Pane
-from mamba_attn.viewer.views import Views
 
 CELLS = 32 * 32  # of the largest grid that is shown
 PICTURES = 400  # images with a thumbnail on the page
@@ -23,36 +22,23 @@ _LEFT_OUT = 3  # layers that are named
 MEAN = "mean"
 
 
-class _ReadOnly:
-    """A store that may be read-only: points that it cannot cache are computed again next time."""
-
-    def __init__(self, store: Any) -> None:
-        self._store = store
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
-
-    def save_embedding(self, *args: Any) -> None:
-        with suppress(OSError):
-            self._store.save_embedding(*args)
-
-
 class Stored:
     """One store on its way into the page.
 
     Args:
-        store: an ``AttentionStore``.
+        source: of the store.
         content: of the page.
         methods: of dimension reduction; all but the first are used for the sum of the routes only.
+        first: number of an image that goes in before the others, computed if it is not kept.
 
     Raises:
         ReportError: the store has no images.
     """
 
-    def __init__(self, store: Any, content: Content, methods: Sequence[str]) -> None:
-        self.name, self.content, self.methods = store.model_name, content, methods
-        self.views = Views(Source(_ReadOnly(store)))
-        self.source = self.views.source
+    def __init__(self, source: Source, content: Content, methods: Sequence[str], first: int | None = None) -> None:
+        store = source.store
+        self.name, self.content, self.methods, self.first = store.model_name, content, methods, first
+        self.source, self.scatter_of = source, Scatter(source)
         if not self.source.images:
             raise ReportError(f"{store.folder}: the store has no images to show.")
         self.shown = [n for n, layer in enumerate(self.source.layers) if np.prod(layer.layout.grid) <= CELLS]
@@ -99,17 +85,6 @@ class Stored:
                         f"{number}/sum/{direction}/{method}", Pane(layer=number, direction=direction, method=method)
                     )
 
-    def routes(self) -> None:
-        """Add the mean of each route, and its points."""
-        for number, route in self._routes():
-            if not self._fits("means of routes", number, MEAN, route):
-                continue
-            for direction in ("row", "column"):
-                self._point(
-                    f"{number}/{route}/{direction}/{self.methods[0]}",
-                    Pane(layer=number, route=route, direction=direction, method=self.methods[0]),
-                )
-
     def pictures(self, count: int) -> None:
         """Add the images whose matrices follow, or the first one, as the model saw them, and thumbnails of many.
 
@@ -117,19 +92,20 @@ class Stored:
             count: how many of the images kept in full.
         """
         images = self.source.images
-        self.kept = [number for number, image in enumerate(images) if image.kept][:count]
-        beyond = sum(image.kept for image in images) - len(self.kept)
+        kept = [number for number, image in enumerate(images) if image.kept and number != self.first][:count]
+        self.kept = kept if self.first is None else [self.first, *kept][: max(count, 1)]
+        beyond = sum(image.kept for n, image in enumerate(images) if n not in self.kept)
         if beyond:
             self.content.notes.append(
                 f"{self.name}: {beyond} of {beyond + len(self.kept)} images kept in full are not on this page; "
                 f"images={beyond + len(self.kept)} adds them."
             )
         for number in self.kept or [0]:
-            photo = self.content.add(_jpeg(self.source.store.pixels(images[number]), None))
+            photo = self.content.add(_jpeg(self.source.pixels(Pane(image=number)), None))
             if photo is not None:
                 self.photos[number] = photo
-        for image in images[:PICTURES]:
-            small = self.content.add(_jpeg(self.source.store.pixels(image), _SMALL))
+        for number in range(min(len(images), PICTURES)):
+            small = self.content.add(_jpeg(self.source.pixels(Pane(image=number)), _SMALL))
             if small is None:
                 break
             self.small.append(small)
@@ -139,13 +115,20 @@ class Stored:
         for number in self.shown if self.kept else ():
             self._fits(_OF_IMAGES, number, self.kept[0], "sum")
 
-    def images(self) -> Iterator[int]:
-        """Add matrices of the other images, and those of routes, one at each turn."""
-        wanted: list[tuple[int, int, str | int]] = [(n, image, "sum") for image in self.kept[1:] for n in self.shown]
+    def rest(self) -> Iterator[int]:
+        """Add means of routes and matrices of the other images, small grids first, one at each turn."""
+        wanted: list[tuple[int, str | int, str | int]] = [(n, MEAN, route) for n, route in self._routes()]
+        wanted += [(n, image, "sum") for image in self.kept[1:] for n in self.shown]
         wanted += [(n, image, route) for image in self.kept for n, route in self._routes()]
-        for number, image, route in wanted:
-            if self._fits(_OF_IMAGES, number, image, route):
-                yield number
+        for number, image, route in sorted(wanted, key=lambda each: self.source.layers[each[0]].tokens):
+            if not self._fits("means of routes" if image == MEAN else _OF_IMAGES, number, image, route):
+                continue
+            for direction in ("row", "column") if image == MEAN else ():
+                self._point(
+                    f"{number}/{route}/{direction}/{self.methods[0]}",
+                    Pane(layer=number, route=int(route), direction=direction, method=self.methods[0]),
+                )
+            yield number
 
     def note_what_is_left_out(self) -> None:
         """Add a note on what did not fit, and on the size that would hold everything."""
@@ -164,40 +147,10 @@ class Stored:
 
     def described(self) -> dict[str, Any]:
         """Return the store for the page's script, as JSON values."""
-        layers = []
-        for number in self.shown:
-            layer = self.source.layers[number]
-            cells = _cells(layer.layout)
-            of_token = {token: cell for cell, token in enumerate(cells)}
-            scans = layer.orders.tolist() if layer.kind == ScanLayer.kind else []
-            orders = [[of_token.get(token, -1) for token in order] for order in scans]
-            layers.append(
-                {
-                    "number": number,
-                    "name": layer.name,
-                    "stage": layer.stage,
-                    "block": layer.block,
-                    "grid": list(layer.layout.grid),
-                    "tokens": len(cells),
-                    "routes": layer.routes,
-                    "orders": orders,
-                    "classes": len(layer.layout.class_tokens),
-                    "matrices": self.matrices[number],
-                }
-            )
-        stages: dict[int, list[int]] = {}
-        for number, layer in enumerate(self.source.layers):
-            stages.setdefault(layer.stage, []).append(number)
-        return {
-            "name": self.name,
-            "layers": layers,
-            "points": self.scatter,
-            "photos": self.photos,
-            "small": self.small,
-            "stages": stages,
-            "blocks": [layer.block for layer in self.source.layers],
-            "images": [[image.key, image.label, image.predicted] for image in self.source.images],
-        }
+        found = described(self.source, self.shown)
+        for layer in found["layers"]:
+            layer["matrices"] = self.matrices[layer["number"]]
+        return {**found, "points": self.scatter, "photos": self.photos, "small": self.small}
 
     def _routes(self) -> Iterator[tuple[int, int]]:
         for number in self.shown:
@@ -206,10 +159,9 @@ class Stored:
                 yield from ((number, route) for route in range(layer.routes))
 
     def _matrix(self, number: int, what: str | int, route: str | int) -> bool:
-        layer, store = self.source.layers[number], self.source.store
-        matrix = store.mean(layer, route) if what == MEAN else store.matrix(layer, int(what), route)
-        cells = _cells(layer.layout)
-        added = self.content.add_matrix(np.asarray(matrix)[np.ix_(cells, cells)])
+        matrix = self.source.matrix(number, None if what == MEAN else int(what), route)
+        cells = cells_of(self.source.layers[number].layout)
+        added = self.content.add_matrix(matrix[np.ix_(cells, cells)])
         if added is not None:
             self.matrices[number][f"{what}/{route}"] = added
         return added is not None
@@ -231,7 +183,7 @@ class Stored:
     def _point(self, key: str, pane: Pane) -> None:
         if key not in self.scatter:
             try:
-                points = self.content.add(places(self.views.points(pane).xy))
+                points = self.content.add(places(self.scatter_of.points(pane).xy))
             except ValueError:
                 return  # a single patch or image: no plane
             if points is not None:
@@ -242,11 +194,6 @@ class Stored:
             f"{self.name}: {what} are left out, in part or all, to stay within the page's size; mamba-attn explore "
             "shows them."
         )
-
-
-def _cells(layout: Any) -> list[int]:
-    """Return the tokens in the page's order: patches, class tokens, registers."""
-    return [*layout.patches.tolist(), *others(layout)]
 
 
 def elsewhere(stores: Sequence[Any]) -> str:

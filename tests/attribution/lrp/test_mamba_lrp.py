@@ -264,20 +264,45 @@ def test_what_cannot_be_explained():
         MambaLRP(vim(depth=1)).relevances(images()[0, 0])
 
 
-def test_what_escapes_the_rules_is_found():
-    class Functional(nn.Module):
-        def forward(self, x):
-            return F.gelu(x)
+class Functional(nn.Module):
+    """An activation outside any module."""
 
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def test_activations_that_are_functions_are_ruled_as_modules_are():
+    model, inputs = vmamba(), images()
+    expected = MambaLRP(model).attribute(inputs)
+    model.layers[1].blocks[0].mlp.act = Functional(F.gelu)
+    torch.testing.assert_close(MambaLRP(model).attribute(inputs), expected, rtol=0, atol=1e-14)
+
+
+def test_what_escapes_the_rules_is_found_and_where():
     model = vmamba()
-    model.layers[1].blocks[0].mlp.act = Functional()
+    model.layers[1].blocks[0].mlp.act = Functional(torch.ops.aten.gelu.default)
     with pytest.raises(
-        TraceError, match=r"shares of tokens and constants sum to .* something in VSSM escaped the rules"
+        TraceError, match=r"shares .* escaped the rules in layers\.1\.blocks\.0\.mlp\.act \(Functional\): a norm, an"
     ):
         MambaLRP(model).attribute(images())
+    with pytest.raises(TraceError, match=r"though no module lost any: the target is not linear in the output"):
+        MambaLRP(vmamba()).attribute(images(), lambda output: output.softmax(1)[:, 1])
 
 
-def test_a_norm_with_another_formula_is_refused_by_name():
+@pytest.mark.parametrize("head", [nn.Sigmoid(), nn.Softmax(-1), nn.LogSoftmax(-1)])
+def test_a_head_that_gives_probabilities_is_refused_with_what_to_explain(head):
+    model = vmamba()
+    with pytest.raises(
+        TraceError, match=r"the output comes out of .*(sigmoid|softmax), and .* explain the logit in fr"
+    ):
+        MambaLRP(nn.Sequential(model, head)).attribute(images(), 1)
+
+
+def test_a_norm_of_another_formula_is_ruled_by_its_functions():
     class RMSNorm(nn.Module):
         def __init__(self):
             super().__init__()
@@ -286,7 +311,33 @@ def test_a_norm_with_another_formula_is_refused_by_name():
         def forward(self, x):
             return x / x.abs().mean(-1, keepdim=True)
 
-    model = vim()
+    model, inputs = livelier_biases(vim()), images()
     model.layers[1].norm = RMSNorm().double()
-    with pytest.raises(UnsupportedModelError, match="RMSNorm: its output is neither a layer norm nor an RMS norm of"):
-        MambaLRP(model).attribute(images())
+    method = MambaLRP(model)
+    (found,) = method.relevances(inputs, TARGET).values()
+    total = found.sum(1) + sum(method.bias_relevances(inputs, TARGET).values())
+    torch.testing.assert_close(total, logits(model, inputs), rtol=0, atol=1e-12)
+
+
+def test_only_what_lies_between_the_target_and_the_tokens_is_asked_for_rules():
+    class Wrapped(nn.Module):
+        """A normalisation of the images in front, and a second head that nobody explains."""
+
+        def __init__(self, model):
+            super().__init__()
+            self.normalise, self.model, self.other = nn.BatchNorm2d(3), model, nn.BatchNorm1d(5)
+
+        def forward(self, x):
+            logits = self.model(self.normalise(x))
+            return {"logits": logits, "other": self.other(logits)}
+
+    model, inputs = Wrapped(vmamba()).double(), images()
+    model.model.eval()
+    with torch.no_grad():
+        expected = MambaLRP(model.model).attribute(model.normalise(inputs), TARGET)
+    found = MambaLRP(model).attribute(inputs, lambda output: output["logits"][range(3), TARGET])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    with pytest.raises(
+        UnsupportedModelError, match=r"other \(BatchNorm1d\) normalises with the batch's statistics; call"
+    ):
+        MambaLRP(model).attribute(inputs, lambda output: output["other"][range(3), TARGET])

@@ -5,7 +5,7 @@ from PIL import Image
 
 from mamba_attn.analytics import AttentionStore, Request, collect
 from mamba_attn.datasets import open_data
-from mamba_attn.viewer.report.page import make
+from mamba_attn.viewer.report.content import make
 from tests.analytics.cases import subject
 
 HOSTILE = '<img src=x onerror="window.harmed=1">'

@@ -5,13 +5,12 @@ import importlib
 import json
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mamba_attn.viewer.page import as_json
 from mamba_attn.viewer.report.budget import ReportError
-from mamba_attn.viewer.report.page import as_json
 from mamba_attn.viewer.report.quantised import ERROR, unpacked
 from tests.viewer.report import cases
 
@@ -146,10 +145,3 @@ def test_the_page_may_load_nothing(store):
     page, _ = cases.report(store)
     assert "default-src 'none'; script-src 'sha256-" in page
     assert not re.search(r'(src|href)="?https?:', page)
-
-
-def test_what_it_shares_with_the_explorer_needs_no_dash():
-    from mamba_attn import viewer
-
-    for name in ("source", "state", "views", "live"):
-        assert "dash" not in (Path(viewer.__file__).parent / f"{name}.py").read_text()

@@ -1,0 +1,156 @@
+"""The commands as functions of a model in memory: ``mamba_attn.collect``, ``compare`` and ``explore``.
+
+``mamba_attn.explain`` is that of ``mamba_attn.explanations``.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from mamba_attn.core.loaded_model import LoadedModel
+from mamba_attn.core.requirements import require_extras, writable
+from mamba_attn.datasets.loading import complete
+from mamba_attn.datasets.memory import as_data
+
+if TYPE_CHECKING:
+    from mamba_attn.analytics import AttentionStore
+    from mamba_attn.evaluation.summary import Table
+
+
+def collect(
+    model: nn.Module | LoadedModel,
+    data: Any,
+    store: str | Path,
+    *,
+    limit: int | None = None,
+    keep: int | Sequence[str] = 0,
+    batch: int | None = None,
+    layers: Any = None,
+    routes: str = "each",
+) -> "AttentionStore":
+    """Save the attention of a model over many images in a store, and open it; as ``mamba-attn collect`` does.
+
+    Args:
+        model: your network, or a ``LoadedModel`` with its transform and classes.
+        data: a folder, zip or part of one; a tensor of the model's input; a list of files or Pillow images; a
+            DataLoader, whose tensors are the model's input.
+        store: a new folder, or a store to resume.
+        limit: use the first N images. Default: all.
+        keep: number of first images whose matrices are stored in full, or names of such images.
+        batch: images at once. Default: what the matrices' size allows.
+        layers: names, patterns or numbers. Default: all.
+        routes: statistics of "each" route, or of their "sum" alone.
+
+    Returns:
+        The store, which knows this model.
+
+    Raises:
+        StoreError: the folder holds something else.
+        UnsupportedModelError: a model that cannot be traced.
+        ValueError, TypeError: arguments that do not fit.
+
+    Example:
+        >>> collect(model, "photos", "store").images[0].predicted  # doctest: +SKIP
+        'hat'
+    """
+    require_extras({"zarr": "zarr", "PIL": "pillow"}, "analytics")
+    from mamba_attn.analytics import AttentionStore, Request
+    from mamba_attn.analytics import collect as run
+
+    loaded = complete(model)
+    request = Request(loaded, data, limit, keep, batch, layers, routes)
+    run(request, store)
+    return AttentionStore.open(store, model=loaded)
+
+
+def compare(
+    models: nn.Module | LoadedModel | Sequence[nn.Module | LoadedModel],
+    data: Any,
+    out: str | Path | None = None,
+    *,
+    methods: Sequence[str] | str = ("all",),
+    measures: Sequence[str] | None = None,
+    target: int | str = "predicted",
+    limit: int | None = None,
+    seed: int = 0,
+) -> "list[Table]":
+    """Score attribution methods on models, as ``mamba-attn compare`` does.
+
+    Args:
+        models: one or several networks, or ``LoadedModel``s; their names must differ.
+        data: as in ``collect``; tensors are the input of the first model.
+        out: folder for the page, the tables, and the measurements from which the same call resumes. Default: nothing
+            is kept.
+        methods: names, with options after a colon, or "all" that fit.
+        measures: some of ``mamba_attn.evaluation.plan.MEASURES``. Default: all.
+        target: the class, by name or number, "predicted" or "label".
+        limit: use the first N images. Default: all.
+        seed: of all random numbers.
+
+    Returns:
+        A table per model.
+
+    Raises:
+        ValueError: two models of one name; a method that fits no model.
+        UnsupportedModelError: a model that cannot be traced.
+
+    Example:
+        >>> compare([model, vit], "photos", methods=["raw_attention"])[0].images  # doctest: +SKIP
+        50
+    """
+    require_extras({"captum": "captum", "PIL": "pillow", "rich": "rich"})
+    from mamba_attn.commands.compare import STORE, write
+    from mamba_attn.evaluation.plan import MEASURES, Plan
+    from mamba_attn.evaluation.scheduler import run
+    from mamba_attn.evaluation.specs import Model, Options, choose_methods
+    from mamba_attn.evaluation.store import Store
+    from mamba_attn.evaluation.summary import summarise
+
+    loaded = [complete(each) for each in ([models] if isinstance(models, nn.Module | LoadedModel) else models)]
+    names = [each.name for each in loaded]
+    if not loaded or len(set(names)) < len(names):
+        raise ValueError(f"compare(models={names}): expected models of different names; give LoadedModel(name=...).")
+    shown = as_data(data, loaded[0])
+    chosen, most, unasked = choose_methods([methods] if isinstance(methods, str) else list(methods))
+    plan = Plan(
+        [Model.of(each) for each in loaded],
+        [shown.identity],
+        chosen,
+        tuple(MEASURES if measures is None else measures),
+        most=most,
+        unasked=unasked,
+        options=Options(str(target), seed=seed),
+        limit=limit,
+    )
+    vars(plan)["data"] = {shown.identity: shown}
+    plan.check()
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch) if out is None else writable(str(out))
+        store = Store(folder / STORE)
+        run(plan, store)
+        tables = summarise(plan, store)
+        if out is not None:
+            write(plan, store, tables, folder, f"mamba_attn.compare([{', '.join(map(str, names))}], ...)")
+    return tables
+
+
+def explore(*stores: "AttentionStore | str | Path", host: str = "127.0.0.1", port: int = 8050) -> None:
+    """Explore stores in a browser until Ctrl+C, as ``mamba-attn explore`` does.
+
+    Args:
+        stores: folders, or opened stores, which know their model.
+        host: address to bind to.
+        port: 0 for any free one.
+
+    Raises:
+        StoreError: a folder holds no store.
+        OSError: the port is in use.
+    """
+    require_extras({"dash": "dash", "plotly": "plotly", "PIL": "pillow", "zarr": "zarr"}, "app")
+    from mamba_attn.analytics import AttentionStore
+    from mamba_attn.commands.explore import serve
+
+    serve([each if isinstance(each, AttentionStore) else AttentionStore.open(each) for each in stores], host, port)

@@ -1,0 +1,64 @@
+"""Rules at a scan's door: they are rules about what its backward pass returns."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mamba_attn.core.rules import Rules, unruled
+from mamba_attn.core.scan_record import ScanRecord
+
+
+def ruled_backward(
+    own: Callable[..., Any], args: tuple[Any, ...], y: Tensor, rules: Rules, *, gated: bool
+) -> list[Tensor | None]:
+    """What ``bwd`` returns where rules hold: of y the gate's part, of every input what the scan's rule leaves.
+
+    Args:
+        own: the extension's ``bwd``.
+        args: what it was called with.
+        y: the scan's output before its gate, (batch, channels, length).
+        rules: the rules.
+        gated: whether it is the ``bwd`` that takes a gate.
+    """
+    at = 8 if gated else 7
+    z, dout = (args[6] if gated else None), args[at]
+    dy, dz, out = _through_gate(rules, y, z, dout)
+    changed = list(args)
+    changed[at] = dy.to(dout.dtype).contiguous()
+    if gated:
+        changed[6], changed[11], changed[13] = None, None, False  # as a scan without a gate
+    found = list(own(*changed))[:7]
+    for i, kept in enumerate(_kept(rules)):
+        found[i] = found[i] if kept or found[i] is None else torch.zeros_like(found[i])
+    if z is not None:
+        found.append(dz.to(z.dtype) if args[11] is None else args[11].copy_(dz))
+        if args[13]:
+            found.append(out.to(z.dtype))
+    return found
+
+
+def _through_gate(rules: Rules, y: Tensor, z: Tensor | None, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of y and z, and y * silu(z); dout itself without a gate."""
+    if z is None:
+        return dout, dout, dout
+    work = torch.promote_types(torch.promote_types(y.dtype, z.dtype), torch.float32)
+    with torch.enable_grad(), unruled():
+        leaves = [t.detach().to(work).requires_grad_() for t in (y, z)]
+        out = rules.gate(leaves[0], rules.activation(F.silu, leaves[1]))
+        found = torch.autograd.grad(out, leaves, dout.to(work), allow_unused=True)
+    dy, dz = (torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True))
+    return dy, dz, out.detach()
+
+
+def _kept(rules: Rules) -> list[bool]:
+    """Which gradients the rule of scans lets pass: of u, delta, A, B, C, D and delta's bias."""
+    with torch.enable_grad():
+        sizes = (4, 4, 3, 5, 5, 2)  # numbers of axes
+        one = [torch.full((1,) * axes, -1.0 if i == 2 else 1.0, requires_grad=True) for i, axes in enumerate(sizes)]
+        record = rules.scan(ScanRecord.from_scan(*one))
+    fields = (record.source_u, record.source_delta, record.A, record.source_B, record.source_C, record.D)
+    kept = [isinstance(t, Tensor) and t.requires_grad for t in fields]
+    return [*kept, kept[1]]

@@ -1,0 +1,39 @@
+"""Which module of a model is running, and what a model's modules and parameters are called."""
+
+from collections.abc import Iterator
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+
+_CALLS = {nn.Module._call_impl.__code__}
+
+
+def running_modules(frame: FrameType | None) -> Iterator[nn.Module]:
+    """The modules whose calls this frame stands in, innermost first."""
+    while frame is not None:
+        if frame.f_code in _CALLS:
+            yield frame.f_locals["self"]
+        frame = frame.f_back
+
+
+class Names:
+    """The names of a model's modules and parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = {id(module): name for name, module in model.named_modules()}
+        self._parameters = {
+            parameter.data_ptr(): name
+            for name, parameter in model.named_parameters()
+            if parameter.layout == torch.strided and parameter.numel()
+        }
+
+    def running(self, frame: FrameType | None) -> str | None:
+        """Name of the innermost module of the model whose call this frame stands in."""
+        names = (self.modules.get(id(module)) for module in running_modules(frame))
+        return next((name for name in names if name is not None), None)
+
+    def constant(self, constant: object, where: str, what: str = "constant") -> str:
+        """Name of a constant: the parameter that it is a view of, or ``what`` in the module ``where``."""
+        known = self._parameters.get(constant.data_ptr()) if isinstance(constant, Tensor) else None
+        return known or f"{where}.{what}".removeprefix(".")

@@ -1,0 +1,489 @@
+"""Doors of softmax attention: torch's own functions, wherever a module holds them, watched for the length of a trace.
+
+``scaled_dot_product_attention`` is the door; ``nn.MultiheadAttention`` has three ways around it (weights that are asked
+for, its fast path and that of a whole encoder layer), each a door of its own. A door calls torch's function with what
+it was given and returns what that returned; queries, keys and values are kept, and the matrix is computed when it is
+first asked for.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from inspect import signature
+from threading import Lock, local
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from mamba_attn._types import Float
+from mamba_attn.errors import TraceError, UnsupportedModelError
+from mamba_attn.ops import require_bytes
+from mamba_attn.tracing.doors import Watch, watching
+from mamba_attn.tracing.undisturbed import recomputing
+
+_BACK = 16  # tensors before a call in which its queries and keys are looked for
+_AGREE = 0.9  # part of the entries that queries and keys must reach together: those of others agree by half
+_MHA = signature(F.multi_head_attention_forward)
+CROSS = "reads tokens of another sequence"
+NESTED = "takes sequences of several lengths as one nested tensor"
+
+
+class SoftmaxInputs(NamedTuple):
+    """What attention was computed from; groups are heads, or what stands in the heads' place."""
+
+    query: Tensor  # (rows, groups, length, width)
+    key: Tensor  # (rows, groups or a divisor, length, width)
+    value: Tensor  # as key, of any width
+    mask: Tensor | None = None  # (rows or 1, groups or 1, length or 1, length): where True, or what is added
+    causal: bool = False
+    scale: float | None = None  # None: 1 / sqrt(width)
+    safe: bool = True  # whether a row that reads nothing is zero, and not NaN
+
+    @property
+    def values(self) -> Tensor:
+        """Values in float32 or float64, one per group: (rows, groups, length, width)."""
+        return self._wide(self.value)
+
+    def probabilities(self) -> Float[Tensor, "rows groups length length"]:
+        """Return the matrices after softmax, in float32, or in float64 if the queries are."""
+        rows, groups, length = self.query.shape[:3]
+        need = rows * groups * length**2 * (8 if self.query.dtype == torch.float64 else 4)
+        require_bytes(
+            f"the probabilities of {groups} heads over {rows} sequences of {length} tokens",
+            need,
+            self.query.device,
+            "Trace fewer images at once, or smaller ones.",
+        )
+        scale = self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        logits = (self._wide(self.query) * scale) @ self._wide(self.key).mT
+        if self.causal:
+            allowed = torch.ones(length, length, dtype=torch.bool, device=logits.device).tril()
+            logits = logits.masked_fill(~allowed, -math.inf)
+        if self.mask is not None:
+            mask = self.mask.detach()
+            logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask.to(logits)
+        found = logits.softmax(-1)
+        return found.masked_fill((logits == -math.inf).all(-1, keepdim=True), 0) if self.safe else found
+
+    def _wide(self, t: Tensor) -> Tensor:
+        t = t.detach().to(torch.float64 if self.query.dtype == torch.float64 else torch.float32)
+        return t.repeat_interleave(self.query.shape[1] // t.shape[1], 1)
+
+
+@dataclass(eq=False)
+class SoftmaxCall:
+    """One call of softmax attention over the tokens of its own queries.
+
+    Args:
+        module: name of the innermost module of the traced model that was running.
+        run: its number among the module's calls of attention, from -1 downwards: scans count runs from 0.
+        rows: sequences.
+        groups: heads, or what stands in their place.
+        length: tokens of a sequence.
+        whole: whether heads have an axis of their own; without one they may stand among the rows.
+        given: the tensors that the inputs are made of.
+        make: makes the inputs.
+        dropout: probability of zeroed entries in what the model computed; the matrix is that before dropout.
+        edges: where gradients of the call's outputs are found.
+        back: makes the gradient at the probabilities (rows, groups, length, length) of these.
+    """
+
+    module: str
+    run: int
+    rows: int
+    groups: int
+    length: int
+    whole: bool
+    given: list[Tensor]
+    make: Callable[[], SoftmaxInputs]
+    dropout: float = 0.0
+    edges: list[GradientEdge | None] = field(default_factory=list)
+    back: Callable[[SoftmaxInputs, list[Tensor | None]], Tensor] | None = None
+    dout: Tensor | None = None  # while orders are measured: (rows, groups * width, length)
+    sources: tuple[Tensor, ...] = ()  # then, query, key and value with their graph
+    at: int = 0  # then, how many tensors had been seen
+    node: Any = None
+
+    def __post_init__(self) -> None:
+        self._versions = self._seen()
+        self._inputs: SoftmaxInputs | None = None
+
+    @property
+    def steps(self) -> int:
+        """Number of steps that share no token."""
+        return self.rows * self.length if self.whole else self.length
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What says that a call of another forward pass, of any number of images, is the same one."""
+        return (self.module, self.run, self.groups, self.length)
+
+    def inputs(self) -> SoftmaxInputs:
+        """Return what the attention was computed from.
+
+        Raises:
+            TraceError: the model wrote over it since.
+        """
+        if self._inputs is None:
+            if self._seen() != self._versions:
+                raise TraceError(
+                    f"{self.module}: the model changed the attention's input in place after it; read the matrix during "
+                    "the pass, with trace(attention=...)."
+                )
+            with torch.no_grad():
+                self._inputs = self.make()
+        return self._inputs
+
+    def gradient(self, found: list[Tensor | None]) -> Tensor:
+        """Return the gradient at the probabilities, of those at the edges: (rows, groups, length, length).
+
+        Raises:
+            TraceError: entries were dropped at random, and which is not known.
+        """
+        if self.dropout:
+            raise TraceError(
+                f"{self.module}: gradients() does not know which probabilities its active dropout zeroed; use "
+                "model.eval()."
+            )
+        inputs = self.inputs()
+        if self.back is None or all(gradient is None for gradient in found):
+            return inputs.query.new_zeros(self.rows, self.groups, self.length, self.length)
+        return self.back(inputs, found)
+
+    def reads_own(self, earlier: Sequence[Tensor]) -> bool:
+        """Whether queries, keys and values of one position come from one token, in a pass that measures orders.
+
+        Half of the positions, chosen at random, must reach the same entries of an earlier tensor through all three. An
+        entry is reached where the gradient of the half is that of all positions.
+
+        Args:
+            earlier: what was seen before, latest first.
+        """
+        generator = torch.Generator().manual_seed(9)
+        half = torch.rand(self.rows if self.whole else 1, self.length, generator=generator) < 0.5
+        if not all(source.requires_grad for source in self.sources) or not self.sources:
+            return False
+        asked = []
+        for source in self.sources:
+            noise = torch.randn(source.shape, generator=generator).to(source)
+            chosen = half.view(-1, *[1] * (source.ndim - 3), self.length, 1).to(source.device)
+            asked += [(source, noise), (source, noise * chosen)]
+        for tensor in [t for t in earlier if t.requires_grad and t.is_floating_point()][:_BACK]:
+            found = [
+                torch.autograd.grad(source, tensor, cotangent, retain_graph=True, allow_unused=True)[0]
+                for source, cotangent in asked
+            ]
+            whole, part = ([t for t in found[start::2] if t is not None] for start in (0, 1))
+            reached = tensor.new_zeros(tensor.shape, dtype=torch.bool)
+            if len(whole) == len(part) == len(self.sources):
+                reached = torch.stack([t != 0 for t in whole]).all(0)
+            if 2 * int(reached.sum()) < tensor.numel():
+                continue  # queries and keys stand in different features of it, or in parts of it
+            sides = [(some / every)[reached] > 0.5 for every, some in zip(whole, part, strict=True)]
+            return all(float((side == sides[0]).float().mean()) > _AGREE for side in sides[1:])
+        return False
+
+    def _seen(self) -> list[int]:
+        return [-1 if t.is_inference() else t._version for t in self.given]
+
+
+@contextmanager
+def open_softmax_doors() -> Iterator[None]:
+    """Let the watches that ``open_doors`` let in see attention, too; torch's functions are put back after the last."""
+    global _opened
+    with _lock:
+        _opened += 1
+        if _opened == 1:
+            for own, seen in _DOORS.items():
+                _replace(own, partial(seen, own))
+    try:
+        yield
+    finally:
+        with _lock:
+            _opened -= 1
+            if _opened == 0:
+                for names, name, ours, own in _replaced:
+                    if names.get(name) is ours:  # what somebody put around ours stays
+                        names[name] = own
+                _replaced.clear()
+
+
+def _replace(own: Callable[..., Any], ours: Callable[..., Any]) -> None:
+    """Put a function in another's place in all loaded modules, under its own name."""
+    name = own.__name__
+    for place, holder in list(sys.modules.items()):
+        names = getattr(holder, "__dict__", {})
+        # torch looks into its own modules for what a TorchFunctionMode is shown
+        if names.get(name) is own and not place.startswith("torch._C"):
+            names[name] = ours
+            _replaced.append((names, name, ours, own))
+
+
+_lock = Lock()
+_opened = 0
+_replaced: list[tuple[dict[str, Any], str, Any, Any]] = []
+_inside = local()  # whether torch's own attention function runs, which a mode may make call itself again
+
+
+def _attention(own: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """``scaled_dot_product_attention``, seen by the traces that it concerns."""
+    caught = getattr(_inside, "caught", None)
+    if caught is not None:  # torch's module is asked for its inputs
+        caught.append(_given(*args, **kwargs))
+        return own(*args, **kwargs)
+    places = [] if recomputing() else watching(sys._getframe(1))
+    out = own(*args, **kwargs)
+    if not places:
+        return out
+    if any(isinstance(t, Tensor) and t.is_nested for t in (*args[:3], *kwargs.values())):
+        for watch, module in places:
+            watch.crosses[watch.names[id(module)]] = NESTED
+        return out
+    inputs, dropout = _given(*args, **kwargs)
+    for watch, module in places:
+        call = _begin(watch, watch.names[id(module)], inputs)
+        if call is None:
+            continue
+        call.dropout = dropout
+        if watch.cut:
+            out = _cut(watch, call, out, args, kwargs)
+        else:
+            call.edges, call.back = [_edge(out)], _through_values
+        _keep(watch, call)
+    return out
+
+
+def _given(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[SoftmaxInputs, float]:
+    """The inputs in four axes, and the dropout, from the arguments of ``scaled_dot_product_attention``."""
+    rows, length, keys = query.shape[:-2], query.shape[-2], key.shape[-2]
+    mask = attn_mask
+    if mask is not None and len(rows) != 2:
+        mask = _four(mask.expand(*rows, length, keys))
+    query, key, value = (_four(t.detach()) for t in (query, key, value))
+    return SoftmaxInputs(query, key, value, mask, is_causal, scale), float(dropout_p)
+
+
+def _four(t: Tensor) -> Tensor:
+    """(rows, length, width) and (rows, groups, ..., length, width) in four axes."""
+    if t.ndim > 4:
+        return t.flatten(1, -3)
+    return t.unsqueeze(-3) if t.ndim == 3 else t[None, None] if t.ndim == 2 else t
+
+
+def _begin(watch: Watch, name: str, inputs: SoftmaxInputs) -> SoftmaxCall | None:
+    """A call to be kept, or None for attention to other tokens, which the watch notes."""
+    query, key = inputs.query, inputs.key
+    if watch.ruled:
+        raise UnsupportedModelError(
+            f"{name}: no adapter recognises this attention, and at its door the rules of this method are not known; "
+            "use a method without rules (RawAttention, AttentionRollout), or write an adapter "
+            "(mamba_attn.register_adapter)."
+        )
+    if key.shape[0] != query.shape[0] or key.shape[-2] != query.shape[-2]:
+        watch.crosses[name] = CROSS
+        return None
+    tensors = [t for t in inputs[:4] if t is not None]
+    rows, groups, length = query.shape[:3]
+    return SoftmaxCall(name, _number(watch, name), rows, groups, length, groups > 1, tensors, lambda: inputs)
+
+
+def _number(watch: Watch, name: str) -> int:
+    return -1 - sum(call.module == name and call.run < 0 for call in watch.calls)
+
+
+def _keep(watch: Watch, call: SoftmaxCall) -> None:
+    watch.calls.append(call)
+    if watch.attention is not None:
+        call.inputs()
+
+
+def _edge(out: Tensor | None) -> GradientEdge | None:
+    return get_gradient_edge(out) if out is not None and out.requires_grad else None
+
+
+def _through_values(inputs: SoftmaxInputs, found: list[Tensor | None]) -> Tensor:
+    """The gradient at the probabilities of the one at probabilities @ value."""
+    values = inputs.values
+    return _four(torch.cat([t for t in found if t is not None])).to(values) @ values.mT
+
+
+class _Catch(torch.autograd.Function):
+    """The value of attention; of its gradient a note is taken, and none passes."""
+
+    @staticmethod
+    def forward(ctx: Any, call: SoftmaxCall, out: Tensor, source: Tensor) -> Tensor:
+        """Return the output."""
+        ctx.call, ctx.like = call, (source.shape, source.dtype, source.device)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        """Keep the gradient."""
+        ctx.call.dout = _four(dout).mT.flatten(1, 2)
+        shape, dtype, device = ctx.like
+        return None, None, torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _cut(watch: Watch, call: SoftmaxCall, out: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    query, key, value = ([*args, *(kwargs[n] for n in ("query", "key", "value") if n in kwargs)])[:3]
+    call.sources, call.at = (query, key, value), len(watch.tensors)
+    source = next((t for t in call.sources if t.requires_grad), None)
+    return out if source is None else _Catch.apply(call, out.detach(), source)  # type: ignore[no-untyped-call]
+
+
+def _module_function(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``multi_head_attention_forward``, where the weights are asked for: these do not go through the other door."""
+    if getattr(_inside, "module", False):
+        return own(*args, **kwargs)
+    call = _MHA.bind(*args, **kwargs)
+    call.apply_defaults()
+    places = watching(sys._getframe(1)) if call.arguments["need_weights"] and not recomputing() else []
+    _inside.module = True
+    try:
+        if any(watch.cut for watch, _ in places):
+            with torch.no_grad():
+                _, weights = own(*args, **kwargs)
+            plain = {**call.arguments, "need_weights": False}
+            return own(**plain)[0], weights
+        found = own(*args, **kwargs)
+    finally:
+        _inside.module = False
+    for watch, module in places:
+        _keep_module(watch, watch.names[id(module)], own, call.arguments, found)
+    return found
+
+
+def _keep_module(
+    watch: Watch, name: str, own: Callable[..., Any], given: Mapping[str, Any], found: tuple[Tensor, Tensor | None]
+) -> None:
+    """Keep a call of torch's module whose probabilities went another way than through the door."""
+    arguments: dict[str, Any] = {
+        key: value.detach() if isinstance(value, Tensor) else value for key, value in given.items()
+    }
+    query, key = arguments["query"], arguments["key"]
+    length, heads = query.shape[0], arguments["num_heads"]
+    rows = query.shape[1] if query.ndim == 3 else 1
+    more = arguments["bias_k"] is not None or arguments["add_zero_attn"] or arguments["static_k"] is not None
+    if watch.ruled or more or key.shape[:2] != query.shape[:2]:
+        shapes = [torch.empty(rows, heads, size, 0) for size in (length, key.shape[0] + bool(more))]
+        _begin(watch, name, SoftmaxInputs(shapes[0], shapes[1], shapes[1]))
+        return
+    plain = {**arguments, "need_weights": False, "training": False}
+    call = SoftmaxCall(
+        name,
+        _number(watch, name),
+        rows,
+        heads,
+        length,
+        True,
+        [value for value in arguments.values() if isinstance(value, Tensor)],
+        partial(_caught, partial(own, **plain)),
+        arguments["dropout_p"] if arguments["training"] else 0.0,
+        [_edge(found[0]), _edge(found[1])],
+        partial(_through_module, arguments["out_proj_weight"]),
+    )
+    _keep(watch, call)
+
+
+def _caught(function: Callable[[], Any]) -> SoftmaxInputs:
+    """What torch's module hands to ``scaled_dot_product_attention``."""
+    caught: list[tuple[SoftmaxInputs, float]] = []
+    _inside.caught = caught
+    _inside.module = True
+    try:
+        with open_softmax_doors():  # the trace may be over
+            function()
+    finally:
+        _inside.caught, _inside.module = None, False
+    return caught[0][0]._replace(safe=False)
+
+
+def _through_module(weight: Tensor, inputs: SoftmaxInputs, found: list[Tensor | None]) -> Tensor:
+    """The gradient at the probabilities, of those at the module's output and at the weights that it returned."""
+    output, weights = found
+    rows, groups, length = inputs.query.shape[:3]
+    total = inputs.values.new_zeros(rows, groups, length, length)
+    if output is not None:
+        heads = (output.to(weight) @ weight).reshape(length, rows, groups, -1).permute(1, 2, 0, 3)
+        total = total + heads.to(total) @ inputs.values.mT
+    if weights is not None:
+        averaged = weights.shape[-3:] != (groups, length, length) or weights.ndim == 3 - (rows == 1)
+        weights = weights.reshape(rows, -1, length, length)
+        total = total + (weights.to(total) / groups if averaged else weights.to(total))
+    return total
+
+
+def _fast(own: Callable[..., Any], *args: Any) -> Any:
+    """``nn.MultiheadAttention``'s path without gradients: query, key and value are one tensor."""
+    found = own(*args)
+    places = watching(sys._getframe(1))
+    for watch, module in places if not recomputing() else []:
+        _keep_fast(watch, watch.names[id(module)], args[0], args[4], args[5:7], args[9], args[12])
+    return found
+
+
+def _fast_layer(own: Callable[..., Any], *args: Any) -> Any:
+    """``nn.TransformerEncoderLayer``'s path without gradients, attention and all."""
+    found = own(*args)
+    places = watching(sys._getframe(1))
+    for watch, module in places if not recomputing() else []:
+        name = watch.names[id(module)]
+        norm = (args[10], args[11], args[9]) if args[8] else None
+        name = f"{name}.self_attn" if name else "self_attn"
+        _keep_fast(watch, name, args[0], args[2], args[3:5], args[18], args[19], norm)
+    return found
+
+
+def _keep_fast(
+    watch: Watch,
+    name: str,
+    x: Tensor,
+    heads: int,
+    weights: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    kind: int | None,
+    norm: tuple[Tensor, Tensor, float] | None = None,
+) -> None:
+    """Keep a call of a fast path, from what enters it, the weights of its input projection and a norm before it."""
+    if x.is_nested:
+        watch.crosses[name] = NESTED
+        return
+    if watch.ruled:
+        _begin(watch, name, SoftmaxInputs(x, x, x))
+    x, weight, bias = x.detach(), weights[0].detach(), weights[1].detach()
+    length = x.shape[1]
+
+    def make() -> SoftmaxInputs:
+        normed = x if norm is None else F.layer_norm(x, x.shape[-1:], *norm)
+        joint = F.linear(normed, weight, bias).unflatten(-1, (3, heads, -1))
+        query, key, value = (t.transpose(1, 2) for t in joint.unbind(2))
+        hidden = None if mask is None else mask.to(torch.bool)
+        if hidden is not None:  # True where nothing is read
+            hidden = ~(hidden[:, None, None] if kind == 1 else hidden)
+        return SoftmaxInputs(query, key, value, hidden)
+
+    given = [t for t in (x, weight, bias, mask) if t is not None]
+    _keep(watch, SoftmaxCall(name, _number(watch, name), x.shape[0], heads, length, True, given, make))
+
+
+_DOORS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _module_function,
+    torch._native_multi_head_attention: _fast,
+    torch._transformer_encoder_layer_fwd: _fast_layer,
+}

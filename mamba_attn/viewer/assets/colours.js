@@ -1,0 +1,95 @@
+// Numbers to colours, by the rules of mamba_attn.figures.colours; the same sign has the same colour everywhere.
+import { about } from './data.js';
+import { state } from './state.js';
+
+export const css = ([red, green, blue]) => `rgb(${red},${green},${blue})`;
+export const paint = (name) => getComputedStyle(document.documentElement).getPropertyValue('--' + name).trim();
+
+// What of some values is shown: their sign, a normalisation, a logarithm; as mamba_attn.figures.shown does it.
+export function shown(values) {
+  const { sign, normalise, log } = state;
+  let found = Float64Array.from(values, (value) => (sign === 'absolute' ? Math.abs(value) : sign === 'positive' ? Math.max(value, 0) : value));
+  const least = found.reduce((a, b) => Math.min(a, b), Infinity);
+  const most = found.reduce((a, b) => Math.max(a, b), -Infinity);
+  const sum = found.reduce((a, b) => a + Math.abs(b), 0);
+  if (normalise === 'range') found = found.map((value) => (value - least) / (most - least || 1));
+  else if (normalise !== 'none') found = found.map((value) => value / ((normalise === 'sum' ? sum : Math.max(-least, most)) || 1));
+  if (!log) return found;
+  const largest = found.reduce((a, b) => Math.max(a, Math.abs(b)), 0);
+  return largest ? found.map((value) => Math.sign(value) * Math.max(Math.log10(Math.abs(value) / largest) + 3, 0)) : found;
+}
+
+function percentile(values, percent) {
+  const sorted = Float64Array.from(values, Math.abs).sort();
+  const place = (sorted.length - 1) * percent / 100;
+  const below = Math.floor(place);
+  return sorted[below] + (sorted[Math.min(below + 1, sorted.length - 1)] - sorted[below]) * (place - below);
+}
+
+// One scale for maps that are compared: the largest of them, without the largest half percent of each.
+export function topOf(all) {
+  const found = Math.max(0, ...all.map((values) => percentile(values, about.percentile)));
+  return found || Math.max(0, ...all.map((values) => values.reduce((a, b) => Math.max(a, Math.abs(b)), 0))) || 1;
+}
+
+// The scale of a map: centred on zero with a sign, else from zero.
+export function scaleOf(values, top, spread = false) {
+  const signed = !spread && ((state.sign === 'signed' && state.normalise !== 'range') || values.some((value) => value < 0));
+  const beyond = values.some((value) => Math.abs(value) > top * 1.000001);
+  return { low: signed ? -top : 0, high: top, colours: about.palettes[signed ? 'signed' : state.palette], signed, beyond };
+}
+
+export function mixed(colours, position) {
+  const place = Math.min(Math.max(position, 0), 1) * (colours.length - 1);
+  const below = Math.min(Math.floor(place), colours.length - 2);
+  return colours[below].map((one, channel) => Math.round(one + (colours[below + 1][channel] - one) * (place - below)));
+}
+
+// A map as a picture of one pixel per cell; below opacity 1, what is near zero lets the photo through.
+export function tile(values, [rows, columns], scale, opacity = 1) {
+  const canvas = new OffscreenCanvas(columns, rows);
+  const context = canvas.getContext('2d');
+  const pixels = context.createImageData(columns, rows);
+  values.forEach((value, cell) => {
+    const position = Math.min(Math.max((value - scale.low) / (scale.high - scale.low), 0), 1);
+    const strength = scale.signed ? Math.abs(2 * position - 1) : position;
+    const alpha = opacity >= 1 ? 1 : opacity * Math.sqrt(strength);
+    pixels.data.set([...mixed(scale.colours, position), Math.round(255 * alpha)], 4 * cell);
+  });
+  context.putImageData(pixels, 0, 0);
+  return canvas;
+}
+
+export const kindColour = (at, count) => css(
+  count <= about.palettes.kinds.length ? about.palettes.kinds[at] : mixed(about.palettes.viridis, at / (count - 1)));
+
+export function ramp(colours) {
+  const canvas = element('canvas', undefined, { class: 'ramp', 'aria-hidden': 'true', width: 170, height: 1 });
+  const context = canvas.getContext('2d');
+  for (let x = 0; x < 170; x++) {
+    context.fillStyle = css(mixed(colours, x / 169));
+    context.fillRect(x, 0, 1, 1);
+  }
+  return canvas;
+}
+
+// A canvas as large as its place on the page, in the screen's own pixels.
+export function prepared(canvas, height) {
+  const ratio = window.devicePixelRatio || 1;
+  const width = canvas.clientWidth;
+  const size = [Math.round(width * ratio), Math.round(height * ratio)];
+  if (canvas.width !== size[0] || canvas.height !== size[1]) [canvas.width, canvas.height] = size;
+  canvas.style.height = height + 'px';
+  const context = canvas.getContext('2d');
+  context.setTransform(ratio, 0, 0, ratio, 0, 0);
+  context.clearRect(0, 0, width, height);
+  return context;
+}
+
+export function element(name, text, attributes = {}, ...children) {
+  const made = document.createElement(name);
+  if (text !== undefined) made.textContent = text; // never HTML: names come from files
+  for (const [key, value] of Object.entries(attributes)) if (value !== undefined) made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+}

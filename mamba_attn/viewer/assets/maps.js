@@ -1,0 +1,352 @@
+// The maps of what is selected: of the open block, large, on one scale; of every block, as a film strip.
+import { about, asRuns, byId, maps, picture } from './data.js';
+import { css, element, mixed, paint, prepared, ramp, scaleOf, shown, tile, topOf } from './colours.js';
+import { cellsOn, change, layerOf, pane, routeOf, state, storeOf } from './state.js';
+import { block, caption, number, place, steps, strongest, titled, unit, verdict, visits, who } from './words.js';
+
+const STRIP = 8; // blocks of the strip that are asked for at once: a gesture does not wait for more
+let drawn = []; // per map: its slot, layer, values, scale, canvas
+let turn = 0;
+const photos = new Map();
+const tools = { map: 'box' };
+
+// The maps that are shown: of one pane up to three; of two panes one each, and their difference.
+function slots() {
+  const found = state.panes.map((its) => ({ pane: its, what: its.show === 'all' ? 'image' : its.show }));
+  if (found.length === 2) return layerOf(state.panes[0]).grid.join() === layerOf(state.panes[1]).grid.join() ? [...found, { pane: state.panes[0], what: 'apart' }] : found;
+  return pane().show === 'all' ? ['image', 'mean', 'difference'].map((what) => ({ pane: pane(), what })) : found;
+}
+
+function query(its, what, layer = layerOf(its), cells = cellsOn(layer)) {
+  const { store, direction, gate, skip } = its;
+  const route = layer.routes > routeOf(its) ? routeOf(its) : -1;
+  return { store, layer: layer.number, route, direction, what, image: what === 'image' ? its.image : 0, gate, skip, cells: asRuns(cells) };
+}
+
+// What a map is the sum of: queries with their signs.
+function parts(its, what, ...rest) {
+  if (what === 'apart') return [...parts(...Object.values(slots()[0])), ...parts(...Object.values(slots()[1])).map(([one, sign]) => [one, -sign])];
+  if (what === 'difference') return [[query(its, 'image', ...rest), 1], [query(its, 'mean', ...rest), -1]];
+  return [[query(its, what, ...rest), 1]];
+}
+
+// The values of several maps as they are shown, or {error}; asked for together.
+async function values(all) {
+  const replies = await maps(all.flat().map(([one]) => one));
+  return all.map((its) => {
+    const own = replies.splice(0, its.length);
+    const wrong = own.find((one) => one.error);
+    return wrong ? { error: wrong.error } : { values: shown(own[0].map.map((_, cell) => own.reduce((sum, one, at) => sum + its[at][1] * one.map[cell], 0))) };
+  });
+}
+
+export async function drawMaps() {
+  const own = ++turn;
+  const all = slots();
+  const found = await values(all.map((slot) => parts(slot.pane, slot.what)));
+  if (own !== turn) return;
+  const top = state.lock || topOf(found.flatMap((one) => (one.error ? [] : [one.values])));
+  const box = byId('maps');
+  while (box.children.length > all.length) box.lastChild.remove();
+  while (box.children.length < all.length) box.append(figure(box.children.length));
+  drawn = all.map((slot, at) => ({
+    slot, its: layerOf(slot.pane), ...found[at], canvas: box.children[at].querySelector('canvas'),
+    scale: found[at].error ? null : scaleOf(found[at].values, top, slot.what === 'spread'),
+  }));
+  drawn.forEach((one, at) => {
+    const [title, words] = titled(one.slot);
+    const [bold, rest] = box.children[at].querySelectorAll('b, span');
+    [bold.textContent, rest.textContent] = [state.panes.length > 1 && at < 2 ? `${'AB'[at]} · ${block(one.its)} · ${title}` : title, one.error ?? words];
+    one.canvas.setAttribute('aria-label', `${title}: ${caption(one.slot.pane)}. ${one.error ?? 'Strongest: ' + strongest(one.values, one.its, 3)}`);
+    box.children[at].classList.toggle('failed', Boolean(one.error));
+  });
+  repaint();
+  byId('caption').textContent = caption(pane());
+  byId('bars').replaceChildren(element('span', unit(), { class: 'unit' }), ...bars(), lock(top));
+  describe();
+  setTimeout(() => { if (own === turn) drawStrip(own); }, 60);
+}
+
+function figure(at) {
+  const canvas = element('canvas', undefined, { class: 'map', tabindex: '0', role: 'application', 'aria-describedby': 'spoken' });
+  gestures(canvas, () => tools.map, {
+    click: (to, add) => choose(at, cellsIn(at, [to, to], true), add),
+    drag: (corners, add) => choose(at, cellsIn(at, corners, tools.map === 'box'), add),
+    hover: (to) => { const [cell] = to ? cellsIn(at, [to, to], true) : []; return cell === undefined ? describe() : peek(cell, drawn[at]); },
+    redraw: repaint,
+  });
+  return element('figure', undefined, {}, canvas, element('figcaption', undefined, {}, element('b'), element('span')));
+}
+
+function bars() {
+  const kinds = new Map();
+  for (const { scale } of drawn) if (scale) kinds.set(String(scale.low) + scale.colours[0], { ...scale, beyond: scale.beyond || kinds.get(String(scale.low) + scale.colours[0])?.beyond });
+  return [...kinds.values()].map(({ low, high, colours, beyond }) => element('span', undefined, { class: 'control' },
+    element('span', (low < 0 && beyond ? '≤ ' : '') + number(low), { class: 'end low' }), ramp(colours), element('span', (beyond ? '≥ ' : '') + number(high), { class: 'end' })));
+}
+
+function lock(top) {
+  const made = element('label', undefined, { class: 'control' }, element('input', undefined, { type: 'checkbox', id: 'lock' }), element('span', `${drawn.length > 1 ? 'one scale for all; ' : ''}keep it`));
+  made.firstChild.checked = state.lock > 0;
+  made.firstChild.addEventListener('change', (event) => change({ lock: event.target.checked ? top : 0 }));
+  return made;
+}
+
+// Draw again what is there: after a resize, while dragging, when a photo has arrived.
+export function repaint() {
+  for (const one of drawn) {
+    const { canvas, its, slot } = one;
+    const [rows, columns] = its.grid;
+    const context = prepared(canvas, canvas.clientWidth * rows / columns);
+    const [width, height] = [canvas.clientWidth, canvas.clientWidth * rows / columns];
+    const photo = ['image', 'difference'].includes(slot.what) ? loaded(picture(slot.pane.store, slot.pane.image)) : null;
+    one.size = width / columns;
+    context.fillStyle = paint('empty');
+    context.fillRect(0, 0, width, height);
+    if (photo) context.drawImage(photo, 0, 0, width, height);
+    if (one.error) continue;
+    context.imageSmoothingEnabled = false;
+    context.drawImage(tile(one.values, its.grid, one.scale, photo ? state.opacity : 1), 0, 0, width, height);
+    if (one.size >= 12) lines(context, rows, columns, one.size);
+    frame(context, its, one.size, cellsOn(its));
+    if (state.path && its.orders.length) path(context, its, one.size, steps(its, routeOf(slot.pane)));
+  }
+}
+
+function loaded(source) {
+  if (!source) return null;
+  if (!photos.has(source)) {
+    const made = new Image();
+    made.onload = repaint;
+    made.src = source;
+    photos.set(source, made);
+  }
+  const found = photos.get(source);
+  return found.complete && found.naturalWidth ? found : null;
+}
+
+function lines(context, rows, columns, size) {
+  context.beginPath();
+  for (let row = 1; row < rows; row++) segment(context, 0, row * size, columns * size, row * size);
+  for (let column = 1; column < columns; column++) segment(context, column * size, 0, column * size, rows * size);
+  [context.strokeStyle, context.lineWidth] = ['#ffffff38', 1];
+  context.stroke();
+}
+
+function segment(context, x0, y0, x1, y1) {
+  context.moveTo(x0, y0);
+  context.lineTo(x1, y1);
+}
+
+// A frame around the selected patches.
+function frame(context, its, size, cells) {
+  const columns = its.grid[1];
+  const inside = new Set(cells.filter((cell) => cell >= 0));
+  const wide = Math.min(Math.max(0.08 * size, 1.5), 3);
+  for (const [colour, width] of [['white', wide + 2.5], ['#111', wide]]) {
+    context.beginPath();
+    for (const cell of inside) {
+      const [row, column] = [Math.floor(cell / columns), cell % columns];
+      const [x, y] = [column * size, row * size];
+      if (!inside.has(cell - columns)) segment(context, x, y, x + size, y);
+      if (!inside.has(cell + columns)) segment(context, x, y + size, x + size, y + size);
+      if (!column || !inside.has(cell - 1)) segment(context, x, y, x, y + size);
+      if (column === columns - 1 || !inside.has(cell + 1)) segment(context, x + size, y, x + size, y + size);
+    }
+    [context.strokeStyle, context.lineWidth, context.lineCap] = [colour, width, 'square'];
+    context.stroke();
+  }
+}
+
+function path(context, its, size, visited) {
+  const columns = its.grid[1];
+  const at = visited.slice(0, state.step || visited.length).map((cell) => [(cell % columns + 0.5) * size, (Math.floor(cell / columns) + 0.5) * size]);
+  const wide = Math.min(Math.max(size * 0.1, 1.2), 3);
+  context.lineCap = 'round';
+  for (const halo of [true, false]) {
+    at.slice(1).forEach((to, step) => {
+      context.beginPath();
+      segment(context, ...at[step], ...to);
+      context.strokeStyle = halo ? 'white' : css(mixed(about.palettes.path, step / Math.max(visited.length - 1, 1)));
+      context.lineWidth = halo ? wide + 2 : wide;
+      context.stroke();
+    });
+  }
+  const mark = Math.min(size * 0.6, 14) / 2;
+  context.fillStyle = css(about.palettes.path[0]);
+  context.beginPath();
+  context.arc(...at[0], mark, 0, 7);
+  context.fill();
+  context.fillStyle = css(mixed(about.palettes.path, (at.length - 1) / Math.max(visited.length - 1, 1)));
+  context.fillRect(at[at.length - 1][0] - mark, at[at.length - 1][1] - mark, 2 * mark, 2 * mark);
+}
+
+// Cells that a box cuts, or whose centres lie in a lasso.
+function cellsIn(at, corners, box) {
+  const { its, size } = drawn[at];
+  const [rows, columns] = its.grid;
+  const span = (axis) => [Math.min, Math.max].map((end) => Math.floor(end(...corners.map((corner) => corner[axis])) / size));
+  const [[left, right], [top, bottom]] = [span(0), span(1)];
+  return Array.from({ length: rows * columns }, (_, cell) => cell).filter((cell) => {
+    const [row, column] = [Math.floor(cell / columns), cell % columns];
+    if (box) return column >= left && column <= right && row >= top && row <= bottom;
+    return within([(column + 0.5) * size, (row + 0.5) * size], corners);
+  });
+}
+
+function choose(at, cells, add) {
+  if (!cells.length) return;
+  state.active = Math.max(state.panes.indexOf(drawn[at].slot.pane), 0);
+  select(cells, drawn[at].its, add);
+}
+
+// Select cells of a layer's grid; "add" joins them, a single one that is already selected goes.
+export function select(cells, its, add = false) {
+  const before = cellsOn(its);
+  const joined = !add ? cells : cells.length === 1 && before.includes(cells[0]) ? before.filter((cell) => cell !== cells[0]) : [...new Set([...before, ...cells])];
+  return change({ cells: joined, grid: its.grid });
+}
+
+export function within([x, y], corners) {
+  let odd = false;
+  corners.forEach(([x0, y0], at) => {
+    const [x1, y1] = corners[(at + 1) % corners.length];
+    if ((y0 > y) !== (y1 > y) && x < (x1 - x0) * (y - y0) / (y1 - y0) + x0) odd = !odd;
+  });
+  return odd;
+}
+
+// Press, drag, release on a canvas: a click, an area, or what is under the pointer.
+export function gestures(canvas, tool, { click, drag, hover, redraw, move }) {
+  let corners = null;
+  const at = (event) => [event.clientX - canvas.getBoundingClientRect().left, event.clientY - canvas.getBoundingClientRect().top];
+  const area = () => {
+    const [from, to] = [corners[0], corners[corners.length - 1]];
+    return tool() === 'lasso' ? corners : [from, [to[0], from[1]], to, [from[0], to[1]]];
+  };
+  canvas.addEventListener('pointerdown', (event) => {
+    if (event.button) return;
+    corners = [at(event)];
+    canvas.setPointerCapture(event.pointerId);
+  });
+  canvas.addEventListener('pointermove', (event) => {
+    if (!corners) return hover(at(event));
+    corners.push(at(event));
+    if (tool() === 'move') return move(corners[corners.length - 1].map((value, axis) => value - corners[corners.length - 2][axis]));
+    redraw();
+    outline(canvas.getContext('2d'), area());
+  });
+  canvas.addEventListener('pointerup', (event) => {
+    if (!corners) return;
+    const [far, shape, start] = [Math.max(...corners.map(([x, y]) => Math.hypot(x - corners[0][0], y - corners[0][1]))), area(), corners[0]];
+    corners = null;
+    if (far >= 5) redraw();
+    if (far < 5) click(start, event.shiftKey);
+    else if (tool() !== 'move') drag(shape, event.shiftKey);
+  });
+  canvas.addEventListener('pointercancel', () => { corners = null; redraw(); });
+  canvas.addEventListener('pointerleave', () => hover(null));
+}
+
+function outline(context, corners) {
+  context.beginPath();
+  corners.forEach(([x, y], at) => context[at ? 'lineTo' : 'moveTo'](x, y));
+  context.closePath();
+  context.fillStyle = '#0072b226';
+  context.fill();
+  for (const [colour, width] of [['white', 3], ['#111', 1.5]]) {
+    [context.strokeStyle, context.lineWidth] = [colour, width];
+    context.stroke();
+  }
+}
+
+const facts = (items) => byId('card').replaceChildren(...items.filter(([, text]) => text).flatMap(([name, text]) => [element('dt', name), element('dd', text)]));
+
+// The card of what is selected, and the same for screen readers.
+export function describe() {
+  peeked++;
+  const one = drawn.find((its) => its.values && its.slot.pane === pane()) ?? drawn[0];
+  byId('peek').hidden = true;
+  if (!one?.values) return facts([]);
+  const strong = strongest(one.values, one.its, 5);
+  const cells = cellsOn(one.its);
+  facts([
+    ['selected', cells.length ? who(one.its)[0] : 'nothing: the mean over all patches'],
+    ['visited', cells.length === 1 && cells[0] >= 0 && one.its.orders.length ? visits(one.its, cells[0]) : ''],
+    [one.slot.pane.direction === 'row' ? 'strongest sources' : 'strongest readers', strong],
+  ]);
+  const text = `${byId('caption').textContent}. Strongest: ${strong}`;
+  if (byId('spoken').textContent !== text) byId('spoken').textContent = text;
+}
+
+// The card of what is under the pointer, with its own map.
+let peeked = 0;
+export async function peek(cell, one = drawn[0]) {
+  const own = ++peeked;
+  const { its, slot } = one;
+  const [found] = await values([slot.what === 'apart' ? parts(slot.pane, 'image', its, [cell]) : parts(slot.pane, slot.what, its, [cell])]);
+  if (own !== peeked || found.error) return;
+  const canvas = byId('peek');
+  [canvas.height, canvas.width] = its.grid;
+  canvas.hidden = false;
+  canvas.getContext('2d').drawImage(tile(found.values, its.grid, scaleOf(found.values, state.lock || topOf([found.values]))), 0, 0);
+  facts([
+    ['under the pointer', `patch ${place(cell, its)}${one.values ? `: ${number(one.values[cell])}` : ''}`],
+    ['visited', its.orders.length ? visits(its, cell) : ''],
+    [slot.pane.direction === 'row' ? 'takes most from' : 'gives most to', strongest(found.values, its, 5)],
+  ]);
+}
+
+// The card of a point that is a block on a photo.
+export function aboutPair(its, [layer, image]) {
+  peeked++;
+  byId('peek').hidden = true;
+  const { stages, blocks, images } = storeOf(its);
+  facts([['under the pointer', `stage ${stages[layer]}, block ${blocks[layer]}`], ['photo', images[image][0]], ['class', verdict(images[image])]]);
+}
+
+async function drawStrip(own) {
+  const its = pane();
+  const { layers } = storeOf(its);
+  const box = byId('strip');
+  box.style.setProperty('--thumb', state.large ? '160px' : '62px');
+  if (box.dataset.store !== String(its.store)) {
+    box.dataset.store = its.store;
+    box.replaceChildren(...layers.map((layer) => {
+      const made = element('button', undefined, { title: `open ${block(layer)}: ${layer.name}` }, element('canvas', undefined, { 'aria-hidden': 'true' }), element('span', block(layer)), element('span', layer.grid.join(' × ')));
+      made.addEventListener('click', () => change({}, { layer: layer.number }));
+      return made;
+    }));
+  }
+  layers.forEach((layer, at) => box.children[at].setAttribute('aria-pressed', layer === layerOf(its)));
+  const what = its.show === 'all' ? 'image' : its.show;
+  for (let start = 0; start < layers.length; start += STRIP) {
+    const some = layers.slice(start, start + STRIP);
+    let found = await values(some.map((layer) => parts(its, what, layer)));
+    if (what !== 'mean' && found.every((one) => one.error)) found = await values(some.map((layer) => parts(its, 'mean', layer)));
+    if (own !== turn) return;
+    some.forEach((layer, at) => {
+      const canvas = box.children[start + at].querySelector('canvas');
+      const [rows, columns] = layer.grid;
+      const size = Math.max(1, Math.round((state.large ? 320 : 124) / Math.max(rows, columns)));
+      [canvas.width, canvas.height] = [columns * size, rows * size];
+      if (found[at].error) return;
+      const context = canvas.getContext('2d');
+      context.imageSmoothingEnabled = false;
+      context.drawImage(tile(found[at].values, layer.grid, scaleOf(found[at].values, state.lock || topOf([found[at].values]), what === 'spread')), 0, 0, canvas.width, canvas.height);
+      frame(context, layer, size, cellsOn(layer));
+      strips.set(layer.name, { values: found[at].values, canvas, its: layer });
+    });
+  }
+}
+export const strips = new Map(); // for saving: the maps of the strip
+export const shownMaps = () => drawn;
+export const mapTools = tools;
+
+// How unusual each photo is at the selection: the distance between its map and the usual one.
+export async function unusual(its, images) {
+  const layer = layerOf(its);
+  const found = await maps([query(its, 'mean', layer), ...images.map((image) => query({ ...its, image }, 'image', layer))]);
+  if (found.some((one) => one.error)) return new Map();
+  return new Map(images.map((image, at) => [image, Math.hypot(...found[at + 1].map.map((value, cell) => value - found[0].map[cell]))]));
+}

@@ -1,0 +1,168 @@
+// The state of the page: panes, the selection they share, how numbers are shown. It lives in the address.
+import { about, asRuns, byId, cellsOf, runs } from './data.js';
+
+export const CHOICES = {
+  mode: ['patches', 'blocks', 'every'], direction: ['row', 'column'], show: ['all', 'image', 'mean', 'difference', 'spread'],
+  method: ['pca', 'tsne', 'umap'], sign: ['signed', 'positive', 'absolute'], normalise: ['none', 'largest', 'range', 'sum'],
+  palette: ['orange', 'viridis', 'cividis'], colour: ['column', 'row', 'rank', 'block', 'class', 'predicted'],
+  verdict: ['all', 'right', 'wrong'], order: ['stored', 'unusual'],
+};
+export const COLOURS = { patches: ['column', 'row', 'rank'], blocks: ['block', 'class', 'predicted'], every: ['column', 'row'] };
+const PANE = {
+  store: 0, layer: 0, route: -1, image: 0, mode: 'patches', direction: 'row', show: 'all', gate: false, skip: false,
+  method: 'pca', first: true, colour: 'column',
+};
+const SHARED = {
+  active: 0, sign: 'signed', normalise: 'none', log: false, palette: 'orange', opacity: 0.85, path: false, step: 0, lock: 0,
+  search: '', verdict: 'all', order: 'stored', large: false, start: 0,
+};
+export const state = { ...SHARED, panes: [{ ...PANE }], cells: [], grid: [1, 1], pairs: [] };
+
+export const pane = (at = state.active) => state.panes[Math.min(at, state.panes.length - 1)];
+export const storeOf = (its = pane()) => about.stores[its.store];
+export const layerOf = (its = pane()) => storeOf(its).layers.find((one) => one.number === its.layer) ?? storeOf(its).layers[0];
+export const imageOf = (its = pane()) => storeOf(its).images[its.image];
+export const routeOf = (its = pane()) => (its.route >= 0 && its.route < layerOf(its).routes && layerOf(its).routes > 1 ? its.route : -1);
+export const right = ([, label, predicted, correct]) => correct ?? (label === null || predicted === null ? null : label === predicted);
+
+// The selected cells on another grid over the same image: those at the same places.
+export function cellsOn(its = layerOf()) {
+  const [from, to] = [state.grid, its.grid];
+  const rest = state.cells.filter((cell) => cell < 0 && -cell <= its.rest);
+  const chosen = state.cells.filter((cell) => cell >= 0);
+  if (from[0] === to[0] && from[1] === to[1]) return [...chosen, ...rest];
+  const inside = new Set(chosen);
+  const there = new Set();
+  for (let cell = 0; chosen.length && cell < cellsOf(its); cell++) {
+    const [row, column] = [Math.floor(cell / to[1]), cell % to[1]];
+    const old = [Math.floor((row + 0.5) * from[0] / to[0]), Math.floor((column + 0.5) * from[1] / to[1])];
+    if (inside.has(old[0] * from[1] + old[1])) there.add(cell);
+  }
+  for (const cell of chosen) { // larger cells may miss every centre above
+    const [row, column] = [Math.floor(cell / from[1]), cell % from[1]];
+    there.add(Math.floor((row + 0.5) * to[0] / from[0]) * to[1] + Math.floor((column + 0.5) * to[1] / from[1]));
+  }
+  return [...[...there].sort((a, b) => a - b), ...rest];
+}
+
+// A late block with a grid that is worth looking at, a patch in its middle, a photo that the model gets right.
+export function beginning(store = 0) {
+  const its = about.stores[store];
+  const late = its.layers.findLast((layer) => cellsOf(layer) >= 36) ?? its.layers[its.layers.length - 1];
+  const fit = (one, at) => (about.live ? one[4] : at in its.photos);
+  const image = Math.max(its.images.findIndex((one, at) => fit(one, at) && right(one) !== false), its.images.findIndex(fit), 0);
+  const show = its.images.length > 1 ? 'all' : 'image';
+  const cell = Math.floor(late.grid[0] / 2) * late.grid[1] + Math.floor(late.grid[1] / 2);
+  return { ...SHARED, panes: [{ ...PANE, store, layer: late.number, image, show }], cells: [cell], grid: late.grid, pairs: [] };
+}
+
+// The state as the part of an address behind its #: what differs from the beginning.
+export function written() {
+  const plain = beginning();
+  const found = new URLSearchParams();
+  const differ = (name, value, usual) => { if (value !== usual) found.set(name, String(value)); };
+  for (const name of Object.keys(SHARED)) differ(name, state[name], plain[name]);
+  state.panes.forEach((its, at) => {
+    for (const name of Object.keys(PANE)) differ((at ? 'b.' : '') + name, its[name], plain.panes[0][name]);
+  });
+  if (state.panes.length > 1) found.set('b', '1');
+  const cells = asRuns(state.cells);
+  if (cells !== asRuns(plain.cells) || state.grid.join() !== plain.grid.join()) found.set('cells', `${state.grid.join('x')}/${cells}`);
+  const layers = [...new Set(state.pairs.map(([layer]) => layer))];
+  if (layers.length) {
+    found.set('points', layers.map((layer) => `${layer}/${asRuns(state.pairs.filter((one) => one[0] === layer).map((one) => one[1]))}`).join(';'));
+  }
+  return found.toString().replaceAll('%2C', ',').replaceAll('%3A', ':').replaceAll('%2F', '/').replaceAll('%3B', ';');
+}
+
+// The state of an address; throws where it cannot be read.
+function parsed(text) {
+  const given = new URLSearchParams(text);
+  const found = beginning();
+  const read = (name, value, usual) => {
+    if (CHOICES[name]) {
+      if (!CHOICES[name].includes(value)) throw new Error(`${name} is not "${value.slice(0, 20)}"`);
+      return value;
+    }
+    if (typeof usual === 'boolean' && (value === 'true' || value === 'false')) return value === 'true';
+    if (typeof usual === 'string') return value.slice(0, 100);
+    const number = Number(value);
+    if (typeof usual === 'boolean' || value.trim() === '' || !Number.isFinite(number)) throw new Error(`${name} is not "${value.slice(0, 20)}"`);
+    if (!['opacity', 'lock'].includes(name) && !(Number.isInteger(number) && number >= -1 && number < 1e6)) throw new Error(`${name} is not ${number}`);
+    return number;
+  };
+  if (given.has('b')) found.panes.push({ ...found.panes[0] });
+  for (const name of Object.keys(SHARED)) if (given.has(name)) found[name] = read(name, given.get(name), SHARED[name]);
+  found.panes.forEach((its, at) => {
+    for (const name of Object.keys(PANE)) {
+      const key = (at ? 'b.' : '') + name;
+      if (given.has(key)) its[name] = read(name, given.get(key), PANE[name]);
+    }
+  });
+  if (given.has('cells')) {
+    const match = /^(\d{1,4})x(\d{1,4})\/(.*)$/.exec(given.get('cells'));
+    if (!match || !Number(match[1]) || !Number(match[2])) throw new Error('the selected patches are damaged');
+    found.grid = [Number(match[1]), Number(match[2])];
+    found.cells = runs(match[3]);
+    if (found.cells.some((cell) => cell < -64 || cell >= found.grid[0] * found.grid[1])) throw new Error('a patch lies outside its grid');
+  }
+  found.pairs = (given.get('points') ?? '').split(';').filter(Boolean).flatMap((part) => {
+    const [layer, images] = part.split('/');
+    return runs(images ?? '').map((image) => [runs(layer)[0], image]);
+  });
+  return found;
+}
+
+// Only what there is: a link may come from another store.
+function settle() {
+  state.panes = state.panes.slice(0, 2);
+  state.active = Math.min(Math.max(state.active, 0), state.panes.length - 1);
+  for (const its of state.panes) {
+    its.store = Math.min(Math.max(its.store, 0), about.stores.length - 1);
+    const { layers, images } = storeOf(its);
+    if (!layers.some((one) => one.number === its.layer)) its.layer = (layers.findLast((one) => one.number <= its.layer) ?? layers[layers.length - 1]).number;
+    its.image = Math.min(Math.max(its.image, 0), images.length - 1);
+    const offered = COLOURS[its.mode].filter((one) => one !== 'rank' || layerOf(its).orders.length);
+    if (!offered.includes(its.colour)) [its.colour] = offered;
+  }
+  state.opacity = Math.min(Math.max(state.opacity, 0), 1);
+  state.lock = Math.max(state.lock, 0);
+  state.step = Math.min(Math.max(state.step, 0), layerOf().orders[0]?.length ?? 0);
+}
+
+let draw = () => {};
+let last = 0;
+export const onChange = (function_) => { draw = function_; };
+
+// One gesture: the state changes, the address follows, the page is drawn. Quick repeats are one entry for Back.
+export function change(changes, its = {}) {
+  Object.assign(state, { start: 0 }, changes);
+  Object.assign(pane(), its);
+  settle();
+  const now = performance.now();
+  remember(now - last < 250 ? 'replaceState' : 'pushState');
+  last = now;
+  return draw();
+}
+
+export function remember(how) {
+  const text = written();
+  if (how === 'pushState' && text === location.hash.slice(1)) return;
+  try {
+    history[how](null, '', '#' + text);
+  } catch { /* a frame of a notebook has no address */ }
+}
+
+export function open(text) {
+  let found = beginning();
+  byId('message').textContent = '';
+  try {
+    if (/[?&]state=/.test(location.search) && !text) throw new Error('it is of an older version');
+    found = parsed(text);
+  } catch (error) {
+    byId('message').textContent = `This link is damaged or incomplete (${error.message}); showing the start.`;
+  }
+  Object.assign(state, found);
+  settle();
+  return draw();
+}

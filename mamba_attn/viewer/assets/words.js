@@ -1,0 +1,98 @@
+// What is shown, in words.
+import { cellsOf } from './data.js';
+import { cellsOn, imageOf, layerOf, right, routeOf, state, storeOf } from './state.js';
+
+export const METHODS = { pca: 'PCA', tsne: 't-SNE', umap: 'UMAP' };
+export const number = (value) => (value === 0 ? '0' : Math.abs(value) >= 0.001 && Math.abs(value) < 1000
+  ? String(Number(value.toPrecision(3))) : value.toExponential(1));
+export const short = (key) => key.split('/').pop();
+export const block = (its) => `stage ${its.stage}, block ${its.block}`;
+
+export function who(its) {
+  const cells = cellsOn(its);
+  const patches = cells.filter((cell) => cell >= 0);
+  if (!cells.length) return ['patches', true];
+  if (!patches.length) return cells[0] === -1 && its.classes ? ['the class token', false] : ['the extra tokens', true];
+  return patches.length === 1 && cells.length === 1 ? [`patch ${place(patches[0], its)}`, false] : [`${patches.length} patches`, true];
+}
+
+export function caption(its) {
+  const [name, many] = who(layerOf(its));
+  const verb = its.direction === 'row' ? (many ? 'take from' : 'takes from') : (many ? 'give to' : 'gives to');
+  const route = routeOf(its);
+  return `What ${name} ${verb}${many ? ', on average' : ''} · ${block(layerOf(its))}${route < 0 ? '' : ` · scan ${route + 1}`}`;
+}
+
+export const place = (cell, its) => (cell >= 0 ? `(${Math.floor(cell / its.grid[1])}, ${cell % its.grid[1]})` : 'class token');
+
+export function verdict(image) {
+  const [, label, predicted] = image;
+  const ok = right(image);
+  if (predicted === null) return label ?? '';
+  if (ok === null) return `predicted ${predicted}`;
+  return ok ? `${label} ✓` : `${predicted} ✗ is ${label}`;
+}
+
+export function unit() {
+  const kind = state.sign === 'signed' ? 'attention' : `${state.sign} attention`;
+  return kind + { none: '', largest: ' / maximum', range: ', 0 to 1', sum: ' / sum' }[state.normalise] + (state.log ? ', decades' : '');
+}
+
+// The title of a map, the words under it, and what is drawn below it.
+export function titled(slot) {
+  const { pane: its, what } = slot;
+  const { images, collected } = storeOf(its);
+  const [key] = imageOf(its);
+  const name = `${short(key)}: ${verdict(imageOf(its))}`;
+  return {
+    image: ['This image', name],
+    mean: [collected > 1 ? 'Usual' : 'The one image', `mean of ${collected} images, drawn without a photo`],
+    difference: ['What is special here', 'this image minus the usual'],
+    spread: ['How much it varies', `standard deviation over ${collected} images`],
+    apart: ['Left minus right', images.length ? 'what the two panes differ in' : ''],
+  }[what];
+}
+
+export function strongest(map, its, count) {
+  const order = Array.from(map.keys()).sort((a, b) => Math.abs(map[b]) - Math.abs(map[a]));
+  return order.slice(0, count).map((cell) => `${place(cell, its)} ${number(map[cell])}`).join(', ');
+}
+
+// At which step a scan visits each cell, from 1.
+export function ranks(its, route) {
+  const found = [];
+  (its.orders[route] ?? []).forEach((cell, step) => { if (cell >= 0) found[cell] = step + 1; });
+  return found;
+}
+
+// The patches that a scan, of all scans the first one, visits, in its order.
+export function steps(its, route) {
+  return (its.orders[Math.max(route, 0)] ?? []).filter((cell) => cell >= 0 && cell < cellsOf(its));
+}
+
+// When each scan visits a cell, e.g. "3rd and 14th of 16 in scans 1-2".
+export function visits(its, cell) {
+  const each = its.orders.map((_, route) => ordinal(ranks(its, route)[cell]));
+  const last = each.pop();
+  const listed = each.length ? `${each.join(', ')} and ${last}` : last;
+  return `${listed} of ${its.orders[0].length.toLocaleString('en')}${each.length ? ` in scans 1-${its.orders.length}` : ''}`;
+}
+
+function ordinal(step) {
+  if (step === undefined) return 'never';
+  const ending = [11, 12, 13].includes(step % 100) ? 'th' : ['th', 'st', 'nd', 'rd'][step % 10] ?? 'th';
+  return step.toLocaleString('en') + ending;
+}
+
+// A scan's direction as an arrow, if most of its steps go one way.
+export function arrow(its, route) {
+  const path = steps(its, route);
+  const counts = new Map();
+  path.slice(1).forEach((cell, at) => {
+    const [down, across] = [Math.floor(cell / its.grid[1]) - Math.floor(path[at] / its.grid[1]), cell % its.grid[1] - path[at] % its.grid[1]];
+    const way = down && across ? '' : down ? (down > 0 ? '↓' : '↑') : across > 0 ? '→' : '←';
+    counts.set(way, (counts.get(way) ?? 0) + 1);
+  });
+  const found = [...counts].find(([way, count]) => way && count > 0.6 * path.length);
+  return found ? found[0] : `${route + 1}`;
+}
