@@ -79,6 +79,7 @@ def make(case: Heads, dtype: torch.dtype) -> ScanRecord:
         source_C=normal(batch, routes, case.groups, case.states, positions),
         D=normal(routes, case.heads * case.width),
         source_gain=normal(batch, routes, case.heads, positions) if case.gain else None,
+        gate=normal(batch, case.heads * case.width, tokens),
         read_order=order,
         write_order=order,
         tokens=tokens,
