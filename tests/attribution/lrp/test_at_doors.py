@@ -139,10 +139,18 @@ class Stream(nn.Module):
         return self.head(self.norm(-1, x, residual)[0].mean(1))
 
 
+class Halved(Scanned):
+    """Recognised by an adapter, which computes something else."""
+
+    def forward(self, x):
+        return 0.5 * F.silu(super().forward(x))
+
+
 MADE = {
     **{name: make for name, (make, _) in MODELS.items()},
     "windows": lambda: Net(Windows()),
     "scans behind each other": lambda: Net(Both(serial=True)),
+    "an adapter that does not fit": lambda: Net(Halved(foreign.CHANNELS, fast=False), Line()),
     "fused mixers": lambda: Net(Fused(), Fused()),
     "fused norms": Stream,
     "fused layer norms": lambda: Stream(rms=False),
@@ -151,6 +159,7 @@ MADE = {
 
 @METHODS
 @pytest.mark.parametrize("name", MADE)
+@pytest.mark.filterwarnings("ignore:trace")
 def test_law_10_relevance_of_tokens_and_constants_is_the_logit_of_every_image(name, method):
     model, x = MADE[name]().double().eval(), images()
     tokens, constants, logits = shares(method, model, x)
