@@ -109,44 +109,6 @@ def patch_view(
     )
 
 
-def patch_view_changes(
-    values: Any,
-    *,
-    marks: Iterable[int] = (),
-    opacity: float = 0.9,
-    signed: bool | None = None,
-    colours: list[str] | None = None,
-) -> dict[str, Any]:
-    """Return the changes to a ``patch_view`` over an image for another map and other marks, without building a figure.
-
-    Args:
-        values: as in ``patch_view``, on the same grid.
-        marks: as in ``patch_view``.
-        opacity: as in ``patch_view``.
-        signed: as in ``patch_view``.
-        colours: as in ``patch_view``.
-
-    Returns:
-        "z", "zmin", "zmax", "colorscale" of the heatmap, "tickvals" and "ticktext" of its colour bar, and "x", "y" of
-        the frame, as plotly takes them.
-
-    Raises:
-        ValueError: as ``patch_view``.
-    """
-    array = as_values("patch_view_changes(values)", values)
-    chosen = _chosen(array, None, signed, colours)
-    x, y = outline(as_marks("patch_view_changes", marks, (array.shape[0], array.shape[1])), array.shape)
-    return {
-        "z": array.astype(np.float32),
-        "zmin": chosen.low,
-        "zmax": chosen.high,
-        "colorscale": _clear(chosen, opacity),
-        "x": x,
-        "y": y,
-        **_ticks(array, chosen),
-    }
-
-
 def _heat(
     array: np.ndarray,
     opacity: float,

@@ -1,6 +1,8 @@
 """A server for one person, bound before its address is printed."""
 
+import asyncio
 import errno
+import logging
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +35,7 @@ class Bound:
             server_header=False,
             timeout_graceful_shutdown=1,
         )
+        logging.getLogger("uvicorn.error").addFilter(_is_news)
         self._server = uvicorn.Server(settings)
 
     def serve_forever(self) -> None:
@@ -61,6 +64,12 @@ def bound(app: "Explorer", host: str, port: int) -> Iterator[Bound]:
             yield Bound(app, listening)
         finally:
             app.close()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of the log says more than that Ctrl+C ended a request."""
+    cancelled = record.exc_info is not None and record.exc_info[0] is asyncio.CancelledError
+    return not cancelled and "graceful shutdown" not in record.getMessage()
 
 
 def _socket(host: str, port: int) -> socket.socket:

@@ -2,6 +2,7 @@
 import { about } from './data.js';
 import { state } from './state.js';
 
+const SHADES = 510; // of a map
 export const css = ([red, green, blue]) => `rgb(${red},${green},${blue})`;
 export const paint = (name) => getComputedStyle(document.documentElement).getPropertyValue('--' + name).trim();
 
@@ -50,12 +51,16 @@ export function tile(values, [rows, columns], scale, opacity = 1) {
   const canvas = new OffscreenCanvas(columns, rows);
   const context = canvas.getContext('2d');
   const pixels = context.createImageData(columns, rows);
-  values.forEach((value, cell) => {
-    const position = Math.min(Math.max((value - scale.low) / (scale.high - scale.low), 0), 1);
-    const strength = scale.signed ? Math.abs(2 * position - 1) : position;
-    const alpha = opacity >= 1 ? 1 : opacity * Math.sqrt(strength);
-    pixels.data.set([...mixed(scale.colours, position), Math.round(255 * alpha)], 4 * cell);
+  const table = Array.from({ length: SHADES + 1 }, (_, at) => {
+    const strength = scale.signed ? Math.abs(2 * at / SHADES - 1) : at / SHADES;
+    return [...mixed(scale.colours, at / SHADES), opacity >= 1 ? 255 : Math.round(255 * opacity * Math.sqrt(strength))];
   });
+  const { data } = pixels;
+  for (let cell = 0; cell < values.length; cell++) {
+    const position = Math.min(Math.max((values[cell] - scale.low) / (scale.high - scale.low), 0), 1);
+    const colour = table[Math.round(position * SHADES)];
+    for (let channel = 0; channel < 4; channel++) data[4 * cell + channel] = colour[channel];
+  }
   context.putImageData(pixels, 0, 0);
   return canvas;
 }

@@ -106,7 +106,9 @@ export function repaint() {
     if (photo) context.drawImage(photo, 0, 0, width, height);
     if (one.error) continue;
     context.imageSmoothingEnabled = false;
-    context.drawImage(tile(one.values, its.grid, one.scale, photo ? state.opacity : 1), 0, 0, width, height);
+    const opacity = photo ? state.opacity : 1;
+    if (one.opacity !== opacity) [one.tile, one.opacity] = [tile(one.values, its.grid, one.scale, opacity), opacity];
+    context.drawImage(one.tile, 0, 0, width, height);
     if (one.size >= 12) lines(context, rows, columns, one.size);
     frame(context, its, one.size, cellsOn(its));
     if (state.path && its.orders.length) path(context, its, one.size, steps(its, routeOf(slot.pane)));
