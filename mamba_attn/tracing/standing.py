@@ -77,19 +77,20 @@ def _counts_up(order: Tensor) -> bool:
     return bool(((flat == torch.arange(len(flat))) | (flat < 0)).all())
 
 
-def standing(model: nn.Module, replay: Replay, mixers: Mapping[str, nn.Module]) -> Standing:
+def standing(model: nn.Module, replay: Replay, mixers: Mapping[str, nn.Module], doors: bool = True) -> Standing:
     """Return where the mixers' tokens stand, measured or remembered per model, settings and shapes.
 
     Args:
         model: that is about to run; its modes, flags, buffers, hooks and random numbers are as before.
         replay: how it is called; one image is enough.
         mixers: by name.
+        doors: whether to look which of them reach doors, if there may be any.
     """
     small = replay if replay.batch in (None, 1) else replay.changed(lambda tensor: tensor[:1])
-    key = (small.key, settings(model), tuple(mixers))
+    key = (small.key, settings(model), tuple(mixers), doors)
     remembered = _remembered.setdefault(model, {})
     if key not in remembered:
-        remembered[key] = _measured(model, small, mixers)
+        remembered[key] = _measured(model, small, mixers, doors)
     return remembered[key]
 
 
@@ -155,15 +156,17 @@ class _Pass:
         self.tensors += [(name, v) for v in reversed(found) if v.requires_grad and v.is_floating_point()]
 
 
-def _measured(model: nn.Module, replay: Replay, mixers: Mapping[str, nn.Module]) -> Standing:
+def _measured(model: nn.Module, replay: Replay, mixers: Mapping[str, nn.Module], doors: bool) -> Standing:
     if any(parameter.is_inference() for parameter in model.parameters()):
         return Standing()
     seen, watch = _Pass({module: name for name, module in mixers.items()}), Watch(model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with ExitStack() as stack:
         stack.callback(watch.close)
-        for block in (torch.inference_mode(False), undisturbed(model), open_doors(watch), suspended(watch)):
+        for block in (torch.inference_mode(False), undisturbed(model), suspended(watch)):
             stack.enter_context(block)
+        if doors:
+            stack.enter_context(open_doors(watch))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # the traced pass gives them
         for parameter, flag in flags:
@@ -286,7 +289,7 @@ class Ahead:
         if self._replay is not None or asleep or get_ident() != self._thread or recomputing() or not measurable():
             return
         self._replay = Replay.of(args, kwargs)
-        self._found = standing(self.model, self._replay, self.mixers)
+        self._found = standing(self.model, self._replay, self.mixers, self._watch is not None)
         moved = self._found.moved
         seen = [name for name in self.mixers if self._watch is not None and self._found.at_a_door(name)]
         self.unplaced = [name for name in moved if name not in seen]
