@@ -214,7 +214,7 @@ def run_passes(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
     """Three maps of one traced pass, against the dearest of them from a pass of its own."""
     figures: list[Figure] = []
     details: dict[str, Any] = {}
-    pixels, batches, rounds = (32, (2,), 2) if quick else (128, (1,), 5)
+    pixels, batches, rounds = (32, (2,), 2) if quick else (128, (1, 8), 5)
     for name in cases.EXPLAINED:
         for methods in cases.TRIPLES:
             for batch in batches:
