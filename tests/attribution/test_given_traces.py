@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from mamba_attn import ops
 from mamba_attn.attribution import (
     AttentionGradCAM,
     AttentionRollout,
@@ -81,6 +82,28 @@ def test_three_maps_cost_one_pass():
     assert torch.equal(one, maps[0])
     equal = RawAttention(model).attribute(x.clone(), trace=record)  # other tensors with the same numbers are the images
     assert torch.equal(equal, maps[0])
+
+
+@pytest.mark.parametrize("name", ["vim", "pooled", "vmamba"])
+def test_a_matrix_that_the_pass_computed_is_read_and_not_computed_again(name, monkeypatch):
+    model, x = MODELS[name](), images(2)
+    truth = {signed: AttentionRollout(model, signed=signed).attribute(x) for signed in (False, True)}
+    raw = RawAttention(model).attribute(x)
+    with trace(model, attention="mean") as record:
+        model(x)
+
+    def computed(*_, **__):
+        raise AssertionError
+
+    for function in ("hidden_attention", "attention_row", "left_product"):
+        monkeypatch.setattr(ops, function, computed)
+    torch.testing.assert_close(RawAttention(model).attribute(x, trace=record), raw)
+    for signed, expected in truth.items():
+        torch.testing.assert_close(AttentionRollout(model, signed=signed).attribute(x, trace=record), expected)
+    with pytest.raises(AssertionError):
+        record[0].row(0, fold="sum")
+    with pytest.raises(AssertionError):
+        record[0].row(record[0].tokens)  # ops refuse it
 
 
 def test_a_trace_of_some_layers_gives_their_maps():

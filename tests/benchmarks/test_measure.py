@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import cases, measure, report, run, verify
 from benchmarks.cases import Shape
+from benchmarks.kernel.timing import cpu_seconds
 from benchmarks.measure import Spread, interleave, paired, peak_memory, slope
 
 
@@ -168,6 +169,19 @@ def test_attribution_is_measured_beside_a_pass(monkeypatch):
     ratio = found["rows"]["milliseconds"].median / found["forward + backward"]["milliseconds"].median
     assert row["value"] == pytest.approx(ratio)
     assert all(each["peak_bytes"] == len(what) for what, each in found.items())
+
+
+def test_maps_of_one_pass_are_measured_against_the_dearest_of_them(monkeypatch):
+    monkeypatch.setattr(run.cases, "EXPLAINED", ("vmamba_micro",))
+    monkeypatch.setattr(run, "interleave", lambda calls, _: {name: [cpu_seconds(call)] for name, call in calls.items()})
+    figures, details = run.run_passes(quick=True)
+    assert [item.target for item in figures] == ["vmamba_micro one pass"] * 2
+    for item, found in zip(figures, details.values(), strict=True):
+        times = {name: spread.median for name, spread in found["milliseconds"].items()}
+        alone = [value for name, value in times.items() if name != "one pass"]
+        assert times[found["dearest"]] == max(alone)
+        assert item.row()["value"] > 0
+        assert len(alone) == 3
 
 
 def test_results_are_written_with_lists_of_numbers_on_one_line():
