@@ -157,7 +157,8 @@ def to_finer(
     A token takes the mean of the block of tokens that it covers. Convolutions with overlapping windows, as VMamba's of
     3 and stride 2, are treated so too: of all averages on their windows it is the only one that counts every token of
     the finer grid alike. Plain means over the windows count every other row and column twice, and one corner of the
-    image more than the other. What a row has at the padding of windows goes nowhere: every call puts zeros there.
+    image more than the other. What a row has at the padding of windows goes nowhere: every call puts zeros there. On
+    one grid patches stay where they are, however much padding each layer has.
 
     Args:
         row: over the coarser layer's tokens.
@@ -169,6 +170,13 @@ def to_finer(
     """
     if (finer.grid, finer.padded, finer.tokens) == (coarser.grid, coarser.padded, coarser.tokens):
         return row
+    classes = (finer.class_tokens, coarser.class_tokens)
+    if finer.grid == coarser.grid and len(classes[0]) == len(classes[1]):
+        kept, placed = (
+            torch.cat([own.patches, torch.tensor(its, dtype=torch.long)]).to(row.device)
+            for own, its in zip((coarser, finer), classes[::-1], strict=True)
+        )
+        return row.new_zeros(len(row), finer.tokens).index_copy(1, placed, row[:, kept])
     others = finer.class_tokens + finer.registers + coarser.class_tokens + coarser.registers
     if others or finer.grid[0] < coarser.grid[0] or finer.grid[1] < coarser.grid[1]:
         raise UnsupportedModelError(

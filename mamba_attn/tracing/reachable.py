@@ -17,15 +17,23 @@ _ATTENTION = frozenset(("scaled_dot_product_attention", "multi_head_attention_fo
 _OF_TORCH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
+def loaded_modules() -> tuple[list[ModuleType], list[tuple[int, int]]]:
+    """Return the loaded modules, and numbers that change when one comes, goes, or gets another name."""
+    modules = [module for module in list(sys.modules.values()) if issubclass(type(module), ModuleType)]
+    return modules, [(id(module), len(module.__dict__)) for module in modules]
+
+
 def compiled_scans() -> list[ModuleType]:
     """Return the modules with a compiled scan, or a stand-in of one, that any loaded module is or holds.
 
     Stand-ins leave ``sys.modules`` when their block ends, and live on in the modules that imported them.
     """
+    global _last
+    modules, loaded = loaded_modules()
+    if loaded == _last[0]:
+        return [value for reference in _last[1] if (value := reference()) is not None]
     found: dict[int, ModuleType] = {}
-    for module in list(sys.modules.values()):
-        if not issubclass(type(module), ModuleType):
-            continue
+    for module in modules:
         names = vars(module)
         known = _looked_at.get(module)
         if known is None or known[0] != len(names):
@@ -35,6 +43,7 @@ def compiled_scans() -> list[ModuleType]:
             value = reference()
             if value is not None:
                 found[id(value)] = value
+    _last = loaded, [weakref.ref(value) for value in found.values()]
     return list(found.values())
 
 
@@ -89,6 +98,7 @@ def _is_compiled_scan(value: Any) -> bool:
 
 _looked_at: "weakref.WeakKeyDictionary[ModuleType, tuple[int, list[weakref.ref[ModuleType]]]]"
 _looked_at = weakref.WeakKeyDictionary()
+_last: tuple[list[tuple[int, int]], list[weakref.ref[ModuleType]]] = [], []  # what was loaded, and held
 
 
 def reaches_attention(model: nn.Module, outside: Collection[nn.Module] = ()) -> bool:

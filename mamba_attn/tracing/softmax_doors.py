@@ -25,6 +25,7 @@ from mamba_attn._types import Float
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.ops import require_bytes
 from mamba_attn.tracing.doors import Watch, watching
+from mamba_attn.tracing.reachable import loaded_modules
 from mamba_attn.tracing.undisturbed import recomputing
 
 _BACK = 16  # tensors before a call in which its queries and keys are looked for
@@ -200,8 +201,7 @@ def open_softmax_doors() -> Iterator[None]:
     with _lock:
         _opened += 1
         if _opened == 1:
-            for own, seen in _DOORS.items():
-                _replace(own, partial(seen, own))
+            _replace([(own.__name__, own, partial(seen, own)) for own, seen in _DOORS.items()])
     try:
         yield
     finally:
@@ -214,19 +214,25 @@ def open_softmax_doors() -> Iterator[None]:
                 _replaced.clear()
 
 
-def _replace(own: Callable[..., Any], ours: Callable[..., Any]) -> None:
-    """Put a function in another's place in all loaded modules, under its own name."""
-    name = own.__name__
-    for place, holder in list(sys.modules.items()):
-        names = getattr(holder, "__dict__", {})
+def _replace(functions: Sequence[tuple[str, Any, Any]]) -> None:
+    """Put functions in the place of others in all loaded modules, under their own names."""
+    global _holders
+    modules, loaded = loaded_modules()
+    if loaded != _holders[0]:
         # torch looks into its own modules for what a TorchFunctionMode is shown
-        if names.get(name) is own and not place.startswith("torch._C"):
+        outside = [vars(module) for module in modules if not module.__name__.startswith("torch._C")]
+        _holders = loaded, [(names, name) for names in outside for name, _, _ in functions if name in names]
+    new = {name: (own, ours) for name, own, ours in functions}
+    for names, name in _holders[1]:
+        own, ours = new[name]
+        if names.get(name) is own:
             names[name] = ours
             _replaced.append((names, name, ours, own))
 
 
 _lock = Lock()
 _opened = 0
+_holders: tuple[list[tuple[int, int]], list[tuple[dict[str, Any], str]]] = [], []  # what was loaded, and held
 _replaced: list[tuple[dict[str, Any], str, Any, Any]] = []
 _inside = local()  # whether torch's own attention function runs, which a mode may make call itself again
 

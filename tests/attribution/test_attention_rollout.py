@@ -110,6 +110,18 @@ def test_other_windows_of_one_grid_are_another_frame():
     assert torch.equal(finer.to_grid(moved), coarser.to_grid(row))
 
 
+def test_patches_stay_where_they_are_between_layers_of_other_padding():
+    coarser = TokenLayout((3, 5), class_tokens=(0,), registers=(16, 17))
+    finer = TokenLayout((3, 5), class_tokens=(7,), registers=(16, 17, 18, 19, 20))
+    row = torch.rand(2, 18, dtype=torch.float64)
+    moved = to_finer(row, finer, coarser)
+    assert torch.equal(finer.to_grid(moved), coarser.to_grid(row))
+    assert torch.equal(moved[:, 7], row[:, 0])
+    assert bool((moved[:, 16:] == 0).all())
+    with pytest.raises(UnsupportedModelError, match="only patches, on grids that shrink"):
+        to_finer(row, TokenLayout((3, 5)), coarser)  # a class token that was not there before
+
+
 def test_blocks_are_as_equal_as_can_be_where_the_strides_do_not_tell():
     row = torch.eye(4, dtype=torch.float64)
     matrix = to_finer(row, TokenLayout((5, 1)), TokenLayout((4, 1)))

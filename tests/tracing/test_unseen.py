@@ -7,6 +7,7 @@ from torch import nn
 import mamba_attn
 from mamba_attn import attribution
 from mamba_attn.errors import UnsupportedModelError
+from mamba_attn.tracing import unseen
 from mamba_attn.tracing.adapters import nothing_found
 from tests.integrations import small_vim
 from tests.leaks import state_of
@@ -136,6 +137,62 @@ def test_what_does_not_mix_like_a_layer_is_no_reason_to_warn(kind, said):
     trace = traced(model, torch.randn(2, 31, 8))
     assert trace.unseen == said
     assert trace.unseen_mixers == []
+
+
+class Picky(nn.Module):
+    """Takes what a norm has returned, and nothing else."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.leave = nn.Linear(width, width)
+
+    def forward(self, x):
+        if float(x.mean(-1).abs().max()) > 1e-4:
+            raise ValueError("not normalised")
+        return self.leave(x.flip(1))
+
+
+def test_what_does_not_run_on_random_numbers_is_named():
+    model, x = Hybrid(small_vim.Mamba, Picky).eval(), torch.randn(2, 31, 8)
+    trace = traced(model, x)
+    assert trace.unseen == {"layers.1.mixer": "could not be asked: it does not run on random numbers"}
+    assert trace.unseen_mixers == []
+
+
+def test_a_second_pass_looks_at_nothing_until_weights_or_shapes_change(monkeypatch):
+    model, x, looked = Hybrid(small_vim.Mamba, Attention).eval(), torch.randn(2, 7, 8), []
+    own = unseen._Called.of.__func__
+    monkeypatch.setattr(unseen._Called, "of", classmethod(lambda *given: looked.append(1) or own(*given)))
+
+    def looks(x):
+        looked.clear()
+        with pytest.warns(UserWarning, match="mix tokens"):
+            assert traced(model, x).unseen == {"layers.1.mixer.attn": "mixes tokens"}
+        return bool(looked)
+
+    assert [looks(x), looks(x), looks(x[:, :5]), looks(x), looks(x[:, :5])] == [True, False, True, False, False]
+    with torch.no_grad():
+        model.layers[1]["mixer"].attn.joint.weight.mul_(2)
+    assert looks(x)
+    assert not looks(x)
+
+
+def test_a_pass_that_raised_is_not_remembered():
+    class Stops(Hybrid):
+        stop = True
+
+        def forward(self, x):
+            x = x + self.layers[0]["mixer"](self.layers[0]["norm"](x))
+            if self.stop:
+                raise ZeroDivisionError
+            return x + self.layers[1]["mixer"](self.layers[1]["norm"](x))
+
+    model, x = Stops(small_vim.Mamba, Attention).eval(), torch.randn(2, 7, 8)
+    with pytest.raises(ZeroDivisionError):
+        traced(model, x)
+    model.stop = False
+    with pytest.warns(UserWarning, match="mix tokens"):
+        traced(model, x)
 
 
 def test_looking_leaves_random_numbers_modes_and_hooks_as_they_were():

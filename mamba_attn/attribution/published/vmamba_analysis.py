@@ -45,14 +45,14 @@ class _AnalysisAttribution(TokenAttribution):
         """The analysis map scaled to 0..1, image by image."""
         return min_max(analysis_map(layer, steps=self.steps), (1, 2))
 
-    def _layers(self, inputs: Tensor, target: Target) -> list[ScanLayer]:
+    def _layers(self, inputs: Tensor, target: Target, *, multiplied: bool) -> list[ScanLayer]:
         families = {adapter.family for _, adapter in find_mixers(self.model).values()}
         if families != {"VMamba"}:
             raise ValueError(
                 f"{self.called}: this is VMamba's own analysis map, and {type(self.model).__name__} is of the family "
                 f"{', '.join(sorted(families))}; use convention='exact'."
             )
-        with self._traced(inputs, target, multiplied=True) as (record, _):
+        with self._traced(inputs, target, multiplied=multiplied) as (record, _):
             return require(self.called, record.layers, ScanLayer)
 
 
@@ -60,7 +60,7 @@ class VMambaAnalysisMap(_AnalysisAttribution):
     """The query's row of the analysis map of the third stage's second block, or of every layer named."""
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
-        layers = self._layers(inputs, target)
+        layers = self._layers(inputs, target, multiplied=False)
         if self.layers is None:
             stage = _stage(layers)
             layers = stage[min(_BLOCK, len(stage) - 1) :][:1]
@@ -75,7 +75,7 @@ class VMambaAnalysisRollout(_AnalysisAttribution):
     """
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
-        layers = self._layers(inputs, target)
+        layers = self._layers(inputs, target, multiplied=True)
         layers = _stage(layers) if self.layers is None else layers
         if len({layer.layout.grid for layer in layers}) > 1:
             raise ValueError(

@@ -7,6 +7,7 @@ import torch
 
 from mamba_attn.attribution import AttentionRollout, RawAttention
 from mamba_attn.attribution.published.vmamba_analysis import analysis_map, rollout_step
+from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.tracing.layers import ScanLayer
 from tests.attribution.cases import SIZE, images, layers_of, matrices, vim, vmamba
 
@@ -117,6 +118,28 @@ def test_permuting_the_batch_permutes_the_maps(method, convention):
     torch.testing.assert_close(explain(images()[order]), maps[order], rtol=0, atol=1e-14)
     assert (maps >= 0).all()
     assert math.isfinite(maps.sum())
+
+
+class Spelt(torch.nn.Module):
+    """Attention that goes through no door, next to the scans."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def forward(self, x):
+        tokens = x.flatten(1, 2)
+        mixed = (tokens @ tokens.mT * 0.01).softmax(-1) @ tokens
+        return x + self.weight * mixed.view(x.shape)
+
+
+@pytest.mark.filterwarnings("ignore:trace. .* mix tokens next to the traced layers")
+def test_one_layers_map_is_not_refused_for_what_a_product_of_layers_leaves_out():
+    model = vmamba()
+    model.layers[0].blocks.append(Spelt())
+    with pytest.raises(UnsupportedModelError, match="mix tokens next to the traced layers"):
+        AttentionRollout(model, convention="vmamba_analysis").attribute(images())
+    assert RawAttention(model, convention="vmamba_analysis").attribute(images()).std() > 0
 
 
 @pytest.mark.parametrize("method", METHODS)
