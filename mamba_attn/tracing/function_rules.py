@@ -338,6 +338,11 @@ def _softmax_attention(mode: FunctionRules, func: Function, query: Any, key: Any
     return func(mode.rules.fixed(query), mode.rules.fixed(key), *rest, **kwargs)
 
 
+def _sampled(ours: FunctionRules, func: Function, input: Any, grid: Any, *rest: Any, **kwargs: Any) -> Any:
+    """Sampling at places that depend on the image: linear in what is sampled. Its own ``mode`` is among the rest."""
+    return func(input, ours.rules.fixed(grid), *rest, **kwargs)
+
+
 def _attention_module(mode: FunctionRules, func: Function, *args: Any, **kwargs: Any) -> Any:
     """The function behind nn.MultiheadAttention, tokens first: linear in the values, its probabilities fixed."""
     bound = _ATTENTION.bind(*args, **kwargs)
@@ -409,7 +414,7 @@ _RULES |= dict.fromkeys(
     _named("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution
 )
 _RULES |= {F.embedding: _embedded, F.batch_norm: _batch_norm, F.scaled_dot_product_attention: _softmax_attention}
-_RULES |= {F.multi_head_attention_forward: _attention_module}
+_RULES |= {F.multi_head_attention_forward: _attention_module, F.grid_sample: _sampled}
 for _rule, _functions in (
     (_layer_norm, _named("layer_norm")), (_rms_norm, _named("rms_norm")), (_group_norm, _named("group_norm")),
     (_instance_norm, [F.instance_norm]), (_unit_norm, [F.normalize]), (_gated, [F.glu]),

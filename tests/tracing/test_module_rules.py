@@ -223,6 +223,10 @@ FUNCTIONS = {
     "rms_norm": (
         lambda x: F.rms_norm(x, (4,)), lambda x: x / (x.square().mean(-1, keepdim=True) + 2.3e-16).sqrt().detach()
     ),
+    "grid_sample": (
+        lambda x: F.grid_sample(x.view(1, 1, 3, 4), 0.3 * x.view(1, 2, 3, 2), align_corners=False),
+        lambda x: F.grid_sample(x.view(1, 1, 3, 4), 0.3 * x.detach().view(1, 2, 3, 2), align_corners=False),
+    ),
     "addcmul": (lambda x: torch.addcmul(x, x, 2 * x, value=3), lambda x: x + 6 * x * x.detach()),
 }  # fmt: skip
 
