@@ -102,9 +102,6 @@ def _ss2d(file: str, code: ModuleType) -> Iterator[Case]:
     if file == "classification":
         m0 = made(code.SS2D, 32, d_state=8, dt_rank=4, forward_type="m0_noz", initialize="v2")
         yield Case("SS2D", f"{file} m0_noz", m0, (2, 7, 5, 32), refused="m0")
-        for name in ("xv1a", "xv2a", "xv3a"):
-            make = made(code.SS2D, 24, d_state=4, forward_type=name, channel_first=True)
-            yield Case("SS2D", f"{file} {name}", make, shape[True], refused="xv")
 
 
 def vm_unet(root: Path) -> Iterator[Case]:
