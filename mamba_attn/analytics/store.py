@@ -158,7 +158,7 @@ class AttentionStore:
     @property
     def transform(self) -> Transform:
         """The transform from an image to the model's input."""
-        return rebuild.transform_of(self.index)
+        return rebuild.transform_of(self.index) if self._given is None else self._given.transform
 
     @cached_property
     def subject(self) -> LoadedModel:

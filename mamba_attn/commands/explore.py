@@ -8,7 +8,7 @@ from mamba_attn.commands.options import Commands, add_model, command, open_store
 from mamba_attn.commands.terminal import progress_bar
 from mamba_attn.core.requirements import require_extras
 
-_NEEDED = {"starlette": "starlette", "uvicorn": "uvicorn", "jinja2": "jinja2", "PIL": "pillow", "zarr": "zarr"}
+NEEDED = {"starlette": "starlette", "uvicorn": "uvicorn", "jinja2": "jinja2", "PIL": "pillow", "zarr": "zarr"}
 _EXAMPLES = """\
                          # a bundled model on six photos
 store
@@ -44,7 +44,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve the stores until Ctrl+C."""
-    require_extras(_NEEDED, "app")
+    require_extras(NEEDED, "app")
     serve(_stores(args), args.host, args.port)
     return 0
 

@@ -149,8 +149,9 @@ def explore(*stores: "AttentionStore | str | Path", host: str = "127.0.0.1", por
         StoreError: a folder holds no store.
         OSError: the port is in use.
     """
-    require_extras({"dash": "dash", "plotly": "plotly", "PIL": "pillow", "zarr": "zarr"}, "app")
+    from mamba_attn.commands.explore import NEEDED, serve
+
+    require_extras(NEEDED, "app")
     from mamba_attn.analytics import AttentionStore
-    from mamba_attn.commands.explore import serve
 
     serve([each if isinstance(each, AttentionStore) else AttentionStore.open(each) for each in stores], host, port)

@@ -25,7 +25,7 @@ class LoadedModel:
         model: the network.
         transform: from a picture to its input; whatever ``Transform.of`` reads. Default: found when it is needed, from
             the model's own attributes, and said.
-        classes: the names of its outputs. Default: numbers.
+        classes: the names of its outputs; [] for a backbone, whose outputs are features. Default: numbers.
         head: what its outputs are: "softmax" of one class among all, "sigmoid" of each class by itself, "none" of
             numbers that are no probabilities.
         layout: the token frame, where it cannot be measured; see ``mamba_attn.trace``.
@@ -101,7 +101,8 @@ class LoadedModel:
         Args:
             inputs: a batch of what its transform returns.
         """
-        return scores(self.model(inputs), len(inputs))
+        output = self.model(inputs)
+        return None if self.classes == [] else scores(output, len(inputs))  # features are no classes
 
     def probabilities(self, logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
         """Return what the head makes of scores; with head="none" the scores themselves."""

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.core.training_mode import warn_of_training
 from mamba_attn.core.transform import Transform
@@ -31,6 +32,7 @@ NO_COMPANION = "none"
 KINDS = "FILE.py:FUNCTION, PACKAGE.MODULE:FUNCTION, timm:NAME or hf:FOLDER"
 _COMPANION = "vit_micro"  # of the micro models; the package has none for other sizes
 _SIDE = 224
+_EXTRA = 16  # tokens in front of the patches, fewer: a class token and registers
 _OUTPUTS = "_outputs"  # where the number of outputs is remembered
 # raised by a model that is shown an image it cannot take
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ArithmeticError)
@@ -132,10 +134,10 @@ def complete(model: nn.Module | LoadedModel) -> LoadedModel:
         count = vars(found)[_OUTPUTS] = _outputs(found)
     if found.classes is None:
         found.classes = names_for(count)
-    elif len(found.classes) != count:
+    elif len(found.classes) != count and found.classes:
         raise ValueError(
-            f"classes={len(found.classes)} names, from {found.classes[:1]} on: {found.name} has {count} outputs; "
-            "expected one name per output."
+            f"classes: {len(found.classes)} names, {found.classes[0]!r} the first, and {found.name} has {count} "
+            "outputs; expected one name per output."
         )
     return found
 
@@ -329,11 +331,25 @@ def _of_transformers(spec: str, weights: str | None, options: dict[str, Any], tr
     names = None if not labels else [str(labels[index]) for index in sorted(labels)]
 
     def made(_: Mapping[str, Any]) -> LoadedModel:
-        return LoadedModel(model.eval(), processor, names, name=folder.resolve().name)
+        return LoadedModel(model.eval(), processor, names, layout=_patches(config), name=folder.resolve().name)
 
     found = _filled(made, lambda _: False, options, spec, weights)
     found.spec, found.weights = f"hf:{folder.resolve()}", weights or ""
     return found
+
+
+def _patches(config: Any) -> Callable[[str, int], TokenLayout | None] | None:
+    """Return the token frame of a ViT of transformers: its patches in raster order, behind what else it has."""
+    size, patch = _sides(getattr(config, "image_size", None)), _sides(getattr(config, "patch_size", None))
+    if size is None or patch is None:
+        return None
+    grid = (size[0] // patch[0], size[1] // patch[1])
+
+    def layout(_: str, tokens: int) -> TokenLayout | None:
+        extra = tokens - grid[0] * grid[1]
+        return TokenLayout(grid, patch, class_tokens=tuple(range(extra))) if 0 <= extra < _EXTRA else None
+
+    return layout
 
 
 def _filled(

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mamba_attn import images
-from mamba_attn.attribution import RawAttention
+from mamba_attn.attribution import MapAttribution, RawAttention
 from mamba_attn.attribution.queries import Query
 from mamba_attn.attribution.spec import Method
 from mamba_attn.core.loaded_model import LoadedModel
@@ -21,6 +21,7 @@ from mamba_attn.tracing.tracer import trace
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Placed = TypeVar("Placed", bound=MapAttribution)
 DEPTHS = (0.25, 0.5, 0.75)
 
 
@@ -126,9 +127,9 @@ def answer(question: Question, image: "Path | Image | Tensor") -> Answer:
     place: dict[str, Any] = {} if query is None else query.argument
     maps = {}
     for method in question.methods:
-        found = method.build(subject.model, layers or None).attribute(inputs, explained, **place)
+        found = _placed(method.build(subject.model, layers or None), subject).attribute(inputs, explained, **place)
         maps[method.key] = found[0, 0].cpu().numpy()
-    rows = RawAttention(subject.model, layers=layers or None).rows(inputs, **place)
+    rows = _placed(RawAttention(subject.model, layers=layers or None), subject).rows(inputs, **place)
     return Answer(
         question=question,
         image=picture,
@@ -140,6 +141,13 @@ def answer(question: Question, image: "Path | Image | Tensor") -> Answer:
         read={name: row[0].cpu().numpy() for name, row in rows.items()},
         left_out=left_out,
     )
+
+
+def _placed(method: Placed, subject: LoadedModel) -> Placed:
+    """Give a method the model's token frame, where the method takes one."""
+    if subject.layout is not None and hasattr(method, "layout"):
+        method.__dict__["layout"] = subject.layout  # of the methods that read tokens
+    return method
 
 
 def _shown(subject: LoadedModel, image: "Path | Image | Tensor") -> tuple[np.ndarray, float]:

@@ -69,3 +69,8 @@ def test_fields_are_public_and_checked():
         LoadedModel(nn.Linear(2, 2), head="logits")
     with pytest.raises(TypeError, match="expected a list of names, one per class"):
         LoadedModel(nn.Linear(2, 2), classes="ab")
+
+
+def test_features_are_no_classes():
+    assert LoadedModel(nn.Identity(), classes=[]).logits(LOGITS) is None
+    assert LoadedModel(nn.Identity()).logits(LOGITS) is LOGITS

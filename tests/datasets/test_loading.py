@@ -152,7 +152,7 @@ def test_weights_give_the_number_of_classes_and_their_names(code):
     assert torch.equal(found.model[0].head.weight, model[0].head.weight)
     with pytest.raises(WeightsError, match="they have 7 classes: num_classes=7"):
         load("own_net.py:build", "best.pth", **SHOWN, num_classes=5)
-    with pytest.raises(ValueError, match=r"classes=2 names, from \['a'\] on: own_net\.build has 7 outputs"):
+    with pytest.raises(ValueError, match=r"classes: 2 names, 'a' the first, and own_net\.build has 7 outputs"):
         load("own_net.py:build", "best.pth", **SHOWN, classes=["a", "b"])
 
 

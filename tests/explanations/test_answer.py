@@ -3,14 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mamba_attn import images, trace
 from mamba_attn.attribution import AttentionRollout, MambaAttribution, RawAttention, TransformerAttribution
 from mamba_attn.attribution.queries import Query
+from mamba_attn.core.loaded_model import LoadedModel
+from mamba_attn.core.transform import Transform
 from mamba_attn.datasets import loading
 from mamba_attn.datasets.loading import is_transformer, traced_layers
-from mamba_attn.explanations import choices
+from mamba_attn.explanations import choices, explain
 from mamba_attn.explanations.answer import _at_depths, answer
+from mamba_attn.models.vim import VisionMamba
 from tests.explanations.cases import CLASSES, VIM, VIT, VMAMBA, photo, save
 
 CASES = {"vim_micro": VIM, "vmamba_micro": VMAMBA, "vit_micro": VIT}
@@ -96,3 +100,24 @@ def test_official_models_see_the_crop_that_they_were_measured_with(tmp_path):
     picture = images.read(photo(tmp_path))
     expected = images.crop(picture, (32, 48), cover=(36, 54), interpolation="bicubic")
     assert np.array_equal(found.image, expected)
+
+
+def test_a_backbone_gives_maps_without_classes(tmp_path):
+    model = LoadedModel(VisionMamba(**{**VIM, "num_classes": 0}).eval(), Transform((32, 32)), [])
+    (found,) = explain(model, photo(tmp_path), tmp_path / "out")
+    assert (found.explained, found.best(), list(found.maps)) == (None, [], ["raw_attention", "attention_rollout"])
+    assert (tmp_path / "out" / "a.html").is_file()
+    with pytest.raises(ValueError, match=r"mamba_attribution.*explains a class, and VisionMamba has none"):
+        explain(model, photo(tmp_path), methods="mamba_attribution")
+
+
+def test_tensors_and_pictures_are_explained_alike(tmp_path):
+    model = LoadedModel(VisionMamba(**VIM).eval(), Transform((32, 32), mean=(0.5,) * 3, std=(0.5,) * 3), name="mine")
+    path = photo(tmp_path)
+    picture = Image.open(path).convert("RGB")
+    by_file, by_picture, by_tensor = explain(model, [path, picture, model.transform(path)], target=1, layers=[0])
+    for other in (by_picture, by_tensor):
+        assert np.array_equal(other.image, by_file.image)
+        for name, values in by_file.maps.items():
+            np.testing.assert_allclose(other.maps[name], values, rtol=0, atol=1e-5)
+    assert (by_file.name, by_file.explained, by_file.class_name(1)) == ("mine", 1, "class 1")
