@@ -33,11 +33,11 @@ class Request:
         keep: number of first images whose matrices to store in full, or keys of such images.
         batch: images per batch. Default: as the matrices' size allows, at most 16.
         layers: names, patterns or numbers, or one of them. Default: all.
-        layout: as in ``mamba_attn.trace``: where the tokens are, for models that do not show it.
-        orders: as in ``mamba_attn.trace``: in which order scans walk them, where it cannot be measured.
         routes: "each": statistics of every route and of their sum; "sum": of the sum alone.
         interval: seconds between checkpoints, at least.
         command: the command that resumes after a kill, for messages.
+        layout: as in ``mamba_attn.trace``: where the tokens are, for models that do not show it.
+        orders: as in ``mamba_attn.trace``: in which order scans walk them, where it cannot be measured.
 
     Raises:
         ValueError: a number is too small, ``routes`` is unknown, or an image in ``keep`` is not collected.
@@ -49,11 +49,11 @@ class Request:
     keep: Keep = 0
     batch: int | None = None
     layers: LayerNames | None = None
-    layout: AnyLayout | None = None
-    orders: AnyOrders | None = None
     routes: str = "each"
     interval: float = 20.0
     command: str = ""
+    layout: AnyLayout | None = None
+    orders: AnyOrders | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "subject", complete(self.subject))
