@@ -113,7 +113,7 @@ class Call:
         if not self.has_others:
             return None
         if not self.seen:
-            with undisturbed(model, hooks=True):
+            with undisturbed(model, traced=True):
                 plain = self._entering(model, None)
                 for place in self.explained:
                     changed = self._entering(model, place)

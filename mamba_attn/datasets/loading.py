@@ -157,7 +157,7 @@ def traced_layers(model: LoadedModel) -> list[str]:
         if mixers:
             names = mixers
         else:  # scans that are only seen at doors, while the model runs
-            with undisturbed(model.model), trace(model.model, layout=model.layout) as found:
+            with undisturbed(model.model, traced=True), trace(model.model, layout=model.layout) as found:
                 model.model(model.transform.blank().to(model.device))
             names = list(found)
         _layers[model.model] = names

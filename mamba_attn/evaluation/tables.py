@@ -256,7 +256,7 @@ def beside(table: Table) -> tuple[Published, ...]:
     """Return the published rows to compare with; empty unless weights and images are those of the paper."""
     if (
         table.model.name != MAMBA
-        or table.model.subject.weights == "demo"
+        or "demo" in (table.model.weights, table.model.subject.weights)
         or len(table.model.subject.classes) != _CLASSES
     ):
         return ()

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from mamba_attn._types import Float, Int
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.tracing.adapters import Seen
-from mamba_attn.tracing.agreement import measurable
+from mamba_attn.tracing.agreement import Call, measurable
 from mamba_attn.tracing.doors import Watch, open_doors, suspended
 from mamba_attn.tracing.frames import SHARE, Centre, Probe
 from mamba_attn.tracing.replay import Replay
@@ -129,7 +129,13 @@ class _Pass:
     inside: int = 0
 
     def enters(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Give a mixer its input without the graph behind it."""
+        """Give a mixer its input without the graph behind it.
+
+        Raises:
+            RuntimeError: with it comes what may hold states, such as a cache, which a further call would change.
+        """
+        if Call(args, kwargs).opaque:
+            raise RuntimeError("the mixer is called with what may hold states.")
         self.inside += 1
         return pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
 

@@ -17,18 +17,22 @@ _here = local()
 
 
 @contextmanager
-def undisturbed(module: nn.Module, *, hooks: bool = False, own_mode: bool = False) -> Iterator[None]:
+def undisturbed(
+    module: nn.Module, *, hooks: bool = False, own_mode: bool = False, traced: bool = False
+) -> Iterator[None]:
     """Put a module in eval mode, to be called inside the block; afterwards everything is as before.
 
     Args:
         module: a model or a part of one.
         hooks: whether its hooks, the user's own among them, see the calls; forwards are the module's own in any case.
         own_mode: whether it stays in the mode in which it is, training or not.
+        traced: whether traces that are opened inside the block see the calls; hooks then do, too.
     """
     modules = list(module.modules())
     devices = {parameter.device for parameter in module.parameters() if parameter.is_cuda}
     with _one_at_a_time, torch.random.fork_rng(devices), torch.no_grad(), ExitStack() as stack:
-        stack.enter_context(_unseen(modules if not hooks else ()))
+        if not traced:
+            stack.enter_context(_unseen(modules if not hooks else ()))
         for each in modules:
             stack.callback(_restore, each, dict(vars(each)), _contents(each))
         for value in [value for each in modules for value in each._buffers.values() if value is not None]:

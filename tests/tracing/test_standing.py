@@ -94,7 +94,7 @@ def test_what_differs_is_taken_at_its_door_with_one_warning_that_gives_the_numbe
     with torch.no_grad():
         plain = model(x)
     sentence = (
-        r"^trace: [01] \(Scaled, family Mamba\): .* by 0\.\d+ \(.*\), and 1 more like it\. Its scans are taken where"
+        r"^trace: [01] \(Scaled, family Mamba\): .* by 0\.\d+ \(.*\), and 1 more like it\. What enters a compiled scan"
     )
     for _ in range(2):
         with pytest.warns(UserWarning, match=sentence) as caught, torch.no_grad():

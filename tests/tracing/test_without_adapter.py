@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from mamba_attn.datasets.loaded_model import LoadedModel
 
 import mamba_attn
 from mamba_attn import attribution, erf, models
 from mamba_attn.analytics import AttentionStore, Request, collect
+from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.datasets import open_data
 from mamba_attn.errors import TraceError
 from tests.datasets.cases import CLASSES, class_folders
@@ -93,7 +93,7 @@ def test_an_order_that_is_given_reaches_methods_collect_and_fields(tmp_path):
 
 
 def _collect(model, tmp_path, **options):
-    subject = LoadedModel("net", model, [*CLASSES, "d", "e"], models.transform("vim_micro", SIZE))
+    subject = LoadedModel(model, models.transform("vim_micro", SIZE), [*CLASSES, "d", "e"], name="net")
     data = open_data(str(class_folders(tmp_path / "photos", 2)))
     collected = collect(Request(subject, data, batch=2, interval=0.0, keep=2, **options), tmp_path / "store")
     return collected, AttentionStore.open(tmp_path / "store")

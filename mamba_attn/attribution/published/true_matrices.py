@@ -32,6 +32,8 @@ class Equation24(TokenAttribution):
     Args:
         model: a model of selective scans.
         layers: names, patterns or numbers of the mixers to use; the others act as the identity. Default: all.
+        layout: as in ``mamba_attn.trace``.
+        orders: as in ``mamba_attn.trace``.
     """
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
@@ -59,6 +61,8 @@ class PublishedRecipe(TokenAttribution):
     Args:
         model: a model of selective scans.
         layers: names, patterns or numbers of the mixers to use. Default: the late ones, see ``late_layers``.
+        layout: as in ``mamba_attn.trace``.
+        orders: as in ``mamba_attn.trace``.
     """
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
