@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from benchmarks.dropin_checks import Row, measure
-from benchmarks.foreign import REPOSITORIES, official_pairs
+from benchmarks.foreign import REPOSITORIES, UNSEEN, official_pairs
 from benchmarks.measure import ROOT
 from benchmarks.report import Figure, figure, show
 
@@ -87,6 +87,8 @@ def run_dropin(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
     show("drop-in", COLUMNS, [[_cell(row, column) for column in COLUMNS] for row in rows])
     rows, pairs = [*kept["rows"], *rows], {**kept["same weights"], **pairs}
     rows.sort(key=lambda row: list(REPOSITORIES).index(row["repository"]))  # stable: cases stay in their order
+    unseen = [row for row in rows if row["repository"] in UNSEEN]  # whatever came out; no figure counts them
+    rows = [row for row in rows if row["repository"] not in UNSEEN]
     worked = [row for row in rows if "law 1" in row]
     many = f"{len(worked)} modules and models"
     figures = [
@@ -97,9 +99,9 @@ def run_dropin(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
     ]
     for name, pair in pairs.items():
         figures += [figure("drop-in logits", name, pair["logits"]), figure("drop-in matrices", name, pair["matrices"])]
-    ran = {row["repository"] for row in rows}
+    ran = {row["repository"] for row in [*rows, *unseen]}
     missing = [name for name in REPOSITORIES if name not in ran]
-    return figures, {"rows": rows, "same weights": pairs, "not there": missing}
+    return figures, {"rows": rows, "never seen before": unseen, "same weights": pairs, "not there": missing}
 
 
 def _kept(again: list[str]) -> dict[str, Any]:
@@ -107,7 +109,8 @@ def _kept(again: list[str]) -> dict[str, Any]:
     if not RESULTS.exists():
         return {"rows": [], "same weights": {}}
     details = json.loads(RESULTS.read_text())["details"]
-    rows = [row for row in details["rows"] if row["repository"] in REPOSITORIES and row["repository"] not in again]
+    known = [*details["rows"], *details.get("never seen before", [])]
+    rows = [row for row in known if row["repository"] in REPOSITORIES and row["repository"] not in again]
     return {"rows": rows, "same weights": details["same weights"]}
 
 

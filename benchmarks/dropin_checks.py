@@ -99,7 +99,7 @@ def _same_orders(record: Trace, model: nn.Module, inputs: Tensor, call: Call) ->
     equal = 0
     for layer in declared:
         try:
-            equal += torch.equal(_routes(measured.scans[layer.name]), _routes(layer))
+            equal += torch.equal(_routes(measured.scans[layer.name or "model"]), _routes(layer))
         except MambaAttnError:  # it is not there, or could not be measured
             continue
     return f"{equal} of {len(declared)}"
@@ -118,7 +118,7 @@ def _maps(case: Case, model: nn.Module, inputs: Tensor) -> dict[str, str]:
     for method in METHODS:
         try:
             map_ = method(called).attribute(inputs)
-        except (MambaAttnError, ValueError) as error:
+        except (MambaAttnError, ValueError, RuntimeError, IndexError) as error:  # the last two are ours to repair
             found[method.__name__] = f"{type(error).__name__}: {error}"
         else:
             found[method.__name__] = "x".join(map(str, map_.shape))

@@ -23,10 +23,10 @@ def update(results: dict[str, Any], page: Path = PAGE) -> None:
     page.write_text(filled(page.read_text(), PARTS, results))
 
 
-def ran(results: dict[str, Any]) -> str:
+def ran(results: dict[str, Any], key: str = "rows") -> str:
     """One line per repository."""
     lines = ["| code | run | layers | tokens | law 1 | maps |", "|---|---|---|---|---|---|"]
-    for name, rows in _by_repository(results):
+    for name, rows in _by_repository(results, key):
         worked = [row for row in rows if "law 1" in row]
         first = f"[{name}](https://github.com/{name})" if "/" in name else f"{name} {rows[0]['commit']}"
         classes = list(dict.fromkeys(row["class"] for row in rows if row["class"]))
@@ -36,10 +36,16 @@ def ran(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def sentences(results: dict[str, Any]) -> str:
+def never_seen(results: dict[str, Any]) -> str:
+    """The same of code that nobody had looked at, and what was not traced of it."""
+    said = sentences(results, "never seen before")
+    return ran(results, "never seen before") + ("" if said == "Nothing." else f"\n\n{said}")
+
+
+def sentences(results: dict[str, Any], key: str = "rows") -> str:
     """What is refused, and what failed, in the words of the error."""
     lines = []
-    for name, rows in _by_repository(results):
+    for name, rows in _by_repository(results, key):
         for row in rows:
             why = row.get("refused") or row.get("failed")
             if why:
@@ -48,9 +54,9 @@ def sentences(results: dict[str, Any]) -> str:
     return "\n".join(dict.fromkeys(lines)) or "Nothing."
 
 
-def _by_repository(results: dict[str, Any]) -> Iterable[tuple[str, list[dict[str, Any]]]]:
+def _by_repository(results: dict[str, Any], key: str) -> Iterable[tuple[str, list[dict[str, Any]]]]:
     rows: dict[str, list[dict[str, Any]]] = {}
-    for row in results["details"]["rows"]:
+    for row in results["details"].get(key, []):
         rows.setdefault(row["repository"], []).append(row)
     return rows.items()
 
@@ -79,7 +85,7 @@ def _maps(rows: list[dict[str, Any]]) -> str:
     return f"{given} of {len(asked)}" if asked else ""
 
 
-PARTS = {"what ran": ran, "sentences": sentences}
+PARTS = {"what ran": ran, "sentences": sentences, "never seen": never_seen}
 
 
 if __name__ == "__main__":

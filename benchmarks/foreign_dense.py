@@ -72,7 +72,7 @@ def seg_mamba(root: Path) -> Iterator[Case]:
     load(root / "mamba", "mamba_ssm")
     code = load(root, "model_segmamba.segmamba")
     make = made(code.SegMamba, in_chans=2, out_chans=3, depths=[1, 1, 1, 1], feat_size=[48, 8, 8, 8], hidden_size=8)
-    yield Case("SegMamba", "3-D", make, (2, 2, 16, 32, 64))
+    yield Case("MambaEncoder", "3-D, its encoder", lambda: make().vit, (2, 2, 16, 32, 64), call=side_by_side)
 
 
 def mamba_unet(root: Path) -> Iterator[Case]:

@@ -1,7 +1,7 @@
 """The repositories whose mixer is SS2D, which ``dropin`` runs: their own classes, built small."""
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,15 +49,19 @@ def vmamba(root: Path) -> Iterator[Case]:
     )
 
 
-def _compiled(code: ModuleType) -> Callable[[nn.Module, Tensor], Any]:
-    """A forward through the extensions, as on a GPU: no adapter knows this one, and a loop has no door."""
-    flags = {name: True for name in vars(code) if name in ("WITH_SELECTIVESCAN_OFLEX", "WITH_SELECTIVESCAN_MAMBA")}
+class _Compiled(nn.Module):
+    """A mixer that runs through the extensions, as on a GPU: no adapter knows this one, and a loop has no door."""
 
-    def call(model: nn.Module, x: Tensor) -> Any:
-        with patch.multiple(code, **flags):
-            return model(x)
+    def __init__(self, code: ModuleType, mixer: nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.code = code
 
-    return call
+    def forward(self, x: Tensor) -> Any:
+        names = ("WITH_SELECTIVESCAN_OFLEX", "WITH_SELECTIVESCAN_MAMBA")
+        flags: Any = {name: True for name in names if hasattr(self.code, name)}
+        with patch.multiple(self.code, **flags):
+            return self.mixer(x)
 
 
 def _ss2d(file: str, code: ModuleType) -> Iterator[Case]:
@@ -96,10 +100,11 @@ def _ss2d(file: str, code: ModuleType) -> Iterator[Case]:
         }.items():
             options = {"d_state": 1, "forward_type": "v05", "channel_first": first, **more}
             yield Case("SS2D", f"{file} v05 {what} {frame}", made(code.SS2D, 24, **options), shape[first], maps=False)
-    flags = code if file == "vmamba.py" else importlib.import_module("models.csms6s")
-    cascade = made(code.SS2D, 24, d_state=2, forward_type="v052dc", channel_first=True)
-    yield Case("SS2D", f"{file} v052dc", cascade, shape[True], call=_compiled(flags), maps=False)
     if file == "classification":
+        flags = importlib.import_module("models.csms6s")
+        cascade = made(code.SS2D, 24, d_state=2, forward_type="v052dc", channel_first=True)
+        make = lambda: _Compiled(flags, cascade())  # noqa: E731
+        yield Case("SS2D", f"{file} v052dc", make, shape[True], maps=False)
         m0 = made(code.SS2D, 32, d_state=8, dt_rank=4, forward_type="m0_noz", initialize="v2")
         yield Case("SS2D", f"{file} m0_noz", m0, (2, 7, 5, 32), refused="m0")
 

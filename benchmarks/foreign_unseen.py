@@ -18,8 +18,9 @@ from benchmarks.foreign_code import load, made, package, renamed
 def vmamba_morph(root: Path) -> Iterator[Case]:
     """VMambaMorph: registration of volumes, SS2D over cubes; the file does not import its own VMambaLayer."""
     folder = root / "mambamorph" / "torch"
-    networks = sys.modules["networks"] = ModuleType("networks")  # other models, with their packages
-    networks.__dict__.update(Unet=None, ConvBlock=None)
+    for name in ("networks", "configs_TransMorph"):  # other models with their packages; a file that does not parse
+        stub = sys.modules[name] = ModuleType(name)
+        stub.__dict__.update(Unet=None, ConvBlock=None, __getattr__=lambda name: lambda *_: None)
     layers = load(folder, "mamba")
     code = load(folder, "TransMorph")
     code.__dict__["VMambaLayer"] = layers.VMambaLayer

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from threading import RLock, local
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -113,6 +113,8 @@ def settings(module: nn.Module) -> int:
 
 
 def _simple(value: Any, depth: int = _DEPTH) -> Any:
+    if isinstance(value, ModuleType):  # a library that a model keeps at hand is no setting
+        return value.__name__
     if value is None or isinstance(value, int | float | str):
         return value
     if isinstance(value, nn.Module) or depth < 0:

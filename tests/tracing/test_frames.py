@@ -9,6 +9,7 @@ from torch import nn
 
 import mamba_attn
 from mamba_attn import orders
+from mamba_attn.tracing.undisturbed import settings
 from tests.tracing.foreign import CHANNELS, Cross, Line, Net, Scan
 
 TOKENS = 20
@@ -114,3 +115,10 @@ def test_a_scan_of_one_step_has_its_token():
     assert layer.scan.write_order.tolist() == [[0]] * 4
     assert layer.layout.grid == (1, 1)
     assert layer.attention().shape == (3, 1, 1)
+
+
+def test_a_library_that_a_model_keeps_is_no_setting():
+    model = Line()
+    before = settings(model)
+    model.library = torch
+    assert settings(model) != before  # by its name; torch.classes answers every attribute by an error
