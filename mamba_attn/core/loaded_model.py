@@ -40,7 +40,7 @@ class LoadedModel:
         ValueError: an unknown head, or what ``Transform.of`` refuses.
 
     Example:
-        >>> mamba_attn.LoadedModel(model, classes=["hat", "shoe"], head="sigmoid").classes
+        >>> LoadedModel(model, classes=["hat", "shoe"], head="sigmoid").classes
         ['hat', 'shoe']
     """
 

@@ -1,7 +1,6 @@
 """Relevance through scans that are seen at their doors: equal to an adapter's, conserved, nothing left behind."""
 
 import threading
-from functools import partial
 
 import pytest
 import torch
@@ -35,7 +34,10 @@ def _seed():
 def _layout(monkeypatch):
     """What an adapter cannot read from this stem."""
     layout = mamba_attn.TokenLayout(grid=(4, 5), patch_size=4)
-    monkeypatch.setattr("mamba_attn.attribution.maps.trace", partial(mamba_attn.trace, layout=layout))
+    monkeypatch.setattr(
+        "mamba_attn.attribution.maps.trace",
+        lambda *args, **options: mamba_attn.trace(*args, **{**options, "layout": layout}),
+    )
 
 
 def images(batch=2):
