@@ -7,7 +7,7 @@ used where their outputs agree. Values of parameters count too: a low-rank updat
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import FunctionType
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mamba_attn.core.tf32 import without_tf32
 from mamba_attn.errors import MambaAttnError, UnsupportedModelError
 from mamba_attn.tracing.adapters import AnyAdapter, Seen
 from mamba_attn.tracing.doors import suspended
@@ -284,13 +285,9 @@ def difference(value: Tensor, truth: Tensor) -> float:
 @contextmanager
 def _alone(module: nn.Module, training: bool) -> Iterator[None]:
     """In its own mode, or eval mode, in full precision, unseen by hooks and traces."""
-    flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with suspended(None), undisturbed(module, own_mode=training):
-            yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = flags
+    exact = without_tf32() if any(parameter.is_cuda for parameter in module.parameters()) else nullcontext()
+    with exact, suspended(None), undisturbed(module, own_mode=training):
+        yield
 
 
 def _coarsest(module: nn.Module, call: Call, truth: Tensor) -> float:

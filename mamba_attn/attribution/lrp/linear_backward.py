@@ -12,6 +12,7 @@ from mamba_attn.attribution.lrp.linear_rules import LinearRules
 from mamba_attn.attribution.maps import Row, TokenAttribution
 from mamba_attn.attribution.queries import Query
 from mamba_attn.attribution.targets import Target
+from mamba_attn.core.tf32 import tf32_allowed
 from mamba_attn.errors import TraceError
 from mamba_attn.tracing.escapes import Meter
 from mamba_attn.tracing.layer_names import LayerNames, layer_names, listed_layers
@@ -151,8 +152,7 @@ class LinearisedAttribution(TokenAttribution):
         parts = [part.detach().double() for part in (shares, *constants.values())]
         total, size = sum(float(part.sum()) for part in parts), sum(float(part.abs().sum()) for part in parts)
         tolerance = max(_TOLERANCE[each] for each in (dtype, logit.dtype, _autocast(shares.device.type)))
-        tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
-        tolerance = max(tolerance, _TF32) if shares.is_cuda and tf32 else tolerance
+        tolerance = max(tolerance, _TF32) if shares.is_cuda and tf32_allowed() else tolerance
         value = float(logit.detach())
         allowed = tolerance * max(size, abs(value))
         return None if abs(total - value) <= allowed else _Gap(total, value, allowed)
