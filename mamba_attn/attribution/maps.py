@@ -407,6 +407,8 @@ class TokenAttribution(MapAttribution):
         call = f"{self.called}.attribute"
         with torch.inference_mode(False):
             images = inputs.clone() if inputs.is_inference() else inputs  # autograd cannot save inference tensors
+            if rules is not None and self._call.has_others:
+                images = images.detach().requires_grad_()  # rules hold the others
             reached = self._call.reached(call, self.model)
             with self._pass(images, gradients, rules) as (record, output):
                 with torch.set_grad_enabled(gradients):

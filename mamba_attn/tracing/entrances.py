@@ -70,10 +70,15 @@ class Arrivals:
         return (args, kwargs) if outermost else None
 
     def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Let gradients start at the floating-point tensors of a call; at embeddings where there are none."""
+        """Let gradients start at the floating-point tensors of a call; at embeddings where there are none.
+
+        Where some require a gradient, the others are held: they are no part of what is explained.
+        """
+        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
+        held = any(tensor.requires_grad for tensor in given)
 
         def start(value: Any) -> Any:
-            if not isinstance(value, Tensor) or not value.is_floating_point():
+            if not isinstance(value, Tensor) or not value.is_floating_point() or (held and not value.requires_grad):
                 return value
             if value.requires_grad:
                 self.sources.tensors.append(value)

@@ -60,13 +60,14 @@ class Replay:
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
     """In eval mode and with frozen parameters inside, since only where gradients go matters; as before after it."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    if any(parameter.is_inference() for parameter, _ in flags):
+    if any(parameter.is_inference() for parameter in model.parameters()):
         raise TraceError(
             "the order of the scans' tokens is measured by gradients, and the model was built in inference mode: "
             "build it outside torch.inference_mode(), or pass orders= to trace()."
         )
     with undisturbed(model, hooks=True):
+        # read here, where no other thread has them changed for the same purpose
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             for parameter, _ in flags:
                 parameter.requires_grad_(False)

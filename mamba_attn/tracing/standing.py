@@ -166,7 +166,6 @@ def _measured(model: nn.Module, replay: Replay, mixers: Mapping[str, nn.Module],
     if any(parameter.is_inference() for parameter in model.parameters()):
         return Standing()
     seen, watch = _Pass({module: name for name, module in mixers.items()}), Watch(model)
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with ExitStack() as stack:
         stack.callback(watch.close)
         for block in (torch.inference_mode(False), undisturbed(model), suspended(watch)):
@@ -175,7 +174,8 @@ def _measured(model: nn.Module, replay: Replay, mixers: Mapping[str, nn.Module],
             stack.enter_context(open_doors(watch))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # the traced pass gives them
-        for parameter, flag in flags:
+        # read here, where no other thread has them changed for the same purpose
+        for parameter, flag in [(parameter, parameter.requires_grad) for parameter in model.parameters()]:
             stack.callback(parameter.requires_grad_, flag)
             parameter.requires_grad_(False)
         own = replay.changed(Tensor.clone)

@@ -238,6 +238,7 @@ def test_the_headline_is_the_best_default_not_the_best_variant():
     assert maps.headline("vim_micro energy", {"methods": {"MambaAttribution, rule=paper": entry(9.0)}}) is None
 
 
+@pytest.mark.full
 def test_everything_is_measured_from_end_to_end(data, weights, tmp_path, capsys):
     run.main([
         "maps", "--data", str(data), "--cache", str(tmp_path), "--weights", str(weights), "--out", str(tmp_path),

@@ -134,6 +134,7 @@ def test_the_tables_say_whether_a_figure_is_met(tmp_path, capsys):
     assert "2e-05" in printed
 
 
+@pytest.mark.full
 def test_the_operators_are_measured_from_end_to_end(monkeypatch, tmp_path):
     shape = Shape(3, 2, 9)
     monkeypatch.setattr(run, "peak_memory", lambda function, length, **_: 1000 * length)
@@ -149,6 +150,7 @@ def test_the_operators_are_measured_from_end_to_end(monkeypatch, tmp_path):
     assert {item.target for item in figures + found + errors} <= set(cases.TARGETS)
 
 
+@pytest.mark.full
 def test_the_models_are_measured_from_end_to_end(monkeypatch):
     peaks = {False: 1000, True: 1500}
     monkeypatch.setattr(run, "peak_memory", lambda function, attention, **_: peaks[attention])
@@ -159,6 +161,7 @@ def test_the_models_are_measured_from_end_to_end(monkeypatch):
     assert set(details["milliseconds"]) == {"transformer", "plain", "attention"}
 
 
+@pytest.mark.full
 def test_attribution_is_measured_beside_a_pass(monkeypatch):
     monkeypatch.setattr(run, "peak_memory", lambda function, what, **_: len(what))
     figures, details = run.measure_attribution("vmamba_micro", 32, (2,), 1)

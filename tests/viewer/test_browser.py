@@ -406,8 +406,14 @@ def test_when_the_server_is_gone_a_banner_says_so(browser, store):
     page.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [400, 720, 1440])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [(400, "light"), (1440, "dark")]
+    + [
+        pytest.param(*each, marks=pytest.mark.full)
+        for each in ((400, "dark"), (720, "light"), (720, "dark"), (1440, "light"))
+    ],
+)
 def test_no_width_scrolls_sideways(browser, address, width, scheme):
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     viewer = Viewer(page, address).open()

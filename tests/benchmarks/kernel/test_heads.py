@@ -12,6 +12,7 @@ def small(monkeypatch):
         monkeypatch.setattr(heads, name, value)
 
 
+@pytest.mark.full
 def test_every_call_is_measured_in_both_forms(small, capsys):
     figures, details = heads.run_heads(quick=True)
     assert [item.how for item in figures] == ["fold mean, native", "fold gradient, native"]

@@ -30,6 +30,7 @@ def refused(capsys, *arguments):
     return captured.err
 
 
+@pytest.mark.full
 def test_a_quick_run_from_end_to_end(tmp_path, capsys):
     folder = tmp_path / "new" / "folder"
     options = ["--quick", "--models", "vim_micro", "--pixels", "32", "--device", "cpu", "--out", str(folder)]
@@ -120,6 +121,7 @@ def test_the_benchmark_writes_the_default_run_only(monkeypatch, tmp_path, capsys
     assert "--pixels 33: expected a positive multiple of 32." in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_the_ceilings_of_a_cpu_are_those_of_its_work():
     found = ceilings.measure(CPU, rounds=2, quick=True)
     x = torch.rand(2**17)
