@@ -1,4 +1,4 @@
-"""What mixes tokens in a model beside the layers that a trace sees: found by moving one token, and looking who follows.
+"""What mixes tokens in a model besides the traced layers: found by moving one token and seeing which others move.
 
 A block that stands in one container with a block of a traced mixer, and holds no traced mixer itself, is unknown if a
 module of it mixes tokens: a map that multiplies layers would leave it out. Convolutions, and stages without any traced

@@ -1,4 +1,4 @@
-"""Dimension reductions that take seconds, each in a process of its own: the page goes on, and can cancel them."""
+"""Dimension reductions that take seconds, each in a process of its own: the page stays usable and can cancel them."""
 
 import os
 import subprocess
