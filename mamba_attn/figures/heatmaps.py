@@ -206,7 +206,7 @@ def matrix(
             hovertemplate="token %{y} %{customdata[0]} reads token %{x} %{customdata[1]}: %{z:.3g}<extra></extra>",
         )
         for update in (figure.update_xaxes, figure.update_yaxes):
-            name_ticks(update, shown)
+            name_ticks(update, shown, round(0.7 * size))
         figure.update_xaxes(tickangle=-90, automargin=True).update_yaxes(automargin=True)
     for token in marks:
         figure.add_vline(token, line={"color": "#888888", "width": 1, "dash": "dot"})

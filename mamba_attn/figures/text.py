@@ -89,10 +89,14 @@ def tokens(
             for name, on in (("quiet", number in pale), ("asked", asked is not None and number == asked % count))
             if on
         )
+        # space before a word has no colour; where a token is nothing else, its colour is what shows it
+        seen = word.lstrip() or word.replace("\n", "\u21b5")
+        before = word[: len(word) - len(word.lstrip())] if word.lstrip() else ""
+        after = "\n" if not word.lstrip() and "\n" in word else ""
         parts.append(
-            f"<span{f' class={chr(34)}{classes}{chr(34)}' if classes else ''} "
+            f"{before}<span{f' class={chr(34)}{classes}{chr(34)}' if classes else ''} "
             f'style="background:rgba(var(--{hue}),{0.85 * strength:.3f})" '
-            f'title="{number}: {html.escape(repr(word))} {value:+.3g}">{html.escape(word)}</span>'
+            f'title="{number}: {html.escape(repr(word))} {value:+.3g}">{html.escape(seen)}</span>{after}'
         )
     above = f"<b>{html.escape(title)}</b>" if title else ""
     below = f"<small>{html.escape(note)}</small>" if note else ""
@@ -141,7 +145,7 @@ def token_grid(
     )
     width = max(360, min(1200, 22 * len(words) + 200))
     figure = plain(Figure(heat), title=title, width=width, height=size * len(layers) + 140)
-    name_ticks(figure.update_xaxes, shown)
+    name_ticks(figure.update_xaxes, shown, width - 140)
     figure.update_yaxes(tickvals=list(range(len(layers))), ticktext=list(layers), showgrid=False, zeroline=False)
     return figure.update_layout(margin={"l": 10, "b": 90}).update_yaxes(automargin=True)
 

@@ -16,7 +16,7 @@ GAP = 12  # pixels between panels
 CAPTION = 24  # pixels above each row of panels
 EDGE = 16  # pixels around them
 BAR = 80  # pixels right of them, for a colour bar
-TICKS = 64  # names along an axis
+LINE = 13  # pixels from one name along an axis to the next
 LONGEST = 14  # letters of one
 Place = dict[str, int]
 
@@ -64,14 +64,15 @@ def readable(words: Sequence[str]) -> list[str]:
     return [word if len(word) <= LONGEST else f"{word[: LONGEST - 1]}\u2026" for word in seen]
 
 
-def name_ticks(update_axis: Any, names: Sequence[str]) -> None:
+def name_ticks(update_axis: Any, names: Sequence[str], room: int) -> None:
     """Write a name at every cell of an axis, or at every so many where they would not fit.
 
     Args:
         update_axis: the figure's ``update_xaxes`` or ``update_yaxes``.
         names: of the cells.
+        room: length of the axis in pixels.
     """
-    step = -(-len(names) // TICKS)
+    step = -(-len(names) * LINE // room)
     update_axis(tickvals=list(range(0, len(names), step)), ticktext=list(names)[::step], tickfont={"size": 11})
 
 
