@@ -89,7 +89,8 @@ class RelevanceAttentionRanks(MapAttribution):
         cells = self._cells(images, target)
 
         def read(method: _Part) -> Tensor:
-            return cell_means(self._at_this_call(method)._finite_maps(images, target, None, size, False), cells)
+            maps = self._at_this_call(method)._finite_maps(images, target, query, size, not cells.pixels)
+            return cell_means(maps, cells) if cells.pixels else maps
 
         relevance = read(self.relevance)
         extent = torch.stack([_shares(read(method)) for method in self.extent]).sum(0)
@@ -108,15 +109,15 @@ class RelevanceAttentionRanks(MapAttribution):
 
 
 def in_order(
-    values: Float[Tensor, "batch 1 rows columns"], order: Float[Tensor, "batch 1 rows columns"]
-) -> Float[Tensor, "batch 1 rows columns"]:
+    values: Float[Tensor, "batch 1 *size"], order: Float[Tensor, "batch 1 *size"]
+) -> Float[Tensor, "batch 1 *size"]:
     """Return every map's own numbers, its largest where ``order`` is largest; ties from the last to the first."""
     place = order.flatten(1).argsort(dim=1, stable=True)
     ordered = values.flatten(1).sort(1).values
     return torch.zeros_like(ordered).scatter(1, place, ordered).view_as(values)
 
 
-def _shares(values: Float[Tensor, "batch 1 rows columns"]) -> Float[Tensor, "batch 1 rows columns"]:
+def _shares(values: Float[Tensor, "batch 1 *size"]) -> Float[Tensor, "batch 1 *size"]:
     """Return every number's rank in its map, from 0 to 1; ties at their mean, a single number at 0."""
     dtype = torch.promote_types(values.dtype, torch.float32)
     flat = values.flatten(1).to(dtype).cpu().numpy()

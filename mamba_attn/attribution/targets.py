@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Int
+from mamba_attn.attribution.texts import Text
 
 Function = Callable[[Any], Tensor]
 Target = int | Tensor | tuple[int, ...] | Sequence[int] | Sequence[tuple[int, ...]] | Function | None
@@ -16,6 +17,7 @@ _DENSE = "target=(class, row, column) or whatever indexes it, a list of such tup
 _SHOWN = 4  # tensors of an output in a message
 _CLASS = 7  # in examples
 _HEADS = ("head", "fc", "classifier")
+_FEATURES = "last_hidden_state"
 
 
 class _Leaf(NamedTuple):
@@ -35,17 +37,22 @@ class _Leaf(NamedTuple):
         return "output" + "".join(f".{key}" if kind == "field" else f"[{key!r}]" for kind, key in self.steps)
 
 
-def find_scores(where: str, output: Any, batch: int, target: Any = None) -> tuple[tuple[str, Any], ...]:
+def find_scores(
+    where: str, output: Any, batch: int, target: Any = None, text: Text | None = None
+) -> tuple[tuple[str, Any], ...]:
     """Return the way to the scores in a model's output: the only (batch, classes) tensor, or else the only one.
+
+    Of several that a model of texts returns, those that are called logits.
 
     Args:
         where: what the user wrote, for the message.
         output: a tensor, or tuples, lists, mappings and dataclasses of them.
         batch: number of images.
         target: as given, for the example in the message.
+        text: what is known of the texts that the model was given, if it was.
 
     Raises:
-        ValueError: no tensor has one result per image, or several have.
+        ValueError: no tensor has one result per image, or several have; a model of texts that returns features alone.
     """
     leaves = list(_leaves(output))
     unique = {id(leaf.tensor): leaf for leaf in reversed(leaves)}  # a value may stand under two names
@@ -56,6 +63,14 @@ def find_scores(where: str, output: Any, batch: int, target: Any = None) -> tupl
     ]
     classes = [leaf for leaf in found if leaf.tensor.ndim == 2]
     chosen: list[_Leaf] = classes or found
+    if text is not None:
+        chosen = [leaf for leaf in found if leaf.steps and leaf.steps[-1][1] == "logits"] or chosen
+    if text is not None and len(chosen) == 1 and target is None and chosen[0].steps[-1:] == (("item", _FEATURES),):
+        raise ValueError(
+            f"{where}: the model returned {_described(output, leaves)}: features, and no scores of tokens, so there is "
+            "no most likely one; trace the model with its head (AutoModelForCausalLM), or explain a feature, "
+            "target=(position, feature)."
+        )
     if len(chosen) == 1:
         return chosen[0].steps
     what = "several of these have" if chosen else "it does not have"
@@ -74,7 +89,7 @@ def follow(output: Any, steps: tuple[tuple[str, Any], ...]) -> Tensor:
     return found
 
 
-def target_values(call: str, output: Any, target: Any, batch: int) -> Tensor:
+def target_values(call: str, output: Any, target: Any, batch: int, text: Text | None = None) -> Tensor:
     """Return the target value of every image, (batch,), or their sum if a function returned a scalar.
 
     Args:
@@ -83,19 +98,22 @@ def target_values(call: str, output: Any, target: Any, batch: int) -> Tensor:
         target: a class, one per image, a tuple of indices after the batch's or a list of them, a function of the
             output; None for the predicted class, or the only number of each image.
         batch: number of images.
+        text: what is known of the texts that the model was given, if it was.
 
     Raises:
         ValueError: the output does not have the target.
     """
     if callable(target) and not isinstance(target, Tensor):
         return _called(call, target, output, batch)
-    scores = follow(output, find_scores(f"{call}(target={target!r})", output, batch, target))
-    indices = target_indices(call, scores, target, batch)
+    scores = follow(output, find_scores(f"{call}(target={target!r})", output, batch, target, text))
+    indices = target_indices(call, scores, target, batch, text)
     chosen: Tensor = scores[(torch.arange(batch, device=scores.device), *indices.unbind(1))]
     return chosen
 
 
-def target_indices(call: str, scores: Tensor, target: Any, batch: int) -> Int[Tensor, "batch axes"]:
+def target_indices(
+    call: str, scores: Tensor, target: Any, batch: int, text: Text | None = None
+) -> Int[Tensor, "batch axes"]:
     """Return the indices of the target value in each image's scores; none where each image has one number.
 
     Args:
@@ -103,12 +121,15 @@ def target_indices(call: str, scores: Tensor, target: Any, batch: int) -> Int[Te
         scores: (batch, ...), of the model's output.
         target: as in ``target_values``, except a function.
         batch: number of images.
+        text: as in ``target_values``; of scores (batch, tokens, vocabulary) it says what the target means.
 
     Raises:
         ValueError: the scores do not have the target.
     """
     where = f"{call}(target={target!r})"
     axes = scores.ndim - 1
+    if text is not None and axes == 2:
+        return text.indices(call, scores, target)
     if axes == 0:
         if target is not None and target != ():
             raise ValueError(f"{where}: the model returned one number per image; leave target out.")

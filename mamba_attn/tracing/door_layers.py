@@ -406,7 +406,8 @@ class DoorScans:
                 "another sequence: no matrix of one token frame. layer.row_frame has it as the module does; name other "
                 "layers with layers=, or give the order with orders=."
             )
-        return place_attention(layer.call, layer.name, steps, self._layout_of(layer.name, layer.call.module, steps))
+        layout = self._layout_of(layer.name, layer.call.module, steps)
+        return place_attention(layer.call, layer.name, steps, layout, self._seen.real)
 
     def _steps(
         self, layer: DoorLayer | DoorAttention, first: ScanCall | SoftmaxCall, members: tuple[int, ...]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from mamba_attn.core.attention_record import AttentionRecord
+from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.rules import PLAIN, Rules, unruled
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError, UnsupportedModelError
@@ -27,6 +28,7 @@ from mamba_attn.tracing.adapters import AnyAdapter, AttentionAdapter, LayoutSour
 from mamba_attn.tracing.agreement import Call, Verdict, judge, judge_call, latest, measurable
 from mamba_attn.tracing.doors import Watch
 from mamba_attn.tracing.layers import AttentionLayer, Layer, ScanLayer
+from mamba_attn.tracing.texts import is_text, real_tokens
 from mamba_attn.tracing.undisturbed import recomputing, unseen
 
 
@@ -362,29 +364,34 @@ def _repeatable(name: str, module: nn.Module, finish: Callable[[Tensor], Tensor]
 
 
 def watch_layout(stack: ExitStack, model: nn.Module, sources: Iterable[LayoutSource], seen: Seen) -> None:
-    """Learn the image size from the first convolution's input, and the token frame from the patch embedding."""
-    thread = get_ident()
+    """Learn the image size from the first convolution's input, and the token frame from the patch embedding or text."""
+    thread, given = get_ident(), seen.layout is not None
 
     def image(module: nn.Conv2d, args: tuple[Any, ...]) -> None:
         if thread == get_ident() and args and isinstance(args[0], Tensor) and args[0].ndim == 4:
             seen.batch, seen.image_size = args[0].shape[0], (args[0].shape[2], args[0].shape[3])
             seen.padded_stem = module.padding == tuple((size - 1) / 2 for size in module.kernel_size)
 
-    def device(module: nn.Module, args: tuple[Any, ...]) -> None:
-        weight = next(module.parameters(), None)
-        given = next((value for value in args if isinstance(value, Tensor)), None)
-        if weight is None or given is None or thread != get_ident() or given.device == weight.device:
+    def begins(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if thread != get_ident():
             return
-        raise ValueError(
-            f"the model is on {weight.device} and its input on {given.device}: move one, e.g. "
-            f"images.to({str(weight.device)!r})."
-        )
+        weight = next(module.parameters(), None)
+        first = next((value for value in args if isinstance(value, Tensor)), None)
+        if weight is not None and first is not None and first.device != weight.device:
+            raise ValueError(
+                f"the model is on {weight.device} and its input on {first.device}: move one, e.g. "
+                f"{'ids' if is_text(first) else 'images'}.to({str(weight.device)!r})."
+            )
+        if seen.real is not None:
+            return  # the model runs again, on a part of the batch, to measure orders
+        seen.real = real_tokens(module, args, kwargs)
+        if seen.real is not None and not given:
+            seen.layout = TokenLayout.line(seen.real.shape[1])
 
-    stack.callback(model.register_forward_pre_hook(device, prepend=True).remove)
+    stack.callback(model.register_forward_pre_hook(begins, with_kwargs=True, prepend=True).remove)
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is not None:
         stack.callback(first.register_forward_pre_hook(image).remove)
-    given = seen.layout is not None
 
     def look(source: LayoutSource, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
         if thread != get_ident():

@@ -108,7 +108,9 @@ class PlacedAttention:
         return _matrices(found, self.rows, self.order, self.record.tokens)
 
 
-def place_attention(call: SoftmaxCall, name: str, steps: Steps, layout: TokenLayout | None) -> PlacedAttention:
+def place_attention(
+    call: SoftmaxCall, name: str, steps: Steps, layout: TokenLayout | None, real: Tensor | None = None
+) -> PlacedAttention:
     """Put one call of attention into the token frame.
 
     Args:
@@ -116,6 +118,8 @@ def place_attention(call: SoftmaxCall, name: str, steps: Steps, layout: TokenLay
         name: the layer's, for messages.
         steps: what was measured of it.
         layout: of the tokens, without those that stand for padding.
+        real: which tokens of texts are no padding, (images, tokens). Softmax makes numbers up for a row that may read
+            nothing, so the rows and columns of padding are zero here.
 
     Raises:
         UnsupportedModelError: windows that share tokens.
@@ -144,6 +148,9 @@ def place_attention(call: SoftmaxCall, name: str, steps: Steps, layout: TokenLay
     value = values.new_zeros(images, len(heads), tokens, values.shape[-1])
     value.scatter_(2, index[..., None].expand(*index.shape, values.shape[-1]), values.flatten(2, 3))
     matrices = _matrices(inputs.probabilities(), rows, order, tokens)
+    if real is not None and real.shape == (images, tokens):
+        absent = ~real.to(matrices.device)
+        matrices = matrices.masked_fill(absent[:, None, :, None] | absent[:, None, None, :], 0)
     record = AttentionRecord(probabilities=matrices, value=value, layout=layout)
     return PlacedAttention(record, rows, order, steps.place.share)
 
