@@ -4,18 +4,15 @@ No fill is neutral: models see black squares, too, and random maps lose half of 
 that holds under one fill only is a figure of the fill.
 """
 
-import math
-
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_attn._types import Bool, Float
+from mamba_attn.core.blur import blurred
 from mamba_attn.core.transform import Transform
 
 FILLS = ("black", "mean", "blur", "road")
-_BLUR = 16  # the blur's standard deviation is this part of the shorter side: 14 pixels of 224
 _NOISE = 0.01  # of the published code; after normalisation
 _NEIGHBOURS = {  # 1/6 next to a pixel, 1/12 diagonally
     (down, right): 1 / 12 if down and right else 1 / 6
@@ -54,7 +51,7 @@ def filled(
             raise ValueError("fill='road': nothing is left of an image, so no pixel can be imputed from others.")
         return _imputed(image, gone, seed)
     if fill == "blur":
-        content = _blurred(image)
+        content = blurred(image)
     else:
         black = (Transform((1, 1)) if shown is None else shown).normalise(np.zeros((1, 1, 1, 3), dtype=np.uint8))[0]
         content = (torch.zeros_like(black) if fill == "mean" else black).to(image)
@@ -73,19 +70,6 @@ def blank(
     """
     everything = torch.ones(1, *images.shape[2:], dtype=torch.bool, device=images.device)
     return torch.cat([filled(image, everything, "mean" if fill == "road" else fill, shown) for image in images])
-
-
-def _blurred(image: Float[Tensor, "colours height width"]) -> Float[Tensor, "colours height width"]:
-    sigma = min(image.shape[1:]) / _BLUR
-    reach = math.ceil(3 * sigma)
-    places = torch.arange(-reach, reach + 1, dtype=torch.float64)
-    weights = torch.exp(-0.5 * (places / sigma) ** 2).to(image)
-    values, ones = image.unsqueeze(1), torch.ones_like(image[:1]).unsqueeze(1)
-    for shape in ((1, 1, -1, 1), (1, 1, 1, -1)):  # divided by the weights inside the image: no dark edges
-        kernel = weights.view(shape)
-        padding = "same"
-        values, ones = F.conv2d(values, kernel, padding=padding), F.conv2d(ones, kernel, padding=padding)
-    return (values / ones).squeeze(1)
 
 
 def _imputed(
