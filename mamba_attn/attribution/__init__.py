@@ -22,6 +22,7 @@ from mamba_attn.attribution.mamba_attribution import MambaAttribution
 from mamba_attn.attribution.maps import MapAttribution, TokenAttribution
 from mamba_attn.attribution.raw_attention import RawAttention
 from mamba_attn.attribution.relevance_attention_ranks import RelevanceAttentionRanks
+from mamba_attn.attribution.together import attribute_together
 from mamba_attn.attribution.vit.attention_grad_cam import AttentionGradCAM
 from mamba_attn.attribution.vit.transformer_attribution import TransformerAttribution
 
@@ -45,4 +46,5 @@ __all__ = [
     "Saliency",
     "TokenAttribution",
     "TransformerAttribution",
+    "attribute_together",
 ]

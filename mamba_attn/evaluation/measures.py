@@ -60,7 +60,7 @@ def explainer(method: str, batch: Batch) -> Callable[[nn.Module], Tensor]:
 
     def explain(model: nn.Module) -> Tensor:
         with _seeded(batch.task.options.seed, batch.images.device):  # random methods draw the same numbers
-            attribution = build(method, model)
+            attribution = build(method, model, batch.task.model.subject.layout)
             maps: Tensor = attribution.attribute(batch.images, target=batch.clean.explained.clone()).detach().float()
         if maps.shape != (len(batch.images), 1, *batch.images.shape[2:]):
             raise ValueError(f"{method}: expected maps (batch, 1, rows, columns), got {tuple(maps.shape)}.")

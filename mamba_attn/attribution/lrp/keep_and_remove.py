@@ -12,8 +12,9 @@ from mamba_attn._types import Bool, Float
 from mamba_attn.attribution.lrp.mamba_lrp import MambaLRP
 from mamba_attn.attribution.maps import MapAttribution
 from mamba_attn.attribution.queries import Query
-from mamba_attn.attribution.targets import Target, find_scores, follow, target_indices
+from mamba_attn.attribution.targets import Target, scores_in, target_indices
 from mamba_attn.core.blur import blurred
+from mamba_attn.core.outputs import follow
 from mamba_attn.core.ranks import shares
 from mamba_attn.errors import nearest
 from mamba_attn.tracing.texts import is_text
@@ -110,7 +111,7 @@ class KeepAndRemoveLRP(MapAttribution):
         if target is not None:
             return target
         call = f"{self.called}.attribute"
-        scores = follow(output, find_scores(f"{call}(target=None)", output, len(images)))
+        scores = follow(output, scores_in(f"{call}(target=None)", output, len(images)))
         indices = target_indices(call, scores, None, len(images))
         return indices[:, 0].tolist() if indices.shape[1] else None
 
