@@ -83,9 +83,6 @@ def build(name, **options):
 
 def quiet():
     """No warnings of what is missing for fast paths."""
-    from mamba_attn.models.torchvision_repair import prepare
-
-    prepare()
     import transformers
 
     transformers.logging.set_verbosity_error()
