@@ -221,9 +221,6 @@ def three_maps(name: str, methods: tuple[str, ...], batch: int, pixels: int = 12
 def _model(name: str, pixels: int) -> Any:
     torch.manual_seed(0)
     if name == TRANSFORMER:
-        from mamba_attn.models import torchvision_repair
-
-        torchvision_repair.prepare()  # timm imports torchvision
         import timm
 
         return timm.create_model(name, img_size=pixels).eval()
