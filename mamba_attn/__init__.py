@@ -8,6 +8,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mamba_attn.core import torchvision_repair
 from mamba_attn.errors import MambaAttnError, nearest
 
 if TYPE_CHECKING:
@@ -122,6 +123,8 @@ _ROOMS = (
     "tracing",
     "viewer",
 )
+
+torchvision_repair.install()
 
 _HERE = Path(__file__).parent
 if not (_HERE / "integrations").is_dir():

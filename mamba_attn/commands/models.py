@@ -51,10 +51,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _of_timm(part: str) -> int:
     from mamba_attn.core.requirements import require_extras
-    from mamba_attn.models import torchvision_repair
 
     require_extras({"timm": "timm"}, "timm")
-    torchvision_repair.prepare()
     import timm
 
     found = timm.list_models(f"*{part}*")

@@ -24,7 +24,9 @@ SHOWN = {
                      "gap_target", "gap_top", "deletion", "insertion"),
     "perturbation, pixels ranked": ("pixel_ranked_positive_auc_top", "pixel_ranked_negative_auc_top",
                                     "pixel_ranked_gap_top"),
-    "localisation": ("pixel_accuracy", "map", "miou", "pointing", "energy_ratio", "trap_energy", "not_trap"),
+    "localisation": (
+        "shuffled_auc", "pixel_accuracy", "map", "miou", "pointing", "energy_ratio", "trap_energy", "not_trap",
+    ),
     "localisation, objects below half of the image": ("pixel_accuracy_small", "map_small", "miou_small",
                                                       "pointing_small", "energy_ratio_small"),
     "sanity and cost": ("randomised_first", "randomised_all", "other_class", "again", "alone", "seconds",

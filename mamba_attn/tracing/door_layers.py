@@ -32,6 +32,20 @@ AnyLayout = TokenLayout | Mapping[str, TokenLayout] | Callable[[str, int], Token
 AnyOrders = Tensor | Mapping[str, Tensor] | Callable[[str, int, int], Tensor | None]
 
 
+def given_layout(layout: AnyLayout | None, name: str, tokens: int) -> TokenLayout | None:
+    """Return the token frame that a user gave for a layer, if one fits it.
+
+    Args:
+        layout: one for all layers, by patterns of names, or a function of name and number of tokens.
+        name: of the layer.
+        tokens: that it has.
+    """
+    given = by_pattern(layout, name) if isinstance(layout, Mapping) else layout
+    if callable(given):
+        given = given(name, tokens)
+    return given if given is not None and given.tokens == tokens else None
+
+
 class DoorLayer(ScanLayer):
     """The scans of one run of a module, seen at their doors: exact whatever code stands around them.
 
@@ -501,12 +515,7 @@ class DoorScans:
 
     def _layout_of(self, name: str, module: str, steps: Steps) -> TokenLayout | None:
         """Given, read from the patch embedding, or that of the nearest tensor with as many cells."""
-        given = self._layout
-        if callable(given):
-            given = given(name, steps.tokens)
-        elif isinstance(given, Mapping):
-            given = by_pattern(given, name)
-        for layout in (given, self._seen.layout):
+        for layout in (given_layout(self._layout, name, steps.tokens), self._seen.layout):
             if layout is not None and layout.tokens == steps.tokens:
                 return layout
         batch = None if self._replay is None else self._replay.batch

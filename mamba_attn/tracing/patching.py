@@ -29,7 +29,7 @@ from mamba_attn.tracing.agreement import Call, Verdict, judge, judge_call, lates
 from mamba_attn.tracing.doors import Watch
 from mamba_attn.tracing.edits import Edit, edited_probabilities, edited_scan
 from mamba_attn.tracing.layers import AttentionLayer, Layer, ScanLayer
-from mamba_attn.tracing.texts import is_text, real_tokens
+from mamba_attn.tracing.texts import is_text, real_tokens, require_prefill
 from mamba_attn.tracing.undisturbed import recomputing, unseen
 
 
@@ -258,7 +258,8 @@ def _against(interest: Interest, module: nn.Module, call: Call, own: Any) -> Ver
         sentence = verdict.sentence(interest.name, module, interest.adapter.family).rstrip(".")
         raise UnsupportedModelError(
             f"{sentence}. It was called with {', '.join(dict.fromkeys(call.opaque))}, which may hold states of an "
-            "earlier call: trace whole sequences, from their first token, without such a cache (use_cache=False)."
+            "earlier call: generate first, then trace the whole text in one forward, from its first token; a causal "
+            "model gives the same rows (use_cache=False)."
         )
     return verdict
 
@@ -408,6 +409,7 @@ def watch_layout(stack: ExitStack, model: nn.Module, sources: Iterable[LayoutSou
                 f"the model is on {weight.device} and its input on {first.device}: move one, e.g. "
                 f"{'ids' if is_text(first) else 'images'}.to({str(weight.device)!r})."
             )
+        require_prefill(kwargs)
         if seen.real is not None:
             return  # the model runs again, on a part of the batch, to measure orders
         seen.real = real_tokens(module, args, kwargs)

@@ -127,6 +127,8 @@ def place_attention(
     """
     images, each, groups = len(steps.rows), steps.rows.shape[1], steps.order.shape[2]
     order, tokens = steps.order.flatten(1, 2), steps.tokens  # (images or 1, sequences, length)
+    if real is not None and tokens == call.length:
+        order = _with_padding_of_texts(order)
     heads = _heads(name, order)
     order = order[:, heads[0]]
     if bool((order < 0).any()):
@@ -153,6 +155,16 @@ def place_attention(
         matrices = matrices.masked_fill(absent[:, None, :, None] | absent[:, None, None, :], 0)
     record = AttentionRecord(probabilities=matrices, value=value, layout=layout)
     return PlacedAttention(record, rows, order, steps.place.share)
+
+
+def _with_padding_of_texts(order: Int[Tensor, "_ sequences length"]) -> Tensor:
+    """Give steps that land nowhere the tokens that no other step has, in their order: what follows drops padding."""
+    filled = order.clone()
+    for row in filled.flatten(0, 1):
+        free = torch.ones(len(row), dtype=torch.bool)
+        free[row[row >= 0]] = False
+        row[row < 0] = free.nonzero().flatten()[: int((row < 0).sum())]
+    return filled
 
 
 def _heads(name: str, order: Int[Tensor, "_ sequences length"]) -> list[list[int]]:

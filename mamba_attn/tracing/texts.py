@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Bool, Float, Int
-from mamba_attn.errors import TraceError
+from mamba_attn.errors import TraceError, UnsupportedModelError
 
 _MASK, _EMBEDDINGS = "attention_mask", "inputs_embeds"
+_CACHES = ("past_key_values", "cache", "cache_params")
 
 
 def is_text(value: object) -> bool:
@@ -94,6 +95,28 @@ def require_ids(model: nn.Module, ids: Int[Tensor, "batch tokens"]) -> None:
             f"ids{tuple(ids.shape)}: {low if low < 0 else high} is no token of this {type(model).__name__}, whose ids "
             f"are 0..{max(rows) - 1}; use the tokenizer that belongs to the model."
         )
+
+
+def require_prefill(kwargs: Mapping[str, Any]) -> None:
+    """Refuse a call with a cache that holds tokens.
+
+    Args:
+        kwargs: of the call.
+
+    Raises:
+        UnsupportedModelError: it is a step of generating, with the states of earlier tokens.
+    """
+    for name in _CACHES:
+        try:
+            length = getattr(kwargs.get(name), "get_seq_length", int)()
+        except ValueError:  # a cache of scans alone does not count; what the mixers return tells
+            length = 0
+        if length:
+            raise UnsupportedModelError(
+                f"trace: the model is called with {name}, which holds {length} tokens, so that this is a step of "
+                "generating, and what its tokens read is not all here: generate first, then trace the whole text in "
+                "one forward; a causal model gives the same rows."
+            )
 
 
 class Embedded:

@@ -24,7 +24,7 @@ from mamba_attn.errors import TraceError, UnknownLayerError, UnsupportedModelErr
 from mamba_attn.tracing import patch_embedding
 from mamba_attn.tracing.adapters import Adapter, AnyAdapter, Seen, find_mixers, nothing_found, require_supported
 from mamba_attn.tracing.agreement import Verdict
-from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders, DoorLayer, DoorScans
+from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders, DoorLayer, DoorScans, given_layout
 from mamba_attn.tracing.doors import ScanCall, Watch, open_doors
 from mamba_attn.tracing.fused_doors import fused_doors
 from mamba_attn.tracing.layer_names import ByLayer, LayerName, LayerNames, layer_name, layer_names
@@ -56,8 +56,10 @@ class Trace(Mapping[str, Layer]):
         wanted: LayerNames | None = None,
         around: Unseen | None = None,
         model: nn.Module | None = None,
+        layout: AnyLayout | None = None,
     ) -> None:
         self.model = model
+        self._layout = layout
         self._adapted = list(names)
         self._doors = doors
         self._wanted = wanted
@@ -313,14 +315,15 @@ class Trace(Mapping[str, Layer]):
         watch = None if self._doors is None else self._doors.watch
         if watch is not None and watch.suspended:
             return  # the model runs for us, to measure
-        if self._ahead is not None and isinstance(layer, ScanLayer) and not layer.has_layout:
-            layer.lay_out(self._ahead.layout_of(layer.name, layer.batch, layer.tokens))
         if layer.name in self._stored and self._runs == 1:  # one forward calls the mixer again: another layer
             name, number = layer.name, 2
             while layer.name in self._stored:
                 layer.name, number = f"{name}#{number}", number + 1
         elif layer.name in self._stored:
             self._repeated.add(layer.name)
+        layer.lay_out(given_layout(self._layout, layer.name, layer.tokens))
+        if self._ahead is not None and isinstance(layer, ScanLayer) and not layer.has_layout:
+            layer.lay_out(self._ahead.layout_of(layer.name, layer.batch, layer.tokens))
         self._stored[layer.name] = (0 if watch is None else len(watch.calls), layer)
 
 
@@ -415,7 +418,7 @@ def trace(
             recomputes the record from each mixer's input.
         attention: a fold whose matrix is computed during the pass; None computes matrices when asked.
         layout: the token frame, where it cannot be read from the model: one, or by patterns of layers' names, or a
-            function of a layer's name and number of tokens. Adapters take one alone.
+            function of a layer's name and number of tokens.
         orders: the token of every step, (routes, length) or (batch, routes, length), of scans whose order cannot be
             measured: one, or by patterns of names, or a function of a layer's name, number of routes and length.
         rules: what an attribution method changes in the forward (mode "route"): in the mixers, and where the rules
@@ -458,7 +461,7 @@ def trace(
         watch.around = fused_doors if rules is not None and rules.wants >= frozenset(KINDS) else watch.around
         doors = DoorScans(model, watch, seen, layout, orders, refused=there.refused)
     around = Unseen(model, list(known))
-    record = Trace(list(mixers), doors, layers if unnamed else None, around, model)
+    record = Trace(list(mixers), doors, layers if unnamed else None, around, model, layout)
     with ExitStack() as stack:
         there.learn_layout(stack, seen)
         quiet = bool if doors is None else lambda: doors.watch.suspended
