@@ -15,6 +15,7 @@
     python benchmarks/run.py findings --runs FOLDER --data FOLDER
     python benchmarks/run.py explore
     python benchmarks/run.py text-truth
+    python benchmarks/run.py text-perturbation --data ARCHIVE
 
 One thread, CPU time, the competitors in turn (A B A B) in one process; peak memory in child processes. On a GPU
 ``kernel`` measures between CUDA events.
@@ -41,6 +42,7 @@ from benchmarks import (
     explorer,
     findings,
     maps,
+    text_perturbation,
     text_truth,
     verify,
     without_gpu,
@@ -64,6 +66,7 @@ WHAT = {
     "findings": "mamba-attn findings: the paper's findings, trained, with random weights, in other patch orders",
     "explore": "mamba-attn explore in a real browser: from a gesture to the picture",
     "text-truth": "attribution of text: ranks of the token that an answer was copied from",
+    "text-perturbation": "attribution of text: what reviews lose when words are replaced, in an order of relevance",
     "kernel": "hidden attention and what it costs: models, backends, ceilings, on a CPU or a GPU",
     "heads": "a Mamba-2 layer, folded per head and channel by channel",
     "dropin": "other people's model code, as it stands in clones of their repositories, traced",
@@ -76,6 +79,7 @@ ON_DATA: dict[str, tuple[Any, Any]] = {  # the module with the options, and what
     "embed": (embedding, embedding.run_embed),
     "findings": (findings, findings.run_findings),
     "dropin": (dropin, dropin.run_dropin),
+    "text-perturbation": (text_perturbation, text_perturbation.run_text_perturbation),
 }
 
 
@@ -283,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
         found, partial = maps.run_maps(args), args.quick or maps.partial(args)
     elif args.what in ON_DATA:
         module, measure = ON_DATA[args.what]
-        found, partial = [(args.what, *measure(args))], args.quick or module.partial(args)
+        found, partial = [(args.what.replace("-", "_"), *measure(args))], args.quick or module.partial(args)
     else:
         runs = {
             "ops": run_ops,
@@ -295,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
             "explore": explorer.run_explore,
             "text-truth": text_truth.run_text_truth,
         }
-        found, partial = [(args.what, *runs[args.what](args.quick))], args.quick
+        found, partial = [(args.what.replace("-", "_"), *runs[args.what](args.quick))], args.quick
     folder = args.out or (None if partial else RESULTS)
     for name, figures, details in found:
         finish(name, figures, details, folder and folder / f"{name}.json", partial)
