@@ -8,6 +8,7 @@
     python benchmarks/run.py compare --data FOLDER
     python benchmarks/run.py kernel [--device cuda]
     python benchmarks/run.py heads
+    python benchmarks/run.py texts
     python benchmarks/run.py build
     python benchmarks/run.py dropin --checkouts FOLDER
     python benchmarks/run.py collect --data FOLDER
@@ -31,7 +32,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 import torch
 
-from benchmarks import analytics, cases, comparison, dropin, embedding, explorer, findings, maps, verify, without_gpu
+from benchmarks import (
+    analytics,
+    cases,
+    comparison,
+    dropin,
+    embedding,
+    explorer,
+    findings,
+    maps,
+    texts,
+    verify,
+    without_gpu,
+)
 from benchmarks.cases import Shape
 from benchmarks.kernel import heads
 from benchmarks.kernel import job as kernel
@@ -51,6 +64,7 @@ WHAT = {
     "findings": "mamba-attn findings: the paper's findings, trained, with random weights, in other patch orders",
     "explore": "mamba-attn explore in a real browser: from a gesture to the picture",
     "kernel": "hidden attention and what it costs: models, backends, ceilings, on a CPU or a GPU",
+    "texts": "language models of transformers: errors of traced passes, padding, half precision, time",
     "heads": "a Mamba-2 layer, folded per head and channel by channel",
     "dropin": "other people's model code, as it stands in clones of their repositories, traced",
     "build": "the CUDA kernels without a GPU: registers, spills, and the error of their source on the host",
@@ -276,6 +290,7 @@ def main(argv: list[str] | None = None) -> None:
             "models": run_models,
             "attribution": run_attribution,
             "heads": heads.run_heads,
+            "texts": texts.run_texts,
             "passes": run_passes,
             "build": without_gpu.run_build,
             "explore": explorer.run_explore,
