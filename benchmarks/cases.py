@@ -214,17 +214,14 @@ def three_maps(name: str, methods: tuple[str, ...], batch: int, pixels: int = 12
         batch: images.
         pixels: their side.
     """
-    from mamba_attn.attribution import catalogue
-    from mamba_attn.tracing.tracer import trace
+    from mamba_attn.attribution import attribute_together, catalogue
 
     model = _model(name, pixels)
     images = torch.randn(batch, 3, pixels, pixels, generator=torch.Generator().manual_seed(0))
     built = {method: catalogue.build(method, model) for method in methods}
 
     def together() -> object:
-        with trace(model, attention="mean") as record:
-            model(images)
-        return [method.attribute(images, 0, trace=record) for method in built.values()]
+        return attribute_together(list(built.values()), images, 0)
 
     def alone(method: str) -> Call:
         return lambda: built[method].attribute(images, 0)

@@ -5,6 +5,7 @@ from one stage to the finer one before it.
 """
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,8 @@ class AttentionRollout(TokenAttribution):
         torch.Size([2, 1, 224, 224])
     """
 
+    reads_gradients: ClassVar[bool] = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -66,6 +69,11 @@ class AttentionRollout(TokenAttribution):
         self.signed = signed
         self.convention = convention
         self._other = self._published(AttentionRollout, "convention")
+
+    @property
+    def shared_folds(self) -> tuple[str, ...]:
+        """The mean, unless published code or rows alone are read."""
+        return () if self.signed or self._other is not None else ("mean",)
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         if self._other is not None:

@@ -17,7 +17,8 @@ from mamba_attn._types import Float
 from mamba_attn.attribution.calls import Call
 from mamba_attn.attribution.maps import MapAttribution, cell_means
 from mamba_attn.attribution.queries import Query
-from mamba_attn.attribution.targets import Function, Target, find_scores, follow, target_indices
+from mamba_attn.attribution.targets import Function, Target, scores_in, target_indices
+from mamba_attn.core.outputs import Steps, follow
 from mamba_attn.errors import nearest
 from mamba_attn.tracing.texts import Embedded
 
@@ -41,7 +42,7 @@ class Asked(NamedTuple):
     target: Any
     function: Function | None
     call: Call
-    scores: tuple[tuple[str, Any], ...] = ()
+    scores: Steps = ()
     words: Embedded | None = None
 
     @property
@@ -107,7 +108,7 @@ class FromCaptum(MapAttribution):
             if callable(target) and not isinstance(target, Tensor):
                 return Asked(copy, None, target, self._call, words=words)
             where = f"{self.called}.attribute"
-            scores = find_scores(where, output, len(copy), target, text)
+            scores = scores_in(where, output, len(copy), target, text)
             indices = target_indices(where, follow(output, scores), target, len(copy), text)
             if indices.shape[1] == 0:  # one number per image: captum wants no target
                 return Asked(copy, None, None, self._call, scores, words)

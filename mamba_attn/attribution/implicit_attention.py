@@ -24,6 +24,7 @@ from mamba_attn.core.rules import LINEAR, TOKENS
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.ops import selective_scan
+from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
 from mamba_attn.tracing.layer_names import ByLayer, LayerNames
 from mamba_attn.tracing.layers import ScanLayer, require
 
@@ -67,6 +68,8 @@ class ImplicitAttention(TokenAttribution):
     Args:
         model: Vim or VMamba.
         layers: names, patterns or numbers of the mixers to use; the others act as the identity. Default: all.
+        layout: as in ``mamba_attn.trace``: where the tokens are, for models that do not show it.
+        orders: as in ``mamba_attn.trace``: in which order scans walk them, where it cannot be measured.
         gradient: see above.
         rollout: see above.
         signed: see above.
@@ -83,11 +86,15 @@ class ImplicitAttention(TokenAttribution):
         torch.Size([2, 1, 224, 224])
     """
 
+    reads_traces: ClassVar[bool] = False  # it watches the pass
+
     def __init__(
         self,
         model: nn.Module,
         *,
         layers: LayerNames | None = None,
+        layout: AnyLayout | None = None,
+        orders: AnyOrders | None = None,
         gradient: bool = True,
         rollout: bool = True,
         signed: bool = False,
@@ -96,7 +103,7 @@ class ImplicitAttention(TokenAttribution):
         conv: bool = True,
         activation: bool = True,
     ) -> None:
-        super().__init__(model, layers=layers)
+        super().__init__(model, layers=layers, layout=layout, orders=orders)
         self.gradient = gradient
         self.rollout = rollout
         self.signed = signed

@@ -9,7 +9,7 @@ import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Literal, Self, TypeVar, overload
 
 import torch
@@ -56,8 +56,11 @@ class MapAttribution(Attribution, ABC):
 
     reads_rows: ClassVar[bool] = False  # whether it takes a pixel or a box
     reads_traces: ClassVar[bool] = False  # whether a pass that was traced before will do
+    reads_gradients: ClassVar[bool] = True  # whether that pass has to keep its graph
     takes_parts: ClassVar[bool] = True  # whether it explains one of several inputs that have layers of their own
     options: ClassVar[Mapping[str, str]] = {}  # captum's arguments of attribute, and which option each one replaces
+    layout: AnyLayout | None = None
+    orders: AnyOrders | None = None
     _call: Call = Call()
     _delta: Any = None  # set by methods that have one
 
@@ -177,7 +180,7 @@ class MapAttribution(Attribution, ABC):
             raise ValueError(f"{call}(inputs=...): the ids of a text must be the first of the model's inputs.")
         if trace is None:
             first = Call.of(call, several, additional_forward_args, self.model)
-        elif not self.reads_traces:
+        elif not self.takes_trace:
             raise ValueError(f"{call}(trace=...): this method reads no trace, it runs the model itself; leave it out.")
         elif additional_forward_args is not None:
             raise ValueError(f"{call}(trace=..., additional_forward_args=...): the trace has its own; leave them out.")
@@ -204,6 +207,17 @@ class MapAttribution(Attribution, ABC):
             results.append(maps)
         found: Any = tuple(results) if isinstance(inputs, tuple) else results[0]
         return (found, bound._delta) if return_convergence_delta else found
+
+    @property
+    def takes_trace(self) -> bool:
+        """Whether ``attribute`` takes ``trace``; methods that watch or change the pass run the model themselves."""
+        other: MapAttribution | None = getattr(self, "_other", None)  # published code's
+        return self.reads_traces if other is None else other.takes_trace
+
+    @property
+    def shared_folds(self) -> tuple[str, ...]:
+        """Folds of whole matrices that the method reads, and that another method's sweep may compute as well."""
+        return ()
 
     def has_convergence_delta(self) -> bool:
         """Whether ``attribute`` takes ``return_convergence_delta``; captum asks."""
@@ -326,6 +340,10 @@ class MapAttribution(Attribution, ABC):
         require_classes(call, self.model, target)
         return target_values(call, output, target, batch, self._call.text)
 
+    def _tracing(self, **options: Any) -> AbstractContextManager[Trace]:
+        """Return a trace of the model, with the token frame and the orders that this method was given."""
+        return trace(self.model, layout=self.layout, orders=self.orders, **options)
+
     def _part(self, record: Trace, reached: frozenset[str] | None) -> Trace:
         """Return the layers of a pass whose tokens come from the images.
 
@@ -345,7 +363,7 @@ class MapAttribution(Attribution, ABC):
     def _layouts(self, images: Tensor) -> list[TokenLayout]:
         """Return the token layout of every layer, from a pass of the first image."""
         reached = self._call.reached(f"{self.called}.attribute", self.model)
-        with torch.no_grad(), trace(self.model) as record:
+        with torch.no_grad(), self._tracing() as record:
             whole = self._call.has_others or is_text(images)  # a text's mask is as long as the batch
             self._call.run(self.model, images if whole else images[:1])
         return [layer.layout for layer in self._part(record, reached).layers]
@@ -481,16 +499,11 @@ class TokenAttribution(MapAttribution):
         """Run the model, or read the pass that was traced before; yield the trace and the model's output."""
         given = self._call.trace
         if given is None:
-            with trace(self.model, layers=self.layers, layout=self.layout, orders=self.orders, rules=rules) as record:
+            with self._tracing(layers=self.layers, rules=rules) as record:
                 with torch.set_grad_enabled(gradients):
                     output = self._call.run(self.model, images)
                 yield record, output
             return
-        if rules is not None:
-            raise ValueError(
-                f"{self.called}.attribute(trace=...): this method watches or changes the forward pass, so it runs the "
-                "model itself; leave trace out."
-            )
         if self.layers is not None:
             mixers = dict.fromkeys(name.partition("#")[0] for name in given)
             chosen = layer_names(f"{type(self).__name__}(layers=...)", self.layers, list(mixers))

@@ -1,5 +1,7 @@
 """RawAttention: what the query reads in each layer, averaged over layers."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -8,7 +10,6 @@ from mamba_attn.attribution.queries import Place, Query, read_rows
 from mamba_attn.attribution.targets import Target
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
 from mamba_attn.tracing.layer_names import ByLayer, LayerNames
-from mamba_attn.tracing.tracer import trace
 
 
 class RawAttention(TokenAttribution):
@@ -38,6 +39,8 @@ class RawAttention(TokenAttribution):
         >>> RawAttention(model).attribute(torch.randn(2, 3, 224, 224)).shape
         torch.Size([2, 1, 224, 224])
     """
+
+    reads_gradients: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -76,7 +79,7 @@ class RawAttention(TokenAttribution):
         call = self._called_with("rows", inputs)._call
         asked = self._asked("rows", inputs, query, pixel, box, call.text)
         with torch.no_grad():
-            with trace(self.model, layers=self.layers, layout=self.layout, orders=self.orders) as record:
+            with self._tracing(layers=self.layers) as record:
                 call.run(self.model, inputs)
             return ByLayer({layer.name: read_rows(layer, asked) for layer in self._ran(record)})
 

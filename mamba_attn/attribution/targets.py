@@ -1,46 +1,26 @@
 """What of a model's output is explained: the scores in it, and the value of a target there."""
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Int
 from mamba_attn.attribution.texts import Text
+from mamba_attn.core.outputs import Leaf, Steps, described, find_scores, follow, leaves
 
 Function = Callable[[Any], Tensor]
 Target = int | Tensor | tuple[int, ...] | Sequence[int] | Sequence[tuple[int, ...]] | Function | None
 
 _DENSE = "target=(class, row, column) or whatever indexes it, a list of such tuples, or a function of the output"
-_SHOWN = 4  # tensors of an output in a message
 _CLASS = 7  # in examples
 _HEADS = ("head", "fc", "classifier")
 _FEATURES = "last_hidden_state"
 
 
-class _Leaf(NamedTuple):
-    """A tensor in an output.
-
-    Args:
-        steps: ("item", key) or ("field", name), one after the other.
-        tensor: what they lead to.
-    """
-
-    steps: tuple[tuple[str, Any], ...]
-    tensor: Tensor
-
-    @property
-    def code(self) -> str:
-        """The expression for it."""
-        return "output" + "".join(f".{key}" if kind == "field" else f"[{key!r}]" for kind, key in self.steps)
-
-
-def find_scores(
-    where: str, output: Any, batch: int, target: Any = None, text: Text | None = None
-) -> tuple[tuple[str, Any], ...]:
-    """Return the way to the scores in a model's output: the only (batch, classes) tensor, or else the only one.
+def scores_in(where: str, output: Any, batch: int, target: Any = None, text: Text | None = None) -> Steps:
+    """Return the way to the scores in a model's output, as ``core.outputs.find_scores`` finds them.
 
     Of several that a model of texts returns, those that are called logits.
 
@@ -54,39 +34,24 @@ def find_scores(
     Raises:
         ValueError: no tensor has one result per image, or several have; a model of texts that returns features alone.
     """
-    leaves = list(_leaves(output))
-    unique = {id(leaf.tensor): leaf for leaf in reversed(leaves)}  # a value may stand under two names
-    found = [
-        leaf
-        for leaf in reversed(unique.values())
-        if leaf.tensor.is_floating_point() and leaf.tensor.ndim >= 1 and len(leaf.tensor) == batch
-    ]
-    classes = [leaf for leaf in found if leaf.tensor.ndim == 2]
-    chosen: list[_Leaf] = classes or found
+    found, fitting = find_scores(output, batch)
     if text is not None:
-        chosen = [leaf for leaf in found if leaf.steps and leaf.steps[-1][1] == "logits"] or chosen
-    if text is not None and len(chosen) == 1 and target is None and chosen[0].steps[-1:] == (("item", _FEATURES),):
-        raise ValueError(
-            f"{where}: the model returned {_described(output, leaves)}: features, and no scores of tokens, so there is "
-            "no most likely one; trace the model with its head (AutoModelForCausalLM), or explain a feature, "
-            "target=(position, feature)."
-        )
-    if len(chosen) == 1:
-        return chosen[0].steps
-    what = "several of these have" if chosen else "it does not have"
+        logits = [leaf for leaf in leaves(output) if leaf.steps and leaf.steps[-1][1] == "logits"]
+        found = logits[0] if logits else found
+        if found is not None and target is None and found.steps[-1:] == (("item", _FEATURES),):
+            raise ValueError(
+                f"{where}: the model returned {described(output)}: features, and no scores of tokens, so there is no "
+                "most likely one; trace the model with its head (AutoModelForCausalLM), or explain a feature, "
+                "target=(position, feature)."
+            )
+    if found is not None:
+        return found.steps
+    what = "several of these have" if fitting else "it does not have"
     raise ValueError(
-        f"{where}: the model returned {_described(output, leaves)}; {what} one result for each of the {batch} images. "
+        f"{where}: the model returned {described(output)}; {what} one result for each of the {batch} images. "
         "Give a function of the output that picks one number per image, e.g. "
-        f"target={_example(output, chosen, target)}."
+        f"target={_example(output, fitting, target)}."
     )
-
-
-def follow(output: Any, steps: tuple[tuple[str, Any], ...]) -> Tensor:
-    """Return what the steps of ``find_scores`` lead to."""
-    for kind, key in steps:
-        output = getattr(output, key) if kind == "field" else output[key]
-    found: Tensor = output
-    return found
 
 
 def target_values(call: str, output: Any, target: Any, batch: int, text: Text | None = None) -> Tensor:
@@ -105,7 +70,7 @@ def target_values(call: str, output: Any, target: Any, batch: int, text: Text | 
     """
     if callable(target) and not isinstance(target, Tensor):
         return _called(call, target, output, batch)
-    scores = follow(output, find_scores(f"{call}(target={target!r})", output, batch, target, text))
+    scores = follow(output, scores_in(f"{call}(target={target!r})", output, batch, target, text))
     indices = target_indices(call, scores, target, batch, text)
     chosen: Tensor = scores[(torch.arange(batch, device=scores.device), *indices.unbind(1))]
     return chosen
@@ -175,34 +140,7 @@ def require_classes(call: str, model: nn.Module, target: Any) -> None:
         )
 
 
-def _leaves(value: Any, steps: tuple[tuple[str, Any], ...] = ()) -> Iterator[_Leaf]:
-    """Yield every tensor in an output."""
-    if isinstance(value, Tensor):
-        yield _Leaf(steps, value)
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _leaves(part, (*steps, ("item", key)))
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        for name in value._fields:
-            yield from _leaves(getattr(value, name), (*steps, ("field", name)))
-    elif isinstance(value, tuple | list):
-        for index, part in enumerate(value):
-            yield from _leaves(part, (*steps, ("item", index)))
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from _leaves(getattr(value, field.name), (*steps, ("field", field.name)))
-
-
-def _described(output: Any, leaves: Sequence[_Leaf]) -> str:
-    """An output in words: a tensor's shape, or a type and the shapes in it."""
-    if isinstance(output, Tensor):
-        return str(tuple(output.shape)) if output.is_floating_point() else f"{output.dtype} {tuple(output.shape)}"
-    shown = ", ".join(f"{leaf.code} {tuple(leaf.tensor.shape)}" for leaf in leaves[:_SHOWN])
-    more = ", ..." if len(leaves) > _SHOWN else ""
-    return f"{type(output).__name__}{f' ({shown}{more})' if shown else ''}"
-
-
-def _example(output: Any, found: Sequence[_Leaf], target: Any) -> str:
+def _example(output: Any, found: Sequence[Leaf], target: Any) -> str:
     """A function that picks one number per image of an output, in the form that fits it."""
     if not found:
         return f"lambda output: output{'.sum()' if isinstance(output, Tensor) else f'.scores[:, {_CLASS}]'}"

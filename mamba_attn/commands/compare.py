@@ -49,6 +49,11 @@ measures: perturbation; pixels (perturbation of single pixels, on 100 images);
 localisation (if there are boxes or masks); sanity (on a few images); cost;
 picture (the maps on the page).
 
+fills: black; mean, the mean colour; blur, the blurred image; road, imputed from
+the neighbours, with noise; drop, nothing: the model runs without the tokens
+(Vim, ViT), or without them in its scans (others; "random" tells by how much a
+fill alone misleads a model).
+
 Writes to FOLDER: compare.html (an offline page), compare.txt, compare.csv,
 compare.json, and measured.jsonl, from which the same command resumes after an
 interruption.
@@ -90,7 +95,12 @@ def add_parser(commands: Commands) -> None:
         choices=("all", "choose", "report"),
         help="use a fixed half of the images: tune on 'choose', report on 'report'; default: all",
     )
-    add("--fill", default="black", choices=("black", "mean"), help="what replaces removed cells; default: black")
+    add(
+        "--fill",
+        default="black",
+        choices=("black", "mean", "blur", "road", "drop"),
+        help="what replaces removed cells; default: black; see below",
+    )
     add("--sanity-images", type=int, default=8, metavar="N", help="default: 8")
     add("--pictures", type=int, default=6, metavar="N", help="images on the page, per DATA; default: 6")
     add(

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
@@ -135,6 +136,10 @@ class Layer(ABC):
             raise TraceError(f"{self.name}: the mixer returned {type(self._output).__name__}, not a tensor.")
         return self._output
 
+    @abstractmethod
+    def lay_out(self, layout: TokenLayout | None) -> None:
+        """Say where the tokens sit in the image; None leaves it as it is."""
+
     @property
     @abstractmethod
     def variable(self) -> Tensor:
@@ -241,6 +246,7 @@ class ScanLayer(Layer):
     """
 
     kind: ClassVar[str] = "selective scans"
+    _expected: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -263,7 +269,7 @@ class ScanLayer(Layer):
         return self._scan
 
     def lay_out(self, layout: TokenLayout | None) -> None:
-        """Say where the tokens sit in the image."""
+        """Say where the tokens sit in the image; None leaves it as it is."""
         if layout is not None:
             self._scan = self._scan.replace(layout=layout)
 
@@ -273,6 +279,14 @@ class ScanLayer(Layer):
 
     def _facts(self) -> dict[str, object]:
         return {"routes": self.scan.routes, "channels": self.scan.channels, "states": self.scan.states}
+
+    def expect(self, fold: str) -> None:
+        """Compute the matrix of a fold together with the next weighted one, which costs little more, and keep it.
+
+        Args:
+            fold: "mean" or "sum".
+        """
+        self._expected = tuple(dict.fromkeys((*self._expected, fold)))
 
     @property
     def variable(self) -> Tensor:
@@ -322,7 +336,13 @@ class ScanLayer(Layer):
             return ops.hidden_attention(scan, row_weight=rows, col_weight=columns, fold=fold, backend=backend)
 
         if routes == "sum":
-            return folded(self.scan, row_weight, col_weight)
+            waiting = [each for each in self._expected if each not in self._ready]
+            if not waiting or plain or backend is not None or torch.is_grad_enabled():
+                return folded(self.scan, row_weight, col_weight)
+            weights = [(row_weight, col_weight), *[(None, None)] * len(waiting)]
+            wanted, *others = ops.hidden_attentions(self.scan, weights, [fold, *waiting])
+            self._ready |= dict(zip(waiting, others, strict=True))
+            return wanted
         count = self.scan.routes
         chosen = range(count) if routes == "each" else [self._check_route(routes, count)]
         matrices = [
@@ -411,6 +431,11 @@ class AttentionLayer(Layer):
     def __init__(self, name: str, record: AttentionRecord, *, output: Any = None, tail: Tail | None = None) -> None:
         super().__init__(name, output, tail)
         self.record = record
+
+    def lay_out(self, layout: TokenLayout | None) -> None:
+        """Say where the tokens sit in the image; None leaves it as it is."""
+        if layout is not None:
+            self.record = replace(self.record, layout=layout)
 
     @property
     def _described(self) -> AttentionRecord:

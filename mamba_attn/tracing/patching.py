@@ -6,9 +6,9 @@ around the mixers. Nothing else touches a user's model.
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock, get_ident
 from types import MethodType
@@ -27,6 +27,7 @@ from mamba_attn.ops import hidden_attention, selective_scan
 from mamba_attn.tracing.adapters import AnyAdapter, AttentionAdapter, LayoutSource, Seen
 from mamba_attn.tracing.agreement import Call, Verdict, judge, judge_call, latest, measurable
 from mamba_attn.tracing.doors import Watch
+from mamba_attn.tracing.edits import Edit, edited_probabilities, edited_scan
 from mamba_attn.tracing.layers import AttentionLayer, Layer, ScanLayer
 from mamba_attn.tracing.texts import is_text, real_tokens, require_prefill
 from mamba_attn.tracing.undisturbed import recomputing, unseen
@@ -34,34 +35,37 @@ from mamba_attn.tracing.undisturbed import recomputing, unseen
 
 @dataclass(frozen=True, eq=False)
 class Interest:
-    """One trace's interest in one mixer.
+    """The interest of one trace, or of one intervention, in one mixer.
 
     Args:
         name: the mixer's name in the model.
-        store: takes the layer of a call.
         seen: what the forward pass has shown so far.
         adapter: the mixer's.
+        store: takes the layer of a call; None: an intervention's.
         attention: a fold whose matrix is computed during the pass, or None.
         rules: what changes in the forward, or None.
-        thread: whose calls are traced.
         apart: takes what says that the adapter does not compute what the mixer does.
         watch: at the doors that its scans may go through, or None.
+        edits: what an intervention does to the mixer of a name, or None.
+        thread: whose calls are traced.
     """
 
     name: str
-    store: Callable[[Layer], None]
     seen: Seen
     adapter: AnyAdapter
-    attention: str | None
-    rules: Rules | None
-    thread: int
-    apart: Callable[[str, Verdict], None]
+    store: Callable[[Layer], None] | None = None
+    attention: str | None = None
+    rules: Rules | None = None
+    apart: Callable[[str, Verdict], None] | None = None
     watch: Watch | None = None
+    edits: Callable[[str], list[Edit]] | None = None
+    thread: int = field(default_factory=get_ident)
 
     def send_to_doors(self, module: nn.Module, verdict: Verdict) -> None:
         """Let the doors see the mixer's scans, which its adapter does not compute."""
         if self.watch is not None:
             self.watch.outside.discard(id(module))
+        if self.watch is not None and self.apart is not None:
             self.apart(self.name, verdict)
 
     def at_doors(self, module: nn.Module) -> bool:
@@ -113,8 +117,10 @@ class _RoutedForward(PatchedForward):
 
     @unruled()
     def run(self, interests: list[Interest], again: bool, /, *args: Any, **kwargs: Any) -> Any:
-        last, call = interests[-1], Call(args, kwargs)
-        if last.at_doors(self.module):
+        readers = [interest for interest in interests if interest.store is not None]
+        edits = _edits(interests)
+        last, call = (readers or interests)[-1], Call(args, kwargs)
+        if last.at_doors(self.module) or not (readers or edits):
             return self.original(*args, **kwargs)
         rules = next((interest.rules for interest in reversed(interests) if interest.rules is not None), PLAIN)
         wanted = dict.fromkeys(interest.attention for interest in interests if interest.attention)
@@ -128,14 +134,17 @@ class _RoutedForward(PatchedForward):
         if call.opaque and not again:
             verdict = self._beside_own(last, call)
         else:
-            reusable = rules is PLAIN and not self.module.training and not _hooked(self.module)
+            reusable = rules is PLAIN and not edits and not self.module.training and not _hooked(self.module)
             verdict = _verdict(last, self.module, self.original, call, again, ready if reusable else None)
         if verdict is not None and not verdict.agrees:
             return self._at_doors(interests, again, call, verdict)
         adapter = last.adapter if verdict is None or verdict.adapter is None else verdict.adapter
-        found = computed.get(adapter) or _compute(adapter, self.module, call, last.seen, rules, wanted)
+        found = computed.get(adapter) or _compute(
+            adapter, self.module, call, last.seen, rules, wanted, (last.name, edits)
+        )
         for interest in interests if not again else ():
-            interest.store(found.layer(interest))
+            if interest.store is not None:
+                interest.store(found.layer(interest))
         return found.output
 
     def _beside_own(self, last: Interest, call: Call) -> Verdict:
@@ -169,6 +178,11 @@ class _RoutedForward(PatchedForward):
         return output
 
 
+def _edits(interests: Iterable[Interest]) -> list[Edit]:
+    """What interventions do to a mixer."""
+    return [edit for interest in interests if interest.edits is not None for edit in interest.edits(interest.name)]
+
+
 @dataclass(eq=False)
 class _Computed:
     """What an adapter made of one call."""
@@ -187,17 +201,25 @@ class _Computed:
 
 
 def _compute(
-    adapter: AnyAdapter, module: nn.Module, call: Call, seen: Seen, rules: Rules, folds: Iterable[str] = ()
+    adapter: AnyAdapter,
+    module: nn.Module,
+    call: Call,
+    seen: Seen,
+    rules: Rules,
+    folds: Iterable[str] = (),
+    edits: tuple[str, Sequence[Edit]] = ("", ()),
 ) -> _Computed:
-    """Run a call of a mixer through its adapter."""
+    """Run a call of a mixer through its adapter; ``edits``: of the layer with that name."""
     if isinstance(adapter, AttentionAdapter):
         record = rules.attention(adapter.project(module, *call.args, rules=rules, seen=seen, **call.kwargs))
         _start_gradients(record.probabilities)
-        output = adapter.finish(module, record, record.probabilities, rules)
-        return _Computed(record, record.probabilities, output, {})
+        kept = edited_probabilities(edits[0], record, edits[1])
+        output = adapter.finish(module, record, kept, rules)
+        return _Computed(record, kept, output, {})
     scan = rules.scan(adapter.project(module, *call.args, rules=rules, seen=seen, **call.kwargs))
     both = {fold: selective_scan(scan, attention=fold) for fold in folds}
     y = next(iter(both.values()))[0] if both else selective_scan(scan)
+    y = edited_scan(edits[0], scan, y, edits[1]) if edits[1] else y
     _start_gradients(y)
     output = adapter.finish(module, scan, y, rules)
     return _Computed(scan, y, output, {fold: matrix for fold, (_, matrix) in both.items()})
@@ -333,7 +355,9 @@ def _observe(
             raise UnsupportedModelError(interest.why_refused(module, verdict))
         return
     adapter = interest.adapter if verdict is None or verdict.adapter is None else verdict.adapter
-    store = _forget if again else interest.store  # checkpointing wants the same computations again, nobody else does
+    store = (
+        _forget if again or interest.store is None else interest.store
+    )  # checkpointing wants the same computations again, nobody else does
     finish: Callable[[Tensor], Tensor]
     if isinstance(adapter, AttentionAdapter):
         record = adapter.project(module, *args, rules=PLAIN, seen=interest.seen, **kwargs)
@@ -344,7 +368,9 @@ def _observe(
     finish = partial(adapter.finish, module, scan.map_tensors(Tensor.detach), rules=PLAIN)
     ready = (interest.attention, hidden_attention(scan, fold=interest.attention)) if interest.attention else None
     tail = _repeatable(interest.name, module, finish)
-    store(ScanLayer(interest.name, scan, output=output, tail=tail, attention=ready))
+    edits = _edits(getattr(module.__dict__.get("forward"), "interests", ()))
+    y = edited_scan(interest.name, scan, selective_scan(scan), edits) if edits else None
+    store(ScanLayer(interest.name, scan, y=y, output=output, tail=tail, attention=ready))
 
 
 def _forget(layer: Layer) -> None:

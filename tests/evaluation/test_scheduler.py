@@ -217,7 +217,7 @@ def test_bad_maps_cost_their_image_alone(models, boxes, tmp_path, monkeypatch, f
     from mamba_attn import images
 
     MARK[0] = float(images.normalise(data.load(3, transform).pixels[None]).mean())
-    monkeypatch.setattr(measures, "build", lambda name, model: Broken(model, fault))
+    monkeypatch.setattr(measures, "build", lambda name, model, layout: Broken(model, fault))
     (table,) = summarise(wanted, done(wanted, tmp_path / "s.jsonl"))
     assert table.figures["positive_auc_top"]["raw_attention"].images == 5
     ((reason, count),) = table.failed["raw_attention"].items()
@@ -247,7 +247,7 @@ def test_a_measure_that_fails_costs_itself_alone(models, boxes, tmp_path, monkey
 
 
 def test_constant_maps_are_defined_and_flagged(models, boxes, tmp_path, monkeypatch):
-    def constant(name, model):
+    def constant(name, model, layout):
         return SimpleNamespace(attribute=lambda inputs, target: torch.ones(len(inputs), 1, *inputs.shape[2:]))
 
     monkeypatch.setattr(measures, "build", constant)
