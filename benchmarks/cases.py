@@ -51,6 +51,17 @@ TARGETS = {
     "error": Target("error against float64 / sum of absolute terms, delta x 1e-3 to 10, L to 3136", 1e-5, 1e-6),
     "heads 64": Target("a fold of one Mamba-2 layer, 24 heads of 64, 128 states, L 64", 3, 1, unit="ms"),
     "heads 256": Target("a fold of one Mamba-2 layer, 24 heads of 64, 128 states, L 256", 40, 10, unit="ms"),
+    "text law": Target("language models: error of the matrices times u (law 1), with padding and without", 1e-6, 3e-7),
+    "text logits": Target("language models: error of traced logits, with padding and without", 1e-6, 5e-7),
+    "text padding": Target("language models: rows and columns of padding, in sum", 0, 0),
+    "text cut": Target(
+        "language models: matrices of a padded text, cut to its tokens, against the text alone", 1e-6, 5e-7
+    ),
+    "text hybrids": Target("hybrids, scans and softmax traced: error of traced logits", 1e-6, 5e-7),
+    "text half": Target(
+        "language models in bfloat16: error of traced logits / the model's own error", 1.3, 1, unit="x"
+    ),
+    "text time": Target("6 layers of 768 features: traced forward / transformers' own", 0.6, 0.4, unit="x"),
     "spills": Target("bytes that the CUDA kernels spill on sm_80, sm_90 and sm_120, all together", 0, 0),
     "kernel error": Target("error of the CUDA source, run on a host / plain PyTorch's", 2, 1, unit="x"),
     "vim_tiny": Target("vim_tiny forward / DeiT-tiny forward", 8, 5, unit="x"),

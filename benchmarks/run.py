@@ -8,6 +8,7 @@
     python benchmarks/run.py compare --data FOLDER
     python benchmarks/run.py kernel [--device cuda]
     python benchmarks/run.py heads
+    python benchmarks/run.py texts
     python benchmarks/run.py build
     python benchmarks/run.py dropin --checkouts FOLDER
     python benchmarks/run.py collect --data FOLDER
@@ -44,6 +45,7 @@ from benchmarks import (
     maps,
     text_perturbation,
     text_truth,
+    texts,
     verify,
     without_gpu,
 )
@@ -68,6 +70,7 @@ WHAT = {
     "text-truth": "attribution of text: ranks of the token that an answer was copied from",
     "text-perturbation": "attribution of text: what reviews lose when words are replaced, in an order of relevance",
     "kernel": "hidden attention and what it costs: models, backends, ceilings, on a CPU or a GPU",
+    "texts": "language models of transformers: errors of traced passes, padding, half precision, time",
     "heads": "a Mamba-2 layer, folded per head and channel by channel",
     "dropin": "other people's model code, as it stands in clones of their repositories, traced",
     "build": "the CUDA kernels without a GPU: registers, spills, and the error of their source on the host",
@@ -294,6 +297,7 @@ def main(argv: list[str] | None = None) -> None:
             "models": run_models,
             "attribution": run_attribution,
             "heads": heads.run_heads,
+            "texts": texts.run_texts,
             "passes": run_passes,
             "build": without_gpu.run_build,
             "explore": explorer.run_explore,

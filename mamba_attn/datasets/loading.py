@@ -322,7 +322,7 @@ def _of_transformers(spec: str, weights: str | None, options: dict[str, Any], tr
     if not (folder / "config.json").is_file():
         raise ValueError(f"model={spec!r}: there is no {folder / 'config.json'}; expected hf:FOLDER, on this machine.")
     if importlib.util.find_spec("transformers") is None:
-        raise ImportError(f"model={spec!r} needs transformers: pip install transformers")
+        raise ImportError(f"model={spec!r} needs transformers: pip install 'mamba_attn[text]'")
     transformers = importlib.import_module("transformers")
 
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust}

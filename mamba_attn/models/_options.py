@@ -17,6 +17,10 @@ CLASS_TOKENS = ("middle", "first", None)
 GENERATIONS = ("v0", "v05_noz")
 SECONDS = ("transpose", "mirror")
 _FEW = 3  # choices listed in a message
+_INSTEAD = {  # of timm's options
+    "pretrained": "Give create weights='official', 'demo' or a file.",
+    "features_only": "num_classes=0 gives a model without a classifier, which returns features.",
+}
 
 
 def checked(build: Callable[Given, Built]) -> Callable[Given, Built]:
@@ -71,7 +75,8 @@ def check_known(call: str, options: Iterable[str], known: Sequence[str]) -> None
     """
     for name in options:
         if name not in known:
-            raise TypeError(f"{call}({name}=...): there is no such option. {nearest(name, known)}")
+            instead = _INSTEAD.get(name) or nearest(name, known)
+            raise TypeError(f"{call}({name}=...): there is no such option. {instead}")
 
 
 def parameters(build: Callable[..., Any]) -> list[str]:

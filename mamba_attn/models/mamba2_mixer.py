@@ -1,7 +1,7 @@
 """The equations of Mamba-2's mixer (arXiv 2405.21060, section 7), in one place.
 
-``project`` and ``finish`` are called by the adapters of modules with transformers' attribute names: ``n_groups``,
-``time_step_limit``, and a ``norm`` that takes the gate.
+``project`` and ``finish`` are called by the adapter of modules with transformers' or mamba_ssm's attribute names:
+``n_groups`` or ``ngroups``, ``time_step_limit`` or ``dt_limit``, and a ``norm`` that takes the gate.
 """
 
 from collections.abc import Collection
@@ -33,7 +33,7 @@ def project(
     """Compute everything in a mixer of Mamba-2 before its scan.
 
     [z, x B C, dt] = in_proj(x), the last of its outputs; [u, B, C] = act(conv1d(x B C)); delta = softplus(dt + dt_bias)
-    within ``time_step_limit``, one per head; A = -exp(A_log). The gate is SiLU(z), and comes before the norm. Falcon H1
+    within its limits, one per head; A = -exp(A_log). The gate is SiLU(z), and comes before the norm. Falcon H1
     scales the projection's input and outputs.
 
     Args:
@@ -57,10 +57,11 @@ def project(
     z, inner, dt = projected[..., -(channels + mixed + heads) :].split([channels, mixed, heads], -1)
     inner = rules.activation(module.act, module.conv1d(inner.mT)[..., : x.shape[1]].mT)
     inner = inner if keep is None or "scanned" not in masked else inner * keep
-    groups = module.n_groups
+    groups = getattr(module, "n_groups", None) or module.ngroups
     u, both = inner.split([channels, mixed - channels], -1)
     B, C = both.mT.unflatten(1, (2, groups, -1)).unsqueeze(2).unbind(1)
-    limits = getattr(module, "time_step_limit", None) or (getattr(module, "time_step_min", 0.0), inf)
+    limits = getattr(module, "time_step_limit", None) or getattr(module, "dt_limit", None)
+    limits = limits or (getattr(module, "time_step_min", 0.0), inf)
     delta = F.softplus(full_precision(dt) + full_precision(module.dt_bias)).clamp(*limits)
     return ScanRecord.from_scan(
         u.mT.unsqueeze(1),

@@ -143,8 +143,9 @@ def _route(
 
 def _normed(module: nn.Module, low: Tensor, bc: Tensor) -> tuple[Tensor, Tensor]:
     """Return dt, and B with C, after the norms that some language models have for each of them."""
-    norms = [getattr(module, f"{name}_layernorm", None) for name in ("dt", "b", "c")]
-    norms = norms if any(norms) else [getattr(module, f"{name}_layernorm", None) for name in ("dt", "B", "C")]
+    spellings = (("dt_layernorm",), ("b_layernorm", "B_layernorm"), ("c_layernorm", "C_layernorm"))
+    found = ([getattr(module, name, None) for name in names] for names in spellings)
+    norms: list[Any] = [next((norm for norm in each if norm is not None), None) for each in found]
     if not any(norms):
         eps = getattr(module, "rms_eps", None)
         if eps is None:

@@ -24,7 +24,7 @@ from mamba_attn.errors import UnsupportedModelError
 
 _OF_SCANS = ("A_log", "A_logs", "dt_bias")
 # asked in this order
-_FAMILIES = ("vim", "transformers_mixers", "mamba", "vmamba", "mambavision", "timm_vit")
+_FAMILIES = ("vim", "language_mixers", "mamba", "vmamba", "mambavision", "timm_vit")
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.language_models import DECODERS, HYBRIDS, SCANS, build, quiet, texts
 from mamba_attn import trace
 from mamba_attn.attribution import AttentionRollout, MambaAttribution, MambaLRP, RawAttention
 from mamba_attn.core.rules import PLAIN
@@ -10,7 +11,6 @@ from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.testing import check_adapter
 from mamba_attn.tracing.adapters import Seen, find_mixers
 from mamba_attn.tracing.layers import ScanLayer
-from tests.integrations.small_transformers import DECODERS, HYBRIDS, SCANS, build, quiet, texts
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [

@@ -1,4 +1,4 @@
-"""Mixers of transformers' language models, and of what has their names.
+"""Mixers of transformers' language models, and mamba_ssm's Mamba-2.
 
 Mamba's in Mamba, Falcon Mamba and Jamba; Zamba's; Mamba-2's in Mamba-2, Bamba, Zamba2, Nemotron H, Granite 4 and Falcon
 H1. Versions differ in where they set padding to zero; the place whose output is the module's own is used.
@@ -17,33 +17,34 @@ from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.models import mamba2_mixer, vim_mixer, zamba_mixer
 from mamba_attn.tracing.adapters import Adapter, Seen
 
-_PARTS = ("in_proj", "conv1d", "A_log", "D", "out_proj", "act", "ssm_state_size")
+_PARTS = ("in_proj", "conv1d", "A_log", "D", "out_proj", "act")
 _EQUATIONS = {
     ("x_proj", "dt_proj", "time_step_rank"): vim_mixer,
     ("x_proj_weight", "dt_proj_weight", "dt_proj_bias"): zamba_mixer,
     ("dt_bias", "n_groups", "num_heads"): mamba2_mixer,
+    ("dt_bias", "ngroups", "nheads", "headdim"): mamba2_mixer,  # mamba_ssm's
 }
 _SEVERAL = ("seq_idx", "cu_seqlens", "cu_seq_lens_q")
 
 
 @dataclass(frozen=True)
-class TransformersAdapter(Adapter):
-    """Mixers with transformers' names.
+class LanguageAdapter(Adapter):
+    """Mixers with transformers' or mamba_ssm's names.
 
     Args:
         masked: where padding is set to zero, see ``vim_mixer.MASKED``.
     """
 
-    family: ClassVar[str] = "Mamba of transformers"
+    family: ClassVar[str] = "Mamba of language models"
     masked: tuple[str, ...] = vim_mixer.MASKED[0]
 
     def recognises(self, module: nn.Module) -> bool:
         """Whether the module has the parts of such a mixer."""
         return _has(module, _PARTS) and any(_has(module, names) for names in _EQUATIONS)
 
-    def alternatives(self, module: nn.Module) -> "Iterable[TransformersAdapter]":
+    def alternatives(self, module: nn.Module) -> "Iterable[LanguageAdapter]":
         """Yield an adapter for every place at which versions set padding to zero."""
-        return (TransformersAdapter(masked) for masked in vim_mixer.MASKED)
+        return (LanguageAdapter(masked) for masked in vim_mixer.MASKED)
 
     def project(self, module: nn.Module, *args: Any, rules: Rules, seen: Seen, **kwargs: Any) -> ScanRecord:
         """Return everything before the scan, from the first argument of the mixer's forward and ``attention_mask``.
@@ -87,4 +88,4 @@ def _has(module: nn.Module, names: Iterable[str]) -> bool:
     return all(hasattr(module, name) for name in names)
 
 
-ADAPTER = TransformersAdapter()
+ADAPTER = LanguageAdapter()
