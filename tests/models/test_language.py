@@ -14,7 +14,7 @@ TEXT = registry.demos("text")
 
 
 def test_names_are_of_text_or_of_images():
-    assert {"mamba_copy", "mamba_recall", "mamba_reviews"} <= {*TEXT} <= {*registry.names("text")}
+    assert {*TEXT} == {"mamba_copy", "mamba_recall", "mamba_reviews", "mamba_plays"} == {*registry.names("text")}
     assert not {*TEXT} & {*registry.names()}
     assert not {*TEXT} & {*registry.demos()}
     with pytest.raises(ValueError, match=r"names\(reads='sound'\): expected one of \('images', 'text'\)"):
@@ -96,7 +96,7 @@ def test_the_card_is_true_of_the_file(name):
         logits = model(ids)[0, :-1]
         bits = torch.nn.functional.cross_entropy(logits, ids[0, 1:]) / torch.log(torch.tensor(2.0))
         assert bits < 4 < 8  # a byte has 8
-        assert card["bits_per_byte"] < 2.8
+        assert card["bits_per_byte"] < 2.3
 
 
 def test_the_weights_are_small():

@@ -308,6 +308,23 @@ def test_softmax_attention_loses_probabilities():
     assert not torch.equal(changed, output)
 
 
+class Softmax(torch.nn.Module):
+    """Attention that no adapter knows."""
+
+    def forward(self, x):
+        return torch.nn.functional.scaled_dot_product_attention(*[x[:, None]] * 3)[:, 0]
+
+
+def test_softmax_attention_at_torchs_function_is_refused_unless_other_layers_are_named():
+    net, x = Net(Line(both=False), Softmax()).eval(), torch.randn(2, 3, 16, 20)
+    with torch.no_grad():
+        with knockout(net, columns=1), pytest.raises(UnsupportedModelError, match=r"mixers\.1 is softmax .* layers="):
+            net(x)
+        plain = net(x)
+        with knockout(net, columns=1, layers="mixers.0.*"):
+            assert not torch.equal(net(x), plain)
+
+
 def test_relevance_is_conserved_in_what_runs():
     model, x = vim(), torch.randn(1, 3, 32, 64)
     plain = attribution.MambaLRP(model).attribute(x, target=1)
