@@ -8,12 +8,14 @@
     python benchmarks/run.py compare --data FOLDER
     python benchmarks/run.py kernel [--device cuda]
     python benchmarks/run.py heads
+    python benchmarks/run.py texts
     python benchmarks/run.py build
     python benchmarks/run.py dropin --checkouts FOLDER
     python benchmarks/run.py collect --data FOLDER
     python benchmarks/run.py embed --data FOLDER
     python benchmarks/run.py findings --runs FOLDER --data FOLDER
     python benchmarks/run.py explore
+    python benchmarks/run.py text-truth
 
 One thread, CPU time, the competitors in turn (A B A B) in one process; peak memory in child processes. On a GPU
 ``kernel`` measures between CUDA events.
@@ -31,7 +33,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 import torch
 
-from benchmarks import analytics, cases, comparison, dropin, embedding, explorer, findings, maps, verify, without_gpu
+from benchmarks import (
+    analytics,
+    cases,
+    comparison,
+    dropin,
+    embedding,
+    explorer,
+    findings,
+    maps,
+    text_truth,
+    texts,
+    verify,
+    without_gpu,
+)
 from benchmarks.cases import Shape
 from benchmarks.kernel import heads
 from benchmarks.kernel import job as kernel
@@ -50,7 +65,9 @@ WHAT = {
     "embed": "t-SNE and UMAP of attention, with PCA before them and without",
     "findings": "mamba-attn findings: the paper's findings, trained, with random weights, in other patch orders",
     "explore": "mamba-attn explore in a real browser: from a gesture to the picture",
+    "text-truth": "attribution of text: ranks of the token that an answer was copied from",
     "kernel": "hidden attention and what it costs: models, backends, ceilings, on a CPU or a GPU",
+    "texts": "language models of transformers: errors of traced passes, padding, half precision, time",
     "heads": "a Mamba-2 layer, folded per head and channel by channel",
     "dropin": "other people's model code, as it stands in clones of their repositories, traced",
     "build": "the CUDA kernels without a GPU: registers, spills, and the error of their source on the host",
@@ -276,9 +293,11 @@ def main(argv: list[str] | None = None) -> None:
             "models": run_models,
             "attribution": run_attribution,
             "heads": heads.run_heads,
+            "texts": texts.run_texts,
             "passes": run_passes,
             "build": without_gpu.run_build,
             "explore": explorer.run_explore,
+            "text-truth": text_truth.run_text_truth,
         }
         found, partial = [(args.what, *runs[args.what](args.quick))], args.quick
     folder = args.out or (None if partial else RESULTS)

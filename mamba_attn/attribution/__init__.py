@@ -16,6 +16,7 @@ from mamba_attn.attribution.controls import CentreMap, RandomMap
 from mamba_attn.attribution.implicit_attention import ImplicitAttention
 from mamba_attn.attribution.layer_grad_cam import LayerGradCam
 from mamba_attn.attribution.lrp.frozen_contribution import FrozenContribution
+from mamba_attn.attribution.lrp.keep_and_remove import KeepAndRemoveLRP
 from mamba_attn.attribution.lrp.mamba_lrp import MambaLRP
 from mamba_attn.attribution.mamba_attribution import MambaAttribution
 from mamba_attn.attribution.maps import MapAttribution, TokenAttribution
@@ -33,6 +34,7 @@ __all__ = [
     "ImplicitAttention",
     "InputXGradient",
     "IntegratedGradients",
+    "KeepAndRemoveLRP",
     "LayerGradCam",
     "MambaAttribution",
     "MambaLRP",

@@ -147,14 +147,14 @@ def of_one_token(layer: Layer, gradient: Tensor) -> Tensor:
     """Return the gradient of the logit as it were if the head read one token alone.
 
     A head that averages over tokens hands each of them 1 / tokens of the logit's gradient, and the query that stands
-    for such a head averages over them once more; a class token is one token already.
+    for such a head averages over them once more; a class token is one token already, and so is a text's last.
 
     Args:
         layer: the layer.
         gradient: of the logit, of any shape.
     """
     layout = layer.layout
-    return gradient if layout.class_tokens else gradient * len(layout.patches)
+    return gradient if layout.class_tokens or not layout.pixels else gradient * len(layout.patches)
 
 
 def dense(weighted: Float[Tensor, "batch tokens tokens"]) -> tuple[Product, float]:

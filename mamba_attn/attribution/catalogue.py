@@ -13,6 +13,7 @@ from mamba_attn.attribution.controls import CentreMap, RandomMap
 from mamba_attn.attribution.implicit_attention import ImplicitAttention
 from mamba_attn.attribution.layer_grad_cam import LayerGradCam
 from mamba_attn.attribution.lrp.frozen_contribution import FrozenContribution
+from mamba_attn.attribution.lrp.keep_and_remove import KeepAndRemoveLRP
 from mamba_attn.attribution.lrp.mamba_lrp import MambaLRP
 from mamba_attn.attribution.mamba_attribution import MambaAttribution
 from mamba_attn.attribution.maps import MapAttribution
@@ -130,6 +131,14 @@ METHODS: dict[str, Entry] = {
             "The relevance of the class, propagated back layer by layer to the tokens; signed, and it adds up.",
             (SCANS,),
             instead="transformer_attribution",
+        ),
+        Entry(
+            "keep_and_remove_lrp",
+            "keep-and-remove LRP",
+            KeepAndRemoveLRP,
+            "The relevance of the class (MambaLRP), asked again while parts of the image are kept or removed; our own.",
+            (SCANS,),
+            instead="transformer_attribution_lrp",
         ),
         Entry(
             "relevance_attention_ranks",

@@ -4,7 +4,7 @@ Below the method: depthwise convolutions as weighted shifts of tokens (``Taps``)
 the linear map of one layer (``Implicit``), with a recorder of the activations it depends on.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, NamedTuple
@@ -17,7 +17,7 @@ from mamba_attn import ops
 from mamba_attn._types import Float, Int
 from mamba_attn.attribution.activation_recorder import ActivationRecorder, gated_gradients
 from mamba_attn.attribution.attention_rollout import Product, dense, of_one_token, roll_out_weighted
-from mamba_attn.attribution.maps import Row, TokenAttribution
+from mamba_attn.attribution.maps import Positions, Row, TokenAttribution
 from mamba_attn.attribution.queries import Place, Query, query_weights
 from mamba_attn.attribution.targets import Target
 from mamba_attn.core.rules import LINEAR, TOKENS
@@ -112,7 +112,7 @@ class ImplicitAttention(TokenAttribution):
     def rows(
         self,
         inputs: Tensor,
-        query: Sequence[float] | None = None,
+        query: Positions = None,
         *,
         pixel: Place | None = None,
         box: Place | None = None,
@@ -121,16 +121,17 @@ class ImplicitAttention(TokenAttribution):
 
         Args:
             inputs: as in ``attribute``.
-            query: deprecated, as in ``attribute``.
+            query: as in ``attribute``.
             pixel: as in ``attribute``.
             box: as in ``attribute``.
 
         Raises:
             ValueError: inputs are not a batch; a pixel or box is outside the image, or both are given.
         """
-        asked = self._asked("rows", inputs, query, pixel, box)
+        bound = self._called_with("rows", inputs)
+        asked = self._asked("rows", inputs, query, pixel, box, bound._call.text)
         with torch.no_grad():
-            weighted = self._weighted(inputs, None, gradient=False)
+            weighted = bound._weighted(inputs, None, gradient=False)
             return ByLayer({part.layer.name: part.row(query_weights(part.layer, asked)) for part in weighted})
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:

@@ -1,12 +1,11 @@
 """RawAttention: what the query reads in each layer, averaged over layers."""
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mamba_attn.attribution.maps import Row, TokenAttribution
+from mamba_attn.attribution.maps import Positions, Row, TokenAttribution
 from mamba_attn.attribution.queries import Place, Query, read_rows
 from mamba_attn.attribution.targets import Target
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
@@ -66,7 +65,7 @@ class RawAttention(TokenAttribution):
     def rows(
         self,
         inputs: Tensor,
-        query: Sequence[float] | None = None,
+        query: Positions = None,
         *,
         pixel: Place | None = None,
         box: Place | None = None,
@@ -75,17 +74,18 @@ class RawAttention(TokenAttribution):
 
         Args:
             inputs: as in ``attribute``.
-            query: deprecated, as in ``attribute``.
+            query: as in ``attribute``.
             pixel: as in ``attribute``.
             box: as in ``attribute``.
 
         Raises:
             ValueError: inputs are not a batch; a pixel or box is outside the image, or both are given.
         """
-        asked = self._asked("rows", inputs, query, pixel, box)
+        call = self._called_with("rows", inputs)._call
+        asked = self._asked("rows", inputs, query, pixel, box, call.text)
         with torch.no_grad():
             with self._tracing(layers=self.layers) as record:
-                self.model(inputs)
+                call.run(self.model, inputs)
             return ByLayer({layer.name: read_rows(layer, asked) for layer in self._ran(record)})
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:

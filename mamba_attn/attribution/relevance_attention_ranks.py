@@ -13,7 +13,7 @@ from mamba_attn.attribution.queries import Query
 from mamba_attn.attribution.raw_attention import RawAttention
 from mamba_attn.attribution.targets import Target
 from mamba_attn.core.layout import TokenLayout
-from mamba_attn.core.ranks import ranks
+from mamba_attn.core.ranks import shares
 from mamba_attn.errors import nearest
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
 from mamba_attn.tracing.layers import ScanLayer, require
@@ -96,11 +96,12 @@ class RelevanceAttentionRanks(MapAttribution):
         cells = self._cells(images, target)
 
         def read(method: _Part) -> Tensor:
-            return cell_means(self._at_this_call(method)._finite_maps(images, target, None, size, False), cells)
+            maps = self._at_this_call(method)._finite_maps(images, target, query, size, not cells.pixels)
+            return cell_means(maps, cells) if cells.pixels else maps
 
         relevance = read(self.relevance)
-        extent = torch.stack([_shares(read(method)) for method in self.extent]).sum(0)
-        order = self.weight * _shares(relevance) ** self.power + _shares(extent)
+        extent = torch.stack([shares(read(method)) for method in self.extent]).sum(0)
+        order = self.weight * shares(relevance) ** self.power + shares(extent)
         found = in_order(relevance.clamp(min=0), order)
         return found if grid else cells.to_pixels(found, size)
 
@@ -115,18 +116,9 @@ class RelevanceAttentionRanks(MapAttribution):
 
 
 def in_order(
-    values: Float[Tensor, "batch 1 rows columns"], order: Float[Tensor, "batch 1 rows columns"]
-) -> Float[Tensor, "batch 1 rows columns"]:
+    values: Float[Tensor, "batch 1 *size"], order: Float[Tensor, "batch 1 *size"]
+) -> Float[Tensor, "batch 1 *size"]:
     """Return every map's own numbers, its largest where ``order`` is largest; ties from the last to the first."""
     place = order.flatten(1).argsort(dim=1, stable=True)
     ordered = values.flatten(1).sort(1).values
     return torch.zeros_like(ordered).scatter(1, place, ordered).view_as(values)
-
-
-def _shares(values: Float[Tensor, "batch 1 rows columns"]) -> Float[Tensor, "batch 1 rows columns"]:
-    """Return every number's rank in its map, from 0 to 1; ties at their mean, a single number at 0."""
-    dtype = torch.promote_types(values.dtype, torch.float32)
-    flat = values.flatten(1).to(dtype).cpu().numpy()
-    places = torch.stack([torch.from_numpy(ranks(each)) for each in flat]).to(values.device, dtype)
-    shares: Tensor = places / max(flat.shape[1] - 1, 1)
-    return shares.view_as(values)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Int
-from mamba_attn.core.outputs import Leaf, Steps, described, find_scores, follow
+from mamba_attn.attribution.texts import Text
+from mamba_attn.core.outputs import Leaf, Steps, described, find_scores, follow, leaves
 
 Function = Callable[[Any], Tensor]
 Target = int | Tensor | tuple[int, ...] | Sequence[int] | Sequence[tuple[int, ...]] | Function | None
@@ -15,21 +16,34 @@ Target = int | Tensor | tuple[int, ...] | Sequence[int] | Sequence[tuple[int, ..
 _DENSE = "target=(class, row, column) or whatever indexes it, a list of such tuples, or a function of the output"
 _CLASS = 7  # in examples
 _HEADS = ("head", "fc", "classifier")
+_FEATURES = "last_hidden_state"
 
 
-def scores_in(where: str, output: Any, batch: int, target: Any = None) -> Steps:
+def scores_in(where: str, output: Any, batch: int, target: Any = None, text: Text | None = None) -> Steps:
     """Return the way to the scores in a model's output, as ``core.outputs.find_scores`` finds them.
+
+    Of several that a model of texts returns, those that are called logits.
 
     Args:
         where: what the user wrote, for the message.
         output: a tensor, or tuples, lists, mappings and dataclasses of them.
         batch: number of images.
         target: as given, for the example in the message.
+        text: what is known of the texts that the model was given, if it was.
 
     Raises:
-        ValueError: no tensor has one result per image, or several have.
+        ValueError: no tensor has one result per image, or several have; a model of texts that returns features alone.
     """
     found, fitting = find_scores(output, batch)
+    if text is not None:
+        logits = [leaf for leaf in leaves(output) if leaf.steps and leaf.steps[-1][1] == "logits"]
+        found = logits[0] if logits else found
+        if found is not None and target is None and found.steps[-1:] == (("item", _FEATURES),):
+            raise ValueError(
+                f"{where}: the model returned {described(output)}: features, and no scores of tokens, so there is no "
+                "most likely one; trace the model with its head (AutoModelForCausalLM), or explain a feature, "
+                "target=(position, feature)."
+            )
     if found is not None:
         return found.steps
     what = "several of these have" if fitting else "it does not have"
@@ -40,7 +54,7 @@ def scores_in(where: str, output: Any, batch: int, target: Any = None) -> Steps:
     )
 
 
-def target_values(call: str, output: Any, target: Any, batch: int) -> Tensor:
+def target_values(call: str, output: Any, target: Any, batch: int, text: Text | None = None) -> Tensor:
     """Return the target value of every image, (batch,), or their sum if a function returned a scalar.
 
     Args:
@@ -49,19 +63,22 @@ def target_values(call: str, output: Any, target: Any, batch: int) -> Tensor:
         target: a class, one per image, a tuple of indices after the batch's or a list of them, a function of the
             output; None for the predicted class, or the only number of each image.
         batch: number of images.
+        text: what is known of the texts that the model was given, if it was.
 
     Raises:
         ValueError: the output does not have the target.
     """
     if callable(target) and not isinstance(target, Tensor):
         return _called(call, target, output, batch)
-    scores = follow(output, scores_in(f"{call}(target={target!r})", output, batch, target))
-    indices = target_indices(call, scores, target, batch)
+    scores = follow(output, scores_in(f"{call}(target={target!r})", output, batch, target, text))
+    indices = target_indices(call, scores, target, batch, text)
     chosen: Tensor = scores[(torch.arange(batch, device=scores.device), *indices.unbind(1))]
     return chosen
 
 
-def target_indices(call: str, scores: Tensor, target: Any, batch: int) -> Int[Tensor, "batch axes"]:
+def target_indices(
+    call: str, scores: Tensor, target: Any, batch: int, text: Text | None = None
+) -> Int[Tensor, "batch axes"]:
     """Return the indices of the target value in each image's scores; none where each image has one number.
 
     Args:
@@ -69,12 +86,15 @@ def target_indices(call: str, scores: Tensor, target: Any, batch: int) -> Int[Te
         scores: (batch, ...), of the model's output.
         target: as in ``target_values``, except a function.
         batch: number of images.
+        text: as in ``target_values``; of scores (batch, tokens, vocabulary) it says what the target means.
 
     Raises:
         ValueError: the scores do not have the target.
     """
     where = f"{call}(target={target!r})"
     axes = scores.ndim - 1
+    if text is not None and axes == 2:
+        return text.indices(call, scores, target)
     if axes == 0:
         if target is not None and target != ():
             raise ValueError(f"{where}: the model returned one number per image; leave target out.")

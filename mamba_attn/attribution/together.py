@@ -44,6 +44,7 @@ def attribute_together(
         ValueError: methods on different models; or as ``attribute``.
 
     Example:
+        >>> from mamba_attn.attribution import MambaAttribution, RawAttention
         >>> maps = attribute_together([RawAttention(model), MambaAttribution(model)], torch.randn(2, 3, 224, 224))
         >>> [each.shape for each in maps]
         [torch.Size([2, 1, 224, 224]), torch.Size([2, 1, 224, 224])]
@@ -77,8 +78,8 @@ def _pass(methods: Sequence[MapAttribution], inputs: tuple[Tensor, ...], further
     gradients = any(method.reads_gradients for method in methods)
     frozen = not any(parameter.requires_grad for parameter in model.parameters())
     if gradients and frozen:
-        inputs = tuple(images.detach().clone().requires_grad_() for images in inputs)
-    call = Call.of(inputs, further)
+        inputs = tuple(x.detach().clone().requires_grad_() if x.is_floating_point() else x for x in inputs)
+    call = Call.of("attribute_together", inputs, further, model)
     with (
         torch.inference_mode(False),
         traced(model, layout=first.layout, orders=first.orders) as record,

@@ -24,7 +24,7 @@ from mamba_attn.core.transform import Transform
 from mamba_attn.datasets.class_names import names_for, read_names
 from mamba_attn.datasets.user_code import build_model, find_function, names_code, stand_ins_for, takes
 from mamba_attn.errors import UnsupportedModelError, WeightsError, nearest
-from mamba_attn.models import checkpoints, registry, torchvision_repair
+from mamba_attn.models import checkpoints, registry
 from mamba_attn.tracing.layer_kinds import SOFTMAX, layer_kinds
 from mamba_attn.tracing.undisturbed import undisturbed
 
@@ -286,7 +286,6 @@ def _of_timm(spec: str, weights: str | None, options: dict[str, Any]) -> LoadedM
     name = spec.removeprefix("timm:")
     if importlib.util.find_spec("timm") is None:
         raise ImportError(f"model={spec!r} needs timm: pip install 'mamba_attn[timm]'")
-    torchvision_repair.prepare()
     import timm
 
     if not timm.is_model(name):
@@ -318,8 +317,7 @@ def _of_transformers(spec: str, weights: str | None, options: dict[str, Any], tr
     if not (folder / "config.json").is_file():
         raise ValueError(f"model={spec!r}: there is no {folder / 'config.json'}; expected hf:FOLDER, on this machine.")
     if importlib.util.find_spec("transformers") is None:
-        raise ImportError(f"model={spec!r} needs transformers: pip install transformers")
-    torchvision_repair.prepare()
+        raise ImportError(f"model={spec!r} needs transformers: pip install 'mamba_attn[text]'")
     transformers = importlib.import_module("transformers")
 
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust}

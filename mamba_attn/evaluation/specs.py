@@ -33,6 +33,7 @@ class Options:
         precision: of the model's answers in perturbation; maps are always float32.
         stages: of the cascade of randomised models.
         seed: of everything random.
+        others: number of other images with whose objects a map is compared.
     """
 
     target: str = PREDICTED
@@ -40,10 +41,16 @@ class Options:
     precision: str = "float32"
     stages: int = 6
     seed: int = 0
+    others: int = 50
 
     def of(self, measure: str) -> str:
         """Return the options that a measure depends on, as text."""
-        more = {"perturbation": ("fill", "seed"), "pixels": ("fill", "seed"), "sanity": ("stages", "seed")}
+        more = {
+            "perturbation": ("fill", "seed"),
+            "pixels": ("fill", "seed"),
+            "sanity": ("stages", "seed"),
+            "localisation": ("others",),
+        }
         names = ("target", "precision", *more.get(measure, ()))
         return json.dumps({name: value for name, value in asdict(self).items() if name in names})
 

@@ -146,6 +146,7 @@ _RULES: dict[str, Rule] = {
     "dims": _rule("a whole number of at least 1, or one per stage", lambda v: _is_whole(v) or _are_whole(v),
                   lambda v: v >= 1 if _is_whole(v) else _stages(v)),
     **dict.fromkeys(("patch_size", "embed_dim", "depth", "d_state", "d_conv", "expand", "num_heads"), _whole(1)),
+    "vocabulary": _whole(1),
     **dict.fromkeys(("num_classes", "reg_tokens"), _whole(0)),
     "stride": _STRIDE,
     "drop_path": _rule("a number from 0 to below 1", _is_number, lambda v: 0 <= v < 1),

@@ -23,7 +23,8 @@ from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import UnsupportedModelError
 
 _OF_SCANS = ("A_log", "A_logs", "dt_bias")
-_FAMILIES = ("vim", "mamba", "vmamba", "mambavision", "timm_vit")  # asked in this order
+# asked in this order
+_FAMILIES = ("vim", "language_mixers", "mamba", "vmamba", "mambavision", "timm_vit")
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Seen:
         padded_stem: whether the first convolution is padded to see around a pixel, as ``padding = (kernel - 1) / 2``.
         layout: the token frame, from the patch embedding or from the user.
         frames: the token frames of single modules, where a model's parts have their own.
+        real: which tokens of texts are no padding, (batch, tokens), of a model that is given texts.
     """
 
     batch: int | None = None
@@ -43,6 +45,7 @@ class Seen:
     padded_stem: bool = False
     layout: TokenLayout | None = None
     frames: dict[nn.Module, TokenLayout] = field(default_factory=dict)
+    real: Tensor | None = None
     _warned: set[str] = field(default_factory=set, init=False, repr=False)
 
     def warn_once(self, sentence: str) -> None:

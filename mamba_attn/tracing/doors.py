@@ -29,9 +29,11 @@ from mamba_attn.tracing.chunk_scans import (
     forward_inputs,
     recomputes,
     scanned,
+    with_output,
     zeros,
 )
-from mamba_attn.tracing.door_rules import ruled_backward
+from mamba_attn.tracing.door_rules import edited_backward, ruled_backward
+from mamba_attn.tracing.edits import CallEdit, edited_call
 from mamba_attn.tracing.reachable import CHUNK_SCANS, compiled_scans
 from mamba_attn.tracing.running import Names, running_modules
 from mamba_attn.tracing.scan_states import ScanStates
@@ -62,8 +64,11 @@ class ScanInputs(NamedTuple):
         single = self.A.ndim == 1
         return max((t.shape[1] for t in (self.B, self.C) if t.ndim == 4 or single), default=1)
 
-    def parts(self) -> "ScanParts":
-        """The tensors in float32, or in float64 if one of u, delta and A is, group by group and without a graph.
+    def parts(self, graph: bool = False) -> "ScanParts":
+        """The tensors in float32, or in float64 if one of u, delta and A is, group by group.
+
+        Args:
+            graph: whether they keep their graph.
 
         Raises:
             UnsupportedModelError: complex A.
@@ -77,7 +82,7 @@ class ScanInputs(NamedTuple):
         split = (groups, self.u.shape[1] // groups)
 
         def work(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(torch.float64 if double else torch.float32)
+            return (tensor if graph else tensor.detach()).to(torch.float64 if double else torch.float32)
 
         delta = work(self.delta)
         delta = delta if self.delta_bias is None else delta + work(self.delta_bias)[:, None]
@@ -191,6 +196,8 @@ class Watch:
         cut: no gradient passes a scan, and ``dout`` is kept at each: for measuring orders.
         rules: what an attribution method changes, by what the doors' backward passes return.
         around: further doors: modules, and what stands in their functions' places.
+        edits: what an intervention does to the next scan of a module, by the module's name and the scan's inputs; it
+            keeps no calls.
     """
 
     def __init__(
@@ -201,6 +208,7 @@ class Watch:
         cut: bool = False,
         rules: Rules | None = None,
         around: Callable[[], Iterable[tuple[ModuleType, dict[str, Handler]]]] = tuple,
+        edits: Callable[[str, AnyInputs], CallEdit | None] | None = None,
     ) -> None:
         self.name_of = Names(model)
         self.names = self.name_of.modules
@@ -209,6 +217,8 @@ class Watch:
         self.cut = cut
         self.rules = rules
         self.around = around
+        self.edits = edits
+        self.edited: list[tuple[Tensor, AnyInputs, list[CallEdit]]] = []  # by the states that were handed out
         self.convolved: dict[Any, tuple[Tensor, str]] = {}  # by where they lie: inputs of fused convolutions
         self.thread = get_ident()
         self.calls: list[ScanCall | SoftmaxCall] = []
@@ -419,9 +429,33 @@ def _forward(door: Door, *args: Any) -> Any:
         found = _as_extension(door.module.__name__, args, inputs, y)
     else:
         found = list(own(*args))
+    edits = _edits_of(places, inputs)
+    if edits:
+        y = edited_call(inputs.parts(), found[0].flatten(1, -2) if found[0].ndim > 3 else found[0], edits)
+        found = _as_extension(door.module.__name__, args, inputs, y.reshape(inputs.u.shape))
     for watch, module in places:
-        watch.keep(module, inputs, found, matrices.get(watch.attention))
+        if watch.edits is None:
+            watch.keep(module, inputs, found, matrices.get(watch.attention))
+        elif edits:
+            watch.edited.append((found[1], inputs, edits))
     return found
+
+
+def _edits_of(places: Sequence[tuple[Watch, nn.Module]], inputs: AnyInputs) -> list[CallEdit]:
+    """What interventions do to a call."""
+    asked = [w.edits(w.names[id(module)], inputs) for w, module in places if w.edits is not None]
+    return [edit for edit in asked if edit is not None]
+
+
+def _edited_with(states: Any) -> tuple[AnyInputs, list[CallEdit]] | None:
+    """The inputs of an edited call, and what was done to it, by what ``fwd`` handed out."""
+    if not isinstance(states, Tensor):
+        return None
+    for watch in reversed(_open):
+        for kept, inputs, edits in watch.edited:
+            if kept is states or kept.data_ptr() == states.data_ptr() != 0:
+                return inputs, edits
+    return None
 
 
 def _chunk_forward(door: Door, *args: Any, **kwargs: Any) -> Any:
@@ -439,8 +473,15 @@ def _chunk_forward(door: Door, *args: Any, **kwargs: Any) -> Any:
     found = door.own[CHUNK_SCANS[0]](*args, **kwargs)
     if inputs is not None:
         out = scanned(found)
+        edits = _edits_of(places, inputs)
+        if edits:
+            y = edited_call(inputs.parts(), out.flatten(2).mT, edits).mT.unflatten(2, out.shape[2:]).to(out.dtype)
+            found, out = with_output(found, y, inputs.z), y
         for watch, module in places:
-            watch.keep(module, inputs, [out.flatten(2).mT, out], None)
+            if watch.edits is None:
+                watch.keep(module, inputs, [out.flatten(2).mT, out], None)
+            elif edits:
+                watch.edited.append((out, inputs, edits))
     return found
 
 
@@ -448,6 +489,11 @@ def _chunk_backward(door: Door, *args: Any, **kwargs: Any) -> Any:
     """``_mamba_chunk_scan_combined_bwd``, whose ``dout`` is kept for the call that its output comes from."""
     own: Callable[..., Any] = door.own[CHUNK_SCANS[1]]
     dout, out = backward_inputs(args, kwargs)
+    if _edited_with(out) is not None:
+        raise UnsupportedModelError(
+            "knockout and replace_attention: gradients through a chunk scan (Mamba-2) under them are not known here; "
+            "run the model inside torch.no_grad()."
+        )
     hits = [(watch, call) for watch in tuple(_open) if (call := watch.call_of(out)) is not None]
     for watch, call in hits:
         call.dout = dout
@@ -474,6 +520,14 @@ def _backward(door: Door, *args: Any) -> Any:
     if isinstance(states, ScanStates) and not isinstance(own, FunctionType | partial):
         args = (*args[: at + 1], states.read().contiguous(), *args[at + 2 :])
     ruled = [(watch.rules, call) for watch, call in hits if watch.rules is not None]
+    edited = _edited_with(states)
+    if edited is not None and ruled:
+        raise UnsupportedModelError(
+            "knockout and replace_attention: this method's rules are not known at the door of a scan that is changed; "
+            "use a method without rules (RawAttention, AttentionRollout, MambaAttribution)."
+        )
+    if edited is not None:
+        return edited_backward(args, *edited, gated=gated)
     if ruled:
         rules, call = ruled[-1]  # of nested traces the last
         return ruled_backward(own, args, call.y, rules, gated=gated)

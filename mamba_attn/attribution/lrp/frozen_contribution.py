@@ -105,9 +105,8 @@ class FrozenContribution(LinearisedAttribution):
         Raises:
             ValueError: inputs are not a batch, or the target is not a class.
         """
-        self._size("contributions", inputs)
         rules = FrozenRules(self.model)
-        (first, *_), biases = self._entrances(inputs, target, rules)
+        (first, *_), biases = self._called_with("contributions", inputs)._entrances(inputs, target, rules)
         positions = rules.position_shares(first)
         return Contributions(first.shares - positions, positions, biases, first.layer.layout)
 

@@ -102,8 +102,7 @@ class MambaLRP(LinearisedAttribution):
         Raises:
             ValueError: inputs are not a batch, or the target is not a class.
         """
-        self._size("relevances", inputs)
-        entrances, _ = self._entrances(inputs, target, self._rules())
+        entrances, _ = self._called_with("relevances", inputs)._entrances(inputs, target, self._rules())
         return ByLayer({entrance.layer.name: entrance.shares for entrance in entrances})
 
     def bias_relevances(self, inputs: Tensor, target: Target = None) -> dict[str, Float[Tensor, " batch"]]:
@@ -116,8 +115,7 @@ class MambaLRP(LinearisedAttribution):
         Raises:
             ValueError: inputs are not a batch, or the target is not a class.
         """
-        self._size("bias_relevances", inputs)
-        return self._entrances(inputs, target, self._rules())[1]
+        return self._called_with("bias_relevances", inputs)._entrances(inputs, target, self._rules())[1]
 
     def _rules(self) -> LinearRules:
         return LRPRules(self.model, self.gamma_layers, self.gamma)

@@ -21,10 +21,12 @@ from mamba_attn.ops.cpu.build import library, library_problem
 from mamba_attn.ops.cpu.structures import CAttention, CGradients, Frame, c_scan, c_tensor, checked_order
 from mamba_attn.ops.flat_records import (
     REST,
+    WEIGHTED,
     attention_gradient,
-    attention_shape,
+    empty_attention,
     flatten_for_matrix,
     keep,
+    operator,
     unflatten,
 )
 from mamba_attn.ops.heads import as_units, by_group, fold_heads, unit_width
@@ -179,32 +181,16 @@ def _scan_backward(
     return results
 
 
-def _attention(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    read_order: Tensor,
-    write_order: Tensor,
-    tokens: int,
-    scale: float,
-    source_frame: str,
-    merged: bool,
-    row_weight: Tensor | None,
-    col_weight: Tensor | None,
-    fold: str,
-) -> Tensor:
+def _attention(*arguments: Any) -> Tensor:
     """Return the folded matrix of a record with one group; uses only u's shape. Its gradient is the blocked path's."""
-    record = unflatten(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
-    return _matrices(record, [(row_weight, col_weight)], [fold], merged)[0]
+    record, (merged, rows, columns, fold) = unflatten(arguments)
+    return _matrices(record, [(rows, columns)], [fold], merged)[0]
 
 
 def _matrices(record: ScanRecord, weights: Sequence[Weights], folds: Sequence[str], merged: bool) -> list[Tensor]:
     """Return the folded matrices of a record with one group: one, or two whose folds are "mean" or "sum"."""
-    shapes = [attention_shape(record.source_u, record.read_order, record.tokens, merged, fold) for fold in folds]
-    outs = [torch.zeros(shape) for shape in shapes]
+    fields = flatten_for_matrix(record)
+    outs = [empty_attention(*fields, merged, None, None, fold).zero_() for fold in folds]
     with _calls(record, weights, outs, folds, merged) as (calls, source):
         for call, out, fold in zip(calls, outs, folds, strict=True):
             side = out.shape[-1]
@@ -214,39 +200,35 @@ def _matrices(record: ScanRecord, weights: Sequence[Weights], folds: Sequence[st
     return outs
 
 
-def _line(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    read_order: Tensor,
-    write_order: Tensor,
-    tokens: int,
-    scale: float,
-    source_frame: str,
-    row_weight: Tensor | None,
-    col_weight: Tensor | None,
-    fold: str,
-    axis: str,
-    step: int,
-) -> Tensor:
+def _line(*arguments: Any) -> Tensor:
     """One row or column of a record of one route and one group, in scan order; keeps no graph."""
-    record = unflatten(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
-    out = torch.zeros(_line_shape(u, read_order, fold))
-    with _calls(record, [(row_weight, col_weight)], [out], [fold], merged=False) as (calls, source):
+    record, (rows, columns, axis, step, fold) = unflatten(arguments)
+    out = _empty_line(*arguments).zero_()
+    with _calls(record, [(rows, columns)], [out], [fold], merged=False) as (calls, source):
         calls[0].out_channel = record.length if fold == "each" else 0
         library().attention_line(calls, source, ctypes.c_int64(step), ctypes.c_int32(axis == "column"))
     return out
+
+
+def _empty_line(*arguments: Any) -> Tensor:
+    u, read_order = arguments[0], arguments[6]
+    kept = (u.shape[2],) if arguments[-1] == "each" else ()
+    empty: Tensor = u.new_empty((u.shape[0], *kept, read_order.shape[1]), dtype=torch.float32)
+    return empty
 
 
 # Under torch.compile the functions above are operators, or it would trace into the pointers; called as operators in
 # eager mode they would cost three times as much as the rest of a small call.
 _scan_operator = torch.library.custom_op("mamba_attn::native_scan", _scan, mutates_args=())
 _scan_backward_operator = torch.library.custom_op("mamba_attn::native_scan_backward", _scan_backward, mutates_args=())
-_attention_operator = torch.library.custom_op("mamba_attn::native_attention", _attention, mutates_args=())
-_line_operator = torch.library.custom_op("mamba_attn::native_attention_line", _line, mutates_args=())
+_attention_operator = operator("native_attention", WEIGHTED, "Tensor", _attention, empty_attention)
+_line_operator = operator(
+    "native_attention_line",
+    "Tensor? row_weight, Tensor? col_weight, str axis, SymInt step, str fold",
+    "Tensor",
+    _line,
+    _empty_line,
+)
 
 
 @_scan_operator.register_fake
@@ -257,18 +239,6 @@ def _(u, delta, A, B, C, D, gain, read, write, tokens, scale):  # type: ignore[n
 @_scan_backward_operator.register_fake
 def _(gradient, u, delta, A, B, C, D, gain, read, write, tokens, scale):  # type: ignore[no-untyped-def]
     return _gradients(u, delta, A, B, gain)
-
-
-@_attention_operator.register_fake
-def _(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame, merged, row_weight, col_weight, fold):  # type: ignore[no-untyped-def]
-    return u.new_empty(attention_shape(u, read_order, tokens, merged, fold), dtype=torch.float32)
-
-
-@_line_operator.register_fake
-def _(  # type: ignore[no-untyped-def]
-    u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame, row_weight, col_weight, fold, axis, step
-):
-    return u.new_empty(_line_shape(u, read_order, fold), dtype=torch.float32)
 
 
 def _keep_scan(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
@@ -316,7 +286,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         *sources, rows, columns = ctx.saved_tensors
         needed = (*ctx.needs_input_grad[1:5], *ctx.needs_input_grad[-3:-1])
-        record = unflatten(*sources, *ctx.fields)
+        record, _ = unflatten((*sources, *ctx.fields))
         found = blocked.attention_gradients(record, (rows, columns), ctx.fold, ctx.merged, gradient, needed)
         return None, *found[:4], None, *REST, None, *found[4:], None
 
@@ -329,11 +299,7 @@ def attention_line(record: ScanRecord, axis: str, step: int, weights: Weights, f
         weights = rows, columns
     (part,) = _groups(record)
     run: Callable[..., Tensor] = _line_operator if torch.compiler.is_compiling() else _line
-    return run(*flatten_for_matrix(part), *weights, fold, axis, step)
-
-
-def _line_shape(u: Tensor, read_order: Tensor, fold: str) -> tuple[int | torch.SymInt, ...]:
-    return (u.shape[0], *((u.shape[2],) if fold == "each" else ()), read_order.shape[1])
+    return run(*flatten_for_matrix(part), *weights, axis, step, fold)
 
 
 @contextmanager
