@@ -25,6 +25,8 @@ from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.rules import Rules
 from mamba_attn.core.training_mode import warn_of_training
 from mamba_attn.errors import NonFiniteError, TraceError, UnsupportedModelError, nearest
+from mamba_attn.tracing import patch_embedding
+from mamba_attn.tracing.adapters import find_mixers
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
 from mamba_attn.tracing.layer_names import LayerNames, layer_names, listed_layers
 from mamba_attn.tracing.layers import Layer
@@ -266,6 +268,7 @@ class MapAttribution(Attribution, ABC):
         """
         with torch.no_grad():
             maps = self._maps(images, target, query, size, grid)
+        maps = maps.float() if maps.dtype in (torch.float16, torch.bfloat16) else maps
         finite = maps.isfinite().flatten(1).all(1)
         if not bool(finite.all()):
             which = ", ".join(str(index) for index in (~finite).nonzero().flatten().tolist())
@@ -358,7 +361,8 @@ class MapAttribution(Attribution, ABC):
         if reached is None or reached.issuperset(record):
             return record
         if not self.takes_parts:
-            others = ", ".join(name for name in record if name not in reached)
+            names = [name for name in record if name not in reached]
+            others = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise ValueError(
                 f"{self.called}.attribute: {others} belong to other inputs of the model, and this method explains all "
                 "of a pass; use MambaAttribution or IntegratedGradients."
@@ -504,9 +508,12 @@ class TokenAttribution(MapAttribution):
         """Run the model, or read the pass that was traced before; yield the trace and the model's output."""
         given = self._call.trace
         if given is None:
+            places = {} if rules is None else self._places(images)
             with self._tracing(layers=self.layers, rules=rules) as record:
                 with torch.set_grad_enabled(gradients):
                     output = self._call.run(self.model, images)
+                for name in places.keys() & record.keys():
+                    record[name].lay_out(places[name])
                 yield record, output
             return
         if self.layers is not None:
@@ -514,6 +521,16 @@ class TokenAttribution(MapAttribution):
             chosen = layer_names(f"{type(self).__name__}(layers=...)", self.layers, list(mixers))
             given = given.part([name for name in given if name.partition("#")[0] in chosen])
         yield given, given.output
+
+    def _places(self, images: Tensor) -> dict[str, TokenLayout]:
+        """Return the frames that are found by looking at a model ahead of its run, which a pass with rules cannot."""
+        mixers = find_mixers(self.model)
+        sources = [each for _, adapter in mixers.values() for each in adapter.layout_sources(self.model)]
+        if not mixers or self.layout is not None or sources or any(patch_embedding.layout_sources(self.model)):
+            return {}
+        with torch.inference_mode(False), torch.no_grad(), self._tracing(layers=list(mixers)) as record:
+            self._call.run(self.model, images if self._call.has_others else images[:1].clone())
+        return {layer.name: layer.layout for layer in record.layers if layer.has_layout}
 
     def _ran(self, record: Trace) -> list[Layer]:
         """Return the layers of the pass.
@@ -542,11 +559,11 @@ class TokenAttribution(MapAttribution):
         # a token of a coarser grid spreads its value over the finer tokens that it covers
         finest = max(len(layout.patches) for layout in merged)
         maps = [layout.to_grid(values) * (len(layout.patches) / finest) for layout, values in merged.items()]
-        if not grid:
-            maps = [
-                layout.to_pixels(values, size[-len(layout.grid) :]) for layout, values in zip(merged, maps, strict=True)
-            ]
-        return (torch.stack(maps).sum(0) / len(rows)).unsqueeze(1)
+        with torch.autocast(maps[0].device.type, enabled=False):  # half precision is the model's, not the map's
+            if not grid:
+                sizes = [size[-len(layout.grid) :] for layout in merged]
+                maps = [layout.to_pixels(each, its) for layout, each, its in zip(merged, maps, sizes, strict=True)]
+            return (torch.stack(maps).sum(0) / len(rows)).unsqueeze(1)
 
 
 def _all_methods() -> Iterator[type[MapAttribution]]:

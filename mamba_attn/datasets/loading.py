@@ -236,7 +236,7 @@ def _of_the_registry(spec: str, weights: str | None, options: dict[str, Any]) ->
         raise ValueError(f"load({spec!r}): no such model. {nearest(spec, _spellings())} Or give {KINDS}.")
     weights = "demo" if weights is None else weights
     card = registry.demo_card(name) if weights == "demo" else _card(weights)
-    built = registry.build(name, None if weights == "random" else weights, {**card.get("options", {}), **options})
+    built = registry.build(name, weights, {**card.get("options", {}), **options})
     transform = registry.transform(name, cast(tuple[int, int], built.model.image_size))
     count = int(getattr(built.model, "num_classes", 0))
     names = names_for(count, card.get("classes", []), built.classes)

@@ -121,7 +121,7 @@ class Layer(ABC):
         if layout is None:
             raise TraceError(
                 f"{self.name}: the tokens' place in the image is not known, so there are no maps; pass "
-                "layout=TokenLayout(grid=(height, width), ...) to trace()."
+                "layout=TokenLayout(grid=(height, width), ...) to trace(), or to the method."
             )
         return layout
 

@@ -32,6 +32,7 @@ from mamba_attn.tracing.undisturbed import recomputing, settings, undisturbed
 
 Maps = Mapping[str, Sequence[tuple[int, ...]]]
 _LOOKS = 2  # at tensors of one shape that stand not around a mixer
+_OBLONG = 1.5  # sides of a cell
 _ALIVE = 1e-3  # of the largest gradient: tokens with less of it do not reach T
 _FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError, AttributeError)
 
@@ -346,8 +347,11 @@ def nearest_layout(
         # features stand first or last; of what the model was given, three colours and rows are no grid
         both = (shape[2:],) if shape in inputs else (shape[2:], shape[1:-1])
         grids += [grid for grid in both if min(grid) > 1 or len(grid) > 2]
-    grid = next((grid for grid in grids if len(grid) > 1 and prod(grid) == tokens), (tokens,))
     given = [] if replay is None else [tuple(t.shape[2:]) for t in replay.tensors if t.ndim > 2]
+    fitting = [grid for grid in grids if len(grid) > 1 and prod(grid) == tokens]
+    whole = seen.image_size or next((size for size in given if len(size) == 2), None)
+    # channels and rows of another map may have as many cells, but hardly cells that are squares
+    grid = next((grid for grid in fitting if grid == own or _has_squares(grid, whole)), (*fitting, (tokens,))[0])
     if len(grid) == 2 and seen.image_size is not None:
         turned = replay is not None and _is_turned(replay, seen.image_size)
         return None if turned else seen.grid_layout(*grid)
@@ -358,6 +362,14 @@ def nearest_layout(
     if len(grid) == 1 and not sizes[0] // patches[0] <= tokens <= -(-sizes[0] // patches[0]):
         return None  # what was taken for a line's length is something else
     return TokenLayout(grid, patches)
+
+
+def _has_squares(grid: tuple[int, ...], size: tuple[int, ...] | None) -> bool:
+    """Whether the cells of a grid over an image are about as high as wide; of volumes nobody knows."""
+    if size is None or len(grid) != 2 or len(size) != 2:
+        return True
+    height, width = (pixels / cells for pixels, cells in zip(size, grid, strict=True))
+    return max(height, width) < _OBLONG * min(height, width)
 
 
 def _is_turned(replay: Replay, size: tuple[int, ...]) -> bool:
