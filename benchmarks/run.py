@@ -10,6 +10,7 @@
     python benchmarks/run.py heads
     python benchmarks/run.py build
     python benchmarks/run.py dropin --checkouts FOLDER
+    python benchmarks/run.py doors --checkouts FOLDER
     python benchmarks/run.py collect --data FOLDER
     python benchmarks/run.py embed --data FOLDER
     python benchmarks/run.py findings --runs FOLDER --data FOLDER
@@ -31,7 +32,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 import torch
 
-from benchmarks import analytics, cases, comparison, dropin, embedding, explorer, findings, maps, verify, without_gpu
+from benchmarks import (
+    analytics,
+    cases,
+    comparison,
+    doors,
+    dropin,
+    embedding,
+    explorer,
+    findings,
+    maps,
+    verify,
+    without_gpu,
+)
 from benchmarks.cases import Shape
 from benchmarks.kernel import heads
 from benchmarks.kernel import job as kernel
@@ -53,6 +66,7 @@ WHAT = {
     "kernel": "hidden attention and what it costs: models, backends, ceilings, on a CPU or a GPU",
     "heads": "a Mamba-2 layer, folded per head and channel by channel",
     "dropin": "other people's model code, as it stands in clones of their repositories, traced",
+    "doors": "what tracing such code costs: a pass, the look ahead, measuring the tokens' orders",
     "build": "the CUDA kernels without a GPU: registers, spills, and the error of their source on the host",
 }
 ON_DATA: dict[str, tuple[Any, Any]] = {  # the module with the options, and what measures
@@ -62,6 +76,7 @@ ON_DATA: dict[str, tuple[Any, Any]] = {  # the module with the options, and what
     "embed": (embedding, embedding.run_embed),
     "findings": (findings, findings.run_findings),
     "dropin": (dropin, dropin.run_dropin),
+    "doors": (doors, doors.run_doors),
 }
 
 

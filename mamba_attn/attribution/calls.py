@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mamba_attn.tracing.door_layers import DoorLayer
-from mamba_attn.tracing.layers import AttentionLayer, Layer, ScanLayer
-from mamba_attn.tracing.softmax_layers import DoorAttention
+from mamba_attn.tracing.layers import Layer, ScanLayer
+from mamba_attn.tracing.softmax_layers import AttentionLayer, DoorAttention
 from mamba_attn.tracing.tracer import Trace, trace
 from mamba_attn.tracing.undisturbed import undisturbed
 

@@ -114,7 +114,10 @@ class DoorLayer(ScanLayer):
         parts = []
         for call in self.calls:
             dy = call.dy()
-            dy, call.dout = torch.zeros_like(call.y) if dy is None else dy, None
+            if dy is None:
+                kind = torch.promote_types(call.inputs.u.dtype, torch.float32)
+                dy = call.inputs.u.new_zeros(call.inputs.u.shape, dtype=kind)
+            call.dout = None
             parts.append(dy.unflatten(1, (call.inputs.groups, -1)))
         return self._placed.gradient(parts)
 
@@ -220,7 +223,7 @@ def place(name: str, calls: Sequence[ScanCall], steps: Sequence[Steps], layout: 
     Raises:
         TraceError: the model wrote over a scan's input after it.
     """
-    images, length = len(steps[0].rows), max(call.y.shape[-1] for call in calls)
+    images, length = len(steps[0].rows), max(call.length for call in calls)
     grouped = calls[0].inputs.groups > 1 and all(_same_route(each) for each in steps)
     fields: dict[str, list[Tensor]] = {name: [] for name in ("u", "delta", "A", "B", "C", "D", "gate")}
     orders = []
@@ -468,7 +471,7 @@ class DoorScans:
             given = given(name, steps.tokens)
         elif isinstance(given, Mapping):
             given = by_pattern(given, name)
-        for layout in (given, self._seen.layout):
+        for layout in (given, self._seen.layout, self._seen.embedded):
             if layout is not None and layout.tokens == steps.tokens:
                 return layout
         batch = None if self._replay is None else self._replay.batch

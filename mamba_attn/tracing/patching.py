@@ -26,7 +26,8 @@ from mamba_attn.ops import hidden_attention, selective_scan
 from mamba_attn.tracing.adapters import AnyAdapter, AttentionAdapter, LayoutSource, Seen
 from mamba_attn.tracing.agreement import Call, Verdict, judge, judge_call, latest, measurable
 from mamba_attn.tracing.doors import Watch
-from mamba_attn.tracing.layers import AttentionLayer, Layer, ScanLayer
+from mamba_attn.tracing.layers import Layer, ScanLayer
+from mamba_attn.tracing.softmax_layers import AttentionLayer
 from mamba_attn.tracing.undisturbed import recomputing, unseen
 
 

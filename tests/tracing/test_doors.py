@@ -15,6 +15,7 @@ from mamba_attn import attribution, orders
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.testing import _by_matrices
 from mamba_attn.tracing import doors, frames, reachable, steps
+from mamba_attn.tracing.selective_scans import scan_inputs
 from tests.integrations import small_vim
 from tests.leaks import state_of
 from tests.tracing import foreign
@@ -437,8 +438,8 @@ def test_a_scan_that_takes_a_grid_is_another_recurrence():
     x = torch.ones(2, 6, 20)
     B = torch.ones(2, 1, 3, 20)
     given = (x, x, -torch.ones(6, 3), B, B, None, None, None, True)
-    assert doors._forward_inputs(given) is not None
-    assert doors._forward_inputs((*given, 4, 5)) is None
+    assert scan_inputs(given) is not None
+    assert scan_inputs((*given, 4, 5)) is None
 
 
 def test_methods_that_need_no_rules_run():
