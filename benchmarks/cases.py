@@ -51,6 +51,17 @@ TARGETS = {
     "error": Target("error against float64 / sum of absolute terms, delta x 1e-3 to 10, L to 3136", 1e-5, 1e-6),
     "heads 64": Target("a fold of one Mamba-2 layer, 24 heads of 64, 128 states, L 64", 3, 1, unit="ms"),
     "heads 256": Target("a fold of one Mamba-2 layer, 24 heads of 64, 128 states, L 256", 40, 10, unit="ms"),
+    "text law": Target("language models: error of the matrices times u (law 1), with padding and without", 1e-6, 3e-7),
+    "text logits": Target("language models: error of traced logits, with padding and without", 1e-6, 5e-7),
+    "text padding": Target("language models: rows and columns of padding, in sum", 0, 0),
+    "text cut": Target(
+        "language models: matrices of a padded text, cut to its tokens, against the text alone", 1e-6, 5e-7
+    ),
+    "text hybrids": Target("hybrids, scans and softmax traced: error of traced logits", 1e-6, 5e-7),
+    "text half": Target(
+        "language models in bfloat16: error of traced logits / the model's own error", 1.3, 1, unit="x"
+    ),
+    "text time": Target("6 layers of 768 features: traced forward / transformers' own", 0.6, 0.4, unit="x"),
     "spills": Target("bytes that the CUDA kernels spill on sm_80, sm_90 and sm_120, all together", 0, 0),
     "kernel error": Target("error of the CUDA source, run on a host / plain PyTorch's", 2, 1, unit="x"),
     "vim_tiny": Target("vim_tiny forward / DeiT-tiny forward", 8, 5, unit="x"),
@@ -62,6 +73,7 @@ TARGETS = {
     "row memory": Target("one row: log-log slope of peak extra memory", 1.15, 1.05),
     "product time": Target("one left product: log-log slope of time", 1.15, 1.05),
     "product memory": Target("one left product: log-log slope of peak extra memory", 1.15, 1.05),
+    "text truth": Target("the token an answer was copied from has the first rank", 0.98, 1, higher=True),
     "drop-in law 1": Target("other people's model code: worst error of the matrices times u (law 1)", 1e-5, 1e-6),
     "drop-in output": Target("other people's model code: worst error of the traced output", 1e-5, 1e-6),
     "drop-in changed": Target("other people's model code: outputs that observing changed by a bit", 0, 0),
@@ -208,17 +220,14 @@ def three_maps(name: str, methods: tuple[str, ...], batch: int, pixels: int = 12
         batch: images.
         pixels: their side.
     """
-    from mamba_attn.attribution import catalogue
-    from mamba_attn.tracing.tracer import trace
+    from mamba_attn.attribution import attribute_together, catalogue
 
     model = _model(name, pixels)
     images = torch.randn(batch, 3, pixels, pixels, generator=torch.Generator().manual_seed(0))
     built = {method: catalogue.build(method, model) for method in methods}
 
     def together() -> object:
-        with trace(model, attention="mean") as record:
-            model(images)
-        return [method.attribute(images, 0, trace=record) for method in built.values()]
+        return attribute_together(list(built.values()), images, 0)
 
     def alone(method: str) -> Call:
         return lambda: built[method].attribute(images, 0)
@@ -229,9 +238,6 @@ def three_maps(name: str, methods: tuple[str, ...], batch: int, pixels: int = 12
 def _model(name: str, pixels: int) -> Any:
     torch.manual_seed(0)
     if name == TRANSFORMER:
-        from mamba_attn.models import torchvision_repair
-
-        torchvision_repair.prepare()  # timm imports torchvision
         import timm
 
         return timm.create_model(name, img_size=pixels).eval()

@@ -14,9 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import mamba_attn
-from mamba_attn.models import torchvision_repair
-
-torchvision_repair.prepare()  # this code imports timm, and that torchvision
 
 
 def load(root: Path, module: str, *more: str) -> ModuleType:

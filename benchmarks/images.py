@@ -13,14 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
-
-from mamba_attn.models import torchvision_repair
-
-torchvision_repair.prepare()  # timm imports torchvision
-
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD  # noqa: E402
-from timm.data.transforms import RandomResizedCropAndInterpolation  # noqa: E402
 
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in PIL's convert("L")
 

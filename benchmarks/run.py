@@ -8,6 +8,7 @@
     python benchmarks/run.py compare --data FOLDER
     python benchmarks/run.py kernel [--device cuda]
     python benchmarks/run.py heads
+    python benchmarks/run.py texts
     python benchmarks/run.py build
     python benchmarks/run.py dropin --checkouts FOLDER
     python benchmarks/run.py doors --checkouts FOLDER
@@ -15,6 +16,7 @@
     python benchmarks/run.py embed --data FOLDER
     python benchmarks/run.py findings --runs FOLDER --data FOLDER
     python benchmarks/run.py explore
+    python benchmarks/run.py text-truth
 
 One thread, CPU time, the competitors in turn (A B A B) in one process; peak memory in child processes. On a GPU
 ``kernel`` measures between CUDA events.
@@ -42,6 +44,8 @@ from benchmarks import (
     explorer,
     findings,
     maps,
+    text_truth,
+    texts,
     verify,
     without_gpu,
 )
@@ -63,7 +67,9 @@ WHAT = {
     "embed": "t-SNE and UMAP of attention, with PCA before them and without",
     "findings": "mamba-attn findings: the paper's findings, trained, with random weights, in other patch orders",
     "explore": "mamba-attn explore in a real browser: from a gesture to the picture",
+    "text-truth": "attribution of text: ranks of the token that an answer was copied from",
     "kernel": "hidden attention and what it costs: models, backends, ceilings, on a CPU or a GPU",
+    "texts": "language models of transformers: errors of traced passes, padding, half precision, time",
     "heads": "a Mamba-2 layer, folded per head and channel by channel",
     "dropin": "other people's model code, as it stands in clones of their repositories, traced",
     "doors": "what tracing such code costs: a pass, the look ahead, measuring the tokens' orders",
@@ -291,9 +297,11 @@ def main(argv: list[str] | None = None) -> None:
             "models": run_models,
             "attribution": run_attribution,
             "heads": heads.run_heads,
+            "texts": texts.run_texts,
             "passes": run_passes,
             "build": without_gpu.run_build,
             "explore": explorer.run_explore,
+            "text-truth": text_truth.run_text_truth,
         }
         found, partial = [(args.what, *runs[args.what](args.quick))], args.quick
     folder = args.out or (None if partial else RESULTS)

@@ -8,6 +8,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mamba_attn.core import torchvision_repair
 from mamba_attn.errors import MambaAttnError, nearest
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     )
     from mamba_attn.stand_ins import cpu_stand_ins
     from mamba_attn.tracing.adapters import Adapter, AttentionAdapter, register_adapter
+    from mamba_attn.tracing.interventions import knockout, replace_attention
     from mamba_attn.tracing.tracer import Trace, trace
 
 __version__ = "0.1.0"
@@ -68,12 +70,14 @@ __all__ = [
     "explain",
     "explore",
     "hidden_attention",
+    "knockout",
     "left_product",
     "load",
     "models",
     "ops",
     "orders",
     "register_adapter",
+    "replace_attention",
     "right_product",
     "selective_scan",
     "trace",
@@ -93,6 +97,7 @@ _HOMES = {
     ),
     "stand_ins": ("cpu_stand_ins",),
     "tracing.adapters": ("Adapter", "AttentionAdapter", "register_adapter"),
+    "tracing.interventions": ("knockout", "replace_attention"),
     "tracing.tracer": ("Trace", "trace"),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -118,6 +123,8 @@ _ROOMS = (
     "tracing",
     "viewer",
 )
+
+torchvision_repair.install()
 
 _HERE = Path(__file__).parent
 if not (_HERE / "integrations").is_dir():

@@ -109,7 +109,8 @@ def check_adapter(
             plain = _first_tensor(run(model, inputs))  # a model's own forward may set attributes
         with _unchanged(model), trace(model, adapters=adapters, mode="observe"):
             observed = _first_tensor(run(model, inputs))
-        layers = tuple(_check_layer(name, *mixers[_mixer_of(name, mixers)], record, seen) for name in record)
+        adapted = [(name, mixers[mixer]) for name in record if (mixer := _mixer_of(name, mixers)) in mixers]
+        layers = tuple(_check_layer(name, *mixer, record, seen) for name, mixer in adapted)  # others come from doors
     report = AdapterReport(_relative(routed, plain), torch.equal(observed, plain), layers)
     _require(report, tolerance)
     return report
@@ -181,6 +182,8 @@ def _spies(mixers: dict[str, tuple[nn.Module, AnyAdapter]], record: Trace) -> It
 
     with ExitStack() as stack:
         for name in dict.fromkeys(_mixer_of(each, mixers) for each in record):
+            if name not in mixers:
+                continue  # seen at a door
             module, adapter = mixers[name]
             stack.callback(module.register_forward_pre_hook(partial(starts, name)).remove)
             receiver, _ = _received(module, adapter, record[name])

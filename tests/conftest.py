@@ -24,7 +24,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     torch.set_num_threads(1)
     config = session.config  # with workers, the main process imports no tests, unless it only lists them
     if hasattr(config, "workerinput") or config.getoption("dist") == "no" or config.getoption("collectonly"):
-        importlib.import_module("mamba_attn.models.torchvision_repair").prepare()
+        importlib.import_module("mamba_attn")
         if importlib.util.find_spec("mamba_attn.tracing.tracer"):
             WATCH.install(importlib.import_module("mamba_attn.tracing.tracer"))
 

@@ -13,7 +13,6 @@ from benchmarks.kernel.counting import Scans, Work
 from benchmarks.kernel.timing import Call
 from mamba_attn import models, ops
 from mamba_attn.core.scan_record import ScanRecord
-from mamba_attn.models import torchvision_repair
 from mamba_attn.tracing.layers import ScanLayer
 from mamba_attn.tracing.tracer import trace
 
@@ -189,7 +188,6 @@ def _mamba(its: Configuration) -> nn.Module:
 
 def _transformer(its: Configuration) -> nn.Module:
     try:
-        torchvision_repair.prepare()  # timm imports torchvision
         import timm
     except ImportError as error:
         raise ImportError("timm is not installed: pip install 'mamba_attn[timm]'") from error

@@ -16,11 +16,13 @@ from mamba_attn.attribution.controls import CentreMap, RandomMap
 from mamba_attn.attribution.implicit_attention import ImplicitAttention
 from mamba_attn.attribution.layer_grad_cam import LayerGradCam
 from mamba_attn.attribution.lrp.frozen_contribution import FrozenContribution
+from mamba_attn.attribution.lrp.keep_and_remove import KeepAndRemoveLRP
 from mamba_attn.attribution.lrp.mamba_lrp import MambaLRP
 from mamba_attn.attribution.mamba_attribution import MambaAttribution
 from mamba_attn.attribution.maps import MapAttribution, TokenAttribution
 from mamba_attn.attribution.raw_attention import RawAttention
 from mamba_attn.attribution.relevance_attention_ranks import RelevanceAttentionRanks
+from mamba_attn.attribution.together import attribute_together
 from mamba_attn.attribution.vit.attention_grad_cam import AttentionGradCAM
 from mamba_attn.attribution.vit.transformer_attribution import TransformerAttribution
 
@@ -32,6 +34,7 @@ __all__ = [
     "ImplicitAttention",
     "InputXGradient",
     "IntegratedGradients",
+    "KeepAndRemoveLRP",
     "LayerGradCam",
     "MambaAttribution",
     "MambaLRP",
@@ -43,4 +46,5 @@ __all__ = [
     "Saliency",
     "TokenAttribution",
     "TransformerAttribution",
+    "attribute_together",
 ]

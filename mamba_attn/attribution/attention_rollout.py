@@ -5,6 +5,7 @@ from one stage to the finer one before it.
 """
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,8 @@ class AttentionRollout(TokenAttribution):
         torch.Size([2, 1, 224, 224])
     """
 
+    reads_gradients: ClassVar[bool] = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -66,6 +69,16 @@ class AttentionRollout(TokenAttribution):
         self.signed = signed
         self.convention = convention
         self._other = self._published(AttentionRollout, "convention")
+
+    @property
+    def shared_folds(self) -> tuple[str, ...]:
+        """The mean, but for published code."""
+        return () if self._other is not None else ("mean",)
+
+    @property
+    def needs_matrices(self) -> bool:
+        """Whether it computes whole matrices; with ``signed`` rows will do."""
+        return not self.signed
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         if self._other is not None:
@@ -134,14 +147,14 @@ def of_one_token(layer: Layer, gradient: Tensor) -> Tensor:
     """Return the gradient of the logit as it were if the head read one token alone.
 
     A head that averages over tokens hands each of them 1 / tokens of the logit's gradient, and the query that stands
-    for such a head averages over them once more; a class token is one token already.
+    for such a head averages over them once more; a class token is one token already, and so is a text's last.
 
     Args:
         layer: the layer.
         gradient: of the logit, of any shape.
     """
     layout = layer.layout
-    return gradient if layout.class_tokens else gradient * len(layout.patches)
+    return gradient if layout.class_tokens or not layout.pixels else gradient * len(layout.patches)
 
 
 def dense(weighted: Float[Tensor, "batch tokens tokens"]) -> tuple[Product, float]:

@@ -1,6 +1,6 @@
 """How ``attribute`` calls the model: which argument the images are, what stands next to them, and a trace to read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -8,9 +8,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from mamba_attn.attribution.texts import Text
 from mamba_attn.tracing.door_layers import DoorLayer
 from mamba_attn.tracing.layers import Layer, ScanLayer
 from mamba_attn.tracing.softmax_layers import AttentionLayer, DoorAttention
+from mamba_attn.tracing.texts import named_arguments, takes
 from mamba_attn.tracing.tracer import Trace, trace
 from mamba_attn.tracing.undisturbed import undisturbed
 
@@ -29,6 +31,7 @@ class Call:
         place: that of the images.
         trace: of this very call, made before.
         seen: for every input, the layers that it reaches; filled when it is first asked for.
+        text: what is known of the inputs where they are ids, else None.
     """
 
     args: tuple[Any, ...] = (None,)
@@ -37,21 +40,36 @@ class Call:
     place: Key = 0
     trace: Trace | None = None
     seen: dict[Key, frozenset[str]] = field(default_factory=dict)
+    text: Text | None = None
 
     @classmethod
-    def of(cls, inputs: tuple[Tensor, ...], further: Any) -> "Call":
+    def of(cls, call: str, inputs: tuple[Tensor, ...], further: Any, model: nn.Module) -> "Call":
         """Return the call of the first input.
 
         Args:
+            call: the name of the caller, for the message.
             inputs: to explain.
-            further: captum's ``additional_forward_args``, one or a tuple of them.
+            further: captum's ``additional_forward_args``, one or a tuple of them; a dictionary at its end holds
+                keyword arguments.
+            model: of the method.
+
+        Raises:
+            ValueError: a text that is empty or all padding, or ids that the model does not have.
         """
         extra = () if further is None else further if isinstance(further, tuple) else (further,)
+        named: dict[str, Any] = dict(extra[-1]) if extra and isinstance(extra[-1], Mapping) else {}
+        extra = extra[:-1] if named else extra
+
+        def usable(value: Any) -> Any:
+            return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
         with torch.inference_mode(False):  # autograd cannot save inference tensors
-            args = [
-                each.clone() if isinstance(each, Tensor) and each.is_inference() else each for each in (*inputs, *extra)
-            ]
-        return cls(tuple(args), explained=tuple(range(len(inputs))))
+            args = tuple(usable(each) for each in (*inputs, *extra))
+            kwargs = {name: usable(value) for name, value in named.items()}
+        text = Text.of(call, model, args, kwargs)
+        if text is not None and takes(model, "use_cache") and "use_cache" not in named_arguments(model, args, kwargs):
+            kwargs["use_cache"] = False  # which would be filled for nothing
+        return cls(args, kwargs, tuple(range(len(inputs))), text=text)
 
     @classmethod
     def traced(cls, call: str, inputs: tuple[Tensor, ...], model: nn.Module, record: Trace) -> "Call":
@@ -86,7 +104,8 @@ class Call:
                     "that the model was called with."
                 )
             explained.append(places[0])
-        return cls(args, kwargs, tuple(explained), explained[0], record)
+        text = Text.of(call, model, args, kwargs)
+        return cls(args, kwargs, tuple(explained), explained[0], record, text=text)
 
     def at(self, place: Key) -> "Call":
         """Return the same call, for another of its inputs."""
@@ -94,9 +113,10 @@ class Call:
 
     @property
     def has_others(self) -> bool:
-        """Whether there are tensors next to the images, which may have layers of their own."""
+        """Whether there are tensors next to the images, which may have layers of their own; a text's mask has none."""
         given = _by_key(self.args, self.kwargs)
-        return any(key != self.place and isinstance(value, Tensor) for key, value in given.items())
+        found = [value for key, value in given.items() if key != self.place and isinstance(value, Tensor)]
+        return bool(found) and (self.text is None or any(value.is_floating_point() for value in found))
 
     def reached(self, call: str, model: nn.Module) -> frozenset[str] | None:
         """Return the layers whose tokens come from the images, and from no other input that is explained; None for all.

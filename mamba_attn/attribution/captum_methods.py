@@ -1,8 +1,8 @@
 """Captum's own methods with our interface: they are called, not reimplemented.
 
 ``FromCaptum`` is the adapter: it translates our target for captum. ``PixelsFromCaptum`` reduces the result to one map
-and, with ``grid=True``, to means over the tokens' cells. Any model will do; ``pixel`` and ``box`` have no meaning here
-and are refused.
+and, with ``grid=True``, to means over the tokens' cells; of texts captum sees the embeddings, and a token has the sum
+over their features. Any model will do; ``pixel`` and ``box`` have no meaning here and are refused.
 """
 
 from abc import abstractmethod
@@ -17,8 +17,10 @@ from mamba_attn._types import Float
 from mamba_attn.attribution.calls import Call
 from mamba_attn.attribution.maps import MapAttribution, cell_means
 from mamba_attn.attribution.queries import Query
-from mamba_attn.attribution.targets import Function, Target, find_scores, follow, target_indices
+from mamba_attn.attribution.targets import Function, Target, scores_in, target_indices
+from mamba_attn.core.outputs import Steps, follow
 from mamba_attn.errors import nearest
+from mamba_attn.tracing.texts import Embedded
 
 _COLOURS = ("sum", "absolute")
 _WINDOWS = 8  # of the default occlusion, side by side along the shorter side
@@ -28,41 +30,63 @@ class Asked(NamedTuple):
     """Arguments for captum's methods.
 
     Args:
-        images: a copy that requires gradients.
+        images: a copy that requires gradients; of texts, their embeddings.
         target: as captum takes it; None if there is a function.
         function: the target, if it is a function of the model's output; it must see exactly these images.
         call: what else the model is called with.
         scores: the way to them in the model's output.
+        words: the model that takes embeddings in the place of ids; None for images.
     """
 
     images: Tensor
     target: Any
     function: Function | None
     call: Call
-    scores: tuple[tuple[str, Any], ...] = ()
+    scores: Steps = ()
+    words: Embedded | None = None
 
     @property
     def others(self) -> tuple[Any, ...] | None:
-        """All arguments of the model but the images, as captum's ``additional_forward_args``."""
+        """All arguments of the model but the images, as captum's ``additional_forward_args``; a text has its own."""
+        if self.words is not None:
+            return None
         return tuple(value for place, value in enumerate(self.call.args) if place != self.call.place) or None
 
     @property
     def together(self) -> tuple[Tensor, ...]:
         """All inputs that are explained, these images among them, each a copy that requires gradients."""
+        if self.words is not None:
+            return (self.images,)
         given = self.call.args[: len(self.call.explained)]
         return tuple(
             self.images if place == self.call.place else each.detach().clone().requires_grad_()
             for place, each in enumerate(given)
         )
 
+    @property
+    def further(self) -> tuple[Any, ...] | None:
+        """What the model is called with after the inputs that are explained, as ``additional_forward_args``."""
+        return None if self.words is not None else self.call.args[len(self.call.explained) :] or None
+
+    def baselines(self, given: Any) -> Any:
+        """Return captum's baselines; of texts, ids become their embeddings."""
+        if self.words is None or given is None:
+            return given
+        ids = torch.as_tensor(given)
+        if ids.is_floating_point():
+            return given
+        return self.words.of(ids.expand(self.images.shape[:2])).to(self.images)
+
     def forward(self, model: nn.Module) -> Callable[..., Tensor]:
         """Return a function of the images and ``others``: the scores, or what the target makes of the output."""
-        place = int(self.call.place)
-        return lambda x, *others: self._scores(model(*others[:place], x, *others[place:]))
+        words, place, named = self.words, int(self.call.place), self.call.kwargs
+        if words is not None:
+            return lambda x: self._scores(words.run(model, x))
+        return lambda x, *others: self._scores(model(*others[:place], x, *others[place:], **named))
 
     def forward_together(self, model: nn.Module) -> Callable[..., Tensor]:
         """Return a function of all of the model's arguments in their order."""
-        return lambda *args: self._scores(model(*args))
+        return self.forward(model) if self.words is not None else lambda *args: self._scores(model(*args))
 
     def _scores(self, output: Any) -> Tensor:
         return follow(output, self.scores) if self.function is None else self.function(output).reshape(-1)
@@ -73,21 +97,25 @@ class FromCaptum(MapAttribution):
 
     def _ask(self, images: Tensor, target: Target) -> Asked:
         """Fix the target: the class predicted for these images, not for a method's modified versions of them."""
+        text, words = self._call.text, None
         with torch.inference_mode(False), torch.no_grad():
             copy = images.detach().clone()  # captum sets requires_grad, which inference tensors do not allow
             output = self._output(copy, target)
+            if text is not None:
+                words = Embedded(self.model, self._call.args, self._call.kwargs, copy)
+                copy = words.values.clone()
             copy.requires_grad_()
             if callable(target) and not isinstance(target, Tensor):
-                return Asked(copy, None, target, self._call)
+                return Asked(copy, None, target, self._call, words=words)
             where = f"{self.called}.attribute"
-            scores = find_scores(where, output, len(copy), target)
-            indices = target_indices(where, follow(output, scores), target, len(copy))
+            scores = scores_in(where, output, len(copy), target, text)
+            indices = target_indices(where, follow(output, scores), target, len(copy), text)
             if indices.shape[1] == 0:  # one number per image: captum wants no target
-                return Asked(copy, None, None, self._call, scores)
+                return Asked(copy, None, None, self._call, scores, words)
             tuples = [tuple(each) for each in indices.tolist()]
             # captum takes a tensor of classes, a list of tuples or, for one image, a tuple; it rejects a list of one
             chosen: Any = indices[:, 0] if indices.shape[1] == 1 else tuples if len(tuples) > 1 else tuples[0]
-        return Asked(copy, chosen, None, self._call, scores)
+        return Asked(copy, chosen, None, self._call, scores, words)
 
 
 class PixelsFromCaptum(FromCaptum):
@@ -113,8 +141,8 @@ class PixelsFromCaptum(FromCaptum):
     def _attributions(self, asked: Asked) -> Tensor:
         """Call captum and return its attributions."""
 
-    def _reduced(self, attributions: Float[Tensor, "batch colours height width"]) -> Float[Tensor, "batch 1 *size"]:
-        """Reduce the colours to one number per pixel."""
+    def _reduced(self, attributions: Float[Tensor, "batch colours *size"]) -> Float[Tensor, "batch 1 *size"]:
+        """Reduce the colours to one number per pixel, or a token's features to one."""
         values = attributions.abs() if self.colours == "absolute" else attributions
         return values.sum(1, keepdim=True)
 
@@ -123,7 +151,10 @@ class PixelsFromCaptum(FromCaptum):
     ) -> Float[Tensor, "batch 1 *size"]:
         asked = self._ask(images, target)
         with torch.inference_mode(False):
-            maps = self._reduced(self._attributions(asked).detach())
+            found = self._attributions(asked).detach()
+        if asked.words is not None:
+            return self._reduced(found.mT)
+        maps = self._reduced(found)
         return cell_means(maps, self._layouts(images)[0]) if grid else maps
 
 
@@ -134,7 +165,8 @@ class IntegratedGradients(PixelsFromCaptum):
         model: any.
         colours: "sum" of the signed numbers, whose total over the pixels is the logit minus that of the baseline; or
             "absolute", the sum of their absolute values.
-        baselines: as captum takes them. Default: 0, the mean colour of normalised images.
+        baselines: as captum takes them. Default: 0, the mean colour of normalised images. Of texts a token, or one for
+            every id, whose embeddings they are, or embeddings; default: embeddings of 0.
         n_steps: steps of the integral.
         method: captum's name of the integration method.
         internal_batch_size: images times steps in one pass; at least the batch, and exactly that if the target is a
@@ -192,9 +224,9 @@ class IntegratedGradients(PixelsFromCaptum):
         with torch.enable_grad():
             found = method.attribute(
                 inputs,
-                self.baselines,
+                asked.baselines(self.baselines),
                 asked.target,
-                asked.call.args[len(inputs) :] or None,
+                asked.further,
                 n_steps=self.n_steps,
                 method=self.method,
                 internal_batch_size=size,
@@ -274,9 +306,10 @@ class Occlusion(PixelsFromCaptum):
     Args:
         model: any.
         sliding_window_shapes: side of a square window over all colours in pixels, or captum's (colours, rows, columns).
-            Default: an eighth of the image's shorter side.
+            Default: an eighth of the image's shorter side; of texts one token.
         strides: pixels from window to window, or captum's (colours, rows, columns). Default: half a window.
-        baselines: as captum takes them. Default: 0, the mean colour of normalised images.
+        baselines: as captum takes them. Default: 0, the mean colour of normalised images. Of texts a token such as the
+            unknown one, whose embedding takes a token's place; default: an embedding of 0.
         perturbations_per_eval: covered copies of the batch in one pass; one if the target is a function.
 
     Raises:
@@ -308,15 +341,7 @@ class Occlusion(PixelsFromCaptum):
 
     def _attributions(self, asked: Asked) -> Tensor:
         clean = asked.images.detach()
-        colours, *size = clean.shape[1:]
-        window, strides = self.sliding_window_shapes, self.strides
-        window = max(1, min(size) // _WINDOWS) if window is None else window
-        if isinstance(window, int):
-            window = (colours, window, window)
-        if strides is None:
-            strides = (colours, *(max(1, side // 2) for side in window[1:]))
-        elif isinstance(strides, int):
-            strides = (colours, strides, strides)
+        window, strides = self._windows(clean, words=asked.words is not None)
         if asked.function and len(clean) > 1 and asked.forward(self.model)(clean, *(asked.others or ())).numel() == 1:
             raise ValueError(
                 f"Occlusion.attribute(target={asked.function!r}): the function returned one number for {len(clean)} "
@@ -326,7 +351,7 @@ class Occlusion(PixelsFromCaptum):
             clean,
             window,
             strides,
-            self.baselines,
+            asked.baselines(self.baselines),
             asked.target,
             asked.others,
             # a function expects the images of the batch, not several copies of them
@@ -334,5 +359,20 @@ class Occlusion(PixelsFromCaptum):
         )
         return found
 
-    def _reduced(self, attributions: Float[Tensor, "batch colours height width"]) -> Float[Tensor, "batch 1 *size"]:
+    def _windows(self, images: Tensor, *, words: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Captum's window and strides; of embeddings (batch, tokens, features), windows of tokens over all features."""
+        window, strides = self.sliding_window_shapes, self.strides
+        if words:
+            features = images.shape[2]
+            window = window if isinstance(window, tuple) else (window or 1, features)
+            return window, strides if isinstance(strides, tuple) else (strides or 1, features)
+        colours, *size = images.shape[1:]
+        window = max(1, min(size) // _WINDOWS) if window is None else window
+        if isinstance(window, int):
+            window = (colours, window, window)
+        if strides is None:
+            return window, (colours, *(max(1, side // 2) for side in window[1:]))
+        return window, (colours, strides, strides) if isinstance(strides, int) else strides
+
+    def _reduced(self, attributions: Float[Tensor, "batch colours *size"]) -> Float[Tensor, "batch 1 *size"]:
         return attributions.mean(1, keepdim=True)

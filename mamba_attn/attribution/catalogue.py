@@ -1,7 +1,7 @@
 """All methods by name: how each is built for a model, and which would do where it does not fit."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from mamba_attn.attribution.controls import CentreMap, RandomMap
 from mamba_attn.attribution.implicit_attention import ImplicitAttention
 from mamba_attn.attribution.layer_grad_cam import LayerGradCam
 from mamba_attn.attribution.lrp.frozen_contribution import FrozenContribution
+from mamba_attn.attribution.lrp.keep_and_remove import KeepAndRemoveLRP
 from mamba_attn.attribution.lrp.mamba_lrp import MambaLRP
 from mamba_attn.attribution.mamba_attribution import MambaAttribution
 from mamba_attn.attribution.maps import MapAttribution
@@ -23,10 +24,12 @@ from mamba_attn.attribution.vit.attention_grad_cam import AttentionGradCAM
 from mamba_attn.attribution.vit.transformer_attribution import TransformerAttribution
 from mamba_attn.errors import UnsupportedModelError, nearest
 from mamba_attn.tracing.adapters import AttentionAdapter, find_mixers
+from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
+from mamba_attn.tracing.layer_kinds import SCANS, SOFTMAX
 from mamba_attn.tracing.layer_names import LayerNames
 
-SCANS, SOFTMAX = "selective scans", "softmax attention"
 ANY = ("any model",)  # known to trace() or not
+_NO_OPTIONS = ("self", "model", "layers", "layout", "orders")  # arguments of the methods that ``build`` gives
 TRACED = (SCANS, SOFTMAX)
 
 
@@ -71,7 +74,7 @@ class Entry:
     def known_options(self) -> dict[str, Any]:
         """The options that are left to the user, and their defaults."""
         parameters = inspect.signature(self.method.__init__).parameters.values()
-        keywords = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "layers"}
+        keywords = {p.name: p.default for p in parameters if p.name not in _NO_OPTIONS}
         return {name: default for name, default in keywords.items() if name not in self.options}
 
 
@@ -128,6 +131,14 @@ METHODS: dict[str, Entry] = {
             "The relevance of the class, propagated back layer by layer to the tokens; signed, and it adds up.",
             (SCANS,),
             instead="transformer_attribution",
+        ),
+        Entry(
+            "keep_and_remove_lrp",
+            "keep-and-remove LRP",
+            KeepAndRemoveLRP,
+            "The relevance of the class (MambaLRP), asked again while parts of the image are kept or removed; our own.",
+            (SCANS,),
+            instead="transformer_attribution_lrp",
         ),
         Entry(
             "relevance_attention_ranks",
@@ -207,13 +218,23 @@ def get(name: str) -> Entry:
     return METHODS[name]
 
 
-def build(name: str, model: nn.Module, *, layers: LayerNames | None = None, **options: Any) -> MapAttribution:
+def build(
+    name: str,
+    model: nn.Module,
+    *,
+    layers: LayerNames | None = None,
+    layout: AnyLayout | None = None,
+    orders: AnyOrders | None = None,
+    **options: Any,
+) -> MapAttribution:
     """Return a method on a model.
 
     Args:
         name: of the method.
         model: the model.
         layers: names, patterns or numbers of layers; methods that always use the whole model ignore them.
+        layout: as in ``mamba_attn.trace``: where the tokens are, for models that do not show it.
+        orders: as in ``mamba_attn.trace``: in which order scans walk them, where it cannot be measured.
         options: of the method's class.
 
     Raises:
@@ -227,22 +248,32 @@ def build(name: str, model: nn.Module, *, layers: LayerNames | None = None, **op
     unknown = [option for option in options if option not in entry.known_options]
     if unknown:
         raise ValueError(f"{name} has no option {unknown[0]!r}. {nearest(unknown[0], entry.known_options)}")
-    chosen = {"layers": layers} if "layers" in inspect.signature(entry.method.__init__).parameters else {}
-    return entry.method(model, **chosen, **entry.options, **options)
+    given = {"layers": layers, "layout": layout, "orders": orders}
+    taken = inspect.signature(entry.method.__init__).parameters
+    built = entry.method(model, **{k: v for k, v in given.items() if k in taken}, **entry.options, **options)
+    built.layout, built.orders = layout, orders  # methods of pixels read them for maps on the token grid alone
+    return built
 
 
-def fitting(model: nn.Module) -> list[str]:
-    """Return the names of all methods that fit a model, controls last."""
-    return [name for name in METHODS if refusal(name, model) is None]
+def fitting(model: nn.Module, kinds: Sequence[str] | None = None) -> list[str]:
+    """Return the names of all methods that fit a model, controls last.
+
+    Args:
+        model: the model.
+        kinds: as in ``refusal``.
+    """
+    return [name for name in METHODS if refusal(name, model, kinds=kinds) is None]
 
 
-def refusal(name: str, model: nn.Module, called: str | None = None) -> str | None:
+def refusal(name: str, model: nn.Module, called: str | None = None, kinds: Sequence[str] | None = None) -> str | None:
     """Return why a method does not fit a model, and which one does; None if it fits.
 
     Args:
         name: of the method.
         model: the model.
         called: name of the model in the sentence. Default: its class.
+        kinds: of layers that a trace of the model finds, see ``tracing.layer_kinds``. Default: those of its adapters,
+            which may know only a part of them.
 
     Raises:
         ValueError: no such method.
@@ -251,11 +282,11 @@ def refusal(name: str, model: nn.Module, called: str | None = None) -> str | Non
     if entry.made_of == ANY:
         return None
     called = called or type(model).__name__
-    kinds = _made_of(model)
+    kinds = _adapted(model) if kinds is None else kinds
     if not kinds:
         return f"{called} has no layer that can be traced; use integrated_gradients."
     if not set(kinds) <= set(entry.made_of):
-        return f"{called} is made of {' and '.join(kinds)}; use {counterpart(name, model)}."
+        return f"{called} is made of {' and '.join(kinds)}; use {counterpart(name, model, kinds)}."
     try:
         if entry.check is not None:
             entry.check(model)
@@ -264,19 +295,21 @@ def refusal(name: str, model: nn.Module, called: str | None = None) -> str | Non
     return None
 
 
-def counterpart(name: str, model: nn.Module) -> str:
-    """Return the method itself if it fits the model, else its counterpart, else a general one."""
-    candidates = (name, get(name).instead, "attention_rollout", "integrated_gradients")
-    return next(each for each in candidates if _made_of_fits(get(each), model))
+def counterpart(name: str, model: nn.Module, kinds: Sequence[str] | None = None) -> str:
+    """Return the method itself if it fits the model, else its counterpart, else a general one.
+
+    Args:
+        name: of the method.
+        model: the model.
+        kinds: as in ``refusal``.
+    """
+    found = set(_adapted(model) if kinds is None else kinds)
+    candidates = (get(each) for each in (name, get(name).instead, "attention_rollout", "integrated_gradients"))
+    return next(its.name for its in candidates if its.made_of == ANY or (found and found <= set(its.made_of)))
 
 
-def _made_of_fits(entry: Entry, model: nn.Module) -> bool:
-    kinds = _made_of(model)
-    return entry.made_of == ANY or (bool(kinds) and set(kinds) <= set(entry.made_of))
-
-
-def _made_of(model: nn.Module) -> list[str]:
-    """The kinds of layers that trace() would find."""
+def _adapted(model: nn.Module) -> list[str]:
+    """The kinds of layers that adapters know."""
     try:
         adapters = [adapter for _, adapter in find_mixers(model).values()]
     except UnsupportedModelError:

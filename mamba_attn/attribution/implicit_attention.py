@@ -4,7 +4,7 @@ Below the method: depthwise convolutions as weighted shifts of tokens (``Taps``)
 the linear map of one layer (``Implicit``), with a recorder of the activations it depends on.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, NamedTuple
@@ -17,13 +17,14 @@ from mamba_attn import ops
 from mamba_attn._types import Float, Int
 from mamba_attn.attribution.activation_recorder import ActivationRecorder, gated_gradients
 from mamba_attn.attribution.attention_rollout import Product, dense, of_one_token, roll_out_weighted
-from mamba_attn.attribution.maps import Row, TokenAttribution
+from mamba_attn.attribution.maps import Positions, Row, TokenAttribution
 from mamba_attn.attribution.queries import Place, Query, query_weights
 from mamba_attn.attribution.targets import Target
 from mamba_attn.core.rules import LINEAR, TOKENS
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.ops import selective_scan
+from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
 from mamba_attn.tracing.layer_names import ByLayer, LayerNames
 from mamba_attn.tracing.layers import ScanLayer, require
 
@@ -67,6 +68,8 @@ class ImplicitAttention(TokenAttribution):
     Args:
         model: Vim or VMamba.
         layers: names, patterns or numbers of the mixers to use; the others act as the identity. Default: all.
+        layout: as in ``mamba_attn.trace``: where the tokens are, for models that do not show it.
+        orders: as in ``mamba_attn.trace``: in which order scans walk them, where it cannot be measured.
         gradient: see above.
         rollout: see above.
         signed: see above.
@@ -83,11 +86,15 @@ class ImplicitAttention(TokenAttribution):
         torch.Size([2, 1, 224, 224])
     """
 
+    reads_traces: ClassVar[bool] = False  # it watches the pass
+
     def __init__(
         self,
         model: nn.Module,
         *,
         layers: LayerNames | None = None,
+        layout: AnyLayout | None = None,
+        orders: AnyOrders | None = None,
         gradient: bool = True,
         rollout: bool = True,
         signed: bool = False,
@@ -96,7 +103,7 @@ class ImplicitAttention(TokenAttribution):
         conv: bool = True,
         activation: bool = True,
     ) -> None:
-        super().__init__(model, layers=layers)
+        super().__init__(model, layers=layers, layout=layout, orders=orders)
         self.gradient = gradient
         self.rollout = rollout
         self.signed = signed
@@ -105,7 +112,7 @@ class ImplicitAttention(TokenAttribution):
     def rows(
         self,
         inputs: Tensor,
-        query: Sequence[float] | None = None,
+        query: Positions = None,
         *,
         pixel: Place | None = None,
         box: Place | None = None,
@@ -114,16 +121,17 @@ class ImplicitAttention(TokenAttribution):
 
         Args:
             inputs: as in ``attribute``.
-            query: deprecated, as in ``attribute``.
+            query: as in ``attribute``.
             pixel: as in ``attribute``.
             box: as in ``attribute``.
 
         Raises:
             ValueError: inputs are not a batch; a pixel or box is outside the image, or both are given.
         """
-        asked = self._asked("rows", inputs, query, pixel, box)
+        bound = self._called_with("rows", inputs)
+        asked = self._asked("rows", inputs, query, pixel, box, bound._call.text)
         with torch.no_grad():
-            weighted = self._weighted(inputs, None, gradient=False)
+            weighted = bound._weighted(inputs, None, gradient=False)
             return ByLayer({part.layer.name: part.row(query_weights(part.layer, asked)) for part in weighted})
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:

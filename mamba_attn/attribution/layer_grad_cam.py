@@ -16,7 +16,9 @@ from mamba_attn.attribution.queries import Query
 from mamba_attn.attribution.targets import Target
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import UnsupportedModelError, nearest
-from mamba_attn.tracing.adapters import find_mixers, nothing_found
+from mamba_attn.tracing.adapters import find_mixers
+from mamba_attn.tracing.door_layers import AnyLayout
+from mamba_attn.tracing.layer_kinds import layer_kinds
 from mamba_attn.tracing.layer_names import LayerName, layer_name, listed_layers
 
 _STAGED = ("VMamba",)  # families in which all tokens of the last stage reach the head
@@ -31,15 +33,17 @@ class LayerGradCam(FromCaptum):
 
     Args:
         model: a model that ``mamba_attn.trace`` supports; any other, with ``layer``.
-        layer: name of a module that returns tokens (batch, tokens, features), or images of features, channels last
-            if its grid is one of the model's token grids, else first; or the number of a mixer. Default: for VMamba
-            the last stage; else the input of the last mixer, because after it possibly only the class token reaches
-            the head.
+        layer: a module or its name, which returns tokens (batch, tokens, features) or images of features, channels
+            last if its grid is one of the model's token grids, else first; or the number of a mixer. Default: for
+            VMamba the last stage; else the input of the last mixer, because after it possibly only the class token
+            reaches the head.
+        layout: as in ``mamba_attn.trace``: where the tokens are, for models that do not show it.
         relu: take the positive part.
 
     Raises:
-        TypeError: ``layer`` is neither a name nor a number.
-        ValueError: when called, a layer that does not exist, or that returns neither tokens nor images.
+        TypeError: ``layer`` is neither a module, nor a name, nor a number.
+        ValueError: a module of another model; when called, a layer that does not exist, or that returns neither tokens
+            nor images.
         UnknownLayerError: when called, a number out of range.
         UnsupportedModelError: when called without ``layer``, a model that cannot be traced.
 
@@ -50,8 +54,21 @@ class LayerGradCam(FromCaptum):
 
     options: ClassVar[Mapping[str, str]] = {"relu_attributions": "relu"}
 
-    def __init__(self, model: nn.Module, *, layer: LayerName | None = None, relu: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: LayerName | nn.Module | None = None,
+        *,
+        layout: AnyLayout | None = None,
+        relu: bool = True,
+    ) -> None:
         super().__init__(model)
+        self.layout = layout
+        if isinstance(layer, nn.Module):  # as captum takes it
+            names = {module: name for name, module in model.named_modules()}
+            if not names.get(layer):
+                raise ValueError(f"LayerGradCam(layer={type(layer).__name__}): expected a module inside the model.")
+            layer = names[layer]
         if layer is not None:
             listed_layers("LayerGradCam(layer=...)", [layer])
         self.layer = layer
@@ -61,7 +78,7 @@ class LayerGradCam(FromCaptum):
         self, images: Tensor, target: Target, query: Query | None, size: tuple[int, ...], grid: bool
     ) -> Float[Tensor, "batch 1 *size"]:
         asked = self._ask(images, target)
-        name, at_input = self._place()
+        name, at_input = self._place(images)
         frames = self._frames(images)
         tap = _Tap([frame.grid for frame in frames])
         with torch.inference_mode(False):
@@ -109,21 +126,26 @@ class LayerGradCam(FromCaptum):
         )
         return found.detach()
 
-    def _place(self) -> tuple[str, bool]:
+    def _place(self, images: Tensor) -> tuple[str, bool]:
         """Return the layer's name, and whether its input is meant instead of its output."""
         if self.layer is not None and not isinstance(self.layer, str):
-            return layer_name("LayerGradCam(layer=...)", self.layer, list(find_mixers(self.model))), False
+            return layer_name("LayerGradCam(layer=...)", self.layer, self._mixers(images)), False
         if self.layer is not None:
             names = [name for name, _ in self.model.named_modules() if name]
             if self.layer not in names:
                 raise ValueError(f"LayerGradCam(layer={self.layer!r}): no such module. {nearest(self.layer, names)}")
             return self.layer, False
-        mixers = find_mixers(self.model)
-        if not mixers:
-            raise nothing_found(self.model)
-        name, (_, adapter) = list(mixers.items())[-1]
+        name = self._mixers(images)[-1]
         stage, found, _ = name.rpartition(".blocks.")
-        return (stage, False) if adapter.family in _STAGED and found else (name, True)
+        known = find_mixers(self.model).get(name)
+        staged = known is not None and known[1].family in _STAGED
+        return (stage, False) if staged and found else (name, True)
+
+    def _mixers(self, images: Tensor) -> list[str]:
+        """The names of the modules that mix tokens, first to last."""
+        shown = images if self._call.has_others else images[:1]
+        kinds = layer_kinds(self.model, lambda: self._call.run(self.model, shown), layout=self.layout)
+        return list(dict.fromkeys(name.partition("#")[0] for name in kinds))
 
     def _frames(self, images: Tensor) -> list[TokenLayout]:
         """The model's token frames; none for a model that cannot be traced, whose layer was named."""

@@ -9,7 +9,7 @@ import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Literal, Self, TypeVar, overload
 
 import torch
@@ -20,6 +20,7 @@ from mamba_attn._types import Float
 from mamba_attn.attribution.calls import Call, unwrappable
 from mamba_attn.attribution.queries import Place, Query, make_query, split_query
 from mamba_attn.attribution.targets import Target, require_classes, target_values
+from mamba_attn.attribution.texts import Text
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.rules import Rules
 from mamba_attn.core.training_mode import warn_of_training
@@ -27,11 +28,13 @@ from mamba_attn.errors import NonFiniteError, TraceError, UnsupportedModelError,
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
 from mamba_attn.tracing.layer_names import LayerNames, layer_names, listed_layers
 from mamba_attn.tracing.layers import Layer
+from mamba_attn.tracing.texts import is_text
 from mamba_attn.tracing.tracer import Trace, trace
 from mamba_attn.tracing.unseen import unseen_sentence
 
 Images = TypeVar("Images", Tensor, tuple[Tensor, ...])  # captum's wrappers pass a tuple and expect one back
 Method = TypeVar("Method", bound="MapAttribution")
+Positions = int | Sequence[float] | Tensor | None  # in texts
 Row = tuple[TokenLayout, Tensor]  # one number per token (batch, tokens), and the layout of the tokens
 
 _TRACED = ("layers", "layout", "orders")  # options of tracing, which published methods know too
@@ -53,8 +56,11 @@ class MapAttribution(Attribution, ABC):
 
     reads_rows: ClassVar[bool] = False  # whether it takes a pixel or a box
     reads_traces: ClassVar[bool] = False  # whether a pass that was traced before will do
+    reads_gradients: ClassVar[bool] = True  # whether that pass has to keep its graph
     takes_parts: ClassVar[bool] = True  # whether it explains one of several inputs that have layers of their own
     options: ClassVar[Mapping[str, str]] = {}  # captum's arguments of attribute, and which option each one replaces
+    layout: AnyLayout | None = None
+    orders: AnyOrders | None = None
     _call: Call = Call()
     _delta: Any = None  # set by methods that have one
 
@@ -70,7 +76,7 @@ class MapAttribution(Attribution, ABC):
         self,
         inputs: Images,
         target: Target = None,
-        query: Sequence[float] | None = None,
+        query: Positions = None,
         *,
         pixel: Place | None = None,
         box: Place | None = None,
@@ -92,7 +98,7 @@ class MapAttribution(Attribution, ABC):
         self,
         inputs: Images,
         target: Target = None,
-        query: Sequence[float] | None = None,
+        query: Positions = None,
         *,
         pixel: Place | None = None,
         box: Place | None = None,
@@ -108,14 +114,18 @@ class MapAttribution(Attribution, ABC):
         Args:
             inputs: (batch, colours, height, width), images as the model takes them; volumes and videos
                 (batch, colours, *sizes) or (batch, frames, colours, height, width), spectrograms (batch, time,
-                frequency). A tuple of them for a model with several inputs, each of which gets a map from the layers
-                that it alone reaches.
+                frequency); texts as ids (batch, tokens). A tuple of them for a model with several inputs, each of
+                which gets a map from the layers that it alone reaches.
             target: class index, or one per image as a list or tensor. For dense outputs, a tuple of indices such as
                 (class, row, column), or a list of one tuple per image. Or a function of the model's output that returns
                 one number per image, each depending on its own image only, or their sum. Default: the predicted class,
                 for models that return (batch, classes); the number itself for those that return (batch,).
-                Class-independent methods also check the target.
-            query: deprecated: two numbers are a ``pixel``, four a ``box``.
+                Class-independent methods also check the target. Of a model that scores tokens, (batch, tokens,
+                vocabulary): a token, meant at the last position, or (position, token), or a list of one per text;
+                positions below 0 count from the last token. Default: the most likely next token.
+            query: of a text, the position whose row is read, one for all texts or one per text; below 0 it counts from
+                the last token. Default: the target's position. For images it is deprecated: two numbers are a
+                ``pixel``, four a ``box``.
             pixel: (row, column) in pixels: read the row of this pixel's token. One for all images, or one per image as
                 a list of tuples or a tensor (batch, 2). Default: the class token, or the mean over patches for models
                 without one.
@@ -124,8 +134,9 @@ class MapAttribution(Attribution, ABC):
             grid: return the map on the token grid instead of in pixels.
             expand: return the inputs' shape, with an equal part of the map in every colour. Captum's metrics and
                 pictures, which sum or compare all channels, need this.
-            additional_forward_args: what the model is called with after the inputs, one or a tuple, as in captum. If
-                they are images too, the layers that they alone reach are left out.
+            additional_forward_args: what the model is called with after the inputs, one or a tuple, as in captum; a
+                dictionary, alone or at the end, holds keyword arguments: ``{"attention_mask": mask}``, whose zeros are
+                padding. If they are images too, the layers that they alone reach are left out.
             trace: a pass of the model over these inputs, from ``mamba_attn.trace``; read instead of running the model
                 again, so that several maps cost one pass. Methods that need the class want it outside
                 ``torch.no_grad()``. Layers are those of the trace, or those of them that ``layers`` names.
@@ -136,7 +147,8 @@ class MapAttribution(Attribution, ABC):
         Returns:
             (batch, 1, height, width) at the inputs' size in pixels, of volumes (batch, 1, *sizes), interpolated
             linearly between patch centres; with ``grid=True`` that of the patch grid; with ``expand=True`` the inputs'
-            shape: the sum over colours is the map. For a tuple, as captum's metrics pass it, a tuple of as many.
+            shape: the sum over colours is the map. Of texts (batch, tokens), exactly 0 at padding. For a tuple, as
+            captum's metrics pass it, a tuple of as many.
 
         Raises:
             TypeError: an input that is not a tensor; an option that the method does not have.
@@ -160,33 +172,56 @@ class MapAttribution(Attribution, ABC):
         if len({len(images) for images in several}) > 1:
             shapes = ", ".join(str(tuple(images.shape)) for images in several)
             raise ValueError(f"{call}(inputs=...): the inputs have batches of different sizes, {shapes}.")
-        if query is not None:
-            pixel, box = split_query(call, query, pixel, box, stacklevel=4)
-        asked = [self._asked("attribute", images, None, pixel, box) for images in several]
-        if grid and expand:
-            raise ValueError(f"{call}(grid=True, expand=True): the inputs' shape is in pixels; leave one of them out.")
-        if asked[0] is not None and not self.reads_rows:
-            raise ValueError(f"{call}({asked[0]}): this method reads no token's row; leave {asked[0].kind} out.")
-        if return_convergence_delta:
-            options["return_convergence_delta"] = True
-        bound = self._with(call, options)
+        texts = [images for images in several if is_text(images)]
+        chosen, query = query, query if texts else None
+        if chosen is not None and not texts:
+            pixel, box = split_query(call, chosen, pixel, box, stacklevel=4)
+        if texts and texts[0] is not several[0]:
+            raise ValueError(f"{call}(inputs=...): the ids of a text must be the first of the model's inputs.")
         if trace is None:
-            first = Call.of(several, additional_forward_args)
-        elif not self.reads_traces:
+            first = Call.of(call, several, additional_forward_args, self.model)
+        elif not self.takes_trace:
             raise ValueError(f"{call}(trace=...): this method reads no trace, it runs the model itself; leave it out.")
         elif additional_forward_args is not None:
             raise ValueError(f"{call}(trace=..., additional_forward_args=...): the trace has its own; leave them out.")
         else:
             first = Call.traced(call, several, self.model, trace)
+        asked = [self._asked("attribute", images, query, pixel, box, first.text, target) for images in several]
+        if grid and expand:
+            raise ValueError(f"{call}(grid=True, expand=True): the inputs' shape is in pixels; leave one of them out.")
+        if asked[0] is not None and not self.reads_rows and not (texts and query is None):
+            name = next(iter(asked[0].argument))
+            raise ValueError(f"{call}({asked[0]}): this method reads no token's row; leave {name} out.")
+        if return_convergence_delta:
+            options["return_convergence_delta"] = True
+        bound = self._with(call, options)
         results = []
         for place, images, size, rows in zip(first.explained, several, sizes, asked, strict=True):
             bound._call = first.at(place)
-            maps = bound._finite_maps(images, target, rows, size, grid)
-            if expand:
+            maps = bound._finite_maps(images, target, rows, size, grid or is_text(images))
+            if first.text is not None and is_text(images):
+                maps = maps.squeeze(1).masked_fill(~first.text.real, 0)
+            elif expand:
                 maps = _in_every_colour(maps, images)
             results.append(maps)
         found: Any = tuple(results) if isinstance(inputs, tuple) else results[0]
         return (found, bound._delta) if return_convergence_delta else found
+
+    @property
+    def takes_trace(self) -> bool:
+        """Whether ``attribute`` takes ``trace``; methods that watch or change the pass run the model themselves."""
+        other: MapAttribution | None = getattr(self, "_other", None)  # published code's
+        return self.reads_traces if other is None else other.takes_trace
+
+    @property
+    def shared_folds(self) -> tuple[str, ...]:
+        """Folds that the method reads out of whole matrices, where another method's sweep has computed them."""
+        return ()
+
+    @property
+    def needs_matrices(self) -> bool:
+        """Whether it computes whole matrices of ``shared_folds`` where nothing else has."""
+        return False
 
     def has_convergence_delta(self) -> bool:
         """Whether ``attribute`` takes ``return_convergence_delta``; captum asks."""
@@ -205,6 +240,13 @@ class MapAttribution(Attribution, ABC):
                 whose = f"Methods with it: {', '.join(sorted(owners))}." if owners else nearest(name, _arguments())
                 raise TypeError(f"{call}({name}=...): this method has no {name}. {whose}")
             setattr(bound, self.options[name], value)
+        return bound
+
+    def _called_with(self, method: str, inputs: Tensor) -> Self:
+        """Return a copy that calls the model with these inputs alone; refuse what is no batch."""
+        self._size(method, inputs)
+        bound = copy.copy(self)
+        bound._call = Call.of(f"{self.called}.{method}", (inputs,), None, self.model)
         return bound
 
     def _at_this_call(self, other: Method) -> Method:
@@ -238,21 +280,42 @@ class MapAttribution(Attribution, ABC):
     ) -> Float[Tensor, "batch 1 *size"]:
         """Return the maps in pixels, ``size`` (rows, columns), or on the tokens' grid. Called without gradients."""
 
-    def _asked(self, method: str, inputs: Tensor, query: Any, pixel: Any, box: Any) -> Query | None:
-        """Return whose rows are read; refuse inputs that are not a batch, and places outside the images."""
+    def _asked(
+        self,
+        method: str,
+        inputs: Tensor,
+        query: Any,
+        pixel: Any,
+        box: Any,
+        text: Text | None = None,
+        target: Target = None,
+    ) -> Query | None:
+        """Return whose rows are read; refuse inputs that are not a batch, and places outside the images or texts."""
         call, size = f"{self.called}.{method}", self._size(method, inputs)
+        if text is not None and is_text(inputs):
+            if pixel is not None or box is not None:
+                raise ValueError(f"{call}(pixel=..., box=...): a text has no pixels; give query=position.")
+            return text.query(call, query, target)
         pixel, box = split_query(call, query, pixel, box, stacklevel=4)
         return make_query(call, size, len(inputs), pixel, box)
 
     def _size(self, method: str, inputs: Tensor) -> tuple[int, ...]:
-        """Return the images' sizes in pixels, (rows, columns) or (frames, rows, columns); refuse what is no batch."""
+        """Return the images' sizes in pixels, (rows, columns) or (frames, rows, columns), or a text's number of tokens.
+
+        Raises:
+            TypeError: not a tensor.
+            ValueError: not a batch.
+        """
         call = f"{self.called}.{method}"
         if not isinstance(inputs, Tensor):
             raise TypeError(f"{call}(inputs): expected a tensor of images, got {type(inputs).__name__}.")
+        if is_text(inputs) and len(inputs):
+            return (inputs.shape[1],)
         if inputs.ndim < 3 or len(inputs) == 0:
             raise ValueError(
                 f"{call}(inputs{tuple(inputs.shape)}): expected images (batch, colours, rows, columns), volumes or "
-                "videos (batch, colours, *sizes), or spectrograms (batch, time, frequency)."
+                "videos (batch, colours, *sizes), spectrograms (batch, time, frequency), or texts as ids "
+                "(batch, tokens), integers."
             )
         return tuple(inputs.shape[1 if inputs.ndim == 3 else 2 :])
 
@@ -279,7 +342,11 @@ class MapAttribution(Attribution, ABC):
         """
         call = f"{self.called}.attribute"
         require_classes(call, self.model, target)
-        return target_values(call, output, target, batch)
+        return target_values(call, output, target, batch, self._call.text)
+
+    def _tracing(self, **options: Any) -> AbstractContextManager[Trace]:
+        """Return a trace of the model, with the token frame and the orders that this method was given."""
+        return trace(self.model, layout=self.layout, orders=self.orders, **options)
 
     def _part(self, record: Trace, reached: frozenset[str] | None) -> Trace:
         """Return the layers of a pass whose tokens come from the images.
@@ -300,8 +367,9 @@ class MapAttribution(Attribution, ABC):
     def _layouts(self, images: Tensor) -> list[TokenLayout]:
         """Return the token layout of every layer, from a pass of the first image."""
         reached = self._call.reached(f"{self.called}.attribute", self.model)
-        with torch.no_grad(), trace(self.model) as record:
-            self._call.run(self.model, images if self._call.has_others else images[:1])
+        with torch.no_grad(), self._tracing() as record:
+            whole = self._call.has_others or is_text(images)  # a text's mask is as long as the batch
+            self._call.run(self.model, images if whole else images[:1])
         return [layer.layout for layer in self._part(record, reached).layers]
 
 
@@ -409,7 +477,7 @@ class TokenAttribution(MapAttribution):
         call = f"{self.called}.attribute"
         with torch.inference_mode(False):
             images = inputs.clone() if inputs.is_inference() else inputs  # autograd cannot save inference tensors
-            if rules is not None and self._call.has_others:
+            if rules is not None and self._call.has_others and images.is_floating_point():
                 images = images.detach().requires_grad_()  # rules hold the others
             reached = self._call.reached(call, self.model)
             with self._pass(images, gradients, rules) as (record, output):
@@ -437,16 +505,11 @@ class TokenAttribution(MapAttribution):
         """Run the model, or read the pass that was traced before; yield the trace and the model's output."""
         given = self._call.trace
         if given is None:
-            with trace(self.model, layers=self.layers, layout=self.layout, orders=self.orders, rules=rules) as record:
+            with self._tracing(layers=self.layers, rules=rules) as record:
                 with torch.set_grad_enabled(gradients):
                     output = self._call.run(self.model, images)
                 yield record, output
             return
-        if rules is not None:
-            raise ValueError(
-                f"{self.called}.attribute(trace=...): this method watches or changes the forward pass, so it runs the "
-                "model itself; leave trace out."
-            )
         if self.layers is not None:
             mixers = dict.fromkeys(name.partition("#")[0] for name in given)
             chosen = layer_names(f"{type(self).__name__}(layers=...)", self.layers, list(mixers))

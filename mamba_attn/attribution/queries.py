@@ -1,4 +1,4 @@
-"""Pixels and boxes: which tokens of a layer's token frame a method reads."""
+"""Pixels, boxes and positions: which tokens of a layer's token frame a method reads."""
 
 import warnings
 from collections.abc import Sequence
@@ -21,11 +21,12 @@ Place = Sequence[float] | Sequence[Sequence[float]] | Tensor | np.ndarray  # one
 
 @dataclass(frozen=True)
 class Query:
-    """Pixels or boxes; a method reads the rows of their tokens.
+    """Pixels, boxes or positions in texts; a method reads the rows of their tokens.
 
     Args:
-        kind: "pixel" or "box".
-        places: (row, column) or (x0, y0, x1, y1) each, in pixels; one for all images, or one per image.
+        kind: "pixel", "box" or "position".
+        places: (row, column) or (x0, y0, x1, y1) each, in pixels, or (position,), counted from a text's first token;
+            one for all images, or one per image.
     """
 
     kind: str
@@ -37,13 +38,15 @@ class Query:
         return Query(self.kind, tuple(tuple(x * f for x, f in zip(p, factors, strict=True)) for p in self.places))
 
     @property
-    def argument(self) -> dict[str, tuple[tuple[float, ...], ...] | tuple[float, ...]]:
+    def argument(self) -> dict[str, Any]:
         """The query as a keyword argument of ``attribute``."""
+        if self.kind == "position":
+            return {"query": [int(place) for (place,) in self.places]}
         return {self.kind: self.places[0] if len(self.places) == 1 else self.places}
 
     def __str__(self) -> str:
         """Write the query as an argument of a call."""
-        return f"{self.kind}={self.argument[self.kind]}"
+        return ", ".join(f"{name}={value}" for name, value in self.argument.items())
 
 
 def split_query(call: str, query: Any, pixel: Any, box: Any, *, stacklevel: int = 3) -> tuple[Any, Any]:
@@ -137,11 +140,14 @@ def query_tokens(layout: TokenLayout, query: Query | None) -> list[list[int]]:
 
     Args:
         layout: the token frame.
-        query: for pixels, the token with the nearest patch centre; for boxes, those with their centre inside, or else
-            the one nearest to the box's centre; None: the class tokens, or all patches if there are none.
+        query: for positions, the token there; for pixels, the token with the nearest patch centre; for boxes, those
+            with their centre inside, or else the one nearest to the box's centre; None: the class tokens, or all
+            patches if there are none.
     """
     if query is None:
         return [list(layout.class_tokens) or layout.patches.tolist()]
+    if query.kind == "position":
+        return [[int(place)] for (place,) in query.places]
     if query.kind == "pixel":
         return [[_nearest(layout, row, column)] for row, column in query.places]
     return [_inside(layout, *place) for place in query.places]

@@ -1,16 +1,15 @@
 """RawAttention: what the query reads in each layer, averaged over layers."""
 
-from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mamba_attn.attribution.maps import Row, TokenAttribution
+from mamba_attn.attribution.maps import Positions, Row, TokenAttribution
 from mamba_attn.attribution.queries import Place, Query, read_rows
 from mamba_attn.attribution.targets import Target
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
 from mamba_attn.tracing.layer_names import ByLayer, LayerNames
-from mamba_attn.tracing.tracer import trace
 
 
 class RawAttention(TokenAttribution):
@@ -41,6 +40,8 @@ class RawAttention(TokenAttribution):
         torch.Size([2, 1, 224, 224])
     """
 
+    reads_gradients: ClassVar[bool] = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -56,10 +57,15 @@ class RawAttention(TokenAttribution):
         self.convention = convention
         self._other = self._published(RawAttention, "convention")
 
+    @property
+    def shared_folds(self) -> tuple[str, ...]:
+        """The mean, but for published code."""
+        return () if self._other is not None else ("mean",)
+
     def rows(
         self,
         inputs: Tensor,
-        query: Sequence[float] | None = None,
+        query: Positions = None,
         *,
         pixel: Place | None = None,
         box: Place | None = None,
@@ -68,17 +74,18 @@ class RawAttention(TokenAttribution):
 
         Args:
             inputs: as in ``attribute``.
-            query: deprecated, as in ``attribute``.
+            query: as in ``attribute``.
             pixel: as in ``attribute``.
             box: as in ``attribute``.
 
         Raises:
             ValueError: inputs are not a batch; a pixel or box is outside the image, or both are given.
         """
-        asked = self._asked("rows", inputs, query, pixel, box)
+        call = self._called_with("rows", inputs)._call
+        asked = self._asked("rows", inputs, query, pixel, box, call.text)
         with torch.no_grad():
-            with trace(self.model, layers=self.layers, layout=self.layout, orders=self.orders) as record:
-                self.model(inputs)
+            with self._tracing(layers=self.layers) as record:
+                call.run(self.model, inputs)
             return ByLayer({layer.name: read_rows(layer, asked) for layer in self._ran(record)})
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:

@@ -1,6 +1,6 @@
 """RelevanceAttentionRanks: MambaLRP's relevance, reordered with attention; our own combination."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,10 @@ from mamba_attn.attribution.queries import Query
 from mamba_attn.attribution.raw_attention import RawAttention
 from mamba_attn.attribution.targets import Target
 from mamba_attn.core.layout import TokenLayout
-from mamba_attn.core.ranks import ranks
+from mamba_attn.core.ranks import shares
 from mamba_attn.errors import nearest
+from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
 from mamba_attn.tracing.layers import ScanLayer, require
-from mamba_attn.tracing.tracer import trace
 
 _Part = ImplicitAttention | MambaLRP | RawAttention
 EXTENT = ("smooth_relevance", "implicit_attention", "raw_attention")
@@ -43,6 +43,8 @@ class RelevanceAttentionRanks(MapAttribution):
 
     Args:
         model: Vim or VMamba.
+        layout: as in ``mamba_attn.trace``: where the tokens are, for models that do not show it.
+        orders: as in ``mamba_attn.trace``: in which order scans walk them, where it cannot be measured.
         power: exponent of relevance's rank, at least 0.
         weight: of relevance compared with ``extent``, at least 0.
         gamma: strength of the gamma rule, at least 0.
@@ -63,12 +65,15 @@ class RelevanceAttentionRanks(MapAttribution):
         self,
         model: nn.Module,
         *,
+        layout: AnyLayout | None = None,
+        orders: AnyOrders | None = None,
         power: float = 6.0,
         weight: float = 2.0,
         gamma: float = 1.0,
         extent: str | tuple[str, ...] = EXTENT,
     ) -> None:
         super().__init__(model)
+        self.layout, self.orders = layout, orders
         for name, value in (("power", power), ("weight", weight), ("gamma", gamma)):
             if not value >= 0:
                 raise ValueError(f"RelevanceAttentionRanks({name}={value!r}): expected a number of at least 0.")
@@ -76,9 +81,11 @@ class RelevanceAttentionRanks(MapAttribution):
         for name in names or ("",):
             if name not in EXTENT:
                 raise ValueError(f"RelevanceAttentionRanks(extent={extent!r}): {nearest(name, EXTENT)}")
-        smooth = MambaLRP(model, gamma_layers="*", gamma=gamma)
-        made = dict(zip(EXTENT, (smooth, ImplicitAttention(model), RawAttention(model)), strict=True))
-        self.relevance = MambaLRP(model)
+        given: dict[str, Any] = {"layout": layout, "orders": orders}
+        smooth = MambaLRP(model, gamma_layers="*", gamma=gamma, **given)
+        others = (ImplicitAttention(model, **given), RawAttention(model, **given))
+        made = dict(zip(EXTENT, (smooth, *others), strict=True))
+        self.relevance = MambaLRP(model, **given)
         self.extent = [made[name] for name in names]
         self.power = power
         self.weight = weight
@@ -89,18 +96,19 @@ class RelevanceAttentionRanks(MapAttribution):
         cells = self._cells(images, target)
 
         def read(method: _Part) -> Tensor:
-            return cell_means(self._at_this_call(method)._finite_maps(images, target, None, size, False), cells)
+            maps = self._at_this_call(method)._finite_maps(images, target, query, size, not cells.pixels)
+            return cell_means(maps, cells) if cells.pixels else maps
 
         relevance = read(self.relevance)
-        extent = torch.stack([_shares(read(method)) for method in self.extent]).sum(0)
-        order = self.weight * _shares(relevance) ** self.power + _shares(extent)
+        extent = torch.stack([shares(read(method)) for method in self.extent]).sum(0)
+        order = self.weight * shares(relevance) ** self.power + shares(extent)
         found = in_order(relevance.clamp(min=0), order)
         return found if grid else cells.to_pixels(found, size)
 
     def _cells(self, images: Tensor, target: Target) -> TokenLayout:
         """Return the first token grid; checks model and target here, so errors name this method and not its parts."""
         reached = self._call.reached(f"{self.called}.attribute", self.model)
-        with torch.inference_mode(False), torch.no_grad(), trace(self.model) as record:
+        with torch.inference_mode(False), torch.no_grad(), self._tracing() as record:
             output = self._call.run(self.model, images.clone() if images.is_inference() else images)
         layers = require(self.called, self._part(record, reached).layers, ScanLayer)
         self._values(output, target, len(images))
@@ -108,18 +116,9 @@ class RelevanceAttentionRanks(MapAttribution):
 
 
 def in_order(
-    values: Float[Tensor, "batch 1 rows columns"], order: Float[Tensor, "batch 1 rows columns"]
-) -> Float[Tensor, "batch 1 rows columns"]:
+    values: Float[Tensor, "batch 1 *size"], order: Float[Tensor, "batch 1 *size"]
+) -> Float[Tensor, "batch 1 *size"]:
     """Return every map's own numbers, its largest where ``order`` is largest; ties from the last to the first."""
     place = order.flatten(1).argsort(dim=1, stable=True)
     ordered = values.flatten(1).sort(1).values
     return torch.zeros_like(ordered).scatter(1, place, ordered).view_as(values)
-
-
-def _shares(values: Float[Tensor, "batch 1 rows columns"]) -> Float[Tensor, "batch 1 rows columns"]:
-    """Return every number's rank in its map, from 0 to 1; ties at their mean, a single number at 0."""
-    dtype = torch.promote_types(values.dtype, torch.float32)
-    flat = values.flatten(1).to(dtype).cpu().numpy()
-    places = torch.stack([torch.from_numpy(ranks(each)) for each in flat]).to(values.device, dtype)
-    shares: Tensor = places / max(flat.shape[1] - 1, 1)
-    return shares.view_as(values)

@@ -9,6 +9,7 @@ from torch import nn
 from mamba_attn.attribution import catalogue
 from mamba_attn.attribution.maps import MapAttribution
 from mamba_attn.errors import nearest
+from mamba_attn.tracing.door_layers import AnyLayout
 from mamba_attn.tracing.layer_names import LayerNames
 
 _WORDS = {"true": True, "yes": True, "false": False, "no": False}
@@ -48,9 +49,11 @@ class Method:
         """Whether the map depends on the class."""
         return self.entry.depends_on_class(self.options)
 
-    def build(self, model: nn.Module, layers: LayerNames | None = None) -> MapAttribution:
+    def build(
+        self, model: nn.Module, layers: LayerNames | None = None, layout: AnyLayout | None = None
+    ) -> MapAttribution:
         """Return the method on a model; ``layers=None`` uses the method's default."""
-        return catalogue.build(self.name, model, layers=layers, **self.options)
+        return catalogue.build(self.name, model, layers=layers, layout=layout, **self.options)
 
 
 def method(text: str, argument: str = "method") -> Method:

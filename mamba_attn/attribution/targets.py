@@ -1,80 +1,60 @@
 """What of a model's output is explained: the scores in it, and the value of a target there."""
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Int
+from mamba_attn.attribution.texts import Text
+from mamba_attn.core.outputs import Leaf, Steps, described, find_scores, follow, leaves
 
 Function = Callable[[Any], Tensor]
 Target = int | Tensor | tuple[int, ...] | Sequence[int] | Sequence[tuple[int, ...]] | Function | None
 
 _DENSE = "target=(class, row, column) or whatever indexes it, a list of such tuples, or a function of the output"
-_SHOWN = 4  # tensors of an output in a message
 _CLASS = 7  # in examples
 _HEADS = ("head", "fc", "classifier")
+_FEATURES = "last_hidden_state"
 
 
-class _Leaf(NamedTuple):
-    """A tensor in an output.
+def scores_in(where: str, output: Any, batch: int, target: Any = None, text: Text | None = None) -> Steps:
+    """Return the way to the scores in a model's output, as ``core.outputs.find_scores`` finds them.
 
-    Args:
-        steps: ("item", key) or ("field", name), one after the other.
-        tensor: what they lead to.
-    """
-
-    steps: tuple[tuple[str, Any], ...]
-    tensor: Tensor
-
-    @property
-    def code(self) -> str:
-        """The expression for it."""
-        return "output" + "".join(f".{key}" if kind == "field" else f"[{key!r}]" for kind, key in self.steps)
-
-
-def find_scores(where: str, output: Any, batch: int, target: Any = None) -> tuple[tuple[str, Any], ...]:
-    """Return the way to the scores in a model's output: the only (batch, classes) tensor, or else the only one.
+    Of several that a model of texts returns, those that are called logits.
 
     Args:
         where: what the user wrote, for the message.
         output: a tensor, or tuples, lists, mappings and dataclasses of them.
         batch: number of images.
         target: as given, for the example in the message.
+        text: what is known of the texts that the model was given, if it was.
 
     Raises:
-        ValueError: no tensor has one result per image, or several have.
+        ValueError: no tensor has one result per image, or several have; a model of texts that returns features alone.
     """
-    leaves = list(_leaves(output))
-    unique = {id(leaf.tensor): leaf for leaf in reversed(leaves)}  # a value may stand under two names
-    found = [
-        leaf
-        for leaf in reversed(unique.values())
-        if leaf.tensor.is_floating_point() and leaf.tensor.ndim >= 1 and len(leaf.tensor) == batch
-    ]
-    classes = [leaf for leaf in found if leaf.tensor.ndim == 2]
-    chosen: list[_Leaf] = classes or found
-    if len(chosen) == 1:
-        return chosen[0].steps
-    what = "several of these have" if chosen else "it does not have"
+    found, fitting = find_scores(output, batch)
+    if text is not None:
+        logits = [leaf for leaf in leaves(output) if leaf.steps and leaf.steps[-1][1] == "logits"]
+        found = logits[0] if logits else found
+        if found is not None and target is None and found.steps[-1:] == (("item", _FEATURES),):
+            raise ValueError(
+                f"{where}: the model returned {described(output)}: features, and no scores of tokens, so there is no "
+                "most likely one; trace the model with its head (AutoModelForCausalLM), or explain a feature, "
+                "target=(position, feature)."
+            )
+    if found is not None:
+        return found.steps
+    what = "several of these have" if fitting else "it does not have"
     raise ValueError(
-        f"{where}: the model returned {_described(output, leaves)}; {what} one result for each of the {batch} images. "
+        f"{where}: the model returned {described(output)}; {what} one result for each of the {batch} images. "
         "Give a function of the output that picks one number per image, e.g. "
-        f"target={_example(output, chosen, target)}."
+        f"target={_example(output, fitting, target)}."
     )
 
 
-def follow(output: Any, steps: tuple[tuple[str, Any], ...]) -> Tensor:
-    """Return what the steps of ``find_scores`` lead to."""
-    for kind, key in steps:
-        output = getattr(output, key) if kind == "field" else output[key]
-    found: Tensor = output
-    return found
-
-
-def target_values(call: str, output: Any, target: Any, batch: int) -> Tensor:
+def target_values(call: str, output: Any, target: Any, batch: int, text: Text | None = None) -> Tensor:
     """Return the target value of every image, (batch,), or their sum if a function returned a scalar.
 
     Args:
@@ -83,19 +63,22 @@ def target_values(call: str, output: Any, target: Any, batch: int) -> Tensor:
         target: a class, one per image, a tuple of indices after the batch's or a list of them, a function of the
             output; None for the predicted class, or the only number of each image.
         batch: number of images.
+        text: what is known of the texts that the model was given, if it was.
 
     Raises:
         ValueError: the output does not have the target.
     """
     if callable(target) and not isinstance(target, Tensor):
         return _called(call, target, output, batch)
-    scores = follow(output, find_scores(f"{call}(target={target!r})", output, batch, target))
-    indices = target_indices(call, scores, target, batch)
+    scores = follow(output, scores_in(f"{call}(target={target!r})", output, batch, target, text))
+    indices = target_indices(call, scores, target, batch, text)
     chosen: Tensor = scores[(torch.arange(batch, device=scores.device), *indices.unbind(1))]
     return chosen
 
 
-def target_indices(call: str, scores: Tensor, target: Any, batch: int) -> Int[Tensor, "batch axes"]:
+def target_indices(
+    call: str, scores: Tensor, target: Any, batch: int, text: Text | None = None
+) -> Int[Tensor, "batch axes"]:
     """Return the indices of the target value in each image's scores; none where each image has one number.
 
     Args:
@@ -103,12 +86,15 @@ def target_indices(call: str, scores: Tensor, target: Any, batch: int) -> Int[Te
         scores: (batch, ...), of the model's output.
         target: as in ``target_values``, except a function.
         batch: number of images.
+        text: as in ``target_values``; of scores (batch, tokens, vocabulary) it says what the target means.
 
     Raises:
         ValueError: the scores do not have the target.
     """
     where = f"{call}(target={target!r})"
     axes = scores.ndim - 1
+    if text is not None and axes == 2:
+        return text.indices(call, scores, target)
     if axes == 0:
         if target is not None and target != ():
             raise ValueError(f"{where}: the model returned one number per image; leave target out.")
@@ -154,34 +140,7 @@ def require_classes(call: str, model: nn.Module, target: Any) -> None:
         )
 
 
-def _leaves(value: Any, steps: tuple[tuple[str, Any], ...] = ()) -> Iterator[_Leaf]:
-    """Yield every tensor in an output."""
-    if isinstance(value, Tensor):
-        yield _Leaf(steps, value)
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _leaves(part, (*steps, ("item", key)))
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        for name in value._fields:
-            yield from _leaves(getattr(value, name), (*steps, ("field", name)))
-    elif isinstance(value, tuple | list):
-        for index, part in enumerate(value):
-            yield from _leaves(part, (*steps, ("item", index)))
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from _leaves(getattr(value, field.name), (*steps, ("field", field.name)))
-
-
-def _described(output: Any, leaves: Sequence[_Leaf]) -> str:
-    """An output in words: a tensor's shape, or a type and the shapes in it."""
-    if isinstance(output, Tensor):
-        return str(tuple(output.shape)) if output.is_floating_point() else f"{output.dtype} {tuple(output.shape)}"
-    shown = ", ".join(f"{leaf.code} {tuple(leaf.tensor.shape)}" for leaf in leaves[:_SHOWN])
-    more = ", ..." if len(leaves) > _SHOWN else ""
-    return f"{type(output).__name__}{f' ({shown}{more})' if shown else ''}"
-
-
-def _example(output: Any, found: Sequence[_Leaf], target: Any) -> str:
+def _example(output: Any, found: Sequence[Leaf], target: Any) -> str:
     """A function that picks one number per image of an output, in the form that fits it."""
     if not found:
         return f"lambda output: output{'.sum()' if isinstance(output, Tensor) else f'.scores[:, {_CLASS}]'}"

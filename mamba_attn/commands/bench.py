@@ -50,14 +50,13 @@ def run(args: argparse.Namespace) -> int:
 
     from mamba_attn import models
     from mamba_attn.datasets.loading import load, require_device
-    from mamba_attn.models import registry, torchvision_repair
+    from mamba_attn.models import registry
     from mamba_attn.tracing.tracer import trace
 
     require_least(args, batch=1, rounds=1)
     require_device(args.device)
     if args.device == "cpu":
         torch.set_num_threads(1)  # with one thread, CPU time equals wall time on an idle machine
-    torchvision_repair.prepare()
     import timm
 
     sizes: dict[str, tuple[int, int]] = {}

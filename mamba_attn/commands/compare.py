@@ -49,6 +49,11 @@ measures: perturbation; pixels (perturbation of single pixels, on 100 images);
 localisation (if there are boxes or masks); sanity (on a few images); cost;
 picture (the maps on the page).
 
+fills: black; mean, the mean colour; blur, the blurred image; road, imputed from
+the neighbours, with noise; drop, nothing: the model runs without the tokens
+(Vim, ViT), or without them in its scans (others; "random" tells by how much a
+fill alone misleads a model).
+
 Writes to FOLDER: compare.html (an offline page), compare.txt, compare.csv,
 compare.json, and measured.jsonl, from which the same command resumes after an
 interruption.
@@ -90,7 +95,12 @@ def add_parser(commands: Commands) -> None:
         choices=("all", "choose", "report"),
         help="use a fixed half of the images: tune on 'choose', report on 'report'; default: all",
     )
-    add("--fill", default="black", choices=("black", "mean"), help="what replaces removed cells; default: black")
+    add(
+        "--fill",
+        default="black",
+        choices=("black", "mean", "blur", "road", "drop"),
+        help="what replaces removed cells; default: black; see below",
+    )
     add("--sanity-images", type=int, default=8, metavar="N", help="default: 8")
     add("--pictures", type=int, default=6, metavar="N", help="images on the page, per DATA; default: 6")
     add(
@@ -99,6 +109,7 @@ def add_parser(commands: Commands) -> None:
         choices=("float32", "bfloat16"),
         help="of the model during perturbation; default: float32",
     )
+    add("--budget", type=float, metavar="MINUTES", help="cheap methods first; stop in time, to resume later")
     add("--workers", type=int, default=1, metavar="N", help="processes; default: 1")
     add("--seed", type=int, default=0, metavar="N", help="seed of all random numbers; default: 0")
     add_model(parser, None)
@@ -124,6 +135,8 @@ def _plan(args: argparse.Namespace) -> "Plan":
     from mamba_attn.evaluation.specs import Model, Options, choose_methods
 
     require_least(args, limit=1, workers=1, sanity_images=0, pictures=0, seed=0)
+    if args.budget is not None and not args.budget > 0:
+        raise ValueError(f"--budget {args.budget:g}: expected minutes, more than 0.")
     given = args.models if args.models is not None else "" if args.model else _MODELS
     names = [text.strip() for text in given.split(",") if text.strip()]
     if not names and not args.model:
@@ -192,8 +205,9 @@ def _compare(plan: "Plan", args: argparse.Namespace) -> int:
     store = Store(folder / STORE)
     if store.damaged:
         plan.notes.append(f"{STORE}: {store.damaged} damaged lines were left out and their figures measured again.")
+    budget = None if args.budget is None else 60 * args.budget
     with progress_bar() as progress:
-        measure(plan, store, args.workers, progress)
+        measure(plan, store, args.workers, progress, budget, progress.console.print)
     return _report(plan, store, folder, args.call)
 
 

@@ -101,7 +101,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _methods() -> str:
     """List the methods for the help, by the layers they apply to."""
-    from mamba_attn.attribution.catalogue import ANY, METHODS, SCANS, SOFTMAX, TRACED
+    from mamba_attn.attribution.catalogue import ANY, METHODS, TRACED
+    from mamba_attn.tracing.layer_kinds import SCANS, SOFTMAX
 
     titles = {(SCANS,): SCANS, (SOFTMAX,): f"{SOFTMAX} (ViT)", TRACED: "both", ANY: "any model"}
     lines = ["methods, by the layers they apply to (`random` and `centre` are baselines):"]
@@ -134,6 +135,7 @@ def _job(args: argparse.Namespace) -> Job:
         choices.parse_layers(args.layer, first),
         parse_target(args.target, first),
         choices.parse_query(args.query, args.box, first, methods),
+        by_default=not args.method,
     )
     beside = args.beside or (None if first.weights == "demo" else loading.NO_COMPANION)
     second = loading.load_companion(beside, first, args.device)

@@ -12,7 +12,9 @@ _MODEL = """\
 SPEC: a name that `mamba-attn models` lists; timm:NAME; hf:FOLDER, a model of
 transformers with its image processor; or your own code, FILE.py:FUNCTION or
 PACKAGE.MODULE:FUNCTION, which is run, because you name it, and returns the
-model. Default: {default}."""
+model. The file's folder (for a module, this one) comes first on sys.path, as
+where python runs it, so a file there called like a library hides the library.
+Default: {default}."""
 _PARAMETERS_PER_THREAD = 5_000_000  # with less work, threads wait for each other longer than they compute
 
 

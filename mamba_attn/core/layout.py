@@ -1,9 +1,9 @@
-"""Where tokens sit in the image: the patch grid, and the tokens that are not patches."""
+"""Where tokens sit in the image, or in a text: the patch grid, and the tokens that are not patches."""
 
 import functools
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class TokenLayout:
             ``patch_size / 2``. Stems of padded convolutions are centred on a pixel, not a patch: use 0.5.
         window: side, in patches, of the square windows (of a volume: cubes) that tokens are mixed within; None: all
             tokens are mixed.
+        pixels: whether the tokens lie in an image; those of a text do not.
         columns_first: whether patches are numbered down the grid's columns and not along its rows, as by models that
             turn a spectrogram (time, frequency) on its side; the grid's axes are the input's.
 
@@ -51,6 +52,7 @@ class TokenLayout:
     registers: tuple[int, ...] = ()
     offset: float | tuple[float, ...] | None = None
     window: int | None = None
+    pixels: bool = True
     columns_first: bool = False
     tokens: int = field(init=False)
 
@@ -79,6 +81,24 @@ class TokenLayout:
                 f"TokenLayout: class_tokens={self.class_tokens} and registers={self.registers} must be distinct "
                 f"token indices in 0..{self.tokens - 1} of a {_times(self.grid)} grid with {len(extra)} extra tokens."
             )
+
+    @classmethod
+    def line(cls, tokens: int) -> Self:
+        """Return the layout of a text: a grid of one axis, without pixels.
+
+        Args:
+            tokens: of the text, padding included.
+
+        Raises:
+            ValueError: no tokens.
+
+        Example:
+            >>> TokenLayout.line(7).to_grid(torch.ones(2, 7)).shape
+            torch.Size([2, 7])
+        """
+        if tokens < 1:
+            raise ValueError(f"TokenLayout.line({tokens!r}): the text is empty; expected at least one token.")
+        return cls(grid=(tokens,), pixels=False)
 
     @property
     def patches(self) -> Int[Tensor, " patches"]:
@@ -211,12 +231,13 @@ class TokenLayout:
             (..., *size).
 
         Raises:
-            ValueError: ``values`` of another shape; a size below one pixel.
+            ValueError: ``values`` of another shape; a size below one pixel; a text, which has no pixels.
 
         Example:
             >>> TokenLayout(grid=(4, 6), patch_size=16, class_tokens=(12,)).to_pixels(torch.ones(2, 25)).shape
             torch.Size([2, 64, 96])
         """
+        self._require_pixels("to_pixels")
         values = self._on_grid(values, size)
         axes = len(self.grid)
         for axis, pixels in enumerate(size or self.covered):  # one axis at a time
@@ -254,8 +275,9 @@ class TokenLayout:
                 fraction lies inside its pixel.
 
         Raises:
-            ValueError: another number of axes, or a pixel outside what the patches cover.
+            ValueError: another number of axes, or a pixel outside what the patches cover; a text, which has none.
         """
+        self._require_pixels("token_at")
         if len(place) != len(self.grid):
             raise ValueError(
                 f"token_at{place}: expected {len(self.grid)} numbers, one per axis of {_times(self.grid)}."
@@ -269,6 +291,10 @@ class TokenLayout:
             nearest = round((math.floor(value) + 0.5 - self.centres[axis]) / self.steps[axis])
             index = index * count + min(max(nearest, 0), count - 1)
         return int(self.patches[index])
+
+    def _require_pixels(self, call: str) -> None:
+        if not self.pixels:
+            raise ValueError(f"{call}: the tokens of a text have no pixels; number them by their position, from 0.")
 
     def _interpolation(self, pixels: int, axis: int) -> Tensor:
         """(pixels, count) weights of linear interpolation at the pixel centres of an axis."""

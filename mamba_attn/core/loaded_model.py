@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, field, is_dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from mamba_attn._types import Float
 from mamba_attn.core.layout import TokenLayout
+from mamba_attn.core.outputs import find_scores
 from mamba_attn.core.transform import Transform
 
 HEADS = ("softmax", "sigmoid", "none")
-_SCORES = ("logits", "scores", "out", "output")
 
 
 @dataclass(eq=False, repr=False)
@@ -101,8 +101,19 @@ class LoadedModel:
         Args:
             inputs: a batch of what its transform returns.
         """
-        output = self.model(inputs)
-        return None if self.classes == [] else scores(output, len(inputs))  # features are no classes
+        return self.scores(self.model(inputs), len(inputs))
+
+    def scores(self, output: Any, batch: int) -> Float[Tensor, "batch classes"] | None:
+        """Return the scores in what the model returned; None where there are none, as in that of a backbone.
+
+        Args:
+            output: of the model.
+            batch: number of images.
+        """
+        found = None if self.classes == [] else find_scores(output, batch)[0]  # features are no classes
+        if found is None or found.tensor.ndim > 2:
+            return None
+        return found.tensor if found.tensor.ndim == 2 else found.tensor[:, None]
 
     def probabilities(self, logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
         """Return what the head makes of scores; with head="none" the scores themselves."""
@@ -110,27 +121,3 @@ class LoadedModel:
             return logits.float().sigmoid()
         # softmax of one output is 1 whatever it is
         return logits.float().softmax(1) if self.head == "softmax" and logits.shape[1] > 1 else logits.float()
-
-
-def scores(output: Any, batch: int) -> Float[Tensor, "batch classes"] | None:
-    """Return the only (batch, classes) tensor in a model's output, or the one called "logits"; else None.
-
-    Args:
-        output: a tensor, or a tuple, dict or dataclass of tensors.
-        batch: number of images.
-    """
-    if isinstance(output, Tensor):
-        flat = output[:, None] if output.shape == (batch,) else output
-        return flat if flat.ndim == 2 and len(flat) == batch and flat.is_floating_point() else None
-    parts: dict[str, Any] = {}
-    if isinstance(output, Mapping):
-        parts = {str(key): value for key, value in output.items()}
-    elif isinstance(output, tuple | list):
-        parts = {str(place): value for place, value in enumerate(output)}
-    elif is_dataclass(output):
-        parts = dict(vars(output))
-    fitting = {key: found for key, value in parts.items() if (found := scores(value, batch)) is not None}
-    named = next((fitting[key] for key in _SCORES if key in fitting), None)
-    if named is not None or len(fitting) != 1:
-        return named
-    return next(iter(fitting.values()))

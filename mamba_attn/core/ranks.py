@@ -1,6 +1,9 @@
-"""Spearman's rank correlation of many numbers."""
+"""Ranks with ties at their mean, and Spearman's correlation of them."""
 
 import numpy as np
+import torch
+
+from mamba_attn._types import Float
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float:
@@ -25,3 +28,16 @@ def ranks(values: np.ndarray) -> np.ndarray:
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     middle = np.cumsum(counts) - (counts + 1) / 2
     return np.asarray(middle[place.reshape(-1)], dtype=np.float64)
+
+
+def shares(values: Float[torch.Tensor, "batch *size"]) -> Float[torch.Tensor, "batch *size"]:
+    """Return every number's rank among its row's, from 0 to 1; ties at their mean, a single number at 0.
+
+    Args:
+        values: one row of numbers per image.
+    """
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    flat = values.flatten(1).to(dtype).cpu().numpy()
+    places = torch.stack([torch.from_numpy(ranks(each)) for each in flat]).to(values.device, dtype)
+    found: torch.Tensor = places / max(flat.shape[1] - 1, 1)
+    return found.view_as(values)

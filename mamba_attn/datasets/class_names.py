@@ -11,7 +11,6 @@ from typing import Any
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.datasets.samples import Data
 from mamba_attn.errors import nearest
-from mamba_attn.models import torchvision_repair
 
 _IMAGENET = 1000
 _SYNSET = re.compile(r"n\d{8}")
@@ -76,7 +75,6 @@ def names_for(count: int, *candidates: Sequence[str]) -> list[str]:
         if names and len(names) == count:
             return [str(name) for name in names]
     if count == _IMAGENET and importlib.util.find_spec("timm") is not None:
-        torchvision_repair.prepare()
         from timm.data.imagenet_info import ImageNetInfo
 
         info = ImageNetInfo()
@@ -135,7 +133,6 @@ def is_imagenet(data: Data) -> bool:
 
 
 def _synsets() -> list[str]:
-    torchvision_repair.prepare()
     from timm.data.imagenet_info import ImageNetInfo
 
     return list(ImageNetInfo().label_names())  # type: ignore[no-untyped-call]

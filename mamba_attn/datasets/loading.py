@@ -18,14 +18,14 @@ from torch import nn
 
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.loaded_model import LoadedModel
+from mamba_attn.core.outputs import described, find_scores
 from mamba_attn.core.training_mode import warn_of_training
 from mamba_attn.core.transform import Transform
 from mamba_attn.datasets.class_names import names_for, read_names
 from mamba_attn.datasets.user_code import build_model, find_function, names_code, stand_ins_for, takes
 from mamba_attn.errors import UnsupportedModelError, WeightsError, nearest
-from mamba_attn.models import checkpoints, registry, torchvision_repair
-from mamba_attn.tracing.adapters import AttentionAdapter, find_mixers
-from mamba_attn.tracing.tracer import trace
+from mamba_attn.models import checkpoints, registry
+from mamba_attn.tracing.layer_kinds import SOFTMAX, layer_kinds
 from mamba_attn.tracing.undisturbed import undisturbed
 
 NO_COMPANION = "none"
@@ -36,7 +36,7 @@ _EXTRA = 16  # tokens in front of the patches, fewer: a class token and register
 _OUTPUTS = "_outputs"  # where the number of outputs is remembered
 # raised by a model that is shown an image it cannot take
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ArithmeticError)
-_layers: "WeakKeyDictionary[nn.Module, list[str]]" = WeakKeyDictionary()
+_layers: "WeakKeyDictionary[nn.Module, dict[str, str]]" = WeakKeyDictionary()
 
 
 def load(
@@ -151,27 +151,38 @@ def traced_layers(model: LoadedModel) -> list[str]:
     Raises:
         UnsupportedModelError: it has none.
     """
-    names = _layers.get(model.model)
-    if names is None:
-        mixers = list(find_mixers(model.model))
-        if mixers:
-            names = mixers
-        else:  # scans that are only seen at doors, while the model runs
-            with undisturbed(model.model, traced=True), trace(model.model, layout=model.layout) as found:
-                model.model(model.transform.blank().to(model.device))
-            names = list(found)
-        _layers[model.model] = names
-    return list(names)
+    return list(_kinds(model))
+
+
+def made_of(model: LoadedModel) -> list[str]:
+    """Return the kinds of layers that a trace finds, "selective scans" and "softmax attention"; [] if there are none.
+
+    Args:
+        model: with its transform.
+    """
+    try:
+        return list(dict.fromkeys(_kinds(model).values()))
+    except UnsupportedModelError:
+        return []
 
 
 def is_transformer(model: LoadedModel) -> bool:
     """Whether all layers are softmax attention, as in a ViT.
 
     Args:
-        model: any.
+        model: with its transform.
     """
-    mixers = find_mixers(model.model).values()
-    return bool(mixers) and all(isinstance(adapter, AttentionAdapter) for _, adapter in mixers)
+    return made_of(model) == [SOFTMAX]
+
+
+def _kinds(model: LoadedModel) -> dict[str, str]:
+    found = _layers.get(model.model)
+    if found is None:
+        with undisturbed(model.model, traced=True):
+            blank = model.transform.blank().to(model.device)
+            found = layer_kinds(model.model, lambda: model.model(blank), layout=model.layout)
+        _layers[model.model] = found
+    return found
 
 
 def require_device(device: str) -> None:
@@ -275,7 +286,6 @@ def _of_timm(spec: str, weights: str | None, options: dict[str, Any]) -> LoadedM
     name = spec.removeprefix("timm:")
     if importlib.util.find_spec("timm") is None:
         raise ImportError(f"model={spec!r} needs timm: pip install 'mamba_attn[timm]'")
-    torchvision_repair.prepare()
     import timm
 
     if not timm.is_model(name):
@@ -307,8 +317,7 @@ def _of_transformers(spec: str, weights: str | None, options: dict[str, Any], tr
     if not (folder / "config.json").is_file():
         raise ValueError(f"model={spec!r}: there is no {folder / 'config.json'}; expected hf:FOLDER, on this machine.")
     if importlib.util.find_spec("transformers") is None:
-        raise ImportError(f"model={spec!r} needs transformers: pip install transformers")
-    torchvision_repair.prepare()
+        raise ImportError(f"model={spec!r} needs transformers: pip install 'mamba_attn[text]'")
     transformers = importlib.import_module("transformers")
 
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust}
@@ -442,10 +451,18 @@ def _outputs(model: LoadedModel) -> int:
     blank = model.transform.blank().to(model.device)
     try:
         with undisturbed(model.model):
-            logits = model.logits(blank)
+            output = model.model(blank)
     except _FAILURES as error:
         raise UnsupportedModelError(
             f"{model.name}: it fails on an image of its transform, {tuple(blank.shape)}: {type(error).__name__}: "
             f"{str(error).rstrip('.')}. If it takes images of another size, give size=(rows, columns)."
         ) from error
+    logits = model.scores(output, len(blank))
+    several = find_scores(output, len(blank))[1]
+    if logits is None and model.classes is None and len(several) > 1 and several[0].tensor.ndim == 2:
+        warnings.warn(
+            f"{model.name}: it returned {described(output)}, and any of these could be its scores, so it is taken as a "
+            "model without classes; for maps of a class, wrap it in a module that returns one of them.",
+            stacklevel=4,
+        )
     return 0 if logits is None else logits.shape[1]

@@ -22,9 +22,9 @@ from mamba_attn.erf.reach import Reach, ReachSum
 from mamba_attn.errors import NonFiniteError, UnsupportedModelError
 from mamba_attn.tracing.adapters import find_mixers
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
+from mamba_attn.tracing.layer_kinds import layer_kinds
 from mamba_attn.tracing.layer_names import LayerName, layer_name
 from mamba_attn.tracing.layers import Layer
-from mamba_attn.tracing.reachable import reaches_a_door, reaches_attention
 from mamba_attn.tracing.tracer import trace
 
 CLASS_TOKEN = "class"
@@ -264,14 +264,7 @@ class _Sum:
 
     def _layer_names(self, image: Tensor) -> list[str]:
         """The layers' names; at doors they are known when the model has run."""
-        model = _unwrapped(self.model)
-        mixers = find_mixers(model)
-        adapted = [module for module, _ in mixers.values()]
-        if mixers and not reaches_a_door(model) and not reaches_attention(model, adapted):
-            return list(mixers)
-        with torch.no_grad(), trace(self.model, **self.given) as record:
-            self.model(image)
-        return list(record)
+        return list(layer_kinds(_unwrapped(self.model), lambda: self.model(image), **self.given))
 
     def _tokens(self, layer: Layer, size: tuple[int, int]) -> list[int]:
         """Return the query's tokens; at the first call, also set its place in pixels and its description."""

@@ -3,8 +3,13 @@
 Pixel accuracy, mAP and mIoU follow the ImageNet-Segmentation protocol of Chefer et al., CVPR 2021: the map, scaled to
 0..1 per image, is foreground above its own mean; a pixel's scores for (background, foreground) are (1 - map, map), and
 both channels form one ranking per image, which is why the scaling matters.
+
+Objects stand in the middle of photos, and a map that is always bright there scores well on all of these. The shuffled
+area under the ROC curve (Tatler et al., Vision Research 2005; Zhang et al., 2008, for eye fixations) is free of that:
+the area of the image's own object, less the mean area that the same map has for the objects of other images.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,6 +39,8 @@ class Located:
         trap_energy: share of the map's positive part on the trap.
         one_class: the truth is all object or all background.
         constant: all values of the map are equal.
+        area_under: of the ROC curve of the map as a detector of the object's pixels; None where all or none are.
+        elsewhere: the mean of the same over the objects of other images; None without one.
     """
 
     area: float
@@ -48,6 +55,8 @@ class Located:
     trap_energy: float | None
     one_class: bool
     constant: bool
+    area_under: float | None
+    elsewhere: float | None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for a JSON file."""
@@ -58,6 +67,7 @@ def locate(
     values: Float[Tensor, "rows columns"],
     inside: Float[Tensor, "height width"],
     trap: Float[Tensor, "height width"] | None = None,
+    others: Sequence[Float[Tensor, "height width"]] = (),
 ) -> Located:
     """Score one map by where the object is.
 
@@ -65,6 +75,7 @@ def locate(
         values: the map, in pixels.
         inside: the fraction of every pixel that is the object's, in 0..1.
         trap: the same for a distractor that resembles the object.
+        others: the same for the objects of other images of the collection.
 
     Raises:
         ValueError: sizes that differ.
@@ -79,6 +90,8 @@ def locate(
     both = [((~truth, ~found), (truth, found))[channel] for channel in (0, 1)]
     known = bool(truth.any())
     other = None if trap is None else trap.double().cpu().numpy()
+    own, *theirs = areas_under(array, [truth, *(each.cpu().numpy() >= HALF for each in others)])
+    apart = [area for area in theirs if area is not None]
     return Located(
         area=float(part.mean()),
         correct=int((truth == found).sum()),
@@ -94,6 +107,8 @@ def locate(
         trap_energy=None if other is None else float(energy_share(array, other)),
         one_class=bool(truth.all() or not known),
         constant=bool(constant(values.unsqueeze(0))[0]),
+        area_under=own,
+        elsewhere=sum(apart) / len(apart) if apart else None,
     )
 
 
@@ -114,6 +129,26 @@ def energy_share(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
     total, area = positive.sum((-2, -1)), np.asarray(inside, dtype=np.float64).mean((-2, -1))
     share = (positive * inside).sum((-2, -1)) / np.where(total > 0, total, 1)
     return np.asarray(np.where(total > 0, share, area))
+
+
+def areas_under(values: np.ndarray, truths: Sequence[np.ndarray]) -> list[float | None]:
+    """Return the area under the ROC curve of a map for each truth: the chance that a pixel inside is above one outside.
+
+    Equal values count one half, as in scikit-learn. None where a truth is all or nothing.
+
+    Args:
+        values: (rows, columns).
+        truths: (rows, columns) of bool each.
+    """
+    flat = values.ravel()
+    _, place, counts = np.unique(flat, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place.ravel()]  # from 1 on, equal values at their mean
+    found: list[float | None] = []
+    for truth in truths:
+        inside, outside = int(truth.sum()), int(truth.size - truth.sum())
+        above = ranks[truth.ravel()].sum() - inside * (inside + 1) / 2
+        found.append(float(above / (inside * outside)) if inside and outside else None)
+    return found
 
 
 def average_precision(truth: np.ndarray, scores: np.ndarray) -> float:

@@ -1,6 +1,6 @@
 """Computes every measure of a batch of maps, as lines for the store."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -30,6 +30,7 @@ class Batch:
         images: normalised, on the model's device.
         clean: the model's answers.
         labels: the model's class for every label; None if it has none.
+        objects: where the objects of the collection's first images are, by index.
     """
 
     task: Task
@@ -38,6 +39,7 @@ class Batch:
     images: Tensor
     clean: perturbation.Clean
     labels: Sequence[int | None]
+    objects: Mapping[int, Tensor]
 
     @cached_property
     def cell(self) -> int:
@@ -50,7 +52,7 @@ class Batch:
         place = [self.indices.index(index) for index in indices]
         clean = perturbation.Clean(*(getattr(self.clean, name)[place] for name in self.clean.__dataclass_fields__))
         samples, labels = [self.samples[one] for one in place], [self.labels[one] for one in place]
-        return Batch(self.task, list(indices), samples, self.images[place], clean, labels)
+        return Batch(self.task, list(indices), samples, self.images[place], clean, labels, self.objects)
 
 
 def explainer(method: str, batch: Batch) -> Callable[[nn.Module], Tensor]:
@@ -58,7 +60,7 @@ def explainer(method: str, batch: Batch) -> Callable[[nn.Module], Tensor]:
 
     def explain(model: nn.Module) -> Tensor:
         with _seeded(batch.task.options.seed, batch.images.device):  # random methods draw the same numbers
-            attribution = build(method, model)
+            attribution = build(method, model, batch.task.model.subject.layout)
             maps: Tensor = attribution.attribute(batch.images, target=batch.clean.explained.clone()).detach().float()
         if maps.shape != (len(batch.images), 1, *batch.images.shape[2:]):
             raise ValueError(f"{method}: expected maps (batch, 1, rows, columns), got {tuple(maps.shape)}.")
@@ -109,11 +111,12 @@ def _perturbed(batch: Batch, maps: Tensor, cell: int) -> list[dict[str, Any]]:
 
 def _localised(batch: Batch, maps: Tensor, method: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for sample, values in zip(batch.samples, maps, strict=True):
+    for index, sample, values in zip(batch.indices, batch.samples, maps, strict=True):
         if sample.inside is None:
             found.append({"skipped": "it has no boxes and no mask"})
         else:
-            found.append(locate(values, sample.inside, sample.trap).as_dict())
+            others = [inside for other, inside in batch.objects.items() if other != index]
+            found.append(locate(values, sample.inside, sample.trap, others[: batch.task.options.others]).as_dict())
     return found
 
 

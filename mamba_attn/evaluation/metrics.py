@@ -154,7 +154,15 @@ def _shared(line: dict[str, Any]) -> Sequence[float] | None:
     return [100 * (object_density / whole if whole > 0 else 0.5)]
 
 
+def _free_of_centre(line: dict[str, Any]) -> Sequence[float] | None:
+    own, others = line.get("area_under"), line.get("elsewhere")
+    return None if own is None or others is None else [100 * (own - others)]
+
+
 _LOCATED: list[Metric] = [
+    Metric("shuffled_auc", "own object", 1, "localisation", _free_of_centre,
+           note="area under the ROC curve for the image's own object, less that for other images' objects, points; "
+           "0: the map knows where objects are, not where this one is"),
     Metric("pixel_accuracy", "pixel acc", 1, "localisation", lambda line: [line["correct"], line["pixels"]],
            lambda means: np.asarray(100 * means[..., 0] / means[..., 1]), "over all pixels of all images, %"),
     Metric("map", "mAP", 1, "localisation", _located("precision", 100), note="mean over images, both channels, %"),

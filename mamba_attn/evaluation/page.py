@@ -28,6 +28,7 @@ _RANKED = (
     "gap_top",
     "insertion",
     "deletion",
+    "shuffled_auc",
     "miou",
     "map",
     "energy_ratio",

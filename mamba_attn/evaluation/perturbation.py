@@ -12,16 +12,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mamba_attn._types import Bool, Float, Int
 from mamba_attn.core.loaded_model import LoadedModel
-from mamba_attn.core.transform import Transform
 from mamba_attn.errors import NonFiniteError
+from mamba_attn.evaluation import fills
 from mamba_attn.evaluation.ranking import ranking, to_pixels
+from mamba_attn.evaluation.token_drop import answers_without
 
 TENTHS = range(1, 10)  # tenths of the cells to remove
-FILLS = ("black", "mean")
+DROP = "drop"
+FILLS = (*fills.FILLS, DROP)
 BATCH = 18  # perturbed images per forward: both signs of one image; more is no faster on a CPU
 _WEIGHTS = np.array([0.05, *[0.1] * 7, 0.05])  # the trapezoid on 0.1 .. 0.9, not divided by its length
 _WHOLE = np.array([0.05, *[0.1] * 9, 0.05])  # on 0 .. 1
@@ -57,22 +59,6 @@ class Perturbed:
     probability: Float[Tensor, "batch 2 9"]
 
 
-def fill_value(fill: str, shown: Transform | None = None) -> Float[Tensor, "colours 1 1"]:
-    """Return what replaces a pixel, after normalisation.
-
-    Args:
-        fill: "black", 0 before normalisation, as published; "mean", the mean colour of the normalisation.
-        shown: the model's transform. Default: ImageNet's normalisation.
-
-    Raises:
-        ValueError: an unknown fill.
-    """
-    if fill not in FILLS:
-        raise ValueError(f"fill={fill!r}: expected 'black' or 'mean'.")
-    black = (Transform((1, 1)) if shown is None else shown).normalise(np.zeros((1, 1, 1, 3), dtype=np.uint8))[0]
-    return torch.zeros_like(black) if fill == "mean" else black
-
-
 def clean_answers(
     model: Callable[[Tensor], Tensor],
     images: Float[Tensor, "batch 3 height width"],
@@ -80,12 +66,12 @@ def clean_answers(
     explained: Sequence[int | None] | None = None,
     subject: LoadedModel | None = None,
 ) -> Clean:
-    """Run the model once on the images, and on one without content; all methods share the answers.
+    """Run the model once on the images, and on the same without content; all methods share the answers.
 
     Args:
         model: returns logits.
         images: normalised.
-        fill: as in ``fill_value``.
+        fill: as in ``perturb``.
         explained: class per image whose probability is followed; None for the predicted one.
         subject: whose transform and head count. Default: ImageNet's normalisation, softmax.
 
@@ -94,17 +80,19 @@ def clean_answers(
         NonFiniteError: an answer of NaN or Inf.
     """
     with torch.inference_mode():
-        empty = fill_value(fill, None if subject is None else subject.transform).to(images).expand_as(images[:1])
-        chances = _chances(torch.cat([model(images), model(empty)]), subject)
+        shown = None if subject is None else subject.transform
+        chances = _chances(torch.cat([model(images), model(fills.blank(images, _pixels(fill), shown))]), subject)
     if not bool(chances.isfinite().all()):
         raise NonFiniteError("the model's answer contains NaN or Inf, so it predicts no class.")
-    predicted, classes = chances[:-1].argmax(1), chances.shape[1]
+    chances, without = chances.chunk(2)
+    predicted, classes = chances.argmax(1), chances.shape[1]
     chosen = predicted.clone()
     for index, given in enumerate(explained or []):
         if given is not None and not 0 <= given < classes:
             raise ValueError(f"explained={given}: the model's classes are 0..{classes - 1}.")
         chosen[index] = predicted[index] if given is None else given
-    return Clean(predicted, chances[:-1].gather(1, chosen[:, None])[:, 0], chances[-1][chosen], chosen)
+    probability, empty = (each.gather(1, chosen[:, None])[:, 0] for each in (chances, without))
+    return Clean(predicted, probability, empty, chosen)
 
 
 def perturb(
@@ -128,31 +116,46 @@ def perturb(
         explained: the class whose probability is followed.
         cell: side of a cell in pixels, ``token_cell`` of the model; 1 ranks pixels.
         seeds: of the order of equal cells, one per image. Default: 0, 1, ...
-        fill: as in ``fill_value``.
+        fill: what stands in the place of removed cells, one of ``fills.filled``; or "drop": the tokens are left out, as
+            in ``token_drop.answers_without``.
         batch: perturbed images per forward.
         subject: as in ``clean_answers``.
 
     Raises:
-        ValueError: maps of another size than the images.
+        ValueError: maps of another size than the images, an unknown fill, or "drop" of single pixels or with a model
+            that is no module.
         NonFiniteError: NaN or Inf in a map, or in an answer.
     """
     if maps.shape != (len(images), *images.shape[2:]):
         raise ValueError(
             f"perturb: expected a map per image in pixels, got {tuple(maps.shape)} for {tuple(images.shape)}."
         )
-    order = ranking(maps, cell, range(len(maps)) if seeds is None else seeds)
-    value = fill_value(fill, None if subject is None else subject.transform).to(images)
-    answers = []
+    seeds = range(len(maps)) if seeds is None else seeds
+    shown, module = (None, model) if subject is None else (subject.transform, subject.model)
+    if fill == DROP and (cell == 1 or not isinstance(module, nn.Module)):
+        raise ValueError("fill='drop' leaves out tokens of a model: give the model itself, and cells of its tokens.")
+
+    def answer(image: Tensor, gone: Tensor, seed: int) -> Tensor:
+        if fill == DROP and isinstance(module, nn.Module):
+            return answers_without(module, image.expand(len(gone), -1, -1, -1), gone, model)
+        return model(fills.filled(image, gone, fill, shown, seed))
+
+    order, answers = ranking(maps, cell, seeds), []
     with torch.inference_mode():
-        for image, its in zip(images, order, strict=True):
+        for image, its, seed in zip(images, order, seeds, strict=True):
             gone = to_pixels(_removed(its), cell, (image.shape[1], image.shape[2])).flatten(0, 1)
-            changed = torch.where(gone.unsqueeze(1), value, image)
-            answers.append(_chances(torch.cat([model(part) for part in changed.split(batch)]), subject))
+            parts = [answer(image, part, seed) for part in gone.split(batch)]
+            answers.append(_chances(torch.cat(parts), subject))
     chances = torch.stack(answers).unflatten(1, (2, len(TENTHS)))
     if not bool(chances.isfinite().all()):
         raise NonFiniteError("the model's answer to an image with cells removed contains NaN or Inf.")
     probability = chances.gather(3, explained.to(chances.device).view(-1, 1, 1, 1).expand(-1, *chances.shape[1:3], 1))
     return Perturbed(chances.argmax(3), probability.squeeze(3))
+
+
+def _pixels(fill: str) -> str:
+    """Return the fill of an image without content: dropping all tokens leaves nothing to run on."""
+    return "mean" if fill == DROP else fill
 
 
 def _chances(logits: Tensor, subject: LoadedModel | None) -> Tensor:

@@ -8,6 +8,7 @@ from functools import cached_property
 from mamba_attn.datasets.class_names import class_indices
 from mamba_attn.datasets.data import open_data
 from mamba_attn.datasets.samples import Data
+from mamba_attn.evaluation.perturbation import DROP
 from mamba_attn.evaluation.specs import LABEL, Model, Options
 from mamba_attn.evaluation.store import Key, Store
 
@@ -111,6 +112,8 @@ class Plan:
         data = self.data[selector]
         if measure not in self.only.get(selector, self.measures) or (measure == "localisation" and not data.truth):
             return []
+        if measure == "pixels" and self.options.fill == DROP:
+            return []
         first = {"sanity": self.sanity_images, "pixels": self.pixel_images, "cost": 1, "picture": self.pictures}
         most = None if measure == "picture" else self.most.get(method or "")
         counts = [count for count in (first.get(measure), most) if count is not None]
@@ -176,6 +179,8 @@ class Plan:
                     f"{data.name}: {len(data.classes) - len(known)} of its {len(data.classes)} classes "
                     f"are not among {model.name}'s."
                 )
+        if "pixels" in self.measures and self.options.fill == DROP:
+            self.notes.append("Single pixels cannot be dropped: no ranking of pixels.")
         self.notes += [f"{data.name}: {data.note}." for data in self.data.values() if data.note]
         self.notes += [
             f"{data.name} has no boxes and no masks: no localisation."

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from mamba_attn._types import Bool, Float, Int
 from mamba_attn.errors import MambaAttnError, NonFiniteError
+from mamba_attn.tracing.door_layers import AnyLayout
 from mamba_attn.tracing.tracer import trace
 
 _FEWEST = 14  # cells a side: the grid of the published protocol
 
 
-def token_cell(model: nn.Module, images: Float[Tensor, "batch 3 height width"]) -> int:
+def token_cell(model: nn.Module, images: Float[Tensor, "batch 3 height width"], layout: AnyLayout | None = None) -> int:
     """Return the side, in pixels, of the cells over which the model's maps are averaged before ranking.
 
     It is the coarsest token grid of the model with at least 14 cells a side (its finest, if none has that many): the
@@ -23,10 +24,11 @@ def token_cell(model: nn.Module, images: Float[Tensor, "batch 3 height width"]) 
     Args:
         model: any.
         images: as the model takes them.
+        layout: as in ``mamba_attn.trace``.
     """
     side = min(images.shape[2:])
     try:
-        with torch.no_grad(), trace(model) as record:
+        with torch.no_grad(), trace(model, layout=layout) as record:
             model(images[:1])
             steps = {layer.layout.step for layer in record.layers if layer.layout is not None}
     except MambaAttnError:

@@ -16,6 +16,7 @@ from mamba_attn.datasets.class_names import parse_target
 from mamba_attn.errors import nearest
 from mamba_attn.evaluation.ranking import token_cell
 from mamba_attn.models import registry
+from mamba_attn.tracing.door_layers import AnyLayout
 
 PREDICTED, LABEL = "predicted", "label"
 # raised by models, methods and images; captum asserts
@@ -32,6 +33,7 @@ class Options:
         precision: of the model's answers in perturbation; maps are always float32.
         stages: of the cascade of randomised models.
         seed: of everything random.
+        others: number of other images with whose objects a map is compared.
     """
 
     target: str = PREDICTED
@@ -39,10 +41,16 @@ class Options:
     precision: str = "float32"
     stages: int = 6
     seed: int = 0
+    others: int = 50
 
     def of(self, measure: str) -> str:
         """Return the options that a measure depends on, as text."""
-        more = {"perturbation": ("fill", "seed"), "pixels": ("fill", "seed"), "sanity": ("stages", "seed")}
+        more = {
+            "perturbation": ("fill", "seed"),
+            "pixels": ("fill", "seed"),
+            "sanity": ("stages", "seed"),
+            "localisation": ("others",),
+        }
         names = ("target", "precision", *more.get(measure, ()))
         return json.dumps({name: value for name, value in asdict(self).items() if name in names})
 
@@ -121,7 +129,7 @@ class Model:
         if size not in self._cells:
             channels = len(self.subject.transform.mean)
             empty = torch.zeros(1, channels, *size, device=self.subject.device)
-            self._cells[size] = token_cell(self.subject.model, empty)
+            self._cells[size] = token_cell(self.subject.model, empty, self.subject.layout)
         return self._cells[size]
 
     @cached_property
@@ -134,10 +142,10 @@ class Model:
 
     def _refusal(self, method: str) -> str | None:
         its, subject = spec.method(method, "methods"), self.subject
-        refusal = catalogue.refusal(its.name, subject.model, self.name)
+        refusal = catalogue.refusal(its.name, subject.model, self.name, loading.made_of(subject))
         if refusal is None and its.options:
             try:
-                its.build(subject.model).attribute(subject.transform.blank().to(subject.device))
+                its.build(subject.model, layout=subject.layout).attribute(subject.transform.blank().to(subject.device))
             except FAILURES as error:
                 return str(error) or type(error).__name__
         return refusal
@@ -177,6 +185,6 @@ def choose_methods(texts: Sequence[str]) -> tuple[list[str], dict[str, int], set
     return list(dict.fromkeys(found)), most, set(found) - asked
 
 
-def build(method: str, model: nn.Module) -> MapAttribution:
-    """Construct a method for a model."""
-    return spec.method(method, "methods").build(model)
+def build(method: str, model: nn.Module, layout: AnyLayout | None = None) -> MapAttribution:
+    """Construct a method for a model, and the token frame where that cannot be measured."""
+    return spec.method(method, "methods").build(model, layout=layout)

@@ -1,19 +1,22 @@
 """Summarises lines as figures: per collection, model and method, with intervals, ranks and paired differences."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from mamba_attn.datasets.samples import Data
-from mamba_attn.evaluation.intervals import Interval, Resampler, interval
+from mamba_attn.evaluation.intervals import LEVEL, Interval, Resampler, holm, interval
 from mamba_attn.evaluation.metrics import METRICS, Metric
 from mamba_attn.evaluation.plan import Plan
 from mamba_attn.evaluation.specs import Model
 from mamba_attn.evaluation.store import Store
 
+FEW = 50  # images: below, intervals are as wide as the differences between methods
 Lines = Mapping[int, dict[str, Any]]  # by the image's index
 
 
@@ -24,16 +27,19 @@ class Figure:
     Args:
         interval: over the images.
         images: number of images.
-        rank: 1 is the best; 0 if neither direction is better.
+        rank: 1 is the best; 0 if neither direction is better, or if others were measured on more images.
         behind: the first method's lead over this one on the images of both, always positive if it is clearly ahead;
             None for the first.
-        ahead_of: methods that it leads by the paired interval.
+        chance: of a difference as large if this one and the first were equal, two-sided, after Holm's correction over
+            all pairs of methods; None for the first, and without a rank.
+        ahead_of: methods that it leads by the same test.
     """
 
     interval: Interval
     images: int
     rank: int = 0
     behind: Interval | None = None
+    chance: float | None = None
     ahead_of: tuple[str, ...] = ()
 
 
@@ -141,55 +147,37 @@ def compare(metric: Metric, lines: Mapping[str, Lines], indices: Sequence[int], 
     columns = {method: both for method, both in columns.items() if np.isfinite(whole[method][0])}  # accuracy 0: no gap
     if not columns:
         return {}
-    order = _order(metric.better or 1, columns, draws)
+    counts = {method: int(valid.sum()) for method, (_, valid) in columns.items()}
+    most, better = max(counts.values()), metric.better or 1
+    # those of fewer images last: easier images would put them ahead
+    order = sorted(columns, key=lambda each: (-counts[each], -_number(better * float(whole[each][0]))))
+    gained = {}
+    for one, other in combinations(order, 2) if metric.better else ():
+        shared = columns[one][1] & columns[other][1]
+        if shared.any():
+            gained[one, other] = metric.better * (draws(one, shared) - draws(other, shared))
+    # over all pairs, not those with the first alone: it is the first because its sample was the best
+    ranked = [pair for pair in gained if all(counts[each] == most for each in pair)]
+    chances = dict(zip(ranked, holm([_chance(gained[pair]) for pair in ranked]), strict=True))
     found = {}
     for place, method in enumerate(order):
-        leads = {}
-        for other in order if metric.better else []:
-            shared = columns[method][1] & columns[other][1]
-            if other != method and shared.any():
-                gained = metric.better * (draws(method, shared) - draws(other, shared))
-                leads[other] = interval(float(gained[0]), gained[1:])
-        lead = leads.get(order[0])
-        behind = (
-            None
-            if lead is None
-            else Interval(-lead.value, -lead.high, (-lead.quartiles[1], -lead.quartiles[0]), -lead.low)
-        )
-        ahead = tuple(other for other, each in leads.items() if each.low > 0)
-        values = whole[method]
+        lead, values = gained.get((order[0], method)), whole[method]
         found[method] = Figure(
             interval(float(values[0]), values[1:]),
-            int(columns[method][1].sum()),
-            place + 1 if metric.better else 0,
-            behind,
-            ahead,
+            counts[method],
+            place + 1 if metric.better and counts[method] == most else 0,
+            None if lead is None else interval(float(lead[0]), lead[1:]),
+            chances.get((order[0], method)),
+            tuple(other for (one, other), chance in chances.items() if one == method and chance < LEVEL),
         )
     return found
 
 
-def _order(
-    better: int, columns: Mapping[str, tuple[np.ndarray, np.ndarray]], draws: Callable[[str, np.ndarray], np.ndarray]
-) -> list[str]:
-    """Order methods, best first.
-
-    Methods of fewer images are placed by their difference to one of all images, on those that both have: otherwise
-    easier images would put them ahead.
-    """
-    counts = {method: int(valid.sum()) for method, (_, valid) in columns.items()}
-
-    def own(method: str) -> float:
-        return _number(better * float(draws(method, columns[method][1])[0]))
-
-    whole = max((method for method in columns if counts[method] == max(counts.values())), key=own)
-
-    def placed(method: str) -> float:
-        shared = columns[method][1] & columns[whole][1]
-        if counts[method] == counts[whole] or not shared.any():
-            return own(method)
-        return _number(own(whole) + better * float(draws(method, shared)[0] - draws(whole, shared)[0]))
-
-    return sorted(columns, key=lambda method: -placed(method))
+def _chance(gained: np.ndarray) -> float:
+    """Return the two-sided p-value of a difference, given with its resampled values; normal, for tails beyond them."""
+    value, drawn = float(gained[0]), gained[1:][np.isfinite(gained[1:])]
+    spread = float(drawn.std()) if len(drawn) else 0.0
+    return math.erfc(abs(value) / spread / math.sqrt(2)) if spread > 0 else float(value == 0)
 
 
 @lru_cache(8)
@@ -233,7 +221,12 @@ def _cascade(lines: Lines) -> list[float | None]:
 
 
 def _note(table: Table, measure: str, lines: Mapping[str, Lines]) -> None:
-    """Add sentences to a table: failures, skipped images, constant maps, truths of one class."""
+    """Add sentences to a table: few images, failures, skipped images, constant maps, truths of one class."""
+    most = max((sum("error" not in line for line in its.values()) for its in lines.values()), default=0)
+    if measure in ("perturbation", "localisation") and 0 < most < FEW:
+        table.flags.append(
+            f"{measure}: {most} images order methods only where they differ a lot; use at least {FEW} for a ranking."
+        )
     for method, its in lines.items():
         for line in its.values():
             if "error" in line:

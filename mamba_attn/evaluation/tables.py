@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mamba_attn.datasets.class_names import is_imagenet
-from mamba_attn.evaluation.intervals import DRAWS, Interval
+from mamba_attn.evaluation.intervals import DRAWS, LEVEL, Interval
 from mamba_attn.evaluation.metrics import METRICS
 from mamba_attn.evaluation.summary import Figure, Table
 
@@ -24,16 +24,18 @@ SHOWN = {
                      "gap_target", "gap_top", "deletion", "insertion"),
     "perturbation, pixels ranked": ("pixel_ranked_positive_auc_top", "pixel_ranked_negative_auc_top",
                                     "pixel_ranked_gap_top"),
-    "localisation": ("pixel_accuracy", "map", "miou", "pointing", "energy_ratio", "trap_energy", "not_trap"),
+    "localisation": (
+        "shuffled_auc", "pixel_accuracy", "map", "miou", "pointing", "energy_ratio", "trap_energy", "not_trap",
+    ),
     "localisation, objects below half of the image": ("pixel_accuracy_small", "map_small", "miou_small",
                                                       "pointing_small", "energy_ratio_small"),
     "sanity and cost": ("randomised_first", "randomised_all", "other_class", "again", "alone", "seconds",
                         "peak_megabytes"),
 }  # fmt: skip
 LEGEND = (
-    "value (half of the 95 % interval); * first, = not behind the first by the paired interval; pos: lower is better, "
-    "neg: higher is better; top: against the clean prediction, target: against the label; gap: (neg - pos AUC) over "
-    "80 times the share of clean hits; [n] of n images alone, placed by its difference to the others on the same ones"
+    "value (half of the 95 % interval); * first, = not behind the first after Holm's correction over all pairs; pos: "
+    "lower is better, neg: higher is better; top: against the clean prediction, target: against the label; gap: (neg - "
+    "pos AUC) over 80 times the share of clean hits; [n] of n images alone, so without a rank"
 )
 VIM = "Vim-S"
 MAMBA = "vim_small"
@@ -84,10 +86,10 @@ def cell(figure: Figure | None, most: int = 0) -> str:
 
 
 def mark(figure: Figure) -> str:
-    """Return " *" for the first, " =" for one that it is not ahead of by the paired interval, else ""."""
+    """Return " *" for the first, " =" for one that may be as good, else ""."""
     if not figure.rank:
         return ""
-    return " *" if figure.rank == 1 else "" if figure.behind is None or figure.behind.clear else " ="
+    return " *" if figure.rank == 1 else " =" if figure.chance is not None and figure.chance >= LEVEL else ""
 
 
 def as_csv(tables: Sequence[Table]) -> str:
@@ -185,7 +187,7 @@ def _brief(table: Table) -> dict[str, Any]:
 def _figure(figure: Figure) -> dict[str, Any]:
     found = {**_interval(figure.interval), "images": figure.images, "rank": figure.rank or None}
     behind = None if figure.behind is None else _interval(figure.behind)
-    return {**found, "behind_first": behind, "ahead_of": list(figure.ahead_of)}
+    return {**found, "behind_first": behind, "chance": figure.chance, "ahead_of": list(figure.ahead_of)}
 
 
 def _interval(its: Interval) -> dict[str, float]:

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from mamba_attn.core.transform import Transform
 from mamba_attn.datasets.class_names import class_indices
 from mamba_attn.datasets.data import open_data
 from mamba_attn.datasets.samples import Data, Sample
@@ -32,16 +34,38 @@ class Worker:
     def __init__(self, data: Mapping[str, Data] | None = None) -> None:
         self._data = dict(data or {})
         self._models: dict[Model, Model] = {}
+        self._objects: dict[tuple[str, Model], dict[int, Tensor]] = {}
 
     def work(self, task: Task) -> list[Record]:
         """Run a task and return its lines; a failure becomes a line with the reason."""
         model = self._models.setdefault(task.model, task.model)  # the first of equal ones, which may be loaded
         if task.selector not in self._data:
             self._data[task.selector] = open_data(task.selector)
-        return _work(replace(task, model=model), self._data[task.selector])
+        data, task = self._data[task.selector], replace(task, model=model)
+        where = task.selector, model
+        if _locates(task) and where not in self._objects:
+            self._objects[where] = _objects(data, model.subject.transform, task.options.others + 1)
+        return _work(task, data, self._objects.get(where, {}))
 
 
-def _work(task: Task, data: Data) -> list[Record]:
+def _locates(task: Task) -> bool:
+    return any("localisation" in measures for its in task.needs.values() for measures in its.values())
+
+
+def _objects(data: Data, transform: Transform, count: int) -> dict[int, Tensor]:
+    """Return where the objects of a collection's first images are, by index; unreadable images are passed over."""
+    found: dict[int, Tensor] = {}
+    for index in data.chosen() if data.truth else ():
+        if len(found) == count:
+            break
+        with suppress(*FAILURES, OSError):
+            inside = data.load(index, transform).inside
+            if inside is not None:
+                found[index] = inside
+    return found
+
+
+def _work(task: Task, data: Data, objects: Mapping[int, Tensor]) -> list[Record]:
     subject = task.model.subject
     labels = class_indices(data, subject)
     samples: dict[int, Sample] = {}
@@ -63,9 +87,9 @@ def _work(task: Task, data: Data) -> list[Record]:
         if len(samples) == 1:
             return lines + _failed(task, data, _restricted(task.needs, list(samples)), error)
         parts = (replace(task, needs=_restricted(task.needs, [index])) for index in samples)
-        return lines + [line for part in parts for line in _work(part, data)]
+        return lines + [line for part in parts for line in _work(part, data, objects)]
     known = [None if sample.label is None else labels[sample.label] for sample in samples.values()]
-    batch = Batch(task, list(samples), list(samples.values()), images, clean, known)
+    batch = Batch(task, list(samples), list(samples.values()), images, clean, known, objects)
     for method, needs in _restricted(task.needs, list(samples)).items():
         lines += _method(batch.part(list(needs)), data, method, needs)
     return lines

@@ -9,7 +9,7 @@ from mamba_attn.attribution.queries import Query, require_inside
 from mamba_attn.attribution.spec import Method, method
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.core.requirements import parse_place
-from mamba_attn.datasets.loading import traced_layers
+from mamba_attn.datasets.loading import made_of, traced_layers
 from mamba_attn.errors import nearest
 
 _DEFAULT = ("raw_attention", "attention_rollout", "mamba_attribution")
@@ -25,7 +25,8 @@ def parse_methods(methods: Sequence[str], subject: LoadedModel) -> list[Method]:
     Raises:
         ValueError: an unknown name, option or value, or a method that does not fit the model.
     """
-    default = [catalogue.counterpart(name, subject.model) for name in _DEFAULT]
+    kinds = made_of(subject)
+    default = list(dict.fromkeys(catalogue.counterpart(name, subject.model, kinds) for name in _DEFAULT))
     if not subject.classes:
         default = [name for name in default if not method(name).of_a_class]
     found = {its.key: its for its in map(method, methods or default)}
@@ -35,7 +36,7 @@ def parse_methods(methods: Sequence[str], subject: LoadedModel) -> list[Method]:
                 f"methods={its.key!r}: it explains a class, and {subject.name} has none; without classes there are "
                 f"{' and '.join(default)}, and others."
             )
-        refusal = catalogue.refusal(its.name, subject.model, str(subject.name))
+        refusal = catalogue.refusal(its.name, subject.model, str(subject.name), kinds)
         if refusal:
             raise ValueError(f"methods={its.key!r}: {refusal}")
         its.build(subject.model)  # raises if options exclude each other
@@ -44,7 +45,8 @@ def parse_methods(methods: Sequence[str], subject: LoadedModel) -> list[Method]:
 
 def counterparts(methods: Sequence[Method], other: LoadedModel) -> list[Method]:
     """Return the methods for a second model: the same ones or their counterparts, with default options."""
-    names = dict.fromkeys(catalogue.counterpart(method.name, other.model) for method in methods)
+    kinds = made_of(other)
+    names = dict.fromkeys(catalogue.counterpart(method.name, other.model, kinds) for method in methods)
     return [Method(name) for name in names]
 
 
@@ -113,6 +115,7 @@ class Question(NamedTuple):
         layers: names of the layers to use; empty: the methods' own defaults.
         target: class to explain. Default: the predicted one.
         query: the pixel or box whose rows are read. Default: the class token, or the mean over patches.
+        by_default: whether nobody named the methods, so that those that the model turns out to refuse are left out.
     """
 
     subject: LoadedModel
@@ -120,6 +123,7 @@ class Question(NamedTuple):
     layers: Sequence[str] = ()
     target: int | None = None
     query: Query | None = None
+    by_default: bool = False
 
     def of_companion(self, other: LoadedModel) -> "Question":
         """Return the same question for a second model: layers at the same depth, class by name, query scaled."""
@@ -132,4 +136,4 @@ class Question(NamedTuple):
             there / here for there, here in zip(other.transform.size, self.subject.transform.size, strict=True)
         )
         query = None if self.query is None else self.query.scaled(rows, columns)
-        return Question(other, counterparts(self.methods, other), layers, target, query)
+        return Question(other, counterparts(self.methods, other), layers, target, query, self.by_default)

@@ -14,8 +14,9 @@ import numpy as np
 from mamba_attn.analytics.rebuild import order_of, takes_order
 from mamba_attn.analytics.store import AttentionStore
 from mamba_attn.errors import MambaAttnError
+from mamba_attn.evaluation.intervals import LEVEL, holm
 from mamba_attn.findings import intervals
-from mamba_attn.findings.intervals import LEVEL, Estimate, Expected, expected, holm
+from mamba_attn.findings.intervals import Estimate, Expected, expected
 from mamba_attn.findings.measure import Advance, Measuring
 from mamba_attn.findings.registry import FINDINGS, Finding
 from mamba_attn.findings.results import MODEL, Measured

@@ -15,12 +15,11 @@ from functools import cache
 import numpy as np
 
 from mamba_attn.core.ranks import ranks, spearman
-from mamba_attn.evaluation.intervals import drawn_counts
+from mamba_attn.evaluation.intervals import LEVEL, drawn_counts
 
 _EXACT = 7  # up to this count of numbers, try all permutations
 _PERCENT = (2.5, 97.5)
 _ROUNDING = 1e-6  # float32 error of a matrix that does not change
-LEVEL = 0.05  # of a verdict, after the correction
 _LEAST_SCATTER = 1e-6  # relative float32 error of seeds that do not differ
 
 
@@ -156,20 +155,6 @@ def expected(value: float, seeds: Sequence[float]) -> Expected | None:
     half = quantile(count - 1) * scatter
     chance = tail(abs(value - centre) / scatter, count - 1)
     return Expected(centre - half, centre + half, chance, chance)
-
-
-def holm(chances: Sequence[float]) -> list[float]:
-    """Return p-values corrected for their number, which bounds the family-wise error (Holm 1979).
-
-    Args:
-        chances: the p-values of one table.
-    """
-    found = [1.0] * len(chances)
-    largest = 0.0
-    for place, at in enumerate(sorted(range(len(chances)), key=lambda at: chances[at])):
-        largest = max(largest, min(1.0, (len(chances) - place) * chances[at]))
-        found[at] = largest
-    return found
 
 
 def tail(t: float, freedom: int) -> float:

@@ -6,6 +6,7 @@ adapters.
 
 import functools
 import math
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -13,12 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_attn import orders as patch_orders
-from mamba_attn._types import Float, Int
+from mamba_attn._types import Float, Int, Num
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.rules import PLAIN, Rules
 from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.models._layers import CausalConv1d, full_precision, step_projection, undecayed
 from mamba_attn.ops import selective_scan
+
+# where language models set padding to zero: before the input projection or behind it, and what is scanned
+MASKED = (("input", "scanned"), ("inner", "scanned"), (), ("input",), ("inner",))
 
 
 def project(
@@ -28,13 +33,16 @@ def project(
     orders: Int[Tensor, "routes length"] | None = None,
     rules: Rules = PLAIN,
     layout: TokenLayout | None = None,
+    real: Num[Tensor, "batch tokens"] | None = None,
+    masked: Collection[str] = MASKED[0],
 ) -> ScanRecord:
     """Compute everything in a mixer of Mamba or Vim before its scans.
 
     Per route: u = SiLU(conv(x)), [dt, B, C] = x_proj(u), delta = softplus(dt_proj(dt)), A = -exp(A_log); the gate is
     SiLU(z) (arXiv 2401.09417, algorithm 1). Vim's second route uses the modules and parameters named ``*_b``; where
     only ``A_b_log`` has that name (its published code calls this v1), it walks u, delta, B and C of the first route
-    backwards. A module without any of them, or whose ``scans`` say so, has one route: Mamba's.
+    backwards. A module without any of them, or whose ``scans`` say so, has one route: Mamba's. Some language models
+    norm dt, B and C, by modules (Jamba) or without weights (Falcon Mamba, ``rms_eps``).
 
     Args:
         module: a mixer with Vim's attribute names; its submodules are called as modules.
@@ -42,15 +50,21 @@ def project(
         orders: token visited at each step of each route; not for v1. Default: first to last, then last to first.
         rules: what an attribution method changes.
         layout: where the tokens sit in the image; kept in the record.
+        real: 0 at padding, which is set to zero; of mixers with one route.
+        masked: where, see ``MASKED``.
 
     Returns:
         The record, in scan order (v1: in the token frame); features of u and delta are contiguous in memory.
     """
+    keep = None if real is None else real[..., None].to(x.dtype)
+    x = x if keep is None or "input" not in masked else x * keep
     inner, z = _part(module, "in_proj")(x).chunk(2, dim=-1)
+    inner = inner if keep is None or "inner" not in masked else inner * keep
+    act, keep = getattr(module, "act", F.silu), keep if "scanned" in masked else None
     suffixes = scans(module)
     own = suffixes if hasattr(module, "conv1d_b") else suffixes[:1]  # routes with their own convolution
     u, dt, bc = zip(
-        *(_route(module, suffix, _along(inner, route, orders), rules) for route, suffix in enumerate(own)),
+        *(_route(module, suffix, _along(inner, route, orders), rules, act, keep) for route, suffix in enumerate(own)),
         strict=True,
     )
     B, C = torch.stack(bc, 1).mT.unsqueeze(2).chunk(2, dim=3)
@@ -64,7 +78,7 @@ def project(
         source_B=B,
         source_C=C,
         D=torch.stack(skips if len(own) == len(suffixes) else skips * len(suffixes)),
-        gate=rules.activation(F.silu, z).mT,
+        gate=rules.activation(act, z).mT,
         read_order=orders,
         write_order=orders,
         tokens=x.shape[1],
@@ -103,14 +117,47 @@ def finish(
     return output if gamma is None else output * gamma
 
 
-def _route(module: nn.Module, suffix: str, inner: Tensor, rules: Rules) -> tuple[Tensor, Tensor, Tensor]:
+def _route(
+    module: nn.Module,
+    suffix: str,
+    inner: Tensor,
+    rules: Rules,
+    act: Callable[[Tensor], Tensor],
+    keep: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return u, delta before softplus, and B concatenated with C, each (batch, length, features)."""
     mixed = _part(module, f"conv1d{suffix}")(inner.mT)[..., : inner.shape[1]].mT
-    u = rules.activation(F.silu, mixed)
+    u = rules.activation(act, mixed)
+    u = u if keep is None else u * keep
     step = _part(module, f"dt_proj{suffix}")
+    if not isinstance(step.weight, Tensor):
+        raise UnsupportedModelError(
+            f"its dt_proj is a {type(step).__name__}, quantised: trace the model as it was before, loaded without a "
+            "quantization_config."
+        )
     rank = step.weight.shape[1]
     low, bc = _part(module, f"x_proj{suffix}")(u).tensor_split([rank], dim=-1)
+    low, bc = _normed(module, low, bc)
     return u, _before_softplus(step, low.contiguous()), bc  # contiguous, for a faster backward pass
+
+
+def _normed(module: nn.Module, low: Tensor, bc: Tensor) -> tuple[Tensor, Tensor]:
+    """Return dt, and B with C, after the norms that some language models have for each of them."""
+    spellings = (("dt_layernorm",), ("b_layernorm", "B_layernorm"), ("c_layernorm", "C_layernorm"))
+    found = ([getattr(module, name, None) for name in names] for names in spellings)
+    norms: list[Any] = [next((norm for norm in each if norm is not None), None) for each in found]
+    if not any(norms):
+        eps = getattr(module, "rms_eps", None)
+        if eps is None:
+            return low, bc
+        norms = [functools.partial(_weightless, eps)] * 3
+    dt, B, C = (each if norm is None else norm(each) for norm, each in zip(norms, (low, *bc.chunk(2, -1)), strict=True))
+    return dt, torch.cat([B, C], -1)
+
+
+def _weightless(eps: float, x: Tensor) -> Tensor:
+    wide = full_precision(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def _before_softplus(step: nn.Linear, low: Tensor) -> Tensor:
@@ -149,7 +196,7 @@ def _divides(module: nn.Module) -> bool:
 
 
 class VimMixer(nn.Module):
-    """A bidirectional Mamba mixer: one input projection, two scans with their own parameters.
+    """A Mamba mixer: one input projection, and a scan each way with its own parameters.
 
     Args:
         features: size of a token.
@@ -158,6 +205,7 @@ class VimMixer(nn.Module):
         expand: channels per feature.
         dt_rank: rank of the step-size projection. Default: features / 16, rounded up.
         if_divide_out: halve the sum of the two directions.
+        both_ways: whether there is a scan from the last token to the first; without it the mixer is Mamba's own.
     """
 
     def __init__(
@@ -169,13 +217,14 @@ class VimMixer(nn.Module):
         expand: int = 2,
         dt_rank: int | None = None,
         if_divide_out: bool = True,
+        both_ways: bool = True,
     ) -> None:
         super().__init__()
         channels = expand * features
         rank = dt_rank or math.ceil(features / 16)
         self.if_divide_out = if_divide_out
         self.in_proj = nn.Linear(features, 2 * channels, bias=False)
-        for suffix in ("", "_b"):
+        for suffix in ("", "_b") if both_ways else ("",):
             self.register_parameter(
                 f"A{suffix}_log", undecayed(torch.arange(1.0, d_state + 1).log().repeat(channels, 1))
             )

@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from mamba_attn.core.layout import TokenLayout
-from mamba_attn.models import torchvision_repair
 from mamba_attn.models._options import check_known, checked, parameters, sides
 
 
@@ -26,7 +25,6 @@ def vision_transformer(*, image_size: int | Sequence[int] = 224, drop_path: floa
         ValueError: a number out of range, or two that do not fit each other.
     """
     try:
-        torchvision_repair.prepare()
         from timm.models.vision_transformer import VisionTransformer
     except ImportError as error:
         raise ImportError("a ViT needs timm: pip install 'mamba_attn[timm]'") from error

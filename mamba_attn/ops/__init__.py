@@ -5,7 +5,7 @@ Half-precision inputs are computed and returned in float32.
 """
 
 from mamba_attn.ops.arguments import FOLDS
-from mamba_attn.ops.attention import hidden_attention, selective_scan
+from mamba_attn.ops.attention import hidden_attention, hidden_attentions, selective_scan
 from mamba_attn.ops.dispatch import BACKENDS, free_bytes, require_bytes
 from mamba_attn.ops.linear import attention_column, attention_row, left_product, right_product
 from mamba_attn.ops.states import scan_states
@@ -17,6 +17,7 @@ __all__ = [
     "attention_row",
     "free_bytes",
     "hidden_attention",
+    "hidden_attentions",
     "left_product",
     "require_bytes",
     "right_product",

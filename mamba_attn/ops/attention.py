@@ -1,12 +1,12 @@
 """The selective scan and its hidden attention."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import overload
 
 from torch import Tensor
 
 from mamba_attn.core.scan_record import ScanRecord
-from mamba_attn.ops.arguments import as_record, check_fold, scan_weight
+from mamba_attn.ops.arguments import Call, Weights, as_record, check_fold, scan_weight
 from mamba_attn.ops.dispatch import choose, require_memory
 from mamba_attn.ops.reference import add_skip
 
@@ -59,15 +59,52 @@ def hidden_attention(
         torch.Size([2, 5, 5])
     """
     call = as_record("hidden_attention", None, delta, A, B, C, orders=orders, tokens=tokens)
-    check_fold(call, fold)
-    chosen = choose(call, backend)
-    rows, columns = (
-        scan_weight(call, name, weight, gather=not chosen.gathers_weights)
-        for name, weight in (("row_weight", row_weight), ("col_weight", col_weight))
-    )
-    require_memory(call, fold)
-    attention = chosen.hidden_attention(call.record, rows, columns, fold, call.merged)
+    (attention,) = _folded(call, [(row_weight, col_weight)], [fold], backend)
     return attention if call.merged or call.route_axis else attention.squeeze(1)
+
+
+def hidden_attentions(
+    record: ScanRecord, weights: Sequence[Weights], folds: Sequence[str], *, backend: str | None = None
+) -> list[Tensor]:
+    """Return several hidden attentions of one selective scan; on a CPU two cost hardly more than one.
+
+    The native backend sums over the states once for each pair of matrices whose folds are "mean" or "sum".
+
+    Args:
+        record: the scan.
+        weights: (row_weight, col_weight) of every matrix, as in ``hidden_attention``.
+        folds: of every matrix.
+        backend: see ``hidden_attention``.
+
+    Returns:
+        (batch, [channels,] tokens, tokens) each.
+
+    Raises:
+        ValueError: a fold too many or too few; or as ``hidden_attention``.
+        MatrixTooLargeError: a result would not fit into memory.
+        BackendUnavailableError: the requested backend cannot run.
+    """
+    call = as_record("hidden_attentions", None, record, None, None, None)
+    if len(weights) != len(folds):
+        raise ValueError(f"{call.text}: {len(folds)} folds for {len(weights)} pairs of weights; expected one for each.")
+    return _folded(call, weights, folds, backend)
+
+
+def _folded(call: Call, weights: Sequence[Weights], folds: Sequence[str], backend: str | None) -> list[Tensor]:
+    for fold in folds:
+        check_fold(call, fold)
+    chosen = choose(call, backend)
+    checked = []
+    for rows, columns in weights:
+        gather = not chosen.gathers_weights
+        checked.append(
+            (scan_weight(call, "row_weight", rows, gather), scan_weight(call, "col_weight", columns, gather))
+        )
+    for fold in folds:
+        require_memory(call, fold)
+    if len(folds) == 1:
+        return [chosen.hidden_attention(call.record, *checked[0], folds[0], call.merged)]
+    return chosen.hidden_attentions(call.record, checked, folds, call.merged)
 
 
 @overload

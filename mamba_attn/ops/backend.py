@@ -1,7 +1,7 @@
 """The interface of every backend."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,12 @@ class Backend(ABC):
         self, record: ScanRecord, row_weight: Tensor | None, col_weight: Tensor | None, fold: str, merged: bool
     ) -> Tensor:
         """(batch, [channels,] tokens, tokens) merged, else (batch, routes, [channels,] length, length)."""
+
+    def hidden_attentions(
+        self, record: ScanRecord, weights: Sequence[Weights], folds: Sequence[str], merged: bool
+    ) -> list[Tensor]:
+        """Return several matrices of one record, as ``hidden_attention`` does; here one after the other."""
+        return [self.hidden_attention(record, *its, fold, merged) for its, fold in zip(weights, folds, strict=True)]
 
     def scan_and_attention(self, record: ScanRecord, fold: str, merged: bool) -> tuple[Tensor, Tensor]:
         """Return the results of ``selective_scan`` and ``hidden_attention``."""

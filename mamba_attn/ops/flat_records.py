@@ -1,6 +1,6 @@
 """Records as flat arguments of torch operators, and what these operators share: output shapes, gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,26 +10,30 @@ from torch import Tensor
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.ops import blocked
 
-SOURCES = 8  # tensors of a record, at the front of every operator's arguments
-FIELDS = 11  # of a record
+SCHEMA = (  # of a record, at the front of every operator's arguments
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor read_order, Tensor write_order, "
+    "SymInt tokens, float scale, str source_frame"
+)
+FIELDS = SCHEMA.count(",") + 1
+SOURCES = SCHEMA.count("Tensor")
 REST = (None,) * (FIELDS - 6)  # orders, tokens, scale, frame
 
 
-def unflatten(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    read_order: Tensor,
-    write_order: Tensor,
-    tokens: int,
-    scale: float,
-    source_frame: str,
-) -> ScanRecord:
-    """Build the record from an operator's arguments."""
-    return ScanRecord(
+def operator(name: str, rest: str, results: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Return ``run`` as an operator of torch; it takes a record's flat arguments, then ``rest`` (a schema).
+
+    ``fake`` returns empty tensors of the same shapes, for the compiler.
+    """
+    schema = f"({SCHEMA}, {rest}) -> {results}"
+    made = torch.library.custom_op(f"mamba_attn::{name}", run, mutates_args=(), schema=schema)
+    made.register_fake(fake)
+    return made
+
+
+def unflatten(arguments: Sequence[Any]) -> tuple[ScanRecord, Sequence[Any]]:
+    """Return the record at the front of an operator's arguments, and the other arguments."""
+    u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame = arguments[:FIELDS]
+    record = ScanRecord(
         source_u=u,
         source_delta=delta,
         A=A,
@@ -42,6 +46,7 @@ def unflatten(
         scale=scale,
         source_frame=source_frame,
     )
+    return record, arguments[FIELDS:]
 
 
 def flatten(record: ScanRecord) -> tuple[Any, ...]:
@@ -67,78 +72,54 @@ def flatten_for_matrix(record: ScanRecord) -> tuple[Any, ...]:
     return (u.detach(), delta, A, B, C, None, *rest)
 
 
-def y_shape(u: Tensor, read_order: Tensor, tokens: int, merged: bool) -> Sequence[int | torch.SymInt]:
-    """Return the shape of a scan's output."""
-    routes, length = read_order.shape
-    return (u.shape[0], u.shape[2], tokens) if merged else (u.shape[0], routes, u.shape[2], length)
+def empty_y(*arguments: Any) -> Tensor:
+    """Return a tensor of the shape of a scan's output, from an operator's arguments."""
+    (u, *_), (routes, length), tokens, merged = arguments, arguments[6].shape, arguments[8], arguments[FIELDS]
+    shape = (u.shape[0], u.shape[2], tokens) if merged else (u.shape[0], routes, u.shape[2], length)
+    empty: Tensor = u.new_empty(shape, dtype=torch.float32)
+    return empty
 
 
-def attention_shape(
-    u: Tensor, read_order: Tensor, tokens: int, merged: bool, fold: str
-) -> Sequence[int | torch.SymInt]:
-    """Return the shape of a folded matrix."""
-    routes, length = read_order.shape
-    kept = (u.shape[2],) if fold == "each" else ()
-    return (u.shape[0], *kept, tokens, tokens) if merged else (u.shape[0], routes, *kept, length, length)
+def empty_attention(*arguments: Any) -> Tensor:
+    """Return a tensor of the shape of a folded matrix, from an operator's arguments."""
+    (u, *_), (routes, length), tokens, merged = arguments, arguments[6].shape, arguments[8], arguments[FIELDS]
+    kept = (u.shape[2],) if arguments[-1] == "each" else ()
+    shape = (u.shape[0], *kept, tokens, tokens) if merged else (u.shape[0], routes, *kept, length, length)
+    empty: Tensor = u.new_empty(shape, dtype=torch.float32)
+    return empty
 
 
-@torch.library.custom_op("mamba_attn::hidden_attention_backward", mutates_args=())
-def hidden_attention_backward(
-    gradient: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    read_order: Tensor,
-    write_order: Tensor,
-    tokens: int,
-    scale: float,
-    source_frame: str,
-    merged: bool,
-    row_weight: Tensor | None,
-    col_weight: Tensor | None,
-    fold: str,
-    needed: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of delta, A, B, C and the two weights by the blocked path; empty where not needed."""
-    record = unflatten(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
-    weights = (row_weight, col_weight)
+    record, (merged, rows, columns, fold, gradient, needed) = unflatten(arguments)
+    u = record.source_u
     stream = torch.cuda.current_stream(u.device) if u.is_cuda else None
 
     def run() -> list[Tensor | None]:
         with torch.cuda.stream(stream):
-            return blocked.attention_gradients(record, weights, fold, merged, gradient, needed)
+            return blocked.attention_gradients(record, (rows, columns), fold, merged, gradient, needed)
 
     with ThreadPoolExecutor(1) as other:  # autograd is off in an operator's own thread
         found = (u.new_empty(0) if x is None else x for x in other.submit(run).result())
-    a, b, c, d, e, f = (x.contiguous() for x in found)  # as the fake kernel promises to inductor
-    return a, b, c, d, e, f
+    return tuple(x.contiguous() for x in found)  # as the fake kernel promises to inductor
 
 
-@hidden_attention_backward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    gradient,
-    u,
-    delta,
-    A,
-    B,
-    C,
-    D,
-    read_order,
-    write_order,
-    tokens,
-    scale,
-    source_frame,
-    merged,
-    row_weight,
-    col_weight,
-    fold,
-    needed,
-):
-    sources = zip((delta, A, B, C, row_weight, col_weight), needed, strict=True)
-    return tuple(u.new_empty(0) if x is None or not need else x.new_empty(x.shape) for x, need in sources)
+def _no_gradients(*arguments: Any) -> tuple[Tensor, ...]:
+    _, rows, columns, *_, needed = arguments[FIELDS:]
+    u, *sources = arguments[:5]
+    pairs = zip((*sources, rows, columns), needed, strict=True)
+    return tuple(u.new_empty(0) if x is None or not need else x.new_empty(x.shape) for x, need in pairs)
+
+
+SIX = f"({', '.join(['Tensor'] * 6)})"
+WEIGHTED = "bool merged, Tensor? row_weight, Tensor? col_weight, str fold"
+hidden_attention_backward = operator(
+    "hidden_attention_backward",
+    f"{WEIGHTED}, Tensor gradient, bool[] needed",
+    SIX,
+    _attention_backward,
+    _no_gradients,
+)
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -160,7 +141,7 @@ def through_attention(ctx: Any, gradient: Tensor | None) -> list[Tensor | None]:
     of_weights = ctx.needs_input_grad[FIELDS + 1 : FIELDS + 3] if len(ctx.needs_input_grad) > FIELDS + 2 else ()
     needed = [*ctx.needs_input_grad[1:5], *of_weights, False, False][:6]
     record = (*ctx.saved_tensors[:SOURCES], *ctx.fields)
-    every = hidden_attention_backward(gradient, *record, ctx.merged, *weights, ctx.fold, needed)
+    every = hidden_attention_backward(*record, ctx.merged, *weights, ctx.fold, gradient, needed)
     found = [value if need else None for value, need in zip(every, needed, strict=True)]
     return [None, *found[:4], None, *found[4:]]
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mamba_attn.errors import nearest
-from mamba_attn.models import torchvision_repair
 
 # Libraries that run without the stand-ins and outlive them: imported in the block, they see the machine as it is.
 _LIBRARIES = ("torch", "torchvision", "timm", "transformers")
@@ -255,12 +254,7 @@ class StandInFinder(MetaPathFinder):
 
     def _run_library(self, module: ModuleType, run: Callable[[], None]) -> None:
         with self._suspended():
-            try:
-                run()
-            except RuntimeError as error:
-                if not torchvision_repair.declare(error):  # a CPU build of torch with PyPI's torchvision
-                    raise
-                run()
+            run()
 
     def _run_or_fill(self, module: ModuleType, run: Callable[[], None]) -> None:
         try:

@@ -23,7 +23,8 @@ from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import UnsupportedModelError
 
 _OF_SCANS = ("A_log", "A_logs", "dt_bias")
-_FAMILIES = ("vim", "mamba", "vmamba", "mambavision", "timm_vit")  # asked in this order
+# asked in this order
+_FAMILIES = ("vim", "language_mixers", "mamba", "vmamba", "mambavision", "timm_vit")
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Seen:
         layout: the token frame, from the patch embedding or from the user.
         frames: the token frames of single modules, where a model's parts have their own.
         embedded: the token frame of sequences of an image's patches, as a look ahead of the pass measured it.
+        real: which tokens of texts are no padding, (batch, tokens), of a model that is given texts.
     """
 
     batch: int | None = None
@@ -45,6 +47,7 @@ class Seen:
     layout: TokenLayout | None = None
     frames: dict[nn.Module, TokenLayout] = field(default_factory=dict)
     embedded: TokenLayout | None = None
+    real: Tensor | None = None
     _warned: set[str] = field(default_factory=set, init=False, repr=False)
 
     def warn_once(self, sentence: str) -> None:

@@ -41,7 +41,7 @@ class Call:
     @property
     def leaves(self) -> list[Any]:
         """All arguments, those inside lists and dictionaries one by one."""
-        return pytree.tree_leaves((self.args, self.kwargs))
+        return pytree.tree_leaves((self.args, self.kwargs), is_leaf=_is_leaf)
 
     @property
     def opaque(self) -> list[str]:
@@ -69,13 +69,18 @@ class Call:
                 fresh = fresh * (1 + moved * sign.to(fresh))
             return fresh
 
-        return Call(*pytree.tree_map(copy, (self.args, self.kwargs)))
+        return Call(*pytree.tree_map(copy, (self.args, self.kwargs), is_leaf=_is_leaf))
 
     def key(self) -> tuple[Any, ...]:
         """Shapes and types of tensors, and everything that is no tensor."""
         return tuple(
             (tuple(v.shape), v.dtype, str(v.device)) if isinstance(v, Tensor) else repr(v) for v in self.leaves
         )
+
+
+def _is_leaf(value: Any) -> bool:
+    """Whether a value is no container of Python's own; a cache of transformers is one to torch, and holds states."""
+    return type(value) not in (tuple, list, dict)
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,19 @@ def scanned(found: tuple[Any, ...]) -> Tensor:
     return before
 
 
+def with_output(found: tuple[Any, ...], y: Tensor, z: Tensor | None) -> tuple[Any, ...]:
+    """Return what that function returned, with another output before its gate.
+
+    Args:
+        found: what it returned.
+        y: (batch, length, heads, width).
+        z: of the gate, (batch, channels, length), or None.
+    """
+    if z is None or found[1] is None:
+        return (y, *found[1:])
+    return ((y * F.silu(z.mT.unflatten(2, y.shape[2:]).to(y))).to(found[0].dtype), y, *found[2:])
+
+
 def backward_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return what ``_mamba_chunk_scan_combined_bwd`` got, by name; ``out`` is the output before its gate."""
     return _named(_BACKWARD, args, kwargs)

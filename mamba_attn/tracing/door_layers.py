@@ -17,6 +17,7 @@ from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.tracing.adapters import Seen
 from mamba_attn.tracing.doors import ScanCall, Watch
+from mamba_attn.tracing.edits import CallEdit, Edit, Knockout, in_scan_order
 from mamba_attn.tracing.frames import Place
 from mamba_attn.tracing.layer_names import by_pattern
 from mamba_attn.tracing.layers import Layer, ScanLayer
@@ -29,6 +30,20 @@ from mamba_attn.tracing.undisturbed import recomputing
 
 AnyLayout = TokenLayout | Mapping[str, TokenLayout] | Callable[[str, int], TokenLayout | None]
 AnyOrders = Tensor | Mapping[str, Tensor] | Callable[[str, int, int], Tensor | None]
+
+
+def given_layout(layout: AnyLayout | None, name: str, tokens: int) -> TokenLayout | None:
+    """Return the token frame that a user gave for a layer, if one fits it.
+
+    Args:
+        layout: one for all layers, by patterns of names, or a function of name and number of tokens.
+        name: of the layer.
+        tokens: that it has.
+    """
+    given = by_pattern(layout, name) if isinstance(layout, Mapping) else layout
+    if callable(given):
+        given = given(name, tokens)
+    return given if given is not None and given.tokens == tokens else None
 
 
 class DoorLayer(ScanLayer):
@@ -121,6 +136,29 @@ class DoorLayer(ScanLayer):
             parts.append(dy.unflatten(1, (call.inputs.groups, -1)))
         return self._placed.gradient(parts)
 
+    def edits(self, edit: Edit) -> list[CallEdit]:
+        """What an intervention in the token frame does to each of the calls."""
+        record, placed = self.scan, self._placed
+
+        def spread(values: Tensor) -> list[Tensor]:
+            whole = values.expand(record.batch, record.routes, *values.shape[2:])
+            return [placed.of_call(number, call.groups, whole) for number, call in enumerate(self.calls)]
+
+        if isinstance(edit, Knockout):
+            rows, columns = edit.removed(self.name, record)
+            lost = spread(in_scan_order(rows[:, None, None], record.write_order))
+            inputs = spread(in_scan_order(columns, record.read_order))
+            lengths = [call.length for call in self.calls]
+            each = zip(lost, inputs, lengths, strict=True)
+            return [CallEdit((rows[:, :, 0, :n], columns[..., :n])) for rows, columns, n in each]
+        matrix = edit.of_layer(self.name, record)
+        matrix = in_scan_order(matrix.flatten(2, 3), record.read_order).unflatten(2, matrix.shape[2:4])
+        order = record.write_order
+        matrix = in_scan_order(matrix.mT.flatten(2, 3), order).unflatten(2, (-1, record.length)).mT
+        return [
+            CallEdit(matrix=its[..., : c.length, : c.length]) for its, c in zip(spread(matrix), self.calls, strict=True)
+        ]
+
     @cached_property
     def _not_finite(self) -> list[str]:
         return ScanLayer(self.name, self.scan)._not_finite
@@ -160,6 +198,19 @@ class _Placed:
             ],
             1,
         )
+
+    def of_call(self, number: int, groups: int, values: Tensor) -> Tensor:
+        """The part of one call in (images, routes, channels or 1, ...), as (rows, groups, width or 1, ...)."""
+        each = [index.shape[1] if self.grouped else index.shape[1] * groups for index in self.index]
+        start = sum(each[:number])
+        part = values[:, start : start + each[number]]
+        if not self.grouped:
+            part = part.unflatten(1, (-1, groups))
+        elif part.shape[2] == 1:
+            part = part.unsqueeze(2).expand(-1, -1, groups, *part.shape[2:])
+        else:
+            part = part.unflatten(2, (groups, -1))
+        return part.flatten(0, 1)[self.index[number].flatten().argsort().to(part.device)]
 
     def merged(self, parts: Sequence[Tensor]) -> Float[Tensor, "batch channels tokens"]:
         """The routes' sum in the token frame."""
@@ -409,7 +460,8 @@ class DoorScans:
                 "another sequence: no matrix of one token frame. layer.row_frame has it as the module does; name other "
                 "layers with layers=, or give the order with orders=."
             )
-        return place_attention(layer.call, layer.name, steps, self._layout_of(layer.name, layer.call.module, steps))
+        layout = self._layout_of(layer.name, layer.call.module, steps)
+        return place_attention(layer.call, layer.name, steps, layout, self._seen.real)
 
     def _steps(
         self, layer: DoorLayer | DoorAttention, first: ScanCall | SoftmaxCall, members: tuple[int, ...]
@@ -466,12 +518,7 @@ class DoorScans:
 
     def _layout_of(self, name: str, module: str, steps: Steps) -> TokenLayout | None:
         """Given, read from the patch embedding, or that of the nearest tensor with as many cells."""
-        given = self._layout
-        if callable(given):
-            given = given(name, steps.tokens)
-        elif isinstance(given, Mapping):
-            given = by_pattern(given, name)
-        for layout in (given, self._seen.layout, self._seen.embedded):
+        for layout in (given_layout(self._layout, name, steps.tokens), self._seen.layout, self._seen.embedded):
             if layout is not None and layout.tokens == steps.tokens:
                 return layout
         batch = None if self._replay is None else self._replay.batch

@@ -1,6 +1,6 @@
-"""Rules at a scan's door: they are rules about what its backward pass returns."""
+"""Rules and interventions at a scan's door: what its backward pass returns under them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,9 @@ from torch import Tensor
 
 from mamba_attn.core.rules import Rules, unruled
 from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.ops import selective_scan
 from mamba_attn.tracing.chunk_scans import RETURNED
+from mamba_attn.tracing.edits import CallEdit, edited_call
 
 
 def ruled_backward(
@@ -60,6 +62,39 @@ def ruled_chunk_backward(own: Callable[..., Any], given: dict[str, Any], rules: 
     if z is not None:
         found[RETURNED.index("z")] = dz.to(z.dtype) if given.get("dz") is None else given["dz"].copy_(dz)
     return (*found, out.to(given["x"].dtype)) if given.get("recompute_output") else tuple(found)
+
+
+def edited_backward(
+    args: tuple[Any, ...], inputs: Any, edits: Sequence[CallEdit], *, gated: bool
+) -> list[Tensor | None]:
+    """What ``bwd`` returns of a call that interventions changed, by the operators' own gradients.
+
+    Args:
+        args: what it was called with.
+        inputs: what ``fwd`` was called with, ``ScanInputs``.
+        edits: what was done to the call.
+        gated: whether it is the ``bwd`` that takes a gate.
+    """
+    dout = args[8 if gated else 7]
+    leaves = [t.detach().requires_grad_() if isinstance(t, Tensor) else None for t in inputs[:8]]
+    with torch.enable_grad(), unruled():
+        given = inputs._replace(**dict(zip(inputs._fields, leaves, strict=False)))
+        parts = given.parts(graph=True)
+        y = edited_call(parts, selective_scan(*parts[:6]).flatten(1, 2), edits)
+        out = y if given.z is None else y * F.silu(given.z.to(y))
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        gradients = iter(torch.autograd.grad(out, wanted, dout.to(out.dtype), allow_unused=True))
+    found = [None if leaf is None else next(gradients) for leaf in leaves]
+    found = [
+        torch.zeros_like(leaf) if leaf is not None and gradient is None else gradient
+        for leaf, gradient in zip(leaves, found, strict=True)
+    ]
+    dz = found.pop(6)
+    if gated and dz is not None:
+        found.append(dz if args[11] is None else args[11].copy_(dz))
+        if args[13]:
+            found.append(out.detach().to(dz.dtype))
+    return found
 
 
 def _through_gate(rules: Rules, y: Tensor, z: Tensor | None, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:

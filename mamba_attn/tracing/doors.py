@@ -22,8 +22,16 @@ from torch import Tensor, nn
 from mamba_attn import ops
 from mamba_attn.core.rules import Rules
 from mamba_attn.errors import TraceError, UnsupportedModelError
-from mamba_attn.tracing.chunk_scans import ChunkInputs, backward_arguments, forward_inputs, scanned, zeros
-from mamba_attn.tracing.door_rules import ruled_backward, ruled_chunk_backward
+from mamba_attn.tracing.chunk_scans import (
+    ChunkInputs,
+    backward_arguments,
+    forward_inputs,
+    scanned,
+    with_output,
+    zeros,
+)
+from mamba_attn.tracing.door_rules import edited_backward, ruled_backward, ruled_chunk_backward
+from mamba_attn.tracing.edits import CallEdit, edited_call
 from mamba_attn.tracing.reachable import CHUNK_SCANS, compiled_scans
 from mamba_attn.tracing.running import Names, running_modules
 from mamba_attn.tracing.selective_scans import (
@@ -139,6 +147,8 @@ class Watch:
         cut: no gradient passes a scan, and ``dout`` is kept at each: for measuring orders.
         rules: what an attribution method changes, by what the doors' backward passes return.
         around: further doors: modules, and what stands in their functions' places.
+        edits: what an intervention does to the next scan of a module, by the module's name and the scan's inputs; it
+            keeps no calls.
     """
 
     def __init__(
@@ -149,6 +159,7 @@ class Watch:
         cut: bool = False,
         rules: Rules | None = None,
         around: Callable[[], Iterable[tuple[ModuleType, dict[str, Handler]]]] = tuple,
+        edits: Callable[[str, AnyInputs], CallEdit | None] | None = None,
     ) -> None:
         self.name_of = Names(model)
         self.names = self.name_of.modules
@@ -157,6 +168,8 @@ class Watch:
         self.cut = cut
         self.rules = rules
         self.around = around
+        self.edits = edits
+        self.edited: list[tuple[Tensor, AnyInputs, list[CallEdit]]] = []  # by the states that were handed out
         self.convolved: dict[Any, tuple[Tensor, str]] = {}  # by where they lie: inputs of fused convolutions
         self.thread = get_ident()
         self.calls: list[ScanCall | SoftmaxCall] = []
@@ -373,19 +386,42 @@ def _forward(door: Door, *args: Any) -> Any:
         for fold in folds:
             y, matrices[fold] = _scan_and_attention(inputs, str(fold))
         found = as_extension(door.module.__name__, args, inputs, y)
-        run_again = partial(Tensor.detach, found[0])
     else:
         found = list(own(*args))
-        if any(watch.rules is not None for watch, _ in places):  # their backward reads it
-            run_again = partial(Tensor.detach, found[0])
+    edits = _edits_of(places, inputs)
+    if edits:
+        y = edited_call(inputs.parts(), found[0].flatten(1, -2) if found[0].ndim > 3 else found[0], edits)
+        found = as_extension(door.module.__name__, args, inputs, y.reshape(inputs.u.shape))
+    if edits or matrices or any(watch.rules is not None for watch, _ in places):  # whose backward reads it
+        run_again = partial(Tensor.detach, found[0])
     for watch, module in places:
-        watch.keep(module, inputs, found[1], run_again, matrices.get(watch.attention))
+        if watch.edits is None:
+            watch.keep(module, inputs, found[1], run_again, matrices.get(watch.attention))
+        elif edits:
+            watch.edited.append((found[1], inputs, edits))
     return found
 
 
 def _first_of(own: Callable[..., Any], args: tuple[Any, ...]) -> Tensor:
     found: Tensor = own(*args)[0]
     return found
+
+
+def _edits_of(places: Sequence[tuple[Watch, nn.Module]], inputs: AnyInputs) -> list[CallEdit]:
+    """What interventions do to a call."""
+    asked = [w.edits(w.names[id(module)], inputs) for w, module in places if w.edits is not None]
+    return [edit for edit in asked if edit is not None]
+
+
+def _edited_with(states: Any) -> tuple[AnyInputs, list[CallEdit]] | None:
+    """The inputs of an edited call, and what was done to it, by what ``fwd`` handed out."""
+    if not isinstance(states, Tensor):
+        return None
+    for watch in reversed(_open):
+        for kept, inputs, edits in watch.edited:
+            if kept is states or kept.data_ptr() == states.data_ptr() != 0:
+                return inputs, edits
+    return None
 
 
 def _chunk_forward(door: Door, *args: Any, **kwargs: Any) -> Any:
@@ -397,8 +433,15 @@ def _chunk_forward(door: Door, *args: Any, **kwargs: Any) -> Any:
     found = door.own[CHUNK_SCANS[0]](*args, **kwargs)
     if inputs is not None:
         out = scanned(found)
+        edits = _edits_of(places, inputs)
+        if edits:
+            y = edited_call(inputs.parts(), out.flatten(2).mT, edits).mT.unflatten(2, out.shape[2:]).to(out.dtype)
+            found, out = with_output(found, y, inputs.z), y
         for watch, module in places:
-            watch.keep(module, inputs, out, partial(Tensor.detach, out.flatten(2).mT), None)
+            if watch.edits is None:
+                watch.keep(module, inputs, out, partial(Tensor.detach, out.flatten(2).mT), None)
+            elif edits:
+                watch.edited.append((out, inputs, edits))
     return found
 
 
@@ -406,6 +449,11 @@ def _chunk_backward(door: Door, *args: Any, **kwargs: Any) -> Any:
     """``_mamba_chunk_scan_combined_bwd``, whose ``dout`` is kept for the call that its output comes from."""
     own: Callable[..., Any] = door.own[CHUNK_SCANS[1]]
     given = backward_arguments(args, kwargs)
+    if _edited_with(given["out"]) is not None:
+        raise UnsupportedModelError(
+            "knockout and replace_attention: gradients through a chunk scan (Mamba-2) under them are not known here; "
+            "run the model inside torch.no_grad()."
+        )
     hits = _arrived(given["out"], given["dout"].flatten(2).mT)
     if any(watch.cut for watch, _ in hits):
         return zeros(given, own(**given) if given.get("recompute_output") else None)
@@ -435,6 +483,14 @@ def _backward(door: Door, *args: Any) -> Any:
     if isinstance(states, ScanStates) and not isinstance(own, FunctionType | partial):
         args = (*args[: at + 1], states.read().contiguous(), *args[at + 2 :])
     ruled = [(watch.rules, call) for watch, call in hits if watch.rules is not None]
+    edited = _edited_with(states)
+    if edited is not None and ruled:
+        raise UnsupportedModelError(
+            "knockout and replace_attention: this method's rules are not known at the door of a scan that is changed; "
+            "use a method without rules (RawAttention, AttentionRollout, MambaAttribution)."
+        )
+    if edited is not None:
+        return edited_backward(args, *edited, gated=gated)
     if ruled:
         rules, call = ruled[-1]  # of nested traces the last
         return ruled_backward(own, args, call.y, rules, gated=gated)

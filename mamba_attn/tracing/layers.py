@@ -135,6 +135,10 @@ class Layer(ABC):
             raise TraceError(f"{self.name}: the mixer returned {type(self._output).__name__}, not a tensor.")
         return self._output
 
+    @abstractmethod
+    def lay_out(self, layout: TokenLayout | None) -> None:
+        """Say where the tokens sit in the image; None leaves it as it is."""
+
     @property
     @abstractmethod
     def variable(self) -> Tensor:
@@ -241,6 +245,7 @@ class ScanLayer(Layer):
     """
 
     kind: ClassVar[str] = "selective scans"
+    _expected: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -263,7 +268,7 @@ class ScanLayer(Layer):
         return self._scan
 
     def lay_out(self, layout: TokenLayout | None) -> None:
-        """Say where the tokens sit in the image."""
+        """Say where the tokens sit in the image; None leaves it as it is."""
         if layout is not None:
             self._scan = self._scan.replace(layout=layout)
 
@@ -273,6 +278,14 @@ class ScanLayer(Layer):
 
     def _facts(self) -> dict[str, object]:
         return {"routes": self.scan.routes, "channels": self.scan.channels, "states": self.scan.states}
+
+    def expect(self, fold: str) -> None:
+        """Keep the matrix of a fold once it is computed; the next weighted one takes it along, which costs little.
+
+        Args:
+            fold: "mean" or "sum".
+        """
+        self._expected = tuple(dict.fromkeys((*self._expected, fold)))
 
     @property
     def variable(self) -> Tensor:
@@ -322,7 +335,16 @@ class ScanLayer(Layer):
             return ops.hidden_attention(scan, row_weight=rows, col_weight=columns, fold=fold, backend=backend)
 
         if routes == "sum":
-            return folded(self.scan, row_weight, col_weight)
+            waiting = [each for each in self._expected if each not in self._ready]
+            if plain and fold in waiting and not torch.is_grad_enabled():
+                self._ready[fold] = folded(self.scan, None, None)
+                return self._ready[fold]
+            if not waiting or plain or backend is not None or torch.is_grad_enabled():
+                return folded(self.scan, row_weight, col_weight)
+            weights = [(row_weight, col_weight), *[(None, None)] * len(waiting)]
+            wanted, *others = ops.hidden_attentions(self.scan, weights, [fold, *waiting])
+            self._ready |= dict(zip(waiting, others, strict=True))
+            return wanted
         count = self.scan.routes
         chosen = range(count) if routes == "each" else [self._check_route(routes, count)]
         matrices = [

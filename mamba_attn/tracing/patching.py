@@ -6,9 +6,9 @@ around the mixers. Nothing else touches a user's model.
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock, get_ident
 from types import MethodType
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from mamba_attn.core.attention_record import AttentionRecord
+from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.rules import PLAIN, Rules, unruled
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError, UnsupportedModelError
@@ -26,41 +27,46 @@ from mamba_attn.ops import hidden_attention, selective_scan
 from mamba_attn.tracing.adapters import AnyAdapter, AttentionAdapter, LayoutSource, Seen
 from mamba_attn.tracing.agreement import Call, Verdict, judge, judge_call, latest, measurable
 from mamba_attn.tracing.doors import Watch
+from mamba_attn.tracing.edits import Edit, edited_probabilities, edited_scan
 from mamba_attn.tracing.layers import Layer, ScanLayer
 from mamba_attn.tracing.softmax_layers import AttentionLayer
+from mamba_attn.tracing.texts import is_text, real_tokens, require_prefill
 from mamba_attn.tracing.undisturbed import recomputing, unseen
 
 
 @dataclass(frozen=True, eq=False)
 class Interest:
-    """One trace's interest in one mixer.
+    """The interest of one trace, or of one intervention, in one mixer.
 
     Args:
         name: the mixer's name in the model.
-        store: takes the layer of a call.
         seen: what the forward pass has shown so far.
         adapter: the mixer's.
+        store: takes the layer of a call; None: an intervention's.
         attention: a fold whose matrix is computed during the pass, or None.
         rules: what changes in the forward, or None.
-        thread: whose calls are traced.
         apart: takes what says that the adapter does not compute what the mixer does.
         watch: at the doors that its scans may go through, or None.
+        edits: what an intervention does to the mixer of a name, or None.
+        thread: whose calls are traced.
     """
 
     name: str
-    store: Callable[[Layer], None]
     seen: Seen
     adapter: AnyAdapter
-    attention: str | None
-    rules: Rules | None
-    thread: int
-    apart: Callable[[str, Verdict], None]
+    store: Callable[[Layer], None] | None = None
+    attention: str | None = None
+    rules: Rules | None = None
+    apart: Callable[[str, Verdict], None] | None = None
     watch: Watch | None = None
+    edits: Callable[[str], list[Edit]] | None = None
+    thread: int = field(default_factory=get_ident)
 
     def send_to_doors(self, module: nn.Module, verdict: Verdict) -> None:
         """Let the doors see the mixer's scans, which its adapter does not compute."""
         if self.watch is not None:
             self.watch.outside.discard(id(module))
+        if self.watch is not None and self.apart is not None:
             self.apart(self.name, verdict)
 
     def at_doors(self, module: nn.Module) -> bool:
@@ -112,8 +118,10 @@ class _RoutedForward(PatchedForward):
 
     @unruled()
     def run(self, interests: list[Interest], again: bool, /, *args: Any, **kwargs: Any) -> Any:
-        last, call = interests[-1], Call(args, kwargs)
-        if last.at_doors(self.module):
+        readers = [interest for interest in interests if interest.store is not None]
+        edits = _edits(interests)
+        last, call = (readers or interests)[-1], Call(args, kwargs)
+        if last.at_doors(self.module) or not (readers or edits):
             return self.original(*args, **kwargs)
         rules = next((interest.rules for interest in reversed(interests) if interest.rules is not None), PLAIN)
         wanted = dict.fromkeys(interest.attention for interest in interests if interest.attention)
@@ -127,14 +135,17 @@ class _RoutedForward(PatchedForward):
         if call.opaque and not again:
             verdict = self._beside_own(last, call)
         else:
-            reusable = rules is PLAIN and not self.module.training and not _hooked(self.module)
+            reusable = rules is PLAIN and not edits and not self.module.training and not _hooked(self.module)
             verdict = _verdict(last, self.module, self.original, call, again, ready if reusable else None)
         if verdict is not None and not verdict.agrees:
             return self._at_doors(interests, again, call, verdict)
         adapter = last.adapter if verdict is None or verdict.adapter is None else verdict.adapter
-        found = computed.get(adapter) or _compute(adapter, self.module, call, last.seen, rules, wanted)
+        found = computed.get(adapter) or _compute(
+            adapter, self.module, call, last.seen, rules, wanted, (last.name, edits)
+        )
         for interest in interests if not again else ():
-            interest.store(found.layer(interest))
+            if interest.store is not None:
+                interest.store(found.layer(interest))
         return found.output
 
     def _beside_own(self, last: Interest, call: Call) -> Verdict:
@@ -168,6 +179,11 @@ class _RoutedForward(PatchedForward):
         return output
 
 
+def _edits(interests: Iterable[Interest]) -> list[Edit]:
+    """What interventions do to a mixer."""
+    return [edit for interest in interests if interest.edits is not None for edit in interest.edits(interest.name)]
+
+
 @dataclass(eq=False)
 class _Computed:
     """What an adapter made of one call."""
@@ -186,17 +202,25 @@ class _Computed:
 
 
 def _compute(
-    adapter: AnyAdapter, module: nn.Module, call: Call, seen: Seen, rules: Rules, folds: Iterable[str] = ()
+    adapter: AnyAdapter,
+    module: nn.Module,
+    call: Call,
+    seen: Seen,
+    rules: Rules,
+    folds: Iterable[str] = (),
+    edits: tuple[str, Sequence[Edit]] = ("", ()),
 ) -> _Computed:
-    """Run a call of a mixer through its adapter."""
+    """Run a call of a mixer through its adapter; ``edits``: of the layer with that name."""
     if isinstance(adapter, AttentionAdapter):
         record = rules.attention(adapter.project(module, *call.args, rules=rules, seen=seen, **call.kwargs))
         _start_gradients(record.probabilities)
-        output = adapter.finish(module, record, record.probabilities, rules)
-        return _Computed(record, record.probabilities, output, {})
+        kept = edited_probabilities(edits[0], record, edits[1])
+        output = adapter.finish(module, record, kept, rules)
+        return _Computed(record, kept, output, {})
     scan = rules.scan(adapter.project(module, *call.args, rules=rules, seen=seen, **call.kwargs))
     both = {fold: selective_scan(scan, attention=fold) for fold in folds}
     y = next(iter(both.values()))[0] if both else selective_scan(scan)
+    y = edited_scan(edits[0], scan, y, edits[1]) if edits[1] else y
     _start_gradients(y)
     output = adapter.finish(module, scan, y, rules)
     return _Computed(scan, y, output, {fold: matrix for fold, (_, matrix) in both.items()})
@@ -235,7 +259,8 @@ def _against(interest: Interest, module: nn.Module, call: Call, own: Any) -> Ver
         sentence = verdict.sentence(interest.name, module, interest.adapter.family).rstrip(".")
         raise UnsupportedModelError(
             f"{sentence}. It was called with {', '.join(dict.fromkeys(call.opaque))}, which may hold states of an "
-            "earlier call: trace whole sequences, from their first token, without such a cache (use_cache=False)."
+            "earlier call: generate first, then trace the whole text in one forward, from its first token; a causal "
+            "model gives the same rows (use_cache=False)."
         )
     return verdict
 
@@ -331,7 +356,9 @@ def _observe(
             raise UnsupportedModelError(interest.why_refused(module, verdict))
         return
     adapter = interest.adapter if verdict is None or verdict.adapter is None else verdict.adapter
-    store = _forget if again else interest.store  # checkpointing wants the same computations again, nobody else does
+    store = (
+        _forget if again or interest.store is None else interest.store
+    )  # checkpointing wants the same computations again, nobody else does
     finish: Callable[[Tensor], Tensor]
     if isinstance(adapter, AttentionAdapter):
         record = adapter.project(module, *args, rules=PLAIN, seen=interest.seen, **kwargs)
@@ -342,7 +369,9 @@ def _observe(
     finish = partial(adapter.finish, module, scan.map_tensors(Tensor.detach), rules=PLAIN)
     ready = (interest.attention, hidden_attention(scan, fold=interest.attention)) if interest.attention else None
     tail = _repeatable(interest.name, module, finish)
-    store(ScanLayer(interest.name, scan, output=output, tail=tail, attention=ready))
+    edits = _edits(getattr(module.__dict__.get("forward"), "interests", ()))
+    y = edited_scan(interest.name, scan, selective_scan(scan), edits) if edits else None
+    store(ScanLayer(interest.name, scan, y=y, output=output, tail=tail, attention=ready))
 
 
 def _forget(layer: Layer) -> None:
@@ -363,29 +392,35 @@ def _repeatable(name: str, module: nn.Module, finish: Callable[[Tensor], Tensor]
 
 
 def watch_layout(stack: ExitStack, model: nn.Module, sources: Iterable[LayoutSource], seen: Seen) -> None:
-    """Learn the image size from the first convolution's input, and the token frame from the patch embedding."""
-    thread = get_ident()
+    """Learn the image size from the first convolution's input, and the token frame from the patch embedding or text."""
+    thread, given = get_ident(), seen.layout is not None
 
     def image(module: nn.Conv2d, args: tuple[Any, ...]) -> None:
         if thread == get_ident() and args and isinstance(args[0], Tensor) and args[0].ndim == 4:
             seen.batch, seen.image_size = args[0].shape[0], (args[0].shape[2], args[0].shape[3])
             seen.padded_stem = module.padding == tuple((size - 1) / 2 for size in module.kernel_size)
 
-    def device(module: nn.Module, args: tuple[Any, ...]) -> None:
-        weight = next(module.parameters(), None)
-        given = next((value for value in args if isinstance(value, Tensor)), None)
-        if weight is None or given is None or thread != get_ident() or given.device == weight.device:
+    def begins(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if thread != get_ident():
             return
-        raise ValueError(
-            f"the model is on {weight.device} and its input on {given.device}: move one, e.g. "
-            f"images.to({str(weight.device)!r})."
-        )
+        weight = next(module.parameters(), None)
+        first = next((value for value in args if isinstance(value, Tensor)), None)
+        if weight is not None and first is not None and first.device != weight.device:
+            raise ValueError(
+                f"the model is on {weight.device} and its input on {first.device}: move one, e.g. "
+                f"{'ids' if is_text(first) else 'images'}.to({str(weight.device)!r})."
+            )
+        require_prefill(kwargs)
+        if seen.real is not None:
+            return  # the model runs again, on a part of the batch, to measure orders
+        seen.real = real_tokens(module, args, kwargs)
+        if seen.real is not None and not given:
+            seen.layout = TokenLayout.line(seen.real.shape[1])
 
-    stack.callback(model.register_forward_pre_hook(device, prepend=True).remove)
+    stack.callback(model.register_forward_pre_hook(begins, with_kwargs=True, prepend=True).remove)
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is not None:
         stack.callback(first.register_forward_pre_hook(image).remove)
-    given = seen.layout is not None
 
     def look(source: LayoutSource, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
         if thread != get_ident():

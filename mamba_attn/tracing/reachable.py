@@ -14,7 +14,14 @@ _DEPTH = 4  # a model's file names a mixer's, that one a function's, and that on
 _NO_DOORS = ("torch", "builtins", "numpy", "timm", "transformers", "einops", "typing", "functools")
 _PREFIXES = ("selective_scan", "v2dmamba_scan")  # of the extensions' names; the second is 2DMamba's other recurrence
 CHUNK_SCANS = ("_mamba_chunk_scan_combined_fwd", "_mamba_chunk_scan_combined_bwd")  # of mamba_ssm's ssd_combined
-_ATTENTION = frozenset(("scaled_dot_product_attention", "multi_head_attention_forward", "ALL_ATTENTION_FUNCTIONS"))
+_ATTENTION = frozenset(
+    (
+        "scaled_dot_product_attention",
+        "multi_head_attention_forward",
+        "eager_attention_forward",
+        "ALL_ATTENTION_FUNCTIONS",
+    )
+)
 _OF_TORCH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 

@@ -29,8 +29,11 @@ class ScanInputs(NamedTuple):
         single = self.A.ndim == 1
         return max((t.shape[1] for t in (self.B, self.C) if t.ndim == 4 or single), default=1)
 
-    def parts(self) -> ScanParts:
-        """The tensors in float32, or in float64 if one of u, delta and A is, group by group and without a graph.
+    def parts(self, graph: bool = False) -> ScanParts:
+        """The tensors in float32, or in float64 if one of u, delta and A is, group by group.
+
+        Args:
+            graph: whether they keep their graph.
 
         Raises:
             UnsupportedModelError: complex A.
@@ -44,7 +47,7 @@ class ScanInputs(NamedTuple):
         split = (groups, self.u.shape[1] // groups)
 
         def work(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(torch.float64 if double else torch.float32)
+            return (tensor if graph else tensor.detach()).to(torch.float64 if double else torch.float32)
 
         delta = work(self.delta)
         delta = delta if self.delta_bias is None else delta + work(self.delta_bias)[:, None]

@@ -1,9 +1,9 @@
 """Doors of softmax attention: torch's own functions, wherever a module holds them, watched for the length of a trace.
 
 ``scaled_dot_product_attention`` is the door; ``nn.MultiheadAttention`` has three ways around it (weights that are asked
-for, its fast path and that of a whole encoder layer), each a door of its own. A door calls torch's function with what
-it was given and returns what that returned; queries, keys and values are kept, and the matrix is computed when it is
-first asked for.
+for, its fast path and that of a whole encoder layer), and transformers has one (``eager_attention_forward``, a function
+in each model's file): each a door of its own. A door calls the function with what it was given and returns what that
+returned; queries, keys and values are kept, and the matrix is computed when it is first asked for.
 """
 
 import math
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
 from threading import Lock, local
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from mamba_attn.tracing.undisturbed import recomputing
 _BACK = 16  # tensors before a call in which its queries and keys are looked for
 _AGREE = 0.9  # part of the entries that queries and keys must reach together: those of others agree by half
 _MHA = signature(F.multi_head_attention_forward)
+EAGER = "eager_attention_forward"
 CROSS = "reads tokens of another sequence"
 NESTED = "takes sequences of several lengths as one nested tensor"
 
@@ -45,6 +47,7 @@ class SoftmaxInputs(NamedTuple):
     causal: bool = False
     scale: float | None = None  # None: 1 / sqrt(width)
     safe: bool = True  # whether a row that reads nothing is zero, and not NaN
+    ready: Tensor | None = None  # the matrices, where their own function returned them
 
     @property
     def values(self) -> Tensor:
@@ -53,6 +56,8 @@ class SoftmaxInputs(NamedTuple):
 
     def probabilities(self) -> Float[Tensor, "rows groups length length"]:
         """Return the matrices after softmax, in float32, or in float64 if the queries are."""
+        if self.ready is not None:
+            return self._wide(self.ready)
         rows, groups, length = self.query.shape[:3]
         need = rows * groups * length**2 * (8 if self.query.dtype == torch.float64 else 4)
         require_bytes(
@@ -201,7 +206,7 @@ def open_softmax_doors() -> Iterator[None]:
     with _lock:
         _opened += 1
         if _opened == 1:
-            _replace([(own.__name__, own, partial(seen, own)) for own, seen in _DOORS.items()])
+            _replace()
     try:
         yield
     finally:
@@ -214,20 +219,23 @@ def open_softmax_doors() -> Iterator[None]:
                 _replaced.clear()
 
 
-def _replace(functions: Sequence[tuple[str, Any, Any]]) -> None:
-    """Put functions in the place of others in all loaded modules, under their own names."""
+def _replace() -> None:
+    """Put doors in the places of functions in all loaded modules, under their own names."""
     global _holders
     modules, loaded = loaded_modules()
+    wanted = [*(own.__name__ for own in _DOORS), EAGER]
     if loaded != _holders[0]:
         # torch looks into its own modules for what a TorchFunctionMode is shown
         outside = [vars(module) for module in modules if not module.__name__.startswith("torch._C")]
-        _holders = loaded, [(names, name) for names in outside for name, _, _ in functions if name in names]
-    new = {name: (own, ours) for name, own, ours in functions}
+        _holders = loaded, [(names, name) for names in outside for name in wanted if name in names]
+    ours = {id(own): partial(seen, own) for own, seen in _DOORS.items()}
     for names, name in _holders[1]:
-        own, ours = new[name]
-        if names.get(name) is own:
-            names[name] = ours
-            _replaced.append((names, name, ours, own))
+        own = names.get(name)
+        if name == EAGER and isinstance(own, FunctionType):
+            ours.setdefault(id(own), partial(_eager, own))
+        if id(own) in ours:
+            names[name] = ours[id(own)]
+            _replaced.append((names, name, ours[id(own)], own))
 
 
 _lock = Lock()
@@ -432,6 +440,42 @@ def _through_module(weight: Tensor, inputs: SoftmaxInputs, found: list[Tensor | 
         weights = weights.reshape(rows, -1, length, length)
         total = total + (weights.to(total) / groups if averaged else weights.to(total))
     return total
+
+
+def _eager(
+    own: Callable[..., Any], module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """``eager_attention_forward``, which returns (batch, length, heads, width) and the probabilities."""
+    places = [] if recomputing() else watching(sys._getframe(1))
+    found = own(module, query, key, value, *args, **kwargs)
+    for watch, running in places:
+        given = SoftmaxInputs(query, key, value)
+        call = _begin(watch, watch.names[id(running)], given)
+        if call is None:
+            continue
+        call.dropout = float(kwargs.get("dropout") or 0.0)
+        plain = {**kwargs, "dropout": 0.0} if "dropout" in kwargs else kwargs
+        call.make = partial(_asked_again, partial(own, module), (query, key, value), args, plain)
+        out = found[0].transpose(1, 2)
+        if watch.cut:
+            out = _cut(watch, call, out, (query, key, value), {}).transpose(1, 2)
+            found = (out, *found[1:])
+        else:
+            call.edges, call.back = [_edge(found[0])], _through_heads_last
+        _keep(watch, call)
+    return found
+
+
+def _asked_again(
+    function: Callable[..., Any], given: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SoftmaxInputs:
+    query, key, value = (t.detach() for t in given)
+    return SoftmaxInputs(query, key, value, ready=function(query, key, value, *args, **kwargs)[1])
+
+
+def _through_heads_last(inputs: SoftmaxInputs, found: list[Tensor | None]) -> Tensor:
+    """The gradient at the probabilities, of that at the output with heads behind tokens."""
+    return _through_values(inputs, [None if t is None else t.transpose(1, 2) for t in found])
 
 
 def _fast(own: Callable[..., Any], *args: Any) -> Any:

@@ -4,7 +4,7 @@ At a door the matrices of images are measured when first asked for.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, NoReturn
 
@@ -37,6 +37,11 @@ class AttentionLayer(Layer):
     def __init__(self, name: str, record: AttentionRecord, *, output: Any = None, tail: Tail | None = None) -> None:
         super().__init__(name, output, tail)
         self.record = record
+
+    def lay_out(self, layout: TokenLayout | None) -> None:
+        """Say where the tokens sit in the image; None leaves it as it is."""
+        if layout is not None:
+            self.record = replace(self.record, layout=layout)
 
     @property
     def _described(self) -> AttentionRecord:
@@ -260,7 +265,9 @@ class PlacedAttention:
         return _matrices(found, self.rows, self.order, self.record.tokens)
 
 
-def place_attention(call: SoftmaxCall, name: str, steps: Steps, layout: TokenLayout | None) -> PlacedAttention:
+def place_attention(
+    call: SoftmaxCall, name: str, steps: Steps, layout: TokenLayout | None, real: Tensor | None = None
+) -> PlacedAttention:
     """Put one call of attention into the token frame.
 
     Args:
@@ -268,6 +275,8 @@ def place_attention(call: SoftmaxCall, name: str, steps: Steps, layout: TokenLay
         name: the layer's, for messages.
         steps: what was measured of it.
         layout: of the tokens, without those that stand for padding.
+        real: which tokens of texts are no padding, (images, tokens). Softmax makes numbers up for a row that may read
+            nothing, so the rows and columns of padding are zero here.
 
     Raises:
         UnsupportedModelError: windows that share tokens.
@@ -275,6 +284,8 @@ def place_attention(call: SoftmaxCall, name: str, steps: Steps, layout: TokenLay
     """
     images, each, groups = len(steps.rows), steps.rows.shape[1], steps.order.shape[2]
     order, tokens = steps.order.flatten(1, 2), steps.tokens  # (images or 1, sequences, length)
+    if real is not None and tokens == call.length:
+        order = _with_padding_of_texts(order)
     heads = _heads(name, order)
     order = order[:, heads[0]]
     if bool((order < 0).any()):
@@ -296,8 +307,21 @@ def place_attention(call: SoftmaxCall, name: str, steps: Steps, layout: TokenLay
     value = values.new_zeros(images, len(heads), tokens, values.shape[-1])
     value.scatter_(2, index[..., None].expand(*index.shape, values.shape[-1]), values.flatten(2, 3))
     matrices = _matrices(inputs.probabilities(), rows, order, tokens)
+    if real is not None and real.shape == (images, tokens):
+        absent = ~real.to(matrices.device)
+        matrices = matrices.masked_fill(absent[:, None, :, None] | absent[:, None, None, :], 0)
     record = AttentionRecord(probabilities=matrices, value=value, layout=layout)
     return PlacedAttention(record, rows, order, steps.place.share)
+
+
+def _with_padding_of_texts(order: Int[Tensor, "_ sequences length"]) -> Tensor:
+    """Give steps that land nowhere the tokens that no other step has, in their order: what follows drops padding."""
+    filled = order.clone()
+    for row in filled.flatten(0, 1):
+        free = torch.ones(len(row), dtype=torch.bool)
+        free[row[row >= 0]] = False
+        row[row < 0] = free.nonzero().flatten()[: int((row < 0).sum())]
+    return filled
 
 
 def _heads(name: str, order: Int[Tensor, "_ sequences length"]) -> list[list[int]]:

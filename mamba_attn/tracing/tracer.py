@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from numbers import Integral
 from threading import get_ident
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ from mamba_attn.errors import TraceError, UnknownLayerError, UnsupportedModelErr
 from mamba_attn.tracing import patch_embedding
 from mamba_attn.tracing.adapters import Adapter, AnyAdapter, Seen, find_mixers, nothing_found, require_supported
 from mamba_attn.tracing.agreement import Verdict
-from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders, DoorLayer, DoorScans
-from mamba_attn.tracing.doors import Watch, open_doors
+from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders, DoorLayer, DoorScans, given_layout
+from mamba_attn.tracing.doors import ScanCall, Watch, open_doors
 from mamba_attn.tracing.fused_doors import fused_doors
 from mamba_attn.tracing.layer_names import ByLayer, LayerName, LayerNames, layer_name, layer_names
 from mamba_attn.tracing.layers import AnyLayer, Layer, ScanLayer
@@ -56,8 +56,10 @@ class Trace(Mapping[str, Layer]):
         wanted: LayerNames | None = None,
         around: Unseen | None = None,
         model: nn.Module | None = None,
+        layout: AnyLayout | None = None,
     ) -> None:
         self.model = model
+        self._layout = layout
         self._adapted = list(names)
         self._doors = doors
         self._wanted = wanted
@@ -194,6 +196,11 @@ class Trace(Mapping[str, Layer]):
         return self._of_kind(AttentionLayer)
 
     @property
+    def scan_calls(self) -> list[ScanCall]:
+        """The calls of scans that were seen at doors, in order."""
+        return [] if self._doors is None else self._doors.watch.scans
+
+    @property
     def unseen(self) -> dict[str, str]:
         """What mixes tokens in blocks like those of the traced mixers and was not traced: what it does, by its name.
 
@@ -308,14 +315,15 @@ class Trace(Mapping[str, Layer]):
         watch = None if self._doors is None else self._doors.watch
         if watch is not None and watch.suspended:
             return  # the model runs for us, to measure
-        if self._ahead is not None and isinstance(layer, ScanLayer) and not layer.has_layout:
-            layer.lay_out(self._ahead.layout_of(layer.name, layer.batch, layer.tokens))
         if layer.name in self._stored and self._runs == 1:  # one forward calls the mixer again: another layer
             name, number = layer.name, 2
             while layer.name in self._stored:
                 layer.name, number = f"{name}#{number}", number + 1
         elif layer.name in self._stored:
             self._repeated.add(layer.name)
+        layer.lay_out(given_layout(self._layout, layer.name, layer.tokens))
+        if self._ahead is not None and isinstance(layer, ScanLayer) and not layer.has_layout:
+            layer.lay_out(self._ahead.layout_of(layer.name, layer.batch, layer.tokens))
         self._stored[layer.name] = (0 if watch is None else len(watch.calls), layer)
 
 
@@ -324,6 +332,65 @@ def _of(layers: Trace, name: str) -> str:
         return layers[name]._repr_html_()
     except TraceError as error:
         return notebook.card(name, {}, notebook.safe(error))
+
+
+class Traceable(NamedTuple):
+    """What can be traced in a model.
+
+    Args:
+        model: without what wraps it for several devices.
+        mixers: those that adapters recognise, by name.
+        refused: why an adapter refuses a mixer, by its name, where its scans may go through a door.
+        unnamed: whether layers are known only when they have run, at doors.
+        at_doors: whether there may be any, also where an adapter turns out not to compute what it should.
+    """
+
+    model: nn.Module
+    mixers: dict[str, tuple[nn.Module, AnyAdapter]]
+    refused: dict[str, str]
+    unnamed: bool
+    at_doors: bool
+
+    @property
+    def known(self) -> dict[str, tuple[nn.Module, AnyAdapter]]:
+        """The mixers that adapters compute."""
+        return {name: mixer for name, mixer in self.mixers.items() if name not in self.refused}
+
+    @property
+    def adapted(self) -> set[nn.Module]:
+        """These mixers."""
+        return {module for module, _ in self.known.values()}
+
+    def learn_layout(self, stack: ExitStack, seen: Seen) -> None:
+        """Learn the token frame while the model runs, also from families of mixers that were not asked for."""
+        families = dict.fromkeys(adapter for _, adapter in self.mixers.values())
+        sources = [source for adapter in families for source in adapter.layout_sources(self.model)]
+        watch_layout(stack, self.model, sources or patch_embedding.layout_sources(self.model), seen)
+
+
+def find_traceable(model: nn.Module, adapters: Iterable[AnyAdapter] | None = None) -> Traceable:
+    """Return what can be traced in a model.
+
+    Args:
+        model: as for ``trace``.
+        adapters: as for ``trace``.
+
+    Raises:
+        UnsupportedModelError: nothing, a compiled model, copies on several devices.
+    """
+    model = _unwrapped(model)
+    mixers = find_mixers(model, adapters)
+    refused = {
+        name: reason
+        for name, (module, adapter) in mixers.items()
+        if (reason := adapter.refusal(module, model)) and (reaches_a_door(module) or reaches_attention(module))
+    }
+    adapted = [module for name, (module, _) in mixers.items() if name not in refused]
+    unnamed = bool(refused) or reaches_a_door(model) or reaches_attention(model, adapted)
+    at_doors = unnamed or reaches_attention(model)
+    if not adapted and not at_doors:
+        raise nothing_found(model, adapters)
+    return Traceable(model, mixers, refused, unnamed, at_doors)
 
 
 @contextmanager
@@ -351,7 +418,7 @@ def trace(
             recomputes the record from each mixer's input.
         attention: a fold whose matrix is computed during the pass; None computes matrices when asked.
         layout: the token frame, where it cannot be read from the model: one, or by patterns of layers' names, or a
-            function of a layer's name and number of tokens. Adapters take one alone.
+            function of a layer's name and number of tokens.
         orders: the token of every step, (routes, length) or (batch, routes, length), of scans whose order cannot be
             measured: one, or by patterns of names, or a function of a layer's name, number of routes and length.
         rules: what an attribution method changes in the forward (mode "route"): in the mixers, and where the rules
@@ -380,19 +447,8 @@ def trace(
         raise ValueError(f"trace(attention={attention!r}): expected one of {ops.FOLDS}.")
     if rules is not None and mode == "observe":
         raise ValueError("trace(rules=..., mode='observe'): rules change the forward; use mode='route'.")
-    model = _unwrapped(model)
-    found = find_mixers(model, adapters)
-    refused = {
-        name: reason
-        for name, (module, adapter) in found.items()
-        if (reason := adapter.refusal(module, model)) and (reaches_a_door(module) or reaches_attention(module))
-    }
-    known = {name: mixer for name, mixer in found.items() if name not in refused}
-    adapted = [module for module, _ in known.values()]
-    unnamed = bool(refused) or reaches_a_door(model) or reaches_attention(model, adapted)
-    at_doors = unnamed or reaches_attention(model)  # also where an adapter turns out not to compute what it should
-    if not known and not at_doors:
-        raise nothing_found(model, adapters)
+    there = find_traceable(model, adapters)
+    model, found, known, unnamed = there.model, there.mixers, there.known, there.unnamed
     # at doors nobody knows the layers' names before they run
     chosen = list(known) if layers is None or unnamed else layer_names("trace(layers=...)", layers, list(known))
     mixers = {name: known[name] for name in chosen}
@@ -400,23 +456,19 @@ def trace(
         require_supported(name, module, adapter, model)
     seen = Seen(layout=layout if isinstance(layout, TokenLayout) else None)
     doors = None
-    if at_doors:
-        watch = Watch(model, set(adapted), attention, rules=rules)
+    if there.at_doors:
+        watch = Watch(model, there.adapted, attention, rules=rules)
         watch.around = fused_doors if rules is not None and rules.wants >= frozenset(KINDS) else watch.around
-        doors = DoorScans(model, watch, seen, layout, orders, refused=refused)
+        doors = DoorScans(model, watch, seen, layout, orders, refused=there.refused)
     around = Unseen(model, list(known))
-    record = Trace(list(mixers), doors, layers if unnamed else None, around, model)
+    record = Trace(list(mixers), doors, layers if unnamed else None, around, model, layout)
     with ExitStack() as stack:
-        families = dict.fromkeys(adapter for _, adapter in found.values())  # also of mixers that were not asked for
-        sources = [source for adapter in families for source in adapter.layout_sources(model)]
-        watch_layout(stack, model, sources or patch_embedding.layout_sources(model), seen)
+        there.learn_layout(stack, seen)
         quiet = bool if doors is None else lambda: doors.watch.suspended
         record.asked = install_rules(stack, model, mixers, rules, quiet)
         for name, (module, adapter) in mixers.items():
             at = None if doors is None else doors.watch
-            interest = Interest(
-                name, record._store, seen, adapter, attention, rules, get_ident(), record._apart.__setitem__, at
-            )
+            interest = Interest(name, seen, adapter, record._store, attention, rules, record._apart.__setitem__, at)
             stack.enter_context(patched(module, interest) if mode == "route" else observed(module, interest))
         stack.callback(model.register_forward_pre_hook(record._starts, prepend=True).remove)
         stack.callback(model.register_forward_hook(record._ends, with_kwargs=True).remove)

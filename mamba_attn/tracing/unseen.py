@@ -188,7 +188,7 @@ class Unseen:
             traced = [child for child in children.values() if child in around or child in known]
             stages = any(self._holds_blocks(child, known) for child in traced)
             for child in children.values():
-                if child in known:
+                if child in known or child not in self._modules:  # a shared module is looked at where it stands first
                     continue
                 mixing = dict(self._mixing(child, around | known))
                 if child in around:  # a traced mixer's own block: what stands next to the mixer
@@ -220,7 +220,7 @@ class Unseen:
         below = []
         for key, _ in module.named_children():
             child = f"{name}.{key}"
-            if not (child in skip and not self._around_only(child, skip)):
+            if child in self._modules and not (child in skip and not self._around_only(child, skip)):
                 below += list(self._mixing(child, skip))
         if any(kind == MIXES for _, kind in below) or name in skip or name not in self._calls:
             yield from below

@@ -76,8 +76,8 @@ class Live:
         """Return the name of the class with the highest score; None if the model has no classes."""
         names = self._store.classes
         with torch.no_grad():
-            scores = self._subject.model(self._batch(image))
-        return names[int(scores.argmax())] if names and scores.ndim == 2 else None
+            scores = self._subject.logits(self._batch(image))
+        return names[int(scores.argmax())] if names and scores is not None else None
 
     def has(self, image: Any) -> dict[str, dict[str, bool]]:
         """Return, per layer, whether its scans have a "gate", and "skip": a D."""
@@ -98,7 +98,9 @@ class Live:
         if image.key in self._traces:
             self._traces.move_to_end(image.key)
             return self._traces[image.key]
-        with torch.no_grad(), trace(self._subject.model, layout=self._subject.layout) as record:
+        # the store knows where the tokens lie, also where its model's layout= was a function
+        layout = self._subject.layout or {layer.name: layer.layout for layer in self._store.layers}
+        with torch.no_grad(), trace(self._subject.model, layout=layout) as record:
             self._subject.model(self._batch(image))
         self._traces[image.key] = record
         if len(self._traces) > _TRACES:

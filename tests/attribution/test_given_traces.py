@@ -1,5 +1,7 @@
 """Maps of a pass that was traced before: the maps that methods make of their own pass, from one."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from mamba_attn.attribution import (
     RawAttention,
     Saliency,
     TransformerAttribution,
+    attribute_together,
 )
 from mamba_attn.errors import TraceError, UnknownLayerError
 from mamba_attn.tracing.tracer import trace
@@ -84,6 +87,48 @@ def test_three_maps_cost_one_pass():
     assert torch.equal(equal, maps[0])
 
 
+TOGETHER = {
+    "vim": [RawAttention, AttentionRollout, MambaAttribution],
+    "vmamba": [AttentionRollout, MambaLRP, MambaAttribution, Saliency],
+    "vit": [RawAttention, TransformerAttribution, AttentionRollout, AttentionGradCAM],
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", TOGETHER)
+def test_maps_of_several_methods_are_those_of_each(name, frozen):
+    model, x = Counted(MODELS[name]()).requires_grad_(not frozen), images(2)
+    methods = [method(model) for method in TOGETHER[name]]
+    truth = [method.attribute(x, [1, 3]) for method in methods]
+    model.passes = 0
+    found = attribute_together(methods, (x,), [1, 3])
+    for (maps,), expected in zip(found, truth, strict=True):
+        torch.testing.assert_close(maps, expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))
+    if all(method.takes_trace for method in methods):
+        assert model.passes <= 2  # and the look for what mixes unseen
+
+
+def test_the_mean_comes_with_the_weighted_matrix(monkeypatch):
+    model, x = vim(depth=2, class_token=None), images(2)
+    calls = {"hidden_attention": 0, "hidden_attentions": 0}
+
+    def counted(name, own, *args, **options):
+        calls[name] += 1
+        return own(*args, **options)
+
+    for name in calls:
+        monkeypatch.setattr(ops, name, partial(counted, name, getattr(ops, name)))
+    attribute_together([AttentionRollout(model), MambaAttribution(model)], x, 1)
+    assert calls == {"hidden_attention": 0, "hidden_attentions": 2}  # a sweep per layer
+
+
+def test_methods_together_are_on_one_model_and_leave_what_differs_apart():
+    model, x = vim(depth=1), images(2)
+    with pytest.raises(ValueError, match="expected methods on one model"):
+        attribute_together([RawAttention(model), RawAttention(vim(depth=1))], x)
+    assert attribute_together([], x) == []
+
+
 @pytest.mark.parametrize("name", ["vim", "pooled", "vmamba"])
 def test_a_matrix_that_the_pass_computed_is_read_and_not_computed_again(name, monkeypatch):
     model, x = MODELS[name](), images(2)
@@ -142,7 +187,7 @@ def test_traces_that_cannot_be_read():
         RawAttention(vim(depth=1)).attribute(x, trace=blind)
     with pytest.raises(ValueError, match="the trace has its own; leave them out"):
         RawAttention(model).attribute(x, trace=blind, additional_forward_args=3)
-    with pytest.raises(ValueError, match="this method watches or changes the forward pass, so it runs"):
+    with pytest.raises(ValueError, match=r"MambaLRP\.attribute.*this method reads no trace, it runs the model itself"):
         MambaLRP(model).attribute(x, trace=blind)
     with pytest.raises(ValueError, match="this method reads no trace, it runs the model itself"):
         Saliency(model).attribute(x, trace=blind)

@@ -5,7 +5,7 @@ import scipy.stats
 import torch
 
 from mamba_attn.attribution import ImplicitAttention, MambaLRP, RawAttention, RelevanceAttentionRanks
-from mamba_attn.attribution.relevance_attention_ranks import _shares
+from mamba_attn.core.ranks import shares
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.tracing.tracer import trace
 from tests.attribution.cases import MODELS, images, vim, vmamba
@@ -23,9 +23,9 @@ def test_ranks_are_mean_ranks(shape):
     generator = torch.Generator().manual_seed(0)
     for values in (torch.randn(shape, generator=generator), torch.randint(-2, 2, shape, generator=generator).double()):
         expected = scipy_ranks(values)
-        torch.testing.assert_close(_shares(values).double(), expected, rtol=0, atol=1e-6)
-        torch.testing.assert_close(_shares(values * 3 + 7), _shares(values), rtol=0, atol=0)
-    assert torch.equal(_shares(torch.full(shape, 2.5)).unique(), torch.tensor([0.5 if values[0].numel() > 1 else 0.0]))
+        torch.testing.assert_close(shares(values).double(), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(shares(values * 3 + 7), shares(values), rtol=0, atol=0)
+    assert torch.equal(shares(torch.full(shape, 2.5)).unique(), torch.tensor([0.5 if values[0].numel() > 1 else 0.0]))
 
 
 @pytest.mark.parametrize("kind", ["middle", "pooled", "overlapping"])

@@ -17,11 +17,13 @@ from mamba_attn.attribution import (
     Saliency,
     catalogue,
 )
-from mamba_attn.attribution.targets import find_scores, follow, target_values
+from mamba_attn.attribution.targets import scores_in, target_values
+from mamba_attn.core.outputs import follow
 from tests.attribution.cases import SIZE, images, vim, vmamba
 from tests.attribution.test_contract import FAST, Chosen
 
 Named = namedtuple("Named", ["features", "logits"])
+Two = namedtuple("Two", ["aux", "grades"])
 LOGITS = torch.tensor([[0.0, 2.0, 1.0], [3.0, 1.0, 0.5]])
 MAPS = torch.arange(2 * 4 * 5 * 6.0).view(2, 4, 5, 6)
 
@@ -61,10 +63,27 @@ class ModelOutput(OrderedDict):
 def test_the_only_tensor_of_images_and_classes_is_taken(output):
     assert target_values("call", output, None, 2).tolist() == [2, 3]
     assert target_values("call", output, [2, 1], 2).tolist() == [1, 1]
-    assert follow(output, find_scores("call", output, 2)) is LOGITS
+    assert follow(output, scores_in("call", output, 2)) is LOGITS
 
 
-@pytest.mark.parametrize("output", [{"out": MAPS}, (MAPS,), Result(MAPS), [torch.tensor(1.0), MAPS]])
+@pytest.mark.parametrize(
+    "output",
+    [
+        {"features": 2 * LOGITS, "logits": LOGITS},
+        Named(2 * LOGITS, LOGITS),
+        Result(LOGITS, hidden=2 * LOGITS),
+        {"aux": 2 * LOGITS, "deep": {"scores": LOGITS}},
+        ModelOutput(cls_logits=2 * LOGITS, logits=LOGITS, output=3 * LOGITS),
+    ],
+    ids=lambda output: type(output).__name__,
+)
+def test_of_several_the_one_called_logits_is_taken(output):
+    assert target_values("call", output, None, 2).tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "output", [{"out": MAPS}, (MAPS,), Result(MAPS), [torch.tensor(1.0), MAPS], {"out": MAPS, "aux": MAPS + 1}]
+)
 def test_a_dense_tensor_alone_is_taken_too(output):
     assert target_values("call", output, (1, 2, 3), 2).tolist() == [MAPS[0, 1, 2, 3], MAPS[1, 1, 2, 3]]
 
@@ -82,12 +101,12 @@ def test_one_number_per_image_is_the_target(output, target):
     [
         ((LOGITS, 2 * LOGITS), None, "output[0][:, 2]"),
         ((LOGITS, 2 * LOGITS), 1, "output[0][:, 1]"),
-        ({"aux": LOGITS, "scores": 2 * LOGITS}, 0, "output['aux'][:, 0]"),
-        ({"features": LOGITS, "logits": 2 * LOGITS}, 0, "output['logits'][:, 0]"),
-        (Named(LOGITS, 2 * LOGITS), None, "output.logits[:, 2]"),
-        (Result(LOGITS, hidden=2 * LOGITS), [0, 1], "output.logits[:, 2]"),
+        ({"aux": LOGITS, "grades": 2 * LOGITS}, 0, "output['aux'][:, 0]"),
+        ({"features": LOGITS, "cls_logits": 2 * LOGITS}, 0, "output['cls_logits'][:, 0]"),
+        (Two(LOGITS, 2 * LOGITS), None, "output.aux[:, 2]"),
+        ({"one": Result(LOGITS), "two": Result(2 * LOGITS)}, [0, 1], "output['one'].logits[:, 2]"),
         ([MAPS, 2 * MAPS], 1, "output[1][:, 1, 2, 3]"),
-        ({"out": MAPS, "aux": MAPS + 1}, None, "output['aux'][:, 3, 2, 3]"),
+        ({"main": MAPS, "aux": MAPS + 1}, None, "output['aux'][:, 3, 2, 3]"),
     ],
 )
 def test_the_example_fits_the_output_and_picks_one_number(output, target, example):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mamba_attn.errors import NonFiniteError
-from mamba_attn.evaluation.localisation import average_precision, energy_share, locate, unit_range
+from mamba_attn.evaluation.localisation import areas_under, average_precision, energy_share, locate, unit_range
 
 
 def toy():
@@ -96,3 +96,30 @@ def test_what_is_refused():
         locate(torch.full((4, 4), torch.nan), toy())
     with pytest.raises(ValueError, match=r"the map has \(3, 4\) pixels, the truth \(4, 4\)"):
         locate(torch.zeros(3, 4), toy())
+
+
+def test_areas_under_the_curve_are_scikit_learns():
+    roc_auc_score = pytest.importorskip("sklearn.metrics").roc_auc_score
+    random = np.random.default_rng(0)
+    for ties in (1, 4, 1000):
+        values, truths = (
+            random.integers(0, ties, (9, 7)) / ties,
+            [random.random((9, 7)) < share for share in (0.2, 0.6)],
+        )
+        expected = [roc_auc_score(truth.ravel(), values.ravel()) for truth in truths]
+        assert areas_under(values, truths) == pytest.approx(expected, abs=1e-12)
+    assert areas_under(values, [np.ones((9, 7), bool), np.zeros((9, 7), bool)]) == [None, None]
+
+
+def test_a_map_that_is_bright_where_all_objects_are_gains_nothing():
+    objects = [torch.zeros(8, 8) for _ in range(3)]
+    for place, each in enumerate(objects):
+        each[2:5, 1 + 2 * place : 3 + 2 * place] = 1
+    everywhere = torch.stack(objects).sum(0)
+    knows = [locate(each, each, others=[x for x in objects if x is not each]) for each in objects]
+    blob = [locate(everywhere, each, others=[x for x in objects if x is not each]) for each in objects]
+    assert [found.area_under for found in knows] == [1, 1, 1]
+    assert all(found.elsewhere < 0.5 for found in knows)
+    assert [found.area_under - found.elsewhere for found in blob] == pytest.approx([0, 0, 0], abs=1e-12)
+    assert blob[0].area_under > 0.8
+    assert locate(objects[0], objects[0]).elsewhere is None

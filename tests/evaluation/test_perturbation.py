@@ -142,7 +142,7 @@ def test_what_is_refused():
         perturbation.perturb(model, images, maps, target, cell=4)
     with pytest.raises(ValueError, match="expected a map per image in pixels"):
         perturbation.perturb(model, images, maps[:, :4], target, cell=4)
-    with pytest.raises(ValueError, match="fill='white': expected 'black' or 'mean'"):
+    with pytest.raises(ValueError, match="fill='white': expected one of black, mean, blur, road"):
         perturbation.perturb(model, images, maps.nan_to_num(), target, cell=4, fill="white")
     with pytest.raises(ValueError, match=r"explained=2: the model's classes are 0..1"):
         perturbation.clean_answers(model, images, explained=[None, 2])

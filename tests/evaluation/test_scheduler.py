@@ -3,6 +3,7 @@
 import gc
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from mamba_attn.attribution import catalogue
-from mamba_attn.evaluation import measures, plan
+from mamba_attn.evaluation import measures, plan, scheduler
 from mamba_attn.evaluation.plan import Plan
 from mamba_attn.evaluation.scheduler import run
 from mamba_attn.evaluation.specs import Model, Options, build, choose_methods
@@ -112,6 +113,42 @@ def test_more_images_keep_those_that_are_done(models, boxes, tmp_path):
     assert sum(task.records for task in tasks) == 5 * 2 - before == 3 * 2
     other = small(models[:1], boxes, limit=2, measures=("perturbation",), options=Options(fill="mean"))
     assert sum(task.records for task in other.tasks(store)) == 4
+
+
+def test_a_budget_stops_in_good_order_and_the_same_call_resumes(models, boxes, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "CHUNK", 2)
+    whole = done(small(models[:1], boxes, measures=("perturbation", "localisation")), tmp_path / "whole.jsonl")
+    wanted = small(models[:1], boxes, measures=("perturbation", "localisation"))
+    store, told = Store(tmp_path / "s.jsonl"), []
+    run(wanted, store, budget=1e-9, tell=told.append)
+    assert len(store) == 2 * 2 * 2  # images, methods, measures: what the estimate is made from
+    assert re.fullmatch(r"about \d+ s from here on: \w+ \d+ s, \w+ \d+ s", told[0])
+    assert wanted.notes[-1].startswith("stopped within the budget of 1.67e-11 minutes: ")
+    assert wanted.notes[-1].endswith(" have not all images; the same command resumes.")
+    run(small(models[:1], boxes, measures=("perturbation", "localisation")), store, budget=3600)
+    assert dict(store.items()) == dict(whole.items())
+
+
+def test_the_cheapest_method_comes_first(models, boxes, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "CHUNK", 2)
+    order, cost = [], {"raw_attention": 3.0, "mamba_attribution": 1.0}
+
+    def work(worker, task):
+        order.append([(method, len(its)) for method, its in task.needs.items()])
+        clock[0] += sum(cost[method] * len(its) for method, its in task.needs.items())
+        return []
+
+    clock = [0.0]
+    monkeypatch.setattr(scheduler.Worker, "work", work)
+    monkeypatch.setattr(scheduler.time, "monotonic", lambda: clock[0])
+    told = []
+    wanted = small(models[:1], boxes, measures=("perturbation",))
+    run(wanted, Store(tmp_path / "s.jsonl"), budget=8 + 2 + 2 + 6 + 1, tell=told.append)
+    assert told == ["about 16 s from here on: raw_attention 12 s, mamba_attribution 4 s"]
+    first, rest = order[:2], order[2:]
+    assert sorted(first) == [[("mamba_attribution", 2)], [("raw_attention", 2)]]
+    assert rest == [[("mamba_attribution", 2)], [("mamba_attribution", 2)], [("raw_attention", 2)]]
+    assert "raw_attention has not all images" in wanted.notes[-1]
 
 
 def test_two_processes_find_what_one_does(models, boxes, tmp_path, monkeypatch):
@@ -217,7 +254,7 @@ def test_bad_maps_cost_their_image_alone(models, boxes, tmp_path, monkeypatch, f
     from mamba_attn import images
 
     MARK[0] = float(images.normalise(data.load(3, transform).pixels[None]).mean())
-    monkeypatch.setattr(measures, "build", lambda name, model: Broken(model, fault))
+    monkeypatch.setattr(measures, "build", lambda name, model, layout: Broken(model, fault))
     (table,) = summarise(wanted, done(wanted, tmp_path / "s.jsonl"))
     assert table.figures["positive_auc_top"]["raw_attention"].images == 5
     ((reason, count),) = table.failed["raw_attention"].items()
@@ -247,7 +284,7 @@ def test_a_measure_that_fails_costs_itself_alone(models, boxes, tmp_path, monkey
 
 
 def test_constant_maps_are_defined_and_flagged(models, boxes, tmp_path, monkeypatch):
-    def constant(name, model):
+    def constant(name, model, layout):
         return SimpleNamespace(attribute=lambda inputs, target: torch.ones(len(inputs), 1, *inputs.shape[2:]))
 
     monkeypatch.setattr(measures, "build", constant)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from mamba_attn.evaluation.intervals import LEVEL, holm
 from mamba_attn.findings.controls import ALL, Row, compared, pairs
-from mamba_attn.findings.intervals import LEVEL, Estimate, expected, holm, quantile, tail
+from mamba_attn.findings.intervals import Estimate, expected, quantile, tail
 from mamba_attn.findings.registry import FINDINGS
 from mamba_attn.findings.tables import in_words, minimum_over, probability
 

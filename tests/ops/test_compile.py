@@ -114,7 +114,7 @@ def test_opcheck(merged: bool, frame: str, skip: bool) -> None:
     torch.library.opcheck(native._scan_backward_operator, (gradient, *detached))
     own = flatten(record.select_routes(slice(0, 1)).map_tensors(torch.Tensor.detach))
     for fold in ("mean", "each"):
-        torch.library.opcheck(native._line_operator, (*own, None, None, fold, "row", 3))
+        torch.library.opcheck(native._line_operator, (*own, None, None, "row", 3, fold))
 
 
 def test_an_order_that_repeats_is_refused_when_compiled_too() -> None:

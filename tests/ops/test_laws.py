@@ -36,6 +36,41 @@ def test_law_5_fast_equals_reference(case: Case, backend: str, dtype: torch.dtyp
 
 @cases
 @fast
+@pytest.mark.parametrize("count", [2, 3])
+def test_law_5_several_matrices_at_once_are_those_of_single_calls(
+    case: Case, backend: str, dtype: torch.dtype, count: int
+) -> None:
+    record = make(case, dtype)
+    w = weights(record)
+    pairs = [(w["row_weight"], w["col_weight"]), (None, None), (None, w["col_weight"])][:count]
+    folds = ["sum", "mean", "mean"][:count]
+    found = ops.hidden_attentions(record, pairs, folds, backend=backend)
+    positive = magnitude(double(record))
+    for value, (rows, columns), fold in zip(found, pairs, folds, strict=True):
+        given = {"row_weight": rows, "col_weight": columns}
+        exact = {key: None if x is None else x.double() for key, x in given.items()}
+        truth = ops.hidden_attention(double(record), fold=fold, backend="reference", **exact)
+        absolute = {key: None if x is None else x.abs() for key, x in exact.items()}
+        bound = ops.hidden_attention(positive, fold=fold, backend="reference", **absolute)
+        assert_within(value, truth, bound, TOLERANCE[backend, dtype])
+
+
+def test_several_matrices_keep_their_graphs_and_need_a_fold_each() -> None:
+    record = make(Case(states=4, frame="tokens"))
+    leaf = record.source_delta.clone().requires_grad_()
+    rows = torch.randn(record.batch, record.channels, record.tokens)
+    pairs, folds = [(rows, None), (None, None)], ["sum", "mean"]
+    one, other = ops.hidden_attentions(record.replace(source_delta=leaf), pairs, folds)
+    (gradient,) = torch.autograd.grad(one.sum() + other.sum(), leaf)
+    alone = (ops.hidden_attention(record.replace(source_delta=leaf), row_weight=rows, fold="sum"),)
+    alone += (ops.hidden_attention(record.replace(source_delta=leaf)),)
+    torch.testing.assert_close(gradient, torch.autograd.grad(alone[0].sum() + alone[1].sum(), leaf)[0])
+    with pytest.raises(ValueError, match="1 folds for 2 pairs of weights; expected one for each"):
+        ops.hidden_attentions(record, pairs, ["sum"])
+
+
+@cases
+@fast
 def test_law_5_scan_equals_reference(case: Case, backend: str, dtype: torch.dtype) -> None:
     record = make(case, dtype)
     value = ops.selective_scan(record, backend=backend)

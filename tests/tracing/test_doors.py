@@ -19,7 +19,7 @@ from mamba_attn.tracing.selective_scans import scan_inputs
 from tests.integrations import small_vim
 from tests.leaks import state_of
 from tests.tracing import foreign
-from tests.tracing.foreign import Both, Cross, Line, Net, Shuffled, Windows
+from tests.tracing.foreign import Both, Cascade, Cross, Line, Net, Shuffled, Windows
 
 GRID = (4, 5)
 TOKENS = 20
@@ -206,6 +206,14 @@ def test_scans_that_depend_on_each_other_are_several_layers():
     trace = traced(Net(Both(serial=True)).eval(), images())
     assert list(trace) == ["mixers.0", "mixers.0#2"]
     assert trace["mixers.0"].scan.routes == 1
+
+
+def test_a_scan_that_feeds_another_in_its_module_is_placed_by_the_norm_between_them():
+    first, second = traced(Net(Cascade(), grid=True).eval(), images()).layers
+    raster = torch.arange(20).view(4, 5)
+    assert [layer.layout.grid for layer in (first, second)] == [(4, 5)] * 2
+    assert torch.equal(first.scan.write_order, raster)
+    assert torch.equal(second.scan.write_order, raster.T)
 
 
 def test_a_module_that_runs_twice_is_two_layers():

@@ -360,7 +360,8 @@ def test_reading_too_early_or_twice_or_misspelt() -> None:
 def test_a_model_with_nothing_to_trace() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     with pytest.raises(
-        UnsupportedModelError, match=r"Families known: Vim, Mamba, VMamba, .*timm ViT\..*Sequential x 1, Conv2d x 1"
+        UnsupportedModelError,
+        match=r"Families known: Vim, Mamba of transformers, Mamba, VMamba, .*timm ViT\..*Sequential x 1, Conv2d x 1",
     ):
         with mamba_attn.trace(model):
             pass

@@ -1,4 +1,5 @@
 """Layer-wise relevance propagation: one backward pass in which scans, gates, norms and activations act linearly.
 
-``MambaLRP`` and ``FrozenContribution`` are the methods; the other files are the rules they install for that pass.
+``MambaLRP``, ``FrozenContribution`` and ``KeepAndRemoveLRP`` are the methods; the other files are the rules they
+install for that pass.
 """

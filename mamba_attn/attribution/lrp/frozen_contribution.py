@@ -14,6 +14,7 @@ from mamba_attn.attribution.targets import Target
 from mamba_attn.core.attention_record import AttentionRecord
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.tracing.dependence import behind
+from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
 from mamba_attn.tracing.layer_names import LayerNames
 
 
@@ -67,6 +68,8 @@ class FrozenContribution(LinearisedAttribution):
             code that no adapter knows the gate of a product is what comes out of an activation, else the second factor.
         layers: names, patterns or numbers of mixers; contributions are read before them and the maps averaged.
             Default: the first one.
+        layout: as in ``mamba_attn.trace``: where the tokens are, for models that do not show it.
+        orders: as in ``mamba_attn.trace``: in which order scans walk them, where it cannot be measured.
         positions: add to each patch the contribution of its position embedding.
 
     Raises:
@@ -80,8 +83,16 @@ class FrozenContribution(LinearisedAttribution):
         torch.Size([2, 1, 224, 224])
     """
 
-    def __init__(self, model: nn.Module, *, layers: LayerNames | None = None, positions: bool = False) -> None:
-        super().__init__(model, layers=layers)
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: LayerNames | None = None,
+        layout: AnyLayout | None = None,
+        orders: AnyOrders | None = None,
+        positions: bool = False,
+    ) -> None:
+        super().__init__(model, layers=layers, layout=layout, orders=orders)
         self.positions = positions
 
     def contributions(self, inputs: Tensor, target: Target = None) -> Contributions:
@@ -94,9 +105,8 @@ class FrozenContribution(LinearisedAttribution):
         Raises:
             ValueError: inputs are not a batch, or the target is not a class.
         """
-        self._size("contributions", inputs)
         rules = FrozenRules(self.model)
-        (first, *_), biases = self._entrances(inputs, target, rules)
+        (first, *_), biases = self._called_with("contributions", inputs)._entrances(inputs, target, rules)
         positions = rules.position_shares(first)
         return Contributions(first.shares - positions, positions, biases, first.layer.layout)
 

@@ -14,6 +14,7 @@ from mamba_attn.attribution.queries import Query
 from mamba_attn.attribution.targets import Target
 from mamba_attn.core.tf32 import tf32_allowed
 from mamba_attn.errors import TraceError
+from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
 from mamba_attn.tracing.escapes import Meter
 from mamba_attn.tracing.layer_names import LayerNames, layer_names, listed_layers
 from mamba_attn.tracing.layers import Layer
@@ -53,13 +54,23 @@ class LinearisedAttribution(TokenAttribution):
         model: a model that ``mamba_attn.trace`` supports.
         layers: names, patterns or numbers of mixers; shares are read before them and the maps averaged. The rules apply
             to all mixers in any case. Default: the first one, after the patch embedding.
+        layout: as in ``mamba_attn.trace``: where the tokens are, for models that do not show it.
+        orders: as in ``mamba_attn.trace``: in which order scans walk them, where it cannot be measured.
     """
 
     reads_rows: ClassVar[bool] = False
+    reads_traces: ClassVar[bool] = False  # its rules change the pass
     takes_parts: ClassVar[bool] = False  # shares add up over all that the model is given
 
-    def __init__(self, model: nn.Module, *, layers: LayerNames | None = None) -> None:
-        super().__init__(model)  # traces all layers
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: LayerNames | None = None,
+        layout: AnyLayout | None = None,
+        orders: AnyOrders | None = None,
+    ) -> None:
+        super().__init__(model, layout=layout, orders=orders)  # traces all layers
         self.before = listed_layers(f"{type(self).__name__}(layers=...)", layers)
 
     @abstractmethod

@@ -17,6 +17,7 @@ from mamba_attn.attribution.lrp.linear_rules import (
 from mamba_attn.attribution.targets import Target
 from mamba_attn.errors import UnsupportedModelError, nearest
 from mamba_attn.tracing.dependence import behind
+from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
 from mamba_attn.tracing.function_rules import straight
 from mamba_attn.tracing.layer_names import ByLayer, LayerNames
 from mamba_attn.tracing.layers import ScanLayer, require
@@ -58,6 +59,8 @@ class MambaLRP(LinearisedAttribution):
         model: a model of selective scans that ``mamba_attn.trace`` supports, with or without an adapter.
         layers: names, patterns or numbers of mixers; relevance is read before them and the maps averaged. Default: the
             first one.
+        layout: as in ``mamba_attn.trace``: where the tokens are, for models that do not show it.
+        orders: as in ``mamba_attn.trace``: in which order scans walk them, where it cannot be measured.
         gamma_layers: names or patterns of linear layers and convolutions with the generalised gamma rule, e.g.
             ``"layers.*.in_proj"``. Default: none, LRP-0 everywhere.
         gamma: of that rule, at least 0; 0 is LRP-0.
@@ -78,10 +81,12 @@ class MambaLRP(LinearisedAttribution):
         model: nn.Module,
         *,
         layers: LayerNames | None = None,
+        layout: AnyLayout | None = None,
+        orders: AnyOrders | None = None,
         gamma_layers: Iterable[str] | str | None = None,
         gamma: float = 0.25,
     ) -> None:
-        super().__init__(model, layers=layers)
+        super().__init__(model, layers=layers, layout=layout, orders=orders)
         patterns = (gamma_layers,) if isinstance(gamma_layers, str) else tuple(gamma_layers or ())
         check_gamma_layers("MambaLRP", model, patterns, gamma)
         self.gamma_layers = patterns
@@ -97,8 +102,7 @@ class MambaLRP(LinearisedAttribution):
         Raises:
             ValueError: inputs are not a batch, or the target is not a class.
         """
-        self._size("relevances", inputs)
-        entrances, _ = self._entrances(inputs, target, self._rules())
+        entrances, _ = self._called_with("relevances", inputs)._entrances(inputs, target, self._rules())
         return ByLayer({entrance.layer.name: entrance.shares for entrance in entrances})
 
     def bias_relevances(self, inputs: Tensor, target: Target = None) -> dict[str, Float[Tensor, " batch"]]:
@@ -111,8 +115,7 @@ class MambaLRP(LinearisedAttribution):
         Raises:
             ValueError: inputs are not a batch, or the target is not a class.
         """
-        self._size("bias_relevances", inputs)
-        return self._entrances(inputs, target, self._rules())[1]
+        return self._called_with("bias_relevances", inputs)._entrances(inputs, target, self._rules())[1]
 
     def _rules(self) -> LinearRules:
         return LRPRules(self.model, self.gamma_layers, self.gamma)

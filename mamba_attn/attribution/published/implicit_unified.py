@@ -4,6 +4,8 @@ That repository publishes Mamba-Attribution alone; its raw attention and rollout
 recipes. ``ImplicitAttention`` is the same matrix without these shortcuts: with D and the bias, and every row.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +25,8 @@ from mamba_attn.tracing.layers import ScanLayer
 
 class _UnifiedRows(ClassTokenAttribution):
     """Puts this code's rows into the recipes of HiddenMambaAttn."""
+
+    reads_traces: ClassVar[bool] = False  # it watches the pass
 
     def _recorder(self) -> ActivationRecorder | None:
         return ActivationRecorder()

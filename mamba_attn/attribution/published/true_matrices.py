@@ -4,6 +4,8 @@
 stand for these two.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,8 @@ class Equation24(TokenAttribution):
         layout: as in ``mamba_attn.trace``.
         orders: as in ``mamba_attn.trace``.
     """
+
+    reads_traces: ClassVar[bool] = False  # it watches the pass
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         recorder = ActivationRecorder()

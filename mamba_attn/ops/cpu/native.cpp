@@ -276,12 +276,23 @@ struct Attention {
     int32_t fold;
 };
 
-struct Block {  // a block of channels of one (image, route), cut into chunks
-    int64_t first, channels, chunks;
-    std::vector<float> Q, K;     // (chunks, channels * states, 16)
-    std::vector<double> S;       // (chunks + 1, channels): cumulative delta at chunk boundaries
-    float* q(int64_t chunk, int64_t states) { return Q.data() + chunk * channels * states * LANES; }
-    float* k(int64_t chunk, int64_t states) { return K.data() + chunk * channels * states * LANES; }
+// Steps of a chunk, as all channels see them: where their delta lies, and their B and C, zero behind the last one.
+struct Steps {
+    int64_t first, position[LANES];
+    int count;
+    std::vector<float> B, C;  // (states, 16)
+};
+
+// A block of channels of one (image, route), cut into chunks of steps. Q and K hold the weights of a matrix that is the
+// only one; of several, rows and columns do, and the states' sum serves all of them. Where there is but one state, rows and
+// columns are those of Q and K, times the weights.
+struct Block {
+    int64_t first, channels, chunks, states;
+    std::vector<float> Q, K;           // (chunks, channels * states, 16)
+    std::vector<float> rows, columns;  // (matrices, chunks, channels, 16)
+    std::vector<double> S;             // (chunks + 1, channels): cumulative delta at chunk boundaries
+    int64_t at(int64_t chunk) const { return chunk * channels * states * LANES; }
+    int64_t weights(int64_t matrix, int64_t chunk) const { return (matrix * chunks + chunk) * channels * LANES; }
 };
 
 template <int F>
@@ -293,58 +304,85 @@ inline void fold_into(vec (&total)[LANES], vec (&part)[LANES]) {
     }
 }
 
-void write_tile(const Attention& a, int64_t b, int64_t r, int64_t c, int64_t I, int64_t J, const vec (&tile)[LANES]) {
+inline void add_reversed(float* line, vec x) {
+    vec turned;
+    for (int j = 0; j < LANES; j++) turned[j] = x[LANES - 1 - j];
+    store(line, load(line) + turned);
+}
+
+void write_tile(const Attention& a, int64_t b, int64_t r, int64_t c, int64_t I, int64_t J, const vec* tile) {
     const Scan& s = a.scan;
     float* out = a.out + b * a.out_batch + r * a.out_route + c * a.out_channel;
     const int64_t rows = s.length - I * LANES < LANES ? s.length - I * LANES : LANES;
+    const int64_t* read = s.write ? a.scan.read + r * s.length + J * LANES : nullptr;
+    const int64_t start = read ? read[0] : J * LANES, stride = read && I != J ? read[1] - read[0] : 1;
+    bool along = I != J && (stride == 1 || stride == -1);  // then a row of the tile is 16 neighbours of the matrix
+    for (int j = 0; along && read && j < LANES; j++) along = read[j] == start + j * stride;
     for (int64_t i = 0; i < rows; i++) {
         float* line = out + at(s.write, r, s.length, I * LANES + i) * a.side;
         const int64_t columns = I == J ? i + 1 : LANES;
-        const int64_t* read = s.write ? a.scan.read + r * s.length + J * LANES : nullptr;
-        for (int64_t j = 0; j < columns; j++) line[read ? read[j] : J * LANES + j] += tile[i][j] * s.scale;
+        if (along && stride == 1) store(line + start, load(line + start) + tile[i] * s.scale);
+        else if (along) add_reversed(line + start - (LANES - 1), tile[i] * s.scale);
+        else for (int64_t j = 0; j < columns; j++) line[read ? read[j] : start + j] += tile[i][j] * s.scale;
     }
 }
 
-struct Chunk { float delta[LANES], sums[LANES], rest[LANES], row[LANES], col[LANES]; int64_t position[LANES]; int count; };
+void gather_steps(const Scan& s, const int64_t* source, int64_t b, int64_t r, int64_t chunk, Steps& x) {
+    x.first = chunk * LANES;
+    x.count = s.length - x.first < LANES ? s.length - x.first : LANES;
+    for (int i = 0; i < LANES; i++) {
+        const int64_t p = at(source, r, s.length, x.first + (i < x.count ? i : 0));
+        x.position[i] = p * s.delta.position;
+        for (int64_t n = 0; n < s.states; n++) {
+            x.B[n * LANES + i] = i < x.count ? row(s.B, b, r, p)[n * s.B.axis] : 0;
+            x.C[n * LANES + i] = i < x.count ? row(s.C, b, r, p)[n * s.C.axis] : 0;
+        }
+    }
+}
 
-// the chunk's own triangle, and its Q and K, for one channel
-template <int F>
-void prepare_channel(const Attention& a, const int64_t* source, Block& block, int64_t b, int64_t r, int64_t chunk,
-                     int64_t channel, vec (&total)[LANES], vec (&part)[LANES]) {
-    const Scan& s = a.scan;
+inline vec weights_of(const Tensor& w, int64_t b, int64_t r, const Steps& x, int64_t c) {
+    if (!w.data) return splat(1);
+    const float* first = row(w, b, r, x.first) + c * w.axis;
+    if (w.position == 1 && x.count == LANES) return load(first);
+    vec found = {};
+    for (int i = 0; i < x.count; i++) found[i] = first[i * w.position];
+    return found;
+}
+
+// the chunk's own triangle, and its factors, for one channel
+template <int F, int MATRICES>
+void prepare_channel(const Attention* a, const Steps& x, Block& block, int64_t b, int64_t r, int64_t chunk,
+                     int64_t channel, vec (&total)[MATRICES][LANES], vec (&part)[LANES]) {
+    const Scan& s = a->scan;
     const int64_t c = block.first + channel, states = s.states;
-    Chunk x;
-    x.count = s.length - chunk * LANES < LANES ? s.length - chunk * LANES : LANES;
+    const float* steps = s.delta.data + b * s.delta.batch + r * s.delta.route + c * s.delta.axis;
+    float deltas[LANES], all[LANES], left[LANES];
     double exact = 0;
     for (int i = 0; i < LANES; i++) {
-        const bool inside = i < x.count;
-        const int64_t step = chunk * LANES + i, p = inside ? at(source, r, s.length, step) : 0;
-        x.position[i] = p;
-        x.delta[i] = inside ? row(s.delta, b, r, p)[c * s.delta.axis] : 0;
-        exact += x.delta[i];
-        x.sums[i] = exact;
-        x.rest[i] = exact - x.sums[i];
-        x.row[i] = !inside ? 0 : a.row_weight.data ? row(a.row_weight, b, r, step)[c * a.row_weight.axis] : 1;
-        x.col[i] = x.delta[i] * (inside && a.col_weight.data ? row(a.col_weight, b, r, step)[c * a.col_weight.axis] : 1);
+        deltas[i] = i < x.count ? steps[x.position[i]] : 0;
+        exact += deltas[i];
+        all[i] = exact;
+        left[i] = exact - all[i];
     }
     double* S = &block.S[chunk * block.channels + channel];
     S[block.channels] = S[0] + exact;
-    const Split delta{load(x.delta), vec{}}, sums{load(x.sums), load(x.rest)};
-    const vec rows = load(x.row), columns = load(x.col);
+    const Split delta{load(deltas), vec{}}, sums{load(all), load(left)};
+    vec rows[MATRICES], columns[MATRICES];
+    for (int m = 0; m < MATRICES; m++) {
+        rows[m] = weights_of(a[m].row_weight, b, r, x, c);
+        columns[m] = weights_of(a[m].col_weight, b, r, x, c);
+    }
+    const vec gain = MATRICES == 1 ? delta.high * columns[0] : delta.high;
     for (int64_t n = 0; n < states; n++) {
         const int64_t which = (r * s.channels + c) * states + n;
-        const Split A2{splat(s.A2[which]), splat(a.A2_low[which])};
-        float Bs[LANES], Cs[LANES], decays[LANES], inputs[LANES], outputs[LANES];
-        for (int i = 0; i < LANES; i++) {
-            Bs[i] = row(s.B, b, r, x.position[i])[n * s.B.axis];
-            Cs[i] = row(s.C, b, r, x.position[i])[n * s.C.axis];
-        }
+        const Split A2{splat(s.A2[which]), splat(a->A2_low[which])};
+        float decays[LANES], inputs[LANES], outputs[LANES];
         store(decays, exp2_product(A2, delta));
-        store(inputs, load(Bs) * columns);
-        const vec out = load(Cs) * rows;
+        store(inputs, load(&x.B[n * LANES]) * gain);
+        const vec out = MATRICES == 1 ? load(&x.C[n * LANES]) * rows[0] : load(&x.C[n * LANES]);
         store(outputs, out);
-        float* q = block.q(chunk, states) + (channel * states + n) * LANES;
-        store(q, out * exp2_product(A2, sums));
+        const int64_t place = block.at(chunk) + (channel * states + n) * LANES;
+        store(&block.Q[place], out * exp2_product(A2, sums));
         vec columns_state = {};
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; i++) {
@@ -352,15 +390,25 @@ void prepare_channel(const Attention& a, const int64_t* source, Block& block, in
             columns_state[i] = inputs[i];
             part[i] += columns_state * outputs[i];
         }
-        store(block.k(chunk, states) + (channel * states + n) * LANES, columns_state);
+        store(&block.K[place], columns_state);
     }
-    if (F != SIGNED) fold_into<F>(total, part);
+    if (MATRICES == 1) {
+        if (F != SIGNED) fold_into<F>(total[0], part);
+        return;
+    }
+    for (int m = 0; m < MATRICES; m++) {
+        const int64_t place = block.weights(m, chunk) + channel * LANES;
+        const int64_t own = block.at(chunk) + channel * LANES;
+        store(&block.rows[place], states == 1 ? rows[m] * load(&block.Q[own]) : rows[m]);
+        store(&block.columns[place], states == 1 ? columns[m] * load(&block.K[own]) : columns[m]);
+        for (int i = 0; i < LANES; i++) total[m][i] += part[i] * columns[m] * rows[m][i];
+    }
+    for (int i = 0; i < LANES; i++) part[i] = vec{};
 }
 
-template <int F>
-void tile_product(const Attention& a, Block& block, int64_t r, int64_t I, int64_t J, float* decay, float* rest,
-                  vec (&total)[LANES]) {
-    const int64_t states = a.scan.states, inner = block.channels * states;
+// from the end of chunk J to the start of chunk I, for every channel and state
+void tile_decays(const Attention& a, const Block& block, int64_t r, int64_t I, int64_t J, float* decay, float* rest) {
+    const int64_t states = block.states, inner = block.channels * states;
     const int64_t offset = (r * a.scan.channels + block.first) * states;
     const double *start = &block.S[I * block.channels], *end = &block.S[(J + 1) * block.channels];
     for (int64_t c = 0; c < block.channels; c++) {
@@ -372,9 +420,14 @@ void tile_product(const Attention& a, Block& block, int64_t r, int64_t I, int64_
         const Split A2{load(a.scan.A2 + offset + k), load(a.A2_low + offset + k)};
         store(decay + k, exp2_product(A2, {load(decay + k), load(rest + k)}));
     }
-    const float *q = block.q(I, states), *keys = block.k(J, states);
+}
+
+template <int F>
+void tile_product(const Block& block, int64_t I, int64_t J, const float* decay, vec (&total)[LANES]) {
+    const int64_t inner = block.channels * block.states;
+    const float *q = &block.Q[block.at(I)], *keys = &block.K[block.at(J)];
     vec part[LANES] = {};
-    const int64_t step = F == SIGNED ? inner : states;
+    const int64_t step = F == SIGNED ? inner : block.states;
     for (int64_t k0 = 0; k0 < inner; k0 += step) {
         for (int64_t k = k0; k < k0 + step; k++) {
             const vec key = load(keys + k * LANES) * decay[k];
@@ -385,31 +438,88 @@ void tile_product(const Attention& a, Block& block, int64_t r, int64_t I, int64_
     }
 }
 
-template <int F>
-void attention_block(const Attention& a, const int64_t* source, int64_t b, int64_t r, int64_t first, int64_t channels) {
+// several matrices of the same scan: the states' sum of each channel, once, then the weights of each matrix, of which the
+// last may have none; half of the rows at a time, so that all sums stay in registers
+template <int MATRICES, bool PLAIN>
+void tile_products(const Block& block, int64_t I, int64_t J, const float* decay, vec (&total)[MATRICES][LANES]) {
+    constexpr int HALF = LANES / 2;
+    const int64_t states = block.states;
+    for (int h = 0; h < LANES; h += HALF) {
+        const float *q = &block.Q[block.at(I)] + h, *keys = &block.K[block.at(J)];
+        vec sums[MATRICES][HALF] = {};
+        for (int64_t c = 0; c < block.channels; c++) {
+            if (states == 1) {
+                for (int m = 0; m < MATRICES; m++) {
+                    const float* rows = &block.rows[block.weights(m, I) + c * LANES] + h;
+                    const vec key = load(&block.columns[block.weights(m, J) + c * LANES]) * decay[c];
+#pragma GCC unroll 8
+                    for (int i = 0; i < HALF; i++) sums[m][i] += key * rows[i];
+                }
+                continue;
+            }
+            vec part[HALF] = {};
+            for (int64_t k = c * states; k < (c + 1) * states; k++) {
+                const vec key = load(keys + k * LANES) * decay[k];
+#pragma GCC unroll 8
+                for (int i = 0; i < HALF; i++) part[i] += key * q[k * LANES + i];
+            }
+#pragma GCC unroll 4
+            for (int m = MATRICES - 1; m >= 0; m--) {
+                if (PLAIN && m == MATRICES - 1) {
+                    for (int i = 0; i < HALF; i++) sums[m][i] += part[i];
+                    continue;
+                }
+                const float* rows = &block.rows[block.weights(m, I) + c * LANES] + h;
+                const vec columns = load(&block.columns[block.weights(m, J) + c * LANES]);
+#pragma GCC unroll 8
+                for (int i = 0; i < HALF; i++) sums[m][i] += part[i] * columns * rows[i];
+            }
+        }
+        for (int m = 0; m < MATRICES; m++)
+            for (int i = 0; i < HALF; i++) total[m][h + i] = sums[m][i];
+    }
+}
+
+// F is SIGNED where there are several matrices
+template <int F, int MATRICES>
+void attention_block(const Attention* a, const int64_t* source, int64_t b, int64_t r, int64_t first, int64_t channels) {
     const FlushDenormals flush;
-    const Scan& s = a.scan;
-    Block block{first, channels, (s.length + LANES - 1) / LANES, {}, {}, {}};
-    block.Q.resize(block.chunks * channels * s.states * LANES);
+    const Scan& s = a->scan;
+    Block block{first, channels, (s.length + LANES - 1) / LANES, s.states, {}, {}, {}, {}, {}};
+    const bool plain = !a[MATRICES - 1].row_weight.data && !a[MATRICES - 1].col_weight.data;
+    block.Q.resize(block.at(block.chunks));
     block.K.resize(block.Q.size());
+    block.rows.resize(MATRICES == 1 ? 0 : block.weights(MATRICES, 0));
+    block.columns.resize(block.rows.size());
     block.S.assign(channels * (block.chunks + 1), 0.0);
+    Steps x{0, {}, 0, std::vector<float>(s.states * LANES), std::vector<float>(s.states * LANES)};
     for (int64_t chunk = 0; chunk < block.chunks; chunk++) {  // in order: S is cumulative
-        vec total[LANES] = {}, part[LANES] = {};
-        for (int64_t c = 0; c < channels; c++) prepare_channel<F>(a, source, block, b, r, chunk, c, total, part);
-        if (F == SIGNED) fold_into<F>(total, part);
-        write_tile(a, b, r, first, chunk, chunk, total);
+        vec total[MATRICES][LANES] = {}, part[LANES] = {};
+        gather_steps(s, source, b, r, chunk, x);
+        for (int64_t c = 0; c < channels; c++) prepare_channel<F, MATRICES>(a, x, block, b, r, chunk, c, total, part);
+        if (F == SIGNED && MATRICES == 1) fold_into<F>(total[0], part);
+        for (int m = 0; m < MATRICES; m++) write_tile(a[m], b, r, first, chunk, chunk, total[m]);
     }
 #pragma omp parallel num_threads(s.threads)
     {
         const FlushDenormals flush;
         std::vector<float> decay(channels * s.states + LANES), rest(decay.size());
+        std::vector<vec> later((MATRICES - 1) * block.chunks * LANES);  // rows of two matrices at once overrun the L1 cache
 #pragma omp for schedule(dynamic)
         for (int64_t I = block.chunks - 1; I > 0; I--) {
             for (int64_t J = 0; J < I; J++) {
-                vec total[LANES] = {};
-                tile_product<F>(a, block, r, I, J, decay.data(), rest.data(), total);
-                write_tile(a, b, r, first, I, J, total);
+                vec total[MATRICES][LANES] = {};
+                tile_decays(*a, block, r, I, J, decay.data(), rest.data());
+                if (MATRICES == 1) tile_product<F>(block, I, J, decay.data(), total[0]);
+                else if (plain) tile_products<MATRICES, true>(block, I, J, decay.data(), total);
+                else tile_products<MATRICES, false>(block, I, J, decay.data(), total);
+                write_tile(*a, b, r, first, I, J, total[0]);
+                for (int m = 1; m < MATRICES; m++)
+                    std::memcpy(&later[((m - 1) * block.chunks + J) * LANES], total[m], sizeof total[m]);
             }
+            for (int m = 1; m < MATRICES; m++)
+                for (int64_t J = 0; J < I; J++)
+                    write_tile(a[m], b, r, first, I, J, &later[((m - 1) * block.chunks + J) * LANES]);
         }
     }
 }
@@ -509,8 +619,9 @@ void scan_backward(const Scan* s, const float* gy, const Gradients* g) {
     }
 }
 
+// Matrices of one scan: `count` is 1, or 2 whose folds are SIGNED, in one sweep over the states.
 // source: (routes, length) position read at each step, or null when sources are in scan order
-void hidden_attention(const Attention* a, const int64_t* source) {
+void hidden_attention(const Attention* a, int64_t count, const int64_t* source) {
     const Scan& s = a->scan;
     const int64_t length = (s.length + LANES - 1) / LANES * LANES;
     int64_t block = (1 << 20) / (sizeof(float) * length * s.states);  // K of a block stays in a 1 MiB cache
@@ -518,10 +629,11 @@ void hidden_attention(const Attention* a, const int64_t* source) {
     for (int64_t b = 0; b < s.batch; b++) {
         for (int64_t r = 0; r < s.routes; r++) {
             for (int64_t c = 0; c < s.channels; c += block) {
-                const int64_t count = s.channels - c < block ? s.channels - c : block;
-                if (a->fold == POSITIVE) attention_block<POSITIVE>(*a, source, b, r, c, count);
-                else if (a->fold == ABSOLUTE) attention_block<ABSOLUTE>(*a, source, b, r, c, count);
-                else attention_block<SIGNED>(*a, source, b, r, c, count);
+                const int64_t some = s.channels - c < block ? s.channels - c : block;
+                if (count == 2) attention_block<SIGNED, 2>(a, source, b, r, c, some);
+                else if (a->fold == POSITIVE) attention_block<POSITIVE, 1>(a, source, b, r, c, some);
+                else if (a->fold == ABSOLUTE) attention_block<ABSOLUTE, 1>(a, source, b, r, c, some);
+                else attention_block<SIGNED, 1>(a, source, b, r, c, some);
             }
         }
     }

@@ -5,7 +5,7 @@ Optional: without a compiler the blocked path runs. Computes in float32 (convert
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,10 +21,12 @@ from mamba_attn.ops.cpu.build import library, library_problem
 from mamba_attn.ops.cpu.structures import CAttention, CGradients, Frame, c_scan, c_tensor, checked_order
 from mamba_attn.ops.flat_records import (
     REST,
+    WEIGHTED,
     attention_gradient,
-    attention_shape,
+    empty_attention,
     flatten_for_matrix,
     keep,
+    operator,
     unflatten,
 )
 from mamba_attn.ops.heads import as_units, by_group, fold_heads, unit_width
@@ -73,6 +75,27 @@ class Native(Backend):
         (part,) = parts
         run: Callable[..., Tensor] = _attention_operator if torch.compiler.is_compiling() else _Attention.apply
         return run(*flatten_for_matrix(part), merged, row_weight, col_weight, fold)
+
+    def hidden_attentions(
+        self, record: ScanRecord, weights: Sequence[Weights], folds: Sequence[str], merged: bool
+    ) -> list[Tensor]:
+        """Matrices with signed folds in pairs, each pair in one sweep; where a graph is kept, one after the other."""
+        tensors = (record.source_delta, record.A, record.source_B, record.source_C, record.source_gain)
+        kept = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (*tensors, *(x for its in weights for x in its))
+        )
+        together = not kept and unit_width(record) == 1 and record.source_B.shape[2] == 1
+        if not together or torch.compiler.is_compiling() or not set(folds) <= {"mean", "sum"}:
+            return super().hidden_attentions(record, weights, folds, merged)
+        if record.source_gain is not None:
+            plain = [_gain_in_columns(record, columns) for _, columns in weights]
+            record, weights = plain[0][0], [(its[0], columns) for its, (_, columns) in zip(weights, plain, strict=True)]
+        (part,) = _groups(record)
+        found: list[Tensor] = []
+        for first in range(0, len(folds), 2):
+            pair = slice(first, first + 2)
+            found += _matrices(part, weights[pair], folds[pair], merged)
+        return found
 
     def _scan_group(self, record: ScanRecord, merged: bool) -> Tensor:
         channels = record.channels
@@ -158,67 +181,54 @@ def _scan_backward(
     return results
 
 
-def _attention(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    read_order: Tensor,
-    write_order: Tensor,
-    tokens: int,
-    scale: float,
-    source_frame: str,
-    merged: bool,
-    row_weight: Tensor | None,
-    col_weight: Tensor | None,
-    fold: str,
-) -> Tensor:
+def _attention(*arguments: Any) -> Tensor:
     """Return the folded matrix of a record with one group; uses only u's shape. Its gradient is the blocked path's."""
-    record = unflatten(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
-    out = torch.zeros(attention_shape(u, read_order, tokens, merged, fold))
-    with _call(record, (row_weight, col_weight), out, fold, merged) as (call, source):
-        side = out.shape[-1]
-        call.side, call.out_route = side, 0 if merged else out.stride(1)
-        call.out_channel = side * side if fold == "each" else 0
-        library().hidden_attention(ctypes.byref(call), source)
-    return out
+    record, (merged, rows, columns, fold) = unflatten(arguments)
+    return _matrices(record, [(rows, columns)], [fold], merged)[0]
 
 
-def _line(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    read_order: Tensor,
-    write_order: Tensor,
-    tokens: int,
-    scale: float,
-    source_frame: str,
-    row_weight: Tensor | None,
-    col_weight: Tensor | None,
-    fold: str,
-    axis: str,
-    step: int,
-) -> Tensor:
+def _matrices(record: ScanRecord, weights: Sequence[Weights], folds: Sequence[str], merged: bool) -> list[Tensor]:
+    """Return the folded matrices of a record with one group: one, or two whose folds are "mean" or "sum"."""
+    fields = flatten_for_matrix(record)
+    outs = [empty_attention(*fields, merged, None, None, fold).zero_() for fold in folds]
+    with _calls(record, weights, outs, folds, merged) as (calls, source):
+        for call, out, fold in zip(calls, outs, folds, strict=True):
+            side = out.shape[-1]
+            call.side, call.out_route = side, 0 if merged else out.stride(1)
+            call.out_channel = side * side if fold == "each" else 0
+        library().hidden_attention(calls, ctypes.c_int64(len(calls)), source)
+    return outs
+
+
+def _line(*arguments: Any) -> Tensor:
     """One row or column of a record of one route and one group, in scan order; keeps no graph."""
-    record = unflatten(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
-    out = torch.zeros(_line_shape(u, read_order, fold))
-    with _call(record, (row_weight, col_weight), out, fold, merged=False) as (call, source):
-        call.out_channel = record.length if fold == "each" else 0
-        library().attention_line(ctypes.byref(call), source, ctypes.c_int64(step), ctypes.c_int32(axis == "column"))
+    record, (rows, columns, axis, step, fold) = unflatten(arguments)
+    out = _empty_line(*arguments).zero_()
+    with _calls(record, [(rows, columns)], [out], [fold], merged=False) as (calls, source):
+        calls[0].out_channel = record.length if fold == "each" else 0
+        library().attention_line(calls, source, ctypes.c_int64(step), ctypes.c_int32(axis == "column"))
     return out
+
+
+def _empty_line(*arguments: Any) -> Tensor:
+    u, read_order = arguments[0], arguments[6]
+    kept = (u.shape[2],) if arguments[-1] == "each" else ()
+    empty: Tensor = u.new_empty((u.shape[0], *kept, read_order.shape[1]), dtype=torch.float32)
+    return empty
 
 
 # Under torch.compile the functions above are operators, or it would trace into the pointers; called as operators in
 # eager mode they would cost three times as much as the rest of a small call.
 _scan_operator = torch.library.custom_op("mamba_attn::native_scan", _scan, mutates_args=())
 _scan_backward_operator = torch.library.custom_op("mamba_attn::native_scan_backward", _scan_backward, mutates_args=())
-_attention_operator = torch.library.custom_op("mamba_attn::native_attention", _attention, mutates_args=())
-_line_operator = torch.library.custom_op("mamba_attn::native_attention_line", _line, mutates_args=())
+_attention_operator = operator("native_attention", WEIGHTED, "Tensor", _attention, empty_attention)
+_line_operator = operator(
+    "native_attention_line",
+    "Tensor? row_weight, Tensor? col_weight, str axis, SymInt step, str fold",
+    "Tensor",
+    _line,
+    _empty_line,
+)
 
 
 @_scan_operator.register_fake
@@ -229,18 +239,6 @@ def _(u, delta, A, B, C, D, gain, read, write, tokens, scale):  # type: ignore[n
 @_scan_backward_operator.register_fake
 def _(gradient, u, delta, A, B, C, D, gain, read, write, tokens, scale):  # type: ignore[no-untyped-def]
     return _gradients(u, delta, A, B, gain)
-
-
-@_attention_operator.register_fake
-def _(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame, merged, row_weight, col_weight, fold):  # type: ignore[no-untyped-def]
-    return u.new_empty(attention_shape(u, read_order, tokens, merged, fold), dtype=torch.float32)
-
-
-@_line_operator.register_fake
-def _(  # type: ignore[no-untyped-def]
-    u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame, row_weight, col_weight, fold, axis, step
-):
-    return u.new_empty(_line_shape(u, read_order, fold), dtype=torch.float32)
 
 
 def _keep_scan(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
@@ -288,7 +286,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         *sources, rows, columns = ctx.saved_tensors
         needed = (*ctx.needs_input_grad[1:5], *ctx.needs_input_grad[-3:-1])
-        record = unflatten(*sources, *ctx.fields)
+        record, _ = unflatten((*sources, *ctx.fields))
         found = blocked.attention_gradients(record, (rows, columns), ctx.fold, ctx.merged, gradient, needed)
         return None, *found[:4], None, *REST, None, *found[4:], None
 
@@ -301,41 +299,30 @@ def attention_line(record: ScanRecord, axis: str, step: int, weights: Weights, f
         weights = rows, columns
     (part,) = _groups(record)
     run: Callable[..., Tensor] = _line_operator if torch.compiler.is_compiling() else _line
-    return run(*flatten_for_matrix(part), *weights, fold, axis, step)
-
-
-def _line_shape(u: Tensor, read_order: Tensor, fold: str) -> tuple[int | torch.SymInt, ...]:
-    return (u.shape[0], *((u.shape[2],) if fold == "each" else ()), read_order.shape[1])
+    return run(*flatten_for_matrix(part), *weights, axis, step, fold)
 
 
 @contextmanager
-def _call(
-    record: ScanRecord, weights: Weights, out: Tensor, fold: str, merged: bool
-) -> Iterator[tuple[CAttention, ctypes.c_void_p]]:
-    """Yield a call's C structure and the positions of its sources; tensors stay alive inside the block."""
+def _calls(
+    record: ScanRecord, weights: Sequence[Weights], outs: Sequence[Tensor], folds: Sequence[str], merged: bool
+) -> Iterator[tuple[Any, ctypes.c_void_p]]:
+    """Yield C structures, one per matrix, and the positions of their sources; tensors stay alive inside the block."""
     exact = torch.nn.functional.pad(record.A.detach().double().flatten() * _LOG2_E, (0, _LANES))
     A2, A2_low = exact.float(), (exact - exact.float()).float()
     delta, B, C = (x.detach().float() for x in (record.source_delta, record.source_B, record.source_C))
-    rows, columns = (None if x is None else x.detach().float() for x in weights)
+    placed = [tuple(None if x is None else x.detach().float() for x in its) for its in weights]
     frame = _attention_frame(record, merged)
-    scan = c_scan(delta, delta, A2, B, C, None, frame)
-    if fold in ("mean", "positive", "absolute"):
-        scan.scale /= record.channels
     in_tokens = record.source_frame == "tokens"
     source = checked_order("read_order", record.read_order, frame.positions) if in_tokens else None
-    call = CAttention(
-        scan,
-        c_tensor(rows, 2, frame.routes),
-        c_tensor(columns, 2, frame.routes),
-        A2_low.data_ptr(),
-        out.data_ptr(),
-        0,
-        out.stride(0),
-        0,
-        0,
-        _FOLDS[fold],
-    )
-    yield call, ctypes.c_void_p(None if source is None else source.data_ptr())
+    calls = (CAttention * len(folds))()
+    for call, (rows, columns), out, fold in zip(calls, placed, outs, folds, strict=True):
+        call.scan = c_scan(delta, delta, A2, B, C, None, frame)
+        if fold in ("mean", "positive", "absolute"):
+            call.scan.scale /= record.channels
+        call.row_weight, call.col_weight = (c_tensor(x, 2, frame.routes) for x in (rows, columns))
+        call.A2_low, call.fold = A2_low.data_ptr(), _FOLDS[fold]
+        call.out, call.out_batch = out.data_ptr(), out.stride(0)
+    yield calls, ctypes.c_void_p(None if source is None else source.data_ptr())
 
 
 def _gain_in_columns(record: ScanRecord, columns: Tensor | None) -> tuple[ScanRecord, Tensor]:

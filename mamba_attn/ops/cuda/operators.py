@@ -13,13 +13,16 @@ from mamba_attn.ops.cuda import kernels
 from mamba_attn.ops.cuda.launcher import LAUNCHER, Launcher
 from mamba_attn.ops.flat_records import (
     REST,
+    SIX,
     SOURCES,
+    WEIGHTED,
     attention_gradient,
-    attention_shape,
+    empty_attention,
+    empty_y,
     keep,
+    operator,
     through_attention,
     unflatten,
-    y_shape,
 )
 
 launcher: Launcher = LAUNCHER  # tests replace it
@@ -38,119 +41,56 @@ def remedy(record: ScanRecord) -> Iterator[None]:
         ) from error
 
 
-@torch.library.custom_op("mamba_attn::selective_scan", mutates_args=())
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    read_order: Tensor,
-    write_order: Tensor,
-    tokens: int,
-    scale: float,
-    source_frame: str,
-    merged: bool,
-) -> Tensor:
-    """The fields of a ``ScanRecord``; y (batch, channels, tokens) merged, else (batch, routes, channels, length)."""
-    record = unflatten(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
+def _scan(*arguments: Any) -> Tensor:
+    """y: (batch, channels, tokens) merged, else (batch, routes, channels, length)."""
+    record, (merged,) = unflatten(arguments)
     with remedy(record):
         return kernels.scan(launcher, record, merged)
 
 
-@torch.library.custom_op("mamba_attn::selective_scan_backward", mutates_args=())
-def selective_scan_backward(
-    gradient: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    read_order: Tensor,
-    write_order: Tensor,
-    tokens: int,
-    scale: float,
-    source_frame: str,
-    merged: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _scan_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C and D (empty without D), in their shapes and types."""
-    record = unflatten(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
+    record, (merged, gradient) = unflatten(arguments)
     with remedy(record):
         *five, skip = kernels.backward(launcher, record, gradient, merged)
-    results = [x.to(source.dtype) for x, source in zip(five, (u, delta, A, B, C), strict=True)]
-    du, ddelta, dA, dB, dC = results
-    return du, ddelta, dA, dB, dC, u.new_empty(0) if skip is None or D is None else skip.to(D.dtype)
+    u, *_, D = arguments[:6]
+    results = (x.to(source.dtype) for x, source in zip(five, arguments[:5], strict=True))
+    return *results, u.new_empty(0) if skip is None or D is None else skip.to(D.dtype)
 
 
-@torch.library.custom_op("mamba_attn::hidden_attention", mutates_args=())
-def hidden_attention(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    read_order: Tensor,
-    write_order: Tensor,
-    tokens: int,
-    scale: float,
-    source_frame: str,
-    merged: bool,
-    row_weight: Tensor | None,
-    col_weight: Tensor | None,
-    fold: str,
-) -> Tensor:
+def _attention(*arguments: Any) -> Tensor:
     """Return the folded matrix of a record; of u it only uses the shape."""
-    record = unflatten(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
+    record, (merged, rows, columns, fold) = unflatten(arguments)
     with remedy(record):
-        return kernels.attention(launcher, record, (row_weight, col_weight), fold, merged)[1]
+        return kernels.attention(launcher, record, (rows, columns), fold, merged)[1]
 
 
-@torch.library.custom_op("mamba_attn::scan_and_attention", mutates_args=())
-def scan_and_attention(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    read_order: Tensor,
-    write_order: Tensor,
-    tokens: int,
-    scale: float,
-    source_frame: str,
-    merged: bool,
-    fold: str,
-) -> tuple[Tensor, Tensor]:
+def _scan_and_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Return y and the folded matrix, from one launch."""
-    record = unflatten(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame)
+    record, (merged, fold) = unflatten(arguments)
     with remedy(record):
         y, attention = kernels.attention(launcher, record, (None, None), fold, merged, with_y=True)
-    return u.new_empty(0) if y is None else y, attention
+    return record.source_u.new_empty(0) if y is None else y, attention
 
 
-@selective_scan.register_fake
-def _(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame, merged):  # type: ignore[no-untyped-def]
-    return u.new_empty(y_shape(u, read_order, tokens, merged), dtype=torch.float32)
+def _empty_gradients(*arguments: Any) -> tuple[Tensor, ...]:
+    *five, D = arguments[:6]
+    results = (x.new_empty(x.shape) for x in five)
+    return *results, five[0].new_empty(0) if D is None else D.new_empty(D.shape)
 
 
-@selective_scan_backward.register_fake
-def _(gradient, u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame, merged):  # type: ignore[no-untyped-def]
-    results = [x.new_empty(x.shape) for x in (u, delta, A, B, C)]
-    return *results, u.new_empty(0) if D is None else D.new_empty(D.shape)
+def _empty_y_and_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return empty_y(*arguments), empty_attention(*arguments)
 
 
-@hidden_attention.register_fake
-def _(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame, merged, row_weight, col_weight, fold):  # type: ignore[no-untyped-def]
-    return u.new_empty(attention_shape(u, read_order, tokens, merged, fold), dtype=torch.float32)
-
-
-@scan_and_attention.register_fake
-def _(u, delta, A, B, C, D, read_order, write_order, tokens, scale, source_frame, merged, fold):  # type: ignore[no-untyped-def]
-    shapes = y_shape(u, read_order, tokens, merged), attention_shape(u, read_order, tokens, merged, fold)
-    return tuple(u.new_empty(shape, dtype=torch.float32) for shape in shapes)
+selective_scan = operator("selective_scan", "bool merged", "Tensor", _scan, empty_y)
+selective_scan_backward = operator(
+    "selective_scan_backward", "bool merged, Tensor gradient", SIX, _scan_backward, _empty_gradients
+)
+hidden_attention = operator("hidden_attention", WEIGHTED, "Tensor", _attention, empty_attention)
+scan_and_attention = operator(
+    "scan_and_attention", "bool merged, str fold", "(Tensor, Tensor)", _scan_and_attention, _empty_y_and_attention
+)
 
 
 def _through_y(ctx: Any, gradient: Tensor | None) -> list[Tensor | None]:
@@ -158,7 +98,7 @@ def _through_y(ctx: Any, gradient: Tensor | None) -> list[Tensor | None]:
     record = (*ctx.saved_tensors[:SOURCES], *ctx.fields)
     if gradient is None:
         return [None] * 6
-    *five, skip = selective_scan_backward(gradient, *record, ctx.merged)
+    *five, skip = selective_scan_backward(*record, ctx.merged, gradient)
     return [*five, None if record[5] is None else skip]
 
 

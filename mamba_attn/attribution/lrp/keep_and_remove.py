@@ -1,0 +1,158 @@
+"""KeepAndRemoveLRP: MambaLRP, asked again about what it kept and what it removed; our own."""
+
+import zlib
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mamba_attn._types import Bool, Float
+from mamba_attn.attribution.lrp.mamba_lrp import MambaLRP
+from mamba_attn.attribution.maps import MapAttribution
+from mamba_attn.attribution.queries import Query
+from mamba_attn.attribution.targets import Target, scores_in, target_indices
+from mamba_attn.core.blur import blurred
+from mamba_attn.core.outputs import follow
+from mamba_attn.core.ranks import shares
+from mamba_attn.errors import nearest
+from mamba_attn.tracing.texts import is_text
+
+FILLS = ("dark", "mean", "blur", "shuffle")
+_KEPT = (0.8, 0.6, 0.4, 0.2)  # of the cells, one pass each
+_REMOVED = (0.08, 0.16, 0.24, 0.32)
+
+
+class KeepAndRemoveLRP(MapAttribution):
+    """MambaLRP's relevance, corrected by what the model sees without some of the patches. New here; not published.
+
+    Relevance is exact for the image as it is, and says nothing about what the model turns to when a part is gone,
+    which is what removal asks. With R = ``MambaLRP``, on the cells of the first token grid:
+
+    - *keep*: N = R(image); four times, the cells with the highest N (80, 60, 40, 20 %) are kept, the others filled,
+      and what R gives to the kept ones is added to N.
+    - *remove*: four times, the next 8 % of the cells with the highest R of what is left are filled. D orders the cells
+      by when they went, and those that stay by R(image).
+
+    The map is rank(N) + rank(D), ranks from 0 to 1. Fills take turns, so that the map does not belong to one of them:
+    the darkest value of each colour in the image, its mean colour, its blur, its own cells shuffled. The cost is
+    1 + 8 ``draws`` passes of MambaLRP.
+
+    Args:
+        model: as for ``MambaLRP``.
+        draws: fills per step; relevances are averaged over them.
+        fills: names from the list above, at least one; several as a tuple.
+
+    Raises:
+        ValueError: an option is outside its range, or a name is unknown; when called, a pixel or box, or inputs that
+            are no images.
+        UnsupportedModelError: as ``MambaLRP``.
+
+    Example:
+        >>> KeepAndRemoveLRP(model, draws=1).attribute(images, target=281).shape
+        torch.Size([2, 1, 224, 224])
+    """
+
+    takes_parts: ClassVar[bool] = False  # as MambaLRP
+
+    def __init__(self, model: nn.Module, *, draws: int = 2, fills: str | tuple[str, ...] = FILLS) -> None:
+        super().__init__(model)
+        if draws < 1:
+            raise ValueError(f"KeepAndRemoveLRP(draws={draws!r}): expected at least 1.")
+        names = (fills,) if isinstance(fills, str) else tuple(fills)
+        for name in names or ("",):
+            if name not in FILLS:
+                raise ValueError(f"KeepAndRemoveLRP(fills={fills!r}): {nearest(name, FILLS)}")
+        self.relevance = MambaLRP(model)
+        self.draws, self.fills = draws, names
+
+    def _maps(
+        self, images: Tensor, target: Target, query: Query | None, size: tuple[int, ...], grid: bool
+    ) -> Float[Tensor, "batch 1 *size"]:
+        if is_text(images) or images.ndim != 4:
+            raise ValueError(
+                f"{self.called}.attribute(inputs{tuple(images.shape)}): expected images (batch, colours, rows, "
+                "columns), whose cells can be filled; for texts, volumes and spectrograms use MambaLRP."
+            )
+        target = self._settled(images, target)
+        relevance = self._relevance(images, target)
+        cells = relevance[0].numel()
+        turns = self._turns(images, (relevance.shape[2], relevance.shape[3]))
+
+        def again(kept: Bool[Tensor, "batch cells"]) -> Float[Tensor, "batch cells"]:
+            shown = _nearest(kept.view_as(relevance), (images.shape[2], images.shape[3]))
+            found = [
+                self._relevance(torch.where(shown, images, next(turns)), target).flatten(1) for _ in range(self.draws)
+            ]
+            return torch.stack(found).mean(0).masked_fill(~kept, 0)
+
+        first = relevance.flatten(1)
+        kept_sum = first.clone()
+        for part in _KEPT:
+            kept_sum += again(_highest(kept_sum, round(cells * part)))
+        gone = torch.zeros_like(first, dtype=torch.bool)
+        left, removal = first, shares(first)
+        for place, part in enumerate(_REMOVED):
+            more = _highest(left.masked_fill(gone, -torch.inf), round(cells * part) - int(gone[0].sum()))
+            removal = torch.where(more, 1 + len(_REMOVED) - place + shares(left), removal)
+            gone |= more
+            left = again(~gone)
+        found = (shares(kept_sum) + shares(removal)).view_as(relevance)
+        return found if grid else self._layouts(images)[0].to_pixels(found, size)
+
+    def _relevance(self, images: Tensor, target: Target) -> Float[Tensor, "batch 1 rows columns"]:
+        size = (images.shape[2], images.shape[3])
+        return self._at_this_call(self.relevance)._finite_maps(images, target, None, size, True)
+
+    def _settled(self, images: Tensor, target: Target) -> Target:
+        """Return the target, the class predicted for the whole image if it is open: parts may be taken for others."""
+        output = self._output(images, target)
+        if target is not None:
+            return target
+        call = f"{self.called}.attribute"
+        scores = follow(output, scores_in(f"{call}(target=None)", output, len(images)))
+        indices = target_indices(call, scores, None, len(images))
+        return indices[:, 0].tolist() if indices.shape[1] else None
+
+    def _turns(self, images: Tensor, grid: tuple[int, int]) -> Iterator[Tensor]:
+        """Yield the images' fills in turn; of one image they are the same, wherever it is in a batch."""
+        seeds = [zlib.crc32(image.detach().float().cpu().contiguous().numpy().tobytes()) for image in images]
+        drawn = [torch.Generator().manual_seed(seed) for seed in seeds]
+        while True:
+            for name in self.fills:
+                if name == "shuffle":
+                    yield torch.stack([_shuffled(image, grid, each) for image, each in zip(images, drawn, strict=True)])
+                else:
+                    yield _content(name, images)
+
+
+def _content(fill: str, images: Float[Tensor, "batch colours height width"]) -> Tensor:
+    if fill == "blur":
+        return blurred(images)
+    sides = (2, 3)
+    flat = images.amin(sides, keepdim=True) if fill == "dark" else images.mean(sides, keepdim=True)
+    return flat.expand_as(images)
+
+
+def _shuffled(image: Tensor, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Return an image with its cells in random order; rows and columns beyond whole cells stay."""
+    rows, columns = grid
+    high, wide = (max(1, side // count) for side, count in zip(image.shape[1:], grid, strict=True))
+    part = image[:, : rows * high, : columns * wide]
+    tiles = part.unflatten(2, (-1, wide)).unflatten(1, (-1, high)).permute(1, 3, 0, 2, 4)
+    order = torch.randperm(tiles.shape[0] * tiles.shape[1], generator=generator).to(image.device)
+    mixed = tiles.flatten(0, 1)[order].unflatten(0, tiles.shape[:2]).permute(2, 0, 3, 1, 4)
+    whole = image.clone()
+    whole[:, : part.shape[1], : part.shape[2]] = mixed.reshape_as(part)
+    return whole
+
+
+def _highest(values: Float[Tensor, "batch cells"], count: int) -> Bool[Tensor, "batch cells"]:
+    """Return which cells are the highest; of equal ones the first."""
+    order = values.argsort(dim=1, descending=True, stable=True)
+    return torch.zeros_like(values, dtype=torch.bool).scatter(1, order[:, :count], True)
+
+
+def _nearest(kept: Bool[Tensor, "batch 1 rows columns"], size: tuple[int, int]) -> Bool[Tensor, "batch 1 height width"]:
+    return F.interpolate(kept.float(), size=size, mode="nearest") > 0
