@@ -64,14 +64,16 @@ class LayerGradCam(FromCaptum):
     ) -> None:
         super().__init__(model)
         self.layout = layout
+        self.layer: LayerName | None
         if isinstance(layer, nn.Module):  # as captum takes it
             names = {module: name for name, module in model.named_modules()}
             if not names.get(layer):
                 raise ValueError(f"LayerGradCam(layer={type(layer).__name__}): expected a module inside the model.")
-            layer = names[layer]
-        if layer is not None:
-            listed_layers("LayerGradCam(layer=...)", [layer])
-        self.layer = layer
+            self.layer = names[layer]
+        else:
+            self.layer = layer
+        if self.layer is not None:
+            listed_layers("LayerGradCam(layer=...)", [self.layer])
         self.relu = relu
 
     def _maps(
