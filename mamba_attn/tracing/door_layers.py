@@ -16,12 +16,13 @@ from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.tracing.adapters import Seen
-from mamba_attn.tracing.doors import ScanCall, Watch
+from mamba_attn.tracing.doors import Watch
 from mamba_attn.tracing.edits import CallEdit, Edit, Knockout, in_scan_order
 from mamba_attn.tracing.frames import Place
 from mamba_attn.tracing.layer_names import by_pattern
 from mamba_attn.tracing.layers import Layer, ScanLayer
 from mamba_attn.tracing.replay import Replay
+from mamba_attn.tracing.selective_scans import ScanCall
 from mamba_attn.tracing.softmax_doors import SoftmaxCall
 from mamba_attn.tracing.softmax_layers import DoorAttention, PlacedAttention, place_attention
 from mamba_attn.tracing.standing import nearest_layout

@@ -9,21 +9,18 @@ each call asks which of them it concerns: those of its own thread, or of any thr
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from threading import Lock, get_ident
 from types import FrameType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_attn import ops
 from mamba_attn.core.rules import Rules
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.tracing.chunk_scans import (
-    ChunkInputs,
     backward_arguments,
     forward_inputs,
     scanned,
@@ -35,6 +32,8 @@ from mamba_attn.tracing.edits import CallEdit, edited_call
 from mamba_attn.tracing.reachable import CHUNK_SCANS, compiled_scans
 from mamba_attn.tracing.running import Names, running_modules
 from mamba_attn.tracing.selective_scans import (
+    AnyInputs,
+    ScanCall,
     ScanInputs,
     ScanStates,
     as_extension,
@@ -49,92 +48,6 @@ if TYPE_CHECKING:
     from mamba_attn.tracing.softmax_doors import SoftmaxCall
 
 Handler = Callable[..., Any]  # what stands in a function's place: handler(door, *the function's arguments)
-
-
-AnyInputs = ScanInputs | ChunkInputs
-
-
-@dataclass(eq=False)
-class ScanCall:
-    """One call of a compiled scan.
-
-    Args:
-        module: name of the innermost module of the traced model that was running.
-        run: which of that module's calls it was in, from 0.
-        inputs: what was handed in.
-        run_again: gives the scan's own output before its gate, (batch, channels, length). To keep it for every layer
-            of a pass would cost more time than all else at the doors.
-        states: what ``fwd`` handed out for ``bwd``; of a chunk scan its output.
-        attention: (fold, matrix per group in scan order) when one was asked for.
-    """
-
-    module: str
-    run: int
-    inputs: AnyInputs
-    run_again: Callable[[], Tensor]
-    states: Tensor
-    attention: tuple[str, Tensor] | None = None
-    again: Tensor | None = None  # the states of a recomputation
-    dout: Tensor | None = None  # what bwd was given last
-    node: Any = None  # of the autograd graph, that called bwd
-
-    def __post_init__(self) -> None:
-        self._versions = self._seen()
-
-    @property
-    def signature(self) -> tuple[Any, ...]:
-        """What says that a call of another forward pass, of any number of images, is the same one."""
-        return (self.module, self.run, tuple(self.inputs.u.shape[1:]), self.inputs.groups, self.inputs.z is None)
-
-    @cached_property
-    def y(self) -> Tensor:
-        """The scan's own output before its gate, (batch, channels, length).
-
-        Raises:
-            TraceError: the model wrote over the scan's input since.
-        """
-        self.require_unchanged()
-        with torch.no_grad():
-            return self.run_again()
-
-    @property
-    def rows(self) -> int:
-        """Number of sequences."""
-        return self.inputs.u.shape[0]
-
-    @property
-    def groups(self) -> int:
-        """Number of groups of channels, which may be routes."""
-        return self.inputs.groups
-
-    @property
-    def length(self) -> int:
-        """Number of steps."""
-        return self.inputs.u.shape[-1]
-
-    @property
-    def steps(self) -> int:
-        """Number of steps that share no token: those of all rows."""
-        return self.rows * self.length
-
-    def require_unchanged(self) -> None:
-        """Raise TraceError if the model wrote over the tensors after the scan had read them."""
-        if self._seen() != self._versions:
-            raise TraceError(
-                f"{self.module}: the model changed the scan's input in place after the scan; read the matrix during "
-                "the pass, with trace(attention=...)."
-            )
-
-    def dy(self) -> Tensor | None:
-        """The gradient at the scan's output before its gate, (batch, channels, length); None: none arrived."""
-        if self.dout is None:
-            return None
-        z = self.inputs.z
-        return self.dout.detach() if z is None else self.dout.detach() * F.silu(z.detach().to(self.dout.dtype))
-
-    def _seen(self) -> list[int]:
-        tensors = (t for t in self.inputs[:8] if isinstance(t, Tensor))
-        return [-1 if t.is_inference() else t._version for t in tensors]
 
 
 class Watch:

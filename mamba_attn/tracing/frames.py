@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mamba_attn._types import Int
-from mamba_attn.tracing.doors import ScanCall, Watch, open_doors, suspended
+from mamba_attn.tracing.doors import Watch, open_doors, suspended
 from mamba_attn.tracing.probes import LAYER_NORMS, SHARE, Centre, Probe, noise_on
 from mamba_attn.tracing.replay import Replay, as_it_was
+from mamba_attn.tracing.selective_scans import ScanCall
 from mamba_attn.tracing.softmax_doors import SoftmaxCall, open_softmax_doors
 
 _SMALLEST = torch.finfo(torch.float32).tiny

@@ -1,13 +1,16 @@
 """What passes a compiled selective scan, in and out: the doors of Mamba, Vim and VMamba."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamba_attn.errors import UnsupportedModelError
-from mamba_attn.tracing.chunk_scans import ScanParts
+from mamba_attn.errors import TraceError, UnsupportedModelError
+from mamba_attn.tracing.chunk_scans import ChunkInputs, ScanParts
 
 
 class ScanInputs(NamedTuple):
@@ -75,6 +78,92 @@ def _grouped(t: Tensor, split: tuple[int, int], size: tuple[int, int], constant:
         return spelt_out.expand(size[0], -1, -1, -1, size[1])
     t = (t.unsqueeze(1) if t.ndim == 3 else t).unsqueeze(2).expand(-1, split[0], -1, -1, -1)
     return t.expand(-1, -1, split[1], -1, -1) if constant else t
+
+
+AnyInputs = ScanInputs | ChunkInputs
+
+
+@dataclass(eq=False)
+class ScanCall:
+    """One call of a compiled scan.
+
+    Args:
+        module: name of the innermost module of the traced model that was running.
+        run: which of that module's calls it was in, from 0.
+        inputs: what was handed in.
+        run_again: gives the scan's own output before its gate, (batch, channels, length). To keep it for every layer
+            of a pass would cost more time than all else at the doors.
+        states: what ``fwd`` handed out for ``bwd``; of a chunk scan its output.
+        attention: (fold, matrix per group in scan order) when one was asked for.
+    """
+
+    module: str
+    run: int
+    inputs: AnyInputs
+    run_again: Callable[[], Tensor]
+    states: Tensor
+    attention: tuple[str, Tensor] | None = None
+    again: Tensor | None = None  # the states of a recomputation
+    dout: Tensor | None = None  # what bwd was given last
+    node: Any = None  # of the autograd graph, that called bwd
+
+    def __post_init__(self) -> None:
+        self._versions = self._seen()
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What says that a call of another forward pass, of any number of images, is the same one."""
+        return (self.module, self.run, tuple(self.inputs.u.shape[1:]), self.inputs.groups, self.inputs.z is None)
+
+    @cached_property
+    def y(self) -> Tensor:
+        """The scan's own output before its gate, (batch, channels, length).
+
+        Raises:
+            TraceError: the model wrote over the scan's input since.
+        """
+        self.require_unchanged()
+        with torch.no_grad():
+            return self.run_again()
+
+    @property
+    def rows(self) -> int:
+        """Number of sequences."""
+        return self.inputs.u.shape[0]
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of channels, which may be routes."""
+        return self.inputs.groups
+
+    @property
+    def length(self) -> int:
+        """Number of steps."""
+        return self.inputs.u.shape[-1]
+
+    @property
+    def steps(self) -> int:
+        """Number of steps that share no token: those of all rows."""
+        return self.rows * self.length
+
+    def require_unchanged(self) -> None:
+        """Raise TraceError if the model wrote over the tensors after the scan had read them."""
+        if self._seen() != self._versions:
+            raise TraceError(
+                f"{self.module}: the model changed the scan's input in place after the scan; read the matrix during "
+                "the pass, with trace(attention=...)."
+            )
+
+    def dy(self) -> Tensor | None:
+        """The gradient at the scan's output before its gate, (batch, channels, length); None: none arrived."""
+        if self.dout is None:
+            return None
+        z = self.inputs.z
+        return self.dout.detach() if z is None else self.dout.detach() * F.silu(z.detach().to(self.dout.dtype))
+
+    def _seen(self) -> list[int]:
+        tensors = (t for t in self.inputs[:8] if isinstance(t, Tensor))
+        return [-1 if t.is_inference() else t._version for t in tensors]
 
 
 class ScanStates(Tensor):

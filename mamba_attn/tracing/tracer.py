@@ -25,13 +25,14 @@ from mamba_attn.tracing import patch_embedding
 from mamba_attn.tracing.adapters import Adapter, AnyAdapter, Seen, find_mixers, nothing_found, require_supported
 from mamba_attn.tracing.agreement import Verdict
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders, DoorLayer, DoorScans, given_layout
-from mamba_attn.tracing.doors import ScanCall, Watch, open_doors
+from mamba_attn.tracing.doors import Watch, open_doors
 from mamba_attn.tracing.fused_doors import fused_doors
 from mamba_attn.tracing.layer_names import ByLayer, LayerName, LayerNames, layer_name, layer_names
 from mamba_attn.tracing.layers import AnyLayer, Layer, ScanLayer
 from mamba_attn.tracing.module_rules import Asked, install_rules
 from mamba_attn.tracing.patching import Interest, observed, patched, watch_layout
 from mamba_attn.tracing.reachable import reaches_a_door, reaches_attention
+from mamba_attn.tracing.selective_scans import ScanCall
 from mamba_attn.tracing.softmax_doors import CROSS, NESTED, open_softmax_doors
 from mamba_attn.tracing.softmax_layers import AttentionLayer, DoorAttention
 from mamba_attn.tracing.standing import Ahead
