@@ -230,6 +230,11 @@ def _built(
 
 def _of_the_registry(spec: str, weights: str | None, options: dict[str, Any]) -> LoadedModel:
     name = registry.aliases().get(spec, spec)
+    if name in registry.names("text"):
+        raise ValueError(
+            f"load({spec!r}): this model reads text and not images; build it with mamba_attn.models.create({name!r}, "
+            "weights='demo')."
+        )
     if name not in registry.names():
         if spec.endswith(".py"):
             raise ValueError(f"load({spec!r}): add the function that returns the model, {spec}:FUNCTION.")
