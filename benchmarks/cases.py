@@ -73,6 +73,7 @@ TARGETS = {
     "row memory": Target("one row: log-log slope of peak extra memory", 1.15, 1.05),
     "product time": Target("one left product: log-log slope of time", 1.15, 1.05),
     "product memory": Target("one left product: log-log slope of peak extra memory", 1.15, 1.05),
+    "text truth": Target("the token an answer was copied from has the first rank", 0.98, 1, higher=True),
     "drop-in law 1": Target("other people's model code: worst error of the matrices times u (law 1)", 1e-5, 1e-6),
     "drop-in output": Target("other people's model code: worst error of the traced output", 1e-5, 1e-6),
     "drop-in changed": Target("other people's model code: outputs that observing changed by a bit", 0, 0),

@@ -15,6 +15,7 @@
     python benchmarks/run.py embed --data FOLDER
     python benchmarks/run.py findings --runs FOLDER --data FOLDER
     python benchmarks/run.py explore
+    python benchmarks/run.py text-truth
 
 One thread, CPU time, the competitors in turn (A B A B) in one process; peak memory in child processes. On a GPU
 ``kernel`` measures between CUDA events.
@@ -41,6 +42,7 @@ from benchmarks import (
     explorer,
     findings,
     maps,
+    text_truth,
     texts,
     verify,
     without_gpu,
@@ -63,6 +65,7 @@ WHAT = {
     "embed": "t-SNE and UMAP of attention, with PCA before them and without",
     "findings": "mamba-attn findings: the paper's findings, trained, with random weights, in other patch orders",
     "explore": "mamba-attn explore in a real browser: from a gesture to the picture",
+    "text-truth": "attribution of text: ranks of the token that an answer was copied from",
     "kernel": "hidden attention and what it costs: models, backends, ceilings, on a CPU or a GPU",
     "texts": "language models of transformers: errors of traced passes, padding, half precision, time",
     "heads": "a Mamba-2 layer, folded per head and channel by channel",
@@ -294,6 +297,7 @@ def main(argv: list[str] | None = None) -> None:
             "passes": run_passes,
             "build": without_gpu.run_build,
             "explore": explorer.run_explore,
+            "text-truth": text_truth.run_text_truth,
         }
         found, partial = [(args.what, *runs[args.what](args.quick))], args.quick
     folder = args.out or (None if partial else RESULTS)

@@ -72,8 +72,13 @@ class AttentionRollout(TokenAttribution):
 
     @property
     def shared_folds(self) -> tuple[str, ...]:
-        """The mean, unless published code or rows alone are read."""
-        return () if self.signed or self._other is not None else ("mean",)
+        """The mean, but for published code."""
+        return () if self._other is not None else ("mean",)
+
+    @property
+    def needs_matrices(self) -> bool:
+        """Whether it computes whole matrices; with ``signed`` rows will do."""
+        return not self.signed
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         if self._other is not None:

@@ -29,7 +29,7 @@ from mamba_attn.tracing.layer_kinds import SCANS, SOFTMAX
 from mamba_attn.tracing.layer_names import LayerNames
 
 ANY = ("any model",)  # known to trace() or not
-_TRACED = ("layers", "layout", "orders")  # arguments of every method that traces, which are no options
+_NO_OPTIONS = ("self", "model", "layers", "layout", "orders")  # arguments of the methods that ``build`` gives
 TRACED = (SCANS, SOFTMAX)
 
 
@@ -74,7 +74,7 @@ class Entry:
     def known_options(self) -> dict[str, Any]:
         """The options that are left to the user, and their defaults."""
         parameters = inspect.signature(self.method.__init__).parameters.values()
-        keywords = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _TRACED}
+        keywords = {p.name: p.default for p in parameters if p.name not in _NO_OPTIONS}
         return {name: default for name, default in keywords.items() if name not in self.options}
 
 

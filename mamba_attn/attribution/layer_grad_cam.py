@@ -33,16 +33,17 @@ class LayerGradCam(FromCaptum):
 
     Args:
         model: a model that ``mamba_attn.trace`` supports; any other, with ``layer``.
-        layer: name of a module that returns tokens (batch, tokens, features), or images of features, channels last
-            if its grid is one of the model's token grids, else first; or the number of a mixer. Default: for VMamba
-            the last stage; else the input of the last mixer, because after it possibly only the class token reaches
-            the head.
+        layer: a module or its name, which returns tokens (batch, tokens, features) or images of features, channels
+            last if its grid is one of the model's token grids, else first; or the number of a mixer. Default: for
+            VMamba the last stage; else the input of the last mixer, because after it possibly only the class token
+            reaches the head.
         layout: as in ``mamba_attn.trace``: where the tokens are, for models that do not show it.
         relu: take the positive part.
 
     Raises:
-        TypeError: ``layer`` is neither a name nor a number.
-        ValueError: when called, a layer that does not exist, or that returns neither tokens nor images.
+        TypeError: ``layer`` is neither a module, nor a name, nor a number.
+        ValueError: a module of another model; when called, a layer that does not exist, or that returns neither tokens
+            nor images.
         UnknownLayerError: when called, a number out of range.
         UnsupportedModelError: when called without ``layer``, a model that cannot be traced.
 
@@ -54,10 +55,20 @@ class LayerGradCam(FromCaptum):
     options: ClassVar[Mapping[str, str]] = {"relu_attributions": "relu"}
 
     def __init__(
-        self, model: nn.Module, *, layer: LayerName | None = None, layout: AnyLayout | None = None, relu: bool = True
+        self,
+        model: nn.Module,
+        layer: LayerName | nn.Module | None = None,
+        *,
+        layout: AnyLayout | None = None,
+        relu: bool = True,
     ) -> None:
         super().__init__(model)
         self.layout = layout
+        if isinstance(layer, nn.Module):  # as captum takes it
+            names = {module: name for name, module in model.named_modules()}
+            if not names.get(layer):
+                raise ValueError(f"LayerGradCam(layer={type(layer).__name__}): expected a module inside the model.")
+            layer = names[layer]
         if layer is not None:
             listed_layers("LayerGradCam(layer=...)", [layer])
         self.layer = layer

@@ -216,8 +216,13 @@ class MapAttribution(Attribution, ABC):
 
     @property
     def shared_folds(self) -> tuple[str, ...]:
-        """Folds of whole matrices that the method reads, and that another method's sweep may compute as well."""
+        """Folds that the method reads out of whole matrices, where another method's sweep has computed them."""
         return ()
+
+    @property
+    def needs_matrices(self) -> bool:
+        """Whether it computes whole matrices of ``shared_folds`` where nothing else has."""
+        return False
 
     def has_convergence_delta(self) -> bool:
         """Whether ``attribute`` takes ``return_convergence_delta``; captum asks."""

@@ -60,7 +60,7 @@ def attribute_together(
             for layer in (layer for layer in record.layers if isinstance(layer, ScanLayer)):
                 for fold in folds:
                     layer.expect(fold)
-            for method in sorted(readers, key=lambda method: not method.reads_gradients):
+            for method in sorted(readers, key=lambda its: (not its.reads_gradients, not its.needs_matrices)):
                 found[id(method)] = method.attribute(inputs, target, trace=record, **options)
     options["additional_forward_args"] = additional_forward_args
     return [found[id(each)] if id(each) in found else each.attribute(inputs, target, **options) for each in methods]

@@ -109,6 +109,7 @@ def add_parser(commands: Commands) -> None:
         choices=("float32", "bfloat16"),
         help="of the model during perturbation; default: float32",
     )
+    add("--budget", type=float, metavar="MINUTES", help="cheap methods first; stop in time, to resume later")
     add("--workers", type=int, default=1, metavar="N", help="processes; default: 1")
     add("--seed", type=int, default=0, metavar="N", help="seed of all random numbers; default: 0")
     add_model(parser, None)
@@ -134,6 +135,8 @@ def _plan(args: argparse.Namespace) -> "Plan":
     from mamba_attn.evaluation.specs import Model, Options, choose_methods
 
     require_least(args, limit=1, workers=1, sanity_images=0, pictures=0, seed=0)
+    if args.budget is not None and not args.budget > 0:
+        raise ValueError(f"--budget {args.budget:g}: expected minutes, more than 0.")
     given = args.models if args.models is not None else "" if args.model else _MODELS
     names = [text.strip() for text in given.split(",") if text.strip()]
     if not names and not args.model:
@@ -202,8 +205,9 @@ def _compare(plan: "Plan", args: argparse.Namespace) -> int:
     store = Store(folder / STORE)
     if store.damaged:
         plan.notes.append(f"{STORE}: {store.damaged} damaged lines were left out and their figures measured again.")
+    budget = None if args.budget is None else 60 * args.budget
     with progress_bar() as progress:
-        measure(plan, store, args.workers, progress)
+        measure(plan, store, args.workers, progress, budget, progress.console.print)
     return _report(plan, store, folder, args.call)
 
 

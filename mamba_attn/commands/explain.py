@@ -135,6 +135,7 @@ def _job(args: argparse.Namespace) -> Job:
         choices.parse_layers(args.layer, first),
         parse_target(args.target, first),
         choices.parse_query(args.query, args.box, first, methods),
+        by_default=not args.method,
     )
     beside = args.beside or (None if first.weights == "demo" else loading.NO_COMPANION)
     second = loading.load_companion(beside, first, args.device)

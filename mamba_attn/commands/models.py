@@ -32,15 +32,17 @@ def run(args: argparse.Namespace) -> int:
     if args.part.startswith("timm:"):
         return _of_timm(args.part.removeprefix("timm:"))
     rows = []
-    for name in names():
+    for name in [*names(), *names("text")]:
         also = [alias for alias, its in registry.aliases().items() if its == name and len(alias) < 30]
         if not any(args.part in each for each in (name, *also)):
             continue
         model = registry.on_meta(name)
         count = sum(each.numel() for each in model.parameters()) / 1e6
         size = getattr(model, "image_size", (224, 224))
-        weights = ["demo"] * (name in registry.demos()) + ["official"] * (name in official.PUBLISHED)
-        rows.append((name, ", ".join(also), f"{size[0]} x {size[1]}", f"{count:.1f} M", ", ".join(weights)))
+        reads = "text" if name in names("text") else f"{size[0]} x {size[1]}"
+        demos = [*registry.demos(), *registry.demos("text")]
+        weights = ["demo"] * (name in demos) + ["official"] * (name in official.PUBLISHED)
+        rows.append((name, ", ".join(also), reads, f"{count:.1f} M", ", ".join(weights)))
     if not rows:
         raise ValueError(f"{args.part!r}: no name of a model has this in it.")
     show(f"{len(rows)} models; torch {torch.__version__}", _HEADER, rows)

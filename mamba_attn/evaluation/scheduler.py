@@ -3,9 +3,11 @@
 import multiprocessing
 import os
 import threading
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
 
 import torch
 from rich.progress import Progress
@@ -15,55 +17,175 @@ from mamba_attn.evaluation.plan import Plan, Task
 from mamba_attn.evaluation.store import Store
 from mamba_attn.evaluation.worker import Record, Worker
 
+_SHOWN = 4  # methods in the sentence about the cost
 _worker: Worker | None = None  # of a process of the pool, which ends with the run
+_Done = Iterator[tuple[Task, list[Record], float]]  # and the seconds
 
 
-def run(plan: Plan, store: Store, workers: int = 1, progress: Progress | None = None) -> None:
+def run(
+    plan: Plan,
+    store: Store,
+    workers: int = 1,
+    progress: Progress | None = None,
+    budget: float | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> None:
     """Measure everything that the store lacks.
+
+    With a budget or ``tell``, the first images of every model and collection are measured piece by piece, and the rest
+    is estimated from them. With a budget, the cheapest methods come first, and what would not end in time is left to
+    the next run; ``plan.notes`` says so.
 
     Args:
         plan: the comparison.
         store: existing results; every finished task adds to it.
         workers: number of processes; 1 uses this one.
         progress: shows the bar.
+        budget: seconds.
+        tell: takes the sentence about what the rest will cost.
 
     Raises:
         OSError: the store cannot be written.
     """
-    tasks = list(plan.tasks(store))
+    tasks, start = list(plan.tasks(store)), time.monotonic()
     bar = None if progress is None else progress.add_task("comparing", total=sum(task.records for task in tasks))
-    for task, records in _done(tasks, workers, plan.data):
-        store.add(records)
-        if progress is not None and bar is not None:
-            data = plan.data[task.selector].name
-            progress.update(bar, advance=task.records, description=f"{task.model.name}, {data}")
+    first: dict[int, Task] = {}
+    if budget is not None or tell is not None:
+        first = {id(task): task for task in {(task.selector, task.model): task for task in reversed(tasks)}.values()}
+    rest = [task for task in tasks if id(task) not in first]
+    rates = _Rates()
+
+    def add(done: _Done, *, note: bool) -> None:
+        for task, records, seconds in done:
+            store.add(records)
+            if note:
+                rates.note(task, seconds)
+            if progress is not None and bar is not None:
+                data = plan.data[task.selector].name
+                progress.update(bar, advance=task.records, description=f"{task.model.name}, {data}")
+
+    pieces = [piece for task in first.values() for piece in (_pieces(task) if rest else [task])]
+    add(_done(pieces, workers, plan.data), note=True)
+    if rest and tell is not None:
+        tell(rates.sentence(rest, workers))
+    if budget is not None:
+        rest = sorted((piece for task in rest for piece in _by_method(task)), key=rates.rate)
+    left: list[Task] = []
+
+    def in_time() -> Iterator[Task]:
+        for task in rest:
+            late = budget is not None and time.monotonic() - start + rates.seconds(task) > budget
+            if late:
+                left.append(task)
+            else:
+                yield task
+
+    add(_done(in_time(), workers, plan.data), note=False)
+    if left and budget is not None:
+        methods = dict.fromkeys(method for task in left for method in task.needs)
+        plan.notes.append(
+            f"stopped within the budget of {budget / 60:.3g} minutes: {', '.join(methods)} "
+            f"{'has' if len(methods) == 1 else 'have'} not all images; the same command resumes."
+        )
 
 
-def _done(tasks: Iterable[Task], workers: int, data: Mapping[str, Data]) -> Iterator[tuple[Task, list[Record]]]:
+@dataclass
+class _Rates:
+    """Seconds per image of every model's methods and measures, from the first images.
+
+    Args:
+        known: by model, method and measure: seconds and images.
+    """
+
+    known: dict[tuple[str, str, str], tuple[float, int]] = field(default_factory=dict)
+
+    def note(self, piece: Task, seconds: float) -> None:
+        """Note what a piece of one method and one measure took."""
+        for method, its in piece.needs.items():
+            for measure in {measure for measures in its.values() for measure in measures}:
+                before, images = self.known.get((piece.model.name, method, measure), (0.0, 0))
+                self.known[piece.model.name, method, measure] = before + seconds, images + len(its)
+
+    def seconds(self, task: Task) -> float:
+        """Return the estimate of a task; what was never measured counts nothing."""
+        total = 0.0
+        for method, its in task.needs.items():
+            for measure in (measure for measures in its.values() for measure in measures):
+                seconds, images = self.known.get((task.model.name, method, measure), (0.0, 1))
+                total += seconds / images
+        return total
+
+    def rate(self, piece: Task) -> float:
+        """Return the seconds per image."""
+        return self.seconds(piece) / max(1, max(len(its) for its in piece.needs.values()))
+
+    def sentence(self, tasks: Iterable[Task], workers: int) -> str:
+        """Say what tasks will take, and which methods most of it."""
+        cost: dict[str, float] = {}
+        for task in tasks:
+            for method, its in task.needs.items():
+                cost[method] = cost.get(method, 0.0) + self.seconds(replace(task, needs={method: its}))
+        dearest = sorted(cost, key=lambda method: -cost[method])[:_SHOWN]
+        shares = ", ".join(f"{method} {_duration(cost[method] / workers)}" for method in dearest)
+        return f"about {_duration(sum(cost.values()) / workers)} from here on: {shares}{', ...' * (len(cost) > _SHOWN)}"
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 60
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def _by_method(task: Task) -> list[Task]:
+    return [replace(task, needs={method: its}) for method, its in task.needs.items()]
+
+
+def _pieces(task: Task) -> list[Task]:
+    """Divide a task by method and measure, so that each is timed."""
+    found = []
+    for part in _by_method(task):
+        ((method, its),) = part.needs.items()
+        for measure in dict.fromkeys(measure for measures in its.values() for measure in measures):
+            needs = {index: (measure,) for index, measures in its.items() if measure in measures}
+            found.append(replace(part, needs={method: needs}))
+    return found
+
+
+def _done(tasks: Iterable[Task], workers: int, data: Mapping[str, Data]) -> _Done:
     if workers == 1:
         worker = Worker(data)
         for task in tasks:
-            yield task, worker.work(task)
+            yield task, *_timed(worker, task)
         return
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // workers)
     with ProcessPoolExecutor(workers, context, _prepare, (threads,)) as pool:
         try:
-            yield from _in_flight(pool, deque(tasks), 2 * workers)
+            yield from _in_flight(pool, iter(tasks), 2 * workers)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _in_flight(pool: ProcessPoolExecutor, waiting: deque[Task], most: int) -> Iterator[tuple[Task, list[Record]]]:
+def _in_flight(pool: ProcessPoolExecutor, waiting: Iterator[Task], most: int) -> _Done:
     """Yield results in the order of the tasks, with at most ``most`` tasks in the pool."""
-    running: deque[tuple[Task, Future[list[Record]]]] = deque()
-    while waiting or running:
-        while waiting and len(running) < most:
-            task = waiting.popleft()
+    running: deque[tuple[Task, Future[tuple[list[Record], float]]]] = deque()
+    while True:
+        while len(running) < most and (task := next(waiting, None)) is not None:
             running.append((task, pool.submit(_work, task)))
+        if not running:
+            return
         task, future = running.popleft()
-        yield task, future.result()
+        yield task, *future.result()
+
+
+def _timed(worker: Worker, task: Task) -> tuple[list[Record], float]:
+    start = time.monotonic()
+    return worker.work(task), time.monotonic() - start
 
 
 def _prepare(threads: int) -> None:
@@ -73,10 +195,10 @@ def _prepare(threads: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _work(task: Task) -> list[Record]:
+def _work(task: Task) -> tuple[list[Record], float]:
     if _worker is None:
         raise RuntimeError("this process is not prepared for tasks; start it with _prepare.")
-    return _worker.work(task)
+    return _timed(_worker, task)
 
 
 def _end_with_parent() -> None:

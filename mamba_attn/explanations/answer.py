@@ -1,5 +1,6 @@
 """Computes maps, matrices, rows and probabilities of one image and one model."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,15 @@ import torch
 from torch import Tensor
 
 from mamba_attn import images
-from mamba_attn.attribution import attribute_together
+from mamba_attn.attribution import MapAttribution, attribute_together
 from mamba_attn.attribution.queries import Query, read_rows
 from mamba_attn.attribution.spec import Method
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.datasets.loading import traced_layers
+from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.explanations.choices import Question
 from mamba_attn.tracing.layers import ScanLayer
-from mamba_attn.tracing.tracer import trace
+from mamba_attn.tracing.tracer import Trace, trace
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,7 +61,7 @@ class Answer:
     @property
     def methods(self) -> Sequence[Method]:
         """The methods of the maps, in order."""
-        return self.question.methods
+        return [method for method in self.question.methods if method.key in self.maps]
 
     def class_name(self, index: int) -> str:
         """Return the name of a class."""
@@ -114,13 +116,13 @@ def answer(question: Question, image: "Path | Image | Tensor") -> Answer:
     subject, layers, query = question.subject, list(question.layers), question.query
     picture, left_out = _shown(subject, image)
     if isinstance(image, Tensor):
-        inputs = image[None].to(subject.device)
+        inputs = image[None].detach().to(subject.device)
     else:
         inputs = subject.transform.normalise(picture[None]).to(subject.device)
     shown = layers or _at_depths(traced_layers(subject))
     methods = {its.key: its.build(subject.model, layers or None, subject.layout) for its in question.methods}
     readers = {key: method for key, method in methods.items() if method.takes_trace}
-    place: dict[str, Any] = {} if query is None else query.argument
+    place = {} if query is None else query.argument
     with trace(subject.model, layout=subject.layout) as record:  # all that can be read of one pass is
         with torch.set_grad_enabled(any(method.reads_gradients for method in readers.values())):
             output = subject.model(inputs.requires_grad_())
@@ -130,13 +132,12 @@ def answer(question: Question, image: "Path | Image | Tensor") -> Answer:
         for name in shown:
             if readers and isinstance(layer := record[name], ScanLayer):
                 layer.expect("mean")
-        maps = attribute_together(list(readers.values()), inputs, explained, trace=record, **place)
+        found = _read(readers, question, inputs, explained, record)
         with torch.no_grad():
             matrices = {name: record[name].attention()[0].cpu().numpy() for name in shown}
             rows = {name: read_rows(record[name], query)[0] for name in layers or record}
-    found = dict(zip(readers, maps, strict=True))
     for key, method in methods.items():
-        if key not in found:
+        if key not in readers:
             found[key] = method.attribute(inputs.detach(), explained, **place)
     return Answer(
         question=question,
@@ -144,11 +145,31 @@ def answer(question: Question, image: "Path | Image | Tensor") -> Answer:
         probabilities=chances,
         explained=explained,
         reader=_reader(query, bool(record.layers[-1].layout.class_tokens)),
-        maps={key: found[key][0, 0].cpu().numpy() for key in methods},
+        maps={key: found[key][0, 0].cpu().numpy() for key in methods if key in found},
         matrices=matrices,
         read={name: row.cpu().numpy() for name, row in rows.items()},
         left_out=left_out,
     )
+
+
+def _read(
+    methods: dict[str, MapAttribution], question: Question, inputs: Tensor, target: int | None, record: Trace
+) -> dict[str, Tensor]:
+    """Return the maps of methods that read the pass; of methods that nobody named, those that its layers allow."""
+    place: dict[str, Any] = {} if question.query is None else question.query.argument
+    try:
+        maps = attribute_together(list(methods.values()), inputs, target, trace=record, **place)
+        return dict(zip(methods, maps, strict=True))
+    except UnsupportedModelError:
+        if not question.by_default:
+            raise
+    found = {}
+    for key, method in methods.items():
+        try:
+            found[key] = method.attribute(inputs, target, trace=record, **place)
+        except UnsupportedModelError as error:
+            warnings.warn(f"{key} is left out: {error}", stacklevel=3)
+    return found
 
 
 def _shown(subject: LoadedModel, image: "Path | Image | Tensor") -> tuple[np.ndarray, float]:

@@ -115,6 +115,7 @@ class Question(NamedTuple):
         layers: names of the layers to use; empty: the methods' own defaults.
         target: class to explain. Default: the predicted one.
         query: the pixel or box whose rows are read. Default: the class token, or the mean over patches.
+        by_default: whether nobody named the methods, so that those that the model turns out to refuse are left out.
     """
 
     subject: LoadedModel
@@ -122,6 +123,7 @@ class Question(NamedTuple):
     layers: Sequence[str] = ()
     target: int | None = None
     query: Query | None = None
+    by_default: bool = False
 
     def of_companion(self, other: LoadedModel) -> "Question":
         """Return the same question for a second model: layers at the same depth, class by name, query scaled."""
@@ -134,4 +136,4 @@ class Question(NamedTuple):
             there / here for there, here in zip(other.transform.size, self.subject.transform.size, strict=True)
         )
         query = None if self.query is None else self.query.scaled(rows, columns)
-        return Question(other, counterparts(self.methods, other), layers, target, query)
+        return Question(other, counterparts(self.methods, other), layers, target, query, self.by_default)

@@ -122,6 +122,7 @@ def explain(
         parse_layers([str(layer) for layer in ([layers] if isinstance(layers, str | int) else layers)], loaded),
         parse_target(None if target is None else str(target), loaded),
         parse_query(place[0], place[1], loaded, chosen),
+        by_default=not methods,
     )
     pages = None if out is None else Pages(writable(str(out)), f"mamba_attn.explain({loaded.name}, ...)")
     found = []

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from mamba_attn.figures.png import overlay_rgb
     from mamba_attn.figures.points import embedding
     from mamba_attn.figures.rescale import shown
+    from mamba_attn.figures.text import depths, to_bertviz, token_grid, tokens
 
 __all__ = [
     "depth_grid",
+    "depths",
     "embedding",
     "layer_grid",
     "matrix",
@@ -28,10 +30,14 @@ __all__ = [
     "scan_path",
     "shown",
     "state_trajectory",
+    "to_bertviz",
+    "token_grid",
+    "tokens",
     "volume",
 ]
 _WHERE = {
     "depth_grid": "heatmaps",
+    "depths": "text",
     "embedding": "points",
     "layer_grid": "heatmaps",
     "matrix": "heatmaps",
@@ -42,6 +48,9 @@ _WHERE = {
     "scan_path": "patch_grid",
     "shown": "rescale",
     "state_trajectory": "charts",
+    "to_bertviz": "text",
+    "token_grid": "text",
+    "tokens": "text",
     "volume": "heatmaps",
 }
 

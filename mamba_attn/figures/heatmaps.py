@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from mamba_attn.figures.colours import as_image, as_values, plotly_scale, scale
 from mamba_attn.figures.picture import data_uri, patch_size
-from mamba_attn.figures.theme import Figure, add_heat, panels, photo, plain, square_cells
+from mamba_attn.figures.theme import Figure, add_heat, name_ticks, panels, photo, plain, readable, square_cells
 
 
 def overlay(
@@ -165,6 +165,7 @@ def matrix(
     signed: bool | None = None,
     colours: Sequence[str] | None = None,
     marks: Iterable[int] = (),
+    labels: Sequence[str] | None = None,
     title: str | None = None,
     size: int = 480,
 ) -> go.Figure:
@@ -176,13 +177,16 @@ def matrix(
         signed: centre on zero. Default: whether a value is negative.
         colours: from low to high. Default: Inferno, for signed data RdBu with blue below zero.
         marks: tokens marked by a thin line on both axes, e.g. the class token.
+        labels: the tokens of a text, written along both axes.
         title: above the figure.
         size: width and height of the figure in pixels.
 
     Raises:
-        ValueError: not a matrix, or limits that do not fit.
+        ValueError: not a matrix, limits that do not fit, or another number of labels than tokens.
     """
     array = as_values("matrix(values)", values)
+    if labels is not None and array.shape != (len(labels),) * 2:
+        raise ValueError(f"matrix(labels of {len(labels)} tokens): the matrix is {array.shape}; give one per token.")
     chosen = scale(array, limits=limits, signed=signed, colours=colours)
     heat = go.Heatmap(
         z=array,
@@ -195,6 +199,15 @@ def matrix(
     square_cells(figure)
     figure.update_xaxes(title="token read")
     figure.update_yaxes(title="reading token", scaleanchor="x")
+    if labels is not None:
+        shown = readable(labels)
+        figure.data[0].update(
+            customdata=[[[row, column] for column in shown] for row in shown],
+            hovertemplate="token %{y} %{customdata[0]} reads token %{x} %{customdata[1]}: %{z:.3g}<extra></extra>",
+        )
+        for update in (figure.update_xaxes, figure.update_yaxes):
+            name_ticks(update, shown, round(0.7 * size))
+        figure.update_xaxes(tickangle=-90, automargin=True).update_yaxes(automargin=True)
     for token in marks:
         figure.add_vline(token, line={"color": "#888888", "width": 1, "dash": "dot"})
         figure.add_hline(token, line={"color": "#888888", "width": 1, "dash": "dot"})

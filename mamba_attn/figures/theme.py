@@ -16,6 +16,8 @@ GAP = 12  # pixels between panels
 CAPTION = 24  # pixels above each row of panels
 EDGE = 16  # pixels around them
 BAR = 80  # pixels right of them, for a colour bar
+LINE = 13  # pixels from one name along an axis to the next
+LONGEST = 14  # letters of one
 Place = dict[str, int]
 
 
@@ -54,6 +56,24 @@ def square_cells(figure: go.Figure, **where: Any) -> None:
     """Row 0 on top, cells square, no lines."""
     figure.update_xaxes(showgrid=False, zeroline=False, constrain="domain", **where)
     figure.update_yaxes(showgrid=False, zeroline=False, constrain="domain", autorange="reversed", **where)
+
+
+def readable(words: Sequence[str]) -> list[str]:
+    """Return tokens as labels: white space visible, long ones cut."""
+    seen = [word.replace("\n", "\u21b5").replace("\t", "\u21e5").replace(" ", "\u00b7") for word in words]
+    return [word if len(word) <= LONGEST else f"{word[: LONGEST - 1]}\u2026" for word in seen]
+
+
+def name_ticks(update_axis: Any, names: Sequence[str], room: int) -> None:
+    """Write a name at every cell of an axis, or at every so many where they would not fit.
+
+    Args:
+        update_axis: the figure's ``update_xaxes`` or ``update_yaxes``.
+        names: of the cells.
+        room: length of the axis in pixels.
+    """
+    step = -(-len(names) * LINE // room)
+    update_axis(tickvals=list(range(0, len(names), step)), ticktext=list(names)[::step], tickfont={"size": 11})
 
 
 def photo(source: str, size: tuple[int, int], cells: tuple[int, int]) -> go.Image:

@@ -17,6 +17,10 @@ CLASS_TOKENS = ("middle", "first", None)
 GENERATIONS = ("v0", "v05_noz")
 SECONDS = ("transpose", "mirror")
 _FEW = 3  # choices listed in a message
+_INSTEAD = {  # of timm's options
+    "pretrained": "Give create weights='official', 'demo' or a file.",
+    "features_only": "num_classes=0 gives a model without a classifier, which returns features.",
+}
 
 
 def checked(build: Callable[Given, Built]) -> Callable[Given, Built]:
@@ -71,7 +75,8 @@ def check_known(call: str, options: Iterable[str], known: Sequence[str]) -> None
     """
     for name in options:
         if name not in known:
-            raise TypeError(f"{call}({name}=...): there is no such option. {nearest(name, known)}")
+            instead = _INSTEAD.get(name) or nearest(name, known)
+            raise TypeError(f"{call}({name}=...): there is no such option. {instead}")
 
 
 def parameters(build: Callable[..., Any]) -> list[str]:
@@ -141,6 +146,7 @@ _RULES: dict[str, Rule] = {
     "dims": _rule("a whole number of at least 1, or one per stage", lambda v: _is_whole(v) or _are_whole(v),
                   lambda v: v >= 1 if _is_whole(v) else _stages(v)),
     **dict.fromkeys(("patch_size", "embed_dim", "depth", "d_state", "d_conv", "expand", "num_heads"), _whole(1)),
+    "vocabulary": _whole(1),
     **dict.fromkeys(("num_classes", "reg_tokens"), _whole(0)),
     "stride": _STRIDE,
     "drop_path": _rule("a number from 0 to below 1", _is_number, lambda v: 0 <= v < 1),

@@ -14,6 +14,7 @@ from mamba_attn.core.transform import Transform
 from mamba_attn.errors import WeightsError, nearest
 from mamba_attn.models import checkpoints, official
 from mamba_attn.models._options import check_option, sides
+from mamba_attn.models.language import MambaLanguageModel, Vocabulary
 from mamba_attn.models.vim import VisionMamba
 from mamba_attn.models.vit import vision_transformer
 from mamba_attn.models.vmamba import VSSM
@@ -42,6 +43,10 @@ _CONFIGS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
     "vim_digits": (VisionMamba, {"d_state": 8, **_DIGITS}),
     "vmamba_digits": (VSSM, {"depths": (1, 1), "dims": 48, "image_size": 64, "num_classes": 10}),
     "vit_digits": (vision_transformer, {"num_heads": 4, **_DIGITS}),
+    "mamba_copy": (MambaLanguageModel, {"vocabulary": 18}),
+    "mamba_recall": (MambaLanguageModel, {"vocabulary": 32, "embed_dim": 64, "d_state": 16}),
+    "mamba_reviews": (MambaLanguageModel, {"vocabulary": 9000, "embed_dim": 64, "d_state": 16, "num_classes": 2}),
+    "mamba_plays": (MambaLanguageModel, {"vocabulary": 256, "embed_dim": 128, "depth": 3, "d_state": 16}),
 }
 _SUFFIX = "bimambav2_final_pool_mean_abs_pos_embed_with_{}_div2"
 _ALIASES = {
@@ -56,11 +61,21 @@ _ALIASES = {
     "vanilla_vmamba": "vanilla_vmamba_tiny",
 }
 _DEMOS = Path(__file__).parent / "weights"
+_READS = ("images", "text")
 
 
-def names() -> list[str]:
-    """Return the names for ``create``; it also accepts those of ``aliases``."""
-    return list(_CONFIGS)
+def names(reads: str = "images") -> list[str]:
+    """Return the names for ``create``; it also accepts those of ``aliases``.
+
+    Args:
+        reads: what the models read, "images" or "text".
+
+    Raises:
+        ValueError: another kind.
+    """
+    if reads not in _READS:
+        raise ValueError(f"names(reads={reads!r}): expected one of {_READS}.")
+    return [name for name, (built, _) in _CONFIGS.items() if (built is MambaLanguageModel) == (reads == "text")]
 
 
 def aliases() -> dict[str, str]:
@@ -68,9 +83,14 @@ def aliases() -> dict[str, str]:
     return dict(_ALIASES)
 
 
-def demos() -> list[str]:
-    """Return the names with bundled weights, ``weights="demo"``."""
-    return sorted(card.stem for card in _DEMOS.glob("*.json") if card.with_suffix(".safetensors").is_file())
+def demos(reads: str = "images") -> list[str]:
+    """Return the names with bundled weights, ``weights="demo"``.
+
+    Args:
+        reads: as in ``names``.
+    """
+    there = {card.stem for card in _DEMOS.glob("*.json") if card.with_suffix(".safetensors").is_file()}
+    return sorted(there.intersection(names(reads)))
 
 
 def demo_card(name: str) -> dict[str, Any]:
@@ -82,13 +102,31 @@ def demo_card(name: str) -> dict[str, Any]:
     Raises:
         WeightsError: there are no demo weights of that name.
     """
-    if name not in demos():
+    there = [*demos(), *demos("text")]
+    if name not in there:
         raise WeightsError(
             f"create({name!r}, weights='demo'): no bundled weights for this model. Available: "
-            f"{', '.join(demos()) or 'none'}."
+            f"{', '.join(there) or 'none'}."
         )
     card: dict[str, Any] = json.loads((_DEMOS / f"{name}.json").read_text())
     return card
+
+
+def vocabulary(name: str) -> Vocabulary:
+    """Return the tokens of bundled weights that read text.
+
+    Args:
+        name: one of ``demos("text")``.
+
+    Raises:
+        WeightsError: there are no such weights.
+    """
+    card = demo_card(name)
+    if "split" not in card:
+        raise WeightsError(
+            f"vocabulary({name!r}): these weights read images. Those of text: {', '.join(demos('text'))}."
+        )
+    return Vocabulary(card.get("tokens", "").split(), card["split"])
 
 
 class Built(NamedTuple):
@@ -107,11 +145,11 @@ def create(name: str, weights: str | Path | None = None, **options: Any) -> nn.M
     first place have the same shapes: ``class_token=`` is not read from a file.
 
     Args:
-        name: one of ``names()``, or an alias, e.g. an official name of Vim.
+        name: one of ``names()`` or ``names("text")``, or an alias, e.g. an official name of Vim.
         weights: None for random ones; the path of a checkpoint (see ``checkpoints.load``); "official" for the
             published ones, downloaded once; "demo" for the small ones that come with this package.
-        options: arguments of ``VisionMamba``, ``VSSM`` or timm's VisionTransformer, e.g. ``image_size``,
-            ``num_classes``, ``drop_path``, ``order``, ``class_token``, ``depth``.
+        options: arguments of ``VisionMamba``, ``VSSM``, timm's VisionTransformer or ``MambaLanguageModel``, e.g.
+            ``image_size``, ``num_classes``, ``drop_path``, ``order``, ``class_token``, ``depth``.
 
     Raises:
         ValueError: an unknown name, an option out of range.
@@ -297,6 +335,8 @@ def transform(name: str, image_size: int | Sequence[int] | None = None) -> Trans
         (256, 256)
     """
     name = _known("transform", name)
+    if name in names("text"):
+        raise ValueError(f"transform({name!r}): this model reads text; registry.vocabulary({name!r}) has its tokens.")
     if image_size is not None:
         check_option("transform", "image_size", image_size)
     height, width = sides(_CONFIGS[name][1].get("image_size", 224) if image_size is None else image_size)

@@ -204,7 +204,7 @@ def _divides(module: nn.Module) -> bool:
 
 
 class VimMixer(nn.Module):
-    """A bidirectional Mamba mixer: one input projection, two scans with their own parameters.
+    """A Mamba mixer: one input projection, and a scan each way with its own parameters.
 
     Args:
         features: size of a token.
@@ -213,6 +213,7 @@ class VimMixer(nn.Module):
         expand: channels per feature.
         dt_rank: rank of the step-size projection. Default: features / 16, rounded up.
         if_divide_out: halve the sum of the two directions.
+        both_ways: whether there is a scan from the last token to the first; without it the mixer is Mamba's own.
     """
 
     def __init__(
@@ -224,13 +225,14 @@ class VimMixer(nn.Module):
         expand: int = 2,
         dt_rank: int | None = None,
         if_divide_out: bool = True,
+        both_ways: bool = True,
     ) -> None:
         super().__init__()
         channels = expand * features
         rank = dt_rank or math.ceil(features / 16)
         self.if_divide_out = if_divide_out
         self.in_proj = nn.Linear(features, 2 * channels, bias=False)
-        for suffix in ("", "_b"):
+        for suffix in ("", "_b") if both_ways else ("",):
             self.register_parameter(
                 f"A{suffix}_log", undecayed(torch.arange(1.0, d_state + 1).log().repeat(channels, 1))
             )

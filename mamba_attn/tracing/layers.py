@@ -281,7 +281,7 @@ class ScanLayer(Layer):
         return {"routes": self.scan.routes, "channels": self.scan.channels, "states": self.scan.states}
 
     def expect(self, fold: str) -> None:
-        """Compute the matrix of a fold together with the next weighted one, which costs little more, and keep it.
+        """Keep the matrix of a fold once it is computed; the next weighted one takes it along, which costs little.
 
         Args:
             fold: "mean" or "sum".
@@ -337,6 +337,9 @@ class ScanLayer(Layer):
 
         if routes == "sum":
             waiting = [each for each in self._expected if each not in self._ready]
+            if plain and fold in waiting and not torch.is_grad_enabled():
+                self._ready[fold] = folded(self.scan, None, None)
+                return self._ready[fold]
             if not waiting or plain or backend is not None or torch.is_grad_enabled():
                 return folded(self.scan, row_weight, col_weight)
             weights = [(row_weight, col_weight), *[(None, None)] * len(waiting)]

@@ -3,6 +3,7 @@
 import gc
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from mamba_attn.attribution import catalogue
-from mamba_attn.evaluation import measures, plan
+from mamba_attn.evaluation import measures, plan, scheduler
 from mamba_attn.evaluation.plan import Plan
 from mamba_attn.evaluation.scheduler import run
 from mamba_attn.evaluation.specs import Model, Options, build, choose_methods
@@ -112,6 +113,42 @@ def test_more_images_keep_those_that_are_done(models, boxes, tmp_path):
     assert sum(task.records for task in tasks) == 5 * 2 - before == 3 * 2
     other = small(models[:1], boxes, limit=2, measures=("perturbation",), options=Options(fill="mean"))
     assert sum(task.records for task in other.tasks(store)) == 4
+
+
+def test_a_budget_stops_in_good_order_and_the_same_call_resumes(models, boxes, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "CHUNK", 2)
+    whole = done(small(models[:1], boxes, measures=("perturbation", "localisation")), tmp_path / "whole.jsonl")
+    wanted = small(models[:1], boxes, measures=("perturbation", "localisation"))
+    store, told = Store(tmp_path / "s.jsonl"), []
+    run(wanted, store, budget=1e-9, tell=told.append)
+    assert len(store) == 2 * 2 * 2  # images, methods, measures: what the estimate is made from
+    assert re.fullmatch(r"about \d+ s from here on: \w+ \d+ s, \w+ \d+ s", told[0])
+    assert wanted.notes[-1].startswith("stopped within the budget of 1.67e-11 minutes: ")
+    assert wanted.notes[-1].endswith(" have not all images; the same command resumes.")
+    run(small(models[:1], boxes, measures=("perturbation", "localisation")), store, budget=3600)
+    assert dict(store.items()) == dict(whole.items())
+
+
+def test_the_cheapest_method_comes_first(models, boxes, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "CHUNK", 2)
+    order, cost = [], {"raw_attention": 3.0, "mamba_attribution": 1.0}
+
+    def work(worker, task):
+        order.append([(method, len(its)) for method, its in task.needs.items()])
+        clock[0] += sum(cost[method] * len(its) for method, its in task.needs.items())
+        return []
+
+    clock = [0.0]
+    monkeypatch.setattr(scheduler.Worker, "work", work)
+    monkeypatch.setattr(scheduler.time, "monotonic", lambda: clock[0])
+    told = []
+    wanted = small(models[:1], boxes, measures=("perturbation",))
+    run(wanted, Store(tmp_path / "s.jsonl"), budget=8 + 2 + 2 + 6 + 1, tell=told.append)
+    assert told == ["about 16 s from here on: raw_attention 12 s, mamba_attribution 4 s"]
+    first, rest = order[:2], order[2:]
+    assert sorted(first) == [[("mamba_attribution", 2)], [("raw_attention", 2)]]
+    assert rest == [[("mamba_attribution", 2)], [("mamba_attribution", 2)], [("raw_attention", 2)]]
+    assert "raw_attention has not all images" in wanted.notes[-1]
 
 
 def test_two_processes_find_what_one_does(models, boxes, tmp_path, monkeypatch):

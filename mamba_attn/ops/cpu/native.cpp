@@ -284,7 +284,8 @@ struct Steps {
 };
 
 // A block of channels of one (image, route), cut into chunks of steps. Q and K hold the weights of a matrix that is the
-// only one; of several, rows and columns do, and the states' sum serves all of them.
+// only one; of several, rows and columns do, and the states' sum serves all of them. Where there is but one state, rows and
+// columns are those of Q and K, times the weights.
 struct Block {
     int64_t first, channels, chunks, states;
     std::vector<float> Q, K;           // (chunks, channels * states, 16)
@@ -397,7 +398,9 @@ void prepare_channel(const Attention* a, const Steps& x, Block& block, int64_t b
     }
     for (int m = 0; m < MATRICES; m++) {
         const int64_t place = block.weights(m, chunk) + channel * LANES;
-        store(&block.rows[place], rows[m]), store(&block.columns[place], columns[m]);
+        const int64_t own = block.at(chunk) + channel * LANES;
+        store(&block.rows[place], states == 1 ? rows[m] * load(&block.Q[own]) : rows[m]);
+        store(&block.columns[place], states == 1 ? columns[m] * load(&block.K[own]) : columns[m]);
         for (int i = 0; i < LANES; i++) total[m][i] += part[i] * columns[m] * rows[m][i];
     }
     for (int i = 0; i < LANES; i++) part[i] = vec{};
@@ -445,6 +448,15 @@ void tile_products(const Block& block, int64_t I, int64_t J, const float* decay,
         const float *q = &block.Q[block.at(I)] + h, *keys = &block.K[block.at(J)];
         vec sums[MATRICES][HALF] = {};
         for (int64_t c = 0; c < block.channels; c++) {
+            if (states == 1) {
+                for (int m = 0; m < MATRICES; m++) {
+                    const float* rows = &block.rows[block.weights(m, I) + c * LANES] + h;
+                    const vec key = load(&block.columns[block.weights(m, J) + c * LANES]) * decay[c];
+#pragma GCC unroll 8
+                    for (int i = 0; i < HALF; i++) sums[m][i] += key * rows[i];
+                }
+                continue;
+            }
             vec part[HALF] = {};
             for (int64_t k = c * states; k < (c + 1) * states; k++) {
                 const vec key = load(keys + k * LANES) * decay[k];

@@ -1,0 +1,139 @@
+"""Where methods find the token that a language model copied its answer from, in tasks whose sources are known.
+
+Ranks are among the context: tokens before the question, which is left out itself. Tied tokens share their mean rank.
+The truth is checked by a swap: each token is replaced by another of its own kind, and the answer must hear of it at its
+source alone.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.language import DATA, KEYS, PUZZLES, Batch, accuracy, train_puzzle
+from benchmarks.report import Figure, figure, show
+from mamba_attn import attribution, models
+from mamba_attn.evaluation.intervals import bootstrap, mean
+
+TEXTS = 100
+SEEDS = (1, 2, 3)  # of other trainings: which method is ahead depends on what a model learnt, and not on the task alone
+CONSERVING = ("MambaLRP", "FrozenContribution")
+METHODS: dict[str, Callable[[nn.Module], Any]] = {
+    "MambaLRP": attribution.MambaLRP,
+    "FrozenContribution": attribution.FrozenContribution,
+    "ImplicitAttention": attribution.ImplicitAttention,
+    "MambaAttribution": attribution.MambaAttribution,
+    "AttentionRollout": attribution.AttentionRollout,
+    "RawAttention": attribution.RawAttention,
+    "IntegratedGradients": partial(attribution.IntegratedGradients, n_steps=20),
+    "InputXGradient": attribution.InputXGradient,
+    "Occlusion": attribution.Occlusion,
+    "RandomMap": attribution.RandomMap,
+}
+
+
+def found_by(method: Any, batch: Batch, question: int) -> Tensor:
+    """Values of all tokens for one question of every text."""
+    place = int(batch.asked[question])
+    target = [(place, int(token)) for token in batch.answers[:, question]]
+    with torch.no_grad():
+        found: Tensor = method.attribute(batch.ids, target=target, query=place if method.reads_rows else None)
+    return found
+
+
+def swapped(model: nn.Module, batch: Batch, kind: Callable[[Tensor], Tensor], first: int) -> list[Tensor]:
+    """What the answers' logits lose when a token is another of its kind, question by question."""
+
+    @torch.no_grad()
+    def logits(ids: Tensor) -> Tensor:
+        return model(ids)[:, batch.asked].gather(2, batch.answers[..., None])[..., 0]
+
+    plain, lost = logits(batch.ids), []
+    for place in range(batch.ids.shape[1]):
+        other = batch.ids.clone()
+        theirs = kind(other[:, place])
+        other[theirs, place] = first + (other[theirs, place] - first + 5) % DATA
+        lost.append(plain - logits(other))
+    return [torch.stack([each[:, question] for each in lost], 1) for question in range(len(batch.asked))]
+
+
+def ranks(values: Tensor, batch: Batch, question: int) -> np.ndarray:
+    """Rank of the source among the tokens before the question, from 0; of tied tokens the mean."""
+    place, source = int(batch.asked[question]), batch.sources[:, question, None]
+    context = values[:, :place].double()
+    own = context.gather(1, source)
+    higher, tied = (context > own).sum(1), (context == own).sum(1) - 1
+    return (higher + tied / 2).numpy()
+
+
+def scores(found: np.ndarray, sizes: np.ndarray) -> dict[str, Any]:
+    """Means over texts of what the ranks (texts, questions) say, the first and the area with intervals of 95 %."""
+    area = 1 - found / (sizes - 1)
+    measures = {
+        "first": found == 0,
+        "recall at 2": found < 2,
+        "recall at 4": found < 4,
+        "AUC": area,
+        "AP": 1 / (1 + found),
+        "mean rank": found,
+    }
+    result: dict[str, Any] = {name: round(float(np.mean(value)), 4) for name, value in measures.items()}
+    for name in ("first", "AUC"):
+        its = bootstrap(mean, measures[name].astype(float).mean(1))
+        result[f"{name}, 95 %"] = [round(its.low, 4), round(its.high, 4)]
+    return result
+
+
+def measure(
+    name: str, model: nn.Module, texts: int, methods: Iterable[str] | None = None, seed: int = 7
+) -> dict[str, Any]:
+    """Methods on one task, all by default."""
+    batch = PUZZLES[name].make(texts, torch.Generator().manual_seed(seed))
+    sizes = batch.asked.double().numpy()[None]
+    questions = range(len(batch.asked))
+
+    def judged(values: list[Tensor]) -> dict[str, Any]:
+        return scores(np.stack([ranks(each, batch, q) for q, each in zip(questions, values, strict=True)], 1), sizes)
+
+    def kind(ids: Tensor) -> Tensor:
+        return (ids >= KEYS) if name == "mamba_recall" else (ids < DATA)
+
+    found = {"swap within a kind": judged(swapped(model, batch, kind, KEYS if name == "mamba_recall" else 0))}
+    for title in METHODS if methods is None else methods:
+        method = METHODS[title](model)
+        found[title] = judged([found_by(method, batch, question) for question in questions])
+    chance = float((1 / sizes).mean())
+    return {
+        "texts": texts,
+        "questions": len(questions),
+        "tokens": batch.ids.shape[1],
+        "accuracy": round(accuracy(model, batch), 4),
+        "chance of the first": round(chance, 4),
+        "methods": found,
+    }
+
+
+def run_text_truth(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
+    """Both tasks, with the weights that come with the package."""
+    details, figures = {}, []
+    for name in PUZZLES:
+        model = models.create(name, weights="demo")
+        details[name] = measure(name, model, 8 if quick else TEXTS)
+        rows = [
+            (title, *(f"{value:.3f}" for value in its.values() if isinstance(value, float)))
+            for title, its in details[name]["methods"].items()
+        ]
+        show(name, ("method", "first", "recall at 2", "recall at 4", "AUC", "AP", "mean rank"), rows)
+        first = details[name]["methods"]["MambaLRP"]
+        figures.append(figure("text truth", f"MambaLRP, {name}", first["first"], tuple(first["first, 95 %"])))
+    others = []
+    for seed in SEEDS[: 0 if quick else None]:
+        model, card = train_puzzle("mamba_copy", seed)
+        its = measure("mamba_copy", model, TEXTS, CONSERVING)
+        others.append({"seed": seed, "steps": card["steps"], "accuracy": its["accuracy"], "methods": its["methods"]})
+        print(seed, {title: its["methods"][title]["first"] for title in CONSERVING}, flush=True)
+    details["mamba_copy"]["other trainings"] = others
+    return figures, details

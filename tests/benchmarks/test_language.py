@@ -1,0 +1,77 @@
+"""Tasks with known answers: what is asked for stands at its source, small models learn them, ranks are ranks."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import language, text_truth
+from mamba_attn.models import create
+
+
+@pytest.mark.parametrize("name", language.PUZZLES)
+def test_the_answer_stands_at_its_source(name):
+    batch = language.PUZZLES[name].make(5, torch.Generator().manual_seed(3))
+    assert torch.equal(batch.ids.gather(1, batch.sources), batch.answers)
+    assert int(batch.sources.max()) < int(batch.asked.min())
+    if name == "mamba_copy":
+        assert bool((batch.sources.diff(dim=1) > 0).all())  # asked for in their order
+        assert bool((batch.ids[:, batch.asked] == language.ASK).all())
+    else:
+        assert torch.equal(batch.ids.gather(1, batch.sources - 1), batch.ids[:, batch.asked])  # the key before it
+        assert all(len(set(row)) == len(row) for row in batch.ids[:, batch.asked].tolist())
+
+
+def test_training_lowers_the_loss_and_is_repeatable(monkeypatch):
+    def trained(steps):
+        short = dataclasses.replace(language.PUZZLES["mamba_copy"], steps=steps)
+        monkeypatch.setitem(language.PUZZLES, "mamba_copy", short)
+        return language.train_puzzle("mamba_copy", log=lambda line: None)[0]
+
+    batch = language.copying(64, torch.Generator().manual_seed(9))
+    losses = []
+    for model in (trained(2), trained(2), trained(40)):
+        with torch.no_grad():
+            logits = model(batch.ids)[:, batch.asked].flatten(0, 1)
+        losses.append(float(torch.nn.functional.cross_entropy(logits, batch.answers.flatten())))
+    assert losses[0] == losses[1] > losses[2]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "seconds"), [("mamba_copy", 60), ("mamba_recall", 180)])
+def test_learnt_from_nothing(name, seconds):
+    model, card = language.train_puzzle(name)
+    assert card["accuracy"] >= 0.99
+    assert card["cpu_seconds"] <= seconds
+    found = text_truth.measure(name, model, 50, text_truth.CONSERVING)
+    assert found["methods"]["MambaLRP"]["recall at 2"] >= 0.95
+
+
+def test_ranks_of_planted_values():
+    batch = language.copying(40, torch.Generator().manual_seed(1))
+    sizes = batch.asked.double().numpy()[None]
+    planted = [torch.zeros(40, 24).scatter(1, batch.sources[:, [q]], 1.0) for q in range(4)]
+
+    def judged(values):
+        found = np.stack([text_truth.ranks(values[q], batch, q) for q in range(4)], 1)
+        return text_truth.scores(found, sizes)
+
+    best = judged(planted)
+    assert (best["first"], best["AUC"], best["AP"], best["mean rank"]) == (1, 1, 1, 0)
+    assert judged([-each for each in planted])["AUC"] == 0
+    same = judged([torch.ones(40, 24)] * 4)
+    assert (same["first"], same["AUC"]) == (0, 0.5)
+    late = [each + 100 * (torch.arange(24) >= batch.asked[q]) for q, each in enumerate(planted)]
+    assert judged(late) == best  # the question and what comes after it do not count
+    noise = torch.rand(40, 24, generator=torch.Generator().manual_seed(2))
+    assert judged([noise] * 4)["AUC"] == pytest.approx(0.5, abs=0.08)
+
+
+def test_the_methods_find_it():
+    model = create("mamba_copy", weights="demo")
+    found = text_truth.measure("mamba_copy", model, 12, (*text_truth.CONSERVING, "RawAttention"))["methods"]
+    assert found["swap within a kind"]["first"] == 1
+    assert found["FrozenContribution"]["first"] > 0.95
+    assert found["MambaLRP"]["recall at 2"] > 0.95
+    assert found["RawAttention"]["first"] < 0.2
