@@ -81,6 +81,11 @@ TARGETS = {
     "drop-in failed": Target("other people's model code: modules and models that could not be traced", 0, 0),
     "drop-in logits": Target("our model / the official code, same weights: largest difference of logits", 1e-4, 1e-5),
     "drop-in matrices": Target("our model / the official code, same weights: worst error of a matrix", 1e-5, 1e-6),
+    "doors overhead": Target(
+        "other people's models traced at doors, no attention / their own forward", 1.05, 1.02, unit="x"
+    ),
+    "doors look": Target("the look at a model ahead of its first pass / its own forward", 2, 1.5, unit="x"),
+    "doors orders": Target("the orders of a model's tokens, measured at doors, once, CPU seconds", 20, 10, unit="s"),
     "collect memory": Target("`mamba-attn collect`: added peak memory, 1,000 / 100 images", 1.05, 1.01, unit="x"),
     "collect time": Target("`mamba-attn collect`, 1,000 images, wall seconds", 600, 300, unit="s"),
     "collect mean": Target("error of the store's means / largest entry, against explicit matrices", 1e-6, 1e-7),

@@ -11,6 +11,7 @@
     python benchmarks/run.py texts
     python benchmarks/run.py build
     python benchmarks/run.py dropin --checkouts FOLDER
+    python benchmarks/run.py doors --checkouts FOLDER
     python benchmarks/run.py collect --data FOLDER
     python benchmarks/run.py embed --data FOLDER
     python benchmarks/run.py findings --runs FOLDER --data FOLDER
@@ -38,6 +39,7 @@ from benchmarks import (
     analytics,
     cases,
     comparison,
+    doors,
     dropin,
     embedding,
     explorer,
@@ -73,6 +75,7 @@ WHAT = {
     "texts": "language models of transformers: errors of traced passes, padding, half precision, time",
     "heads": "a Mamba-2 layer, folded per head and channel by channel",
     "dropin": "other people's model code, as it stands in clones of their repositories, traced",
+    "doors": "what tracing such code costs: a pass, the look ahead, measuring the tokens' orders",
     "build": "the CUDA kernels without a GPU: registers, spills, and the error of their source on the host",
 }
 ON_DATA: dict[str, tuple[Any, Any]] = {  # the module with the options, and what measures
@@ -82,6 +85,7 @@ ON_DATA: dict[str, tuple[Any, Any]] = {  # the module with the options, and what
     "embed": (embedding, embedding.run_embed),
     "findings": (findings, findings.run_findings),
     "dropin": (dropin, dropin.run_dropin),
+    "doors": (doors, doors.run_doors),
     "text-perturbation": (text_perturbation, text_perturbation.run_text_perturbation),
 }
 
