@@ -113,3 +113,12 @@ def test_a_word_that_is_knocked_out_is_not_copied():
             said = "".join(vocabulary.tokens[i] for i in model(ids)[0, -4:].argmax(-1))
     assert "K" not in said
     assert said[0] + said[2:] == "BPC"
+
+
+def test_a_notebook_shows_what_the_last_token_reads():
+    model = create("mamba_copy", weights="demo")
+    with torch.no_grad(), mamba_attn.trace(model) as trace:
+        model(registry.vocabulary("mamba_copy").encode(". . B . . . K ?"))
+    shown = trace[1]._repr_html_()
+    assert "what the last token, 7, reads" in shown
+    assert "is read" not in shown
