@@ -63,8 +63,10 @@ class LanguageAdapter(Adapter):
         real = named.get("attention_mask")
         real = real if isinstance(real, Tensor) and real.shape == x.shape[:2] else None
         layout = seen.layout if seen.layout is not None and seen.layout.tokens == x.shape[1] else None
-        project = _equations(module).project
-        record: ScanRecord = project(module, x, rules=rules, layout=layout, real=real, masked=self.masked)
+        equations = _equations(module)
+        options: dict[str, Any] = {"rules": rules, "layout": layout, "real": real, "masked": self.masked}
+        options |= {"normed": True} if equations is vim_mixer else {}
+        record: ScanRecord = equations.project(module, x, **options)
         return record
 
     def finish(self, module: nn.Module, record: ScanRecord, y: Tensor, rules: Rules) -> Tensor:

@@ -5,6 +5,7 @@ mamba_ssm's own mixer, transformers' and those of mamba.py and mamba-minimal hav
 
 import inspect
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -19,14 +20,24 @@ from mamba_attn.tracing.adapters import Adapter, LayoutSource, Seen
 _PARTS = ("in_proj", "conv1d", "x_proj", "dt_proj", "A_log", "D", "out_proj")
 
 
+@dataclass(frozen=True)
 class MambaAdapter(Adapter):
-    """Mixers with exactly mamba_ssm's names, on the fast path or off it."""
+    """Mixers with exactly mamba_ssm's names, on the fast path or off it.
+
+    Args:
+        normed: whether dt, B and C are normed, as mamba.py may.
+    """
 
     family: ClassVar[str] = "Mamba"
+    normed: bool = False
 
     def recognises(self, module: nn.Module) -> bool:
         """Whether the module has the parts of a Mamba mixer."""
         return all(hasattr(module, name) for name in _PARTS)
+
+    def alternatives(self, module: nn.Module) -> "Iterable[MambaAdapter]":
+        """Return the adapter without norms, and with them where the module has some."""
+        return (self, replace(self, normed=True)) if hasattr(module, "dt_layernorm") else (self,)
 
     def project(self, module: nn.Module, *args: Any, rules: Rules, seen: Seen, **kwargs: Any) -> ScanRecord:
         """Return everything before the scans, from the first argument of the mixer's forward, and ``orders``.
@@ -43,7 +54,7 @@ class MambaAdapter(Adapter):
                 "knows (batch, tokens, features)."
             )
         layout = seen.layout if seen.layout is not None and seen.layout.tokens == x.shape[1] else None
-        return vim_mixer.project(module, x, orders=given.get("orders"), rules=rules, layout=layout)
+        return vim_mixer.project(module, x, orders=given.get("orders"), rules=rules, layout=layout, normed=self.normed)
 
     def finish(self, module: nn.Module, record: ScanRecord, y: Tensor, rules: Rules) -> Tensor:
         """Return the gated, projected output."""

@@ -98,6 +98,14 @@ def test_maps_of_one_pass_in_code() -> None:
     assert [maps.shape for maps in run("how_it_works.md")["maps"]] == [(2, 1, 128, 128)] * 3
 
 
+def test_text_in_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = run("text.md")
+    assert found["heat"].shape == (1, len(found["words"]))
+    assert found["words"][int(found["heat"][0, :-1].argmax())] in (" charming", " hilarious")
+    assert "<span" in (tmp_path / "strip.html").read_text()
+
+
 def test_every_recipe_is_run_here() -> None:
     here = Path(__file__).read_text()
     for page in (DOCS / "how-to").glob("*.md"):

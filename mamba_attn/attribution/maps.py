@@ -115,9 +115,9 @@ class MapAttribution(Attribution, ABC):
 
         Args:
             inputs: (batch, colours, height, width), images as the model takes them; volumes and videos
-                (batch, colours, *sizes), spectrograms (batch, time, frequency); texts as ids (batch, tokens). A tuple
-                of them for a model with several inputs, each of which gets a map from the layers that it alone
-                reaches.
+                (batch, colours, *sizes) or (batch, frames, colours, height, width), spectrograms (batch, time,
+                frequency); texts as ids (batch, tokens). A tuple of them for a model with several inputs, each of
+                which gets a map from the layers that it alone reaches.
             target: class index, or one per image as a list or tensor. For dense outputs, a tuple of indices such as
                 (class, row, column), or a list of one tuple per image. Or a function of the model's output that returns
                 one number per image, each depending on its own image only, or their sum. Default: the predicted class,
@@ -204,8 +204,7 @@ class MapAttribution(Attribution, ABC):
             if first.text is not None and is_text(images):
                 maps = maps.squeeze(1).masked_fill(~first.text.real, 0)
             elif expand:
-                colours = maps.ndim == images.ndim  # spectrograms have none
-                maps = (maps / images.shape[1]).expand_as(images).contiguous() if colours else maps.squeeze(1)
+                maps = _in_every_colour(maps, images)
             results.append(maps)
         found: Any = tuple(results) if isinstance(inputs, tuple) else results[0]
         return (found, bound._delta) if return_convergence_delta else found
@@ -451,7 +450,9 @@ class TokenAttribution(MapAttribution):
     def _maps(
         self, images: Tensor, target: Target, query: Query | None, size: tuple[int, ...], grid: bool
     ) -> Float[Tensor, "batch 1 *size"]:
-        return self._render(self._explain(images, target, query), size, grid)
+        rows = self._explain(images, target, query)
+        frames_first = images.ndim == 5 and all(_frames_stand_second(layout, images.shape) for layout, _ in rows)
+        return self._render(rows, (images.shape[1], *images.shape[3:]) if frames_first else size, grid)
 
     @contextmanager
     def _traced(
@@ -565,6 +566,21 @@ class TokenAttribution(MapAttribution):
                 sizes = [size[-len(layout.grid) :] for layout in merged]
                 maps = [layout.to_pixels(each, its) for layout, each, its in zip(merged, maps, sizes, strict=True)]
             return (torch.stack(maps).sum(0) / len(rows)).unsqueeze(1)
+
+
+def _in_every_colour(maps: Tensor, images: Tensor) -> Tensor:
+    """Maps in the images' shape, an equal part in every colour; spectrograms have none."""
+    if maps.ndim < images.ndim:
+        return maps.squeeze(1)
+    axis = 1 if maps.shape[2:] == images.shape[2:] else 2  # of the colours: a video's frames may stand second
+    return (maps.movedim(1, axis) / images.shape[axis]).expand_as(images).contiguous()
+
+
+def _frames_stand_second(layout: TokenLayout, shape: tuple[int, ...]) -> bool:
+    """Whether a video is (batch, frames, colours, height, width), as what its tokens cover says."""
+    either = (shape[2], *shape[3:]), (shape[1], *shape[3:])
+    distance = [sum(abs(a - b) for a, b in zip(layout.covered, sizes, strict=False)) for sizes in either]
+    return len(layout.grid) == 3 and distance[1] < distance[0]
 
 
 def _all_methods() -> Iterator[type[MapAttribution]]:

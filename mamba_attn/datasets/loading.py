@@ -23,7 +23,7 @@ from mamba_attn.core.training_mode import warn_of_training
 from mamba_attn.core.transform import Transform
 from mamba_attn.datasets.class_names import names_for, read_names
 from mamba_attn.datasets.user_code import build_model, find_function, names_code, stand_ins_for, takes
-from mamba_attn.errors import UnsupportedModelError, WeightsError, nearest
+from mamba_attn.errors import UnsupportedModelError, WeightsError, local_path, nearest
 from mamba_attn.models import checkpoints, registry
 from mamba_attn.tracing.layer_kinds import SOFTMAX, layer_kinds
 from mamba_attn.tracing.undisturbed import undisturbed
@@ -230,6 +230,11 @@ def _built(
 
 def _of_the_registry(spec: str, weights: str | None, options: dict[str, Any]) -> LoadedModel:
     name = registry.aliases().get(spec, spec)
+    if name in registry.names("text"):
+        raise ValueError(
+            f"load({spec!r}): this model reads text and not images; build it with mamba_attn.models.create({name!r}, "
+            "weights='demo')."
+        )
     if name not in registry.names():
         if spec.endswith(".py"):
             raise ValueError(f"load({spec!r}): add the function that returns the model, {spec}:FUNCTION.")
@@ -313,7 +318,7 @@ def _of_timm(spec: str, weights: str | None, options: dict[str, Any]) -> LoadedM
 
 
 def _of_transformers(spec: str, weights: str | None, options: dict[str, Any], trust: bool) -> LoadedModel:
-    folder = Path(spec.removeprefix("hf:")).expanduser()
+    folder = local_path("model", spec.removeprefix("hf:"))
     if not (folder / "config.json").is_file():
         raise ValueError(f"model={spec!r}: there is no {folder / 'config.json'}; expected hf:FOLDER, on this machine.")
     if importlib.util.find_spec("transformers") is None:

@@ -35,6 +35,7 @@ def project(
     layout: TokenLayout | None = None,
     real: Num[Tensor, "batch tokens"] | None = None,
     masked: Collection[str] = MASKED[0],
+    normed: bool = False,
 ) -> ScanRecord:
     """Compute everything in a mixer of Mamba or Vim before its scans.
 
@@ -42,7 +43,7 @@ def project(
     SiLU(z) (arXiv 2401.09417, algorithm 1). Vim's second route uses the modules and parameters named ``*_b``; where
     only ``A_b_log`` has that name (its published code calls this v1), it walks u, delta, B and C of the first route
     backwards. A module without any of them, or whose ``scans`` say so, has one route: Mamba's. Some language models
-    norm dt, B and C, by modules (Jamba) or without weights (Falcon Mamba, ``rms_eps``).
+    norm dt, B and C, by modules (Jamba) or without weights (Falcon Mamba, ``rms_eps``); ``normed`` does.
 
     Args:
         module: a mixer with Vim's attribute names; its submodules are called as modules.
@@ -52,6 +53,7 @@ def project(
         layout: where the tokens sit in the image; kept in the record.
         real: 0 at padding, which is set to zero; of mixers with one route.
         masked: where, see ``MASKED``.
+        normed: whether the module's norms of dt, B and C are used, and its own activation.
 
     Returns:
         The record, in scan order (v1: in the token frame); features of u and delta are contiguous in memory.
@@ -60,11 +62,15 @@ def project(
     x = x if keep is None or "input" not in masked else x * keep
     inner, z = _part(module, "in_proj")(x).chunk(2, dim=-1)
     inner = inner if keep is None or "inner" not in masked else inner * keep
-    act, keep = getattr(module, "act", F.silu), keep if "scanned" in masked else None
+    act = getattr(module, "act", F.silu) if normed else F.silu
+    keep = keep if "scanned" in masked else None
     suffixes = scans(module)
     own = suffixes if hasattr(module, "conv1d_b") else suffixes[:1]  # routes with their own convolution
     u, dt, bc = zip(
-        *(_route(module, suffix, _along(inner, route, orders), rules, act, keep) for route, suffix in enumerate(own)),
+        *(
+            _route(module, suffix, _along(inner, route, orders), rules, act, keep, normed=normed)
+            for route, suffix in enumerate(own)
+        ),
         strict=True,
     )
     B, C = torch.stack(bc, 1).mT.unsqueeze(2).chunk(2, dim=3)
@@ -124,6 +130,8 @@ def _route(
     rules: Rules,
     act: Callable[[Tensor], Tensor],
     keep: Tensor | None,
+    *,
+    normed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return u, delta before softplus, and B concatenated with C, each (batch, length, features)."""
     mixed = _part(module, f"conv1d{suffix}")(inner.mT)[..., : inner.shape[1]].mT
@@ -137,7 +145,7 @@ def _route(
         )
     rank = step.weight.shape[1]
     low, bc = _part(module, f"x_proj{suffix}")(u).tensor_split([rank], dim=-1)
-    low, bc = _normed(module, low, bc)
+    low, bc = _normed(module, low, bc) if normed else (low, bc)
     return u, _before_softplus(step, low.contiguous()), bc  # contiguous, for a faster backward pass
 
 

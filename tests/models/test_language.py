@@ -21,6 +21,8 @@ def test_names_are_of_text_or_of_images():
         registry.names("sound")
     with pytest.raises(ValueError, match=r"transform\('mamba_copy'\): this model reads text"):
         registry.transform("mamba_copy")
+    with pytest.raises(ValueError, match=r"load\('mamba_copy'\): this model reads text and not images"):
+        mamba_attn.load("mamba_copy")
     with pytest.raises(WeightsError, match=r"these weights read images. Those of text: mamba_copy"):
         registry.vocabulary("vim_digits")
 
