@@ -277,7 +277,7 @@ class ScanLayer(Layer):
     def lay_out(self, layout: TokenLayout | None) -> None:
         """Say where the tokens sit in the image; None leaves it as it is."""
         if layout is not None:
-            self._scan = self._scan.replace(layout=layout)
+            object.__setattr__(self._scan, "layout", layout)  # the same record: rules know it by its identity
 
     @property
     def _described(self) -> ScanRecord:
