@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 import mamba_attn
-from mamba_attn.tracing.layers import AttentionLayer, Layer, ScanLayer
+from mamba_attn.tracing.layers import Layer, ScanLayer
+from mamba_attn.tracing.softmax_layers import AttentionLayer
 
 model = mamba_attn.models.create("vim_tiny")
 with mamba_attn.trace(model) as trace:

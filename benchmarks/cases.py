@@ -73,6 +73,7 @@ TARGETS = {
     "row memory": Target("one row: log-log slope of peak extra memory", 1.15, 1.05),
     "product time": Target("one left product: log-log slope of time", 1.15, 1.05),
     "product memory": Target("one left product: log-log slope of peak extra memory", 1.15, 1.05),
+    "text areas": Target("area between LeRF and MoRF on film reviews, words replaced by <unk>", 0.3, 0.6, higher=True),
     "text truth": Target("the token an answer was copied from has the first rank", 0.98, 1, higher=True),
     "drop-in law 1": Target("other people's model code: worst error of the matrices times u (law 1)", 1e-5, 1e-6),
     "drop-in output": Target("other people's model code: worst error of the traced output", 1e-5, 1e-6),
@@ -80,6 +81,11 @@ TARGETS = {
     "drop-in failed": Target("other people's model code: modules and models that could not be traced", 0, 0),
     "drop-in logits": Target("our model / the official code, same weights: largest difference of logits", 1e-4, 1e-5),
     "drop-in matrices": Target("our model / the official code, same weights: worst error of a matrix", 1e-5, 1e-6),
+    "doors overhead": Target(
+        "other people's models traced at doors, no attention / their own forward", 1.05, 1.02, unit="x"
+    ),
+    "doors look": Target("the look at a model ahead of its first pass / its own forward", 2, 1.5, unit="x"),
+    "doors orders": Target("the orders of a model's tokens, measured at doors, once, CPU seconds", 20, 10, unit="s"),
     "collect memory": Target("`mamba-attn collect`: added peak memory, 1,000 / 100 images", 1.05, 1.01, unit="x"),
     "collect time": Target("`mamba-attn collect`, 1,000 images, wall seconds", 600, 300, unit="s"),
     "collect mean": Target("error of the store's means / largest entry, against explicit matrices", 1e-6, 1e-7),

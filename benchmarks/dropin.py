@@ -54,6 +54,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--checkouts", type=Path, required=True, help="folder of clones, under their repositories' names"
     )
     parser.add_argument(
+        "--rows", type=Path, help="folder that keeps every repository's rows: those that are there are not run again"
+    )
+    parser.add_argument(
         "--only", nargs="+", metavar="OWNER/NAME", help="of the repositories; the others' results stay as they were"
     )
 
@@ -81,7 +84,7 @@ def run_dropin(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
     pairs: dict[str, dict[str, float]] = {}
     kept = _kept(there) if args.only and not args.quick else {"rows": [], "same weights": {}}
     for name in there:
-        found = _in_a_process(name, folders[name], args.quick)
+        found = _kept_or_run(name, folders[name], args.quick, args.rows)
         rows += [{"repository": name, "commit": found["commit"], **row} for row in found["rows"]]
         pairs |= found["pairs"]
     show("drop-in", COLUMNS, [[_cell(row, column) for column in COLUMNS] for row in rows])
@@ -117,6 +120,19 @@ def _kept(again: list[str]) -> dict[str, Any]:
 def _cell(row: Row, column: str) -> str:
     value = row.get(column, "refused" if "refused" in row else "failed" if "failed" in row else "")
     return f"{value:.1e}" if isinstance(value, float) else str(value)
+
+
+def _kept_or_run(name: str, checkout: Path, quick: bool, folder: Path | None) -> Row:
+    """The rows of a repository, from a run that was interrupted after it, or measured now."""
+    if folder is None:
+        return _in_a_process(name, checkout, quick)
+    path = folder / f"{name.replace('/', '+')}.json"
+    if not path.exists():
+        found = _in_a_process(name, checkout, quick)
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found))
+    kept: Row = json.loads(path.read_text())
+    return kept
 
 
 def _in_a_process(name: str, checkout: Path, quick: bool) -> Row:

@@ -64,6 +64,7 @@ def official_pairs(name: str, root: Path) -> Iterator[tuple[str, nn.Module]]:
     if name == "MzeroMiko/VMamba":
         yield "vmamba_tiny_s1l8", load(root, "vmamba").vmamba_tiny_s1l8()
     if name == "hustvl/Vim":
+        load(root / "mamba-1p1p1", "mamba_ssm")
         code = load(root / "vim", "models_mamba")
         yield "vim_tiny", code.vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2()
 

@@ -11,11 +11,13 @@
     python benchmarks/run.py texts
     python benchmarks/run.py build
     python benchmarks/run.py dropin --checkouts FOLDER
+    python benchmarks/run.py doors --checkouts FOLDER
     python benchmarks/run.py collect --data FOLDER
     python benchmarks/run.py embed --data FOLDER
     python benchmarks/run.py findings --runs FOLDER --data FOLDER
     python benchmarks/run.py explore
     python benchmarks/run.py text-truth
+    python benchmarks/run.py text-perturbation --data ARCHIVE
 
 One thread, CPU time, the competitors in turn (A B A B) in one process; peak memory in child processes. On a GPU
 ``kernel`` measures between CUDA events.
@@ -37,11 +39,13 @@ from benchmarks import (
     analytics,
     cases,
     comparison,
+    doors,
     dropin,
     embedding,
     explorer,
     findings,
     maps,
+    text_perturbation,
     text_truth,
     texts,
     verify,
@@ -66,10 +70,12 @@ WHAT = {
     "findings": "mamba-attn findings: the paper's findings, trained, with random weights, in other patch orders",
     "explore": "mamba-attn explore in a real browser: from a gesture to the picture",
     "text-truth": "attribution of text: ranks of the token that an answer was copied from",
+    "text-perturbation": "attribution of text: what reviews lose when words are replaced, in an order of relevance",
     "kernel": "hidden attention and what it costs: models, backends, ceilings, on a CPU or a GPU",
     "texts": "language models of transformers: errors of traced passes, padding, half precision, time",
     "heads": "a Mamba-2 layer, folded per head and channel by channel",
     "dropin": "other people's model code, as it stands in clones of their repositories, traced",
+    "doors": "what tracing such code costs: a pass, the look ahead, measuring the tokens' orders",
     "build": "the CUDA kernels without a GPU: registers, spills, and the error of their source on the host",
 }
 ON_DATA: dict[str, tuple[Any, Any]] = {  # the module with the options, and what measures
@@ -79,6 +85,8 @@ ON_DATA: dict[str, tuple[Any, Any]] = {  # the module with the options, and what
     "embed": (embedding, embedding.run_embed),
     "findings": (findings, findings.run_findings),
     "dropin": (dropin, dropin.run_dropin),
+    "doors": (doors, doors.run_doors),
+    "text-perturbation": (text_perturbation, text_perturbation.run_text_perturbation),
 }
 
 
@@ -286,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
         found, partial = maps.run_maps(args), args.quick or maps.partial(args)
     elif args.what in ON_DATA:
         module, measure = ON_DATA[args.what]
-        found, partial = [(args.what, *measure(args))], args.quick or module.partial(args)
+        found, partial = [(args.what.replace("-", "_"), *measure(args))], args.quick or module.partial(args)
     else:
         runs = {
             "ops": run_ops,
@@ -299,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
             "explore": explorer.run_explore,
             "text-truth": text_truth.run_text_truth,
         }
-        found, partial = [(args.what, *runs[args.what](args.quick))], args.quick
+        found, partial = [(args.what.replace("-", "_"), *runs[args.what](args.quick))], args.quick
     folder = args.out or (None if partial else RESULTS)
     for name, figures, details in found:
         finish(name, figures, details, folder and folder / f"{name}.json", partial)

@@ -137,3 +137,30 @@ def run_text_truth(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
         print(seed, {title: its["methods"][title]["first"] for title in CONSERVING}, flush=True)
     details["mamba_copy"]["other trainings"] = others
     return figures, details
+
+
+def table(results: dict[str, Any]) -> str:
+    """The table of the page about text, best first; figures of both tasks."""
+    tasks = [results["truth"]["details"][name]["methods"] for name in PUZZLES]
+    shown = ("first", "recall at 4", "AUC", "AP")
+    lines = [
+        "| method | " + " | ".join(f"{task}, {what}" for task in ("copying", "recall") for what in shown) + " |",
+        "|---|" + "---|" * 2 * len(shown),
+    ]
+    order = sorted(tasks[0], key=lambda title: -sum(task[title]["AUC"] for task in tasks))
+    for title in order:
+        name = title if title.startswith("swap") else f"`{title}`"
+        lines.append(f"| {name} | " + " | ".join(f"{task[title][what]:.2f}" for task in tasks for what in shown) + " |")
+    return "\n".join(lines)
+
+
+def trainings(results: dict[str, Any]) -> str:
+    """First ranks of the conserving methods in every training of the copying task."""
+    copying = results["truth"]["details"]["mamba_copy"]
+    every = [{"seed": 0, "methods": copying["methods"]}, *copying["other trainings"]]
+    lines = ["| copying, first rank | " + " | ".join(f"seed {each['seed']}" for each in every) + " |"]
+    lines.append("|---|" + "---|" * len(every))
+    for title in CONSERVING:
+        firsts = (f"{each['methods'][title]['first']:.2f}" for each in every)
+        lines.append(f"| `{title}` | " + " | ".join(firsts) + " |")
+    return "\n".join(lines)

@@ -1,10 +1,14 @@
-"""Errors about state: a model, a trace, a machine.
+"""Errors about state: a model, a trace, a machine; and what arguments of many calls are checked by.
 
 Wrong arguments raise ValueError or TypeError instead.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
+from pathlib import Path
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 class MambaAttnError(RuntimeError):
@@ -47,6 +51,31 @@ class ModelBuildError(MambaAttnError):
 
 class StoreError(MambaAttnError):
     """A store of attention is half written, damaged, of another version or of another model."""
+
+
+def local_path(argument: str, text: str | Path) -> Path:
+    """Return a path on this machine; ``~`` is the home folder.
+
+    Args:
+        argument: the call's name for it, for the message.
+        text: as the user wrote it.
+
+    Raises:
+        ValueError: nothing, an address such as ``s3://``, or what no file can be called.
+    """
+    written = str(text)
+    if not written.strip():
+        raise ValueError(f"{argument}={written!r}: expected a path, and this is empty.")
+    if "\0" in written:
+        raise ValueError(f"{argument}={written!r}: no path contains a zero byte.")
+    if _ADDRESS.match(written):
+        raise ValueError(
+            f"{argument}={written!r}: expected a path on this machine; copy the files here, or mount what holds them."
+        )
+    try:
+        return Path(written).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{argument}={written!r}: this user has no home folder here; write the path out.") from error
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

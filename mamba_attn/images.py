@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mamba_attn._types import Float
-from mamba_attn.errors import MambaAttnError
+from mamba_attn.errors import MambaAttnError, local_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,15 +61,19 @@ def find(patterns: Iterable[str]) -> list[Path]:
 
     Raises:
         FileNotFoundError: an entry yields no image; the message says which.
+        ValueError: an entry that is no path on this machine.
+        ImageError: a pipe or a device.
     """
     found: dict[Path, Path] = {}
     for pattern in patterns:
-        path = Path(pattern).expanduser()
+        path = local_path("file", pattern)
         if path.is_dir():
             files = _images(path.iterdir())
             reason = f"the folder {pattern!r} holds no images"
-        elif path.exists():
+        elif path.is_file():
             files, reason = [path], ""
+        elif path.exists():
+            raise ImageError(f"{pattern}: this is a pipe or a device, not a file.")
         elif glob.has_magic(pattern):
             files = [path for path in map(Path, sorted(glob.glob(str(path), recursive=True))) if path.is_file()]
             reason = f"the pattern {pattern!r} matches no file"
@@ -110,7 +114,7 @@ def read(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=_formats()) as image:
                 image.load()
                 upright = ImageOps.exif_transpose(image)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -201,6 +205,14 @@ def normalise(
     pixels = pixels.mean(1, keepdim=True) if len(mean) == 1 else pixels
     shift, scale = (torch.tensor(tuple(values)).view(1, -1, 1, 1) for values in (mean, std))
     return (pixels - shift) / scale
+
+
+def _formats() -> list[str]:
+    """Return Pillow's formats but those that another program is started for, or that are no pictures."""
+    from PIL import Image
+
+    Image.init()
+    return [name for name in Image.ID if name not in ("EPS", "WMF", "MPEG", "HDF5", "BUFR", "GRIB")]
 
 
 def _images(paths: Iterable[Path]) -> list[Path]:

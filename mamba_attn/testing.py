@@ -18,7 +18,8 @@ from mamba_attn.ops import reference
 from mamba_attn.ops.arguments import at_tokens
 from mamba_attn.tracing.adapters import Adapter, AnyAdapter, AttentionAdapter, find_mixers, nothing_found
 from mamba_attn.tracing.agreement import latest
-from mamba_attn.tracing.layers import AttentionLayer, Layer, ScanLayer
+from mamba_attn.tracing.layers import Layer, ScanLayer
+from mamba_attn.tracing.softmax_layers import AttentionLayer
 from mamba_attn.tracing.tracer import Trace, trace
 
 _ENTRIES = 2**22  # of the per-channel matrices that are built at once

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from mamba_attn.attribution import catalogue
+from mamba_attn.core.loaded_model import LoadedModel
+from mamba_attn.core.transform import Transform
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.testing import LawError, check_adapter
 from mamba_attn.tracing.adapters import _registered
@@ -96,6 +98,14 @@ def test_maps_of_one_pass_in_code() -> None:
     assert [maps.shape for maps in run("how_it_works.md")["maps"]] == [(2, 1, 128, 128)] * 3
 
 
+def test_text_in_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = run("text.md")
+    assert found["heat"].shape == (1, len(found["words"]))
+    assert found["words"][int(found["heat"][0, :-1].argmax())] in (" charming", " hilarious")
+    assert "<span" in (tmp_path / "strip.html").read_text()
+
+
 def test_every_recipe_is_run_here() -> None:
     here = Path(__file__).read_text()
     for page in (DOCS / "how-to").glob("*.md"):
@@ -154,13 +164,19 @@ def test_a_loaders_maps_in_code() -> None:
 
 def test_a_unet_of_mamba_blocks_in_code() -> None:
     found = run("how-to/unet_of_mamba_blocks.md")
-    for maps in found["maps"].values():
-        assert [each.shape for each in maps] == [(2, 1, 64, 96)] * 2
-        assert all(each.isfinite().all() and each.std() > 0 for each in maps)
-    coarse = found["maps"]["coarse"][0][0, 0]
-    row, column = divmod(int(coarse.argmax()), 96)
-    assert 64 * 96 > row * 96 + column >= 0
-    assert (row // 8, column // 8) <= (30 // 8, 40 // 8)  # a causal scan reads what comes before the pixel's token
+    for maps in (found["read"], found["drives"]):
+        assert maps.shape == (2, 1, 64, 96)
+        assert maps.isfinite().all()
+        assert maps.std() > 0
+    assert [layer.layout.grid for layer in found["record"].layers] == [(16, 24), (8, 12), (16, 24)]
+    place = divmod(int(found["read"][0, 0].argmax()), 96)
+    assert place[0] // 8 <= 30 // 8  # a causal scan reads what comes before the pixel's token
+    drawn = LoadedModel(found["model"], Transform((64, 96)), layout=found["layout"])
+    with pytest.warns(UserWarning, match="attention_rollout is left out: rollout from a grid of 8x12 to one of 16x24"):
+        (answer,) = found["mamba_attn"].explain(drawn, torch.rand(1, 3, 64, 96))
+    assert list(answer.maps) == ["raw_attention"]
+    with pytest.raises(UnsupportedModelError, match="name the layers of one stage"):
+        found["mamba_attn"].explain(drawn, torch.rand(1, 3, 64, 96), methods="attention_rollout")
 
 
 def test_patches_made_by_einops_in_code() -> None:

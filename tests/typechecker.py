@@ -12,7 +12,8 @@ from typing import Any, Self, get_args
 import jaxtyping
 from beartype import BeartypeConf, beartype
 
-_beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as everywhere in Python
+# an int is a float, as everywhere in Python; a wrong type is the error that code raises and catches for one
+_beartype = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=TypeError))
 _with_axes = jaxtyping.jaxtyped
 
 

@@ -25,7 +25,7 @@ from mamba_attn.analytics.index import INDEX, Index, StoredImage, StoredLayer
 from mamba_attn.analytics.projection import feature_size
 from mamba_attn.analytics.statistics import LayerStatistics, Statistics
 from mamba_attn.core.requirements import writable
-from mamba_attn.errors import StoreError
+from mamba_attn.errors import StoreError, local_path
 
 _LOCK = ".lock"
 _OURS = {_LOCK, f"{INDEX}.new"}  # what a run that is killed right at the start leaves
@@ -70,7 +70,7 @@ def folder_for(out: str | Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be made or written.
     """
-    folder = Path(out).expanduser()
+    folder = local_path("out", out)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield writable(str(out))

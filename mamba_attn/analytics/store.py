@@ -22,7 +22,7 @@ from mamba_attn.analytics.storage import Arrays, route_names
 from mamba_attn.core import notebook
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.core.transform import Transform
-from mamba_attn.errors import StoreError, nearest
+from mamba_attn.errors import StoreError, local_path, nearest
 
 _ROWS_AT_ONCE = 64
 _PICTURES, _MAPS = 6, 12  # in a notebook
@@ -86,7 +86,7 @@ class AttentionStore:
             StoreError: the store is missing, half written, damaged or of another version.
             ImportError: zarr is not installed.
         """
-        folder = Path(path).expanduser()
+        folder = local_path("store", path)
         index = Index.read(folder)
         if not index.images or not (index.finished or unfinished):
             how = f": {index.command}" if index.command else ""

@@ -181,7 +181,8 @@ def to_finer(
     Raises:
         UnsupportedModelError: frames of different grids that hold more than patches; a later grid that is finer.
     """
-    if (finer.grid, finer.padded, finer.tokens) == (coarser.grid, coarser.padded, coarser.tokens):
+    one_frame = (finer.grid, finer.padded, finer.tokens) == (coarser.grid, coarser.padded, coarser.tokens)
+    if one_frame and finer.columns_first == coarser.columns_first:
         return row
     classes = (finer.class_tokens, coarser.class_tokens)
     if finer.grid == coarser.grid and len(classes[0]) == len(classes[1]):
@@ -191,15 +192,18 @@ def to_finer(
         )
         return row.new_zeros(len(row), finer.tokens).index_copy(1, placed, row[:, kept])
     others = finer.class_tokens + finer.registers + coarser.class_tokens + coarser.registers
-    if others or finer.grid[0] < coarser.grid[0] or finer.grid[1] < coarser.grid[1]:
+    grids = list(zip(finer.grid, coarser.grid, strict=False))
+    if others or len(finer.grid) != len(coarser.grid) or any(fine < coarse for fine, coarse in grids):
+        finer_grid, coarser_grid = ("x".join(map(str, layout.grid)) for layout in (finer, coarser))
         raise UnsupportedModelError(
-            f"rollout from a grid of {finer.grid[0]}x{finer.grid[1]} to one of {coarser.grid[0]}x{coarser.grid[1]}: "
-            "only patches, on grids that shrink, can be averaged; name the layers of one stage with layers=."
+            f"rollout from a grid of {finer_grid} to one of {coarser_grid}: only patches, on grids that shrink, can "
+            "be averaged; name the layers of one stage with layers=."
         )
-    stride = round(coarser.step / finer.step)
-    vertical, horizontal = (_blocks(finer.grid[axis], coarser.grid[axis], stride).to(row) for axis in (0, 1))
-    fine = (vertical.mT @ coarser.to_grid(row) @ horizontal).flatten(1)
-    return row.new_zeros(len(row), finer.tokens).index_copy(1, finer.patches.to(row.device), fine)
+    fine = coarser.to_grid(row)
+    for (many, few), step, finer_step in zip(grids, coarser.steps, finer.steps, strict=True):
+        means = _blocks(many, few, round(step / finer_step)).to(row)
+        fine = torch.tensordot(fine, means, ([1], [0]))  # the axis goes to the end, the next one is axis 1
+    return row.new_zeros(len(row), finer.tokens).index_copy(1, finer.patches.to(row.device), fine.flatten(1))
 
 
 def _blocks(fine: int, coarse: int, stride: int) -> Float[Tensor, "coarse fine"]:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from mamba_attn.attribution.texts import Text
 from mamba_attn.tracing.door_layers import DoorLayer
-from mamba_attn.tracing.layers import AttentionLayer, Layer, ScanLayer
-from mamba_attn.tracing.softmax_layers import DoorAttention
+from mamba_attn.tracing.layers import Layer, ScanLayer
+from mamba_attn.tracing.softmax_layers import AttentionLayer, DoorAttention
 from mamba_attn.tracing.texts import named_arguments, takes
 from mamba_attn.tracing.tracer import Trace, trace
 from mamba_attn.tracing.undisturbed import undisturbed

@@ -64,25 +64,30 @@ class LayerGradCam(FromCaptum):
     ) -> None:
         super().__init__(model)
         self.layout = layout
+        self.layer: LayerName | None
         if isinstance(layer, nn.Module):  # as captum takes it
             names = {module: name for name, module in model.named_modules()}
             if not names.get(layer):
                 raise ValueError(f"LayerGradCam(layer={type(layer).__name__}): expected a module inside the model.")
-            layer = names[layer]
-        if layer is not None:
-            listed_layers("LayerGradCam(layer=...)", [layer])
-        self.layer = layer
+            self.layer = names[layer]
+        else:
+            self.layer = layer
+        if self.layer is not None:
+            listed_layers("LayerGradCam(layer=...)", [self.layer])
         self.relu = relu
 
     def _maps(
         self, images: Tensor, target: Target, query: Query | None, size: tuple[int, ...], grid: bool
     ) -> Float[Tensor, "batch 1 *size"]:
         asked = self._ask(images, target)
-        name, at_input = self._place(images)
+        names, at_input = self._places(images)
         frames = self._frames(images)
-        tap = _Tap([frame.grid for frame in frames])
-        with torch.inference_mode(False):
-            cam = self._cam(asked, name, at_input, tap)
+        for name in names:  # at doors, the module that calls the scan may be given channels first
+            tap = _Tap([frame.grid for frame in frames])
+            with torch.inference_mode(False):
+                cam = self._cam(asked, name, at_input, tap)
+            if any(_fits(frame, cam) for frame in frames if cam.ndim in (3, 4)):
+                break
         if len(cam) != len(images) or cam.ndim not in (3, 4):
             raise ValueError(
                 f"LayerGradCam(layer={name!r}): it returns {tap.shape}, neither (batch, tokens, features) nor images "
@@ -126,20 +131,25 @@ class LayerGradCam(FromCaptum):
         )
         return found.detach()
 
-    def _place(self, images: Tensor) -> tuple[str, bool]:
-        """Return the layer's name, and whether its input is meant instead of its output."""
+    def _places(self, images: Tensor) -> tuple[list[str], bool]:
+        """Return the names of the layer and of those that will do, and whether their inputs are meant, not outputs."""
         if self.layer is not None and not isinstance(self.layer, str):
-            return layer_name("LayerGradCam(layer=...)", self.layer, self._mixers(images)), False
+            return [layer_name("LayerGradCam(layer=...)", self.layer, self._mixers(images))], False
         if self.layer is not None:
             names = [name for name, _ in self.model.named_modules() if name]
             if self.layer not in names:
                 raise ValueError(f"LayerGradCam(layer={self.layer!r}): no such module. {nearest(self.layer, names)}")
-            return self.layer, False
+            return [self.layer], False
         name = self._mixers(images)[-1]
         stage, found, _ = name.rpartition(".blocks.")
         known = find_mixers(self.model).get(name)
         staged = known is not None and known[1].family in _STAGED
-        return (stage, False) if staged and found else (name, True)
+        if staged and found:
+            return [stage], False
+        parts = name.split(".")
+        return [
+            ".".join(parts[:depth]) for depth in range(len(parts), 0 if known is None else len(parts) - 1, -1)
+        ], True
 
     def _mixers(self, images: Tensor) -> list[str]:
         """The names of the modules that mix tokens, first to last."""

@@ -25,6 +25,8 @@ from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.rules import Rules
 from mamba_attn.core.training_mode import warn_of_training
 from mamba_attn.errors import NonFiniteError, TraceError, UnsupportedModelError, nearest
+from mamba_attn.tracing import patch_embedding
+from mamba_attn.tracing.adapters import find_mixers
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
 from mamba_attn.tracing.layer_names import LayerNames, layer_names, listed_layers
 from mamba_attn.tracing.layers import Layer
@@ -113,9 +115,9 @@ class MapAttribution(Attribution, ABC):
 
         Args:
             inputs: (batch, colours, height, width), images as the model takes them; volumes and videos
-                (batch, colours, *sizes), spectrograms (batch, time, frequency); texts as ids (batch, tokens). A tuple
-                of them for a model with several inputs, each of which gets a map from the layers that it alone
-                reaches.
+                (batch, colours, *sizes) or (batch, frames, colours, height, width), spectrograms (batch, time,
+                frequency); texts as ids (batch, tokens). A tuple of them for a model with several inputs, each of
+                which gets a map from the layers that it alone reaches.
             target: class index, or one per image as a list or tensor. For dense outputs, a tuple of indices such as
                 (class, row, column), or a list of one tuple per image. Or a function of the model's output that returns
                 one number per image, each depending on its own image only, or their sum. Default: the predicted class,
@@ -202,8 +204,7 @@ class MapAttribution(Attribution, ABC):
             if first.text is not None and is_text(images):
                 maps = maps.squeeze(1).masked_fill(~first.text.real, 0)
             elif expand:
-                colours = maps.ndim == images.ndim  # spectrograms have none
-                maps = (maps / images.shape[1]).expand_as(images).contiguous() if colours else maps.squeeze(1)
+                maps = _in_every_colour(maps, images)
             results.append(maps)
         found: Any = tuple(results) if isinstance(inputs, tuple) else results[0]
         return (found, bound._delta) if return_convergence_delta else found
@@ -266,6 +267,7 @@ class MapAttribution(Attribution, ABC):
         """
         with torch.no_grad():
             maps = self._maps(images, target, query, size, grid)
+        maps = maps.float() if maps.dtype in (torch.float16, torch.bfloat16) else maps
         finite = maps.isfinite().flatten(1).all(1)
         if not bool(finite.all()):
             which = ", ".join(str(index) for index in (~finite).nonzero().flatten().tolist())
@@ -358,7 +360,8 @@ class MapAttribution(Attribution, ABC):
         if reached is None or reached.issuperset(record):
             return record
         if not self.takes_parts:
-            others = ", ".join(name for name in record if name not in reached)
+            names = [name for name in record if name not in reached]
+            others = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise ValueError(
                 f"{self.called}.attribute: {others} belong to other inputs of the model, and this method explains all "
                 "of a pass; use MambaAttribution or IntegratedGradients."
@@ -447,7 +450,9 @@ class TokenAttribution(MapAttribution):
     def _maps(
         self, images: Tensor, target: Target, query: Query | None, size: tuple[int, ...], grid: bool
     ) -> Float[Tensor, "batch 1 *size"]:
-        return self._render(self._explain(images, target, query), size, grid)
+        rows = self._explain(images, target, query)
+        frames_first = images.ndim == 5 and all(_frames_stand_second(layout, images.shape) for layout, _ in rows)
+        return self._render(rows, (images.shape[1], *images.shape[3:]) if frames_first else size, grid)
 
     @contextmanager
     def _traced(
@@ -504,9 +509,12 @@ class TokenAttribution(MapAttribution):
         """Run the model, or read the pass that was traced before; yield the trace and the model's output."""
         given = self._call.trace
         if given is None:
+            places = {} if rules is None else self._places(images)
             with self._tracing(layers=self.layers, rules=rules) as record:
                 with torch.set_grad_enabled(gradients):
                     output = self._call.run(self.model, images)
+                for name in places.keys() & record.keys():
+                    record[name].lay_out(places[name])
                 yield record, output
             return
         if self.layers is not None:
@@ -514,6 +522,18 @@ class TokenAttribution(MapAttribution):
             chosen = layer_names(f"{type(self).__name__}(layers=...)", self.layers, list(mixers))
             given = given.part([name for name in given if name.partition("#")[0] in chosen])
         yield given, given.output
+
+    def _places(self, images: Tensor) -> dict[str, TokenLayout]:
+        """Return the frames that are found by looking at a model ahead of its run, which a pass with rules cannot."""
+        if self._call.text is not None:
+            return {}  # a line
+        mixers = find_mixers(self.model)
+        sources = [each for _, adapter in mixers.values() for each in adapter.layout_sources(self.model)]
+        if not mixers or self.layout is not None or sources or any(patch_embedding.layout_sources(self.model)):
+            return {}
+        with torch.inference_mode(False), torch.no_grad(), self._tracing(layers=list(mixers)) as record:
+            self._call.run(self.model, images if self._call.has_others else images[:1].clone())
+        return {layer.name: layer.layout for layer in record.layers if layer.has_layout}
 
     def _ran(self, record: Trace) -> list[Layer]:
         """Return the layers of the pass.
@@ -542,11 +562,26 @@ class TokenAttribution(MapAttribution):
         # a token of a coarser grid spreads its value over the finer tokens that it covers
         finest = max(len(layout.patches) for layout in merged)
         maps = [layout.to_grid(values) * (len(layout.patches) / finest) for layout, values in merged.items()]
-        if not grid:
-            maps = [
-                layout.to_pixels(values, size[-len(layout.grid) :]) for layout, values in zip(merged, maps, strict=True)
-            ]
-        return (torch.stack(maps).sum(0) / len(rows)).unsqueeze(1)
+        with torch.autocast(maps[0].device.type, enabled=False):  # half precision is the model's, not the map's
+            if not grid:
+                sizes = [size[-len(layout.grid) :] for layout in merged]
+                maps = [layout.to_pixels(each, its) for layout, each, its in zip(merged, maps, sizes, strict=True)]
+            return (torch.stack(maps).sum(0) / len(rows)).unsqueeze(1)
+
+
+def _in_every_colour(maps: Tensor, images: Tensor) -> Tensor:
+    """Maps in the images' shape, an equal part in every colour; spectrograms have none."""
+    if maps.ndim < images.ndim:
+        return maps.squeeze(1)
+    axis = 1 if maps.shape[2:] == images.shape[2:] else 2  # of the colours: a video's frames may stand second
+    return (maps.movedim(1, axis) / images.shape[axis]).expand_as(images).contiguous()
+
+
+def _frames_stand_second(layout: TokenLayout, shape: tuple[int, ...]) -> bool:
+    """Whether a video is (batch, frames, colours, height, width), as what its tokens cover says."""
+    either = (shape[2], *shape[3:]), (shape[1], *shape[3:])
+    distance = [sum(abs(a - b) for a, b in zip(layout.covered, sizes, strict=False)) for sizes in either]
+    return len(layout.grid) == 3 and distance[1] < distance[0]
 
 
 def _all_methods() -> Iterator[type[MapAttribution]]:

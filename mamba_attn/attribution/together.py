@@ -44,6 +44,7 @@ def attribute_together(
         ValueError: methods on different models; or as ``attribute``.
 
     Example:
+        >>> from mamba_attn.attribution import MambaAttribution, RawAttention
         >>> maps = attribute_together([RawAttention(model), MambaAttribution(model)], torch.randn(2, 3, 224, 224))
         >>> [each.shape for each in maps]
         [torch.Size([2, 1, 224, 224]), torch.Size([2, 1, 224, 224])]

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import mamba_attn
-from mamba_attn.commands import bench, collect, compare, erf, explain, explore, findings, models, report
+from mamba_attn.commands import bench, collect, compare, doctor, erf, explain, explore, findings, models, report
 from mamba_attn.commands.exit_codes import MEANING, exit_code
 from mamba_attn.commands.options import CommandParser
 
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--version", action="version", version=f"mamba-attn {mamba_attn.__version__}")
     commands = made.add_subparsers(title="commands", metavar="COMMAND", dest="command", parser_class=CommandParser)
-    for each in (explain, explore, compare, collect, report, findings, erf, bench, models):
+    for each in (explain, explore, compare, collect, report, findings, erf, bench, models, doctor):
         each.add_parser(commands)
     return made
 

@@ -20,7 +20,12 @@ nothing was done; 130 stopped by Ctrl+C"""
 _CALL = r"[\w.]+\((?:[^()]|\([^()]*\))*\)"
 _VALUE = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\[[^\]]*\]|\([^)]*\)|[+-]?\w+(?:\.\d+)?(?:e[+-]?\d+)?"""
 _ARGUMENT = re.compile(rf"{_CALL}|(?<![^\s(])(?P<name>[a-z_]+)=(?P<value>{_VALUE}|(?=[,.;\s]|$))")
-_FIRST = {"create": "model", "load": "model", "open_data": "data"}  # first positional arguments, by function
+_FIRST = {
+    "create": "model",
+    "load": "model",
+    "open_data": "data",
+    "read": "weights",
+}  # first positional arguments, by function
 _OF_BUILDERS = {"image_size", "img_size", "num_classes", "stride", "class_token"}  # said after --option
 _COMMAS = {"--keep"}  # lists written with commas on the command line
 
@@ -84,6 +89,8 @@ def as_flags(sentence: str, options: Collection[str]) -> str:
             return option or found[0]
         return f"{option}{_typed(option, found['value'])}"
 
+    if "option" in options:
+        sentence = re.sub(r"as an option, (?=\w+=)", "as --option ", sentence)
     call = re.match(rf"({_CALL}): ", sentence)
     flags = call and _call_as_flags(call[1], options)
     if call and flags:

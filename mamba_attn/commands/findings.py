@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mamba_attn.commands.options import Commands, add_folder, add_model, command, open_stores, require_least
 from mamba_attn.commands.terminal import plain, progress_bar, show
 from mamba_attn.core.requirements import require_extras, writable
-from mamba_attn.errors import nearest
+from mamba_attn.errors import local_path, nearest
 
 if TYPE_CHECKING:
     from mamba_attn.analytics.store import AttentionStore
@@ -104,7 +104,7 @@ def named(paths: Sequence[str], args: argparse.Namespace | None = None) -> "dict
         ValueError: a store is named twice.
         StoreError: a folder is not a store, or half written, damaged or of another version.
     """
-    folders = [Path(path).expanduser().resolve() for path in paths]
+    folders = [local_path("store", path).resolve() for path in paths]
     twice = next((path for path in folders if folders.count(path) > 1), None)
     if twice is not None:
         raise ValueError(f"{twice}: this store is named twice.")

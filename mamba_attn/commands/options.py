@@ -30,6 +30,9 @@ class CommandParser(argparse.ArgumentParser):
         return super().format_help()
 
 
+_SEEDS = 2**32  # what every generator takes
+
+
 def command(
     commands: Commands,
     name: str,
@@ -235,6 +238,8 @@ def require_least(args: argparse.Namespace, **least: int) -> None:
         value = getattr(args, name)
         if value is not None and value < smallest:
             raise ValueError(f"{name}={value}: expected a number from {smallest} on.")
+        if name == "seed" and value is not None and value >= _SEEDS:
+            raise ValueError(f"seed={value}: expected a number below {_SEEDS}.")
 
 
 def settle_threads(parameters: Iterable[int], workers: int = 1) -> None:

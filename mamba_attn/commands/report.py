@@ -8,6 +8,7 @@ from pathlib import Path
 from mamba_attn.commands.exit_codes import as_flags
 from mamba_attn.commands.options import Commands, command, require_least
 from mamba_attn.core.requirements import require_extras
+from mamba_attn.errors import local_path
 
 _NEEDED = {"zarr": "zarr", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
 _METHODS = ("pca", "tsne", "umap")
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _file(out: str) -> Path:
-    path = Path(out).expanduser()
+    path = local_path("out", out)
     if path.is_dir():
         raise IsADirectoryError(f"--out {out}: this is a folder; give a file, e.g. {path / 'report.html'}.")
     if not path.parent.is_dir():

@@ -15,7 +15,8 @@ from mamba_attn._types import Float, Int
 class TokenLayout:
     """The token frame of one layer.
 
-    Patches are numbered in raster order over the token indices that class tokens and registers leave free. With
+    Patches are numbered in raster order over the token indices that class tokens and registers leave free, or by
+    columns. With
     ``window`` the frame is the grid padded to whole windows, below and on the right, in raster order; the padding is
     part of the frame but not of maps: it lies outside the image.
 
@@ -32,10 +33,12 @@ class TokenLayout:
         window: side, in patches, of the square windows (of a volume: cubes) that tokens are mixed within; None: all
             tokens are mixed.
         pixels: whether the tokens lie in an image; those of a text do not.
+        columns_first: whether patches are numbered down the grid's columns and not along its rows, as by models that
+            turn a spectrogram (time, frequency) on its side; the grid's axes are the input's.
 
     Raises:
         ValueError: a grid without axes, sizes for another number of axes, an index outside the token frame, an index
-            used twice, a size below one, or windows together with class tokens or registers.
+            used twice, a size below one, or windows together with class tokens, registers or ``columns_first``.
 
     Example:
         >>> TokenLayout(grid=(14, 14), patch_size=16, class_tokens=(98,)).tokens
@@ -50,6 +53,7 @@ class TokenLayout:
     offset: float | tuple[float, ...] | None = None
     window: int | None = None
     pixels: bool = True
+    columns_first: bool = False
     tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -65,10 +69,11 @@ class TokenLayout:
                 "grid, patch_size and stride must be at least 1."
             )
         extra = self.class_tokens + self.registers
-        if self.window is not None and (self.window < 1 or extra):
+        if self.window is not None and (self.window < 1 or extra or self.columns_first):
             raise ValueError(
-                f"TokenLayout(window={self.window}, class_tokens={self.class_tokens}, registers={self.registers}): "
-                "window must be at least 1, and windows cannot hold class tokens or registers."
+                f"TokenLayout(window={self.window}, columns_first={self.columns_first}, "
+                f"class_tokens={self.class_tokens}, registers={self.registers}): window must be at least 1, and "
+                "windows cannot hold class tokens or registers, or be numbered by columns."
             )
         object.__setattr__(self, "tokens", math.prod(self.padded) + len(extra))
         if len(set(extra)) != len(extra) or any(not 0 <= index < self.tokens for index in extra):
@@ -102,7 +107,12 @@ class TokenLayout:
             return torch.arange(self.tokens).view(self.padded)[tuple(map(slice, self.grid))].flatten()
         free = torch.ones(self.tokens, dtype=torch.bool)
         free[list(self.class_tokens + self.registers)] = False
-        return free.nonzero().squeeze(1)
+        numbers = free.nonzero().squeeze(1)
+        return (
+            numbers.view(self.grid[::-1]).permute(*range(len(self.grid))[::-1]).flatten()
+            if self.columns_first
+            else numbers
+        )
 
     @property
     def patch_sizes(self) -> tuple[int, ...]:

@@ -4,6 +4,8 @@ import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
+from mamba_attn.errors import local_path
+
 
 def parse_place(query: str | None, box: str | None, words: str = "") -> dict[str, tuple[float, ...]]:
     """Parse ROW,COL or X0,Y0,X1,Y1 into a ``pixel`` or ``box`` of numbers; empty without either.
@@ -56,7 +58,7 @@ def writable(out: str) -> Path:
     Raises:
         OSError: it cannot be made or written.
     """
-    folder = Path(out).expanduser()
+    folder = local_path("out", out)
     probe = folder / ".mamba_attn_probe"
     try:
         folder.mkdir(parents=True, exist_ok=True)

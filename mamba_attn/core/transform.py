@@ -383,7 +383,7 @@ def _measured(function: Callable[..., Any], mean: Sequence[float] | None, std: S
         if bool((high - low).abs().min() < 1e-6):
             raise ValueError(
                 f"transform={name}: black and white pictures come out alike, so its mean and standard deviation cannot "
-                "be measured; give mean= and std=."
+                f"be measured; say them, as in Transform.of({name}, mean=0.5, std=0.5)."
             )
         std = tuple(float(value) for value in 1 / (high - low))
         mean = tuple(float(value) for value in -low / (high - low))

@@ -10,7 +10,7 @@ from typing import Any
 
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.datasets.samples import Data
-from mamba_attn.errors import nearest
+from mamba_attn.errors import local_path, nearest
 
 _IMAGENET = 1000
 _SYNSET = re.compile(r"n\d{8}")
@@ -28,7 +28,7 @@ def read_names(given: str | Path | Sequence[str]) -> list[str]:
     """
     if not isinstance(given, str | Path):
         return [str(name) for name in given]
-    path = Path(given).expanduser()
+    path = local_path("classes", given)
     if not path.is_file():
         raise ValueError(f"classes={str(given)!r}: there is no such file; expected one name per line, or JSON.")
     try:

@@ -23,6 +23,7 @@ import torch
 from mamba_attn import images
 from mamba_attn.core.transform import Transform
 from mamba_attn.datasets.samples import Data, Item, Regions, box_coverage, transformed_mask
+from mamba_attn.errors import local_path
 from mamba_attn.images import ImageError
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ SPLITS = ("train", "val")
 TABLES = ("boxes.csv", "segments.csv", "labels.csv")
 _BOXES = "boxes_xyxy"  # start of the column's name; the rest names the image whose pixels count
 _THINGS = "the object is the union of all things (COCO's sense), whatever class is explained"
+_LARGEST = 512 * 2**20  # bytes of one file: a zip of a megabyte can hold a gigabyte of zeros
+_MOST_CLASSES = 100_000
 _SELECTOR = "give a folder of images, ZIP, ZIP:PART or gtsegs_ijcv.mat"
 # raised for a damaged or encrypted member of a zip
 _DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError)
@@ -62,7 +65,7 @@ def open_data(selector: str) -> Data:
     if not selector.strip():
         raise ValueError(f"open_data({selector!r}): {_SELECTOR}.")
     text, part = _split(selector)
-    path = Path(text).expanduser()
+    path = local_path("data", text)
     if not path.exists():
         raise FileNotFoundError(f"open_data({selector!r}): no such file or folder {text!r}; {_SELECTOR}.")
     name = path.name + (f":{part}" if part else "")
@@ -81,7 +84,7 @@ def open_data(selector: str) -> Data:
 
 def _split(selector: str) -> tuple[str, str]:
     """Split off the part after the last colon; a path that exists as written has no part."""
-    if Path(selector).expanduser().exists():
+    if local_path("data", selector).exists():
         return selector, ""
     path, colon, part = selector.rpartition(":")
     return (path, part.strip("/")) if colon and path else (selector, "")
@@ -146,7 +149,9 @@ class Folder(Files):
         return sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
 
     def _bytes(self, name: str) -> bytes:
-        return (Path(self.root) / name).read_bytes()
+        path = Path(self.root) / name
+        _require_size(name, path.stat().st_size)
+        return path.read_bytes()
 
 
 class Zip(Files):
@@ -169,7 +174,13 @@ class Zip(Files):
         return sorted(name for name in self._archive.namelist() if not name.endswith("/"))
 
     def _bytes(self, name: str) -> bytes:
+        _require_size(name, self._archive.getinfo(name).file_size)  # a member cannot unpack to more than it says
         return self._archive.read(name)
+
+
+def _require_size(name: str, size: int) -> None:
+    if size > _LARGEST:
+        raise ImageError(f"{name}: {size / 1e6:,.0f} MB in one file, more than the {_LARGEST / 1e6:,.0f} MB allowed.")
 
 
 def pictures(names: Iterable[str]) -> list[str]:
@@ -239,7 +250,7 @@ def collection(files: Files, part: str, name: str, identity: str) -> Data:
     readers: dict[str, Callable[..., Data]] = {"boxes.csv": _boxed, "segments.csv": _segmented, "labels.csv": _labelled}
     try:
         data = readers[table](files, folder, rows, split, name, identity)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"open_data({name!r}): {folder}{table} is not a valid table ({error!r}).") from error
     if not len(data):
         raise ValueError(f"open_data({name!r}): it holds no images.")
@@ -266,7 +277,10 @@ def _parts(files: Files) -> str:
 
 
 def _rows(files: Files, name: str) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(files.text(name))))
+    try:
+        return list(csv.DictReader(io.StringIO(files.text(name))))
+    except csv.Error as error:
+        raise ValueError(f"{files.root}: {name} is not a table that can be read ({error}).") from error
 
 
 def _of_split(rows: Sequence[dict[str, str]], split: str) -> list[dict[str, str]]:
@@ -283,6 +297,8 @@ def _classes(rows: Iterable[dict[str, str]]) -> dict[str, Any]:
     for row in rows:
         if int(row["label"]) < 0:
             raise ValueError(f"label {row['label']} of {row['file']} is below 0")
+        if int(row["label"]) >= _MOST_CLASSES:
+            raise ValueError(f"label {row['label']} of {row['file']}: expected numbers of classes, from 0 on")
         names[int(row["label"])] = row.get("name") or row["label"]
         if row.get("imagenet1k_index"):
             indices[int(row["label"])] = int(row["imagenet1k_index"])

@@ -23,7 +23,7 @@ from mamba_attn.core.training_mode import warn_of_training
 from mamba_attn.core.transform import Transform
 from mamba_attn.datasets.class_names import names_for, read_names
 from mamba_attn.datasets.user_code import build_model, find_function, names_code, stand_ins_for, takes
-from mamba_attn.errors import UnsupportedModelError, WeightsError, nearest
+from mamba_attn.errors import UnsupportedModelError, WeightsError, local_path, nearest
 from mamba_attn.models import checkpoints, registry
 from mamba_attn.tracing.layer_kinds import SOFTMAX, layer_kinds
 from mamba_attn.tracing.undisturbed import undisturbed
@@ -252,7 +252,7 @@ def _of_the_registry(spec: str, weights: str | None, options: dict[str, Any]) ->
         raise ValueError(f"load({spec!r}): no such model. {nearest(spec, _spellings())} Or give {KINDS}.")
     weights = "demo" if weights is None else weights
     card = registry.demo_card(name) if weights == "demo" else _card(weights)
-    built = registry.build(name, None if weights == "random" else weights, {**card.get("options", {}), **options})
+    built = registry.build(name, weights, {**card.get("options", {}), **options})
     transform = registry.transform(name, cast(tuple[int, int], built.model.image_size))
     count = int(getattr(built.model, "num_classes", 0))
     names = names_for(count, card.get("classes", []), built.classes)
@@ -338,7 +338,7 @@ def _of_timm(spec: str, weights: str | None, options: dict[str, Any]) -> LoadedM
 
 
 def _of_transformers(spec: str, weights: str | None, options: dict[str, Any], trust: bool) -> LoadedModel:
-    folder = Path(spec.removeprefix("hf:")).expanduser()
+    folder = local_path("model", spec.removeprefix("hf:"))
     if not (folder / "config.json").is_file():
         raise ValueError(f"model={spec!r}: there is no {folder / 'config.json'}; expected hf:FOLDER, on this machine.")
     if importlib.util.find_spec("transformers") is None:

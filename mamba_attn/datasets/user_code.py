@@ -140,16 +140,18 @@ def _reported(call: str, what: str) -> Iterator[None]:
 
 
 def _own_traceback(error: BaseException) -> str:
-    """Return a traceback from the first line of the user's on."""
+    """Return a traceback of the user's lines, and of what they call in other libraries; our own stand in no way."""
     place: TracebackType | None = error.__traceback__
-    while place is not None and place.tb_next is not None and _foreign(place):
+    while place is not None and place.tb_next is not None and _is_foreign(place.tb_frame.f_code.co_filename):
         place = place.tb_next
-    return "".join(traceback.format_exception(type(error), error, place)).rstrip()
+    shown = traceback.TracebackException(type(error), error, place)
+    shown.stack = traceback.StackSummary.from_list([each for each in shown.stack if not _is_foreign(each.filename)])
+    return "".join(shown.format()).rstrip()
 
 
-def _foreign(place: TracebackType) -> bool:
-    file = place.tb_frame.f_code.co_filename
-    return file.startswith((_OURS, "<frozen importlib")) or file == importlib.__file__
+def _is_foreign(file: str) -> bool:
+    """Whether code is neither the user's nor of a library that it calls."""
+    return file.startswith((_OURS, "<frozen importlib", "<string>")) or file == importlib.__file__
 
 
 def _require_options(call: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:

@@ -146,8 +146,8 @@ def create(name: str, weights: str | Path | None = None, **options: Any) -> nn.M
 
     Args:
         name: one of ``names()`` or ``names("text")``, or an alias, e.g. an official name of Vim.
-        weights: None for random ones; the path of a checkpoint (see ``checkpoints.load``); "official" for the
-            published ones, downloaded once; "demo" for the small ones that come with this package.
+        weights: None or "random" for random ones; the path of a checkpoint (see ``checkpoints.load``); "official" for
+            the published ones, downloaded once; "demo" for the small ones that come with this package.
         options: arguments of ``VisionMamba``, ``VSSM``, timm's VisionTransformer or ``MambaLanguageModel``, e.g.
             ``image_size``, ``num_classes``, ``drop_path``, ``order``, ``class_token``, ``depth``.
 
@@ -179,7 +179,7 @@ def build(name: str, weights: str | Path | None, options: Mapping[str, Any]) -> 
     name = _known("create", name)
     builder, config = _CONFIGS[name]
     chosen = dict(options)
-    if weights is None:
+    if weights is None or weights == "random":
         return Built(builder(**{**config, **chosen}).eval(), chosen, [])
     ours = weights == "demo"  # half the size on disk; nobody asked for float16
     if ours:
@@ -190,7 +190,7 @@ def build(name: str, weights: str | Path | None, options: Mapping[str, Any]) -> 
     elif not Path(weights).exists() and not Path(str(weights).rpartition(":")[0]).is_file():
         raise WeightsError(
             f"create({name!r}, weights={str(weights)!r}): no such file; expected the path of a checkpoint, "
-            "'official' or 'demo'."
+            "'official', 'demo' or 'random'."
         )
     checkpoint = checkpoints.Checkpoint(weights)
     found, notes = _of_the_file(name, checkpoint, chosen)

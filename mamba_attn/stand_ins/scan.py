@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_attn import ops
-from mamba_attn.tracing.doors import ScanInputs
-from mamba_attn.tracing.scan_states import ScanStates
+from mamba_attn.tracing.selective_scans import ScanInputs, ScanStates
 
 
 class Inputs(NamedTuple):

@@ -37,6 +37,7 @@ class Seen:
         padded_stem: whether the first convolution is padded to see around a pixel, as ``padding = (kernel - 1) / 2``.
         layout: the token frame, from the patch embedding or from the user.
         frames: the token frames of single modules, where a model's parts have their own.
+        embedded: the token frame of sequences of an image's patches, as a look ahead of the pass measured it.
         real: which tokens of texts are no padding, (batch, tokens), of a model that is given texts.
     """
 
@@ -45,6 +46,7 @@ class Seen:
     padded_stem: bool = False
     layout: TokenLayout | None = None
     frames: dict[nn.Module, TokenLayout] = field(default_factory=dict)
+    embedded: TokenLayout | None = None
     real: Tensor | None = None
     _warned: set[str] = field(default_factory=set, init=False, repr=False)
 
@@ -236,7 +238,8 @@ def find_mixers(
     candidates = [*(adapters or ()), *known_adapters()]
     found: dict[str, tuple[nn.Module, AnyAdapter]] = {}
     for name, module in model.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in found if outer):
+        torchs_own = not module._modules and type(module).__module__.startswith("torch.nn.modules.")
+        if torchs_own or any(name.startswith(f"{outer}.") for outer in found if outer):
             continue
         adapter = next((adapter for adapter in candidates if adapter.recognises(module)), None)
         if adapter is not None:

@@ -20,14 +20,13 @@ from mamba_attn.core.tf32 import without_tf32
 from mamba_attn.errors import MambaAttnError, UnsupportedModelError
 from mamba_attn.tracing.adapters import AnyAdapter, Seen
 from mamba_attn.tracing.doors import suspended
-from mamba_attn.tracing.undisturbed import settings, undisturbed, versions
+from mamba_attn.tracing.undisturbed import FAILURES, in_words, settings, undisturbed, versions
 
 _ALLOWED = 1e-5  # largest difference over the largest value
 _ULPS = 4  # of a type coarser than float32, that outputs may differ by
 _AMPLIFIED = 16  # times what the module's own output moves by, when its input moves by its rounding
 _MOST = 100  # times what is allowed: no input makes more of it
 _REMEMBERED = 64  # calls of one module
-_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError, AttributeError)
 # no states of an earlier call; classes and functions are ways to scan and merge, as GroupMamba hands them over
 _PLAIN = (int, float, str, complex, type(None), torch.dtype, torch.device, torch.Size, type, FunctionType)
 
@@ -232,8 +231,8 @@ def _compare(
 
     try:
         truth = _first(of_own())
-    except _FAILURES as error:  # it raises, untraced too; or does not run without its hooks
-        return Verdict(None, 0.0, 0.0, f"its own forward raises {_words(error)}")
+    except FAILURES as error:  # it raises, untraced too; or does not run without its hooks
+        return Verdict(None, 0.0, 0.0, f"its own forward raises {in_words(error)}")
     coarse = _coarsest(module, call, truth)
     verdict = _nearest(adapter.alternatives(module), truth, coarse, of_adapter)
     if verdict.agrees or verdict.adapter is None:
@@ -264,8 +263,8 @@ def _nearest(
             continue
         except (MambaAttnError, torch.OutOfMemoryError):
             raise
-        except _FAILURES as error:
-            best = replace(best, why=best.why or _words(error)) if best.adapter is None else best
+        except FAILURES as error:
+            best = replace(best, why=best.why or in_words(error)) if best.adapter is None else best
             continue
         if best.adapter is None or number < best.number:
             best = Verdict(each, number, best.allowed)
@@ -312,10 +311,6 @@ def _first(output: Any) -> Tensor:
     if found is None:
         raise TypeError(f"it returns {type(output).__name__}, and no tensor")
     return found
-
-
-def _words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def _version(tensor: Tensor) -> int:

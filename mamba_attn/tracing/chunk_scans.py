@@ -120,39 +120,31 @@ def with_output(found: tuple[Any, ...], y: Tensor, z: Tensor | None) -> tuple[An
     return ((y * F.silu(z.mT.unflatten(2, y.shape[2:]).to(y))).to(found[0].dtype), y, *found[2:])
 
 
-def backward_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return the gradient that ``_mamba_chunk_scan_combined_bwd`` got, (batch, channels, length), and the output."""
-    given = _named(_BACKWARD, args, kwargs)
-    return given["dout"].flatten(2).mT, given["out"]
+def backward_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``_mamba_chunk_scan_combined_bwd`` got, by name; ``out`` is the output before its gate."""
+    return _named(_BACKWARD, args, kwargs)
 
 
-def zeros(args: tuple[Any, ...], kwargs: dict[str, Any], found: tuple[Any, ...] | None) -> tuple[Any, ...]:
+def zeros(given: dict[str, Any], found: tuple[Any, ...] | None) -> tuple[Any, ...]:
     """Return what that function returns when no gradient passes the scan.
 
     Args:
-        args: of the call.
-        kwargs: of the call.
+        given: what it got.
         found: what it returned, where it was asked for the output, too.
     """
-    given = _named(_BACKWARD, args, kwargs)
-    names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
     gradients: list[Tensor | None] = []
-    for name in names:
+    for name in RETURNED:
         tensor, buffer = given.get(name), given.get(f"d{name}")
         blank = None if tensor is None else torch.zeros_like(tensor)
         gradients.append(blank if buffer is None or tensor is None else buffer.zero_())
-    return (*gradients, *(found or ())[9:])
-
-
-def recomputes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether that function is asked for the output, too."""
-    return bool(_named(_BACKWARD, args, kwargs).get("recompute_output"))
+    return (*gradients, *(found or ())[len(RETURNED) :])
 
 
 def _named(names: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return dict(zip(names.split(), args, strict=False)) | kwargs
 
 
+RETURNED = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")  # gradients of these, in this order
 _FORWARD = "x dt A B C chunk_size D z dt_bias initial_states seq_idx cu_seqlens dt_softplus dt_limit state_dtype"
 _BACKWARD = (
     "dout x dt A B C out chunk_size D z dt_bias initial_states dfinal_states seq_idx dt_softplus dt_limit "

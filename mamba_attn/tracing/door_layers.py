@@ -16,12 +16,13 @@ from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.tracing.adapters import Seen
-from mamba_attn.tracing.doors import ScanCall, Watch
+from mamba_attn.tracing.doors import Watch
 from mamba_attn.tracing.edits import CallEdit, Edit, Knockout, in_scan_order
 from mamba_attn.tracing.frames import Place
 from mamba_attn.tracing.layer_names import by_pattern
 from mamba_attn.tracing.layers import Layer, ScanLayer
 from mamba_attn.tracing.replay import Replay
+from mamba_attn.tracing.selective_scans import ScanCall
 from mamba_attn.tracing.softmax_doors import SoftmaxCall
 from mamba_attn.tracing.softmax_layers import DoorAttention, PlacedAttention, place_attention
 from mamba_attn.tracing.standing import nearest_layout
@@ -129,7 +130,10 @@ class DoorLayer(ScanLayer):
         parts = []
         for call in self.calls:
             dy = call.dy()
-            dy, call.dout = torch.zeros_like(call.y) if dy is None else dy, None
+            if dy is None:
+                kind = torch.promote_types(call.inputs.u.dtype, torch.float32)
+                dy = call.inputs.u.new_zeros(call.inputs.u.shape, dtype=kind)
+            call.dout = None
             parts.append(dy.unflatten(1, (call.inputs.groups, -1)))
         return self._placed.gradient(parts)
 
@@ -271,7 +275,7 @@ def place(name: str, calls: Sequence[ScanCall], steps: Sequence[Steps], layout: 
     Raises:
         TraceError: the model wrote over a scan's input after it.
     """
-    images, length = len(steps[0].rows), max(call.y.shape[-1] for call in calls)
+    images, length = len(steps[0].rows), max(call.length for call in calls)
     grouped = calls[0].inputs.groups > 1 and all(_same_route(each) for each in steps)
     fields: dict[str, list[Tensor]] = {name: [] for name in ("u", "delta", "A", "B", "C", "D", "gate")}
     orders = []
@@ -515,7 +519,7 @@ class DoorScans:
 
     def _layout_of(self, name: str, module: str, steps: Steps) -> TokenLayout | None:
         """Given, read from the patch embedding, or that of the nearest tensor with as many cells."""
-        for layout in (given_layout(self._layout, name, steps.tokens), self._seen.layout):
+        for layout in (given_layout(self._layout, name, steps.tokens), self._seen.layout, self._seen.embedded):
             if layout is not None and layout.tokens == steps.tokens:
                 return layout
         batch = None if self._replay is None else self._replay.batch

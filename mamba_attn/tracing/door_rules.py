@@ -10,6 +10,7 @@ from torch import Tensor
 from mamba_attn.core.rules import Rules, unruled
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.ops import selective_scan
+from mamba_attn.tracing.chunk_scans import RETURNED
 from mamba_attn.tracing.edits import CallEdit, edited_call
 
 
@@ -40,6 +41,27 @@ def ruled_backward(
         if args[13]:
             found.append(out.to(z.dtype))
     return found
+
+
+def ruled_chunk_backward(own: Callable[..., Any], given: dict[str, Any], rules: Rules) -> tuple[Any, ...]:
+    """The same of a chunk scan: what ``_mamba_chunk_scan_combined_bwd`` returns where rules hold.
+
+    Args:
+        own: that function.
+        given: what it was called with, by name.
+        rules: the rules.
+    """
+    z, dout = given.get("z"), given["dout"]
+    dy, dz, out = _through_gate(rules, given["out"], z, dout)
+    changed = {**given, "dout": dy.to(dout.dtype).contiguous(), "z": None, "dz": None, "recompute_output": False}
+    found = list(own(**{name: value for name, value in changed.items() if name in given}))[: len(RETURNED)]
+    kept = dict(zip(("x", "dt", "A", "B", "C", "D", "dt_bias"), _kept(rules), strict=True))
+    for i, name in enumerate(RETURNED):
+        if found[i] is not None and not kept.get(name, False):
+            found[i] = found[i].zero_()  # a part of one tensor that the caller allocated, perhaps
+    if z is not None:
+        found[RETURNED.index("z")] = dz.to(z.dtype) if given.get("dz") is None else given["dz"].copy_(dz)
+    return (*found, out.to(given["x"].dtype)) if given.get("recompute_output") else tuple(found)
 
 
 def edited_backward(

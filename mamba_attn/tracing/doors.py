@@ -9,181 +9,45 @@ each call asks which of them it concerns: those of its own thread, or of any thr
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from threading import Lock, get_ident
 from types import FrameType, FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_attn import ops
 from mamba_attn.core.rules import Rules
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.tracing.chunk_scans import (
-    ChunkInputs,
-    ScanParts,
-    backward_inputs,
+    backward_arguments,
     forward_inputs,
-    recomputes,
     scanned,
     with_output,
     zeros,
 )
-from mamba_attn.tracing.door_rules import edited_backward, ruled_backward
+from mamba_attn.tracing.door_rules import edited_backward, ruled_backward, ruled_chunk_backward
 from mamba_attn.tracing.edits import CallEdit, edited_call
 from mamba_attn.tracing.reachable import CHUNK_SCANS, compiled_scans
 from mamba_attn.tracing.running import Names, running_modules
-from mamba_attn.tracing.scan_states import ScanStates
+from mamba_attn.tracing.selective_scans import (
+    AnyInputs,
+    ScanCall,
+    ScanInputs,
+    ScanStates,
+    as_extension,
+    first_flag,
+    replaceable,
+    scan_inputs,
+    zeros_of,
+)
 from mamba_attn.tracing.undisturbed import recomputing
 
 if TYPE_CHECKING:
     from mamba_attn.tracing.softmax_doors import SoftmaxCall
 
 Handler = Callable[..., Any]  # what stands in a function's place: handler(door, *the function's arguments)
-
-
-class ScanInputs(NamedTuple):
-    """What code hands to a compiled scan; ``delta`` is before its bias and softplus."""
-
-    u: Tensor  # (batch, channels, length)
-    delta: Tensor  # (batch, channels, length)
-    A: Tensor  # (channels, states), or (channels) of a single state
-    B: Tensor  # (channels, states), (batch, states, length) or (batch, groups, states, length)
-    C: Tensor  # as B
-    D: Tensor | None  # (channels)
-    z: Tensor | None  # (batch, channels, length)
-    delta_bias: Tensor | None  # (channels)
-    softplus: object = False
-
-    @property
-    def groups(self) -> int:
-        """Number of groups of channels, each with its own B and C."""
-        single = self.A.ndim == 1
-        return max((t.shape[1] for t in (self.B, self.C) if t.ndim == 4 or single), default=1)
-
-    def parts(self, graph: bool = False) -> "ScanParts":
-        """The tensors in float32, or in float64 if one of u, delta and A is, group by group.
-
-        Args:
-            graph: whether they keep their graph.
-
-        Raises:
-            UnsupportedModelError: complex A.
-        """
-        if self.A.is_complex():
-            raise UnsupportedModelError(
-                f"a scan has complex A ({self.A.dtype}): the hidden attention of scans with real states alone is known."
-            )
-        double = torch.float64 in (self.u.dtype, self.delta.dtype, self.A.dtype)
-        groups = self.groups
-        split = (groups, self.u.shape[1] // groups)
-
-        def work(tensor: Tensor) -> Tensor:
-            return (tensor if graph else tensor.detach()).to(torch.float64 if double else torch.float32)
-
-        delta = work(self.delta)
-        delta = delta if self.delta_bias is None else delta + work(self.delta_bias)[:, None]
-        delta = F.softplus(delta) if self.softplus else delta
-        A, B, C = work(self.A), work(self.B), work(self.C)
-        if A.ndim == 1:
-            A, B, C = A[:, None], B.unsqueeze(2), C.unsqueeze(2)
-        constant = 2 in (B.ndim, C.ndim)
-        size = (self.u.shape[0], self.u.shape[2])
-        return ScanParts(
-            work(self.u).unflatten(1, split),
-            delta.unflatten(1, split),
-            A.unflatten(0, split),
-            _grouped(B, split, size, constant),
-            _grouped(C, split, size, constant),
-            None if self.D is None else work(self.D).unflatten(0, split),
-            None if self.z is None else work(self.z).unflatten(1, split),
-        )
-
-
-def _grouped(t: Tensor, split: tuple[int, int], size: tuple[int, int], constant: bool) -> Tensor:
-    """B or C as (batch, groups, 1, states, length); with all channels spelt out where one of them is constant."""
-    if t.ndim == 2:  # (channels, states): the same at every step
-        spelt_out: Tensor = t.unflatten(0, split)[None, ..., None]
-        return spelt_out.expand(size[0], -1, -1, -1, size[1])
-    t = (t.unsqueeze(1) if t.ndim == 3 else t).unsqueeze(2).expand(-1, split[0], -1, -1, -1)
-    return t.expand(-1, -1, split[1], -1, -1) if constant else t
-
-
-AnyInputs = ScanInputs | ChunkInputs
-
-
-@dataclass(eq=False)
-class ScanCall:
-    """One call of a compiled scan.
-
-    Args:
-        module: name of the innermost module of the traced model that was running.
-        run: which of that module's calls it was in, from 0.
-        inputs: what was handed in.
-        y: the scan's own output before its gate, (batch, channels, length).
-        states: what ``fwd`` handed out for ``bwd``; of a chunk scan its output.
-        attention: (fold, matrix per group in scan order) when one was asked for.
-    """
-
-    module: str
-    run: int
-    inputs: AnyInputs
-    y: Tensor
-    states: Tensor
-    attention: tuple[str, Tensor] | None = None
-    again: Tensor | None = None  # the states of a recomputation
-    dout: Tensor | None = None  # what bwd was given last
-    node: Any = None  # of the autograd graph, that called bwd
-
-    def __post_init__(self) -> None:
-        self._versions = self._seen()
-
-    @property
-    def signature(self) -> tuple[Any, ...]:
-        """What says that a call of another forward pass, of any number of images, is the same one."""
-        return (self.module, self.run, tuple(self.inputs.u.shape[1:]), self.inputs.groups, self.inputs.z is None)
-
-    @property
-    def rows(self) -> int:
-        """Number of sequences."""
-        return self.inputs.u.shape[0]
-
-    @property
-    def groups(self) -> int:
-        """Number of groups of channels, which may be routes."""
-        return self.inputs.groups
-
-    @property
-    def length(self) -> int:
-        """Number of steps."""
-        return self.y.shape[-1]
-
-    @property
-    def steps(self) -> int:
-        """Number of steps that share no token: those of all rows."""
-        return self.rows * self.length
-
-    def require_unchanged(self) -> None:
-        """Raise TraceError if the model wrote over the tensors after the scan had read them."""
-        if self._seen() != self._versions:
-            raise TraceError(
-                f"{self.module}: the model changed the scan's input in place after the scan; read the matrix during "
-                "the pass, with trace(attention=...)."
-            )
-
-    def dy(self) -> Tensor | None:
-        """The gradient at the scan's output before its gate, (batch, channels, length); None: none arrived."""
-        if self.dout is None:
-            return None
-        z = self.inputs.z
-        return self.dout.detach() if z is None else self.dout.detach() * F.silu(z.detach().to(self.dout.dtype))
-
-    def _seen(self) -> list[int]:
-        tensors = (t for t in self.inputs[:8] if isinstance(t, Tensor))
-        return [-1 if t.is_inference() else t._version for t in tensors]
 
 
 class Watch:
@@ -254,22 +118,29 @@ class Watch:
                 "MambaLRP, FrozenContribution), or write an adapter (mamba_attn.register_adapter)."
             )
 
-    def keep(self, module: nn.Module, inputs: AnyInputs, found: list[Any], matrix: tuple[str, Tensor] | None) -> None:
+    def keep(
+        self,
+        module: nn.Module,
+        inputs: AnyInputs,
+        states: Tensor,
+        run_again: Callable[[], Tensor],
+        matrix: tuple[str, Tensor] | None,
+    ) -> None:
         """Record a call, or, when checkpointing repeats one inside a backward pass, pair it with its first."""
         name = self.names[id(module)]
         if recomputing():
             first = self._same_call(name, inputs)
             if first is not None:
-                first.again = found[1]
+                first.again = states
             return
         if name not in self._runs:
             self._runs[name] = 0
             hook = partial(self._starts, name)  # the module is running: the hook sees its next call
             self._hooks.append(module.register_forward_pre_hook(hook, prepend=True))
-        if self.rules is not None and isinstance(inputs, ScanInputs):
+        if self.rules is not None:
             self.rules.enter(name, inputs.u)
         detached = type(inputs)._make(t.detach() if isinstance(t, Tensor) else t for t in inputs)
-        self.calls.append(ScanCall(name, self._runs[name], detached, found[0].detach(), found[1], matrix))
+        self.calls.append(ScanCall(name, self._runs[name], detached, run_again, states, matrix))
 
     def _starts(self, name: str, module: nn.Module, args: Any) -> None:
         if get_ident() == self.thread and not recomputing():
@@ -411,7 +282,7 @@ def _forward(door: Door, *args: Any) -> Any:
         return own(*args)
     for watch, module in places:
         watch.require_rules(module)
-    inputs = _forward_inputs(args)
+    inputs = scan_inputs(args)
     if inputs is None:
         for watch, _ in places:
             watch.other_scans.append(door.module.__name__)
@@ -423,21 +294,29 @@ def _forward(door: Door, *args: Any) -> Any:
         )
     folds = dict.fromkeys(watch.attention for watch, _ in places if watch.attention and not recomputing())
     matrices: dict[str | None, tuple[str, Tensor]] = {}
-    if folds and _replaceable(inputs):
+    run_again = partial(_first_of, own, tuple(t.detach() if isinstance(t, Tensor) else t for t in args))
+    if folds and replaceable(inputs):
         for fold in folds:
             y, matrices[fold] = _scan_and_attention(inputs, str(fold))
-        found = _as_extension(door.module.__name__, args, inputs, y)
+        found = as_extension(door.module.__name__, args, inputs, y)
     else:
         found = list(own(*args))
     edits = _edits_of(places, inputs)
     if edits:
         y = edited_call(inputs.parts(), found[0].flatten(1, -2) if found[0].ndim > 3 else found[0], edits)
-        found = _as_extension(door.module.__name__, args, inputs, y.reshape(inputs.u.shape))
+        found = as_extension(door.module.__name__, args, inputs, y.reshape(inputs.u.shape))
+    if edits or matrices or any(watch.rules is not None for watch, _ in places):  # whose backward reads it
+        run_again = partial(Tensor.detach, found[0])
     for watch, module in places:
         if watch.edits is None:
-            watch.keep(module, inputs, found, matrices.get(watch.attention))
+            watch.keep(module, inputs, found[1], run_again, matrices.get(watch.attention))
         elif edits:
             watch.edited.append((found[1], inputs, edits))
+    return found
+
+
+def _first_of(own: Callable[..., Any], args: tuple[Any, ...]) -> Tensor:
+    found: Tensor = own(*args)[0]
     return found
 
 
@@ -463,12 +342,6 @@ def _chunk_forward(door: Door, *args: Any, **kwargs: Any) -> Any:
     places = watching(sys._getframe(1))
     for watch, module in places:
         watch.require_rules(module)
-        if watch.rules is not None and watch.rules.wants:
-            raise UnsupportedModelError(
-                f"{type(module).__name__}: no adapter recognises this module, and at the door of a chunk scan "
-                "(Mamba-2) the rules of this method are not known; use one without rules (RawAttention, "
-                "AttentionRollout, MambaAttribution), or write an adapter (mamba_attn.register_adapter)."
-            )
     inputs = forward_inputs(places[0][0].names[id(places[0][1])], args, kwargs) if places else None
     found = door.own[CHUNK_SCANS[0]](*args, **kwargs)
     if inputs is not None:
@@ -479,7 +352,7 @@ def _chunk_forward(door: Door, *args: Any, **kwargs: Any) -> Any:
             found, out = with_output(found, y, inputs.z), y
         for watch, module in places:
             if watch.edits is None:
-                watch.keep(module, inputs, [out.flatten(2).mT, out], None)
+                watch.keep(module, inputs, out, partial(Tensor.detach, out.flatten(2).mT), None)
             elif edits:
                 watch.edited.append((out, inputs, edits))
     return found
@@ -488,35 +361,38 @@ def _chunk_forward(door: Door, *args: Any, **kwargs: Any) -> Any:
 def _chunk_backward(door: Door, *args: Any, **kwargs: Any) -> Any:
     """``_mamba_chunk_scan_combined_bwd``, whose ``dout`` is kept for the call that its output comes from."""
     own: Callable[..., Any] = door.own[CHUNK_SCANS[1]]
-    dout, out = backward_inputs(args, kwargs)
-    if _edited_with(out) is not None:
+    given = backward_arguments(args, kwargs)
+    if _edited_with(given["out"]) is not None:
         raise UnsupportedModelError(
             "knockout and replace_attention: gradients through a chunk scan (Mamba-2) under them are not known here; "
             "run the model inside torch.no_grad()."
         )
-    hits = [(watch, call) for watch in tuple(_open) if (call := watch.call_of(out)) is not None]
-    for watch, call in hits:
-        call.dout = dout
-        if watch.cut:
-            call.node = torch._C._current_autograd_node()
+    hits = _arrived(given["out"], given["dout"].flatten(2).mT)
     if any(watch.cut for watch, _ in hits):
-        return zeros(args, kwargs, own(*args, **kwargs) if recomputes(args, kwargs) else None)
-    return own(*args, **kwargs)
+        return zeros(given, own(**given) if given.get("recompute_output") else None)
+    rules = [watch.rules for watch, _ in hits if watch.rules is not None]
+    return ruled_chunk_backward(own, given, rules[-1]) if rules else own(*args, **kwargs)
 
 
-def _backward(door: Door, *args: Any) -> Any:
-    """``bwd``, whose ``dout`` is kept for the call that its states come from."""
-    own: Callable[..., Any] = door.own["bwd"]
-    gated = _first_flag(args) == 12
-    at = 8 if gated else 7
-    dout, states = args[at], args[at + 1]
+def _arrived(states: Any, dout: Tensor) -> list[tuple[Watch, ScanCall]]:
+    """The calls that a gradient arrives at, which keep it, each with who watches."""
     hits = [(watch, call) for watch in tuple(_open) if (call := watch.call_of(states)) is not None]
     for watch, call in hits:
         call.dout = dout
         if watch.cut:
             call.node = torch._C._current_autograd_node()
+    return hits
+
+
+def _backward(door: Door, *args: Any) -> Any:
+    """``bwd``, whose ``dout`` is kept for the call that its states come from."""
+    own: Callable[..., Any] = door.own["bwd"]
+    gated = first_flag(args) == 12
+    at = 8 if gated else 7
+    states = args[at + 1]
+    hits = _arrived(states, args[at])
     if any(watch.cut for watch, _ in hits):
-        return _zeros(args, gated)
+        return zeros_of(args, gated)
     if isinstance(states, ScanStates) and not isinstance(own, FunctionType | partial):
         args = (*args[: at + 1], states.read().contiguous(), *args[at + 2 :])
     ruled = [(watch.rules, call) for watch, call in hits if watch.rules is not None]
@@ -538,46 +414,7 @@ _SCAN: dict[str, Handler] = {"fwd": _forward, "bwd": _backward}
 _CHUNKS: dict[str, Handler] = dict(zip(CHUNK_SCANS, (_chunk_forward, _chunk_backward), strict=True))
 
 
-def _zeros(args: tuple[Any, ...], gated: bool) -> list[Tensor | None]:
-    """What ``bwd`` returns when no gradient passes the scan."""
-    z, bias, dz = (args[6], args[7], args[11]) if gated else (None, args[6], None)
-    found = [None if t is None else torch.zeros_like(t) for t in (*args[:6], bias)]
-    if z is not None:
-        found.append(torch.zeros_like(z) if dz is None else dz.zero_())
-        if args[13]:
-            found.append(torch.zeros_like(z))
-    return found
-
-
-def _first_flag(args: tuple[Any, ...]) -> int:
-    """The first argument that is no tensor: where softplus stands tells the extensions' signatures apart."""
-    return next((i for i, value in enumerate(args) if value is not None and not isinstance(value, Tensor)), -1)
-
-
-def _forward_inputs(args: tuple[Any, ...]) -> ScanInputs | None:
-    """What was handed to ``fwd``: with z in Mamba's own extension, without in the others; None: to another scan."""
-    first = _first_flag(args)
-    if first == 8 and len(args) == 9:  # 2DMamba's goes on with the size of a grid
-        return ScanInputs._make(args[:9])
-    return ScanInputs._make((*args[:6], None, *args[6:8])) if first == 7 else None
-
-
-def _replaceable(inputs: ScanInputs) -> bool:
-    """Whether our operator computes this scan."""
-    return not inputs.A.is_complex() and bool((inputs.A < 0).all())
-
-
 @torch.no_grad()
 def _scan_and_attention(inputs: ScanInputs, fold: str) -> tuple[Tensor, tuple[str, Tensor]]:
     y, matrix = ops.selective_scan(*inputs.parts()[:6], attention=fold)  # in one launch
     return y.reshape(inputs.u.shape), (fold, matrix)
-
-
-def _as_extension(name: str, args: tuple[Any, ...], inputs: ScanInputs, y: Tensor) -> list[Tensor]:
-    """What the extension would return: the layout of delta and the type of u, or float32 where it is asked for."""
-    u, delta, z = inputs.u, inputs.delta, inputs.z
-    wide = name.endswith("oflex") and (len(args) < 10 or args[9])
-    kind = torch.promote_types(u.dtype, torch.float32) if wide else u.dtype
-    chunks = 1 if delta.device.type == "cpu" else -(-delta.shape[-1] // 2048)
-    found = [torch.empty_like(delta, dtype=kind).copy_(y), ScanStates.of(inputs, chunks)]
-    return found if z is None else [*found, torch.empty_like(z).copy_(y * F.silu(z.detach().to(y)))]

@@ -16,24 +16,19 @@ from types import FunctionType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from mamba_attn._types import Int
-from mamba_attn.tracing.doors import ScanCall, Watch, open_doors, suspended
+from mamba_attn.tracing.doors import Watch, open_doors, suspended
+from mamba_attn.tracing.probes import LAYER_NORMS, SHARE, Centre, Probe, noise_on
 from mamba_attn.tracing.replay import Replay, as_it_was
+from mamba_attn.tracing.selective_scans import ScanCall
 from mamba_attn.tracing.softmax_doors import SoftmaxCall, open_softmax_doors
 
-SHARE = 0.2  # of a step's gradient that must come from its own cell; stricter limits chose inner tensors in silence
 _SMALLEST = torch.finfo(torch.float32).tiny
 _LOOKS = 2  # at tensors of one shape
 _NORMS = ("layer_norm_fn", "rms_norm_fn")  # fused norms are called as functions: what they return is looked at, too
-_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
-_MEANS = (torch.mean, Tensor.mean, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
-_SPREAD = (*_CONVOLUTIONS, *_MEANS, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-_LITTLE = 1e-3  # of their gradient is kept: it may be all there is, as where routes are merged by a mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,6 +216,7 @@ class _Run:
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
         self.tensors = watch.tensors  # what modules returned, with the module, in order
+        self.inside: set[int] = set()  # numbers of those that a function returned, and no module
         self.maps: dict[str, list[tuple[int, ...]]] = {}
         self.leaves: list[Tensor] = []
         self.axes: dict[tuple[int, ...], int] = {}  # of features, by shape
@@ -228,11 +224,25 @@ class _Run:
 
     def before(self, number: int) -> list[Tensor]:
         """The tensors seen before one, latest first, and what the pass began with."""
-        return [*(tensor for _, tensor in reversed(self.tensors[:number])), *self.leaves]
+        returned = (self.tensors[i][1] for i in reversed(range(number)) if i not in self.inside)
+        return [*returned, *self.leaves]
+
+    def show(self, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
+        """Keep what a layer norm returned, called as a function: between two scans of one module there may be no more.
+
+        A place is looked for there at last.
+        """
+        if func in LAYER_NORMS:
+            self.inside.add(len(self.tensors))
+            self.tensors.append((self.watch.name_of.running(sys._getframe()) or "", out))
+        return out
 
     def see(self, name: str, given: Any, output: Any) -> None:
         """Keep what a module returned; of several tensors the first is looked at first, so it comes last."""
         tensors = [value for value in pytree.tree_leaves(output) if isinstance(value, Tensor)]
+        if self.tensors and any(self.tensors[-1][1] is value for value in tensors):
+            self.inside.discard(len(self.tensors) - 1)  # that function is all that the module calls
+            self.tensors.pop()
         self.tensors += [(name, value) for value in reversed(tensors)]
         both = pytree.tree_leaves((given, output))
         self.maps.setdefault(name, []).extend(tuple(v.shape) for v in both if isinstance(v, Tensor) and v.ndim > 3)
@@ -284,7 +294,7 @@ def _watched_pass(model: nn.Module, replay: Replay) -> Iterator[_Run]:
                 stack.enter_context(torch.autocast(device, dtype=dtype))
             stack.enter_context(torch.enable_grad())
             _look(stack, model, run)
-            stack.enter_context(Centre())
+            stack.enter_context(Centre(run.show))
             model(*own.args, **own.kwargs)
         yield run
 
@@ -310,30 +320,6 @@ def _look(stack: ExitStack, model: nn.Module, run: _Run) -> None:
                 setattr(holder, name, partial(normed, own))
 
 
-class Centre(TorchFunctionMode):
-    """Values as they are, and gradients that stay on their token.
-
-    Convolutions that keep the grid have the gradient of their middle tap. Means and other convolutions have little: a
-    gate made of all tokens, or the coarse grids inside a U-Net, would send every step's gradient to many.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func not in _SPREAD or not out.requires_grad:
-            return out
-        if func in _CONVOLUTIONS and len(args) > 1 and out.shape[2:] == args[0].shape[2:]:
-            x, weight = args[:2]
-            if set(weight.shape[2:]) == {1}:
-                return out
-            middle, at = torch.zeros_like(weight), (..., *(size // 2 for size in weight.shape[2:]))
-            middle[at] = weight.detach()[at]
-            only = func(x, middle, *args[2:], **(kwargs or {}))
-            return out.detach() + only - only.detach()
-        return out.detach() + _LITTLE * (out - out.detach())
-
-
 def _to_look_at(run: _Run, settled: Collection[int]) -> Iterator[int]:
     """The tensors to try, latest first; at last those around the scans that are not settled yet."""
     calls, looked = run.watch.calls, set()
@@ -351,7 +337,7 @@ def _to_look_at(run: _Run, settled: Collection[int]) -> Iterator[int]:
         if not left():
             return
         key = (tuple(run.tensors[number][1].shape), len(left()))
-        if possible(number) and times.get(key, 0) < _LOOKS:
+        if number not in run.inside and possible(number) and times.get(key, 0) < _LOOKS:
             times[key] = times.get(key, 0) + 1
             looked.add(number)
             yield number
@@ -363,40 +349,6 @@ def _to_look_at(run: _Run, settled: Collection[int]) -> Iterator[int]:
             if near and call in left() and number not in looked and possible(number):
                 looked.add(number)
                 yield number
-
-
-class Probe:
-    """Random cotangents on a tensor T: plain, weighted by cell, and by bits of the cells' numbers."""
-
-    def __init__(self, out: Tensor, axis: int) -> None:
-        generator = torch.Generator().manual_seed(5)
-        self.noise = _noise(out, generator)
-        sizes = [n for a, n in enumerate(out.shape) if a != axis]
-        self.cells = prod(sizes)
-        self.bits = max(1, (self.cells - 1).bit_length())
-        # numbers at random: neighbours differ in many bits
-        self._number = torch.randperm(self.cells, generator=generator)
-        self._sizes, self._axis = sizes, axis
-        self.weight = torch.randn(self.cells, generator=generator).to(out.device)  # by cell
-        self.weighted = self.noise * self._spread(self.weight)
-
-    def _spread(self, values: Tensor) -> Tensor:
-        """One value for each cell, as T."""
-        return values.view(self._sizes).unsqueeze(self._axis).to(self.noise)
-
-    def with_bit(self, bit: int) -> Tensor:
-        """The noise on the cells whose number has the bit."""
-        return self.noise * self._spread((self._number >> bit) & 1)
-
-    def cell_of(self, number: Tensor) -> Tensor:
-        """The cells with these numbers."""
-        return torch.argsort(self._number).to(number.device)[number.clamp_max(self.cells - 1)]
-
-
-def _noise(out: Tensor, generator: torch.Generator) -> Tensor:
-    """Away from zero everywhere."""
-    sign = torch.randn(out.shape, generator=generator).sign()
-    return (sign * (0.5 + torch.rand(out.shape, generator=generator))).to(out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -462,7 +414,7 @@ def _single(order: Tensor, image: int) -> bool:
 
 def _feature_axis(run: _Run, out: Tensor, wanted: Iterable[int]) -> int | None:
     """The axis along which a line lands on the fewest steps of some call; None when nothing arrives at any."""
-    noise = _noise(out, torch.Generator().manual_seed(3))
+    noise = noise_on(out, torch.Generator().manual_seed(3))
     best: tuple[float, int] | None = None
     for axis in range(1, out.ndim):
         line = tuple(slice(None) if a == axis else slice(n // 2, n // 2 + 1) for a, n in enumerate(out.shape))

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.tracing.adapters import AnyAdapter, Seen, require_supported
 from mamba_attn.tracing.door_layers import DoorLayer
-from mamba_attn.tracing.doors import AnyInputs, Watch, open_doors, suspended
+from mamba_attn.tracing.doors import Watch, open_doors, suspended
 from mamba_attn.tracing.edits import CallEdit, Edit, Knockout, Positions, Replacement
 from mamba_attn.tracing.layer_names import LayerNames, layer_names, listed_layers
 from mamba_attn.tracing.patching import Interest, patched
 from mamba_attn.tracing.replay import Replay
+from mamba_attn.tracing.selective_scans import AnyInputs
 from mamba_attn.tracing.softmax_layers import DoorAttention
 from mamba_attn.tracing.tracer import find_traceable, trace
 from mamba_attn.tracing.undisturbed import recomputing, settings, undisturbed, versions

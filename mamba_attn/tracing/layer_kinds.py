@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from mamba_attn.tracing.adapters import AttentionAdapter, find_mixers
-from mamba_attn.tracing.layers import AttentionLayer, ScanLayer
+from mamba_attn.tracing.layers import ScanLayer
 from mamba_attn.tracing.reachable import reaches_a_door, reaches_attention
+from mamba_attn.tracing.softmax_layers import AttentionLayer
 from mamba_attn.tracing.tracer import trace
 
 SCANS, SOFTMAX = ScanLayer.kind, AttentionLayer.kind

@@ -2,17 +2,19 @@
 
 Nothing is guessed from settings: class tokens and registers may stand anywhere, and some forks shuffle or flip the
 tokens at random. The first layer's input is compared with the patches themselves, bit by bit; where the patches do
-not stand there in raster order, the layout is not known.
+not stand there in raster order, the layout is not known. ``Embedding`` says it of any convolution, once gradients have
+shown which token each of its patches goes to.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mamba_attn._types import Float
+from mamba_attn._types import Float, Int
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.tracing.adapters import LayoutSource, Seen
 
@@ -81,14 +83,87 @@ class _Reader:
         if found is None:
             return None
         others = tuple(sorted(set(range(tokens.shape[1])) - set(found)))
-        classes = sum(
-            value.shape[1] for name, value in self.model.named_parameters(recurse=False) if name.startswith("cls_token")
-        )
+        classes = _class_tokens(self.model.named_parameters(recurse=False))
         if others and classes not in (0, len(others)):
             return None  # class tokens and registers, and nobody says which is which
         if classes:
             return _layout(self.projection, self.grid, class_tokens=others)
         return _layout(self.projection, self.grid, registers=others)
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """A convolution that makes patches of a finer grid.
+
+    Args:
+        leaf: added to the patches, (images, features, *grid): where their graph begins.
+        given: what it was called with.
+        kernel: sides of its patches.
+        stride: distances between neighbouring patches.
+        padded: whether it sees more than what it was given.
+    """
+
+    leaf: Tensor
+    given: Tensor
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padded: bool
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], leaf: Tensor) -> "Embedding":
+        """From the arguments of ``conv2d`` or ``conv3d``."""
+        options: dict[str, Any] = dict(zip(("bias", "stride", "padding"), args[2:], strict=False)) | kwargs
+        given, kernel = args[0].detach(), tuple(args[1].shape[2:])
+        stride, padding = options.get("stride", 1), options.get("padding", 0)
+        steps = (stride,) * len(kernel) if isinstance(stride, int) else tuple(stride) * (len(kernel) // len(stride))
+        padded = padding == "same" or (padding != "valid" and bool(torch.as_tensor(padding).any()))
+        return cls(leaf, given, kernel, steps, padded)
+
+    def layout(
+        self, order: Int[Tensor, " patches"], tokens: int, model: nn.Module, inputs: Sequence[Tensor]
+    ) -> TokenLayout | None:
+        """Return the layout of tokens among which the patches stand; None where it is not known.
+
+        Args:
+            order: token of each patch.
+            tokens: number of tokens.
+            model: whose parameters say how many class tokens there are.
+            inputs: what it was called with, one of which the convolution sees, perhaps turned on its side.
+        """
+        grid, kernel, stride, places = tuple(self.leaf.shape[2:]), self.kernel, self.stride, order
+        turned = next((side for x in inputs if (side := _side(x, self.given)) is not None), None)
+        others = tuple(sorted(set(range(tokens)) - set(order.tolist())))
+        if turned is None or self.padded or int(order.min()) < 0 or len(others) + len(order) != tokens:
+            return None
+        if turned:
+            grid, kernel, stride, places = grid[::-1], kernel[::-1], stride[::-1], order.view(grid).T.flatten()
+        columns = places.view(grid).permute(*range(len(grid))[::-1]).flatten()
+        ways = [bool((each.diff() > 0).all()) for each in (places, columns)]
+        classes = _class_tokens(model.named_parameters())
+        if not any(ways) or (others and classes not in (0, len(others))):
+            return None
+        named, rest = (others, ()) if classes else ((), others)
+        return TokenLayout(grid, kernel, stride, named, rest, columns_first=not ways[0])
+
+
+def _side(x: Tensor, given: Tensor) -> bool | None:
+    """Whether a convolution was given an input on its side; None: something else."""
+    sizes = tuple(given.shape[2:])
+    straight, across = tuple(x.shape[-len(sizes) :]), tuple(x.shape[-len(sizes) :])[::-1]
+    if sizes not in (straight, across) or x.numel() != given.numel():
+        return None
+    if len(sizes) != 2 or straight != across:
+        return sizes != straight
+    values, its = x.detach().flatten(), given.flatten()  # a square
+    if torch.equal(values, its):
+        return False
+    return True if torch.equal(x.detach().mT.flatten(), its) else None
+
+
+def _class_tokens(parameters: Iterable[tuple[str, nn.Parameter]]) -> int:
+    """Number of tokens that parameters of such a name hold."""
+    named = [value for name, value in parameters if name.rpartition(".")[2].startswith("cls_token")]
+    return sum(value.shape[1] for value in named if value.ndim == 3)
 
 
 def _layout(

@@ -28,7 +28,8 @@ from mamba_attn.tracing.adapters import AnyAdapter, AttentionAdapter, LayoutSour
 from mamba_attn.tracing.agreement import Call, Verdict, judge, judge_call, latest, measurable
 from mamba_attn.tracing.doors import Watch
 from mamba_attn.tracing.edits import Edit, edited_probabilities, edited_scan
-from mamba_attn.tracing.layers import AttentionLayer, Layer, ScanLayer
+from mamba_attn.tracing.layers import Layer, ScanLayer
+from mamba_attn.tracing.softmax_layers import AttentionLayer
 from mamba_attn.tracing.texts import is_text, real_tokens, require_prefill
 from mamba_attn.tracing.undisturbed import recomputing, unseen
 

@@ -1,11 +1,12 @@
 """Which doors a model's code can reach: compiled scans and torch's attention, looked for by the names in the code."""
 
+import operator
 import sys
 import weakref
 from collections.abc import Collection, Iterator
 from inspect import unwrap
 from types import CodeType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -24,10 +25,23 @@ _ATTENTION = frozenset(
 _OF_TORCH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
-def loaded_modules() -> tuple[list[ModuleType], list[tuple[int, int]]]:
+class _Loaded:
+    """The loaded modules, as they were when they were last looked at."""
+
+    values: ClassVar[list[Any]] = []
+    modules: ClassVar[list[ModuleType]] = []
+    names: ClassVar[list[dict[str, Any]]] = []
+    times: ClassVar[int] = 0  # that one came or went
+
+
+def loaded_modules() -> tuple[list[ModuleType], list[int]]:
     """Return the loaded modules, and numbers that change when one comes, goes, or gets another name."""
-    modules = [module for module in list(sys.modules.values()) if issubclass(type(module), ModuleType)]
-    return modules, [(id(module), len(module.__dict__)) for module in modules]
+    values = list(sys.modules.values())
+    if len(values) != len(_Loaded.values) or not all(map(operator.is_, values, _Loaded.values)):
+        modules = [module for module in values if issubclass(type(module), ModuleType)]
+        _Loaded.values, _Loaded.modules, _Loaded.names = values, modules, list(map(vars, modules))
+        _Loaded.times += 1
+    return _Loaded.modules, [_Loaded.times, *map(len, _Loaded.names)]
 
 
 def compiled_scans() -> list[ModuleType]:
@@ -61,6 +75,17 @@ def reaches_a_door(model: nn.Module) -> bool:
         model: a model, or a mixer.
     """
     modules = list(model.modules())  # scans are kept there, too, and the file of a stand-in may be gone
+    now = loaded_modules()[1], [(id(module), type(module), len(vars(module))) for module in modules]
+    before = _reaches.get(model)
+    if before is None or before[0] != now:
+        before = _reaches[model] = now, _reaches_a_door(modules)
+    return before[1]
+
+
+_reaches: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, bool]]" = weakref.WeakKeyDictionary()
+
+
+def _reaches_a_door(modules: list[nn.Module]) -> bool:
     files = {sys.modules.get(cls.__module__) for module in modules for cls in type(module).__mro__}
     held = (value for module in modules for value in (*vars(module).values(), type(module).forward))
     functions = (_names_behind(value) for value in held if isinstance(value, FunctionType))
@@ -105,7 +130,7 @@ def _is_compiled_scan(value: Any) -> bool:
 
 _looked_at: "weakref.WeakKeyDictionary[ModuleType, tuple[int, list[weakref.ref[ModuleType]]]]"
 _looked_at = weakref.WeakKeyDictionary()
-_last: tuple[list[tuple[int, int]], list[weakref.ref[ModuleType]]] = [], []  # what was loaded, and held
+_last: tuple[list[int], list[weakref.ref[ModuleType]]] = [], []  # what was loaded, and held
 
 
 def reaches_attention(model: nn.Module, outside: Collection[nn.Module] = ()) -> bool:

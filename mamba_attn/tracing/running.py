@@ -1,6 +1,7 @@
 """Which module of a model is running, and what a model's modules and parameters are called."""
 
 from collections.abc import Iterator
+from functools import cached_property
 from types import FrameType
 
 import torch
@@ -22,9 +23,13 @@ class Names:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = {id(module): name for name, module in model.named_modules()}
-        self._parameters = {
+        self._model = model
+
+    @cached_property
+    def _parameters(self) -> dict[int, str]:
+        return {
             parameter.data_ptr(): name
-            for name, parameter in model.named_parameters()
+            for name, parameter in self._model.named_parameters()
             if parameter.layout == torch.strided and parameter.numel()
         }
 

@@ -240,7 +240,7 @@ def _replace() -> None:
 
 _lock = Lock()
 _opened = 0
-_holders: tuple[list[tuple[int, int]], list[tuple[dict[str, Any], str]]] = [], []  # what was loaded, and held
+_holders: tuple[list[int], list[tuple[dict[str, Any], str]]] = [], []  # what was loaded, and held
 _replaced: list[tuple[dict[str, Any], str, Any, Any]] = []
 _inside = local()  # whether torch's own attention function runs, which a mode may make call itself again
 

@@ -6,10 +6,11 @@ where weights on the cells arrive as the same weights, token by token, the mixer
 not, bits of the cells' numbers tell the order, as in ``frames``.
 """
 
+import random
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -18,6 +19,7 @@ from threading import get_ident
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -26,14 +28,15 @@ from mamba_attn.core.layout import TokenLayout
 from mamba_attn.tracing.adapters import Seen
 from mamba_attn.tracing.agreement import Call, measurable
 from mamba_attn.tracing.doors import Watch, open_doors, suspended
-from mamba_attn.tracing.frames import SHARE, Centre, Probe
+from mamba_attn.tracing.patch_embedding import Embedding
+from mamba_attn.tracing.probes import SHARE, Centre, Probe
 from mamba_attn.tracing.replay import Replay
-from mamba_attn.tracing.undisturbed import recomputing, settings, undisturbed
+from mamba_attn.tracing.undisturbed import FAILURES, in_words, recomputing, settings, undisturbed
 
 Maps = Mapping[str, Sequence[tuple[int, ...]]]
 _LOOKS = 2  # at tensors of one shape that stand not around a mixer
+_OBLONG = 1.5  # sides of a cell
 _ALIVE = 1e-3  # of the largest gradient: tokens with less of it do not reach T
-_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,15 @@ class Standing:
             which each token has its own; -1 for tokens that do not reach it. Calls without such a tensor are left out.
         maps: shapes of the tensors of four axes and more that modules took and returned, by the modules' names.
         doors: names of modules whose scans went through doors.
+        embedded: of the tensor in which the patches of the model's embedding have a cell each.
+        failed: the error of a pass that did not end, in words.
     """
 
-    orders: list[tuple[str, Int[Tensor, "sequences tokens"]]] = field(default_factory=list)
+    orders: list[tuple[str, Int[Tensor, "_ _"]]] = field(default_factory=list)
     maps: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
     doors: list[str] = field(default_factory=list)
+    embedded: TokenLayout | None = None
+    failed: str = ""
 
     def at_a_door(self, name: str) -> bool:
         """Whether a mixer's scans went through a door."""
@@ -69,7 +76,7 @@ class Standing:
 def _increases(order: Tensor) -> bool:
     """Whether every sequence goes through the cells upwards."""
     top = torch.where(order >= 0, order, -1).cummax(1).values
-    return bool(((order > torch.nn.functional.pad(top, (1, 0), value=-1)[:, :-1]) | (order < 0)).all())
+    return bool(((order > F.pad(top, (1, 0), value=-1)[:, :-1]) | (order < 0)).all())
 
 
 def _counts_up(order: Tensor) -> bool:
@@ -90,11 +97,20 @@ def standing(model: nn.Module, replay: Replay, mixers: Mapping[str, nn.Module], 
     key = (small.key, settings(model), tuple(mixers), doors)
     remembered = _remembered.setdefault(model, {})
     if key not in remembered:
-        remembered[key] = _measured(model, small, mixers, doors)
+        found = _measured(model, small, mixers, doors)
+        remembered[key] = _measured(model, replay, mixers, doors) if found.failed and small is not replay else found
     return remembered[key]
 
 
 _remembered: "weakref.WeakKeyDictionary[nn.Module, dict[Any, Standing]]" = weakref.WeakKeyDictionary()
+
+
+class _StatesError(Exception):
+    """A mixer may be given states of an earlier call, as of a model that reads its tokens forwards."""
+
+
+class _EnteredError(Exception):
+    """A pass has reached its first mixer, and no more of it is wanted."""
 
 
 @dataclass(eq=False)
@@ -120,39 +136,57 @@ class _Cut:
 
 @dataclass(eq=False)
 class _Pass:
-    """A forward pass with its mixers cut."""
+    """A forward pass with its mixers cut, and with it the last convolution to a coarser grid before them."""
 
     mixers: dict[nn.Module, str]
     cuts: list[_Cut] = field(default_factory=list)
+    embedding: Embedding | None = None
+    entered: Tensor | None = None  # the first mixer's tokens, with their graph
     tensors: list[tuple[str, Tensor]] = field(default_factory=list)
     maps: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
     inside: int = 0
+    to_the_first: bool = False  # whether the pass ends there
 
     def enters(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Give a mixer its input without the graph behind it.
 
         Raises:
-            RuntimeError: with it comes what may hold states, such as a cache, which a further call would change.
+            _EnteredError: no more is wanted.
+            _StatesError: with it comes what may hold states, such as a cache, which a further call would change.
         """
         if Call(args, kwargs).opaque:
-            raise RuntimeError("the mixer is called with what may hold states.")
-        self.inside += 1
+            raise _StatesError
+        if not self.cuts and self.entered is None and not recomputing():
+            self.entered = next((v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)), None)
+            if self.to_the_first:
+                raise _EnteredError
+        self.inside += not recomputing()
         return pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
 
     def leaves(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Begin the graph anew at a mixer's output."""
-        self.inside -= 1
+        self.inside -= not recomputing()
         first = next((v for v in pytree.tree_leaves(output) if isinstance(v, Tensor)), None)
         if first is None or first.ndim not in (3, 4) or not first.is_floating_point():
             return output
         leaf = torch.zeros_like(first.detach()).requires_grad_()
         axis = 1 if first.ndim == 4 and getattr(module, "channel_first", False) else first.ndim - 1
-        self.cuts.append(_Cut(self.mixers[module], leaf, axis, len(self.tensors)))
+        if not recomputing():  # checkpointing wants the same again
+            self.cuts.append(_Cut(self.mixers[module], leaf, axis, len(self.tensors)))
         return pytree.tree_map(lambda v: v.detach() + leaf if v is first else v, output)
+
+    def show(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor:
+        """Begin the graph at patches: what a convolution made of a finer grid, before any mixer."""
+        convolved = func in (F.conv2d, F.conv3d) and len(args) > 1
+        if not convolved or self.inside or self.cuts or out.ndim < 4 or out.shape[2:] == args[0].shape[2:]:
+            return out
+        leaf = torch.zeros_like(out.detach()).requires_grad_()
+        self.embedding = Embedding.of(args, kwargs, leaf)
+        return out.detach() + leaf
 
     def returns(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         """Keep what a module around the mixers returned."""
-        if self.inside:
+        if self.inside or recomputing():
             return
         values = [v for v in pytree.tree_leaves((args, output)) if isinstance(v, Tensor) and v.ndim > 2]
         self.maps.setdefault(name, []).extend(tuple(v.shape) for v in values if v.ndim > 3)
@@ -178,16 +212,33 @@ def _measured(model: nn.Module, replay: Replay, mixers: Mapping[str, nn.Module],
         for parameter, flag in [(parameter, parameter.requires_grad) for parameter in model.parameters()]:
             stack.callback(parameter.requires_grad_, flag)
             parameter.requires_grad_(False)
-        own = replay.changed(Tensor.clone)
         try:
-            with ExitStack() as hooks:
-                _install(hooks, model, seen)
-                for device, dtype in own.autocast:
-                    hooks.enter_context(torch.autocast(device, dtype=dtype))
-                model(*own.args, **own.kwargs)
-            return Standing(_orders(seen), seen.maps, list({call.module for call in watch.calls}))
-        except _FAILURES:  # it does not run so: nothing is known
+            with _run(model, replay, seen):
+                orders, embedded = _orders(seen), _embedded(seen, model, replay)
+            if embedded is not None:  # unless it is drawn at random, as some forks draw a class token's place
+                again = _Pass(seen.mixers, to_the_first=True)
+                random.seed(1)
+                torch.manual_seed(1)
+                with suppress(_EnteredError), _run(model, replay, again):
+                    pass
+                embedded = embedded if _embedded(again, model, replay) == embedded else None
+            return Standing(orders, seen.maps, list({call.module for call in watch.calls}), embedded)
+        except _StatesError:
             return Standing(maps=seen.maps)
+        except FAILURES as error:  # it does not run so: nothing is known
+            return Standing(maps=seen.maps, failed=in_words(error))
+
+
+@contextmanager
+def _run(model: nn.Module, replay: Replay, seen: _Pass) -> Iterator[None]:
+    """Run the model; what was put on it stays for the block, since checkpointing runs parts of it again."""
+    own = replay.changed(Tensor.clone)
+    with ExitStack() as hooks:
+        _install(hooks, model, seen)
+        for device, dtype in own.autocast:
+            hooks.enter_context(torch.autocast(device, dtype=dtype))
+        model(*own.args, **own.kwargs)
+        yield
 
 
 def _install(stack: ExitStack, model: nn.Module, seen: _Pass) -> None:
@@ -196,7 +247,7 @@ def _install(stack: ExitStack, model: nn.Module, seen: _Pass) -> None:
             stack.callback(module.register_forward_pre_hook(seen.enters, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(seen.leaves).remove)
         stack.callback(module.register_forward_hook(partial(seen.returns, name)).remove)
-    stack.enter_context(Centre())
+    stack.enter_context(Centre(seen.show))
 
 
 def _orders(seen: _Pass) -> list[tuple[str, Tensor]]:
@@ -215,6 +266,18 @@ def _orders(seen: _Pass) -> list[tuple[str, Tensor]]:
     return [(cut.name, found[cut]) for cut in seen.cuts if cut in found]
 
 
+def _embedded(seen: _Pass, model: nn.Module, replay: Replay) -> TokenLayout | None:
+    """Where the embedding's patches stand among the first mixer's tokens, where each has one of its own."""
+    embedding, out = seen.embedding, seen.entered
+    if embedding is None or out is None or out.ndim != 3 or not out.requires_grad or len(out) != 1:
+        return None
+    cut = _Cut("", embedding.leaf, 1, 0)
+    if cut.tokens[0] != 1 or cut.tokens[1] > out.shape[1]:
+        return None
+    found = dict(_decoded(Probe(out, 2), out, [cut]))
+    return embedding.layout(found[cut][0], out.shape[1], model, replay.tensors) if found else None
+
+
 def _decoded(probe: Probe, out: Tensor, cuts: Sequence[_Cut]) -> Iterator[tuple[_Cut, Tensor]]:
     """The orders of the mixers whose tokens have a cell each in T."""
 
@@ -229,13 +292,13 @@ def _decoded(probe: Probe, out: Tensor, cuts: Sequence[_Cut]) -> Iterator[tuple[
         alive = _alive(plain)
         if int(alive.sum()) * 2 < probe.cells:
             continue
-        if _share(plain, weighted, probe.weight) >= SHARE:
+        if len(plain) == probe.cells and _share(plain, weighted, probe.weight) >= SHARE:
             yield cut, torch.where(alive, same, -1).view(cut.tokens).cpu()
         elif _share(plain, weighted, None) >= SHARE:
             others.append((cut, plain, weighted))
     if not others:
         return
-    numbers = [torch.zeros(probe.cells, dtype=torch.long, device=out.device) for _ in others]
+    numbers = [torch.zeros(len(plain), dtype=torch.long, device=out.device) for _, plain, _ in others]
     for bit in range(probe.bits):
         for own, (_, plain, _), some in zip(
             numbers, others, back(probe.with_bit(bit), [cut for cut, _, _ in others]), strict=True
@@ -297,6 +360,9 @@ class Ahead:
         self._replay = Replay.of(args, kwargs)
         self._found = standing(self.model, self._replay, self.mixers, self._watch is not None)
         moved = self._found.moved
+        given = self._seen.layout is not None
+        if not given and next(iter(self.mixers), None) in self._found.whole:
+            self._seen.embedded = self._found.embedded
         seen = [name for name in self.mixers if self._watch is not None and self._found.at_a_door(name)]
         self.unplaced = [name for name in moved if name not in seen]
         if self._watch is not None and any(name in seen for name in moved):  # the others, too: in one frame
@@ -315,11 +381,21 @@ class Ahead:
         whole = name in self._found.whole  # a mixer may take channels for tokens
         if self._replay is None or self._replay.batch != batch or not whole:
             return None
+        if self._seen.embedded is not None and self._seen.embedded.tokens == tokens:
+            return self._seen.embedded
         layout = nearest_layout(name, tokens, self._found.maps, self._replay, self._seen)
         return layout if layout is not None and len(layout.grid) > 1 else None
 
-    def sentence(self) -> str:
-        """What to say of mixers that get tokens in another order, and whose doors are not known."""
+    def sentence(self) -> str | None:
+        """What to say of mixers that get tokens in another order, or of whose order nothing is known; None: nothing."""
+        if self._found.failed:
+            return (
+                "trace: whether code around the mixers gives them the tokens in another order is not known, since the "
+                f"model does not run with gradients ahead of the pass ({self._found.failed}). Their "
+                "matrices are in the order in which they get the tokens."
+            )
+        if not self.unplaced:
+            return None
         shown = ", ".join(self.unplaced[:6]) + (f" and {len(self.unplaced) - 6} more" if self.unplaced[6:] else "")
         return (
             f"trace: {shown} get the tokens in another order than the model around them has, and their scans go "
@@ -346,8 +422,11 @@ def nearest_layout(
         # features stand first or last; of what the model was given, three colours and rows are no grid
         both = (shape[2:],) if shape in inputs else (shape[2:], shape[1:-1])
         grids += [grid for grid in both if min(grid) > 1 or len(grid) > 2]
-    grid = next((grid for grid in grids if len(grid) > 1 and prod(grid) == tokens), (tokens,))
-    given = [] if replay is None else [tuple(t.shape[2:]) for t in replay.tensors if t.ndim > 2]
+    given = [_sizes(shape, maps) for shape in inputs if len(shape) > 2]
+    fitting = [grid for grid in grids if len(grid) > 1 and prod(grid) == tokens]
+    whole = seen.image_size or next((size for size in given if len(size) == 2), None)
+    # channels and rows of another map may have as many cells, but hardly cells that are squares
+    grid = next((grid for grid in fitting if grid == own or _has_squares(grid, whole)), (*fitting, (tokens,))[0])
     if len(grid) == 2 and seen.image_size is not None:
         turned = replay is not None and _is_turned(replay, seen.image_size)
         return None if turned else seen.grid_layout(*grid)
@@ -358,6 +437,22 @@ def nearest_layout(
     if len(grid) == 1 and not sizes[0] // patches[0] <= tokens <= -(-sizes[0] // patches[0]):
         return None  # what was taken for a line's length is something else
     return TokenLayout(grid, patches)
+
+
+def _has_squares(grid: tuple[int, ...], size: tuple[int, ...] | None) -> bool:
+    """Whether the cells of a grid over an image are about as high as wide; of volumes nobody knows."""
+    if size is None or len(grid) != 2 or len(size) != 2:
+        return True
+    height, width = (pixels / cells for pixels, cells in zip(size, grid, strict=True))
+    return max(height, width) < _OBLONG * min(height, width)
+
+
+def _sizes(shape: tuple[int, ...], maps: Maps) -> tuple[int, ...]:
+    """Sizes of an input without images and colours: colours stand third where frames are taken as so many images."""
+    frames, colours = shape[1:3]
+    images = [each for shapes in maps.values() for each in shapes if len(each) == len(shape) - 1]
+    as_images = len(shape) == 5 and any(e[0] % frames == 0 and e[1:] == (colours, *shape[3:]) for e in images)
+    return (frames, *shape[3:]) if as_images else shape[2:]
 
 
 def _is_turned(replay: Replay, size: tuple[int, ...]) -> bool:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from mamba_attn._types import Int
 from mamba_attn.core.layout import TokenLayout
-from mamba_attn.tracing.doors import ScanCall
 from mamba_attn.tracing.frames import Measured, Place, agrees, measure
 from mamba_attn.tracing.replay import Replay
+from mamba_attn.tracing.selective_scans import ScanCall
 from mamba_attn.tracing.softmax_doors import SoftmaxCall
 from mamba_attn.tracing.undisturbed import settings, versions
 

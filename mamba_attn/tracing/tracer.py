@@ -25,15 +25,16 @@ from mamba_attn.tracing import patch_embedding
 from mamba_attn.tracing.adapters import Adapter, AnyAdapter, Seen, find_mixers, nothing_found, require_supported
 from mamba_attn.tracing.agreement import Verdict
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders, DoorLayer, DoorScans, given_layout
-from mamba_attn.tracing.doors import ScanCall, Watch, open_doors
+from mamba_attn.tracing.doors import Watch, open_doors
 from mamba_attn.tracing.fused_doors import fused_doors
 from mamba_attn.tracing.layer_names import ByLayer, LayerName, LayerNames, layer_name, layer_names
-from mamba_attn.tracing.layers import AnyLayer, AttentionLayer, Layer, ScanLayer
+from mamba_attn.tracing.layers import AnyLayer, Layer, ScanLayer
 from mamba_attn.tracing.module_rules import Asked, install_rules
 from mamba_attn.tracing.patching import Interest, observed, patched, watch_layout
 from mamba_attn.tracing.reachable import reaches_a_door, reaches_attention
+from mamba_attn.tracing.selective_scans import ScanCall
 from mamba_attn.tracing.softmax_doors import CROSS, NESTED, open_softmax_doors
-from mamba_attn.tracing.softmax_layers import DoorAttention
+from mamba_attn.tracing.softmax_layers import AttentionLayer, DoorAttention
 from mamba_attn.tracing.standing import Ahead
 from mamba_attn.tracing.undisturbed import recomputing
 from mamba_attn.tracing.unseen import MIXES, Unseen, unseen_sentence
@@ -485,8 +486,9 @@ def trace(
     record._require_seen()
     if record._apart:
         warnings.warn(_apart_sentence(found, record._apart), UserWarning, stacklevel=3)
-    if record._ahead is not None and record._ahead.unplaced:
-        warnings.warn(record._ahead.sentence(), UserWarning, stacklevel=3)
+    sentence = None if record._ahead is None else record._ahead.sentence()
+    if sentence is not None:
+        warnings.warn(sentence, UserWarning, stacklevel=3)
     # with rules, the method that brought them looks: looking calls modules, on which another trace may have its rules
     if layers is None and rules is None and record.unseen_mixers:
         warnings.warn(unseen_sentence("trace", record.unseen_mixers), UserWarning, stacklevel=3)
@@ -511,11 +513,12 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return _unwrapped(model.module)
     for name, module in model.named_modules():
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+        wraps = "_orig_mod" in module._modules  # not hasattr: this is asked of every module of every trace
+        if wraps or module._compiled_call_impl is not None:
             its = f"model.{name}" if name else "model"
             instead = (
                 f"Keep the model as it was before torch.compile ({its}._orig_mod) and trace and call that."
-                if hasattr(module, "_orig_mod")
+                if wraps
                 else f"Write {its}._compiled_call_impl = None, or trace and call the model before {its}.compile()."
             )
             raise UnsupportedModelError(f"trace(...): {its} is compiled, so its forward is not what runs. {instead}")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mamba_attn.tracing.undisturbed import recomputing, undisturbed
+from mamba_attn.tracing.undisturbed import FAILURES, in_words, recomputing, undisturbed, versions
 
 MIXES = "mixes tokens"
 NEAR = "mixes neighbouring tokens"
@@ -32,7 +32,6 @@ _ALONE = ("activation", "dropout", "linear", "normalization", "batchnorm", "inst
 _ATTENTION = ("softmax", "scaled_dot_product_attention", "multi_head_attention_forward", "flash_attn_func")
 _SHAPES = 8  # of inputs, for which what a pass has shown is kept
 _PUSH = 3.0  # what is added to a token; other tokens have a spread of 1
-_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -122,8 +121,9 @@ class Unseen:
         def begins(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not asleep() and thread == get_ident() and not recomputing():
                 self._recall(args, kwargs)
-                if not self._new:
-                    hooks.close()
+                hooks.close()
+                if self._new:
+                    watch()
 
         def starts(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self._new or asleep() or thread != get_ident() or recomputing() or name in self._calls:
@@ -140,14 +140,18 @@ class Unseen:
                 if len(looks) > _SHAPES:
                     del looks[next(iter(looks))]
 
+        def watch() -> None:
+            # a hook would keep torch's encoder layer off its fast path, whose attention is seen at a door
+            fast = (name for name, module in self._modules.items() if isinstance(module, nn.TransformerEncoderLayer))
+            known = [*self.traced, *fast]
+            for name, module in self._modules.items():
+                if name and not _alone(module) and not any(_inside(name, other) for other in known):
+                    hooks.callback(module.register_forward_pre_hook(partial(starts, name), with_kwargs=True).remove)
+
         stack.callback(self.model.register_forward_pre_hook(begins, with_kwargs=True).remove)
         stack.callback(self.model.register_forward_hook(ends).remove)
-
-        # a hook would keep torch's encoder layer off its fast path, whose attention is seen at a door
-        known = [*self.traced, *(n for n, m in self._modules.items() if isinstance(m, nn.TransformerEncoderLayer))]
-        for name, module in self._modules.items():
-            if name and not _alone(module) and not any(_inside(name, other) for other in known):
-                hooks.callback(module.register_forward_pre_hook(partial(starts, name), with_kwargs=True).remove)
+        if self.model not in _looks:  # perhaps parts of it are called alone
+            watch()
 
     def found(self, seen: Collection[str]) -> dict[str, str]:
         """Return what mixes tokens and was not seen, by the modules' names, in words.
@@ -168,7 +172,7 @@ class Unseen:
         """Take what an earlier pass on inputs of these shapes has shown, while the model's tensors are the same."""
         given = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         key = (*((tuple(t.shape), t.dtype, t.device) for t in given), *self.traced)
-        looks, now = _looks.get(self.model, {}), _tensors(self.model)
+        looks, now = _looks.get(self.model, {}), versions(self.model)
         self._new = key not in looks or looks[key][0] != now
         if self._new:
             self._begun = key, now  # a pass that raises has shown a part
@@ -189,7 +193,7 @@ class Unseen:
                 mixing = dict(self._mixing(child, around | known))
                 if child in around:  # a traced mixer's own block: what stands next to the mixer
                     yield from (each for each in mixing.items() if not self._in_inner_container(each[0], child, around))
-                elif stages and any(kind != UNASKED for kind in mixing.values()):
+                elif stages and not all(kind.startswith(UNASKED) for kind in mixing.values()):
                     yield child, STAGE
                 else:
                     yield from mixing.items()
@@ -245,7 +249,7 @@ def unseen_sentence(call: str, names: Sequence[str]) -> str:
 
 
 def mixing(module: nn.Module, called: _Called) -> str | None:
-    """Return how a module mixes tokens, ``MIXES``, ``NEAR``, ``SCALES`` or ``UNASKED``, or None.
+    """Return how a module mixes tokens, ``MIXES``, ``NEAR``, ``SCALES``, ``UNASKED`` with the error, or None.
 
     It is remembered while the module's tensors are the same.
 
@@ -253,18 +257,12 @@ def mixing(module: nn.Module, called: _Called) -> str | None:
         module: called on its own.
         called: how.
     """
-    now = _tensors(module)
+    now = versions(module)
     key = (called.shape, called.dtype)
     remembered = _remembered.setdefault(module, {})
     if key not in remembered or remembered[key][0] != now:
         remembered[key] = (now, _mixing(module, called))
     return remembered[key][1]
-
-
-def _tensors(module: nn.Module) -> tuple[tuple[int, int], ...]:
-    """What changes when anything writes to a module's parameters or buffers."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return tuple((t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,17 +294,25 @@ def _mixing(module: nn.Module, called: _Called) -> str | None:
                     if others and int((before != after).sum()) * tokens <= before.numel():
                         return None  # no more than one token's part of the output moved, wherever it stands now
                     moved.append(_moved(before, after, axis))
-            except _FAILURES:
-                return UNASKED
+            except FAILURES as error:
+                return f"{UNASKED} ({in_words(error)})"
     if min(reach) <= 1:
         return None
     own = set(getattr(getattr(type(module).forward, "__code__", None), "co_names", ()))
     if own.intersection(_ATTENTION):
         return MIXES
-    if near or 1 < min(reach) <= _reach(module, len(called.shape) - 2):
+    if near or _only_convolves(module) or 1 < min(reach) <= _reach(module, len(called.shape) - 2):
         return NEAR
     gates = min(scaled) <= 1 or any(isinstance(part, _POOLS) for part in module.modules())
     return SCALES if gates else MIXES
+
+
+def _only_convolves(module: nn.Module) -> bool:
+    """Whether a module is made of torch's convolutions, and norms whose statistics see all tokens."""
+    parts = [part for part in module.modules() if next(part.children(), None) is None]
+    kinds = (nn.Sequential, nn.ModuleList)
+    around = all(isinstance(part, kinds) for part in module.modules() if next(part.children(), None) is not None)
+    return around and all(isinstance(part, _CONVOLUTIONS) or _alone(part) for part in parts)
 
 
 def _reach(module: nn.Module, rank: int) -> int:

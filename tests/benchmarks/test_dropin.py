@@ -64,9 +64,11 @@ def test_the_same_weights_give_the_same_model(monkeypatch: pytest.MonkeyPatch) -
 
 def test_folders_without_clones_are_said() -> None:
     with pytest.raises(SystemExit, match=r"no clone of any of JCruan519/VM-UNet"):
-        dropin.run_dropin(argparse.Namespace(checkouts=Path("nowhere"), only=["JCruan519/VM-UNet"], quick=False))
+        dropin.run_dropin(
+            argparse.Namespace(checkouts=Path("nowhere"), only=["JCruan519/VM-UNet"], quick=False, rows=None)
+        )
     with pytest.raises(SystemExit, match=r"unknown.*MzeroMiko/VMamba"):
-        dropin.run_dropin(argparse.Namespace(checkouts=Path("nowhere"), only=["unknown"], quick=False))
+        dropin.run_dropin(argparse.Namespace(checkouts=Path("nowhere"), only=["unknown"], quick=False, rows=None))
 
 
 def test_the_command_runs_what_is_installed(tmp_path: Path) -> None:
@@ -121,7 +123,7 @@ def test_results_of_other_repositories_stay(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(dropin, "RESULTS", path)
     again = {"commit": "2", "rows": [{**old, "law 1": 2e-8}], "pairs": {}}
     monkeypatch.setattr(dropin, "_in_a_process", lambda *_: again)
-    arguments = argparse.Namespace(checkouts=tmp_path, only=["timm"], quick=False)
+    arguments = argparse.Namespace(checkouts=tmp_path, only=["timm"], quick=False, rows=None)
     _, details = dropin.run_dropin(arguments)
     found = {(row["repository"], row["law 1"]) for row in details["rows"]}
     assert found == {("hustvl/Vim", 1e-8), ("timm", 2e-8)}

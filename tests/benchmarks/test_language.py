@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import language, text_truth
+from benchmarks import language, text_page, text_perturbation, text_truth
+from benchmarks.marked_pages import filled
 from mamba_attn.models import create
 
 
@@ -75,3 +76,29 @@ def test_the_methods_find_it():
     assert found["FrozenContribution"]["first"] > 0.95
     assert found["MambaLRP"]["recall at 2"] > 0.95
     assert found["RawAttention"]["first"] < 0.2
+
+
+class Counts(torch.nn.Module):
+    def forward(self, ids):
+        count = (ids == 5).sum(1).double()
+        return torch.stack([0 * count, 4 * count - 2], 1)
+
+
+def test_areas_of_words_that_matter_first_and_last():
+    ids, high, low = torch.tensor([[5, 3, 4, 6]]), 1 / (1 + np.exp(-2.0)), 1 / (1 + np.exp(2.0))
+    first = text_perturbation.area(Counts(), ids, torch.tensor([0, 1, 2]), 1)
+    last = text_perturbation.area(Counts(), ids, torch.tensor([2, 1, 0]), 1)
+    assert first == pytest.approx(((high + low) / 2 + 2 * low) / 3)
+    assert last == pytest.approx((2 * high + (high + low) / 2) / 3)
+
+
+def test_the_page_is_what_was_measured():
+    results = text_page.measured()
+    page = text_page.PAGE.read_text()
+    assert filled(page, text_page.PARTS, results) == page
+    assert not any(its["quick"] for its in results.values())
+    for task in language.PUZZLES:
+        methods = results["truth"]["details"][task]["methods"]
+        assert methods["swap within a kind"]["first"] == 1
+        assert methods["RawAttention"]["first"] < methods["RandomMap"]["first"] > methods["AttentionRollout"]["first"]
+        assert results["truth"]["details"][task]["accuracy"] >= 0.99

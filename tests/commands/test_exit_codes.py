@@ -67,6 +67,12 @@ def test_arguments_become_flags(sentence, options, typed):
     assert as_flags(sentence, options) == typed
 
 
+def test_arguments_of_a_builder_are_typed_behind_option():
+    sentence = "model='net.py:build': build() needs width; give each as an option, width=VALUE, or name another."
+    typed = "--model net.py:build: build() needs width; give each as --option width=VALUE, or name another."
+    assert as_flags(sentence, {"model", "option"}) == typed
+
+
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [

@@ -14,7 +14,7 @@ from mamba_attn.attribution import catalogue
 from mamba_attn.commands import cli
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("explain", "explore", "compare", "collect", "report", "findings", "erf", "bench", "models")
+COMMANDS = ("explain", "explore", "compare", "collect", "report", "findings", "erf", "bench", "models", "doctor")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mamba_attn import trace
+from mamba_attn.attribution.attention_rollout import to_finer
 from mamba_attn.core.layout import TokenLayout
 from tests.attribution.cases import vim
 from tests.integrations.small_mambavision import windows_of
@@ -123,6 +124,10 @@ LAYOUT = TokenLayout(grid=(2, 3), patch_size=4, class_tokens=(0,))
         (
             lambda: TokenLayout((2, 3), window=2, registers=(0,)),
             r"registers=\(0,\)\): .* windows cannot hold",
+        ),
+        (
+            lambda: TokenLayout((2, 3), window=2, columns_first=True),
+            r"columns_first=True, .* or be numbered by columns",
         ),
         (lambda: LAYOUT.to_grid(torch.zeros(2, 6)), r"to_grid\(values\(2, 6\)\): expected 7 tokens in the last axis"),
         (lambda: LAYOUT.to_grid(torch.zeros(2, 6)), r"\(grid 2x3 and 1 other tokens\)"),
@@ -309,3 +314,14 @@ def test_windows_of_a_volume_are_cubes() -> None:
 def test_bad_input_for_grids_of_any_rank(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+def test_patches_that_are_numbered_by_columns():
+    layout = TokenLayout((2, 3), 4, class_tokens=(2,), columns_first=True)
+    assert layout.patches.tolist() == [0, 3, 5, 1, 4, 6]
+    values = torch.randn(2, 7)
+    on_grid = torch.cat([values[:, :2], values[:, 3:]], 1).view(2, 3, 2).mT
+    assert torch.equal(layout.to_grid(values), on_grid)
+    assert layout.token_at(5, 9) == 6
+    other = TokenLayout((2, 3), 4, class_tokens=(2,))
+    assert torch.equal(other.to_grid(to_finer(values, other, layout)), on_grid)

@@ -52,6 +52,9 @@ class Net(nn.Module):
     def forward(self, images):
         return {"features": images, "logits": self.net(images)}
 
+def painted():
+    return LoadedModel(build(), transform=lambda picture: torch.zeros(32, 32))
+
 value = 3
 """
 
@@ -242,6 +245,19 @@ def test_a_transform_that_is_guessed_is_said():
         assert len(complete(Plain(channels=1)).transform.mean) == 1
 
 
+class Twice(Plain):
+    def forward(self, images):
+        scores = super().forward(images)
+        return scores, scores + 1
+
+
+def test_several_outputs_that_could_be_the_scores_are_said():
+    with pytest.warns(
+        UserWarning, match=r"it returned tuple \(output\[0\] \(1, 4\), output\[1\] \(1, 4\)\), and any of"
+    ):
+        assert complete(LoadedModel(Twice(), Transform((16, 16)))).classes == []
+
+
 def test_completing_disturbs_nothing():
     model = nn.Sequential(Plain(), nn.BatchNorm1d(4)).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -254,6 +270,15 @@ def test_completing_disturbs_nothing():
 def test_a_transform_of_another_shape_is_a_sentence():
     with pytest.raises(UnsupportedModelError, match=r"it fails on an image of its transform, \(1, 3, 4, 4\): "):
         complete(LoadedModel(Plain(), Transform((4, 4))))
+
+
+def test_a_traceback_shows_no_line_of_ours(code):
+    with pytest.raises(ModelBuildError, match=r"painted\(\) failed") as caught:
+        load("own_net.py:painted")
+    text = str(caught.value)
+    assert "transform=lambda picture" in text
+    assert "mamba_attn/core" not in text
+    assert text.splitlines()[-1].startswith("ValueError: transform=<lambda>: it returned (32, 32); expected (colours,")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from mamba_attn.core.rules import PLAIN, Rules
 from mamba_attn.errors import NonFiniteError, TraceError, UnsupportedModelError
 from mamba_attn.testing import LawError, check_adapter
 from mamba_attn.tracing.adapters import AttentionAdapter, Seen, _registered
-from mamba_attn.tracing.layers import AttentionLayer, ScanLayer, require
+from mamba_attn.tracing.layers import ScanLayer, require
+from mamba_attn.tracing.softmax_layers import AttentionLayer
 from tests.integrations.by_number import differs, refusal
 
 TINY: dict[str, Any] = {"depth": 3, "num_classes": 7}

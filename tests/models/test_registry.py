@@ -198,7 +198,7 @@ def test_unknown_option():
 
 
 def test_unknown_weights():
-    with pytest.raises(WeightsError, match=r"weights='nowhere.pth'\): no such file; .*'official' or 'demo'"):
+    with pytest.raises(WeightsError, match=r"weights='nowhere.pth'\): no such file; .*'official', 'demo' or 'random'"):
         mamba_attn.models.create("vim_micro", weights="nowhere.pth")
 
 

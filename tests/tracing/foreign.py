@@ -85,6 +85,18 @@ class Both(nn.Module):
         return self.leave((y + self.scan(1, u.flip(-1), z.flip(-1)).flip(-1)).mT)
 
 
+class Cascade(Both):
+    """As VMamba's v052dc: along the rows, a norm called as a function, then along the columns of what came out."""
+
+    def forward(self, x):
+        u, z = self.enter(x).chunk(2, -1)  # (batch, height, width, channels)
+        batch, height, width, _ = x.shape
+        rows = self.scan(0, *(t.flatten(0, 1).mT for t in (u, z))).mT.unflatten(0, (batch, height))
+        u = F.layer_norm(rows, (CHANNELS,)).transpose(1, 2)
+        columns = self.scan(1, *(t.flatten(0, 1).mT for t in (u, z.transpose(1, 2)))).mT
+        return self.leave(columns.unflatten(0, (batch, width)).transpose(1, 2))
+
+
 class Cross(nn.Module):
     """A VMamba-like mixer on (batch, height, width, channels): four ways through an extension without z."""
 

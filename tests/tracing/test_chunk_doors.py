@@ -10,7 +10,7 @@ from mamba_attn import attribution
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.stand_ins import ssd
 from mamba_attn.testing import _by_matrices
-from tests.tracing.foreign import CHANNELS, Line, Net
+from tests.tracing.foreign import CHANNELS, Line, Net, selective_scan_fn
 
 with mamba_attn.cpu_stand_ins():
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
@@ -59,6 +59,21 @@ class Mamba2(nn.Module):
         row = self.in_proj(x)
         y = self.way(row)
         return y if self.ways == 1 else y + self.way(row.flip(1)).flip(1)
+
+
+class Spread(Mamba2):
+    """The same through a selective scan, with every head's step and decay spelt out for its channels."""
+
+    def way(self, row):
+        each = self.inner // self.heads
+        z, xBC, dt = row.split([self.inner, self.inner + 2 * self.groups * STATES, self.heads], -1)
+        xBC = F.silu(self.conv1d(xBC.mT)[..., : row.shape[1]])
+        x, B, C = xBC.split([self.inner, self.groups * STATES, self.groups * STATES], 1)
+        A = -torch.exp(self.A_log).repeat_interleave(each)[:, None].expand(-1, STATES)
+        B, C = (t.unflatten(1, (self.groups, STATES)).contiguous() for t in (B, C))
+        delta, D, bias = (t.repeat_interleave(each, axis) for t, axis in ((dt.mT, 1), (self.D, 0), (self.dt_bias, 0)))
+        y = selective_scan_fn(x.contiguous(), delta.contiguous(), A, B, C, D, z.mT, bias, delta_softplus=True)
+        return self.out_proj(y.mT)
 
 
 KINDS = {
@@ -130,12 +145,12 @@ def test_training_is_not_changed_by_a_trace():
         assert a is None or torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_methods_run_and_rules_are_refused():
+def test_methods_run_but_one_that_looks_into_mixers():
     model, x = Net(Mamba2(), Mamba2(ways=2, fused=False)).eval(), images()
     for method in (attribution.RawAttention, attribution.AttentionRollout, attribution.MambaAttribution):
         assert method(model).attribute(x, target=1).shape == (2, 1, 16, 20)
     with pytest.raises(UnsupportedModelError, match=r"Mamba2: no adapter recognises this module"):
-        attribution.MambaLRP(model).attribute(x, target=1)
+        attribution.ImplicitAttention(model).attribute(x, target=1)
 
 
 def test_states_from_outside_are_refused_by_name():

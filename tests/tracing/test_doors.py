@@ -15,10 +15,11 @@ from mamba_attn import attribution, orders
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.testing import _by_matrices
 from mamba_attn.tracing import doors, frames, reachable, steps
+from mamba_attn.tracing.selective_scans import scan_inputs
 from tests.integrations import small_vim
 from tests.leaks import state_of
 from tests.tracing import foreign
-from tests.tracing.foreign import Both, Cross, Line, Net, Shuffled, Windows
+from tests.tracing.foreign import Both, Cascade, Cross, Line, Net, Shuffled, Windows
 
 GRID = (4, 5)
 TOKENS = 20
@@ -205,6 +206,14 @@ def test_scans_that_depend_on_each_other_are_several_layers():
     trace = traced(Net(Both(serial=True)).eval(), images())
     assert list(trace) == ["mixers.0", "mixers.0#2"]
     assert trace["mixers.0"].scan.routes == 1
+
+
+def test_a_scan_that_feeds_another_in_its_module_is_placed_by_the_norm_between_them():
+    first, second = traced(Net(Cascade(), grid=True).eval(), images()).layers
+    raster = torch.arange(20).view(4, 5)
+    assert [layer.layout.grid for layer in (first, second)] == [(4, 5)] * 2
+    assert torch.equal(first.scan.write_order, raster)
+    assert torch.equal(second.scan.write_order, raster.T)
 
 
 def test_a_module_that_runs_twice_is_two_layers():
@@ -437,8 +446,8 @@ def test_a_scan_that_takes_a_grid_is_another_recurrence():
     x = torch.ones(2, 6, 20)
     B = torch.ones(2, 1, 3, 20)
     given = (x, x, -torch.ones(6, 3), B, B, None, None, None, True)
-    assert doors._forward_inputs(given) is not None
-    assert doors._forward_inputs((*given, 4, 5)) is None
+    assert scan_inputs(given) is not None
+    assert scan_inputs((*given, 4, 5)) is None
 
 
 def test_methods_that_need_no_rules_run():

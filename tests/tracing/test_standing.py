@@ -1,5 +1,6 @@
 """Where mixers' tokens stand in the model: flips outside a mixer, layouts from feature maps, and what both cost."""
 
+import random
 import warnings
 from typing import Any
 
@@ -8,8 +9,10 @@ import torch
 from torch import nn
 
 import mamba_attn
+from mamba_attn.attribution import AttentionRollout, RawAttention
 from mamba_attn.tracing import standing
 from mamba_attn.tracing.door_layers import DoorLayer
+from mamba_attn.tracing.replay import Replay
 from tests.integrations.small_vim import Backbone, Block, Mamba, Vim
 from tests.leaks import state_of
 from tests.tracing.foreign import selective_scan_fn
@@ -177,17 +180,143 @@ def test_channels_taken_for_tokens_have_no_place_in_the_image() -> None:
     assert not run(model, torch.randn(2, 3, 4, 8)).layers[0].has_layout
 
 
-def test_maps_that_lie_across_the_input_are_no_layout() -> None:
-    class Turned(nn.Module):
+class Spectrogram(nn.Module):
+    """As Audio Mamba: turned on its side, its convolution called as a function, a class token in the middle."""
+
+    def __init__(self, turn_back: bool = False, both: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 1, 2, 3))
+        self.cls_token = nn.Parameter(torch.randn(1, 1, 8))
+        self.places = nn.Parameter(torch.randn(1, 4 * 4 + 1, 8))
+        self.turn_back = turn_back
+        self.blocks = nn.ModuleList([BothWays(compiled(), compiled()) if both else Vim(8) for _ in range(2)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        patches = nn.functional.conv2d(x[:, None].transpose(2, 3), self.weight, stride=(2, 3))
+        patches = (patches.mT if self.turn_back else patches).flatten(2).mT
+        half = patches.shape[1] // 2
+        token = self.cls_token.expand(len(x), -1, -1)
+        x = torch.cat([patches[:, :half], token, patches[:, half:]], 1) + self.places[:, : patches.shape[1] + 1]
+        for block in self.blocks:
+            x = x + block(nn.functional.layer_norm(x, (8,)))
+        return x
+
+
+@pytest.mark.parametrize("turn_back", [False, True])
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("size", [(12, 6), (9, 4), (6, 6)])
+def test_a_spectrogram_on_its_side_is_numbered_by_columns(size: tuple[int, int], both: bool, turn_back: bool) -> None:
+    x = torch.randn(2, *size)  # (time, frequency)
+    trace = run(Spectrogram(turn_back, both), x)
+    times, tones = size[0] // 3, size[1] // 2
+    raster = torch.arange(times * tones).view((times, tones) if turn_back else (tones, times))
+    raster = raster if turn_back else raster.T
+    tokens = raster.flatten() + (raster.flatten() >= times * tones // 2)
+    assert len(trace.layers) == (4 if both else 2)
+    for layer in trace.layers:
+        assert isinstance(layer, DoorLayer) == (both and "backward" in layer.name)
+        assert (layer.layout.grid, layer.layout.steps) == ((times, tones), (3, 2))
+        assert layer.layout.class_tokens == (times * tones // 2,)
+        assert torch.equal(layer.layout.patches, tokens)
+        assert layer.layout.columns_first != turn_back or 1 in (times, tones)
+
+
+def test_what_is_drawn_at_random_is_no_layout() -> None:
+    class Shuffled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stem, self.flat = nn.Conv2d(1, 8, 2, 2), Flat(Mamba(8))
+            self.stem, self.mixer = nn.Conv2d(3, 8, 2, 2), Vim(8)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            out: torch.Tensor = self.flat(self.stem(x.mT[:, None]))
+            x = self.stem(x).flatten(2).mT
+            out: torch.Tensor = x + self.mixer(x.roll(random.randint(1, 3), 1))
             return out
 
-    assert not run(Turned(), torch.randn(2, 8, 12)).layers[0].has_layout
+    trace = standing.standing(model := Shuffled(), Replay.of((torch.randn(2, 3, 4, 6),), {}), {"mixer": model.mixer})
+    assert trace.embedded is None
+
+
+class Added(nn.Module):
+    """A mixer, added to what it was given."""
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = x + self.mixer(x)
+        return out
+
+
+class Video(nn.Module):
+    """As VideoMamba: tubelets, a class token of the first frame, positions in space and in time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv3d(3, 8, (1, 2, 2), (1, 2, 2))
+        self.cls_token = nn.Parameter(torch.randn(1, 1, 8))
+        self.places, self.times = nn.Parameter(torch.randn(1, 6, 8)), nn.Parameter(torch.randn(3, 1, 8))
+        self.blocks = nn.Sequential(Added(Vim(8)), Added(Vim(8)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).flatten(3).permute(0, 2, 3, 1) + self.places + self.times
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], 1)
+        out: torch.Tensor = self.blocks(x)[:, 0]
+        return out
+
+
+def test_a_video_with_a_class_token_has_its_layout() -> None:
+    layers = run(Video(), torch.randn(2, 3, 3, 4, 6)).layers
+    for layer in layers:
+        assert (layer.layout.grid, layer.layout.patch_sizes) == ((3, 2, 3), (1, 2, 2))
+        assert layer.layout.class_tokens == (0,)
+    maps = AttentionRollout(Video()).attribute(torch.randn(2, 3, 3, 4, 6))
+    assert maps.shape == (2, 1, 3, 4, 6)
+
+
+class Frames(nn.Module):
+    """As Vivim: (batch, frames, colours, height, width), frames by themselves, then mixers over space and time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.merge = nn.Conv2d(3, 8, 2, 2), nn.Conv2d(8, 8, 2, 2)
+        self.first, self.second = Flat(Mamba(8)), Flat(Mamba(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        frames = x.shape[1]
+        x = self.first(self.stem(x.flatten(0, 1)).unflatten(0, (-1, frames)).transpose(1, 2))
+        x = self.second(self.merge(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (-1, frames)).transpose(1, 2))
+        return x
+
+
+@pytest.mark.parametrize("frames", [5, 2])
+def test_colours_are_not_taken_for_frames(frames: int) -> None:
+    x = torch.randn(2, frames, 3, 8, 12)
+    layers = run(model := Frames(), x).layers
+    assert [layer.layout.grid for layer in layers] == [(frames, 4, 6), (frames, 2, 3)]
+    assert [layer.layout.patch_sizes for layer in layers] == [(1, 2, 2), (1, 4, 4)]
+    for method in (RawAttention(model), AttentionRollout(model)):
+        assert method.attribute(x).shape == (2, 1, frames, 8, 12)
+        maps = method.attribute(x, expand=True)
+        assert maps.shape == x.shape
+        torch.testing.assert_close(maps.sum(2, keepdim=True).transpose(1, 2), method.attribute(x))
+
+
+def test_a_look_that_fails_is_said_with_its_error() -> None:
+    class Stern(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixer = Mamba(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if torch.is_grad_enabled():
+                raise RuntimeError("only without gradients")
+            out: torch.Tensor = self.mixer(x)
+            return out
+
+    with pytest.warns(UserWarning, match=r"^trace: whether code around .*\(RuntimeError: only without gradients\)"):
+        trace = run(Stern(), torch.randn(2, 7, 8))
+    assert trace["mixer"].tokens == 7
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -225,7 +354,7 @@ def test_nothing_is_disturbed_and_it_is_looked_at_once(training: bool, monkeypat
     assert bool(statistics.any()) == training
 
 
-def test_a_model_that_does_not_run_on_one_image_is_traced() -> None:
+def test_a_model_that_does_not_run_on_one_image_is_looked_at_with_all() -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -238,4 +367,4 @@ def test_a_model_that_does_not_run_on_one_image_is_traced() -> None:
 
     trace = run(Pair(), torch.randn(2, 7, 8))
     assert trace["mixer"].tokens == 7
-    assert trace._ahead._found.orders == []
+    assert trace._ahead._found.failed == ""

@@ -361,7 +361,7 @@ def test_a_model_with_nothing_to_trace() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     with pytest.raises(
         UnsupportedModelError,
-        match=r"Families known: Vim, Mamba of transformers, Mamba, VMamba, .*timm ViT\..*Sequential x 1, Conv2d x 1",
+        match=r"Families known: Vim, Mamba of language models, Mamba, VMamba, .*timm ViT\..*Sequential x 1, Conv2d x 1",
     ):
         with mamba_attn.trace(model):
             pass

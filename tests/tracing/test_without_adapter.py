@@ -7,9 +7,13 @@ import torch
 import mamba_attn
 from mamba_attn import attribution, erf, models
 from mamba_attn.analytics import AttentionStore, Request, collect
+from mamba_attn.attribution import catalogue
 from mamba_attn.core.loaded_model import LoadedModel
+from mamba_attn.core.transform import Transform
 from mamba_attn.datasets import open_data
+from mamba_attn.datasets.loading import complete, made_of
 from mamba_attn.errors import TraceError
+from mamba_attn.explanations.choices import parse_methods
 from tests.datasets.cases import CLASSES, class_folders
 from tests.tracing.foreign import Both, Line, Net, Shuffled
 from tests.tracing.test_softmax_doors import Attention
@@ -63,6 +67,28 @@ def test_a_layout_that_is_given_moves_the_map():
         assert found.shape == (2, 1, 2, 10)
         torch.testing.assert_close(found.flatten(2), method(model).attribute(x, target=0, grid=True).flatten(2))
     assert attribution.RawAttention(model, layout=layout).rows(x)[0].shape == (2, TOKENS)
+
+
+@pytest.mark.parametrize("method", [attribution.MambaLRP, attribution.FrozenContribution, attribution.LayerGradCam])
+def test_methods_that_follow_the_pass_take_the_layout_too(method):
+    model, x = Net(Line()).eval(), images()
+    layout = {"mixers.*": mamba_attn.TokenLayout(grid=(2, 10), patch_size=(8, 2))}
+    found = method(model, layout=layout).attribute(x, target=0, grid=True)
+    assert found.shape == (2, 1, 2, 10)
+    torch.testing.assert_close(found.flatten(2), method(model).attribute(x, target=0, grid=True).flatten(2))
+
+
+def test_what_a_trace_finds_says_which_methods_fit():
+    mixed, scans = (LoadedModel(net.eval(), Transform(SIZE)) for net in (hybrid(), Net(Both(), Line())))
+    assert made_of(complete(mixed)) == ["selective scans", "softmax attention"]
+    assert [its.name for its in parse_methods([], mixed)] == ["raw_attention", "attention_rollout"]
+    assert made_of(complete(scans)) == ["selective scans"]
+    assert parse_methods([], scans)[-1].name == "mamba_attribution"
+    with pytest.raises(ValueError, match="Net is made of selective scans; use mamba_attribution"):
+        parse_methods(["transformer_attribution"], scans)
+    fitting = catalogue.fitting(scans.model, made_of(scans))
+    assert {"mamba_attribution", "mamba_lrp", "grad_cam", "random"} <= set(fitting)
+    assert "raw_attention" not in catalogue.fitting(scans.model)  # its adapters alone know no layer
 
 
 class Tangled(torch.nn.Module):

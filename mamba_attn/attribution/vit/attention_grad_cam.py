@@ -6,7 +6,8 @@ from mamba_attn._types import Float
 from mamba_attn.attribution.maps import Row, TokenAttribution
 from mamba_attn.attribution.queries import Query, query_weights
 from mamba_attn.attribution.targets import Target
-from mamba_attn.tracing.layers import AttentionLayer, require
+from mamba_attn.tracing.layers import require
+from mamba_attn.tracing.softmax_layers import AttentionLayer
 
 
 class AttentionGradCAM(TokenAttribution):

@@ -13,7 +13,8 @@ from mamba_attn.attribution.vit import block_relevance
 from mamba_attn.errors import UnsupportedModelError, nearest
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
 from mamba_attn.tracing.layer_names import LayerNames
-from mamba_attn.tracing.layers import AttentionLayer, require
+from mamba_attn.tracing.layers import require
+from mamba_attn.tracing.softmax_layers import AttentionLayer
 
 VARIANTS = ("gradient_x_attention", "lrp")
 _LRP_START = 1  # the published evaluation skips the first block

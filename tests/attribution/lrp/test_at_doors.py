@@ -14,6 +14,7 @@ from mamba_attn.attribution.lrp.mamba_lrp import LRPRules
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from tests.tracing import foreign
 from tests.tracing.foreign import Both, Line, Net, Windows
+from tests.tracing.test_chunk_doors import Mamba2, Spread
 from tests.tracing.test_doors import MODELS, Scanned
 
 with mamba_attn.cpu_stand_ins():
@@ -156,6 +157,8 @@ MADE = {
     "fused mixers": lambda: Net(Fused(), Fused()),
     "fused norms": Stream,
     "fused layer norms": lambda: Stream(rms=False),
+    "chunk scans": lambda: Net(Mamba2(), Mamba2(ways=2, fused=False)),
+    "chunk scans, gated": lambda: Net(Mamba2(normed=False), Mamba2(fused=False, dt_limit=(0.3, 0.8))),
 }
 
 
@@ -197,6 +200,17 @@ def test_fused_code_has_the_relevance_of_the_same_code_in_parts(make, method):
     (a, constants, _), (b, others, _) = (shares(method, model, x) for model in (fused, parts))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     for name in ("mixers.0.conv.bias", "mixers.0.leave.bias"):
+        torch.testing.assert_close(constants[name], others[name], rtol=0, atol=1e-12)
+
+
+@METHODS
+def test_a_chunk_scan_has_the_relevance_of_the_same_selective_scan(method):
+    chunks, spread, x = Net(Mamba2(fused=False)).double().eval(), Net(Spread()).double().eval(), images()
+    spread.load_state_dict(chunks.state_dict())
+    (a, constants, _), (b, others, _) = (shares(method, model, x) for model in (chunks, spread))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    assert constants.keys() == others.keys()
+    for name in constants:
         torch.testing.assert_close(constants[name], others[name], rtol=0, atol=1e-12)
 
 
