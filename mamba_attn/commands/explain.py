@@ -34,7 +34,7 @@ _EXAMPLES = """\
 photo.jpg --model vmamba_micro --target hat
 scan.png --model net.py:build --weights best.pth --mean 0.5
 --text 'A B C . ? ?' --model mamba_copy
---text 'The Eiffel Tower is in' --model hf:FOLDER --target ' Paris'
+--text 'It is in' --model hf:FOLDER --target ' Paris'
 'photos/*.jpg' --method raw_attention mamba_lrp"""
 _NOTES = """\
 With --text it writes index.html (one offline page) and text.npz. Otherwise it
