@@ -526,6 +526,8 @@ class TokenAttribution(MapAttribution):
 
     def _places(self, images: Tensor) -> dict[str, TokenLayout]:
         """Return the frames that are found by looking at a model ahead of its run, which a pass with rules cannot."""
+        if self._call.text is not None:
+            return {}  # a line
         mixers = find_mixers(self.model)
         sources = [each for _, adapter in mixers.values() for each in adapter.layout_sources(self.model)]
         if not mixers or self.layout is not None or sources or any(patch_embedding.layout_sources(self.model)):

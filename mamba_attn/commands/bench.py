@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from mamba_attn import models
-    from mamba_attn.datasets.loading import load, require_device
+    from mamba_attn.datasets.loading import complete, load, require_device
     from mamba_attn.models import registry
     from mamba_attn.tracing.tracer import trace
 
@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     built: dict[str, nn.Module] = {}
     for name in dict.fromkeys(args.model):
         random = name in (*models.names(), *registry.aliases())  # the weights are not what is timed
-        loaded = load(name, "random" if random or name.startswith("timm:") else None, device=args.device)
+        weights = "random" if random or name.startswith("timm:") else None
+        loaded = complete(load(name, weights, device=args.device))  # refuses what reads text
         built[name], sizes[name] = loaded.model, loaded.transform.size
     built[_DEIT], sizes[_DEIT] = timm.create_model(_DEIT), (224, 224)
     calls: dict[tuple[str, str], Callable[[], object]] = {}

@@ -33,9 +33,12 @@ _EXAMPLES = """\
                                    # six sample photos
 photo.jpg --model vmamba_micro --target hat
 scan.png --model net.py:build --weights best.pth --mean 0.5
+--text 'A B C . ? ?' --model mamba_copy
+--text 'It is in' --model hf:FOLDER --target ' Paris'
 'photos/*.jpg' --method raw_attention mamba_lrp"""
 _NOTES = """\
-Writes to FOLDER, for every image: NAME.html (an offline page), NAME.png (the
+With --text it writes index.html (one offline page) and text.npz. Otherwise it
+writes to FOLDER, for every image: NAME.html (an offline page), NAME.png (the
 same as a picture) and NAME.npz (the maps in pixels, the matrices, the query's
 row in every layer, all probabilities); and index.html, which lists them.
 """
@@ -56,7 +59,7 @@ def add_parser(commands: Commands) -> None:
     parser = command(
         commands,
         "explain",
-        "draw attention maps of your images, with classes and matrices",
+        "draw attention maps of your images or of a text, with classes and matrices",
         examples=_EXAMPLES,
         notes=_NOTES,
         run=run,
@@ -64,6 +67,7 @@ def add_parser(commands: Commands) -> None:
     )
     add = parser.add_argument
     add_images(parser)
+    add("--text", metavar="TEXT", help="explain what a language model reads instead of images")
     add_model(parser)
     add(
         "--beside",
@@ -79,7 +83,11 @@ def add_parser(commands: Commands) -> None:
         help="see below; default: raw_attention, attention_rollout, and mamba_attribution or, for a ViT, "
         "transformer_attribution",
     )
-    add("--target", metavar="CLASS|INDEX", help="class to explain, by name or index; default: the predicted one")
+    add(
+        "--target",
+        metavar="CLASS|INDEX|TOKEN",
+        help="class to explain, by name or index, or token after the text; default: the predicted one",
+    )
     add("--query", metavar="ROW,COL", help="show the attention of this pixel; default: of the class token")
     add("--box", metavar="X0,Y0,X1,Y1", help="show the mean attention of a box instead, columns X and rows Y")
     add(
@@ -96,7 +104,24 @@ def add_parser(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Explain the images, and return the exit code."""
     require_extras(_NEEDED)
-    return _explain(_job(args))
+    return _explain(_job(args)) if args.text is None else _explain_text(args)
+
+
+def _explain_text(args: argparse.Namespace) -> int:
+    """Explain a text, and return the exit code."""
+    from mamba_attn.explanations.texts import explain_text
+
+    others = {"image": args.image, "query": args.query, "box": args.box, "beside": args.beside, "layer": args.layer}
+    wrong = ", ".join(name if name == "image" else f"--{name}" for name, value in others.items() if value)
+    if wrong:
+        raise ValueError(f"--text {args.text!r}: {wrong} {'are' if ',' in wrong else 'is'} for images; leave it out.")
+    loaded = load_model(args, reads="text")
+    settle_threads([loaded.parameters])
+    found = explain_text(loaded, args.text, args.out, target=args.target, methods=args.method, command=args.call)
+    for number, name, probability in found.best():
+        print(f"{'*' if number == found.explained else ' '} {probability:7.2%}  {name!r}")
+    print(f"{len(found.words)} tokens, {len(found.layers)} layers; open {Path(args.out) / 'index.html'}")
+    return 0
 
 
 def _methods() -> str:

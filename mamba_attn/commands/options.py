@@ -92,11 +92,23 @@ def add_model(parser: argparse.ArgumentParser, default: str | None = "vim_micro"
     add_device(group)
 
 
-def load_model(args: argparse.Namespace) -> Any:
-    """Return the model that the options of ``add_model`` describe, a ``LoadedModel``."""
+def load_model(args: argparse.Namespace, reads: str = "images") -> Any:
+    """Return the model that the options of ``add_model`` describe, a ``LoadedModel``.
+
+    Args:
+        args: of the command.
+        reads: what it must read, "images" or "text".
+
+    Raises:
+        ValueError: a model that reads something else.
+    """
     from mamba_attn.datasets.loading import load
 
-    return load(args.model, args.weights, **model_arguments(args), device=args.device)
+    found = load(args.model, args.weights, **model_arguments(args), device=args.device)
+    if found.reads != reads:
+        instead = "give --text TEXT to mamba-attn explain" if reads == "images" else "leave --text out"
+        raise ValueError(f"--model {args.model}: this model reads {found.reads}; {instead}.")
+    return found
 
 
 def model_arguments(args: argparse.Namespace) -> dict[str, Any]:

@@ -34,6 +34,8 @@ class LoadedModel:
         weights: "demo", "official" or a file.
         options: of its builder.
         stand_ins: whether building it needed ``mamba_attn.cpu_stand_ins``.
+        reads: "images", or "text": ids of tokens.
+        tokenizer: of a model that reads text, transformers' or a ``models.language.Vocabulary``; None without one.
 
     Raises:
         TypeError: not a module, or not a transform.
@@ -55,6 +57,8 @@ class LoadedModel:
     weights: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     stand_ins: bool = False
+    reads: str = "images"
+    tokenizer: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):

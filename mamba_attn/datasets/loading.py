@@ -33,6 +33,7 @@ KINDS = "FILE.py:FUNCTION, PACKAGE.MODULE:FUNCTION, timm:NAME or hf:FOLDER"
 _COMPANION = "vit_micro"  # of the micro models; the package has none for other sizes
 _SIDE = 224
 _EXTRA = 16  # tokens in front of the patches, fewer: a class token and registers
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 _OUTPUTS = "_outputs"  # where the number of outputs is remembered
 # raised by a model that is shown an image it cannot take
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ArithmeticError)
@@ -61,7 +62,8 @@ def load(
     Args:
         spec: a name of ``mamba_attn.models`` (``mamba-attn models`` lists them); ``file.py:function`` or
             ``package.module:function``, your own code, which is run, and returns an ``nn.Module`` or a
-            ``LoadedModel``; ``timm:NAME``; ``hf:FOLDER``, a model of transformers with its image processor.
+            ``LoadedModel``; ``timm:NAME``; ``hf:FOLDER``, a model of transformers with its image processor, or a
+            language model with its tokenizer.
         weights: the path of a checkpoint (see ``mamba_attn.models.create``), or ``FILE:ENTRY``; "demo", "official" or
             "random". Default: "demo" for a name of ``mamba_attn.models``, else what the builder itself loads.
         transform: as in ``LoadedModel``. Default: the model's own.
@@ -92,6 +94,13 @@ def load(
     require_device(device)
     given = None if weights is None else str(weights)
     found = _built(spec, given, options, stand_ins, trust_remote_code, device)
+    if found.reads == "text":
+        of_images = {"transform": transform, "mean": mean, "std": std, "size": size, "range": range, "layout": layout}
+        wrong = [f"{name}=" for name, value in of_images.items() if value is not None]
+        if wrong:
+            raise ValueError(f"load({spec!r}, {', '.join(wrong)}): this model reads text; leave out what is of images.")
+        found.model.to(device)
+        return found
     if transform is not None:
         found.transform = Transform.of(transform, mean=mean, std=std)
     elif found.transform is None:
@@ -119,13 +128,18 @@ def complete(model: nn.Module | LoadedModel) -> LoadedModel:
         model: one made in memory; a ``LoadedModel`` is completed in place.
 
     Raises:
-        ValueError: classes that are not as many as the outputs.
+        ValueError: classes that are not as many as the outputs; a model that reads text.
         UnsupportedModelError: the model fails on an image of its transform.
 
     Warns:
         UserWarning: the transform was guessed; modules are in training mode that change the answer.
     """
     found = model if isinstance(model, LoadedModel) else LoadedModel(model)
+    if found.reads == "text":
+        raise ValueError(
+            f"{found.name} reads text, and this is for images: explanations.explain_text(model, text), or "
+            "mamba-attn explain --text TEXT."
+        )
     warn_of_training(found.model)
     if found.transform is None:
         found.transform = _own_transform(found.model, str(found.name))
@@ -231,10 +245,7 @@ def _built(
 def _of_the_registry(spec: str, weights: str | None, options: dict[str, Any]) -> LoadedModel:
     name = registry.aliases().get(spec, spec)
     if name in registry.names("text"):
-        raise ValueError(
-            f"load({spec!r}): this model reads text and not images; build it with mamba_attn.models.create({name!r}, "
-            "weights='demo')."
-        )
+        return _of_text(name, "demo" if weights is None else weights, options)
     if name not in registry.names():
         if spec.endswith(".py"):
             raise ValueError(f"load({spec!r}): add the function that returns the model, {spec}:FUNCTION.")
@@ -250,8 +261,17 @@ def _of_the_registry(spec: str, weights: str | None, options: dict[str, Any]) ->
     return made
 
 
+def _of_text(name: str, weights: str, options: dict[str, Any]) -> LoadedModel:
+    card = registry.demo_card(name) if weights == "demo" else {}
+    built = registry.build(name, None if weights == "random" else weights, {**card.get("options", {}), **options})
+    words = registry.vocabulary(name) if name in registry.demos("text") else None
+    found = LoadedModel(built.model, classes=card.get("classes", []), name=name, reads="text", tokenizer=words)
+    found.spec, found.weights, found.options = name, weights, built.options
+    return found
+
+
 def _spellings() -> list[str]:
-    return [*registry.names(), *registry.aliases()]
+    return [*registry.names(), *registry.names("text"), *registry.aliases()]
 
 
 def _card(weights: str) -> dict[str, Any]:
@@ -329,9 +349,13 @@ def _of_transformers(spec: str, weights: str | None, options: dict[str, Any], tr
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **local, **options)
         classifies = any("Classification" in name for name in config.architectures or [])
+        speaks = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or [])
         kind = transformers.AutoModelForImageClassification if classifies else transformers.AutoModel
+        kind = transformers.AutoModelForCausalLM if speaks else kind
         model = kind.from_pretrained(folder, config=config, **local)
-        processor = None
+        processor = tokenizer = None
+        if speaks and any((folder / name).is_file() for name in _TOKENIZERS):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
         if (folder / "preprocessor_config.json").is_file():
             processor = transformers.AutoImageProcessor.from_pretrained(folder, **local)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -345,6 +369,9 @@ def _of_transformers(spec: str, weights: str | None, options: dict[str, Any], tr
     names = None if not labels else [str(labels[index]) for index in sorted(labels)]
 
     def made(_: Mapping[str, Any]) -> LoadedModel:
+        if speaks:
+            its = folder.resolve().name
+            return LoadedModel(model.eval(), classes=[], name=its, reads="text", tokenizer=tokenizer)
         return LoadedModel(model.eval(), processor, names, layout=_patches(config), name=folder.resolve().name)
 
     found = _filled(made, lambda _: False, options, spec, weights)

@@ -101,7 +101,8 @@ class Model:
     @cached_property
     def subject(self) -> LoadedModel:
         """The model itself, loaded at first access; see ``mamba_attn.load`` for the errors."""
-        return loading.load(self.name, self.weights or None, device=self.device, **dict(self.more))
+        found = loading.load(self.name, self.weights or None, device=self.device, **dict(self.more))
+        return loading.complete(found)  # refuses what reads text
 
     @property
     def identity(self) -> str:

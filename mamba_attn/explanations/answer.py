@@ -119,7 +119,7 @@ def answer(question: Question, image: "Path | Image | Tensor") -> Answer:
         inputs = image[None].detach().to(subject.device)
     else:
         inputs = subject.transform.normalise(picture[None]).to(subject.device)
-    shown = layers or _at_depths(traced_layers(subject))
+    shown = layers or at_depths(traced_layers(subject))
     methods = {its.key: its.build(subject.model, layers or None, subject.layout) for its in question.methods}
     readers = {key: method for key, method in methods.items() if method.takes_trace}
     place = {} if query is None else query.argument
@@ -186,7 +186,11 @@ def _reader(query: Query | None, class_token: bool) -> str:
     return "the class token" if class_token else "the mean patch"
 
 
-def _at_depths(layers: Sequence[str]) -> list[str]:
-    """Return the layers at a quarter, half and three quarters of the depth."""
+def at_depths(layers: Sequence[str]) -> list[str]:
+    """Return the layers at a quarter, half and three quarters of the depth.
+
+    Args:
+        layers: names, first to last.
+    """
     last = len(layers) - 1
     return list(dict.fromkeys(layers[int(depth * last + 0.5)] for depth in DEPTHS))

@@ -5,6 +5,7 @@ import torch
 
 import mamba_attn
 from benchmarks import language
+from mamba_attn.datasets.loading import complete
 from mamba_attn.errors import WeightsError
 from mamba_attn.models import create, registry
 from mamba_attn.models.language import MambaLanguageModel, Vocabulary
@@ -21,8 +22,9 @@ def test_names_are_of_text_or_of_images():
         registry.names("sound")
     with pytest.raises(ValueError, match=r"transform\('mamba_copy'\): this model reads text"):
         registry.transform("mamba_copy")
-    with pytest.raises(ValueError, match=r"load\('mamba_copy'\): this model reads text and not images"):
-        mamba_attn.load("mamba_copy")
+    assert mamba_attn.load("mamba_copy").reads == "text"
+    with pytest.raises(ValueError, match="mamba_copy reads text, and this is for images"):
+        complete(mamba_attn.load("mamba_copy"))
     with pytest.raises(WeightsError, match=r"these weights read images. Those of text: mamba_copy"):
         registry.vocabulary("vim_digits")
 
