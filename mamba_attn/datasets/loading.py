@@ -227,7 +227,12 @@ def load_companion(name: str | None, subject: LoadedModel, device: str = "cpu") 
     if name is None:
         micro = subject.spec.endswith("_micro") and not is_transformer(subject)
         name = _COMPANION if micro and _COMPANION in registry.demos() else NO_COMPANION
-    return None if name == NO_COMPANION else load(name, device=device)
+    if name == NO_COMPANION:
+        return None
+    found = load(name, device=device)
+    if isinstance(found.transform, Transform) and isinstance(subject.transform, Transform):
+        found.transform = replace(found.transform, range=subject.transform.range)  # both read the same files
+    return found
 
 
 def _built(

@@ -1,5 +1,6 @@
 """load(): built-in names, a user's own code, timm; what was guessed is said; bad input ends in a sentence."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import mamba_attn
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.core.transform import Transform
 from mamba_attn.datasets.class_names import names_for, read_names
-from mamba_attn.datasets.loading import complete, load, traced_layers
+from mamba_attn.datasets.loading import complete, load, load_companion, traced_layers
 from mamba_attn.errors import ModelBuildError, UnsupportedModelError, WeightsError
 
 NET = """
@@ -322,3 +323,9 @@ def test_help_runs_no_code_and_neither_does_listing(code):
     command = [sys.executable, "-m", "mamba_attn.commands.cli", "explain", "--model", "evil.py:build", "--help"]
     assert subprocess.run(command, capture_output=True, cwd=code).returncode == 0
     assert not (code / "was_run").exists()
+
+
+def test_a_companion_reads_the_files_as_the_model_does():
+    subject = load("vim_micro")
+    subject.transform = dataclasses.replace(subject.transform, range=(0.0, 1.0))
+    assert load_companion(None, subject).transform.range == (0.0, 1.0)
