@@ -59,6 +59,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", nargs="+", metavar="OWNER/NAME", help="of the repositories; the others' results stay as they were"
     )
+    parser.add_argument(
+        "--cases",
+        default="",
+        metavar="TEXT",
+        help="with --only: cases whose class and variant hold it; the others stay",
+    )
 
 
 def partial(args: argparse.Namespace) -> bool:
@@ -82,9 +88,9 @@ def run_dropin(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
         raise SystemExit(f"--checkouts {args.checkouts}: no clone of any of {', '.join(wanted)}.")
     rows: list[Row] = []
     pairs: dict[str, dict[str, float]] = {}
-    kept = _kept(there) if args.only and not args.quick else {"rows": [], "same weights": {}}
+    kept = _kept(there, args.cases) if args.only and not args.quick else {"rows": [], "same weights": {}}
     for name in there:
-        found = _kept_or_run(name, folders[name], args.quick, args.rows)
+        found = _kept_or_run(name, folders[name], args.quick, args.rows, args.cases)
         rows += [{"repository": name, "commit": found["commit"], **row} for row in found["rows"]]
         pairs |= found["pairs"]
     show("drop-in", COLUMNS, [[_cell(row, column) for column in COLUMNS] for row in rows])
@@ -107,13 +113,18 @@ def run_dropin(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
     return figures, {"rows": rows, "never seen before": unseen, "same weights": pairs, "not there": missing}
 
 
-def _kept(again: list[str]) -> dict[str, Any]:
-    """What is known of the repositories that do not run again."""
+def _kept(again: list[str], cases: str) -> dict[str, Any]:
+    """What is known of the repositories, and of the cases, that do not run again."""
     if not RESULTS.exists():
         return {"rows": [], "same weights": {}}
     details = json.loads(RESULTS.read_text())["details"]
     known = [*details["rows"], *details.get("never seen before", [])]
-    rows = [row for row in known if row["repository"] in REPOSITORIES and row["repository"] not in again]
+    rows = [
+        row
+        for row in known
+        if row["repository"] in REPOSITORIES
+        and (row["repository"] not in again or cases not in f"{row['class']} {row['variant']}")
+    ]
     return {"rows": rows, "same weights": details["same weights"]}
 
 
@@ -122,10 +133,10 @@ def _cell(row: Row, column: str) -> str:
     return f"{value:.1e}" if isinstance(value, float) else str(value)
 
 
-def _kept_or_run(name: str, checkout: Path, quick: bool, folder: Path | None) -> Row:
+def _kept_or_run(name: str, checkout: Path, quick: bool, folder: Path | None, cases: str = "") -> Row:
     """The rows of a repository, from a run that was interrupted after it, or measured now."""
-    if folder is None:
-        return _in_a_process(name, checkout, quick)
+    if folder is None or cases:
+        return _in_a_process(name, checkout, quick, cases)
     path = folder / f"{name.replace('/', '+')}.json"
     if not path.exists():
         found = _in_a_process(name, checkout, quick)
@@ -135,8 +146,8 @@ def _kept_or_run(name: str, checkout: Path, quick: bool, folder: Path | None) ->
     return kept
 
 
-def _in_a_process(name: str, checkout: Path, quick: bool) -> Row:
-    command = [sys.executable, "-m", "benchmarks.dropin", name, str(checkout), "quick" if quick else "whole"]
+def _in_a_process(name: str, checkout: Path, quick: bool, only: str = "") -> Row:
+    command = [sys.executable, "-m", "benchmarks.dropin", name, str(checkout), "quick" if quick else "whole", only]
     child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if child.returncode:
         said = (child.stderr or child.stdout).strip()
@@ -160,16 +171,16 @@ def _commit(name: str, checkout: Path) -> str:
     return head.stdout.strip()
 
 
-def _child(name: str, checkout: str, extent: str) -> None:
+def _child(name: str, checkout: str, extent: str, only: str) -> None:
     torch.set_num_threads(1)
-    cases = REPOSITORIES[name](Path(checkout))
+    cases = [case for case in REPOSITORIES[name](Path(checkout)) if only in f"{case.class_name} {case.variant}"]
     rows = []
-    for case in list(cases)[: 1 if extent == "quick" else None]:
+    for case in cases[: 1 if extent == "quick" else None]:
         print(case.class_name, case.variant, file=sys.stderr, flush=True)
         rows.append(measure(case))
     pairs = (
         {}
-        if extent == "quick"
+        if extent == "quick" or only
         else {key: same_weights(model, key, (224, 224)) for key, model in official_pairs(name, Path(checkout))}
     )
     print(json.dumps({"commit": _commit(name, Path(checkout)), "rows": rows, "pairs": pairs}))

@@ -65,10 +65,12 @@ def test_the_same_weights_give_the_same_model(monkeypatch: pytest.MonkeyPatch) -
 def test_folders_without_clones_are_said() -> None:
     with pytest.raises(SystemExit, match=r"no clone of any of JCruan519/VM-UNet"):
         dropin.run_dropin(
-            argparse.Namespace(checkouts=Path("nowhere"), only=["JCruan519/VM-UNet"], quick=False, rows=None)
+            argparse.Namespace(checkouts=Path("nowhere"), only=["JCruan519/VM-UNet"], quick=False, rows=None, cases="")
         )
     with pytest.raises(SystemExit, match=r"unknown.*MzeroMiko/VMamba"):
-        dropin.run_dropin(argparse.Namespace(checkouts=Path("nowhere"), only=["unknown"], quick=False, rows=None))
+        dropin.run_dropin(
+            argparse.Namespace(checkouts=Path("nowhere"), only=["unknown"], quick=False, rows=None, cases="")
+        )
 
 
 def test_the_command_runs_what_is_installed(tmp_path: Path) -> None:
@@ -116,14 +118,17 @@ def test_what_fails_is_a_row_of_the_table() -> None:
 
 
 def test_results_of_other_repositories_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = {"commit": "1", "class": "A", "layers": 1, "law 1": 1e-8, "output": 0.0, "observed": True}
+    old = {"commit": "1", "class": "A", "variant": "", "layers": 1, "law 1": 1e-8, "output": 0.0, "observed": True}
     rows = [{**old, "repository": name} for name in ("timm", "hustvl/Vim", "gone/away")]
     path = tmp_path / "dropin.json"
     path.write_text(json.dumps({"details": {"rows": rows, "same weights": {}}}))
     monkeypatch.setattr(dropin, "RESULTS", path)
     again = {"commit": "2", "rows": [{**old, "law 1": 2e-8}], "pairs": {}}
     monkeypatch.setattr(dropin, "_in_a_process", lambda *_: again)
-    arguments = argparse.Namespace(checkouts=tmp_path, only=["timm"], quick=False, rows=None)
+    arguments = argparse.Namespace(checkouts=tmp_path, only=["timm"], quick=False, rows=None, cases="")
     _, details = dropin.run_dropin(arguments)
     found = {(row["repository"], row["law 1"]) for row in details["rows"]}
     assert found == {("hustvl/Vim", 1e-8), ("timm", 2e-8)}
+    arguments.cases = "other"  # a case that the old row is not
+    _, details = dropin.run_dropin(arguments)
+    assert [row["law 1"] for row in details["rows"] if row["repository"] == "timm"] == [1e-8, 2e-8]
