@@ -4,11 +4,15 @@ import pytest
 import torch
 
 import mamba_attn
-from mamba_attn import ops
+from mamba_attn import attribution, models, ops
+from mamba_attn.attribution import catalogue
 from mamba_attn.errors import TraceError
 from mamba_attn.ops import build_cache
 from tests.ops.cases import Case, double, make
 from tests.ops.test_gradients import leaves
+
+with mamba_attn.cpu_stand_ins():
+    from mamba_ssm import Mamba
 
 
 def vim() -> torch.nn.Module:
@@ -134,3 +138,53 @@ def test_the_official_blocks_pass_inference_params() -> None:
     with mamba_attn.trace(mixer) as trace:
         mixer(torch.randn(1, 9, 16), inference_params=None)
     assert len(trace) == 1
+
+
+class Block(torch.nn.Module):
+    """A block of mamba_ssm over the cells of a map."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.mixer = torch.nn.LayerNorm(width), Mamba(d_model=width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.flatten(2).mT
+        mixed: torch.Tensor = (tokens + self.mixer(self.norm(tokens))).mT.reshape(x.shape)
+        return mixed
+
+
+class TwoGrids(torch.nn.Module):
+    """Blocks at two resolutions; the coarse map has as many channels times rows as the fine one has cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = torch.nn.Conv2d(3, 16, 4, 4), torch.nn.Conv2d(16, 32, 2, 2)
+        self.fine, self.coarse, self.last = Block(16), Block(32), Block(16)
+        self.up, self.head = torch.nn.ConvTranspose2d(32, 16, 2, 2), torch.nn.ConvTranspose2d(16, 3, 4, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        fine = self.fine(self.stem(images))
+        scores: torch.Tensor = self.head(self.last(fine + self.up(self.coarse(self.down(fine)))))
+        return scores
+
+
+def test_a_grid_has_square_cells_and_methods_with_rules_find_it_too() -> None:
+    torch.manual_seed(0)
+    model, images = TwoGrids().eval(), torch.randn(2, 3, 48, 64)
+    with torch.no_grad(), mamba_attn.trace(model) as trace:
+        model(images)
+    assert [layer.layout.grid for layer in trace.layers] == [(12, 16), (6, 8), (12, 16)]  # not 32 x 6
+    layout = {"coarse.*": mamba_attn.TokenLayout((6, 8), 8), "*": mamba_attn.TokenLayout((12, 16), 4)}
+    for method, options in ((attribution.MambaLRP, {}), (attribution.MambaAttribution, {"rollout": False})):
+        found = method(model, **options).attribute(images, (1, 4, 5))
+        torch.testing.assert_close(found, method(model, layout=layout, **options).attribute(images, (1, 4, 5)))
+
+
+@pytest.mark.parametrize("name", ["raw_attention", "attention_rollout", "mamba_attribution", "mamba_lrp", "grad_cam"])
+def test_maps_are_float32_whatever_the_precision(name: str) -> None:
+    model = models.create("vim_tiny", image_size=32, depth=1, embed_dim=16, num_classes=3)
+    images = torch.randn(1, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert catalogue.build(name, model).attribute(images, 1).dtype == torch.float32
+    half = catalogue.build(name, model.bfloat16()).attribute(images.bfloat16(), 1)
+    assert half.numpy().dtype == "float32"

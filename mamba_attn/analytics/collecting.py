@@ -58,7 +58,13 @@ def collect(
         MatrixTooLargeError: the statistics would not fit into memory; the message says what would.
         UnknownLayerError: a pattern fits no layer.
         OSError: the folder cannot be written.
+        TypeError: no request.
     """
+    if not isinstance(request, Request):
+        raise TypeError(
+            f"analytics.collect({type(request).__name__}, ...): expected a Request; mamba_attn.collect(model, data, "
+            "store) takes a model."
+        )
     wanted = request.wanted
     if not wanted:
         raise ValueError(f"data={request.data.name!r}: it holds no images.")

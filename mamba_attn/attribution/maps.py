@@ -514,7 +514,8 @@ class TokenAttribution(MapAttribution):
                 with torch.set_grad_enabled(gradients):
                     output = self._call.run(self.model, images)
                 for name in places.keys() & record.keys():
-                    record[name].lay_out(places[name])
+                    if not record[name].has_layout:
+                        record[name].lay_out(places[name])
                 yield record, output
             return
         if self.layers is not None:

@@ -76,21 +76,28 @@ class Layer(ABC):
         return f"{type(self).__name__}({self.name!r}, {', '.join(f'{key}={value}' for key, value in facts.items())})"
 
     def _repr_html_(self) -> str:
-        """In a notebook: what the first image's patch in the middle reads, and where it is read; no matrix is made."""
+        """In a notebook: what the first image's patch in the middle reads, and where it is read; no matrix is made.
+
+        Of a text, what its last token reads.
+        """
         facts = {"kind": self.kind, "batch": self.batch, "tokens": self.tokens, **self._facts()}
         try:
             grid, patches = self.layout.grid, self.layout.patches
             facts["grid"] = " x ".join(map(str, grid))
-            place = tuple(n // 2 for n in grid)
+            text = not self.layout.pixels
+            place = tuple(n - 1 if text else n // 2 for n in grid)
             token = int(patches.view(grid)[place])
             with torch.no_grad():
-                lines = {"reads": self.row(token)[0], "is read": self.column(token)[0]}
+                lines = {"reads": self.row(token)[0]}
+                lines |= {} if text else {"is read": self.column(token)[0]}
                 grids = {what: self.layout.to_grid(line[None])[0].float().cpu() for what, line in lines.items()}
             rows, columns = (1, *grid)[-2:]  # of a volume the slice with that patch
-            maps = {what: its[place[:-2]].reshape(rows, columns).numpy() for what, its in grids.items()}
+            high = max(1, columns // 8) if text else 1  # so that a line can be seen
+            maps = {what: its[place[:-2]].reshape(rows, columns).repeat(high, 1).numpy() for what, its in grids.items()}
         except MambaAttnError as error:
             return notebook.card(self.name, facts, notebook.safe(error))
-        named = {"reads": f"what patch {place} reads", "is read": f"where patch {place} is read"}
+        which = f"the last token, {token}," if text else f"patch {place}"
+        named = {"reads": f"what {which} reads", "is read": f"where {which} is read"}
         return notebook.card(
             self.name, facts, notebook.row([notebook.picture(its, named[what]) for what, its in maps.items()])
         )
@@ -270,7 +277,7 @@ class ScanLayer(Layer):
     def lay_out(self, layout: TokenLayout | None) -> None:
         """Say where the tokens sit in the image; None leaves it as it is."""
         if layout is not None:
-            self._scan = self._scan.replace(layout=layout)
+            object.__setattr__(self._scan, "layout", layout)  # the same record: rules know it by its identity
 
     @property
     def _described(self) -> ScanRecord:

@@ -1,6 +1,7 @@
 """What a store holds equals what explicit matrices of every image give."""
 
 import copy
+import inspect
 
 import numpy as np
 import pytest
@@ -23,6 +24,11 @@ def collected(request, tmp_path_factory):
     found = collect(asked, folder / "store")
     assert (found.new, found.counted, found.unreadable) == (7, 7, {})
     return asked, AttentionStore.open(folder / "store"), explicit(asked)
+
+
+def test_a_model_goes_to_the_other_collect():
+    with pytest.raises(TypeError, match=r"collect\(Identity, .* expected a Request; mamba_attn\.collect"):
+        inspect.unwrap(collect)(torch.nn.Identity(), "folder")  # without the tests' own check of types
 
 
 def explicit(asked, batch=1):

@@ -23,7 +23,8 @@ from mamba_attn.errors import UnsupportedModelError
 from tests.attribution.cases import SIZE, images, vim, vmamba
 from tests.attribution.test_contract import FAST, Chosen
 
-UNSHARED = ("mamba_lrp", "frozen_contribution", "relevance_attention_ranks", "grad_cam")  # refused in a sentence
+# refused in a sentence
+UNSHARED = ("mamba_lrp", "keep_and_remove_lrp", "frozen_contribution", "relevance_attention_ranks", "grad_cam")
 
 
 class Siamese(nn.Module):

@@ -76,7 +76,10 @@ CHOSEN = {
 
 
 WHOLE = ["vim", "cross at a door"]
-SOME = [(kind, chosen) for kind in CASES for chosen in CHOSEN if kind in WHOLE or chosen in ("some entries", "all")]
+FEW = {"cross at a door": ("some entries", "a route", "channels", "all")}
+SOME = [
+    (kind, chosen) for kind in CASES for chosen in CHOSEN if kind == "vim" or chosen in FEW.get(kind, ("some entries",))
+]
 
 
 @cache
@@ -292,20 +295,37 @@ def test_a_causal_line_of_tokens_forgets_what_is_removed():
 
 def test_softmax_attention_loses_probabilities():
     model, x = (
-        create("vit_micro", depth=2, embed_dim=16, num_heads=2, image_size=32, patch_size=8),
+        create("vit_micro", depth=1, embed_dim=16, num_heads=2, image_size=32, patch_size=8),
         torch.randn(2, 3, 32, 32),
     )
     trace, output = run(model, x)
-    own = trace["blocks.1.attn"].attention("each", routes="each")
+    own = trace["blocks.0.attn"].attention("each", routes="each")
     with torch.no_grad():
-        with replace_attention(model, layers="blocks.1.attn", matrix=own):
+        with replace_attention(model, layers="blocks.0.attn", matrix=own):
             assert close(model(x), output, 1e-6)
-        with knockout(model, layers="blocks.1.attn", rows=0, columns=[3, -1], channels=1):
+        with knockout(model, layers="blocks.0.attn", rows=0, columns=[3, -1], channels=1):
             changed = model(x)
         own[:, 0, 1, 0, [3, -1]] = 0
-        with replace_attention(model, layers="blocks.1.attn", matrix=own):
+        with replace_attention(model, layers="blocks.0.attn", matrix=own):
             assert close(model(x), changed, 1e-6)
     assert not torch.equal(changed, output)
+
+
+class Softmax(torch.nn.Module):
+    """Attention that no adapter knows."""
+
+    def forward(self, x):
+        return torch.nn.functional.scaled_dot_product_attention(*[x[:, None]] * 3)[:, 0]
+
+
+def test_softmax_attention_at_torchs_function_is_refused_unless_other_layers_are_named():
+    net, x = Net(Line(both=False), Softmax()).eval(), torch.randn(2, 3, 16, 20)
+    with torch.no_grad():
+        with knockout(net, columns=1), pytest.raises(UnsupportedModelError, match=r"mixers\.1 is softmax .* layers="):
+            net(x)
+        plain = net(x)
+        with knockout(net, columns=1, layers="mixers.0.*"):
+            assert not torch.equal(net(x), plain)
 
 
 def test_relevance_is_conserved_in_what_runs():

@@ -17,6 +17,7 @@ from mamba_attn.core.blur import blurred
 from mamba_attn.core.outputs import follow
 from mamba_attn.core.ranks import shares
 from mamba_attn.errors import nearest
+from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
 from mamba_attn.tracing.texts import is_text
 
 FILLS = ("dark", "mean", "blur", "shuffle")
@@ -41,6 +42,8 @@ class KeepAndRemoveLRP(MapAttribution):
 
     Args:
         model: as for ``MambaLRP``.
+        layout: as in ``mamba_attn.trace``: where the tokens are, for models that do not show it.
+        orders: as in ``mamba_attn.trace``: in which order scans walk them, where it cannot be measured.
         draws: fills per step; relevances are averaged over them.
         fills: names from the list above, at least one; several as a tuple.
 
@@ -56,15 +59,24 @@ class KeepAndRemoveLRP(MapAttribution):
 
     takes_parts: ClassVar[bool] = False  # as MambaLRP
 
-    def __init__(self, model: nn.Module, *, draws: int = 2, fills: str | tuple[str, ...] = FILLS) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layout: AnyLayout | None = None,
+        orders: AnyOrders | None = None,
+        draws: int = 2,
+        fills: str | tuple[str, ...] = FILLS,
+    ) -> None:
         super().__init__(model)
+        self.layout, self.orders = layout, orders
         if draws < 1:
             raise ValueError(f"KeepAndRemoveLRP(draws={draws!r}): expected at least 1.")
         names = (fills,) if isinstance(fills, str) else tuple(fills)
         for name in names or ("",):
             if name not in FILLS:
                 raise ValueError(f"KeepAndRemoveLRP(fills={fills!r}): {nearest(name, FILLS)}")
-        self.relevance = MambaLRP(model)
+        self.relevance = MambaLRP(model, layout=layout, orders=orders)
         self.draws, self.fills = draws, names
 
     def _maps(
