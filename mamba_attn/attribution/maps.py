@@ -32,6 +32,7 @@ from mamba_attn.tracing.layer_names import LayerNames, layer_names, listed_layer
 from mamba_attn.tracing.layers import Layer
 from mamba_attn.tracing.texts import is_text
 from mamba_attn.tracing.tracer import Trace, trace
+from mamba_attn.tracing.undisturbed import undisturbed
 from mamba_attn.tracing.unseen import unseen_sentence
 
 Images = TypeVar("Images", Tensor, tuple[Tensor, ...])  # captum's wrappers pass a tuple and expect one back
@@ -532,7 +533,8 @@ class TokenAttribution(MapAttribution):
         sources = [each for _, adapter in mixers.values() for each in adapter.layout_sources(self.model)]
         if not mixers or self.layout is not None or sources or any(patch_embedding.layout_sources(self.model)):
             return {}
-        with torch.inference_mode(False), torch.no_grad(), self._tracing(layers=list(mixers)) as record:
+        quiet = undisturbed(self.model, traced=True)  # in eval mode: statistics do not learn from this pass
+        with torch.inference_mode(False), quiet, self._tracing(layers=list(mixers)) as record:
             self._call.run(self.model, images if self._call.has_others else images[:1].clone())
         return {layer.name: layer.layout for layer in record.layers if layer.has_layout}
 

@@ -161,8 +161,8 @@ def test_functions_of_the_output_are_targets(segmenter, total):
 
 @pytest.mark.changes_model("forward")
 def test_other_outputs_need_a_function():
-    model = Chosen(vim(depth=1), lambda y: {"scores": y, "twice": 2 * y})
-    maps = MambaAttribution(model).attribute(images(2), lambda output: output["scores"][:, 3])
+    model = Chosen(vim(depth=1), lambda y: {"once": y, "twice": 2 * y})
+    maps = MambaAttribution(model).attribute(images(2), lambda output: output["once"][:, 3])
     torch.testing.assert_close(maps, MambaAttribution(model.model).attribute(images(2), 3))
     with pytest.raises(ValueError, match=r"target=3\): the model returned dict \(.*Give a function of the output"):
         MambaAttribution(model).attribute(images(2), 3)

@@ -118,7 +118,7 @@ def test_captum_knows_the_methods():
 
 def test_models_that_cannot_be_explained():
     # the tests' own type check speaks before the sentence that users get
-    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got function|Expected type: .*Module"):
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got function|violates type hint .*Module"):
         RawAttention(lambda x: x)
     with pytest.raises(UnsupportedModelError, match="no layer that can be traced"):
         RawAttention(nn.Linear(2, 2)).attribute(images())
