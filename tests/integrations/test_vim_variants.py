@@ -153,40 +153,46 @@ def test_images_of_one_colour_hide_nothing() -> None:
     [
         ({}, {"order": torch.arange(16).flip(0)}),
         ({}, {"order": torch.tensor([1, 0, *range(2, 16)])}),
-        ({"drop": 0.5}, {}),
         ({"others": {"cls_token": (0,), "registers": (1,)}}, {}),
-        ({"patch_size": (4, 2)}, {}),
     ],
-    ids=["flipped", "two exchanged", "dropout", "class token and register", "not square"],
+    ids=["flipped", "two exchanged", "class token and register"],
 )
 def test_no_layout_where_the_patches_do_not_stand_in_raster_order(
     options: dict[str, Any], call: dict[str, Any]
 ) -> None:
     model = Backbone([Vim(8)], (3, 5), **{"others": {"cls_token": (7,)}, **options}).train()
-    width = 10 if "patch_size" in options else 20
     with torch.no_grad(), mamba_attn.trace(model) as trace:
-        model(torch.randn(2, 3, 12, width), **call)
+        model(torch.randn(2, 3, 12, 20), **call)
     with pytest.raises(TraceError, match=r"layers\.0\.mixer: the tokens' place in the image is not known"):
         _ = trace.layers[0].layout
 
 
-def test_no_layout_where_nothing_tells_the_class_token_from_a_patch() -> None:
+@pytest.mark.changes_model("training")
+@pytest.mark.parametrize("options", [{"drop": 0.5}, {"patch_size": (4, 2)}], ids=["dropout", "not square"])
+def test_the_place_of_patches_is_measured_where_no_value_tells_it(options: dict[str, Any]) -> None:
+    model = Backbone([Vim(8)], (3, 5), others={"cls_token": (7,)}, **options).train()
+    with torch.no_grad(), mamba_attn.trace(model) as trace:
+        model(torch.randn(2, 3, 12, 10 if "patch_size" in options else 20))
+    layout = trace.layers[0].layout
+    assert (layout.grid, layout.class_tokens) == ((3, 5), (7,))
+    assert layout.patch_sizes == options.get("patch_size", (4, 4))
+
+
+def test_a_class_token_with_the_values_of_a_patch_is_told_from_it() -> None:
     model = Backbone([Vim(8)], (3, 5), {"cls_token": (7,)}, position=None)
     for parameter in (model.cls_token, *model.patch_embed.parameters()):
         nn.init.zeros_(parameter)
     with torch.no_grad(), mamba_attn.trace(model) as trace:
         model(torch.randn(2, 3, 12, 20))
-    with pytest.raises(TraceError, match="is not known"):
-        _ = trace.layers[0].layout
+    assert (trace.layers[0].layout.grid, trace.layers[0].layout.class_tokens) == ((3, 5), (7,))
 
 
-def test_position_embeddings_of_another_size_hide_the_patches() -> None:
+def test_position_embeddings_of_another_size_hide_no_patches() -> None:
     model = Backbone([Vim(8)], (3, 5), {"cls_token": (7,)})
     model.pos_embed = nn.Parameter(torch.randn(1, 1, 8))  # not this model's, and not those that were added
     with torch.no_grad(), mamba_attn.trace(model) as trace:
         model(torch.randn(1, 3, 12, 20))
-    with pytest.raises(TraceError, match="is not known"):
-        _ = trace.layers[0].layout
+    assert (trace.layers[0].layout.grid, trace.layers[0].layout.class_tokens) == ((3, 5), (7,))
 
 
 def test_another_pass_in_one_trace_has_its_own_layout() -> None:
