@@ -86,7 +86,7 @@ def explain_text(
     methods: Sequence[str] = (),
     command: str = "",
 ) -> TextAnswer:
-    """Explain what a language model reads: its next token, strips, matrices; as ``mamba-attn explain --text`` does.
+    """Explain what a language model reads: its next token, strips, matrices; as the command ``explain`` does.
 
     Args:
         model: with its tokenizer, as ``mamba_attn.load("hf:FOLDER")`` returns it.

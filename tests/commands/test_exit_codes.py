@@ -17,6 +17,7 @@ OTHERS = {
     "mamba_attn/__init__.py": "``mamba-attn --help``",
     "mamba_attn/evaluation/page.py": "--photo",  # a variable of CSS
     "mamba_attn/figures/document.py": "--opacity",
+    "mamba_attn/figures/text.py": "--for",
     "mamba_attn/ops/cpu/build.py": "--version",  # of compilers
     "mamba_attn/ops/cuda/nvrtc.py": "--gpu-architecture",
     "mamba_attn/ops/cuda/driver.py": "--gpus all",  # of docker
