@@ -574,7 +574,7 @@ class TokenAttribution(MapAttribution):
 
 def _in_every_colour(maps: Tensor, images: Tensor) -> Tensor:
     """Maps in the images' shape, an equal part in every colour; spectrograms have none."""
-    if maps.ndim < images.ndim:
+    if maps.ndim > images.ndim:
         return maps.squeeze(1)
     axis = 1 if maps.shape[2:] == images.shape[2:] else 2  # of the colours: a video's frames may stand second
     return (maps.movedim(1, axis) / images.shape[axis]).expand_as(images).contiguous()

@@ -137,8 +137,7 @@ def complete(model: nn.Module | LoadedModel) -> LoadedModel:
     found = model if isinstance(model, LoadedModel) else LoadedModel(model)
     if found.reads == "text":
         raise ValueError(
-            f"{found.name} reads text, and this is for images: explanations.explain_text(model, text), or "
-            "mamba-attn explain --text TEXT."
+            f"{found.name} reads text, and this is for images; call mamba_attn.explanations.explain_text(model, text)."
         )
     warn_of_training(found.model)
     if found.transform is None:
