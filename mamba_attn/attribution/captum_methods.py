@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from mamba_attn._types import Float
 from mamba_attn.attribution.calls import Call
-from mamba_attn.attribution.maps import MapAttribution, cell_means
+from mamba_attn.attribution.grids import cell_means
+from mamba_attn.attribution.maps import MapAttribution
 from mamba_attn.attribution.queries import Query
 from mamba_attn.attribution.targets import Function, Target, scores_in, target_indices
 from mamba_attn.core.outputs import Steps, follow

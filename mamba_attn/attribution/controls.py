@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Float, Num
-from mamba_attn.attribution.maps import MapAttribution, cell_means
+from mamba_attn.attribution.grids import cell_means
+from mamba_attn.attribution.maps import MapAttribution
 from mamba_attn.attribution.queries import Query
 from mamba_attn.attribution.targets import Target
 from mamba_attn.tracing.texts import is_text

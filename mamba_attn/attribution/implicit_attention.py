@@ -17,7 +17,8 @@ from mamba_attn import ops
 from mamba_attn._types import Float, Int
 from mamba_attn.attribution.activation_recorder import ActivationRecorder, gated_gradients
 from mamba_attn.attribution.attention_rollout import Product, dense, of_one_token, roll_out_weighted
-from mamba_attn.attribution.maps import Positions, Row, TokenAttribution
+from mamba_attn.attribution.grids import Row
+from mamba_attn.attribution.maps import Positions, TokenAttribution
 from mamba_attn.attribution.queries import Place, Query, query_weights
 from mamba_attn.attribution.targets import Target
 from mamba_attn.core.rules import LINEAR, TOKENS

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mamba_attn._types import Float
 from mamba_attn.attribution.captum_methods import Asked, FromCaptum
-from mamba_attn.attribution.maps import cell_means
+from mamba_attn.attribution.grids import cell_means
 from mamba_attn.attribution.queries import Query
 from mamba_attn.attribution.targets import Target
 from mamba_attn.core.layout import TokenLayout

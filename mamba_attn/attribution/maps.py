@@ -1,7 +1,7 @@
 """Base classes of all attribution methods: the contract of ``attribute``, and conversion of tokens to pixels.
 
 ``MapAttribution`` (any model) checks the call; ``TokenAttribution`` (a traced model) runs one traced pass and turns
-rows of tokens into maps. Below them: maps on the token grid. ``queries`` handles pixels and boxes, ``targets`` outputs
+rows of tokens into maps, by ``grids``. ``queries`` handles pixels and boxes, ``targets`` outputs
 and classes, ``calls`` what the model is called with.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mamba_attn._types import Float
 from mamba_attn.attribution.calls import Call, unwrappable
+from mamba_attn.attribution.grids import Row, frames_stand_second, in_every_colour, rendered
 from mamba_attn.attribution.queries import Place, Query, make_query, split_query
 from mamba_attn.attribution.targets import Target, require_classes, target_values
 from mamba_attn.attribution.texts import Text
@@ -38,9 +39,6 @@ from mamba_attn.tracing.unseen import unseen_sentence
 Images = TypeVar("Images", Tensor, tuple[Tensor, ...])  # captum's wrappers pass a tuple and expect one back
 Method = TypeVar("Method", bound="MapAttribution")
 Positions = int | Sequence[float] | Tensor | None  # in texts
-Row = tuple[TokenLayout, Tensor]  # one number per token (batch, tokens), and the layout of the tokens
-
-_TRACED = ("layers", "layout", "orders")  # options of tracing, which published methods know too
 
 
 class MapAttribution(Attribution, ABC):
@@ -205,7 +203,7 @@ class MapAttribution(Attribution, ABC):
             if first.text is not None and is_text(images):
                 maps = maps.squeeze(1).masked_fill(~first.text.real, 0)
             elif expand:
-                maps = _in_every_colour(maps, images)
+                maps = in_every_colour(maps, images)
             results.append(maps)
         found: Any = tuple(results) if isinstance(inputs, tuple) else results[0]
         return (found, bound._delta) if return_convergence_delta else found
@@ -408,41 +406,10 @@ class TokenAttribution(MapAttribution):
         self.layout, self.orders = layout, orders
 
     def _published(self, kind: type["TokenAttribution"], option: str) -> "TokenAttribution | None":
-        """Return the method of ``attribution.published`` named by an option; None for the default, this method.
+        """Return the method of ``attribution.published`` that an option names; None for the default, this method."""
+        from mamba_attn.attribution.published import named  # which imports this file
 
-        Published code has no other options, so naming it excludes all of them.
-
-        Args:
-            kind: class that defines the options; each is also an attribute of the same name.
-            option: "convention" or "rule".
-
-        Raises:
-            ValueError: the value names no method, or other options are given too.
-        """
-        from mamba_attn.attribution.published import METHODS  # which imports this file
-
-        options = [each for each in inspect.signature(kind.__init__).parameters.values() if each.name not in _TRACED]
-        default = {each.name: each.default for each in options if each.kind is each.KEYWORD_ONLY}
-        value, methods = getattr(self, option), METHODS[kind.__name__, option]
-        if value == default[option]:
-            return None
-        call = f"{kind.__name__}({option}={value!r}"
-        if value not in methods:
-            raise ValueError(f"{call}): no such {option}. {nearest(value, [default[option], *methods])}")
-        changed = ", ".join(
-            f"{name}={getattr(self, name)!r}"
-            for name, normal in default.items()
-            if name != option and getattr(self, name) != normal
-        )
-        if changed:
-            raise ValueError(
-                f"{call}, {changed}): {option}={value!r} is published code, which has no such option; leave {changed} "
-                f"out, or {option}={value!r}."
-            )
-        method = methods[value](self.model, layers=self.layers)
-        method.layout, method.orders = self.layout, self.orders
-        method.called = f"{call})"
-        return method
+        return named(self, kind, option)
 
     @abstractmethod
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
@@ -452,8 +419,10 @@ class TokenAttribution(MapAttribution):
         self, images: Tensor, target: Target, query: Query | None, size: tuple[int, ...], grid: bool
     ) -> Float[Tensor, "batch 1 *size"]:
         rows = self._explain(images, target, query)
-        frames_first = images.ndim == 5 and all(_frames_stand_second(layout, images.shape) for layout, _ in rows)
-        return self._render(rows, (images.shape[1], *images.shape[3:]) if frames_first else size, grid)
+        frames_first = images.ndim == 5 and all(frames_stand_second(layout, images.shape) for layout, _ in rows)
+        return rendered(
+            f"{self.called}.attribute", rows, (images.shape[1], *images.shape[3:]) if frames_first else size, grid
+        )
 
     @contextmanager
     def _traced(
@@ -548,44 +517,6 @@ class TokenAttribution(MapAttribution):
             raise TraceError(f"{self.called}: the model's forward called none of the requested layers.")
         return record.layers
 
-    def _render(self, rows: Sequence[Row], size: tuple[int, ...], grid: bool) -> Float[Tensor, "batch 1 *size"]:
-        """Return the mean of the rows' maps."""
-        merged: dict[TokenLayout, Tensor] = {}
-        for (
-            layout,
-            values,
-        ) in rows:  # interpolation is linear, so rows on the same grid are summed first: one interpolation per grid
-            merged[layout] = merged[layout] + values if layout in merged else values
-        if grid and len({layout.grid for layout in merged}) > 1:
-            grids = ", ".join("x".join(map(str, layout.grid)) for layout in merged)
-            raise ValueError(
-                f"{self.called}.attribute(grid=True): the layers are on several grids ({grids}); choose the "
-                "layers of one grid with layers=, or leave grid=False for a map in pixels."
-            )
-        # a token of a coarser grid spreads its value over the finer tokens that it covers
-        finest = max(len(layout.patches) for layout in merged)
-        maps = [layout.to_grid(values) * (len(layout.patches) / finest) for layout, values in merged.items()]
-        with torch.autocast(maps[0].device.type, enabled=False):  # half precision is the model's, not the map's
-            if not grid:
-                sizes = [size[-len(layout.grid) :] for layout in merged]
-                maps = [layout.to_pixels(each, its) for layout, each, its in zip(merged, maps, sizes, strict=True)]
-            return (torch.stack(maps).sum(0) / len(rows)).unsqueeze(1)
-
-
-def _in_every_colour(maps: Tensor, images: Tensor) -> Tensor:
-    """Maps in the images' shape, an equal part in every colour; spectrograms have none."""
-    if maps.ndim > images.ndim:
-        return maps.squeeze(1)
-    axis = 1 if maps.shape[2:] == images.shape[2:] else 2  # of the colours: a video's frames may stand second
-    return (maps.movedim(1, axis) / images.shape[axis]).expand_as(images).contiguous()
-
-
-def _frames_stand_second(layout: TokenLayout, shape: tuple[int, ...]) -> bool:
-    """Whether a video is (batch, frames, colours, height, width), as what its tokens cover says."""
-    either = (shape[2], *shape[3:]), (shape[1], *shape[3:])
-    distance = [sum(abs(a - b) for a, b in zip(layout.covered, sizes, strict=False)) for sizes in either]
-    return len(layout.grid) == 3 and distance[1] < distance[0]
-
 
 def _all_methods() -> Iterator[type[MapAttribution]]:
     """Yield every attribution method that is loaded."""
@@ -599,20 +530,3 @@ def _all_methods() -> Iterator[type[MapAttribution]]:
 def _arguments() -> list[str]:
     """Names of the arguments of ``attribute``."""
     return [name for name in inspect.signature(MapAttribution.attribute).parameters if name not in ("self", "options")]
-
-
-def cell_means(
-    maps: Float[Tensor, "batch 1 rows columns"], layout: TokenLayout
-) -> Float[Tensor, "batch 1 height width"]:
-    """Return the mean over each token's cell: the pixels nearer to its centre than to any other."""
-    vertical, horizontal = (
-        _means(pixels, count, layout).to(maps) for pixels, count in zip(maps.shape[2:], layout.grid, strict=True)
-    )
-    return vertical @ maps @ horizontal.mT
-
-
-def _means(pixels: int, count: int, layout: TokenLayout) -> Float[Tensor, "count pixels"]:
-    position = (torch.arange(pixels, dtype=torch.float64) + 0.5 - layout.centre) / layout.step
-    owner = (position + 0.5).floor().clamp(0, count - 1)
-    inside = (owner == torch.arange(count)[:, None]).double()
-    return inside / inside.sum(1, keepdim=True).clamp(min=1)

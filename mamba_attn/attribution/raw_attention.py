@@ -5,7 +5,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mamba_attn.attribution.maps import Positions, Row, TokenAttribution
+from mamba_attn.attribution.grids import Row
+from mamba_attn.attribution.maps import Positions, TokenAttribution
 from mamba_attn.attribution.queries import Place, Query, read_rows
 from mamba_attn.attribution.targets import Target
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders

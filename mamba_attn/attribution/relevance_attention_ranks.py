@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
+from mamba_attn.attribution.grids import cell_means
 from mamba_attn.attribution.implicit_attention import ImplicitAttention
 from mamba_attn.attribution.lrp.mamba_lrp import MambaLRP
-from mamba_attn.attribution.maps import MapAttribution, cell_means
+from mamba_attn.attribution.maps import MapAttribution
 from mamba_attn.attribution.queries import Query
 from mamba_attn.attribution.raw_attention import RawAttention
 from mamba_attn.attribution.targets import Target

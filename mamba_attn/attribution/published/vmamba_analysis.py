@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.attribution.maps import Row, TokenAttribution
+from mamba_attn.attribution.grids import Row
+from mamba_attn.attribution.maps import TokenAttribution
 from mamba_attn.attribution.published.hidden_mamba import min_max
 from mamba_attn.attribution.queries import Query, query_weights
 from mamba_attn.attribution.targets import Target

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from mamba_attn._types import Float
-from mamba_attn.attribution.maps import Row, TokenAttribution
+from mamba_attn.attribution.grids import Row
+from mamba_attn.attribution.maps import TokenAttribution
 from mamba_attn.attribution.queries import Query, query_weights
 from mamba_attn.attribution.targets import Target
 from mamba_attn.tracing.layers import require

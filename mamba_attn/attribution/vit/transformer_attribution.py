@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from mamba_attn.attribution.attention_rollout import Product, dense, of_one_token, roll_out_weighted
-from mamba_attn.attribution.maps import Row, TokenAttribution
+from mamba_attn.attribution.grids import Row
+from mamba_attn.attribution.maps import TokenAttribution
 from mamba_attn.attribution.queries import Query, query_weights
 from mamba_attn.attribution.targets import Target
 from mamba_attn.attribution.vit import block_relevance
