@@ -13,7 +13,7 @@ from mamba_attn.core.transform import Transform
 from mamba_attn.datasets import loading
 from mamba_attn.datasets.loading import is_transformer, traced_layers
 from mamba_attn.explanations import choices, explain
-from mamba_attn.explanations.answer import _at_depths, answer
+from mamba_attn.explanations.answer import at_depths, answer
 from mamba_attn.models.vim import VisionMamba
 from tests.explanations.cases import CLASSES, VIM, VIT, VMAMBA, photo, save
 
@@ -91,7 +91,7 @@ def test_arrays_have_names(loaded):
 )
 def test_a_quarter_half_and_three_quarters(count, expected):
     names = [str(index) for index in range(count)]
-    assert [int(name) for name in _at_depths(names)] == expected
+    assert [int(name) for name in at_depths(names)] == expected
 
 
 def test_official_models_see_the_crop_that_they_were_measured_with(tmp_path):
