@@ -13,7 +13,7 @@ from mamba_attn.core.transform import Transform
 from mamba_attn.datasets import loading
 from mamba_attn.datasets.loading import is_transformer, traced_layers
 from mamba_attn.explanations import choices, explain
-from mamba_attn.explanations.answer import at_depths, answer
+from mamba_attn.explanations.answer import answer, at_depths
 from mamba_attn.models.vim import VisionMamba
 from tests.explanations.cases import CLASSES, VIM, VIT, VMAMBA, photo, save
 
