@@ -75,8 +75,8 @@ def test_every_folder_says_what_it_is_for(folder):
 @pytest.fixture(scope="module")
 def names_in_examples():
     """What examples take for granted."""
-    vit = create("vit_micro", image_size=224, num_classes=1000)
-    return {"torch": torch, "model": create("vim_tiny"), "vit": vit, "images": torch.randn(2, 3, 224, 224)}
+    vit = create("vit_micro", image_size=224, num_classes=1000, depth=6)
+    return {"torch": torch, "model": create("vim_tiny", depth=7), "vit": vit, "images": torch.randn(2, 3, 224, 224)}
 
 
 @pytest.mark.parametrize("module", MODULES)

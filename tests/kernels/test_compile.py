@@ -29,7 +29,9 @@ def report(architecture: str, folder: Path) -> dict[str, tuple[int, int, int]]:
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture", ["sm_90", *(pytest.param(name, marks=pytest.mark.full) for name in ("sm_80", "sm_120"))]
+)
 def test_nvcc_spills_nothing_and_keeps_the_registers_of_its_block(architecture: str, tmp_path: Path) -> None:
     found = report(architecture, tmp_path)
     assert set(found) == KERNELS
