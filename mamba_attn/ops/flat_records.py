@@ -19,12 +19,15 @@ SOURCES = SCHEMA.count("Tensor")
 REST = (None,) * (FIELDS - 6)  # orders, tokens, scale, frame
 
 
-def operator(name: str, rest: str, results: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Return ``run`` as an operator of torch; it takes a record's flat arguments, then ``rest`` (a schema).
+def operator(
+    name: str, rest: str, results: str, run: Callable[..., Any], fake: Callable[..., Any], first: str = ""
+) -> Any:
+    """Return ``run`` as an operator of torch; it takes ``first``, a record's flat arguments, then ``rest`` (a schema).
 
-    ``fake`` returns empty tensors of the same shapes, for the compiler.
+    ``fake`` returns empty tensors of the same shapes, for the compiler. An operator keeps the order of its arguments
+    for ever: the compiler's caches on disk hold calls of it, and do not look at its schema.
     """
-    schema = f"({SCHEMA}, {rest}) -> {results}"
+    schema = f"({first}{SCHEMA}, {rest}) -> {results}"
     made = torch.library.custom_op(f"mamba_attn::{name}", run, mutates_args=(), schema=schema)
     made.register_fake(fake)
     return made
@@ -89,9 +92,9 @@ def empty_attention(*arguments: Any) -> Tensor:
     return empty
 
 
-def _attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
+def _attention_backward(gradient: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of delta, A, B, C and the two weights by the blocked path; empty where not needed."""
-    record, (merged, rows, columns, fold, gradient, needed) = unflatten(arguments)
+    record, (merged, rows, columns, fold, needed) = unflatten(arguments)
     u = record.source_u
     stream = torch.cuda.current_stream(u.device) if u.is_cuda else None
 
@@ -104,8 +107,8 @@ def _attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(x.contiguous() for x in found)  # as the fake kernel promises to inductor
 
 
-def _no_gradients(*arguments: Any) -> tuple[Tensor, ...]:
-    _, rows, columns, *_, needed = arguments[FIELDS:]
+def _no_gradients(gradient: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    _, rows, columns, _, needed = arguments[FIELDS:]
     u, *sources = arguments[:5]
     pairs = zip((*sources, rows, columns), needed, strict=True)
     return tuple(u.new_empty(0) if x is None or not need else x.new_empty(x.shape) for x, need in pairs)
@@ -115,10 +118,11 @@ SIX = f"({', '.join(['Tensor'] * 6)})"
 WEIGHTED = "bool merged, Tensor? row_weight, Tensor? col_weight, str fold"
 hidden_attention_backward = operator(
     "hidden_attention_backward",
-    f"{WEIGHTED}, Tensor gradient, bool[] needed",
+    f"{WEIGHTED}, bool[] needed",
     SIX,
     _attention_backward,
     _no_gradients,
+    first="Tensor gradient, ",
 )
 
 
@@ -141,7 +145,7 @@ def through_attention(ctx: Any, gradient: Tensor | None) -> list[Tensor | None]:
     of_weights = ctx.needs_input_grad[FIELDS + 1 : FIELDS + 3] if len(ctx.needs_input_grad) > FIELDS + 2 else ()
     needed = [*ctx.needs_input_grad[1:5], *of_weights, False, False][:6]
     record = (*ctx.saved_tensors[:SOURCES], *ctx.fields)
-    every = hidden_attention_backward(*record, ctx.merged, *weights, ctx.fold, gradient, needed)
+    every = hidden_attention_backward(gradient, *record, ctx.merged, *weights, ctx.fold, needed)
     found = [value if need else None for value, need in zip(every, needed, strict=True)]
     return [None, *found[:4], None, *found[4:]]
 

@@ -54,7 +54,7 @@ def test_opcheck(there: Recorder, merged: bool, skip: bool) -> None:
     with torch.no_grad():
         y = operators.selective_scan(*fields, merged)
         detached = flatten(record.map_tensors(torch.Tensor.detach))
-        torch.library.opcheck(operators.selective_scan_backward, (*detached, merged, torch.ones_like(y)))
+        torch.library.opcheck(operators.selective_scan_backward, (torch.ones_like(y), *detached, merged))
 
 
 COMPILED = """

@@ -48,9 +48,9 @@ def _scan(*arguments: Any) -> Tensor:
         return kernels.scan(launcher, record, merged)
 
 
-def _scan_backward(*arguments: Any) -> tuple[Tensor, ...]:
+def _scan_backward(gradient: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C and D (empty without D), in their shapes and types."""
-    record, (merged, gradient) = unflatten(arguments)
+    record, (merged,) = unflatten(arguments)
     with remedy(record):
         *five, skip = kernels.backward(launcher, record, gradient, merged)
     u, *_, D = arguments[:6]
@@ -73,7 +73,7 @@ def _scan_and_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     return record.source_u.new_empty(0) if y is None else y, attention
 
 
-def _empty_gradients(*arguments: Any) -> tuple[Tensor, ...]:
+def _empty_gradients(gradient: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *five, D = arguments[:6]
     results = (x.new_empty(x.shape) for x in five)
     return *results, five[0].new_empty(0) if D is None else D.new_empty(D.shape)
@@ -85,7 +85,7 @@ def _empty_y_and_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 selective_scan = operator("selective_scan", "bool merged", "Tensor", _scan, empty_y)
 selective_scan_backward = operator(
-    "selective_scan_backward", "bool merged, Tensor gradient", SIX, _scan_backward, _empty_gradients
+    "selective_scan_backward", "bool merged", SIX, _scan_backward, _empty_gradients, first="Tensor gradient, "
 )
 hidden_attention = operator("hidden_attention", WEIGHTED, "Tensor", _attention, empty_attention)
 scan_and_attention = operator(
@@ -98,7 +98,7 @@ def _through_y(ctx: Any, gradient: Tensor | None) -> list[Tensor | None]:
     record = (*ctx.saved_tensors[:SOURCES], *ctx.fields)
     if gradient is None:
         return [None] * 6
-    *five, skip = selective_scan_backward(*record, ctx.merged, gradient)
+    *five, skip = selective_scan_backward(gradient, *record, ctx.merged)
     return [*five, None if record[5] is None else skip]
 
 
