@@ -117,6 +117,7 @@ def test_tsne_runs_in_one_thread_whatever_ran_before(monkeypatch):
     assert set(threads) == {1}
 
 
+@pytest.mark.full
 def test_umap_is_seeded_and_keeps_clusters():
     features, label = clusters(45, 30)
     found = embed(features, "umap", first=20, seed=4, n_epochs=50)

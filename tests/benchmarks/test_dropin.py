@@ -73,6 +73,7 @@ def test_folders_without_clones_are_said() -> None:
         )
 
 
+@pytest.mark.full
 def test_the_command_runs_what_is_installed(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/run.py", "dropin", "--checkouts", str(tmp_path), "--only", "timm", "--quick"]
     root = Path(dropin.__file__).parents[1]

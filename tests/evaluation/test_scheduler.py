@@ -151,6 +151,7 @@ def test_the_cheapest_method_comes_first(models, boxes, tmp_path, monkeypatch):
     assert "raw_attention has not all images" in wanted.notes[-1]
 
 
+@pytest.mark.full
 def test_two_processes_find_what_one_does(models, boxes, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "CHUNK", 3)
     wanted = small(models[:1], boxes, measures=("perturbation",))

@@ -43,6 +43,7 @@ exec {real} "$@" -O0
     return str(script)
 
 
+@pytest.mark.full
 def test_several_processes_may_build_it_at_once(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     more = {"MAMBA_ATTN_CACHE": str(cache), "CXX": compiler(tmp_path, PROCESSES), "OMP_NUM_THREADS": "1"}
