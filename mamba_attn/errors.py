@@ -70,7 +70,8 @@ def local_path(argument: str, text: str | Path) -> Path:
         raise ValueError(f"{argument}={written!r}: no path contains a zero byte.")
     if _ADDRESS.match(written):
         raise ValueError(
-            f"{argument}={written!r}: expected a path on this machine; copy the files here, or mount what holds them."
+            f"{argument}={written!r}: expected a path on this machine, not an address; mount what is behind it, or "
+            "copy the files."
         )
     try:
         return Path(written).expanduser()

@@ -15,10 +15,9 @@ from mamba_attn._types import Float, Int
 class TokenLayout:
     """The token frame of one layer.
 
-    Patches are numbered in raster order over the token indices that class tokens and registers leave free, or by
-    columns. With
-    ``window`` the frame is the grid padded to whole windows, below and on the right, in raster order; the padding is
-    part of the frame but not of maps: it lies outside the image.
+    Patches are numbered in raster order, or by columns, over the token indices that class tokens and registers leave
+    free. With ``window`` the frame is the grid padded to whole windows, below and on the right, in raster order; the
+    padding is part of the frame but not of maps: it lies outside the image.
 
     Args:
         grid: (height, width) of the patch grid; of a volume or a video (depth or frames, height, width), of a line of

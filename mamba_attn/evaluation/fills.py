@@ -1,7 +1,7 @@
 """What stands in the place of pixels that are removed from an image.
 
-No fill is neutral: models see black squares, too, and random maps lose half of the accuracy to them alone. A figure
-that holds under one fill only is a figure of the fill.
+No fill is neutral: a model sees the black squares, too. A figure that holds under one fill only is a figure of the
+fill, and ``random`` in every table shows what a fill alone does.
 """
 
 import numpy as np

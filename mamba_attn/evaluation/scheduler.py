@@ -85,7 +85,7 @@ def run(
         methods = dict.fromkeys(method for task in left for method in task.needs)
         plan.notes.append(
             f"stopped within the budget of {budget / 60:.3g} minutes: {', '.join(methods)} "
-            f"{'has' if len(methods) == 1 else 'have'} not all images; the same command resumes."
+            f"{'does' if len(methods) == 1 else 'do'} not have all images yet; the same command resumes."
         )
 
 

@@ -5,6 +5,7 @@ exactly. A model with grids (VMamba) cannot lose cells; there the scans lose the
 convolutions and MLPs still see in their place is the mean colour.
 """
 
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -44,7 +45,7 @@ def answers_without(
     run = model if run is None else run
     if isinstance(model, VisionMamba):
         layout = model.layout(*images.shape[2:])
-    elif hasattr(model, "patch_drop") and hasattr(model, "num_prefix_tokens"):
+    elif _is_vit(model):
         embed: Any = model.patch_embed
         layout = TokenLayout(tuple(embed.dynamic_feat_size(images.shape[2:])), tuple(embed.patch_size))
     else:
@@ -58,6 +59,12 @@ def answers_without(
         logits = logits if len(logits) else found.new_empty(len(images), *found.shape[1:])
         logits[those] = found
     return logits
+
+
+def _is_vit(model: nn.Module) -> bool:
+    """Whether a model is timm's VisionTransformer; others have its place for dropping, and rotary positions besides."""
+    vits = sys.modules.get("timm.models.vision_transformer")
+    return vits is not None and isinstance(model, vits.VisionTransformer)
 
 
 def _lost(layout: TokenLayout, gone: Bool[Tensor, "batch height width"]) -> Bool[Tensor, "batch patches"]:

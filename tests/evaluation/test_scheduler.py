@@ -124,7 +124,7 @@ def test_a_budget_stops_in_good_order_and_the_same_call_resumes(models, boxes, t
     assert len(store) == 2 * 2 * 2  # images, methods, measures: what the estimate is made from
     assert re.fullmatch(r"about \d+ s from here on: \w+ \d+ s, \w+ \d+ s", told[0])
     assert wanted.notes[-1].startswith("stopped within the budget of 1.67e-11 minutes: ")
-    assert wanted.notes[-1].endswith(" have not all images; the same command resumes.")
+    assert wanted.notes[-1].endswith(" do not have all images yet; the same command resumes.")
     run(small(models[:1], boxes, measures=("perturbation", "localisation")), store, budget=3600)
     assert dict(store.items()) == dict(whole.items())
 
@@ -148,7 +148,7 @@ def test_the_cheapest_method_comes_first(models, boxes, tmp_path, monkeypatch):
     first, rest = order[:2], order[2:]
     assert sorted(first) == [[("mamba_attribution", 2)], [("raw_attention", 2)]]
     assert rest == [[("mamba_attribution", 2)], [("mamba_attribution", 2)], [("raw_attention", 2)]]
-    assert "raw_attention has not all images" in wanted.notes[-1]
+    assert "raw_attention does not have all images yet" in wanted.notes[-1]
 
 
 @pytest.mark.full

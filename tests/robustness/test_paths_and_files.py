@@ -56,7 +56,7 @@ def test_commands_say_so(capsys, tmp_path, monkeypatch):
     assert cli.main(["explain", ""]) == 2
     assert cli.main(["compare", "--data", "photos", "--seed", "9" * 40]) == 2
     told = capsys.readouterr().err
-    assert "file='s3://bucket/a.jpg': expected a path on this machine" in told
+    assert "file='s3://bucket/a.jpg': expected a path on this machine, not an address" in told
     assert "this is empty" in told
     assert "expected a number below 4294967296" in told
     assert list(tmp_path.iterdir()) == []
