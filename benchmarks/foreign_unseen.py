@@ -19,8 +19,7 @@ def vmamba_morph(root: Path) -> Iterator[Case]:
     """VMambaMorph: registration of volumes, SS2D over cubes; the file does not import its own VMambaLayer."""
     folder = root / "mambamorph" / "torch"
     for name in ("networks", "configs_TransMorph"):  # other models with their packages; a file that does not parse
-        stub = sys.modules[name] = ModuleType(name)
-        stub.__dict__.update(Unet=None, ConvBlock=None, __getattr__=lambda name: lambda *_: None)
+        sys.modules[name] = _Anything(name)
     layers = load(folder, "mamba")
     code = load(folder, "TransMorph")
     code.__dict__["VMambaLayer"] = layers.VMambaLayer
@@ -118,6 +117,15 @@ def remote_sensing_mamba(root: Path) -> Iterator[Case]:
     code = importlib.import_module("rs_mamba_ss")
     make = made(code.RSM_SS, depths=[1, 1, 1, 1], dims=[16, 32, 64, 128], ssm_d_state=4, drop_path_rate=0.0)
     yield Case("RSM_SS", "eight ways", make, (2, 3, 64, 96))
+
+
+class _Anything(ModuleType):
+    """A module with a function of every name, but for those that Python asks for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *_: None
 
 
 def _first(model: nn.Module, x: Tensor) -> Any:

@@ -38,8 +38,8 @@ def cpu_stand_ins() -> Iterator[None]:
     - a stand-in where importing the real one fails: ``mamba_ssm.utils.generation`` and ``mamba_ssm.utils.hf``, which
       need a matching transformers and serve language models only;
     - the real module with the functions that launch kernels replaced by plain PyTorch: ``layer_norm``, ``layernorm``,
-      ``layernorm_gated``, ``ssd_combined`` and ``selective_state_update`` of a real mamba_ssm, ``csm_triton``,
-      ``csms6s`` and ``ssd_minimal`` of VMamba.
+      ``layernorm_gated``, ``ssd_combined`` and ``selective_state_update`` of mamba_ssm, or of code that holds a
+      copy of them, ``csm_triton`` and ``csms6s`` of VMamba.
 
     Where there is no CUDA device, ``.cuda()``, ``.to("cuda")`` and ``device="cuda"`` mean the CPU in the block: some
     files build a model on the GPU when they are imported. ``torch.cuda.Event`` keeps the CPU's time there.

@@ -404,22 +404,6 @@ def _scan_of_cpu_tensors(module: ModuleType) -> None:
     module.selective_scan_torch = through_extension  # type: ignore[attr-defined]
 
 
-def _chunked_scan(module: ModuleType) -> None:
-    """VMamba's Mamba-2 scan has a PyTorch version, and chooses Triton's wherever triton can be imported."""
-    original = getattr(module, "selective_scan_chunk_fn", None)
-    if not inspect.isfunction(original) or "backend" not in inspect.signature(original).parameters:
-        return
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def in_pytorch(*arguments: Any, **options: Any) -> Any:
-        call = signature.bind(*arguments, **options)
-        call.arguments["backend"] = "torch"
-        return original(*call.args, **call.kwargs)
-
-    module.selective_scan_chunk_fn = in_pytorch  # type: ignore[attr-defined]
-
-
 # by the last part of the module's name: checkouts are imported under many
 REPAIRS: dict[str, Callable[[ModuleType], None]] = {
     "layer_norm": _norms,
@@ -429,7 +413,6 @@ REPAIRS: dict[str, Callable[[ModuleType], None]] = {
     "selective_state_update": _step,
     "csm_triton": _cross_scans,
     "csms6s": _scan_of_cpu_tensors,
-    "ssd_minimal": _chunked_scan,
 }
 
 

@@ -63,7 +63,8 @@ class Seen:
     def grid_layout(self, height: int, width: int, window: int | None = None) -> TokenLayout:
         """Return the layout of a pyramid's stage, whose grid is the image's divided by a power of two.
 
-        Stages round down or up. Of the powers that give this grid, the one nearest to image / grid is taken.
+        Stages round down or up. Of the powers that give this grid, the one nearest to image / grid is taken; where none
+        does, as where one axis alone is divided, image / grid, rounded, along each axis.
 
         Args:
             height: of the stage's grid.
@@ -79,9 +80,11 @@ class Seen:
         fitting = [
             s for s in sizes if rows // s <= height <= -(-rows // s) and columns // s <= width <= -(-columns // s)
         ]
+        each = (max(1, round(rows / height)), max(1, round(columns / width)))
         # the stages' convolutions between tokens are padded like the stem's
         offset = 0.5 if self.padded_stem else None
-        return TokenLayout((height, width), min(fitting or sizes, key=distance), offset=offset, window=window)
+        side = min(fitting, key=distance) if fitting else each if each[0] != each[1] else each[0]
+        return TokenLayout((height, width), side, offset=offset, window=window)
 
     def frame_of(self, module: nn.Module, sequences: int, length: int) -> TokenLayout | None:
         """Return the token frame of a mixer that was called on ``sequences`` of ``length`` tokens, if it is known.

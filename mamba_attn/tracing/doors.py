@@ -217,6 +217,12 @@ def suspended(watch: Watch | None) -> Iterator[None]:
             other.suspended = value
 
 
+def measuring() -> bool:
+    """Whether orders are measured on this thread now, by passes in which the user's hooks run, too."""
+    thread = get_ident()
+    return any(watch.cut and watch.thread == thread for watch in tuple(_open))
+
+
 class Door:
     """Some functions of one module while anybody watches.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mamba_attn.tracing.doors import measuring
 from mamba_attn.tracing.undisturbed import recomputing
 
 
@@ -36,7 +37,7 @@ class Meter:
             yield
 
     def _enters(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if self._thread != get_ident() or recomputing():
+        if not self._watches():
             return None
 
         def own(value: Any) -> Any:
@@ -49,11 +50,15 @@ class Meter:
         return pytree.tree_map(own, (args, kwargs))
 
     def _leaves(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        if self._thread == get_ident() and not recomputing():
+        if self._watches():
             self._lost.setdefault(name, 0.0)
             for value in pytree.tree_leaves(output):
                 if _counts(value):
                     self._note(name, value, 1.0)
+
+    def _watches(self) -> bool:
+        """Whether this is the pass with rules, and neither a part of it again nor a pass that measures orders."""
+        return self._thread == get_ident() and not recomputing() and not measuring()
 
     def _note(self, name: str, tensor: Tensor, sign: float) -> None:
         value, lost = tensor.detach(), self._lost

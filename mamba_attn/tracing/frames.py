@@ -7,12 +7,11 @@ to one cell.
 """
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -21,14 +20,13 @@ from torch.utils import _pytree as pytree
 
 from mamba_attn._types import Int
 from mamba_attn.tracing.doors import Watch, open_doors, suspended
-from mamba_attn.tracing.probes import LAYER_NORMS, SHARE, Centre, Probe, noise_on
+from mamba_attn.tracing.probes import LAYER_NORMS, SHARE, Centre, Probe, noise_on, watch_fused_norms
 from mamba_attn.tracing.replay import Replay, as_it_was
 from mamba_attn.tracing.selective_scans import ScanCall
 from mamba_attn.tracing.softmax_doors import SoftmaxCall, open_softmax_doors
 
 _SMALLEST = torch.finfo(torch.float32).tiny
 _LOOKS = 2  # at tensors of one shape
-_NORMS = ("layer_norm_fn", "rms_norm_fn")  # fused norms are called as functions: what they return is looked at, too
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,10 +225,15 @@ class _Run:
         returned = (self.tensors[i][1] for i in reversed(range(number)) if i not in self.inside)
         return [*returned, *self.leaves]
 
+    def returned_after(self, number: int) -> bool:
+        """Whether the module in which a function returned a tensor returned as much itself, and no logits, say."""
+        name, out = self.tensors[number]
+        return any(its == name and value.numel() >= out.numel() for its, value in self.tensors[number + 1 :])
+
     def show(self, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         """Keep what a layer norm returned, called as a function: between two scans of one module there may be no more.
 
-        A place is looked for there at last.
+        A place is looked for there at last, unless the module returns less: the last norm stands in front of a head.
         """
         if func in LAYER_NORMS:
             self.inside.add(len(self.tensors))
@@ -305,19 +308,9 @@ def _look(stack: ExitStack, model: nn.Module, run: _Run) -> None:
     def returned(name: str, module: nn.Module, args: Any, output: Any) -> None:
         run.see(name, args, output)
 
-    def normed(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        output = own(*args, **kwargs)
-        run.see("a fused norm", (), output)
-        return output
-
     for name, module in model.named_modules():
         stack.callback(module.register_forward_hook(partial(returned, name)).remove)
-    for holder in list(sys.modules.values()):
-        for name in _NORMS:
-            own = getattr(holder, "__dict__", {}).get(name)
-            if isinstance(own, FunctionType):
-                stack.callback(setattr, holder, name, own)
-                setattr(holder, name, partial(normed, own))
+    watch_fused_norms(stack, partial(run.see, "a fused norm", ()))
 
 
 def _to_look_at(run: _Run, settled: Collection[int]) -> Iterator[int]:
@@ -333,11 +326,12 @@ def _to_look_at(run: _Run, settled: Collection[int]) -> Iterator[int]:
         fewest = min(call.steps for call in left())
         return out.requires_grad and out.ndim > 2 and out.is_floating_point() and out.numel() >= fewest
 
+    inside = {number for number in run.inside if run.returned_after(number)}
     for number in reversed(range(len(run.tensors))):
         if not left():
             return
         key = (tuple(run.tensors[number][1].shape), len(left()))
-        if number not in run.inside and possible(number) and times.get(key, 0) < _LOOKS:
+        if number not in inside and possible(number) and times.get(key, 0) < _LOOKS:
             times[key] = times.get(key, 0) + 1
             looked.add(number)
             yield number

@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from math import prod
@@ -29,7 +29,7 @@ from mamba_attn.tracing.adapters import Seen
 from mamba_attn.tracing.agreement import Call, measurable
 from mamba_attn.tracing.doors import Watch, open_doors, suspended
 from mamba_attn.tracing.patch_embedding import Embedding
-from mamba_attn.tracing.probes import SHARE, Centre, Probe
+from mamba_attn.tracing.probes import LAYER_NORMS, SHARE, Centre, Probe, watch_fused_norms
 from mamba_attn.tracing.replay import Replay
 from mamba_attn.tracing.undisturbed import FAILURES, in_words, recomputing, settings, undisturbed
 
@@ -176,7 +176,9 @@ class _Pass:
         return pytree.tree_map(lambda v: v.detach() + leaf if v is first else v, output)
 
     def show(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor:
-        """Begin the graph at patches: what a convolution made of a finer grid, before any mixer."""
+        """Begin the graph at patches: what a convolution made of a finer grid, before any mixer; keep norms."""
+        if func in LAYER_NORMS:
+            self.keep("a norm", out)
         convolved = func in (F.conv2d, F.conv3d) and len(args) > 1
         if not convolved or self.inside or self.cuts or out.ndim < 4 or out.shape[2:] == args[0].shape[2:]:
             return out
@@ -190,7 +192,12 @@ class _Pass:
             return
         values = [v for v in pytree.tree_leaves((args, output)) if isinstance(v, Tensor) and v.ndim > 2]
         self.maps.setdefault(name, []).extend(tuple(v.shape) for v in values if v.ndim > 3)
-        if module in self.mixers:
+        if module not in self.mixers:
+            self.keep(name, output)
+
+    def keep(self, name: str, output: Any) -> None:
+        """Keep what a module, or a norm that is called as a function, returned around the mixers."""
+        if self.inside or recomputing():
             return
         found = [v for v in pytree.tree_leaves(output) if isinstance(v, Tensor) and v.ndim > 2]
         self.tensors += [(name, v) for v in reversed(found) if v.requires_grad and v.is_floating_point()]
@@ -247,6 +254,7 @@ def _install(stack: ExitStack, model: nn.Module, seen: _Pass) -> None:
             stack.callback(module.register_forward_pre_hook(seen.enters, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(seen.leaves).remove)
         stack.callback(module.register_forward_hook(partial(seen.returns, name)).remove)
+    watch_fused_norms(stack, partial(seen.keep, "a norm"))
     stack.enter_context(Centre(seen.show))
 
 
@@ -428,8 +436,9 @@ def nearest_layout(
     # channels and rows of another map may have as many cells, but hardly cells that are squares
     grid = next((grid for grid in fitting if grid == own or _has_squares(grid, whole)), (*fitting, (tokens,))[0])
     if len(grid) == 2 and seen.image_size is not None:
+        layout = seen.grid_layout(*grid)
         turned = replay is not None and _is_turned(replay, seen.image_size)
-        return None if turned else seen.grid_layout(*grid)
+        return _on_its_side(layout) if turned else layout
     if len(grid) == 1 and (seen.image_size is not None or any(len(size) > 1 for size in given)):
         return None  # a line in what is no line
     sizes = next((size for size in given if len(size) == len(grid)), grid)
@@ -459,6 +468,11 @@ def _is_turned(replay: Replay, size: tuple[int, ...]) -> bool:
     """Whether the model turned its input on its side, so that a map of it would lie across the input."""
     given = [tuple(tensor.shape[-len(size) :]) for tensor in replay.tensors]
     return size not in given and size[::-1] in given
+
+
+def _on_its_side(layout: TokenLayout) -> TokenLayout:
+    """The layout over the input of a grid whose model turned its input: the grid's rows are the input's columns."""
+    return replace(layout, grid=layout.grid[::-1], patch_size=layout.patch_sizes[::-1], columns_first=True)
 
 
 def _nearest_first(module: str, maps: Maps) -> Iterator[Sequence[tuple[int, ...]]]:

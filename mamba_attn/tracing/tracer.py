@@ -324,7 +324,7 @@ class Trace(Mapping[str, Layer]):
             self._repeated.add(layer.name)
         layer.lay_out(given_layout(self._layout, layer.name, layer.tokens))
         if self._ahead is not None and isinstance(layer, ScanLayer) and not layer.has_layout:
-            layer.lay_out(self._ahead.layout_of(layer.name, layer.batch, layer.tokens))
+            layer.lay_out(self._ahead.layout_of(layer.name.partition("#")[0], layer.batch, layer.tokens))
         self._stored[layer.name] = (0 if watch is None else len(watch.calls), layer)
 
 

@@ -220,10 +220,14 @@ def test_layouts_of_an_encoder_and_decoder() -> None:
         ((100, 64), (4, 2), 32),
         ((12, 20), (12, 20), 1),
         ((12, 20), (24, 40), 1),  # finer than the image
+        ((17, 21), (17, 10), (1, 2)),  # along one axis only
+        ((196, 196), (14, 14), 14),
         (None, (5, 3), 1),
     ],
 )
-def test_patch_sizes_of_a_pyramid(image: tuple[int, int] | None, grid: tuple[int, int], size: int) -> None:
+def test_patch_sizes_of_a_pyramid(
+    image: tuple[int, int] | None, grid: tuple[int, int], size: int | tuple[int, int]
+) -> None:
     layout = Seen(image_size=image).grid_layout(*grid)
     assert (layout.grid, layout.patch_size) == (grid, size)
 

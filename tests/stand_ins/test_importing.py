@@ -345,22 +345,40 @@ def test_vmamba_s_scans_take_cpu_tensors(code):
     assert type(spec.loader).__module__ != "mamba_attn.stand_ins.finder"
 
 
-def test_vmamba_s_mamba_2_takes_its_own_pytorch_version(code):
+def test_a_copy_of_the_chunk_scans_runs_and_is_looked_up_at_every_call(code):
+    """As in VMamba's mamba2 folder: an autograd function and the two functions with kernels that it calls."""
     code(
         {
-            "ssd_minimal": """
-import triton
-def in_triton(x, size): raise RuntimeError("no")
-def in_pytorch(x, size): return x * size
-def selective_scan_chunk_fn(x, size=2, backend=None):
-    return (in_pytorch if backend == "torch" else in_triton)(x, size)
-"""
+            "own_ssd/__init__": "",
+            "own_ssd/ssd_combined": """
+import torch, triton
+def _mamba_chunk_scan_combined_fwd(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None,
+                                   seq_idx=None, dt_softplus=False, dt_limit=(0.0, float("inf"))):
+    raise RuntimeError("a kernel")
+def _mamba_chunk_scan_combined_bwd(dout, x, dt, A, B, C, out, chunk_size, D=None, z=None, dt_bias=None,
+                                   initial_states=None, dfinal_states=None, seq_idx=None, dt_softplus=False,
+                                   dt_limit=(0.0, float("inf")), dx=None, ddt=None, dB=None, dC=None, dz=None):
+    raise RuntimeError("a kernel")
+class Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C):
+        out, *_ = _mamba_chunk_scan_combined_fwd(x, dt, A, B, C, 64)
+        ctx.save_for_backward(x, dt, A, B, C, out)
+        return out
+    @staticmethod
+    def backward(ctx, dout):
+        *given, out = ctx.saved_tensors
+        return _mamba_chunk_scan_combined_bwd(dout, *given, out, 64)[:5]
+""",
         }
     )
     with cpu_stand_ins():
-        from ssd_minimal import selective_scan_chunk_fn
-    assert selective_scan_chunk_fn(3) == 6
-    assert selective_scan_chunk_fn(3, size=3, backend=None) == 9
+        from own_ssd.ssd_combined import Scan
+    torch.manual_seed(0)
+    x, dt, A = torch.randn(2, 5, 3, 4), torch.rand(2, 5, 3), -torch.rand(3)
+    B, C = torch.randn(2, 5, 1, 2), torch.randn(2, 5, 1, 2)
+    given = [t.double().requires_grad_() for t in (x, dt, A, B, C)]
+    assert torch.autograd.gradcheck(Scan.apply, given)
 
 
 def test_libraries_do_not_see_the_stand_ins(code, monkeypatch):

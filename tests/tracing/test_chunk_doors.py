@@ -83,6 +83,36 @@ KINDS = {
 }  # fmt: skip
 
 
+class CrossHeads(nn.Module):
+    """As VMamba's m0: four ways over the grid side by side in one scan, as groups of heads."""
+
+    def __init__(self, heads=2):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(CHANNELS, CHANNELS), nn.Linear(CHANNELS, CHANNELS)
+        self.project = nn.Parameter(torch.randn(4, heads + 2 * STATES, CHANNELS) / 2)
+        self.A_logs, self.dt_projs_bias = (nn.Parameter(torch.randn(4, heads) / 2) for _ in range(2))
+        self.Ds = nn.Parameter(torch.randn(4, heads, CHANNELS // heads))
+        self.heads = heads
+
+    def forward(self, x):
+        orders, heads = orders_of(*x.shape[1:3]), self.heads
+        u = self.enter(x).flatten(1, 2)[:, orders.T]  # (batch, length, ways, channels)
+        dt, B, C = torch.einsum("blkc,kdc->blkd", u, self.project).split([heads, STATES, STATES], -1)
+        y, _ = mamba_chunk_scan_combined(
+            u.reshape(*u.shape[:2], 4 * heads, -1), dt.flatten(2), -torch.exp(self.A_logs).flatten(), B, C, 8,
+            D=self.Ds.flatten(0, 1), dt_bias=self.dt_projs_bias.flatten(), dt_softplus=True, return_final_states=True,
+        )  # fmt: skip
+        y = y.reshape(*u.shape[:2], 4, -1)
+        merged = sum(torch.zeros_like(y[:, :, 0]).index_copy(1, order, y[:, :, k]) for k, order in enumerate(orders))
+        return self.leave(merged).unflatten(1, x.shape[1:3])
+
+
+def orders_of(height, width):
+    rows = torch.arange(height * width)
+    ways = torch.stack([rows, rows.view(height, width).T.flatten()])
+    return torch.cat([ways, ways.flip(1)])
+
+
 def images(batch=2):
     return torch.randn(batch, 3, 16, 20)
 
@@ -108,6 +138,21 @@ def test_laws_1_and_12_and_the_heads(kind):
         assert float((y - layer.y.double()).abs().max() / layer.y.double().abs().max()) < 2e-6
         assert layer.layout.grid == GRID
         assert layer.share > 0.9
+
+
+@pytest.mark.filterwarnings("ignore:trace. mixers.0 .CrossHeads, family VMamba.. this adapter cannot compute it")
+def test_ways_that_stand_side_by_side_as_groups_of_heads_are_routes():
+    model, x = Net(CrossHeads(), CrossHeads(), grid=True).eval(), images(3)
+    with torch.no_grad():
+        plain = model(x)
+        with mamba_attn.trace(model) as trace:
+            assert torch.equal(model(x), plain)
+    for layer in trace.layers:
+        scan = layer.scan
+        assert (scan.channels, scan.heads, scan.layout.grid) == (CHANNELS, 2, GRID)
+        assert torch.equal(scan.write_order, orders_of(*GRID))
+        y = _by_matrices(scan, torch.arange(scan.channels))
+        assert float((y - layer.y.double()).abs().max() / layer.y.double().abs().max()) < 2e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,6 +17,9 @@ from tests.integrations.small_vim import Backbone, Block, Mamba, Vim
 from tests.leaks import state_of
 from tests.tracing.foreign import selective_scan_fn
 
+with mamba_attn.cpu_stand_ins():
+    from mamba_ssm.ops.triton.layer_norm import layer_norm_fn
+
 
 class Compiled(Mamba):
     """Its scan goes through a compiled extension's stand-in."""
@@ -70,10 +73,26 @@ class Flat(nn.Module):
         return out
 
 
+class Groups(nn.Module):
+    """One module on the first half of the channels, and on the second."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.inner(part) for part in x.chunk(2, 1)], 1)
+
+
 def run(model: nn.Module, x: torch.Tensor, **options: Any) -> Any:
     with torch.no_grad(), mamba_attn.trace(model, **options) as trace:
         model(x)
     return trace
+
+
+def fused_norm(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    out: torch.Tensor = layer_norm_fn(x, torch.ones(shape), torch.zeros(shape))
+    return out
 
 
 def compiled() -> nn.Module:
@@ -130,6 +149,25 @@ def test_flipped_tokens_are_taken_in_the_models_order_at_the_door(mode: str) -> 
     torch.testing.assert_close(backward.attention(), alone.flip(1, 2))
 
 
+@pytest.mark.parametrize("norm", [nn.functional.layer_norm, fused_norm])
+def test_a_norm_that_is_called_as_a_function_is_seen_behind_the_last_flip(norm: Any) -> None:
+    """As Vim's if_bidirectional: what the flipped block returns is all that a module returns of its tokens."""
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Added(compiled())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = norm(x + self.block(x.flip(1)).flip(1), (8,))[:, 3]
+            return out
+
+    layer = run(Last(), torch.randn(2, 7, 8)).layers[0]
+    assert isinstance(layer, DoorLayer)
+    assert lower(layer.attention().mT)
+    assert not lower(layer.attention())
+
+
 def test_rows_of_an_image_go_to_their_doors_together_where_one_is_flipped() -> None:
     model, x = Lines(BothWays(compiled(), compiled())), torch.randn(2, 8, 3, 5)
     layers = run(model, x).layers
@@ -173,6 +211,35 @@ def test_layouts_come_from_the_nearest_map_whatever_its_rank(sizes: tuple[int, .
     layer = run(model, torch.randn(2, 3, *(2 * size for size in sizes))).layers[0]
     assert layer.layout.grid == sizes
     assert layer.layout.patch_sizes == (2,) * len(sizes)
+
+
+@pytest.mark.parametrize("mixers", [lambda: Flat(Mamba(8)), lambda: Lines(BothWays(compiled(), compiled()))])
+def test_a_map_on_its_side_is_laid_over_the_input(mixers: Any) -> None:
+    """As SEMamba: the input is turned, and its columns are halved."""
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.block = nn.Conv2d(2, 8, (1, 2), (1, 2)), mixers()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.block(self.stem(x.mT))
+            return out
+
+    model, x = Turned(), torch.randn(2, 2, 14, 5)
+    for layer in run(model, x).layers:
+        assert (layer.layout.grid, layer.layout.patch_sizes) == ((7, 5), (2, 1))
+        assert torch.equal(layer.layout.patches.view(7, 5), torch.arange(35).view(5, 7).T)
+    assert RawAttention(model).attribute(x).shape == (2, 1, 14, 5)
+
+
+def test_every_run_of_a_module_has_the_layout_of_its_map() -> None:
+    """As UltraLight VM-UNet: one mixer runs on groups of channels in turn."""
+    mixer = Flat(Mamba(4))
+    model = nn.Sequential(nn.Conv2d(3, 8, 2, 2), Groups(mixer))
+    trace = run(model, torch.randn(2, 3, 8, 12))
+    assert list(trace) == ["1.inner.mixer", "1.inner.mixer#2"]
+    assert [layer.layout.grid for layer in trace.layers] == [(4, 6)] * 2
 
 
 def test_channels_taken_for_tokens_have_no_place_in_the_image() -> None:

@@ -181,7 +181,8 @@ class LinearisedAttribution(TokenAttribution):
         where = ", ".join(leaks[:3]) + (f" and {len(leaks) - 3} more" if len(leaks) > 3 else "")
         reason = (
             f"so something escaped the rules in {where}: a norm, an activation or a gate that is no function of torch, "
-            "or constants that are written into its tensors"
+            "an autograd.Function whose backward pass is not that of a linear map, or constants that are written into "
+            "its tensors"
             if leaks
             else "though no module lost any: the target is not linear in the output; explain the logit itself"
         )

@@ -363,6 +363,27 @@ def test_the_module_where_relevance_escapes_is_named():
         MambaLRP(model).attribute(images(), 1)
 
 
+def test_the_module_is_named_where_orders_differ_by_image_and_are_measured_again():
+    class Sorted(torch.autograd.Function):
+        """As DefMamba's: a gradient for the keys, too, which is none of a linear map."""
+
+        @staticmethod
+        def forward(ctx, x, keys):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient, gradient.sum(-1, keepdim=True)
+
+    class Deformable(nn.Module):
+        def forward(self, x):
+            return Sorted.apply(x, x[..., :1])
+
+    model = Net(foreign.Shuffled(sort=True), nn.Sequential(Deformable(), Line())).double().eval()
+    with pytest.raises(TraceError, match=r"escaped the rules in mixers\.1\.0 \(Deformable\): .* an autograd\.Function"):
+        MambaLRP(model).attribute(images(), 1)
+
+
 @pytest.mark.usefixtures("_layout")
 def test_rows_of_mamba_attribution_at_doors_are_those_of_an_adapter(monkeypatch):
     model, x = Net(*(Scanned(foreign.CHANNELS, fast=False) for _ in range(2))).double().eval(), images()
