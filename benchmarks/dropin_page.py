@@ -1,4 +1,4 @@
-"""The table of docs/existing_code.md, from dropin.json: what ran of every repository, how exactly, with which maps."""
+"""The tables of docs/existing_code.md, from dropin.json: what ran of every repository, how exactly, with which maps."""
 
 import json
 from collections.abc import Iterable
@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "existing_code.md"
 RESULTS = Path(__file__).parent / "results" / "dropin.json"
 SHOWN = 5  # classes of a repository
+METHODS = {"RawAttention": "raw attention", "AttentionRollout": "rollout"}
 
 
 def update(results: dict[str, Any], page: Path = PAGE) -> None:
@@ -25,13 +26,13 @@ def update(results: dict[str, Any], page: Path = PAGE) -> None:
 
 def ran(results: dict[str, Any], key: str = "rows") -> str:
     """One line per repository."""
-    lines = ["| code | run | layers | tokens | law 1 | maps |", "|---|---|---|---|---|---|"]
+    lines = ["| code | run | layers | tokens | law 1 | raw attention | rollout |", "|---|---|---|---|---|---|---|"]
     for name, rows in _by_repository(results, key):
         worked = [row for row in rows if "law 1" in row]
         first = f"[{name}](https://github.com/{name})" if "/" in name else f"{name} {rows[0]['commit']}"
         classes = list(dict.fromkeys(row["class"] for row in rows if row["class"]))
         shown = ", ".join(classes[:SHOWN]) + (", ..." if len(classes) > SHOWN else "")
-        cells = [first, f"{shown} ({_many(rows)})", *_numbers(worked), _maps(worked)]
+        cells = [first, f"{shown} ({_many(rows)})", *_numbers(worked), *_maps(worked)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -78,14 +79,32 @@ def _numbers(rows: list[dict[str, Any]]) -> list[str]:
     return [str(sum(row["layers"] for row in rows)), span, f"{max(row['law 1'] for row in rows):.0e}"]
 
 
-def _maps(rows: list[dict[str, Any]]) -> str:
-    """How many of the models that were asked for maps gave one by every method."""
+def _maps(rows: list[dict[str, Any]]) -> list[str]:
+    """Of every method, how many of the models that were asked for maps gave one."""
     asked = [row["maps"] for row in rows if "maps" in row]
-    given = sum(all(value[:1].isdigit() for value in maps.values()) for maps in asked)
-    return f"{given} of {len(asked)}" if asked else ""
+    given = [sum(_is_map(maps[method]) for maps in asked) for method in METHODS]
+    return [f"{count} of {len(asked)}" if asked else "" for count in given]
 
 
-PARTS = {"what ran": ran, "sentences": sentences, "never seen": never_seen}
+def _is_map(said: str) -> bool:
+    """Whether what is kept of a map is its shape, and no sentence."""
+    return said[:1].isdigit()
+
+
+def without_maps(results: dict[str, Any]) -> str:
+    """The sentences with which a model that is traced has no map, each once for a repository."""
+    lines = []
+    for name, rows in [*_by_repository(results, "rows"), *_by_repository(results, "never seen before")]:
+        for row in rows:
+            for method, said in row.get("maps", {}).items():
+                if not _is_map(said):
+                    what = f"{row['class']} {row['variant']}".strip()
+                    lines.append((f"{name}, {METHODS[method]}", f"{what}: {' '.join(said.partition(': ')[2].split())}"))
+    first = dict(reversed(lines))
+    return "\n".join(f"- {which}, {first[which]}" for which in dict.fromkeys(which for which, _ in lines)) or "None."
+
+
+PARTS = {"what ran": ran, "sentences": sentences, "without maps": without_maps, "never seen": never_seen}
 
 
 if __name__ == "__main__":

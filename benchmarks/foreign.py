@@ -9,7 +9,15 @@ from pathlib import Path
 
 from torch import nn
 
-from benchmarks import foreign_dense, foreign_routes, foreign_sequences, foreign_ss2d, foreign_unseen, foreign_vim
+from benchmarks import (
+    foreign_dense,
+    foreign_routes,
+    foreign_sequences,
+    foreign_ss2d,
+    foreign_ssd,
+    foreign_unseen,
+    foreign_vim,
+)
 from benchmarks.case import Case
 from benchmarks.foreign_code import load, made
 
@@ -103,6 +111,9 @@ REPOSITORIES: dict[str, Callable[[Path], Iterator[Case]]] = {
     "RoyChao19477/SEMamba": foreign_sequences.se_mamba,
     "johnma2006/mamba-minimal": foreign_sequences.mamba_minimal,
     "alxndrTL/mamba.py": foreign_sequences.mamba_py,
+    "YuHengsss/VSSD": foreign_ssd.vssd,
+    "mlvlab/EfficientViM": foreign_ssd.efficient_vim,
+    "goombalab/hydra": foreign_ssd.hydra,
     "EdwardChasel/Spatial-Mamba": foreign_dense.spatial_mamba,
     "AtlasAnalyticsLab/2DMamba": foreign_dense.mamba_2d,
     "timm": timm_vit,

@@ -105,8 +105,12 @@ def _ss2d(file: str, code: ModuleType) -> Iterator[Case]:
         cascade = made(code.SS2D, 24, d_state=2, forward_type="v052dc", channel_first=True)
         make = lambda: _Compiled(flags, cascade())  # noqa: E731
         yield Case("SS2D", f"{file} v052dc", make, shape[True], maps=False)
-        m0 = made(code.SS2D, 32, d_state=8, dt_rank=4, forward_type="m0_noz", initialize="v2")
-        yield Case("SS2D", f"{file} m0_noz", m0, (2, 7, 5, 32), refused="m0")
+        make = made(code.SS2D, 32, d_state=8, dt_rank=4, forward_type="m0_noz", initialize="v2")
+        yield Case("SS2D", f"{file} m0_noz", make, (2, 7, 5, 32), maps=False)
+        its = {"ssm_dt_rank": 4, "ssm_d_state": 8, "ssm_init": "v2"}
+        small = {"depths": (1, 1, 1, 1), "dims": 16, "num_classes": 5, "drop_path_rate": 0.0, "norm_layer": "ln"}
+        make = made(code.VSSM, **small, **its, forward_type="m0_noz", patchembed_version="v2", downsample_version="v3")
+        yield Case("VSSM", f"{file} m0_noz", make, (2, 3, 68, 96))
 
 
 def vm_unet(root: Path) -> Iterator[Case]:

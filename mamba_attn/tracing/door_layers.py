@@ -26,7 +26,7 @@ from mamba_attn.tracing.selective_scans import ScanCall
 from mamba_attn.tracing.softmax_doors import SoftmaxCall
 from mamba_attn.tracing.softmax_layers import DoorAttention, PlacedAttention, place_attention
 from mamba_attn.tracing.standing import nearest_layout
-from mamba_attn.tracing.steps import Found, Steps, padded_layout, steps_of, with_padding
+from mamba_attn.tracing.steps import Found, Steps, padded_layout, read_behind, steps_of, with_padding
 from mamba_attn.tracing.undisturbed import recomputing
 
 AnyLayout = TokenLayout | Mapping[str, TokenLayout] | Callable[[str, int], TokenLayout | None]
@@ -186,7 +186,9 @@ class _Placed:
     @property
     def orders(self) -> Int[Tensor, "batch routes length"]:
         """Token written by each step, image by image."""
-        order = self.record.write_order
+        return self._by_image(self.record.write_order)
+
+    def _by_image(self, order: Tensor) -> Int[Tensor, "batch routes length"]:
         return order.expand(self.record.batch, *order.shape[-2:])
 
     def by_image(self, parts: Sequence[Tensor]) -> Float[Tensor, "batch routes channels length"]:
@@ -231,8 +233,9 @@ class _Placed:
         parts = [m[index.to(m.device)].flatten(1, 2) for m, index in zip(wide, self.index, strict=True)]
         routes = torch.cat(parts, 1)
         total = routes.new_zeros(routes.shape[0], *routes.shape[2:-2], side * side)
-        for route, own in enumerate(self._index().unbind(1)):
-            pairs = (own[:, :, None] * side + own[:, None, :]).flatten(1)
+        read = self._index(self.record.read_order)
+        for route, (own, its) in enumerate(zip(self._index().unbind(1), read.unbind(1), strict=True)):
+            pairs = (own[:, :, None] * side + its[:, None, :]).flatten(1)
             pairs = pairs.view(len(own), *[1] * (routes.ndim - 4), -1).expand(*total.shape[:-1], -1)
             total = total.scatter_add(-1, pairs, routes[:, route].flatten(-2))
         square: Tensor = total.unflatten(-1, (side, side))
@@ -249,9 +252,9 @@ class _Placed:
         apart = (again - values).abs().masked_fill(index == self.record.tokens, 0)
         return frame[..., :-1] if float(apart.max()) <= 1e-3 * float(values.abs().max()) else values
 
-    def _index(self) -> Int[Tensor, "batch routes length"]:
-        """Where each step's values go; what is dropped goes behind the last token."""
-        orders = self.orders
+    def _index(self, order: Tensor | None = None) -> Int[Tensor, "batch routes length"]:
+        """Where each step's values go, or come from; what is dropped goes behind the last token."""
+        orders = self.orders if order is None else self._by_image(order)
         return torch.where(orders < 0, self.record.tokens, orders)
 
 
@@ -302,13 +305,16 @@ def place(name: str, calls: Sequence[ScanCall], steps: Sequence[Steps], layout: 
     }
     gate = joined.pop("gate", None)
     order = order.to(calls[0].inputs.u.device)
-    if bool((joined["u"].abs().amax(2) * (order < 0)).any()):  # padding that the scan takes in
+    read = read_behind(order, tokens) if any(each.place.behind for each in steps) else None
+    if read is None and bool((joined["u"].abs().amax(2) * (order < 0)).any()):  # padding that the scan takes in
         order, tokens = with_padding(order, tokens)
     layout = padded_layout(layout, tokens)
     one_gate = None if gate is None else _one_gate(gate, order.expand(images, -1, -1), tokens)
     record = ScanRecord.from_scan(
         **joined, order=order[0] if len(order) == 1 else order, tokens=tokens, gate=one_gate, layout=layout
     )
+    if read is not None:
+        record = record.replace(read_order=read[0] if len(read) == 1 else read)
     share = min(each.place.share for each in steps)
     return _Placed(record, [each.rows for each in steps], grouped, share, tokens - steps[0].tokens)
 

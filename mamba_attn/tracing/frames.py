@@ -9,7 +9,7 @@ to one cell.
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mamba_attn._types import Int
+from mamba_attn.tracing.chunk_scans import ChunkInputs
 from mamba_attn.tracing.doors import Watch, open_doors, suspended
 from mamba_attn.tracing.probes import LAYER_NORMS, SHARE, Centre, Probe, noise_on, watch_fused_norms
 from mamba_attn.tracing.replay import Replay, as_it_was
@@ -27,6 +28,7 @@ from mamba_attn.tracing.softmax_doors import SoftmaxCall, open_softmax_doors
 
 _SMALLEST = torch.finfo(torch.float32).tiny
 _LOOKS = 2  # at tensors of one shape
+_CLEAR = 0.9  # part of every cell's gradient that must be its own, to say that steps write behind what they read
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +43,7 @@ class Place:
         summed: whether the groups' outputs are added up behind the scan, so that all get the same gradient.
         share: part of a step's gradient that comes from its own cell, of the worst hundredth of steps.
         where: the module that returned T.
+        behind: whether a step writes not the cell that it reads, but the one that the next step reads, as in Hydra.
     """
 
     order: Int[Tensor, "rows groups length"]
@@ -50,6 +53,7 @@ class Place:
     summed: bool
     share: float
     where: str
+    behind: bool = False
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -100,6 +104,9 @@ def measure(model: nn.Module, replay: Replay) -> Measured:
         search = _Search(calls)
         for number in _to_look_at(run, search.settled):
             search.take(list(_decoded(run, number, search)))
+        for i, place in search.places.items():
+            if _writes_behind(run, i, place):
+                search.places[i] = replace(place, behind=True)
         return Measured(
             [call.signature for call in calls],
             [search.places.get(i) for i in range(len(calls))],
@@ -440,6 +447,47 @@ def _shares(t: Tensor, c: Tensor, weight: Tensor, order: Tensor) -> float:
     error = ((c - t * own) / size).norm(dim=2) / (t / size).norm(dim=2).clamp_min(_SMALLEST)
     share = (1 - error[order >= 0].clamp_max(1)).sort()[0]
     return float(share[len(share) // 100]) if len(share) else 0.0
+
+
+def _writes_behind(run: _Run, number: int, place: Place) -> bool:
+    """Whether a chunk scan's steps read the cells that the steps before them write.
+
+    A gradient of u, weighted by these cells, goes back to the latest tensor in front of the scan whose cells T holds
+    unmixed: there it has the weights.
+    """
+    call, out = run.watch.calls[number], run.tensors[place.tensor][1]
+    if not isinstance(call, ScanCall) or not isinstance(call.inputs, ChunkInputs):
+        return False
+    probe = Probe(out, place.axis)
+
+    def by_cell(gradient: Tensor) -> Tensor:
+        return gradient.detach().movedim(place.axis, -1).flatten(0, -2).float()
+
+    def share(plain: Tensor, weighted: Tensor) -> float:
+        alive = plain.norm(dim=1) > 0
+        error = (weighted - plain * probe.weight[:, None]).norm(dim=1)[alive] / plain.norm(dim=1)[alive]
+        return float(1 - error.max()) if 2 * int(alive.sum()) > len(alive) else 0.0
+
+    def arrived(tensor: Tensor, cotangent: Tensor, sent: Tensor | None = None) -> Tensor | None:
+        call.sent = sent
+        (found,) = torch.autograd.grad(out, tensor, cotangent, retain_graph=True, allow_unused=True)
+        call.sent = None
+        return None if found is None else by_cell(found)
+
+    before = (run.tensors[i][1] for i in reversed(range(call.at)) if i not in run.inside)
+    alike = [tensor for tensor in before if tensor.requires_grad and tensor.shape == out.shape]
+    for tensor in alike[:_LOOKS]:
+        plain, weighted = (arrived(tensor, cotangent) for cotangent in (probe.noise, probe.weighted))
+        if plain is None or weighted is None or share(plain, weighted) < _CLEAR:
+            continue
+        cells = torch.cat([torch.full_like(place.order[..., :1], -1), place.order[..., :-1]], -1).to(out.device)
+        noise = noise_on(call.inputs.u, torch.Generator().manual_seed(7)).unflatten(1, (call.groups, -1))
+        noise = noise * (cells >= 0)[:, :, None]
+        weight = probe.weight[cells.clamp_min(0)][:, :, None]
+        none = torch.zeros_like(out)
+        plain, weighted = (arrived(tensor, none, sent.flatten(1, 2)) for sent in (noise, noise * weight))
+        return plain is not None and weighted is not None and share(plain, weighted) > _CLEAR
+    return False
 
 
 def _chained(calls: Sequence[ScanCall | SoftmaxCall]) -> set[tuple[int, int]]:

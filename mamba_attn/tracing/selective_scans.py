@@ -95,6 +95,7 @@ class ScanCall:
             of a pass would cost more time than all else at the doors.
         states: what ``fwd`` handed out for ``bwd``; of a chunk scan its output.
         attention: (fold, matrix per group in scan order) when one was asked for.
+        at: while orders are measured, how many tensors had been seen.
     """
 
     module: str
@@ -103,6 +104,8 @@ class ScanCall:
     run_again: Callable[[], Tensor]
     states: Tensor
     attention: tuple[str, Tensor] | None = None
+    at: int = 0
+    sent: Tensor | None = None  # while orders are measured: what bwd hands to u, (batch, channels, length)
     again: Tensor | None = None  # the states of a recomputation
     dout: Tensor | None = None  # what bwd was given last
     node: Any = None  # of the autograd graph, that called bwd

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mamba_attn._types import Int
 from mamba_attn.core.layout import TokenLayout
+from mamba_attn.errors import TraceError
 from mamba_attn.tracing.frames import Measured, Place, agrees, measure
 from mamba_attn.tracing.replay import Replay
 from mamba_attn.tracing.selective_scans import ScanCall
@@ -170,6 +171,28 @@ def with_padding(order: Int[Tensor, "_ routes length"], tokens: int) -> tuple[In
     """
     nowhere = order < 0
     return torch.where(nowhere, tokens - 1 + nowhere.cumsum(-1), order), tokens + int(nowhere.sum(-1).max())
+
+
+def read_behind(order: Int[Tensor, "_ routes length"], tokens: int) -> Int[Tensor, "_ routes length"]:
+    """Return the tokens that steps read, each of which the step before writes; the first reads what no other does.
+
+    Args:
+        order: the token that each step writes.
+        tokens: size of the frame.
+
+    Raises:
+        TraceError: more than one token is left for the first step.
+    """
+    rest = order[..., :-1]
+    read = torch.zeros(*order.shape[:2], tokens + 1, dtype=torch.bool, device=order.device)
+    read.scatter_(2, torch.where(rest < 0, tokens, rest), True)
+    left = ~read[..., :-1]
+    if bool((left.sum(-1) != 1).any()) or bool((rest < 0).any()):
+        raise TraceError(
+            "every step of this scan writes the token that the next one reads, as in Hydra, and which token the first "
+            "reads is not known where there is padding; trace one sequence without padding."
+        )
+    return torch.cat([left.int().argmax(-1, keepdim=True), rest], -1)
 
 
 def padded_layout(layout: TokenLayout | None, tokens: int) -> TokenLayout | None:

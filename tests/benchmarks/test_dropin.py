@@ -101,8 +101,9 @@ def test_a_repository_s_line_and_sentences() -> None:
         {**row, "class": "C", "refused": "another\nrecurrence"},
     ]
     results = {"details": {"rows": rows}}
-    line = "| [a/b](https://github.com/a/b) | A, B, C (2 traced, 1 refused) | 3 | 4 to 64 | 3e-07 | 1 of 2 |"
+    line = "| [a/b](https://github.com/a/b) | A, B, C (2 traced, 1 refused) | 3 | 4 to 64 | 3e-07 | 1 of 2 | 2 of 2 |"
     assert dropin_page.ran(results).splitlines()[2] == line
+    assert dropin_page.without_maps(results) == "- a/b, raw attention, B: no place"
     assert dropin_page.sentences(results) == "- a/b, C: another recurrence"
 
 
