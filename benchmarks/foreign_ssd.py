@@ -18,8 +18,8 @@ def vssd(root: Path) -> Iterator[Case]:
     folder = root / "classification"
     package("models", folder / "models")
     code = load(folder, "models.mamba2")
-    sizes = {"img_size": 64, "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8], "d_state": 8}
-    base = {**sizes, "num_classes": 7, "headdim": 8, "drop_path_rate": 0.0}
+    sizes = {"img_size": 64, "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [2, 2, 4, 8], "d_state": 8}
+    base = {**sizes, "num_classes": 7, "drop_path_rate": 0.0}
     whole = made(code.VMAMBA2, **base, linear_attn_duality=True)
     yield Case("VMAMBA2", "non-causal", whole, (2, 3, 64, 64), refused="Mamba2 (with A_log, dt_bias")
     for name, more in (("causal", {}), ("both ways", {"bidirection": True, "ssd_ngroups": 2})):

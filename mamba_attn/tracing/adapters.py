@@ -23,6 +23,7 @@ from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import UnsupportedModelError
 
 _OF_SCANS = ("A_log", "A_logs", "dt_bias")
+_NAMES = ("mamba", "mamba2", "ssm", "ssd")  # with which names of classes end
 # asked in this order
 _FAMILIES = ("vim", "language_mixers", "mamba", "vmamba", "mambavision", "timm_vit")
 
@@ -272,7 +273,7 @@ def nothing_found(model: nn.Module, adapters: Iterable[AnyAdapter] | None = None
 
 
 def _looks_like_a_scan(module: nn.Module) -> str | None:
-    """The type of a module that holds what scans decay by, or whose own code names a scan, with what it holds or names.
+    """The type of a module that holds what scans decay by, or is named for a scan, or whose own code names one, and why.
 
     Args:
         module: any module; what its children hold is theirs.
@@ -280,7 +281,9 @@ def _looks_like_a_scan(module: nn.Module) -> str | None:
     own = [name for name in _OF_SCANS if getattr(module, name, None) is not None]
     code = getattr(type(module).forward, "__code__", None)
     own += [name for name in (code.co_names if code is not None else ()) if "scan" in name.lower()]
-    return f"{type(module).__name__} (with {', '.join(dict.fromkeys(own))})" if own else None
+    name = type(module).__name__
+    named = name.lower().endswith(_NAMES) and next(module.parameters(recurse=False), None) is not None
+    return f"{name} (with {', '.join(dict.fromkeys(own))})" if own else name if named else None
 
 
 def require_supported(name: str, module: nn.Module, adapter: AnyAdapter, model: nn.Module) -> None:

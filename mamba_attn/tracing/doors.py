@@ -37,6 +37,7 @@ from mamba_attn.tracing.selective_scans import (
     ScanInputs,
     ScanStates,
     as_extension,
+    detached_plain,
     first_flag,
     replaceable,
     scan_inputs,
@@ -139,7 +140,7 @@ class Watch:
             self._hooks.append(module.register_forward_pre_hook(hook, prepend=True))
         if self.rules is not None:
             self.rules.enter(name, inputs.u)
-        detached = type(inputs)._make(t.detach() if isinstance(t, Tensor) else t for t in inputs)
+        detached = type(inputs)._make(detached_plain(t) if isinstance(t, Tensor) else t for t in inputs)
         self.calls.append(ScanCall(name, self._runs[name], detached, run_again, states, matrix, len(self.tensors)))
 
     def _starts(self, name: str, module: nn.Module, args: Any) -> None:
@@ -388,7 +389,7 @@ def _arrived(states: Any, dout: Tensor) -> list[tuple[Watch, ScanCall]]:
     """The calls that a gradient arrives at, which keep it, each with who watches."""
     hits = [(watch, call) for watch in tuple(_open) if (call := watch.call_of(states)) is not None]
     for watch, call in hits:
-        call.dout = dout
+        call.dout = detached_plain(dout)
         if watch.cut:
             call.node = torch._C._current_autograd_node()
     return hits

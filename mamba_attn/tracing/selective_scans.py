@@ -127,7 +127,7 @@ class ScanCall:
         """
         self.require_unchanged()
         with torch.no_grad():
-            return self.run_again()
+            return detached_plain(self.run_again())
 
     @property
     def rows(self) -> int:
@@ -222,6 +222,12 @@ def _compute(inputs: ScanInputs, chunks: int) -> Tensor:
         decay = torch.exp(A * total[..., end - 1 : end].to(delta.dtype))
         found.append(torch.stack([decay, torch.stack(state, -1)], dim=-1).flatten(3).flatten(1, 2))
     return torch.stack(found, dim=2)
+
+
+def detached_plain(t: Tensor) -> Tensor:
+    """Without its graph, and without what a subclass of somebody's code does with functions of torch."""
+    t = t.detach()
+    return t if type(t) is Tensor else t.as_subclass(Tensor)
 
 
 def zeros_of(args: tuple[Any, ...], gated: bool) -> list[Tensor | None]:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mamba_attn
-from mamba_attn import attribution
+from mamba_attn import attribution, ops
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.stand_ins import ssd
 from mamba_attn.testing import _by_matrices
@@ -107,6 +107,27 @@ class CrossHeads(nn.Module):
         return self.leave(merged).unflatten(1, x.shape[1:3])
 
 
+class Strict(Mamba2):
+    """As Hydra: both ways in one batch, every step's output moved on by one token, a skip outside the scan."""
+
+    def __init__(self, shift=1):
+        super().__init__(fused=False, groups=1)
+        self.same = nn.Conv1d(CHANNELS, CHANNELS, 3, padding=1)
+        self.shift = shift
+
+    def forward(self, x):
+        rows = self.in_proj(self.same(x.mT).mT)
+        z, xBC, dt = rows.split([self.inner, self.inner + 2 * self.groups * STATES, self.heads], -1)
+        xBC, dt = (torch.cat([t, t.flip(1)]) for t in (xBC, dt))
+        u, B, C = xBC.split([self.inner, self.groups * STATES, self.groups * STATES], -1)
+        y = mamba_chunk_scan_combined(
+            u.unflatten(-1, (self.heads, -1)), dt, -torch.exp(self.A_log), B.unflatten(-1, (self.groups, -1)),
+            C.unflatten(-1, (self.groups, -1)), 8, dt_bias=self.dt_bias, dt_softplus=True,
+        ).flatten(2)  # fmt: skip
+        y = F.pad(y, (0, 0, self.shift, 0))[:, : y.shape[1]]
+        return self.out_proj((y[: len(x)] + y[len(x) :].flip(1) + u[: len(x)]) * F.silu(z))
+
+
 def orders_of(height, width):
     rows = torch.arange(height * width)
     ways = torch.stack([rows, rows.view(height, width).T.flatten()])
@@ -138,6 +159,29 @@ def test_laws_1_and_12_and_the_heads(kind):
         assert float((y - layer.y.double()).abs().max() / layer.y.double().abs().max()) < 2e-6
         assert layer.layout.grid == GRID
         assert layer.share > 0.9
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_steps_that_write_the_token_after_their_own(shift):
+    model, x = Net(Strict(shift), Strict(shift)).eval(), images()
+    with torch.no_grad():
+        plain = model(x)
+        with mamba_attn.trace(model) as trace:
+            assert torch.equal(model(x), plain)
+    for layer in trace.layers:
+        assert layer.tokens == TOKENS
+        assert torch.equal(layer.scan.read_order, torch.cat([forth(), forth().flip(1)]))
+        assert bool((layer.scan.write_order < 0).any()) == bool(shift)
+        each = ops.hidden_attention(layer.scan_frame, fold="each")
+        there, back = F.pad(each, (0, 0, shift, 0))[..., :TOKENS, :].chunk(2)
+        matrix = layer.attention("each")
+        torch.testing.assert_close(matrix, there + back.flip(-1, -2), rtol=1e-5, atol=1e-6)
+        assert bool((matrix.diagonal(dim1=-2, dim2=-1) == 0).all()) == bool(shift)
+        y = _by_matrices(layer.scan, torch.arange(layer.scan.channels))
+        assert float((y - layer.y.double()).abs().max() / layer.y.double().abs().max()) < 2e-6
+    with torch.no_grad(), mamba_attn.trace(model, attention="mean") as ready:
+        model(x)
+    torch.testing.assert_close(ready.layers[0].attention(), trace.layers[0].attention(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:trace. mixers.0 .CrossHeads, family VMamba.. this adapter cannot compute it")
@@ -196,6 +240,28 @@ def test_methods_run_but_one_that_looks_into_mixers():
         assert method(model).attribute(x, target=1).shape == (2, 1, 16, 20)
     with pytest.raises(UnsupportedModelError, match=r"Mamba2: no adapter recognises this module"):
         attribution.ImplicitAttention(model).attribute(x, target=1)
+
+
+def test_tensors_of_a_subclass_are_read_as_plain_ones():
+    """As VSSD's, which counts operations by one."""
+
+    class Counted(torch.Tensor):
+        pass
+
+    class Wrapped(Mamba2):
+        def way(self, row):
+            return super().way(row.as_subclass(Counted)).as_subclass(torch.Tensor)
+
+    model = Net(Wrapped(fused=False)).eval()
+    with torch.no_grad(), mamba_attn.trace(model) as trace:
+        model(images())
+    layer = trace.layers[0]
+    assert type(layer.attention()) is type(layer.y) is torch.Tensor
+    truth = layer.attention()[:, 3]
+    torch.testing.assert_close(layer.row(3), truth, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        layer.left_product(F.one_hot(torch.tensor([3, 3]), TOKENS).float(), residual=False), truth
+    )
 
 
 def test_states_from_outside_are_refused_by_name():
