@@ -96,18 +96,36 @@ def _same_orders(record: Trace, model: nn.Module, inputs: Tensor, call: Call) ->
         except MambaAttnError:
             return "no door"
     declared = [layer for layer in record.layers if isinstance(layer, ScanLayer) and not isinstance(layer, DoorLayer)]
-    equal = 0
+    equal, unknown = 0, 0
     for layer in declared:
         try:
-            equal += torch.equal(_routes(measured.scans[layer.name or "model"]), _routes(layer))
+            equal += _same_order(measured.scans[layer.name or "model"], layer)
         except MambaAttnError:  # it is not there, or could not be measured
-            continue
-    return f"{equal} of {len(declared)}"
+            unknown += 1
+    return f"{equal} of {len(declared) - unknown}" + (f", {unknown} not measured" if unknown else "")
 
 
-def _routes(layer: ScanLayer) -> Tensor:
+def _same_order(measured: ScanLayer, declared: ScanLayer) -> bool:
+    """Whether both walk the same tokens, whose frames may differ by the padding of windows, or be a window's own."""
+    windows = declared.layout.windows() if declared.has_layout else None
+    if windows is None or len(windows) == 1:
+        return torch.equal(_routes(measured.scan.read_order), _routes(declared.scan.read_order))
+    if measured.tokens == windows.shape[1]:  # a sequence by itself
+        place = torch.zeros(declared.tokens, dtype=torch.long)
+        place[windows] = torch.arange(windows.shape[1]).expand_as(windows)
+        return torch.equal(_routes(measured.scan.read_order), _routes(place[declared.scan.read_order]))
+    return torch.equal(*(_routes(_on_grid(layer)) for layer in (measured, declared)))
+
+
+def _on_grid(layer: ScanLayer) -> Tensor:
+    """The cell of the grid that every step reads, or -1 for what is no cell."""
+    cells = torch.full((layer.tokens,), -1)
+    cells[layer.layout.patches] = torch.arange(len(layer.layout.patches))
+    return cells[layer.scan.read_order]
+
+
+def _routes(order: Tensor) -> Tensor:
     """The tokens that every route reads, of the first image, whatever the routes' numbers are."""
-    order = layer.scan.read_order
     return torch.unique(order if order.ndim == 2 else order[0], dim=0)
 
 

@@ -1,4 +1,4 @@
-"""The repositories that mix tokens by Mamba-2's products without a causal scan, which ``dropin`` runs: classes, small."""
+"""Repositories of Mamba-2 products without a causal scan, and of scans that stand in their place, for ``dropin``."""
 
 import importlib
 from collections.abc import Iterator

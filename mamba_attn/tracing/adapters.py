@@ -273,7 +273,7 @@ def nothing_found(model: nn.Module, adapters: Iterable[AnyAdapter] | None = None
 
 
 def _looks_like_a_scan(module: nn.Module) -> str | None:
-    """The type of a module that holds what scans decay by, or is named for a scan, or whose own code names one, and why.
+    """The type of a module that holds what scans decay by, or is named for one, or whose own code names one, and why.
 
     Args:
         module: any module; what its children hold is theirs.
