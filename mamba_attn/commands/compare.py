@@ -17,7 +17,7 @@ from mamba_attn.commands.options import (
     require_least,
     settle_threads,
 )
-from mamba_attn.commands.terminal import plain, progress_bar, show
+from mamba_attn.commands.terminal import plain, progress_bar, say, show
 from mamba_attn.core.requirements import require_extras, writable
 from mamba_attn.errors import MambaAttnError, nearest
 
@@ -219,10 +219,11 @@ def _report(plan: "Plan", store: "Store", folder: Path, call: str) -> int:
     tables = summarise(plan, store)
     for title, header, rows in text_tables(tables):
         show(title, header, rows)
-    print(f"\n{LEGEND}")
+    print()
+    say(LEGEND)
     notes, failed = write(plan, store, tables, folder, call)
     for note in notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
     print(f"open {folder / 'compare.html'}")
     return 1 if failed else 0
 
