@@ -102,8 +102,8 @@ def explain(
 
     Args:
         model: your network, or a ``LoadedModel`` with its transform and classes.
-        images: a file, a folder (see ``mamba_attn.images.find``) or a pattern, a Pillow image, a tensor of the model's input (batch, colours, rows,
-            columns), or several of them in a list.
+        images: a file, a pattern, a folder (see ``mamba_attn.images.find``), a Pillow image, a tensor of the model's
+            input (batch, colours, rows, columns), or several of them in a list.
         out: folder for the pages. Default: nothing is written.
         methods: names of attribution methods, with options after a colon. Default: raw attention, attention rollout
             and the attribution of the predicted class.
