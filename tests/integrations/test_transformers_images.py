@@ -1,4 +1,4 @@
-"""transformers' image models, saved in a folder: their stores know where they came from, and features are no classes."""
+"""transformers' image models, saved in a folder: their stores build them again, and features are no classes."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_a_store_builds_its_model_again(kind, classes, tmp_path):
     photos = open_data(str(class_folders(tmp_path / "photos", 1, ["red", "green", "blue"])))
     mamba_attn.collect(found, photos, tmp_path / "store")
     store = AttentionStore.open(tmp_path / "store")  # without the model
-    assert store.trained().fingerprint == found.fingerprint
-    assert (found.classes, store.trained().classes) == (classes, classes)
+    assert store.subject.fingerprint == found.fingerprint
+    assert (found.classes, store.subject.classes) == (classes, classes)
     assert {image.label: image.correct for image in store.images}["blue"] is None  # no class of the model
     assert all((image.predicted is None) == (not classes) for image in store.images)
