@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import language, text_page, text_perturbation, text_truth
 from benchmarks.marked_pages import filled
+from mamba_attn.datasets.puzzles import ASK, source_ranks
 from mamba_attn.models import create
 
 
@@ -18,7 +19,7 @@ def test_the_answer_stands_at_its_source(name):
     assert int(batch.sources.max()) < int(batch.asked.min())
     if name == "mamba_copy":
         assert bool((batch.sources.diff(dim=1) > 0).all())  # asked for in their order
-        assert bool((batch.ids[:, batch.asked] == language.ASK).all())
+        assert bool((batch.ids[:, batch.asked] == ASK).all())
     else:
         assert torch.equal(batch.ids.gather(1, batch.sources - 1), batch.ids[:, batch.asked])  # the key before it
         assert all(len(set(row)) == len(row) for row in batch.ids[:, batch.asked].tolist())
@@ -55,7 +56,7 @@ def test_ranks_of_planted_values():
     planted = [torch.zeros(40, 24).scatter(1, batch.sources[:, [q]], 1.0) for q in range(4)]
 
     def judged(values):
-        found = np.stack([text_truth.ranks(values[q], batch, q) for q in range(4)], 1)
+        found = np.stack([source_ranks(values[q], batch, q).numpy() for q in range(4)], 1)
         return text_truth.scores(found, sizes)
 
     best = judged(planted)
