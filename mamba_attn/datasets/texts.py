@@ -46,12 +46,15 @@ class Texts:
         return [str(number) for number in range(count)][:limit]
 
     def puzzles(self, count: int) -> Puzzles:
-        """Return the first puzzles.
+        """Return the first puzzles, the same whatever their number.
 
         Args:
             count: of them.
         """
-        return MAKERS[PUZZLES[self.puzzle]](count, torch.Generator().manual_seed(_SEED))
+        generator = torch.Generator().manual_seed(_SEED)
+        each = [MAKERS[PUZZLES[self.puzzle]](1, generator) for _ in range(count)]
+        ids, answers, sources = (torch.cat([getattr(its, n) for its in each]) for n in ("ids", "answers", "sources"))
+        return each[0]._replace(ids=ids, answers=answers, sources=sources)
 
     def fits(self, model: LoadedModel) -> bool:
         """Whether a model can read them: puzzles are for the model that learnt them.

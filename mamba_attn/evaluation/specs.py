@@ -115,7 +115,7 @@ class Model:
             if self.known:
                 warnings.simplefilter("ignore")  # said where it was loaded first
             found = loading.load(self.name, self.weights or None, device=self.device, **dict(self.more))
-            found = loading.complete(found)  # refuses what reads text
+            found = found if found.reads == "text" else loading.complete(found)
         if self.known and found.fingerprint != self.known:
             raise ModelBuildError(
                 f"{self.name}: other weights in every process, so its results cannot be joined; give it a file of "
