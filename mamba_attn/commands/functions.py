@@ -104,7 +104,8 @@ def compare(
         50
     """
     require_extras({"captum": "captum", "PIL": "pillow", "rich": "rich"})
-    from mamba_attn.commands.compare import STORE, write
+    from mamba_attn.commands.compare import write
+    from mamba_attn.commands.compare_texts import STORE
     from mamba_attn.evaluation.plan import MEASURES, Plan
     from mamba_attn.evaluation.scheduler import run
     from mamba_attn.evaluation.specs import Model, Options, choose_methods
