@@ -362,7 +362,7 @@ def _of_transformers(spec: str, weights: str | None, options: dict[str, Any], tr
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
         if (folder / "preprocessor_config.json").is_file():
             processor = transformers.AutoImageProcessor.from_pretrained(folder, **local)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, RuntimeError) as error:
         if not trust and "trust_remote_code" in str(error):
             raise ValueError(
                 f"model={spec!r}: this model is built by code that lies in its folder; read it, and if you trust it, "
