@@ -62,6 +62,9 @@ TARGETS = {
         "language models in bfloat16: error of traced logits / the model's own error", 1.3, 1, unit="x"
     ),
     "text time": Target("6 layers of 768 features: traced forward / transformers' own", 0.6, 0.4, unit="x"),
+    "text row time": Target("a token's rows, 1,024 to 65,536 tokens: log-log slope of time", 1.1, 1.02),
+    "text row memory": Target("a token's rows, 1,024 to 65,536 tokens: log-log slope of memory", 1.1, 1.02),
+    "text rows": Target("last rows of all layers, mamba-130m's width, 4,096 tokens: memory", 0.5e9, 0.1e9, unit="B"),
     "spills": Target("bytes that the CUDA kernels spill on sm_80, sm_90 and sm_120, all together", 0, 0),
     "kernel error": Target("error of the CUDA source, run on a host / plain PyTorch's", 2, 1, unit="x"),
     "vim_tiny": Target("vim_tiny forward / DeiT-tiny forward", 8, 5, unit="x"),

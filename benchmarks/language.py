@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
@@ -33,41 +33,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_attn import models
+from mamba_attn.datasets.puzzles import KEYS, Puzzles, copying, recall
 from mamba_attn.models.language import split_words
 
-DATA, NOISE, ASK = 16, 16, 17  # of copying: ids of data are those below 16
-KEYS = 16  # of recall: ids below are keys, those above values
 UNKNOWN, END = 1, 2  # of reviews; 0 is padding
 _LENGTH = 256  # bytes of one training text
 _MILTON = r"comus|paradise|poetical_works|areopagitica|poemata"  # the package holds a few works of his, too
-
-
-class Batch(NamedTuple):
-    """Texts with questions whose answers, and the answers' sources, are known."""
-
-    ids: Tensor  # (batch, tokens)
-    asked: Tensor  # (questions): positions
-    answers: Tensor  # (batch, questions): ids
-    sources: Tensor  # (batch, questions): positions
-
-
-def copying(batch: int, generator: torch.Generator, data: int = 4, body: int = 20) -> Batch:
-    """Data tokens scattered in noise, then asked for in their order (selective copying, arXiv 2312.00752, sec. 4.1)."""
-    ids = torch.full((batch, body), NOISE)
-    sources = torch.rand(batch, body, generator=generator).argsort(1)[:, :data].sort(1).values
-    answers = torch.randint(0, DATA, (batch, data), generator=generator)
-    ids.scatter_(1, sources, answers)
-    asked = torch.arange(body, body + data)
-    return Batch(torch.cat([ids, torch.full((batch, data), ASK)], 1), asked, answers, sources)
-
-
-def recall(batch: int, generator: torch.Generator, pairs: int = 8) -> Batch:
-    """Pairs of a key and a value, then all keys, each of which asks for its value (associative recall)."""
-    keys = torch.rand(batch, KEYS, generator=generator).argsort(1)[:, :pairs]
-    values = torch.randint(KEYS, 2 * KEYS, (batch, pairs), generator=generator)
-    order = torch.rand(batch, pairs, generator=generator).argsort(1)
-    ids = torch.cat([torch.stack([keys, values], 2).flatten(1), keys.gather(1, order)], 1)
-    return Batch(ids, torch.arange(2 * pairs, 3 * pairs), values.gather(1, order), 2 * order + 1)
 
 
 SYMBOLS = {
@@ -133,7 +104,7 @@ class Puzzle:
         enough: accuracy at which training stops.
     """
 
-    make: Callable[[int, torch.Generator], Batch]
+    make: Callable[[int, torch.Generator], Puzzles]
     options: dict[str, Any]
     lr: float
     steps: int
@@ -146,7 +117,7 @@ PUZZLES = {
 }
 
 
-def accuracy(model: nn.Module, batch: Batch) -> float:
+def accuracy(model: nn.Module, batch: Puzzles) -> float:
     """Part of the questions that are answered."""
     with torch.no_grad():
         return float((model(batch.ids)[:, batch.asked].argmax(-1) == batch.answers).float().mean())
@@ -162,7 +133,7 @@ def train_puzzle(name: str, seed: int = 0, log: Callable[[str], None] = print) -
     while run.step < puzzle.steps and found < puzzle.enough:
         batch = puzzle.make(64, generator)
 
-        def loss(batch: Batch = batch) -> Tensor:
+        def loss(batch: Puzzles = batch) -> Tensor:
             logits = model(batch.ids)[:, batch.asked]
             return F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten())
 

@@ -9,6 +9,7 @@
     python benchmarks/run.py kernel [--device cuda]
     python benchmarks/run.py heads
     python benchmarks/run.py texts
+    python benchmarks/run.py text-rows
     python benchmarks/run.py build
     python benchmarks/run.py dropin --checkouts FOLDER
     python benchmarks/run.py doors --checkouts FOLDER
@@ -46,6 +47,7 @@ from benchmarks import (
     findings,
     maps,
     text_perturbation,
+    text_rows,
     text_truth,
     texts,
     verify,
@@ -72,6 +74,7 @@ WHAT = {
     "text-truth": "attribution of text: ranks of the token that an answer was copied from",
     "text-perturbation": "attribution of text: what reviews lose when words are replaced, in an order of relevance",
     "kernel": "hidden attention and what it costs: models, backends, ceilings, on a CPU or a GPU",
+    "text-rows": "language models: rows of a token in long texts, time and memory",
     "texts": "language models of transformers: errors of traced passes, padding, half precision, time",
     "heads": "a Mamba-2 layer, folded per head and channel by channel",
     "dropin": "other people's model code, as it stands in clones of their repositories, traced",
@@ -302,6 +305,7 @@ def main(argv: list[str] | None = None) -> None:
             "attribution": run_attribution,
             "heads": heads.run_heads,
             "texts": texts.run_texts,
+            "text-rows": text_rows.run_text_rows,
             "passes": run_passes,
             "build": without_gpu.run_build,
             "explore": explorer.run_explore,

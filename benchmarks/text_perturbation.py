@@ -22,6 +22,7 @@ from benchmarks.report import Figure, figure, show
 from benchmarks.text_truth import METHODS
 from mamba_attn import attribution, models
 from mamba_attn.evaluation.intervals import bootstrap, mean
+from mamba_attn.evaluation.texts import area, ranked
 from mamba_attn.models import registry
 
 SENTENCES, WORDS = 100, (6, 40)
@@ -40,16 +41,6 @@ def partial(args: argparse.Namespace) -> bool:
     return False
 
 
-@torch.no_grad()
-def area(model: nn.Module, ids: Tensor, order: Tensor, label: int) -> float:
-    """Mean probability of a class while words are replaced in an order, from none to all."""
-    texts = ids.repeat(len(order) + 1, 1)
-    for count in range(1, len(order) + 1):
-        texts[count, order[:count]] = UNKNOWN
-    probability = model(texts).softmax(1)[:, label]
-    return float(torch.trapezoid(probability) / len(order))
-
-
 def run_text_perturbation(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
     """All methods on sentences that were held out."""
     model, vocabulary = models.create("mamba_reviews", weights="demo"), registry.vocabulary("mamba_reviews")
@@ -62,11 +53,14 @@ def run_text_perturbation(args: argparse.Namespace) -> tuple[list[Figure], dict[
         method = make(model)
         both = []
         for ids, label in zip(texts, labels, strict=True):
-            values = method.attribute(ids, target=label)[0, :-1]
-            # tied words in an order of no meaning
-            shuffled = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
-            first = shuffled[values[shuffled].argsort(descending=True, stable=True)]
-            both.append([area(model, ids, order, label) for order in (first, first.flip(0))])
+            first = ranked(method.attribute(ids, target=label)[0, :-1], 0)
+
+            def chance(texts: Tensor, label: int = label) -> Tensor:
+                with torch.no_grad():
+                    found: Tensor = model(texts).softmax(1)[:, label]
+                return found
+
+            both.append([area(chance, ids, order, UNKNOWN) for order in (first, first.flip(0))])
         areas[title] = np.array(both).T
     details: dict[str, Any] = {"sentences": len(texts), "words": list(WORDS), "methods": {}}
     for title, (most, least) in sorted(areas.items(), key=lambda item: -float((item[1][1] - item[1][0]).mean())):

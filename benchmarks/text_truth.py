@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.language import DATA, KEYS, PUZZLES, Batch, accuracy, train_puzzle
+from benchmarks.language import PUZZLES, accuracy, train_puzzle
 from benchmarks.report import Figure, figure, show
 from mamba_attn import attribution, models
+from mamba_attn.datasets.puzzles import Puzzles, source_ranks, swapped
 from mamba_attn.evaluation.intervals import bootstrap, mean
 
 TEXTS = 100
@@ -35,38 +36,13 @@ METHODS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-def found_by(method: Any, batch: Batch, question: int) -> Tensor:
+def found_by(method: Any, batch: Puzzles, question: int) -> Tensor:
     """Values of all tokens for one question of every text."""
     place = int(batch.asked[question])
     target = [(place, int(token)) for token in batch.answers[:, question]]
     with torch.no_grad():
         found: Tensor = method.attribute(batch.ids, target=target, query=place if method.reads_rows else None)
     return found
-
-
-def swapped(model: nn.Module, batch: Batch, kind: Callable[[Tensor], Tensor], first: int) -> list[Tensor]:
-    """What the answers' logits lose when a token is another of its kind, question by question."""
-
-    @torch.no_grad()
-    def logits(ids: Tensor) -> Tensor:
-        return model(ids)[:, batch.asked].gather(2, batch.answers[..., None])[..., 0]
-
-    plain, lost = logits(batch.ids), []
-    for place in range(batch.ids.shape[1]):
-        other = batch.ids.clone()
-        theirs = kind(other[:, place])
-        other[theirs, place] = first + (other[theirs, place] - first + 5) % DATA
-        lost.append(plain - logits(other))
-    return [torch.stack([each[:, question] for each in lost], 1) for question in range(len(batch.asked))]
-
-
-def ranks(values: Tensor, batch: Batch, question: int) -> np.ndarray:
-    """Rank of the source among the tokens before the question, from 0; of tied tokens the mean."""
-    place, source = int(batch.asked[question]), batch.sources[:, question, None]
-    context = values[:, :place].double()
-    own = context.gather(1, source)
-    higher, tied = (context > own).sum(1), (context == own).sum(1) - 1
-    return (higher + tied / 2).numpy()
 
 
 def scores(found: np.ndarray, sizes: np.ndarray) -> dict[str, Any]:
@@ -96,12 +72,10 @@ def measure(
     questions = range(len(batch.asked))
 
     def judged(values: list[Tensor]) -> dict[str, Any]:
-        return scores(np.stack([ranks(each, batch, q) for q, each in zip(questions, values, strict=True)], 1), sizes)
+        ranks = [source_ranks(each, batch, q).numpy() for q, each in zip(questions, values, strict=True)]
+        return scores(np.stack(ranks, 1), sizes)
 
-    def kind(ids: Tensor) -> Tensor:
-        return (ids >= KEYS) if name == "mamba_recall" else (ids < DATA)
-
-    found = {"swap within a kind": judged(swapped(model, batch, kind, KEYS if name == "mamba_recall" else 0))}
+    found = {"swap within a kind": judged(list(swapped(model, batch)))}
     for title in METHODS if methods is None else methods:
         method = METHODS[title](model)
         found[title] = judged([found_by(method, batch, question) for question in questions])

@@ -16,6 +16,7 @@ from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.models import mamba2_mixer, vim_mixer, zamba_mixer
 from mamba_attn.tracing.adapters import Adapter, Seen
+from mamba_attn.tracing.texts import ONE_EACH, SEVERAL
 
 _PARTS = ("in_proj", "conv1d", "A_log", "D", "out_proj", "act")
 _EQUATIONS = {
@@ -24,7 +25,6 @@ _EQUATIONS = {
     ("dt_bias", "n_groups", "num_heads"): mamba2_mixer,
     ("dt_bias", "ngroups", "nheads", "headdim"): mamba2_mixer,  # mamba_ssm's
 }
-_SEVERAL = ("seq_idx", "cu_seqlens", "cu_seq_lens_q")
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,9 @@ class LanguageAdapter(Adapter):
         """
         given = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
         x, named = next(iter(given.values())), {**given, **given.get("kwargs", {})}
-        packed = [name for name in _SEVERAL if named.get(name) is not None]
+        packed = [name for name in SEVERAL if named.get(name) is not None]
         if packed:
-            raise UnsupportedModelError(
-                f"it is called with {packed[0]}, several texts in one row, whose states begin anew inside it: give "
-                "each text a row of its own, with an attention_mask."
-            )
+            raise UnsupportedModelError(f"it is called with {packed[0]}, {ONE_EACH}")
         real = named.get("attention_mask")
         real = real if isinstance(real, Tensor) and real.shape == x.shape[:2] else None
         layout = seen.layout if seen.layout is not None and seen.layout.tokens == x.shape[1] else None

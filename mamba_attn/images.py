@@ -53,8 +53,9 @@ def samples() -> list[Path]:
 def find(patterns: Iterable[str]) -> list[Path]:
     """Return the image files for names, folders and glob patterns, in order and without duplicates.
 
-    A folder stands for the files directly in it with the suffix of an image format, sorted by name. ``**`` in a pattern
-    descends into folders.
+    A folder stands for the files directly in it with the suffix of an image format, sorted by name; where there are
+    none, for those in the folders below it, as of a folder per class: in "val" if there are "train" and "val". ``**``
+    in a pattern descends into folders.
 
     Args:
         patterns: as a user writes them; a name that exists literally is not a pattern.
@@ -68,8 +69,8 @@ def find(patterns: Iterable[str]) -> list[Path]:
     for pattern in patterns:
         path = local_path("file", pattern)
         if path.is_dir():
-            files = _images(path.iterdir())
-            reason = f"the folder {pattern!r} holds no images"
+            files = _images(path.iterdir()) or _below(path)
+            reason = f"the folder {pattern!r} holds no images, nor do those in it"
         elif path.is_file():
             files, reason = [path], ""
         elif path.exists():
@@ -221,6 +222,14 @@ def _images(paths: Iterable[Path]) -> list[Path]:
 
     known = Image.registered_extensions()
     return sorted(path for path in paths if path.suffix.lower() in known and path.is_file())
+
+
+def _below(folder: Path) -> list[Path]:
+    """Return the images in the folders below a folder, without hidden ones."""
+    if (folder / "train").is_dir() and (folder / "val").is_dir():
+        folder = folder / "val"
+    hidden = (path for path in folder.rglob("*") if any(p.startswith(".") for p in path.relative_to(folder).parts))
+    return _images(set(folder.rglob("*")) - set(hidden))
 
 
 def _rgb(image: "Image", name: str, range: tuple[float, float] | None) -> "Image":

@@ -191,6 +191,15 @@ def test_find_files_folders_and_patterns(folder, monkeypatch, patterns, found):
     assert [os.path.relpath(path, folder) for path in images.find(patterns)] == found
 
 
+def test_a_folder_without_images_stands_for_those_below_it(tmp_path):
+    for name in ("train/hat/1.png", "val/hat/2.png", "val/shoe/old/2.png", "val/.cache/3.png", "val/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = [path.relative_to(tmp_path).as_posix() for path in images.find([str(tmp_path)])]
+    assert found == ["val/hat/2.png", "val/shoe/old/2.png"]
+    assert [path.name for path in images.find([str(tmp_path / "train")])] == ["1.png"]
+
+
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [

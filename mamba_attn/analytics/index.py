@@ -200,22 +200,36 @@ class Index:
 
 
 def place_of(names: Sequence[str], grids: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
-    """Return (stage, block) of every layer, from the numbers in its name, otherwise from changes of the grid.
+    """Return (stage, block) of every layer, each pair once.
+
+    They are the numbers in its name. Where these repeat, as in the encoder and decoder of a U-Net, stages are counted
+    by what stands before the block's number; where that repeats too, or names hold other numbers, by changes of the
+    grid.
 
     Args:
         names: of the layers, in execution order.
         grids: theirs.
     """
     numbers = [[int(part) for part in name.split(".") if part.isdecimal()] for name in names]
-    if all(len(each) == 2 for each in numbers):
-        return [(stage, block) for stage, block in numbers]
-    if all(len(each) == 1 for each in numbers):
-        return [(0, block) for (block,) in numbers]
+    if len({len(each) for each in numbers}) == 1 and 1 <= len(numbers[0]) <= 2:
+        blocks = [its[-1] for its in numbers]
+        parts = [_before_last_number(name) for name in names]
+        counted = [list(dict.fromkeys(parts)).index(part) for part in parts]
+        for stages in ([its[0] if len(its) == 2 else 0 for its in numbers], counted):
+            found = list(zip(stages, blocks, strict=True))
+            if len(set(found)) == len(found):
+                return found
     places: list[tuple[int, int]] = []
     for at, grid in enumerate(grids):
         stage, block = places[-1] if places else (0, -1)
         places.append((stage, block + 1) if not at or grid == grids[at - 1] else (stage + 1, 0))
     return places
+
+
+def _before_last_number(name: str) -> str:
+    parts = name.split(".")
+    last = max(at for at, part in enumerate(parts) if part.isdecimal())
+    return ".".join(parts[:last])
 
 
 def package_version() -> str:

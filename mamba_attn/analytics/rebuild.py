@@ -49,15 +49,15 @@ def trained(folder: Path, index: Index, given: LoadedModel | None = None) -> Loa
             f"{folder}: its model was built by code of yours, which runs only where you name it: give model={spec!r}"
             f"{weights} again; in Python, AttentionStore.open(path, model=...) takes what mamba_attn.load returns."
         )
-    if not spec or not about["weights"]:
+    if not spec or not (about["weights"] or spec.startswith("hf:")):  # those of transformers are in its folder
         raise StoreError(
             f"{folder}: it was collected from a {about['name']} that was made in memory, whose weights are "
             "in no file; trace that model itself, or give it to AttentionStore.open(path, model=...)."
         )
-    subject = _subject(folder, index, about["weights"], about["options"])
+    subject = _subject(folder, index, about["weights"] or None, about["options"])
     if subject.fingerprint != about["fingerprint"]:
         raise StoreError(
-            f"{folder}: it was collected with weights {about['fingerprint']}, and {about['weights']!r} now "
+            f"{folder}: it was collected with weights {about['fingerprint']}, and {about['weights'] or spec!r} now "
             f"holds {subject.fingerprint}; collect again, into another folder."
         )
     return subject
@@ -81,7 +81,7 @@ def untrained(folder: Path, index: Index, seed: int) -> LoadedModel:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        subject = _subject(folder, index, "", index.model["options"])
+        subject = _subject(folder, index, "random", index.model["options"])
     _require_layers(folder, index, subject, orders=True)
     return subject
 
@@ -117,14 +117,14 @@ def order_of(index: Index) -> str:
     return str(index.model["options"].get("order", "raster")) if takes_order(name) else ""
 
 
-def _subject(folder: Path, index: Index, weights: str, options: dict[str, Any]) -> LoadedModel:
+def _subject(folder: Path, index: Index, weights: str | None, options: dict[str, Any]) -> LoadedModel:
     spec = spec_of(index) or str(index.model["name"])
     if spec not in models.names() and not spec.startswith(("timm:", "hf:")):
         raise StoreError(f"{folder}: its model {spec!r} is not one that mamba_attn.models builds.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what was adapted was said when it was collected
-            subject = load(spec, weights or "random", classes=index.classes, **options)
+            subject = load(spec, weights, classes=index.classes, **options)
     except (TypeError, ValueError) as error:
         raise StoreError(f"{folder}: its options {options} build no {spec}: {error}") from error
     subject.transform, subject.head = transform_of(index), str(index.model.get("head", "softmax"))

@@ -19,11 +19,13 @@ from mamba_attn.attribution.grids import cell_means
 from mamba_attn.attribution.maps import MapAttribution
 from mamba_attn.attribution.queries import Query
 from mamba_attn.attribution.targets import Function, Target, scores_in, target_indices
+from mamba_attn.attribution.token_occlusion import delete_each, partners, swap_each
 from mamba_attn.core.outputs import Steps, follow
 from mamba_attn.errors import nearest
 from mamba_attn.tracing.texts import Embedded
 
 _COLOURS = ("sum", "absolute")
+_TOKENS = ("replace", "delete", "swap")
 _WINDOWS = 8  # of the default occlusion, side by side along the shorter side
 
 
@@ -312,9 +314,16 @@ class Occlusion(PixelsFromCaptum):
         baselines: as captum takes them. Default: 0, the mean colour of normalised images. Of texts a token such as the
             unknown one, whose embedding takes a token's place; default: an embedding of 0.
         perturbations_per_eval: covered copies of the batch in one pass; one if the target is a function.
+        tokens: of texts, what happens to a token: "replace" by ``baselines``, as captum does; "delete", which leaves it
+            out, so that those behind it move up; or "swap" for another of its kind, which keeps the text one of those
+            that the model knows. One token at a time in the last two.
+        kinds: for "swap": ids that may stand for each other, kind by kind, such as [range(16), range(16, 32)]. Each is
+            swapped for the one half-way around its kind; tokens of no kind get 0.
 
     Raises:
-        ValueError: when called, a function as target that returns a sum over several images.
+        ValueError: another ``tokens``; "swap" without ``kinds``, a kind of one id, or an id of two kinds; when called,
+            a function as target that returns a sum over several images; "delete" or "swap" of images, or of texts with
+            a function as target.
 
     Example:
         >>> Occlusion(model, sliding_window_shapes=112, strides=112).attribute(torch.randn(1, 3, 224, 224)).shape
@@ -333,14 +342,24 @@ class Occlusion(PixelsFromCaptum):
         strides: int | tuple[int, ...] | None = None,
         baselines: Any = None,
         perturbations_per_eval: int = 1,
+        tokens: str = "replace",
+        kinds: Any = None,
     ) -> None:
         super().__init__(model)
+        if tokens not in _TOKENS:
+            raise ValueError(f"Occlusion(tokens={tokens!r}): no such mode. {nearest(tokens, _TOKENS)}")
+        if (tokens == "swap") != (kinds is not None):
+            raise ValueError(f"Occlusion(tokens={tokens!r}, kinds={kinds!r}): tokens='swap' and kinds= go together.")
+        self.tokens = tokens
+        self._others = {} if kinds is None else partners(kinds)
         self.sliding_window_shapes = sliding_window_shapes
         self.strides = strides
         self.baselines = baselines
         self.perturbations_per_eval = perturbations_per_eval
 
     def _attributions(self, asked: Asked) -> Tensor:
+        if self.tokens != "replace":
+            return self._without_each(asked)
         clean = asked.images.detach()
         window, strides = self._windows(clean, words=asked.words is not None)
         if asked.function and len(clean) > 1 and asked.forward(self.model)(clean, *(asked.others or ())).numel() == 1:
@@ -359,6 +378,34 @@ class Occlusion(PixelsFromCaptum):
             perturbations_per_eval=1 if asked.function else self.perturbations_per_eval,
         )
         return found
+
+    def _without_each(self, asked: Asked) -> Float[Tensor, "batch tokens 1"]:
+        if asked.words is None or asked.function is not None:
+            what = "are for texts" if asked.words is None else "move or change positions; give the target as numbers"
+            raise ValueError(f"Occlusion(tokens={self.tokens!r}): 'delete' and 'swap' {what}.")
+        call, ids = asked.call, asked.call.args[int(asked.call.place)]
+        chosen = asked.target if isinstance(asked.target, list) else [asked.target]
+        places = [each[0] for each in chosen] if isinstance(chosen[0], tuple) else None
+
+        def run(change: Callable[[Tensor], Tensor]) -> Any:
+            def changed(value: Any) -> Any:
+                of_tokens = isinstance(value, Tensor) and value.shape[:2] == ids.shape
+                return change(value) if of_tokens else value
+
+            with torch.no_grad():
+                return self.model(*map(changed, call.args), **{name: changed(v) for name, v in call.kwargs.items()})
+
+        def score(output: Any, at: list[int] | None) -> Tensor:
+            scores = follow(output, asked.scores)
+            rows = torch.arange(len(ids), device=scores.device)
+            if at is not None:
+                columns = torch.tensor(at, device=scores.device)
+                return scores[rows, columns, torch.tensor([each[1] for each in chosen], device=scores.device)]
+            return scores.reshape(-1) if asked.target is None else scores[rows, asked.target.to(scores.device)]
+
+        if self.tokens == "delete":
+            return delete_each(run, score, ids, places)[..., None]
+        return swap_each(run, score, ids, places, self._others)[..., None]
 
     def _windows(self, images: Tensor, *, words: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Captum's window and strides; of embeddings (batch, tokens, features), windows of tokens over all features."""

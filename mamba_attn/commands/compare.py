@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mamba_attn.commands.compare_texts import STORE, run_texts
 from mamba_attn.commands.options import (
     Commands,
     add_folder,
@@ -17,23 +18,25 @@ from mamba_attn.commands.options import (
     require_least,
     settle_threads,
 )
-from mamba_attn.commands.terminal import plain, progress_bar, show
+from mamba_attn.commands.terminal import plain, progress_bar, say, show
 from mamba_attn.core.requirements import require_extras, writable
 from mamba_attn.errors import MambaAttnError, nearest
 
 if TYPE_CHECKING:
     from mamba_attn.evaluation.plan import Plan
+    from mamba_attn.evaluation.specs import Model
     from mamba_attn.evaluation.store import Store
     from mamba_attn.evaluation.summary import Table
 
 _NEEDED = {"captum": "captum", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
-STORE = "measured.jsonl"
 _MODELS = "vim_micro,vmamba_micro,vit_micro"
 _EXAMPLES = """\
 --data photos --limit 50
 --data photos --models vim_micro=my.pt --methods grad_cam
 --data photos --model net.py:build --models vit_micro
---data boxes.zip --measures localisation --workers 4"""
+--data boxes.zip --measures localisation --workers 4
+--models mamba_copy,mamba_recall
+--data reviews.txt --models mamba_reviews"""
 _NOTES = """\
 data: a folder of images, with or without class folders; a zip of them, or one
 with labels.csv, boxes.csv or segments.csv; ZIP:PART, a folder in a zip
@@ -54,6 +57,12 @@ the neighbours, with noise; drop, nothing: the model runs without the tokens
 (Vim, ViT), or without them in its scans (others; "random" tells by how much a
 fill alone misleads a model).
 
+models that read text (mamba_copy, mamba_recall, mamba_reviews, mamba_plays,
+hf:FOLDER) are compared on texts: FILE.txt, one text per line, whose tokens are
+removed, the most relevant first and last (tokens; --fill unknown, the
+tokenizer's unknown token, or drop); or copying and recall, which mamba_copy and
+mamba_recall learnt and whose sources are known (source).
+
 Writes to FOLDER: compare.html (an offline page), compare.txt, compare.csv,
 compare.json, and measured.jsonl, from which the same command resumes after an
 interruption.
@@ -72,7 +81,8 @@ def add_parser(commands: Commands) -> None:
         stopped="stopped; the same command resumes here.",
     )
     add = parser.add_argument
-    add("--data", action="append", required=True, metavar="DIR|ZIP[:PART]|FILE.mat", help="may be given several times")
+    data = "DIR|ZIP[:PART]|FILE.mat|FILE.txt"
+    add("--data", action="append", default=[], metavar=data, help="may be given several times")
     add(
         "--models",
         metavar="SPEC[=WEIGHTS],...",
@@ -97,9 +107,8 @@ def add_parser(commands: Commands) -> None:
     )
     add(
         "--fill",
-        default="black",
-        choices=("black", "mean", "blur", "road", "drop"),
-        help="what replaces removed cells; default: black; see below",
+        choices=("black", "mean", "blur", "road", "drop", "unknown"),
+        help="what replaces removed cells, default: black; or tokens, default: unknown; see below",
     )
     add("--sanity-images", type=int, default=8, metavar="N", help="default: 8")
     add("--pictures", type=int, default=6, metavar="N", help="images on the page, per DATA; default: 6")
@@ -118,7 +127,14 @@ def add_parser(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure what is missing, then print and write everything."""
     require_extras(_NEEDED)
-    plan = _plan(args)
+    models = _models(args)
+    reads = {model.subject.reads for model in models}
+    if reads == {"text"}:
+        return run_texts(args, models)
+    if len(reads) > 1:
+        named = ", ".join(f"{model.name} reads {model.subject.reads}" for model in models)
+        raise ValueError(f"--models: {named}; compare them apart.")
+    plan = _plan(args, models)
     plan.check()
     try:
         return _compare(plan, args)
@@ -129,10 +145,9 @@ def run(args: argparse.Namespace) -> int:
         ) from error
 
 
-def _plan(args: argparse.Namespace) -> "Plan":
-    """Parse all arguments, without checking them against each other."""
-    from mamba_attn.evaluation.plan import Plan
-    from mamba_attn.evaluation.specs import Model, Options, choose_methods
+def _models(args: argparse.Namespace) -> "list[Model]":
+    """Parse and load the models."""
+    from mamba_attn.evaluation.specs import Model
 
     require_least(args, limit=1, workers=1, sanity_images=0, pictures=0, seed=0)
     if args.budget is not None and not args.budget > 0:
@@ -151,6 +166,18 @@ def _plan(args: argparse.Namespace) -> "Plan":
     if len({model.name for model in models}) < len(models):
         raise ValueError(f"--models {args.models}: a model can be compared with one set of weights at a time.")
     settle_threads([model.subject.parameters for model in models], args.workers)
+    return models
+
+
+def _plan(args: argparse.Namespace, models: "list[Model]") -> "Plan":
+    """Parse all other arguments, without checking them against each other."""
+    from mamba_attn.evaluation.plan import Plan
+    from mamba_attn.evaluation.specs import Options, choose_methods
+
+    if not args.data:
+        raise ValueError("--data: expected a folder of images, a zip or a .mat file.")
+    if args.fill == "unknown":
+        raise ValueError("--fill unknown: this is for texts; of images it is black, mean, blur, road or drop.")
     selectors, only = _selectors(args.data)
     methods, most, unasked = choose_methods(args.methods or ["all"])
     return Plan(
@@ -161,7 +188,7 @@ def _plan(args: argparse.Namespace) -> "Plan":
         only,
         most,
         unasked,
-        Options(args.target, args.fill, args.precision, seed=args.seed),
+        Options(args.target, args.fill or "black", args.precision, seed=args.seed),
         args.half,
         args.limit,
         args.sanity_images,
@@ -219,10 +246,11 @@ def _report(plan: "Plan", store: "Store", folder: Path, call: str) -> int:
     tables = summarise(plan, store)
     for title, header, rows in text_tables(tables):
         show(title, header, rows)
-    print(f"\n{LEGEND}")
+    print()
+    say(LEGEND)
     notes, failed = write(plan, store, tables, folder, call)
     for note in notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
     print(f"open {folder / 'compare.html'}")
     return 1 if failed else 0
 

@@ -24,6 +24,7 @@ _FIRST = {
     "create": "model",
     "load": "model",
     "open_data": "data",
+    "open_texts": "data",
     "read": "weights",
 }  # first positional arguments, by function
 _OF_BUILDERS = {"image_size", "img_size", "num_classes", "stride", "class_token"}  # said after --option

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import os
 import shlex
 import textwrap
 from collections.abc import Sequence
@@ -37,6 +38,9 @@ scan.png --model net.py:build --weights best.pth --mean 0.5
 --text 'It is in' --model hf:FOLDER --target ' Paris'
 'photos/*.jpg' --method raw_attention mamba_lrp"""
 _NOTES = """\
+IMAGE: a folder stands for the images in it, or, if it has none, for those in
+the folders below it: a folder per class; of train/ and val/, val is used.
+
 With --text it writes index.html (one offline page) and text.npz. Otherwise it
 writes to FOLDER, for every image: NAME.html (an offline page), NAME.png (the
 same as a picture) and NAME.npz (the maps in pixels, the matrices, the query's
@@ -177,12 +181,14 @@ def _explain(job: Job) -> int:
     from mamba_attn import images
     from mamba_attn.errors import NonFiniteError
     from mamba_attn.explanations.answer import answer
-    from mamba_attn.explanations.explaining import Pages
+    from mamba_attn.explanations.explaining import Pages, titles
 
     progress = Progress(console=Console(stderr=True))
     table, done, pages = _table(job.questions), 0, Pages(job.folder, job.call)
+    named = list(zip(job.paths, titles(job.paths), strict=True))
+    right: list[bool] = []
     with progress:
-        for path in progress.track(job.paths, description="explaining"):
+        for path, title in progress.track(named, description="explaining"):
             try:
                 answers = [answer(question, path) for question in job.questions]
             except (images.ImageError, NonFiniteError) as error:
@@ -192,19 +198,29 @@ def _explain(job: Job) -> int:
             if answers[0].left_out > _HALF:
                 share = f"{answers[0].left_out:.0%}"
                 progress.console.print(f"{path}: {share} of the picture is cut off, as the page shows", soft_wrap=True)
-            pages.add(path.name, answers)
-            _add_rows(table, path.name, answers)
+            pages.add(title, answers)
+            _add_rows(table, title, answers)
+            right += [] if (first := answers[0]).label is None else [int(first.probabilities.argmax()) == first.label]
             done += 1
     pages.finish()
     console = Console()
     if table.row_count:
         console.print(table)
     lines = [f"{done} of {len(job.paths)} images explained" + (f"; open {job.folder / 'index.html'}" if done else "")]
+    if right:
+        lines.insert(0, f"{sum(right)} of {len(right)} predicted as the class that their folder is named after")
     if done:
-        folder = shlex.quote(str(job.paths[0].parent))
+        folder = shlex.quote(_folder(job.paths))
         lines.append(f"next: mamba-attn collect {job.model} --data {folder} --out store".replace("  ", " "))
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     return 0 if done == len(job.paths) else 1
+
+
+def _folder(paths: Sequence[Path]) -> str:
+    """Return the folder that holds all images, in their own spelling where it can be."""
+    folders = [path.parent for path in paths]
+    alike = len({folder.is_absolute() for folder in folders}) == 1
+    return str(Path(os.path.commonpath(folders if alike else [folder.absolute() for folder in folders])))
 
 
 def _table(questions: Sequence["Question"]) -> "Table":

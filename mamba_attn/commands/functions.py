@@ -81,11 +81,13 @@ def compare(
 
     Args:
         models: one or several networks, or ``LoadedModel``s; their names must differ.
-        data: as in ``collect``; tensors are the input of the first model.
+        data: as in ``collect``; tensors are the input of the first model. For models that read text: a file with one
+            text per line, a list of texts, or the puzzle "copying" or "recall".
         out: folder for the page, the tables, and the measurements from which the same call resumes. Default: nothing
             is kept.
         methods: names, with options after a colon, or "all" that fit.
-        measures: some of ``mamba_attn.evaluation.plan.MEASURES``. Default: all.
+        measures: some of ``mamba_attn.evaluation.plan.MEASURES``, or of ``mamba_attn.evaluation.texts.MEASURES``.
+            Default: all.
         target: the class, by name or number, "predicted" or "label".
         limit: use the first N images. Default: all.
         seed: of all random numbers.
@@ -102,14 +104,18 @@ def compare(
         50
     """
     require_extras({"captum": "captum", "PIL": "pillow", "rich": "rich"})
-    from mamba_attn.commands.compare import STORE, write
+    from mamba_attn.commands.compare import write
+    from mamba_attn.commands.compare_texts import STORE
     from mamba_attn.evaluation.plan import MEASURES, Plan
     from mamba_attn.evaluation.scheduler import run
     from mamba_attn.evaluation.specs import Model, Options, choose_methods
     from mamba_attn.evaluation.store import Store
     from mamba_attn.evaluation.summary import summarise
 
-    loaded = [complete(each) for each in ([models] if isinstance(models, nn.Module | LoadedModel) else models)]
+    given = [models] if isinstance(models, nn.Module | LoadedModel) else list(models)
+    if any(isinstance(each, LoadedModel) and each.reads == "text" for each in given):
+        return _on_texts(given, data, out, methods, measures, target, limit, seed)
+    loaded = [complete(each) for each in given]
     names = [each.name for each in loaded]
     if not loaded or len(set(names)) < len(names):
         raise ValueError(f"compare(models={names}): expected models of different names; give LoadedModel(name=...).")
@@ -135,6 +141,32 @@ def compare(
         if out is not None:
             write(plan, store, tables, folder, f"mamba_attn.compare([{', '.join(map(str, names))}], ...)")
     return tables
+
+
+def _on_texts(
+    given: Sequence[nn.Module | LoadedModel],
+    data: Any,
+    out: str | Path | None,
+    methods: Sequence[str] | str,
+    measures: Sequence[str] | None,
+    target: int | str,
+    limit: int | None,
+    seed: int,
+) -> "list[Table]":
+    from mamba_attn.commands.compare_texts import compared_texts, text_plan
+    from mamba_attn.evaluation.specs import Model, choose_methods
+
+    models = [each for each in given if isinstance(each, LoadedModel) and each.reads == "text"]
+    names = [str(each.name) for each in models]
+    if len(models) < len(given) or len(set(names)) < len(names):
+        raise ValueError(f"compare(models={names}): expected models that all read text, of different names.")
+    if target != "predicted":
+        raise ValueError(f"compare(target={target!r}): of texts the prediction is explained; leave it out.")
+    chosen, _, unasked = choose_methods([methods] if isinstance(methods, str) else list(methods))
+    puzzle_or_file = isinstance(data, str | Path)
+    texts = [str(data)] if puzzle_or_file else [tuple(data)]
+    plan = text_plan([Model.of(each) for each in models], texts, chosen, unasked, measures, None, limit, seed)
+    return compared_texts(plan, out, f"mamba_attn.compare([{', '.join(names)}], ...)")
 
 
 def explore(*stores: "AttentionStore | str | Path", host: str = "127.0.0.1", port: int = 8050) -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,12 @@ def plain(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> s
         for row in (header, *rows)
     ]
     return "".join(f"{line}\n" for line in ("", title, *lines))
+
+
+def say(sentence: str) -> None:
+    """Print a sentence: on a terminal in lines that fit its width, elsewhere in one."""
+    width = shutil.get_terminal_size().columns
+    print(textwrap.fill(sentence, width, break_on_hyphens=False) if sys.stdout.isatty() else sentence)
 
 
 def progress_bar() -> "Progress":

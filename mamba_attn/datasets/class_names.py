@@ -120,11 +120,27 @@ def class_indices(data: Data, subject: LoadedModel) -> list[int | None]:
     count = len(subject.classes)
     if count == _IMAGENET and data.imagenet is not None:
         return [index if 0 <= index < count else None for index in data.imagenet]
-    if count == _IMAGENET and is_imagenet(data):
+    return _found(data.classes, subject, synsets=is_imagenet(data))
+
+
+def folder_class(image: Path, subject: LoadedModel) -> int | None:
+    """Return the class whose name, or WordNet's number, the folder of an image bears; None if no class does.
+
+    Args:
+        image: the file.
+        subject: the model with the classes.
+    """
+    name = image.absolute().parent.name
+    return _found([name], subject, synsets=_SYNSET.fullmatch(name) is not None)[0]
+
+
+def _found(names: Sequence[str], subject: LoadedModel, *, synsets: bool) -> list[int | None]:
+    """Return the model's class for every name of a class, or WordNet's number of one."""
+    if synsets and len(subject.classes) == _IMAGENET:
         by_synset = {name: index for index, name in enumerate(_synsets())}
-        return [by_synset.get(name) for name in data.classes]
+        return [by_synset.get(name) for name in names]
     lowered = [name.casefold() for name in subject.classes]
-    return [lowered.index(name) if lowered.count(name) == 1 else None for name in map(str.casefold, data.classes)]
+    return [lowered.index(name) if lowered.count(name) == 1 else None for name in map(str.casefold, names)]
 
 
 def is_imagenet(data: Data) -> bool:

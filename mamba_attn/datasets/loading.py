@@ -362,7 +362,7 @@ def _of_transformers(spec: str, weights: str | None, options: dict[str, Any], tr
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
         if (folder / "preprocessor_config.json").is_file():
             processor = transformers.AutoImageProcessor.from_pretrained(folder, **local)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, RuntimeError) as error:
         if not trust and "trust_remote_code" in str(error):
             raise ValueError(
                 f"model={spec!r}: this model is built by code that lies in its folder; read it, and if you trust it, "
@@ -370,7 +370,9 @@ def _of_transformers(spec: str, weights: str | None, options: dict[str, Any], tr
             ) from error
         raise ValueError(f"model={spec!r}: transformers could not load it ({error}).") from error
     labels = getattr(config, "id2label", None) if classifies else None
-    names = None if not labels else [str(labels[index]) for index in sorted(labels)]
+    names = [str(labels[index]) for index in sorted(labels)] if labels else None
+    if not classifies and not trust:
+        names = []  # transformers' own backbones return features, which are no classes
 
     def made(_: Mapping[str, Any]) -> LoadedModel:
         if speaks:

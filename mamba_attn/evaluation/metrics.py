@@ -227,6 +227,36 @@ _COSTS: list[Metric] = [
     ),
 ]
 
+
+def _of_ranks(value: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Columns:
+    return lambda line: [float(np.mean(value(np.array(line["ranks"]), np.array(line["sizes"]))))]
+
+
+def _lost(value: Callable[[float, float], float]) -> Columns:
+    return lambda line: [value(line["first"], line["last"])]
+
+
+_TEXTS: list[Metric] = [
+    Metric("source_first", "source first", 1, "source", _of_ranks(lambda ranks, _: ranks == 0),
+           note="share of the questions whose source has the highest value before the question"),
+    Metric("source_recall_2", "in first 2", 1, "source", _of_ranks(lambda ranks, _: ranks < 2),
+           note="share whose source is among the two highest"),
+    Metric("source_recall_4", "in first 4", 1, "source", _of_ranks(lambda ranks, _: ranks < 4),
+           note="share whose source is among the four highest"),
+    Metric("source_auc", "AUC", 1, "source", _of_ranks(lambda ranks, sizes: 1 - ranks / (sizes - 1)),
+           note="area under the ROC curve: the source against the other tokens before the question"),
+    Metric("source_ap", "AP", 1, "source", _of_ranks(lambda ranks, _: 1 / (1 + ranks)),
+           note="average precision, 1 / (1 + rank)"),
+    Metric("source_rank", "mean rank", -1, "source", _of_ranks(lambda ranks, _: ranks), note="0: the source is first"),
+    Metric("tokens_morf", "MoRF", -1, "tokens", _lost(lambda first, last: first),
+           note="mean probability of the prediction while the tokens of the highest values are removed first"),
+    Metric("tokens_lerf", "LeRF", 1, "tokens", _lost(lambda first, last: last),
+           note="the same while they are removed last"),
+    Metric("tokens_gap", "LeRF - MoRF", 1, "tokens", _lost(lambda first, last: last - first),
+           note="0 of values without meaning"),
+    Metric("text_seconds", "s / text", -1, "time", _located("seconds"), note="wall seconds, batches included"),
+]  # fmt: skip
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in [
@@ -248,5 +278,6 @@ METRICS: dict[str, Metric] = {
         *_TRAPS,
         *_SANITY,
         *_COSTS,
+        *_TEXTS,
     ]
 }

@@ -15,7 +15,20 @@ from mamba_attn.evaluation.plan import Plan
 from mamba_attn.evaluation.specs import FAILURES, Model
 from mamba_attn.evaluation.store import Store
 from mamba_attn.evaluation.summary import Table
-from mamba_attn.evaluation.tables import ABSENT, LEGEND, VIM, Published, Rows, beside, mark, text_tables
+from mamba_attn.evaluation.tables import (
+    ABSENT,
+    LEGEND,
+    TEXT_LEGEND,
+    VIM,
+    Published,
+    Rows,
+    beside,
+    mark,
+    published_of_texts,
+    text_tables,
+    what_of,
+)
+from mamba_attn.evaluation.texts import SWAP, TextPlan
 from mamba_attn.figures import png
 from mamba_attn.figures.colours import CATEGORIES, GRID, PERCENTILE, limits
 from mamba_attn.figures.picture import data_uri
@@ -33,6 +46,9 @@ _RANKED = (
     "map",
     "energy_ratio",
     "not_trap",
+    "source_auc",
+    "source_first",
+    "tokens_gap",
 )
 _DASHES = ("", "5 3", "1.5 2.5", "8 3 2 3")  # if there are more methods than colours
 _WIDTH, _HEIGHT = 318, 230
@@ -69,9 +85,30 @@ def page(plan: Plan, store: Store, tables: Sequence[Table], about: Mapping[str, 
     )
 
 
+def text_page(plan: TextPlan, tables: Sequence[Table], about: Mapping[str, Any]) -> str:
+    """Render the page of a comparison on texts.
+
+    Args:
+        plan: the comparison.
+        tables: the figures.
+        about: metadata of the run: "command", "notes" and other lines.
+    """
+    return render(
+        "compare_text.html",
+        title="mamba-attn compare",
+        command=about.get("command", ""),
+        summary=_summary(tables),
+        rankings=_rankings(tables, styles([*plan.methods, SWAP])),
+        about_tables=TEXT_LEGEND,
+        tables=text_tables(tables),
+        published=published_of_texts(tables),
+        notes=about.get("notes", []),
+    )
+
+
 def _summary(tables: Sequence[Table]) -> str:
     parts = [
-        f"{table.model.name} on {table.data.name}, {table.images} images"
+        f"{table.model.name} on {table.data.name}, {table.images} {what_of(table)}"
         + ("" if table.accuracy is None else f", {table.accuracy:.1%} correct")
         for table in tables
     ]

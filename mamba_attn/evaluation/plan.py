@@ -175,9 +175,10 @@ class Plan:
                     f"{data.name}: {model.name} has none of its classes, so there is no accuracy against labels."
                 )
             elif len(known) < len(data.classes):
+                unknown = len(data.classes) - len(known)
                 self.notes.append(
-                    f"{data.name}: {len(data.classes) - len(known)} of its {len(data.classes)} classes "
-                    f"are not among {model.name}'s."
+                    f"{data.name}: {unknown} of its {len(data.classes)} classes {'is' if unknown == 1 else 'are'} not "
+                    f"among {model.name}'s."
                 )
         if "pixels" in self.measures and self.options.fill == DROP:
             self.notes.append("Single pixels cannot be dropped: no ranking of pixels.")

@@ -1,8 +1,9 @@
 """Parses what to compare: models with their weights, methods by name, and options that figures depend on."""
 
 import json
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +14,7 @@ from mamba_attn.attribution import MapAttribution, catalogue, spec
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.datasets import loading
 from mamba_attn.datasets.class_names import parse_target
-from mamba_attn.errors import nearest
+from mamba_attn.errors import ModelBuildError, nearest
 from mamba_attn.evaluation.ranking import token_cell
 from mamba_attn.models import registry
 from mamba_attn.tracing.door_layers import AnyLayout
@@ -64,12 +65,14 @@ class Model:
         weights: as there; "" for its default.
         device: "cpu" or "cuda".
         more: further arguments of ``mamba_attn.load``, and their values.
+        known: the fingerprint of its weights where another process has loaded it; "" where none has.
     """
 
     name: str
     weights: str = "demo"
     device: str = "cpu"
     more: tuple[tuple[str, Any], ...] = ()
+    known: str = field(default="", compare=False)
 
     @classmethod
     def parse(cls, text: str, device: str = "cpu") -> "Model":
@@ -95,14 +98,30 @@ class Model:
         return made
 
     def __reduce__(self) -> tuple[type["Model"], tuple[Any, ...]]:
-        """Pickle as text, without the loaded model."""
-        return Model, (self.name, self.weights, self.device, self.more)
+        """Pickle as text and a fingerprint, without the loaded model."""
+        return Model, (self.name, self.weights, self.device, self.more, self.subject.fingerprint)
 
     @cached_property
     def subject(self) -> LoadedModel:
-        """The model itself, loaded at first access; see ``mamba_attn.load`` for the errors."""
-        found = loading.load(self.name, self.weights or None, device=self.device, **dict(self.more))
-        return loading.complete(found)  # refuses what reads text
+        """The model itself, loaded at first access; see ``mamba_attn.load`` for the errors.
+
+        Weights that are drawn at random are the same in every process and every run, which keys of results need.
+
+        Raises:
+            ModelBuildError: other weights than in the process that loaded it first.
+        """
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            torch.manual_seed(0)
+            if self.known:
+                warnings.simplefilter("ignore")  # said where it was loaded first
+            found = loading.load(self.name, self.weights or None, device=self.device, **dict(self.more))
+            found = found if found.reads == "text" else loading.complete(found)
+        if self.known and found.fingerprint != self.known:
+            raise ModelBuildError(
+                f"{self.name}: other weights in every process, so its results cannot be joined; give it a file of "
+                "weights, draw them by torch's generator alone, or use workers=1."
+            )
+        return found
 
     @property
     def identity(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mamba_attn.datasets.samples import Data
+from mamba_attn.datasets.texts import Texts
 from mamba_attn.evaluation.intervals import LEVEL, Interval, Resampler, holm, interval
 from mamba_attn.evaluation.metrics import METRICS, Metric
 from mamba_attn.evaluation.plan import Plan
@@ -50,7 +51,7 @@ class Table:
     Args:
         data: the collection.
         model: the model.
-        images: number of requested images.
+        images: number of requested images, or texts.
         accuracy: share of the clean predictions that are the label; None without labels.
         figures: by metric, then method, best first.
         curves: by method: accuracies at 10 to 90 %, by sign and kind.
@@ -59,7 +60,7 @@ class Table:
         flags: sentences about maps and truths without information.
     """
 
-    data: Data
+    data: Data | Texts
     model: Model
     images: int
     accuracy: float | None = None
@@ -72,7 +73,7 @@ class Table:
     @property
     def methods(self) -> list[str]:
         """All methods with figures, best first by the most informative figure available."""
-        for name in ("gap_target", "gap_top", "miou", *METRICS):
+        for name in ("gap_target", "gap_top", "miou", "source_auc", "tokens_gap", *METRICS):
             if name in self.figures:
                 first = list(self.figures[name])
                 rest = (method for its in self.figures.values() for method in its)

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mamba_attn.datasets.class_names import is_imagenet
+from mamba_attn.datasets.texts import Texts
 from mamba_attn.evaluation.intervals import DRAWS, LEVEL, Interval
 from mamba_attn.evaluation.metrics import METRICS
 from mamba_attn.evaluation.summary import Figure, Table
@@ -29,6 +30,10 @@ SHOWN = {
     ),
     "localisation, objects below half of the image": ("pixel_accuracy_small", "map_small", "miou_small",
                                                       "pointing_small", "energy_ratio_small"),
+    "where an answer was copied from": ("source_first", "source_recall_2", "source_recall_4", "source_auc",
+                                        "source_ap", "source_rank"),
+    "tokens removed": ("tokens_gap", "tokens_morf", "tokens_lerf"),
+    "time": ("text_seconds",),
     "sanity and cost": ("randomised_first", "randomised_all", "other_class", "again", "alone", "seconds",
                         "peak_megabytes"),
 }  # fmt: skip
@@ -37,6 +42,12 @@ LEGEND = (
     "lower is better, neg: higher is better; top: against the clean prediction, target: against the label; gap: (neg - "
     "pos AUC) over 80 times the share of clean hits; [n] of n images alone, so without a rank"
 )
+TEXT_LEGEND = (
+    "value (half of the 95 % interval over texts); * first, = not behind the first after Holm's correction over all "
+    "pairs; MoRF, LeRF: mean probability of the prediction while the most, or least, relevant tokens are removed first"
+)
+# arXiv 2502.15612, table of copying with Mamba-1: method, AUC, AP
+PUBLISHED = (("MambaLRP", 0.40, 0.22), ("Mamba-Attention", 0.84, 0.36), ("LaTIM (ALTI)", 0.86, 0.47))
 VIM = "Vim-S"
 MAMBA = "vim_small"
 _CLASSES = 1000
@@ -57,7 +68,7 @@ def text_tables(tables: Sequence[Table]) -> list[Rows]:
                 continue
             most = {name: max(figure.images for figure in table.figures[name].values()) for name in names}
             images = max(most.values())
-            title = f"{table.model.name} on {table.data.name}: {question}, {images} images{accuracy}"
+            title = f"{table.model.name} on {table.data.name}: {question}, {images} {what_of(table)}{accuracy}"
             order = list(table.figures[names[0]])
             order += [method for method in table.methods if method not in order]
             rows = [
@@ -67,6 +78,11 @@ def text_tables(tables: Sequence[Table]) -> list[Rows]:
             ]
             found.append((title, ["method", *(METRICS[name].title for name in names)], rows))
     return found
+
+
+def what_of(table: Table) -> str:
+    """Return what a table's figures are over: "images" or "texts"."""
+    return "texts" if isinstance(table.data, Texts) else "images"
 
 
 def cell(figure: Figure | None, most: int = 0) -> str:
@@ -257,7 +273,8 @@ SEGMENTATION = (
 def beside(table: Table) -> tuple[Published, ...]:
     """Return the published rows to compare with; empty unless weights and images are those of the paper."""
     if (
-        table.model.name != MAMBA
+        isinstance(table.data, Texts)
+        or table.model.name != MAMBA
         or "demo" in (table.model.weights, table.model.subject.weights)
         or len(table.model.subject.classes) != _CLASSES
     ):
@@ -266,3 +283,15 @@ def beside(table: Table) -> tuple[Published, ...]:
         return SEGMENTATION
     whole = is_imagenet(table.data) and len(table.data.classes) == _CLASSES
     return PERTURBATION if whole else ()
+
+
+def published_of_texts(tables: Sequence[Table]) -> list[Rows]:
+    """Return the published figures of copying as a table of its own: they are of other models and data.
+
+    Args:
+        tables: of this run; without puzzles there is nothing published.
+    """
+    if not any(isinstance(table.data, Texts) and table.data.puzzle for table in tables):
+        return []
+    title = "published in 2502.15612: another copying task, other models; not comparable with the tables above"
+    return [(title, ["method", "AUC", "AP"], [[name, f"{auc:.2f}", f"{ap:.2f}"] for name, auc, ap in PUBLISHED])]

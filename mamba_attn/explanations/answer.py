@@ -15,6 +15,7 @@ from mamba_attn.attribution import MapAttribution, attribute_together
 from mamba_attn.attribution.queries import Query, read_rows
 from mamba_attn.attribution.spec import Method
 from mamba_attn.core.loaded_model import LoadedModel
+from mamba_attn.datasets.class_names import folder_class
 from mamba_attn.datasets.loading import traced_layers
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.explanations.choices import Question
@@ -37,6 +38,7 @@ class Answer:
         probabilities: (classes,), what the head makes of the scores; empty for a model without classes.
         explained: the class that class-dependent maps explain; None for a model without classes.
         left_out: the share of the picture that the model was not shown, 0..1.
+        label: the class whose name the picture's folder bears; None where no class does.
         reader: the token whose attention is shown, in words.
         maps: (rows, columns) by method.
         matrices: attention matrices, channels or heads averaged, (tokens, tokens) by layer.
@@ -52,6 +54,7 @@ class Answer:
     matrices: dict[str, np.ndarray]
     read: dict[str, np.ndarray]
     left_out: float = 0.0
+    label: int | None = None
 
     @property
     def name(self) -> str:
@@ -93,6 +96,7 @@ class Answer:
             "probabilities": self.probabilities,
             "classes": np.array(self.question.subject.classes),
             "explained": np.array(-1 if self.explained is None else self.explained),
+            "label": np.array(-1 if self.label is None else self.label),
             "layers": np.array(traced_layers(self.question.subject)),
             **self.maps,
             **{f"attention.{name}": matrix for name, matrix in self.matrices.items()},
@@ -149,6 +153,7 @@ def answer(question: Question, image: "Path | Image | Tensor") -> Answer:
         matrices=matrices,
         read={name: row.cpu().numpy() for name, row in rows.items()},
         left_out=left_out,
+        label=folder_class(image, subject) if isinstance(image, Path) else None,
     )
 
 

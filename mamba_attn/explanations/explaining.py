@@ -37,10 +37,10 @@ class Pages:
         self._names: list[str] = []
 
     def add(self, title: str, answers: Sequence[Answer]) -> None:
-        """Write the files of one image; images of the same name are numbered.
+        """Write the files of one image; images of the same title are numbered.
 
         Args:
-            title: the name of its file.
+            title: the name of its file, or the end of its path.
             answers: one per model.
         """
         name = free_name(title, self._names)
@@ -64,13 +64,27 @@ def free_name(title: str, taken: Sequence[str]) -> str:
     """Return a file's name without its suffix, numbered if another image or the index has it.
 
     Args:
-        title: the name of a file.
+        title: the name of a file, or the end of its path, whose folders become part of the name.
         taken: names of the images before.
     """
-    name, number = Path(title).stem, 2
+    stem = "-".join(Path(title).with_suffix("").parts)
+    name, number = stem, 2
     while name in ("index", *taken):
-        name, number = f"{Path(title).stem}-{number}", number + 1
+        name, number = f"{stem}-{number}", number + 1
     return name
+
+
+def titles(paths: Sequence[Path]) -> list[str]:
+    """Return the names of files, with as many of their folders as keep them apart; with one if there are several.
+
+    Args:
+        paths: of the images.
+    """
+    parts = [path.absolute().parts for path in paths]
+    count = 1 if len({path.parent for path in paths}) == 1 else 2
+    while len({each[-count:] for each in parts}) < len(parts):
+        count += 1
+    return ["/".join(each[-count:]) for each in parts]
 
 
 def explain(
@@ -88,8 +102,8 @@ def explain(
 
     Args:
         model: your network, or a ``LoadedModel`` with its transform and classes.
-        images: a file, folder or pattern, a Pillow image, a tensor of the model's input (batch, colours, rows,
-            columns), or several of them in a list.
+        images: a file, a pattern, a folder (see ``mamba_attn.images.find``), a Pillow image, a tensor of the model's
+            input (batch, colours, rows, columns), or several of them in a list.
         out: folder for the pages. Default: nothing is written.
         methods: names of attribution methods, with options after a colon. Default: raw attention, attention rollout
             and the attribution of the predicted class.
@@ -126,25 +140,27 @@ def explain(
     )
     pages = None if out is None else Pages(writable(str(out)), f"mamba_attn.explain({loaded.name}, ...)")
     found = []
-    for number, image in enumerate(_listed(images)):
+    for number, (image, title) in enumerate(_listed(images)):
         found.append(answer(question, image))
         if pages is not None:
-            pages.add(image.name if isinstance(image, Path) else f"image-{number + 1}", found[-1:])
+            pages.add(title or f"image-{number + 1}", found[-1:])
     if pages is not None:
         pages.finish()
     return found
 
 
-def _listed(given: Any) -> "Iterable[Path | Image | Tensor]":
-    """Yield single images."""
-    if isinstance(given, str | Path):
-        yield from image_files.find([str(given)])
+def _listed(given: Any) -> "Iterable[tuple[Path | Image | Tensor, str]]":
+    """Yield single images, and the titles of files."""
+    files = [given] if isinstance(given, str | Path) else given
+    if isinstance(files, list | tuple) and files and all(isinstance(each, str | Path) for each in files):
+        paths = image_files.find(map(str, files))
+        yield from zip(paths, titles(paths), strict=True)
     elif isinstance(given, Tensor):
-        yield from given if given.ndim == 4 else [given]
+        yield from ((each, "") for each in (given if given.ndim == 4 else [given]))
     elif isinstance(given, Iterable) and not hasattr(given, "convert"):  # a Pillow image is no list
         for each in given:
             yield from _listed(each)
     elif hasattr(given, "convert"):
-        yield given
+        yield given, ""
     else:
         raise TypeError(f"explain(images={type(given).__name__}): expected files, Pillow images or tensors.")

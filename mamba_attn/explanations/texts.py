@@ -18,6 +18,7 @@ from mamba_attn.core.document import render
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.core.outputs import follow
 from mamba_attn.core.requirements import writable
+from mamba_attn.datasets.texts import decode, encode, read_token
 from mamba_attn.explanations.answer import at_depths
 from mamba_attn.figures import png
 from mamba_attn.figures.colours import limits
@@ -116,7 +117,7 @@ def explain_text(
     if not text.strip():
         raise ValueError(f"explain_text(text={text!r}): the text is empty; give at least one token.")
     folder = None if out is None else writable(str(out))
-    ids = _encode(model.tokenizer, text).to(model.device)
+    ids = encode(model.tokenizer, text).to(model.device)
     options = {"use_cache": False} if takes(model.model, "use_cache") else {}
     with torch.no_grad(), trace(model.model, attention="mean") as record:
         output = model.model(ids, **options)
@@ -135,7 +136,7 @@ def explain_text(
         matrices = {name: record[name].attention()[0].float().cpu().numpy() for name in at_depths(layers)}
         rows = np.stack([layer.row(layer.tokens - 1)[0].float().cpu().numpy() for layer in record.layers])
     found = TextAnswer(
-        model, _decode(model.tokenizer, ids[0]), names, chances, explained, chosen, strips, matrices, rows, layers,
+        model, decode(model.tokenizer, ids[0]), names, chances, explained, chosen, strips, matrices, rows, layers,
         softmax, record.unseen_mixers,
     )  # fmt: skip
     if folder is not None:
@@ -214,29 +215,6 @@ def _shown(word: str) -> str:
     return word.replace("\n", "\u21b5").replace("\t", "\u21e5") if word.strip() else repr(word)
 
 
-def _encode(tokenizer: Any, text: str) -> Tensor:
-    if isinstance(tokenizer, Vocabulary):
-        return tokenizer.encode(text)
-    ids: Tensor = tokenizer(text, return_tensors="pt")["input_ids"]
-    return ids
-
-
-def _decode(tokenizer: Any, ids: Tensor) -> list[str]:
-    if isinstance(tokenizer, Vocabulary):
-        return tokenizer.decode(ids)
-    return [_read(tokenizer, int(number)) for number in ids]
-
-
-def _read(tokenizer: Any, number: int) -> str:
-    """A token as it is read; byte-level and sentencepiece tokenizers mark the space before it."""
-    piece = tokenizer.convert_ids_to_tokens(number)
-    if piece is None:
-        return f"<{number}>"  # the embedding has more rows than the tokenizer tokens
-    space = " " if piece.startswith(("\u2581", "\u0120")) else ""
-    text: str = tokenizer.decode([number])
-    return text if text.startswith(" ") else space + text
-
-
 def _chances(output: Any, ids: Tensor) -> np.ndarray:
     """Probabilities of the next token, or of the classes."""
     text = Text(torch.ones_like(ids, dtype=torch.bool))
@@ -265,7 +243,7 @@ class _Read(dict[int, str]):
         self._tokenizer = tokenizer
 
     def __missing__(self, number: int) -> str:
-        self[number] = _read(self._tokenizer, number)
+        self[number] = read_token(self._tokenizer, number)
         return self[number]
 
 
@@ -285,7 +263,7 @@ def _target(model: LoadedModel, target: str | int, names: dict[int, str]) -> int
         return found[0]
     ids = model.tokenizer(target, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
-        pieces = ", ".join(repr(_read(model.tokenizer, number)) for number in ids) or "none"
+        pieces = ", ".join(repr(read_token(model.tokenizer, number)) for number in ids) or "none"
         raise ValueError(
             f"target={target!r}: this tokenizer makes {len(ids)} tokens of it ({pieces}), and one is explained; give "
             "the first, with the space before it if it begins a word, e.g. ' Paris'."

@@ -193,8 +193,9 @@ def build(name: str, weights: str | Path | None, options: Mapping[str, Any]) -> 
             "'official', 'demo' or 'random'."
         )
     checkpoint = checkpoints.Checkpoint(weights)
-    found, notes = _of_the_file(name, checkpoint, chosen)
-    model = builder(**{**config, **chosen, **found})
+    model = builder(**{**config, **chosen})  # not on the meta device, where torch imports its compiler: a second
+    found, notes = _of_the_file(name, model, checkpoint, chosen)
+    model = builder(**{**config, **chosen, **found}) if found else model
     try:
         notes += checkpoints.fill(model, checkpoint, checkpoint.fit(model.state_dict()))
     except WeightsError as error:
@@ -210,12 +211,10 @@ def build(name: str, weights: str | Path | None, options: Mapping[str, Any]) -> 
 
 
 def _of_the_file(
-    name: str, checkpoint: checkpoints.Checkpoint, given: Mapping[str, Any]
+    name: str, model: nn.Module, checkpoint: checkpoints.Checkpoint, given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the options that the weights were made with, where they differ from the model's; and what to say."""
-    builder, config = _CONFIGS[name]
-    model = _on_meta(builder, {**config, **given})
-    expected = model.state_dict()
+    config, expected = _CONFIGS[name][1], model.state_dict()
     tensors = checkpoint.fit(expected).tensors
     found: dict[str, Any] = {}
     notes = []

@@ -13,6 +13,11 @@ from mamba_attn._types import Bool, Float, Int
 from mamba_attn.errors import TraceError, UnsupportedModelError
 
 _MASK, _EMBEDDINGS = "attention_mask", "inputs_embeds"
+SEVERAL = ("seq_idx", "cu_seqlens", "cu_seq_lens_q")  # say where texts begin that lie in one row
+ONE_EACH = (
+    "several texts in one row, whose states begin anew inside it: give each text a row of its own, with an "
+    "attention_mask."
+)
 _CACHES = ("past_key_values", "cache", "cache_params")
 
 
@@ -59,6 +64,7 @@ def real_tokens(
 
     Raises:
         ValueError: ids that no embedding of the model has, or no tokens at all.
+        UnsupportedModelError: weights that cannot be computed with here.
     """
     if not any(map(is_text, (*args, *kwargs.values()))) and _EMBEDDINGS not in kwargs:
         return None
@@ -66,6 +72,7 @@ def real_tokens(
     name, first = next(((name, v) for name, v in given.items() if isinstance(v, Tensor)), ("", None))
     if not isinstance(first, Tensor) or not (is_text(first) or (name == _EMBEDDINGS and first.ndim == 3)):
         return None
+    require_weights(model)
     if is_text(first):
         require_ids(model, first)
     mask = given.get(_MASK)
@@ -97,15 +104,41 @@ def require_ids(model: nn.Module, ids: Int[Tensor, "batch tokens"]) -> None:
         )
 
 
+def require_weights(model: nn.Module) -> None:
+    """Refuse weights that cannot be computed with here.
+
+    Args:
+        model: that reads text.
+
+    Raises:
+        UnsupportedModelError: 8-bit numbers on a CPU, or a quantised ``dt_proj``, whose weight is no tensor.
+    """
+    for name, value in model.named_parameters():
+        if value.dtype.is_floating_point and value.dtype.itemsize < 2 and value.device.type == "cpu":
+            raise UnsupportedModelError(
+                f"{name} is {str(value.dtype).removeprefix('torch.')}, which PyTorch does not compute with on a CPU: "
+                "load the model with dtype=torch.bfloat16 or float32."
+            )
+    for name, module in model.named_modules():
+        if name.endswith("dt_proj") and not isinstance(getattr(module, "weight", None), Tensor):
+            raise UnsupportedModelError(
+                f"{name} is a {type(module).__name__}, quantised: take the model as it was before, loaded without a "
+                "quantization_config."
+            )
+
+
 def require_prefill(kwargs: Mapping[str, Any]) -> None:
-    """Refuse a call with a cache that holds tokens.
+    """Refuse a call with a cache that holds tokens, or with several texts in one row.
 
     Args:
         kwargs: of the call.
 
     Raises:
-        UnsupportedModelError: it is a step of generating, with the states of earlier tokens.
+        UnsupportedModelError: it is a step of generating, with the states of earlier tokens; or packed sequences.
     """
+    packed = [name for name in SEVERAL if kwargs.get(name) is not None]
+    if packed:
+        raise UnsupportedModelError(f"trace: the model is called with {packed[0]}, {ONE_EACH}")
     for name in _CACHES:
         try:
             length = getattr(kwargs.get(name), "get_seq_length", int)()

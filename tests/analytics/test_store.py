@@ -225,6 +225,13 @@ def test_embeddings_are_of_these_images(place, copy):
     [
         (["layers.0.mixer", "layers.1.mixer"], [(4, 4)] * 2, [(0, 0), (0, 1)]),
         (["layers.0.blocks.0.op", "layers.1.blocks.1.op"], [(4, 4), (2, 2)], [(0, 0), (1, 1)]),
+        (
+            ["net.layers.0.blocks.0.op", "net.layers.1.blocks.0.op", "net.up.0.blocks.0.op", "net.up.0.blocks.1.op"],
+            [(4, 4), (2, 2), (2, 2), (2, 2)],
+            [(0, 0), (1, 0), (2, 0), (2, 1)],
+        ),
+        (["down.0.op", "down.1.op", "up.0.op"], [(4, 4), (2, 2), (4, 4)], [(0, 0), (0, 1), (1, 0)]),
+        (["layers.0.op", "layers.0.op#2", "layers.1.op"], [(4, 4)] * 3, [(0, 0), (0, 1), (0, 2)]),
         (["", ""], [(4, 4), (2, 2)], [(0, 0), (1, 0)]),
         (["a.0.1.2", "a.0.1.3", "b.0"], [(4, 4), (4, 4), (2, 2)], [(0, 0), (0, 1), (1, 0)]),
     ],

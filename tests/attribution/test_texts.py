@@ -254,3 +254,57 @@ def test_refused_by_some(model):
         TokenLayout.line(0)
     with pytest.raises(ValueError, match=r"is no token of this Words"), trace(model):
         model(ids() + VOCABULARY)
+
+
+def test_leaving_a_token_out_is_running_the_text_without_it(model):
+    texts, mask = padded()
+    target = [(7, 5), (6, 3)]
+    found = Occlusion(model, tokens="delete").attribute(texts, target, additional_forward_args={"attention_mask": mask})
+    for text, (place, token) in enumerate(target):
+        whole = model(texts, mask)[text, place, token]
+        for left_out in range(TOKENS):
+            kept = [other for other in range(TOKENS) if other != left_out]
+            logits = model(texts[:, kept], mask[:, kept])[text]
+            expected = whole - logits[place - (left_out < place), token]
+            free = left_out == place or not mask[text, left_out]  # where the target is read, and padding
+            torch.testing.assert_close(found[text, left_out], torch.zeros_like(expected) if free else expected)
+    torch.testing.assert_close(found[0, 8:], torch.zeros(1).double(), rtol=0, atol=1e-12)  # not seen by the target
+
+
+def test_swapping_is_within_a_kind(model):
+    texts = ids()
+    kinds = [range(8), (8, 20, 9)]
+    found = Occlusion(model, tokens="swap", kinds=kinds).attribute(texts, 5)
+    whole = model(texts)[:, -1, 5]
+    there = {each: (each + 4) % 8 for each in range(8)} | {8: 20, 20: 9, 9: 8}
+    for token in range(TOKENS):
+        other = texts.clone()
+        other[:, token] = torch.tensor([there.get(each, each) for each in other[:, token].tolist()])
+        torch.testing.assert_close(found[:, token], whole - model(other)[:, -1, 5])
+    unmoved = torch.tensor([[each not in there for each in row] for row in texts.tolist()])
+    assert unmoved.any()
+    assert (found[unmoved] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": "drop"}, "tokens='drop'.*no such mode"),
+        ({"tokens": "swap"}, "tokens='swap' and kinds= go together"),
+        ({"kinds": [(1, 2)]}, "tokens='swap' and kinds= go together"),
+        ({"tokens": "swap", "kinds": [(1, 2), (2, 3)]}, "id 2 is there twice"),
+        ({"tokens": "swap", "kinds": [(1,)]}, r"expected kinds of two ids or more, got \[1\]"),
+    ],
+)
+def test_modes_of_occlusion_that_are_none(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        Occlusion(model, **options)
+
+
+def test_modes_of_occlusion_are_for_texts_and_targets_by_number(model):
+    with pytest.raises(ValueError, match="give the target as numbers"):
+        Occlusion(model, tokens="delete").attribute(ids(), lambda output: output[:, -1, 0])
+    with pytest.raises(ValueError, match="a text of one token has none to leave out"):
+        Occlusion(model, tokens="delete").attribute(ids()[:, :1])
+    with pytest.raises(ValueError, match="'delete' and 'swap' are for texts"):
+        Occlusion(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), tokens="delete").attribute(torch.ones(1, 3, 2, 2))

@@ -74,10 +74,10 @@ def test_a_broken_image_is_named_and_the_rest_done(photos, weights):
     assert "skipped: text.png: this is not an image" in result.stderr
     assert "2 of 4 images explained; open out/here/index.html" in result.stdout
     assert "[red]not markup[/red]" in result.stdout
-    files = {f"{name}{suffix}" for name in ("a", "a-2") for suffix in SUFFIXES}
+    files = {f"{name}{suffix}" for name in ("one-a", "two-a") for suffix in SUFFIXES}
     assert {path.name for path in (photos / "out/here").iterdir()} == {*files, "index.html"}
     assert (photos / "out/here/index.html").read_text().count("<a ") == 2
-    first, second = (np.load(photos / "out/here" / name) for name in ("a.npz", "a-2.npz"))
+    first, second = (np.load(photos / "out/here" / name) for name in ("one-a.npz", "two-a.npz"))
     assert not np.array_equal(first["image"], second["image"])
 
 
@@ -108,13 +108,13 @@ def test_every_option_at_once(photos, tmp_path, capsys):
     arguments += ["--method", "raw_attention", "attention_rollout:signed", "--method", "mamba_attribution:rule=paper"]
     arguments += ["--target", "HAT", "--box", "2,3,30,20", "--layer", "1", "layers.2.*", "--beside", "none"]
     assert cli.main([*arguments, "--device", "cpu", "--out", str(photos / "out")]) == 0
-    with np.load(photos / "out" / "a-2.npz") as arrays:
+    with np.load(photos / "out" / "two-a.npz") as arrays:
         assert int(arrays["explained"]) == 1
         maps = ("raw_attention", "attention_rollout:signed=true", "mamba_attribution:rule=paper")
         assert [arrays[name].shape for name in maps] == [(64, 32)] * 3
         assert [name for name in arrays if name.startswith("row.")] == [f"row.{name}" for name in arrays["layers"][1:]]
         assert [arrays[f"attention.{name}"].shape for name in arrays["layers"][1:]] == [(32, 32), (8, 8)]
-    page = (photos / "out" / "a.html").read_text()
+    page = (photos / "out" / "one-a.html").read_text()
     assert "rule=paper" in page.partition("<code>")[2]
     assert "5 of 5" not in capsys.readouterr().out
 
@@ -160,9 +160,9 @@ def test_imagenets_classes_have_names():
 
 def test_files_of_the_same_name_get_numbers():
     found = []
-    for title in ("a.jpg", "a.png", "a-2.jpg", "a.jpg", "b.jpg", "index.jpg"):
+    for title in ("a.jpg", "a.png", "a-2.jpg", "a.jpg", "b.jpg", "index.jpg", "hat/a.jpg"):
         found.append(free_name(title, found))
-    assert found == ["a", "a-2", "a-2-2", "a-3", "b", "index-2"]
+    assert found == ["a", "a-2", "a-2-2", "a-3", "b", "index-2", "hat-a"]
 
 
 def test_images_that_are_not_there(capsys, tmp_path):

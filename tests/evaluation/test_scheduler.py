@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import weakref
 import zipfile
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from mamba_attn.attribution import catalogue
+from mamba_attn.errors import ModelBuildError
 from mamba_attn.evaluation import measures, plan, scheduler
 from mamba_attn.evaluation.plan import Plan
 from mamba_attn.evaluation.scheduler import run
@@ -157,6 +159,27 @@ def test_two_processes_find_what_one_does(models, boxes, tmp_path, monkeypatch):
     wanted = small(models[:1], boxes, measures=("perturbation",))
     one, two = (done(wanted, tmp_path / f"{n}.jsonl", workers=n) for n in (1, 2))
     assert dict(one.items()) == dict(two.items())
+
+
+def test_random_weights_are_the_same_in_every_process(tmp_path):
+    (tmp_path / "net.py").write_text(
+        "import os, torch\n"
+        "from mamba_attn import models\n"
+        "def build(other=False):\n"
+        "    made = models.create('vit_micro', num_classes=3)\n"
+        "    made.head.bias.data += int.from_bytes(os.urandom(2)) if other else 0\n"
+        "    return made\n"
+    )
+    net = f"{tmp_path / 'net.py'}:build"
+    first = Model(net, "", more=(("size", (128, 128)), ("mean", (0.5,)), ("std", (0.5,))))
+    there = pickle.loads(pickle.dumps(first))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert there.identity == first.identity  # and nothing is said twice
+    assert Model(net, "", more=first.more).identity == first.identity  # the next run resumes
+    drawn = pickle.loads(pickle.dumps(Model(net, "", more=(*first.more, ("other", True)))))
+    with pytest.raises(ModelBuildError, match="other weights in every process"):
+        drawn.identity  # noqa: B018
 
 
 def test_models_live_as_long_as_their_run(boxes, tmp_path):
@@ -300,7 +323,7 @@ def test_labels_as_targets(models, tmp_path):
     folder = cases.class_folders(tmp_path / "photos", 2, ["red", "green", "boat"])
     wanted = small(models[:1], str(folder), measures=("perturbation",), options=Options(target="label"))
     wanted.check()
-    assert "photos: 1 of its 3 classes are not among vim_micro's." in wanted.notes
+    assert "photos: 1 of its 3 classes is not among vim_micro's." in wanted.notes
     (table,) = summarise(wanted, done(wanted, tmp_path / "s.jsonl"))
     assert table.figures["deletion"]["raw_attention"].images == 4
     reasons = " ".join(table.failed["raw_attention"])

@@ -72,13 +72,21 @@ def test_target_layers_and_query_reach_the_methods(loaded):
     assert (found.explained, found.reader) == (2, "the marked patch")
 
 
+def test_the_folder_of_a_picture_is_its_label(loaded, tmp_path):
+    assert ask(loaded).label is None
+    for name, label in (("hat", CLASSES.index("hat")), ("HAT", CLASSES.index("hat")), ("photos", None)):
+        found = ask((loaded[0], photo(tmp_path / name)))
+        assert found.label == label
+        assert int(found.arrays()["label"]) == (-1 if label is None else label)
+
+
 def test_arrays_have_names(loaded):
     found = ask(loaded)
     arrays = found.arrays()
     assert arrays["classes"].tolist() == CLASSES
     assert arrays["layers"].tolist() == traced_layers(loaded[0])
     assert int(arrays["explained"]) == found.probabilities.argmax()
-    expected = {"image", "probabilities", "classes", "explained", "layers", *found.maps}
+    expected = {"image", "probabilities", "classes", "explained", "label", "layers", *found.maps}
     expected |= {f"attention.{name}" for name in found.matrices} | {f"row.{name}" for name in traced_layers(loaded[0])}
     assert set(arrays) == expected
     assert set(found.arrays("x.")) == {f"x.{name}" for name in expected}

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.language_models import DECODERS, HYBRIDS, SCANS, build, quiet, texts
 from mamba_attn import trace
-from mamba_attn.attribution import AttentionRollout, MambaAttribution, MambaLRP, RawAttention
+from mamba_attn.attribution import AttentionRollout, MambaAttribution, MambaLRP, RawAttention, Saliency
 from mamba_attn.core.rules import PLAIN
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.testing import check_adapter
@@ -146,6 +146,30 @@ def test_methods_that_follow_relevance(models, name):
     maps = MambaLRP(model).attribute(ids, 5)
     assert maps.shape == ids.shape
     assert MambaAttribution(model).attribute(ids, 5).abs().amax(1).min() > 0
+
+
+@pytest.mark.parametrize("name", ["seq_idx", "cu_seqlens", "cu_seq_lens_q"])
+def test_several_texts_in_one_row_are_refused_even_where_the_model_ignores_it(models, name):
+    model, (ids, _) = models("Mamba"), texts()
+    with (
+        pytest.raises(UnsupportedModelError, match=f"called with {name}, several texts .* give each text a row"),
+        trace(model),
+    ):
+        model(ids, **{name: torch.zeros(1, 11, dtype=torch.int32)})
+
+
+@pytest.mark.parametrize("make", [MambaLRP, Saliency])
+def test_weights_that_a_cpu_cannot_use_are_named(make):
+    narrow = build("Mamba").to(torch.float8_e4m3fn)
+    with pytest.raises(UnsupportedModelError, match="is float8_e4m3fn, which PyTorch does not compute with on a CPU"):
+        make(narrow).attribute(texts()[0])
+    quantised = build("Mamba")
+    quantised.backbone.layers[1].mixer.dt_proj.weight = None
+    quantised.backbone.layers[1].mixer.dt_proj.__dict__["weight"] = lambda: torch.ones(1)  # as torch.ao's Linear has it
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers\.1\.mixer\.dt_proj is a Linear, quantised: take the model"
+    ):
+        make(quantised).attribute(texts()[0])
 
 
 def test_several_texts_in_one_row_are_refused(models):

@@ -4,7 +4,7 @@ import { element } from './colours.js';
 import { drawMaps, mapTools, repaint, unusual } from './maps.js';
 import { drawPoints, passes, pointTools, zoom } from './points.js';
 import { COLOURS, beginning, change, layerOf, pane, right, routeOf, state, storeOf } from './state.js';
-import { METHODS, arrow, block, caption, short, steps, verdict } from './words.js';
+import { METHODS, answered, arrow, block, caption, short, steps, verdict } from './words.js';
 
 const LISTED = 300; // photos in the list; the search finds the others
 const able = new Map(); // which layers have a gate and a D, by store
@@ -112,7 +112,7 @@ async function list(its) {
   if (box.dataset.key !== key) { // pictures stay while nothing but the choice changes
     box.dataset.key = key;
     box.replaceChildren(...found.slice(0, LISTED).map((at) => {
-      const made = element('button', undefined, { 'data-image': at, title: `${images[at][0]}: ${verdict(images[at])}` });
+      const made = element('button', undefined, { 'data-image': at, title: answered(images[at]) });
       const source = picture(its.store, at, true);
       if (source) made.append(element('img', undefined, { src: source, alt: '', loading: 'lazy' }));
       made.append(element('span', verdict(images[at]) || short(images[at][0])));

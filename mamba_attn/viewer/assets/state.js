@@ -23,7 +23,7 @@ export const storeOf = (its = pane()) => about.stores[its.store];
 export const layerOf = (its = pane()) => storeOf(its).layers.find((one) => one.number === its.layer) ?? storeOf(its).layers[0];
 export const imageOf = (its = pane()) => storeOf(its).images[its.image];
 export const routeOf = (its = pane()) => (its.route >= 0 && its.route < layerOf(its).routes && layerOf(its).routes > 1 ? its.route : -1);
-export const right = ([, label, predicted, correct]) => correct ?? (label === null || predicted === null ? null : label === predicted);
+export const right = ([, , , correct]) => correct;
 
 // The selected cells on another grid over the same image: those at the same places.
 export function cellsOn(its = layerOf()) {

@@ -33,6 +33,9 @@ export function verdict(image) {
   return ok ? `${label} ✓` : `${predicted} ✗ is ${label}`;
 }
 
+// A photo's name, and the verdict where there is one: a model without classes has none.
+export const answered = (image, name = image[0]) => [name, verdict(image)].filter(Boolean).join(': ');
+
 export function unit() {
   const kind = state.sign === 'signed' ? 'attention' : `${state.sign} attention`;
   return kind + { none: '', largest: ' / maximum', range: ', 0 to 1', sum: ' / sum' }[state.normalise] + (state.log ? ', decades' : '');
@@ -43,7 +46,7 @@ export function titled(slot) {
   const { pane: its, what } = slot;
   const { images, collected } = storeOf(its);
   const [key] = imageOf(its);
-  const name = `${short(key)}: ${verdict(imageOf(its))}`;
+  const name = answered(imageOf(its), short(key));
   return {
     image: ['This image', name],
     mean: [collected > 1 ? 'Usual' : 'The one image', `mean of ${collected} images, drawn without a photo`],

@@ -1,0 +1,341 @@
+"""Methods compared on texts: do they find the token an answer was copied from, what is lost without their tokens."""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mamba_attn._types import Int
+from mamba_attn.attribution.spec import method
+from mamba_attn.attribution.targets import scores_in
+from mamba_attn.attribution.texts import Text
+from mamba_attn.core.outputs import follow
+from mamba_attn.datasets.puzzles import Puzzles, source_ranks, swapped
+from mamba_attn.datasets.texts import Texts, encode, unknown_token
+from mamba_attn.evaluation.metrics import METRICS
+from mamba_attn.evaluation.specs import FAILURES, Model
+from mamba_attn.evaluation.store import Key, Store
+from mamba_attn.evaluation.summary import FEW, Table, compare
+from mamba_attn.tracing.texts import takes
+
+MEASURES = ("source", "tokens", "time")
+UNKNOWN, DROP = "unknown", "drop"
+SWAP = "swap within a kind"  # the check of the truth, next to the methods
+_STEPS = 64  # of a text from whole to nothing; shorter texts go token by token
+_PUZZLES = 10  # explained at once
+
+
+@dataclass
+class TextPlan:
+    """A comparison on texts.
+
+    Args:
+        models: that read text.
+        data: the texts.
+        methods: keys, as ``choose_methods`` returns them.
+        unasked: methods not named by the user, which may fit no model.
+        measures: some of ``MEASURES``.
+        fill: what removed tokens become: "unknown", the token for it, or where the tokenizer has none they are left
+            out; "drop": they are left out.
+        limit: texts per collection.
+        seed: of all random numbers.
+        notes: sentences about what was left out, and why.
+    """
+
+    models: Sequence[Model]
+    data: Sequence[Texts]
+    methods: Sequence[str]
+    unasked: Iterable[str] = frozenset()
+    measures: Sequence[str] = MEASURES
+    fill: str = UNKNOWN
+    limit: int | None = None
+    seed: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def pairs(self) -> list[tuple[Texts, Model]]:
+        """Every collection with every model that can read it.
+
+        Raises:
+            ValueError: a model or a collection is in no pair; a model has no tokenizer.
+        """
+        found = [(texts, model) for texts in self.data for model in self.models if texts.fits(model.subject)]
+        for model in self.models:
+            if all(model is not its for _, its in found):
+                raise ValueError(
+                    f"data={[texts.name for texts in self.data]}: these are puzzles of other models than {model.name}; "
+                    "give it texts, a file with one per line."
+                )
+        for texts in self.data:
+            if all(texts is not its for its, _ in found):
+                raise ValueError(
+                    f"data={texts.name!r}: this puzzle is for the model that learnt it, and it is not here."
+                )
+        for texts, model in found:
+            if model.subject.tokenizer is None and not texts.puzzle:
+                raise ValueError(
+                    f"models={model.name!r}: there is no tokenizer next to the model; save the one that it was trained "
+                    "with there, tokenizer.save_pretrained(FOLDER), or give LoadedModel(tokenizer=)."
+                )
+        return found
+
+    def measures_of(self, texts: Texts) -> list[str]:
+        """Return the measures that suit a collection: sources are known of puzzles alone, which lose no tokens.
+
+        Args:
+            texts: the collection.
+        """
+        return [name for name in self.measures if name != ("tokens" if texts.puzzle else "source")]
+
+    def key(self, texts: Texts, text: str, model: Model, name: str, measure: str) -> Key:
+        """Return the store's key of a figure."""
+        options = {"seed": self.seed, **({"fill": self.fill} if measure == "tokens" else {})}
+        return Key(texts.identity, text, model.identity, name, measure, json.dumps(options))
+
+
+def measure_texts(plan: TextPlan, store: Store, tell: Callable[[str, int, int], None] | None = None) -> list[Table]:
+    """Measure everything that the store lacks, and return the tables.
+
+    Args:
+        plan: the comparison.
+        store: existing results; every text adds to it.
+        tell: is called with a name, how much is done, and of how much.
+
+    Raises:
+        ValueError: a model or a method fits nothing; see ``TextPlan.pairs``.
+        OSError: the store cannot be written.
+    """
+    return [_measured(plan, store, texts, model, tell) for texts, model in plan.pairs]
+
+
+def _measured(
+    plan: TextPlan, store: Store, texts: Texts, model: Model, tell: Callable[[str, int, int], None] | None
+) -> Table:
+    subject, keys, measures = model.subject, texts.keys(plan.limit), plan.measures_of(texts)
+    work = _Puzzled(plan, subject.model, texts.puzzles(len(keys))) if texts.puzzle else _Read(plan, model, texts)
+    methods, lines = _fitting(plan, model, work), {}
+    for place, name in enumerate([*methods, *work.checks]):
+        for number, chunk in enumerate(work.chunks(keys)):
+            if tell is not None:
+                tell(f"{model.name}, {name}", place * len(keys) + number * len(chunk), len(methods) * len(keys))
+            lacking = [k for k in chunk if any(plan.key(texts, k, model, name, m) not in store for m in measures)]
+            if lacking:
+                found = _tried(lambda part, name=name: work.lines(name, part), lacking)  # type: ignore[misc]
+                store.add(
+                    (plan.key(texts, key, model, name, measure), line.get(measure, line))
+                    for key, line in zip(lacking, found, strict=True)
+                    for measure in measures
+                )
+    table = Table(texts, model, len(keys), work.accuracy)
+    for measure in measures:
+        lines = {
+            name: {
+                i: line for i, key in enumerate(keys) if (line := store.get(plan.key(texts, key, model, name, measure)))
+            }
+            for name in [*methods, *(work.checks if measure == "source" else [])]
+        }
+        good = {name: {i: line for i, line in its.items() if "error" not in line} for name, its in lines.items()}
+        for metric in (each for each in METRICS.values() if each.measure == measure):
+            if figures := compare(metric, good, range(len(keys)), plan.seed):
+                table.figures[metric.name] = figures
+        for name, its in lines.items():
+            for line in its.values():
+                if "error" in line:
+                    reasons = table.failed.setdefault(name, {})
+                    reasons[line["error"]] = reasons.get(line["error"], 0) + 1
+    if len(keys) < FEW:
+        table.flags.append(f"{len(keys)} texts order methods only where they differ a lot; use at least {FEW}.")
+    table.flags += work.notes
+    return table
+
+
+def _fitting(plan: TextPlan, model: Model, work: "_Puzzled | _Read") -> list[str]:
+    """Return the methods that run on the first text, and say what the others want.
+
+    Raises:
+        ValueError: a method that the user named does not.
+    """
+    found: list[str] = []
+    reasons: dict[str, list[str]] = {}
+    for name in plan.methods:
+        try:
+            work.attribute(name, [0])
+        except FAILURES as error:
+            reason = (str(error).strip().partition("\n")[0] or type(error).__name__)[:400]
+            if name not in plan.unasked:
+                raise ValueError(f"methods={name!r}: {model.name}: {reason}") from error
+            reasons.setdefault(reason, []).append(name)
+        else:
+            found.append(name)
+    plan.notes += [
+        f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} left out of {model.name}: {reason}"
+        for reason, names in reasons.items()
+    ]
+    return found
+
+
+def _tried(work: Callable[[list[str]], list[dict[str, Any]]], keys: list[str]) -> list[dict[str, Any]]:
+    """Return the lines of texts; a failing batch is tried text by text, to lose only the failing ones."""
+    try:
+        return work(keys)
+    except FAILURES as error:
+        if len(keys) == 1:
+            return [{"error": (str(error).strip().partition("\n")[0] or type(error).__name__)[:400]}]
+        return [line for key in keys for line in _tried(work, [key])]
+
+
+class _Puzzled:
+    """Ranks of the source of every question.
+
+    Args:
+        plan: of the comparison.
+        model: that solves the puzzles.
+        puzzles: all of them.
+    """
+
+    checks = (SWAP,)
+    notes: Sequence[str] = ()
+
+    def __init__(self, plan: TextPlan, model: nn.Module, puzzles: Puzzles) -> None:
+        self._model, self._puzzles = model, puzzles
+        self._device = next(model.parameters()).device
+        with torch.no_grad():
+            answers = model(puzzles.ids.to(self._device))[:, puzzles.asked].argmax(-1).cpu()
+        self.accuracy = float((answers == puzzles.answers).float().mean())
+
+    def chunks(self, keys: list[str]) -> list[list[str]]:
+        """Return the texts that are explained at once."""
+        return [keys[start : start + _PUZZLES] for start in range(0, len(keys), _PUZZLES)]
+
+    def attribute(self, name: str, places: Sequence[int]) -> Tensor:
+        """Return one value per token, (questions, texts, tokens)."""
+        its = self._part(places)
+        if name == SWAP:
+            return swapped(self._model, its).cpu()
+        built, found = method(name, "methods").build(self._model), []
+        for question, place in enumerate(its.asked.tolist()):
+            target = [(place, token) for token in its.answers[:, question].tolist()]
+            found.append(built.attribute(its.ids.to(self._device), target, query=place if built.reads_rows else None))
+        return torch.stack(found).detach().float().cpu()
+
+    def lines(self, name: str, keys: Sequence[str]) -> list[dict[str, Any]]:
+        """Return what is stored of texts, by measure."""
+        places, start = [int(key) for key in keys], time.perf_counter()
+        values = self.attribute(name, places)
+        seconds, its = (time.perf_counter() - start) / len(keys), self._part(places)
+        _require_finite(values)
+        ranks = torch.stack([source_ranks(each, its, question) for question, each in enumerate(values)], 1)
+        sizes = its.asked.tolist()
+        return [{"source": {"ranks": each.tolist(), "sizes": sizes}, "time": {"seconds": seconds}} for each in ranks]
+
+    def _part(self, places: Sequence[int]) -> Puzzles:
+        its, rows = self._puzzles, list(places)
+        return its._replace(ids=its.ids[rows], answers=its.answers[rows], sources=its.sources[rows])
+
+
+class _Read:
+    """Probabilities while the tokens of a text are removed, those of the highest values first, then last.
+
+    The prediction is explained: the class, or the token after the text. The last token, behind which it is read, stays.
+
+    Args:
+        plan: of the comparison.
+        model: that reads the texts.
+        texts: lines.
+    """
+
+    checks = ()
+    accuracy = None
+
+    def __init__(self, plan: TextPlan, model: Model, texts: Texts) -> None:
+        self._subject, self._lines, self._seed = model.subject, texts.lines, plan.seed
+        self._options = {"use_cache": False} if takes(self._subject.model, "use_cache") else {}
+        self._fill = unknown_token(self._subject.tokenizer) if plan.fill == UNKNOWN else None
+        if self._fill is None:
+            why = "" if plan.fill == DROP else ", since its tokenizer has no token for what it does not know"
+            self.notes = [f"removed tokens are left out{why}."]
+        else:
+            self.notes = [f"removed tokens become the tokenizer's unknown token, {self._fill}."]
+
+    def chunks(self, keys: list[str]) -> list[list[str]]:
+        """Return the texts one by one: they are of different lengths."""
+        return [[key] for key in keys]
+
+    def attribute(self, name: str, places: Sequence[int]) -> Tensor:
+        """Return one value per token of one text, (tokens)."""
+        return self._explained(name, self._ids(places[0]))[1]
+
+    def lines(self, name: str, keys: Sequence[str]) -> list[dict[str, Any]]:
+        """Return what is stored of one text, by measure."""
+        ids, start = self._ids(int(keys[0])), time.perf_counter()
+        explained, values = self._explained(name, ids)
+        seconds = time.perf_counter() - start
+        _require_finite(values)
+        order = ranked(values[:-1], self._seed)
+        first, last = (self._areas(ids, each, explained) for each in (order, order.flip(0)))
+        return [{"tokens": {"first": first, "last": last}, "time": {"seconds": seconds}}]
+
+    def _ids(self, place: int) -> Int[Tensor, "1 tokens"]:
+        ids = encode(self._subject.tokenizer, self._lines[place])
+        if ids.shape[1] < 3:
+            raise ValueError(f"{self._lines[place]!r}: {ids.shape[1]} tokens; expected at least 3, to put in an order.")
+        return ids.to(self._subject.device)
+
+    def _explained(self, name: str, ids: Tensor) -> tuple[int, Tensor]:
+        explained = int(self._chances(ids)[0].argmax())
+        built = method(name, "methods").build(self._subject.model)
+        return explained, built.attribute(ids, explained)[0].detach().float().cpu()
+
+    @torch.no_grad()
+    def _chances(self, ids: Tensor) -> Tensor:
+        """Return the probabilities of the classes, or of the token after the text."""
+        output = self._subject.model(ids, **self._options)
+        text = Text(torch.ones_like(ids, dtype=torch.bool))
+        logits = follow(output, scores_in("compare(target='predicted')", output, len(ids), None, text))
+        return (logits[:, -1] if logits.ndim == 3 else logits).float().softmax(-1)
+
+    def _areas(self, ids: Tensor, order: Tensor, explained: int) -> float:
+        return area(lambda texts: self._chances(texts)[:, explained].cpu(), ids, order, self._fill)
+
+
+def ranked(values: Tensor, seed: int) -> Tensor:
+    """Return tokens by their values, highest first; tied ones in an order of no meaning.
+
+    Args:
+        values: (tokens).
+        seed: of that order.
+    """
+    shuffled = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))
+    return shuffled[values[shuffled].argsort(descending=True, stable=True)]
+
+
+def area(probability: Callable[[Tensor], Tensor], ids: Tensor, order: Tensor, fill: int | None) -> float:
+    """Return the mean probability while tokens are removed in an order, from none to all that are in it.
+
+    Args:
+        probability: of texts (batch, tokens), (batch,).
+        ids: (1, tokens) of the text.
+        order: tokens, first to be removed first; the others stay.
+        fill: the token in their place; None: they are left out.
+    """
+    counts = np.unique(np.linspace(0, len(order), min(len(order), _STEPS) + 1).round().astype(int))
+    if fill is None:
+        kept = (np.setdiff1d(np.arange(ids.shape[1]), order[:count].numpy()) for count in counts.tolist())
+        values = torch.cat([probability(ids[:, torch.from_numpy(each)]) for each in kept])
+    else:
+        texts = ids.repeat(len(counts), 1)
+        for row, count in enumerate(counts.tolist()):
+            texts[row, order[:count]] = fill
+        values = probability(texts)
+    return float(np.trapezoid(values.double().numpy(), counts / len(order)))
+
+
+def _require_finite(values: Tensor) -> None:
+    if not bool(values.isfinite().all()):
+        raise ValueError("a value is NaN or Inf.")
