@@ -6,6 +6,7 @@
     python benchmarks/run.py passes
     python benchmarks/run.py maps --data FOLDER
     python benchmarks/run.py compare --data FOLDER
+    python benchmarks/run.py fills --data FOLDER
     python benchmarks/run.py kernel [--device cuda]
     python benchmarks/run.py heads
     python benchmarks/run.py texts
@@ -43,6 +44,7 @@ from benchmarks import (
     dropin,
     embedding,
     explorer,
+    fills,
     findings,
     maps,
     text_perturbation,
@@ -65,6 +67,7 @@ WHAT = {
     "passes": "several maps of one traced pass, compared with the dearest of them",
     "maps": "maps: energy in boxes, deletion, time of the command",
     "compare": "attribution methods judged on one scale: perturbation, boxes, masks, digits, sanity, cost",
+    "fills": "attribution methods under several fills of removed cells",
     "collect": "mamba-attn collect: memory against images, time, means against explicit ones",
     "embed": "t-SNE and UMAP of attention, with PCA before them and without",
     "findings": "mamba-attn findings: the paper's findings, trained, with random weights, in other patch orders",
@@ -81,6 +84,7 @@ WHAT = {
 ON_DATA: dict[str, tuple[Any, Any]] = {  # the module with the options, and what measures
     "maps": (maps, maps.run_maps),
     "compare": (comparison, comparison.run_comparison),
+    "fills": (fills, fills.run_fills),
     "collect": (analytics, analytics.run_collect),
     "embed": (embedding, embedding.run_embed),
     "findings": (findings, findings.run_findings),
