@@ -104,6 +104,11 @@ def test_all_is_measured_and_the_page_is_written_from_it(runs, tmp_path, monkeyp
     table = found["reordered"]["top1"]
     assert np.shape(table) == (2, 2)
     assert found["reordered"]["images"] == 3
+    for at, row in enumerate(found["reordered"]["gained"]):
+        assert row[at] == [0, 0, 0]
+        for place, (value, low, high) in enumerate(row):
+            assert value == pytest.approx(table[at][place] - table[at][at], abs=0.02)
+            assert low <= value <= high
     assert written(page, json.loads(json.dumps(found))) == page
     assert "Not measured yet" not in re.search(r"<!-- reordered.*?end -->", page, re.DOTALL)[0]
 
@@ -119,7 +124,7 @@ def test_accuracy_is_of_the_right_answers():
             return torch.tensor([[0.0, 1.0]]).expand(len(pixels), 2)
 
     batches = [(torch.zeros(3, 3, 4, 4), torch.tensor([1, 1, 0])), (torch.zeros(1, 3, 4, 4), torch.tensor([1]))]
-    assert findings.top1(Second(), batches) == 75.0
+    assert findings.answers(Second(), batches).tolist() == [1, 1, 0, 1]
 
 
 def test_what_the_numbers_decide_is_said_by_them():
