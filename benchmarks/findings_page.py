@@ -216,7 +216,7 @@ def blocks_together(details: dict[str, Any]) -> str:
         words.append(
             "A minimum over more pairs is lower by itself, and models with different numbers cannot be compared. These "
             "numbers were measured before; the command now takes a quantile less chance, and compares images "
-            "(silhouette, nearest point, part that differs) inside groups that share none, so that their intervals hold."
+            "(silhouette, nearest point, part that differs) inside groups that share none, so that intervals hold."
         )
     return " ".join(words) + "\n"
 
