@@ -33,6 +33,7 @@ METHODS = (
 )
 RIVALS = ("mamba_lrp", "transformer_attribution")  # that others are compared with: the first that fits a model
 AIMS = ("positive_auc_top", "negative_auc_top", "gap_top")
+COLLECTION = "imagenette128.zip"
 IMAGES = 100
 CHUNK = 4  # images per batch of maps
 RESULTS = Path(__file__).parent / "results" / "fills.json"
@@ -87,7 +88,7 @@ def plan(models: Sequence[str], data: Path, methods: Sequence[str], fill: str, i
 
     keys, most, _ = choose_methods(methods)
     options = Options(precision="bfloat16", fill=fill)
-    return Plan([Model.parse(name) for name in models], [str(data / "imagenette128.zip")], keys, ("perturbation",),
+    return Plan([Model.parse(name) for name in models], [str(data / COLLECTION)], keys, ("perturbation",),
                 most=most, unasked=set(keys), options=options, half="report", limit=images)  # fmt: skip
 
 

@@ -133,7 +133,7 @@ METHODS: dict[str, Entry] = {
             MambaLRP,
             "The relevance of the class, propagated back layer by layer to the tokens; signed, and it adds up.",
             (SCANS,),
-            instead="transformer_attribution",
+            instead="frozen_contribution",
         ),
         Entry(
             "keep_and_remove_lrp",

@@ -24,7 +24,7 @@ _EXAMPLES = """\
 store
 store --model net.py:build --weights best.pth
 raster morton --seeds 5 --accuracy raster=71.5
-store --trained store=seed_1.safetensors --trained store=seed_2.safetensors"""
+store --trained store=seed_1.pth --seeds 40"""
 _NOTES = """\
 STORE: a folder made by mamba-attn collect. Rebuilds its model and compares
 it, on the store's own images, with randomly initialised copies and with

@@ -6,7 +6,14 @@ import torch
 from PIL import Image
 
 from mamba_attn import images, trace
-from mamba_attn.attribution import AttentionRollout, MambaAttribution, RawAttention, TransformerAttribution
+from mamba_attn.attribution import (
+    AttentionRollout,
+    FrozenContribution,
+    MambaAttribution,
+    MambaLRP,
+    RawAttention,
+    TransformerAttribution,
+)
 from mamba_attn.attribution.queries import Query
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.core.transform import Transform
@@ -27,7 +34,8 @@ def loaded(request, tmp_path_factory):
 
 
 def ask(loaded, **more):
-    return answer(choices.Question(loaded[0], choices.parse_methods([], loaded[0]), **more), loaded[1])
+    methods = choices.parse_methods([], loaded[0], place="query" in more)
+    return answer(choices.Question(loaded[0], methods, **more), loaded[1])
 
 
 def inputs(loaded):
@@ -36,8 +44,10 @@ def inputs(loaded):
 
 def test_maps_are_those_of_the_methods(loaded):
     found, model = ask(loaded), loaded[0].model
-    last = TransformerAttribution if is_transformer(loaded[0]) else MambaAttribution
-    for method, built in zip(found.methods, (RawAttention, AttentionRollout, last), strict=True):
+    first, last = (MambaLRP, MambaAttribution)
+    if is_transformer(loaded[0]):
+        first, last = FrozenContribution, TransformerAttribution
+    for method, built in zip(found.methods, (first, RawAttention, AttentionRollout, last), strict=True):
         truth = built(model).attribute(inputs(loaded))[0, 0].numpy()
         np.testing.assert_allclose(found.maps[method.key], truth, rtol=1e-5, atol=1e-6 * np.abs(truth).max())
         assert found.maps[method.key].shape == found.image.shape[:2] == loaded[0].transform.size
