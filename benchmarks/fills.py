@@ -36,7 +36,6 @@ AIMS = ("positive_auc_top", "negative_auc_top", "gap_top")
 COLLECTION = "imagenette128.zip"
 IMAGES = 100
 CHUNK = 4  # images per batch of maps
-RESULTS = Path(__file__).parent / "results" / "fills.json"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,8 @@
                                                writes the tables of docs/findings.md
 
 ``--runs`` holds what benchmarks/train.py wrote: <order>/vmamba_micro.safetensors with its card, class_token_first/ and
-class_token_middle/vim_micro.safetensors, digits/<order>_<seed>/*.safetensors. What is missing there is left out, and
+class_token_middle/vim_micro.safetensors, digits/<order>_<seed>/*.safetensors, and seeds/<seed>/*.safetensors, trainings
+that differ in their seed alone and tell what training does. What is missing there is left out and, but for the seeds,
 named in the results. ``--data`` holds imagenette128.zip and localise.zip. Stores, and what was measured of them, lie in
 ``--work``; a killed run resumes from there.
 """
@@ -81,6 +82,15 @@ def trained_orders(runs: Path) -> dict[str, Path]:
     return {name: path for name, path in found.items() if path is not None}
 
 
+def trained_seeds(runs: Path) -> dict[str, list[Path]]:
+    """Finished trainings that differ in their seed alone, by model."""
+    found: dict[str, list[Path]] = {}
+    for folder in sorted(runs.glob("seeds/*")):
+        if (path := weights_in(folder)) is not None:
+            found.setdefault(path.stem, []).append(path)
+    return found
+
+
 def weights_in(folder: Path) -> Path | None:
     """The weights in the folder of a run, once it is finished: the card is written last."""
     return next((path for path in sorted(folder.glob("*.safetensors")) if path.with_suffix(".json").is_file()), None)
@@ -105,9 +115,11 @@ def run_findings(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
         for path in sorted(runs.glob("digits/*/*.safetensors"))
         if path.with_suffix(".json").is_file()
     }
+    seeds = {f"seeds {name}": (name, str(files[0])) for name, files in trained_seeds(runs).items()}
     parts = {
         "models": ({name: (name, "demo") for name in DEMOS}, OBJECTS), "orders": (objects, OBJECTS),
         "class tokens": (tokens, OBJECTS), "digits": (digits, DIGITS),
+        "trained seeds": (seeds, OBJECTS),
     }  # fmt: skip
     details: dict[str, Any] = {"how": __doc__, "images": args.images, "seeds": args.seeds, "missing": missing(runs)}
     every: list[Report] = []
@@ -146,7 +158,8 @@ def measure(args: argparse.Namespace, name: str, model: str, weights: str, selec
     collect(Request(load(model, weights), open_data(selector), args.images), folder)
     print(f"{name}: {folder} is collected", flush=True)
     store = AttentionStore.open(folder)
-    found = report(name, store, args.work / "measured", seeds=args.seeds)
+    others = trained_seeds(args.runs.expanduser()).get(model, [])[1:] if name.startswith("seeds ") else ()
+    found = report(name, store, args.work / "measured", seeds=args.seeds, weights=others)
     found.accuracy = known_accuracy(store)
     print(f"{name}: measured", flush=True)
     return found

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import findings_tables as tables
-from benchmarks.findings_verdicts import PARTS as FOUND
-from benchmarks.findings_verdicts import called_outside
+from benchmarks.findings_verdicts import called_outside, stores_of
 from benchmarks.marked_pages import filled
 from mamba_attn.findings.intervals import LEVEL
 
@@ -78,7 +77,7 @@ def rule(details: dict[str, Any]) -> str:
 
 def setting(details: dict[str, Any]) -> str:
     """Which models, how many images and seeds; what is missing."""
-    stores = [store for part in FOUND for store in details[part]["stores"]]
+    stores = stores_of(details)
     known = ", ".join(sorted({store["model"] for store in stores}))
     left = f" Missing when this was measured: {', '.join(details['missing'])}." if details["missing"] else ""
     return (

@@ -52,6 +52,11 @@ def runs(tmp_path):
     names = list(cases.CLASSES)
     for order in ("raster", "morton"):
         save(tmp_path / order, "vmamba_micro", {**options, "order": order}, names)
+    (tmp_path / "seeds").mkdir()
+    for seed in (0, 1):
+        save(tmp_path / "seeds" / str(seed), "vmamba_micro", options, names)
+        for path in (tmp_path / "seeds" / str(seed)).iterdir():
+            path.rename(path.with_stem("vmamba_micro"))
     for token in ("first", "middle"):
         size = {**cases.OPTIONS["vim_micro"], "image_size": (48, 48), "depth": 3}
         save(tmp_path / f"class_token_{token}", "vim_micro", {**size, "class_token": token}, names)
@@ -97,6 +102,10 @@ def test_all_is_measured_and_the_page_is_written_from_it(runs, tmp_path, monkeyp
     assert [each.spread.median for each in figures] == [2, 2]
     assert [store["name"] for store in found["orders"]["stores"]] == ["order raster", "order morton"]
     assert found["orders"]["orders"][0]["spread"] == 1
+    (seeds,) = found["trained seeds"]["stores"]
+    row = next(row for row in seeds["rows"] if (row["finding"], row["place"]) == ("entropy", "all"))
+    assert len(row["others"]) == 1
+    assert "others" not in next(row for row in found["orders"]["stores"][0]["rows"] if row["finding"] == "entropy")
     page = written(PAGE.read_text(), json.loads(json.dumps(found)))
     assert "top-1 of 2 models in 2 orders differs by 1.00 points" in page
     assert re.search(r"- morton: [-0-9.]+ \[.*\], so rows follow (the order|the raster|undecided); untrained", page)

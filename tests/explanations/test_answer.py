@@ -19,6 +19,7 @@ from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.core.transform import Transform
 from mamba_attn.datasets import loading
 from mamba_attn.datasets.loading import is_transformer, traced_layers
+from mamba_attn.errors import TraceError
 from mamba_attn.explanations import choices, explain
 from mamba_attn.explanations.answer import answer, at_depths
 from mamba_attn.models.vim import VisionMamba
@@ -131,3 +132,17 @@ def test_tensors_and_pictures_are_explained_alike(tmp_path):
         for name, values in by_file.maps.items():
             np.testing.assert_allclose(other.maps[name], values, rtol=0, atol=1e-5)
     assert (by_file.name, by_file.explained, by_file.class_name(1)) == ("mine", 1, "class 1")
+
+
+def test_a_default_that_the_model_refuses_is_left_out_and_one_that_was_named_is_not(loaded, monkeypatch):
+    def refuse(*_):
+        raise TraceError("its shares do not sum to the logit.")
+
+    monkeypatch.setattr("mamba_attn.attribution.lrp.linear_backward.LinearisedAttribution._explain", refuse)
+    first = choices.parse_methods([], loaded[0])[0].key
+    with pytest.warns(UserWarning, match=f"{first} is left out: its shares do not sum to the logit"):
+        found = ask(loaded, by_default=True)
+    assert len(found.maps) == 3
+    assert first not in found.maps
+    with pytest.raises(TraceError, match="do not sum"):
+        ask(loaded)
