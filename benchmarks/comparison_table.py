@@ -14,12 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 from benchmarks.cases import EXPLAINED, TARGETS
 from benchmarks.comparison import OURS
 from benchmarks.comparison_leads import FIGURES, derive, difference
+from benchmarks.fills import order
 from benchmarks.marked_pages import filled
 from benchmarks.report import written
 from mamba_attn.evaluation.metrics import METRICS
 
 PAGE = Path(__file__).parents[1] / "docs" / "comparing.md"
 RESULTS = Path(__file__).parent / "results" / "compare.json"
+OTHERS = {name: RESULTS.with_name(f"{name}.json") for name in ("fills", "two_digits")}
 COLUMNS = {  # part, half, metric
     "positive AUC": ("perturbation", None, "positive_auc_top"),
     "negative AUC": ("perturbation", None, "negative_auc_top"),
@@ -27,6 +29,7 @@ COLUMNS = {  # part, half, metric
     "mIoU of digits": ("digits", "report", "miou"),
 }
 FAMILIES = ("vim", "vmamba", "vit")
+LEAST = 3  # fills on which a method of ours must be ahead, on both families
 SANITY = 8  # images that are asked
 Cells = dict[str, dict[tuple[str, str], str]]
 
@@ -204,6 +207,89 @@ def ablation_words(results: Mapping[str, Any]) -> str:
     )
 
 
+def fills_table(results: Mapping[str, Any]) -> str:
+    """Return tables of methods by fill, one per model, best first over the fills.
+
+    Args:
+        results: contents of compare.json, and of fills.json under "fills".
+    """
+    found, lines = results["fills"]["details"], []
+    for model, tables in found["models"].items():
+        names = order(tables)
+        if not names:
+            continue
+        counts = {name: min(aims["gap_top"][name][3] for aims in tables["figures"].values() if name in aims["gap_top"])
+                  for name in names}  # fmt: skip
+        most = max(counts.values())
+        lines += [
+            f"**{model}**, {most} images (methods with fewer have their number in brackets):",
+            "",
+            f"| method | {' | '.join(tables['figures'])} | ahead of `{tables['rival']}` |",
+            f"|---|{'---|' * (len(tables['figures']) + 1)}",
+        ]
+        for name in names:
+            cells = []
+            for aims in tables["figures"].values():
+                both = [aims[aim].get(name) for aim in ("positive_auc_top", "negative_auc_top")]
+                cells.append("" if None in both else " / ".join(f"{each[0]:.1f}" for each in both))
+            fewer = f" ({counts[name]})" if counts[name] < most else ""
+            lines.append(f"| `{name}`{fewer} | {' | '.join(cells)} | {_ahead_on(tables, name)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _ahead_on(tables: Mapping[str, Any], name: str) -> str:
+    """By how much negative less positive AUC is better than the rival's, by fill, in points."""
+    if name == tables["rival"]:
+        return ""
+    found = {fill: aims["gap_top"].get(name) for fill, aims in tables["ahead of the rival"].items()}
+    return "; ".join(
+        f"{fill} {80 * its[0]:+.1f} [{80 * its[1]:+.1f}, {80 * its[2]:+.1f}]" for fill, its in found.items() if its
+    )
+
+
+def fills_words(results: Mapping[str, Any]) -> str:
+    """Return on how many fills our keep-and-remove LRP is ahead of MambaLRP, and what follows.
+
+    Args:
+        results: contents of compare.json, and of fills.json under "fills".
+    """
+    name, rival, parts, enough = "keep_and_remove_lrp", "mamba_lrp", [], True
+    for model, tables in results["fills"]["details"]["models"].items():
+        if tables["rival"] != rival:
+            continue
+        found = {fill: its for fill, aims in tables["ahead of the rival"].items() if (its := aims["gap_top"].get(name))}
+        ahead = [fill for fill, its in found.items() if its[1] > 0]
+        behind = [fill for fill, its in found.items() if its[2] < 0]
+        enough = enough and len(ahead) >= LEAST
+        text = f"on {model} it is ahead by the paired interval under {' and '.join(ahead) or 'no fill'}"
+        parts.append(text + (f" and behind under {' and '.join(behind)}" if behind else ""))
+    verdict = (
+        "It is therefore kept as the method to use where removal is the question."
+        if enough
+        else f"It does not reach {LEAST} of {len(found)} fills on both, which we asked of it, so `{rival}`, at a "
+        "fraction of its cost, stays the method to use."
+    )
+    return f"`{name}`, our own, is {rival} asked again while parts are kept or removed: {', '.join(parts)}. {verdict}"
+
+
+def two_digits_table(results: Mapping[str, Any]) -> str:
+    """Return the scores of methods asked about either of two digits, by model.
+
+    Args:
+        results: contents of compare.json, and of two_digits.json under "two_digits".
+    """
+    models = results["two_digits"]["details"]["models"]
+    names = list(dict.fromkeys(name for its in models.values() for name in its["scores"]))
+    best = {name: max(its["scores"][name][0] for its in models.values() if name in its["scores"]) for name in names}
+    heads = (f"{name} ({its['images']} images)" for name, its in models.items())
+    lines = [f"| method | {' | '.join(heads)} |", f"|---|{'---|' * len(models)}"]
+    for name in sorted(names, key=lambda each: -best[each]):
+        cells = (_with_interval(its["scores"][name]) if name in its["scores"] else "" for its in models.values())
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def hours(results: Mapping[str, Any]) -> str:
     """Return what the table costs, in words.
 
@@ -291,10 +377,20 @@ PARTS = {
     "sanity words": sanity_words,
     "ablation": ablation_table,
     "ablation words": ablation_words,
+    "fills": fills_table,
+    "fills words": fills_words,
+    "two digits": two_digits_table,
 }
+
+
+def stored() -> dict[str, Any]:
+    """Return the contents of compare.json, and of the other results that the page shows, under their names."""
+    found: dict[str, Any] = json.loads(RESULTS.read_text())
+    return found | {name: json.loads(path.read_text()) for name, path in OTHERS.items()}
+
 
 if __name__ == "__main__":
     found = json.loads(RESULTS.read_text())
     derive(found)
     RESULTS.write_text(written(found))
-    PAGE.write_text(filled(PAGE.read_text(), PARTS, found))
+    PAGE.write_text(filled(PAGE.read_text(), PARTS, stored()))

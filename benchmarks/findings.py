@@ -5,7 +5,8 @@
                                                writes the tables of docs/findings.md
 
 ``--runs`` holds what benchmarks/train.py wrote: <order>/vmamba_micro.safetensors with its card, class_token_first/ and
-class_token_middle/vim_micro.safetensors, digits/<order>_<seed>/*.safetensors. What is missing there is left out, and
+class_token_middle/vim_micro.safetensors, digits/<order>_<seed>/*.safetensors, and seeds/<seed>/*.safetensors, trainings
+that differ in their seed alone and tell what training does. What is missing there is left out and, but for the seeds,
 named in the results. ``--data`` holds imagenette128.zip and localise.zip. Stores, and what was measured of them, lie in
 ``--work``; a killed run resumes from there.
 """
@@ -38,6 +39,7 @@ from mamba_attn.figures import png
 from mamba_attn.figures.colours import limits
 from mamba_attn.findings.accuracy import known_accuracy, over_orders
 from mamba_attn.findings.controls import Report, report
+from mamba_attn.findings.intervals import Estimate, difference
 from mamba_attn.findings.page import matrices_rgb
 from mamba_attn.findings.tables import as_json, side_by_side
 
@@ -54,14 +56,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=Path, required=True, help="folder of trained models, as above")
     parser.add_argument("--work", type=Path, default=Path("findings_work"), help="default: ./findings_work")
     parser.add_argument("--images", type=int, default=200, help="of each store; default: 200")
-    parser.add_argument("--seeds", type=int, default=5, help="models with random weights; default: 5")
+    parser.add_argument("--seeds", type=int, default=20, help="models with random weights; default: 20")
     parser.add_argument("--workers", type=int, default=2, help="processes; default: 2")
     parser.add_argument("--answers", type=int, default=500, help="images that reordered models classify; default: 500")
 
 
 def partial(args: argparse.Namespace) -> bool:
     """Whether the options leave something out of the full run."""
-    return (args.images, args.seeds, args.answers) != (200, 5, 500) or bool(missing(args.runs))
+    return (args.images, args.seeds, args.answers) != (200, 20, 500) or bool(missing(args.runs))
 
 
 def missing(runs: Path) -> list[str]:
@@ -78,6 +80,15 @@ def trained_orders(runs: Path) -> dict[str, Path]:
     """Weights by the order that they were trained in."""
     found = {name: weights_in(runs / name) for name in orders.ORDERS}
     return {name: path for name, path in found.items() if path is not None}
+
+
+def trained_seeds(runs: Path) -> dict[str, list[Path]]:
+    """Finished trainings that differ in their seed alone, by model."""
+    found: dict[str, list[Path]] = {}
+    for folder in sorted(runs.glob("seeds/*")):
+        if (path := weights_in(folder)) is not None:
+            found.setdefault(path.stem, []).append(path)
+    return found
 
 
 def weights_in(folder: Path) -> Path | None:
@@ -104,9 +115,11 @@ def run_findings(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
         for path in sorted(runs.glob("digits/*/*.safetensors"))
         if path.with_suffix(".json").is_file()
     }
+    seeds = {f"seeds {name}": (name, str(files[0])) for name, files in trained_seeds(runs).items()}
     parts = {
         "models": ({name: (name, "demo") for name in DEMOS}, OBJECTS), "orders": (objects, OBJECTS),
         "class tokens": (tokens, OBJECTS), "digits": (digits, DIGITS),
+        "trained seeds": (seeds, OBJECTS),
     }  # fmt: skip
     details: dict[str, Any] = {"how": __doc__, "images": args.images, "seeds": args.seeds, "missing": missing(runs)}
     every: list[Report] = []
@@ -145,7 +158,8 @@ def measure(args: argparse.Namespace, name: str, model: str, weights: str, selec
     collect(Request(load(model, weights), open_data(selector), args.images), folder)
     print(f"{name}: {folder} is collected", flush=True)
     store = AttentionStore.open(folder)
-    found = report(name, store, args.work / "measured", seeds=args.seeds)
+    others = trained_seeds(args.runs.expanduser()).get(model, [])[1:] if name.startswith("seeds ") else ()
+    found = report(name, store, args.work / "measured", seeds=args.seeds, weights=others)
     found.accuracy = known_accuracy(store)
     print(f"{name}: measured", flush=True)
     return found
@@ -165,24 +179,36 @@ def brief(results: dict[str, Any], summary: bool) -> dict[str, Any]:
 
 
 def reordered(weights: dict[str, Path], selector: Path, count: int) -> dict[str, Any]:
-    """Accuracy, in percent, of a model trained in one order (row) whose scans follow another (column) at inference."""
+    """Accuracy, in percent, of a model trained in one order (row) whose scans follow another (column) at inference.
+
+    And how far each is from the model in its own order, in points, with the paired interval over images.
+    """
     if not weights:
-        return {"orders": [], "top1": [], "images": 0}
+        return {"orders": [], "top1": [], "gained": [], "images": 0}
     from mamba_attn import models
 
     data, names = open_data(str(selector)), list(weights)
-    table = []
+    table, gained = [], []
     batches: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for path in weights.values():
+    for name, path in weights.items():
         subject = load(path.stem, str(path))
         batches = batches or list(labelled(data, subject, count))
-        row = []
-        for order in names:
-            model = models.create(path.stem, weights=str(path), **{**subject.options, "order": order})
-            row.append(top1(model, batches))
-        table.append(row)
+        hits = {
+            order: answers(models.create(path.stem, weights=str(path), **{**subject.options, "order": order}), batches)
+            for order in names
+        }
+        table.append([round(100 * float(its.mean()), 2) for its in hits.values()])
+        gained.append([_points(difference(its, hits[name])) for its in hits.values()])
         print(f"reordered: {len(table)} of {len(names)}", flush=True)
-    return {"orders": names, "top1": table, "images": sum(len(labels) for _, labels in batches)}
+    return {"orders": names, "top1": table, "gained": gained, "images": sum(len(labels) for _, labels in batches)}
+
+
+def _points(estimate: Estimate | None) -> list[float | None]:
+    """Value and interval in points of percent."""
+    if estimate is None:
+        return [None] * 3
+    ends = (estimate.value, estimate.low, estimate.high)
+    return [None if end is None else round(100 * end, 2) for end in ends]
 
 
 def labelled(data: Data, subject: LoadedModel, count: int) -> "list[tuple[torch.Tensor, torch.Tensor]]":
@@ -199,10 +225,10 @@ def labelled(data: Data, subject: LoadedModel, count: int) -> "list[tuple[torch.
 
 
 @torch.no_grad()
-def top1(model: torch.nn.Module, batches: "Sequence[tuple[torch.Tensor, torch.Tensor]]") -> float:
-    """Return top-1 accuracy in percent."""
+def answers(model: torch.nn.Module, batches: "Sequence[tuple[torch.Tensor, torch.Tensor]]") -> np.ndarray:
+    """Return of every image whether the model is right about it, 1 or 0."""
     right = torch.cat([model(pixels).argmax(1) == labels for pixels, labels in batches])
-    return round(100 * right.double().mean().item(), 2)
+    return right.double().numpy()
 
 
 def class_token_rows(args: argparse.Namespace, stores: dict[str, AttentionStore]) -> dict[str, Any]:

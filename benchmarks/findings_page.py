@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import findings_tables as tables
-from benchmarks.findings_verdicts import PARTS as FOUND
-from benchmarks.findings_verdicts import called_outside
+from benchmarks.findings_verdicts import called_outside, stores_of
 from benchmarks.marked_pages import filled
 from mamba_attn.findings.intervals import LEVEL
 
@@ -78,7 +77,7 @@ def rule(details: dict[str, Any]) -> str:
 
 def setting(details: dict[str, Any]) -> str:
     """Which models, how many images and seeds; what is missing."""
-    stores = [store for part in FOUND for store in details[part]["stores"]]
+    stores = stores_of(details)
     known = ", ".join(sorted({store["model"] for store in stores}))
     left = f" Missing when this was measured: {', '.join(details['missing'])}." if details["missing"] else ""
     return (
@@ -184,7 +183,11 @@ def reordered(details: dict[str, Any]) -> str:
         return tables.NOTHING
     lines = ["| trained in \\ scanned in | " + " | ".join(names) + " |", "|" + "---|" * (1 + len(names))]
     for at, (name, row) in enumerate(zip(names, table, strict=True)):
-        cells = (f"**{value:.1f}**" if place == at else f"{value:.1f}" for place, value in enumerate(row))
+        gained = details["reordered"].get("gained")
+        cells = (
+            f"**{value:.1f}**" if place == at else f"{value:.1f}{_gained(gained[at][place] if gained else None)}"
+            for place, value in enumerate(row)
+        )
         lines.append(f"| {name} | {' | '.join(cells)} |")
     if len(names) > 1:
         own = sum(row[at] for at, row in enumerate(table)) / len(names)
@@ -195,6 +198,26 @@ def reordered(details: dict[str, Any]) -> str:
             f"{sum(other) / len(other):.1f} % in another, at best {max(other):.1f} %.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _gained(points: list[float | None] | None) -> str:
+    """A difference to the model's own order with its interval, as text."""
+    if points is None or None in points:
+        return ""
+    return " ({:+.1f} [{:+.1f}, {:+.1f}])".format(*points)
+
+
+def blocks_together(details: dict[str, Any]) -> str:
+    """How the findings about several blocks were measured in these results."""
+    about = details["models"]["findings"]["block_correlation"]
+    words = [f"*{about['title'].capitalize()}*: {about['formula']} The tables give the number of pairs."]
+    if about["title"].startswith("least"):
+        words.append(
+            "A minimum over more pairs is lower by itself, and models with different numbers cannot be compared. These "
+            "numbers were measured before; the command now takes a quantile less chance, and compares images "
+            "(silhouette, nearest point, part that differs) inside groups that share none, so that intervals hold."
+        )
+    return " ".join(words) + "\n"
 
 
 def class_tokens(details: dict[str, Any]) -> str:
@@ -225,6 +248,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "accuracy": accuracy,
     "goes with accuracy": goes_with_accuracy,
     "reordered": reordered,
+    "blocks together": blocks_together,
     "class tokens": class_tokens,
     "by layer": tables.by_layer,
     "matrices": matrices,

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from mamba_attn.findings.tables import OUTSIDE, finite, in_words, minimum_over, probability
+from mamba_attn.findings.tables import OUTSIDE, finite, in_words, over_pairs, probability
 
 NOTHING = "Not measured yet.\n"
 
@@ -40,7 +40,7 @@ def paper(details: dict[str, Any]) -> str:
         cells = []
         for store in details["models"]["stores"]:
             row = row_of(details["models"], store, name)
-            over = minimum_over(name, store["pairs"])
+            over = over_pairs(name, store["pairs"])
             cells.append("" if row is None else f"{holds(row, about[name]['claim'])}{over}")
         if not any(cells):
             continue  # of other models alone
@@ -83,7 +83,7 @@ def _findings_table(part: dict[str, Any]) -> str:
             about = part["findings"][row["finding"]]
             its = row.get("untrained")
             lines.append(
-                f"| {about['of']} | {about['title']}{minimum_over(row['finding'], store['pairs'])} | "
+                f"| {about['of']} | {about['title']}{over_pairs(row['finding'], store['pairs'])} | "
                 f"{shown(row['trained'])} | {shown(None if its is None else {'value': row['random'], **its})} | "
                 f"{'' if its is None else probability(its['corrected'])} | {in_words(row['verdict'])} | "
                 f"{short(row.get('reordered'))} | {short(row.get('shuffled'))} |"
@@ -106,7 +106,7 @@ def _short_table(part: dict[str, Any]) -> str:
             if row is None
             else f"{short(row['trained']['value'])} ({short(row.get('random'))})"
             + ("!" if row["verdict"] in OUTSIDE else "")
-            + minimum_over(name, store["pairs"])
+            + over_pairs(name, store["pairs"])
             for row, store in zip(rows, part["stores"], strict=True)
         ]
         lines.append(f"| {part['findings'][name]['of']} | {part['findings'][name]['title']} | {' | '.join(cells)} |")

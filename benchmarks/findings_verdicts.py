@@ -14,7 +14,7 @@ from mamba_attn.findings.intervals import LEVEL, Estimate
 from mamba_attn.findings.registry import FINDINGS
 from mamba_attn.findings.tables import row_as_json
 
-PARTS = ("models", "orders", "class tokens", "digits")
+PARTS = ("models", "orders", "class tokens", "digits", "trained seeds")
 
 
 def derive(details: dict[str, Any]) -> None:
@@ -23,9 +23,18 @@ def derive(details: dict[str, Any]) -> None:
     Args:
         details: of the results.
     """
-    for store in (store for part in PARTS for store in details[part]["stores"]):
+    for store in stores_of(details):
         store["rows"] = [digits(row_as_json(row)) for row in compared(rows_of(store))]
         store["pairs"] = pairs([stage for stage, _ in place_of(store["depths"], [])])
+
+
+def stores_of(details: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the stores of all parts that were measured.
+
+    Args:
+        details: of the results.
+    """
+    return [store for part in PARTS for store in details.get(part, {"stores": []})["stores"]]
 
 
 def rows_of(store: dict[str, Any]) -> list[Row]:
@@ -44,6 +53,7 @@ def rows_of(store: dict[str, Any]) -> list[Row]:
             reordered=row.get("reordered"),
             order=Estimate(**row["order"]) if "order" in row else None,
             shuffled=row.get("shuffled"),
+            others=tuple(row.get("others", ())),
         )
         for row in store["rows"]
         if not (row["place"] == ALL and FINDINGS[row["finding"]].level == "model")
@@ -56,7 +66,7 @@ def untrained_in_place(details: dict[str, Any]) -> Iterator[list[Row]]:
     Args:
         details: of the results.
     """
-    for store in (store for part in PARTS for store in details[part]["stores"]):
+    for store in stores_of(details):
         rows = [row for row in rows_of(store) if row.place in (ALL, MODEL)]
         for at in range(min((len(row.seeds) for row in rows), default=0)):
             yield compared([_with_seed(row, at) for row in rows])

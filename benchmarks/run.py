@@ -6,6 +6,8 @@
     python benchmarks/run.py passes
     python benchmarks/run.py maps --data FOLDER
     python benchmarks/run.py compare --data FOLDER
+    python benchmarks/run.py fills --data FOLDER
+    python benchmarks/run.py two-digits --data FOLDER
     python benchmarks/run.py kernel [--device cuda]
     python benchmarks/run.py heads
     python benchmarks/run.py texts
@@ -44,12 +46,14 @@ from benchmarks import (
     dropin,
     embedding,
     explorer,
+    fills,
     findings,
     maps,
     text_perturbation,
     text_rows,
     text_truth,
     texts,
+    two_digits,
     verify,
     without_gpu,
 )
@@ -67,6 +71,8 @@ WHAT = {
     "passes": "several maps of one traced pass, compared with the dearest of them",
     "maps": "maps: energy in boxes, deletion, time of the command",
     "compare": "attribution methods judged on one scale: perturbation, boxes, masks, digits, sanity, cost",
+    "two-digits": "attribution methods asked about either of two digits in an image",
+    "fills": "attribution methods under several fills of removed cells",
     "collect": "mamba-attn collect: memory against images, time, means against explicit ones",
     "embed": "t-SNE and UMAP of attention, with PCA before them and without",
     "findings": "mamba-attn findings: the paper's findings, trained, with random weights, in other patch orders",
@@ -84,6 +90,8 @@ WHAT = {
 ON_DATA: dict[str, tuple[Any, Any]] = {  # the module with the options, and what measures
     "maps": (maps, maps.run_maps),
     "compare": (comparison, comparison.run_comparison),
+    "fills": (fills, fills.run_fills),
+    "two-digits": (two_digits, two_digits.run_two_digits),
     "collect": (analytics, analytics.run_collect),
     "embed": (embedding, embedding.run_embed),
     "findings": (findings, findings.run_findings),

@@ -86,6 +86,23 @@ def untrained(folder: Path, index: Index, seed: int) -> LoadedModel:
     return subject
 
 
+def with_weights(folder: Path, index: Index, weights: str | Path) -> LoadedModel:
+    """Return a model of the same architecture and options with other weights, as of another seed of training.
+
+    Args:
+        folder: of the store.
+        index: what it holds; only the model's name and options are used.
+        weights: the file.
+
+    Raises:
+        StoreError: the name is not a known model, or its options build one with other layers.
+        WeightsError: the file is not there, or not of this model.
+    """
+    subject = _subject(folder, index, str(weights), index.model["options"])
+    _require_layers(folder, index, subject, orders=True)
+    return subject
+
+
 def reordered(folder: Path, index: Index, order: str) -> LoadedModel:
     """Return the model with its weights, whose scans visit the patches in another order than it was trained in.
 

@@ -176,6 +176,18 @@ class AttentionStore:
         """
         return rebuild.untrained(self.folder, self.index, seed)
 
+    def with_weights(self, weights: str | Path) -> LoadedModel:
+        """Return a model of the same name and options with other weights, as of another seed of training.
+
+        Args:
+            weights: the file.
+
+        Raises:
+            StoreError: the name is not a known model, or the options build one with other layers.
+            WeightsError: the file is not there, or not of this model.
+        """
+        return rebuild.with_weights(self.folder, self.index, weights)
+
     def reordered(self, order: str) -> LoadedModel:
         """Return the model with its weights, its scans in another order than it was trained in.
 

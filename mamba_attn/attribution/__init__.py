@@ -12,6 +12,7 @@ except ImportError as error:
 
 from mamba_attn.attribution.attention_rollout import AttentionRollout
 from mamba_attn.attribution.captum_methods import InputXGradient, IntegratedGradients, Occlusion, Saliency
+from mamba_attn.attribution.controllability import Controllability
 from mamba_attn.attribution.controls import CentreMap, RandomMap
 from mamba_attn.attribution.implicit_attention import ImplicitAttention
 from mamba_attn.attribution.layer_grad_cam import LayerGradCam
@@ -24,18 +25,23 @@ from mamba_attn.attribution.raw_attention import RawAttention
 from mamba_attn.attribution.relevance_attention_ranks import RelevanceAttentionRanks
 from mamba_attn.attribution.together import attribute_together
 from mamba_attn.attribution.vit.attention_grad_cam import AttentionGradCAM
+from mamba_attn.attribution.vit.attn_lrp import AttnLRP
+from mamba_attn.attribution.vit.libra_grad import LibraGrad
 from mamba_attn.attribution.vit.transformer_attribution import TransformerAttribution
 
 __all__ = [
     "AttentionGradCAM",
     "AttentionRollout",
+    "AttnLRP",
     "CentreMap",
+    "Controllability",
     "FrozenContribution",
     "ImplicitAttention",
     "InputXGradient",
     "IntegratedGradients",
     "KeepAndRemoveLRP",
     "LayerGradCam",
+    "LibraGrad",
     "MambaAttribution",
     "MambaLRP",
     "MapAttribution",

@@ -9,6 +9,7 @@ from torch import nn
 
 from mamba_attn.attribution.attention_rollout import AttentionRollout
 from mamba_attn.attribution.captum_methods import InputXGradient, IntegratedGradients, Occlusion, Saliency
+from mamba_attn.attribution.controllability import Controllability
 from mamba_attn.attribution.controls import CentreMap, RandomMap
 from mamba_attn.attribution.implicit_attention import ImplicitAttention
 from mamba_attn.attribution.layer_grad_cam import LayerGradCam
@@ -21,6 +22,8 @@ from mamba_attn.attribution.raw_attention import RawAttention
 from mamba_attn.attribution.relevance_attention_ranks import RelevanceAttentionRanks
 from mamba_attn.attribution.vit import block_relevance
 from mamba_attn.attribution.vit.attention_grad_cam import AttentionGradCAM
+from mamba_attn.attribution.vit.attn_lrp import AttnLRP
+from mamba_attn.attribution.vit.libra_grad import LibraGrad
 from mamba_attn.attribution.vit.transformer_attribution import TransformerAttribution
 from mamba_attn.errors import UnsupportedModelError, nearest
 from mamba_attn.tracing.adapters import AttentionAdapter, find_mixers
@@ -130,7 +133,7 @@ METHODS: dict[str, Entry] = {
             MambaLRP,
             "The relevance of the class, propagated back layer by layer to the tokens; signed, and it adds up.",
             (SCANS,),
-            instead="transformer_attribution",
+            instead="frozen_contribution",
         ),
         Entry(
             "keep_and_remove_lrp",
@@ -147,6 +150,41 @@ METHODS: dict[str, Entry] = {
             "The relevance of the class (MambaLRP), reordered with attention; our own combination.",
             (SCANS,),
             instead="transformer_attribution_lrp",
+        ),
+        Entry(
+            "controllability",
+            "controllability, Jacobian",
+            Controllability,
+            "How strongly a token can move what the scans put out, whatever it holds (X-VMamba). The same for every "
+            "class.",
+            (SCANS,),
+            of_a_class=False,
+        ),
+        Entry(
+            "controllability_gramian",
+            "controllability, Gramian",
+            Controllability,
+            "How strongly a token can move what the scans put out, by the Gramian (X-VMamba). The same for every "
+            "class.",
+            (SCANS,),
+            of_a_class=False,
+            options={"score": "gramian"},
+        ),
+        Entry(
+            "attn_lrp",
+            "AttnLRP",
+            AttnLRP,
+            "The relevance of the class, propagated back through attention, queries and keys to the tokens; signed.",
+            (SOFTMAX,),
+            instead="mamba_lrp",
+        ),
+        Entry(
+            "libra_grad",
+            "LibraGrad",
+            LibraGrad,
+            "What tokens contribute to the class, layers and biases summed, by balanced gradients; signed.",
+            (SOFTMAX,),
+            instead="mamba_lrp",
         ),
         Entry(
             "transformer_attribution",

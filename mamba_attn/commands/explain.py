@@ -84,8 +84,8 @@ def add_parser(commands: Commands) -> None:
         action="extend",
         default=[],
         metavar="METHOD",
-        help="see below; default: raw_attention, attention_rollout, and mamba_attribution or, for a ViT, "
-        "transformer_attribution",
+        help="see below; default: mamba_lrp, raw_attention, attention_rollout and mamba_attribution or, for a ViT, "
+        "frozen_contribution and transformer_attribution in place of the first and last",
     )
     add(
         "--target",
@@ -157,7 +157,7 @@ def _job(args: argparse.Namespace) -> Job:
 
     paths = images.find(args.image) if args.image else images.samples()
     first = load_model(args)
-    methods = choices.parse_methods(args.method, first)
+    methods = choices.parse_methods(args.method, first, place=bool(args.query or args.box))
     question = choices.Question(
         first,
         methods,

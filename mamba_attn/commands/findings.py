@@ -23,7 +23,8 @@ _NEEDED = {"zarr": "zarr", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
 _EXAMPLES = """\
 store
 store --model net.py:build --weights best.pth
-raster morton --seeds 3 --accuracy raster=71.5"""
+raster morton --seeds 5 --accuracy raster=71.5
+store --trained store=seed_1.pth --seeds 40"""
 _NOTES = """\
 STORE: a folder made by mamba-attn collect. Rebuilds its model and compares
 it, on the store's own images, with randomly initialised copies and with
@@ -56,9 +57,16 @@ def add_parser(commands: Commands) -> None:
     add(
         "--seeds",
         type=int,
-        default=5,
+        default=20,
         metavar="N",
-        help="randomly initialised copies, at least 2 for a range; default: 5",
+        help="randomly initialised copies, at least 2 for a range; default: 20",
+    )
+    add(
+        "--trained",
+        action="append",
+        default=[],
+        metavar="NAME=WEIGHTS",
+        help="weights of another training of a store's model, with another seed; may be repeated",
     )
     add("--images", type=int, metavar="N", help="the first N of each store; default: all")
     add(
@@ -81,9 +89,10 @@ def run(args: argparse.Namespace) -> int:
     require_least(args, seeds=0, images=1)
     stores = named(args.store, args)
     accuracies = _accuracies(args.accuracy, stores)
+    trained = _trained(args.trained, stores)
     folder = writable(args.out)
     torch.set_num_threads(1)  # small models: threads would wait for each other longer than they work
-    reports = _measured(stores, accuracies, folder / "measured", args.images, args.seeds)
+    reports = _measured(stores, accuracies, folder / "measured", args.images, args.seeds, trained)
     orders = over_orders(reports)
     write(folder, reports, orders, stores, args.call)
     for report in reports:
@@ -157,7 +166,12 @@ def write(
 
 
 def _measured(
-    stores: "dict[str, AttentionStore]", accuracies: dict[str, float], folder: Path, images: int | None, seeds: int
+    stores: "dict[str, AttentionStore]",
+    accuracies: dict[str, float],
+    folder: Path,
+    images: int | None,
+    seeds: int,
+    trained: dict[str, list[str]],
 ) -> "list[Report]":
     from mamba_attn.findings.accuracy import known_accuracy
     from mamba_attn.findings.controls import report, steps
@@ -166,8 +180,10 @@ def _measured(
     with progress_bar() as progress:
         for name, store in stores.items():
             count = min(images or len(store.images), len(store.images))
-            task = progress.add_task(name, total=steps(store, count, seeds))
-            found = report(name, store, folder, images=images, seeds=seeds, advance=partial(progress.advance, task))
+            weights = trained.get(name, [])
+            task = progress.add_task(name, total=steps(store, count, seeds, len(weights)))
+            advance = partial(progress.advance, task)
+            found = report(name, store, folder, images=images, seeds=seeds, weights=weights, advance=advance)
             found.accuracy = accuracies.get(name, known_accuracy(store))
             reports.append(found)
     return reports
@@ -186,4 +202,16 @@ def _accuracies(texts: Sequence[str], stores: "dict[str, AttentionStore]") -> di
         if not 0 <= number <= 100:
             raise ValueError(f"--accuracy {text}: expected NAME=VALUE, a number from 0 to 100.")
         found[name] = number
+    return found
+
+
+def _trained(texts: Sequence[str], stores: "dict[str, AttentionStore]") -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        name, _, weights = text.partition("=")
+        if name not in stores:
+            raise ValueError(f"--trained {text}: there is no store {name!r}. {nearest(name, stores)}")
+        if not weights:
+            raise ValueError(f"--trained {text}: expected NAME=WEIGHTS, a file.")
+        found.setdefault(name, []).append(weights)
     return found

@@ -37,6 +37,7 @@ class Located:
         energy: share of the map's positive part on the object; None without an object.
         trap_area: share of the image that the trap covers; None without a trap.
         trap_energy: share of the map's positive part on the trap.
+        above_trap: area under the ROC curve of the object's pixels against the trap's alone; None without either.
         one_class: the truth is all object or all background.
         constant: all values of the map are equal.
         area_under: of the ROC curve of the map as a detector of the object's pixels; None where all or none are.
@@ -53,6 +54,7 @@ class Located:
     energy: float | None
     trap_area: float | None
     trap_energy: float | None
+    above_trap: float | None
     one_class: bool
     constant: bool
     area_under: float | None
@@ -105,6 +107,7 @@ def locate(
         energy=float(energy_share(array, part)) if known else None,
         trap_area=None if other is None else float(other.mean()),
         trap_energy=None if other is None else float(energy_share(array, other)),
+        above_trap=None if other is None else area_between(array, truth, other >= HALF),
         one_class=bool(truth.all() or not known),
         constant=bool(constant(values.unsqueeze(0))[0]),
         area_under=own,
@@ -137,8 +140,8 @@ def areas_under(values: np.ndarray, truths: Sequence[np.ndarray]) -> list[float 
     Equal values count one half, as in scikit-learn. None where a truth is all or nothing.
 
     Args:
-        values: (rows, columns).
-        truths: (rows, columns) of bool each.
+        values: of any shape.
+        truths: of the same shape, of bool each.
     """
     flat = values.ravel()
     _, place, counts = np.unique(flat, return_inverse=True, return_counts=True)
@@ -149,6 +152,20 @@ def areas_under(values: np.ndarray, truths: Sequence[np.ndarray]) -> list[float 
         above = ranks[truth.ravel()].sum() - inside * (inside + 1) / 2
         found.append(float(above / (inside * outside)) if inside and outside else None)
     return found
+
+
+def area_between(values: np.ndarray, first: np.ndarray, second: np.ndarray) -> float | None:
+    """Return the chance that a pixel of one place is above one of another, equal values one half; None without either.
+
+    It knows nothing of the rest of the image: 1/2 for a map that cannot tell the two apart, wherever they are.
+
+    Args:
+        values: (rows, columns).
+        first: (rows, columns) of bool.
+        second: (rows, columns) of bool; what is in both counts for neither.
+    """
+    either = first ^ second
+    return areas_under(values[either], [first[either]])[0]
 
 
 def average_precision(truth: np.ndarray, scores: np.ndarray) -> float:

@@ -190,6 +190,14 @@ _TRAPS: list[Metric] = [
         _shared,
         note="energy per area on the object, as a share of that on object and trap, %; 50: no difference",
     ),
+    Metric(
+        "above_trap",
+        "object above trap",
+        1,
+        "localisation",
+        lambda line: None if line.get("above_trap") is None else [100 * line["above_trap"]],
+        note="area under the ROC curve, a pixel of the object against one of the trap, %; 50: no difference",
+    ),
 ]
 
 

@@ -17,7 +17,7 @@ from mamba_attn.attribution.spec import Method
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.datasets.class_names import folder_class
 from mamba_attn.datasets.loading import traced_layers
-from mamba_attn.errors import UnsupportedModelError
+from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.explanations.choices import Question
 from mamba_attn.tracing.layers import ScanLayer
 from mamba_attn.tracing.tracer import Trace, trace
@@ -141,8 +141,14 @@ def answer(question: Question, image: "Path | Image | Tensor") -> Answer:
             matrices = {name: record[name].attention()[0].cpu().numpy() for name in shown}
             rows = {name: read_rows(record[name], query)[0] for name in layers or record}
     for key, method in methods.items():
-        if key not in readers:
+        if key in readers:
+            continue
+        try:
             found[key] = method.attribute(inputs.detach(), explained, **place)
+        except (UnsupportedModelError, TraceError) as error:
+            if not question.by_default:
+                raise
+            warnings.warn(f"{key} is left out: {error}", stacklevel=2)
     return Answer(
         question=question,
         image=picture,

@@ -12,21 +12,25 @@ from mamba_attn.core.requirements import parse_place
 from mamba_attn.datasets.loading import made_of, traced_layers
 from mamba_attn.errors import nearest
 
-_DEFAULT = ("raw_attention", "attention_rollout", "mamba_attribution")
+FIRST = "mamba_lrp"  # of the table of docs/comparing.md, when cells are removed; a ViT has its counterpart
+_DEFAULT = (FIRST, "raw_attention", "attention_rollout", "mamba_attribution")
 
 
-def parse_methods(methods: Sequence[str], subject: LoadedModel) -> list[Method]:
+def parse_methods(methods: Sequence[str], subject: LoadedModel, *, place: bool = False) -> list[Method]:
     """Return the methods named by a user, without duplicates; by default, those that fit the model.
 
     Args:
         methods: ``NAME`` or ``NAME:OPTION=VALUE,OPTION`` each, e.g. ``attention_rollout:signed``.
         subject: the model.
+        place: whether a pixel or box is asked about; then the default is of methods that read a token's row.
 
     Raises:
         ValueError: an unknown name, option or value, or a method that does not fit the model.
     """
     kinds = made_of(subject)
     default = list(dict.fromkeys(catalogue.counterpart(name, subject.model, kinds) for name in _DEFAULT))
+    if place:
+        default = [name for name in default if catalogue.get(name).reads_rows]
     if not subject.classes:
         default = [name for name in default if not method(name).of_a_class]
     found = {its.key: its for its in map(method, methods or default)}

@@ -105,8 +105,8 @@ def explain(
         images: a file, a pattern, a folder (see ``mamba_attn.images.find``), a Pillow image, a tensor of the model's
             input (batch, colours, rows, columns), or several of them in a list.
         out: folder for the pages. Default: nothing is written.
-        methods: names of attribution methods, with options after a colon. Default: raw attention, attention rollout
-            and the attribution of the predicted class.
+        methods: names of attribution methods, with options after a colon. Default: the relevance of the predicted
+            class (MambaLRP, or its counterpart), raw attention, attention rollout and the attribution of the class.
         layers: names, patterns or numbers. Default: those of each method.
         target: the class, by name or number. Default: the predicted one.
         query: (row, column) of the pixel whose attention is shown. Default: the class token, or the mean patch.
@@ -128,7 +128,8 @@ def explain(
     """
     require_extras(NEEDED)
     loaded = complete(model)
-    chosen = parse_methods([methods] if isinstance(methods, str) else methods, loaded)
+    named = [methods] if isinstance(methods, str) else methods
+    chosen = parse_methods(named, loaded, place=query is not None or box is not None)
     place = [None if each is None else ",".join(f"{number:g}" for number in each) for each in (query, box)]
     question = Question(
         loaded,

@@ -8,6 +8,7 @@ one trained model.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,12 +17,13 @@ from mamba_attn.analytics.store import AttentionStore
 from mamba_attn.errors import MambaAttnError
 from mamba_attn.evaluation.intervals import LEVEL, holm
 from mamba_attn.findings import intervals
-from mamba_attn.findings.intervals import Estimate, Expected, expected
+from mamba_attn.findings.intervals import Effect, Estimate, Expected, effect, expected
 from mamba_attn.findings.measure import Advance, Measuring
 from mamba_attn.findings.registry import FINDINGS, Finding
 from mamba_attn.findings.results import MODEL, Measured
 
 ALL = "all"  # the mean over blocks, or stages
+_Tested = TypeVar("_Tested", Expected, Effect)
 SHUFFLED_ORDER = "random"  # one of mamba_attn.orders.ORDERS
 
 
@@ -37,6 +39,8 @@ class Row:
         seeds: every seed's own.
         untrained: the range of one more model with random weights, and the p-value of the trained one; see
             ``compared``.
+        others: every further trained model's own number.
+        training: the trained models, the store's among them, less the untrained ones; None without ``others``.
         reordered: of the trained weights scanning in a random order.
         order: trained minus reordered, resampled over images.
         shuffled: of the trained model with the patches' places shuffled: the chance level.
@@ -48,6 +52,8 @@ class Row:
     random: float | None = None
     seeds: tuple[float, ...] = ()
     untrained: Expected | None = None
+    others: tuple[float, ...] = ()
+    training: Effect | None = None
     reordered: float | None = None
     order: Estimate | None = None
     shuffled: float | None = None
@@ -75,6 +81,15 @@ class Row:
         return "above" if self.trained.value > self.random else "below"
 
     @property
+    def training_verdict(self) -> str:
+        """What training does, as far as these models tell: "more", "less", "no difference"; "" of one trained model."""
+        if self.training is None:
+            return ""
+        if self.training.corrected > LEVEL:
+            return "no difference"
+        return "more" if self.training.value > 0 else "less"
+
+    @property
     def order_verdict(self) -> str:
         """The effect of its own order: "more", "less", "no difference"; "" if unknown."""
         if self.order is None or self.order.low is None:
@@ -96,7 +111,7 @@ class Report:
         groups: of images, for findings about mean matrices.
         rows: findings at every place.
         depths: places of blocks, first to last.
-        pairs: number of pairs of blocks per stage with pairs; ``block_correlation`` is a minimum over them.
+        pairs: number of pairs of blocks per stage with pairs; ``block_correlation`` is a quantile over them.
         notes: what could not be measured, and why.
         accuracy: top-1 in percent, if known.
     """
@@ -123,15 +138,16 @@ class Report:
         return next((row for row in self.rows if (row.finding, row.place) == (finding, place)), None)
 
 
-def steps(store: AttentionStore, count: int, seeds: int) -> int:
+def steps(store: AttentionStore, count: int, seeds: int, weights: int = 0) -> int:
     """Return how often ``report`` calls ``advance``, at most.
 
     Args:
         store: a store of attention.
         count: images.
         seeds: of random weights.
+        weights: number of further trained models.
     """
-    return count * (1 + seeds + (1 if takes_order(store.model_name) else 0))
+    return count * (1 + seeds + weights + (1 if takes_order(store.model_name) else 0))
 
 
 def report(
@@ -140,7 +156,8 @@ def report(
     folder: Path,
     *,
     images: int | None = None,
-    seeds: int = 5,
+    seeds: int = 20,
+    weights: Sequence[str | Path] = (),
     advance: Advance = lambda: None,
 ) -> Report:
     """Measure a store's model and its controls on the store's own images.
@@ -151,11 +168,13 @@ def report(
         folder: where numbers are kept; a killed call resumes from it.
         images: number of first images to use. Default: all.
         seeds: number of models with random weights.
+        weights: files of further trained models of the same architecture and options, of other seeds.
         advance: called after every image of every model.
 
     Raises:
         StoreError: the store is damaged, or of another projection.
         OSError: the folder cannot be written.
+        WeightsError: a file of ``weights`` is not there, or not of this model.
     """
     count = min(images or len(store.images), len(store.images))
     measuring = Measuring(store, count, folder, advance)
@@ -170,6 +189,7 @@ def report(
         if found is None:
             break  # a failure repeats for every seed
         random += found
+    others = [each for path in weights for each in measuring.model(store.with_weights(path))]
     reordered = _reordered(store, measuring, notes)
     if count < 2:
         notes.append("only one image: no intervals, and nothing that compares images.")
@@ -184,32 +204,38 @@ def report(
         pairs=pairs([each.stage for each in store.layers]),
         notes=notes,
     )
-    result.rows = compared(list(_rows(own, random, reordered)))
+    result.rows = compared(list(_rows(own, random, reordered, others)))
     result.groups = max((row.trained.units for row in result.rows if row.about.kind == "rows"), default=0)
     return result
 
 
 def compared(rows: Sequence[Row]) -> list[Row]:
-    """Return rows with the range expected of untrained models, from their seeds.
+    """Return rows with the range expected of untrained models, from their seeds, and with what training does.
 
     p-values are corrected over the rows of a table: those of the whole model, and those of its blocks and stages.
 
     Args:
         rows: of one store.
     """
-    ranges = [expected(row.trained.value, row.seeds) for row in rows]
-    found = [replace(row, untrained=its) for row, its in zip(rows, ranges, strict=True)]
+    ranges = _corrected(rows, [expected(row.trained.value, row.seeds) for row in rows])
+    effects = _corrected(
+        rows, [effect((row.trained.value, *row.others), row.seeds) if row.others else None for row in rows]
+    )
+    return [
+        replace(row, untrained=its, training=gained) for row, its, gained in zip(rows, ranges, effects, strict=True)
+    ]
+
+
+def _corrected(rows: Sequence[Row], found: Sequence[_Tested | None]) -> list[_Tested | None]:
+    """Return tests with Holm's correction, table by table."""
+    result = list(found)
     for whole in (True, False):
-        table = {
-            at: its.chance
-            for at, its in enumerate(ranges)
-            if its is not None and (rows[at].place in (ALL, MODEL)) == whole
-        }
-        for at, chance in zip(table, holm([*table.values()]), strict=True):
-            its = ranges[at]
-            if its is not None:
-                found[at] = replace(found[at], untrained=replace(its, corrected=chance))
-    return found
+        known = [
+            (at, its) for at, its in enumerate(found) if its is not None and (rows[at].place in (ALL, MODEL)) == whole
+        ]
+        for (at, its), chance in zip(known, holm([its.chance for _, its in known]), strict=True):
+            result[at] = replace(its, corrected=chance)
+    return result
 
 
 def pairs(stages: Sequence[int]) -> list[int]:
@@ -246,23 +272,26 @@ def _what_is_kept(measuring: Measuring) -> str:
     return f"the trained numbers are of the matrices that the store kept{means if names else ''}."
 
 
-def _rows(own: Sequence[Measured], random: Sequence[Measured], reordered: Sequence[Measured]) -> Iterator[Row]:
+def _rows(
+    own: Sequence[Measured], random: Sequence[Measured], reordered: Sequence[Measured], trained: Sequence[Measured]
+) -> Iterator[Row]:
     shuffled = own[1].values if len(own) > 1 else {}
     models = [own[0].values, *(each.values for each in random), *(each.values for each in reordered), shuffled]
     tables = [_with_means(values) for values in models]
     first, seeds, shuffle = tables[0], tables[1 : 1 + len(random)], tables[-1]
     others = tables[1 + len(random) : -1]
+    further = [_with_means(each.values) for each in trained]
     for key in sorted(first, key=lambda key: list(FINDINGS).index(key[0])):
-        trained = intervals.mean(first[key])
-        if trained is None:
+        its = intervals.mean(first[key])
+        if its is None:
             continue
-        controls = [each[key] for each in seeds if key in each]
-        each_seed = tuple(float(np.nanmean(each)) for each in controls if np.isfinite(each).any())
+        each_seed = _means(seeds, key)
         yield Row(
             *key,
-            trained,
+            its,
             float(np.mean(each_seed)) if each_seed else None,
             each_seed,
+            others=_means(further, key),
             reordered=_mean(others[0].get(key)) if others else None,
             order=intervals.difference(first[key], others[0][key]) if others and key in others[0] else None,
             shuffled=_mean(shuffle.get(key)),
@@ -280,6 +309,12 @@ def _with_means(values: dict[tuple[str, str], np.ndarray]) -> dict[tuple[str, st
             known = np.isfinite(np.stack(whole)).all(0)
             found[name, ALL] = np.where(known, np.stack(whole).mean(0), np.nan)
     return found
+
+
+def _means(tables: Sequence[dict[tuple[str, str], np.ndarray]], key: tuple[str, str]) -> tuple[float, ...]:
+    """Return every model's own number."""
+    found = (_mean(table.get(key)) for table in tables)
+    return tuple(value for value in found if value is not None)
 
 
 def _mean(values: np.ndarray | None) -> float | None:

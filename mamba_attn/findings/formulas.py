@@ -20,8 +20,11 @@ from mamba_attn.core.ranks import ranks, spearman
 from mamba_attn.findings.places import Places
 
 FIRST = 100  # principal components
+GROUPS = 10  # of images, at most
+LOW = 0.1  # quantile over pairs of blocks
+PERMUTATIONS = 20  # of the patches, for chance
 NEIGHBOURS = 5  # used for purity
-MOST_POINTS = 1024  # of Mode 1: blocks x images; the first images are taken
+MOST_POINTS = 1024  # of Mode 1: blocks x images of a group; the first images are taken
 
 
 class Rows:
@@ -275,21 +278,38 @@ class Stage:
     distances: Sequence[np.ndarray] = field(default_factory=list)
 
     @cached_property
-    def apart(self) -> tuple[np.ndarray, np.ndarray]:
-        """Distances of all (block, image) points on unit norm and 100 principal components; the blocks' numbers."""
-        blocks = len(self.features)
-        images = max(1, min(len(self.features[0]), MOST_POINTS // blocks))
-        points = np.concatenate([unit(each[:images]) for each in self.features])
-        points = components(points, min(FIRST, len(points))).points
-        lengths = np.einsum("nf,nf->n", points, points)
-        squares = lengths[:, None] + lengths - 2 * points @ points.T
-        return np.sqrt(np.maximum(squares, 0)), np.repeat(np.arange(blocks), images)
+    def apart(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Per group of images: distances of all (block, image) points, and the blocks' numbers.
+
+        Points have unit norm and 100 principal components.
+        """
+        blocks, most = len(self.features), max(1, MOST_POINTS // len(self.features))
+        found = []
+        for group in groups_of(len(self.features[0])):
+            points = np.concatenate([unit(each[group[:most]]) for each in self.features])
+            points = components(points, min(FIRST, len(points))).points
+            lengths = np.einsum("nf,nf->n", points, points)
+            squares = lengths[:, None] + lengths - 2 * points @ points.T
+            labels = np.repeat(np.arange(blocks), len(points) // blocks)
+            found.append((np.sqrt(np.maximum(squares, 0)), labels))
+        return found
+
+
+def groups_of(images: int) -> list[np.ndarray]:
+    """Return groups of images that share none, of at least two each: what is compared inside a group is independent.
+
+    Args:
+        images: how many there are; one or none make one group.
+    """
+    count = max(1, min(GROUPS, images // 2))
+    return [np.arange(images)[first::count] for first in range(count)]
 
 
 def block_silhouette(stage: Stage) -> np.ndarray:
-    """(b - a) / max(a, b), mean over the blocks of an image: a to points of its block, b to those of the nearest other.
+    """(b - a) / max(a, b), mean over the points of a group of images: a to points of its block, b to the nearest other.
 
-    Rousseeuw (1987), of the points (block, image) of a stage; near 1 where blocks form clusters of their own.
+    Rousseeuw (1987), of the points (block, image) of a stage; near 1 where blocks form clusters of their own. Points
+    are compared inside a group of images alone, so that the groups' numbers do not depend on each other.
 
     Args:
         stage: of at least two blocks; with one there is nothing to separate.
@@ -297,20 +317,21 @@ def block_silhouette(stage: Stage) -> np.ndarray:
     blocks = len(stage.features)
     if blocks < 2 or len(stage.features[0]) < 2:
         return np.full(1, np.nan)
-    away, label = stage.apart
-    images = len(label) // blocks
-    sums = np.stack([away[:, label == block].sum(1) for block in range(blocks)], 1)
-    own = np.arange(len(label)), label
-    inside = sums[own] / (images - 1)
-    sums[own] = np.inf
-    outside = sums.min(1) / images
-    largest = np.maximum(inside, outside)
-    found = np.where(largest > 0, (outside - inside) / np.where(largest > 0, largest, 1), 0.0)
-    return np.asarray(found.reshape(blocks, images).mean(0))
+    found = []
+    for away, label in stage.apart:
+        images = len(label) // blocks
+        sums = np.stack([away[:, label == block].sum(1) for block in range(blocks)], 1)
+        own = np.arange(len(label)), label
+        inside = sums[own] / (images - 1)
+        sums[own] = np.inf
+        outside = sums.min(1) / images
+        largest = np.maximum(inside, outside)
+        found.append(np.where(largest > 0, (outside - inside) / np.where(largest > 0, largest, 1), 0.0).mean())
+    return np.array(found)
 
 
 def block_neighbours(stage: Stage) -> np.ndarray:
-    """Part of an image's points whose nearest other point is of the same block; by chance 1 / blocks.
+    """Part of the points of a group of images whose nearest other point is of the same block; by chance 1 / blocks.
 
     Args:
         stage: of at least two blocks.
@@ -318,33 +339,47 @@ def block_neighbours(stage: Stage) -> np.ndarray:
     blocks = len(stage.features)
     if blocks < 2 or len(stage.features[0]) < 2:
         return np.full(1, np.nan)
-    away, label = stage.apart
-    other = away + np.diag(np.full(len(away), np.inf))
-    found = label[other.argmin(1)] == label
-    return np.asarray(found.reshape(blocks, -1).mean(0))
+    found = []
+    for away, label in stage.apart:
+        other = away + np.diag(np.full(len(away), np.inf))
+        found.append((label[other.argmin(1)] == label).mean())
+    return np.array(found)
 
 
 def block_correlation(stage: Stage) -> np.ndarray:
-    """Least Pearson correlation of |mean attention| over pairs of blocks, off the diagonal; below 0 two complement.
+    """10 % quantile over pairs of blocks of their correlation, less the same of permuted patches.
 
-    A minimum: n blocks have n (n - 1) / 2 pairs, and more pairs alone make it lower.
+    Pearson's, of |mean attention| off the diagonal, per group of images; below 0 two blocks complement each other more
+    than if the patches of each stood in an order of their own (a mean over 20 permutations, the same for its rows and
+    columns). Unlike a minimum it does not fall with the number of pairs.
 
     Args:
         stage: of at least two blocks.
     """
     if len(stage.means) < 2:
         return np.full(1, np.nan)
+    points = stage.diagonal.argmax(1)
+    off = ~np.eye(len(points), dtype=bool)
+    random = np.random.default_rng(0)
     found = []
     for group in zip(*stage.means, strict=True):
-        values = np.stack([np.abs(mean)[~stage.diagonal] for mean in group]).astype(np.float64)
-        values -= values.mean(1, keepdims=True)
-        norms = np.linalg.norm(values, axis=1)
-        if not norms.all():
-            found.append(np.nan)
-            continue
-        values /= norms[:, None]
-        found.append(float((values @ values.T)[np.triu_indices(len(values), 1)].min()))
+        square = [np.abs(mean[:, points]).astype(np.float64) for mean in group]
+        by_chance = []
+        for _ in range(PERMUTATIONS):
+            orders = [random.permutation(len(points)) for _ in square]
+            by_chance.append(_low(np.stack([its[np.ix_(o, o)][off] for its, o in zip(square, orders, strict=True)])))
+        found.append(_low(np.stack([its[off] for its in square])) - np.mean(by_chance))
     return np.array(found)
+
+
+def _low(values: np.ndarray) -> float:
+    """Return a low quantile of the correlations of all pairs of rows; NaN if a row is constant."""
+    values = values - values.mean(1, keepdims=True)
+    norms = np.linalg.norm(values, axis=1)
+    if not norms.all():
+        return float("nan")
+    values = values / norms[:, None]
+    return float(np.quantile((values @ values.T)[np.triu_indices(len(values), 1)], LOW))
 
 
 def distance_range(stage: Stage) -> np.ndarray:
@@ -359,19 +394,18 @@ def distance_range(stage: Stage) -> np.ndarray:
 
 
 def image_share(features: np.ndarray) -> np.ndarray:
-    """Variance of a block's matrices over images, as a part of their mean square, at unit norm; one number per image.
+    """Variance of a block's matrices over images, as a part of their mean square, at unit norm; per group of images.
 
-    |f_k - mean f|^2 n / (n - 1) for the unit vector f_k of image k: their mean is 0 if all images have one pattern, 1
-    if they have nothing in common.
+    The mean of |f_k - mean f|^2 n / (n - 1) for the unit vectors f_k of a group's n images: 0 if all images have one
+    pattern, 1 if they have nothing in common.
 
     Args:
         features: (images, features) of one block.
     """
-    count = len(features)
-    if count < 2:
-        return np.full(count, np.nan)
+    if len(features) < 2:
+        return np.full(len(features), np.nan)
     rows = unit(features)
-    return np.asarray(((rows - rows.mean(0)) ** 2).sum(1) * count / (count - 1))
+    return np.array([rows[group].var(0, ddof=1).sum() for group in groups_of(len(rows))])
 
 
 def by_depth(values: np.ndarray) -> np.ndarray:

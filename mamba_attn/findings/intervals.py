@@ -1,4 +1,4 @@
-"""Uncertainty of a finding: a bootstrap over images, the range of untrained models, and rank correlation.
+"""Uncertainty of a finding: intervals over images, the range of untrained models, and rank correlation.
 
 The range in which one more untrained model is expected is Student's prediction interval over random seeds. The
 question is whether one trained model could be one of the untrained ones, so that their scatter counts and not how well
@@ -19,18 +19,19 @@ from mamba_attn.evaluation.intervals import LEVEL, drawn_counts
 
 _EXACT = 7  # up to this count of numbers, try all permutations
 _PERCENT = (2.5, 97.5)
+_FEW = 15  # units: with fewer the percentiles of a bootstrap are too narrow, and Student's interval is taken
 _ROUNDING = 1e-6  # float32 error of a matrix that does not change
 _LEAST_SCATTER = 1e-6  # relative float32 error of seeds that do not differ
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and the interval that resampling gives; ``low`` and ``high`` are None if there is nothing to resample.
+    """A mean and its interval of 95 %; ``low`` and ``high`` are None for a single number.
 
     Args:
         value: the mean.
-        low: 2.5 % of the draws lie below.
-        high: 2.5 % lie above.
+        low: its lower end.
+        high: its upper end.
         units: number of images, or groups of images.
     """
 
@@ -52,7 +53,9 @@ class Estimate:
 
 
 def mean(values: np.ndarray, seed: int = 0) -> Estimate | None:
-    """Return the mean of numbers, one per image or group, and the percentiles of a bootstrap; None without numbers.
+    """Return the mean of numbers, one per image or group, and its interval; None without numbers.
+
+    The interval is of a bootstrap's percentiles, or, of fewer than 15 numbers, Student's.
 
     Args:
         values: (units,); NaN are ignored.
@@ -63,8 +66,11 @@ def mean(values: np.ndarray, seed: int = 0) -> Estimate | None:
         return None
     if len(known) < 2:
         return Estimate(float(known[0]), None, None, 1)
-    drawn = drawn_counts(len(known), seed) @ known / len(known)
-    return Estimate(float(known.mean()), *_percentiles(drawn), len(known))
+    centre, count = float(known.mean()), len(known)
+    if count < _FEW:
+        half = quantile(count - 1) * float(known.std(ddof=1)) / math.sqrt(count)
+        return Estimate(centre, centre - half, centre + half, count)
+    return Estimate(centre, *_percentiles(drawn_counts(count, seed) @ known / count), count)
 
 
 def difference(values: np.ndarray, other: np.ndarray, seed: int = 0) -> Estimate | None:
@@ -132,12 +138,15 @@ class Expected:
         high: 2.5 % lie above.
         chance: fraction of untrained models that lie as far from the mean as the trained one, two-sided: the p-value.
         corrected: the same after Holm's correction over the rows of a table.
+        below: how many of the untrained models lie below the trained one: its rank, which no distribution is assumed
+            for.
     """
 
     low: float
     high: float
     chance: float
     corrected: float
+    below: int
 
 
 def expected(value: float, seeds: Sequence[float]) -> Expected | None:
@@ -151,10 +160,56 @@ def expected(value: float, seeds: Sequence[float]) -> Expected | None:
     if count < 2:
         return None
     centre = float(np.mean(seeds))
-    scatter = max(float(np.std(seeds, ddof=1)), _LEAST_SCATTER * max(1.0, abs(centre))) * math.sqrt(1 + 1 / count)
+    scatter = _scatter(seeds) * math.sqrt(1 + 1 / count)
     half = quantile(count - 1) * scatter
     chance = tail(abs(value - centre) / scatter, count - 1)
-    return Expected(centre - half, centre + half, chance, chance)
+    return Expected(centre - half, centre + half, chance, chance, sum(each < value for each in seeds))
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What training does to a number, models being the units: the mean of trained models less that of untrained ones.
+
+    Args:
+        value: the difference.
+        low: lower end of its interval of 95 %.
+        high: upper end.
+        chance: the two-sided p-value.
+        corrected: the same after Holm's correction over the rows of a table.
+        models: how many trained ones there are.
+    """
+
+    value: float
+    low: float
+    high: float
+    chance: float
+    corrected: float
+    models: int
+
+
+def effect(trained: Sequence[float], untrained: Sequence[float]) -> Effect | None:
+    """Compare trained models, each of a seed of its own, with untrained ones, both as random draws.
+
+    Student's t of the difference, each side with its own scatter as Welch (1947) has it, and the degrees of freedom of
+    the smaller side: that errs in at most 5 % whatever the two scatters are (Mickey and Brown 1966), where Welch's own
+    degrees err more often with two or three models.
+
+    Args:
+        trained: one number per trained model; fewer than two give None.
+        untrained: one per untrained model; fewer than two give None.
+    """
+    if len(trained) < 2 or len(untrained) < 2:
+        return None
+    freedom = min(len(trained), len(untrained)) - 1
+    scatter = math.sqrt(sum(_scatter(each) ** 2 / len(each) for each in (trained, untrained)))
+    value = float(np.mean(trained) - np.mean(untrained))
+    half, chance = quantile(freedom) * scatter, tail(abs(value) / scatter, freedom)
+    return Effect(value, value - half, value + half, chance, chance, len(trained))
+
+
+def _scatter(seeds: Sequence[float]) -> float:
+    """Return the standard deviation of seeds, at least the rounding of float32."""
+    return max(float(np.std(seeds, ddof=1)), _LEAST_SCATTER * max(1.0, abs(float(np.mean(seeds)))))
 
 
 def tail(t: float, freedom: int) -> float:

@@ -12,8 +12,8 @@ from typing import Any
 from mamba_attn.errors import nearest
 from mamba_attn.findings import formulas
 
-VERSION = 1  # of the measurements; results of older versions are measured again
-GROUPS = 10  # of images, at most
+VERSION = 2  # of the measurements; results of older versions are measured again
+GROUPS = formulas.GROUPS
 LEAST = 16  # patches, for a finding about rows
 
 
@@ -96,7 +96,7 @@ FINDINGS: dict[str, Finding] = {
         ),
         _finding(
             "F3",
-            "least correlation of two blocks",
+            "low correlation of two blocks",
             "blocks",
             "< 0",
             formulas.block_correlation,

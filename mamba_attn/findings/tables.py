@@ -15,14 +15,18 @@ from mamba_attn.findings.results import MODEL
 
 Texts = tuple[str, list[str], list[list[str]]]
 TERMS = {
-    "trained": "mean over images and blocks, in brackets 95 % of a bootstrap over images (for findings about rows, "
-    "over groups of images).",
+    "trained": "mean over images and blocks, in brackets its interval of 95 %: a bootstrap over images or, for "
+    "findings that compare images or average them, Student's over groups of images that share none.",
     "untrained": "the same architecture with random weights: mean over seeds, in brackets the range in which one more "
     "such model lies with 95 % (Student's prediction interval).",
     "p": "which part of untrained models lies as far from their mean as the trained one, by Student's t, after Holm's "
     "correction over the rows of the table.",
     "range of untrained": "where the trained model is, to the range expected of untrained models: outside (above or "
     "below) where p is at most 0.05, else inside. It is one trained model: what training does in general is not asked.",
+    "seeds below": "how many of the untrained models lie below the trained one; no distribution is assumed.",
+    "training": "further trained models given, what training does: their mean and the store's model less that of "
+    "untrained ones, in brackets the interval with models as units; more or less if p after Holm's correction is "
+    "at most 0.05.",
     "paper says": "what arXiv 2502.20764 says of a trained model, and whether it holds here; open where the interval "
     "decides neither.",
     "reordered": "the trained weights scanning in a random order.",
@@ -31,9 +35,8 @@ TERMS = {
     "shuffled": "the trained attention, the patches' places in random order: what chance gives.",
 }
 CAUTION = (
-    "Intervals, unlike p, are not corrected for their number: of twenty, one errs. The least correlation of two blocks "
-    "is a minimum over as many pairs as are named, and lower by itself the more there are: models with other numbers "
-    "of pairs cannot be compared in it."
+    "Intervals, unlike p, are not corrected for their number: of twenty, one errs. The low correlation of two blocks "
+    "is the 10 % quantile over as many pairs as are named, less that of blocks whose patches stand in random orders."
 )
 LEGEND = "\n".join([*(f"{term}: {what}" for term, what in TERMS.items()), CAUTION])
 OUTSIDE = ("above", "below")  # verdicts
@@ -142,12 +145,18 @@ def as_csv(reports: Sequence[Report]) -> str:
             "untrained_high",
             "chance",
             "corrected",
+            "below",
+            "training",
+            "training_low",
+            "training_high",
+            "training_corrected",
             "reordered",
             "shuffled",
             "claim",
             "paper",
             "verdict",
             "order_verdict",
+            "training_verdict",
             *(f"{name}_{what}" for name in names for what in ("value", "low", "high")),
         ]
     )
@@ -155,7 +164,9 @@ def as_csv(reports: Sequence[Report]) -> str:
         for row in report.rows:
             claim = "" if row.about.claim is None else "{} {:g}".format(*row.about.claim)
             its = row.untrained
-            untrained = [None] * 4 if its is None else [its.low, its.high, its.chance, its.corrected]
+            untrained = [None] * 5 if its is None else [its.low, its.high, its.chance, its.corrected, its.below]
+            gained = row.training
+            effect = [None] * 4 if gained is None else [gained.value, gained.low, gained.high, gained.corrected]
             writer.writerow(
                 [
                     report.name,
@@ -165,11 +176,12 @@ def as_csv(reports: Sequence[Report]) -> str:
                     row.finding,
                     row.about.of,
                     row.place,
-                    *map(_number, (row.random, *untrained, row.reordered, row.shuffled)),
+                    *map(_number, (row.random, *untrained, *effect, row.reordered, row.shuffled)),
                     claim,
                     row.claimed,
                     row.verdict,
                     row.order_verdict,
+                    row.training_verdict,
                     *(_number(value) for name in names for value in _three(getattr(row, name))),
                 ]
             )
@@ -207,8 +219,9 @@ def row_as_json(row: Row) -> dict[str, Any]:
     Args:
         row: of a report.
     """
-    known = {name: value for name, value in asdict(row).items() if value is not None}
-    return {**known, "paper": row.claimed, "verdict": row.verdict, "order_verdict": row.order_verdict}
+    known = {name: value for name, value in asdict(row).items() if value is not None and (value or name != "others")}
+    verdicts = {"paper": row.claimed, "verdict": row.verdict, "order_verdict": row.order_verdict}
+    return {**known, **verdicts, **({"training_verdict": row.training_verdict} if row.training else {})}
 
 
 def _plain(report: Report) -> dict[str, Any]:
@@ -238,11 +251,13 @@ def _cells(row: Row, pairs: Sequence[int]) -> list[str]:
     untrained = number(row.random) + (f" [{number(its.low)}, {number(its.high)}]" if its is not None else "")
     return [
         row.about.of,
-        f"{row.about.title}{minimum_over(row.finding, pairs)}",
+        f"{row.about.title}{over_pairs(row.finding, pairs)}",
         shown(row.trained),
         untrained,
         "" if its is None else probability(its.corrected),
         in_words(row.verdict),
+        "" if its is None else f"{its.below} of {len(row.seeds)}",
+        training(row),
         f"{claim}{row.claimed}",
         number(row.reordered),
         row.order_verdict,
@@ -253,11 +268,11 @@ def _cells(row: Row, pairs: Sequence[int]) -> list[str]:
 def _short(row: Row, pairs: Sequence[int]) -> str:
     mark = "!" if row.verdict in OUTSIDE else ""
     untrained = "" if row.random is None else f" ({number(row.random)}){mark}"
-    return f"{number(row.trained.value)}{untrained}{minimum_over(row.finding, pairs)}"
+    return f"{number(row.trained.value)}{untrained}{over_pairs(row.finding, pairs)}"
 
 
-def minimum_over(finding: str, pairs: Sequence[int]) -> str:
-    """Describe over how many pairs of blocks a finding is a minimum; empty for other findings.
+def over_pairs(finding: str, pairs: Sequence[int]) -> str:
+    """Describe of how many pairs of blocks a finding is a quantile; empty for other findings.
 
     Args:
         finding: its name.
@@ -275,6 +290,18 @@ def in_words(verdict: str) -> str:
         verdict: of a row.
     """
     return f"outside, {verdict}" if verdict in OUTSIDE else verdict
+
+
+def training(row: Row) -> str:
+    """Return what training does to a number, as text; empty for one trained model.
+
+    Args:
+        row: of a report.
+    """
+    its = row.training
+    if its is None:
+        return ""
+    return f"{number(its.value)} [{number(its.low)}, {number(its.high)}], {row.training_verdict} ({its.models} models)"
 
 
 def probability(value: float) -> str:

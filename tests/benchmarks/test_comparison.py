@@ -95,7 +95,7 @@ def test_the_time_of_the_whole_is_told_from_a_fair_share(photos: Path, monkeypat
 
 def test_the_page_has_the_tables_of_the_results() -> None:
     page = comparison_table.PAGE.read_text()
-    assert filled(page, comparison_table.PARTS, json.loads(comparison_table.RESULTS.read_text())) == page
+    assert filled(page, comparison_table.PARTS, comparison_table.stored()) == page
 
 
 def test_the_leads_are_those_of_the_stored_figures_and_leave_no_method_out() -> None:

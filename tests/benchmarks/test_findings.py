@@ -52,6 +52,11 @@ def runs(tmp_path):
     names = list(cases.CLASSES)
     for order in ("raster", "morton"):
         save(tmp_path / order, "vmamba_micro", {**options, "order": order}, names)
+    (tmp_path / "seeds").mkdir()
+    for seed in (0, 1):
+        save(tmp_path / "seeds" / str(seed), "vmamba_micro", options, names)
+        for path in (tmp_path / "seeds" / str(seed)).iterdir():
+            path.rename(path.with_stem("vmamba_micro"))
     for token in ("first", "middle"):
         size = {**cases.OPTIONS["vim_micro"], "image_size": (48, 48), "depth": 3}
         save(tmp_path / f"class_token_{token}", "vim_micro", {**size, "class_token": token}, names)
@@ -97,6 +102,10 @@ def test_all_is_measured_and_the_page_is_written_from_it(runs, tmp_path, monkeyp
     assert [each.spread.median for each in figures] == [2, 2]
     assert [store["name"] for store in found["orders"]["stores"]] == ["order raster", "order morton"]
     assert found["orders"]["orders"][0]["spread"] == 1
+    (seeds,) = found["trained seeds"]["stores"]
+    row = next(row for row in seeds["rows"] if (row["finding"], row["place"]) == ("entropy", "all"))
+    assert len(row["others"]) == 1
+    assert "others" not in next(row for row in found["orders"]["stores"][0]["rows"] if row["finding"] == "entropy")
     page = written(PAGE.read_text(), json.loads(json.dumps(found)))
     assert "top-1 of 2 models in 2 orders differs by 1.00 points" in page
     assert re.search(r"- morton: [-0-9.]+ \[.*\], so rows follow (the order|the raster|undecided); untrained", page)
@@ -104,6 +113,11 @@ def test_all_is_measured_and_the_page_is_written_from_it(runs, tmp_path, monkeyp
     table = found["reordered"]["top1"]
     assert np.shape(table) == (2, 2)
     assert found["reordered"]["images"] == 3
+    for at, row in enumerate(found["reordered"]["gained"]):
+        assert row[at] == [0, 0, 0]
+        for place, (value, low, high) in enumerate(row):
+            assert value == pytest.approx(table[at][place] - table[at][at], abs=0.02)
+            assert low <= value <= high
     assert written(page, json.loads(json.dumps(found))) == page
     assert "Not measured yet" not in re.search(r"<!-- reordered.*?end -->", page, re.DOTALL)[0]
 
@@ -119,7 +133,7 @@ def test_accuracy_is_of_the_right_answers():
             return torch.tensor([[0.0, 1.0]]).expand(len(pixels), 2)
 
     batches = [(torch.zeros(3, 3, 4, 4), torch.tensor([1, 1, 0])), (torch.zeros(1, 3, 4, 4), torch.tensor([1]))]
-    assert findings.top1(Second(), batches) == 75.0
+    assert findings.answers(Second(), batches).tolist() == [1, 1, 0, 1]
 
 
 def test_what_the_numbers_decide_is_said_by_them():

@@ -70,9 +70,9 @@ def test_stores_side_by_side(place, tmp_path, capsys):
         assert picture.height > 3 * 256
         assert picture.width > 6 * 256
     assert (out / "findings.txt").read_text().count("rows follow the scan") == 4
-    assert page.count("least correlation of two blocks, of 3 pairs") == 2  # of the Vims
-    assert page.count("least correlation of two blocks, of 1 pair<") == 1
-    assert "models with other numbers of pairs cannot be compared" in page
+    assert page.count("low correlation of two blocks, of 3 pairs") == 2  # of the Vims
+    assert page.count("low correlation of two blocks, of 1 pair<") == 1
+    assert "10 % quantile over as many pairs as are named" in page
     assert "training makes" not in page
 
 
@@ -101,6 +101,8 @@ def test_csv_and_json_hold_the_same_numbers(place, tmp_path, capsys):
         (["--accuracy", "raster=700"], "expected NAME=VALUE, a number from 0 to 100"),
         (["--accuracy", "raster=good"], "expected NAME=VALUE"),
         (["--accuracy", "70"], "there is no store ''"),
+        (["--trained", "rastr=w.safetensors"], "there is no store 'rastr'. Did you mean 'raster'?"),
+        (["--trained", "raster="], "expected NAME=WEIGHTS, a file"),
     ],
 )
 def test_refusals(place, tmp_path, capsys, options, sentence):

@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from mamba_attn.errors import NonFiniteError
-from mamba_attn.evaluation.localisation import areas_under, average_precision, energy_share, locate, unit_range
+from mamba_attn.evaluation.localisation import (
+    area_between,
+    areas_under,
+    average_precision,
+    energy_share,
+    locate,
+    unit_range,
+)
 
 
 def toy():
@@ -77,6 +84,22 @@ def test_the_trap_gets_its_share():
     values = toy() + 4 * trap
     found = locate(values, toy(), trap)
     assert (found.energy, found.trap_energy, found.trap_area) == (0.5, 0.5, 1 / 16)
+    assert found.above_trap == 0
+    assert locate(-values, toy(), trap).above_trap == 1
+    assert locate(toy() * trap.T, toy(), trap).above_trap == 0.5  # equal on both
+    assert locate(values, toy()).above_trap is None
+
+
+def test_one_place_against_another_is_scikit_learns_on_their_pixels_and_turns_with_them():
+    roc_auc_score = pytest.importorskip("sklearn.metrics").roc_auc_score
+    random = np.random.default_rng(1)
+    values, first, second = random.integers(0, 9, (12, 7)), random.random((12, 7)) < 0.3, random.random((12, 7)) < 0.2
+    either = first != second
+    found = area_between(values, first, second)
+    assert found == pytest.approx(roc_auc_score(first[either], values[either]))
+    assert area_between(values, second, first) == pytest.approx(1 - found)
+    assert area_between(values + 5 * ~either, first, second) == pytest.approx(found)  # nothing else counts
+    assert area_between(values, first, first) is None
 
 
 def test_half_a_pixel_is_the_objects():

@@ -6,12 +6,20 @@ import torch
 from PIL import Image
 
 from mamba_attn import images, trace
-from mamba_attn.attribution import AttentionRollout, MambaAttribution, RawAttention, TransformerAttribution
+from mamba_attn.attribution import (
+    AttentionRollout,
+    FrozenContribution,
+    MambaAttribution,
+    MambaLRP,
+    RawAttention,
+    TransformerAttribution,
+)
 from mamba_attn.attribution.queries import Query
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.core.transform import Transform
 from mamba_attn.datasets import loading
 from mamba_attn.datasets.loading import is_transformer, traced_layers
+from mamba_attn.errors import TraceError
 from mamba_attn.explanations import choices, explain
 from mamba_attn.explanations.answer import answer, at_depths
 from mamba_attn.models.vim import VisionMamba
@@ -27,7 +35,8 @@ def loaded(request, tmp_path_factory):
 
 
 def ask(loaded, **more):
-    return answer(choices.Question(loaded[0], choices.parse_methods([], loaded[0]), **more), loaded[1])
+    methods = choices.parse_methods([], loaded[0], place="query" in more)
+    return answer(choices.Question(loaded[0], methods, **more), loaded[1])
 
 
 def inputs(loaded):
@@ -36,8 +45,10 @@ def inputs(loaded):
 
 def test_maps_are_those_of_the_methods(loaded):
     found, model = ask(loaded), loaded[0].model
-    last = TransformerAttribution if is_transformer(loaded[0]) else MambaAttribution
-    for method, built in zip(found.methods, (RawAttention, AttentionRollout, last), strict=True):
+    first, last = (MambaLRP, MambaAttribution)
+    if is_transformer(loaded[0]):
+        first, last = FrozenContribution, TransformerAttribution
+    for method, built in zip(found.methods, (first, RawAttention, AttentionRollout, last), strict=True):
         truth = built(model).attribute(inputs(loaded))[0, 0].numpy()
         np.testing.assert_allclose(found.maps[method.key], truth, rtol=1e-5, atol=1e-6 * np.abs(truth).max())
         assert found.maps[method.key].shape == found.image.shape[:2] == loaded[0].transform.size
@@ -129,3 +140,17 @@ def test_tensors_and_pictures_are_explained_alike(tmp_path):
         for name, values in by_file.maps.items():
             np.testing.assert_allclose(other.maps[name], values, rtol=0, atol=1e-5)
     assert (by_file.name, by_file.explained, by_file.class_name(1)) == ("mine", 1, "class 1")
+
+
+def test_a_default_that_the_model_refuses_is_left_out_and_one_that_was_named_is_not(loaded, monkeypatch):
+    def refuse(*_):
+        raise TraceError("its shares do not sum to the logit.")
+
+    monkeypatch.setattr("mamba_attn.attribution.lrp.linear_backward.LinearisedAttribution._explain", refuse)
+    first = choices.parse_methods([], loaded[0])[0].key
+    with pytest.warns(UserWarning, match=f"{first} is left out: its shares do not sum to the logit"):
+        found = ask(loaded, by_default=True)
+    assert len(found.maps) == 3
+    assert first not in found.maps
+    with pytest.raises(TraceError, match="do not sum"):
+        ask(loaded)

@@ -1,10 +1,13 @@
 """What users write, and what they are told."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
 from mamba_attn import attribution
+from mamba_attn.attribution import catalogue
 from mamba_attn.attribution.queries import Query
 from mamba_attn.datasets.class_names import parse_target
 from mamba_attn.datasets.loading import load, traced_layers
@@ -21,12 +24,28 @@ def subjects(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "last"), [("vim_micro", "mamba_attribution"), ("vit_micro", "transformer_attribution")]
+    ("name", "first", "last"),
+    [
+        ("vim_micro", "mamba_lrp", "mamba_attribution"),
+        ("vit_micro", "frozen_contribution", "transformer_attribution"),
+    ],
 )
-def test_three_methods_by_default(subjects, name, last):
+def test_the_first_of_the_table_and_the_papers_three_by_default(subjects, name, first, last):
     found = choices.parse_methods([], subjects[name])
-    assert [method.key for method in found] == ["raw_attention", "attention_rollout", last]
-    assert [method.of_a_class for method in found] == [False, False, True]
+    assert [method.key for method in found] == [first, "raw_attention", "attention_rollout", last]
+    assert [method.of_a_class for method in found] == [True, False, False, True]
+    asked = choices.parse_methods([], subjects[name], place=True)
+    assert [method.key for method in asked] == ["raw_attention", "attention_rollout", last]
+    assert choices.parse_query("3,4", None, subjects[name], asked) is not None
+
+
+@pytest.mark.parametrize("model", ["vim_micro", "vmamba_micro", "vit_micro"])
+def test_the_default_begins_with_what_is_first_when_cells_are_removed(subjects, model):
+    results = json.loads((Path(__file__).parents[2] / "benchmarks/results/compare.json").read_text())
+    (table,) = (each for each in results["details"]["perturbation"]["tables"] if each["model"] == model)
+    figures = table["figures [value, low, high, images, place]"]["gap_top"]
+    whole = {name: figure for name, figure in figures.items() if figure[3] == table["images"]}
+    assert catalogue.counterpart(choices.FIRST, subjects[model].model) == next(iter(whole))
 
 
 def test_options_reach_the_method(subjects):
@@ -94,9 +113,9 @@ def test_methods_beyond_the_default(subjects):
     assert [method.of_a_class for method in (lrp, implicit, frozen)] == [True, False, True]
     assert isinstance(frozen.build(subjects["vit_micro"].model, None), attribution.FrozenContribution)
     beside = choices.counterparts([lrp, implicit, frozen], subjects["vit_micro"])
-    assert [method.name for method in beside] == ["transformer_attribution", "frozen_contribution"]
-    for text in texts:
-        with pytest.raises(ValueError, match="vit_micro is made of softmax attention; use transformer_attribution"):
+    assert [method.name for method in beside] == ["frozen_contribution", "transformer_attribution"]
+    for text, other in zip(texts, ("frozen_contribution", "transformer_attribution"), strict=True):
+        with pytest.raises(ValueError, match=f"vit_micro is made of softmax attention; use {other}"):
             choices.parse_methods([text], subjects["vit_micro"])
 
 

@@ -23,7 +23,9 @@ def answers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     vim = loading.load("vim_micro", save(folder / "vim", "vim_micro", VIM))
     vit = loading.load("vit_micro", save(folder / "vit", "vit_micro", VIT))
-    question = choices.Question(vim, choices.parse_methods([], vim), query=Query("pixel", ((9.0, 20.0),)), target=2)
+    question = choices.Question(
+        vim, choices.parse_methods([], vim, place=True), query=Query("pixel", ((9.0, 20.0),)), target=2
+    )
     path = photo(folder)
     return [answer(question, path), answer(question.of_companion(vit), path)]
 

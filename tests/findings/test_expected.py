@@ -6,9 +6,9 @@ from scipy import stats
 
 from mamba_attn.evaluation.intervals import LEVEL, holm
 from mamba_attn.findings.controls import ALL, Row, compared, pairs
-from mamba_attn.findings.intervals import Estimate, expected, quantile, tail
+from mamba_attn.findings.intervals import Estimate, effect, expected, quantile, tail
 from mamba_attn.findings.registry import FINDINGS
-from mamba_attn.findings.tables import in_words, minimum_over, probability
+from mamba_attn.findings.tables import in_words, over_pairs, probability, training
 
 
 @pytest.mark.parametrize("freedom", [*range(1, 12), 29, 30])
@@ -36,6 +36,8 @@ def test_the_range_is_as_it_is_defined_and_seeds_alike_keep_float32s_rounding():
     half = stats.t.ppf(0.975, 4) * np.std(seeds, ddof=1) * np.sqrt(1.2)
     assert (found.low, found.high) == pytest.approx((3 - half, 3 + half))
     assert found.chance == 1
+    assert found.below == 2
+    assert [expected(value, seeds).below for value in (0.0, 9.0)] == [0, 5]
     assert expected(1.0, [2.0]) is None
     assert expected(1.0, []) is None
     assert expected(100 * (1 + 1e-7), [100.0] * 5).chance > LEVEL
@@ -47,6 +49,42 @@ def test_holm_is_as_published():
     assert holm([0.04]) == [0.04]
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1, 1]
+
+
+@pytest.mark.parametrize("trained", [2, 3, 5])
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+def test_trained_models_that_are_untrained_ones_differ_in_at_most_five_of_a_hundred(trained, spread):
+    random = np.random.default_rng(trained)
+    first, rest = 7 + spread * random.standard_normal((2000, trained)), 7 + random.standard_normal((2000, 20))
+    found = [effect(*each) for each in zip(first.tolist(), rest.tolist(), strict=True)]
+    outside = sum(its.chance <= LEVEL for its in found)
+    assert stats.binomtest(outside, 2000, LEVEL, "greater").pvalue > 1e-3
+    assert outside == sum(not its.low <= 0 <= its.high for its in found)
+
+
+def test_what_training_does_is_a_difference_of_models():
+    trained, rest = [5.0, 6.0, 5.5], [1.0, 2.0, 3.0, 2.5]
+    found, truth = effect(trained, rest), stats.ttest_ind(trained, rest, equal_var=False)
+    assert found.value == pytest.approx(np.mean(trained) - np.mean(rest))
+    assert found.chance == pytest.approx(2 * stats.t.sf(truth.statistic, 2))
+    half = found.value / truth.statistic * stats.t.isf(0.025, 2)
+    assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half))
+    assert (effect([5.0], rest), effect(trained, [1.0])) == (None, None)
+    row = Row("entropy", ALL, Estimate(5.0, None, None, 9), 2.1, tuple(rest), others=(6.0, 5.5))
+    (one,) = compared([row])
+    assert (one.training.models, one.training.corrected) == (3, pytest.approx(found.chance))
+    assert one.training_verdict == "more"
+    assert training(one).startswith("3.38 [")
+    assert training(one).endswith("more (3 models)")
+    several = compared(
+        [row, *(Row(name, ALL, row.trained, 5.0, (4.0, 6.0), others=(5.1,)) for name in list(FINDINGS)[:9])]
+    )
+    assert several[0].training.corrected == pytest.approx(10 * found.chance)
+    assert several[1].training_verdict == "no difference"
+    assert (compared([Row("entropy", ALL, row.trained)])[0].training, training(Row("entropy", ALL, row.trained))) == (
+        None,
+        "",
+    )
 
 
 def rows_of(values, seeds):
@@ -88,6 +126,6 @@ def test_how_it_is_said():
     ]  # fmt: skip
     assert [probability(value) for value in (0.0001, 0.0503, 1.0)] == ["< 0.001", "0.0503", "1"]
     assert pairs([0, 0, 1, 1, 1, 2]) == [1, 3]
-    assert minimum_over("block_correlation", [1, 3]) == ", of 1 and 3 pairs"
-    assert minimum_over("block_correlation", [1]) == ", of 1 pair"
-    assert minimum_over("entropy", [3]) == minimum_over("block_correlation", []) == ""
+    assert over_pairs("block_correlation", [1, 3]) == ", of 1 and 3 pairs"
+    assert over_pairs("block_correlation", [1]) == ", of 1 pair"
+    assert over_pairs("entropy", [3]) == over_pairs("block_correlation", []) == ""

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mamba_attn.analytics import AttentionStore, collect
-from mamba_attn.errors import StoreError
+from mamba_attn.errors import StoreError, WeightsError
 from mamba_attn.findings import registry as findings
 from mamba_attn.findings.accuracy import known_accuracy, over_orders
 from mamba_attn.findings.controls import ALL, Report, Row, report
@@ -74,10 +74,26 @@ def test_a_model_is_measured_beside_its_controls(reports):
     assert found.row("distance").shuffled != pytest.approx(found.row("distance").trained.value, abs=1e-3)
     blocks = [found.row("entropy", place).trained.value for place in found.depths]
     assert row.trained.value == pytest.approx(np.mean(blocks))
-    assert found.row("block_silhouette", "stage 0").trained.units == 6
+    assert found.row("block_silhouette", "stage 0").trained.units == 3  # groups that share no image
     assert found.row("entropy_by_depth") is None  # one number, in one row
     assert found.row("entropy_by_depth", "model").untrained is not None
     assert found.pairs == [3]
+
+
+def test_further_trained_models_say_what_training_does(stores, folder, tmp_path):
+    other = weights(tmp_path, "vim_micro", BIG)
+    found = report("vim", stores["vim"], folder / "measured", seeds=2, weights=[other])
+    row = found.row("entropy")
+    alone = report("vim", stores["vim"], folder / "measured", seeds=2).row("entropy")
+    assert (alone.others, alone.training, alone.training_verdict) == ((), None, "")
+    assert row.trained == alone.trained
+    again = Measuring(stores["vim"], 6, folder / "measured").model(stores["vim"].with_weights(other))[0]
+    blocks = [values for (name, _), values in again.values.items() if name == "entropy"]
+    assert row.others == (pytest.approx(np.mean(blocks)),)
+    assert row.training.value == pytest.approx(np.mean([row.trained.value, *row.others]) - row.random)
+    assert row.training.models == 2
+    with pytest.raises(WeightsError):
+        report("vim", stores["vim"], folder / "measured", seeds=0, weights=[tmp_path / "none.safetensors"])
 
 
 def test_the_pass_gives_what_the_store_kept(stores, folder):
@@ -98,7 +114,7 @@ def test_a_model_made_in_memory_is_measured_by_what_was_kept(reports):
     assert found.row("entropy").random is not None
     assert found.row("entropy").reordered is None
     assert "the random scan order: not measured." in found.notes[2]
-    assert found.row("block_silhouette", "stage 1").trained.units == 6
+    assert found.row("block_silhouette", "stage 1").trained.units == 3
     assert found.row("block_silhouette", "stage 0") is None  # of one block
     assert found.pairs == [3]
 

@@ -81,7 +81,9 @@ def test_methods_that_follow_the_pass_take_the_layout_too(method):
 def test_what_a_trace_finds_says_which_methods_fit():
     mixed, scans = (LoadedModel(net.eval(), Transform(SIZE)) for net in (hybrid(), Net(Both(), Line())))
     assert made_of(complete(mixed)) == ["selective scans", "softmax attention"]
-    assert [its.name for its in parse_methods([], mixed)] == ["raw_attention", "attention_rollout"]
+    assert [its.name for its in parse_methods([], mixed)] == [
+        "frozen_contribution", "raw_attention", "attention_rollout",
+    ]  # fmt: skip
     assert made_of(complete(scans)) == ["selective scans"]
     assert parse_methods([], scans)[-1].name == "mamba_attribution"
     with pytest.raises(ValueError, match="Net is made of selective scans; use mamba_attribution"):

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mamba_attn
 from mamba_attn.attribution import FrozenContribution, MambaAttribution, MambaLRP
-from mamba_attn.attribution.lrp.mamba_lrp import LRPRules
+from mamba_attn.attribution.lrp.relevance_rules import LRPRules
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from tests.tracing import foreign
 from tests.tracing.foreign import Both, Line, Net, Windows

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mamba_attn.attribution import MambaLRP
 from mamba_attn.attribution.lrp.linear_rules import LinearRules
-from mamba_attn.attribution.lrp.mamba_lrp import LRPRules, generalised_gamma
+from mamba_attn.attribution.lrp.relevance_rules import LRPRules, generalised_gamma
 from mamba_attn.errors import NonFiniteError, TraceError, UnknownLayerError, UnsupportedModelError
 from mamba_attn.models.vit import vision_transformer
 from mamba_attn.tracing.tracer import trace

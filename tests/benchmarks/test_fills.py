@@ -1,0 +1,81 @@
+"""Fills: one map per method and image, the lines that ``mamba-attn compare`` would write, what is read from them."""
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import comparison_table, fills
+from mamba_attn import images
+from mamba_attn.evaluation.scheduler import run
+from mamba_attn.evaluation.store import Store
+
+MODELS, METHODS, FILLS = (
+    ("vim_digits", "vit_digits"),
+    ("random", "mamba_lrp", "transformer_attribution"),
+    ("mean", "drop"),
+)
+
+
+@pytest.fixture
+def plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for path in images.samples():
+        shutil.copy(path, folder / path.name)
+    monkeypatch.setattr(fills, "COLLECTION", "photos")
+    return {fill: fills.plan(MODELS, tmp_path, METHODS, fill, 2) for fill in FILLS}
+
+
+def test_maps_are_made_once_and_lines_are_those_of_compare(
+    plans: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mamba_attn.evaluation import measures
+
+    made, build = [], measures.build
+    monkeypatch.setattr(measures, "build", lambda name, *rest: (made.append(name), build(name, *rest))[1])
+    store = Store(tmp_path / "measured.jsonl")
+    fills.measure(plans, store)
+    assert sorted(made) == ["mamba_lrp", "random", "random", "transformer_attribution"]  # for two fills
+    assert len(store) == 2 * 4 * 2
+    fills.measure(plans, Store(tmp_path / "measured.jsonl"))
+    assert len(made) == 4  # resumed: nothing is lacking
+    other = Store(tmp_path / "other.jsonl")
+    for each in plans.values():
+        run(each, other)
+    assert dict(other.items()) == dict(store.items())
+    found = fills.summary(plans, store)
+    assert [tables["rival"] for tables in found.values()] == ["mamba_lrp", "transformer_attribution"]
+    for tables in found.values():
+        assert set(tables["figures"]) == set(FILLS)
+        assert set(fills.order(tables)) == {"random", tables["rival"]}
+        for fill in FILLS:
+            gap = tables["figures"][fill]["gap_top"]
+            value, low, high = tables["ahead of the rival"][fill]["gap_top"]["random"]
+            assert value == pytest.approx(gap["random"][0] - gap[tables["rival"]][0], abs=1e-3)
+            assert low <= value <= high
+
+
+def test_no_image_is_begun_after_the_deadline(plans: dict[str, object], tmp_path: Path) -> None:
+    store = Store(tmp_path / "measured.jsonl")
+    fills.measure(plans, store, time.monotonic() - 1)
+    assert len(store) == 0
+
+
+def table(*leads: list[float]) -> dict[str, object]:
+    ahead = {fill: {"gap_top": {"keep_and_remove_lrp": lead}} for fill, lead in zip(fills.FILLS, leads, strict=True)}
+    return {"rival": "mamba_lrp", "ahead of the rival": ahead}
+
+
+def test_our_method_is_kept_only_where_it_is_ahead_on_three_of_four_fills() -> None:
+    up, open_, down = [0.1, 0.05, 0.2], [0.1, -0.05, 0.2], [-0.1, -0.2, -0.05]
+
+    def words(*tables: dict[str, object]) -> str:
+        return comparison_table.fills_words({"fills": {"details": {"models": dict(zip("ab", tables, strict=True))}}})
+
+    assert "is therefore kept" in words(table(up, up, up, open_), table(up, down, up, up))
+    said = words(table(up, up, up, up), table(up, open_, up, down))
+    assert "on a it is ahead by the paired interval under black and mean and drop and road" in said
+    assert "on b it is ahead by the paired interval under black and drop and behind under road" in said
+    assert "does not reach 3 of 4 fills on both" in said
