@@ -56,6 +56,7 @@ class Explorer:
             Route("/", self._page),
             Route("/api/maps", self._answer(self._maps), methods=["POST"]),
             Route("/api/points", self._answer(self._points), methods=["POST"]),
+            Route("/api/neighbours", self._answer(self._neighbours), methods=["POST"]),
             Route("/api/has", self._answer(self._has), methods=["POST"]),
             Route("/api/jobs/{number:int}", self._job, methods=["GET", "DELETE"]),
             Route("/api/picture", self._picture),
@@ -133,6 +134,13 @@ class Explorer:
         if known is None and pane.method != "pca":
             return {"job": self._jobs.start(scatter, pane)}
         return {"xy": _text((known or scatter.points(pane)).xy)}
+
+    def _neighbours(self, given: Any) -> dict[str, Any]:
+        """The points of a pane that are most alike to one "point"."""
+        pane, point = self._pane(given), given.get("point")
+        if not isinstance(point, int):
+            raise ValueError("point is a whole number.")  # noqa: TRY004 - of parsed text
+        return {"numbers": self._scatters[pane.store].neighbours(pane, point)}
 
     def _has(self, given: Any) -> dict[str, Any]:
         """Which layers have a gate and a D; the model is run on the pane's image."""

@@ -3,7 +3,7 @@ import { about, ask, byId, cellsOf, has, live, picture } from './data.js';
 import { element } from './colours.js';
 import { drawMaps, mapTools, repaint, unusual } from './maps.js';
 import { drawPoints, passes, pointTools, zoom } from './points.js';
-import { COLOURS, beginning, change, layerOf, pane, right, routeOf, state, storeOf } from './state.js';
+import { COLOURS, beginning, change, classOf, layerOf, pane, right, routeOf, state, storeOf } from './state.js';
 import { METHODS, arrow, block, caption, short, steps, verdict } from './words.js';
 
 const LISTED = 300; // photos in the list; the search finds the others
@@ -14,6 +14,7 @@ export function build() {
   const its = pane();
   byId('title').textContent = `Where does ${storeOf().name} look?`;
   document.title = `${caption(its)} · ${storeOf().name}`;
+  byId('colours').replaceChildren(...legendOf(its));
   byId('story').textContent = STARTS[state.start - 1]?.[1] ?? '';
   [...byId('starts').querySelectorAll('button')].forEach((one, at) => one.setAttribute('aria-pressed', at + 1 === state.start));
   fill('where', above(its));
@@ -28,6 +29,13 @@ export function build() {
   document.querySelector('.work').classList.toggle('two', state.panes.length > 1);
   byId('plots').className = state.panes.length > 1 ? 'plots-two' : '';
   if (held) document.querySelector(`[data-name="${held}"]:checked, [data-name="${held}"]:not([type=radio])`)?.focus({ preventScroll: true });
+}
+
+// What the colours mean, in words.
+function legendOf(its) {
+  const [orange, blue] = [element('span', 'orange', { class: 'adds' }), element('span', 'blue', { class: 'subtracts' })];
+  if (state.sign === 'signed') return [orange, ' adds, ', blue, ' subtracts.'];
+  return ['The deeper the ', orange, `, the more it ${its.direction === 'row' ? 'takes' : 'gives'}`, ...(its.show === 'all' ? ['; in the third map ', blue, ' is less than usual.'] : ['.'])];
 }
 const fill = (id, made) => byId(id).replaceChildren(...made.filter(Boolean));
 
@@ -55,11 +63,16 @@ function named(at) {
 const missing = (layer, route) => (live || `mean/${route}` in layer.matrices ? undefined : 'not on this page: mamba-attn explore shows it');
 
 function ofPatch(its) {
-  const shows = [['all', 'all three'], ['image', 'this photo'], ['mean', 'usual'], ['difference', 'special'], ['spread', 'varies', live ? undefined : 'not on this page: mamba-attn explore shows it']];
+  const classes = [...new Set(storeOf().images.map((one) => one[1]))].filter((one) => one !== null).sort();
+  const shows = [['all', 'all three'], ['image', 'this photo'], ['mean', 'usual'], ['difference', 'special'], ['spread', 'varies', live ? undefined : 'not on this page: mamba-attn explore shows it'],
+    ['classes', 'by class', classes.length > 1 ? undefined : 'the classes are not known']];
   const single = storeOf().collected < 2;
   return [
     choice('direction', 'a patch', [['row', 'takes from'], ['column', 'gives to']], its.direction, (direction) => change({}, { direction })),
+    choice('sign', 'values', [['absolute', 'strength'], ['signed', 'with sign'], ['positive', 'positive']], state.sign, (sign) => change({ sign, lock: 0 })),
     choice('show', 'show', state.panes.length > 1 ? shows.slice(1) : shows, state.panes.length > 1 && its.show === 'all' ? 'image' : its.show, (show) => change({}, { show }), single ? 'there is one photo: nothing to compare it with' : ''),
+    its.show === 'classes' && menu('one', 'class', classes.map((one) => [one, one]), classOf(its, 'class') ?? classes[0], (one) => change({}, { one })),
+    its.show === 'classes' && menu('other', 'minus', [['', 'all photos'], ...classes.map((one) => [one, one])], its.other, (other) => change({}, { other })),
   ];
 }
 
@@ -167,7 +180,6 @@ function more(its) {
     : known && !known[name] ? `the scans of this block have no ${what}` : '');
   const unsigned = state.sign === 'signed' && state.normalise !== 'range' ? 'values with a sign are blue and orange' : '';
   return [
-    choice('sign', 'values', [['signed', 'with sign'], ['positive', 'positive'], ['absolute', 'strength']], state.sign, (sign) => change({ sign, lock: 0 })),
     choice('normalise', 'scale', [['none', 'as it is'], ['largest', 'divide by maximum'], ['sum', 'divide by sum'], ['range', '0 to 1']], state.normalise, (normalise) => change({ normalise, lock: 0 })),
     toggle('log', 'logarithmic', state.log, (log) => change({ log, lock: 0 })),
     toggle('gate', 'with the gate', its.gate, (gate) => change({}, { gate }), why('gate', 'gate')),

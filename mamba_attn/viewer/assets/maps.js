@@ -1,7 +1,8 @@
 // The maps of what is selected: of the open block, large, on one scale; of every block, as a film strip.
 import { about, asRuns, byId, maps, picture } from './data.js';
-import { css, element, mixed, paint, prepared, ramp, scaleOf, shown, tile, topOf } from './colours.js';
-import { cellsOn, change, layerOf, pane, routeOf, state, storeOf } from './state.js';
+import { css, element, mixed, paint, prepared, ramp, scaleOf, shown, strengths, tile, topOf } from './colours.js';
+import { alike } from './points.js';
+import { cellsOn, change, classImages, layerOf, pane, routeOf, state, storeOf } from './state.js';
 import { block, caption, number, place, steps, strongest, titled, unit, verdict, visits, who } from './words.js';
 
 const STRIP = 8; // blocks of the strip that are asked for at once: a gesture does not wait for more
@@ -12,10 +13,11 @@ const tools = { map: 'box' };
 
 // The maps that are shown: of one pane up to three; of two panes one each, and their difference.
 function slots() {
-  const found = state.panes.map((its) => ({ pane: its, what: its.show === 'all' ? 'image' : its.show }));
+  const found = state.panes.map((its) => ({ pane: its, what: TRIPLES[its.show]?.[0] ?? its.show }));
   if (found.length === 2) return layerOf(state.panes[0]).grid.join() === layerOf(state.panes[1]).grid.join() ? [...found, { pane: state.panes[0], what: 'apart' }] : found;
-  return pane().show === 'all' ? ['image', 'mean', 'difference'].map((what) => ({ pane: pane(), what })) : found;
+  return TRIPLES[pane().show]?.map((what) => ({ pane: pane(), what })) ?? found;
 }
+const TRIPLES = { all: ['image', 'mean', 'difference'], classes: ['class', 'other', 'versus'] }; // the third is the first minus the second
 
 function query(its, what, layer = layerOf(its), cells = cellsOn(layer)) {
   const { store, direction, gate, skip } = its;
@@ -23,20 +25,27 @@ function query(its, what, layer = layerOf(its), cells = cellsOn(layer)) {
   return { store, layer: layer.number, route, direction, what, image: what === 'image' ? its.image : 0, gate, skip, cells: asRuns(cells) };
 }
 
-// What a map is the sum of: queries with their signs.
+// What a map is made of: means over queries, added or subtracted.
 function parts(its, what, ...rest) {
-  if (what === 'apart') return [...parts(...Object.values(slots()[0])), ...parts(...Object.values(slots()[1])).map(([one, sign]) => [one, -sign])];
-  if (what === 'difference') return [[query(its, 'image', ...rest), 1], [query(its, 'mean', ...rest), -1]];
-  return [[query(its, what, ...rest), 1]];
+  const less = (first, second) => [...first, ...second.map(([queries, sign]) => [queries, -sign])];
+  if (what === 'apart') return less(...slots().slice(0, 2).map((slot) => parts(slot.pane, slot.what)));
+  if (what === 'difference') return less(parts(its, 'image', ...rest), parts(its, 'mean', ...rest));
+  if (what === 'versus') return less(parts(its, 'class', ...rest), parts(its, 'other', ...rest));
+  if (what === 'class' || (what === 'other' && its.other)) return [[classImages(its, what).map((image) => query({ ...its, image }, 'image', ...rest)), 1]];
+  return [[[query(its, what === 'other' ? 'mean' : what, ...rest)], 1]];
 }
 
-// The values of several maps as they are shown, or {error}; asked for together.
+// The values of several maps as they are shown, or {error}; asked for together. A difference is that of what is shown.
 async function values(all) {
-  const replies = await maps(all.flat().map(([one]) => one));
+  const replies = await maps(all.flat().flatMap(([queries]) => queries));
   return all.map((its) => {
-    const own = replies.splice(0, its.length);
-    const wrong = own.find((one) => one.error);
-    return wrong ? { error: wrong.error } : { values: shown(own[0].map.map((_, cell) => own.reduce((sum, one, at) => sum + its[at][1] * one.map[cell], 0))) };
+    const means = its.map(([queries]) => {
+      const own = replies.splice(0, queries.length);
+      const wrong = own.find((one) => one.error) ?? (own.length ? null : { error: 'No photo of this class is stored in full.' });
+      return wrong ?? strengths(own[0].map.map((_, cell) => own.reduce((sum, one) => sum + one.map[cell], 0) / own.length));
+    });
+    const wrong = means.find((one) => one.error);
+    return wrong ? { error: wrong.error } : { values: shown(means[0].map((_, cell) => means.reduce((sum, one, at) => sum + its[at][1] * one[cell], 0))) };
   });
 }
 
@@ -51,7 +60,7 @@ export async function drawMaps() {
   while (box.children.length < all.length) box.append(figure(box.children.length));
   drawn = all.map((slot, at) => ({
     slot, its: layerOf(slot.pane), ...found[at], canvas: box.children[at].querySelector('canvas'),
-    scale: found[at].error ? null : scaleOf(found[at].values, top, slot.what === 'spread'),
+    scale: found[at].error ? null : scaleOf(found[at].values, top, slot.what),
   }));
   drawn.forEach((one, at) => {
     const [title, words] = titled(one.slot);
@@ -79,9 +88,11 @@ function figure(at) {
 }
 
 function bars() {
-  const kinds = new Map();
-  for (const { scale } of drawn) if (scale) kinds.set(String(scale.low) + scale.colours[0], { ...scale, beyond: scale.beyond || kinds.get(String(scale.low) + scale.colours[0])?.beyond });
-  return [...kinds.values()].map(({ low, high, colours, beyond }) => element('span', undefined, { class: 'control' },
+  const all = drawn.flatMap(({ scale }) => scale ?? []);
+  const halved = state.palette === 'orange' && all.some((one) => one.signed); // the scale without a sign is its upper half
+  const beyond = all.some((one) => one.beyond);
+  const kinds = all.filter((one, at) => (one.signed || !halved) && all.findIndex((other) => other.signed === one.signed) === at);
+  return kinds.map(({ low, high, colours }) => element('span', undefined, { class: 'control' },
     element('span', (low < 0 && beyond ? '≤ ' : '') + number(low), { class: 'end low' }), ramp(colours), element('span', (beyond ? '≥ ' : '') + number(high), { class: 'end' })));
 }
 
@@ -277,6 +288,8 @@ export function describe() {
     ['visited', cells.length === 1 && cells[0] >= 0 && one.its.orders.length ? visits(one.its, cells[0]) : ''],
     [one.slot.pane.direction === 'row' ? 'strongest sources' : 'strongest readers', strong],
   ]);
+  const own = peeked;
+  alike(one.slot.pane).then((found) => { if (own === peeked && found) byId('card').append(element('dt', 'most alike'), found); });
   const text = `${byId('caption').textContent}. Strongest: ${strong}`;
   if (byId('spoken').textContent !== text) byId('spoken').textContent = text;
 }
@@ -291,7 +304,7 @@ export async function peek(cell, one = drawn[0]) {
   const canvas = byId('peek');
   [canvas.height, canvas.width] = its.grid;
   canvas.hidden = false;
-  canvas.getContext('2d').drawImage(tile(found.values, its.grid, scaleOf(found.values, state.lock || topOf([found.values]))), 0, 0);
+  canvas.getContext('2d').drawImage(tile(found.values, its.grid, scaleOf(found.values, state.lock || topOf([found.values]), slot.what)), 0, 0);
   facts([
     ['under the pointer', `patch ${place(cell, its)}${one.values ? `: ${number(one.values[cell])}` : ''}`],
     ['visited', its.orders.length ? visits(its, cell) : ''],
@@ -321,7 +334,7 @@ async function drawStrip(own) {
     }));
   }
   layers.forEach((layer, at) => box.children[at].setAttribute('aria-pressed', layer === layerOf(its)));
-  const what = its.show === 'all' ? 'image' : its.show;
+  const what = TRIPLES[its.show]?.[0] ?? its.show;
   for (let start = 0; start < layers.length; start += STRIP) {
     const some = layers.slice(start, start + STRIP);
     let found = await values(some.map((layer) => parts(its, what, layer)));
@@ -335,7 +348,7 @@ async function drawStrip(own) {
       if (found[at].error) return;
       const context = canvas.getContext('2d');
       context.imageSmoothingEnabled = false;
-      context.drawImage(tile(found[at].values, layer.grid, scaleOf(found[at].values, state.lock || topOf([found[at].values]), what === 'spread')), 0, 0, canvas.width, canvas.height);
+      context.drawImage(tile(found[at].values, layer.grid, scaleOf(found[at].values, state.lock || topOf([found[at].values]), what)), 0, 0, canvas.width, canvas.height);
       frame(context, layer, size, cellsOn(layer));
       strips.set(layer.name, { values: found[at].values, canvas, its: layer });
     });

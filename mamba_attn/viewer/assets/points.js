@@ -1,9 +1,9 @@
 // The points: a block's patches (Mode 2 of the paper), a stage's blocks over images (Mode 1), patches of every block.
-import { about, byId, cellsOf, job, points } from './data.js';
+import { about, byId, cellsOf, job, neighbours, points } from './data.js';
 import { css, element, kindColour, mixed, paint, prepared, ramp } from './colours.js';
 import { aboutPair, describe, gestures, peek, select, shownMaps, within } from './maps.js';
 import { cellsOn, change, layerOf, pane, right, routeOf, state, storeOf } from './state.js';
-import { METHODS, block, ranks } from './words.js';
+import { METHODS, block, place, ranks, short } from './words.js';
 
 const [FAINT, NEXT] = [0.15, 0.6]; // opacity of points outside the selection; next to a single one
 const MANY_KINDS = 14;
@@ -131,6 +131,7 @@ function paintPoints(its) {
     context.globalAlpha = 1;
     const open = pairs && pairs[at][0] === own.layer && pairs[at][1] === own.image;
     if (open || (!pairs && lit.size === 1 && lit.has(at))) ring(context, ...its.places[at], size + 5);
+    else if (pairs && pairs[at][0] === own.layer) ring(context, ...its.places[at], size, 0.5); // the open block
   }
   context.globalAlpha = 1;
 }
@@ -207,11 +208,11 @@ function symbol(context, x, y, size, { colour, shape }) {
   context.stroke();
 }
 
-function ring(context, x, y, size) {
+function ring(context, x, y, size, wide = 1) {
   for (const [colour, width] of [['white', 4], ['#111', 2]]) {
     context.beginPath();
     context.arc(x, y, size / 2 + 1, 0, 2 * Math.PI);
-    [context.strokeStyle, context.lineWidth] = [colour, width];
+    [context.strokeStyle, context.lineWidth] = [colour, width * wide];
     context.stroke();
   }
 }
@@ -249,6 +250,22 @@ function pick(its, numbers, add, click) {
   const [first] = chosen;
   if (!first || add || (open && !click)) return change({ pairs: chosen });
   return change({ pairs: chosen }, { layer: first[0], image: first[1] });
+}
+
+// The points most alike to the chosen one, by all numbers and not by their place on the screen; as buttons.
+export async function alike(own) {
+  const lit = litPoints(state.panes.indexOf(own));
+  if (lit.length !== 1) return null;
+  const found = await neighbours(asked(own), lit[0]);
+  if (!found.numbers?.length) return null;
+  const pairs = own.mode === 'blocks' ? pairsOf(own) : null;
+  const { images, blocks } = storeOf(own);
+  const made = (text, numbers) => {
+    const one = element('button', text, { class: 'small' });
+    one.addEventListener('click', () => pick({ at: state.panes.indexOf(own) }, numbers, false, true));
+    return one;
+  };
+  return element('dd', undefined, { class: 'buttons' }, ...found.numbers.map((at) => made(pairs ? `block ${blocks[pairs[at][0]]}, ${short(images[pairs[at][1]][0])}` : place(at, layerOf(own)), [at])), made('select these', [...lit, ...found.numbers]));
 }
 
 // Arrow keys in the points: the next block, or the next image.

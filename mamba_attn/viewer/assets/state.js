@@ -2,7 +2,7 @@
 import { about, asRuns, byId, cellsOf, runs } from './data.js';
 
 export const CHOICES = {
-  mode: ['patches', 'blocks', 'every'], direction: ['row', 'column'], show: ['all', 'image', 'mean', 'difference', 'spread'],
+  mode: ['patches', 'blocks', 'every'], direction: ['row', 'column'], show: ['all', 'image', 'mean', 'difference', 'spread', 'classes'],
   method: ['pca', 'tsne', 'umap'], sign: ['signed', 'positive', 'absolute'], normalise: ['none', 'largest', 'range', 'sum'],
   palette: ['orange', 'viridis', 'cividis'], colour: ['column', 'row', 'rank', 'block', 'class', 'predicted'],
   verdict: ['all', 'right', 'wrong'], order: ['stored', 'unusual'],
@@ -10,10 +10,10 @@ export const CHOICES = {
 export const COLOURS = { patches: ['column', 'row', 'rank'], blocks: ['block', 'class', 'predicted'], every: ['column', 'row'] };
 const PANE = {
   store: 0, layer: 0, route: -1, image: 0, mode: 'patches', direction: 'row', show: 'all', gate: false, skip: false,
-  method: 'pca', first: true, colour: 'column',
+  method: 'pca', first: true, colour: 'column', one: '', other: '',
 };
 const SHARED = {
-  active: 0, sign: 'signed', normalise: 'none', log: false, palette: 'orange', opacity: 0.85, path: false, step: 0, lock: 0,
+  active: 0, sign: 'absolute', normalise: 'none', log: false, palette: 'orange', opacity: 0.85, path: false, step: 0, lock: 0,
   search: '', verdict: 'all', order: 'stored', large: false, start: 0,
 };
 export const state = { ...SHARED, panes: [{ ...PANE }], cells: [], grid: [1, 1], pairs: [] };
@@ -24,6 +24,15 @@ export const layerOf = (its = pane()) => storeOf(its).layers.find((one) => one.n
 export const imageOf = (its = pane()) => storeOf(its).images[its.image];
 export const routeOf = (its = pane()) => (its.route >= 0 && its.route < layerOf(its).routes && layerOf(its).routes > 1 ? its.route : -1);
 export const right = ([, label, predicted, correct]) => correct ?? (label === null || predicted === null ? null : label === predicted);
+
+// Photos of a class that have matrices: of the pane's "class", or the "other"; no name is the class of the open photo.
+export const classOf = (its, what) => (what === 'class' ? its.one || imageOf(its)[1] : its.other);
+export function classImages(its, what) {
+  const { images } = storeOf(its);
+  const all = images.flatMap(([, label], at) => (label !== null && label === classOf(its, what) ? [at] : []));
+  const kept = all.filter((at) => (about.live ? images[at][4] : at in storeOf(its).photos)).slice(0, 60);
+  return kept.length || !about.live ? kept : all.slice(0, 8); // the model runs on each
+}
 
 // The selected cells on another grid over the same image: those at the same places.
 export function cellsOn(its = layerOf()) {

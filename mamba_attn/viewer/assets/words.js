@@ -1,6 +1,6 @@
 // What is shown, in words.
 import { cellsOf } from './data.js';
-import { cellsOn, imageOf, layerOf, right, routeOf, state, storeOf } from './state.js';
+import { cellsOn, classImages, classOf, imageOf, layerOf, right, routeOf, state, storeOf } from './state.js';
 
 export const METHODS = { pca: 'PCA', tsne: 't-SNE', umap: 'UMAP' };
 export const number = (value) => (value === 0 ? '0' : Math.abs(value) >= 0.001 && Math.abs(value) < 1000
@@ -34,7 +34,7 @@ export function verdict(image) {
 }
 
 export function unit() {
-  const kind = state.sign === 'signed' ? 'attention' : `${state.sign} attention`;
+  const kind = { signed: 'attention', positive: 'positive attention', absolute: 'strength of attention' }[state.sign];
   return kind + { none: '', largest: ' / maximum', range: ', 0 to 1', sum: ' / sum' }[state.normalise] + (state.log ? ', decades' : '');
 }
 
@@ -44,11 +44,13 @@ export function titled(slot) {
   const { images, collected } = storeOf(its);
   const [key] = imageOf(its);
   const name = `${short(key)}: ${verdict(imageOf(its))}`;
+  const ofClass = (what_) => (classOf(its, what_) ? [classOf(its, what_), classImages(its, what_).length === 1 ? 'the one photo of this class' : `mean of ${classImages(its, what_).length} photos of this class`] : ['Usual', `mean of ${collected} photos`]);
   return {
     image: ['This image', name],
-    mean: [collected > 1 ? 'Usual' : 'The one image', `mean of ${collected} images, drawn without a photo`],
+    mean: [collected > 1 ? 'Usual' : 'The one image', `mean of ${collected} photos, drawn without a photo`],
     difference: ['What is special here', 'this image minus the usual'],
-    spread: ['How much it varies', `standard deviation over ${collected} images`],
+    spread: ['How much it varies', `standard deviation over ${collected} photos`],
+    class: ofClass('class'), other: ofClass('other'), versus: [`${ofClass('class')[0]} minus ${ofClass('other')[0].toLowerCase()}`, 'the left map minus the middle one'],
     apart: ['Left minus right', images.length ? 'what the two panes differ in' : ''],
   }[what];
 }
