@@ -70,6 +70,11 @@ class Explorer:
         """Answer a request."""
         await self._app(scope, receive, send)
 
+    def prepare(self) -> None:
+        """Compute the slow layouts in the background, before they are asked for."""
+        for scatter in self._scatters:
+            self._jobs.ahead(scatter)
+
     def close(self) -> None:
         """Stop what still runs."""
         self._jobs.close()
@@ -130,6 +135,7 @@ class Explorer:
         scatter = self._scatters[pane.store]
         if scatter.count(pane) < 3:
             return {"error": "There are too few points for a plane."}
+        self._jobs.settle()
         known = scatter.known(pane)
         if known is None and pane.method != "pca":
             return {"job": self._jobs.start(scatter, pane)}

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -431,6 +432,59 @@ def test_no_width_scrolls_sideways(browser, address, width, scheme):
     )
     page.close()
     assert viewer.wrong == []
+
+
+def test_axe_finds_nothing(viewer):
+    axe = pytest.importorskip("axe_playwright_python", reason="axe-playwright-python is not installed")
+    script = (Path(axe.__file__).parent / "axe.min.js").read_text()
+    for scheme, state in (("light", ""), ("light", "b=1"), ("dark", "mode=blocks&show=classes"), ("dark", "mode=every")):
+        viewer.page.emulate_media(color_scheme=scheme)
+        viewer.open(state)
+        viewer.page.evaluate("""() => { document.querySelector('#more').open = true;
+            document.querySelector('#help').hidden = false; }""")
+        viewer.page.evaluate(script)
+        found = viewer.page.evaluate("axe.run(document, { resultTypes: ['violations'] })")["violations"]
+        assert [(each["id"], each["nodes"][0]["html"]) for each in found] == []
+    viewer.page.emulate_media(color_scheme="light")
+
+
+def test_at_200_percent_a_map_is_on_the_first_screen(browser, address):
+    page = browser.new_page(viewport={"width": 720, "height": 450})  # 1440 x 900, twice as large
+    viewer = Viewer(page, address).open()
+    box = page.locator("canvas.map").first.bounding_box()
+    assert box["y"] + box["height"] / 4 < 450
+    page.close()
+    assert viewer.wrong == []
+
+
+def test_means_of_classes_and_their_difference(viewer, store):
+    viewer.choose("show", "by class")
+    each = [rows(store, image)[0][MIDDLE] for image in range(4)]  # cat, dog, cat, dog
+    cat, dog = (each[0] + each[2]) / 2, (each[1] + each[3]) / 2
+    viewer.heat(cat, "class")
+    viewer.heat(cat - rows(store)[1][MIDDLE], "versus")
+    viewer.page.get_by_label("minus", exact=True).select_option("dog")
+    viewer.heat(dog, "other")
+    viewer.heat(cat - dog, "versus")
+    assert viewer.page.locator("#maps b").all_inner_texts() == ["cat", "dog", "cat minus dog"]
+    assert "mean of 2 photos of this class" in viewer.page.locator("#maps").inner_text()
+    viewer.page.get_by_label("class", exact=True).select_option("dog")
+    viewer.heat(dog, "class")
+
+
+def test_the_points_most_alike_can_be_chosen(viewer, store):
+    mean = rows(store)[1]
+    nearest = np.argsort(np.linalg.norm(mean - mean[MIDDLE], axis=1))[1:7].tolist()
+    buttons = viewer.page.locator("#card button")
+    buttons.first.wait_for()
+    assert buttons.all_inner_texts() == [*(f"({at // 12}, {at % 12})" for at in nearest), "select these"]
+    buttons.last.click()
+    viewer.lit([MIDDLE, *nearest])
+    viewer.open("mode=blocks&layer=2&points=2/0")
+    buttons.first.wait_for()
+    assert re.fullmatch(r"block [01], image_\d.jpg", buttons.first.inner_text())
+    buttons.first.click()
+    viewer.until("viewer.state.pairs.length === 1 && String(viewer.state.pairs[0]) !== '2,0'")
 
 
 def test_every_control_has_a_name(viewer):

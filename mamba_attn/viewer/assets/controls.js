@@ -24,7 +24,7 @@ export function build() {
   list(its);
   if (!byId('plots')) byId('points').append(element('div', undefined, { class: 'bar', id: 'points-bar' }), element('div', undefined, { id: 'plots' }), element('div', undefined, { class: 'bar', id: 'points-tools' }));
   fill('points-bar', ofPoints(its));
-  fill('points-tools', handling());
+  fill('points-tools', its.mode === 'every' ? [] : handling());
   fill('display', more(its));
   document.querySelector('.work').classList.toggle('two', state.panes.length > 1);
   byId('plots').className = state.panes.length > 1 ? 'plots-two' : '';

@@ -82,9 +82,13 @@ async function settled(wanted, its, stale) {
   const late = setTimeout(() => { if (!stale()) its.notice.replaceChildren('Placing the points …'); }, 500);
   let found = await points(wanted);
   clearTimeout(late);
+  let left = 0;
   while (found.job && !stale()) {
     const now = await job(found.job);
-    if (now.state === 'done') found = await points(wanted);
+
+    const news = now.left < left; // some of a job's points are there before the others
+    left = now.left;
+    if (now.state === 'done' || news) found = await points(wanted);
     else if (now.state !== 'running') return { error: now.state === 'cancelled' ? 'Cancelled. Choose another layout, or the same again.' : now.error };
     else {
       const number = found.job;
