@@ -116,7 +116,7 @@ def explain_text(
     if not text.strip():
         raise ValueError(f"explain_text(text={text!r}): the text is empty; give at least one token.")
     folder = None if out is None else writable(str(out))
-    ids = _encode(model.tokenizer, text).to(model.device)
+    ids = encode(model.tokenizer, text).to(model.device)
     options = {"use_cache": False} if takes(model.model, "use_cache") else {}
     with torch.no_grad(), trace(model.model, attention="mean") as record:
         output = model.model(ids, **options)
@@ -135,7 +135,7 @@ def explain_text(
         matrices = {name: record[name].attention()[0].float().cpu().numpy() for name in at_depths(layers)}
         rows = np.stack([layer.row(layer.tokens - 1)[0].float().cpu().numpy() for layer in record.layers])
     found = TextAnswer(
-        model, _decode(model.tokenizer, ids[0]), names, chances, explained, chosen, strips, matrices, rows, layers,
+        model, decode(model.tokenizer, ids[0]), names, chances, explained, chosen, strips, matrices, rows, layers,
         softmax, record.unseen_mixers,
     )  # fmt: skip
     if folder is not None:
@@ -214,14 +214,14 @@ def _shown(word: str) -> str:
     return word.replace("\n", "\u21b5").replace("\t", "\u21e5") if word.strip() else repr(word)
 
 
-def _encode(tokenizer: Any, text: str) -> Tensor:
+def encode(tokenizer: Any, text: str) -> Tensor:
     if isinstance(tokenizer, Vocabulary):
         return tokenizer.encode(text)
     ids: Tensor = tokenizer(text, return_tensors="pt")["input_ids"]
     return ids
 
 
-def _decode(tokenizer: Any, ids: Tensor) -> list[str]:
+def decode(tokenizer: Any, ids: Tensor) -> list[str]:
     if isinstance(tokenizer, Vocabulary):
         return tokenizer.decode(ids)
     return [_read(tokenizer, int(number)) for number in ids]

@@ -9,7 +9,7 @@ import numpy as np
 
 from mamba_attn.analytics.embed import embed
 from mamba_attn.analytics.projection import SIZE, feature_size, project
-from mamba_attn.viewer.source import Source
+from mamba_attn.viewer.source import Source, patches_of
 from mamba_attn.viewer.state import Pane
 
 METHODS = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
@@ -112,8 +112,7 @@ class Scatter:
         """Return one row of numbers per point."""
         source, layer = self.source, self.source.layer(pane)
         if pane.mode == "patches":
-            patches = layer.layout.patches.numpy()
-            return np.ascontiguousarray(source.mean(pane)[patches])
+            return np.ascontiguousarray(source.mean(pane)[patches_of(layer.layout)])
         layers, images = [source.layers[index] for index in source.stage(pane)], len(source.store.images)
         size = feature_size(layer.layout.tokens)
         projected = size > SIZE and len(layers) * images * size > _WHOLE

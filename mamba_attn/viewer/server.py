@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -22,7 +21,7 @@ from mamba_attn.viewer.guard import Guard, Refused, body_of, refuse
 from mamba_attn.viewer.page import described, page
 from mamba_attn.viewer.points import Scatter
 from mamba_attn.viewer.reductions import Jobs
-from mamba_attn.viewer.source import Source, tokens_of
+from mamba_attn.viewer.source import Source, patches_of, tokens_of
 from mamba_attn.viewer.state import Pane, unpacked
 
 QUERIES = 600  # maps of one request
@@ -111,7 +110,7 @@ class Explorer:
             raise ValueError(f"{what}={number}: there are {len(of)}.")
 
     def _maps(self, given: Any) -> list[dict[str, str]]:
-        """Maps of a list of panes, each with its selected "cells", on its own grid."""
+        """Maps of a list of panes, each with its selected "cells", in the page's order of patches."""
         queries = given.get("queries") if isinstance(given, dict) else None
         if not isinstance(queries, list) or len(queries) > QUERIES:
             raise ValueError(f"queries is a list of at most {QUERIES}.")
@@ -121,12 +120,11 @@ class Explorer:
             source = self.sources[pane.store]
             layout = source.layer(pane).layout
             try:
-                values = source.read(pane, tokens_of(layout, cells))
+                values = source.read(pane, tokens_of(layout, cells))[patches_of(layout)]
             except FAILURES as error:
                 found.append({"error": sentence(error)})
             else:
-                grid = layout.to_grid(torch.from_numpy(np.ascontiguousarray(values))).numpy()
-                found.append({"map": _text(grid)})
+                found.append({"map": _text(values)})
         return found
 
     def _points(self, given: Any) -> dict[str, Any]:
@@ -165,7 +163,10 @@ class Explorer:
     def _picture(self, request: Request) -> Response:
         """What the model saw of an image; with "small", a thumbnail."""
         pane = self._asked(request)
-        picture, file = Image.fromarray(self.sources[pane.store].pixels(pane)), io.BytesIO()
+        pixels = self.sources[pane.store].pixels(pane)
+        if pixels is None:
+            raise Refused(404, "A text has no picture.")
+        picture, file = Image.fromarray(pixels), io.BytesIO()
         kind = "jpeg" if "small" in request.query_params else "png"
         if kind == "jpeg":
             picture.thumbnail((_SMALL, _SMALL))

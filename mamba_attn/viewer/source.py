@@ -1,5 +1,6 @@
 """Reads rows and regions of stored attention lazily, and runs the model where none is stored."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -80,9 +81,11 @@ class Source:
         stage = self.layer(pane).stage
         return [index for index, layer in enumerate(self.layers) if layer.stage == stage]
 
-    def pixels(self, pane: Pane) -> np.ndarray:
-        """Return the pane's image, (rows, columns, 3) uint8."""
+    def pixels(self, pane: Pane) -> np.ndarray | None:
+        """Return the pane's image, (rows, columns, 3) uint8; None of a text."""
         image = self.image(pane)
+        if getattr(image, "words", None) is not None:
+            return None
         if isinstance(image, Added):
             return np.asarray(image.pixels)
         return self._remember(("pixels", image.key), lambda: np.asarray(self.store.pixels(image)))
@@ -219,6 +222,31 @@ def others(layout: "TokenLayout") -> list[int]:
     return [*layout.class_tokens, *layout.registers]
 
 
+def sheet_of(layout: "TokenLayout") -> tuple[int, int, int]:
+    """Return rows and columns of the page's sheet of patches, and of a volume how many slices lie side by side, else 0.
+
+    A text is one row. Slices fill all their rows, so that the sheet is as near as can be to three wide and two high.
+    """
+    if len(layout.grid) < 3:
+        return layout.grid[0] if len(layout.grid) == 2 else 1, layout.grid[-1], 0
+    high, wide = layout.grid[-2:]
+    deep = math.prod(layout.grid[:-2])
+    divisors = [count for count in range(1, deep + 1) if deep % count == 0]
+    across = min(divisors, key=lambda count: abs(math.log(count * wide / (deep / count * high) / 1.5)))
+    return deep // across * high, across * wide, across
+
+
+def patches_of(layout: "TokenLayout") -> list[int]:
+    """Return the tokens of the patches in the page's order: along the rows of the sheet."""
+    rows, _, across = sheet_of(layout)
+    patches = layout.patches.numpy()
+    if across:
+        high, wide = layout.grid[-2:]
+        patches = patches.reshape(rows // high, across, high, wide).transpose(0, 2, 1, 3)
+    found: list[int] = patches.ravel().tolist()
+    return found
+
+
 def tokens_of(layout: "TokenLayout", cells: Sequence[int]) -> list[int]:
     """Return the tokens of selected cells; cells outside the layout are left out.
 
@@ -226,7 +254,7 @@ def tokens_of(layout: "TokenLayout", cells: Sequence[int]) -> list[int]:
         layout: of the layer.
         cells: raster indices of patches; -1, -2, ... for the tokens that are not patches.
     """
-    patches, rest = layout.patches.tolist(), others(layout)
+    patches, rest = patches_of(layout), others(layout)
     return [
         *(patches[cell] for cell in cells if 0 <= cell < len(patches)),
         *(rest[-1 - cell] for cell in cells if 0 <= -1 - cell < len(rest)),

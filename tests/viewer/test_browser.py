@@ -437,7 +437,12 @@ def test_no_width_scrolls_sideways(browser, address, width, scheme):
 def test_axe_finds_nothing(viewer):
     axe = pytest.importorskip("axe_playwright_python", reason="axe-playwright-python is not installed")
     script = (Path(axe.__file__).parent / "axe.min.js").read_text()
-    for scheme, state in (("light", ""), ("light", "b=1"), ("dark", "mode=blocks&show=classes"), ("dark", "mode=every")):
+    for scheme, state in (
+        ("light", ""),
+        ("light", "b=1"),
+        ("dark", "mode=blocks&show=classes"),
+        ("dark", "mode=every"),
+    ):
         viewer.page.emulate_media(color_scheme=scheme)
         viewer.open(state)
         viewer.page.evaluate("""() => { document.querySelector('#more').open = true;

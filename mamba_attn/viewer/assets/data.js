@@ -70,6 +70,7 @@ export const job = (number, method = 'GET') => ask(`api/jobs/${number}`, { metho
 export const has = (pane) => (live ? post('api/has', pane) : Promise.resolve({ error: 'needs the running explorer' }));
 
 export function picture(store, image, small) {
+  if (about.stores[store].images[image][5]) return undefined; // a text
   if (live) return `api/picture?store=${store}&image=${image}${small ? '&small=1' : ''}`;
   const { photos, small: all } = about.stores[store];
   return small ? all[image] ?? photos[image] : photos[image] ?? all[image];

@@ -2,8 +2,8 @@
 import { about, asRuns, byId, maps, picture } from './data.js';
 import { css, element, mixed, paint, prepared, ramp, scaleOf, shown, strengths, tile, topOf } from './colours.js';
 import { alike } from './points.js';
-import { cellsOn, change, classImages, layerOf, pane, routeOf, state, storeOf } from './state.js';
-import { block, caption, number, place, steps, strongest, titled, unit, verdict, visits, who } from './words.js';
+import { cellsOn, change, classImages, layerOf, pane, routeOf, state, storeOf, wordsOf } from './state.js';
+import { block, caption, gridOf, models, noun, number, place, steps, strongest, titled, unit, verdict, visits, who } from './words.js';
 
 const STRIP = 8; // blocks of the strip that are asked for at once: a gesture does not wait for more
 let drawn = []; // per map: its slot, layer, values, scale, canvas
@@ -65,8 +65,10 @@ export async function drawMaps() {
   drawn.forEach((one, at) => {
     const [title, words] = titled(one.slot);
     const [bold, rest] = box.children[at].querySelectorAll('b, span');
-    [bold.textContent, rest.textContent] = [state.panes.length > 1 && at < 2 ? `${'AB'[at]} · ${block(one.its)} · ${title}` : title, one.error ?? words];
-    one.canvas.setAttribute('aria-label', `${title}: ${caption(one.slot.pane)}. ${one.error ?? 'Strongest: ' + strongest(one.values, one.its, 3)}`);
+    [bold.textContent, rest.textContent] = [state.panes.length > 1 && at < 2 ? ['AB'[at], models(one.slot.pane), block(one.its), title].filter(Boolean).join(' · ') : title, one.error ?? words];
+    const words_ = wordsOf(one.slot.pane);
+    [one.canvas.hidden, one.canvas.nextSibling.hidden] = [Boolean(words_), !words_];
+    (words_ ? one.canvas.nextSibling : one.canvas).setAttribute('aria-label', `${title}: ${caption(one.slot.pane)}. ${one.error ?? 'Strongest: ' + strongest(one.values, one.its, 3)}`);
     box.children[at].classList.toggle('failed', Boolean(one.error));
   });
   repaint();
@@ -84,7 +86,12 @@ function figure(at) {
     hover: (to) => { const [cell] = to ? cellsIn(at, [to, to], true) : []; return cell === undefined ? describe() : peek(cell, drawn[at]); },
     redraw: repaint,
   });
-  return element('figure', undefined, {}, canvas, element('figcaption', undefined, {}, element('b'), element('span')));
+  const line = element('div', undefined, { class: 'tokens', tabindex: '0', role: 'application', 'aria-describedby': 'spoken' });
+  const tokenOf = (event) => event.target.closest('[data-cell]')?.dataset.cell;
+  line.addEventListener('click', (event) => { if (tokenOf(event)) choose(at, [Number(tokenOf(event))], event.shiftKey); });
+  line.addEventListener('pointerover', (event) => { if (tokenOf(event)) peek(Number(tokenOf(event)), drawn[at]); });
+  line.addEventListener('pointerleave', () => describe());
+  return element('figure', undefined, {}, canvas, line, element('figcaption', undefined, {}, element('b'), element('span')));
 }
 
 function bars() {
@@ -108,6 +115,10 @@ export function repaint() {
   for (const one of drawn) {
     const { canvas, its, slot } = one;
     const [rows, columns] = its.grid;
+    if (canvas.hidden) {
+      if (!one.error) line(one, canvas.nextSibling, wordsOf(slot.pane));
+      continue;
+    }
     const context = prepared(canvas, canvas.clientWidth * rows / columns);
     const [width, height] = [canvas.clientWidth, canvas.clientWidth * rows / columns];
     const photo = ['image', 'difference'].includes(slot.what) ? loaded(picture(slot.pane.store, slot.pane.image)) : null;
@@ -121,6 +132,7 @@ export function repaint() {
     if (one.opacity !== opacity) [one.tile, one.opacity] = [tile(one.values, its.grid, one.scale, opacity), opacity];
     context.drawImage(one.tile, 0, 0, width, height);
     if (one.size >= 12) lines(context, rows, columns, one.size);
+    if (its.slices) lines(context, rows / its.slices[1], its.slices[0], columns / its.slices[0] * one.size, its.slices[1] * one.size, paint('card'), 3);
     frame(context, its, one.size, cellsOn(its));
     if (state.path && its.orders.length) path(context, its, one.size, steps(its, routeOf(slot.pane)));
   }
@@ -138,12 +150,26 @@ function loaded(source) {
   return found.complete && found.naturalWidth ? found : null;
 }
 
-function lines(context, rows, columns, size) {
+function lines(context, rows, columns, wide, high = wide, colour = '#ffffff38', width = 1) {
   context.beginPath();
-  for (let row = 1; row < rows; row++) segment(context, 0, row * size, columns * size, row * size);
-  for (let column = 1; column < columns; column++) segment(context, column * size, 0, column * size, rows * size);
-  [context.strokeStyle, context.lineWidth] = ['#ffffff38', 1];
+  for (let row = 1; row < rows; row++) segment(context, 0, row * high, columns * wide, row * high);
+  for (let column = 1; column < columns; column++) segment(context, column * wide, 0, column * wide, rows * high);
+  [context.strokeStyle, context.lineWidth] = [colour, width];
   context.stroke();
+}
+
+// A text: its tokens, coloured; the selected ones have a frame.
+function line(one, box, words) {
+  if (box.children.length !== words.length || box.textContent !== words.join('')) {
+    box.replaceChildren(...words.map((word, cell) => element('span', word, { 'data-cell': cell })));
+  }
+  const chosen = new Set(cellsOn(one.its));
+  [...box.children].forEach((token, cell) => {
+    const colour = mixed(one.scale.colours, (one.values[cell] - one.scale.low) / (one.scale.high - one.scale.low));
+    token.style.background = css(colour);
+    token.style.color = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] > 140 ? '#111' : '#fff';
+    token.className = chosen.has(cell) ? 'chosen' : '';
+  });
 }
 
 function segment(context, x0, y0, x1, y1) {
@@ -284,7 +310,7 @@ export function describe() {
   const strong = strongest(one.values, one.its, 5);
   const cells = cellsOn(one.its);
   facts([
-    ['selected', cells.length ? who(one.its)[0] : 'nothing: the mean over all patches'],
+    ['selected', cells.length ? who(one.its)[0] : `nothing: the mean over all ${noun(true)}`],
     ['visited', cells.length === 1 && cells[0] >= 0 && one.its.orders.length ? visits(one.its, cells[0]) : ''],
     [one.slot.pane.direction === 'row' ? 'strongest sources' : 'strongest readers', strong],
   ]);
@@ -306,7 +332,7 @@ export async function peek(cell, one = drawn[0]) {
   canvas.hidden = false;
   canvas.getContext('2d').drawImage(tile(found.values, its.grid, scaleOf(found.values, state.lock || topOf([found.values]), slot.what)), 0, 0);
   facts([
-    ['under the pointer', `patch ${place(cell, its)}${one.values ? `: ${number(one.values[cell])}` : ''}`],
+    ['under the pointer', `${noun()} ${place(cell, its)}${one.values ? `: ${number(one.values[cell])}` : ''}`],
     ['visited', its.orders.length ? visits(its, cell) : ''],
     [slot.pane.direction === 'row' ? 'takes most from' : 'gives most to', strongest(found.values, its, 5)],
   ]);
@@ -317,18 +343,19 @@ export function aboutPair(its, [layer, image]) {
   peeked++;
   byId('peek').hidden = true;
   const { stages, blocks, images } = storeOf(its);
-  facts([['under the pointer', `stage ${stages[layer]}, block ${blocks[layer]}`], ['photo', images[image][0]], ['class', verdict(images[image])]]);
+  facts([['under the pointer', block({ stage: stages[layer], block: blocks[layer] })], ['photo', images[image][0]], ['class', verdict(images[image])]]);
 }
 
 async function drawStrip(own) {
   const its = pane();
   const { layers } = storeOf(its);
   const box = byId('strip');
+  box.classList.toggle('lines', Boolean(wordsOf(its)));
   box.style.setProperty('--thumb', state.large ? '160px' : '62px');
   if (box.dataset.store !== String(its.store)) {
     box.dataset.store = its.store;
     box.replaceChildren(...layers.map((layer) => {
-      const made = element('button', undefined, { title: `open ${block(layer)}: ${layer.name}` }, element('canvas', undefined, { 'aria-hidden': 'true' }), element('span', block(layer)), element('span', layer.grid.join(' × ')));
+      const made = element('button', undefined, { title: `open ${block(layer)}: ${layer.name}` }, element('canvas', undefined, { 'aria-hidden': 'true' }), element('span', block(layer)), element('span', gridOf(layer)));
       made.addEventListener('click', () => change({}, { layer: layer.number }));
       return made;
     }));
@@ -343,7 +370,7 @@ async function drawStrip(own) {
     some.forEach((layer, at) => {
       const canvas = box.children[start + at].querySelector('canvas');
       const [rows, columns] = layer.grid;
-      const size = Math.max(1, Math.round((state.large ? 320 : 124) / Math.max(rows, columns)));
+      const size = Math.max(1, wordsOf(its) ? 8 : Math.round((state.large ? 320 : 124) / Math.max(rows, columns)));
       [canvas.width, canvas.height] = [columns * size, rows * size];
       if (found[at].error) return;
       const context = canvas.getContext('2d');

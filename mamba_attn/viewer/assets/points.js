@@ -2,8 +2,8 @@
 import { about, byId, cellsOf, job, neighbours, points } from './data.js';
 import { css, element, kindColour, mixed, paint, prepared, ramp } from './colours.js';
 import { aboutPair, describe, gestures, peek, select, shownMaps, within } from './maps.js';
-import { cellsOn, change, layerOf, pane, right, routeOf, state, storeOf } from './state.js';
-import { METHODS, block, place, ranks, short } from './words.js';
+import { cellsOn, change, layerOf, pane, right, routeOf, spot, state, storeOf, wordsOf } from './state.js';
+import { METHODS, block, models, noun, place, ranks, short } from './words.js';
 
 const [FAINT, NEXT] = [0.15, 0.6]; // opacity of points outside the selection; next to a single one
 const MANY_KINDS = 14;
@@ -62,8 +62,9 @@ async function refresh(its) {
   const own = state.panes[its.at];
   const many = own.mode === 'every';
   [its.canvas.hidden, its.many.hidden] = [many, !many];
-  its.heading.textContent = own.mode === 'blocks' ? `Stage ${layerOf(own).stage}: every dot is one block on one of ${storeOf(own).collected} photos`
-    : many ? 'Every block: its patches as dots' : `Stage ${layerOf(own).stage}, block ${layerOf(own).block}: every dot is one patch`;
+  its.heading.textContent = own.mode === 'blocks' ? `${new Set(storeOf(own).stages).size > 1 ? `Stage ${layerOf(own).stage}: every` : 'Every'} dot is one block on one of ${storeOf(own).collected} photos`
+    : many ? `Every block: its ${noun(true)} as dots` : `${block(layerOf(own)).replace(/^./, (letter) => letter.toUpperCase())}: every dot is one ${noun()}`;
+  if (models(own)) its.heading.textContent = `${models(own)}. ${its.heading.textContent}`;
   if (many) return smallMultiples(its, own);
   const wanted = asked(own);
   const key = JSON.stringify(wanted);
@@ -156,7 +157,7 @@ function looksOfPatches(own, legend) {
   const route = Math.max(routeOf(own), 0);
   const rank = own.colour === 'rank' ? ranks(its, route) : [];
   const cells = Array.from({ length: rows * columns }, (_, cell) => cell);
-  const kinds = { row: (cell) => Math.floor(cell / columns), rank: (cell) => rank[cell] ?? 0, column: (cell) => cell % columns };
+  const kinds = { row: (cell) => spot(cell, its)[1], rank: (cell) => rank[cell] ?? 0, column: (cell) => spot(cell, its)[2] };
   const values = cells.map(kinds[own.colour] ?? kinds.column);
   const high = Math.max(...values, 1);
   // as in arXiv 2502.20764: the colour is the column, the size is the row
@@ -164,8 +165,9 @@ function looksOfPatches(own, legend) {
   const largest = Math.max(...sizes, 1);
   if (legend) {
     const dot = (size) => { const made = element('canvas', undefined, { width: 28, height: 28, style: 'width:14px;height:14px' }); symbol(made.getContext('2d'), 14, 14, 2 * size, { colour: paint('soft'), shape: 0 }); return made; };
-    legend.append(element('span', `colour: ${own.colour === 'rank' ? `step in scan ${route + 1}` : own.colour}`), element('span', own.colour === 'rank' ? '1' : '0'), ramp(about.palettes.cividis), element('span', String(high)),
-      element('span', `size: ${own.colour === 'row' ? 'column' : 'row'}`), element('span', '0'), dot(5), dot(12), element('span', String(largest)));
+    const named = own.colour === 'rank' ? `step in scan ${route + 1}` : wordsOf(own) ? 'place in the text' : own.colour;
+    legend.append(element('span', `colour: ${named}`), element('span', own.colour === 'rank' ? '1' : '0'), ramp(about.palettes.cividis), element('span', String(high)));
+    if (rows > 1) legend.append(element('span', `size: ${own.colour === 'row' ? 'column' : 'row'}`), element('span', '0'), dot(5), dot(12), element('span', String(largest)));
   }
   const small = cells.length > 1500 ? 0.6 : cells.length > 500 ? 0.75 : 1;
   return cells.map((cell) => ({ colour: css(mixed(about.palettes.cividis, values[cell] / high)), size: small * (5 + 8 * sizes[cell] / largest), shape: 0 }));
