@@ -7,7 +7,7 @@ import argparse
 import html
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mamba_attn
 from mamba_attn.images import samples
@@ -31,7 +31,7 @@ class Page(NamedTuple):
     start: str = ""
 
 
-def photos(model: str, name: str = "", **options: str) -> Traced:
+def photos(model: str, name: str = "", **options: Any) -> Traced:
     """Return a bundled model with its demo weights on the six sample photos.
 
     Args:
