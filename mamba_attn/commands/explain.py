@@ -214,7 +214,7 @@ def _table(questions: Sequence["Question"]) -> "Table":
     table.add_column("image", overflow="fold")
     for question in questions:
         table.add_column(question.subject.name, overflow="fold")
-        table.add_column("", justify="right")
+        table.add_column("likely", justify="right")
     return table
 
 
@@ -224,7 +224,8 @@ def _add_rows(table: "Table", name: str, answers: Sequence["Answer"]) -> None:
     best = [[(label, answer.spelt(value)) for label, value in answer.best()] for answer in answers]
     count = max(1, *(len(classes) for classes in best))
     for place in range(count):
-        cells = [Text(name if place == 0 else "")]
+        truth = answers[0].truth
+        cells = [Text(name if place == 0 else f"is: {truth}" if place == 1 and truth else "")]
         for classes in best:
             label, value = classes[place] if place < len(classes) else ("no classes" if not classes else "", "")
             cells += [Text(label), Text(value)]

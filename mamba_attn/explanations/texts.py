@@ -215,6 +215,7 @@ def _shown(word: str) -> str:
 
 
 def encode(tokenizer: Any, text: str) -> Tensor:
+    """Return the ids of a text's tokens, (1, tokens)."""
     if isinstance(tokenizer, Vocabulary):
         return tokenizer.encode(text)
     ids: Tensor = tokenizer(text, return_tensors="pt")["input_ids"]
@@ -222,6 +223,7 @@ def encode(tokenizer: Any, text: str) -> Tensor:
 
 
 def decode(tokenizer: Any, ids: Tensor) -> list[str]:
+    """Return tokens as they are read, with their spaces."""
     if isinstance(tokenizer, Vocabulary):
         return tokenizer.decode(ids)
     return [_read(tokenizer, int(number)) for number in ids]

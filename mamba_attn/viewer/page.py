@@ -29,8 +29,8 @@ KEYS = (
 _PALETTES = {
     "viridis": colours.VIRIDIS,
     "cividis": colours.CIVIDIS,
-    "orange": colours.BLUE_ORANGE[4:],
-    "signed": colours.BLUE_ORANGE,
+    "orange": colours.DIVERGING[4:],
+    "signed": colours.DIVERGING,
     "path": colours.PATH,
     "kinds": colours.CATEGORIES,
 }
