@@ -211,9 +211,9 @@ def _table(questions: Sequence["Question"]) -> "Table":
     from rich.table import Table
 
     table = Table(title="Top 5 predictions")
-    table.add_column("image", overflow="fold")
+    table.add_column("image", overflow="ellipsis", no_wrap=True)
     for question in questions:
-        table.add_column(question.subject.name, overflow="fold")
+        table.add_column(question.subject.name, overflow="ellipsis", no_wrap=True)
         table.add_column("likely", justify="right")
     return table
 

@@ -32,6 +32,7 @@ SHOWN = {
     "sanity and cost": ("randomised_first", "randomised_all", "other_class", "again", "alone", "seconds",
                         "peak_megabytes"),
 }  # fmt: skip
+_COST = {"alone", "seconds", "peak_megabytes"}
 LEGEND = (
     "value (half of the 95 % interval); * first, = not behind the first after Holm's correction over all pairs; pos: "
     "lower is better, neg: higher is better; top: against the clean prediction, target: against the label; gap: (neg - "
@@ -57,7 +58,9 @@ def text_tables(tables: Sequence[Table]) -> list[Rows]:
                 continue
             most = {name: max(figure.images for figure in table.figures[name].values()) for name in names}
             images = max(most.values())
-            title = f"{table.model.name} on {table.data.name}: {question}, {images} images{accuracy}"
+            asked = question.partition(" and ")[2] if set(names) <= _COST else question  # of "sanity and cost"
+            many = "" if images == 1 else "s"
+            title = f"{table.model.name} on {table.data.name}: {asked}, {images} image{many}{accuracy}"
             order = list(table.figures[names[0]])
             order += [method for method in table.methods if method not in order]
             rows = [
