@@ -5,6 +5,7 @@ import io
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from mamba_attn.viewer.guard import Guard, Refused, body_of, refuse
 from mamba_attn.viewer.page import described, page
 from mamba_attn.viewer.points import Scatter
 from mamba_attn.viewer.reductions import Jobs
-from mamba_attn.viewer.source import Source, patches_of, tokens_of
+from mamba_attn.viewer.source import Source, enlarged, patches_of, tokens_of
 from mamba_attn.viewer.state import Pane, unpacked
 
 QUERIES = 600  # maps of one request
@@ -163,7 +164,8 @@ class Explorer:
     def _picture(self, request: Request) -> Response:
         """What the model saw of an image; with "small", a thumbnail."""
         pane = self._asked(request)
-        pixels = self.sources[pane.store].pixels(pane)
+        source = self.sources[pane.store]
+        pixels = source.pixels(pane) if "small" in request.query_params else source.picture(pane)
         if pixels is None:
             raise Refused(404, "A text has no picture.")
         picture, file = Image.fromarray(pixels), io.BytesIO()
@@ -217,10 +219,13 @@ def _added(source: Source, body: bytes, name: str) -> dict[str, Any]:
             with Image.open(io.BytesIO(body)) as picture:
                 if picture.width * picture.height > _PIXELS or max(picture.size) > _LONG * min(picture.size):
                     return {"error": f"A photo has at most {_PIXELS:,} pixels, and is no narrow strip."}
-                pixels = source.store.transform.pixels(picture.convert("RGB"))
+                photo = picture.convert("RGB")
+                pixels, larger = source.store.transform.pixels(photo), None
+                with suppress(ValueError):  # of a function
+                    larger = enlarged(source.store.transform, photo)
     except (UnidentifiedImageError, Image.DecompressionBombWarning, OSError, ValueError, SyntaxError):
         return {"error": "This file is no photo that can be read: drop a JPEG, PNG or WebP."}
-    number = source.add(pixels, name[:100] or "photo")
+    number = source.add(pixels, name[:100] or "photo", larger)
     image = source.images[number]
     return {"image": number, "entry": [image.key, None, image.predicted, None, False]}
 

@@ -3,22 +3,30 @@
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from mamba_attn import images
 from mamba_attn.analytics import NotStoredError
+from mamba_attn.core.transform import Transform
+from mamba_attn.errors import MambaAttnError
 from mamba_attn.tracing.layers import ScanLayer
 from mamba_attn.viewer.errors import UnavailableError
 from mamba_attn.viewer.live import Live
 from mamba_attn.viewer.state import Pane
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from mamba_attn.core.layout import TokenLayout
 
+_LARGEST = 512  # side of a picture for the eye, in pixels
 _REMEMBERED = 256 * 2**20  # bytes of matrices and pictures
 _BAND = 256  # rows, or columns, read at once: zarr unpacks whole tiles, so fewer would cost as much
 Item = TypeVar("Item")
@@ -31,6 +39,7 @@ class Added:
     Args:
         key: its name.
         pixels: as the model sees it.
+        picture: for the eye, larger.
         predicted: name of the class with the highest score.
         label: not known.
         correct: not known.
@@ -39,6 +48,7 @@ class Added:
 
     key: str
     pixels: np.ndarray
+    picture: np.ndarray | None = None
     predicted: str | None = None
     label: None = None
     correct: None = None
@@ -90,6 +100,25 @@ class Source:
             return np.asarray(image.pixels)
         return self._remember(("pixels", image.key), lambda: np.asarray(self.store.pixels(image)))
 
+    def picture(self, pane: Pane) -> np.ndarray | None:
+        """Return the pane's image for the eye: cut from its file as for the model, but larger, where the file is there.
+
+        The file counts only if the model's own picture of it is the one that is stored. None of a text.
+        """
+        pixels, image = self.pixels(pane), self.image(pane)
+        if pixels is None or isinstance(image, Added):
+            return pixels if pixels is None or image.picture is None else image.picture
+        return self._remember(("picture", image.key), lambda: self._original(image.key, pixels))
+
+    def _original(self, key: str, pixels: np.ndarray) -> np.ndarray:
+        index = getattr(self.store, "index", None)
+        for each in getattr(index, "data", ()):
+            path = Path(each["identity"].rpartition(":")[0]) / key
+            with suppress(OSError, ValueError, MambaAttnError):  # moved, changed, or of a function
+                if path.is_file() and np.array_equal(self.store.transform.pixels(path), pixels):
+                    return enlarged(self.store.transform, images.read(path, range=self.store.transform.range))
+        return pixels
+
     def mean(self, pane: Pane) -> np.ndarray:
         """Return the mean attention of all images, (tokens, tokens) float32; columns as rows if the pane shows them."""
         layer = self.layer(pane)
@@ -133,18 +162,19 @@ class Source:
             self.store.matrix(layer, its, route) if its.kept else self.live.matrix(its, layer.name, route)
         )
 
-    def add(self, pixels: np.ndarray, name: str) -> int:
+    def add(self, pixels: np.ndarray, name: str, picture: np.ndarray | None = None) -> int:
         """Run the model on another image, which joins the others, and return its number.
 
         Args:
             pixels: as the model sees it, (rows, columns, 3) uint8.
             name: of its file.
+            picture: the same for the eye, larger.
 
         Raises:
             MambaAttnError: the model cannot be built.
         """
         with self._lock:
-            image = Added(f"{name} (added {len(self.images) - len(self.store.images) + 1})", pixels)
+            image = Added(f"{name} (added {len(self.images) - len(self.store.images) + 1})", pixels, picture)
             image.predicted = self.live.predicted(image)
             self.images.append(image)
             return len(self.images) - 1
@@ -210,6 +240,18 @@ class Source:
             while len(self._kept) > 1 and sum(each.nbytes for each in self._kept.values()) > _REMEMBERED:
                 self._kept.popitem(last=False)
             return made
+
+
+def enlarged(transform: Any, picture: "Image") -> np.ndarray:
+    """Return what a transform cuts out of a picture, in as many pixels as the picture has there, up to 512 a side.
+
+    Raises:
+        ValueError: the transform is a function, which makes one size.
+    """
+    finest = min(1 / axis.scale for axis in transform.axes(picture.height, picture.width))
+    times = max(1.0, min(finest, _LARGEST / max(transform.size)))
+    rows, columns = (round(times * side) for side in transform.size)
+    return np.asarray(Transform.of(transform, size=(rows, columns)).pixels(picture))
 
 
 def scans(layer: Any) -> bool:

@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from PIL import Image
 import mamba_attn
 from benchmarks.browser import served
 from mamba_attn.analytics import AttentionStore, collect
+from mamba_attn.core.transform import Transform
 from tests.analytics.cases import folder_of, request
 from tests.viewer.browsing import Viewer
 from tests.viewer.double import Double, tiny
@@ -509,7 +509,7 @@ def test_a_class_token_a_gate_two_models_and_a_photo_of_one_s_own(browser, tmp_p
     model = mamba_attn.models.create("vim_micro", image_size=(24, 40), depth=2, num_classes=3)
     pixels = np.random.default_rng(1).integers(0, 255, (2, 24, 40, 3), dtype=np.uint8)
     vim = Double(model, pixels, ["cat", "dog"], keep=2, name="vim_micro")
-    vim.transform = SimpleNamespace(pixels=lambda picture: np.asarray(picture.resize((40, 24))))
+    vim.transform = Transform((24, 40))
     with served(tiny(2), vim) as address:
         page = browser.new_page(viewport={"width": 1400, "height": 900})
         viewer = Viewer(page, address).open()

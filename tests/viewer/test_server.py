@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 
 from mamba_attn.commands import explore
 from mamba_attn.commands.cli import main
+from mamba_attn.core.transform import Transform
 from mamba_attn.viewer import guard, server
 from mamba_attn.viewer.guard import LARGEST
 from mamba_attn.viewer.points import Scatter
@@ -148,14 +149,7 @@ def test_pictures_and_thumbnails(client, store):
 
 
 def test_a_photo_joins_the_images(store, monkeypatch):
-    monkeypatch.setattr(store, "transform", None, raising=False)
-
-    class Transform:
-        @staticmethod
-        def pixels(picture):
-            return np.asarray(picture.resize((48, 32)))
-
-    monkeypatch.setattr(store, "transform", Transform, raising=False)
+    monkeypatch.setattr(store, "transform", Transform((32, 48)), raising=False)
     monkeypatch.setattr(store, "classes", ["a", "b", "c"], raising=False)
     with TestClient(Explorer([store]), base_url=HERE) as client:
         file = io.BytesIO()
@@ -166,7 +160,8 @@ def test_a_photo_joins_the_images(store, monkeypatch):
         assert reply["entry"][2] in "abc"
         (found,) = maps(client, {"what": "image", "image": 4, "cells": "3"})
         assert numbers(found["map"]).shape == (96,)
-        assert client.get("/api/picture?image=4").status_code == 200
+        shown = Image.open(io.BytesIO(client.get("/api/picture?image=4").content))
+        assert shown.size == (90, 60)  # the part that the model sees, in the file's own pixels
         for body in (b"", b"no photo", file.getvalue()[:60]):
             assert "no photo that can be read" in client.post("/api/photo", content=body).json()["error"]
         monkeypatch.setattr(server, "_PIXELS", 100)

@@ -112,7 +112,8 @@ class Stored:
 
     def _picture(self, number: int, side: int | None) -> str | None:
         """Add an image; "" of a text, which has none; None where there is no room."""
-        pixels = self.source.pixels(Pane(image=number))
+        pane = Pane(image=number)
+        pixels = self.source.picture(pane) if side is None else self.source.pixels(pane)
         return "" if pixels is None else self.content.add(_jpeg(pixels, side))
 
     def first_image(self) -> None:
