@@ -208,7 +208,7 @@ def _explain(job: Job) -> int:
         console.print(table)
     lines = [f"{done} of {len(job.paths)} images explained" + (f"; open {job.folder / 'index.html'}" if done else "")]
     if right:
-        lines.insert(0, f"{sum(right)} of {len(right)} predicted as the class that their folder is named after")
+        lines.insert(0, f"{sum(right)} of {len(right)} predicted right")
     if done:
         folder = shlex.quote(_folder(job.paths))
         lines.append(f"next: mamba-attn collect {job.model} --data {folder} --out store".replace("  ", " "))
@@ -227,10 +227,10 @@ def _table(questions: Sequence["Question"]) -> "Table":
     from rich.table import Table
 
     table = Table(title="Top 5 predictions")
-    table.add_column("image", overflow="fold")
+    table.add_column("image", overflow="ellipsis", no_wrap=True)
     for question in questions:
-        table.add_column(question.subject.name, overflow="fold")
-        table.add_column("", justify="right")
+        table.add_column(question.subject.name, overflow="ellipsis", no_wrap=True)
+        table.add_column("likely", justify="right")
     return table
 
 
@@ -240,7 +240,8 @@ def _add_rows(table: "Table", name: str, answers: Sequence["Answer"]) -> None:
     best = [[(label, answer.spelt(value)) for label, value in answer.best()] for answer in answers]
     count = max(1, *(len(classes) for classes in best))
     for place in range(count):
-        cells = [Text(name if place == 0 else "")]
+        truth = answers[0].truth
+        cells = [Text(name if place == 0 else f"is: {truth}" if place == 1 and truth else "")]
         for classes in best:
             label, value = classes[place] if place < len(classes) else ("no classes" if not classes else "", "")
             cells += [Text(label), Text(value)]

@@ -45,17 +45,18 @@ def add_parser(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve the stores until Ctrl+C."""
     require_extras(NEEDED, "app")
-    serve(_stores(args), args.host, args.port)
+    serve(_stores(args), args.host, args.port, ahead=not args.store)
     return 0
 
 
-def serve(stores: Sequence[Any], host: str, port: int) -> None:
+def serve(stores: Sequence[Any], host: str, port: int, *, ahead: bool = False) -> None:
     """Serve stores until Ctrl+C.
 
     Args:
         stores: ``AttentionStore`` objects.
         host: address to bind to.
         port: 0 for any free one.
+        ahead: compute t-SNE and UMAP of every block in the background, before the page asks for them.
 
     Raises:
         OSError: the port is in use, or the address cannot be bound.
@@ -64,9 +65,12 @@ def serve(stores: Sequence[Any], host: str, port: int) -> None:
     from mamba_attn.viewer.server import Explorer
     from mamba_attn.viewer.serving import bound
 
-    with bound(Explorer(stores, host=host), host, port) as server:
+    app = Explorer(stores, host=host)
+    with bound(app, host, port) as server:
         name = f"[{host}]" if ":" in host else host
         print(f"mamba-attn explore: http://{name}:{server.port}/ (Ctrl+C stops)", flush=True)
+        if ahead:
+            app.prepare()
         try:
             server.serve_forever()
         except KeyboardInterrupt:

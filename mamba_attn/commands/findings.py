@@ -153,6 +153,8 @@ def write(
     sentences = [tables.orders_sentence(each) for each in orders]
     for each in every:
         show(*each)
+    for report in reports:
+        print("", *tables.verdicts(report), sep="\n")
     for sentence in sentences:
         print(f"\n{sentence}")
     notes = [f"{report.name}: {note}" for report in reports for note in report.notes]

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _PADDING = 3  # columns of the terminal between two of a table
+_WORD = 60  # letters that are kept together; a longer path may be broken
 
 
 def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -17,7 +18,7 @@ def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> No
 
     Args:
         title: above it.
-        header: names of the columns; the first one is repeated in every part.
+        header: names of the columns; the first one is repeated in every part, and the second if the first has no name.
         rows: their cells.
     """
     if not sys.stdout.isatty():
@@ -30,7 +31,9 @@ def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> No
     for shown in _parts(header, rows, shutil.get_terminal_size().columns):
         table = Table(title=title)
         for index in shown:
-            table.add_column(header[index], overflow="fold")
+            words = [word for row in (header, *rows) for word in row[index].split()]
+            longest = min(max(map(len, words), default=1), _WORD)  # of words, which are not broken
+            table.add_column(header[index], overflow="fold", min_width=longest)
         for row in rows:
             table.add_row(*(Text(row[index]) for index in shown))
         Console().print(table)
@@ -66,12 +69,13 @@ def _widths(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
 
 
 def _parts(header: Sequence[str], rows: Sequence[Sequence[str]], room: int) -> Iterator[list[int]]:
-    """Yield the indices of columns that fit next to each other; every part includes the first column."""
+    """Yield the indices of columns that fit next to each other; every part includes those that name the rows."""
     widths = [width + _PADDING for width in _widths(header, rows)]
-    part = [0]
-    for index in range(1, len(header)):
-        if len(part) > 1 and sum(widths[each] for each in [*part, index]) + 1 > room:
+    names = [0, 1] if not header[0] and len(header) > 2 else [0]
+    part = list(names)
+    for index in range(len(names), len(header)):
+        if len(part) > len(names) and sum(widths[each] for each in [*part, index]) + 1 > room:
             yield part
-            part = [0]
+            part = list(names)
         part.append(index)
     yield part

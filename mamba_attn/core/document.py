@@ -63,6 +63,11 @@ class Plot:
         form = Markup('<line x1="{:.1f}" x2="{:.1f}" y1="{y:.1f}" y2="{y:.1f}" {}>{}</line>')
         self.parts.append(form.format(left, right, look.html, label, y=y))
 
+    def upright(self, x: float, top: float, bottom: float, look: Look) -> None:
+        """Draw a vertical line."""
+        form = Markup('<line x1="{x:.1f}" x2="{x:.1f}" y1="{:.1f}" y2="{:.1f}" {}/>')
+        self.parts.append(form.format(top, bottom, look.html, x=x))
+
     def dot(self, x: float, y: float, colour: str, radius: float = 3) -> None:
         """Draw a disc around (x, y), radius in pixels."""
         self.parts.append(Markup('<circle cx="{:.1f}" cy="{:.1f}" r="{:g}" fill="{}"/>').format(x, y, radius, colour))

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mamba_attn.figures.colours import BLUE_ORANGE, VIRIDIS, limits, scale, to_rgb
+from mamba_attn.figures.colours import DIVERGING, VIRIDIS, limits, scale, to_rgb
 from mamba_attn.figures.picture import data_uri
 
 _LARGEST = 128  # cells of a picture's side
@@ -68,7 +68,7 @@ def photo(rgb: np.ndarray, caption: str, side: int = 150) -> str:
 def coloured(values: np.ndarray) -> np.ndarray:
     """Return the colours of values, (rows, columns, 3) uint8: centred on zero if signed, else from the lowest on."""
     its = limits(values)
-    return to_rgb(values, scale(values, colours=BLUE_ORANGE if its["signed"] else VIRIDIS, **its))
+    return to_rgb(values, scale(values, colours=DIVERGING if its["signed"] else VIRIDIS, **its))
 
 
 def safe(text: object) -> str:

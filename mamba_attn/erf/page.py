@@ -6,13 +6,15 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from mamba_attn.core.document import render
+from mamba_attn.core.document import Look, Plot, render
 from mamba_attn.erf.fields import SHARES, ReceptiveField
-from mamba_attn.figures.charts import distances, reach
+from mamba_attn.figures import png
+from mamba_attn.figures.colours import GRID, categories
+from mamba_attn.figures.picture import data_uri
 
 HEADER = ["model", "images", *(f"{share:.0%}" for share in SHARES), "field", "rollout", "attention by layer"]
-_SIZE = 240  # height of a map in pixels
-_CONFIG = {"displaylogo": False, "responsive": True}
+_WIDE, _HIGH, _LEFT, _BOTTOM = 900, 280, 52, 26  # of the chart
+_DASHES = ("", "7 3", "1.5 3", "9 3 2 3")
 
 
 def page(fields: Mapping[str, ReceptiveField], command: str) -> str:
@@ -23,16 +25,16 @@ def page(fields: Mapping[str, ReceptiveField], command: str) -> str:
         command: how to make it again.
     """
     first = next(iter(fields.values()))
-    drawn = panels(fields)
-    chart = distances(drawn["layers"], drawn["series"], drawn["levels"]) if drawn["layers"] else None
+    looks, chart = _chart(fields)
     return render(
         "erf.html",
         title="mamba-attn erf",
         command=command,
-        names=", ".join(fields),
+        names=" beside ".join(fields),
         first=first,
-        maps=[_html(_maps(name, each), script=each is first) for name, each in fields.items()],
-        chart=None if chart is None else _html(chart, script=False),
+        maps=[(name, _maps(name, each)) for name, each in fields.items()],
+        chart=chart,
+        looks=looks,
         header=HEADER,
         rows=table(fields),
     )
@@ -56,15 +58,52 @@ def table(fields: Mapping[str, ReceptiveField]) -> list[list[str]]:
     return rows
 
 
-def _maps(name: str, field: ReceptiveField) -> Any:
+def _maps(name: str, field: ReceptiveField) -> list[dict[str, Any]]:
+    """The maps of a model as pictures with their titles, sizes in cells, and where the token is."""
     drawn = panels({name: field})
-    figure = reach(drawn["maps"], drawn["titles"], marks=drawn["marks"], title=name, size=_SIZE)
-    wide = round(sum(_SIZE * each.shape[1] / each.shape[0] + 24 for each in drawn["maps"]))
-    return figure.update_layout(width=wide, margin={"l": 0, "r": 8}, title={"x": 0, "xanchor": "left", "font_size": 15})
+    return [
+        {"title": title, "picture": data_uri(png.matrix_rgb(values)), "size": values.shape, "mark": mark}
+        for title, values, mark in zip(drawn["titles"], drawn["maps"], drawn["marks"], strict=True)
+    ]
 
 
-def _html(figure: Any, *, script: bool) -> Markup:
-    return Markup(figure.to_html(full_html=False, include_plotlyjs=script, config=_CONFIG))
+def _chart(fields: Mapping[str, ReceptiveField]) -> tuple[list[tuple[str, Look]], Markup | None]:
+    """Draw distances by layer, a colour per model and a dash per kind of distance; return the legend, and the chart."""
+    lines: list[tuple[str, Look, list[float]]] = []
+    count = max(0 if each.reach is None else len(each.reach.layers) for each in fields.values())
+    for (name, each), colour in zip(fields.items(), categories(len(fields)), strict=True):
+        if each.reach is None:
+            continue
+        kinds = {
+            "what it reads": list(each.reach.row_distance.values()),
+            "what all patches read, mean": list(each.reach.mean_distance.values()),
+            "gradient, whole model": [each.distance] * count,
+            "rollout, whole model": [] if each.reach.rollout is None else [each.reach.rollout_distance] * count,
+        }
+        lines += [
+            (f"{name}: {kind}" if len(fields) > 1 else kind, Look(colour, dash), values)
+            for (kind, values), dash in zip(kinds.items(), _DASHES, strict=True)
+            if np.isfinite(values).any()
+        ]
+    if not lines:
+        return [], None
+    top = 1.06 * float(np.nanmax([max(values) for _, _, values in lines]))
+    wide, high = _WIDE - _LEFT - 12, _HIGH - 12 - _BOTTOM
+    plot = Plot(_WIDE, _HIGH)
+    step = 10.0 ** np.floor(np.log10(top)) * (1 if top >= 3 * 10.0 ** np.floor(np.log10(top)) else 0.5)
+    for value in np.arange(0, top, step).tolist():
+        y = 12 + high * (1 - value / top)
+        plot.level(_LEFT, _LEFT + wide, y, Look(GRID, width=1))
+        plot.text(_LEFT - 5, y + 4, f"{value:g} px", "end")
+    for layer in range(0, count, -(-count // 16)):
+        plot.text(_LEFT + wide * layer / max(count - 1, 1), _HIGH - 6, str(layer + 1))
+    for name, look, values in lines:
+        places = [(at, value) for at, value in enumerate(values) if np.isfinite(value)]
+        points = [(_LEFT + wide * at / max(count - 1, 1), 12 + high * (1 - value / top)) for at, value in places]
+        plot.line(points, look, name)
+        if len(points) == 1:
+            plot.dot(*points[0], look.colour)
+    return [(name, look) for name, look, _ in lines], plot.svg()
 
 
 def panels(fields: Mapping[str, ReceptiveField]) -> dict[str, Any]:

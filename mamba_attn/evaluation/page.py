@@ -1,5 +1,6 @@
 """The comparison as one self-contained HTML page: pictures, curves, ranks, tables, published figures, notes."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,6 +55,7 @@ _DASHES = ("", "5 3", "1.5 2.5", "8 3 2 3")  # if there are more methods than co
 _WIDTH, _HEIGHT = 318, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 38, 8, 22, 30
 _TENTHS = range(1, 10)
+_ZERO = "#888888"  # of the line at zero
 _LONGEST = 38  # letters that fit next to an interval
 
 
@@ -137,10 +139,21 @@ def _row(
     return {
         "error": "",
         "model": model.name,
-        "answer": model.subject.classes[known["predicted"]] if "predicted" in known else "",
+        "answer": _answer(model.subject.classes, plan.data[selector].classes, sample.label, known.get("predicted")),
         "photo": data_uri(_outlined(sample)),
         "cells": [_cell(method, line) for method, line in lines.items()],
     }
+
+
+def _answer(own: Sequence[str], classes: Sequence[str], label: int | None, predicted: int | None) -> str:
+    """The predicted class, and whether it is right, where the model has the label's class."""
+    if predicted is None:
+        return ""
+    name = own[predicted]
+    truth = classes[label] if label is not None and label < len(classes) else None
+    if truth not in own:
+        return str(name)
+    return f"{name} (correct)" if name == truth else f"{name} (wrong, is: {truth})"
 
 
 def _outlined(sample: Sample) -> np.ndarray:
@@ -255,6 +268,13 @@ def curves(title: str, lines: Mapping[str, Sequence[float]], looks: Mapping[str,
     return plot.svg()
 
 
+def _ticks(low: float, high: float) -> list[float]:
+    """Return three to eight round numbers within a range."""
+    step = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step *= next(times for times in (5, 2, 1) if times == 1 or (high - low) / (times * step) >= 3)
+    return [round(number * step, 12) + 0.0 for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
 def intervals(
     title: str, figures: Mapping[str, Interval], looks: Mapping[str, Look], marks: Mapping[str, str], width: int = 706
 ) -> Markup:
@@ -275,8 +295,12 @@ def intervals(
     def x(value: float) -> float:
         return names + span * (value - low) / (high - low)
 
-    plot = Plot(width, 28 + row * len(figures))
+    bottom = 24 + row * len(figures)
+    plot = Plot(width, bottom + 20)
     plot.text(names, 13, title, "start", bold=True)
+    for tick in _ticks(low, high):
+        plot.upright(x(tick), 20, bottom, Look(_ZERO if tick == 0 else GRID, width=1))
+        plot.text(x(tick), bottom + 13, f"{tick:g}")
     for place, (method, each) in enumerate(figures.items()):
         y, colour = 24 + row * place + row / 2, looks[method].colour
         value, below, above = (f"{round(number, 9) + 0.0:.3g}" for number in (each.value, each.low, each.high))

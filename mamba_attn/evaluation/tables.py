@@ -37,6 +37,7 @@ SHOWN = {
     "sanity and cost": ("randomised_first", "randomised_all", "other_class", "again", "alone", "seconds",
                         "peak_megabytes"),
 }  # fmt: skip
+_COST = {"alone", "seconds", "peak_megabytes"}
 LEGEND = (
     "value (half of the 95 % interval); * first, = not behind the first after Holm's correction over all pairs; pos: "
     "lower is better, neg: higher is better; top: against the clean prediction, target: against the label; gap: (neg - "
@@ -68,7 +69,8 @@ def text_tables(tables: Sequence[Table]) -> list[Rows]:
                 continue
             most = {name: max(figure.images for figure in table.figures[name].values()) for name in names}
             images = max(most.values())
-            title = f"{table.model.name} on {table.data.name}: {question}, {images} {what_of(table)}{accuracy}"
+            asked = question.partition(" and ")[2] if set(names) <= _COST else question  # of "sanity and cost"
+            title = f"{table.model.name} on {table.data.name}: {asked}, {images} {what_of(table, images)}{accuracy}"
             order = list(table.figures[names[0]])
             order += [method for method in table.methods if method not in order]
             rows = [
@@ -80,9 +82,9 @@ def text_tables(tables: Sequence[Table]) -> list[Rows]:
     return found
 
 
-def what_of(table: Table) -> str:
-    """Return what a table's figures are over: "images" or "texts"."""
-    return "texts" if isinstance(table.data, Texts) else "images"
+def what_of(table: Table, count: int = 0) -> str:
+    """Return what a table's figures are over: "images" or "texts", or the singular of one."""
+    return ("text" if isinstance(table.data, Texts) else "image") + ("" if count == 1 else "s")
 
 
 def cell(figure: Figure | None, most: int = 0) -> str:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DEPTHS = (0.25, 0.5, 0.75)
+_CLASSES = 3  # likeliest ones, whose maps a page can switch between
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,10 @@ class Answer:
         probabilities: (classes,), what the head makes of the scores; empty for a model without classes.
         explained: the class that class-dependent maps explain; None for a model without classes.
         left_out: the share of the picture that the model was not shown, 0..1.
-        label: the class whose name the picture's folder bears; None where no class does.
+        label: the image's class, where it is known: of a sample photo, or by the name of its folder.
+        grids: what the query reads in every layer, on the patch grid, by layer.
+        of_classes: maps of class-dependent methods for the likeliest classes, by method and class; empty where a class
+            was asked for.
         reader: the token whose attention is shown, in words.
         maps: (rows, columns) by method.
         matrices: attention matrices, channels or heads averaged, (tokens, tokens) by layer.
@@ -55,6 +59,8 @@ class Answer:
     read: dict[str, np.ndarray]
     left_out: float = 0.0
     label: int | None = None
+    grids: dict[str, np.ndarray] = field(default_factory=dict)
+    of_classes: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -74,6 +80,18 @@ class Answer:
         """Return the most likely classes with their probabilities, best first."""
         order = np.argsort(-self.probabilities, kind="stable")[:count].tolist()
         return [(self.class_name(index), float(self.probabilities[index])) for index in order]
+
+    @property
+    def truth(self) -> str | None:
+        """Name of the image's class, where it is known."""
+        return None if self.label is None else self.class_name(self.label)
+
+    @property
+    def verdict(self) -> str:
+        """Whether the likeliest class is right: "correct", "wrong, is: hat"; "" where that is not known."""
+        if self.truth is None or not self.probabilities.size:
+            return ""
+        return "correct" if self.best(1)[0][0] == self.truth else f"wrong, is: {self.truth}"
 
     def spelt(self, value: float, digits: int = 1) -> str:
         """Return a probability in per cent, or a score of a head without probabilities as a number."""
@@ -137,9 +155,13 @@ def answer(question: Question, image: "Path | Image | Tensor") -> Answer:
             if readers and isinstance(layer := record[name], ScanLayer):
                 layer.expect("mean")
         found = _read(readers, question, inputs, explained, record)
+        of_class = {its.key: methods[its.key] for its in question.methods if its.of_a_class and its.key in found}
+        likeliest = np.argsort(-chances, kind="stable")[:_CLASSES].tolist() if question.target is None else []
+        every = {each: _read(of_class, question, inputs, each, record) for each in likeliest} if of_class else {}
         with torch.no_grad():
             matrices = {name: record[name].attention()[0].cpu().numpy() for name in shown}
             rows = {name: read_rows(record[name], query)[0] for name in layers or record}
+            layouts = {name: record[name].layout for name in rows if record[name].has_layout}
     for key, method in methods.items():
         if key in readers:
             continue
@@ -159,7 +181,11 @@ def answer(question: Question, image: "Path | Image | Tensor") -> Answer:
         matrices=matrices,
         read={name: row.cpu().numpy() for name, row in rows.items()},
         left_out=left_out,
-        label=folder_class(image, subject) if isinstance(image, Path) else None,
+        label=_label(image, subject),
+        grids={name: layouts[name].to_grid(rows[name]).cpu().numpy() for name in rows if name in layouts},
+        of_classes={
+            key: {each: maps[key][0, 0].detach().cpu().numpy() for each, maps in every.items()} for key in of_class
+        },
     )
 
 
@@ -189,6 +215,17 @@ def _shown(subject: LoadedModel, image: "Path | Image | Tensor") -> tuple[np.nda
         return subject.transform.pixels(image), 0.0
     picture = images.read(image, range=subject.transform.range) if isinstance(image, str | Path) else image
     return subject.transform.pixels(picture), 1 - subject.transform.shown_share(picture.height, picture.width)
+
+
+def _label(image: Any, subject: LoadedModel) -> int | None:
+    """Return the class that a file's place says: of a sample photo its name, else that of its folder."""
+    if not isinstance(image, str | Path):
+        return None
+    path = Path(image).absolute()
+    if path.parent != images.SAMPLES:
+        return folder_class(path, subject)
+    name, classes = path.stem.split("_")[1], list(subject.classes or [])
+    return classes.index(name) if name in classes else None
 
 
 def _reader(query: Query | None, class_token: bool) -> str:

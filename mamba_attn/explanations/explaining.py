@@ -14,7 +14,7 @@ from mamba_attn.datasets.class_names import parse_target
 from mamba_attn.datasets.loading import complete
 from mamba_attn.explanations.answer import Answer, answer
 from mamba_attn.explanations.choices import Question, parse_layers, parse_methods, parse_query
-from mamba_attn.explanations.page import index, page, sheet
+from mamba_attn.explanations.page import index, page, predictions, sheet
 from mamba_attn.figures.png import save_png
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class Pages:
         self.folder, self.command = folder, command
         self._titles: list[str] = []
         self._names: list[str] = []
+        self._verdicts: list[str] = []
 
     def add(self, title: str, answers: Sequence[Answer]) -> None:
         """Write the files of one image; images of the same title are numbered.
@@ -53,11 +54,12 @@ class Pages:
         np.savez_compressed(self.folder / f"{name}.npz", **arrays)  # type: ignore[arg-type]
         self._titles.append(title)
         self._names.append(name)
+        self._verdicts.append(predictions(answers))
 
     def finish(self) -> None:
         """Write the index."""
         if self._names:
-            (self.folder / "index.html").write_text(index(self._titles, self._names), encoding="utf-8")
+            (self.folder / "index.html").write_text(index(self._titles, self._names, self._verdicts), encoding="utf-8")
 
 
 def free_name(title: str, taken: Sequence[str]) -> str:

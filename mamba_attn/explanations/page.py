@@ -3,15 +3,17 @@
 from collections.abc import Sequence
 
 import numpy as np
+from markupsafe import Markup
 
 from mamba_attn.attribution.queries import Query
 from mamba_attn.core.document import render
 from mamba_attn.explanations.answer import Answer
 from mamba_attn.figures import png
-from mamba_attn.figures.colours import INK, PERCENTILE, limits
+from mamba_attn.figures.colours import DIVERGING, INK, PERCENTILE, limits, scale
 from mamba_attn.figures.picture import data_uri
 
 _MARK = "#00ffff"
+_STRENGTHS = DIVERGING[len(DIVERGING) // 2 :]
 
 
 def page(title: str, answers: Sequence[Answer], command: str) -> str:
@@ -24,18 +26,59 @@ def page(title: str, answers: Sequence[Answer], command: str) -> str:
     """
     shared = f"{100 - PERCENTILE:g}"
     return render(
-        "explain.html", title=title, answers=answers, command=command, shared=shared, uri=data_uri, heat=_heat
-    )
+        "explain.html", title=title, answers=answers, command=command, shared=shared, uri=data_uri, heat=_heat, bar=bar,
+        matrix=lambda values: data_uri(_matrix(values)), of_matrices=_STRENGTHS,
+    )  # fmt: skip
 
 
-def index(titles: Sequence[str], files: Sequence[str]) -> str:
+def bar(values: np.ndarray, strengths: Sequence[str] | None = None) -> Markup:
+    """Return the colours of a map or matrix with their ends, as HTML.
+
+    Args:
+        values: that it shows.
+        strengths: colours of values that are not signed.
+    """
+    its = limits(values)
+    chosen = scale(values, colours=None if its["signed"] else strengths, **its)
+    ends = [f"{chosen.low:.2g}", f"{chosen.high:.2g}"]
+    if "limits" in its:
+        ends = [mark + end for mark, end in zip(("≤ " if its["signed"] else "", "≥ "), ends, strict=True)]
+    colours = Markup(",".join(chosen.colours))
+    return Markup(
+        '<span class=scale><span>{}</span><span class=ramp data-low="{:.9g}" data-high="{:.9g}" '
+        'style="background:linear-gradient(to right,{})"></span><span>{}</span></span>'
+    ).format(ends[0], chosen.low, chosen.high, colours, ends[1])
+
+
+def index(titles: Sequence[str], files: Sequence[str], verdicts: Sequence[str] = ()) -> str:
     """Return the index of all pages as HTML; it shows the pictures in the same folder.
 
     Args:
         titles: the images' names.
         files: their pages' and pictures' file names, without suffix.
+        verdicts: what each model predicts, in words. Default: nothing.
     """
-    return render("explain_index.html", title="mamba-attn explain", pages=list(zip(titles, files, strict=True)))
+    pages = list(zip(titles, files, verdicts or [""] * len(files), strict=True))
+    return render("explain_index.html", title="Where the model looks, image by image", pages=pages)
+
+
+def predictions(answers: Sequence[Answer]) -> str:
+    """Return what each model predicts, and whether that is right, e.g. "vim_micro: hat 86 % (correct)"."""
+    return "; ".join(f"{each.name}: {predicted(each)}" for each in answers if each.best(1))
+
+
+def predicted(answer: Answer) -> str:
+    """Return the likeliest class, its probability, and whether it is right."""
+    return "".join(
+        f"{name} {answer.spelt(value, 0)}{f' ({answer.verdict})' if answer.verdict else ''}"
+        for name, value in answer.best(1)
+    )
+
+
+def _matrix(values: np.ndarray) -> np.ndarray:
+    """Softmax attention has the colours of positive entries of scans."""
+    its = limits(values)
+    return png.matrix_rgb(values, colours=None if its["signed"] else _STRENGTHS, **its)
 
 
 def _heat(values: np.ndarray) -> str:
@@ -71,15 +114,14 @@ def marked(image: np.ndarray, query: Query | None) -> np.ndarray:
 
 def _row(answer: Answer) -> np.ndarray:
     panels = [marked(answer.image, answer.question.query)]
-    best = "".join(f": {name} {answer.spelt(value, 0)}" for name, value in answer.best(1))
-    captions = [f"{answer.name}{best}"]
+    captions = [": ".join(filter(None, (answer.name, predicted(answer))))]
     for method in answer.methods:
         values = answer.maps[method.key]
         panels.append(png.overlay_rgb(answer.image, values, **limits(values)))
         of = f", {answer.class_name(answer.explained)}" if method.of_a_class and answer.explained is not None else ""
         captions.append(method.title + of)
     for layer, matrix in answer.matrices.items():
-        panels.append(png.matrix_rgb(matrix, **limits(matrix)))
+        panels.append(_matrix(matrix))
         captions.append(f"matrix, {answer.depth(layer)}")
     height = 256
     panels = [_shrunk(panel, height) for panel in panels]

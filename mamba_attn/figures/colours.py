@@ -1,6 +1,7 @@
 """Maps values to colours by one rule for plotly figures, PNGs and notebooks; needs only numpy.
 
-All lists are safe for colour-blind readers. Inferno, Viridis, Cividis, Plasma and RdBu are plotly's and matplotlib's.
+All lists are safe for colour-blind readers. Inferno, Viridis, Cividis and Plasma are plotly's and matplotlib's. A sign
+has the same colour in every figure and on every page: orange above zero, blue below.
 """
 
 from collections.abc import Sequence
@@ -14,11 +15,10 @@ def _hex(codes: str) -> list[str]:
 
 
 SEQUENTIAL = _hex("000004 1b0c41 4a0c6b 781c6d a52c60 cf4446 ed6925 fb9b06 f7d13d fcffa4")  # Inferno
-DIVERGING = _hex("053061 2166ac 4393c3 92c5de d1e5f0 f7f7f7 fddbc7 f4a582 d6604d b2182b 67001f")  # RdBu, red above zero
 VIRIDIS = _hex("440154 482878 3e4989 31688e 26828e 1f9e89 35b779 6ece58 b5de2b fde725")
 CIVIDIS = _hex("00224e 123570 3b496c 575d6d 707173 8a8678 a59c74 c3b369 e1cc55 fee838")
-# blue below zero; the ends differ in lightness and in hue for every kind of colour vision
-BLUE_ORANGE = _hex("08306b 2166ac 67a3d1 b8d5ea f7f7f5 fcd3a1 f5a04a d4650f 7f3300")
+# orange above zero; the ends differ in lightness and in hue for every kind of colour vision
+DIVERGING = _hex("08306b 2166ac 67a3d1 b8d5ea f7f7f5 fcd3a1 f5a04a d4650f 7f3300")
 PATH = _hex("0d0887 46039f 7201a8 9c179e bd3786 d8576b ed7953 fb9f3a fdca26")  # Plasma; its palest is lost on white
 # Okabe and Ito's colours without yellow, which is invisible on white, then two that differ from them in lightness
 CATEGORIES = _hex("0072b2 d55e00 009e73 cc79a7 e69f00 56b4e9 5b4a9e 8a8a00")
@@ -108,7 +108,7 @@ def scale(
         values: any shape; NaN and Inf are left out.
         limits: (low, high). Default: the values' own range, for signed values symmetric about zero.
         signed: centre on zero, with two colours. Default: whether a value is negative.
-        colours: colours from low to high. Default: Inferno, for signed values RdBu with blue below zero.
+        colours: colours from low to high. Default: Inferno, for signed values orange above zero and blue below.
 
     Raises:
         ValueError: limits that are not low < high, or for signed values not symmetric.

@@ -30,7 +30,7 @@ def overlay(
         opacity: of the map, 0 to 1.
         limits: values of the first and the last colour. Default: the values' range; signed data is centred on zero.
         signed: centre on zero. Default: whether a value is negative.
-        colours: from low to high. Default: Inferno, for signed data RdBu with blue below zero.
+        colours: from low to high. Default: Inferno, for signed data orange above zero and blue below.
         title: above the figure.
         size: height of the figure in pixels.
 
@@ -81,7 +81,7 @@ def volume(
         opacity: of the map, 0 to 1.
         limits: values of the first and the last colour. Default: the values' range; signed data is centred on zero.
         signed: centre on zero. Default: whether a value is negative.
-        colours: from low to high. Default: Inferno, for signed data RdBu with blue below zero.
+        colours: from low to high. Default: Inferno, for signed data orange above zero and blue below.
         title: above the figure.
         size: height of a panel in pixels.
 
@@ -136,7 +136,7 @@ def layer_grid(
         opacity: of the maps, 0 to 1.
         limits: values of the first and the last colour of every panel.
         signed: centre on zero. Default: whether any value of any panel is negative.
-        colours: from low to high. Default: Inferno, for signed data RdBu with blue below zero.
+        colours: from low to high. Default: Inferno, for signed data orange above zero and blue below.
         title: above the figure.
         size: height of a panel in pixels.
 
@@ -175,7 +175,7 @@ def matrix(
         values: (rows, columns).
         limits: values of the first and the last colour. Default: the values' range; signed data is centred on zero.
         signed: centre on zero. Default: whether a value is negative.
-        colours: from low to high. Default: Inferno, for signed data RdBu with blue below zero.
+        colours: from low to high. Default: Inferno, for signed data orange above zero and blue below.
         marks: tokens marked by a thin line on both axes, e.g. the class token.
         labels: the tokens of a text, written along both axes.
         title: above the figure.
@@ -235,7 +235,7 @@ def depth_grid(
         shared: one colour range for all panels, with a bar, instead of each panel's own.
         limits: values of the first and the last colour of every panel.
         signed: centre on zero. Default: whether any value of any panel is negative.
-        colours: from low to high. Default: Inferno, for signed data RdBu with blue below zero.
+        colours: from low to high. Default: Inferno, for signed data orange above zero and blue below.
         title: above the figure.
         size: side of a panel in pixels.
 

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from mamba_attn.figures import colours as _colours
 from mamba_attn.figures.colours import (
-    BLUE_ORANGE,
+    DIVERGING,
     EMPTY,
     INK,
     PATH,
@@ -141,7 +141,7 @@ def _chosen(
         array,
         limits=limits or own.get("limits"),
         signed=signed,
-        colours=colours or (BLUE_ORANGE if signed or (signed is None and (array < 0).any()) else VIRIDIS),
+        colours=colours or (DIVERGING if signed or (signed is None and (array < 0).any()) else VIRIDIS),
     )
 
 

@@ -70,7 +70,7 @@ def overlay_rgb(
         opacity: of the map, 0 to 1.
         limits: values of the first and the last colour. Default: the values' range; signed data is centred on zero.
         signed: centre on zero. Default: whether a value is negative.
-        colours: from low to high. Default: Inferno, for signed data RdBu with blue below zero.
+        colours: from low to high. Default: Inferno, for signed data orange above zero and blue below.
 
     Raises:
         ValueError: shapes that disagree, an image that was normalised, or limits that do not fit.

@@ -13,9 +13,9 @@ from mamba_attn.figures.heatmaps import depth_grid
 from mamba_attn.figures.theme import Figure, name_ticks, plain, readable
 
 _DEPTHS = (0.25, 0.5, 0.75)
-# red for, blue against, over whatever the page's colour is; letters keep the page's own
+# orange for, blue against, over whatever the page's colour is; letters keep the page's own
 _STYLE = """
-.mamba-tokens{--for:224,82,60;--against:66,133,205;font:15px/2.1 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;
+.mamba-tokens{--for:226,122,40;--against:66,133,205;font:15px/2.1 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;
 color:#1d2329;background:#fff;padding:12px 14px;border-radius:8px;overflow-wrap:anywhere;white-space:pre-wrap;
 color-scheme:light dark}
 .mamba-tokens b{font-weight:600;display:block;font-family:system-ui,sans-serif;line-height:1.6;margin-bottom:4px}
@@ -23,7 +23,7 @@ color-scheme:light dark}
 .mamba-tokens .quiet{opacity:.45}
 .mamba-tokens .asked{outline:2px solid currentColor;outline-offset:-1px}
 .mamba-tokens small{display:block;font-family:system-ui,sans-serif;opacity:.7;line-height:1.6;margin-top:4px}
-@media(prefers-color-scheme:dark){.mamba-tokens{color:#e8ebee;background:#16191d;--for:205,62,45;--against:50,110,190}}
+@media(prefers-color-scheme:dark){.mamba-tokens{color:#e8ebee;background:#16191d;--for:196,92,20;--against:50,110,190}}
 """
 
 
@@ -56,7 +56,7 @@ def tokens(
     title: str | None = None,
     note: str | None = None,
 ) -> Strip:
-    """Show a value per token as colours behind the text: red above zero, blue below, nothing at zero.
+    """Show a value per token as colours behind the text: orange above zero, blue below, nothing at zero.
 
     The strip wraps with the page, follows its dark or light setting, and says a token's value under the pointer.
 

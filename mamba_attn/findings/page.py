@@ -24,6 +24,7 @@ from mamba_attn.findings.tables import (
     orders_table,
     side_by_side,
     summary,
+    verdicts,
 )
 
 DEPTHS = (0.25, 0.5, 0.75)
@@ -50,6 +51,7 @@ def page(
         command=command,
         terms=TERMS,
         caution=CAUTION,
+        verdicts=[(each.name, verdicts(each)) for each in reports],
         summaries=[*several, *map(summary, reports)],
         orders=[(orders_sentence(its), orders_table(its)) for its in orders],
         matrices=data_uri(matrices_rgb(stores)),

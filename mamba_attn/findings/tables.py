@@ -56,6 +56,37 @@ def summary(report: Report) -> Texts:
     return f"{report.name}: {report.model}{order}, {report.images} images{known}", _HEADER, rows
 
 
+def verdicts(report: Report) -> list[str]:
+    """Return what was found in sentences: which claims of the paper hold, and what differs from untrained models.
+
+    Args:
+        report: of the store.
+    """
+    rows = [row for finding in FINDINGS.values() if (row := _of_all(report, finding)) is not None]
+    claims = [row for row in rows if row.claimed]
+    found = []
+    if claims:
+        count = sum(row.claimed == "holds" for row in claims)
+        found.append(f"{count} of {len(claims)} claims of the paper hold for {report.name}.")
+    for word, says in (("holds", "Holds"), ("fails", "Fails"), ("open", "Open, as the interval decides neither")):
+        named = [
+            f"{row.about.title} ({number(row.trained.value)}; the paper says {{}} {{:g}})".format(*row.about.claim)
+            for row in claims
+            if row.claimed == word and row.about.claim is not None
+        ]
+        found += [f"{says}: {'; '.join(named)}."] if named else []
+    measured = [row for row in rows if row.verdict]
+    if measured:
+        sides = {side: [row.about.title for row in measured if row.verdict == side] for side in OUTSIDE}
+        listed = "; ".join(f"{side}: {', '.join(titles)}" for side, titles in sides.items() if titles)
+        count = sum(map(len, sides.values()))
+        found.append(
+            f"{count} of {len(measured)} numbers lie outside the range expected of untrained models"
+            f"{f' ({listed})' if listed else ''}."
+        )
+    return found
+
+
 def side_by_side(reports: Sequence[Report]) -> Texts:
     """Return title, header and rows of all stores: trained, untrained, and what is outside the range of untrained.
 

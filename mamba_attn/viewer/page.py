@@ -15,7 +15,7 @@ from markupsafe import Markup
 from mamba_attn.core.document import render
 from mamba_attn.figures import colours
 from mamba_attn.tracing.layers import ScanLayer
-from mamba_attn.viewer.source import Source, others
+from mamba_attn.viewer.source import Source, others, patches_of, sheet_of
 
 # modules, in the order in which they need each other
 SCRIPTS = ("data", "colours", "state", "words", "maps", "points", "controls", "save", "main")
@@ -29,8 +29,8 @@ KEYS = (
 _PALETTES = {
     "viridis": colours.VIRIDIS,
     "cividis": colours.CIVIDIS,
-    "orange": colours.BLUE_ORANGE[4:],
-    "signed": colours.BLUE_ORANGE,
+    "orange": colours.DIVERGING[4:],
+    "signed": colours.DIVERGING,
     "path": colours.PATH,
     "kinds": colours.CATEGORIES,
 }
@@ -76,6 +76,7 @@ def described(source: Source, shown: Sequence[int] | None = None) -> dict[str, A
     for number in range(len(source.layers)) if shown is None else shown:
         layer = source.layers[number]
         cells = cells_of(layer.layout)
+        rows, columns, across = sheet_of(layer.layout)
         of_token = {token: cell for cell, token in enumerate(cells)}
         scans = layer.orders.tolist() if layer.kind == ScanLayer.kind else []
         layers.append(
@@ -84,7 +85,8 @@ def described(source: Source, shown: Sequence[int] | None = None) -> dict[str, A
                 "name": layer.name,
                 "stage": layer.stage,
                 "block": layer.block,
-                "grid": list(layer.layout.grid),
+                "grid": [rows, columns],
+                "slices": [across, layer.layout.grid[-2]] if across else None,
                 "tokens": len(cells),
                 "routes": layer.routes,
                 "orders": [[of_token.get(token, -1) for token in order] for order in scans],
@@ -99,13 +101,16 @@ def described(source: Source, shown: Sequence[int] | None = None) -> dict[str, A
         "stages": [layer.stage for layer in source.layers],
         "blocks": [layer.block for layer in source.layers],
         "collected": len(source.store.images),
-        "images": [[image.key, image.label, image.predicted, image.correct, image.kept] for image in source.images],
+        "images": [
+            [image.key, image.label, image.predicted, image.correct, image.kept, getattr(image, "words", None)]
+            for image in source.images
+        ],
     }
 
 
 def cells_of(layout: Any) -> list[int]:
     """Return the tokens in the page's order: patches, class tokens, registers."""
-    return [*layout.patches.tolist(), *others(layout)]
+    return [*patches_of(layout), *others(layout)]
 
 
 def as_json(value: Any) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from mamba_attn.analytics.embed import embed
 from mamba_attn.analytics.projection import SIZE, feature_size, project
-from mamba_attn.viewer.source import Source
+from mamba_attn.viewer.source import Source, patches_of
 from mamba_attn.viewer.state import Pane
 
 METHODS = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
@@ -17,6 +17,7 @@ FIRST = 100  # principal components for t-SNE and UMAP, as in arXiv 2502.20764
 _POINTS = 1  # raise it when points are computed differently: cached ones are then computed again
 _WHOLE = 2**27  # numbers in all features, half a gigabyte; above it each row is projected to 4,096
 _AT_ONCE = 16  # rows of features that are read together
+_NEAREST = 6  # points most alike
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +55,19 @@ class Scatter:
         if known is None:
             known = self.save(pane, *embed(self.features(pane), pane.method, first=FIRST if pane.first else None))
         return known
+
+    def neighbours(self, pane: Pane, point: int) -> list[int]:
+        """Return the points most alike to one, nearest first, by the numbers that the plane is made of.
+
+        Raises:
+            ValueError: no such point.
+        """
+        if not 0 <= point < self.count(pane):
+            raise ValueError(f"point={point}: there are {self.count(pane)}.")
+        features = self.features(pane)
+        away = np.square(features - features[point]).sum(axis=1, dtype=np.float64)
+        away[point] = -1.0
+        return [int(number) for number in np.argsort(away, kind="stable")[1 : _NEAREST + 1]]
 
     def known(self, pane: Pane) -> Points | None:
         """Return points that need no computing; else None."""
@@ -98,8 +112,7 @@ class Scatter:
         """Return one row of numbers per point."""
         source, layer = self.source, self.source.layer(pane)
         if pane.mode == "patches":
-            patches = layer.layout.patches.numpy()
-            return np.ascontiguousarray(source.mean(pane)[patches])
+            return np.ascontiguousarray(source.mean(pane)[patches_of(layer.layout)])
         layers, images = [source.layers[index] for index in source.stage(pane)], len(source.store.images)
         size = feature_size(layer.layout.tokens)
         projected = size > SIZE and len(layers) * images * size > _WHOLE

@@ -5,10 +5,10 @@ import io
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -22,7 +22,7 @@ from mamba_attn.viewer.guard import Guard, Refused, body_of, refuse
 from mamba_attn.viewer.page import described, page
 from mamba_attn.viewer.points import Scatter
 from mamba_attn.viewer.reductions import Jobs
-from mamba_attn.viewer.source import Source, tokens_of
+from mamba_attn.viewer.source import Source, enlarged, patches_of, tokens_of
 from mamba_attn.viewer.state import Pane, unpacked
 
 QUERIES = 600  # maps of one request
@@ -56,6 +56,7 @@ class Explorer:
             Route("/", self._page),
             Route("/api/maps", self._answer(self._maps), methods=["POST"]),
             Route("/api/points", self._answer(self._points), methods=["POST"]),
+            Route("/api/neighbours", self._answer(self._neighbours), methods=["POST"]),
             Route("/api/has", self._answer(self._has), methods=["POST"]),
             Route("/api/jobs/{number:int}", self._job, methods=["GET", "DELETE"]),
             Route("/api/picture", self._picture),
@@ -68,6 +69,11 @@ class Explorer:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         await self._app(scope, receive, send)
+
+    def prepare(self) -> None:
+        """Compute the slow layouts in the background, before they are asked for."""
+        for scatter in self._scatters:
+            self._jobs.ahead(scatter)
 
     def close(self) -> None:
         """Stop what still runs."""
@@ -105,7 +111,7 @@ class Explorer:
             raise ValueError(f"{what}={number}: there are {len(of)}.")
 
     def _maps(self, given: Any) -> list[dict[str, str]]:
-        """Maps of a list of panes, each with its selected "cells", on its own grid."""
+        """Maps of a list of panes, each with its selected "cells", in the page's order of patches."""
         queries = given.get("queries") if isinstance(given, dict) else None
         if not isinstance(queries, list) or len(queries) > QUERIES:
             raise ValueError(f"queries is a list of at most {QUERIES}.")
@@ -115,12 +121,11 @@ class Explorer:
             source = self.sources[pane.store]
             layout = source.layer(pane).layout
             try:
-                values = source.read(pane, tokens_of(layout, cells))
+                values = source.read(pane, tokens_of(layout, cells))[patches_of(layout)]
             except FAILURES as error:
                 found.append({"error": sentence(error)})
             else:
-                grid = layout.to_grid(torch.from_numpy(np.ascontiguousarray(values))).numpy()
-                found.append({"map": _text(grid)})
+                found.append({"map": _text(values)})
         return found
 
     def _points(self, given: Any) -> dict[str, Any]:
@@ -129,10 +134,18 @@ class Explorer:
         scatter = self._scatters[pane.store]
         if scatter.count(pane) < 3:
             return {"error": "There are too few points for a plane."}
+        self._jobs.settle()
         known = scatter.known(pane)
         if known is None and pane.method != "pca":
             return {"job": self._jobs.start(scatter, pane)}
         return {"xy": _text((known or scatter.points(pane)).xy)}
+
+    def _neighbours(self, given: Any) -> dict[str, Any]:
+        """The points of a pane that are most alike to one "point"."""
+        pane, point = self._pane(given), given.get("point")
+        if not isinstance(point, int):
+            raise ValueError("point is a whole number.")  # noqa: TRY004 - of parsed text
+        return {"numbers": self._scatters[pane.store].neighbours(pane, point)}
 
     def _has(self, given: Any) -> dict[str, Any]:
         """Which layers have a gate and a D; the model is run on the pane's image."""
@@ -151,7 +164,11 @@ class Explorer:
     def _picture(self, request: Request) -> Response:
         """What the model saw of an image; with "small", a thumbnail."""
         pane = self._asked(request)
-        picture, file = Image.fromarray(self.sources[pane.store].pixels(pane)), io.BytesIO()
+        source = self.sources[pane.store]
+        pixels = source.pixels(pane) if "small" in request.query_params else source.picture(pane)
+        if pixels is None:
+            raise Refused(404, "A text has no picture.")
+        picture, file = Image.fromarray(pixels), io.BytesIO()
         kind = "jpeg" if "small" in request.query_params else "png"
         if kind == "jpeg":
             picture.thumbnail((_SMALL, _SMALL))
@@ -202,10 +219,13 @@ def _added(source: Source, body: bytes, name: str) -> dict[str, Any]:
             with Image.open(io.BytesIO(body)) as picture:
                 if picture.width * picture.height > _PIXELS or max(picture.size) > _LONG * min(picture.size):
                     return {"error": f"A photo has at most {_PIXELS:,} pixels, and is no narrow strip."}
-                pixels = source.store.transform.pixels(picture.convert("RGB"))
+                photo = picture.convert("RGB")
+                pixels, larger = source.store.transform.pixels(photo), None
+                with suppress(ValueError):  # of a function
+                    larger = enlarged(source.store.transform, photo)
     except (UnidentifiedImageError, Image.DecompressionBombWarning, OSError, ValueError, SyntaxError):
         return {"error": "This file is no photo that can be read: drop a JPEG, PNG or WebP."}
-    number = source.add(pixels, name[:100] or "photo")
+    number = source.add(pixels, name[:100] or "photo", larger)
     image = source.images[number]
     return {"image": number, "entry": [image.key, None, image.predicted, None, False]}
 

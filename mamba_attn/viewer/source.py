@@ -1,23 +1,32 @@
 """Reads rows and regions of stored attention lazily, and runs the model where none is stored."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from mamba_attn import images
 from mamba_attn.analytics import NotStoredError
+from mamba_attn.core.transform import Transform
+from mamba_attn.errors import MambaAttnError
 from mamba_attn.tracing.layers import ScanLayer
 from mamba_attn.viewer.errors import UnavailableError
 from mamba_attn.viewer.live import Live
 from mamba_attn.viewer.state import Pane
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from mamba_attn.core.layout import TokenLayout
 
+_LARGEST = 512  # side of a picture for the eye, in pixels
 _REMEMBERED = 256 * 2**20  # bytes of matrices and pictures
 _BAND = 256  # rows, or columns, read at once: zarr unpacks whole tiles, so fewer would cost as much
 Item = TypeVar("Item")
@@ -30,6 +39,7 @@ class Added:
     Args:
         key: its name.
         pixels: as the model sees it.
+        picture: for the eye, larger.
         predicted: name of the class with the highest score.
         label: not known.
         correct: not known.
@@ -38,6 +48,7 @@ class Added:
 
     key: str
     pixels: np.ndarray
+    picture: np.ndarray | None = None
     predicted: str | None = None
     label: None = None
     correct: None = None
@@ -80,12 +91,33 @@ class Source:
         stage = self.layer(pane).stage
         return [index for index, layer in enumerate(self.layers) if layer.stage == stage]
 
-    def pixels(self, pane: Pane) -> np.ndarray:
-        """Return the pane's image, (rows, columns, 3) uint8."""
+    def pixels(self, pane: Pane) -> np.ndarray | None:
+        """Return the pane's image, (rows, columns, 3) uint8; None of a text."""
         image = self.image(pane)
+        if getattr(image, "words", None) is not None:
+            return None
         if isinstance(image, Added):
             return np.asarray(image.pixels)
         return self._remember(("pixels", image.key), lambda: np.asarray(self.store.pixels(image)))
+
+    def picture(self, pane: Pane) -> np.ndarray | None:
+        """Return the pane's image for the eye: cut from its file as for the model, but larger, where the file is there.
+
+        The file counts only if the model's own picture of it is the one that is stored. None of a text.
+        """
+        pixels, image = self.pixels(pane), self.image(pane)
+        if pixels is None or isinstance(image, Added):
+            return pixels if pixels is None or image.picture is None else image.picture
+        return self._remember(("picture", image.key), lambda: self._original(image.key, pixels))
+
+    def _original(self, key: str, pixels: np.ndarray) -> np.ndarray:
+        index = getattr(self.store, "index", None)
+        for each in getattr(index, "data", ()):
+            path = Path(each["identity"].rpartition(":")[0]) / key
+            with suppress(OSError, ValueError, MambaAttnError):  # moved, changed, or of a function
+                if path.is_file() and np.array_equal(self.store.transform.pixels(path), pixels):
+                    return enlarged(self.store.transform, images.read(path, range=self.store.transform.range))
+        return pixels
 
     def mean(self, pane: Pane) -> np.ndarray:
         """Return the mean attention of all images, (tokens, tokens) float32; columns as rows if the pane shows them."""
@@ -130,18 +162,19 @@ class Source:
             self.store.matrix(layer, its, route) if its.kept else self.live.matrix(its, layer.name, route)
         )
 
-    def add(self, pixels: np.ndarray, name: str) -> int:
+    def add(self, pixels: np.ndarray, name: str, picture: np.ndarray | None = None) -> int:
         """Run the model on another image, which joins the others, and return its number.
 
         Args:
             pixels: as the model sees it, (rows, columns, 3) uint8.
             name: of its file.
+            picture: the same for the eye, larger.
 
         Raises:
             MambaAttnError: the model cannot be built.
         """
         with self._lock:
-            image = Added(f"{name} (added {len(self.images) - len(self.store.images) + 1})", pixels)
+            image = Added(f"{name} (added {len(self.images) - len(self.store.images) + 1})", pixels, picture)
             image.predicted = self.live.predicted(image)
             self.images.append(image)
             return len(self.images) - 1
@@ -209,6 +242,18 @@ class Source:
             return made
 
 
+def enlarged(transform: Any, picture: "Image") -> np.ndarray:
+    """Return what a transform cuts out of a picture, in as many pixels as the picture has there, up to 512 a side.
+
+    Raises:
+        ValueError: the transform is a function, which makes one size.
+    """
+    finest = min(1 / axis.scale for axis in transform.axes(picture.height, picture.width))
+    times = max(1.0, min(finest, _LARGEST / max(transform.size)))
+    rows, columns = (round(times * side) for side in transform.size)
+    return np.asarray(Transform.of(transform, size=(rows, columns)).pixels(picture))
+
+
 def scans(layer: Any) -> bool:
     """Return whether a layer scans its tokens; softmax attention has no order."""
     return bool(layer.kind == ScanLayer.kind)
@@ -219,6 +264,31 @@ def others(layout: "TokenLayout") -> list[int]:
     return [*layout.class_tokens, *layout.registers]
 
 
+def sheet_of(layout: "TokenLayout") -> tuple[int, int, int]:
+    """Return rows and columns of the page's sheet of patches, and of a volume how many slices lie side by side, else 0.
+
+    A text is one row. Slices fill all their rows, so that the sheet is as near as can be to three wide and two high.
+    """
+    if len(layout.grid) < 3:
+        return layout.grid[0] if len(layout.grid) == 2 else 1, layout.grid[-1], 0
+    high, wide = layout.grid[-2:]
+    deep = math.prod(layout.grid[:-2])
+    divisors = [count for count in range(1, deep + 1) if deep % count == 0]
+    across = min(divisors, key=lambda count: abs(math.log(count * wide / (deep / count * high) / 1.5)))
+    return deep // across * high, across * wide, across
+
+
+def patches_of(layout: "TokenLayout") -> list[int]:
+    """Return the tokens of the patches in the page's order: along the rows of the sheet."""
+    rows, _, across = sheet_of(layout)
+    patches = layout.patches.numpy()
+    if across:
+        high, wide = layout.grid[-2:]
+        patches = patches.reshape(rows // high, across, high, wide).transpose(0, 2, 1, 3)
+    found: list[int] = patches.ravel().tolist()
+    return found
+
+
 def tokens_of(layout: "TokenLayout", cells: Sequence[int]) -> list[int]:
     """Return the tokens of selected cells; cells outside the layout are left out.
 
@@ -226,7 +296,7 @@ def tokens_of(layout: "TokenLayout", cells: Sequence[int]) -> list[int]:
         layout: of the layer.
         cells: raster indices of patches; -1, -2, ... for the tokens that are not patches.
     """
-    patches, rest = layout.patches.tolist(), others(layout)
+    patches, rest = patches_of(layout), others(layout)
     return [
         *(patches[cell] for cell in cells if 0 <= cell < len(patches)),
         *(rest[-1 - cell] for cell in cells if 0 <= -1 - cell < len(rest)),

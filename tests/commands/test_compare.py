@@ -105,7 +105,7 @@ def test_a_bad_box_loses_neither_the_run_nor_the_page(place, models, capsys):
             "--measures", "localisation,picture"]  # fmt: skip
     assert cli.main(call) == 1
     said = capsys.readouterr().out
-    assert "boxed: localisation, 1 images" in said
+    assert "boxed: localisation, 1 image\n" in said
     assert "1 of 2 images have no boxes and no mask and are left out of the localisation." in said
     notes = [line for line in said.splitlines() if "figures missing" in line]
     assert len(notes) == 2 * 2  # a line for all methods, per model and image

@@ -2,13 +2,14 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from mamba_attn.commands import cli
 from mamba_attn.commands.exit_codes import as_flags, exit_code
-from mamba_attn.commands.terminal import _parts, plain
+from mamba_attn.commands.terminal import _parts, plain, show
 
 ROOT = Path(__file__).parents[2]
 FLAG = re.compile(r"(?<![\w-])--[a-z]")
@@ -108,10 +109,25 @@ def test_the_library_and_its_command_name_the_same_argument(capsys, tmp_path):
         assert said == f"mamba-attn {arguments[0]}: {' '.join(arguments[1:3])}: {rest}\n"
 
 
+def test_no_word_of_a_table_is_broken_at_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    header = ["", "finding", "trained", "range of untrained models", "paper says"]
+    words = "correlation_of_neighbouring_columns over the blocks of a stage, of 28 and 1 pairs"
+    rows = [["blocks", words, "-0.30 [-0.91, -0.02]", "outside, above", "> 0.5 holds"]] * 2
+    show("title", header, rows)
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert max(map(len, shown.splitlines())) <= 80
+    for text in (*header, *rows[0]):
+        for word in text.split():
+            assert word in shown, word
+
+
 def test_a_table_that_is_too_wide_is_shown_in_parts():
     header, rows = ("method", "one", "another"), [("random", "1234567", "0.5")]
     assert list(_parts(header, rows, 200)) == [[0, 1, 2]]
     assert list(_parts(header, rows, 22)) == [[0, 1], [0, 2]]
     assert list(_parts(header, rows, 1)) == [[0, 1], [0, 2]]  # a column is never cut away
     assert list(_parts(("alone",), [("x",)], 5)) == [[0]]
+    assert list(_parts(("", "finding", "a", "b"), [("of", "title", "1", "2")], 1)) == [[0, 1, 2], [0, 1, 3]]
     assert plain("t", header, rows) == "\nt\nmethod  one      another\nrandom  1234567  0.5\n"

@@ -14,7 +14,7 @@ EVIL = "<b onclick='alert(1)'>\" & co"
 
 
 def test_plain_text_stays_text_and_the_command_stands_at_the_end():
-    page = render("explain_index.html", title=EVIL, pages=[(EVIL, 'a"b')], command=EVIL)
+    page = render("explain_index.html", title=EVIL, pages=[(EVIL, 'a"b', "")], command=EVIL)
     assert "<b onclick" not in page
     assert page.count("&lt;b onclick=&#39;alert(1)&#39;&gt;&#34; &amp; co") == 5
     assert 'href="a&#34;b.html"' in page

@@ -27,7 +27,7 @@ def pictures(text):
 def test_colours_are_those_of_the_figures(values):
     values = values.reshape(5, 7)
     limits = colours.limits(values)
-    palette = colours.BLUE_ORANGE if limits["signed"] else colours.VIRIDIS
+    palette = colours.DIVERGING if limits["signed"] else colours.VIRIDIS
     expected = colours.to_rgb(values, colours.scale(values, colours=palette, **limits))
     assert np.abs(notebook.coloured(values).astype(int) - expected.astype(int)).max() <= 1
 

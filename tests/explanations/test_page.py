@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -13,7 +14,7 @@ from mamba_attn.attribution.queries import Query
 from mamba_attn.datasets import loading
 from mamba_attn.explanations import choices
 from mamba_attn.explanations.answer import answer
-from mamba_attn.explanations.page import index, marked, page, sheet
+from mamba_attn.explanations.page import index, marked, page, predictions, sheet
 from mamba_attn.figures.colours import limits
 from tests.explanations.cases import VIM, VIT, photo, save
 
@@ -56,17 +57,79 @@ def test_everything_is_inside_and_named(answers):
     text = page("a & <b>.jpg", answers, "mamba-attn explain 'a & <b>.jpg'")
     tags = Tags(text)
     pictures = tags.all("img")
-    # per model: the photo, the photo under each of three maps, the maps, the matrices
-    assert len(pictures) == sum(1 + 2 * 3 + len(each.matrices) for each in answers)
+    # per model: the photo, it under each of three maps, the maps, the rows of all layers on a photo, the matrices
+    assert len(pictures) == sum(1 + 2 * 3 + 1 + len(each.grids) + len(each.matrices) for each in answers)
     assert all(image["src"].startswith("data:image/png;base64,") and image["alt"] for image in pictures)
-    assert not re.search(r"https?:|<script|<link|@import|url\(", text)
+    assert not re.search(r"https?:|<script [^>]*src|<link|@import|url\(", text)
     assert "a &amp; &lt;b&gt;.jpg" in text
     assert "<b>.jpg" not in text
     for words in ("raw attention", "attention rollout", "Mamba-Attribution", "Transformer-Attribution"):
         assert f"<b>{words}</b>" in text
     assert text.count("[red]not markup[/red]") == 2 * (1 + 1)  # among the likeliest, and as the class explained
-    assert text.count("the marked patch") == 4
+    assert text.count("the marked patch") == 4 + sum(1 + len(each.grids) for each in answers)
     assert tags.open == []
+
+
+def test_right_and_wrong_are_said_where_the_class_is_known(answers, tmp_path):
+    right, wrong = (replace(answers[0], truth=each) for each in (answers[0].best(1)[0][0], "something else"))
+    assert (right.verdict, wrong.verdict) == ("correct", "wrong, is: something else")
+    assert (answers[0].truth, answers[0].verdict) == (None, "")
+    assert "(wrong, is: something else)" in predictions([wrong])
+    assert '<div class="wrong">wrong, is: something else</div>' in page("a", [wrong], "")
+    hat = photo(tmp_path / "hat")
+    assert answer(answers[0].question, hat).truth == "hat"
+
+
+def test_maps_of_the_likeliest_classes_are_on_the_page(answers, tmp_path):
+    asked = answer(answers[0].question._replace(target=None), photo(tmp_path))
+    (maps,) = asked.of_classes.values()
+    best = np.argsort(-asked.probabilities, kind="stable").tolist()
+    assert list(maps) == best[:3]
+    np.testing.assert_array_equal(maps[asked.explained], asked.maps["mamba_attribution"])
+    other = asked.question.methods[-1].build(asked.question.subject.model, None)
+    inputs = asked.question.subject.transform.normalise(asked.image[None])
+    expected = other.attribute(inputs, best[1], **asked.question.query.argument)[0, 0]
+    np.testing.assert_allclose(maps[best[1]], expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+    tags = Tags(page("a", [asked], ""))
+    buttons = [each for each in tags.all("input") if each.get("type") == "radio"]
+    assert [each["value"] for each in buttons] == [f"0/{number}" for number in best[:3]]
+    assert ["checked" in each for each in buttons] == [True, False, False]
+    assert answers[0].of_classes["mamba_attribution"] == {}  # a class was asked for
+
+
+def test_the_rows_of_all_layers_are_on_the_grid(answers):
+    for each in answers:
+        assert list(each.grids) == list(each.read)
+        assert {grid.shape for grid in each.grids.values()} == {(4, 4)}
+        name = list(each.read)[-1]
+        assert set(each.grids[name].ravel()) <= set(each.read[name])
+
+
+def test_the_page_s_controls_in_a_browser(answers, browser, tmp_path):
+    asked = answer(answers[0].question._replace(target=None), photo(tmp_path))
+    file = tmp_path / "page.html"
+    file.write_text(page("a", [asked], ""), encoding="utf-8")
+    shown = browser.new_page(viewport={"width": 1280, "height": 900})
+    shown.goto(file.as_uri())
+    assert shown.evaluate("document.documentElement.scrollWidth") <= 1280
+    titles = "[...document.querySelectorAll('figure[data-class]')].map((one) => one.hidden)"
+    assert shown.evaluate(titles) == [False, True, True]
+    shown.locator("label:has(input[type=radio])").nth(1).click()
+    assert shown.evaluate(titles) == [True, False, True]
+    shown.get_by_label("layer of vim_micro").fill("1")
+    assert shown.locator(".layers .heat:visible").count() == 1
+    assert "layer 1 of 2" in shown.locator(".layers figcaption").inner_text()
+    matrix = next(iter(asked.matrices.values()))
+    picture = shown.locator(".matrix").first
+    picture.scroll_into_view_if_needed()
+    box, count = picture.bounding_box(), len(matrix)
+    top = limits(matrix)["limits"][1]
+    row, column = np.argwhere(np.abs(matrix) < 0.9 * top)[5]
+    shown.mouse.move(*(box[side] + 1 + (at + 0.5) * 254 / count for side, at in (("x", column), ("y", row))))
+    said = shown.locator("output").first.inner_text()
+    assert said.startswith(f"token {row} reads token {column}: about ")
+    assert abs(float(said.rpartition(" ")[2]) - matrix[row, column]) < 0.02 * top
+    shown.close()
 
 
 def test_the_photo_and_the_maps_are_pictures_of_the_arrays(answers):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mamba_attn import figures
-from mamba_attn.figures.colours import BLUE_ORANGE, VIRIDIS, categories
+from mamba_attn.figures.colours import DIVERGING, VIRIDIS, categories
 from mamba_attn.figures.patch_grid import outline
 from mamba_attn.figures.points import highlighted
 
@@ -19,7 +19,7 @@ def test_a_map_keeps_its_values_and_takes_the_palette_of_its_sign():
     plain, signed = heat(figures.patch_view(MAP)), heat(figures.patch_view(MAP - 3))
     np.testing.assert_array_equal(plain.z, MAP)
     assert [colour for _, colour in plain.colorscale] == VIRIDIS
-    assert [colour for _, colour in signed.colorscale] == BLUE_ORANGE
+    assert [colour for _, colour in signed.colorscale] == DIVERGING
     assert signed.zmin == -signed.zmax < 0
 
 

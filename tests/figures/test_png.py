@@ -24,7 +24,7 @@ def test_ends_and_middles_have_the_lists_colours():
     values = np.linspace(0, 9, 10).reshape(2, 5)  # ten colours in Inferno
     assert png.matrix_rgb(values).reshape(10, 3).tolist() == [rgb(colour) for colour in SEQUENTIAL]
     signed = png.matrix_rgb(np.array([[-2.0, 0.0, 2.0]]))
-    assert signed[0].tolist() == [rgb(DIVERGING[index]) for index in (0, 5, 10)]
+    assert signed[0].tolist() == [rgb(DIVERGING[index]) for index in (0, 4, 8)]
 
 
 def test_colours_between_are_interpolated_and_beyond_clipped():

@@ -16,7 +16,7 @@ from mamba_attn.findings.controls import ALL, Report, Row, report
 from mamba_attn.findings.intervals import Estimate
 from mamba_attn.findings.measure import Measuring
 from mamba_attn.findings.results import Block, Measured, compact
-from mamba_attn.findings.tables import orders_sentence
+from mamba_attn.findings.tables import orders_sentence, verdicts
 from tests.analytics import cases
 from tests.explanations.cases import save
 
@@ -322,6 +322,21 @@ def test_accuracy_comes_from_the_card_beside_the_weights(stores, tmp_path):
         assert known_accuracy(stores["vim"]) is None
     finally:
         card.write_text(before)
+
+
+def test_verdicts_are_sentences(reports):
+    claims = [name for name, finding in findings.FINDINGS.items() if finding.claim == (">", 0)][:2]
+    found = Report("mine", "vim_micro", {}, "raster", 3, 3, [
+        Row(claims[0], ALL, Estimate(0.5, 0.4, 0.6, 3)), Row(claims[1], ALL, Estimate(0.1, -0.2, 0.3, 3)),
+    ])  # fmt: skip
+    first, holds, undecided = verdicts(found)
+    assert first == "1 of 2 claims of the paper hold for mine."
+    assert holds == f"Holds: {findings.FINDINGS[claims[0]].title} (0.5; the paper says > 0)."
+    assert undecided.startswith(f"Open, as the interval decides neither: {findings.FINDINGS[claims[1]].title}")
+    measured = verdicts(reports["vim"])[-1]
+    outside = [row for row in reports["vim"].rows if row.place in (ALL, "model") and row.verdict in ("above", "below")]
+    assert measured.startswith(f"{len(outside)} of ")
+    assert verdicts(Report("none", "", {}, "", 1, 1)) == []
 
 
 def test_verdicts_are_read_from_intervals():

@@ -14,12 +14,19 @@ class Viewer:
 
     def __init__(self, page, address):
         self.page, self.address, self.wrong = page, address, []
-        page.on("console", lambda m: self.wrong.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda error: self.wrong.append(str(error)))
-        page.on(
-            "request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else self.wrong.append(r.url)
-        )
-        page.on("response", lambda r: self.wrong.append(f"{r.status} {r.url}") if r.status >= 400 else None)
+        self._listening = {
+            "console": lambda m: self.wrong.append(m.text) if m.type == "error" else None,
+            "pageerror": lambda error: self.wrong.append(str(error)),
+            "request": lambda r: None if r.url.startswith((address, "data:", "blob:")) else self.wrong.append(r.url),
+            "response": lambda r: self.wrong.append(f"{r.status} {r.url}") if r.status >= 400 else None,
+        }
+        for what, listener in self._listening.items():
+            page.on(what, listener)
+
+    def leave(self):
+        """Hear no more of the page, which the next test opens again."""
+        for what, listener in self._listening.items():
+            self.page.remove_listener(what, listener)
 
     def open(self, state=""):
         self.page.goto("about:blank")

@@ -15,11 +15,17 @@ def browser():
         running.close()
 
 
-@pytest.fixture
-def viewer(browser, address):
-    """A page at the module's own address; nothing may have gone wrong on it."""
+@pytest.fixture(scope="module")
+def screen(browser):
     page = browser.new_page(viewport={"width": 1400, "height": 900})
-    opened = Viewer(page, address).open()
-    yield opened
+    yield page
     page.close()
+
+
+@pytest.fixture
+def viewer(screen, address):
+    """The module's page at its own address, opened again, with signs; nothing may have gone wrong on it."""
+    opened = Viewer(screen, address).open("sign=signed")
+    yield opened
+    opened.leave()
     assert opened.wrong == []

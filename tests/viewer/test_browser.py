@@ -2,7 +2,7 @@
 
 import json
 import re
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from PIL import Image
 import mamba_attn
 from benchmarks.browser import served
 from mamba_attn.analytics import AttentionStore, collect
+from mamba_attn.core.transform import Transform
 from tests.analytics.cases import folder_of, request
 from tests.viewer.browsing import Viewer
 from tests.viewer.double import Double, tiny
@@ -50,11 +51,13 @@ def rows(store, image=0, layer=0, route="sum"):
 
 
 def test_the_first_screen_explains_itself(viewer, store):
-    image, mean = rows(store)
+    viewer.open()
+    image, mean = map(np.abs, rows(store))
     viewer.heat(image[MIDDLE], "image")
     viewer.heat(mean[MIDDLE], "mean")
-    viewer.heat(image[MIDDLE] - mean[MIDDLE], "difference")
+    viewer.heat(image[MIDDLE] - mean[MIDDLE], "difference")  # as the pictures are: the left less the middle
     page = viewer.page
+    assert "The deeper the orange, the more it takes" in page.locator(".lead").inner_text()
     page.get_by_role("heading", name="Where does vmamba_micro look?").wait_for()
     page.get_by_role("heading", name="What patch (4, 6) takes from · stage 0, block 0").wait_for()
     assert page.locator("#maps b").all_inner_texts() == ["This image", "Usual", "What is special here"]
@@ -230,14 +233,14 @@ def test_the_address_holds_the_view_and_back_undoes(viewer, store):
     other.page.close()
 
 
-@pytest.mark.parametrize(
-    "link", ["layer=x", "cells=8x12/5:", "show=nothing", "cells=0x0/1", "opacity=much", "b=1&b.mode=x", "points=1/a",
-             "cells=8x12/999", "gate=1"],
-)  # fmt: skip
-def test_a_damaged_link_says_so_and_shows_the_start(viewer, store, link):
-    viewer.open(link)
-    viewer.heat(rows(store)[0][MIDDLE])
-    assert "This link is damaged or incomplete" in viewer.page.locator("#message").inner_text()
+def test_a_damaged_link_says_so_and_shows_the_start(viewer, store):
+    for link in (
+        "layer=x", "cells=8x12/5:", "show=nothing", "cells=0x0/1", "opacity=much", "b=1&b.mode=x", "points=1/a",
+        "cells=8x12/999", "gate=1",
+    ):  # fmt: skip
+        viewer.open(link)
+        viewer.heat(np.abs(rows(store)[0][MIDDLE]))
+        assert "This link is damaged or incomplete" in viewer.page.locator("#message").inner_text(), link
 
 
 def test_links_of_another_store_show_what_there_is(viewer):
@@ -431,6 +434,64 @@ def test_no_width_scrolls_sideways(browser, address, width, scheme):
     assert viewer.wrong == []
 
 
+def test_axe_finds_nothing(viewer):
+    axe = pytest.importorskip("axe_playwright_python", reason="axe-playwright-python is not installed")
+    script = (Path(axe.__file__).parent / "axe.min.js").read_text()
+    for scheme, state in (
+        ("light", ""),
+        ("light", "b=1"),
+        ("dark", "mode=blocks&show=classes"),
+        ("dark", "mode=every"),
+    ):
+        viewer.page.emulate_media(color_scheme=scheme)
+        viewer.open(state)
+        viewer.page.evaluate("""() => { document.querySelector('#more').open = true;
+            document.querySelector('#help').hidden = false; }""")
+        viewer.page.evaluate(script)
+        found = viewer.page.evaluate("axe.run(document, { resultTypes: ['violations'] })")["violations"]
+        assert [(each["id"], each["nodes"][0]["html"]) for each in found] == []
+    viewer.page.emulate_media(color_scheme="light")
+
+
+def test_at_200_percent_a_map_is_on_the_first_screen(browser, address):
+    page = browser.new_page(viewport={"width": 720, "height": 450})  # 1440 x 900, twice as large
+    viewer = Viewer(page, address).open()
+    box = page.locator("canvas.map").first.bounding_box()
+    assert box["y"] + box["height"] / 4 < 450
+    page.close()
+    assert viewer.wrong == []
+
+
+def test_means_of_classes_and_their_difference(viewer, store):
+    viewer.choose("show", "by class")
+    each = [rows(store, image)[0][MIDDLE] for image in range(4)]  # cat, dog, cat, dog
+    cat, dog = (each[0] + each[2]) / 2, (each[1] + each[3]) / 2
+    viewer.heat(cat, "class")
+    viewer.heat(cat - rows(store)[1][MIDDLE], "versus")
+    viewer.page.get_by_label("minus", exact=True).select_option("dog")
+    viewer.heat(dog, "other")
+    viewer.heat(cat - dog, "versus")
+    assert viewer.page.locator("#maps b").all_inner_texts() == ["cat", "dog", "cat minus dog"]
+    assert "mean of 2 photos of this class" in viewer.page.locator("#maps").inner_text()
+    viewer.page.get_by_label("class", exact=True).select_option("dog")
+    viewer.heat(dog, "class")
+
+
+def test_the_points_most_alike_can_be_chosen(viewer, store):
+    mean = rows(store)[1]
+    nearest = np.argsort(np.linalg.norm(mean - mean[MIDDLE], axis=1))[1:7].tolist()
+    buttons = viewer.page.locator("#card button")
+    buttons.first.wait_for()
+    assert buttons.all_inner_texts() == [*(f"({at // 12}, {at % 12})" for at in nearest), "select these"]
+    buttons.last.click()
+    viewer.lit([MIDDLE, *nearest])
+    viewer.open("mode=blocks&layer=2&points=2/0")
+    buttons.first.wait_for()
+    assert re.fullmatch(r"block [01], image_\d.jpg", buttons.first.inner_text())
+    buttons.first.click()
+    viewer.until("viewer.state.pairs.length === 1 && String(viewer.state.pairs[0]) !== '2,0'")
+
+
 def test_every_control_has_a_name(viewer):
     viewer.more()
     viewer.page.wait_for_timeout(300)
@@ -448,7 +509,7 @@ def test_a_class_token_a_gate_two_models_and_a_photo_of_one_s_own(browser, tmp_p
     model = mamba_attn.models.create("vim_micro", image_size=(24, 40), depth=2, num_classes=3)
     pixels = np.random.default_rng(1).integers(0, 255, (2, 24, 40, 3), dtype=np.uint8)
     vim = Double(model, pixels, ["cat", "dog"], keep=2, name="vim_micro")
-    vim.transform = SimpleNamespace(pixels=lambda picture: np.asarray(picture.resize((40, 24))))
+    vim.transform = Transform((24, 40))
     with served(tiny(2), vim) as address:
         page = browser.new_page(viewport={"width": 1400, "height": 900})
         viewer = Viewer(page, address).open()
@@ -458,7 +519,7 @@ def test_a_class_token_a_gate_two_models_and_a_photo_of_one_s_own(browser, tmp_p
         layout = vim.layers[0].layout
         layer = viewer.state()["panes"][0]["layer"]
         row = vim.matrix(vim.layers[layer], vim.images[0])[layout.class_tokens[0]][layout.patches.numpy()]
-        viewer.heat(row)
+        viewer.heat(np.abs(row))
         assert "What the class token takes from" in page.locator("#caption").inner_text()
         viewer.more()
         viewer.until(

@@ -16,10 +16,15 @@ from starlette.testclient import TestClient
 
 from mamba_attn.commands import explore
 from mamba_attn.commands.cli import main
+from mamba_attn.core.transform import Transform
 from mamba_attn.viewer import guard, server
 from mamba_attn.viewer.guard import LARGEST
+from mamba_attn.viewer.points import Scatter
+from mamba_attn.viewer.reductions import Jobs
 from mamba_attn.viewer.server import Explorer
 from mamba_attn.viewer.serving import bound
+from mamba_attn.viewer.source import Source
+from mamba_attn.viewer.state import Pane
 from tests.viewer.double import tiny
 from tests.viewer.report.cases import stored
 
@@ -96,6 +101,35 @@ def test_points_and_a_job_that_computes_them(client):
     assert client.get("/api/jobs/9999").status_code == 404
 
 
+def test_slow_layouts_are_computed_ahead_one_after_the_other(monkeypatch):
+    fresh = tiny(3)
+    fresh.layers = fresh.layers[2:4]  # a stage of two blocks
+    monkeypatch.setattr("mamba_attn.viewer.reductions.SLOW", ("tsne",))
+    jobs, scatter = Jobs(), Scatter(Source(fresh))
+    number = jobs.ahead(scatter)
+    assert jobs.start(scatter, Pane(layer=1, method="tsne")) == number  # it is on its way there
+    for _ in range(600):
+        job = jobs.get(number)
+        if job.state != "running":
+            break
+        time.sleep(0.2)
+    assert (job.state, job.described()["left"]) == ("done", 0)
+    for pane in (Pane(layer=1, method="tsne"), Pane(mode="blocks", method="tsne")):
+        assert scatter.known(pane).xy.shape == (6, 2)
+    assert jobs.ahead(scatter) is None
+
+
+def test_the_points_most_alike_are_those_of_the_nearest_rows(client, store):
+    found = client.post("/api/neighbours", json={"layer": 0, "point": 9}).json()["numbers"]
+    rows = store.mean(store.layers[0])
+    away = np.linalg.norm(rows - rows[9], axis=1)
+    assert found == np.argsort(away)[1:7].tolist()
+    pairs = client.post("/api/neighbours", json={"layer": 2, "mode": "blocks", "point": 0}).json()["numbers"]
+    assert len(pairs) == 6
+    assert client.post("/api/neighbours", json={"point": 96}).status_code == 400
+    assert client.post("/api/neighbours", json={"point": "0"}).status_code == 400
+
+
 def test_a_job_that_fails_says_why(client, monkeypatch):
     monkeypatch.setattr("mamba_attn.viewer.reductions.FIRST", -5)
     job = client.post("/api/points", json={"layer": 1, "method": "tsne"}).json()["job"]
@@ -115,14 +149,7 @@ def test_pictures_and_thumbnails(client, store):
 
 
 def test_a_photo_joins_the_images(store, monkeypatch):
-    monkeypatch.setattr(store, "transform", None, raising=False)
-
-    class Transform:
-        @staticmethod
-        def pixels(picture):
-            return np.asarray(picture.resize((48, 32)))
-
-    monkeypatch.setattr(store, "transform", Transform, raising=False)
+    monkeypatch.setattr(store, "transform", Transform((32, 48)), raising=False)
     monkeypatch.setattr(store, "classes", ["a", "b", "c"], raising=False)
     with TestClient(Explorer([store]), base_url=HERE) as client:
         file = io.BytesIO()
@@ -133,7 +160,8 @@ def test_a_photo_joins_the_images(store, monkeypatch):
         assert reply["entry"][2] in "abc"
         (found,) = maps(client, {"what": "image", "image": 4, "cells": "3"})
         assert numbers(found["map"]).shape == (96,)
-        assert client.get("/api/picture?image=4").status_code == 200
+        shown = Image.open(io.BytesIO(client.get("/api/picture?image=4").content))
+        assert shown.size == (90, 60)  # the part that the model sees, in the file's own pixels
         for body in (b"", b"no photo", file.getvalue()[:60]):
             assert "no photo that can be read" in client.post("/api/photo", content=body).json()["error"]
         monkeypatch.setattr(server, "_PIXELS", 100)
@@ -200,7 +228,7 @@ def test_2500_mutated_requests_are_never_answered_with_500(client, monkeypatch):
     chance = random.Random(0)
     good = {
         "store": 0, "layer": 1, "route": 2, "direction": "row", "what": "image", "image": 1, "gate": False,
-        "skip": False, "method": "pca", "first": True, "mode": "patches", "cells": "0:2,5",
+        "skip": False, "method": "pca", "first": True, "mode": "patches", "cells": "0:2,5", "point": 3,
     }  # fmt: skip
     odd = [None, True, -1, 0, 1, 3, 99, 1e308, -0.5, 10**30, "", "x", "row", "5:1", "0:99999", "-3", "\u0663", [], [1],
            {}, {"a": 1}, "1,,2", "\ud800", "mean", "spread", "blocks", "tsne", "\0"]  # fmt: skip
@@ -209,7 +237,7 @@ def test_2500_mutated_requests_are_never_answered_with_500(client, monkeypatch):
         query = dict(good)
         for name in chance.sample(list(query), chance.randint(1, 4)):
             query[name] = chance.choice(odd)
-        path = chance.choice(["maps", "points", "has"])
+        path = chance.choice(["maps", "points", "has", "neighbours"])
         text = json.dumps({"queries": [query]} if path == "maps" else query)
         if chance.random() < 0.2:  # and damaged text
             at = chance.randrange(len(text))

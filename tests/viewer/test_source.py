@@ -1,10 +1,12 @@
 """What the explorer reads equals the matrices, stored or of a live model."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import mamba_attn
 from mamba_attn import images
@@ -176,3 +178,25 @@ def test_a_hundred_components_come_first_or_not_and_each_is_remembered(store, mo
         assert scatter.points(pane).xy[0, 0] == 100
         assert scatter.points(replace(pane, first=False)).xy[0, 0] == 0
     assert asked == [("tsne", 100), ("tsne", None)]
+
+
+def test_pictures_for_the_eye_have_the_pixels_of_their_files(tmp_path):
+    photos = Path(folder_of(tmp_path, 2))
+    y, x = np.mgrid[0:80, 0:96]
+    for path in sorted(photos.rglob("*.png")):
+        Image.fromarray(np.stack([2 * x, 3 * y, x + y], -1).astype(np.uint8)).save(path)
+    collect(request(str(photos), "vmamba_micro", keep=1), tmp_path / "store")
+    source = Source(AttentionStore.open(tmp_path / "store"))
+    rows, columns = source.store.transform.size
+    seen, shown = source.pixels(Pane()), source.picture(Pane())
+    assert seen.shape == (rows, columns, 3)
+    assert shown.shape[0] > rows
+    assert abs(shown.shape[0] * columns / rows - shown.shape[1]) <= 1
+    again = np.asarray(Image.fromarray(shown).resize((columns, rows), Image.Resampling.BOX))
+    assert np.abs(again.astype(int) - seen).mean() < 3  # the same part of the picture
+    changed = sorted(photos.rglob("*.png"))[1]
+    Image.new("RGB", (96, 80)).save(changed)
+    np.testing.assert_array_equal(source.picture(Pane(image=1)), source.pixels(Pane(image=1)))
+    changed.unlink()
+    fresh = Source(source.store)
+    np.testing.assert_array_equal(fresh.picture(Pane(image=1)), fresh.pixels(Pane(image=1)))

@@ -3,13 +3,16 @@ import { about } from './data.js';
 import { state } from './state.js';
 
 const SHADES = 510; // of a map
+export const DIFFERENCES = ['difference', 'versus', 'apart'];
 export const css = ([red, green, blue]) => `rgb(${red},${green},${blue})`;
 export const paint = (name) => getComputedStyle(document.documentElement).getPropertyValue('--' + name).trim();
 
 // What of some values is shown: their sign, a normalisation, a logarithm; as mamba_attn.figures.shown does it.
-export function shown(values) {
-  const { sign, normalise, log } = state;
-  let found = Float64Array.from(values, (value) => (sign === 'absolute' ? Math.abs(value) : sign === 'positive' ? Math.max(value, 0) : value));
+const SIGNS = { absolute: Math.abs, positive: (value) => Math.max(value, 0), signed: (value) => value };
+export const strengths = (values) => Float64Array.from(values, SIGNS[state.sign]);
+export function shown(strength) {
+  const { normalise, log } = state;
+  let found = strength;
   const least = found.reduce((a, b) => Math.min(a, b), Infinity);
   const most = found.reduce((a, b) => Math.max(a, b), -Infinity);
   const sum = found.reduce((a, b) => a + Math.abs(b), 0);
@@ -33,9 +36,9 @@ export function topOf(all) {
   return found || Math.max(0, ...all.map((values) => values.reduce((a, b) => Math.max(a, Math.abs(b)), 0))) || 1;
 }
 
-// The scale of a map: centred on zero with a sign, else from zero.
-export function scaleOf(values, top, spread = false) {
-  const signed = !spread && ((state.sign === 'signed' && state.normalise !== 'range') || values.some((value) => value < 0));
+// The scale of a map: centred on zero with a sign, as differences always are, else from zero.
+export function scaleOf(values, top, what = '') {
+  const signed = what !== 'spread' && state.normalise !== 'range' && (state.sign === 'signed' || DIFFERENCES.includes(what) || values.some((value) => value < 0));
   const beyond = values.some((value) => Math.abs(value) > top * 1.000001);
   return { low: signed ? -top : 0, high: top, colours: about.palettes[signed ? 'signed' : state.palette], signed, beyond };
 }

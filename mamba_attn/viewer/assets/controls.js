@@ -3,8 +3,8 @@ import { about, ask, byId, cellsOf, has, live, picture } from './data.js';
 import { element } from './colours.js';
 import { drawMaps, mapTools, repaint, unusual } from './maps.js';
 import { drawPoints, passes, pointTools, zoom } from './points.js';
-import { COLOURS, beginning, change, layerOf, pane, right, routeOf, state, storeOf } from './state.js';
-import { METHODS, answered, arrow, block, caption, short, steps, verdict } from './words.js';
+import { COLOURS, beginning, change, classOf, layerOf, pane, right, routeOf, state, storeOf, wordsOf } from './state.js';
+import { METHODS, answered, arrow, block, caption, gridOf, noun, short, steps, verdict } from './words.js';
 
 const LISTED = 300; // photos in the list; the search finds the others
 const able = new Map(); // which layers have a gate and a D, by store
@@ -14,6 +14,9 @@ export function build() {
   const its = pane();
   byId('title').textContent = `Where does ${storeOf().name} look?`;
   document.title = `${caption(its)} · ${storeOf().name}`;
+  byId('lead').replaceChildren(...leadOf(its));
+  const text = Boolean(wordsOf(its));
+  [byId('starts').hidden, byId('photos').hidden] = [text, text && storeOf().images.length < 2];
   byId('story').textContent = STARTS[state.start - 1]?.[1] ?? '';
   [...byId('starts').querySelectorAll('button')].forEach((one, at) => one.setAttribute('aria-pressed', at + 1 === state.start));
   fill('where', above(its));
@@ -23,11 +26,19 @@ export function build() {
   list(its);
   if (!byId('plots')) byId('points').append(element('div', undefined, { class: 'bar', id: 'points-bar' }), element('div', undefined, { id: 'plots' }), element('div', undefined, { class: 'bar', id: 'points-tools' }));
   fill('points-bar', ofPoints(its));
-  fill('points-tools', handling());
+  fill('points-tools', its.mode === 'every' ? [] : handling());
   fill('display', more(its));
   document.querySelector('.work').classList.toggle('two', state.panes.length > 1);
   byId('plots').className = state.panes.length > 1 ? 'plots-two' : '';
   if (held) document.querySelector(`[data-name="${held}"]:checked, [data-name="${held}"]:not([type=radio])`)?.focus({ preventScroll: true });
+}
+
+// What one sees, and what the colours mean.
+function leadOf(its) {
+  const first = [`The ${wordsOf(its) ? 'text' : layerOf(its).slices ? 'volume' : 'photo'} is cut into ${noun(true)}. `, element('b', `Click a ${noun()}`), ` to see which other ${noun(true)} it takes information from. `];
+  const [orange, blue] = [element('span', 'orange', { class: 'adds' }), element('span', 'blue', { class: 'subtracts' })];
+  if (state.sign === 'signed') return [...first, orange, ' adds, ', blue, ' subtracts.'];
+  return [...first, 'The deeper the ', orange, `, the more it ${its.direction === 'row' ? 'takes' : 'gives'}`, ...(its.show === 'all' ? ['; in the third map ', blue, ' is less than usual.'] : ['.'])];
 }
 const fill = (id, made) => byId(id).replaceChildren(...made.filter(Boolean));
 
@@ -40,11 +51,11 @@ function above(its) {
     state.panes.length > 1 && choice('active', 'controls of', [[0, 'pane A'], [1, 'pane B']], state.active, (active) => change({ active })),
     about.stores.length > 1 ? menu('store', 'model', about.stores.map((one, at) => [at, named(at)]), its.store, (store) => change({}, { ...beginning(store).panes[0] }))
       : element('b', storeOf().name),
-    element('span', `${storeOf().collected} photos${share}`, { class: 'hint' }),
+    !wordsOf(its) && element('span', `${storeOf().collected} photos${share}`, { class: 'hint' }),
     element('span', undefined, { class: 'space' }),
-    menu('layer', 'block', storeOf().layers.map((one) => [one.number, `${block(one)} · ${one.grid.join(' × ')}`]), its.layer, (number) => change({}, { layer: number })),
-    layer.orders.length > 0 && choice('route', 'scan direction', scans, routeOf(its), (route) => change({}, { route })),
-    toggle('large', 'large strip', state.large, (large) => change({ large })),
+    menu('layer', 'block', storeOf().layers.map((one) => [one.number, `${block(one)} · ${gridOf(one)}`]), its.layer, (number) => change({}, { layer: number })),
+    layer.orders.length > 0 && !(wordsOf(its) && layer.routes < 2) && choice('route', 'scan direction', scans, routeOf(its), (route) => change({}, { route })),
+    !wordsOf(its) && toggle('large', 'large strip', state.large, (large) => change({ large })),
   ];
 }
 
@@ -55,17 +66,22 @@ function named(at) {
 const missing = (layer, route) => (live || `mean/${route}` in layer.matrices ? undefined : 'not on this page: mamba-attn explore shows it');
 
 function ofPatch(its) {
-  const shows = [['all', 'all three'], ['image', 'this photo'], ['mean', 'usual'], ['difference', 'special'], ['spread', 'varies', live ? undefined : 'not on this page: mamba-attn explore shows it']];
+  const classes = [...new Set(storeOf().images.map((one) => one[1]))].filter((one) => one !== null).sort();
+  const shows = [['all', 'all three'], ['image', 'this photo'], ['mean', 'usual'], ['difference', 'special'], ['spread', 'varies', live ? undefined : 'not on this page: mamba-attn explore shows it'],
+    ['classes', 'by class', classes.length > 1 ? undefined : 'the classes are not known']];
   const single = storeOf().collected < 2;
   return [
-    choice('direction', 'a patch', [['row', 'takes from'], ['column', 'gives to']], its.direction, (direction) => change({}, { direction })),
-    choice('show', 'show', state.panes.length > 1 ? shows.slice(1) : shows, state.panes.length > 1 && its.show === 'all' ? 'image' : its.show, (show) => change({}, { show }), single ? 'there is one photo: nothing to compare it with' : ''),
+    choice('direction', `a ${noun()}`, [['row', 'takes from'], ['column', 'gives to']], its.direction, (direction) => change({}, { direction })),
+    choice('sign', 'values', [['absolute', 'strength'], ['signed', 'with sign'], ['positive', 'positive']], state.sign, (sign) => change({ sign, lock: 0 })),
+    !(single && wordsOf(its)) && choice('show', 'show', state.panes.length > 1 ? shows.slice(1) : shows, state.panes.length > 1 && its.show === 'all' ? 'image' : its.show, (show) => change({}, { show }), single ? 'there is one photo: nothing to compare it with' : ''),
+    its.show === 'classes' && menu('one', 'class', classes.map((one) => [one, one]), classOf(its, 'class') ?? classes[0], (one) => change({}, { one })),
+    its.show === 'classes' && menu('other', 'minus', [['', 'all photos'], ...classes.map((one) => [one, one])], its.other, (other) => change({}, { other })),
   ];
 }
 
 function selecting(its) {
   return [
-    button('clear', 'clear selection', () => change({ cells: [], pairs: [] }), state.cells.length || state.pairs.length ? '' : 'nothing is selected: the map is the mean over all patches'),
+    button('clear', 'clear selection', () => change({ cells: [], pairs: [] }), state.cells.length || state.pairs.length ? '' : `nothing is selected: the map is the mean over all ${noun(true)}`),
     layerOf(its).classes > 0 && button('class', 'class token', () => change({ cells: [-1], grid: layerOf().grid })),
     button('compare', state.panes.length > 1 ? 'one pane' : 'side by side', compare),
   ];
@@ -146,7 +162,7 @@ function ofPoints(its) {
   const offered = live ? ['pca', 'tsne', 'umap'] : ['pca', 'tsne', 'umap'].filter((method) => Object.keys(storeOf().points).some((key) => key.endsWith('/' + method)));
   const layouts = Object.keys(METHODS).map((method) => [method, METHODS[method], offered.includes(method) ? undefined : `not on this page: mamba-attn report --method ${method} holds it`]);
   return [
-    choice('mode', '', [['patches', 'patches of this block'], ['blocks', 'blocks of this stage'], ['every', 'every block']], its.mode, (mode) => change({}, { mode }), '', 'compare'),
+    choice('mode', '', [['patches', `${noun(true)} of this block`], ['blocks', 'blocks of this stage', storeOf().collected < 2 ? 'there is one photo: nothing to compare it with' : undefined], ['every', 'every block']], its.mode, (mode) => change({}, { mode }), '', 'compare'),
     choice('method', 'layout', layouts, its.method, (method) => change({}, { method })),
     menu('colour', 'colour', COLOURS[its.mode].filter((one) => one !== 'rank' || layerOf(its).orders.length).map((one) => [one, one]), its.colour, (colour) => change({}, { colour })),
   ];
@@ -167,7 +183,6 @@ function more(its) {
     : known && !known[name] ? `the scans of this block have no ${what}` : '');
   const unsigned = state.sign === 'signed' && state.normalise !== 'range' ? 'values with a sign are blue and orange' : '';
   return [
-    choice('sign', 'values', [['signed', 'with sign'], ['positive', 'positive'], ['absolute', 'strength']], state.sign, (sign) => change({ sign, lock: 0 })),
     choice('normalise', 'scale', [['none', 'as it is'], ['largest', 'divide by maximum'], ['sum', 'divide by sum'], ['range', '0 to 1']], state.normalise, (normalise) => change({ normalise, lock: 0 })),
     toggle('log', 'logarithmic', state.log, (log) => change({ log, lock: 0 })),
     toggle('gate', 'with the gate', its.gate, (gate) => change({}, { gate }), why('gate', 'gate')),
@@ -175,11 +190,11 @@ function more(its) {
     choice('palette', 'colours', [['orange', 'orange'], ['viridis', 'viridis'], ['cividis', 'cividis']], state.palette, (palette) => change({ palette }), unsigned),
     slider('opacity', `opacity ${state.opacity}`, [0, 1, 0.05]),
     choice('map-tool', 'drag over patches', [['box', 'box'], ['lasso', 'lasso']], mapTools.map, (tool) => { mapTools.map = tool; build(); }),
-    toggle('path', 'scan path', state.path, (path) => change({ path }), length ? '' : 'softmax attention has no path'),
+    toggle('path', 'scan path', state.path, (path) => change({ path }), wordsOf(its) ? 'a text is read from its start' : length ? '' : 'softmax attention has no path'),
     length > 0 && slider('step', state.step ? `first ${state.step} of ${length} steps` : `all ${length} steps`, [0, length, 1], state.path ? '' : 'switch the scan path on'),
     length > 0 && button('play', 'play the path', play),
     toggle('first', 'reduce to 100 dimensions first (PCA)', its.first, (first) => change({}, { first }), its.method === 'pca' ? 'PCA needs no reduction before' : live ? '' : 'this page has one of both'),
-    button('png-maps', 'maps as PNG', () => saving.png('maps')), button('png-points', 'points as PNG', () => saving.png('points')), button('png-strip', 'strip as PNG', () => saving.png('strip')),
+    button('png-maps', 'maps as PNG', () => saving.png('maps'), wordsOf(its) ? 'a text is no picture: save the strip' : ''), button('png-points', 'points as PNG', () => saving.png('points')), button('png-strip', 'strip as PNG', () => saving.png('strip')),
     button('npz', 'numbers as NPZ', () => saving.npz()),
     button('reset', 'reset view', () => change({ ...beginning(its.store) })),
   ];

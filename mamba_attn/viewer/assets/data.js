@@ -3,6 +3,7 @@ export const about = JSON.parse(document.getElementById('about').textContent);
 export const live = about.live;
 const KEPT = 800; // maps that are remembered
 const MATRICES = 24; // that stay unpacked
+const NEAREST = 6; // points most alike, as the server counts them
 const kept = new Map();
 const unpacked = new Map();
 
@@ -58,10 +59,18 @@ export async function points(pane) {
   if (found.xy) kept.set(key, found);
   return found;
 }
+// The points most alike to one of them: {numbers}, or {error}.
+export async function neighbours(pane, point) {
+  const key = `alike ${point} ${JSON.stringify(pane)}`;
+  const found = kept.get(key) ?? await (live ? post('api/neighbours', { ...pane, point }) : nearestRows(pane, point));
+  if (found.numbers) kept.set(key, found);
+  return found;
+}
 export const job = (number, method = 'GET') => ask(`api/jobs/${number}`, { method });
 export const has = (pane) => (live ? post('api/has', pane) : Promise.resolve({ error: 'needs the running explorer' }));
 
 export function picture(store, image, small) {
+  if (about.stores[store].images[image][5]) return undefined; // a text
   if (live) return `api/picture?store=${store}&image=${image}${small ? '&small=1' : ''}`;
   const { photos, small: all } = about.stores[store];
   return small ? all[image] ?? photos[image] : photos[image] ?? all[image];
@@ -104,6 +113,20 @@ async function folded(query) {
     }
   }
   return { map: Float32Array.from(total.subarray(0, cellsOf(its)), (value) => value / some.length) };
+}
+
+async function nearestRows(pane, point) {
+  const its = about.stores[pane.store].layers.find((one) => one.number === pane.layer);
+  const number = its.matrices[`mean/${pane.route < 0 || its.routes < 2 ? 'sum' : pane.route}`];
+  if (pane.mode === 'blocks' || number === undefined) return { error: 'not on this page' };
+  const { scales, numbers } = await matrix(number, its.tokens);
+  const at = (token, other) => (pane.direction === 'row' ? numbers[token * its.tokens + other] * scales[token] : numbers[other * its.tokens + token] * scales[other]);
+  const away = Array.from({ length: cellsOf(its) }, (_, token) => {
+    let sum = 0;
+    for (let other = 0; other < its.tokens; other++) sum += (at(token, other) - at(point, other)) ** 2;
+    return sum;
+  });
+  return { numbers: [...away.keys()].filter((token) => token !== point).sort((a, b) => away[a] - away[b]).slice(0, NEAREST) };
 }
 
 function held(pane) {

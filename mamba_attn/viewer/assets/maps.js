@@ -1,8 +1,9 @@
 // The maps of what is selected: of the open block, large, on one scale; of every block, as a film strip.
 import { about, asRuns, byId, maps, picture } from './data.js';
-import { css, element, mixed, paint, prepared, ramp, scaleOf, shown, tile, topOf } from './colours.js';
-import { cellsOn, change, layerOf, pane, routeOf, state, storeOf } from './state.js';
-import { block, caption, number, place, steps, strongest, titled, unit, verdict, visits, who } from './words.js';
+import { css, element, mixed, paint, prepared, ramp, scaleOf, shown, strengths, tile, topOf } from './colours.js';
+import { alike } from './points.js';
+import { cellsOn, change, classImages, layerOf, pane, routeOf, state, storeOf, wordsOf } from './state.js';
+import { block, caption, gridOf, models, noun, number, place, steps, strongest, titled, unit, verdict, visits, who } from './words.js';
 
 const STRIP = 8; // blocks of the strip that are asked for at once: a gesture does not wait for more
 let drawn = []; // per map: its slot, layer, values, scale, canvas
@@ -12,10 +13,11 @@ const tools = { map: 'box' };
 
 // The maps that are shown: of one pane up to three; of two panes one each, and their difference.
 function slots() {
-  const found = state.panes.map((its) => ({ pane: its, what: its.show === 'all' ? 'image' : its.show }));
+  const found = state.panes.map((its) => ({ pane: its, what: TRIPLES[its.show]?.[0] ?? its.show }));
   if (found.length === 2) return layerOf(state.panes[0]).grid.join() === layerOf(state.panes[1]).grid.join() ? [...found, { pane: state.panes[0], what: 'apart' }] : found;
-  return pane().show === 'all' ? ['image', 'mean', 'difference'].map((what) => ({ pane: pane(), what })) : found;
+  return TRIPLES[pane().show]?.map((what) => ({ pane: pane(), what })) ?? found;
 }
+const TRIPLES = { all: ['image', 'mean', 'difference'], classes: ['class', 'other', 'versus'] }; // the third is the first minus the second
 
 function query(its, what, layer = layerOf(its), cells = cellsOn(layer)) {
   const { store, direction, gate, skip } = its;
@@ -23,20 +25,27 @@ function query(its, what, layer = layerOf(its), cells = cellsOn(layer)) {
   return { store, layer: layer.number, route, direction, what, image: what === 'image' ? its.image : 0, gate, skip, cells: asRuns(cells) };
 }
 
-// What a map is the sum of: queries with their signs.
+// What a map is made of: means over queries, added or subtracted.
 function parts(its, what, ...rest) {
-  if (what === 'apart') return [...parts(...Object.values(slots()[0])), ...parts(...Object.values(slots()[1])).map(([one, sign]) => [one, -sign])];
-  if (what === 'difference') return [[query(its, 'image', ...rest), 1], [query(its, 'mean', ...rest), -1]];
-  return [[query(its, what, ...rest), 1]];
+  const less = (first, second) => [...first, ...second.map(([queries, sign]) => [queries, -sign])];
+  if (what === 'apart') return less(...slots().slice(0, 2).map((slot) => parts(slot.pane, slot.what)));
+  if (what === 'difference') return less(parts(its, 'image', ...rest), parts(its, 'mean', ...rest));
+  if (what === 'versus') return less(parts(its, 'class', ...rest), parts(its, 'other', ...rest));
+  if (what === 'class' || (what === 'other' && its.other)) return [[classImages(its, what).map((image) => query({ ...its, image }, 'image', ...rest)), 1]];
+  return [[[query(its, what === 'other' ? 'mean' : what, ...rest)], 1]];
 }
 
-// The values of several maps as they are shown, or {error}; asked for together.
+// The values of several maps as they are shown, or {error}; asked for together. A difference is that of what is shown.
 async function values(all) {
-  const replies = await maps(all.flat().map(([one]) => one));
+  const replies = await maps(all.flat().flatMap(([queries]) => queries));
   return all.map((its) => {
-    const own = replies.splice(0, its.length);
-    const wrong = own.find((one) => one.error);
-    return wrong ? { error: wrong.error } : { values: shown(own[0].map.map((_, cell) => own.reduce((sum, one, at) => sum + its[at][1] * one.map[cell], 0))) };
+    const means = its.map(([queries]) => {
+      const own = replies.splice(0, queries.length);
+      const wrong = own.find((one) => one.error) ?? (own.length ? null : { error: 'No photo of this class is stored in full.' });
+      return wrong ?? strengths(own[0].map.map((_, cell) => own.reduce((sum, one) => sum + one.map[cell], 0) / own.length));
+    });
+    const wrong = means.find((one) => one.error);
+    return wrong ? { error: wrong.error } : { values: shown(means[0].map((_, cell) => means.reduce((sum, one, at) => sum + its[at][1] * one[cell], 0))) };
   });
 }
 
@@ -51,13 +60,15 @@ export async function drawMaps() {
   while (box.children.length < all.length) box.append(figure(box.children.length));
   drawn = all.map((slot, at) => ({
     slot, its: layerOf(slot.pane), ...found[at], canvas: box.children[at].querySelector('canvas'),
-    scale: found[at].error ? null : scaleOf(found[at].values, top, slot.what === 'spread'),
+    scale: found[at].error ? null : scaleOf(found[at].values, top, slot.what),
   }));
   drawn.forEach((one, at) => {
     const [title, words] = titled(one.slot);
     const [bold, rest] = box.children[at].querySelectorAll('b, span');
-    [bold.textContent, rest.textContent] = [state.panes.length > 1 && at < 2 ? `${'AB'[at]} · ${block(one.its)} · ${title}` : title, one.error ?? words];
-    one.canvas.setAttribute('aria-label', `${title}: ${caption(one.slot.pane)}. ${one.error ?? 'Strongest: ' + strongest(one.values, one.its, 3)}`);
+    [bold.textContent, rest.textContent] = [state.panes.length > 1 && at < 2 ? ['AB'[at], models(one.slot.pane), block(one.its), title].filter(Boolean).join(' · ') : title, one.error ?? words];
+    const words_ = wordsOf(one.slot.pane);
+    [one.canvas.hidden, one.canvas.nextSibling.hidden] = [Boolean(words_), !words_];
+    (words_ ? one.canvas.nextSibling : one.canvas).setAttribute('aria-label', `${title}: ${caption(one.slot.pane)}. ${one.error ?? 'Strongest: ' + strongest(one.values, one.its, 3)}`);
     box.children[at].classList.toggle('failed', Boolean(one.error));
   });
   repaint();
@@ -75,13 +86,20 @@ function figure(at) {
     hover: (to) => { const [cell] = to ? cellsIn(at, [to, to], true) : []; return cell === undefined ? describe() : peek(cell, drawn[at]); },
     redraw: repaint,
   });
-  return element('figure', undefined, {}, canvas, element('figcaption', undefined, {}, element('b'), element('span')));
+  const line = element('div', undefined, { class: 'tokens', tabindex: '0', role: 'application', 'aria-describedby': 'spoken' });
+  const tokenOf = (event) => event.target.closest('[data-cell]')?.dataset.cell;
+  line.addEventListener('click', (event) => { if (tokenOf(event)) choose(at, [Number(tokenOf(event))], event.shiftKey); });
+  line.addEventListener('pointerover', (event) => { if (tokenOf(event)) peek(Number(tokenOf(event)), drawn[at]); });
+  line.addEventListener('pointerleave', () => describe());
+  return element('figure', undefined, {}, canvas, line, element('figcaption', undefined, {}, element('b'), element('span')));
 }
 
 function bars() {
-  const kinds = new Map();
-  for (const { scale } of drawn) if (scale) kinds.set(String(scale.low) + scale.colours[0], { ...scale, beyond: scale.beyond || kinds.get(String(scale.low) + scale.colours[0])?.beyond });
-  return [...kinds.values()].map(({ low, high, colours, beyond }) => element('span', undefined, { class: 'control' },
+  const all = drawn.flatMap(({ scale }) => scale ?? []);
+  const halved = state.palette === 'orange' && all.some((one) => one.signed); // the scale without a sign is its upper half
+  const beyond = all.some((one) => one.beyond);
+  const kinds = all.filter((one, at) => (one.signed || !halved) && all.findIndex((other) => other.signed === one.signed) === at);
+  return kinds.map(({ low, high, colours }) => element('span', undefined, { class: 'control' },
     element('span', (low < 0 && beyond ? '≤ ' : '') + number(low), { class: 'end low' }), ramp(colours), element('span', (beyond ? '≥ ' : '') + number(high), { class: 'end' })));
 }
 
@@ -97,6 +115,10 @@ export function repaint() {
   for (const one of drawn) {
     const { canvas, its, slot } = one;
     const [rows, columns] = its.grid;
+    if (canvas.hidden) {
+      if (!one.error) line(one, canvas.nextSibling, wordsOf(slot.pane));
+      continue;
+    }
     const context = prepared(canvas, canvas.clientWidth * rows / columns);
     const [width, height] = [canvas.clientWidth, canvas.clientWidth * rows / columns];
     const photo = ['image', 'difference'].includes(slot.what) ? loaded(picture(slot.pane.store, slot.pane.image)) : null;
@@ -110,6 +132,7 @@ export function repaint() {
     if (one.opacity !== opacity) [one.tile, one.opacity] = [tile(one.values, its.grid, one.scale, opacity), opacity];
     context.drawImage(one.tile, 0, 0, width, height);
     if (one.size >= 12) lines(context, rows, columns, one.size);
+    if (its.slices) lines(context, rows / its.slices[1], its.slices[0], columns / its.slices[0] * one.size, its.slices[1] * one.size, paint('card'), 3);
     frame(context, its, one.size, cellsOn(its));
     if (state.path && its.orders.length) path(context, its, one.size, steps(its, routeOf(slot.pane)));
   }
@@ -127,12 +150,26 @@ function loaded(source) {
   return found.complete && found.naturalWidth ? found : null;
 }
 
-function lines(context, rows, columns, size) {
+function lines(context, rows, columns, wide, high = wide, colour = '#ffffff38', width = 1) {
   context.beginPath();
-  for (let row = 1; row < rows; row++) segment(context, 0, row * size, columns * size, row * size);
-  for (let column = 1; column < columns; column++) segment(context, column * size, 0, column * size, rows * size);
-  [context.strokeStyle, context.lineWidth] = ['#ffffff38', 1];
+  for (let row = 1; row < rows; row++) segment(context, 0, row * high, columns * wide, row * high);
+  for (let column = 1; column < columns; column++) segment(context, column * wide, 0, column * wide, rows * high);
+  [context.strokeStyle, context.lineWidth] = [colour, width];
   context.stroke();
+}
+
+// A text: its tokens, coloured; the selected ones have a frame.
+function line(one, box, words) {
+  if (box.children.length !== words.length || box.textContent !== words.join('')) {
+    box.replaceChildren(...words.map((word, cell) => element('span', word, { 'data-cell': cell })));
+  }
+  const chosen = new Set(cellsOn(one.its));
+  [...box.children].forEach((token, cell) => {
+    const colour = mixed(one.scale.colours, (one.values[cell] - one.scale.low) / (one.scale.high - one.scale.low));
+    token.style.background = css(colour);
+    token.style.color = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] > 140 ? '#111' : '#fff';
+    token.className = chosen.has(cell) ? 'chosen' : '';
+  });
 }
 
 function segment(context, x0, y0, x1, y1) {
@@ -273,10 +310,12 @@ export function describe() {
   const strong = strongest(one.values, one.its, 5);
   const cells = cellsOn(one.its);
   facts([
-    ['selected', cells.length ? who(one.its)[0] : 'nothing: the mean over all patches'],
+    ['selected', cells.length ? who(one.its)[0] : `nothing: the mean over all ${noun(true)}`],
     ['visited', cells.length === 1 && cells[0] >= 0 && one.its.orders.length ? visits(one.its, cells[0]) : ''],
     [one.slot.pane.direction === 'row' ? 'strongest sources' : 'strongest readers', strong],
   ]);
+  const own = peeked;
+  alike(one.slot.pane).then((found) => { if (own === peeked && found) byId('card').append(element('dt', 'most alike'), found); });
   const text = `${byId('caption').textContent}. Strongest: ${strong}`;
   if (byId('spoken').textContent !== text) byId('spoken').textContent = text;
 }
@@ -291,9 +330,9 @@ export async function peek(cell, one = drawn[0]) {
   const canvas = byId('peek');
   [canvas.height, canvas.width] = its.grid;
   canvas.hidden = false;
-  canvas.getContext('2d').drawImage(tile(found.values, its.grid, scaleOf(found.values, state.lock || topOf([found.values]))), 0, 0);
+  canvas.getContext('2d').drawImage(tile(found.values, its.grid, scaleOf(found.values, state.lock || topOf([found.values]), slot.what)), 0, 0);
   facts([
-    ['under the pointer', `patch ${place(cell, its)}${one.values ? `: ${number(one.values[cell])}` : ''}`],
+    ['under the pointer', `${noun()} ${place(cell, its)}${one.values ? `: ${number(one.values[cell])}` : ''}`],
     ['visited', its.orders.length ? visits(its, cell) : ''],
     [slot.pane.direction === 'row' ? 'takes most from' : 'gives most to', strongest(found.values, its, 5)],
   ]);
@@ -304,24 +343,25 @@ export function aboutPair(its, [layer, image]) {
   peeked++;
   byId('peek').hidden = true;
   const { stages, blocks, images } = storeOf(its);
-  facts([['under the pointer', `stage ${stages[layer]}, block ${blocks[layer]}`], ['photo', images[image][0]], ['class', verdict(images[image])]]);
+  facts([['under the pointer', block({ stage: stages[layer], block: blocks[layer] })], ['photo', images[image][0]], ['class', verdict(images[image])]]);
 }
 
 async function drawStrip(own) {
   const its = pane();
   const { layers } = storeOf(its);
   const box = byId('strip');
+  box.classList.toggle('lines', Boolean(wordsOf(its)));
   box.style.setProperty('--thumb', state.large ? '160px' : '62px');
   if (box.dataset.store !== String(its.store)) {
     box.dataset.store = its.store;
     box.replaceChildren(...layers.map((layer) => {
-      const made = element('button', undefined, { title: `open ${block(layer)}: ${layer.name}` }, element('canvas', undefined, { 'aria-hidden': 'true' }), element('span', block(layer)), element('span', layer.grid.join(' × ')));
+      const made = element('button', undefined, { title: `open ${block(layer)}: ${layer.name}` }, element('canvas', undefined, { 'aria-hidden': 'true' }), element('span', block(layer)), element('span', gridOf(layer)));
       made.addEventListener('click', () => change({}, { layer: layer.number }));
       return made;
     }));
   }
   layers.forEach((layer, at) => box.children[at].setAttribute('aria-pressed', layer === layerOf(its)));
-  const what = its.show === 'all' ? 'image' : its.show;
+  const what = TRIPLES[its.show]?.[0] ?? its.show;
   for (let start = 0; start < layers.length; start += STRIP) {
     const some = layers.slice(start, start + STRIP);
     let found = await values(some.map((layer) => parts(its, what, layer)));
@@ -330,12 +370,12 @@ async function drawStrip(own) {
     some.forEach((layer, at) => {
       const canvas = box.children[start + at].querySelector('canvas');
       const [rows, columns] = layer.grid;
-      const size = Math.max(1, Math.round((state.large ? 320 : 124) / Math.max(rows, columns)));
+      const size = Math.max(1, wordsOf(its) ? 8 : Math.round((state.large ? 320 : 124) / Math.max(rows, columns)));
       [canvas.width, canvas.height] = [columns * size, rows * size];
       if (found[at].error) return;
       const context = canvas.getContext('2d');
       context.imageSmoothingEnabled = false;
-      context.drawImage(tile(found[at].values, layer.grid, scaleOf(found[at].values, state.lock || topOf([found[at].values]), what === 'spread')), 0, 0, canvas.width, canvas.height);
+      context.drawImage(tile(found[at].values, layer.grid, scaleOf(found[at].values, state.lock || topOf([found[at].values]), what)), 0, 0, canvas.width, canvas.height);
       frame(context, layer, size, cellsOn(layer));
       strips.set(layer.name, { values: found[at].values, canvas, its: layer });
     });

@@ -1,9 +1,9 @@
 // The points: a block's patches (Mode 2 of the paper), a stage's blocks over images (Mode 1), patches of every block.
-import { about, byId, cellsOf, job, points } from './data.js';
+import { about, byId, cellsOf, job, neighbours, points } from './data.js';
 import { css, element, kindColour, mixed, paint, prepared, ramp } from './colours.js';
 import { aboutPair, describe, gestures, peek, select, shownMaps, within } from './maps.js';
-import { cellsOn, change, layerOf, pane, right, routeOf, state, storeOf } from './state.js';
-import { METHODS, block, ranks } from './words.js';
+import { cellsOn, change, layerOf, pane, right, routeOf, spot, state, storeOf, wordsOf } from './state.js';
+import { METHODS, block, models, noun, place, ranks, short } from './words.js';
 
 const [FAINT, NEXT] = [0.15, 0.6]; // opacity of points outside the selection; next to a single one
 const MANY_KINDS = 14;
@@ -62,8 +62,9 @@ async function refresh(its) {
   const own = state.panes[its.at];
   const many = own.mode === 'every';
   [its.canvas.hidden, its.many.hidden] = [many, !many];
-  its.heading.textContent = own.mode === 'blocks' ? `Stage ${layerOf(own).stage}: every dot is one block on one of ${storeOf(own).collected} photos`
-    : many ? 'Every block: its patches as dots' : `Stage ${layerOf(own).stage}, block ${layerOf(own).block}: every dot is one patch`;
+  its.heading.textContent = own.mode === 'blocks' ? `${new Set(storeOf(own).stages).size > 1 ? `Stage ${layerOf(own).stage}: every` : 'Every'} dot is one block on one of ${storeOf(own).collected} photos`
+    : many ? `Every block: its ${noun(true)} as dots` : `${block(layerOf(own)).replace(/^./, (letter) => letter.toUpperCase())}: every dot is one ${noun()}`;
+  if (models(own)) its.heading.textContent = `${models(own)}. ${its.heading.textContent}`;
   if (many) return smallMultiples(its, own);
   const wanted = asked(own);
   const key = JSON.stringify(wanted);
@@ -82,9 +83,13 @@ async function settled(wanted, its, stale) {
   const late = setTimeout(() => { if (!stale()) its.notice.replaceChildren('Placing the points …'); }, 500);
   let found = await points(wanted);
   clearTimeout(late);
+  let left = 0;
   while (found.job && !stale()) {
     const now = await job(found.job);
-    if (now.state === 'done') found = await points(wanted);
+
+    const news = now.left < left; // some of a job's points are there before the others
+    left = now.left;
+    if (now.state === 'done' || news) found = await points(wanted);
     else if (now.state !== 'running') return { error: now.state === 'cancelled' ? 'Cancelled. Choose another layout, or the same again.' : now.error };
     else {
       const number = found.job;
@@ -131,6 +136,7 @@ function paintPoints(its) {
     context.globalAlpha = 1;
     const open = pairs && pairs[at][0] === own.layer && pairs[at][1] === own.image;
     if (open || (!pairs && lit.size === 1 && lit.has(at))) ring(context, ...its.places[at], size + 5);
+    else if (pairs && pairs[at][0] === own.layer) ring(context, ...its.places[at], size, 0.5); // the open block
   }
   context.globalAlpha = 1;
 }
@@ -151,7 +157,7 @@ function looksOfPatches(own, legend) {
   const route = Math.max(routeOf(own), 0);
   const rank = own.colour === 'rank' ? ranks(its, route) : [];
   const cells = Array.from({ length: rows * columns }, (_, cell) => cell);
-  const kinds = { row: (cell) => Math.floor(cell / columns), rank: (cell) => rank[cell] ?? 0, column: (cell) => cell % columns };
+  const kinds = { row: (cell) => spot(cell, its)[1], rank: (cell) => rank[cell] ?? 0, column: (cell) => spot(cell, its)[2] };
   const values = cells.map(kinds[own.colour] ?? kinds.column);
   const high = Math.max(...values, 1);
   // as in arXiv 2502.20764: the colour is the column, the size is the row
@@ -159,8 +165,9 @@ function looksOfPatches(own, legend) {
   const largest = Math.max(...sizes, 1);
   if (legend) {
     const dot = (size) => { const made = element('canvas', undefined, { width: 28, height: 28, style: 'width:14px;height:14px' }); symbol(made.getContext('2d'), 14, 14, 2 * size, { colour: paint('soft'), shape: 0 }); return made; };
-    legend.append(element('span', `colour: ${own.colour === 'rank' ? `step in scan ${route + 1}` : own.colour}`), element('span', own.colour === 'rank' ? '1' : '0'), ramp(about.palettes.cividis), element('span', String(high)),
-      element('span', `size: ${own.colour === 'row' ? 'column' : 'row'}`), element('span', '0'), dot(5), dot(12), element('span', String(largest)));
+    const named = own.colour === 'rank' ? `step in scan ${route + 1}` : wordsOf(own) ? 'place in the text' : own.colour;
+    legend.append(element('span', `colour: ${named}`), element('span', own.colour === 'rank' ? '1' : '0'), ramp(about.palettes.cividis), element('span', String(high)));
+    if (rows > 1) legend.append(element('span', `size: ${own.colour === 'row' ? 'column' : 'row'}`), element('span', '0'), dot(5), dot(12), element('span', String(largest)));
   }
   const small = cells.length > 1500 ? 0.6 : cells.length > 500 ? 0.75 : 1;
   return cells.map((cell) => ({ colour: css(mixed(about.palettes.cividis, values[cell] / high)), size: small * (5 + 8 * sizes[cell] / largest), shape: 0 }));
@@ -207,11 +214,11 @@ function symbol(context, x, y, size, { colour, shape }) {
   context.stroke();
 }
 
-function ring(context, x, y, size) {
+function ring(context, x, y, size, wide = 1) {
   for (const [colour, width] of [['white', 4], ['#111', 2]]) {
     context.beginPath();
     context.arc(x, y, size / 2 + 1, 0, 2 * Math.PI);
-    [context.strokeStyle, context.lineWidth] = [colour, width];
+    [context.strokeStyle, context.lineWidth] = [colour, width * wide];
     context.stroke();
   }
 }
@@ -249,6 +256,22 @@ function pick(its, numbers, add, click) {
   const [first] = chosen;
   if (!first || add || (open && !click)) return change({ pairs: chosen });
   return change({ pairs: chosen }, { layer: first[0], image: first[1] });
+}
+
+// The points most alike to the chosen one, by all numbers and not by their place on the screen; as buttons.
+export async function alike(own) {
+  const lit = litPoints(state.panes.indexOf(own));
+  if (lit.length !== 1) return null;
+  const found = await neighbours(asked(own), lit[0]);
+  if (!found.numbers?.length) return null;
+  const pairs = own.mode === 'blocks' ? pairsOf(own) : null;
+  const { images, blocks } = storeOf(own);
+  const made = (text, numbers) => {
+    const one = element('button', text, { class: 'small' });
+    one.addEventListener('click', () => pick({ at: state.panes.indexOf(own) }, numbers, false, true));
+    return one;
+  };
+  return element('dd', undefined, { class: 'buttons' }, ...found.numbers.map((at) => made(pairs ? `block ${blocks[pairs[at][0]]}, ${short(images[pairs[at][1]][0])}` : place(at, layerOf(own)), [at])), made('select these', [...lit, ...found.numbers]));
 }
 
 // Arrow keys in the points: the next block, or the next image.

@@ -2,7 +2,7 @@
 import { about, asRuns, byId, cellsOf, runs } from './data.js';
 
 export const CHOICES = {
-  mode: ['patches', 'blocks', 'every'], direction: ['row', 'column'], show: ['all', 'image', 'mean', 'difference', 'spread'],
+  mode: ['patches', 'blocks', 'every'], direction: ['row', 'column'], show: ['all', 'image', 'mean', 'difference', 'spread', 'classes'],
   method: ['pca', 'tsne', 'umap'], sign: ['signed', 'positive', 'absolute'], normalise: ['none', 'largest', 'range', 'sum'],
   palette: ['orange', 'viridis', 'cividis'], colour: ['column', 'row', 'rank', 'block', 'class', 'predicted'],
   verdict: ['all', 'right', 'wrong'], order: ['stored', 'unusual'],
@@ -10,10 +10,10 @@ export const CHOICES = {
 export const COLOURS = { patches: ['column', 'row', 'rank'], blocks: ['block', 'class', 'predicted'], every: ['column', 'row'] };
 const PANE = {
   store: 0, layer: 0, route: -1, image: 0, mode: 'patches', direction: 'row', show: 'all', gate: false, skip: false,
-  method: 'pca', first: true, colour: 'column',
+  method: 'pca', first: true, colour: 'column', one: '', other: '',
 };
 const SHARED = {
-  active: 0, sign: 'signed', normalise: 'none', log: false, palette: 'orange', opacity: 0.85, path: false, step: 0, lock: 0,
+  active: 0, sign: 'absolute', normalise: 'none', log: false, palette: 'orange', opacity: 0.85, path: false, step: 0, lock: 0,
   search: '', verdict: 'all', order: 'stored', large: false, start: 0,
 };
 export const state = { ...SHARED, panes: [{ ...PANE }], cells: [], grid: [1, 1], pairs: [] };
@@ -22,26 +22,47 @@ export const pane = (at = state.active) => state.panes[Math.min(at, state.panes.
 export const storeOf = (its = pane()) => about.stores[its.store];
 export const layerOf = (its = pane()) => storeOf(its).layers.find((one) => one.number === its.layer) ?? storeOf(its).layers[0];
 export const imageOf = (its = pane()) => storeOf(its).images[its.image];
+export const wordsOf = (its = pane()) => imageOf(its)[5]; // of a text
 export const routeOf = (its = pane()) => (its.route >= 0 && its.route < layerOf(its).routes && layerOf(its).routes > 1 ? its.route : -1);
 export const right = ([, , , correct]) => correct;
 
+// Slice, row and column of a cell; the slices of a volume lie on a sheet, some side by side.
+export function spot(cell, { grid, slices }) {
+  const [row, column] = [Math.floor(cell / grid[1]), cell % grid[1]];
+  if (!slices) return [0, row, column];
+  const [across, high] = slices;
+  const wide = grid[1] / across;
+  return [Math.floor(row / high) * across + Math.floor(column / wide), row % high, column % wide];
+}
+export const sides = ({ grid, slices }) => (slices ? [grid[0] / slices[1] * slices[0], slices[1], grid[1] / slices[0]] : [1, ...grid]);
+export function cellAt([slice, row, column], { grid, slices }) {
+  const [across, high] = slices ?? [1, grid[0]];
+  return (Math.floor(slice / across) * high + row) * grid[1] + (slice % across) * (grid[1] / across) + column;
+}
+
+// Photos of a class that have matrices: of the pane's "class", or the "other"; no name is the class of the open photo.
+export const classOf = (its, what) => (what === 'class' ? its.one || imageOf(its)[1] : its.other);
+export function classImages(its, what) {
+  const { images } = storeOf(its);
+  const all = images.flatMap(([, label], at) => (label !== null && label === classOf(its, what) ? [at] : []));
+  const kept = all.filter((at) => (about.live ? images[at][4] : at in storeOf(its).photos)).slice(0, 60);
+  return kept.length || !about.live ? kept : all.slice(0, 8); // the model runs on each
+}
+
 // The selected cells on another grid over the same image: those at the same places.
 export function cellsOn(its = layerOf()) {
-  const [from, to] = [state.grid, its.grid];
+  const [from, to] = [storeOf().layers.find((one) => one.grid.join() === state.grid.join()) ?? { grid: state.grid }, its];
   const rest = state.cells.filter((cell) => cell < 0 && -cell <= its.rest);
   const chosen = state.cells.filter((cell) => cell >= 0);
-  if (from[0] === to[0] && from[1] === to[1]) return [...chosen, ...rest];
+  if (from.grid.join() === to.grid.join()) return [...chosen, ...rest];
+  const moved = (cell, here, there) => {
+    const [old, own] = [sides(here), sides(there)];
+    return cellAt(spot(cell, here).map((at, axis) => Math.floor((at + 0.5) * own[axis] / old[axis])), there);
+  };
   const inside = new Set(chosen);
   const there = new Set();
-  for (let cell = 0; chosen.length && cell < cellsOf(its); cell++) {
-    const [row, column] = [Math.floor(cell / to[1]), cell % to[1]];
-    const old = [Math.floor((row + 0.5) * from[0] / to[0]), Math.floor((column + 0.5) * from[1] / to[1])];
-    if (inside.has(old[0] * from[1] + old[1])) there.add(cell);
-  }
-  for (const cell of chosen) { // larger cells may miss every centre above
-    const [row, column] = [Math.floor(cell / from[1]), cell % from[1]];
-    there.add(Math.floor((row + 0.5) * to[0] / from[0]) * to[1] + Math.floor((column + 0.5) * to[1] / from[1]));
-  }
+  for (let cell = 0; chosen.length && cell < cellsOf(its); cell++) if (inside.has(moved(cell, to, from))) there.add(cell);
+  for (const cell of chosen) there.add(moved(cell, from, to)); // larger cells may miss every centre above
   return [...[...there].sort((a, b) => a - b), ...rest];
 }
 
@@ -52,7 +73,7 @@ export function beginning(store = 0) {
   const fit = (one, at) => (about.live ? one[4] : at in its.photos);
   const image = Math.max(its.images.findIndex((one, at) => fit(one, at) && right(one) !== false), its.images.findIndex(fit), 0);
   const show = its.images.length > 1 ? 'all' : 'image';
-  const cell = Math.floor(late.grid[0] / 2) * late.grid[1] + Math.floor(late.grid[1] / 2);
+  const cell = its.images[image][5] ? cellsOf(late) - 1 : cellAt(sides(late).map((side) => side >> 1), late); // of a text the last token
   return { ...SHARED, panes: [{ ...PANE, store, layer: late.number, image, show }], cells: [cell], grid: late.grid, pairs: [] };
 }
 

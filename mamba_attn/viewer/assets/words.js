@@ -1,19 +1,25 @@
 // What is shown, in words.
 import { cellsOf } from './data.js';
-import { cellsOn, imageOf, layerOf, right, routeOf, state, storeOf } from './state.js';
+import { cellsOn, classImages, classOf, imageOf, layerOf, right, routeOf, sides, spot, state, storeOf, wordsOf } from './state.js';
 
 export const METHODS = { pca: 'PCA', tsne: 't-SNE', umap: 'UMAP' };
 export const number = (value) => (value === 0 ? '0' : Math.abs(value) >= 0.001 && Math.abs(value) < 1000
   ? String(Number(value.toPrecision(3))) : value.toExponential(1));
 export const short = (key) => key.split('/').pop();
-export const block = (its) => `stage ${its.stage}, block ${its.block}`;
+export const block = (its, one = storeOf()) => (new Set(one.stages).size > 1 ? `stage ${its.stage}, ` : '') + `block ${its.block}`;
+
+export const noun = (many) => (wordsOf() ? 'token' : 'patch') + (many ? (wordsOf() ? 's' : 'es') : '');
+
+// The model of a pane, where the panes show several.
+export const models = (its) => (state.panes.some((one) => one.store !== its.store) ? storeOf(its).name : '');
+export const gridOf = (its) => (wordsOf() ? `${its.grid[1]} tokens` : sides(its).slice(its.slices ? 0 : 1).join(' × '));
 
 export function who(its) {
   const cells = cellsOn(its);
   const patches = cells.filter((cell) => cell >= 0);
-  if (!cells.length) return ['patches', true];
+  if (!cells.length) return [noun(true), true];
   if (!patches.length) return cells[0] === -1 && its.classes ? ['the class token', false] : ['the extra tokens', true];
-  return patches.length === 1 && cells.length === 1 ? [`patch ${place(patches[0], its)}`, false] : [`${patches.length} patches`, true];
+  return patches.length === 1 && cells.length === 1 ? [`${noun()} ${place(patches[0], its)}`, false] : [`${patches.length} ${noun(true)}`, true];
 }
 
 export function caption(its) {
@@ -23,7 +29,10 @@ export function caption(its) {
   return `What ${name} ${verb}${many ? ', on average' : ''} · ${block(layerOf(its))}${route < 0 ? '' : ` · scan ${route + 1}`}`;
 }
 
-export const place = (cell, its) => (cell >= 0 ? `(${Math.floor(cell / its.grid[1])}, ${cell % its.grid[1]})` : 'class token');
+export function place(cell, its) {
+  if (cell < 0) return 'class token';
+  return wordsOf() ? `${cell} “${wordsOf()[cell]}”` : `(${spot(cell, its).slice(its.slices ? 0 : 1).join(', ')})`;
+}
 
 export function verdict(image) {
   const [, label, predicted] = image;
@@ -37,7 +46,7 @@ export function verdict(image) {
 export const answered = (image, name = image[0]) => [name, verdict(image)].filter(Boolean).join(': ');
 
 export function unit() {
-  const kind = state.sign === 'signed' ? 'attention' : `${state.sign} attention`;
+  const kind = { signed: 'attention', positive: 'positive attention', absolute: 'strength of attention' }[state.sign];
   return kind + { none: '', largest: ' / maximum', range: ', 0 to 1', sum: ' / sum' }[state.normalise] + (state.log ? ', decades' : '');
 }
 
@@ -47,11 +56,13 @@ export function titled(slot) {
   const { images, collected } = storeOf(its);
   const [key] = imageOf(its);
   const name = answered(imageOf(its), short(key));
+  const ofClass = (what_) => (classOf(its, what_) ? [classOf(its, what_), classImages(its, what_).length === 1 ? 'the one photo of this class' : `mean of ${classImages(its, what_).length} photos of this class`] : ['Usual', `mean of ${collected} photos`]);
   return {
-    image: ['This image', name],
-    mean: [collected > 1 ? 'Usual' : 'The one image', `mean of ${collected} images, drawn without a photo`],
+    image: [wordsOf(its) ? 'This text' : 'This image', wordsOf(its) ? '' : name],
+    mean: [collected > 1 ? 'Usual' : 'The one image', `mean of ${collected} photos, drawn without a photo`],
     difference: ['What is special here', 'this image minus the usual'],
-    spread: ['How much it varies', `standard deviation over ${collected} images`],
+    spread: ['How much it varies', `standard deviation over ${collected} photos`],
+    class: ofClass('class'), other: ofClass('other'), versus: [`${ofClass('class')[0]} minus ${ofClass('other')[0].toLowerCase()}`, 'the left map minus the middle one'],
     apart: ['Left minus right', images.length ? 'what the two panes differ in' : ''],
   }[what];
 }

@@ -51,7 +51,7 @@ class Stored:
         self._too_large: float = np.inf  # side of the smallest matrix that did not fit
         large = [layer for n, layer in enumerate(self.source.layers) if n not in self.matrices]
         if large:
-            grids = ", ".join("{}x{}".format(*layer.layout.grid) for layer in large[:_LEFT_OUT])
+            grids = ", ".join("x".join(map(str, layer.layout.grid)) for layer in large[:_LEFT_OUT])
             content.notes.append(
                 f"{self.name}: {_count(len(large), 'layer')} of more than {CELLS:,} patches ({grids}"
                 f"{', ...' if len(large) > _LEFT_OUT else ''}) {'is' if len(large) == 1 else 'are'} left out. "
@@ -101,14 +101,20 @@ class Stored:
                 f"images={beyond + len(self.kept)} adds them."
             )
         for number in self.kept or [0]:
-            photo = self.content.add(_jpeg(self.source.pixels(Pane(image=number)), None))
+            photo = self._picture(number, None)
             if photo is not None:
                 self.photos[number] = photo
         for number in range(min(len(images), PICTURES)):
-            small = self.content.add(_jpeg(self.source.pixels(Pane(image=number)), _SMALL))
+            small = self._picture(number, _SMALL)
             if small is None:
                 break
             self.small.append(small)
+
+    def _picture(self, number: int, side: int | None) -> str | None:
+        """Add an image; "" of a text, which has none; None where there is no room."""
+        pane = Pane(image=number)
+        pixels = self.source.picture(pane) if side is None else self.source.pixels(pane)
+        return "" if pixels is None else self.content.add(_jpeg(pixels, side))
 
     def first_image(self) -> None:
         """Add the first image's matrices of the routes' sum."""
@@ -198,7 +204,7 @@ class Stored:
 
 def elsewhere(stores: Sequence[Any]) -> str:
     """Return a sentence about the command that shows grids of any size."""
-    names = " ".join(store.folder.name for store in stores)
+    names = " ".join(store.folder.name for store in stores if store.folder is not None) or "STORE"
     return f"mamba-attn explore {names} shows them: it reads rows, or computes them in linear time, on demand."
 
 

@@ -3,24 +3,13 @@
 import numpy as np
 import pytest
 
-from benchmarks.browser import FLAGS, served
+from benchmarks.browser import served
 from mamba_attn.viewer import notebook
 from mamba_attn.viewer.report.quantised import ERROR
-from tests.viewer.browsing import CHROMIUM, Viewer
+from tests.viewer.browsing import Viewer
 from tests.viewer.report import cases
 
 MIDDLE = 4 * 12 + 6
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="the browser's driver is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no chromium: apt-get install chromium, or playwright install")
-    with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
-        yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +24,9 @@ def file(store, tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def viewer(browser, file):
-    page = browser.new_page(viewport={"width": 1400, "height": 900})
-    opened = Viewer(page, file.as_uri()).open()
-    yield opened
-    page.close()
-    assert opened.wrong == []
+@pytest.fixture(scope="module")
+def address(file):
+    return file.as_uri()
 
 
 def heat(viewer, store, expected, what="image"):

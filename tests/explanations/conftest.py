@@ -1,0 +1,1 @@
+from tests.viewer.conftest import browser  # noqa: F401 - a fixture
