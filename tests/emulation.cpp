@@ -1,4 +1,4 @@
-// The CUDA source on the host: every CUDA thread of a block is a fiber, switched at barriers and shuffles.
+// The CUDA source, or with PTX what NVRTC made of it (tests/ptx.py), on the host: every CUDA thread of a block is a fiber, switched at barriers and shuffles.
 //
 // Finds wrong indices, missing or diverging barriers (a deadlock is reported; results must not depend on the schedule),
 // uninitialised shared memory (filled with NaN), shared memory overrun (guarded) and pages that may not be touched. Says nothing about speed. The inner
@@ -132,6 +132,11 @@ static int atomicAdd(int* to, int value) { const int before = *to; *to += value;
 
 #include "hidden_attention.cu"
 
+#ifdef PTX
+#include "ptx_runtime.hpp"
+
+static const struct { const char* name; void (*body)(const void*); } KERNELS[] = {{NAME, kernel}};
+#else
 template <class Arguments, void (*kernel)(const Arguments)>
 static void call(const void* arguments) { kernel(*static_cast<const Arguments*>(arguments)); }
 
@@ -143,6 +148,7 @@ static const struct { const char* name; void (*body)(const void*); } KERNELS[] =
     {"attention_factored_128", call<Call, attention_factored_128>},
     {"attention_line", call<Line, attention_line>},
 };
+#endif
 
 extern "C" {
 // sizes of the structures, to be compared with the caller's

@@ -84,7 +84,7 @@ print("same")
 """
 
 
-@pytest.mark.parametrize("name", MACHINES)
+@pytest.mark.parametrize("name", [name for name in MACHINES if name in ("host", "device")])
 def test_under_torch_compile_in_one_graph(name: str) -> None:
     root = Path(__file__).parents[
         2
