@@ -127,6 +127,11 @@ static float __shfl_sync(unsigned, float value, int lane) { return host::exchang
 static float __shfl_up_sync(unsigned, float value, int distance) { return host::exchange_one(value, (int)(threadIdx.x % 32) - distance); }
 static float __shfl_down_sync(unsigned, float value, int distance) { return host::exchange_one(value, threadIdx.x % 32 + distance); }
 static float __shfl_xor_sync(unsigned, float value, int mask) { return host::exchange_one(value, threadIdx.x % 32 ^ mask); }
+static bool __any_sync(unsigned, bool own) {
+    const unsigned words[1] = {own};
+    auto table = host::exchange(words);
+    return std::any_of(table, table + 32, [](const unsigned* lane) { return lane[0]; });
+}
 static float atomicAdd(float* to, float value) { const float before = *to; *to += value; return before; }
 static int atomicAdd(int* to, int value) { const int before = *to; *to += value; return before; }
 

@@ -34,7 +34,7 @@ def signed(record: ScanRecord, launcher: object) -> tuple[torch.Tensor, float]:
 
 
 @pytest.mark.parametrize(
-    "line", ["brkpt;", "vote.sync.any.pred %p1, %p2, -1;", "add.rz.f32 %f1, %f2, %f3;", "mma.sync.other {%r1}, {%r2};"]
+    "line", ["brkpt;", "vote.sync.all.pred %p1, %p2, -1;", "add.rz.f32 %f1, %f2, %f3;", "mma.sync.other {%r1}, {%r2};"]
 )
 def test_what_is_not_known_is_an_error(line: str) -> None:
     text = f".visible .entry one(\n\t.param .align 8 .b8 one_param_0[8]\n)\n\n{{\n\t{line}\n}}\n"
