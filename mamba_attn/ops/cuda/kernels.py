@@ -59,7 +59,7 @@ def limits(record: ScanRecord, launcher: Launcher) -> str | None:
     if far is not None:
         name = far.removeprefix("source_")
         return (
-            f"{name} spans {2**32:,} bytes or more from its first position to its last, which the kernels cannot count; "
+            f"{name} spans {2**32:,} bytes or more from its first position to its last, more than the kernels count; "
             f"pass {name}.contiguous(), or use backend='blocked'."
         )
     blocks = record.batch * record.routes * (record.channels + _pairs(record, 64))
