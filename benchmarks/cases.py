@@ -66,6 +66,10 @@ TARGETS = {
     "text row memory": Target("a token's rows, 1,024 to 65,536 tokens: log-log slope of memory", 1.1, 1.02),
     "text rows": Target("last rows of all layers, mamba-130m's width, 4,096 tokens: memory", 0.5e9, 0.1e9, unit="B"),
     "spills": Target("bytes that the CUDA kernels spill on sm_80, sm_90 and sm_120, all together", 0, 0),
+    "Vim-S attention slots": Target(
+        "attention of 24 layers of Vim-S, batch 8: issue slots / an H100's", 14, 10, unit="ms"
+    ),
+    "Vim-S scan slots": Target("scans of 24 layers of Vim-S, batch 8: issue slots / an H100's", 1.3, 0.8, unit="ms"),
     "kernel error": Target("error of the CUDA source, run on a host / plain PyTorch's", 2, 1, unit="x"),
     "vim_tiny": Target("vim_tiny forward / DeiT-tiny forward", 8, 5, unit="x"),
     "vim_tiny attention": Target("attention of all 24 layers added / DeiT-tiny forward", 70, 20, unit="x"),

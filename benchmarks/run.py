@@ -13,6 +13,7 @@
     python benchmarks/run.py texts
     python benchmarks/run.py text-rows
     python benchmarks/run.py build
+    python benchmarks/run.py slots
     python benchmarks/run.py dropin --checkouts FOLDER
     python benchmarks/run.py doors --checkouts FOLDER
     python benchmarks/run.py collect --data FOLDER
@@ -58,7 +59,7 @@ from benchmarks import (
     without_gpu,
 )
 from benchmarks.cases import Shape
-from benchmarks.kernel import heads
+from benchmarks.kernel import heads, slots
 from benchmarks.kernel import job as kernel
 from benchmarks.measure import Spread, interleave, paired, peak_memory, slope
 from benchmarks.report import Figure, figure, finish, show
@@ -85,6 +86,7 @@ WHAT = {
     "heads": "a Mamba-2 layer, folded per head and channel by channel",
     "dropin": "other people's model code, as it stands in clones of their repositories, traced",
     "doors": "what tracing such code costs: a pass, the look ahead, measuring the tokens' orders",
+    "slots": "instructions that the CUDA kernels issue, counted on the host",
     "build": "the CUDA kernels without a GPU: registers, spills, and the error of their source on the host",
 }
 ON_DATA: dict[str, tuple[Any, Any]] = {  # the module with the options, and what measures
@@ -316,6 +318,7 @@ def main(argv: list[str] | None = None) -> None:
             "text-rows": text_rows.run_text_rows,
             "passes": run_passes,
             "build": without_gpu.run_build,
+            "slots": slots.run_slots,
             "explore": explorer.run_explore,
             "text-truth": text_truth.run_text_truth,
         }

@@ -13,25 +13,26 @@ struct Span { int place[STEPS]; float delta[STEPS], u[STEPS], gradient[STEPS]; }
 
 __device__ inline Span load_span(const Backward& job, const Channel& at, int first, bool active) {
     Span span;
+    const Row delta = at.delta(), u = at.u(), gradient = at.row(job.gradient, at.c, 0);
 #pragma unroll
     for (int k = 0; k < STEPS; k++) {
         span.place[k] = active ? at.source(first + k) : -1;
-        span.delta[k] = at.delta(span.place[k]);
-        span.u[k] = at.u(span.place[k]);
-        const int written = active ? at.place(first + k, job.gradient.frame) : -1;
-        span.gradient[k] = at.value(job.gradient, at.c, 0, written) * job.call.y_scale;
+        span.delta[k] = delta.at(span.place[k]);
+        span.u[k] = u.at(span.place[k]);
+        span.gradient[k] = gradient.at(active ? at.place(first + k, job.gradient.frame) : -1) * job.call.y_scale;
     }
     return span;
 }
 
-struct Steps { float decay[STEPS], input[STEPS], B[STEPS]; };
+struct Loaded { float decay[STEPS], input[STEPS], B[STEPS]; };
 
-__device__ inline Steps load_steps(const Channel& at, const Span& span, int n, Sum rate) {
-    Steps steps;
+__device__ inline Loaded load_steps(const Channel& at, const Span& span, int n, Sum rate) {
+    Loaded steps;
+    const Row B = at.B(n);
 #pragma unroll
     for (int k = 0; k < STEPS; k++) {
-        steps.B[k] = at.B(n, span.place[k]);
-        steps.decay[k] = decay(rate, {span.delta[k], 0.f});
+        steps.B[k] = B.at(span.place[k]);
+        steps.decay[k] = decay(rate, span.delta[k]);
         steps.input[k] = span.delta[k] * span.u[k] * steps.B[k];
     }
     return steps;
@@ -68,13 +69,14 @@ __device__ inline float warp_total(float value) {
 // forward once: the state before every span
 __device__ inline void keep_entering(const Backward& job, const Channel& at, float* entering, float* state) {
     const Call& call = job.call;
+    const Row A = at.A();
     for (int n = at.lane; n < call.states; n += 32) state[n] = 0.f;
     __syncwarp();
     for (int start = 0, span_index = 0; start < call.length; start += SPAN, span_index++) {
         const int first = start + at.lane * STEPS;
         const Span span = load_span(job, at, first, true);
         for (int n = 0; n < call.states; n++) {
-            const Steps steps = load_steps(at, span, n, at.rate(n));
+            const Loaded steps = load_steps(at, span, n, rate_of(A.at(n)));
             float carried = state[n];
             __syncwarp();
             if (at.lane == 0) entering[(long long)span_index * call.states + n] = carried;
@@ -88,12 +90,12 @@ __device__ inline void keep_entering(const Backward& job, const Channel& at, flo
 // one span and state: adds to du and ddelta, returns the terms of dA, dB and dC
 struct Terms { float A, B[STEPS], C[STEPS]; };
 
-__device__ inline Terms span_gradients(const Backward& job, const Channel& at, const Span& span, int n, bool active, float entering,
+__device__ inline Terms span_gradients(const Channel& at, const Span& span, int n, bool active, float entering,
                                        float& flow, float (&du)[STEPS], float (&ddelta)[STEPS]) {
-    const Call& call = job.call;
-    const Sum rate = active ? at.rate(n) : Sum{0.f, 0.f};
-    const float A = active ? load(call.A, at.r * call.A.route + at.head * call.A.group + n * call.A.position) : 0.f;
-    const Steps steps = load_steps(at, span, n, rate);
+    const float A = active ? at.A().at(n) : 0.f;
+    const Sum rate = rate_of(A);
+    const Row C = at.C(n);
+    const Loaded steps = load_steps(at, span, n, rate);
     float before[STEPS], inputs[STEPS], carried = entering;
     Terms terms = {};
     before[0] = enter(steps.decay, steps.input, carried, at.lane);
@@ -102,7 +104,7 @@ __device__ inline Terms span_gradients(const Backward& job, const Channel& at, c
         const float h = fmaf(steps.decay[k], before[k], steps.input[k]);
         if (k + 1 < STEPS) before[k + 1] = h;
         terms.C[k] = span.gradient[k] * h;
-        inputs[k] = at.C(n, span.place[k]) * span.gradient[k];
+        inputs[k] = C.at(span.place[k]) * span.gradient[k];
     }
     float later = enter_backward(steps.decay, inputs, flow, at.lane);
 #pragma unroll
@@ -139,7 +141,7 @@ __device__ inline void reduce_channels(const Backward& job, const Channel& at, c
 
 __device__ inline void backward_block(const Backward& job, float* shared) {
     const Call& call = job.call;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, per_group = call.channels / call.groups;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, per_group = call.per_group;
     const int per_route = (per_group + BACKWARD_WARPS - 1) / BACKWARD_WARPS * call.groups, image_route = blockIdx.x / per_route;
     const int b = image_route / call.routes, r = image_route % call.routes;
     const int group = blockIdx.x % per_route / (per_route / call.groups);
@@ -154,6 +156,7 @@ __device__ inline void backward_block(const Backward& job, float* shared) {
     __syncwarp();
     for (int n = lane; n < call.states; n += 32) flow[n] = dA[n] = 0.f;
     __syncwarp();
+    const float skip = at.D();
     float dD = 0.f;
     for (int index = spans - 1; index >= 0; index--) {
         const int first = index * SPAN + lane * STEPS;
@@ -161,13 +164,13 @@ __device__ inline void backward_block(const Backward& job, float* shared) {
         float du[STEPS], ddelta[STEPS] = {};
 #pragma unroll
         for (int k = 0; k < STEPS; k++) {
-            du[k] = at.D() * span.gradient[k];
+            du[k] = skip * span.gradient[k];
             dD = fmaf(span.gradient[k], span.u[k], dD);
         }
         for (int n = 0; n < call.states; n++) {
             float flowing = flow[n];
             const float state = active ? entering[(long long)index * call.states + n] : 0.f;
-            const Terms terms = span_gradients(job, at, span, n, active, state, flowing, du, ddelta);
+            const Terms terms = span_gradients(at, span, n, active, state, flowing, du, ddelta);
             const float term = warp_total(terms.A);
             __syncwarp();
             if (lane == 0) {

@@ -28,6 +28,7 @@ struct Call {
     Sum* before;               // (batch, routes, heads, chunks): sum of delta before each chunk of TILE steps
     int* counters;             // ticket, then finished blocks of each (image, route); zero at launch
     int batch, routes, channels, heads, groups, states, length, tokens;
+    int per_head, per_group;   // channels
     int fold, splits, products, want_y, want_attention;
     float y_scale, attention_scale;
 };

@@ -22,7 +22,7 @@ __device__ inline void channel_entries(const Call& call, const TileIndex& at, St
             __syncthreads();
             stage_states(call, at, stage, c, n0);
             if (threadIdx.x < STATES && n0 + threadIdx.x < call.states)
-                stage.rate[k * STATES + threadIdx.x] = Channel(call, at.b, at.r, c, 0).rate(n0 + threadIdx.x);
+                stage.rate[k * STATES + threadIdx.x] = rate_of(Channel(call, at.b, at.r, c, 0).A().at(n0 + threadIdx.x));
             __syncthreads();
         }
         for (int n = 0; n < min(STATES, call.states - n0); n++) {
@@ -40,7 +40,7 @@ __device__ inline void channel_entries(const Call& call, const TileIndex& at, St
 
 struct Direct {
     __device__ void operator()(const Call& call, const TileIndex& at, Stage<DIRECT_TILE>& stage) const {
-        const int row = threadIdx.x / 32 * DIRECT_ROWS, lane = threadIdx.x % 32, per_group = call.channels / call.groups;
+        const int row = threadIdx.x / 32 * DIRECT_ROWS, lane = threadIdx.x % 32, per_group = call.per_group;
         float total[2][DIRECT_ROWS] = {};
         int staged = -1;  // the group whose B and C are staged
         for (int c0 = at.first; c0 < at.last; c0 += CHANNELS) {

@@ -14,62 +14,77 @@ constexpr int LEAF_PAIRS = LEAF * (LEAF - 1) / 2;
 template <int TILE>
 struct Factored {
     static constexpr int THREADS = TILE == 64 ? 128 : 512, WARPS = THREADS / 32, WARP_TILES = TILE / 32;
-    static constexpr int PITCH = 2 * TILE + 8;  // a fragment's 4 x 8 values lie in 32 banks
+    static constexpr int PITCH = 2 * TILE + 4;  // half a fragment's 4 x 8 values lie in 32 banks
     static constexpr int PAIRS = TILE / LEAF * LEAF_PAIRS, LEAF_SLOTS = (PAIRS + THREADS - 1) / THREADS;
 
     struct Memory {
         Stage<TILE> stage;
-        float slab[INNER * PITCH];  // [channel and state][side]: a row's factor or a column's
+        Split slab[INNER * PITCH];  // [channel and state][side]: a row's factor or a column's, split once for all warps
     };
 
     // ---- below the diagonal: 32 x 32 entries a warp -----------------------------------------------------------------
 
+    // the channel and state of a thread's first value of a slab, and how far apart those of two slabs are
+    struct Place {
+        int k, n, channels, rest;
+
+        __device__ Place(int first, int states) : k(first / states), n(first % states), channels(INNER / states), rest(INNER % states) {}
+
+        __device__ void next_slab(int states) {
+            k += channels;
+            n += rest;
+            if (n >= states) n -= states, k++;
+        }
+    };
+
     // A side's INNER values, its PHASES threads taking OWN each, from its factors and distances by channel. Straight-line
-    // code, so that several exponentials are under way at once. SAME neighbouring indices share a channel. Channels
-    // behind the last one are staged with factor 0.
-    template <int SAME, int PHASES, class Distance>
-    __device__ static void fill(Memory& memory, int to, int side, int phase, int k0, int states, Distance distance_of) {
+    // code, so that several exponentials are under way at once. KNOWN: the stage's states where they are 1 or INNER,
+    // whose indices need no arithmetic, else 0. Channels behind the last one are staged with factor 0.
+    template <int KNOWN, int PHASES, class Distance>
+    __device__ static void fill(Memory& memory, int to, int side, int phase, const Place& place, int states, Distance distance_of) {
         constexpr int OWN = INNER / PHASES;
         const Stage<TILE>& stage = memory.stage;
-        int k = (k0 + phase * OWN) / states, n = (k0 + phase * OWN) % states;
+        int k = place.k, n = KNOWN == 1 ? 0 : place.n;
         float factor = 0.f;
         Sum distance = {0.f, 0.f};
 #pragma unroll 4
         for (int i = 0; i < OWN; i++) {
-            if (i % SAME == 0) {
+            if (KNOWN != INNER || i == 0) {
                 factor = stage.factor[k * Stage<TILE>::PITCH + side];
                 distance = distance_of(k);
             }
             memory.slab[(phase * OWN + i) * PITCH + to] =
-                factor * stage.BC[n * 2 * TILE + side] * decay(stage.rate[k * STATES + n], distance);
-            const bool next = ++n == states;
-            k += next;
-            n = next ? 0 : n;
+                split(factor * stage.BC[n * 2 * TILE + side] * decay(stage.rate[k * STATES + n], distance));
+            if (KNOWN == 1) k++;
+            else if (KNOWN == INNER) n++;
+            else if (++n == states) n = 0, k++;
         }
     }
 
+    static constexpr int SLAB_PHASES = THREADS / (2 * TILE), HALF_PHASES = THREADS / TILE;  // threads of a side, of a step
+
     // `valid` steps of the chunk are in the sequence; what lies behind is never written out
-    __device__ static void fill_slab(Memory& memory, int k0, int states, int valid) {
-        constexpr int PHASES = THREADS / (2 * TILE);
+    __device__ static void fill_slab(Memory& memory, const Place& place, int states, int valid) {
         const int side = threadIdx.x % (2 * TILE), phase = threadIdx.x / (2 * TILE);
         if (side >= valid && side < TILE) return;
         const auto distance = [&](int k) { return memory.stage.distance(k, side); };
-        if (states % 4 == 0) fill<4, PHASES>(memory, side, side, phase, k0, states, distance);
-        else fill<1, PHASES>(memory, side, side, phase, k0, states, distance);
+        if (states == INNER) fill<INNER, SLAB_PHASES>(memory, side, side, phase, place, states, distance);
+        else if (states == 1) fill<1, SLAB_PHASES>(memory, side, side, phase, place, states, distance);
+        else fill<0, SLAB_PHASES>(memory, side, side, phase, place, states, distance);
     }
 
-    __device__ static void load_rows(const float* slab, int k, int row, int lane, float (&a)[4]) {
-        const float* at = slab + (k + lane % 4) * PITCH + row + lane / 4;
+    __device__ static void load_rows(const Split* slab, int k, int row, int lane, Split (&a)[4]) {
+        const Split* at = slab + (k + lane % 4) * PITCH + row + lane / 4;
         a[0] = at[0], a[1] = at[8], a[2] = at[4 * PITCH], a[3] = at[4 * PITCH + 8];
     }
 
-    __device__ static void load_columns(const float* slab, int k, int column, int lane, float (&b)[2]) {
-        const float* at = slab + (k + lane % 4) * PITCH + column + lane / 4;
+    __device__ static void load_columns(const Split* slab, int k, int column, int lane, Split (&b)[2]) {
+        const Split* at = slab + (k + lane % 4) * PITCH + column + lane / 4;
         b[0] = at[0], b[1] = at[4 * PITCH];
     }
 
     template <int PRODUCTS>
-    __device__ static void multiply_slab(const float* slab, int row, int column, int rows, float (&total)[2][4][4]) {
+    __device__ static void multiply_slab(const Split* slab, int row, int column, int rows, float (&total)[2][4][4]) {
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int m = 0; m < 2; m++) {
@@ -77,11 +92,11 @@ struct Factored {
             float part[4][4] = {};  // the unit's own additions round towards zero: only a slab's worth of them
 #pragma unroll 1  // registers
             for (int k = 0; k < INNER; k += 8) {
-                float a[4];
+                Split a[4];
                 load_rows(slab, k, row + m * 16, lane, a);
 #pragma unroll
                 for (int n = 0; n < 4; n++) {
-                    float b[2];
+                    Split b[2];
                     load_columns(slab, k, column + n * 8, lane, b);
                     multiply_exact<PRODUCTS>(part[n], a, b);
                 }
@@ -98,9 +113,10 @@ struct Factored {
         const int row = warp / WARP_TILES * 32, column = warp % WARP_TILES * 32, rows = call.length - at.I * TILE - row;
         float total[2][4][4] = {};
         each_stage(call, at, memory, [&](int count, int states) {
-            for (int k0 = 0; k0 < count * states; k0 += INNER) {
+            Place place(threadIdx.x / (2 * TILE) * (INNER / SLAB_PHASES), states);
+            for (int k0 = 0; k0 < count * states; k0 += INNER, place.next_slab(states)) {
                 __syncthreads();
-                fill_slab(memory, k0, states, call.length - at.I * TILE);
+                fill_slab(memory, place, states, call.length - at.I * TILE);
                 __syncthreads();
                 if (call.products == 3) multiply_slab<3>(memory.slab, row, TILE + column, rows, total);
                 else multiply_slab<1>(memory.slab, row, TILE + column, rows, total);
@@ -133,31 +149,31 @@ struct Factored {
         return {half, row, node + number % across * 8};
     }
 
-    __device__ static void fill_half(Memory& memory, int half, int k0, int states, int valid) {
-        constexpr int PHASES = THREADS / TILE;
+    __device__ static void fill_half(Memory& memory, int half, const Place& place, int states, int valid) {
         const Stage<TILE>& stage = memory.stage;
         const int step = threadIdx.x % TILE, phase = threadIdx.x / TILE;
         if (step >= valid) return;
         const bool is_row = step & half;
-        const int middle = step / (2 * half) * 2 * half + half - 1, side = is_row ? step : TILE + step;
+        const int middle = (step | (2 * half - 1)) - half, side = is_row ? step : TILE + step;
         const auto distance = [&](int k) {
             const Sum to = stage.distance(k, middle), own = stage.distance(k, side);
             return is_row ? minus(own, to) : plus(to, own);
         };
-        if (states % 4 == 0) fill<4, PHASES>(memory, step, side, phase, k0, states, distance);
-        else fill<1, PHASES>(memory, step, side, phase, k0, states, distance);
+        if (states == INNER) fill<INNER, HALF_PHASES>(memory, step, side, phase, place, states, distance);
+        else if (states == 1) fill<1, HALF_PHASES>(memory, step, side, phase, place, states, distance);
+        else fill<0, HALF_PHASES>(memory, step, side, phase, place, states, distance);
     }
 
     template <int PRODUCTS>
-    __device__ static void multiply_half(const float* slab, const Product& p, float (&total)[4]) {
+    __device__ static void multiply_half(const Split* slab, const Product& p, float (&total)[4]) {
         const int lane = threadIdx.x % 32;
         float part[4] = {};
 #pragma unroll
         for (int k = 0; k < INNER; k += 8) {
-            float a[4], b[2];
+            Split a[4], b[2];
             load_rows(slab, k, p.row, lane, a);
             load_columns(slab, k, p.column, lane, b);
-            if (p.half == LEAF) a[0] = a[2] = 0.f;  // the first 8 of the 16 rows are columns here
+            if (p.half == LEAF) a[0] = a[2] = Split{0, 0};  // the first 8 of the 16 rows are columns here
             multiply_exact<PRODUCTS>(part, a, b);
         }
 #pragma unroll
@@ -189,6 +205,9 @@ struct Factored {
         int row[LEAF_SLOTS], column[LEAF_SLOTS];
 #pragma unroll
         for (int slot = 0; slot < LEAF_SLOTS; slot++) leaf_pair(slot * THREADS + threadIdx.x, row[slot], column[slot]);
+        Product products[4];
+#pragma unroll
+        for (int slot = 0; slot < 4; slot++) products[slot] = product_of(slot);
         each_stage(call, at, memory, [&](int count, int states) {
             for (int k = 0; k < count; k++) {
 #pragma unroll
@@ -197,14 +216,15 @@ struct Factored {
                         leaf[slot] += entry(memory.stage, row[slot], column[slot], k, states);
                 if (threadIdx.x < TILE) own += entry(memory.stage, threadIdx.x, threadIdx.x, k, states);
             }
-            for (int k0 = 0; k0 < count * states; k0 += INNER)
+            Place place(threadIdx.x / TILE * (INNER / HALF_PHASES), states);
+            for (int k0 = 0; k0 < count * states; k0 += INNER, place.next_slab(states))
                 for (int half = TILE / 2; half >= LEAF; half /= 2) {
                     __syncthreads();
-                    fill_half(memory, half, k0, states, call.length - at.I * TILE);
+                    fill_half(memory, half, place, states, call.length - at.I * TILE);
                     __syncthreads();
 #pragma unroll
                     for (int slot = 0; slot < 4; slot++) {
-                        const Product product = product_of(slot);
+                        const Product product = products[slot];
                         if (product.half != half) continue;
                         if (call.products == 3) multiply_half<3>(memory.slab, product, total[slot]);
                         else multiply_half<1>(memory.slab, product, total[slot]);
@@ -217,7 +237,7 @@ struct Factored {
         if (threadIdx.x < TILE) write<TILE>(call, at, threadIdx.x, threadIdx.x, 0, own);
 #pragma unroll
         for (int slot = 0; slot < 4; slot++) {
-            const Product product = product_of(slot);
+            const Product product = products[slot];
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 if (product.half > LEAF || i >= 2)
@@ -229,11 +249,11 @@ struct Factored {
     // stage by stage: up to CHANNELS channels of one group and STATES states
     template <class Use>
     __device__ static void each_stage(const Call& call, const TileIndex& at, Memory& memory, Use use) {
-        const int per_group = call.channels / call.groups;
+        const int per_group = call.per_group;
         for (int n0 = 0; n0 < call.states; n0 += STATES) {
             int staged = -1;
             for (int c = at.first, count; c < at.last; c += count) {
-                const int group = c / per_group;
+                const int group = call.groups == 1 ? 0 : c / per_group;
                 count = min(min(CHANNELS, at.last - c), (group + 1) * per_group - c);
                 __syncthreads();
                 if (staged != group) stage_states(call, at, memory.stage, c, n0);

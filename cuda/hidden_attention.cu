@@ -13,7 +13,7 @@
 
 extern "C" __global__ void __launch_bounds__(256, 2) selective_scan(const Call call) {
     SHARED_MEMORY(float, states);
-    scan_block(call, blockIdx.x, &states, SPAN);
+    scan_block<8>(call, blockIdx.x, &states, SPAN);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 1) selective_scan_backward(const Backward job) {
@@ -24,18 +24,18 @@ extern "C" __global__ void __launch_bounds__(256, 1) selective_scan_backward(con
 // the scan's output, when wanted, and the matrix of every channel, or any fold of them
 extern "C" __global__ void __launch_bounds__(128, 3) attention_direct(const Call call) {
     SHARED_MEMORY(Stage<DIRECT_TILE>, stage);
-    scan_or_tile(call, stage, Direct());
+    scan_or_tile<DIRECT_THREADS / 32>(call, stage, Direct());
 }
 
 // likewise, signed folds, on the matrix unit
 extern "C" __global__ void __launch_bounds__(128, 3) attention_factored_64(const Call call) {
     SHARED_MEMORY(Factored<64>::Memory, memory);
-    scan_or_tile(call, memory.stage, Factored<64>{&memory});
+    scan_or_tile<Factored<64>::WARPS>(call, memory.stage, Factored<64>{&memory});
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1) attention_factored_128(const Call call) {
     SHARED_MEMORY(Factored<128>::Memory, memory);
-    scan_or_tile(call, memory.stage, Factored<128>{&memory});
+    scan_or_tile<Factored<128>::WARPS>(call, memory.stage, Factored<128>{&memory});
 }
 
 extern "C" __global__ void __launch_bounds__(256) attention_line(const Line line) {

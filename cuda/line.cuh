@@ -20,6 +20,7 @@ __device__ inline int find_step(const Line& line, int r, int* found) {
 __device__ inline void line_entries(const Line& line, const Channel& at, int own, int walked, Sum& total, float (&entry)[STEPS]) {
     const Call& call = line.call;
     const int sign = line.column ? 1 : -1, origin = at.source(own);
+    const Row delta_row = at.delta(), A = at.A();
     int place[STEPS];
     float delta[STEPS], factor[STEPS];
     Sum distance[STEPS], sum = {0.f, 0.f};
@@ -27,13 +28,13 @@ __device__ inline void line_entries(const Line& line, const Channel& at, int own
     for (int k = 0; k < STEPS; k++) {
         const int step = own + sign * (walked + k);
         place[k] = at.source(step);
-        delta[k] = at.delta(place[k]);
+        delta[k] = delta_row.at(place[k]);
         const bool counts = !line.column || walked + k > 0;  // from a column on, its own delta is not decayed
         const Sum next = plus(sum, {counts ? delta[k] : 0.f, 0.f});
         distance[k] = line.column ? next : sum;
         sum = next;
         const Tensor& weights = line.column ? call.row_weight : call.col_weight;
-        const float weight = weights.data ? at.value(weights, at.c, 0, at.place(step, weights.frame)) : 1.f;
+        const float weight = at.weight(weights, step);
         factor[k] = place[k] < 0 ? 0.f : line.column ? weight : weight * delta[k];
         entry[k] = 0.f;
     }
@@ -43,17 +44,17 @@ __device__ inline void line_entries(const Line& line, const Channel& at, int own
     before = plus(total, before);
     total = plus(total, shuffle(through, 31));
     for (int n = 0; n < call.states; n++) {
-        const Sum rate = at.rate(n);
-        const float fixed = line.column ? at.B(n, origin) : at.C(n, origin);
+        const Sum rate = rate_of(A.at(n));
+        const Tensor &own_side = line.column ? call.B : call.C, &other_side = line.column ? call.C : call.B;
+        const Row others = at.row(other_side, n, at.group);
+        const float fixed = at.row(own_side, n, at.group).at(origin);
 #pragma unroll
         for (int k = 0; k < STEPS; k++) {
-            const float other = line.column ? at.C(n, place[k]) : at.B(n, place[k]);
-            entry[k] = fmaf(fixed * other, decay(rate, plus(before, distance[k])), entry[k]);
+            entry[k] = fmaf(fixed * others.at(place[k]), decay(rate, plus(before, distance[k])), entry[k]);
         }
     }
     const Tensor& weights = line.column ? call.col_weight : call.row_weight;
-    const float weight = weights.data ? at.value(weights, at.c, 0, at.place(own, weights.frame)) : 1.f;
-    const float fixed = line.column ? weight * at.delta(origin) : weight;
+    const float weight = at.weight(weights, own), fixed = line.column ? weight * delta_row.at(origin) : weight;
 #pragma unroll
     for (int k = 0; k < STEPS; k++) entry[k] *= factor[k] * fixed;
 }

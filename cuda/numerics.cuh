@@ -35,14 +35,72 @@ __device__ inline float from_half(unsigned short bits) {
 #endif
 }
 
-__device__ inline float load(const Tensor& t, long long offset) {
-    if (t.type == FLOAT32) return ((const float*)t.data)[offset];
-    const unsigned short bits = ((const unsigned short*)t.data)[offset];
-    return t.type == BFLOAT16 ? from_bits((unsigned)bits << 16) : from_half(bits);
+// A line of a tensor along its positions, in bytes: where it begins, and how far its positions are apart. Offsets are 32
+// bits wide (kernels.limits refuses longer lines): one multiplication where strides of 64 bits take several.
+struct Row {
+    const char* data;
+    unsigned stride;
+    int type;
+
+    // FLOATS: the type is float32, so that nothing has to be asked
+    template <bool FLOATS = false>
+    __device__ float at(int place) const { return place < 0 ? 0.f : read<FLOATS>((unsigned)place * stride); }
+
+    template <bool FLOATS = false>
+    __device__ float read(unsigned offset) const {
+        if (FLOATS || type == FLOAT32) return *(const float*)(data + offset);
+        const unsigned short bits = *(const unsigned short*)(data + offset);
+        return type == BFLOAT16 ? from_bits((unsigned)bits << 16) : from_half(bits);
+    }
+};
+
+__device__ inline int size_of(int type) { return type == FLOAT32 ? 4 : 2; }
+
+// `offset` counts elements
+__device__ inline Row row_of(const Tensor& t, long long offset) {
+    const int size = size_of(t.type);
+    return {(const char*)t.data + offset * size, (unsigned)t.position * size, t.type};
 }
 
+// a number to be kept in a register: the compiler would compute it again at every use
+__device__ inline unsigned kept(unsigned x) {
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+
+// between looks at a counter, so that waiting blocks leave the memory to those that work
+__device__ inline void wait_a_little() {
+#if __CUDA_ARCH__ >= 700
+    __nanosleep(64);
+#endif
+}
+
+__device__ inline void add_to(float* to, float value) {
+#ifdef __CUDA_ARCH__
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");  // nothing comes back
+#else
+    atomicAdd(to, value);
+#endif
+}
+
+// The same line of a result: zeros to which several writers add, or a place of one's own.
+struct OutRow {
+    char* data;
+    unsigned stride;
+    int add;
+
+    __device__ void put(int place, float value) const {
+        if (place < 0) return;
+        float* to = (float*)(data + (unsigned)place * stride);
+        if (add) add_to(to, value);
+        else *to = value;
+    }
+};
+
 __device__ inline void store(const Output& out, long long offset, float value) {
-    if (out.add) atomicAdd(out.data + offset, value);
+    if (out.add) add_to(out.data + offset, value);
     else out.data[offset] = value;
 }
 
@@ -91,15 +149,24 @@ __device__ inline float exp2_of(float x) {
 }
 
 // exp(A distance): the product's rounding error, worth 80 x 2^-24 at e^-80, is carried beside it
+__device__ inline float decay(Sum rate, float distance) {
+    const float x = rate.high * distance, rest = fmaf(rate.low, distance, fmaf(rate.high, distance, -x));
+    return exp2_of(x) * fmaf(rest, 0.693147181f, 1.f);
+}
+
 __device__ inline float decay(Sum rate, Sum distance) {
-    const float x = rate.high * distance.high;
-    const float rest = fmaf(rate.high, distance.high, -x) + fmaf(rate.high, distance.low, rate.low * distance.high);
+    const float x = rate.high * distance.high, lost = fmaf(rate.high, distance.high, -x);
+    const float rest = fmaf(rate.low, distance.high, fmaf(rate.high, distance.low, lost));
     return exp2_of(x) * fmaf(rest, 0.693147181f, 1.f);
 }
 
 // the nearest number with TF32's 10 bits after the point
 __device__ inline unsigned to_tf32(float value) {
-#if __CUDA_ARCH__ >= 800
+#if __CUDA_ARCH__ >= 900
+    unsigned bits;
+    asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));  // one instruction there; rounding away from zero takes three
+    return bits;
+#elif __CUDA_ARCH__ >= 800
     unsigned bits;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
     return bits;
@@ -141,21 +208,20 @@ __device__ inline void multiply(float (&d)[4], const unsigned (&a)[4], const uns
 #endif
 }
 
-// d += a b in float32: products of the TF32 halves (three of four; the fourth is below float32), or of the high halves
+// a float32 as the sum of two TF32 numbers, to 2^-22
+struct alignas(8) Split { unsigned high, low; };
+
+__device__ inline Split split(float value) {
+    const unsigned high = to_tf32(value);
+    return {high, to_tf32(value - from_bits(high))};
+}
+
+// d += a b in float32: products of the halves (three of four; the fourth is below float32), or of the high halves
 template <int PRODUCTS>
-__device__ inline void multiply_exact(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
-    unsigned a_high[4], a_low[4], b_high[2], b_low[2];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        a_high[i] = to_tf32(a[i]);
-        a_low[i] = to_tf32(a[i] - from_bits(a_high[i]));
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        b_high[i] = to_tf32(b[i]);
-        b_low[i] = to_tf32(b[i] - from_bits(b_high[i]));
-    }
+__device__ inline void multiply_exact(float (&d)[4], const Split (&a)[4], const Split (&b)[2]) {
+    const unsigned a_high[4] = {a[0].high, a[1].high, a[2].high, a[3].high}, b_high[2] = {b[0].high, b[1].high};
     if (PRODUCTS == 3) {
+        const unsigned a_low[4] = {a[0].low, a[1].low, a[2].low, a[3].low}, b_low[2] = {b[0].low, b[1].low};
         multiply(d, a_low, b_high);
         multiply(d, a_high, b_low);
     }

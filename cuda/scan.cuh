@@ -1,8 +1,8 @@
-// One warp runs one channel of one route: 128 steps at a time, 4 to a lane, joined by a scan of (decay, input) pairs.
+// One warp runs one channel of one route: 4 or 8 steps to a lane at a time, joined by a scan of (decay, input) pairs.
 #pragma once
 #include "numerics.cuh"
 
-constexpr int STEPS = 4;            // of one lane
+constexpr int STEPS = 4;            // of one lane in lines and gradients; a scan takes as many, or twice as many
 constexpr int SPAN = 32 * STEPS;    // of a warp at a time
 
 // where the tensors of one channel begin, and the tokens of its steps
@@ -11,8 +11,8 @@ struct Channel {
     int b, r, c, head, group, lane;
 
     __device__ Channel(const Call& call, int b, int r, int c, int lane)
-        : call(&call), b(b), r(r), c(c), head(c / (call.channels / call.heads)),
-          group(c / (call.channels / call.groups)), lane(lane) {}
+        : call(&call), b(b), r(r), c(c), head(call.per_head == 1 ? c : c / call.per_head),
+          group(call.groups == 1 ? 0 : c / call.per_group), lane(lane) {}
 
     // where a step is in a frame; -1 behind the sequence's ends, or where an order points outside
     __device__ int place(int step, int frame) const {
@@ -24,29 +24,39 @@ struct Channel {
 
     __device__ int source(int step) const { return place(step, call->delta.frame); }  // of u, delta, B and C
 
-    __device__ float value(const Tensor& t, int axis, int group, int place) const {
-        const long long offset = b * t.batch + r * t.route + group * t.group + axis * t.axis + place * t.position;
-        return place < 0 ? 0.f : load(t, offset);
+    __device__ Row row(const Tensor& t, int axis, int group) const {
+        return row_of(t, b * t.batch + r * t.route + group * t.group + axis * t.axis);
+    }
+
+    __device__ Row u() const { return row(call->u, c, 0); }
+    __device__ Row delta() const { return row(call->delta, head, 0); }
+    __device__ Row B(int n) const { return row(call->B, n, group); }
+    __device__ Row C(int n) const { return row(call->C, n, group); }
+    __device__ Row A() const { return row_of(call->A, r * call->A.route + head * call->A.group); }  // of the states
+    __device__ float D() const { return call->D.data ? row_of(call->D, r * call->D.route + c * call->D.axis).at(0) : 0.f; }
+
+    // the weight of a step, where there are weights
+    __device__ float weight(const Tensor& weights, int step) const {
+        return weights.data ? row(weights, c, 0).at(place(step, weights.frame)) : 1.f;
+    }
+
+    __device__ OutRow out_row(const Output& out, int axis, int group) const {
+        float* to = out.data + b * out.batch + r * out.route + group * out.group + axis * out.axis;
+        return {(char*)to, (unsigned)out.position * 4, out.add};
     }
 
     __device__ void result(const Output& out, int axis, int group, int place, float value) const {
         if (place < 0) return;
         store(out, b * out.batch + r * out.route + group * out.group + axis * out.axis + place * out.position, value);
     }
-
-    __device__ float u(int place) const { return value(call->u, c, 0, place); }
-    __device__ float delta(int place) const { return value(call->delta, head, 0, place); }
-    __device__ float B(int n, int place) const { return value(call->B, n, group, place); }
-    __device__ float C(int n, int place) const { return value(call->C, n, group, place); }
-    __device__ Sum rate(int n) const { return rate_of(load(call->A, r * call->A.route + head * call->A.group + n * call->A.position)); }
-    __device__ float D() const { return call->D.data ? load(call->D, r * call->D.route + c * call->D.axis) : 0.f; }
 };
 
 // The state before a lane's first step, from the state before the warp's; that one becomes the state after the warp's.
-__device__ inline float enter(const float (&decays)[STEPS], const float (&inputs)[STEPS], float& carried, int lane) {
+template <int COUNT>
+__device__ inline float enter(const float (&decays)[COUNT], const float (&inputs)[COUNT], float& carried, int lane) {
     float factor = 1.f, state = 0.f;
 #pragma unroll
-    for (int k = 0; k < STEPS; k++) {
+    for (int k = 0; k < COUNT; k++) {
         factor *= decays[k];
         state = fmaf(decays[k], state, inputs[k]);
     }
@@ -64,11 +74,12 @@ __device__ inline float enter(const float (&decays)[STEPS], const float (&inputs
     return entering;
 }
 
-// Sums of delta before every chunk of `chunk` steps (a divisor of SPAN, or SPAN), of one head.
-__device__ inline Sum chunk_sums(const Channel& at, const float (&delta)[STEPS], int first, int chunk, Sum total) {
+// Sums of delta before every chunk of `chunk` steps (a multiple of COUNT), of one head.
+template <int COUNT>
+__device__ inline Sum chunk_sums(const Channel& at, const float (&delta)[COUNT], int first, int chunk, Sum total) {
     Sum own = {0.f, 0.f};
 #pragma unroll
-    for (int k = 0; k < STEPS; k++) own = plus(own, {delta[k], 0.f});
+    for (int k = 0; k < COUNT; k++) own = plus(own, {delta[k], 0.f});
     const Sum through = warp_sum(own, at.lane);
     Sum before = shuffle_up(through, 1);
     if (at.lane == 0) before = {0.f, 0.f};
@@ -81,59 +92,100 @@ __device__ inline Sum chunk_sums(const Channel& at, const float (&delta)[STEPS],
     return plus(total, shuffle(through, 31));
 }
 
-// y and the sums of one channel; `state` holds the warp's running states.
-__device__ inline void scan_channel(const Call& call, int b, int r, int c, int lane, float* state, int chunk) {
-    const Channel at(call, b, r, c, lane);
-    const bool sums = call.want_attention && c % (call.channels / call.heads) == 0;
-    if (!call.want_y && !sums) return;
-    const int states = call.want_y ? call.states : 0;
-    for (int n = lane; n < states; n += 32) state[n] = 0.f;
-    __syncwarp();
-    Sum total = {0.f, 0.f};
-    const float skip = at.D();
-    for (int start = 0; start < call.length; start += SPAN) {
-        const int first = start + lane * STEPS;
-        int place[STEPS];
-        float delta[STEPS], u[STEPS] = {}, y[STEPS] = {};
+// A lane's steps at a time: what enters the states, the offsets of B and C, what comes out, a bit where there is a step.
+template <int COUNT>
+struct Steps {
+    float delta[COUNT], flow[COUNT], y[COUNT];
+    unsigned of_B[COUNT], of_C[COUNT], there;
+};
+
+// All states of one span. GAPS: some steps have no place. Those behind the end of the sequence need no care, since nothing
+// comes after them; in the middle, what is read in their stead must not flow on if it is not finite.
+template <bool FLOATS, bool GAPS, int COUNT>
+__device__ inline void scan_states(const Channel& at, int states, Steps<COUNT>& steps, float* state) {
+    const Call& call = *at.call;
+    const long long B_next = call.B.axis * size_of(call.B.type), C_next = call.C.axis * size_of(call.C.type);
+    const unsigned A_next = call.A.position * size_of(call.A.type);
+    Row A = at.A(), B = at.B(0), C = at.C(0);
+    for (int n = 0; n < states; n++) {
+        const Sum rate = rate_of(A.read(0));
+        float decays[COUNT], inputs[COUNT];
 #pragma unroll
-        for (int k = 0; k < STEPS; k++) {
-            place[k] = at.source(first + k);
-            delta[k] = at.delta(place[k]);
-            if (call.want_y) u[k] = at.u(place[k]);
+        for (int k = 0; k < COUNT; k++) {
+            decays[k] = decay(rate, steps.delta[k]);
+            const float in = steps.flow[k] * B.read<FLOATS>(steps.of_B[k]);
+            inputs[k] = !GAPS || steps.there >> k & 1 ? in : 0.f;
         }
-        if (sums) total = chunk_sums(at, delta, first, chunk, total);
-        for (int n = 0; n < states; n++) {
-            const Sum rate = at.rate(n);
-            float decays[STEPS], inputs[STEPS];
+        float carried = state[n];
+        float h = enter(decays, inputs, carried, at.lane);
+        __syncwarp();  // every lane has read state[n]
+        if (at.lane == 0) state[n] = carried;
 #pragma unroll
-            for (int k = 0; k < STEPS; k++) {
-                decays[k] = decay(rate, {delta[k], 0.f});
-                inputs[k] = delta[k] * u[k] * at.B(n, place[k]);
-            }
-            float carried = state[n];
-            float h = enter(decays, inputs, carried, lane);
-            __syncwarp();  // every lane has read state[n]
-            if (lane == 0) state[n] = carried;
-#pragma unroll
-            for (int k = 0; k < STEPS; k++) {
-                h = fmaf(decays[k], h, inputs[k]);
-                y[k] = fmaf(at.C(n, place[k]), h, y[k]);
-            }
+        for (int k = 0; k < COUNT; k++) {
+            h = fmaf(decays[k], h, inputs[k]);
+            steps.y[k] = fmaf(C.read<FLOATS>(steps.of_C[k]), h, steps.y[k]);
         }
-        __syncwarp();
-        if (!call.want_y) continue;
-#pragma unroll
-        for (int k = 0; k < STEPS; k++)
-            at.result(call.y, c, 0, at.place(first + k, call.y.frame), fmaf(skip, u[k], y[k]) * call.y_scale);
+        A.data += A_next, B.data += B_next, C.data += C_next;
     }
 }
 
-// The part of a kernel's block that scans: a warp a channel. Returns the (image, route) that it worked on.
+// y and the sums of one channel; `state` holds the warp's running states. FLOATS: all of u, delta, B and C are float32.
+// COUNT: steps of a lane at a time.
+template <bool FLOATS, int COUNT>
+__device__ inline void scan_channel(const Channel& at, float* state, int chunk) {
+    const Call& call = *at.call;
+    const bool sums = call.want_attention && at.c == at.head * call.per_head;
+    if (!call.want_y && !sums) return;
+    const int states = call.want_y ? call.states : 0;
+    for (int n = at.lane; n < states; n += 32) state[n] = 0.f;
+    __syncwarp();
+    const Row u_row = at.u(), delta_row = at.delta();
+    const OutRow y_row = at.out_row(call.y, at.c, 0);
+    const unsigned B_stride = at.B(0).stride, C_stride = at.C(0).stride;
+    const float skip = at.D();
+    Sum total = {0.f, 0.f};
+    for (int start = 0; start < call.length; start += 32 * COUNT) {
+        const int first = start + at.lane * COUNT, in_sequence = min(COUNT, max(call.length - first, 0));
+        Steps<COUNT> steps;
+        steps.there = 0;
+#pragma unroll
+        for (int k = 0; k < COUNT; k++) {
+            const int place = at.source(first + k), some = max(place, 0);  // where there is none, one that can be read
+            steps.delta[k] = delta_row.at<FLOATS>(place);
+            steps.flow[k] = call.want_y ? steps.delta[k] * u_row.at<FLOATS>(place) : 0.f;
+            steps.y[k] = 0.f;
+            steps.of_B[k] = kept((unsigned)some * B_stride);
+            steps.of_C[k] = kept((unsigned)some * C_stride);
+            steps.there |= (unsigned)(place >= 0) << k;
+        }
+        if (sums) total = chunk_sums(at, steps.delta, first, chunk, total);
+        if (!call.want_y) continue;
+        if (!FLOATS || __any_sync(~0u, steps.there != (1u << in_sequence) - 1)) scan_states<FLOATS, true>(at, states, steps, state);
+        else scan_states<FLOATS, false>(at, states, steps, state);
+        __syncwarp();
+#pragma unroll
+        for (int k = 0; k < COUNT; k++) {
+            const int place = at.source(first + k);
+            const float y = place < 0 ? 0.f : fmaf(skip, u_row.at<FLOATS>(place), steps.y[k]) * call.y_scale;
+            y_row.put(at.place(first + k, call.y.frame), y);
+        }
+    }
+}
+
+// The part of a kernel's block of WARPS warps that scans: a warp a channel. Returns the (image, route) that it worked on.
+template <int WARPS>
 __device__ inline int scan_block(const Call& call, int block, float* shared, int chunk) {
-    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, per_route = (call.channels + warps - 1) / warps;
-    const int image_route = block / per_route, c = block % per_route * warps + warp;
-    if (c < call.channels)
-        scan_channel(call, image_route / call.routes, image_route % call.routes, c, threadIdx.x % 32,
-                     shared + warp * call.states, chunk);
+    const int warp = threadIdx.x / 32, per_route = (call.channels + WARPS - 1) / WARPS;
+    const int image_route = block / per_route, c = (block - image_route * per_route) * WARPS + warp;
+    const int b = image_route / call.routes, r = image_route - b * call.routes;
+    if (c >= call.channels) return image_route;
+    const Channel at(call, b, r, c, threadIdx.x % 32);
+    float* state = shared + warp * call.states;
+    const bool floats = call.u.type == FLOAT32 && call.delta.type == FLOAT32 && call.B.type == FLOAT32 && call.C.type == FLOAT32;
+    // 8 steps a lane cost 1.6 times what 4 do, half of them idle where the last span is short
+    const bool many = 8 * ((call.length + 255) / 256) <= 5 * ((call.length + 127) / 128);
+    if (floats && many) scan_channel<true, 8>(at, state, chunk);
+    else if (floats) scan_channel<true, 4>(at, state, chunk);
+    else scan_channel<false, 4>(at, state, chunk);
     return image_route;
 }

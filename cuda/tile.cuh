@@ -46,13 +46,19 @@ __device__ inline int step_of(const TileIndex& at, int side) {
     return side < TILE ? at.I * TILE + side : at.J * TILE + side - TILE;
 }
 
+// C of rows and B of columns, STATES states or what is left
 template <int TILE>
 __device__ inline void stage_states(const Call& call, const TileIndex& at, Stage<TILE>& stage, int c, int n0) {
+    constexpr int SIDES = Stage<TILE>::SIDES;
     const int count = min(STATES, call.states - n0);
     const Channel channel(call, at.b, at.r, c, 0);
-    for (int i = threadIdx.x; i < count * Stage<TILE>::SIDES; i += blockDim.x) {
-        const int n = i / Stage<TILE>::SIDES, side = i % Stage<TILE>::SIDES, place = stage.place[side];
-        stage.BC[i] = side < TILE ? channel.C(n0 + n, place) : channel.B(n0 + n, place);
+    const Row B = channel.B(n0), C = channel.C(n0);
+    const long long B_next = call.B.axis * size_of(call.B.type), C_next = call.C.axis * size_of(call.C.type);
+    for (int i = threadIdx.x; i < count * SIDES; i += blockDim.x) {
+        const int n = i / SIDES, side = i % SIDES;
+        Row row = side < TILE ? C : B;
+        row.data += n * (side < TILE ? C_next : B_next);
+        stage.BC[i] = row.at(stage.place[side]);
     }
 }
 
@@ -61,24 +67,25 @@ template <int TILE>
 __device__ inline void stage_channels(const Call& call, const TileIndex& at, Stage<TILE>& stage, int c, int count, int n0) {
     constexpr int SIDES = Stage<TILE>::SIDES, PITCH = Stage<TILE>::PITCH;
     const bool channels_last = call.delta.axis == 1;  // neighbouring threads read neighbouring memory
+    const Row delta_row = row_of(call.delta, at.b * call.delta.batch + at.r * call.delta.route);
+    const long long next = call.delta.axis * size_of(call.delta.type);
     for (int i = threadIdx.x; i < CHANNELS * SIDES; i += blockDim.x) {
         const int k = channels_last ? i % CHANNELS : i / SIDES, side = channels_last ? i / CHANNELS : i % SIDES;
         float delta = 0.f, weight = 0.f;
         if (k < count && stage.place[side] >= 0) {
-            const Channel channel(call, at.b, at.r, c + k, 0);
+            Row row = delta_row;
+            row.data += (call.per_head == 1 ? c + k : (c + k) / call.per_head) * next;
+            delta = row.at(stage.place[side]);
             const Tensor& weights = side < TILE ? call.row_weight : call.col_weight;
-            delta = channel.delta(stage.place[side]);
-            const int place = weights.data ? channel.place(step_of<TILE>(at, side), weights.frame) : -1;
-            weight = weights.data ? channel.value(weights, c + k, 0, place) : 1.f;
+            weight = weights.data ? Channel(call, at.b, at.r, c + k, 0).weight(weights, step_of<TILE>(at, side)) : 1.f;
         }
         stage.high[k * PITCH + side] = delta;
         stage.factor[k * PITCH + side] = side < TILE ? weight : weight * delta;
     }
-    const int states = min(STATES, call.states - n0);
-    for (int i = threadIdx.x; i < CHANNELS * states; i += blockDim.x) {
-        const int k = i / states, n = i % states;
-        if (k < count) stage.rate[k * STATES + n] = Channel(call, at.b, at.r, c + k, 0).rate(n0 + n);
-        else stage.rate[k * STATES + n] = {0.f, 0.f};
+    for (int i = threadIdx.x; i < CHANNELS * STATES; i += blockDim.x) {
+        const int k = i / STATES, n = i % STATES;
+        const bool there = k < count && n0 + n < call.states;
+        stage.rate[i] = there ? rate_of(Channel(call, at.b, at.r, c + k, 0).A().at(n0 + n)) : Sum{0.f, 0.f};
     }
 }
 
@@ -93,7 +100,7 @@ __device__ inline void stage_places(const Call& call, const TileIndex& at, Stage
 template <int TILE>
 __device__ inline void stage_distances(const Call& call, const TileIndex& at, Stage<TILE>& stage, int c, int count) {
     constexpr int PITCH = Stage<TILE>::PITCH, OWN = TILE / 32;
-    const int lane = threadIdx.x % 32, chunks = (call.length + TILE - 1) / TILE, width = call.channels / call.heads;
+    const int lane = threadIdx.x % 32, chunks = (call.length + TILE - 1) / TILE;
     for (int job = threadIdx.x / 32; job < 2 * CHANNELS; job += blockDim.x / 32) {
         const int k = job / 2, columns = job % 2, start = k * PITCH + columns * TILE + lane * OWN;
         Sum own[OWN], total = {0.f, 0.f};
@@ -104,7 +111,8 @@ __device__ inline void stage_distances(const Call& call, const TileIndex& at, St
         if (lane == 0) before = {0.f, 0.f};
         const Sum all = shuffle(through, 31);
         if (columns && at.J < at.I && k < count) {
-            const Sum* sums = call.before + (((long long)at.b * call.routes + at.r) * call.heads + (c + k) / width) * chunks;
+            const int head = call.per_head == 1 ? c + k : (c + k) / call.per_head;
+            const Sum* sums = call.before + (((long long)at.b * call.routes + at.r) * call.heads + head) * chunks;
             base = plus(minus(sums[at.I], sums[at.J + 1]), all);
         }
 #pragma unroll
@@ -134,15 +142,15 @@ __device__ inline void write(const Call& call, const TileIndex& at, int row, int
 
 // A block of an attention kernel. Blocks take numbers as they start: the first ones scan, the others wait for the sums
 // of their image and route. A block only waits for blocks that have started before it, so none waits for ever.
-template <int TILE, class Compute>
+template <int WARPS, int TILE, class Compute>
 __device__ inline void scan_or_tile(const Call& call, Stage<TILE>& stage, Compute compute) {
-    const int warps = blockDim.x / 32, per_route = (call.channels + warps - 1) / warps;
+    const int per_route = (call.channels + WARPS - 1) / WARPS;
     const int scanning = call.batch * call.routes * per_route;
     if (threadIdx.x == 0) stage.block = atomicAdd(call.counters, 1);
     __syncthreads();
     const int block = stage.block;
     if (block < scanning) {
-        const int image_route = scan_block(call, block, stage.high, TILE);
+        const int image_route = scan_block<WARPS>(call, block, stage.high, TILE);
         __syncthreads();
         if (threadIdx.x == 0) {
             __threadfence();  // whoever sees the count sees the block's sums
@@ -153,7 +161,7 @@ __device__ inline void scan_or_tile(const Call& call, Stage<TILE>& stage, Comput
     const TileIndex at = tile_index(call, block - scanning, TILE);
     if (threadIdx.x == 0) {
         const volatile int* finished = call.counters + 1 + at.b * call.routes + at.r;
-        while (*finished < per_route) {}
+        while (*finished < per_route) wait_a_little();
         __threadfence();
     }
     __syncthreads();

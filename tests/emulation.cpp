@@ -1,4 +1,4 @@
-// The CUDA source on the host: every CUDA thread of a block is a fiber, switched at barriers and shuffles.
+// The CUDA source, or with PTX what NVRTC made of it (tests/ptx.py), on the host: every CUDA thread of a block is a fiber, switched at barriers and shuffles.
 //
 // Finds wrong indices, missing or diverging barriers (a deadlock is reported; results must not depend on the schedule),
 // uninitialised shared memory (filled with NaN), shared memory overrun (guarded) and pages that may not be touched. Says nothing about speed. The inner
@@ -127,11 +127,21 @@ static float __shfl_sync(unsigned, float value, int lane) { return host::exchang
 static float __shfl_up_sync(unsigned, float value, int distance) { return host::exchange_one(value, (int)(threadIdx.x % 32) - distance); }
 static float __shfl_down_sync(unsigned, float value, int distance) { return host::exchange_one(value, threadIdx.x % 32 + distance); }
 static float __shfl_xor_sync(unsigned, float value, int mask) { return host::exchange_one(value, threadIdx.x % 32 ^ mask); }
+static bool __any_sync(unsigned, bool own) {
+    const unsigned words[1] = {own};
+    auto table = host::exchange(words);
+    return std::any_of(table, table + 32, [](const unsigned* lane) { return lane[0]; });
+}
 static float atomicAdd(float* to, float value) { const float before = *to; *to += value; return before; }
 static int atomicAdd(int* to, int value) { const int before = *to; *to += value; return before; }
 
 #include "hidden_attention.cu"
 
+#ifdef PTX
+#include "ptx_runtime.hpp"
+
+static const struct { const char* name; void (*body)(const void*); } KERNELS[] = {{NAME, kernel}};
+#else
 template <class Arguments, void (*kernel)(const Arguments)>
 static void call(const void* arguments) { kernel(*static_cast<const Arguments*>(arguments)); }
 
@@ -143,6 +153,7 @@ static const struct { const char* name; void (*body)(const void*); } KERNELS[] =
     {"attention_factored_128", call<Call, attention_factored_128>},
     {"attention_line", call<Line, attention_line>},
 };
+#endif
 
 extern "C" {
 // sizes of the structures, to be compared with the caller's

@@ -28,26 +28,38 @@ FLAGS = ("-O2", "-std=c++20", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", 
 @cache
 def library() -> ctypes.CDLL:
     """The kernels, compiled once for these sources."""
-    files = sorted([HERE / "emulation.cpp", *SOURCES.glob("*.cu*")])
-    key = hashlib.sha256(b"".join(path.read_bytes() for path in files) + repr(FLAGS).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("MAMBA_ATTN_CACHE") or Path.home() / ".cache" / "mamba_attn")
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"emulation-{key}.so"
+    target = folder() / f"emulation-{key(repr(FLAGS).encode())}.so"
     if not target.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch, "emulation.so")
-            command = [
-                os.environ.get("CXX", "g++"),
-                *FLAGS,
-                f"-I{SOURCES}",
-                str(HERE / "emulation.cpp"),
-                "-o",
-                str(made),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            made.replace(target)
-    loaded = ctypes.CDLL(str(target))
+        compile_to(target, *FLAGS)
+    return load(target)
+
+
+def folder() -> Path:
+    """Where compiled libraries are kept."""
+    found = Path(os.environ.get("MAMBA_ATTN_CACHE") or Path.home() / ".cache" / "mamba_attn")
+    found.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def key(*meaning: bytes) -> str:
+    """A name for what these bytes and the sources are compiled to."""
+    files = sorted([HERE / "emulation.cpp", *SOURCES.glob("*.cu*")])
+    return hashlib.sha256(b"\0".join([*(path.read_bytes() for path in files), *meaning])).hexdigest()[:16]
+
+
+def compile_to(target: Path, *flags: str) -> None:
+    """Compile emulation.cpp; another process that does the same at once loses nothing."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        made = Path(scratch, target.name)
+        command = [os.environ.get("CXX", "g++"), *flags, f"-I{SOURCES}", str(HERE / "emulation.cpp"), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        made.replace(target)
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """Open a compiled library."""
+    loaded = ctypes.CDLL(str(path))
     loaded.launch.restype, loaded.tile_of.restype = ctypes.c_char_p, ctypes.c_int64
     return loaded
 
@@ -77,12 +89,16 @@ class Emulator:
     def shared_limit(self, device: torch.device) -> int:
         return self._shared_limit
 
+    def library(self, name: str) -> ctypes.CDLL:
+        """The library that holds a kernel."""
+        return library()
+
     def launch(
         self, name: str, grid: int, block: int, shared_bytes: int, arguments: ctypes.Structure, device: torch.device
     ) -> None:
         assert shared_bytes <= self._shared_limit
         self.launched.append(name)
-        problem = library().launch(
+        problem = self.library(name).launch(
             name.encode(), ctypes.byref(arguments), grid, block, shared_bytes, ctypes.c_uint(self.schedule)
         )
         assert problem is None, f"{name}: {problem.decode()}"

@@ -1,28 +1,41 @@
-"""Where the kernels run in tests: always on the host, emulated; and on a CUDA device where there is one.
+"""Where the kernels run in tests: on the host, as source and as NVRTC's PTX; and on a CUDA device where there is one.
 
-These tests need torch, numpy, einops and pytest alone, so that they run on a bare GPU machine:
+These tests need torch, numpy, einops, jaxtyping and pytest alone, so that they run on a bare GPU machine:
 ``python -m pytest -c /dev/null --rootdir=. --noconftest tests/kernels -k device``.
 """
 
 import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 
 from mamba_attn.ops.cuda import operators
 from mamba_attn.ops.cuda.launcher import LAUNCHER, Launcher
 from tests.emulation import Emulator, emulated
+from tests.ptx import Ptx
 
-MACHINES = ("host", *(("device",) if torch.cuda.is_available() else ()))
+HOSTS = ("host", "ptx")
+ROUGH = pytest.param("ptx-rough", marks=pytest.mark.full)  # as inexact as the ISA lets a device be
+MACHINES = (*HOSTS, ROUGH, *(("device",) if torch.cuda.is_available() else ()))
+EX2 = 2.0**-22  # relative error of ex2.approx that the PTX ISA allows; the host's exp2f is rounded correctly
 
 
 @dataclass
 class Recorder:
-    """A launcher that remembers what it launched."""
+    """A launcher that remembers what it launched.
+
+    Args:
+        launcher: that does the work.
+        unit: relative error that one exponential of this machine may have beyond rounding.
+        launched: names of kernels.
+    """
 
     launcher: Launcher
+    unit: float = 0.0
     launched: list[str] = field(default_factory=list)
 
     def problem(self, device: torch.device) -> str | None:
@@ -46,11 +59,15 @@ def machine(name: str, **options: int) -> Iterator[Recorder]:
     """Run backend="fused" there; tensors made inside lie there.
 
     Args:
-        name: one of MACHINES.
+        name: one of HOSTS, "ptx-rough" or "device".
         options: of the emulator; a device is what it is.
     """
-    with emulated(Emulator(**options)) as emulator:
-        recorder = Recorder(emulator if name == "host" else LAUNCHER)
+    if name.startswith("ptx") and sys.platform != "linux":
+        pytest.skip("the tests' own NVRTC is a Linux package")
+    rough = {"rough": 1.0} if name == "ptx-rough" else {}
+    with emulated((Ptx if name.startswith("ptx") else Emulator)(**options, **rough)) as emulator:
+        device = name == "device"
+        recorder = Recorder(LAUNCHER if device else emulator, EX2 if device or rough else 0.0)
         operators.launcher = recorder
-        with torch.device("cpu" if name == "host" else "cuda"):
+        with torch.device("cuda" if device else "cpu"):
             yield recorder

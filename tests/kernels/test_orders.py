@@ -25,6 +25,6 @@ def test_every_order_type_and_fold(name: str, order: str, dtype: torch.dtype) ->
             y, matrix = ops.selective_scan(record, attention=fold, backend="fused")
             truth = ops.hidden_attention(exact, fold=fold, backend="reference")
             bound = ops.hidden_attention(magnitude(exact), fold=fold, backend="reference")
-            assert excess(matrix, truth, bound) <= 5e-7
-            assert excess(y, y_truth, y_bound) <= 5e-7
+            assert excess(matrix, truth, bound) <= 5e-7 + 2 * there.unit
+            assert excess(y, y_truth, y_bound) <= 5e-7 + 2 * there.unit
         assert len(there.launched) == len(FOLDS)

@@ -9,7 +9,7 @@ import torch
 from mamba_attn import ops
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.ops.cuda import fused, kernels
-from tests.kernels.machines import MACHINES, Recorder, machine
+from tests.kernels.machines import HOSTS, MACHINES, Recorder, machine
 from tests.ops.bounds import assert_within, excess, magnitude, weights
 from tests.ops.cases import CASES, Case, double, make
 
@@ -50,7 +50,7 @@ def test_y_equals_the_reference(there: Recorder, case: Case, dtype: torch.dtype)
     bound = ops.selective_scan(magnitude(double(record)), backend="reference")
     plain = excess(ops.selective_scan(record, backend="blocked"), truth, bound)
     assert value.dtype == torch.float32
-    assert excess(value, truth, bound) <= max(2 * plain, 2.4e-7)
+    assert excess(value, truth, bound) <= max(2 * plain, 2.4e-7) + there.unit
 
 
 @cases
@@ -109,14 +109,15 @@ def test_the_matrix_beside_y_has_gradients_too(there: Recorder) -> None:
         torch.testing.assert_close(value, results[1][name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("name", ["selective_scan", "selective_scan_backward", "attention_line"])
 @pytest.mark.parametrize(
     "sizes", [(18, 3), (3, 1)], ids=str
 )  # with one state or channel nothing else keeps lanes together
-def test_results_do_not_depend_on_the_schedule(name: str, sizes: tuple[int, int]) -> None:
+def test_results_do_not_depend_on_the_schedule(name: str, sizes: tuple[int, int], host: str) -> None:
     results = []
     for schedule in (0, 1, 2, 3, 77):
-        with machine("host", schedule=schedule):
+        with machine(host, schedule=schedule):
             record = leaves(make(Case(batch=1, routes=1, channels=sizes[0], states=sizes[1], grid=(1, 150))))
             y = ops.selective_scan(record, backend="fused")
             lines = [fused.BACKEND.attention_line(record, "column", 3, (None, None), f, True) for f in ("mean", "each")]

@@ -40,6 +40,7 @@ _TILES = {  # steps, threads
 }
 _SHARED_BACKWARD = 2 * _BACKWARD_THREADS // 32 * _SPAN * 4
 _SHARED_LINE = 8 * _LINE_CHANNELS + _LINE_THREADS // 32 * _SPAN * 4 + 4
+_ROWS = ("source_u", "source_delta", "source_B", "source_C")
 _SHORT, _LONG = 16, 512  # lengths below which pairs are few, and from which large tiles are full
 _THREADS_PER_MULTIPROCESSOR = 1024  # target for attention blocks, if channels can be split among them
 
@@ -53,6 +54,13 @@ def limits(record: ScanRecord, launcher: Launcher) -> str | None:
         return (
             f"{record.states} states need {needed:,} bytes of shared memory per block and this GPU has {limit:,}; use "
             "backend='blocked'."
+        )
+    far = next((name for name in _ROWS if _row_bytes(getattr(record, name)) >= 2**32), None)
+    if far is not None:
+        name = far.removeprefix("source_")
+        return (
+            f"{name} spans {2**32:,} bytes or more from its first position to its last, more than the kernels count; "
+            f"pass {name}.contiguous(), or use backend='blocked'."
         )
     blocks = record.batch * record.routes * (record.channels + _pairs(record, 64))
     if blocks > GRID_LIMIT or record.tokens > GRID_LIMIT:
@@ -128,7 +136,7 @@ def attention(
 
 def backward(launcher: Launcher, record: ScanRecord, gradient: Tensor, merged: bool) -> Gradients:
     """Gradients of y with respect to source_u, source_delta, A, source_B, source_C and D, float32, in their shapes."""
-    gradient = gradient if gradient.dtype != torch.float64 else gradient.float()
+    gradient = _close(gradient if gradient.dtype != torch.float64 else gradient.float())
     detached = record.map_tensors(torch.Tensor.detach)
     sources = (detached.source_u, detached.source_delta, detached.A, detached.source_B, detached.source_C, detached.D)
     results = [None if x is None else torch.zeros(x.shape, device=x.device) for x in sources]
@@ -216,7 +224,7 @@ def _attention_shared(kernel: str, states: int) -> int:
     tile, threads = _TILES[kernel]
     sides = 2 * tile
     stage = 8 + 12 * _CHANNELS * (sides + 2) + 4 * (_STATES + 1) * sides + 8 * _CHANNELS * _STATES
-    slab = 0 if kernel == "attention_direct" else 4 * _INNER * (sides + 8)
+    slab = 0 if kernel == "attention_direct" else 8 * _INNER * (sides + 4)
     return max(stage + slab, 4 + threads // 32 * states * 4)
 
 
@@ -239,7 +247,7 @@ def _weight(weight: Tensor | None, routes: slice, frame: int) -> tuple[Tensor | 
     """Return a weight's tensor, to keep alive, and its argument; (batch, channels, tokens) is in the token frame."""
     if weight is None:
         return None, CTensor()
-    weight = weight.detach() if supported(weight) else weight.detach().float()
+    weight = _close(weight.detach() if supported(weight) else weight.detach().float())
     if weight.ndim == 3:
         return weight, tensor(weight, ("batch", "axis", "position"), frame)
     weight = weight[:, routes]
@@ -288,6 +296,16 @@ def _tf32() -> bool:
 def _scale(record: ScanRecord, fold: str, merged: bool) -> float:
     mean = record.channels if fold in ("mean", "positive", "absolute") else 1
     return (record.scale if merged else 1.0) / mean
+
+
+def _close(x: Tensor) -> Tensor:
+    """Return a tensor whose lines the kernels' offsets can count."""
+    return x if _row_bytes(x) < 2**32 else x.contiguous()
+
+
+def _row_bytes(x: Tensor) -> int:
+    """Bytes from a line's first position to its last one."""
+    return (x.shape[-1] - 1) * x.stride(-1) * x.element_size()
 
 
 def _pairs(record: ScanRecord, tile: int) -> int:
