@@ -14,7 +14,7 @@ from mamba_attn import images
 from mamba_attn.analytics.index import place_of
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.loaded_model import LoadedModel
-from mamba_attn.explanations.texts import decode, encode
+from mamba_attn.datasets.texts import decode, encode
 from mamba_attn.tracing.layers import Layer, ScanLayer
 from mamba_attn.tracing.texts import is_text, takes
 from mamba_attn.tracing.tracer import Trace, trace
