@@ -45,19 +45,24 @@ struct Factored {
         constexpr int OWN = INNER / PHASES;
         const Stage<TILE>& stage = memory.stage;
         int k = place.k, n = KNOWN == 1 ? 0 : place.n;
+        const float *BC = stage.BC + n * 2 * TILE + side, *factors = stage.factor + k * Stage<TILE>::PITCH + side;
+        const Sum* rate = stage.rate + k * STATES + n;
+        Split* slab = memory.slab + phase * OWN * PITCH + to;
         float factor = 0.f;
         Sum distance = {0.f, 0.f};
 #pragma unroll 4
-        for (int i = 0; i < OWN; i++) {
+        for (int i = 0; i < OWN; i++, slab += PITCH) {
             if (KNOWN != INNER || i == 0) {
-                factor = stage.factor[k * Stage<TILE>::PITCH + side];
+                factor = *factors;
                 distance = distance_of(k);
             }
-            memory.slab[(phase * OWN + i) * PITCH + to] =
-                split(factor * stage.BC[n * 2 * TILE + side] * decay(stage.rate[k * STATES + n], distance));
-            if (KNOWN == 1) k++;
-            else if (KNOWN == INNER) n++;
-            else if (++n == states) n = 0, k++;
+            *slab = split(factor * *BC * decay(*rate, distance));
+            if (KNOWN == 1 || (KNOWN == 0 && ++n == states)) {
+                if (KNOWN == 0) n = 0, BC = stage.BC + side;
+                k++, rate = stage.rate + k * STATES, factors += Stage<TILE>::PITCH;
+            } else {
+                BC += 2 * TILE, rate++;
+            }
         }
     }
 
@@ -188,13 +193,16 @@ struct Factored {
         column = pair / LEAF_PAIRS * LEAF + rest;
     }
 
+    // SAME: row and column are one step, which does not decay
+    template <bool SAME>
     __device__ static float entry(const Stage<TILE>& stage, int row, int column, int k, int states) {
         const Sum distance = plus(stage.distance(k, row), stage.distance(k, TILE + column));
+        const float *C = stage.BC + row, *B = stage.BC + TILE + column;
+        const Sum* rate = stage.rate + k * STATES;
         float value = 0.f;
-        for (int n = 0; n < states; n++) {
-            const float pair = stage.BC[n * 2 * TILE + row] * stage.BC[n * 2 * TILE + TILE + column];
-            value = fmaf(pair, row == column ? 1.f : decay(stage.rate[k * STATES + n], distance), value);
-        }
+#pragma unroll 4
+        for (int n = 0; n < states; n++, rate++, B += 2 * TILE, C += 2 * TILE)
+            value = fmaf(*C * *B, SAME ? 1.f : decay(*rate, distance), value);
         constexpr int PITCH = Stage<TILE>::PITCH;
         return value * stage.factor[k * PITCH + row] * stage.factor[k * PITCH + TILE + column];
     }
@@ -213,8 +221,8 @@ struct Factored {
 #pragma unroll
                 for (int slot = 0; slot < LEAF_SLOTS; slot++)
                     if (slot * THREADS + threadIdx.x < PAIRS)
-                        leaf[slot] += entry(memory.stage, row[slot], column[slot], k, states);
-                if (threadIdx.x < TILE) own += entry(memory.stage, threadIdx.x, threadIdx.x, k, states);
+                        leaf[slot] += entry<false>(memory.stage, row[slot], column[slot], k, states);
+                if (threadIdx.x < TILE) own += entry<true>(memory.stage, threadIdx.x, threadIdx.x, k, states);
             }
             Place place(threadIdx.x / TILE * (INNER / HALF_PHASES), states);
             for (int k0 = 0; k0 < count * states; k0 += INNER, place.next_slab(states))
