@@ -45,13 +45,14 @@ const fill = (id, made) => byId(id).replaceChildren(...made.filter(Boolean));
 function above(its) {
   const layer = layerOf(its);
   const known = storeOf().images.map(right).filter((one) => one !== null);
+  const [{ collected, top1 }, of] = [storeOf(), storeOf().collected === 1 ? 'photo' : 'photos'];
   const share = known.length ? ` · ${known.filter(Boolean).length} of ${known.length} photos right` : '';
   const scans = [[-1, layer.routes > 1 ? 'all' : 'one', undefined], ...(layer.routes > 1 ? layer.orders.map((_, route) => [route, arrow(layer, route), missing(layer, route)]) : [])];
   return [
     state.panes.length > 1 && choice('active', 'controls of', [[0, 'pane A'], [1, 'pane B']], state.active, (active) => change({ active })),
     about.stores.length > 1 ? menu('store', 'model', about.stores.map((one, at) => [at, named(at)]), its.store, (store) => change({}, { ...beginning(store).panes[0] }))
       : element('b', storeOf().name),
-    !wordsOf(its) && element('span', `${storeOf().collected} photos${share}`, { class: 'hint' }),
+    !wordsOf(its) && element('span', `${top1 === null ? '' : `top-1 ${top1.toFixed(1)} % · `}${collected} ${of}${share}`, { class: 'hint' }),
     element('span', undefined, { class: 'space' }),
     menu('layer', 'block', storeOf().layers.map((one) => [one.number, `${block(one)} · ${gridOf(one)}`]), its.layer, (number) => change({}, { layer: number })),
     layer.orders.length > 0 && !(wordsOf(its) && layer.routes < 2) && choice('route', 'scan direction', scans, routeOf(its), (route) => change({}, { route })),
@@ -67,7 +68,7 @@ const missing = (layer, route) => (live || `mean/${route}` in layer.matrices ? u
 
 function ofPatch(its) {
   const classes = [...new Set(storeOf().images.map((one) => one[1]))].filter((one) => one !== null).sort();
-  const shows = [['all', 'all three'], ['image', 'this photo'], ['mean', 'usual'], ['difference', 'special'], ['spread', 'varies', live ? undefined : 'not on this page: mamba-attn explore shows it'],
+  const shows = [['all', 'all three'], ['image', 'this photo'], ['mean', 'usual'], ['difference', 'special'], ['spread', 'varies', live || storeOf().layers.some((one) => 'spread/sum' in one.matrices) ? undefined : 'not on this page: mamba-attn explore shows it'],
     ['classes', 'by class', classes.length > 1 ? undefined : 'the classes are not known']];
   const single = storeOf().collected < 2;
   return [
