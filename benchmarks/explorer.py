@@ -196,7 +196,7 @@ def run_explore(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
     for kind, sample in milliseconds.items():
         figures.append(figure("explore median", kind, Spread.of(sample)))
         figures.append(figure("explore 95", kind, statistics.quantiles(sample, n=20, method="inclusive")[-1]))
-    for how, sample in (("page, script, data", starts), ("the demo", demos)):
+    for how, sample in (("56 x 56 patches", starts), ("the demo", demos)):
         figures.append(figure("explore first", how, Spread.of([time for time, _ in sample])))
         figures.append(figure("explore bytes", how, max(size for _, size in sample) / 1000))
     details = {"model": MODEL, "pixels": pixels, "grid": pixels // 4, "browser": version, "milliseconds": milliseconds}

@@ -165,6 +165,6 @@ def test_the_page_says_what_is_seen_and_needs_no_network(tmp_path, weights, phot
     ):
         assert said in text
     assert not re.search(r'<(script|link|img)[^>]+(src|href)="?http', page)
-    assert page.count("<img src=\"data:image/png;base64,") == 4  # gradient and rollout of two models
+    assert page.count('<img src="data:image/png;base64,') == 4  # gradient and rollout of two models
     assert page.count("<polyline") == page.count("<span class=key>") == 8
     assert len(page) < 300_000

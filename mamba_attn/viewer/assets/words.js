@@ -42,7 +42,8 @@ export function verdict(image) {
   return ok ? `${label} ✓` : `${predicted} ✗ is ${label}`;
 }
 
-export function unit() {
+export function unit(what) {
+  if (what === 'spread') return 'standard deviation';
   const kind = { signed: 'attention', positive: 'positive attention', absolute: 'strength of attention' }[state.sign];
   return kind + { none: '', largest: ' / maximum', range: ', 0 to 1', sum: ' / sum' }[state.normalise] + (state.log ? ', decades' : '');
 }
