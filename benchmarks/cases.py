@@ -104,7 +104,7 @@ TARGETS = {
     "findings families": Target("`mamba-attn findings`: families of Mamba models", 2, 2, higher=True),
     "explore median": Target("`mamba-attn explore`, 56 x 56 patches: gesture to picture, median", 200, 100, unit="ms"),
     "explore 95": Target("the same, 95th percentile", 200, 100, unit="ms"),
-    "explore first": Target("`mamba-attn explore`, 56 x 56 patches: address to first picture", 2000, 1000, unit="ms"),
+    "explore first": Target("`mamba-attn explore`: address to first picture", 2000, 1000, unit="ms"),
     "explore bytes": Target("the same, received until then", 1500, 500, unit="kB"),
     "explain": Target("`mamba-attn explain` with its defaults, wall seconds", 60, 20, unit="s"),
     **{

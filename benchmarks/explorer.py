@@ -17,6 +17,7 @@ from benchmarks.report import Figure, figure
 from mamba_attn import models
 from mamba_attn.analytics import AttentionStore, Request, collect
 from mamba_attn.datasets import loading, open_data
+from mamba_attn.viewer.demo import demo_store
 
 MODEL, PIXELS, GRID = "vmamba_tiny_s1l8", 224, 56
 KINDS = ("patch click", "hover", "region drag", "route switch", "mode switch", "scatter click")
@@ -174,11 +175,13 @@ def run_explore(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
     with (
         tempfile.TemporaryDirectory() as folder,
         served(AttentionStore.open(collected(Path(folder), pixels))) as address,
+        served(AttentionStore.open(demo_store())) as demo,
         sync_playwright() as driver,
     ):
         browser = driver.chromium.launch(executable_path=found, headless=True, args=FLAGS)
         page = browser.new_page(viewport={"width": 1400, "height": 900})
         starts = [opened(browser, address) for _ in range(2 if quick else 7)]
+        demos = [opened(browser, demo) for _ in range(2 if quick else 7)]
         page.goto(address + "#layer=0")
         hand = Hand(page, pixels // 4)
         milliseconds = {}
@@ -193,7 +196,8 @@ def run_explore(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
     for kind, sample in milliseconds.items():
         figures.append(figure("explore median", kind, Spread.of(sample)))
         figures.append(figure("explore 95", kind, statistics.quantiles(sample, n=20, method="inclusive")[-1]))
-    figures.append(figure("explore first", "page, script, data", Spread.of([time for time, _ in starts])))
-    figures.append(figure("explore bytes", "page, script, data", max(size for _, size in starts) / 1000))
+    for how, sample in (("56 x 56 patches", starts), ("the demo", demos)):
+        figures.append(figure("explore first", how, Spread.of([time for time, _ in sample])))
+        figures.append(figure("explore bytes", how, max(size for _, size in sample) / 1000))
     details = {"model": MODEL, "pixels": pixels, "grid": pixels // 4, "browser": version, "milliseconds": milliseconds}
     return figures, details

@@ -39,15 +39,19 @@ class Look(NamedTuple):
 
 
 class Plot:
-    """A chart as SVG, drawn from back to front; positions are (x, y) in pixels from the upper left corner."""
+    """A chart as SVG, drawn from back to front; positions are (x, y) in pixels from the upper left corner.
+
+    ``title`` names it for screen readers: the bold text, if there is any.
+    """
 
     def __init__(self, width: float, height: float) -> None:
-        self.width, self.height = width, height
+        self.width, self.height, self.title = width, height, "chart"
         self.parts: list[Markup] = []
 
     def text(self, x: float, y: float, text: str, anchor: str = "middle", *, bold: bool = False) -> None:
         """Write text that starts, is centred or ends at (x, y)."""
         weight = Markup(' font-weight="600"') if bold else ""
+        self.title = text if bold else self.title
         place = Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}"{}>{}</text>')
         self.parts.append(place.format(x, y, anchor, weight, text))
 
@@ -74,8 +78,10 @@ class Plot:
 
     def svg(self) -> Markup:
         """Return the chart as an element, as wide as given or as the page allows ``svg.plot`` to be."""
-        frame = Markup('<svg class=plot viewBox="0 0 {0} {1}" width="{0}" height="{1}" role="img">{2}</svg>')
-        return frame.format(self.width, self.height, Markup("").join(self.parts))
+        frame = Markup(
+            '<svg class=plot viewBox="0 0 {0} {1}" width="{0}" height="{1}" role="img" aria-label="{3}">{2}</svg>'
+        )
+        return frame.format(self.width, self.height, Markup("").join(self.parts), self.title)
 
 
 @cache

@@ -90,6 +90,7 @@ def _chart(fields: Mapping[str, ReceptiveField]) -> tuple[list[tuple[str, Look]]
     top = 1.06 * float(np.nanmax([max(values) for _, _, values in lines]))
     wide, high = _WIDE - _LEFT - 12, _HIGH - 12 - _BOTTOM
     plot = Plot(_WIDE, _HIGH)
+    plot.title = "mean distances by layer"
     step = 10.0 ** np.floor(np.log10(top)) * (1 if top >= 3 * 10.0 ** np.floor(np.log10(top)) else 0.5)
     for value in np.arange(0, top, step).tolist():
         y = 12 + high * (1 - value / top)

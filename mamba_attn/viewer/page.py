@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from mamba_attn.analytics.store import AttentionStore
 from mamba_attn.core.document import render
 from mamba_attn.figures import colours
+from mamba_attn.findings.accuracy import known_accuracy
 from mamba_attn.tracing.layers import ScanLayer
 from mamba_attn.viewer.source import Source, others, patches_of, sheet_of
 
@@ -101,6 +103,7 @@ def described(source: Source, shown: Sequence[int] | None = None) -> dict[str, A
         "stages": [layer.stage for layer in source.layers],
         "blocks": [layer.block for layer in source.layers],
         "collected": len(source.store.images),
+        "top1": known_accuracy(source.store) if isinstance(source.store, AttentionStore) else None,
         "images": [
             [image.key, image.label, image.predicted, image.correct, image.kept, getattr(image, "words", None)]
             for image in source.images

@@ -58,7 +58,7 @@ class Job:
         if self.state != "running":
             return
         folder, ended = Path(self.folder.name), self.process.poll() is not None
-        for path in folder.glob("*.points.npy"):
+        for path in sorted(folder.glob("*.points.npy")):
             pane = Pane(**json.loads(path.with_suffix("").with_suffix(".json").read_text()))
             self.scatter.save(pane, np.load(path, allow_pickle=False), {})
             self.panes.remove(pane)

@@ -144,7 +144,7 @@ class Source:
             raise UnavailableError("Gate and D exist for single images only.")
         if pane.what == "mean":
             return self._stored(pane, chosen, None)
-        spread = self._spread(pane)
+        spread = self.spread(pane)
         lines = spread[chosen] if pane.direction == "row" else spread[:, chosen].T
         return np.asarray(lines.mean(0, dtype=np.float64))
 
@@ -179,8 +179,12 @@ class Source:
             self.images.append(image)
             return len(self.images) - 1
 
-    def _spread(self, pane: Pane) -> np.ndarray:
-        """Standard deviation over images, (tokens, tokens) float32."""
+    def spread(self, pane: Pane) -> np.ndarray:
+        """Return the standard deviation over images, (tokens, tokens) float32.
+
+        Raises:
+            UnavailableError: of a route, if only sums were collected.
+        """
         layer, route = self.layer(pane), self.route(pane)
 
         def make() -> np.ndarray:

@@ -145,6 +145,9 @@ def test_route_direction_block_and_values(viewer, store):
     viewer.choose("show", "varies")
     spread = np.sqrt(store.variance(store.layers[2], 2))
     viewer.heat(spread[:, 4], "spread")
+    assert "the more this differs between photos" in viewer.page.locator("#lead").inner_text()
+    assert "standard deviation" in viewer.page.locator("#bars").inner_text()
+    viewer.page.locator("#card", has_text="differs most at").wait_for()
 
 
 def test_one_scale_for_all_that_can_be_kept(viewer):

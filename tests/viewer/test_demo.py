@@ -29,7 +29,7 @@ def test_the_demo_is_collected_once_and_a_half_is_finished(tmp_path, monkeypatch
 
     monkeypatch.setattr(demo, "_collect", lambda *_: pytest.fail("collected again"))
     served = []
-    monkeypatch.setattr(explore, "serve", lambda stores, host, port: served.extend(stores))
+    monkeypatch.setattr(explore, "serve", lambda stores, host, port, ahead: served.extend(stores if ahead else ()))
     assert main(["explore"]) == 0
     assert [store.folder for store in served] == [folder]
 

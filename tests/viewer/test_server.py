@@ -19,12 +19,8 @@ from mamba_attn.commands.cli import main
 from mamba_attn.core.transform import Transform
 from mamba_attn.viewer import guard, server
 from mamba_attn.viewer.guard import LARGEST
-from mamba_attn.viewer.points import Scatter
-from mamba_attn.viewer.reductions import Jobs
 from mamba_attn.viewer.server import Explorer
 from mamba_attn.viewer.serving import bound
-from mamba_attn.viewer.source import Source
-from mamba_attn.viewer.state import Pane
 from tests.viewer.double import tiny
 from tests.viewer.report.cases import stored
 
@@ -88,35 +84,34 @@ def ended(client, job):
     return now
 
 
-def test_points_and_a_job_that_computes_them(client):
-    found = client.post("/api/points", json={"layer": 2, "mode": "blocks"}).json()
-    assert numbers(found["xy"]).shape == (16,)
-    job = client.post("/api/points", json={"layer": 0, "method": "tsne"}).json()["job"]
-    assert client.post("/api/points", json={"layer": 0, "method": "tsne"}).json()["job"] == job
-    now = ended(client, job)
-    assert (now["state"], now["what"]) == ("done", "t-SNE of 96 patches")
-    assert numbers(client.post("/api/points", json={"layer": 0, "method": "tsne"}).json()["xy"]).shape == (192,)
-    other = client.post("/api/points", json={"layer": 1, "method": "umap"}).json()["job"]
-    assert client.delete(f"/api/jobs/{other}").json()["state"] == "cancelled"
-    assert client.get("/api/jobs/9999").status_code == 404
-
-
-def test_slow_layouts_are_computed_ahead_one_after_the_other(monkeypatch):
-    fresh = tiny(3)
-    fresh.layers = fresh.layers[2:4]  # a stage of two blocks
+def test_points_and_a_job_that_computes_them_ahead_or_when_they_are_asked_for(store, monkeypatch):
     monkeypatch.setattr("mamba_attn.viewer.reductions.SLOW", ("tsne",))
-    jobs, scatter = Jobs(), Scatter(Source(fresh))
-    number = jobs.ahead(scatter)
-    assert jobs.start(scatter, Pane(layer=1, method="tsne")) == number  # it is on its way there
-    for _ in range(600):
-        job = jobs.get(number)
-        if job.state != "running":
-            break
-        time.sleep(0.2)
-    assert (job.state, job.described()["left"]) == ("done", 0)
-    for pane in (Pane(layer=1, method="tsne"), Pane(mode="blocks", method="tsne")):
-        assert scatter.known(pane).xy.shape == (6, 2)
-    assert jobs.ahead(scatter) is None
+    app = Explorer([store])
+    with TestClient(app, base_url=HERE) as client:
+        found = client.post("/api/points", json={"layer": 2, "mode": "blocks"}).json()
+        assert numbers(found["xy"]).shape == (16,)
+        app.prepare()
+        jobs = {client.post("/api/points", json={"layer": layer, "method": "tsne"}).json()["job"] for layer in (0, 1)}
+        assert len(jobs) == 1  # one process computes them all
+        now = ended(client, *jobs)
+        assert (now["state"], now["what"], now["left"]) == ("done", "t-SNE of 96 patches", 0)
+        for layer, count in ((0, 96), (1, 24)):
+            reply = client.post("/api/points", json={"layer": layer, "method": "tsne"}).json()
+            assert numbers(reply["xy"]).shape == (2 * count,)
+        assert "xy" in client.post("/api/points", json={"layer": 2, "mode": "blocks", "method": "tsne"}).json()
+        assert app._jobs.ahead(app._scatters[0]) is None  # nothing is left to do
+        other = client.post("/api/points", json={"layer": 1, "method": "umap"}).json()["job"]
+        assert client.delete(f"/api/jobs/{other}").json()["state"] == "cancelled"
+        assert client.get("/api/jobs/9999").status_code == 404
+    app.close()
+
+
+def test_a_job_that_fails_says_why(client, monkeypatch):
+    monkeypatch.setattr("mamba_attn.viewer.reductions.FIRST", -5)
+    job = client.post("/api/points", json={"direction": "column", "method": "tsne"}).json()["job"]
+    now = ended(client, job)
+    assert now["state"] == "failed"
+    assert "ValueError" in now["error"]
 
 
 def test_the_points_most_alike_are_those_of_the_nearest_rows(client, store):
@@ -128,14 +123,6 @@ def test_the_points_most_alike_are_those_of_the_nearest_rows(client, store):
     assert len(pairs) == 6
     assert client.post("/api/neighbours", json={"point": 96}).status_code == 400
     assert client.post("/api/neighbours", json={"point": "0"}).status_code == 400
-
-
-def test_a_job_that_fails_says_why(client, monkeypatch):
-    monkeypatch.setattr("mamba_attn.viewer.reductions.FIRST", -5)
-    job = client.post("/api/points", json={"layer": 1, "method": "tsne"}).json()["job"]
-    now = ended(client, job)
-    assert now["state"] == "failed"
-    assert "ValueError" in now["error"]
 
 
 def test_pictures_and_thumbnails(client, store):

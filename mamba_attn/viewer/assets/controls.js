@@ -37,6 +37,7 @@ export function build() {
 function leadOf(its) {
   const first = [`The ${wordsOf(its) ? 'text' : layerOf(its).slices ? 'volume' : 'photo'} is cut into ${noun(true)}. `, element('b', `Click a ${noun()}`), ` to see which other ${noun(true)} it takes information from. `];
   const [orange, blue] = [element('span', 'orange', { class: 'adds' }), element('span', 'blue', { class: 'subtracts' })];
+  if (its.show === 'spread') return [...first, 'The deeper the ', orange, ', the more this differs between photos.'];
   if (state.sign === 'signed') return [...first, orange, ' adds, ', blue, ' subtracts.'];
   return [...first, 'The deeper the ', orange, `, the more it ${its.direction === 'row' ? 'takes' : 'gives'}`, ...(its.show === 'all' ? ['; in the third map ', blue, ' is less than usual.'] : ['.'])];
 }
@@ -45,13 +46,14 @@ const fill = (id, made) => byId(id).replaceChildren(...made.filter(Boolean));
 function above(its) {
   const layer = layerOf(its);
   const known = storeOf().images.map(right).filter((one) => one !== null);
+  const [{ collected, top1 }, of] = [storeOf(), storeOf().collected === 1 ? 'photo' : 'photos'];
   const share = known.length ? ` · ${known.filter(Boolean).length} of ${known.length} photos right` : '';
   const scans = [[-1, layer.routes > 1 ? 'all' : 'one', undefined], ...(layer.routes > 1 ? layer.orders.map((_, route) => [route, arrow(layer, route), missing(layer, route)]) : [])];
   return [
     state.panes.length > 1 && choice('active', 'controls of', [[0, 'pane A'], [1, 'pane B']], state.active, (active) => change({ active })),
     about.stores.length > 1 ? menu('store', 'model', about.stores.map((one, at) => [at, named(at)]), its.store, (store) => change({}, { ...beginning(store).panes[0] }))
       : element('b', storeOf().name),
-    !wordsOf(its) && element('span', `${storeOf().collected} photos${share}`, { class: 'hint' }),
+    !wordsOf(its) && element('span', `${top1 === null ? '' : `top-1 ${top1.toFixed(1)} % · `}${collected} ${of}${share}`, { class: 'hint' }),
     element('span', undefined, { class: 'space' }),
     menu('layer', 'block', storeOf().layers.map((one) => [one.number, `${block(one)} · ${gridOf(one)}`]), its.layer, (number) => change({}, { layer: number })),
     layer.orders.length > 0 && !(wordsOf(its) && layer.routes < 2) && choice('route', 'scan direction', scans, routeOf(its), (route) => change({}, { route })),
@@ -67,7 +69,7 @@ const missing = (layer, route) => (live || `mean/${route}` in layer.matrices ? u
 
 function ofPatch(its) {
   const classes = [...new Set(storeOf().images.map((one) => one[1]))].filter((one) => one !== null).sort();
-  const shows = [['all', 'all three'], ['image', 'this photo'], ['mean', 'usual'], ['difference', 'special'], ['spread', 'varies', live ? undefined : 'not on this page: mamba-attn explore shows it'],
+  const shows = [['all', 'all three'], ['image', 'this photo'], ['mean', 'usual'], ['difference', 'special'], ['spread', 'varies', live || storeOf().layers.some((one) => 'spread/sum' in one.matrices) ? undefined : 'not on this page: mamba-attn explore shows it'],
     ['classes', 'by class', classes.length > 1 ? undefined : 'the classes are not known']];
   const single = storeOf().collected < 2;
   return [
@@ -105,7 +107,7 @@ function filters(its) {
   const known = images.some((one) => right(one) !== null);
   fill('sorting', [
     menu('verdict', '', [['all', 'all'], ['right', 'right ✓'], ['wrong', 'wrong ✗']], state.verdict, (verdict_) => change({ verdict: verdict_ }), known ? '' : 'the classes are not known', 'Predictions'),
-    menu('order', '', [['stored', 'in order'], ['unusual', 'unusual first']], state.order, (order) => change({ order }), images.some((one) => one[4]) ? '' : 'no photo is stored in full', 'Order of photos'),
+    menu('order', '', [['stored', 'in order'], ['unusual', 'unusual']], state.order, (order) => change({ order }), images.some((one) => one[4]) ? '' : 'no photo is stored in full', 'Order of photos'),
     live && button('add', 'add photo', addPhoto),
   ]);
   return its;
@@ -274,18 +276,18 @@ export function button(name, label, act, why = '', spoken = undefined) {
 
 // Four views to begin with: three figures of arXiv 2502.20764, and what a photo does to them. Name, words, what to show.
 export const STARTS = [
-  ['1 Blocks of a stage differ (Fig. 3)', 'Every dot is one block of the model on one photo, and dots are close when the block moves information alike. The dots of a block form a cluster of their own: blocks differ more than photos do. Click a dot to open it.', () => {
+  ['1 Blocks of a stage differ (Fig. 3)', 'Every dot is one block of the model on one photo, and dots are close when the block moves information alike. In the paper, the dots of a block form a cluster of their own: blocks differ more than photos do. Is it so here? Click a dot to open it.', () => {
     const { layers } = storeOf();
     const many = (layer) => layers.filter((one) => one.stage === layer.stage).length;
     const best = layers.reduce((a, b) => (many(b) > many(a) ? b : a));
     return [{ pairs: [] }, { mode: 'blocks', colour: 'block', method: 'pca', layer: layers.findLast((one) => one.stage === best.stage).number, show: beginning().panes[0].show }];
   }],
-  ['2 Patches of a column look alike (Fig. 4)', 'Every dot is one patch, and dots are close when the patches take from the same places. One colour is one column of the photo, the size is the row: in the downward scan, a column lies together as an arm. Drag a lasso over an arm to see its patches in the photo.', () => {
+  ['2 Patches of a column look alike (Fig. 4)', 'Every dot is one patch, and dots are close when the patches take from the same places. One colour is one column of the photo, the size is the row. In the paper, a column of the downward scan lies together as an arm. Drag a lasso over dots to see their patches in the photo.', () => {
     const layer = storeOf().layers.find((one) => cellsOf(one) <= 1024) ?? layerOf();
     const down = layer.orders.findIndex((_, route) => arrow(layer, route) === '↓' && !missing(layer, route));
     return [{ pairs: [] }, { mode: 'patches', colour: 'column', method: 'pca', layer: layer.number, route: layer.routes > 1 ? down : -1 }];
   }],
-  ['3 Early: neighbours, late: content (Fig. 5)', 'The strip follows one patch through all blocks: early ones take from its own row and column, later ones from places that matter in the photo. The dots on the right show the same for all patches of every block. Click a block to open it.', () => [{ ...beginning(pane().store), large: true }, { mode: 'every' }]],
+  ['3 Early: neighbours, late: content (Fig. 5)', 'The strip follows one patch through all blocks. In the paper, early ones take from its own row and column, later ones from places that matter in the photo. The dots on the right show the same for all patches of every block. Click a block to open it.', () => [{ ...beginning(pane().store), large: true }, { mode: 'every' }]],
   ['4 What is special about this photo?', 'Left, this photo; in the middle, what the same patch usually takes from, over all photos; right, the difference: what this photo alone does. The photos are ordered by how unusual they are for this patch.', async () => {
     const start = beginning(pane().store);
     const its = start.panes[0];

@@ -95,10 +95,9 @@ async function folded(query) {
   const store = about.stores[query.store];
   const its = store.layers.find((one) => one.number === query.layer);
   if (query.gate || query.skip) return { error: 'Gate and D need the model: mamba-attn explore shows them.' };
-  if (query.what === 'spread') return { error: 'This page does not hold how much images differ: mamba-attn explore shows it.' };
-  const key = `${query.what === 'image' ? query.image : 'mean'}/${query.route < 0 || its.routes < 2 ? 'sum' : query.route}`;
+  const key = `${query.what === 'image' ? query.image : query.what}/${query.route < 0 || its.routes < 2 ? 'sum' : query.route}`;
   if (!(key in its.matrices)) {
-    const what = query.what === 'image' ? `${store.images[query.image][0]}: its matrix is` : 'Averages of this scan are';
+    const what = query.what === 'image' ? `${store.images[query.image][0]}: its matrix is` : query.what === 'mean' ? 'Averages of this scan are' : 'How much images differ is';
     return { error: `${what} not on this page: mamba-attn explore shows it.` };
   }
   const { tokens } = its;

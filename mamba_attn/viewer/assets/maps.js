@@ -73,7 +73,7 @@ export async function drawMaps() {
   });
   repaint();
   byId('caption').textContent = caption(pane());
-  byId('bars').replaceChildren(element('span', unit(), { class: 'unit' }), ...bars(), lock(top));
+  byId('bars').replaceChildren(element('span', unit(drawn[0].slot.what), { class: 'unit' }), ...bars(), lock(top));
   describe();
   setTimeout(() => { if (own === turn) drawStrip(own); }, 60);
 }
@@ -312,7 +312,7 @@ export function describe() {
   facts([
     ['selected', cells.length ? who(one.its)[0] : `nothing: the mean over all ${noun(true)}`],
     ['visited', cells.length === 1 && cells[0] >= 0 && one.its.orders.length ? visits(one.its, cells[0]) : ''],
-    [one.slot.pane.direction === 'row' ? 'strongest sources' : 'strongest readers', strong],
+    [one.slot.what === 'spread' ? 'differs most at' : one.slot.pane.direction === 'row' ? 'strongest sources' : 'strongest readers', strong],
   ]);
   const own = peeked;
   alike(one.slot.pane).then((found) => { if (own === peeked && found) byId('card').append(element('dt', 'most alike'), found); });

@@ -80,7 +80,7 @@ async function refresh(its) {
 
 // Points, after the job that computes them; the old ones stay, faint, while words say what is going on.
 async function settled(wanted, its, stale) {
-  const late = setTimeout(() => { if (!stale()) its.notice.replaceChildren('Placing the points …'); }, 500);
+  const late = setTimeout(() => { if (!stale()) { its.notice.replaceChildren('Placing the points …'); its.canvas.style.opacity = 0.35; } }, 500);
   let found = await points(wanted);
   clearTimeout(late);
   let left = 0;

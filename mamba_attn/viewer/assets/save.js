@@ -23,7 +23,7 @@ function fileName() {
 // Canvases next to each other with their titles, as one picture.
 saving.png = (what) => {
   const found = {
-    maps: () => shownMaps().map((one) => [one.canvas, one.canvas.nextSibling.querySelector('b').textContent]),
+    maps: () => shownMaps().map((one) => [one.canvas, one.canvas.parentElement.querySelector('b').textContent]),
     strip: () => [...byId('strip').children].map((one) => [one.firstChild, one.children[1].textContent]),
     points: () => [...byId('plots').querySelectorAll('canvas')].filter((one) => one.clientWidth > 40 && !one.parentElement.closest('[hidden]')).map((one) => [one, one.closest('button')?.textContent ?? '']),
   }[what]();

@@ -45,7 +45,8 @@ export function verdict(image) {
 // A photo's name, and the verdict where there is one: a model without classes has none.
 export const answered = (image, name = image[0]) => [name, verdict(image)].filter(Boolean).join(': ');
 
-export function unit() {
+export function unit(what) {
+  if (what === 'spread') return 'standard deviation';
   const kind = { signed: 'attention', positive: 'positive attention', absolute: 'strength of attention' }[state.sign];
   return kind + { none: '', largest: ' / maximum', range: ', 0 to 1', sum: ' / sum' }[state.normalise] + (state.log ? ', decades' : '');
 }

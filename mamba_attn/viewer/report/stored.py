@@ -19,7 +19,7 @@ PICTURES = 400  # images with a thumbnail on the page
 _SMALL = 56  # pixels of it
 _OF_IMAGES = "matrices of images"
 _LEFT_OUT = 3  # layers that are named
-MEAN = "mean"
+MEAN, SPREAD = "mean", "spread"
 
 
 class Stored:
@@ -125,9 +125,11 @@ class Stored:
         """Add means of routes and matrices of the other images, small grids first, one at each turn."""
         wanted: list[tuple[int, str | int, str | int]] = [(n, MEAN, route) for n, route in self._routes()]
         wanted += [(n, image, "sum") for image in self.kept[1:] for n in self.shown]
+        wanted += [(n, SPREAD, "sum") for n in self.shown if len(self.source.store.images) > 1]
         wanted += [(n, image, route) for image in self.kept for n, route in self._routes()]
         for number, image, route in sorted(wanted, key=lambda each: self.source.layers[each[0]].tokens):
-            if not self._fits("means of routes" if image == MEAN else _OF_IMAGES, number, image, route):
+            what = {MEAN: "means of routes", SPREAD: "maps of how much images differ"}.get(str(image), _OF_IMAGES)
+            if not self._fits(what, number, image, route):
                 continue
             for direction in ("row", "column") if image == MEAN else ():
                 self._point(
@@ -165,7 +167,10 @@ class Stored:
                 yield from ((number, route) for route in range(layer.routes))
 
     def _matrix(self, number: int, what: str | int, route: str | int) -> bool:
-        matrix = self.source.matrix(number, None if what == MEAN else int(what), route)
+        if what == SPREAD:
+            matrix = self.source.spread(Pane(layer=number))
+        else:
+            matrix = self.source.matrix(number, None if what == MEAN else int(what), route)
         cells = cells_of(self.source.layers[number].layout)
         added = self.content.add_matrix(matrix[np.ix_(cells, cells)])
         if added is not None:
@@ -177,7 +182,7 @@ class Stored:
         count, lost = self.wanted.get(what, (0, []))
         self.wanted[what] = count + 1, lost
         tokens = self.source.layers[number].tokens
-        known = image == MEAN or image in self.photos
+        known = image in (MEAN, SPREAD) or image in self.photos
         if known and tokens < self._too_large and self._matrix(number, image, route):
             return True
         self._too_large = min(self._too_large, tokens) if known else self._too_large

@@ -34,6 +34,7 @@ def heat(viewer, store, expected, what="image"):
 
 
 def test_the_page_works_from_the_disk(viewer, store):
+    assert "photos" in viewer.page.locator("#where").inner_text()
     page, kept = viewer.page, next(at for at, image in enumerate(store.images) if image.kept)
     image, mean = store.matrix(0, kept), store.mean(0)
     heat(viewer, store, image[MIDDLE])
@@ -42,11 +43,18 @@ def test_the_page_works_from_the_disk(viewer, store):
     page.mouse.click(*viewer.cell(2, 3))
     heat(viewer, store, image[27])
     viewer.lit([27])
+    page.locator("#card button").first.wait_for()
+    nearest = np.argsort(np.linalg.norm(mean - mean[27], axis=1))[1:7]
+    assert page.locator("#card button").all_inner_texts()[:-1] == [f"({at // 12}, {at % 12})" for at in nearest]
     page.keyboard.press("3")
     heat(viewer, store, store.matrix(0, kept, 2)[27])
     viewer.choose("a patch", "gives to")
     heat(viewer, store, store.mean(0, 2)[:, 27], "mean")
     viewer.points(96)
+    page.keyboard.press("0")
+    viewer.choose("show", "varies")
+    heat(viewer, store, np.sqrt(store.variance(0))[:, 27], "spread")
+    viewer.choose("show", "all three")
     viewer.choose("compare", "blocks of this stage")
     places = viewer.points(5)
     page.mouse.click(*places[1])

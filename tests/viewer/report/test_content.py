@@ -45,7 +45,9 @@ def test_all_matrices_are_there_and_right(store):
     (its_store,) = about(page)["stores"]
     assert content.notes == []
     for layer, its in zip(store.layers, its_store["layers"], strict=True):
-        assert set(its["matrices"]) == {f"{what}/{r}" for what in ("mean", 0, 1) for r in ("sum", 0, 1, 2, 3)}
+        wanted = {f"{what}/{r}" for what in ("mean", 0, 1) for r in ("sum", 0, 1, 2, 3)}
+        assert set(its["matrices"]) == wanted | {"spread/sum"}
+        assert close(held(page, its, "spread/sum"), np.sqrt(store.variance(layer)))
         assert close(held(page, its, "mean/sum"), store.mean(layer))
         assert close(held(page, its, "mean/2"), store.mean(layer, 2))
         assert close(held(page, its, "1/sum"), store.matrix(layer, 1))
@@ -110,7 +112,7 @@ def test_fewer_images_and_routes(store, tmp_path):
     assert not any(key.startswith("1/") for key in about(page)["stores"][0]["layers"][0]["matrices"])
     alone = cases.stored(tmp_path, keep=0, routes="sum", images=2)
     page, _ = cases.report(alone)
-    assert [set(its["matrices"]) for its in about(page)["stores"][0]["layers"]] == [{"mean/sum"}] * 3
+    assert [set(its["matrices"]) for its in about(page)["stores"][0]["layers"]] == [{"mean/sum", "spread/sum"}] * 3
     assert len(about(page)["stores"][0]["photos"]) == 1
 
 
