@@ -46,7 +46,7 @@ from mamba_attn.tracing.selective_scans import (
 from mamba_attn.tracing.undisturbed import recomputing
 
 if TYPE_CHECKING:
-    from mamba_attn.tracing.softmax_doors import SoftmaxCall
+    from mamba_attn.tracing.softmax_calls import SoftmaxCall
 
 Handler = Callable[..., Any]  # what stands in a function's place: handler(door, *the function's arguments)
 
