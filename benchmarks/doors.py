@@ -152,5 +152,5 @@ def _models(checkouts: Path, pixels: int) -> Iterator[tuple[str, nn.Module]]:
 def _without_adapters() -> Iterator[None]:
     """As if nobody had written an adapter."""
     nothing: Callable[..., dict[str, Any]] = lambda *_: {}  # noqa: E731
-    with patch("mamba_attn.tracing.tracer.find_mixers", nothing):
+    with patch("mamba_attn.tracing.traceable.find_mixers", nothing):
         yield

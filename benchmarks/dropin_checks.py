@@ -89,7 +89,7 @@ def _refusal(row: Row, expected: str, model: nn.Module, inputs: Tensor, call: Ca
 
 def _same_orders(record: Trace, model: nn.Module, inputs: Tensor, call: Call) -> str:
     """In how many layers the order that is measured at the doors is the one that an adapter declares."""
-    with torch.no_grad(), patch("mamba_attn.tracing.tracer.find_mixers", lambda *_: {}):
+    with torch.no_grad(), patch("mamba_attn.tracing.traceable.find_mixers", lambda *_: {}):
         try:
             with mamba_attn.trace(model) as measured:
                 call(model, inputs)

@@ -46,7 +46,7 @@ from mamba_attn.tracing.selective_scans import (
 from mamba_attn.tracing.undisturbed import recomputing
 
 if TYPE_CHECKING:
-    from mamba_attn.tracing.softmax_doors import SoftmaxCall
+    from mamba_attn.tracing.softmax_calls import SoftmaxCall
 
 Handler = Callable[..., Any]  # what stands in a function's place: handler(door, *the function's arguments)
 
@@ -104,11 +104,17 @@ class Watch:
         """Whether there are rules that are not known at doors."""
         return self.rules is not None and not self.rules.at_doors
 
-    def place(self, running: Sequence[nn.Module]) -> nn.Module | None:
+    def place(self, running: Iterator[nn.Module]) -> nn.Module | None:
         """The innermost running module of the model, if its scans are wanted."""
-        if any(id(module) in self.outside for module in running):
-            return None
-        return next((module for module in running if id(module) in self.names), None)
+        found = None
+        for module in running:
+            if id(module) in self.outside:
+                return None
+            if found is None and id(module) in self.names:
+                found = module
+                if not self.outside:
+                    break  # a look at every frame of the stack costs more than the rest
+        return found
 
     def require_rules(self, module: nn.Module) -> None:
         """Raise UnsupportedModelError if there are rules that are not known at doors."""
@@ -259,14 +265,11 @@ class Door:
 def watching(frame: FrameType | None) -> list[tuple[Watch, nn.Module]]:
     """Return the traces that a call in this frame concerns, each with the innermost running module of its model."""
     again, thread = recomputing(), get_ident()
-    if not _open:
-        return []
-    running = list(running_modules(frame))
     return [
         (watch, module)
         for watch in tuple(_open)
         if (again or watch.thread == thread) and not watch.suspended
-        for module in [watch.place(running)]
+        for module in [watch.place(running_modules(frame))]
         if module is not None
     ]
 
@@ -301,7 +304,7 @@ def _forward(door: Door, *args: Any) -> Any:
         )
     folds = dict.fromkeys(watch.attention for watch, _ in places if watch.attention and not recomputing())
     matrices: dict[str | None, tuple[str, Tensor]] = {}
-    run_again = partial(_first_of, own, tuple(t.detach() if isinstance(t, Tensor) else t for t in args))
+    run_again = partial(_first_of, own, tuple(detached_plain(t) if isinstance(t, Tensor) else t for t in args))
     if folds and replaceable(inputs):
         for fold in folds:
             y, matrices[fold] = _scan_and_attention(inputs, str(fold))

@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mamba_attn._types import Int
-from mamba_attn.tracing.chunk_scans import ChunkInputs
 from mamba_attn.tracing.doors import Watch, open_doors, suspended
 from mamba_attn.tracing.probes import LAYER_NORMS, SHARE, Centre, Probe, noise_on, watch_fused_norms
 from mamba_attn.tracing.replay import Replay, as_it_was
 from mamba_attn.tracing.selective_scans import ScanCall
-from mamba_attn.tracing.softmax_doors import SoftmaxCall, open_softmax_doors
+from mamba_attn.tracing.softmax_calls import SoftmaxCall
+from mamba_attn.tracing.softmax_doors import open_softmax_doors
+from mamba_attn.tracing.strict_scans import writes_behind
 
 _SMALLEST = torch.finfo(torch.float32).tiny
 _LOOKS = 2  # at tensors of one shape
-_CLEAR = 0.9  # part of every cell's gradient that must be its own, to say that steps write behind what they read
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +105,7 @@ def measure(model: nn.Module, replay: Replay) -> Measured:
         for number in _to_look_at(run, search.settled):
             search.take(list(_decoded(run, number, search)))
         for i, place in search.places.items():
-            if _writes_behind(run, i, place):
+            if writes_behind(run, i, place):
                 search.places[i] = replace(place, behind=True)
         return Measured(
             [call.signature for call in calls],
@@ -215,7 +215,7 @@ def agrees(model: nn.Module, replay: Replay, measured: Measured) -> bool:
         return True
 
 
-class _Run:
+class Run:
     """One forward pass with its graph, and backward passes that end at the doors."""
 
     def __init__(self, watch: Watch) -> None:
@@ -272,7 +272,7 @@ class _Run:
 
 
 @contextmanager
-def _watched_pass(model: nn.Module, replay: Replay) -> Iterator[_Run]:
+def _watched_pass(model: nn.Module, replay: Replay) -> Iterator[Run]:
     """A forward pass with cut doors, whose graph lives as long as the block."""
     watch = Watch(model, cut=True)
     with ExitStack() as whole:
@@ -285,7 +285,7 @@ def _watched_pass(model: nn.Module, replay: Replay) -> Iterator[_Run]:
             suspended(watch),
         ):
             whole.enter_context(block)
-        run = _Run(watch)
+        run = Run(watch)
 
         def leaf(value: Tensor) -> Tensor:
             fresh = value.clone()
@@ -309,7 +309,7 @@ def _watched_pass(model: nn.Module, replay: Replay) -> Iterator[_Run]:
         yield run
 
 
-def _look(stack: ExitStack, model: nn.Module, run: _Run) -> None:
+def _look(stack: ExitStack, model: nn.Module, run: Run) -> None:
     """Show a pass what every module, and every fused norm, returns."""
 
     def returned(name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -320,7 +320,7 @@ def _look(stack: ExitStack, model: nn.Module, run: _Run) -> None:
     watch_fused_norms(stack, partial(run.see, "a fused norm", ()))
 
 
-def _to_look_at(run: _Run, settled: Collection[int]) -> Iterator[int]:
+def _to_look_at(run: Run, settled: Collection[int]) -> Iterator[int]:
     """The tensors to try, latest first; at last those around the scans that are not settled yet."""
     calls, looked = run.watch.calls, set()
     times: dict[tuple[Any, ...], int] = {}
@@ -362,7 +362,7 @@ class _Decoded:
     gradient: Tensor  # (rows, groups, width, length)
 
 
-def _decoded(run: _Run, number: int, search: _Search) -> Iterator[_Decoded]:
+def _decoded(run: Run, number: int, search: _Search) -> Iterator[_Decoded]:
     """What a tensor says of every call that is not settled, and that its gradient reaches."""
     name, out = run.tensors[number]
     # of each call and group, all rows
@@ -413,7 +413,7 @@ def _single(order: Tensor, image: int) -> bool:
     return bool(((images < 0) | (images == images.amax(1, keepdim=True))).all())
 
 
-def _feature_axis(run: _Run, out: Tensor, wanted: Iterable[int]) -> int | None:
+def _feature_axis(run: Run, out: Tensor, wanted: Iterable[int]) -> int | None:
     """The axis along which a line lands on the fewest steps of some call; None when nothing arrives at any."""
     noise = noise_on(out, torch.Generator().manual_seed(3))
     best: tuple[float, int] | None = None
@@ -447,47 +447,6 @@ def _shares(t: Tensor, c: Tensor, weight: Tensor, order: Tensor) -> float:
     error = ((c - t * own) / size).norm(dim=2) / (t / size).norm(dim=2).clamp_min(_SMALLEST)
     share = (1 - error[order >= 0].clamp_max(1)).sort()[0]
     return float(share[len(share) // 100]) if len(share) else 0.0
-
-
-def _writes_behind(run: _Run, number: int, place: Place) -> bool:
-    """Whether a chunk scan's steps read the cells that the steps before them write.
-
-    A gradient of u, weighted by these cells, goes back to the latest tensor in front of the scan whose cells T holds
-    unmixed: there it has the weights.
-    """
-    call, out = run.watch.calls[number], run.tensors[place.tensor][1]
-    if not isinstance(call, ScanCall) or not isinstance(call.inputs, ChunkInputs):
-        return False
-    probe = Probe(out, place.axis)
-
-    def by_cell(gradient: Tensor) -> Tensor:
-        return gradient.detach().movedim(place.axis, -1).flatten(0, -2).float()
-
-    def share(plain: Tensor, weighted: Tensor) -> float:
-        alive = plain.norm(dim=1) > 0
-        error = (weighted - plain * probe.weight[:, None]).norm(dim=1)[alive] / plain.norm(dim=1)[alive]
-        return float(1 - error.max()) if 2 * int(alive.sum()) > len(alive) else 0.0
-
-    def arrived(tensor: Tensor, cotangent: Tensor, sent: Tensor | None = None) -> Tensor | None:
-        call.sent = sent
-        (found,) = torch.autograd.grad(out, tensor, cotangent, retain_graph=True, allow_unused=True)
-        call.sent = None
-        return None if found is None else by_cell(found)
-
-    before = (run.tensors[i][1] for i in reversed(range(call.at)) if i not in run.inside)
-    alike = [tensor for tensor in before if tensor.requires_grad and tensor.shape == out.shape]
-    for tensor in alike[:_LOOKS]:
-        plain, weighted = (arrived(tensor, cotangent) for cotangent in (probe.noise, probe.weighted))
-        if plain is None or weighted is None or share(plain, weighted) < _CLEAR:
-            continue
-        cells = torch.cat([torch.full_like(place.order[..., :1], -1), place.order[..., :-1]], -1).to(out.device)
-        noise = noise_on(call.inputs.u, torch.Generator().manual_seed(7)).unflatten(1, (call.groups, -1))
-        noise = noise * (cells >= 0)[:, :, None]
-        weight = probe.weight[cells.clamp_min(0)][:, :, None]
-        none = torch.zeros_like(out)
-        plain, weighted = (arrived(tensor, none, sent.flatten(1, 2)) for sent in (noise, noise * weight))
-        return plain is not None and weighted is not None and share(plain, weighted) > _CLEAR
-    return False
 
 
 def _chained(calls: Sequence[ScanCall | SoftmaxCall]) -> set[tuple[int, int]]:

@@ -20,7 +20,8 @@ from mamba_attn.tracing.patching import Interest, patched
 from mamba_attn.tracing.replay import Replay
 from mamba_attn.tracing.selective_scans import AnyInputs
 from mamba_attn.tracing.softmax_layers import DoorAttention
-from mamba_attn.tracing.tracer import find_traceable, trace
+from mamba_attn.tracing.traceable import find_traceable
+from mamba_attn.tracing.tracer import trace
 from mamba_attn.tracing.undisturbed import recomputing, settings, undisturbed, versions
 
 

@@ -226,7 +226,7 @@ def _compute(inputs: ScanInputs, chunks: int) -> Tensor:
 
 def detached_plain(t: Tensor) -> Tensor:
     """Without its graph, and without what a subclass of somebody's code does with functions of torch."""
-    t = t.detach()
+    t = t.detach() if t.requires_grad else t
     return t if type(t) is Tensor else t.as_subclass(Tensor)
 
 

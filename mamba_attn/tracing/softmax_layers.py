@@ -18,7 +18,7 @@ from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.ops import require_bytes
 from mamba_attn.tracing.layers import LINEAR_FOLDS, Layer, Tail
-from mamba_attn.tracing.softmax_doors import SoftmaxCall
+from mamba_attn.tracing.softmax_calls import SoftmaxCall
 from mamba_attn.tracing.steps import Steps, padded_layout, with_padding
 
 

@@ -14,7 +14,7 @@ from mamba_attn.errors import TraceError
 from mamba_attn.tracing.frames import Measured, Place, agrees, measure
 from mamba_attn.tracing.replay import Replay
 from mamba_attn.tracing.selective_scans import ScanCall
-from mamba_attn.tracing.softmax_doors import SoftmaxCall
+from mamba_attn.tracing.softmax_calls import SoftmaxCall
 from mamba_attn.tracing.undisturbed import settings, versions
 
 _PAIR = 2  # images that are measured of a larger batch: enough to see whether orders differ, and how rows are laid

@@ -128,7 +128,7 @@ def test_law_11_a_mixer_at_its_door_and_through_its_adapter(monkeypatch):
     x, found = images(), []
     for known in (True, False):
         if not known:
-            monkeypatch.setattr("mamba_attn.tracing.tracer.find_mixers", lambda *_: {})
+            monkeypatch.setattr("mamba_attn.tracing.traceable.find_mixers", lambda *_: {})
         with mamba_attn.trace(model) as trace:
             logits = model(x)
         found.append((trace, trace.gradients(logits[:, 1].sum())))

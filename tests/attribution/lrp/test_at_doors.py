@@ -182,7 +182,7 @@ def test_law_11_relevance_at_a_door_is_that_of_an_adapter(method, monkeypatch):
     """Where the residual stream goes around the mixers' modules, too."""
     model, x = Net(*(Scanned(foreign.CHANNELS, fast=False) for _ in range(2))).double().eval(), images()
     known, constants, _ = shares(method, model, x)
-    monkeypatch.setattr("mamba_attn.tracing.tracer.find_mixers", lambda *_: {})
+    monkeypatch.setattr("mamba_attn.tracing.traceable.find_mixers", lambda *_: {})
     found, others, _ = shares(method, model, x)
     torch.testing.assert_close(found, known, rtol=0, atol=1e-9 * float(known.abs().max()))
     for name in {**constants, **others}:  # a constant behind the steps, which are fixed, has no share
@@ -389,7 +389,7 @@ def test_rows_of_mamba_attribution_at_doors_are_those_of_an_adapter(monkeypatch)
     model, x = Net(*(Scanned(foreign.CHANNELS, fast=False) for _ in range(2))).double().eval(), images()
     options = [{"rollout": False}, {"rollout": False, "signed": True}]
     expected = [MambaAttribution(model, **its).attribute(x, TARGET) for its in options]
-    monkeypatch.setattr("mamba_attn.tracing.tracer.find_mixers", lambda *_: {})
+    monkeypatch.setattr("mamba_attn.tracing.traceable.find_mixers", lambda *_: {})
     for its, truth in zip(options, expected, strict=True):
         found = MambaAttribution(model, **its).attribute(x, TARGET)
         torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-12)
