@@ -62,6 +62,9 @@ TARGETS = {
         "language models in bfloat16: error of traced logits / the model's own error", 1.3, 1, unit="x"
     ),
     "text time": Target("6 layers of 768 features: traced forward / transformers' own", 0.6, 0.4, unit="x"),
+    "lens": Target("matrices of TransformerLens and ours: largest relative difference", 1e-5, 1e-6),
+    "lens time": Target("pass and all matrices: time, ours / TransformerLens", 1, 0.3, unit="x"),
+    "lens memory": Target("pass and all matrices: peak memory, ours / TransformerLens", 1, 0.1, unit="x"),
     "text row time": Target("a token's rows, 1,024 to 65,536 tokens: log-log slope of time", 1.1, 1.02),
     "text row memory": Target("a token's rows, 1,024 to 65,536 tokens: log-log slope of memory", 1.1, 1.02),
     "text rows": Target("last rows of all layers, mamba-130m's width, 4,096 tokens: memory", 0.5e9, 0.1e9, unit="B"),
