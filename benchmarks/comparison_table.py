@@ -223,8 +223,9 @@ def fills_table(results: Mapping[str, Any]) -> str:
         counts = {name: min(aims["gap_top"][name][3] for aims in tables["figures"].values() if name in aims["gap_top"])
                   for name in names}  # fmt: skip
         most = max(counts.values())
+        few = FEWER if most < FEW else ""
         lines += [
-            f"**{model}**, {most} images{FEWER if most < FEW else ''} (methods with fewer have their number in brackets):",
+            f"**{model}**, {most} images{few} (methods with fewer have their number in brackets):",
             "",
             f"| method | {' | '.join(tables['figures'])} | ahead of `{tables['rival']}` |",
             f"|---|{'---|' * (len(tables['figures']) + 1)}",
