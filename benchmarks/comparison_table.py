@@ -18,6 +18,7 @@ from benchmarks.fills import order
 from benchmarks.marked_pages import filled
 from benchmarks.report import written
 from mamba_attn.evaluation.metrics import METRICS
+from mamba_attn.evaluation.summary import FEW
 
 PAGE = Path(__file__).parents[1] / "docs" / "comparing.md"
 RESULTS = Path(__file__).parent / "results" / "compare.json"
@@ -29,6 +30,7 @@ COLUMNS = {  # part, half, metric
     "mIoU of digits": ("digits", "report", "miou"),
 }
 FAMILIES = ("vim", "vmamba", "vit")
+FEWER = ", too few to order methods that differ little"
 LEAST = 3  # fills on which a method of ours must be ahead, on both families
 SANITY = 8  # images that are asked
 Cells = dict[str, dict[tuple[str, str], str]]
@@ -221,8 +223,9 @@ def fills_table(results: Mapping[str, Any]) -> str:
         counts = {name: min(aims["gap_top"][name][3] for aims in tables["figures"].values() if name in aims["gap_top"])
                   for name in names}  # fmt: skip
         most = max(counts.values())
+        few = FEWER if most < FEW else ""
         lines += [
-            f"**{model}**, {most} images (methods with fewer have their number in brackets):",
+            f"**{model}**, {most} images{few} (methods with fewer have their number in brackets):",
             "",
             f"| method | {' | '.join(tables['figures'])} | ahead of `{tables['rival']}` |",
             f"|---|{'---|' * (len(tables['figures']) + 1)}",

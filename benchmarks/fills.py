@@ -185,12 +185,18 @@ def summary(plans: Mapping[str, Any], store: Any) -> dict[str, Any]:
 
 
 def order(tables: Mapping[str, Any]) -> list[str]:
-    """Return the methods of a model, by the mean over the fills of negative less positive AUC, best first."""
+    """Return the methods of a model, by the mean over the fills of negative less positive AUC, best first.
+
+    Those of fewer images come last: other images are easier or harder.
+    """
     means: dict[str, list[float]] = {}
+    counts: dict[str, int] = {}
     for aims in tables["figures"].values():
-        for method, (value, *_) in aims["gap_top"].items():
+        for method, (value, _, _, images) in aims["gap_top"].items():
             means.setdefault(method, []).append(value)
-    return sorted(means, key=lambda method: -sum(means[method]) / len(means[method]))
+            counts[method] = min(images, counts.get(method, images))
+    most = max(counts.values(), default=0)
+    return sorted(means, key=lambda method: (counts[method] < most, -sum(means[method]) / len(means[method])))
 
 
 def _ahead(both: Mapping[str, Any], name: str) -> list[float | None]:

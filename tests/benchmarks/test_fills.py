@@ -79,3 +79,8 @@ def test_our_method_is_kept_only_where_it_is_ahead_on_three_of_four_fills() -> N
     assert "on a it is ahead by the paired interval under black and mean and drop and road" in said
     assert "on b it is ahead by the paired interval under black and drop and behind under road" in said
     assert "does not reach 3 of 4 fills on both" in said
+
+
+def test_methods_of_fewer_images_come_last() -> None:
+    gap = {"short": [0.9, 0.8, 1.0, 12], "good": [0.7, 0.6, 0.8, 60], "poor": [0.1, 0.0, 0.2, 60]}
+    assert fills.order({"figures": {"black": {"gap_top": gap}}}) == ["good", "poor", "short"]

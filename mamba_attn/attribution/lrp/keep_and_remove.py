@@ -26,7 +26,10 @@ _REMOVED = (0.08, 0.16, 0.24, 0.32)
 
 
 class KeepAndRemoveLRP(MapAttribution):
-    """MambaLRP's relevance, corrected by what the model sees without some of the patches. New here; not published.
+    """MambaLRP's relevance, corrected by what the model sees without some of the patches. New here.
+
+    Measured under four fills of removed cells on the demo models it is no clear gain over ``MambaLRP`` and costs many
+    times as much; docs/comparing.md has the table.
 
     Relevance is exact for the image as it is, and says nothing about what the model turns to when a part is gone,
     which is what removal asks. With R = ``MambaLRP``, on the cells of the first token grid:
