@@ -72,7 +72,7 @@ def add_parser(commands: Commands) -> None:
     add = parser.add_argument
     add_images(parser)
     add("--text", metavar="TEXT", help="explain what a language model reads instead of images")
-    add_model(parser)
+    add_model(parser, default="vmamba_micro")
     add(
         "--beside",
         metavar="NAME|none",
