@@ -58,7 +58,7 @@ def test_the_examples_run_and_have_the_shapes_they_say(tmp_path: Path, monkeypat
     names: dict[str, Any] = {}
     exec(compile(maps, "README.md", "exec"), names)
     assert names["heat"].shape == (1, 1, 128, 128)
-    assert {path.name for path in tmp_path.iterdir()} == {"vim_micro.html", "vit_micro.html"}
+    assert {path.name for path in tmp_path.iterdir()} == {"vmamba_micro.html", "vit_micro.html"}
     with torch.no_grad():
         exec(compile(matrices, "README.md", "exec"), names)
     assert names["layer"].attention().shape == (2, 197, 197)

@@ -175,7 +175,7 @@ def _plan(args: argparse.Namespace, models: "list[Model]") -> "Plan":
     from mamba_attn.evaluation.specs import Options, choose_methods
 
     if not args.data:
-        raise ValueError("--data: expected a folder of images, a zip or a .mat file.")
+        raise ValueError("--data: missing; give a folder of images, a zip or a .mat file, or texts with --texts.")
     if args.fill == "unknown":
         raise ValueError("--fill unknown: this is for texts; of images it is black, mean, blur, road or drop.")
     selectors, only = _selectors(args.data)

@@ -68,7 +68,9 @@ def test_defaults_explain_the_images_of_the_package(tmp_path):
 
 def test_a_broken_image_is_named_and_the_rest_done(photos, weights):
     (photos / "text.png").write_text("hello")
-    result = run(photos, "explain", "one", "two", "text.png", "--weights", weights, "--out", "out/here")
+    result = run(
+        photos, "explain", "one", "two", "text.png", "--model", "vim_micro", "--weights", weights, "--out", "out/here"
+    )
     assert result.returncode == 1
     assert "skipped: one/broken.jpg: the image is damaged or incomplete" in result.stderr
     assert "skipped: text.png: this is not an image" in result.stderr
@@ -93,7 +95,8 @@ def test_activations_that_are_not_finite_are_an_error_of_the_image(photos, tmp_p
     state = models.create("vim_micro", weights=path, **VIM).state_dict()
     state["layers.1.mixer.in_proj.weight"][:] = torch.nan
     save_file(state, path)
-    assert cli.main(["explain", str(photos / "two"), "--weights", path, "--out", str(photos / "out")]) == 1
+    arguments = [str(photos / "two"), "--model", "vim_micro", "--weights", path, "--out", str(photos / "out")]
+    assert cli.main(["explain", *arguments]) == 1
     captured = capsys.readouterr()
     assert "skipped: layers.1.mixer:" in captured.err
     assert "NaN or Inf" in captured.err
@@ -141,12 +144,21 @@ def test_a_vit(photos, tmp_path):
     ],
 )
 def test_questions_that_do_not_fit(capsys, photos, weights, arguments, message):
-    given = [str(photos / "two"), "--weights", weights, "--out", str(photos / "out"), *arguments]
+    given = [
+        str(photos / "two"),
+        "--model",
+        "vim_micro",
+        "--weights",
+        weights,
+        "--out",
+        str(photos / "out"),
+        *arguments,
+    ]
     assert message in refused(capsys, *given)
 
 
 def test_a_method_that_is_not_for_this_model_ends_the_run(capsys, photos, weights):
-    arguments = ["--weights", weights, "--method", "raw_attention:convention=vmamba_analysis"]
+    arguments = ["--model", "vim_micro", "--weights", weights, "--method", "raw_attention:convention=vmamba_analysis"]
     assert cli.main(["explain", str(photos / "two"), *arguments, "--out", str(photos / "out")]) == 2
     assert "mamba-attn explain: RawAttention(convention='vmamba_analysis'): this is VMamba's" in capsys.readouterr().err
     assert list((photos / "out").iterdir()) == []
@@ -197,13 +209,15 @@ def test_cards_that_are_none(capsys, weights, tmp_path, card, message):
 
 def test_a_folder_that_cannot_be_written(capsys, weights, tmp_path):
     (tmp_path / "file").touch()
-    said = refused(capsys, "--weights", weights, "--out", str(tmp_path / "file" / "out"))
+    said = refused(capsys, "--model", "vim_micro", "--weights", weights, "--out", str(tmp_path / "file" / "out"))
     assert "file/out: cannot write this folder (Not a directory); choose another." in said
 
 
 def test_a_device_that_is_not_there(capsys, weights, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    said = refused(capsys, "--weights", weights, "--device", "cuda", "--out", str(tmp_path / "out"))
+    said = refused(
+        capsys, "--model", "vim_micro", "--weights", weights, "--device", "cuda", "--out", str(tmp_path / "out")
+    )
     assert "--device cuda: PyTorch sees no CUDA device here; use --device cpu." in said
 
 
@@ -214,7 +228,7 @@ def test_missing_extras_are_named_with_the_remedy(capsys, monkeypatch):
 
 
 def test_only_what_exists_is_offered(capsys):
-    for arguments in (["explian"], ["compare"], ["findings"], ["explain", "--method"], ["explain", "--device", "tpu"]):
+    for arguments in (["explian"], ["findings"], ["explain", "--method"], ["explain", "--device", "tpu"]):
         with pytest.raises(SystemExit) as stop:
             cli.main(arguments)
         assert stop.value.code == 2
