@@ -134,3 +134,21 @@ def test_results_of_other_repositories_stay(tmp_path: Path, monkeypatch: pytest.
     arguments.cases = "other"  # a case that the old row is not
     _, details = dropin.run_dropin(arguments)
     assert [row["law 1"] for row in details["rows"] if row["repository"] == "timm"] == [1e-8, 2e-8]
+
+
+def test_what_the_page_says_of_costs_was_measured() -> None:
+    page = " ".join(dropin_page.PAGE.read_text().partition("What it costs (")[2].split())
+    figures = json.loads((dropin.RESULTS.parent / "doors.json").read_text())["figures"]
+
+    def measured(what: str, *models: str) -> list[float]:
+        found = {row["how"]: row["value"] for row in figures if row["what"].startswith(what)}
+        return [found[name] for name in models]
+
+    vmamba, vim = "vmamba_tiny_s1l8", "vim_tiny"
+    passes = measured("other people's models traced", vmamba, vim, "vit_small_patch16_224")
+    assert (
+        "{:.2f} times the model's own for VMamba-Tiny, {:.2f} for Vim-Tiny and {:.2f} for ViT".format(*passes) in page
+    )
+    assert "VMamba-Tiny's orders takes {:.1f} s".format(*measured("the orders", vmamba)) in page
+    looks = measured("the look", vmamba, vim)
+    assert "the look ahead {:.1f} forwards of VMamba-Tiny and {:.1f} of Vim-Tiny".format(*looks) in page
