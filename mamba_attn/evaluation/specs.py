@@ -118,8 +118,8 @@ class Model:
             found = found if found.reads == "text" else loading.complete(found)
         if self.known and found.fingerprint != self.known:
             raise ModelBuildError(
-                f"{self.name}: other weights in every process, so its results cannot be joined; give it a file of "
-                "weights, draw them by torch's generator alone, or use workers=1."
+                f"{self.name}: its weights differ between processes, so their results cannot be combined; give it a "
+                "file of weights, draw them with torch's random generator alone, or use workers=1."
             )
         return found
 

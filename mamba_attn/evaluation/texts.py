@@ -69,13 +69,13 @@ class TextPlan:
         for model in self.models:
             if all(model is not its for _, its in found):
                 raise ValueError(
-                    f"data={[texts.name for texts in self.data]}: these are puzzles of other models than {model.name}; "
-                    "give it texts, a file with one per line."
+                    f"data={[texts.name for texts in self.data]}: {model.name} did not learn these tasks; "
+                    "give it a text file, one text per line."
                 )
         for texts in self.data:
             if all(texts is not its for its, _ in found):
                 raise ValueError(
-                    f"data={texts.name!r}: this puzzle is for the model that learnt it, and it is not here."
+                    f"data={texts.name!r}: only the model that learnt this task can be compared on it; add it."
                 )
         for texts, model in found:
             if model.subject.tokenizer is None and not texts.puzzle:
@@ -284,7 +284,7 @@ class _Read:
     def _ids(self, place: int) -> Int[Tensor, "1 tokens"]:
         ids = encode(self._subject.tokenizer, self._lines[place])
         if ids.shape[1] < 3:
-            raise ValueError(f"{self._lines[place]!r}: {ids.shape[1]} tokens; expected at least 3, to put in an order.")
+            raise ValueError(f"{self._lines[place]!r}: {ids.shape[1]} tokens; expected at least 3.")
         return ids.to(self._subject.device)
 
     def _explained(self, name: str, ids: Tensor) -> tuple[int, Tensor]:
@@ -338,4 +338,4 @@ def area(probability: Callable[[Tensor], Tensor], ids: Tensor, order: Tensor, fi
 
 def _require_finite(values: Tensor) -> None:
     if not bool(values.isfinite().all()):
-        raise ValueError("a value is NaN or Inf.")
+        raise ValueError("the map contains NaN or Inf.")
