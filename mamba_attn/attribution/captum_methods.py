@@ -382,7 +382,7 @@ class Occlusion(PixelsFromCaptum):
 
     def _without_each(self, asked: Asked) -> Float[Tensor, "batch tokens 1"]:
         if asked.words is None or asked.function is not None:
-            what = "are for texts" if asked.words is None else "move or change positions; give the target as numbers"
+            what = "are for texts" if asked.words is None else "need the target as numbers, not as a function"
             raise ValueError(f"Occlusion(tokens={self.tokens!r}): 'delete' and 'swap' {what}.")
         call, ids = asked.call, asked.call.args[int(asked.call.place)]
         chosen = asked.target if isinstance(asked.target, list) else [asked.target]

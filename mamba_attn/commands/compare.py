@@ -62,7 +62,8 @@ hf:FOLDER) are compared on texts. With FILE.txt, one text per line, tokens are
 removed, the most relevant first and last (measure: tokens); --fill unknown puts
 the tokenizer's unknown token in their place, --fill drop leaves them out. With
 copying and recall, the tasks of mamba_copy and mamba_recall, the token that an
-answer was copied from is known, and methods are asked to find it (source).
+answer was copied from is known, and its rank by every method is measured
+(source).
 
 Writes to FOLDER: compare.html (an offline page), compare.txt, compare.csv,
 compare.json, and measured.jsonl, from which the same command resumes after an
@@ -75,7 +76,7 @@ def add_parser(commands: Commands) -> None:
     parser = command(
         commands,
         "compare",
-        "score attribution methods on your images",
+        "score attribution methods on your images or texts",
         examples=_EXAMPLES,
         notes=_NOTES,
         run=run,
@@ -83,7 +84,7 @@ def add_parser(commands: Commands) -> None:
     )
     add = parser.add_argument
     data = "DIR|ZIP[:PART]|FILE.mat|FILE.txt"
-    add("--data", action="append", default=[], metavar=data, help="may be given several times")
+    add("--data", action="append", default=[], metavar=data, help="needed for images; may be repeated")
     add(
         "--models",
         metavar="SPEC[=WEIGHTS],...",
