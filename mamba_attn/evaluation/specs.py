@@ -24,6 +24,15 @@ PREDICTED, LABEL = "predicted", "label"
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, MemoryError)
 
 
+def reason_of(error: BaseException) -> str:
+    """Return why something failed, in one line that results and notes can hold.
+
+    Args:
+        error: what was raised.
+    """
+    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:400]
+
+
 @dataclass(frozen=True)
 class Options:
     """Options that the figures depend on, in addition to image, model and method.

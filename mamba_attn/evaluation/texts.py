@@ -19,7 +19,7 @@ from mamba_attn.core.outputs import follow
 from mamba_attn.datasets.puzzles import Puzzles, source_ranks, swapped
 from mamba_attn.datasets.texts import Texts, encode, unknown_token
 from mamba_attn.evaluation.metrics import METRICS
-from mamba_attn.evaluation.specs import FAILURES, Model
+from mamba_attn.evaluation.specs import FAILURES, Model, reason_of
 from mamba_attn.evaluation.store import Key, Store
 from mamba_attn.evaluation.summary import FEW, Table, compare
 from mamba_attn.tracing.texts import takes
@@ -167,7 +167,7 @@ def _fitting(plan: TextPlan, model: Model, work: "_Puzzled | _Read") -> list[str
         try:
             work.attribute(name, [0])
         except FAILURES as error:
-            reason = (str(error).strip().partition("\n")[0] or type(error).__name__)[:400]
+            reason = reason_of(error)
             if name not in plan.unasked:
                 raise ValueError(f"methods={name!r}: {model.name}: {reason}") from error
             reasons.setdefault(reason, []).append(name)
@@ -186,7 +186,7 @@ def _tried(work: Callable[[list[str]], list[dict[str, Any]]], keys: list[str]) -
         return work(keys)
     except FAILURES as error:
         if len(keys) == 1:
-            return [{"error": (str(error).strip().partition("\n")[0] or type(error).__name__)[:400]}]
+            return [{"error": reason_of(error)}]
         return [line for key in keys for line in _tried(work, [key])]
 
 
