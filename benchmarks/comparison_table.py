@@ -270,10 +270,11 @@ def fills_words(results: Mapping[str, Any]) -> str:
     verdict = (
         "It is therefore kept as the method to use where removal is the question."
         if enough
-        else f"It does not reach {LEAST} of {len(found)} fills on both, which we asked of it, so `{rival}`, at a "
-        "fraction of its cost, stays the method to use."
+        else f"It should lead under {LEAST} of {len(found)} fills on both models, and does not, so we recommend "
+        f"`{rival}`, at a fraction of its cost."
     )
-    return f"`{name}`, our own, is {rival} asked again while parts are kept or removed: {', '.join(parts)}. {verdict}"
+    what = f"`{name}`, our own, repeats {rival} while parts of the image are kept or removed"
+    return f"{what}: {', '.join(parts)}. {verdict}"
 
 
 def two_digits_table(results: Mapping[str, Any]) -> str:

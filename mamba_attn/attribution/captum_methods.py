@@ -314,9 +314,10 @@ class Occlusion(PixelsFromCaptum):
         baselines: as captum takes them. Default: 0, the mean colour of normalised images. Of texts a token such as the
             unknown one, whose embedding takes a token's place; default: an embedding of 0.
         perturbations_per_eval: covered copies of the batch in one pass; one if the target is a function.
-        tokens: of texts, what happens to a token: "replace" by ``baselines``, as captum does; "delete", which leaves it
-            out, so that those behind it move up; or "swap" for another of its kind, which keeps the text one of those
-            that the model knows. One token at a time in the last two.
+        tokens: what happens to the tokens of a text: "replace" puts ``baselines`` in their place, as captum does;
+            "delete" leaves a token out, so that those behind it move up; "swap" puts another token of its kind in its
+            place, so that the text stays like those that the model was trained on. The last two take one token at a
+            time.
         kinds: for "swap": ids that may stand for each other, kind by kind, such as [range(16), range(16, 32)]. Each is
             swapped for the one half-way around its kind; tokens of no kind get 0.
 
@@ -381,7 +382,7 @@ class Occlusion(PixelsFromCaptum):
 
     def _without_each(self, asked: Asked) -> Float[Tensor, "batch tokens 1"]:
         if asked.words is None or asked.function is not None:
-            what = "are for texts" if asked.words is None else "move or change positions; give the target as numbers"
+            what = "are for texts" if asked.words is None else "need the target as numbers, not as a function"
             raise ValueError(f"Occlusion(tokens={self.tokens!r}): 'delete' and 'swap' {what}.")
         call, ids = asked.call, asked.call.args[int(asked.call.place)]
         chosen = asked.target if isinstance(asked.target, list) else [asked.target]

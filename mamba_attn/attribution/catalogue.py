@@ -139,7 +139,7 @@ METHODS: dict[str, Entry] = {
             "keep_and_remove_lrp",
             "keep-and-remove LRP",
             KeepAndRemoveLRP,
-            "The relevance of the class (MambaLRP), asked again while parts of the image are kept or removed; our own.",
+            "The relevance of the class (MambaLRP), repeated while parts of the image are kept or removed; our own.",
             (SCANS,),
             instead="transformer_attribution_lrp",
         ),
@@ -155,7 +155,7 @@ METHODS: dict[str, Entry] = {
             "controllability",
             "controllability, Jacobian",
             Controllability,
-            "How strongly a token can move what the scans put out, whatever it holds (X-VMamba). The same for every "
+            "How strongly a token can change the scans' outputs, whatever its content (X-VMamba); the same for every "
             "class.",
             (SCANS,),
             of_a_class=False,
@@ -164,8 +164,7 @@ METHODS: dict[str, Entry] = {
             "controllability_gramian",
             "controllability, Gramian",
             Controllability,
-            "How strongly a token can move what the scans put out, by the Gramian (X-VMamba). The same for every "
-            "class.",
+            "How strongly a token can change the scans' outputs, by the Gramian (X-VMamba); the same for every class.",
             (SCANS,),
             of_a_class=False,
             options={"score": "gramian"},

@@ -1,4 +1,4 @@
-"""Controllability: how strongly each token can move the scans' outputs, whatever it holds; X-VMamba's two scores."""
+"""Controllability: how strongly each token can change the scans' outputs; X-VMamba's two scores."""
 
 from typing import ClassVar
 
@@ -24,7 +24,7 @@ _SMALL = 1e-8  # of the published code
 
 
 class Controllability(TokenAttribution):
-    """How strongly each token can move what scans put out: X-VMamba (arXiv 2511.12694); independent of the class.
+    """How strongly each token can change the scans' outputs: X-VMamba (arXiv 2511.12694); the same for every class.
 
     Per route, with a = exp(delta A), b = delta B and the letters of Mamba:
 
@@ -32,12 +32,12 @@ class Controllability(TokenAttribution):
     ``"jacobian"``     J[k] = mean_c sum_n abs(b[k, n]) sum_{t >= k} abs(C[t, n]) a[k+1, n] ... a[t, n]: the summed size
                        of dy[t]/du[k], state by state, by the paper's backward recursion in linear time
     ``"gramian"``      G[k] = mean_c sum_n C[k, n]^2 b[k, n]^2 / (1 - a[k, n]^2 + 1e-8), the closed form of the
-                       controllability Gramian with the step's own parameters held for ever
+                       controllability Gramian with the step's own parameters held constant
     =================  ================================================================================================
 
     Routes are averaged in the token frame; each layer's scores are scaled to 0..1 over the patches of an image, and
-    layers are averaged in pixels. D, the convolution, the gate and the token's content play no part. Not copied from
-    the published code: coarse layers are spread over the area that their tokens cover, not resized bilinearly, and
+    layers are averaged in pixels. D, the convolution, the gate and the token's content play no part. Unlike in the
+    published code, coarse layers are spread over the area that their tokens cover, not resized bilinearly, and
     images of a batch are not averaged.
 
     Args:
@@ -70,7 +70,7 @@ class Controllability(TokenAttribution):
     ) -> None:
         super().__init__(model, layers=layers, layout=layout, orders=orders)
         if score not in SCORES:
-            raise ValueError(f"Controllability(score={score!r}): {nearest(score, SCORES)}")
+            raise ValueError(f"Controllability(score={score!r}): no such score. {nearest(score, SCORES)}")
         self.score = score
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:

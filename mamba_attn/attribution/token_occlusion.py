@@ -87,6 +87,6 @@ def partners(kinds: Iterable[Iterable[int]]) -> dict[int, int]:
             raise ValueError(f"Occlusion(kinds=...): expected kinds of two ids or more, got {ids}.")
         twice = [each for each in ids if each in found or ids.count(each) > 1]
         if twice:
-            raise ValueError(f"Occlusion(kinds=...): id {twice[0]} is there twice; an id is of one kind.")
+            raise ValueError(f"Occlusion(kinds=...): id {twice[0]} is listed twice; an id belongs to one kind.")
         found |= {each: ids[(place + len(ids) // 2) % len(ids)] for place, each in enumerate(ids)}
     return found

@@ -58,10 +58,12 @@ the neighbours, with noise; drop, nothing: the model runs without the tokens
 fill alone misleads a model).
 
 models that read text (mamba_copy, mamba_recall, mamba_reviews, mamba_plays,
-hf:FOLDER) are compared on texts: FILE.txt, one text per line, whose tokens are
-removed, the most relevant first and last (tokens; --fill unknown, the
-tokenizer's unknown token, or drop); or copying and recall, which mamba_copy and
-mamba_recall learnt and whose sources are known (source).
+hf:FOLDER) are compared on texts. With FILE.txt, one text per line, tokens are
+removed, the most relevant first and last (measure: tokens); --fill unknown puts
+the tokenizer's unknown token in their place, --fill drop leaves them out. With
+copying and recall, the tasks of mamba_copy and mamba_recall, the token that an
+answer was copied from is known, and its rank by every method is measured
+(source).
 
 Writes to FOLDER: compare.html (an offline page), compare.txt, compare.csv,
 compare.json, and measured.jsonl, from which the same command resumes after an
@@ -74,7 +76,7 @@ def add_parser(commands: Commands) -> None:
     parser = command(
         commands,
         "compare",
-        "score attribution methods on your images",
+        "score attribution methods on your images or texts",
         examples=_EXAMPLES,
         notes=_NOTES,
         run=run,
@@ -82,7 +84,7 @@ def add_parser(commands: Commands) -> None:
     )
     add = parser.add_argument
     data = "DIR|ZIP[:PART]|FILE.mat|FILE.txt"
-    add("--data", action="append", default=[], metavar=data, help="may be given several times")
+    add("--data", action="append", default=[], metavar=data, help="needed for images; may be repeated")
     add(
         "--models",
         metavar="SPEC[=WEIGHTS],...",
@@ -133,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
         return run_texts(args, models)
     if len(reads) > 1:
         named = ", ".join(f"{model.name} reads {model.subject.reads}" for model in models)
-        raise ValueError(f"--models: {named}; compare them apart.")
+        raise ValueError(f"--models: {named}; compare them in separate runs.")
     plan = _plan(args, models)
     plan.check()
     try:
@@ -175,9 +177,9 @@ def _plan(args: argparse.Namespace, models: "list[Model]") -> "Plan":
     from mamba_attn.evaluation.specs import Options, choose_methods
 
     if not args.data:
-        raise ValueError("--data: missing; give a folder of images, a zip or a .mat file, or texts with --texts.")
+        raise ValueError("--data: expected a folder of images, a zip or a .mat file.")
     if args.fill == "unknown":
-        raise ValueError("--fill unknown: this is for texts; of images it is black, mean, blur, road or drop.")
+        raise ValueError("--fill unknown: this is for texts; for images, use black, mean, blur, road or drop.")
     selectors, only = _selectors(args.data)
     methods, most, unasked = choose_methods(args.methods or ["all"])
     return Plan(

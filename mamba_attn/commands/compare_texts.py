@@ -72,7 +72,7 @@ def text_plan(
 
     Args:
         models: that read text.
-        data: files, puzzles, or lists of texts; None for the puzzles that the models learnt.
+        data: files, tasks ("copying", "recall"), or lists of texts; None for the tasks that the models learnt.
         methods: keys.
         unasked: methods that were not named.
         measures: names; None for all.
@@ -90,12 +90,14 @@ def text_plan(
         if name not in MEASURES:
             raise ValueError(f"measures={name!r}: texts have no such measure. {nearest(name, MEASURES)}")
     if fill not in (None, UNKNOWN, DROP):
-        raise ValueError(f"fill={fill!r}: this is for images; of texts it is {UNKNOWN!r} or {DROP!r}.")
+        raise ValueError(f"fill={fill!r}: this is for images; for texts, use {UNKNOWN!r} or {DROP!r}.")
     if data is None:
         learnt = {model: puzzle for puzzle, model in PUZZLES.items()}
         other = [model.name for model in models if model.name not in learnt]
         if other:
-            raise ValueError(f"data: {other[0]} has no puzzle of its own; give a text file, one text per line.")
+            raise ValueError(
+                f"data: {other[0]} was not trained on a task with known answers; give a text file, one text per line."
+            )
         data = [learnt[model.name] for model in models]
     found = [open_texts(each) for each in dict.fromkeys(data)]
     return TextPlan(models, found, methods, unasked, measures or MEASURES, fill or UNKNOWN, limit, seed)

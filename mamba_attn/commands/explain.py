@@ -38,8 +38,8 @@ scan.png --model net.py:build --weights best.pth --mean 0.5
 --text 'It is in' --model hf:FOLDER --target ' Paris'
 'photos/*.jpg' --method raw_attention mamba_lrp"""
 _NOTES = """\
-IMAGE: a folder stands for the images in it, or, if it has none, for those in
-the folders below it: a folder per class; of train/ and val/, val is used.
+IMAGE: a folder stands for the images in it or, if it holds none, for those in
+the folders below it (one per class; of train/ and val/, only val/ is used).
 
 With --text it writes index.html (one offline page) and text.npz. Otherwise it
 writes to FOLDER, for every image: NAME.html (an offline page), NAME.png (the
@@ -208,7 +208,7 @@ def _explain(job: Job) -> int:
         console.print(table)
     lines = [f"{done} of {len(job.paths)} images explained" + (f"; open {job.folder / 'index.html'}" if done else "")]
     if right:
-        lines.insert(0, f"{sum(right)} of {len(right)} predicted right")
+        lines.insert(0, f"{sum(right)} of {len(right)} predicted correctly")
     if done:
         folder = shlex.quote(_folder(job.paths))
         lines.append(f"next: mamba-attn collect {job.model} --data {folder} --out store".replace("  ", " "))
@@ -241,7 +241,7 @@ def _add_rows(table: "Table", name: str, answers: Sequence["Answer"]) -> None:
     count = max(1, *(len(classes) for classes in best))
     for place in range(count):
         truth = answers[0].truth
-        cells = [Text(name if place == 0 else f"is: {truth}" if place == 1 and truth else "")]
+        cells = [Text(name if place == 0 else f"label: {truth}" if place == 1 and truth else "")]
         for classes in best:
             label, value = classes[place] if place < len(classes) else ("no classes" if not classes else "", "")
             cells += [Text(label), Text(value)]

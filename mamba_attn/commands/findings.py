@@ -30,8 +30,9 @@ STORE: a folder made by mamba-attn collect. Rebuilds its model and compares
 it, on the store's own images, with randomly initialised copies and with
 itself under a random scan order. A number counts as outside the range
 expected of untrained models by Student's t over their seeds, with Holm's
-correction: this is about one trained model, not about training. A model that
-cannot be rebuilt is measured by what its store kept.
+correction: this is about one trained model. To say what training does, give
+--trained weights of further training runs. A model that cannot be rebuilt is
+measured by what its store kept.
 
 Writes to FOLDER: findings.html (an offline page), findings.txt, findings.csv,
 findings.json and matrices.png; and measured/, each model's results, from which

@@ -82,7 +82,7 @@ def compare(
     Args:
         models: one or several networks, or ``LoadedModel``s; their names must differ.
         data: as in ``collect``; tensors are the input of the first model. For models that read text: a file with one
-            text per line, a list of texts, or the puzzle "copying" or "recall".
+            text per line, a list of texts, or the task "copying" or "recall".
         out: folder for the page, the tables, and the measurements from which the same call resumes. Default: nothing
             is kept.
         methods: names, with options after a colon, or "all" that fit.
@@ -161,7 +161,7 @@ def _on_texts(
     if len(models) < len(given) or len(set(names)) < len(names):
         raise ValueError(f"compare(models={names}): expected models that all read text, of different names.")
     if target != "predicted":
-        raise ValueError(f"compare(target={target!r}): of texts the prediction is explained; leave it out.")
+        raise ValueError(f"compare(target={target!r}): on texts, methods explain the model's prediction; leave it out.")
     chosen, _, unasked = choose_methods([methods] if isinstance(methods, str) else list(methods))
     puzzle_or_file = isinstance(data, str | Path)
     texts = [str(data)] if puzzle_or_file else [tuple(data)]

@@ -261,7 +261,7 @@ _TEXTS: list[Metric] = [
     Metric("tokens_lerf", "LeRF", 1, "tokens", _lost(lambda first, last: last),
            note="the same while they are removed last"),
     Metric("tokens_gap", "LeRF - MoRF", 1, "tokens", _lost(lambda first, last: last - first),
-           note="0 of values without meaning"),
+           note="0 on average for random values"),
     Metric("text_seconds", "s / text", -1, "time", _located("seconds"), note="wall seconds, batches included"),
 ]  # fmt: skip
 

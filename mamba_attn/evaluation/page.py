@@ -153,7 +153,7 @@ def _answer(own: Sequence[str], classes: Sequence[str], label: int | None, predi
     truth = classes[label] if label is not None and label < len(classes) else None
     if truth not in own:
         return str(name)
-    return f"{name} (correct)" if name == truth else f"{name} (wrong, is: {truth})"
+    return f"{name} (correct)" if name == truth else f"{name} (wrong, label: {truth})"
 
 
 def _outlined(sample: Sample) -> np.ndarray:

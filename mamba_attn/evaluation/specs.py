@@ -24,6 +24,15 @@ PREDICTED, LABEL = "predicted", "label"
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, MemoryError)
 
 
+def reason_of(error: BaseException) -> str:
+    """Return why something failed, in one line that results and notes can hold.
+
+    Args:
+        error: what was raised.
+    """
+    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:400]
+
+
 @dataclass(frozen=True)
 class Options:
     """Options that the figures depend on, in addition to image, model and method.
@@ -118,8 +127,8 @@ class Model:
             found = found if found.reads == "text" else loading.complete(found)
         if self.known and found.fingerprint != self.known:
             raise ModelBuildError(
-                f"{self.name}: other weights in every process, so its results cannot be joined; give it a file of "
-                "weights, draw them by torch's generator alone, or use workers=1."
+                f"{self.name}: its weights differ between processes, so their results cannot be combined; give it a "
+                "file of weights, draw them with torch's random generator alone, or use workers=1."
             )
         return found
 

@@ -19,7 +19,7 @@ from mamba_attn.core.outputs import follow
 from mamba_attn.datasets.puzzles import Puzzles, source_ranks, swapped
 from mamba_attn.datasets.texts import Texts, encode, unknown_token
 from mamba_attn.evaluation.metrics import METRICS
-from mamba_attn.evaluation.specs import FAILURES, Model
+from mamba_attn.evaluation.specs import FAILURES, Model, reason_of
 from mamba_attn.evaluation.store import Key, Store
 from mamba_attn.evaluation.summary import FEW, Table, compare
 from mamba_attn.tracing.texts import takes
@@ -69,13 +69,13 @@ class TextPlan:
         for model in self.models:
             if all(model is not its for _, its in found):
                 raise ValueError(
-                    f"data={[texts.name for texts in self.data]}: these are puzzles of other models than {model.name}; "
-                    "give it texts, a file with one per line."
+                    f"data={[texts.name for texts in self.data]}: {model.name} did not learn these tasks; "
+                    "give it a text file, one text per line."
                 )
         for texts in self.data:
             if all(texts is not its for its, _ in found):
                 raise ValueError(
-                    f"data={texts.name!r}: this puzzle is for the model that learnt it, and it is not here."
+                    f"data={texts.name!r}: only the model that learnt this task can be compared on it; add it."
                 )
         for texts, model in found:
             if model.subject.tokenizer is None and not texts.puzzle:
@@ -167,7 +167,7 @@ def _fitting(plan: TextPlan, model: Model, work: "_Puzzled | _Read") -> list[str
         try:
             work.attribute(name, [0])
         except FAILURES as error:
-            reason = (str(error).strip().partition("\n")[0] or type(error).__name__)[:400]
+            reason = reason_of(error)
             if name not in plan.unasked:
                 raise ValueError(f"methods={name!r}: {model.name}: {reason}") from error
             reasons.setdefault(reason, []).append(name)
@@ -186,7 +186,7 @@ def _tried(work: Callable[[list[str]], list[dict[str, Any]]], keys: list[str]) -
         return work(keys)
     except FAILURES as error:
         if len(keys) == 1:
-            return [{"error": (str(error).strip().partition("\n")[0] or type(error).__name__)[:400]}]
+            return [{"error": reason_of(error)}]
         return [line for key in keys for line in _tried(work, [key])]
 
 
@@ -284,7 +284,7 @@ class _Read:
     def _ids(self, place: int) -> Int[Tensor, "1 tokens"]:
         ids = encode(self._subject.tokenizer, self._lines[place])
         if ids.shape[1] < 3:
-            raise ValueError(f"{self._lines[place]!r}: {ids.shape[1]} tokens; expected at least 3, to put in an order.")
+            raise ValueError(f"{self._lines[place]!r}: {ids.shape[1]} tokens; expected at least 3.")
         return ids.to(self._subject.device)
 
     def _explained(self, name: str, ids: Tensor) -> tuple[int, Tensor]:
@@ -338,4 +338,4 @@ def area(probability: Callable[[Tensor], Tensor], ids: Tensor, order: Tensor, fi
 
 def _require_finite(values: Tensor) -> None:
     if not bool(values.isfinite().all()):
-        raise ValueError("a value is NaN or Inf.")
+        raise ValueError("the map contains NaN or Inf.")

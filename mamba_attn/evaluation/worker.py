@@ -18,7 +18,7 @@ from mamba_attn.evaluation import perturbation
 from mamba_attn.evaluation.measures import JUDGES, Batch, answers, explainer
 from mamba_attn.evaluation.plan import Needs, Task
 from mamba_attn.evaluation.ranking import check_finite
-from mamba_attn.evaluation.specs import FAILURES, LABEL, Model
+from mamba_attn.evaluation.specs import FAILURES, LABEL, Model, reason_of
 from mamba_attn.evaluation.store import Key
 
 Record = tuple[Key, dict[str, Any]]
@@ -173,7 +173,7 @@ def _restricted(needs: Needs, indices: Sequence[int]) -> Needs:
 
 
 def _failed(task: Task, data: Data, needs: Needs, error: BaseException) -> list[Record]:
-    reason = (str(error).strip().partition("\n")[0] or type(error).__name__)[:400]
+    reason = reason_of(error)
     return [
         (_key(task, data, index, method, measure), {"error": reason})
         for method, its in needs.items()

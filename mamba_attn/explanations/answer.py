@@ -88,10 +88,10 @@ class Answer:
 
     @property
     def verdict(self) -> str:
-        """Whether the likeliest class is right: "correct", "wrong, is: hat"; "" where that is not known."""
+        """Whether the likeliest class is right: "correct", "wrong, label: hat"; "" where that is not known."""
         if self.truth is None or not self.probabilities.size:
             return ""
-        return "correct" if self.best(1)[0][0] == self.truth else f"wrong, is: {self.truth}"
+        return "correct" if self.best(1)[0][0] == self.truth else f"wrong, label: {self.truth}"
 
     def spelt(self, value: float, digits: int = 1) -> str:
         """Return a probability in per cent, or a score of a head without probabilities as a number."""

@@ -74,28 +74,6 @@ def reach(
     return figure
 
 
-def distances(
-    layers: Sequence[str], series: Mapping[str, Sequence[float]], levels: Mapping[str, float] | None = None
-) -> go.Figure:
-    """Show distances by layer alone, as wide as the page.
-
-    Args:
-        layers: names, first to last.
-        series: per name a distance for each layer, in pixels; NaN is left out.
-        levels: per name one distance, drawn as a line across.
-
-    Raises:
-        ValueError: a series of another length.
-    """
-    check_reach("distances", [np.zeros((1, 1))], [""], None, layers, series)
-    shown = chart_series(series, levels)
-    figure = plain(Figure(), title=None, width=_CHART, height=_CHART)
-    figure.update_layout(width=None, margin_t=12)
-    _chart(figure, list(layers), shown, {})
-    _legend_below(figure, len(shown), _CHART)
-    return figure
-
-
 def check_reach(
     call: str,
     maps: Sequence[Any],

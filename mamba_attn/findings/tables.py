@@ -22,10 +22,10 @@ TERMS = {
     "p": "which part of untrained models lies as far from their mean as the trained one, by Student's t, after Holm's "
     "correction over the rows of the table.",
     "range of untrained": "where the trained model is, to the range expected of untrained models: outside (above or "
-    "below) where p is at most 0.05, else inside. It is one trained model: what training does in general is not asked.",
+    "below) where p is at most 0.05, else inside. One trained model does not tell what training does in general.",
     "seeds below": "how many of the untrained models lie below the trained one; no distribution is assumed.",
-    "training": "further trained models given, what training does: their mean and the store's model less that of "
-    "untrained ones, in brackets the interval with models as units; more or less if p after Holm's correction is "
+    "training": "what training does, if weights of further training runs were given: the mean of all trained models "
+    "minus that of untrained ones, in brackets its interval over models; more or less if p after Holm's correction is "
     "at most 0.05.",
     "paper says": "what arXiv 2502.20764 says of a trained model, and whether it holds here; open where the interval "
     "decides neither.",
@@ -68,7 +68,7 @@ def verdicts(report: Report) -> list[str]:
     if claims:
         count = sum(row.claimed == "holds" for row in claims)
         found.append(f"{count} of {len(claims)} claims of the paper hold for {report.name}.")
-    for word, says in (("holds", "Holds"), ("fails", "Fails"), ("open", "Open, as the interval decides neither")):
+    for word, says in (("holds", "Holds"), ("fails", "Fails"), ("open", "Open, as the interval contains the bound")):
         named = [
             f"{row.about.title} ({number(row.trained.value)}; the paper says {{}} {{:g}})".format(*row.about.claim)
             for row in claims

@@ -302,7 +302,7 @@ def test_modes_of_occlusion_that_are_none(model, options, message):
 
 
 def test_modes_of_occlusion_are_for_texts_and_targets_by_number(model):
-    with pytest.raises(ValueError, match="give the target as numbers"):
+    with pytest.raises(ValueError, match="need the target as numbers"):
         Occlusion(model, tokens="delete").attribute(ids(), lambda output: output[:, -1, 0])
     with pytest.raises(ValueError, match="a text of one token has none to leave out"):
         Occlusion(model, tokens="delete").attribute(ids()[:, :1])

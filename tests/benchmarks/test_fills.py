@@ -78,7 +78,7 @@ def test_our_method_is_kept_only_where_it_is_ahead_on_three_of_four_fills() -> N
     said = words(table(up, up, up, up), table(up, open_, up, down))
     assert "on a it is ahead by the paired interval under black and mean and drop and road" in said
     assert "on b it is ahead by the paired interval under black and drop and behind under road" in said
-    assert "does not reach 3 of 4 fills on both" in said
+    assert "should lead under 3 of 4 fills on both models, and does not" in said
 
 
 def test_methods_of_fewer_images_come_last() -> None:

@@ -32,7 +32,7 @@ def test_intervals_stand_over_an_axis_with_its_zero():
 def test_a_prediction_is_right_or_wrong_where_the_model_has_the_class():
     model = ["hat", "shoe"]
     assert _answer(model, ["shoe", "boat"], 0, 1) == "shoe (correct)"
-    assert _answer(model, ["shoe", "boat"], 0, 0) == "hat (wrong, is: shoe)"
+    assert _answer(model, ["shoe", "boat"], 0, 0) == "hat (wrong, label: shoe)"
     assert _answer(model, ["shoe", "boat"], 1, 0) == "hat"
     assert _answer(model, [], None, 0) == "hat"
     assert _answer(model, [], None, None) == ""

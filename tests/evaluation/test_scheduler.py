@@ -178,7 +178,7 @@ def test_random_weights_are_the_same_in_every_process(tmp_path):
         assert there.identity == first.identity  # and nothing is said twice
     assert Model(net, "", more=first.more).identity == first.identity  # the next run resumes
     drawn = pickle.loads(pickle.dumps(Model(net, "", more=(*first.more, ("other", True)))))
-    with pytest.raises(ModelBuildError, match="other weights in every process"):
+    with pytest.raises(ModelBuildError, match="its weights differ between processes"):
         drawn.identity  # noqa: B018
 
 

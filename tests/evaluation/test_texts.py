@@ -94,7 +94,7 @@ def test_the_truth_of_the_puzzles_is_their_models():
 
 def test_tokens_left_out_and_unknown(tmp_path):
     model = load("mamba_reviews")
-    with pytest.raises(ValueError, match="compare\\(target='negative'\\): of texts the prediction is explained"):
+    with pytest.raises(ValueError, match="compare\\(target='negative'\\): on texts, methods explain"):
         mamba_attn.compare(model, LINES, target="negative")
     (table,) = mamba_attn.compare(model, LINES, tmp_path, methods=["mamba_lrp", "random"], measures=["tokens"])
     gap = table.figures["tokens_gap"]
@@ -130,9 +130,9 @@ def test_the_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--models", "mamba_copy,vim_micro"], "mamba_copy reads text, vim_micro reads images; compare them apart"),
-        (["--models", "mamba_reviews"], "mamba_reviews has no puzzle of its own; give a text file"),
-        (["--models", "mamba_copy", "--data", "recall"], "--data recall: these are puzzles of other models than mamba"),
+        (["--models", "mamba_copy,vim_micro"], "mamba_copy reads text, vim_micro reads images; compare them in"),
+        (["--models", "mamba_reviews"], "mamba_reviews was not trained on a task with known answers; give a text"),
+        (["--models", "mamba_copy", "--data", "recall"], "--data recall: mamba_copy did not learn these tasks"),
         (["--models", "mamba_copy", "--data", "none.txt"], "--data none.txt: no such file; expected a text file"),
         (["--models", "mamba_copy", "--fill", "blur"], "--fill blur: this is for images"),
         (["--models", "mamba_copy", "--workers", "2"], "--workers: this is for images"),

@@ -71,11 +71,13 @@ def test_everything_is_inside_and_named(answers):
 
 
 def test_right_and_wrong_are_said_where_the_class_is_known(answers, tmp_path):
-    right, wrong = (replace(answers[0], truth=each) for each in (answers[0].best(1)[0][0], "something else"))
-    assert (right.verdict, wrong.verdict) == ("correct", "wrong, is: something else")
+    best, *_, least = answers[0].probabilities.argsort()[::-1].tolist()
+    right, wrong = (replace(answers[0], label=each) for each in (best, least))
+    verdict = f"wrong, label: {answers[0].class_name(least)}"
+    assert (right.verdict, wrong.verdict) == ("correct", verdict)
     assert (answers[0].truth, answers[0].verdict) == (None, "")
-    assert "(wrong, is: something else)" in predictions([wrong])
-    assert '<div class="wrong">wrong, is: something else</div>' in page("a", [wrong], "")
+    assert f"({verdict})" in predictions([wrong])
+    assert f'<div class="wrong">{verdict}</div>' in page("a", [wrong], "")
     hat = photo(tmp_path / "hat")
     assert answer(answers[0].question, hat).truth == "hat"
 

@@ -3,7 +3,6 @@ import pytest
 
 from mamba_attn import figures
 from mamba_attn.figures import png
-from mamba_attn.figures.charts import distances
 
 RNG = np.random.default_rng(0)
 MAPS = [RNG.random((20, 30)), RNG.random((4, 6))]
@@ -87,12 +86,9 @@ def test_refusals(draw, maps, titles, options, sentence):
 
 def test_the_legend_stands_right_below_the_axis_and_nothing_is_blank():
     many = {f"line {number}": [1.0, 2.0, 3.0] for number in range(7)}
-    for drawn in (figures.reach(MAPS, ["a", "b"], layers="abc", series=many), distances("abc", many)):
-        margin, legend = drawn.layout.margin, drawn.layout.legend
-        area = drawn.layout.height - margin.t - margin.b
-        below = -legend.y * area
-        assert 40 <= below <= 60  # the ticks and the axis' title
-        assert 80 <= margin.b - below <= 100  # four lines of two
-        assert distances("abc", {}).layout.height < 320
-    with pytest.raises(ValueError, match=r"distances\(series\): expected one distance per layer, 2"):
-        distances("ab", many)
+    drawn = figures.reach(MAPS, ["a", "b"], layers="abc", series=many)
+    margin, legend = drawn.layout.margin, drawn.layout.legend
+    area = drawn.layout.height - margin.t - margin.b
+    below = -legend.y * area
+    assert 40 <= below <= 60  # the ticks and the axis' title
+    assert 80 <= margin.b - below <= 100  # four lines of two

@@ -332,7 +332,7 @@ def test_verdicts_are_sentences(reports):
     first, holds, undecided = verdicts(found)
     assert first == "1 of 2 claims of the paper hold for mine."
     assert holds == f"Holds: {findings.FINDINGS[claims[0]].title} (0.5; the paper says > 0)."
-    assert undecided.startswith(f"Open, as the interval decides neither: {findings.FINDINGS[claims[1]].title}")
+    assert undecided.startswith(f"Open, as the interval contains the bound: {findings.FINDINGS[claims[1]].title}")
     measured = verdicts(reports["vim"])[-1]
     outside = [row for row in reports["vim"].rows if row.place in (ALL, "model") and row.verdict in ("above", "below")]
     assert measured.startswith(f"{len(outside)} of ")

@@ -38,7 +38,7 @@ function leadOf(its) {
   const first = [`The ${wordsOf(its) ? 'text' : layerOf(its).slices ? 'volume' : 'photo'} is cut into ${noun(true)}. `, element('b', `Click a ${noun()}`), ` to see which other ${noun(true)} it takes information from. `];
   const [orange, blue] = [element('span', 'orange', { class: 'adds' }), element('span', 'blue', { class: 'subtracts' })];
   if (its.show === 'spread') return [...first, 'The deeper the ', orange, ', the more this differs between photos.'];
-  if (state.sign === 'signed') return [...first, orange, ' adds, ', blue, ' subtracts.'];
+  if (state.sign === 'signed') return [...first, 'Values in ', orange, ' add, those in ', blue, ' subtract.'];
   return [...first, 'The deeper the ', orange, `, the more it ${its.direction === 'row' ? 'takes' : 'gives'}`, ...(its.show === 'all' ? ['; in the third map ', blue, ' is less than usual.'] : ['.'])];
 }
 const fill = (id, made) => byId(id).replaceChildren(...made.filter(Boolean));

@@ -63,7 +63,7 @@ export function titled(slot) {
     mean: [collected > 1 ? 'Usual' : 'The one image', `mean of ${collected} photos, drawn without a photo`],
     difference: ['What is special here', 'this image minus the usual'],
     spread: ['How much it varies', `standard deviation over ${collected} photos`],
-    class: ofClass('class'), other: ofClass('other'), versus: [`${ofClass('class')[0]} minus ${ofClass('other')[0].toLowerCase()}`, 'the left map minus the middle one'],
+    class: ofClass('class'), other: ofClass('other'), versus: [`${ofClass('class')[0]} minus ${classOf(its, 'other') || 'usual'}`, 'the left map minus the middle one'],
     apart: ['Left minus right', images.length ? 'what the two panes differ in' : ''],
   }[what];
 }
