@@ -214,9 +214,9 @@ def blocks_together(details: dict[str, Any]) -> str:
     if about["title"].startswith("least"):
         words.append(
             "A minimum over more pairs is lower by itself, so models with different numbers of pairs cannot be "
-            "compared. This page was measured by an earlier version: the command now takes the 10 % quantile minus that "
-            "expected by chance, and computes silhouette, nearest point and the part that differs inside disjoint groups "
-            "of images, so that the intervals hold."
+            "compared. This page was measured by an earlier version: the command now takes the 10 % quantile minus "
+            "that expected by chance, and computes silhouette, nearest point and the part that differs inside "
+            "disjoint groups of images, so that the intervals hold."
         )
     return " ".join(words) + "\n"
 
