@@ -213,9 +213,10 @@ def blocks_together(details: dict[str, Any]) -> str:
     words = [f"*{about['title'].capitalize()}*: {about['formula']} The tables give the number of pairs."]
     if about["title"].startswith("least"):
         words.append(
-            "A minimum over more pairs is lower by itself, and models with different numbers cannot be compared. These "
-            "numbers were measured before; the command now takes a quantile less chance, and compares images "
-            "(silhouette, nearest point, part that differs) inside groups that share none, so that intervals hold."
+            "A minimum over more pairs is lower by itself, so models with different numbers of pairs cannot be "
+            "compared. This page was measured by an earlier version: the command now takes the 10 % quantile minus "
+            "that expected by chance, and computes silhouette, nearest point and the part that differs inside "
+            "disjoint groups of images, so that the intervals hold."
         )
     return " ".join(words) + "\n"
 
