@@ -65,7 +65,8 @@ class Seen:
         """Return the layout of a pyramid's stage, whose grid is the image's divided by a power of two.
 
         Stages round down or up. Of the powers that give this grid, the one nearest to image / grid is taken; where none
-        does, as where one axis alone is divided, image / grid, rounded, along each axis.
+        does, and one axis alone is divided, image / grid, rounded, along each axis; else the nearest power, as where the
+        grid is that of another of the model's inputs.
 
         Args:
             height: of the stage's grid.
@@ -84,7 +85,8 @@ class Seen:
         each = (max(1, round(rows / height)), max(1, round(columns / width)))
         # the stages' convolutions between tokens are padded like the stem's
         offset = 0.5 if self.padded_stem else None
-        side = min(fitting, key=distance) if fitting else each if each[0] != each[1] else each[0]
+        one_axis = not fitting and min(each) == 1 < max(each)
+        side = each if one_axis else min(fitting or sizes, key=distance)
         return TokenLayout((height, width), side, offset=offset, window=window)
 
     def frame_of(self, module: nn.Module, sequences: int, length: int) -> TokenLayout | None:

@@ -292,7 +292,7 @@ def test_swapping_is_within_a_kind(model):
         ({"tokens": "drop"}, "tokens='drop'.*no such mode"),
         ({"tokens": "swap"}, "tokens='swap' and kinds= go together"),
         ({"kinds": [(1, 2)]}, "tokens='swap' and kinds= go together"),
-        ({"tokens": "swap", "kinds": [(1, 2), (2, 3)]}, "id 2 is there twice"),
+        ({"tokens": "swap", "kinds": [(1, 2), (2, 3)]}, "id 2 is listed twice"),
         ({"tokens": "swap", "kinds": [(1,)]}, r"expected kinds of two ids or more, got \[1\]"),
     ],
 )

@@ -152,16 +152,16 @@ function settle() {
 }
 
 let draw = () => {};
-let last = 0;
+let last = { at: -Infinity, kind: '' };
 export const onChange = (function_) => { draw = function_; };
 
-// One gesture: the state changes, the address follows, the page is drawn. Quick repeats are one entry for Back.
+// One gesture: the state changes, the address follows, the page is drawn. Quick repeats of the same are one entry for Back.
 export function change(changes, its = {}) {
   Object.assign(state, { start: 0 }, changes);
   Object.assign(pane(), its);
   settle();
-  const now = performance.now();
-  remember(now - last < 250 ? 'replaceState' : 'pushState');
+  const now = { at: performance.now(), kind: Object.keys({ ...changes, ...its }).join() };
+  remember(now.kind === last.kind && now.at - last.at < 250 ? 'replaceState' : 'pushState');
   last = now;
   return draw();
 }
