@@ -262,16 +262,17 @@ function pick(its, numbers, add, click) {
 export async function alike(own) {
   const lit = litPoints(state.panes.indexOf(own));
   if (lit.length !== 1) return null;
+  const pairs = own.mode === 'blocks' ? pairsOf(own) : null; // of now: the next gesture does not wait for the answer
+  const layer = layerOf(own);
   const found = await neighbours(asked(own), lit[0]);
   if (!found.numbers?.length) return null;
-  const pairs = own.mode === 'blocks' ? pairsOf(own) : null;
   const { images, blocks } = storeOf(own);
   const made = (text, numbers) => {
     const one = element('button', text, { class: 'small' });
     one.addEventListener('click', () => pick({ at: state.panes.indexOf(own) }, numbers, false, true));
     return one;
   };
-  return element('dd', undefined, { class: 'buttons' }, ...found.numbers.map((at) => made(pairs ? `block ${blocks[pairs[at][0]]}, ${short(images[pairs[at][1]][0])}` : place(at, layerOf(own)), [at])), made('select these', [...lit, ...found.numbers]));
+  return element('dd', undefined, { class: 'buttons' }, ...found.numbers.map((at) => made(pairs ? `block ${blocks[pairs[at][0]]}, ${short(images[pairs[at][1]][0])}` : place(at, layer), [at])), made('select these', [...lit, ...found.numbers]));
 }
 
 // Arrow keys in the points: the next block, or the next image.
