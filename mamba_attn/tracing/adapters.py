@@ -64,9 +64,9 @@ class Seen:
     def grid_layout(self, height: int, width: int, window: int | None = None) -> TokenLayout:
         """Return the layout of a pyramid's stage, whose grid is the image's divided by a power of two.
 
-        Stages round down or up. Of the powers that give this grid, the one nearest to image / grid is taken; where none
-        does, and one axis alone is divided, image / grid, rounded, along each axis; else the nearest power, as where the
-        grid is that of another of the model's inputs.
+        Stages round down or up. Of the powers that give this grid, the one nearest to image / grid is taken. Where none
+        does, the image may be cut into squares of another size, or divided along one axis alone; else the grid may be
+        that of another of the model's inputs, and the nearest power is taken.
 
         Args:
             height: of the stage's grid.
@@ -85,8 +85,13 @@ class Seen:
         each = (max(1, round(rows / height)), max(1, round(columns / width)))
         # the stages' convolutions between tokens are padded like the stem's
         offset = 0.5 if self.padded_stem else None
-        one_axis = not fitting and min(each) == 1 < max(each)
-        side = each if one_axis else min(fitting or sizes, key=distance)
+        squares = each[0] == each[1] and (rows, columns) == (height * each[0], width * each[1])
+        if not fitting and squares:
+            side: int | tuple[int, int] = each[0]
+        elif not fitting and min(each) == 1 < max(each):
+            side = each
+        else:
+            side = min(fitting or sizes, key=distance)
         return TokenLayout((height, width), side, offset=offset, window=window)
 
     def frame_of(self, module: nn.Module, sequences: int, length: int) -> TokenLayout | None:
