@@ -182,8 +182,8 @@ __device__ inline int scan_block(const Call& call, int block, float* shared, int
     const Channel at(call, b, r, c, threadIdx.x % 32);
     float* state = shared + warp * call.states;
     const bool floats = call.u.type == FLOAT32 && call.delta.type == FLOAT32 && call.B.type == FLOAT32 && call.C.type == FLOAT32;
-    // 8 steps a lane cost 1.6 times what 4 do, half of them idle where the last span is short
-    const bool many = 8 * ((call.length + 255) / 256) <= 5 * ((call.length + 127) / 128);
+    // 8 steps a lane cost 1.6 times what 4 do, half of them idle where the last span is short; 16 warps lack registers
+    const bool many = WARPS < 16 && 8 * ((call.length + 255) / 256) <= 5 * ((call.length + 127) / 128);
     if (floats && many) scan_channel<true, 8>(at, state, chunk);
     else if (floats) scan_channel<true, 4>(at, state, chunk);
     else scan_channel<false, 4>(at, state, chunk);
