@@ -200,7 +200,8 @@ def _explain(job: Job) -> int:
                 progress.console.print(f"{path}: {share} of the picture is cut off, as the page shows", soft_wrap=True)
             pages.add(title, answers)
             _add_rows(table, title, answers)
-            right += [] if (first := answers[0]).label is None else [int(first.probabilities.argmax()) == first.label]
+            if verdict := answers[0].verdict:
+                right.append(verdict == "correct")
             done += 1
     pages.finish()
     console = Console()

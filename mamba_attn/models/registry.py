@@ -193,7 +193,7 @@ def build(name: str, weights: str | Path | None, options: Mapping[str, Any]) -> 
             "'official', 'demo' or 'random'."
         )
     checkpoint = checkpoints.Checkpoint(weights)
-    model = builder(**{**config, **chosen})  # not on the meta device, where torch imports its compiler: a second
+    model = builder(**{**config, **chosen})  # not on the meta device, where torch imports its compiler
     found, notes = _of_the_file(name, model, checkpoint, chosen)
     model = builder(**{**config, **chosen, **found}) if found else model
     try:
