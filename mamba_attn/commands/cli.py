@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, by default the process's own, and return the exit code."""
     given = sys.argv[1:] if argv is None else list(argv)
     reader = parser()
+    for word in given:
+        if word.startswith("--") and word.endswith("=--"):  # argparse would take it for no value at all
+            reader.error(f"{word}: expected a value after the sign =, got --.")
     args = reader.parse_args(given)
     if args.command is None:
         reader.print_help()

@@ -250,8 +250,10 @@ def collection(files: Files, part: str, name: str, identity: str) -> Data:
     readers: dict[str, Callable[..., Data]] = {"boxes.csv": _boxed, "segments.csv": _segmented, "labels.csv": _labelled}
     try:
         data = readers[table](files, folder, rows, split, name, identity)
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"open_data({name!r}): {folder}{table} is not a valid table ({error!r}).") from error
+    except KeyError as error:
+        raise ValueError(f"open_data({name!r}): {folder}{table} is not a valid table: no column {error}.") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"open_data({name!r}): {folder}{table} is not a valid table ({error}).") from error
     if not len(data):
         raise ValueError(f"open_data({name!r}): it holds no images.")
     return data
@@ -278,9 +280,15 @@ def _parts(files: Files) -> str:
 
 def _rows(files: Files, name: str) -> list[dict[str, str]]:
     try:
-        return list(csv.DictReader(io.StringIO(files.text(name))))
+        lines = [line for line in csv.reader(io.StringIO(files.text(name))) if line]
     except csv.Error as error:
         raise ValueError(f"{files.root}: {name} is not a table that can be read ({error}).") from error
+    header = lines[0] if lines else []
+    for number, line in enumerate(lines[1:], 2):
+        if len(line) != len(header):
+            wanted = f"{len(header)} cells as in its first line, {','.join(header):.60}"
+            raise ValueError(f"{files.root}: {name}, line {number}: expected {wanted}; it has {len(line)}.")
+    return [dict(zip(header, line, strict=True)) for line in lines[1:]]
 
 
 def _of_split(rows: Sequence[dict[str, str]], split: str) -> list[dict[str, str]]:
