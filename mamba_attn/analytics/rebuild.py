@@ -18,6 +18,7 @@ from mamba_attn.analytics.request import described
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.core.transform import Transform
 from mamba_attn.datasets.loading import load
+from mamba_attn.datasets.untrained import untrained as random_of
 from mamba_attn.datasets.user_code import names_code
 from mamba_attn.errors import StoreError
 from mamba_attn.models import registry
@@ -68,20 +69,28 @@ def spec_of(index: Index) -> str:
     return str(index.model.get("spec", index.model["name"]))  # older stores name models of this package alone
 
 
-def untrained(folder: Path, index: Index, seed: int) -> LoadedModel:
+def untrained(folder: Path, index: Index, seed: int, given: LoadedModel | None = None) -> LoadedModel:
     """Return a model of the same architecture with random weights, as it is before training.
 
     Args:
         folder: of the store.
         index: what it holds; only the model's name and options are used, so a model made in memory works too.
         seed: of the weights.
+        given: the model, where the user has it; code of theirs is called again only then.
 
     Raises:
-        StoreError: the name is not a known model, or its options build one with other layers.
+        StoreError: the name is not a known model, or its options build one with other layers; what builds it cannot
+            make an untrained one.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        subject = _subject(folder, index, "random", index.model["options"])
+    if given is not None and names_code(given.spec):
+        try:
+            subject = random_of(given, seed)
+        except ValueError as error:
+            raise StoreError(f"{folder}: {error}") from error
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            subject = _subject(folder, index, "random", index.model["options"])
     _require_layers(folder, index, subject, orders=True)
     return subject
 

@@ -168,13 +168,15 @@ class AttentionStore:
     def untrained(self, seed: int = 0) -> LoadedModel:
         """Return a model of the same name and options with random weights; its own weights are not needed.
 
+        A model built by your own code is built again by it, if it was given to ``open``.
+
         Args:
             seed: of the weights.
 
         Raises:
             StoreError: the name is not a known model, or the options build one with other layers.
         """
-        return rebuild.untrained(self.folder, self.index, seed)
+        return rebuild.untrained(self.folder, self.index, seed, self._given)
 
     def with_weights(self, weights: str | Path) -> LoadedModel:
         """Return a model of the same name and options with other weights, as of another seed of training.

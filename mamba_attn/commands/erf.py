@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from mamba_attn.attribution.queries import Query, require_inside
+    from mamba_attn.datasets.untrained import untrained
     from mamba_attn.erf.fields import ReceptiveField, receptive_field
 
     require_least(args, limit=1)
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
             require_inside("query" if kind == "pixel" else kind, Query(kind, (numbers,)), transform.size)
     layer, models = _layer(args.layer, subject), {subject.name: subject.model}
     if args.untrained:
-        models[_UNTRAINED] = _untrained(subject, args.seed)
+        models[_UNTRAINED] = untrained(subject, args.seed).model
     folder = writable(args.out)
     fields: dict[str, ReceptiveField] = {}
     damaged: set[str] = set()
@@ -173,22 +174,6 @@ def _layer(text: str | None, subject: "LoadedModel") -> str | None:
         return layers[int(text)]
     known = f"{subject.name} has {len(layers)} layers, 0..{len(layers) - 1}. "
     raise ValueError(f"--layer {text}: no such layer; {known}{nearest(text, layers)}")
-
-
-def _untrained(subject: "LoadedModel", seed: int) -> "torch.nn.Module":
-    """Return a model of the same kind with its initial random weights."""
-    import torch
-
-    from mamba_attn.datasets.loading import load
-    from mamba_attn.datasets.user_code import names_code
-
-    if not subject.spec or names_code(subject.spec) or subject.spec.startswith("hf:"):
-        raise ValueError(
-            f"--untrained: {subject.name} is not built by its name, so it cannot be built without weights."
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return load(subject.spec, "random", device=subject.device.type, **subject.options).model
 
 
 def _write(folder: Path, fields: "dict[str, ReceptiveField]", command: str) -> None:

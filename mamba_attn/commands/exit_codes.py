@@ -7,7 +7,9 @@ The library names arguments of calls, ``limit=0``; a command reports ``--limit 0
 import ast
 import re
 import shlex
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from mamba_attn.errors import MambaAttnError
 
 MEANING = """\
 exit codes: 0 done; 1 done, but something failed and is named; 2 refused,
-nothing was done; 130 stopped by Ctrl+C"""
+nothing was done; 130 stopped by Ctrl+C; 143 by SIGTERM"""
 _CALL = r"[\w.]+\((?:[^()]|\([^()]*\))*\)"
 _VALUE = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\[[^\]]*\]|\([^)]*\)|[+-]?\w+(?:\.\d+)?(?:e[+-]?\d+)?"""
 _ARGUMENT = re.compile(rf"{_CALL}|(?<![^\s(])(?P<name>[a-z_]+)=(?P<value>{_VALUE}|(?=[,.;\s]|$))")
@@ -31,6 +33,10 @@ _OF_BUILDERS = {"image_size", "img_size", "num_classes", "stride", "class_token"
 _COMMAS = {"--keep"}  # lists written with commas on the command line
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which schedulers send before they kill: work is saved as after Ctrl+C."""
+
+
 def exit_code(name: str, call: Callable[[], int], options: Collection[str] = (), stopped: str = "stopped.") -> int:
     """Run a command and return its exit code; print errors as sentences.
 
@@ -38,17 +44,34 @@ def exit_code(name: str, call: Callable[[], int], options: Collection[str] = (),
         name: of the command.
         call: runs the command; returns 0 or 1.
         options: names of the command's options, for ``as_flags``.
-        stopped: printed after Ctrl+C.
+        stopped: printed after Ctrl+C and SIGTERM.
     """
     try:
-        with _notes(name, options):
+        with _terminable(), _notes(name, options):
             return call()
     except (ValueError, TypeError, OSError, ImportError, MambaAttnError) as error:
         print(f"mamba-attn {name}: {as_flags(str(error), options)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as reason:
         print(f"mamba-attn {name}: {stopped}", file=sys.stderr)
-        return 130
+        return 143 if isinstance(reason, Terminated) else 130
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Raise ``Terminated`` on SIGTERM; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -65,7 +65,8 @@ def load(
             ``LoadedModel``; ``timm:NAME``; ``hf:FOLDER``, a model of transformers with its image processor, or a
             language model with its tokenizer.
         weights: the path of a checkpoint (see ``mamba_attn.models.create``), or ``FILE:ENTRY``; "demo", "official" or
-            "random". Default: "demo" for a name of ``mamba_attn.models``, else what the builder itself loads.
+            "random", which for your own code is what it returns. Default: "demo" for a name of ``mamba_attn.models``,
+            else what the builder itself loads.
         transform: as in ``LoadedModel``. Default: the model's own.
         mean: of each channel, instead of the transform's.
         std: standard deviation of each channel, instead of the transform's.
@@ -302,7 +303,8 @@ def _of_code(spec: str, weights: str | None, options: dict[str, Any], stand_ins:
         def make(chosen: Mapping[str, Any]) -> LoadedModel:
             return build_model(spec, function, chosen)
 
-        found = _filled(make, lambda option: takes(function, option), options, spec, weights)
+        file = None if weights == "random" else weights
+        found = _filled(make, lambda option: takes(function, option), options, spec, file)
     if used:
         warnings.warn(f"{spec}: built with CPU stand-ins of {', '.join(used)}.", stacklevel=4)
     place, _, name = spec.rpartition(":")
@@ -356,7 +358,12 @@ def _of_transformers(spec: str, weights: str | None, options: dict[str, Any], tr
         speaks = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or [])
         kind = transformers.AutoModelForImageClassification if classifies else transformers.AutoModel
         kind = transformers.AutoModelForCausalLM if speaks else kind
-        model = kind.from_pretrained(folder, config=config, **local)
+        random = weights == "random"
+        model = (
+            kind.from_config(config, trust_remote_code=trust)
+            if random
+            else kind.from_pretrained(folder, config=config, **local)
+        )
         processor = tokenizer = None
         if speaks and any((folder / name).is_file() for name in _TOKENIZERS):
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
@@ -380,7 +387,7 @@ def _of_transformers(spec: str, weights: str | None, options: dict[str, Any], tr
             return LoadedModel(model.eval(), classes=[], name=its, reads="text", tokenizer=tokenizer)
         return LoadedModel(model.eval(), processor, names, layout=_patches(config), name=folder.resolve().name)
 
-    found = _filled(made, lambda _: False, options, spec, weights)
+    found = _filled(made, lambda _: False, options, spec, None if weights == "random" else weights)
     found.spec, found.weights = f"hf:{folder.resolve()}", weights or ""
     return found
 

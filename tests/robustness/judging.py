@@ -81,7 +81,7 @@ def _run(case: Case, folder: Path, said: Path) -> None:
         else:
             code = 3
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever it is, it is the complaint
         traceback.print_exc()
     finally:
         sys.stderr.flush()

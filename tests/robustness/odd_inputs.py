@@ -92,11 +92,20 @@ class World:
         """A quick call of each command, which works."""
         photo, photos, store = (str(self.folder / name) for name in ("photos/0.png", "photos", "store"))
         few = ["--method", "raw_attention", "--beside", "none", "--out", "out"]
-        measures = ["--methods", "raw_attention", "--measures", "deletion", "--sanity-images", "0", "--pictures", "0"]
+        measures = [
+            "--methods",
+            "raw_attention",
+            "--measures",
+            "perturbation",
+            "--sanity-images",
+            "0",
+            "--pictures",
+            "0",
+        ]
         return {
             "explain": ["explain", photo, *self.net, *few],
             "collect": ["collect", "--data", photos, "--out", "out", *self.net],
-            "compare": ["compare", "--data", photos, "--out", "out", "--limit", "2", *measures, *self.net],
+            "compare": ["compare", "--data", photos, "--out", "out", *measures, *self.net],
             "report": ["report", store, "--out", "out.html"],
             "findings": ["findings", store, "--out", "out", "--seeds", "2", "--images", "2", *self.net],
             "erf": ["erf", photo, "--out", "out", "--limit", "1", *self.net],
@@ -126,7 +135,7 @@ def odd_option(world: World, chance: random.Random) -> Case:
     """A working call in which one option gets an odd word."""
     command, call = chance.choice(list(world.calls().items()))
     action, word = chance.choice(_options(command)), chance.choice(ODD_WORDS)
-    words = [] if action.nargs == 0 else [word] if not chance.randrange(4) == 0 else [word, chance.choice(ODD_WORDS)]
+    words = [] if action.nargs == 0 else [word] if chance.randrange(4) else [word, chance.choice(ODD_WORDS)]
     given = call + ([action.option_strings[0], *words] if action.option_strings else words)
     if action.option_strings and words and words[0].startswith("-"):
         given = [*call, f"{action.option_strings[0]}={words[0]}"]
@@ -193,7 +202,9 @@ def odd_image(world: World, chance: random.Random) -> Case:
 
 def odd_table(world: World, chance: random.Random) -> Case:
     """A zip whose table of labels or boxes is not what it should be."""
-    cell = chance.choice(("", "-1", "1e9", "9" * 30, "nan", "x", "[", "[" * 3000, "[[0,0,1]]", "[[0,0,nan,1]]", "😀", '"'))
+    cell = chance.choice(
+        ("", "-1", "1e9", "9" * 30, "nan", "x", "[", "[" * 3000, "[[0,0,1]]", "[[0,0,nan,1]]", "😀", '"')
+    )
     name = chance.choice(("labels.csv", "boxes.csv"))
     header = "file,label" if name == "labels.csv" else "file,label,boxes_xyxy"
     rows = [header] + [f"{i}.png,{i % 3}" + (',"[[0,0,9,9]]"' if name == "boxes.csv" else "") for i in range(4)]
@@ -328,8 +339,10 @@ def odd_call(world: World, chance: random.Random) -> Case:
     model, images = world.model, torch.rand(2, 3, 16, 16)
     u, delta = torch.rand(2, 6, 5), torch.rand(2, 6, 5)
     scan: dict[str, Any] = {"A": -torch.rand(6, 3), "B": torch.rand(2, 3, 5), "C": torch.rand(2, 3, 5)}
-    scan |= {"D": torch.rand(6), "bias": torch.rand(6)}
-    which = chance.choice(("images", "target", "pixel", "layers", "method", "trace", "scan", "create", "knockout", "row"))
+    scan["D"] = torch.rand(6)
+    which = chance.choice(
+        ("images", "target", "pixel", "layers", "method", "trace", "scan", "create", "knockout", "row")
+    )
     argument = chance.choice(list(scan)) if which == "scan" else chance.choice(("image_size", "depth", "embed_dim"))
     explained = attribution.RawAttention(model)
 

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 
+from mamba_attn.commands import cli
 from tests.robustness.judging import judge
 from tests.robustness.odd_inputs import Case, World, cases
 
@@ -51,3 +52,9 @@ def test_a_thousand(world, seed):
 )
 def test_the_judge_complains(run, complaint):
     assert complaint in judge(Case("a mutant", run)).complaint
+
+
+@pytest.mark.parametrize("command", ["explain", "collect", "compare", "report", "findings", "erf", "models"])
+def test_what_the_cases_start_from_works(world, command):
+    outcome = judge(Case(command, lambda folder: cli.main(world.calls()[command])))
+    assert (outcome.code, outcome.complaint) == (0, ""), outcome.text
