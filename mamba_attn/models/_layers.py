@@ -94,7 +94,8 @@ class CausalConv1d(nn.Conv1d):
         length = x.shape[-1]
         # PyTorch's own depthwise Conv1d is fast on a GPU and slow on a CPU
         single = x.dtype == self.weight.dtype == torch.float32
-        if x.device.type == "cpu" and (single or torch.is_autocast_enabled("cpu")):
+        transformed = torch._C._are_functorch_transforms_active()  # by torch.func, which knows PyTorch's own alone
+        if x.device.type == "cpu" and (single or torch.is_autocast_enabled("cpu")) and not transformed:
             output: Tensor = _DepthwiseOnCpu.apply(x.mT, self.weight, self.bias)  # type: ignore[no-untyped-call]
             return output.mT
         if x.device.type == "cpu" and x.dtype == self.weight.dtype:

@@ -58,15 +58,24 @@ BACKEND = Blocked()
 
 
 def attention_gradients(
-    record: ScanRecord, weights: Weights, fold: str, merged: bool, gradient: Tensor, needed: Sequence[bool]
+    record: ScanRecord,
+    weights: Weights,
+    fold: str,
+    merged: bool,
+    gradient: Tensor,
+    needed: Sequence[bool],
+    graph: bool = False,
 ) -> list[Tensor | None]:
     """Gradients of the matrix with respect to source_delta, A, source_B, source_C and the weights, where needed.
 
-    The backward pass of kernels without one.
+    The backward pass of kernels without one; with ``graph`` they can be differentiated again.
     """
     names = ("source_delta", "A", "source_B", "source_C")
     sources = [*(getattr(record, name) for name in names), *weights]
-    leaves = [None if x is None else x.detach().requires_grad_(need) for x, need in zip(sources, needed, strict=True)]
+    leaves = sources if graph else [None if x is None else x.detach() for x in sources]
+    for leaf, need in zip(leaves, needed, strict=True):
+        if leaf is not None and need and not graph:
+            leaf.requires_grad_()
     with torch.enable_grad(), torch.autocast(gradient.device.type, enabled=False):
         again = record.replace(**dict(zip(names, leaves, strict=False)))
         rows, columns = (
@@ -75,7 +84,7 @@ def attention_gradients(
         )
         result = BACKEND.hidden_attention(again, rows, columns, fold, merged)
         wanted = [x for x, need in zip(leaves, needed, strict=True) if need and x is not None]
-        found = iter(torch.autograd.grad(result, wanted, gradient))
+        found = iter(torch.autograd.grad(result, wanted, gradient, create_graph=graph))
     return [next(found) if need else None for need in needed]
 
 

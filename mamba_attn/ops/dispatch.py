@@ -46,6 +46,7 @@ BACKENDS: dict[str, Backend] = {
 }
 _UNASKED = 2**26  # bytes to allocate without checking free memory, which takes longer than a small layer
 _FASTEST_FIRST = ("fused", "native", "blocked")
+_OF_PYTORCH = ("blocked", "reference")  # of PyTorch's own operations alone, which torch.func can transform
 
 
 def choose(call: Call, backend: str | None) -> Backend:
@@ -56,14 +57,21 @@ def choose(call: Call, backend: str | None) -> Backend:
         BackendUnavailableError: the requested backend cannot run; there is no fallback.
     """
     if backend is None:
-        fastest = (BACKENDS[name] for name in _FASTEST_FIRST if not BACKENDS[name].unavailable(call.record))
+        fastest = (BACKENDS[name] for name in _FASTEST_FIRST if not _why_not(name, call.record))
         return _for_orders(next(fastest), call.record)
     if backend not in BACKENDS:
         raise ValueError(f"{call.text}: backend={backend!r} is not one of {tuple(BACKENDS)}.")
-    reason = BACKENDS[backend].unavailable(call.record)
+    reason = _why_not(backend, call.record)
     if reason:
         raise BackendUnavailableError(f"{call.text}: backend={backend!r} was requested, but {reason}")
     return _for_orders(BACKENDS[backend], call.record)
+
+
+def _why_not(backend: str, record: ScanRecord) -> str | None:
+    """Why a backend cannot run here; None if it can."""
+    if backend not in _OF_PYTORCH and torch._C._are_functorch_transforms_active():
+        return "torch.func cannot transform it; leave backend= out, or give 'blocked'."
+    return BACKENDS[backend].unavailable(record)
 
 
 def _for_orders(backend: Backend, record: ScanRecord) -> Backend:

@@ -30,6 +30,7 @@ from mamba_attn.tracing.layer_names import ByLayer, LayerName, LayerNames, layer
 from mamba_attn.tracing.layers import AnyLayer, Layer, ScanLayer
 from mamba_attn.tracing.module_rules import Asked, install_rules
 from mamba_attn.tracing.patching import Interest, observed, patched
+from mamba_attn.tracing.presence import copied_untraced, require_numbers
 from mamba_attn.tracing.selective_scans import ScanCall
 from mamba_attn.tracing.softmax_doors import CROSS, NESTED, open_softmax_doors
 from mamba_attn.tracing.softmax_layers import AttentionLayer, DoorAttention
@@ -295,6 +296,7 @@ class Trace(Mapping[str, Layer]):
 
     def _starts(self, *_: Any) -> None:
         """Count the model's own runs, which tell a second forward pass from a mixer that one pass calls twice."""
+        require_numbers()
         measuring = self._doors is not None and self._doors.watch.suspended
         self._runs += get_ident() == self._thread and not recomputing() and not measuring
 
@@ -404,6 +406,7 @@ def trace(
     around = Unseen(model, list(known))
     record = Trace(list(mixers), doors, layers if unnamed else None, around, model, layout)
     with ExitStack() as stack:
+        stack.enter_context(copied_untraced(model))
         there.learn_layout(stack, seen)
         quiet = bool if doors is None else lambda: doors.watch.suspended
         record.asked = install_rules(stack, model, mixers, rules, quiet)

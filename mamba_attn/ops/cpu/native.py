@@ -259,6 +259,37 @@ _scan_operator.register_autograd(partial(_scan_gradients, backward=_scan_backwar
 _attention_operator.register_autograd(attention_gradient, setup_context=keep)
 
 
+def _differentiable_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of ``_scan`` with a graph of their own, by the blocked path: the kernel's backward has none.
+
+    Marking the kernel's backward as differentiable once would not do: where other paths lead to the same tensor,
+    autograd then leaves this one out without an error.
+    """
+    u, delta, A, B, C, D, gain, read, write = ctx.saved_tensors
+    tokens, scale = ctx.rest
+    steps = torch.arange(u.shape[3]).expand(A.shape[0], -1)
+    record = ScanRecord(
+        source_u=u,
+        source_delta=delta,
+        A=A,
+        source_B=B,
+        source_C=C,
+        D=D,
+        source_gain=gain,
+        read_order=steps if read is None else read,
+        write_order=steps if write is None else write,
+        tokens=tokens,
+        scale=scale,
+        source_frame="scan" if read is None else "tokens",
+    )
+    with torch.autocast("cpu", enabled=False):
+        y = blocked.BACKEND.selective_scan(record, merged=write is not None)
+    inputs = ctx.saved_tensors[:7]
+    wanted = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
+    found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))
+    return *(next(found) if need else None for need in ctx.needs_input_grad[:7]), None, None, None, None
+
+
 class _Scan(torch.autograd.Function):
     """``_scan`` in eager mode; the backward recomputes the states and keeps the inputs only."""
 
@@ -268,8 +299,10 @@ class _Scan(torch.autograd.Function):
         return _scan(*inputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        if torch.is_grad_enabled():
+            return _differentiable_gradients(ctx, gradient)
         return _scan_gradients(ctx, gradient, _scan_backward)
 
 
@@ -282,12 +315,13 @@ class _Attention(torch.autograd.Function):
         return _attention(*inputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
         *sources, rows, columns = ctx.saved_tensors
         needed = (*ctx.needs_input_grad[1:5], *ctx.needs_input_grad[-3:-1])
         record, _ = unflatten((*sources, *ctx.fields))
-        found = blocked.attention_gradients(record, (rows, columns), ctx.fold, ctx.merged, gradient, needed)
+        weights, graph = (rows, columns), torch.is_grad_enabled()
+        found = blocked.attention_gradients(record, weights, ctx.fold, ctx.merged, gradient, needed, graph)
         return None, *found[:4], None, *REST, None, *found[4:], None
 
 
