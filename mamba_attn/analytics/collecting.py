@@ -20,6 +20,7 @@ from mamba_attn.analytics.projection import power_of_two, project
 from mamba_attn.analytics.request import Request, describe
 from mamba_attn.analytics.statistics import LayerStatistics, state_moments
 from mamba_attn.analytics.storage import StoreWriter, discard, folder_for, is_new, locked, route_names
+from mamba_attn.core.decisions import decided
 from mamba_attn.datasets import Sample, class_indices
 from mamba_attn.errors import MatrixTooLargeError, NonFiniteError, StoreError
 from mamba_attn.ops import free_bytes
@@ -71,6 +72,8 @@ def collect(
     layers = describe(request)
     size = request.batch or batch_size(layers)
     require_memory(layers, request.routes, size)
+    why = "asked for" if request.batch else f"the largest layer has {max(layer.tokens for layer in layers)} tokens"
+    decided("collect: batches of %d images (%s), %d threads", size, why, torch.get_num_threads())
     with folder_for(out) as folder, locked(folder):
         new = is_new(folder)
         index = _index(request, layers) if new else _continued(folder, request, layers)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import mamba_attn
 from mamba_attn.commands import bench, collect, compare, doctor, erf, explain, explore, findings, models, report
-from mamba_attn.commands.exit_codes import MEANING, exit_code
+from mamba_attn.commands.exit_codes import MEANING, exit_code, show_decisions
 from mamba_attn.commands.options import CommandParser
 
 _EXAMPLES = f"""\
@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         reader.print_help()
         return 0
-    args.call = f"mamba-attn {shlex.join(given)}"
+    args.call = f"mamba-attn {shlex.join(word for word in given if word not in ('-v', '--verbose'))}"
+    if args.verbose:
+        show_decisions(args.command)
     return exit_code(args.command, lambda: int(args.run(args)), vars(args), args.stopped)
 
 

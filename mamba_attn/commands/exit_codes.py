@@ -5,6 +5,7 @@ The library names arguments of calls, ``limit=0``; a command reports ``--limit 0
 """
 
 import ast
+import logging
 import re
 import shlex
 import signal
@@ -72,6 +73,19 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def show_decisions(name: str) -> None:
+    """Print what the library decides, and how long after the start, on standard error.
+
+    Args:
+        name: of the command.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"mamba-attn {name}: %(relativeCreated)d ms: %(message)s"))
+    logger = logging.getLogger("mamba_attn")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
 
 
 @contextmanager

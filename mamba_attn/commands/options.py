@@ -65,6 +65,7 @@ def command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.more = more
+    parser.add_argument("-v", "--verbose", action="store_true", help="say what is decided: backend, device, batches")
     parser.set_defaults(run=run, stopped=stopped)
     return parser
 

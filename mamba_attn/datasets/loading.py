@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from mamba_attn.core.decisions import decided
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.core.outputs import described, find_scores
@@ -116,6 +117,7 @@ def load(
         found.transform = Transform.from_dict({**found.transform.as_dict(), "range": tuple(range)})
     found.head, found.layout = head or found.head, found.layout if layout is None else layout
     found.model.to(device)
+    decided("model %s: %s, weights %s, on %s", spec, found.name, found.weights or "its own", device)
     if classes is not None:
         found.classes = read_names(classes)
     found.__post_init__()  # its checks, after the changes

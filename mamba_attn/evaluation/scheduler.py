@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from rich.progress import Progress
 
+from mamba_attn.core.decisions import decided
 from mamba_attn.datasets.samples import Data
 from mamba_attn.evaluation.plan import Plan, Task
 from mamba_attn.evaluation.store import Store
@@ -163,6 +164,7 @@ def _done(tasks: Iterable[Task], workers: int, data: Mapping[str, Data]) -> _Don
         return
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // workers)
+    decided("compare: %d processes of %d threads", workers, threads)
     with ProcessPoolExecutor(workers, context, _prepare, (threads,)) as pool:
         try:
             yield from _in_flight(pool, iter(tasks), 2 * workers)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mamba_attn.core.decisions import decided
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import BackendUnavailableError, MatrixTooLargeError
 from mamba_attn.ops import blocked, reference
@@ -57,8 +58,14 @@ def choose(call: Call, backend: str | None) -> Backend:
         BackendUnavailableError: the requested backend cannot run; there is no fallback.
     """
     if backend is None:
-        fastest = (BACKENDS[name] for name in _FASTEST_FIRST if not _why_not(name, call.record))
-        return _for_orders(next(fastest), call.record)
+        device, reasons = call.record.source_delta.device, []
+        for name in _FASTEST_FIRST[device.type == "cpu" :]:  # the first is of CUDA devices
+            reason = _why_not(name, call.record)
+            if not reason:
+                break
+            reasons.append(f"; not {name}, for {reason}")
+        decided("operators on %s: backend %s%s", device, name, "".join(reasons))
+        return _for_orders(BACKENDS[name], call.record)
     if backend not in BACKENDS:
         raise ValueError(f"{call.text}: backend={backend!r} is not one of {tuple(BACKENDS)}.")
     reason = _why_not(backend, call.record)

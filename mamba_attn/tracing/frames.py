@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mamba_attn._types import Int
+from mamba_attn.core.decisions import decided
 from mamba_attn.tracing.doors import Watch, open_doors, suspended
 from mamba_attn.tracing.probes import LAYER_NORMS, SHARE, Centre, Probe, noise_on, watch_fused_norms
 from mamba_attn.tracing.replay import Replay, as_it_was
@@ -107,6 +108,8 @@ def measure(model: nn.Module, replay: Replay) -> Measured:
         for i, place in search.places.items():
             if writes_behind(run, i, place):
                 search.places[i] = replace(place, behind=True)
+        scans = f"{len(search.places)} of {len(calls)} calls at doors"
+        decided("%s: places of %s measured by %d backward passes", type(model).__name__, scans, run.backwards)
         return Measured(
             [call.signature for call in calls],
             [search.places.get(i) for i in range(len(calls))],

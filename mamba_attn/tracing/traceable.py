@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from mamba_attn.core.decisions import decided
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.tracing import patch_embedding
 from mamba_attn.tracing.adapters import AnyAdapter, Seen, find_mixers, nothing_found
@@ -69,7 +70,11 @@ def find_traceable(model: nn.Module, adapters: Iterable[AnyAdapter] | None = Non
     at_doors = unnamed or reaches_attention(model)
     if not adapted and not at_doors:
         raise nothing_found(model, adapters)
-    return Traceable(model, mixers, refused, unnamed, at_doors)
+    found = Traceable(model, mixers, refused, unnamed, at_doors)
+    families = ", ".join(sorted({adapter.family for _, adapter in found.known.values()})) or "none"
+    doors = "; doors are open for the rest" if at_doors else ""
+    decided("trace of %s: adapters for %d mixers: %s%s", type(model).__name__, len(found.known), families, doors)
+    return found
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
+from mamba_attn.core.decisions import decided
 from mamba_attn.errors import BackendUnavailableError
 from mamba_attn.ops.build_cache import cache_folder
 
@@ -51,7 +52,9 @@ library_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     try:
-        return ctypes.CDLL(str(_compiled())), None
+        path = _compiled()
+        decided("CPU kernel: %s", path)
+        return ctypes.CDLL(str(path)), None
     except (OSError, subprocess.SubprocessError) as error:
         detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
         problem = f"its C++ source does not compile or load: {detail.strip()[-800:]} Install g++ or set CXX."
