@@ -16,7 +16,7 @@ from mamba_attn.attribution.queries import Query, read_rows
 from mamba_attn.attribution.spec import Method
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.datasets.class_names import folder_class
-from mamba_attn.datasets.loading import traced_layers
+from mamba_attn.datasets.made_of import traced_layers
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.explanations.choices import Question
 from mamba_attn.tracing.layers import ScanLayer

@@ -10,7 +10,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -21,6 +21,7 @@ from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.rules import Rules
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import UnsupportedModelError
+from mamba_attn.tracing.running import modules_of
 
 _OF_SCANS = ("A_log", "A_logs", "dt_bias")
 _NAMES = ("mamba", "mamba2", "ssm", "ssd")  # with which names of classes end
@@ -238,17 +239,20 @@ def known_adapters() -> list[AnyAdapter]:
 
 
 def find_mixers(
-    model: nn.Module, adapters: Iterable[AnyAdapter] | None = None
+    model: nn.Module,
+    adapters: Iterable[AnyAdapter] | None = None,
+    modules: Mapping[str, nn.Module] | None = None,
 ) -> dict[str, tuple[nn.Module, AnyAdapter]]:
     """Return the mixers of a model by name, each with its adapter; mixers inside mixers are not looked for.
 
     Args:
         model: any model.
         adapters: asked before the known ones.
+        modules: the model's modules by name, where they are known.
     """
     candidates = [*(adapters or ()), *known_adapters()]
     found: dict[str, tuple[nn.Module, AnyAdapter]] = {}
-    for name, module in model.named_modules():
+    for name, module in (modules_of(model) if modules is None else modules).items():
         torchs_own = not module._modules and type(module).__module__.startswith("torch.nn.modules.")
         if torchs_own or any(name.startswith(f"{outer}.") for outer in found if outer):
             continue

@@ -19,12 +19,12 @@ from mamba_attn.tracing.edits import CallEdit, Edit, Knockout, in_scan_order
 from mamba_attn.tracing.frames import Place
 from mamba_attn.tracing.layer_names import by_pattern
 from mamba_attn.tracing.layers import Layer, ScanLayer
+from mamba_attn.tracing.nearest_layout import nearest_layout
 from mamba_attn.tracing.placed import Placed, place, same_route
 from mamba_attn.tracing.replay import Replay
 from mamba_attn.tracing.selective_scans import ScanCall
 from mamba_attn.tracing.softmax_calls import SoftmaxCall
 from mamba_attn.tracing.softmax_layers import DoorAttention, PlacedAttention, place_attention
-from mamba_attn.tracing.standing import nearest_layout
 from mamba_attn.tracing.steps import Found, Steps, steps_of
 from mamba_attn.tracing.undisturbed import recomputing
 
@@ -88,6 +88,27 @@ class DoorLayer(ScanLayer):
     def padding(self) -> int:
         """Number of its last tokens that stand for padding, which the scan takes in."""
         return self._placed.padding
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the groups of a scan are groups of channels of one route, and not routes."""
+        return self._placed.grouped
+
+    def rows_of(self, number: int) -> int:
+        """Number of sequences of one image in a scan, each of which is a route.
+
+        Args:
+            number: of the scan among ``calls``.
+        """
+        return self._placed.index[number].shape[1]
+
+    def by_image(self, parts: Sequence[Tensor]) -> Float[Tensor, "batch routes channels length"]:
+        """Values of all scans by images and routes, each in its own order.
+
+        Args:
+            parts: of each scan, (rows, groups, width, length).
+        """
+        return self._placed.by_image(parts)
 
     @cached_property
     def scan_frame(self) -> ScanRecord:

@@ -11,7 +11,8 @@ from mamba_attn.attribution import catalogue
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.core.transform import Transform
 from mamba_attn.datasets import open_data
-from mamba_attn.datasets.loading import complete, made_of
+from mamba_attn.datasets.loading import complete
+from mamba_attn.datasets.made_of import made_of
 from mamba_attn.errors import TraceError
 from mamba_attn.explanations.choices import parse_methods
 from tests.datasets.cases import CLASSES, class_folders

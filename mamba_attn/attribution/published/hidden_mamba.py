@@ -14,9 +14,9 @@ from mamba_attn import ops
 from mamba_attn._types import Float
 from mamba_attn.attribution.activation_recorder import ActivationRecorder
 from mamba_attn.attribution.grids import Row
-from mamba_attn.attribution.maps import TokenAttribution
 from mamba_attn.attribution.queries import Query
 from mamba_attn.attribution.targets import Target
+from mamba_attn.attribution.token_maps import TokenAttribution
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.tracing.layers import ScanLayer, require
 

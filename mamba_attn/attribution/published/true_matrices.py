@@ -13,10 +13,10 @@ from mamba_attn._types import Float
 from mamba_attn.attribution.activation_recorder import ActivationRecorder, gated_gradients
 from mamba_attn.attribution.attention_rollout import Product, dense, of_one_token, roll_out_weighted
 from mamba_attn.attribution.grids import Row
-from mamba_attn.attribution.maps import TokenAttribution
 from mamba_attn.attribution.published.hidden_mamba import late_layers, token_weight
 from mamba_attn.attribution.queries import Query, query_weights
 from mamba_attn.attribution.targets import Target
+from mamba_attn.attribution.token_maps import TokenAttribution
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError
 from mamba_attn.ops import hidden_attention

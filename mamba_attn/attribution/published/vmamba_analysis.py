@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from mamba_attn._types import Float
 from mamba_attn.attribution.grids import Row
-from mamba_attn.attribution.maps import TokenAttribution
 from mamba_attn.attribution.published.hidden_mamba import min_max
 from mamba_attn.attribution.queries import Query, query_weights
 from mamba_attn.attribution.targets import Target
+from mamba_attn.attribution.token_maps import TokenAttribution
 from mamba_attn.ops.reference import merge
 from mamba_attn.tracing.adapters import find_mixers
 from mamba_attn.tracing.layer_names import LayerNames
