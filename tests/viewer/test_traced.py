@@ -72,9 +72,13 @@ def test_slices_of_a_volume_lie_on_a_sheet(volume):
 
 
 def test_a_model_is_run_on_images_and_on_a_text(text):
-    shown = traced(mamba_attn.load("vmamba_micro", weights="demo"), samples()[:2])
+    shown = traced(mamba_attn.load("vmamba_micro", weights="demo"), samples()[:2], labels=["dress", "cat"])
     assert [image.key for image in shown.images] == [path.name for path in samples()[:2]]
     assert all(image.predicted in shown.classes for image in shown.images)
+    assert [image.correct for image in shown.images] == [
+        shown.images[0].predicted == "dress",
+        None,
+    ]  # a cat is no class
     assert shown.pixels(shown.images[0]).shape == (128, 128, 3)
     assert "".join(text.images[0].words) == TEXT
     assert text.pixels(text.images[0]) is None
