@@ -64,7 +64,7 @@ def main(given: list[str] | None = None) -> int:
     args = parser.parse_args(given)
     started = time.perf_counter()
     options = ["-D", "plot_gallery=0", "-D", "live_pages=0"] if args.quick else []
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-n", "-b", "html", *options]
+    command = [sys.executable, "-m", "sphinx", "-q", "-aE", "-W", "--keep-going", "-n", "-b", "html", *options]
     built = subprocess.run([*command, str(HERE), str(args.out)]).returncode
     broken = broken_links(args.out, ("live",) if args.quick else ()) if not built else []
     print("\n".join(f"broken link: {each}" for each in broken))

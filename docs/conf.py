@@ -1,6 +1,5 @@
 """Settings of the site. Build it with ``python docs/build.py``, which needs the extra ``docs`` and no network."""
 
-import os
 import sys
 import tomllib
 from pathlib import Path
@@ -30,7 +29,6 @@ extensions = [
 exclude_patterns = ["_build", "_ext", "examples", "build.py", "conf.py"]
 repository = PROJECT.get("urls", {}).get("Repository", "")  # links to files outside docs/ lead there, if it is set
 
-myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 autodoc_typehints = "signature"
@@ -42,9 +40,8 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 88
 # types in annotations: torch, numpy and plotly have sites of their own, which a build without network cannot ask
-nitpick_ignore_regex = [(r"py:.*", r".*")] if os.environ.get("DOCS_NO_NITPICK") else []
+nitpick_ignore_regex = [(r"py:.*", r"(?!mamba_attn\.).*")]
 
-templates_path = []
 html_theme = "pydata_sphinx_theme"
 html_title = "mamba_attn"
 html_static_path = ["_static"]
