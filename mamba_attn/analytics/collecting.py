@@ -36,7 +36,12 @@ _UNASKED = 2**26
 
 
 class Collected(NamedTuple):
-    """The result of a call: images counted now and in all, and why others could not be used, by key."""
+    """The result of a call: images counted now and in all, and why others could not be used, by key.
+
+    Example:
+        >>> Collected(new=2, counted=6, unreadable={"broken.jpg": "damaged"}).counted
+        6
+    """
 
     new: int
     counted: int
@@ -60,6 +65,15 @@ def collect(
         UnknownLayerError: a pattern fits no layer.
         OSError: the folder cannot be written.
         TypeError: no request.
+
+    Example:
+        >>> import tempfile
+        >>> from mamba_attn.datasets import load, open_data
+        >>> from mamba_attn.images import SAMPLES
+        >>> request = Request(load("vim_digits", weights="demo"), open_data(str(SAMPLES)), limit=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     collect(request, f"{folder}/store").counted
+        1
     """
     if not isinstance(request, Request):
         raise TypeError(

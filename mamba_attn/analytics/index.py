@@ -37,6 +37,11 @@ class StoredLayer:
         exact: whether features are matrices as they are, and no projections of them.
         scale: what exact features are multiplied with on the disk, a power of two.
         moments: shape (routes, channels, length) of the states' moments, or None.
+
+    Example:
+        >>> layout = TokenLayout(grid=(8, 8), patch_size=8)
+        >>> StoredLayer("layers.0.mixer", "selective scans", 0, 0, 2, layout, np.zeros((2, 64), int), exact=True).tokens
+        64
     """
 
     name: str
@@ -73,6 +78,11 @@ class StoredImage:
         correct: whether that is the label; None if unknown.
         kept: whether its matrices are stored in full.
         row: its row in the store.
+
+    Example:
+        >>> image = StoredImage("hat/1.jpg", "hat", "shoe", correct=False, kept=True, row=0)
+        >>> image.label, image.predicted
+        ('hat', 'shoe')
     """
 
     key: str

@@ -32,6 +32,10 @@ def merge_stores(first: str | Path, second: str | Path, out: str | Path) -> int:
     Raises:
         StoreError: stores that do not match, or an image that is in both; ``out`` is not empty.
         OSError: ``out`` cannot be written.
+
+    Example:
+        >>> merge_stores("first", "second", "both")  # doctest: +SKIP
+        12
     """
     stores = [AttentionStore.open(each) for each in (first, second)]
     _require_same(*stores)

@@ -41,6 +41,13 @@ class Request:
 
     Raises:
         ValueError: a number is too small, ``routes`` is unknown, or an image in ``keep`` is not collected.
+
+    Example:
+        >>> from mamba_attn.datasets import load, open_data
+        >>> from mamba_attn.images import SAMPLES
+        >>> request = Request(load("vim_digits", weights="demo"), open_data(str(SAMPLES)), limit=4, keep=2)
+        >>> len(request.wanted), request.kept
+        (4, 2)
     """
 
     subject: LoadedModel

@@ -30,7 +30,14 @@ _LARGEST_EMBEDDING = 2**30  # bytes of a file that is read
 
 
 class NotStoredError(StoreError, KeyError):
-    """The store does not hold this layer, route, image, or image's matrices."""
+    """The store does not hold this layer, route, image, or image's matrices.
+
+    Example:
+        >>> try:
+        ...     AttentionStore.open("store").matrix(0, 0)  # doctest: +SKIP
+        ... except NotStoredError as error:
+        ...     print(error)
+    """
 
     __str__ = RuntimeError.__str__  # KeyError would print the repr of the sentence
 

@@ -44,6 +44,12 @@ class MapAttribution(Attribution, ABC):
 
     Raises:
         TypeError: the model is not a module.
+
+    Example:
+        >>> from mamba_attn.attribution import RawAttention
+        >>> method = RawAttention(model)
+        >>> isinstance(method, MapAttribution), method.attribute(images[:1]).shape
+        (True, torch.Size([1, 1, 224, 224]))
     """
 
     reads_rows: ClassVar[bool] = False  # whether it takes a pixel or a box

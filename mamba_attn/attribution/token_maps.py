@@ -38,6 +38,12 @@ class TokenAttribution(MapAttribution):
 
     Raises:
         TypeError: the model is not a module; ``layers`` are neither names nor numbers.
+
+    Example:
+        >>> from mamba_attn.attribution import RawAttention
+        >>> method = RawAttention(model, layers=[-2, -1])  # one that reads the last two layers
+        >>> isinstance(method, TokenAttribution), method.attribute(images[:1], pixel=(100, 40)).shape
+        (True, torch.Size([1, 1, 224, 224]))
     """
 
     reads_rows: ClassVar[bool] = True

@@ -80,7 +80,7 @@ def compare(
     """Score attribution methods on models, as ``mamba-attn compare`` does.
 
     Args:
-        models: one or several networks, or ``LoadedModel``s; their names must differ.
+        models: one or several networks, or a ``LoadedModel`` each; their names must differ.
         data: as in ``collect``; tensors are the input of the first model. For models that read text: a file with one
             text per line, a list of texts, or the task "copying" or "recall".
         out: folder for the page, the tables, and the measurements from which the same call resumes. Default: nothing
@@ -180,6 +180,9 @@ def explore(*stores: "AttentionStore | str | Path", host: str = "127.0.0.1", por
     Raises:
         StoreError: a folder holds no store.
         OSError: the port is in use.
+
+    Example:
+        >>> explore("store")  # doctest: +SKIP
     """
     from mamba_attn.commands.explore import NEEDED, serve
 

@@ -116,6 +116,12 @@ def class_indices(data: Data, subject: LoadedModel) -> list[int | None]:
     Args:
         data: the collection with the labels.
         subject: the model with the classes.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> data = SimpleNamespace(classes=["Hat", "sock"], imagenet=None)
+        >>> class_indices(data, LoadedModel(torch.nn.Identity(), classes=["shoe", "hat"]))
+        [1, None]
     """
     count = len(subject.classes)
     if count == _IMAGENET and data.imagenet is not None:

@@ -61,6 +61,11 @@ def open_data(selector: str) -> Data:
         FileNotFoundError: no such file or folder.
         ValueError: no such part, or not a file of these kinds.
         ImportError: a .mat file without h5py.
+
+    Example:
+        >>> from mamba_attn.images import SAMPLES
+        >>> len(open_data(str(SAMPLES)))  # a folder, a zip, ...
+        6
     """
     if not selector.strip():
         raise ValueError(f"open_data({selector!r}): {_SELECTOR}.")

@@ -133,6 +133,10 @@ def complete(model: nn.Module | LoadedModel) -> LoadedModel:
 
     Warns:
         UserWarning: the transform was guessed; modules are in training mode that change the answer.
+
+    Example:
+        >>> complete(load("vim_digits", weights="demo")).transform.size
+        (64, 64)
     """
     found = model if isinstance(model, LoadedModel) else LoadedModel(model)
     if found.reads == "text":

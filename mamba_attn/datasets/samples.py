@@ -33,6 +33,10 @@ class Sample:
         label: index into the collection's classes.
         inside: the fraction of every pixel that belongs to the object, in 0..1; None if unknown.
         trap: the same for a distractor that resembles the object.
+
+    Example:
+        >>> Sample("hat/1.jpg", np.zeros((32, 32, 3), np.uint8), label=0, inside=None, trap=None).key
+        'hat/1.jpg'
     """
 
     key: str
@@ -53,6 +57,10 @@ class Item:
         mask: the name of its mask.
         values: of the mask's pixels that are the object.
         traps: of those that only resemble it.
+
+    Example:
+        >>> Item("hat/1.jpg", label=0, boxes=[(4, 8, 60, 72)]).label
+        0
     """
 
     key: str
@@ -74,6 +82,13 @@ class Data(ABC):
         imagenet: ImageNet-1k index by label, if the collection has it.
         truth: "boxes", "masks" or "".
         note: what a reader must know to interpret its figures.
+
+    Example:
+        >>> from mamba_attn.datasets import open_data
+        >>> from mamba_attn.images import SAMPLES
+        >>> data = open_data(str(SAMPLES))
+        >>> len(data), data.load(0, Transform((64, 64))).pixels.shape
+        (6, (64, 64, 3))
     """
 
     def __init__(
@@ -129,6 +144,10 @@ def half_of(key: str) -> str:
 
     Args:
         key: the image's name in its collection.
+
+    Example:
+        >>> half_of("hat/1.jpg") in HALVES
+        True
     """
     return HALVES[_digest(key)[-1] % 2]
 

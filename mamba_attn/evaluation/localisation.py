@@ -42,6 +42,13 @@ class Located:
         constant: all values of the map are equal.
         area_under: of the ROC curve of the map as a detector of the object's pixels; None where all or none are.
         elsewhere: the mean of the same over the objects of other images; None without one.
+
+    Example:
+        >>> inside = torch.zeros(8, 8)
+        >>> inside[:4] = 1
+        >>> found = locate(inside.clone(), inside)
+        >>> found.area, found.hit, found.energy
+        (0.5, 1.0, 1.0)
     """
 
     area: float
@@ -82,6 +89,12 @@ def locate(
     Raises:
         ValueError: sizes that differ.
         NonFiniteError: NaN or Inf in the map.
+
+    Example:
+        >>> inside = torch.zeros(8, 8)
+        >>> inside[:4] = 1
+        >>> locate(1 - inside, inside).hit  # the maximum is outside
+        0.0
     """
     if values.shape != inside.shape:
         raise ValueError(f"locate: the map has {tuple(values.shape)} pixels, the truth {tuple(inside.shape)}.")
@@ -127,6 +140,10 @@ def energy_share(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
     Args:
         values: (..., rows, columns).
         inside: (..., rows, columns), in 0..1.
+
+    Example:
+        >>> float(energy_share(np.array([[3.0, 1.0]]), np.array([[1.0, 0.0]])))
+        0.75
     """
     positive = np.maximum(np.asarray(values, dtype=np.float64), 0)
     total, area = positive.sum((-2, -1)), np.asarray(inside, dtype=np.float64).mean((-2, -1))
@@ -176,6 +193,10 @@ def average_precision(truth: np.ndarray, scores: np.ndarray) -> float:
     Args:
         truth: (items,) bool.
         scores: (items,).
+
+    Example:
+        >>> average_precision(np.array([True, False, True]), np.array([0.9, 0.1, 0.5]))
+        1.0
     """
     order = np.argsort(-scores, kind="stable")
     hits, ranked = np.cumsum(truth[order], dtype=np.int64), scores[order]

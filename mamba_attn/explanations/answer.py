@@ -47,6 +47,13 @@ class Answer:
         maps: (rows, columns) by method.
         matrices: attention matrices, channels or heads averaged, (tokens, tokens) by layer.
         read: what the query reads in every layer, (tokens,) by layer.
+
+    Example:
+        >>> import mamba_attn
+        >>> loaded = mamba_attn.load("vim_digits", weights="demo")
+        >>> (found,) = mamba_attn.explain(loaded, torch.rand(1, 3, 64, 64), methods="raw_attention")
+        >>> found.maps["raw_attention"].shape, len(found.best(3))
+        ((64, 64), 3)
     """
 
     question: Question

@@ -62,6 +62,13 @@ def attention_row(
 
     Raises:
         ValueError: as ``hidden_attention``, or a row outside the matrix.
+
+    Example:
+        >>> x, A = torch.rand(2, 8, 5), -torch.rand(8, 4)  # delta (batch, channels, steps), A (channels, states)
+        >>> B = C = torch.rand(2, 4, 5)
+        >>> row = attention_row(x, A, B, C, row=3)
+        >>> row.shape, bool((row[:, 4:] == 0).all())  # a step reads itself and what comes before it
+        (torch.Size([2, 5]), True)
     """
     return _line("attention_row", "row", delta, A, B, C, row, row_weight, col_weight, fold, orders, tokens)
 
@@ -99,6 +106,12 @@ def attention_column(
 
     Raises:
         ValueError: as ``hidden_attention``, or a column outside the matrix.
+
+    Example:
+        >>> x, A = torch.rand(2, 8, 5), -torch.rand(8, 4)  # delta (batch, channels, steps), A (channels, states)
+        >>> B = C = torch.rand(2, 4, 5)
+        >>> attention_column(x, A, B, C, column=3).shape
+        torch.Size([2, 5])
     """
     return _line("attention_column", "column", delta, A, B, C, column, row_weight, col_weight, fold, orders, tokens)
 
@@ -135,6 +148,12 @@ def left_product(
 
     Raises:
         ValueError: as ``hidden_attention``, or a vector of another shape.
+
+    Example:
+        >>> x, A = torch.rand(2, 8, 5), -torch.rand(8, 4)  # delta (batch, channels, steps), A (channels, states)
+        >>> B = C = torch.rand(2, 4, 5)
+        >>> left_product(x, A, B, C, vector=torch.rand(2, 5)).shape  # vector @ M
+        torch.Size([2, 5])
     """
     call = as_record("left_product", None, delta, A, B, C, orders=orders, tokens=tokens)
     return _product(call, vector, row_weight, col_weight, fold, transposed=True)
@@ -172,6 +191,12 @@ def right_product(
 
     Raises:
         ValueError: as ``hidden_attention``, or a vector of another shape.
+
+    Example:
+        >>> x, A = torch.rand(2, 8, 5), -torch.rand(8, 4)  # delta (batch, channels, steps), A (channels, states)
+        >>> B = C = torch.rand(2, 4, 5)
+        >>> right_product(x, A, B, C, vector=torch.rand(2, 5)).shape  # M @ vector
+        torch.Size([2, 5])
     """
     call = as_record("right_product", None, delta, A, B, C, orders=orders, tokens=tokens)
     return _product(call, vector, row_weight, col_weight, fold, transposed=False)

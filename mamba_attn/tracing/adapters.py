@@ -167,7 +167,13 @@ class MixerAdapter(ABC):
 
 
 class Adapter(MixerAdapter):
-    """A family of mixers of selective scans; subclass it, give ``family`` a name, register an instance."""
+    """A family of mixers of selective scans; subclass it, give ``family`` a name, register an instance.
+
+    Example:
+        >>> from mamba_attn.integrations.vim import ADAPTER
+        >>> isinstance(ADAPTER, Adapter), ADAPTER.recognises(model.layers[0].mixer)
+        (True, True)
+    """
 
     @abstractmethod
     def project(self, module: Any, *args: Any, **kwargs: Any) -> ScanRecord:
@@ -187,7 +193,13 @@ class Adapter(MixerAdapter):
 
 
 class AttentionAdapter(MixerAdapter):
-    """A family of softmax-attention modules; subclass it, give ``family`` a name, register an instance."""
+    """A family of softmax-attention modules; subclass it, give ``family`` a name, register an instance.
+
+    Example:
+        >>> from mamba_attn.integrations.timm_vit import ADAPTER
+        >>> isinstance(ADAPTER, AttentionAdapter), ADAPTER.recognises(vit.blocks[0].attn)
+        (True, True)
+    """
 
     @abstractmethod
     def project(self, module: Any, *args: Any, **kwargs: Any) -> AttentionRecord:
@@ -223,6 +235,12 @@ def register_adapter(adapter: AnyAdapter) -> None:
 
     Raises:
         TypeError: neither an Adapter nor an AttentionAdapter.
+
+    Example:
+        >>> from mamba_attn.integrations.vim import ADAPTER
+        >>> register_adapter(ADAPTER)  # an instance of your own class; asked before all others
+        >>> known_adapters()[0] is ADAPTER
+        True
     """
     if not isinstance(adapter, AnyAdapter):
         raise TypeError(

@@ -49,6 +49,14 @@ class Trace(Mapping[str, Layer]):
     """The layers of one forward pass, by name, in execution order; ``trace[0]`` and ``trace[-1]`` count them.
 
     ``scans`` and ``softmax`` are those of one kind, with what only that kind has.
+
+    Example:
+        >>> with trace(model, layers=[0, -1]) as record, torch.no_grad():
+        ...     logits = model(images[:1])
+        >>> [layer.name for layer in record.layers]
+        ['layers.0.mixer', 'layers.6.mixer']
+        >>> record[-1].row(98).shape
+        torch.Size([1, 197])
     """
 
     def __init__(

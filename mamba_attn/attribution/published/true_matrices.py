@@ -37,6 +37,10 @@ class Equation24(TokenAttribution):
         layers: names, patterns or numbers of the mixers to use; the others act as the identity. Default: all.
         layout: as in ``mamba_attn.trace``.
         orders: as in ``mamba_attn.trace``.
+
+    Example:
+        >>> Equation24(model).attribute(images[:1]).shape
+        torch.Size([1, 1, 224, 224])
     """
 
     reads_traces: ClassVar[bool] = False  # it watches the pass
@@ -68,6 +72,10 @@ class PublishedRecipe(TokenAttribution):
         layers: names, patterns or numbers of the mixers to use. Default: the late ones, see ``late_layers``.
         layout: as in ``mamba_attn.trace``.
         orders: as in ``mamba_attn.trace``.
+
+    Example:
+        >>> PublishedRecipe(model).attribute(images[:1]).shape
+        torch.Size([1, 1, 224, 224])
     """
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:

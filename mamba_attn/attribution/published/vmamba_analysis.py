@@ -58,7 +58,14 @@ class _AnalysisAttribution(TokenAttribution):
 
 
 class VMambaAnalysisMap(_AnalysisAttribution):
-    """The query's row of the analysis map of the third stage's second block, or of every layer named."""
+    """The query's row of the analysis map of the third stage's second block, or of every layer named.
+
+    Example:
+        >>> from mamba_attn import models
+        >>> vmamba = models.create("vmamba_digits", weights="demo")
+        >>> VMambaAnalysisMap(vmamba, layers=-1).attribute(torch.rand(1, 3, 64, 64)).shape
+        torch.Size([1, 1, 64, 64])
+    """
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         layers = self._layers(inputs, target, multiplied=False)
@@ -73,6 +80,12 @@ class VMambaAnalysisRollout(_AnalysisAttribution):
 
     Raises:
         ValueError: when called, layers on several grids.
+
+    Example:
+        >>> from mamba_attn import models
+        >>> vmamba = models.create("vmamba_digits", weights="demo")
+        >>> VMambaAnalysisRollout(vmamba, layers=-1).attribute(torch.rand(1, 3, 64, 64)).shape
+        torch.Size([1, 1, 64, 64])
     """
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
