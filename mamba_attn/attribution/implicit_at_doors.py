@@ -57,10 +57,12 @@ def as_module(
     groups: int = 1,
 ) -> nn.Conv1d | nn.Conv2d:
     """Return a depthwise convolution that was called as a function, as a module; arguments as of ``torch.conv2d``."""
-    kind = nn.Conv1d if weight.ndim == 3 else nn.Conv2d
+    kind: Any = nn.Conv1d if weight.ndim == 3 else nn.Conv2d
     channels, _, *kernel = weight.shape
     options = {"stride": stride, "padding": padding, "dilation": dilation}
-    module = kind(channels, channels, tuple(kernel), groups=groups, bias=bias is not None, device="meta", **options)
+    module: nn.Conv1d | nn.Conv2d = kind(
+        channels, channels, tuple(kernel), groups=groups, bias=bias is not None, device="meta", **options
+    )
     module.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:
         module.bias = nn.Parameter(bias.detach(), requires_grad=False)
@@ -185,7 +187,7 @@ def _over_grid(layer: DoorLayer, scan: ScanRecord, around: Mapping[object, Aroun
             continue
         x = given.to(u)
         bias = None if module.bias is None else plain(module.bias, x)
-        options = (module.stride, module.padding, module.dilation, module.groups)
+        options: tuple[Any, ...] = (module.stride, module.padding, module.dilation, module.groups)
         p = F.conv2d(x, plain(module.weight, x), bias, *options)
         for act in _ACTIVATIONS if p.shape == x.shape else ():
             tokens = act(p).flatten(2)

@@ -363,7 +363,7 @@ def _chunk_forward(door: Door, *args: Any, **kwargs: Any) -> Any:
     found = door.own[CHUNK_SCANS[0]](*args, **kwargs)
     if inputs is not None:
         out, entered = scanned(found), inputs.u
-        inputs = inputs._make(detached_plain(t) if isinstance(t, Tensor) else t for t in inputs)
+        inputs = type(inputs)._make(detached_plain(t) if isinstance(t, Tensor) else t for t in inputs)
         edits = _edits_of(places, inputs)
         if edits:
             y = edited_call(inputs.parts(), out.flatten(2).mT, edits).mT.unflatten(2, out.shape[2:]).to(out.dtype)

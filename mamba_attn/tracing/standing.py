@@ -199,8 +199,10 @@ class _Pass:
         """Begin the graph at patches: what a convolution made of a finer grid, before any mixer; keep norms."""
         if func in LAYER_NORMS:
             self.keep("a norm", out)
-        if self.cuts and not self.inside and len(args) > 1 and func not in LAYER_NORMS:
-            return self._on_its_token(args[0], args[1], out, -1 if func is F.linear else 1)
+        if not self.inside and len(args) > 1 and func not in LAYER_NORMS:
+            cheap = self._on_its_token(args[0], args[1], out, -1 if func is F.linear else 1)
+            if cheap is not out:
+                return cheap
         convolved = func in (F.conv2d, F.conv3d) and len(args) > 1
         if not convolved or self.inside or self.cuts or out.ndim < 4 or out.shape[2:] == args[0].shape[2:]:
             return out
@@ -211,8 +213,8 @@ class _Pass:
     def _on_its_token(self, x: Tensor, weight: Tensor, out: Tensor, axis: int) -> Tensor:
         """A layer of features with a cheap gradient, where it is certain that its axis is no part of the tokens.
 
-        All tokens of a mixer stand in the other axes, and the number of features does not divide theirs, as the length
-        of any axis of a grid of tokens would.
+        All tokens of the last mixer stand in the other axes, and the number of features does not divide theirs, as the
+        length of any axis of a grid of tokens would.
         """
         if not (x.requires_grad and out.requires_grad):
             return out
@@ -222,7 +224,7 @@ class _Pass:
             count, others = x.shape[axis], out.numel() // out.shape[axis]
             plain = axis == -1 or (set(weight.shape[2:]) == {1} and weight.shape[1] == count)
             same = x.numel() == count * others and x.ndim == out.ndim
-            known = any(prod(cut.tokens) == others for cut in self.cuts)
+            known = bool(self.cuts) and prod(self.cuts[-1].tokens) == others
             self._features[key] = plain and same and known and others % count != 0 and others % out.shape[axis] != 0
         return OnItsToken.apply(x, out.detach(), axis) if self._features[key] else out  # type: ignore[no-untyped-call]
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import mamba_attn
 from mamba_attn.attribution import AttentionRollout, RawAttention
@@ -508,3 +509,23 @@ def test_cheap_gradients_of_layers_of_features_show_what_their_own_do(monkeypatc
     exact = look(model, x)
     assert found.moved == exact.moved == ["3.backward_block.mixer"]
     assert [(name, order.tolist()) for name, order in found.orders] == [(n, o.tolist()) for n, o in exact.orders]
+
+
+class Repeated(nn.Module):
+    """A block whose activations are computed again in the backward pass, a layer of features before its mixer."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.before, self.inner = nn.Linear(8, 8), inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = checkpoint(lambda t: self.inner(t + self.before(t)), x, use_reentrant=False)
+        return out
+
+
+def test_blocks_that_are_computed_again_get_the_same_gradients_again() -> None:
+    model = nn.Sequential(nn.LayerNorm(8), *[Repeated(Perceptron(compiled())) for _ in range(2)], nn.LayerNorm(8))
+    found = look(model, torch.randn(1, 7, 8))
+    assert not found.failed
+    assert [name for name, _ in found.orders] == ["1.inner.mixer", "2.inner.mixer"]
+    assert not found.moved
