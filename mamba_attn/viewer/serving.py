@@ -74,22 +74,11 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 def _socket(host: str, port: int) -> socket.socket:
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (socket.gaierror, OverflowError) as error:
-        raise OSError(f"host={host!r}: no such address ({error}).") from error
-    listening = socket.socket(family, kind, protocol)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen()
-    except OSError as error:
-        listening.close()
-        if error.errno == errno.EADDRINUSE:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             raise OSError(
                 f"port={port}: on {host} this port is in use, perhaps by another explorer; choose another, or "
                 "port=0 for any free one."
             ) from error
-        raise OSError(
-            f"host={host!r} port={port}: this address cannot be bound ({error.strerror}); choose another."
-        ) from error
-    return listening
+        raise OSError(f"host={host!r} port={port}: this address cannot be bound ({error}); choose another.") from error
