@@ -86,7 +86,7 @@ class Source:
         image = self.image(pane)
         if isinstance(image, Shown) and (image.words or image.pixels is not None):
             return image.pixels
-        return self._remember(("pixels", image.key), lambda: np.asarray(self.store.pixels(image)))
+        return self._remember(("pixels", image), lambda: np.asarray(self.store.pixels(image)))
 
     def picture(self, pane: Pane) -> np.ndarray | None:
         """Return the pane's image for the eye: cut from its file as for the model, but larger, where the file is there.
@@ -96,7 +96,7 @@ class Source:
         pixels, image = self.pixels(pane), self.image(pane)
         if pixels is None or isinstance(image, Shown):
             return pixels if image.picture is None else image.picture
-        return self._remember(("picture", image.key), lambda: self._original(image.key, pixels))
+        return self._remember(("picture", image), lambda: self._original(image.key, pixels))
 
     def _original(self, key: str, pixels: np.ndarray) -> np.ndarray:
         index = getattr(self.store, "index", None)
@@ -180,8 +180,7 @@ class Source:
         return self.image(pane) if pane.what == "image" else None
 
     def _key(self, pane: Pane) -> tuple[Hashable, ...]:
-        image = self._single(pane)
-        return pane.what, self.layer(pane).name, self.route(pane), pane.direction, image and image.key
+        return pane.what, self.layer(pane).name, self.route(pane), pane.direction, self._single(pane)
 
     def _mean_line(self, pane: Pane, tokens: list[int]) -> np.ndarray:
         found = np.zeros(self.layer(pane).layout.tokens)

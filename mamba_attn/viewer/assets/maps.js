@@ -44,7 +44,7 @@ async function values(all) {
   return all.map((its) => {
     const means = its.map(([queries]) => {
       const own = replies.splice(0, queries.length);
-      const wrong = own.find((one) => one.error) ?? (own.length ? null : { error: 'No photo of this class is stored in full.' });
+      const wrong = own.find((one) => one.error) ?? (own.length ? null : { error: `No ${item()} of this class is stored in full.` });
       return wrong ?? strengths(own[0].map.map((_, cell) => own.reduce((sum, one) => sum + one.map[cell], 0) / own.length));
     });
     const wrong = means.find((one) => one.error);
