@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -22,13 +23,22 @@ _FLAGS = (
     "-std=c++17",
     "-shared",
     "-fPIC",
-    "-fopenmp",
     "-ffp-contract=fast",
     "-fno-math-errno",
     "-fno-trapping-math",
 )
+_INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
+
+
+def _source() -> bytes:
+    """Return native.cpp with the headers beside it in their places."""
+    folder = files("mamba_attn.ops.cpu")
+    text = folder.joinpath("native.cpp").read_text()
+    return _INCLUDE.sub(lambda found: folder.joinpath(found[1]).read_text(), text).encode()
+
+
 # read beside native.py, whose structs it shares: an update of the package under a running Python changes the file
-_SOURCE = files("mamba_attn.ops.cpu").joinpath("native.cpp").read_bytes()
+_SOURCE = _source()
 
 
 def library() -> ctypes.CDLL:
@@ -51,12 +61,22 @@ library_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     try:
-        return ctypes.CDLL(str(_compiled())), None
+        loaded = ctypes.CDLL(str(_compiled()))
     except (OSError, subprocess.SubprocessError) as error:
         detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
         problem = f"its C++ source does not compile or load: {detail.strip()[-800:]} Install g++ or set CXX."
         warnings.warn(f"mamba_attn runs without its CPU kernel (the slower blocked path runs): {problem}", stacklevel=4)
         return None, problem
+    loaded.use_threads(_openmp())
+    return loaded, None
+
+
+def _openmp() -> ctypes.c_void_p:
+    """Return the address of GOMP_parallel in the OpenMP runtime that torch has loaded; null where there is none."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
+    except (AttributeError, OSError, TypeError):  # TypeError: Windows knows no handle of the whole process
+        return ctypes.c_void_p(None)
 
 
 def _compiled() -> Path:
