@@ -4,9 +4,6 @@
 // M[i, j] = (C_i e^{A (S_i - S_start(I))}) e^{A (S_start(I) - S_end(J))} (e^{A (S_end(J) - S_j)} B_j delta_j): a product
 // of factors <= 1 whose middle one is shared by the tile.
 
-#include <memory>
-#include <vector>
-
 extern "C" {
 
 struct Attention {
@@ -25,21 +22,6 @@ enum Fold { SIGNED, POSITIVE, ABSOLUTE, EACH };
 
 template <int F>
 inline vec folded(vec x) { return F == POSITIVE ? positive(x) : F == ABSOLUTE ? absolute(x) : x; }
-
-// Memory that grows and is never filled beforehand.
-template <class T>
-class Buffer {
-    std::unique_ptr<T[]> data;
-    int64_t size = 0;
-
-  public:
-    T* fit(int64_t count) {
-        if (count > size) data.reset(), data.reset(new T[size = count]);
-        return data.get();
-    }
-    T* at(int64_t place) { return data.get() + place; }
-    const T* at(int64_t place) const { return data.get() + place; }
-};
 
 // A block of channels of one (image, route), cut into chunks of steps. Q and K hold the weights of a matrix that is the
 // only one; of several, rows and columns do, and the states' sum serves all of them. Where there is but one state, rows and

@@ -1,6 +1,7 @@
 // Which thread computes what of a matrix, and where its rows go. The sums have the same order whatever the threads.
 
 #include <algorithm>
+#include <iterator>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -53,7 +54,12 @@ struct Places {
         if (!along[r]) {
             std::memset(values + i + 1, 0, (stride() - i - 1) * sizeof(float));
             const int32_t* from = &reads[r * side];
-            for (int64_t t = 0; t < side; t++) line[t] += values[from[t]] * scale;
+            int64_t t = 0;
+            for (; t + LANES <= side; t += LANES) {
+                if (next) __builtin_prefetch(next + t, 1);
+                store(line + t, load(line + t) + gather(values, from + t) * scale);
+            }
+            for (; t < side; t++) line[t] += values[from[t]] * scale;
             return;
         }
         for (int64_t J = 0; J * LANES <= i; J++) {
@@ -93,8 +99,8 @@ template <int F, int MATRICES>
 void short_matrices(const Attention* a, const int64_t* source, const Places& places) {
     const Scan& s = a->scan;
     const int64_t stride = places.stride(), size = places.chunks * LANES * stride, pairs = s.batch * s.routes;
-    const int64_t spans = std::clamp<int64_t>(std::min(TASKS / pairs, s.channels * s.states / WORTH), 1, s.channels);
-    const int64_t span = (s.channels + spans - 1) / spans;
+    const int64_t most = std::clamp<int64_t>(std::min(TASKS / pairs, s.channels * s.states / WORTH), 1, s.channels);
+    const int64_t span = (s.channels + most - 1) / most, spans = (s.channels + span - 1) / span;
     const int64_t channels = std::clamp<int64_t>(std::min(L1 / s.states, fitting(s)), 1, span);
     const int64_t images = std::clamp<int64_t>(TOGETHER / (s.routes * spans * MATRICES * size), 1, s.batch);
     Buffer<float> all;
@@ -153,19 +159,37 @@ void short_matrices(const Attention* a, const int64_t* source, const Places& pla
 
 // ---- long sequences: the routes of an image after each other, each in bands of 16 rows ----------------------------------
 
+// For every route the later one that writes the same rows backwards, in the same bands, or -1: each row is fetched once.
+std::vector<int64_t> backwards(const Scan& s) {
+    std::vector<int64_t> found(s.routes, -1);
+    std::vector<bool> taken(s.routes);
+    for (int64_t r = 0; s.write && s.length % LANES == 0 && r < s.routes; r++) {
+        for (int64_t other = r + 1; !taken[r] && other < s.routes && found[r] < 0; other++) {
+            const int64_t *here = s.write + r * s.length, *there = s.write + other * s.length;
+            if (taken[other] || !std::equal(here, here + s.length, std::make_reverse_iterator(there + s.length))) continue;
+            found[r] = other, taken[other] = true;
+        }
+        if (found[r] >= 0) taken[r] = true;
+    }
+    return found;
+}
+
 template <int F, int MATRICES>
 void long_matrices(const Attention* a, const int64_t* source, const Places& places) {
     const Scan& s = a->scan;
     const int64_t stride = places.stride(), chunks = places.chunks;
     const int64_t channels = std::clamp<int64_t>(fitting(s), 1, s.channels);
     const bool fresh = !s.write || s.length == a->side;  // the first sweep writes whole rows, all of them
+    const std::vector<int64_t> other = backwards(s);
+    std::vector<bool> second(s.routes);
+    for (int64_t r : other) if (r >= 0) second[r] = true;
     std::vector<Block> blocks(s.routes);
     for (int64_t b = 0; b < s.batch; b++) {
         for (int64_t c = 0; c < s.channels; c += channels) {
             for (auto& block : blocks) block.cut(s, c, std::min(channels, s.channels - c), MATRICES);
             Tasks clearing(fresh || c ? 0 : chunks), preparing(s.routes * chunks), summing(s.routes);
-            std::vector<std::unique_ptr<Tasks>> rows;
-            for (int64_t r = 0; r < s.routes; r++) rows.emplace_back(new Tasks(chunks));
+            std::vector<Tasks> rows(s.routes);
+            for (auto& its : rows) its.count = chunks;
             in_threads(s.threads, [&] {
                 const FlushDenormals flush;
                 Scratch x;
@@ -181,12 +205,16 @@ void long_matrices(const Attention* a, const int64_t* source, const Places& plac
                 summing.take([&](int64_t r) { blocks[r].accumulate(); });
                 summing.wait();
                 for (int64_t r = 0; r < s.routes; r++) {
+                    if (second[r]) continue;
                     const bool whole = fresh && c == 0 && (r == 0 || !s.write);
-                    rows[r]->take([&](int64_t task) {
+                    rows[r].take([&](int64_t task) {
                         const int64_t I = chunks - 1 - task, count = std::min<int64_t>(LANES, s.length - I * LANES);
-                        float* out[MATRICES];
-                        for (int m = 0; m < MATRICES; m++) out[m] = x.band[m].fit(LANES * stride);
+                        float *out[MATRICES], *back[MATRICES];
+                        for (int m = 0; m < MATRICES; m++) {
+                            out[m] = x.band[m].fit(2 * LANES * stride), back[m] = out[m] + LANES * stride;
+                        }
                         band<F, MATRICES>(a, blocks[r], r, I, out, stride, false, x);
+                        if (other[r] >= 0) band<F, MATRICES>(a, blocks[other[r]], other[r], task, back, stride, false, x);
                         for (int m = 0; m < MATRICES; m++) {
                             float* first = matrix(a[m], b, r, 0);
                             auto line = [&](int64_t i) { return first + at(s.write, r, s.length, I * LANES + i) * a->side; };
@@ -194,10 +222,13 @@ void long_matrices(const Attention* a, const int64_t* source, const Places& plac
                                 if (whole) clear(line(i), a->side);
                                 const float* next = !whole && i + 1 < count ? line(i + 1) : nullptr;
                                 places.add(r, I * LANES + i, out[m] + i * stride, a[m].scan.scale, line(i), next);
+                                if (other[r] < 0) continue;
+                                const int64_t j = LANES - 1 - i;
+                                places.add(other[r], task * LANES + j, back[m] + j * stride, a[m].scan.scale, line(i), nullptr);
                             }
                         }
                     });
-                    if (s.write) rows[r]->wait();  // the routes add to the same rows
+                    if (s.write) rows[r].wait();  // the routes add to the same rows
                 }
             });
         }

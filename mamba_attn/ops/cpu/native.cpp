@@ -4,6 +4,7 @@
 // machine at hand, or beforehand for three kinds of x86-64. What it includes is read with it: see build.py.
 
 #include "vectors.hpp"
+#include "buffer.hpp"
 #include "threads.hpp"
 #include "arguments.hpp"
 #include "scans.hpp"

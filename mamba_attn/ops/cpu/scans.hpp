@@ -1,7 +1,5 @@
 // The scan and its backward: 16 channels a vector, one step after the other.
 
-#include <vector>
-
 namespace {
 
 constexpr int64_t KEPT = 4096;  // states (of 16 channels) that the backward keeps at once: 256 KiB
@@ -29,9 +27,9 @@ template <int N>
 void forward_block(const Scan& s, float* y, int64_t b, int64_t c) {
     const FlushDenormals flush;
     const int states = N ? N : s.states;
-    std::vector<vec> heap(N ? 0 : states);
+    Buffer<vec> heap;
     vec fixed[N ? N : 1];
-    vec* h = N ? fixed : heap.data();
+    vec* h = N ? fixed : heap.fit(states);
     for (int64_t r = 0; r < s.routes; r++) {
         const float* A2 = s.A2 + r * states * s.channels + c;
         const vec D = s.D ? load(s.D + r * s.channels + c) : vec{};
@@ -57,22 +55,23 @@ void forward_block(const Scan& s, float* y, int64_t b, int64_t c) {
 // Everything the backward of one image needs in addition to its inputs.
 struct Workspace {
     int64_t steps;                   // of a segment: recomputed and kept at once
-    std::vector<vec> start;          // (segments, blocks, states): state before each segment
-    std::vector<vec> before, decay;  // (steps, states): state before each step, and its decay
-    std::vector<vec> carry;          // (blocks, states): gradient that later steps send back
-    std::vector<vec> dB, dC;         // (steps, states): summed over channel blocks, lanes still apart
+    Buffer<vec> start;          // (segments, blocks, states): state before each segment
+    Buffer<vec> before, decay;  // (steps, states): state before each step, and its decay
+    Buffer<vec> carry;          // (blocks, states): gradient that later steps send back
+    Buffer<vec> dB, dC;         // (steps, states): summed over channel blocks, lanes still apart
 };
 
 struct Gradients { float *u, *delta, *A, *B, *C, *D, *gain; int64_t u_routes, delta_routes, bc_routes, gain_routes; };
 
 void segment_starts(const Scan& s, Workspace& w, int64_t b, int64_t r) {
     const int64_t blocks = s.channels / LANES, states = s.states;
-    std::vector<vec> h(states);
+    Buffer<vec> buffer;
+    vec* h = buffer.fit(states);
     for (int64_t k = 0; k < blocks; k++) {
         const float* A2 = s.A2 + r * states * s.channels + k * LANES;
-        for (auto& v : h) v = vec{};
+        for (int n = 0; n < states; n++) h[n] = vec{};
         for (int64_t t = 0; t < s.length; t++) {
-            if (t % w.steps == 0) std::memcpy(&w.start[(t / w.steps * blocks + k) * states], h.data(), states * sizeof(vec));
+            if (t % w.steps == 0) std::memcpy(&w.start[(t / w.steps * blocks + k) * states], h, states * sizeof(vec));
             const int64_t p = at(s.read, r, s.length, t);
             const vec d = load(row(s.delta, b, r, p) + k * LANES);
             const vec x = gain_at(s, b, r, p, k * LANES, d) * load(row(s.u, b, r, p) + k * LANES);
@@ -151,17 +150,17 @@ void backward_image(const Scan& s, const float* gy, const Gradients& g, int64_t 
     Workspace w;
     w.steps = KEPT / states < 16 ? 16 : KEPT / states < s.length ? KEPT / states : s.length;
     const int64_t segments = (s.length + w.steps - 1) / w.steps;
-    w.start.resize(segments * blocks * states);
-    w.carry.resize(blocks * states);
-    w.before.resize(w.steps * states), w.decay.resize(w.steps * states);
-    w.dB.resize(w.steps * states), w.dC.resize(w.steps * states);
+    w.start.fit(segments * blocks * states);
+    w.carry.fit(blocks * states);
+    w.before.fit(w.steps * states), w.decay.fit(w.steps * states);
+    w.dB.fit(w.steps * states), w.dC.fit(w.steps * states);
     for (int64_t r = 0; r < s.routes; r++) {
         if (segments > 1) segment_starts(s, w, b, r);
-        else for (auto& v : w.start) v = vec{};
-        for (auto& v : w.carry) v = vec{};
+        else w.start.clear();
+        w.carry.clear();
         for (int64_t segment = segments - 1; segment >= 0; segment--) {
-            for (auto& v : w.dB) v = vec{};
-            for (auto& v : w.dC) v = vec{};
+            w.dB.clear();
+            w.dC.clear();
             for (int64_t k = 0; k < blocks; k++) backward_segment<N>(s, w, gy, g, b, r, segment, k);
             const int64_t left = s.length - segment * w.steps, count = left < w.steps ? left : w.steps;
             for (int64_t i = 0; i < count; i++) {

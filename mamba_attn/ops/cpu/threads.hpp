@@ -24,7 +24,7 @@ void in_threads(int64_t threads, Work work) {
 struct Tasks {
     int64_t count;
     std::atomic<int64_t> next{0}, done{0};
-    explicit Tasks(int64_t count) : count(count) {}
+    explicit Tasks(int64_t count = 0) : count(count) {}
 
     template <class Do>
     void take(Do task) {

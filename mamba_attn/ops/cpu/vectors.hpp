@@ -132,6 +132,20 @@ inline vec reversed(vec x) {
     return load(to);
 }
 
+inline vec gather(const float* from, const int32_t* places) {
+    vec v;
+#if defined(__AVX512F__)
+    v.p[0] = _mm512_i32gather_ps(_mm512_loadu_si512(places), from, 4);
+#elif defined(__AVX2__)
+    EACH_PART v.p[i] = _mm256_i32gather_ps(from, _mm256_loadu_si256((const __m256i*)(places + i * WIDE)), 4);
+#else
+    float found[LANES];
+    for (int i = 0; i < LANES; i++) found[i] = from[places[i]];
+    v = load(found);
+#endif
+    return v;
+}
+
 // Lanes below `lane` times `factor`; the others stay. `lane` is known where a loop around it is unrolled.
 inline void scale_below(vec& x, int lane, float factor) {
 #if defined(__AVX512F__)
