@@ -4,6 +4,7 @@
     python benchmarks/run.py models
     python benchmarks/run.py attribution
     python benchmarks/run.py passes
+    python benchmarks/run.py threads
     python benchmarks/run.py maps --data FOLDER
     python benchmarks/run.py compare --data FOLDER
     python benchmarks/run.py fills --data FOLDER
@@ -24,7 +25,7 @@
     python benchmarks/run.py text-perturbation --data ARCHIVE
 
 One thread, CPU time, the competitors in turn (A B A B) in one process; peak memory in child processes. On a GPU
-``kernel`` measures between CUDA events.
+``kernel`` measures between CUDA events; ``threads`` measures wall seconds.
 """
 
 import argparse
@@ -55,6 +56,7 @@ from benchmarks import (
     text_rows,
     text_truth,
     texts,
+    threads,
     two_digits,
     verify,
     without_gpu,
@@ -71,6 +73,7 @@ WHAT = {
     "models": "models: time and memory of a forward pass and of its attention",
     "attribution": "attribution: time and memory of MambaAttribution, compared with one forward + backward",
     "passes": "several maps of one traced pass, compared with the dearest of them",
+    "threads": "attention with one, two and four threads, wall seconds; first calls with a prebuilt kernel and without",
     "maps": "maps: energy in boxes, deletion, time of the command",
     "compare": "attribution methods judged on one scale: perturbation, boxes, masks, digits, sanity, cost",
     "two-digits": "attribution methods asked about either of two digits in an image",
@@ -320,6 +323,7 @@ def main(argv: list[str] | None = None) -> None:
             "text-rows": text_rows.run_text_rows,
             "lens": lens.run_lens,
             "passes": run_passes,
+            "threads": threads.run_threads,
             "build": without_gpu.run_build,
             "slots": slots.run_slots,
             "explore": explorer.run_explore,

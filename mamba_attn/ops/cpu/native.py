@@ -190,7 +190,7 @@ def _attention(*arguments: Any) -> Tensor:
 def _matrices(record: ScanRecord, weights: Sequence[Weights], folds: Sequence[str], merged: bool) -> list[Tensor]:
     """Return the folded matrices of a record with one group: one, or two whose folds are "mean" or "sum"."""
     fields = flatten_for_matrix(record)
-    outs = [empty_attention(*fields, merged, None, None, fold).zero_() for fold in folds]
+    outs = [empty_attention(*fields, merged, None, None, fold) for fold in folds]
     with _calls(record, weights, outs, folds, merged) as (calls, source):
         for call, out, fold in zip(calls, outs, folds, strict=True):
             side = out.shape[-1]

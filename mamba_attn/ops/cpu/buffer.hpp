@@ -1,0 +1,34 @@
+// Memory for numbers and vectors.
+
+#include <cstdlib>
+#include <vector>
+
+namespace {
+
+// It grows, is never filled beforehand, and begins at a cache line. No operator new: that for such alignments is younger than
+// the C++ libraries that a prebuilt kernel should run with.
+template <class T>
+class Buffer {
+    T* data = nullptr;
+    int64_t size = 0;
+
+  public:
+    Buffer() = default;
+    Buffer(const Buffer&) = delete;
+    ~Buffer() { std::free(data); }
+
+    T* fit(int64_t count) {
+        if (count <= size) return data;
+        std::free(data);
+        void* found = nullptr;
+        if (posix_memalign(&found, 64, count * sizeof(T))) std::abort();  // what an exception out of a thread would end in
+        data = static_cast<T*>(found), size = count;
+        return data;
+    }
+    T* at(int64_t place) { return data + place; }
+    const T* at(int64_t place) const { return data + place; }
+    T& operator[](int64_t place) { return data[place]; }
+    void clear() { std::memset(static_cast<void*>(data), 0, size * sizeof(T)); }
+};
+
+}  // namespace
