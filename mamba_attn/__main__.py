@@ -1,4 +1,4 @@
-"""``python -m mamba_attn``: the command line where a program must start a module, as ``torchrun -m mamba_attn`` does."""
+"""``python -m mamba_attn``: the command line, for what starts modules, as ``torchrun -m mamba_attn`` does."""
 
 import sys
 
