@@ -101,6 +101,17 @@ TARGETS = {
     "collect memory": Target("`mamba-attn collect`: added peak memory, 1,000 / 100 images", 1.05, 1.01, unit="x"),
     "collect time": Target("`mamba-attn collect`, 1,000 images, wall seconds", 600, 300, unit="s"),
     "collect mean": Target("error of the store's means / largest entry, against explicit matrices", 1e-6, 1e-7),
+    "scale ranks": Target(
+        "torchrun with 2 ranks / 1, `mamba-attn collect` of vmamba_micro", 1.8, 1.9, higher=True, unit="x"
+    ),
+    "scale equal": Target("arrays that differ in a bit between numbers of ranks", 0, 0),
+    "scale error": Target("statistics of 7 parts / of one, largest difference", 1e-14, 2e-15),
+    "scale kills": Target("arrays that differ in a bit after random kills", 0, 0),
+    "scale redone": Target("parts that a kill loses, per rank", 1, 1),
+    "scale commit": Target("counting a part of a store, milliseconds", 50, 10, unit="ms"),
+    "scale commit bytes": Target("counting a part of a store, kilobytes", 200, 100, unit="kB"),
+    "scale opening": Target("opening a store", 1, 0.2, unit="s"),
+    "scale opening memory": Target("opening a store, added memory", 200, 50, unit="MB"),
     "embed kept": Target("neighbours that 100 principal components keep", 0.8, 0.95, higher=True),
     "embed trust": Target("what PCA-100 before the embedding adds to its trustworthiness", 0, 0, higher=True),
     "embed overlap": Target("what PCA-100 before the embedding adds to the neighbours it keeps", 0, 0, higher=True),

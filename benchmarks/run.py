@@ -18,6 +18,7 @@
     python benchmarks/run.py dropin --checkouts FOLDER
     python benchmarks/run.py doors --checkouts FOLDER
     python benchmarks/run.py collect --data FOLDER
+    python benchmarks/run.py scale --data FOLDER
     python benchmarks/run.py embed --data FOLDER
     python benchmarks/run.py findings --runs FOLDER --data FOLDER
     python benchmarks/run.py explore
@@ -51,6 +52,7 @@ from benchmarks import (
     fills,
     findings,
     lens,
+    many_ranks,
     maps,
     text_perturbation,
     text_rows,
@@ -79,6 +81,7 @@ WHAT = {
     "two-digits": "attribution methods asked about either of two digits in an image",
     "fills": "attribution methods under several fills of removed cells",
     "collect": "mamba-attn collect: memory against images, time, means against explicit ones",
+    "scale": "mamba-attn collect by several processes: speed, equal bits, kills, lists of a million images",
     "embed": "t-SNE and UMAP of attention, with PCA before them and without",
     "findings": "mamba-attn findings: the paper's findings, trained, with random weights, in other patch orders",
     "explore": "mamba-attn explore in a real browser: from a gesture to the picture",
@@ -100,6 +103,7 @@ ON_DATA: dict[str, tuple[Any, Any]] = {  # the module with the options, and what
     "fills": (fills, fills.run_fills),
     "two-digits": (two_digits, two_digits.run_two_digits),
     "collect": (analytics, analytics.run_collect),
+    "scale": (many_ranks, many_ranks.run_scale),
     "embed": (embedding, embedding.run_embed),
     "findings": (findings, findings.run_findings),
     "dropin": (dropin, dropin.run_dropin),

@@ -230,3 +230,16 @@ def test_patches_made_by_einops_in_code() -> None:
     found = run("how-to/einops_patches.md")
     assert [maps.shape for maps in found["maps"]] == [(2, 1, 64, 96)] * 3
     assert found["changed"].tolist() == [found["expected"]] == [2 * 12 + 5]
+
+
+def test_large_runs_by_a_scheduler_of_ones_own(tmp_path: Path) -> None:
+    """With one that does everything at once; tests/analytics/test_schedulers.py has real ones."""
+    from tests.analytics import cases
+
+    class Now:
+        def map_array(self, call: Any, numbers: list[int]) -> list[Any]:
+            return [type("Job", (), {"result": staticmethod(lambda number=number: call(number))}) for number in numbers]
+
+    request = cases.request(cases.folder_of(tmp_path, 1), part=2)
+    found = run("how-to/large_runs.md")["with_submitit"](Now(), request, str(tmp_path / "store"))
+    assert (found.new, found.counted) == (0, 3)

@@ -102,9 +102,16 @@ class Data(ABC):
         truth: str = "",
         note: str = "",
     ) -> None:
-        self.name, self.identity, self.truth, self.note = name, identity, truth, note
+        self.name, self.truth, self.note, self._identity = name, truth, note, identity
+        self.path = ""  # where the files are, below which keys are paths; "" where they are in no folder
+        self.in_files = False  # whether other processes can read the images too
         self.items = sorted(items, key=lambda item: (_digest(item.key), item.key))
         self.classes, self.imagenet = list(classes), None if imagenet is None else list(imagenet)
+
+    @property
+    def identity(self) -> str:
+        """Key of stored results: equal for the same images, wherever they lie."""
+        return self._identity
 
     def __len__(self) -> int:
         return len(self.items)
@@ -129,6 +136,14 @@ class Data(ABC):
         picture = self._picture(item, transform.range)
         inside, trap = self._regions(item, picture, transform)
         return Sample(item.key, transform.pixels(picture), item.label, inside, trap)
+
+    def pixels(self, index: int, transform: Transform) -> np.ndarray:
+        """Read one image without its truth, as a model sees it.
+
+        Raises:
+            ImageError: the file is damaged or absent.
+        """
+        return transform.pixels(self._picture(self.items[index], transform.range))
 
     @abstractmethod
     def _picture(self, item: Item, range: tuple[float, float] | None) -> "Image":

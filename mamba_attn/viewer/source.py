@@ -101,7 +101,7 @@ class Source:
     def _original(self, key: str, pixels: np.ndarray) -> np.ndarray:
         index = getattr(self.store, "index", None)
         for each in getattr(index, "data", ()):
-            path = Path(each["identity"].rpartition(":")[0]) / key
+            path = Path(each.get("path") or each["identity"].rpartition(":")[0]) / key
             with suppress(OSError, ValueError, MambaAttnError):  # moved, changed, or of a function
                 if path.is_file() and np.array_equal(self.store.transform.pixels(path), pixels):
                     return enlarged(self.store.transform, images.read(path, range=self.store.transform.range))
