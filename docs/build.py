@@ -38,7 +38,7 @@ def broken_links(site: Path, absent: tuple[str, ...] = ()) -> list[str]:
     """
     pages = {}
     for path in sorted(site.rglob("*.html")):
-        if path.relative_to(site).parts[0] != "live":  # one-file pages of megabytes, without links
+        if path.relative_to(site).parts[0] not in ("live", "_static"):  # pages without links, and the theme's templates
             pages[path.resolve()] = found = _Links()
             found.feed(path.read_text(encoding="utf-8"))
     broken = []
@@ -66,8 +66,9 @@ def main(given: list[str] | None = None) -> int:
     options = ["-D", "plot_gallery=0", "-D", "live_pages=0"] if args.quick else []
     command = [sys.executable, "-m", "sphinx", "-q", "-aE", "-W", "--keep-going", "-n", "-b", "html", *options]
     built = subprocess.run([*command, str(HERE), str(args.out)]).returncode
-    broken = broken_links(args.out, ("live",) if args.quick else ()) if not built else []
-    print("\n".join(f"broken link: {each}" for each in broken))
+    broken = broken_links(args.out, ("live",) if args.quick else ())
+    for each in broken:
+        print(f"broken link: {each}")
     pages = len(list(args.out.rglob("*.html")))
     print(f"{pages} pages, {len(broken)} broken links, {time.perf_counter() - started:.0f} s")
     return built or bool(broken)

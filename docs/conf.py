@@ -16,7 +16,6 @@ release = version = PROJECT["version"]
 extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.viewcode",
     "myst_parser",
     "sphinx_design",
     "sphinx_copybutton",
@@ -39,8 +38,9 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 88
-# types in annotations: torch, numpy and plotly have sites of their own, which a build without network cannot ask
-nitpick_ignore_regex = [(r"py:.*", r"(?!mamba_attn\.).*")]
+# types in annotations, and errors of others: torch, numpy and plotly have sites of their own, which a build without a
+# network cannot ask; every other reference must lead somewhere
+nitpick_ignore_regex = [(r"py:(class|exc)", r".*")]
 
 html_theme = "pydata_sphinx_theme"
 html_title = "mamba_attn"

@@ -118,10 +118,10 @@ def class_indices(data: Data, subject: LoadedModel) -> list[int | None]:
         subject: the model with the classes.
 
     Example:
-        >>> from types import SimpleNamespace
-        >>> data = SimpleNamespace(classes=["Hat", "sock"], imagenet=None)
-        >>> class_indices(data, LoadedModel(torch.nn.Identity(), classes=["shoe", "hat"]))
-        [1, None]
+        >>> from mamba_attn.datasets import open_data
+        >>> from mamba_attn.images import SAMPLES
+        >>> class_indices(open_data(str(SAMPLES)), LoadedModel(torch.nn.Identity(), classes=["hat"]))  # no labels
+        []
     """
     count = len(subject.classes)
     if count == _IMAGENET and data.imagenet is not None:

@@ -47,7 +47,7 @@ class Row:
 
     Example:
         >>> from mamba_attn.findings.intervals import Estimate
-        >>> Row("block_silhouette", "all", Estimate(0.7, 0.6, 0.8)).claimed
+        >>> Row("block_silhouette", "all", Estimate(0.7, 0.6, 0.8, units=200)).claimed
         'holds'
     """
 
