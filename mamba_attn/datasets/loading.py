@@ -22,6 +22,7 @@ from mamba_attn.core.outputs import described, find_scores
 from mamba_attn.core.training_mode import warn_of_training
 from mamba_attn.core.transform import Transform
 from mamba_attn.datasets.class_names import names_for, read_names
+from mamba_attn.datasets.made_of import is_transformer
 from mamba_attn.datasets.user_code import build_model, find_function, names_code, stand_ins_for, takes
 from mamba_attn.errors import UnsupportedModelError, WeightsError, local_path, nearest
 from mamba_attn.models import checkpoints, registry
