@@ -25,7 +25,7 @@ from mamba_attn.errors import UnsupportedModelError
 _OF_SCANS = ("A_log", "A_logs", "dt_bias")
 _NAMES = ("mamba", "mamba2", "ssm", "ssd")  # with which names of classes end
 # asked in this order
-_FAMILIES = ("vim", "language_mixers", "mamba", "vmamba", "mambavision", "timm_vit")
+_FAMILIES = ("vim", "language_mixers", "mamba", "vmamba", "vssd", "mambavision", "timm_vit")
 
 
 @dataclass
