@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 HALVES = ("choose", "report")
-Regions = tuple[torch.Tensor | None, torch.Tensor | None]  # the truth, and the trap
+Regions = tuple[torch.Tensor | None, torch.Tensor | None]  # the truth, and the distractor
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Sample:
         pixels: uint8, before normalisation.
         label: index into the collection's classes.
         inside: the fraction of every pixel that belongs to the object, in 0..1; None if unknown.
-        trap: the same for a distractor that resembles the object.
+        distractor: the same for a distractor that resembles the object.
     """
 
     key: str
     pixels: np.ndarray
     label: int | None
     inside: Float[torch.Tensor, "rows columns"] | None
-    trap: Float[torch.Tensor, "rows columns"] | None
+    distractor: Float[torch.Tensor, "rows columns"] | None
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Item:
         boxes: (x0, y0, x1, y1) of its objects, in pixels of the file; as read, and checked with the image.
         mask: the name of its mask.
         values: of the mask's pixels that are the object.
-        traps: of those that only resemble it.
+        distractors: of those that only resemble it.
     """
 
     key: str
@@ -60,7 +60,7 @@ class Item:
     boxes: Any = None
     mask: str | None = None
     values: frozenset[int] = frozenset({1})
-    traps: frozenset[int] = frozenset()
+    distractors: frozenset[int] = frozenset()
 
 
 class Data(ABC):
@@ -112,8 +112,8 @@ class Data(ABC):
         """
         item = self.items[index]
         picture = self._picture(item, transform.range)
-        inside, trap = self._regions(item, picture, transform)
-        return Sample(item.key, transform.pixels(picture), item.label, inside, trap)
+        inside, distractor = self._regions(item, picture, transform)
+        return Sample(item.key, transform.pixels(picture), item.label, inside, distractor)
 
     @abstractmethod
     def _picture(self, item: Item, range: tuple[float, float] | None) -> "Image":

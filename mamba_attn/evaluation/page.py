@@ -46,7 +46,7 @@ _RANKED = (
     "miou",
     "map",
     "energy_ratio",
-    "not_trap",
+    "not_distractor",
     "source_auc",
     "source_first",
     "tokens_gap",
