@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from mamba_attn.attribution.targets import scores_in
 from mamba_attn.attribution.texts import Text
 from mamba_attn.core.outputs import follow
 from mamba_attn.datasets.tasks import TaskTexts, source_ranks, swapped
-from mamba_attn.datasets.texts import Texts, encode, unknown_token
+from mamba_attn.datasets.texts import Texts, decode, encode, unknown_token
 from mamba_attn.evaluation.metrics import METRICS
 from mamba_attn.evaluation.specs import FAILURES, Model, reason_of
 from mamba_attn.evaluation.store import Key, Store
@@ -29,6 +29,23 @@ UNKNOWN, DROP = "unknown", "drop"
 SWAP = "swap within a kind"  # the check of the truth, next to the methods
 _STEPS = 64  # of a text from whole to nothing; shorter texts go token by token
 _TEXTS = 10  # explained at once
+_EXAMPLES = 3  # texts that a page shows
+
+
+class Example(NamedTuple):
+    """One text, and what methods say of its tokens.
+
+    Args:
+        words: tokens as they are read.
+        place: the number of the token whose prediction is explained.
+        about: what is explained.
+        values: by method, (tokens).
+    """
+
+    words: list[str]
+    place: int
+    about: str
+    values: dict[str, np.ndarray]
 
 
 @dataclass
@@ -155,6 +172,28 @@ def _measured(
     return table
 
 
+def examples(plan: TextPlan, table: Table) -> list[Example]:
+    """Return the first texts of a collection with the values of the methods measured on it, computed again.
+
+    Args:
+        plan: the comparison.
+        table: one of its results.
+    """
+    if not isinstance(table.data, Texts):
+        raise TypeError(f"examples(table of {type(table.data).__name__}): expected a table about texts.")
+    texts, model, count = table.data, table.model, min(_EXAMPLES, table.images)
+    work = _OfTask(plan, model.subject.model, texts.of_task(count)) if texts.task else _Read(plan, model, texts)
+    measured = {name for figures in table.figures.values() for name in figures}
+    methods = [name for name in plan.methods if name in measured]
+    found = []
+    for place in range(count):
+        try:
+            found.append(work.example(methods, place, model.subject.tokenizer))
+        except FAILURES:
+            continue  # the table says so
+    return found
+
+
 def _fitting(plan: TextPlan, model: Model, work: "_OfTask | _Read") -> list[str]:
     """Return the methods that run on the first text, and say what the others want.
 
@@ -234,6 +273,18 @@ class _OfTask:
         sizes = its.queries.tolist()
         return [{"source": {"ranks": each.tolist(), "sizes": sizes}, "time": {"seconds": seconds}} for each in ranks]
 
+    def example(self, names: Sequence[str], place: int, tokenizer: Any) -> Example:
+        """Return a text up to its first query."""
+        its = self._part([place])
+        end, source, answer = int(its.queries[0]), int(its.sources[0, 0]), its.answers[:, 0]
+        words = decode(tokenizer, its.ids[0, : end + 1])
+        about = (
+            f"the answer {decode(tokenizer, answer)[0].strip()!r} to the outlined query; its source is token {source}"
+        )
+        return Example(
+            words, end, about, {name: self.attribute(name, [place])[0, 0, : end + 1].numpy() for name in names}
+        )
+
     def _part(self, places: Sequence[int]) -> TaskTexts:
         its, rows = self._texts, list(places)
         return its._replace(ids=its.ids[rows], answers=its.answers[rows], sources=its.sources[rows])
@@ -280,6 +331,17 @@ class _Read:
         order = ranked(values[:-1], self._seed)
         first, last = (self._areas(ids, each, explained) for each in (order, order.flip(0)))
         return [{"tokens": {"first": first, "last": last}, "time": {"seconds": seconds}}]
+
+    def example(self, names: Sequence[str], place: int, tokenizer: Any) -> Example:
+        """Return a text, whose prediction is explained."""
+        ids = self._ids(place)
+        words = decode(tokenizer, ids[0].cpu())
+        chances, classes = self._chances(ids)[0], self._subject.classes
+        number = int(chances.argmax())
+        own = classes is not None and len(classes) == len(chances)
+        name = classes[number] if own else decode(tokenizer, torch.tensor([number]))[0]
+        about = f"the prediction {name.strip()!r} behind the outlined token"
+        return Example(words, len(words) - 1, about, {name: self._explained(name, ids)[1].numpy() for name in names})
 
     def _ids(self, place: int) -> Int[Tensor, "1 tokens"]:
         ids = encode(self._subject.tokenizer, self._lines[place])

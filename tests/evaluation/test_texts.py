@@ -104,6 +104,9 @@ def test_tokens_left_out_and_unknown(tmp_path):
     assert {path.suffix for path in tmp_path.iterdir()} == {".html", ".txt", ".csv", ".json", ".jsonl"}
     page = (tmp_path / "compare.html").read_text()
     assert "LeRF - MoRF" in page
+    assert page.count('class="mamba-tokens"') == 6  # a strip per text and method
+    assert page.count("behind the outlined token") == 3
+    assert "<b>MambaLRP</b>" in page
     assert "http" not in page
     contents = json.loads((tmp_path / "compare.json").read_text())
     assert contents["tables"][0]["figures"]["tokens_morf"]["mamba_lrp"]["images"] == 3
@@ -124,7 +127,8 @@ def test_the_command(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "mamba_copy on copying: where an answer was copied from, 2 texts, accuracy" in said
     assert "published in 2502.15612: another copying task, other models; not comparable" in said
-    assert (tmp_path / "compare.html").is_file()
+    page = (tmp_path / "compare.html").read_text()
+    assert page.count("to the outlined query; its source is token") == page.count('class="mamba-tokens"') == 2
 
 
 @pytest.mark.parametrize(
