@@ -128,7 +128,8 @@ def _small(columns: Columns) -> Columns:
 
 
 def _located(name: str, factor: float = 1.0) -> Columns:
-    return lambda line: None if line[name] is None else [factor * line[name]]
+    # a store that was begun earlier may lack what is measured since
+    return lambda line: None if line.get(name) is None else [factor * line[name]]
 
 
 def _both(line: dict[str, Any]) -> Sequence[float]:
@@ -147,7 +148,7 @@ def _miou(means: np.ndarray) -> np.ndarray:
 
 def _shared(line: dict[str, Any]) -> Sequence[float] | None:
     known = (
-        None not in (line["distractor_area"], line["distractor_energy"], line["energy"])
+        None not in (line.get("distractor_area"), line.get("distractor_energy"), line["energy"])
         and line["area"]
         and line["distractor_area"]
     )
