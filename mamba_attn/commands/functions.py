@@ -163,8 +163,8 @@ def _on_texts(
     if target != "predicted":
         raise ValueError(f"compare(target={target!r}): on texts, methods explain the model's prediction; leave it out.")
     chosen, _, unasked = choose_methods([methods] if isinstance(methods, str) else list(methods))
-    puzzle_or_file = isinstance(data, str | Path)
-    texts = [str(data)] if puzzle_or_file else [tuple(data)]
+    task_or_file = isinstance(data, str | Path)
+    texts = [str(data)] if task_or_file else [tuple(data)]
     plan = text_plan([Model.of(each) for each in models], texts, chosen, unasked, measures, None, limit, seed)
     return compared_texts(plan, out, f"mamba_attn.compare([{', '.join(names)}], ...)")
 

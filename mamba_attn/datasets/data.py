@@ -267,7 +267,7 @@ class FileData(Data):
         if (colours != colours[..., :1]).any():  # e.g. a palette: its colours are not region numbers
             raise ImageError(f"{item.key}: its mask has colours; expected 8-bit grey with the regions' numbers.")
         values = transformed_mask(mask, transform)
-        return _where(values, item.values), _where(values, item.traps) if item.traps else None
+        return _where(values, item.values), _where(values, item.distractors) if item.distractors else None
 
 
 def collection(files: Files, part: str, name: str) -> Data:
@@ -369,8 +369,10 @@ def _boxed(files: Files, base: str, rows: list[dict[str, str]], split: str, name
 def _labelled(files: Files, base: str, rows: list[dict[str, str]], split: str, name: str) -> Data:
     chosen = _of_split(rows, split)
     masks = bool(chosen) and "mask" in chosen[0]
-    traps = frozenset({2} if masks else ())
-    items = [Item(row["file"], int(row["label"]), mask=row.get("mask") or None, traps=traps) for row in chosen]
+    distractors = frozenset({2} if masks else ())
+    items = [
+        Item(row["file"], int(row["label"]), mask=row.get("mask") or None, distractors=distractors) for row in chosen
+    ]
     return FileData(files, base, name, "", items, truth="masks" if masks else "", **_classes(rows))
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 HALVES = ("choose", "report")
-Regions = tuple[torch.Tensor | None, torch.Tensor | None]  # the truth, and the trap
+Regions = tuple[torch.Tensor | None, torch.Tensor | None]  # the truth, and the distractor
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Sample:
         pixels: uint8, before normalisation.
         label: index into the collection's classes.
         inside: the fraction of every pixel that belongs to the object, in 0..1; None if unknown.
-        trap: the same for a distractor that resembles the object.
+        distractor: the same for a distractor that resembles the object.
 
     Example:
-        >>> Sample("hat/1.jpg", np.zeros((32, 32, 3), np.uint8), label=0, inside=None, trap=None).key
+        >>> Sample("hat/1.jpg", np.zeros((32, 32, 3), np.uint8), label=0, inside=None, distractor=None).key
         'hat/1.jpg'
     """
 
@@ -43,7 +43,7 @@ class Sample:
     pixels: np.ndarray
     label: int | None
     inside: Float[torch.Tensor, "rows columns"] | None
-    trap: Float[torch.Tensor, "rows columns"] | None
+    distractor: Float[torch.Tensor, "rows columns"] | None
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Item:
         boxes: (x0, y0, x1, y1) of its objects, in pixels of the file; as read, and checked with the image.
         mask: the name of its mask.
         values: of the mask's pixels that are the object.
-        traps: of those that only resemble it.
+        distractors: of those that only resemble it.
 
     Example:
         >>> Item("hat/1.jpg", label=0, boxes=[(4, 8, 60, 72)]).label
@@ -68,7 +68,7 @@ class Item:
     boxes: Any = None
     mask: str | None = None
     values: frozenset[int] = frozenset({1})
-    traps: frozenset[int] = frozenset()
+    distractors: frozenset[int] = frozenset()
 
 
 class Data(ABC):
@@ -134,8 +134,8 @@ class Data(ABC):
         """
         item = self.items[index]
         picture = self._picture(item, transform.range)
-        inside, trap = self._regions(item, picture, transform)
-        return Sample(item.key, transform.pixels(picture), item.label, inside, trap)
+        inside, distractor = self._regions(item, picture, transform)
+        return Sample(item.key, transform.pixels(picture), item.label, inside, distractor)
 
     def pixels(self, index: int, transform: Transform) -> np.ndarray:
         """Read one image without its truth, as a model sees it.

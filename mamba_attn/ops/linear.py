@@ -23,7 +23,7 @@ from mamba_attn.ops.backend import Backend
 from mamba_attn.ops.blocked import Channels, per_channel, recurrence
 from mamba_attn.ops.cpu import native
 from mamba_attn.ops.cuda import fused
-from mamba_attn.ops.heads import as_units, fold_heads, unit_width
+from mamba_attn.ops.heads import as_units, fold_heads, to_channels, unit_width
 
 _WORKSPACE = 2**22  # elements of one temporary
 _SIGNED = ("mean", "sum")
@@ -276,7 +276,8 @@ def _step_line(record: ScanRecord, axis: str, step: int, weights: Weights, fold:
         def run(part: ScanRecord, its: Weights, what: str) -> Tensor:
             return _step_line(part, axis, step, its, what).unsqueeze(1).unsqueeze(along)
 
-        return fold_heads(run, record, weights, fold, rows, columns).squeeze(along).squeeze(1)
+        line = fold_heads(run, record, weights, fold, rows, columns).squeeze(along).squeeze(1)
+        return to_channels(line, record.channels, 1) if fold == "each" else line
     if _kernel(record, weights) is native.BACKEND:
         part = record if record.shares_orders else record.in_scan_order()
         return native.attention_line(part, axis, step, weights, fold)

@@ -26,7 +26,7 @@ from mamba_attn.tracing.running import modules_of
 _OF_SCANS = ("A_log", "A_logs", "dt_bias")
 _NAMES = ("mamba", "mamba2", "ssm", "ssd")  # with which names of classes end
 # asked in this order
-_FAMILIES = ("vim", "language_mixers", "mamba", "vmamba", "mambavision", "timm_vit")
+_FAMILIES = ("vim", "language_mixers", "mamba", "vmamba", "vssd", "mambavision", "timm_vit")
 
 
 @dataclass
