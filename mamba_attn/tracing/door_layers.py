@@ -15,7 +15,7 @@ from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.tracing.adapters import Seen
 from mamba_attn.tracing.doors import Watch
-from mamba_attn.tracing.edits import CallEdit, Edit, Knockout, in_scan_order
+from mamba_attn.tracing.edits import CallEdit, Edit, Knockout, Within, in_scan_order
 from mamba_attn.tracing.frames import Place
 from mamba_attn.tracing.layer_names import by_pattern
 from mamba_attn.tracing.layers import Layer, ScanLayer
@@ -165,6 +165,8 @@ class DoorLayer(ScanLayer):
             whole = values.expand(record.batch, record.routes, *values.shape[2:])
             return [placed.of_call(number, call.groups, whole) for number, call in enumerate(self.calls)]
 
+        if isinstance(edit, Within):
+            return [CallEdit(within=edit.steps) for _ in self.calls]
         if isinstance(edit, Knockout):
             rows, columns = edit.removed(self.name, record)
             lost = spread(in_scan_order(rows[:, None, None], record.write_order))
