@@ -1,7 +1,7 @@
 """Chooses the backend of a call: the one requested, or the fastest that can run it.
 
-"native" and "blocked" fold channels that share a head's matrix (Mamba-2) per head. "fused" computes every channel's
-matrix in its one launch, and "reference" by definition.
+"native" and "blocked" fold channels that share a head's matrix per head, and "fused" does where the head's states share
+their decay, as in Mamba-2. "reference" computes every channel's matrix by definition.
 """
 
 import os

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from mamba_attn import ops
 from mamba_attn.core.rules import Rules
+from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.tracing.chunk_scans import (
+    ChunkInputs,
     backward_arguments,
     forward_inputs,
     scanned,
@@ -363,6 +365,10 @@ def _chunk_forward(door: Door, *args: Any, **kwargs: Any) -> Any:
     found = door.own[CHUNK_SCANS[0]](*args, **kwargs)
     if inputs is not None:
         out, entered = scanned(found), inputs.u
+        folds = [watch.attention for watch, _ in places if watch.attention is not None and not recomputing()]
+        matrices: dict[str | None, tuple[str, Tensor]] = {
+            fold: (fold, _matrix_of_chunks(inputs, fold)) for fold in dict.fromkeys(folds)
+        }
         inputs = type(inputs)._make(detached_plain(t) if isinstance(t, Tensor) else t for t in inputs)
         edits = _edits_of(places, inputs)
         if edits:
@@ -370,7 +376,8 @@ def _chunk_forward(door: Door, *args: Any, **kwargs: Any) -> Any:
             found, out = with_output(found, y, inputs.z), y
         for watch, module in places:
             if watch.edits is None:
-                watch.keep(module, entered, inputs, out, partial(Tensor.detach, out.flatten(2).mT), None)
+                again = partial(Tensor.detach, out.flatten(2).mT)
+                watch.keep(module, entered, inputs, out, again, matrices.get(watch.attention))
             elif edits:
                 watch.edited.append((out, inputs, edits))
     return found
@@ -434,6 +441,14 @@ def _backward(door: Door, *args: Any) -> Any:
 
 _SCAN: dict[str, Handler] = {"fwd": _forward, "bwd": _backward}
 _CHUNKS: dict[str, Handler] = dict(zip(CHUNK_SCANS, (_chunk_forward, _chunk_backward), strict=True))
+
+
+@torch.no_grad()
+def _matrix_of_chunks(inputs: ChunkInputs, fold: str) -> Tensor:
+    """The matrix of every group of heads, in scan order; the extension's own output stays what it is."""
+    record = ScanRecord.from_scan(*inputs.parts()[:5])
+    groups = (record.select_routes(slice(g, g + 1)) for g in range(record.routes))
+    return torch.stack([ops.hidden_attention(group, fold=fold) for group in groups], dim=1)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ LONG = [
     Case(batch=1, routes=1, channels=2, states=33, grid=(1, 70), delta_scale=0.01),
     Case(batch=1, routes=1, channels=36, heads=9, groups=2, states=18, grid=(9, 15), shared_states=True),
     Case(batch=1, routes=1, channels=1, states=1, grid=(1, 600), delta_scale=5.0),
+    Case(batch=1, routes=2, channels=6, heads=3, states=2, grid=(2, 150), frame="tokens", delta_scale=0.02),
 ]
 cases = pytest.mark.parametrize("case", CASES + LONG, ids=lambda case: case.id)
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)
