@@ -122,7 +122,7 @@ def test_native_channel_blocks_add_up() -> None:
     torch.testing.assert_close(value.double(), truth, rtol=1e-4, atol=1e-5)
 
 
-# longer than what a task makes a matrix of its own of: in bands of 16 rows; 24 x 24 is 36 of them, and routes that walk the
+# so long that no task makes a matrix of its own: bands of 16 rows; 24 x 24 is 36 of them, and routes that walk the
 # same rows backwards are written together
 @pytest.mark.parametrize("grid", [(24, 24), (19, 29)])
 @pytest.mark.parametrize("states", [1, 3, 128])
