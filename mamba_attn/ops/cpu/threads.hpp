@@ -19,10 +19,10 @@ inline double now() {
 
 thread_local double waited = 0;  // seconds that this thread has waited for tasks of others
 
-// On a machine whose cores are busy, a call may wait longer for its other threads than they save: then some calls run alone,
-// and twice as many each time that it happens again.
+// On a machine whose cores are busy, a call may wait longer for its other threads than they save: then so many calls run
+// alone that what was lost is a tenth of their time.
 struct Patience {
-    std::atomic<int> alone{0}, next{4};
+    std::atomic<int> alone{0};
 
     bool runs_alone() {
         if (alone.load(std::memory_order_relaxed) <= 0) return false;
@@ -30,10 +30,8 @@ struct Patience {
         return true;
     }
     void learn(double busy, double lost) {
-        const bool paid = lost < 0.75 * busy;
-        const int calls = next.load(std::memory_order_relaxed);
-        if (!paid) alone.store(calls, std::memory_order_relaxed);
-        next.store(paid ? 4 : calls < 64 ? 2 * calls : 64, std::memory_order_relaxed);
+        const double calls = 10 * lost / (busy + 1e-9);
+        alone.store(lost < 0.75 * busy ? 0 : calls < 1000 ? int(calls) : 1000, std::memory_order_relaxed);
     }
 } patience;
 
