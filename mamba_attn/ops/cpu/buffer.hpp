@@ -9,20 +9,21 @@ namespace {
 // the C++ libraries that a prebuilt kernel should run with.
 template <class T>
 class Buffer {
+    void* whole = nullptr;
     T* data = nullptr;
     int64_t size = 0;
 
   public:
     Buffer() = default;
     Buffer(const Buffer&) = delete;
-    ~Buffer() { std::free(data); }
+    ~Buffer() { std::free(whole); }
 
     T* fit(int64_t count) {
         if (count <= size) return data;
-        std::free(data);
-        void* found = nullptr;
-        if (posix_memalign(&found, 64, count * sizeof(T))) std::abort();  // what an exception out of a thread would end in
-        data = static_cast<T*>(found), size = count;
+        std::free(whole);
+        whole = std::malloc(count * sizeof(T) + 64);
+        if (!whole) std::abort();  // what an exception out of a thread would end in
+        data = (T*)(((uintptr_t)whole + 63) / 64 * 64), size = count;
         return data;
     }
     T* at(int64_t place) { return data + place; }
