@@ -120,7 +120,6 @@ class Parts:
         each = [counts[at] if at < len(counts) else self._count(number) for at, number in enumerate(self.numbers)]
         self.counts = each
         self._starts = [0, *accumulate(images for images, _ in each)]
-        self.unreadable_count = sum(unreadable for _, unreadable in each)
 
     def __len__(self) -> int:
         """Number of counted images."""
@@ -137,14 +136,7 @@ class Parts:
         """
         number = self.numbers[at]
         if number not in self._parts:
-            found = Part.read(self.place, number)
-            span = self._spans[number] if number < len(self._spans) else None
-            if span != (found.start, found.stop):
-                raise StoreError(
-                    f"{self.place}/{object_name(number)}: it counts images {found.start}..{found.stop}, and the store "
-                    f"plans {span} there: two calls with other limits wrote at once; collect into a new folder."
-                )
-            self._parts[number] = found
+            self._parts[number] = self._read(number)
         return self._parts[number]
 
     def first_row(self, at: int) -> int:
@@ -164,11 +156,22 @@ class Parts:
     @property
     def unreadable(self) -> dict[str, str]:
         """Reasons by key of images that could not be used."""
-        return {key: why for part in self for key, why in part.unreadable.items()} if self.unreadable_count else {}
+        with_some = (at for at, (_, unreadable) in enumerate(self.counts) if unreadable)
+        return {key: why for at in with_some for key, why in self.part(at).unreadable.items()}
 
     def _count(self, number: int) -> tuple[int, int]:
-        part = self.part(self.numbers.index(number))
+        part = self._parts[number] if number in self._parts else self._read(number)  # not kept: there may be thousands
         return len(part.images), len(part.unreadable)
+
+    def _read(self, number: int) -> Part:
+        found = Part.read(self.place, number)
+        span = self._spans[number] if number < len(self._spans) else None
+        if span != (found.start, found.stop):
+            raise StoreError(
+                f"{self.place}/{object_name(number)}: it counts images {found.start}..{found.stop}, and the store "
+                f"plans {span} there: two calls with other limits wrote at once; collect into a new folder."
+            )
+        return found
 
 
 class Images(Sequence[StoredImage]):

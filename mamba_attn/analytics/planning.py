@@ -95,8 +95,7 @@ def plan(request: Request, out: str | Path, ranks: Ranks) -> Plan:
 
 def _row_bytes(index: Index) -> int:
     features = sum(feature_size(layer.tokens) * (2 if layer.exact else 4) for layer in index.layers)
-    rows, columns = index.transform["size"]
-    return int(features + 4 * len(index.layers) + 3 * rows * columns)
+    return features + 4 * len(index.layers) + 3 * math.prod(map(int, index.transform["size"]))
 
 
 def _matrix_bytes(index: Index) -> int:

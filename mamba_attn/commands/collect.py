@@ -151,7 +151,8 @@ def _collect(request: "Request", out: str, args: argparse.Namespace, ranks: "Ran
         found = collect(request, out, advance=advance, ranks=ranks)
     if ranks.together and not ranks.first:
         return 0
-    return _report(found, out, _next(request, out, args))
+    skipped = _report(found, out, _next(request, out, args))
+    return 0 if ranks.launcher == "torchrun" else skipped  # which would start all again
 
 
 def _plan(request: "Request", out: str, ranks: "Ranks") -> int:

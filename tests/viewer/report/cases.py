@@ -22,9 +22,7 @@ def stored(folder, name="vmamba_micro", images=5, keep=2, routes="each", **optio
         where.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 255, (32, 48, 3), np.uint8)).save(where / f"{HOSTILE}{number}.png")
     options = {**(OPTIONS if name == "vmamba_micro" else {}), **options}
-    asked = Request(
-        subject(name, 0, **options), open_data(str(folder / "photos")), None, keep, 2, None, routes, interval=0.0
-    )
+    asked = Request(subject(name, 0, **options), open_data(str(folder / "photos")), None, keep, 2, None, routes, part=4)
     collect(asked, folder / "store")
     return AttentionStore.open(folder / "store")
 
