@@ -146,7 +146,8 @@ def call_of_heads(record: ScanRecord, read: Tensor | None, write: Tensor | None)
 
 def by_head(x: Tensor, axis: int, width: int) -> Tensor:
     """Return a view whose axis of channels is two: heads, and ``width`` channels of each."""
-    return x.unflatten(axis, (-1, width))
+    split: Tensor = x.unflatten(axis, (-1, width))
+    return split
 
 
 def supported(x: Tensor | None) -> bool:

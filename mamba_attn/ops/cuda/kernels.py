@@ -261,7 +261,7 @@ def _attention_shared(kernel: str, states: int) -> int:
 
 def _scan_blocks(args: CCall, threads: int) -> int:
     """Blocks of a scan state by state: a warp a channel, the channels of a block in one group."""
-    return args.batch * args.routes * args.groups * math.ceil(args.per_group / (threads // 32))
+    return int(args.batch * args.routes * args.groups * math.ceil(args.per_group / (threads // 32)))
 
 
 def _scan_shared(states: int, threads: int) -> int:
@@ -271,7 +271,7 @@ def _scan_shared(states: int, threads: int) -> int:
 
 def _chunk_blocks(args: CCall) -> int:
     """Blocks of a scan by chunks: one for each head, or for 64 of its channels."""
-    return args.batch * args.routes * args.channels * math.ceil(args.width / _SLICE)
+    return int(args.batch * args.routes * args.channels * math.ceil(args.width / _SLICE))
 
 
 def _chunk_shared(states: int) -> int:
