@@ -20,7 +20,8 @@
     python benchmarks/run.py collect --data FOLDER
     python benchmarks/run.py scale --data FOLDER
     python benchmarks/run.py embed --data FOLDER
-    python benchmarks/run.py findings --runs FOLDER --data FOLDER
+    python benchmarks/run.py findings --data FOLDER
+    python benchmarks/run.py content --data FOLDER
     python benchmarks/run.py explore
     python benchmarks/run.py text-truth
     python benchmarks/run.py text-perturbation --data ARCHIVE
@@ -45,6 +46,7 @@ from benchmarks import (
     analytics,
     cases,
     comparison,
+    content,
     doors,
     dropin,
     embedding,
@@ -84,6 +86,7 @@ WHAT = {
     "scale": "mamba-attn collect by several processes: speed, equal bits, kills, lists of a million images",
     "embed": "t-SNE and UMAP of attention, with PCA before them and without",
     "findings": "mamba-attn findings: the paper's findings, trained, with random weights, in other patch orders",
+    "content": "what the image-dependent part of attention is worth: matrices of other images, of none, and cut short",
     "explore": "mamba-attn explore in a real browser: from a gesture to the picture",
     "text-truth": "attribution of text: ranks of the token that an answer was copied from",
     "text-perturbation": "attribution of text: what reviews lose when words are replaced, in an order of relevance",
@@ -106,6 +109,7 @@ ON_DATA: dict[str, tuple[Any, Any]] = {  # the module with the options, and what
     "scale": (many_ranks, many_ranks.run_scale),
     "embed": (embedding, embedding.run_embed),
     "findings": (findings, findings.run_findings),
+    "content": (content, content.run_content),
     "dropin": (dropin, dropin.run_dropin),
     "doors": (doors, doors.run_doors),
     "text-perturbation": (text_perturbation, text_perturbation.run_text_perturbation),
