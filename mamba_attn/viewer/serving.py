@@ -14,42 +14,11 @@ if TYPE_CHECKING:
     from mamba_attn.viewer.server import Explorer
 
 
-class Bound:
-    """A server that is bound and not yet running.
-
-    Args:
-        app: to serve.
-        listening: its socket.
-    """
-
-    def __init__(self, app: "Explorer", listening: socket.socket) -> None:
-        self.port = int(listening.getsockname()[1])
-        self._socket = listening
-        settings = uvicorn.Config(
-            app,
-            http="h11",
-            ws="none",
-            lifespan="off",
-            log_level="error",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=1,
-        )
-        logging.getLogger("uvicorn.error").addFilter(_is_news)
-        self._server = uvicorn.Server(settings)
-
-    def serve_forever(self) -> None:
-        """Serve until Ctrl+C, or ``shutdown`` from another thread."""
-        self._server.run(sockets=[self._socket])
-
-    def shutdown(self) -> None:
-        """Stop ``serve_forever``."""
-        self._server.should_exit = True
-
-
 @contextmanager
-def bound(app: "Explorer", host: str, port: int) -> Iterator[Bound]:
-    """Yield a server that is bound and not yet running; ``serve_forever`` runs it.
+def bound(app: "Explorer", host: str, port: int) -> Iterator[tuple[uvicorn.Server, socket.socket]]:
+    """Yield a server and the socket it is bound to; ``server.run(sockets=[listening])`` serves until Ctrl+C.
+
+    From another thread, ``server.should_exit = True`` ends it.
 
     Args:
         app: to serve.
@@ -59,9 +28,20 @@ def bound(app: "Explorer", host: str, port: int) -> Iterator[Bound]:
     Raises:
         OSError: the port is in use, or the address cannot be bound; a sentence.
     """
+    settings = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=1,
+    )
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
     with _socket(host, port) as listening:
         try:
-            yield Bound(app, listening)
+            yield uvicorn.Server(settings), listening
         finally:
             app.close()
 

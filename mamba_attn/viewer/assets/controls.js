@@ -112,7 +112,7 @@ function filters() {
   fill('sorting', [
     menu('verdict', '', [['all', 'all'], ['right', 'right ✓'], ['wrong', 'wrong ✗']], { why: known ? '' : 'the classes are not known', spoken: 'Predictions' }),
     menu('order', '', [['stored', 'in order'], ['unusual', 'unusual']], { why: kept ? '' : `no ${item()} is stored in full`, spoken: `Order of ${item(true)}` }),
-    live && !wordsOf() && button('add', 'add photo', addPhoto),
+    live && item() === 'photo' && button('add', 'add photo', addPhoto),
   ]);
 }
 
