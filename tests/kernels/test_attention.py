@@ -25,7 +25,6 @@ LONG = [
     Case(batch=1, routes=1, channels=2, states=33, grid=(1, 70), delta_scale=0.01),
     Case(batch=1, routes=1, channels=36, heads=9, groups=2, states=18, grid=(9, 15), shared_states=True),
     Case(batch=1, routes=1, channels=1, states=1, grid=(1, 600), delta_scale=5.0),
-    Case(batch=1, routes=2, channels=6, heads=3, states=2, grid=(2, 150), frame="tokens", delta_scale=0.02),
 ]
 cases = pytest.mark.parametrize("case", CASES + LONG, ids=lambda case: case.id)
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)
@@ -122,6 +121,15 @@ def test_extreme_steps(there: Recorder, kernel: str, scale: float) -> None:
 def test_distances_keep_their_digits_over_thousands_of_steps(there: Recorder) -> None:
     record = make(Case(batch=1, routes=1, channels=1, states=1, grid=(1, 1500), delta_scale=0.2))
     no_worse_than_torch(there, record, "mean", {}, *(attention(there, record, kernel=kernel) for kernel in KERNELS))
+
+
+def test_a_tile_sums_the_steps_between_its_chunks(there: Recorder) -> None:
+    record = make(
+        Case(batch=1, routes=2, channels=6, heads=3, states=2, grid=(2, 150), frame="tokens", delta_scale=0.02)
+    )
+    truth, bound = (ops.hidden_attention(x, backend="reference") for x in (double(record), magnitude(double(record))))
+    for kernel in KERNELS:
+        assert_within(attention(there, record, kernel=kernel), truth, bound, 1e-6 + 2 * there.unit)
 
 
 @pytest.mark.parametrize("kernel", ["attention_factored_64", "attention_factored_128"])
