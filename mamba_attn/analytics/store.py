@@ -81,7 +81,7 @@ class AttentionStore:
 
     @classmethod
     def open(
-        cls, path: str | Path, unfinished: bool = False, *, model: LoadedModel | nn.Module | None = None
+        cls, path: str | Path | Place, unfinished: bool = False, *, model: LoadedModel | nn.Module | None = None
     ) -> "AttentionStore":
         """Open a store for reading.
 
