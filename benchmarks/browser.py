@@ -39,11 +39,11 @@ def served(*stores: Any) -> Iterator[str]:
     from mamba_attn.viewer.server import Explorer
     from mamba_attn.viewer.serving import bound
 
-    with bound(Explorer(list(stores)), "127.0.0.1", 0) as server:
-        thread = threading.Thread(target=server.serve_forever)
+    with bound(Explorer(list(stores)), "127.0.0.1", 0) as (server, listening):
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
-            yield f"http://127.0.0.1:{server.port}/"
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
         finally:
-            server.shutdown()
+            server.should_exit = True
             thread.join()

@@ -5,13 +5,15 @@ image, and as large as they are published.
 """
 
 import argparse
+import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mamba_attn
@@ -21,7 +23,10 @@ from benchmarks.measure import Spread, interleave, paired
 from benchmarks.report import Figure, figure
 from mamba_attn.tracing import adapters, standing, steps
 from mamba_attn.tracing.door_layers import DoorLayer
+from mamba_attn.tracing.reachable import compiled_scans
 from mamba_attn.tracing.replay import Replay
+from mamba_attn.tracing.selective_scans import ScanCall
+from mamba_attn.tracing.softmax_calls import SoftmaxCall
 from mamba_attn.tracing.softmax_layers import DoorAttention
 
 REPOSITORIES = {"vmamba_tiny_s1l8": "MzeroMiko/VMamba", "vim_tiny": "hustvl/Vim"}
@@ -64,6 +69,9 @@ def run_doors(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
 def overhead(name: str, model: nn.Module, images: Tensor, rounds: int) -> tuple[list[Figure], dict[str, Any]]:
     """A pass that is traced at doors, no attention asked for, against the model's own.
 
+    Beside it a pass under which nothing happens but that a list holds what a trace keeps: what of it is memory, which
+    the allocator cannot hand out again.
+
     Raises:
         RuntimeError: the traced pass changes the output, or was not seen at doors.
     """
@@ -78,6 +86,12 @@ def overhead(name: str, model: nn.Module, images: Tensor, rounds: int) -> tuple[
             output: Tensor = model(images)
         return output
 
+    def holding() -> Tensor:
+        with torch.no_grad(), held_inputs():
+            output: Tensor = model(images)
+        return output
+
+    calls = {"plain": plain, "traced": traced, "holding": holding}
     with torch.no_grad(), mamba_attn.trace(model) as record:
         seen = model(images)
     if not torch.equal(seen, plain()) or not torch.equal(traced(), seen):
@@ -85,13 +99,59 @@ def overhead(name: str, model: nn.Module, images: Tensor, rounds: int) -> tuple[
     layers = record.layers
     if not all(isinstance(layer, DoorLayer | DoorAttention) for layer in layers):
         raise RuntimeError(f"{name}: its layers were not seen at doors.")
-    del record, seen
-    times = interleave({"plain": plain, "traced": traced}, rounds)
+    count = len(layers)
+    tensors = [t for call in record._doors.watch.calls for t in _kept(call)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    del record, seen, layers, tensors
+    times = interleave(calls, rounds)
+    found, alone = (paired(times[what], times["plain"]) for what in ("traced", "holding"))
     details = {
-        "layers": len(layers),
+        "layers": count,
+        "kept bytes": sum(storages.values()),
+        "holding alone": alone,
+        "traced over holding": paired(times["traced"], times["holding"]),
+        "page faults": {what: _page_faults(call) for what, call in calls.items()},
         "milliseconds": {what: Spread.of([1e3 * t for t in sample]) for what, sample in times.items()},
     }
-    return [figure("doors overhead", name, paired(times["traced"], times["plain"]))], details
+    print(
+        f"{name}: a traced pass takes {found.median:.3f} of its own; one whose scans' inputs a list holds, and nothing "
+        f"else, {alone.median:.3f}: {details['kept bytes'] / 2**20:.0f} MiB, page faults {details['page faults']}."
+    )
+    return [figure("doors overhead", name, found)], details
+
+
+@contextmanager
+def held_inputs() -> Iterator[None]:
+    """Hold what enters scans and attention in a list until the end, as a trace must; do nothing else."""
+    kept: list[Any] = []
+
+    def holding(own: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found = own(*args, **kwargs)
+            kept.append((args, kwargs))
+            return found
+
+        return call
+
+    with ExitStack() as stack:
+        for scan in compiled_scans():
+            if "fwd" in vars(scan):
+                stack.enter_context(patch.object(scan, "fwd", holding(scan.fwd)))
+        own = F.scaled_dot_product_attention
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", holding(own)))
+        yield
+
+
+def _kept(call: ScanCall | SoftmaxCall) -> list[Tensor]:
+    """The tensors that a call at a door keeps alive."""
+    return call.given if isinstance(call, SoftmaxCall) else [t for t in call.inputs if isinstance(t, Tensor)]
+
+
+def _page_faults(call: Callable[[], object]) -> int:
+    """Pages of 4 KiB that a call got from the system: memory that its process did not have yet."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 def measure_orders(name: str, model: nn.Module, images: Tensor) -> tuple[list[Figure], dict[str, Any]]:

@@ -1,14 +1,15 @@
 """The findings of the demo models, of models trained in other orders, and of random weights; docs/findings.md.
 
-    python benchmarks/run.py findings --runs FOLDER --data FOLDER
+    python benchmarks/run.py findings --data FOLDER [--runs FOLDER]
     python benchmarks/findings.py              derives the verdicts of results/findings.json from its numbers again, and
                                                writes the tables of docs/findings.md
 
 ``--runs`` holds what benchmarks/train.py wrote: <order>/vmamba_micro.safetensors with its card, class_token_first/ and
 class_token_middle/vim_micro.safetensors, digits/<order>_<seed>/*.safetensors, and seeds/<seed>/*.safetensors, trainings
-that differ in their seed alone and tell what training does. What is missing there is left out and, but for the seeds,
-named in the results. ``--data`` holds imagenette128.zip and localise.zip. Stores, and what was measured of them, lie in
-``--work``; a killed run resumes from there.
+that differ in their seed alone and tell what training does. A part whose runs are all missing there is taken from the
+results as they are, without the numbers whose formula has changed since; the page says how it was measured. ``--data``
+holds imagenette128.zip and localise.zip. Stores, and what was measured of them, lie in ``--work``; a killed run resumes
+from there.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import torch
 
 from benchmarks.findings_page import PICTURES, update
 from benchmarks.findings_tables import digits as in_digits
-from benchmarks.findings_verdicts import derive
+from benchmarks.findings_verdicts import PARTS, derive
 from benchmarks.report import Figure, figure, show, written
 from mamba_attn import images, orders
 from mamba_attn.analytics import AttentionStore, Request, collect
@@ -41,29 +42,37 @@ from mamba_attn.findings.accuracy import known_accuracy, over_orders
 from mamba_attn.findings.controls import Report, report
 from mamba_attn.findings.intervals import Estimate, difference
 from mamba_attn.findings.page import matrices_rgb
+from mamba_attn.findings.registry import VERSION
 from mamba_attn.findings.tables import as_json, side_by_side
 
 DEMOS = ("vim_micro", "vmamba_micro", "vit_micro")
 CLASS_TOKENS = ("class_token_first", "class_token_middle")
 OBJECTS, DIGITS = "imagenette128.zip", "localise.zip:digits64"
 RESULTS = Path(__file__).parent / "results"
+FILE = RESULTS / "findings.json"
+IMAGES, SEEDS = 64, 20
+CHANGED = {  # since version 1 of the formulas
+    *("block_silhouette", "block_neighbours", "block_correlation", "image_share", "image_share_by_depth"),
+}
+FIRST = {"formulas": 1, "images": 200, "seeds": 5}  # of results that do not say how they were measured
 _BATCH = 64
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the benchmark's options."""
     parser.add_argument("--data", type=Path, required=True, help="folder with imagenette128.zip and localise.zip")
-    parser.add_argument("--runs", type=Path, required=True, help="folder of trained models, as above")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of trained models; default: ./runs")
     parser.add_argument("--work", type=Path, default=Path("findings_work"), help="default: ./findings_work")
-    parser.add_argument("--images", type=int, default=200, help="of each store; default: 200")
-    parser.add_argument("--seeds", type=int, default=20, help="models with random weights; default: 20")
+    parser.add_argument("--images", type=int, default=IMAGES, help=f"of each store; default: {IMAGES}")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"models with random weights; default: {SEEDS}")
     parser.add_argument("--workers", type=int, default=2, help="processes; default: 2")
     parser.add_argument("--answers", type=int, default=500, help="images that reordered models classify; default: 500")
+    parser.add_argument("--earlier", type=Path, default=FILE, help="results that missing parts are taken from")
 
 
 def partial(args: argparse.Namespace) -> bool:
     """Whether the options leave something out of the full run."""
-    return (args.images, args.seeds, args.answers) != (200, 20, 500) or bool(missing(args.runs))
+    return (args.images, args.seeds, args.answers) != (IMAGES, SEEDS, 500)
 
 
 def missing(runs: Path) -> list[str]:
@@ -121,14 +130,20 @@ def run_findings(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
         "class tokens": (tokens, OBJECTS), "digits": (digits, DIGITS),
         "trained seeds": (seeds, OBJECTS),
     }  # fmt: skip
-    details: dict[str, Any] = {"how": __doc__, "images": args.images, "seeds": args.seeds, "missing": missing(runs)}
+    details: dict[str, Any] = {"how": __doc__, "missing": missing(runs)}
+    before = earlier(args.earlier) if args.earlier.is_file() and not args.quick else {}
     every: list[Report] = []
     for part, (models, selector) in parts.items():
+        if not models and part in before:
+            details[part] = before[part]
+            if part == "class tokens":
+                details["class token rows"] = before["class token rows"]
+            continue
         reports = measured(args, models, str(data / selector))
         stores = {name: AttentionStore.open(folder_of(args, name, *its)) for name, its in models.items()}
         every += reports
         details[part] = brief(as_json(reports, over_orders(reports), {}), part != "models")
-        details[part]["title"] = part
+        details[part] |= {"title": part, "formulas": VERSION, "images": args.images, "seeds": args.seeds}
         if reports:
             show(*side_by_side(reports))
         if part == "models" and stores:
@@ -136,12 +151,31 @@ def run_findings(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
         if part == "class tokens":
             details["class token rows"] = class_token_rows(args, stores)
     derive(details)
-    details["training"] = {name: recipe(Path(path)) for name, (_, path) in {**objects, **tokens, **digits}.items()}
-    details["reordered"] = reordered(orders_found, data / OBJECTS, args.answers)
+    trained = {name: recipe(Path(path)) for name, (_, path) in {**objects, **tokens, **digits}.items()}
+    details["training"] = {**before.get("training", {}), **trained}
+    own = orders_found or "reordered" not in before
+    details["reordered"] = reordered(orders_found, data / OBJECTS, args.answers) if own else before["reordered"]
     details["wall seconds"] = time.perf_counter() - started
     families = {each.model.partition("_")[0] for each in every if each.order}
-    count = len({each.order for each in every if each.name.startswith("order ")})
+    count = len({store["order"] for store in details["orders"]["stores"]})
     return [figure("findings orders", "vmamba_micro", count), figure("findings families", "", len(families))], details
+
+
+def earlier(path: Path) -> dict[str, Any]:
+    """Results as they are, every part with how it was measured, without the numbers whose formula has changed.
+
+    Args:
+        path: of the file.
+    """
+    details: dict[str, Any] = json.loads(path.read_text())["details"]
+    for name in PARTS:
+        part = details.get(name)
+        if part is None or part.setdefault("formulas", FIRST["formulas"]) == VERSION:
+            continue
+        part.update({key: details.get(key, value) for key, value in FIRST.items() if key not in part})
+        for store in part["stores"]:
+            store["rows"] = [row for row in store["rows"] if row["finding"] not in CHANGED]
+    return details
 
 
 def measured(args: argparse.Namespace, models: dict[str, tuple[str, str]], selector: str) -> list[Report]:
@@ -274,7 +308,8 @@ def draw(args: argparse.Namespace, name: str, rgb: np.ndarray) -> None:
 
 
 if __name__ == "__main__":
-    results = json.loads((RESULTS / "findings.json").read_text())
+    results = json.loads(FILE.read_text())
+    results["details"] = earlier(FILE)
     derive(results["details"])
-    (RESULTS / "findings.json").write_text(written(results))
+    FILE.write_text(written(results))
     update(results)

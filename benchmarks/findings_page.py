@@ -4,13 +4,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import content_page
 from benchmarks import findings_tables as tables
-from benchmarks.findings_verdicts import called_outside, stores_of
+from benchmarks.findings_verdicts import PARTS as PARTS_MEASURED
+from benchmarks.findings_verdicts import called_outside
 from benchmarks.marked_pages import filled
 from mamba_attn.findings.intervals import LEVEL
+from mamba_attn.findings.registry import VERSION
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "findings.md"
 PICTURES = PAGE.parent
+_NAMES = {"models": "models that come with the package", "orders": "trained in other orders"}
+_OLDER = (
+    "\nEarlier formulas: numbers whose formula has changed since are left out (silhouette, nearest point, correlation "
+    "of blocks, part that differs); the correlations with accuracy are as they were measured.\n"
+)
 
 
 def update(results: dict[str, Any], page: Path = PAGE) -> None:
@@ -40,21 +48,25 @@ def written(text: str, details: dict[str, Any]) -> str:
 
 
 def in_short(details: dict[str, Any]) -> str:
-    """How many findings are outside the range of untrained models, what of the paper holds, what the order changes."""
-    lines = []
-    for store in details["models"]["stores"]:
-        rows = tables.summary_rows(details["models"], store)
+    """What of the paper holds, with training or without; how many findings are outside the range; the orders."""
+    lines, part = [], details["models"]
+    for store in part["stores"]:
+        rows = tables.summary_rows(part, store)
         known = [row for row in rows if row["verdict"]]
         outside = sum(row["verdict"] in tables.OUTSIDE for row in known)
         alone = sum(row["untrained"]["chance"] <= LEVEL for row in known)
-        claims = [(row, details["models"]["findings"][row["finding"]]["claim"]) for row in rows]
-        claimed = [tables.holds(row, claim) for row, claim in claims if claim is not None]
-        held = [text for text in claimed if text.startswith("holds")]
-        too = sum("random weights too" in text for text in held)
+        claims = [(part["findings"][row["finding"]], row) for row in rows if part["findings"][row["finding"]]["claim"]]
+        said: dict[str, list[str]] = {}
+        for about, row in claims:
+            verdict = tables.holds(row, about["claim"]).partition(":")[0]
+            said.setdefault(verdict, []).append(f"{about['of']} {about['title']}")
+        names = {verdict: f"{len(its)} ({'; '.join(its)})" for verdict, its in said.items()}
         lines.append(
-            f"- {store['name']}: {outside} of {len(known)} findings lie outside the range expected of untrained models "
-            f"({alone} before Holm's correction). {len(held)} of {len(claimed)} claims of the paper hold, {too} of "
-            "them with random weights too."
+            f"- **{store['name']}**, {len(claims)} claims of the paper. Holds, and not with random weights: "
+            f"{names.get('holds, random weights do not', 'none')}. Holds with random weights too, so that it says "
+            f"nothing about training: {names.get('holds, random weights too', 'none')}. Does not hold: "
+            f"{names.get('fails', 'none')}. Undecided: {names.get('open', 'none')}. Of {len(known)} numbers, {outside} "
+            f"lie outside the range expected of untrained models ({alone} before Holm's correction)."
         )
     orders = [(store["accuracy"], store["order"]) for store in details["orders"]["stores"] if store["accuracy"]]
     if len(orders) > 1:
@@ -76,14 +88,20 @@ def rule(details: dict[str, Any]) -> str:
 
 
 def setting(details: dict[str, Any]) -> str:
-    """Which models, how many images and seeds; what is missing."""
-    stores = stores_of(details)
-    known = ", ".join(sorted({store["model"] for store in stores}))
-    left = f" Missing when this was measured: {', '.join(details['missing'])}." if details["missing"] else ""
-    return (
-        f"{len(stores)} models ({known}), {details['images']} images each, {details['seeds']} seeds of random weights "
-        f"for each.{left}\n"
-    )
+    """Which models, how many images and seeds, and by which formulas; what is missing."""
+    lines = []
+    for name in PARTS_MEASURED:
+        part = details.get(name)
+        if not part or not part["stores"]:
+            continue
+        known = ", ".join(sorted({store["model"] for store in part["stores"]}))
+        older = "" if part["formulas"] == VERSION else ", earlier formulas"
+        count = len(part["stores"])
+        lines.append(
+            f"- {_NAMES.get(name, name)}: {count} model{'' if count == 1 else 's'} ({known}), {part['images']} images "
+            f"each, {part['seeds']} seeds of random weights for each{older}."
+        )
+    return "\n".join(lines) + "\n" + (_OLDER if any("earlier formulas" in line for line in lines) else "")
 
 
 def matrices(_: dict[str, Any]) -> str:
@@ -92,8 +110,10 @@ def matrices(_: dict[str, Any]) -> str:
     return f"![{text}](findings_matrices.png)\n"
 
 
-def class_token_maps(_: dict[str, Any]) -> str:
-    """The picture of what class tokens read."""
+def class_token_maps(details: dict[str, Any]) -> str:
+    """The picture of what class tokens read, where it was drawn with the rest of these results."""
+    if details["class tokens"]["formulas"] != VERSION:
+        return "No picture: it is drawn with the numbers, and these are of an earlier run.\n"
     return "![What the class token reads, first above, in the middle below](findings_class_token.png)\n"
 
 
@@ -210,15 +230,7 @@ def _gained(points: list[float | None] | None) -> str:
 def blocks_together(details: dict[str, Any]) -> str:
     """How the findings about several blocks were measured in these results."""
     about = details["models"]["findings"]["block_correlation"]
-    words = [f"*{about['title'].capitalize()}*: {about['formula']} The tables give the number of pairs."]
-    if about["title"].startswith("least"):
-        words.append(
-            "A minimum over more pairs is lower by itself, so models with different numbers of pairs cannot be "
-            "compared. This page was measured by an earlier version: the command now takes the 10 % quantile minus "
-            "that expected by chance, and computes silhouette, nearest point and the part that differs inside "
-            "disjoint groups of images, so that the intervals hold."
-        )
-    return " ".join(words) + "\n"
+    return f"*{about['title'].capitalize()}*: {about['formula']} The tables give the number of pairs.\n"
 
 
 def class_tokens(details: dict[str, Any]) -> str:
@@ -254,4 +266,5 @@ PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "by layer": tables.by_layer,
     "matrices": matrices,
     "class token maps": class_token_maps,
+    **content_page.PARTS,
 }

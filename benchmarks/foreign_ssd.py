@@ -12,7 +12,7 @@ from benchmarks.foreign_code import load, made, package, renamed
 
 
 def vssd(root: Path) -> Iterator[Case]:
-    """VSSD: every token reads one sum over all tokens, by products that go through no scan's door; or a causal scan."""
+    """VSSD: every token reads one sum over all tokens, two strict scans to an adapter; or a causal scan."""
     with mamba_attn.cpu_stand_ins():
         renamed("timm.models.layers", "timm.layers")
     folder = root / "classification"
@@ -20,8 +20,13 @@ def vssd(root: Path) -> Iterator[Case]:
     code = load(folder, "models.mamba2")
     sizes = {"img_size": 64, "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [2, 2, 4, 8], "d_state": 8}
     base = {**sizes, "num_classes": 7, "drop_path_rate": 0.0}
-    whole = made(code.VMAMBA2, **base, linear_attn_duality=True)
-    yield Case("VMAMBA2", "non-causal", whole, (2, 3, 64, 64), refused="Mamba2 (with A_log, dt_bias")
+    sums = {"linear_attn_duality": True}
+    for name, more in (
+        ("non-causal", {"attn_types": ["mamba2"] * 4}),
+        ("non-causal, 2 groups", {"attn_types": ["mamba2"] * 4, "ssd_ngroups": 2}),
+        ("non-causal, attention in its last stage", {}),
+    ):
+        yield Case("VMAMBA2", name, made(code.VMAMBA2, **base, **more, **sums), (2, 3, 64, 64), orders=False)
     for name, more in (("causal", {}), ("both ways", {"bidirection": True, "ssd_ngroups": 2})):
         make = made(code.VMAMBA2, **base, **more, linear_attn_duality=False, attn_types=["mamba2"] * 4)
         yield Case("VMAMBA2", name, make, (2, 3, 64, 64))

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_attn import models
-from mamba_attn.datasets.puzzles import KEYS, Puzzles, copying, recall
+from mamba_attn.datasets.tasks import KEYS, TaskTexts, copying, recall
 from mamba_attn.models.language import split_words
 
 UNKNOWN, END = 1, 2  # of reviews; 0 is padding
@@ -93,7 +93,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Puzzle:
+class Task:
     """A task with known answers, and how a model learns it.
 
     Args:
@@ -104,40 +104,40 @@ class Puzzle:
         enough: accuracy at which training stops.
     """
 
-    make: Callable[[int, torch.Generator], Puzzles]
+    make: Callable[[int, torch.Generator], TaskTexts]
     options: dict[str, Any]
     lr: float
     steps: int
     enough: float = 0.998
 
 
-PUZZLES = {
-    "mamba_copy": Puzzle(copying, {}, 4e-3, 1500),
-    "mamba_recall": Puzzle(recall, {}, 3e-3, 6000),
+TASKS = {
+    "mamba_copy": Task(copying, {}, 4e-3, 1500),
+    "mamba_recall": Task(recall, {}, 3e-3, 6000),
 }
 
 
-def accuracy(model: nn.Module, batch: Puzzles) -> float:
+def accuracy(model: nn.Module, batch: TaskTexts) -> float:
     """Part of the questions that are answered."""
     with torch.no_grad():
-        return float((model(batch.ids)[:, batch.asked].argmax(-1) == batch.answers).float().mean())
+        return float((model(batch.ids)[:, batch.queries].argmax(-1) == batch.answers).float().mean())
 
 
-def train_puzzle(name: str, seed: int = 0, log: Callable[[str], None] = print) -> tuple[nn.Module, dict[str, Any]]:
+def train_task(name: str, seed: int = 0, log: Callable[[str], None] = print) -> tuple[nn.Module, dict[str, Any]]:
     """Train a model from nothing; returns it and what its card says."""
-    puzzle = PUZZLES[name]
+    task = TASKS[name]
     torch.manual_seed(seed)
     model = models.create(name).train()
-    run, generator = Run(model, puzzle.lr), torch.Generator().manual_seed(seed + 1)
-    held_out, found = puzzle.make(512, torch.Generator().manual_seed(99)), 0.0
-    while run.step < puzzle.steps and found < puzzle.enough:
-        batch = puzzle.make(64, generator)
+    run, generator = Run(model, task.lr), torch.Generator().manual_seed(seed + 1)
+    held_out, found = task.make(512, torch.Generator().manual_seed(99)), 0.0
+    while run.step < task.steps and found < task.enough:
+        batch = task.make(64, generator)
 
-        def loss(batch: Puzzles = batch) -> Tensor:
-            logits = model(batch.ids)[:, batch.asked]
+        def loss(batch: TaskTexts = batch) -> Tensor:
+            logits = model(batch.ids)[:, batch.queries]
             return F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten())
 
-        value = run.advance(loss, run.step / puzzle.steps)
+        value = run.advance(loss, run.step / task.steps)
         if run.step % 100 == 0:
             found = accuracy(model, held_out)
             log(f"step {run.step} cpu {run.seconds:.0f} s loss {value:.3f} accuracy {found:.4f}")
@@ -315,7 +315,7 @@ def save(name: str, model: nn.Module, card: dict[str, Any], out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=[*PUZZLES, "mamba_reviews", "mamba_plays"])
+    parser.add_argument("name", choices=[*TASKS, "mamba_reviews", "mamba_plays"])
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights and the card")
     parser.add_argument("--data", type=Path, help="the source package with the texts")
     parser.add_argument("--seconds", type=float, default=3600.0, help="of the plays' training")
@@ -327,7 +327,7 @@ def main() -> None:
     elif args.name == "mamba_plays":
         model, card = train_plays(args.data, args.seconds, args.out)
     else:
-        model, card = train_puzzle(args.name)
+        model, card = train_task(args.name)
         card |= {"tokens": " ".join(SYMBOLS[args.name]), "split": "symbols", "data": {}}
     save(args.name, model, card, args.out)
 

@@ -4,7 +4,7 @@
 
 Its ``compute_effective_attention`` makes one matrix per channel (Mamba) or head (Mamba-2) from a cache of activations,
 and so does our fold "each"; both are timed with the pass that they read, its own with ``eager_scan``. "each"
-makes a head's matrix again for every channel of it, which our other folds do not.
+computes a head's matrix once, and then copies it to every channel of the head.
 """
 
 import copy

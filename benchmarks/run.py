@@ -4,6 +4,7 @@
     python benchmarks/run.py models
     python benchmarks/run.py attribution
     python benchmarks/run.py passes
+    python benchmarks/run.py threads
     python benchmarks/run.py maps --data FOLDER
     python benchmarks/run.py compare --data FOLDER
     python benchmarks/run.py fills --data FOLDER
@@ -17,14 +18,16 @@
     python benchmarks/run.py dropin --checkouts FOLDER
     python benchmarks/run.py doors --checkouts FOLDER
     python benchmarks/run.py collect --data FOLDER
+    python benchmarks/run.py scale --data FOLDER
     python benchmarks/run.py embed --data FOLDER
-    python benchmarks/run.py findings --runs FOLDER --data FOLDER
+    python benchmarks/run.py findings --data FOLDER
+    python benchmarks/run.py content --data FOLDER
     python benchmarks/run.py explore
     python benchmarks/run.py text-truth
     python benchmarks/run.py text-perturbation --data ARCHIVE
 
 One thread, CPU time, the competitors in turn (A B A B) in one process; peak memory in child processes. On a GPU
-``kernel`` measures between CUDA events.
+``kernel`` measures between CUDA events; ``threads`` measures wall seconds.
 """
 
 import argparse
@@ -43,6 +46,7 @@ from benchmarks import (
     analytics,
     cases,
     comparison,
+    content,
     doors,
     dropin,
     embedding,
@@ -50,11 +54,13 @@ from benchmarks import (
     fills,
     findings,
     lens,
+    many_ranks,
     maps,
     text_perturbation,
     text_rows,
     text_truth,
     texts,
+    threads,
     two_digits,
     verify,
     without_gpu,
@@ -71,13 +77,16 @@ WHAT = {
     "models": "models: time and memory of a forward pass and of its attention",
     "attribution": "attribution: time and memory of MambaAttribution, compared with one forward + backward",
     "passes": "several maps of one traced pass, compared with the dearest of them",
+    "threads": "attention with one, two and four threads, wall seconds; first calls with a prebuilt kernel and without",
     "maps": "maps: energy in boxes, deletion, time of the command",
     "compare": "attribution methods judged on one scale: perturbation, boxes, masks, digits, sanity, cost",
     "two-digits": "attribution methods asked about either of two digits in an image",
     "fills": "attribution methods under several fills of removed cells",
     "collect": "mamba-attn collect: memory against images, time, means against explicit ones",
+    "scale": "mamba-attn collect by several processes: speed, equal bits, kills, lists of a million images",
     "embed": "t-SNE and UMAP of attention, with PCA before them and without",
     "findings": "mamba-attn findings: the paper's findings, trained, with random weights, in other patch orders",
+    "content": "what the image-dependent part of attention is worth: matrices of other images, of none, and cut short",
     "explore": "mamba-attn explore in a real browser: from a gesture to the picture",
     "text-truth": "attribution of text: ranks of the token that an answer was copied from",
     "text-perturbation": "attribution of text: what reviews lose when words are replaced, in an order of relevance",
@@ -97,8 +106,10 @@ ON_DATA: dict[str, tuple[Any, Any]] = {  # the module with the options, and what
     "fills": (fills, fills.run_fills),
     "two-digits": (two_digits, two_digits.run_two_digits),
     "collect": (analytics, analytics.run_collect),
+    "scale": (many_ranks, many_ranks.run_scale),
     "embed": (embedding, embedding.run_embed),
     "findings": (findings, findings.run_findings),
+    "content": (content, content.run_content),
     "dropin": (dropin, dropin.run_dropin),
     "doors": (doors, doors.run_doors),
     "text-perturbation": (text_perturbation, text_perturbation.run_text_perturbation),
@@ -320,6 +331,7 @@ def main(argv: list[str] | None = None) -> None:
             "text-rows": text_rows.run_text_rows,
             "lens": lens.run_lens,
             "passes": run_passes,
+            "threads": threads.run_threads,
             "build": without_gpu.run_build,
             "slots": slots.run_slots,
             "explore": explorer.run_explore,

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.language import PUZZLES, accuracy, train_puzzle
+from benchmarks.language import TASKS, accuracy, train_task
 from benchmarks.report import Figure, figure, show
 from mamba_attn import attribution, models
-from mamba_attn.datasets.puzzles import Puzzles, source_ranks, swapped
+from mamba_attn.datasets.tasks import TaskTexts, source_ranks, swapped
 from mamba_attn.evaluation.intervals import bootstrap, mean
 
 TEXTS = 100
@@ -36,9 +36,9 @@ METHODS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-def found_by(method: Any, batch: Puzzles, question: int) -> Tensor:
+def found_by(method: Any, batch: TaskTexts, question: int) -> Tensor:
     """Values of all tokens for one question of every text."""
-    place = int(batch.asked[question])
+    place = int(batch.queries[question])
     target = [(place, int(token)) for token in batch.answers[:, question]]
     with torch.no_grad():
         found: Tensor = method.attribute(batch.ids, target=target, query=place if method.reads_rows else None)
@@ -67,9 +67,9 @@ def measure(
     name: str, model: nn.Module, texts: int, methods: Iterable[str] | None = None, seed: int = 7
 ) -> dict[str, Any]:
     """Methods on one task, all by default."""
-    batch = PUZZLES[name].make(texts, torch.Generator().manual_seed(seed))
-    sizes = batch.asked.double().numpy()[None]
-    questions = range(len(batch.asked))
+    batch = TASKS[name].make(texts, torch.Generator().manual_seed(seed))
+    sizes = batch.queries.double().numpy()[None]
+    questions = range(len(batch.queries))
 
     def judged(values: list[Tensor]) -> dict[str, Any]:
         ranks = [source_ranks(each, batch, q).numpy() for q, each in zip(questions, values, strict=True)]
@@ -93,7 +93,7 @@ def measure(
 def run_text_truth(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
     """Both tasks, with the weights that come with the package."""
     details, figures = {}, []
-    for name in PUZZLES:
+    for name in TASKS:
         model = models.create(name, weights="demo")
         details[name] = measure(name, model, 8 if quick else TEXTS)
         rows = [
@@ -105,7 +105,7 @@ def run_text_truth(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
         figures.append(figure("text truth", f"MambaLRP, {name}", first["first"], tuple(first["first, 95 %"])))
     others = []
     for seed in SEEDS[: 0 if quick else None]:
-        model, card = train_puzzle("mamba_copy", seed)
+        model, card = train_task("mamba_copy", seed)
         its = measure("mamba_copy", model, TEXTS, CONSERVING)
         others.append({"seed": seed, "steps": card["steps"], "accuracy": its["accuracy"], "methods": its["methods"]})
         print(seed, {title: its["methods"][title]["first"] for title in CONSERVING}, flush=True)
@@ -115,7 +115,7 @@ def run_text_truth(quick: bool) -> tuple[list[Figure], dict[str, Any]]:
 
 def table(results: dict[str, Any]) -> str:
     """The table of the page about text, best first; figures of both tasks."""
-    tasks = [results["truth"]["details"][name]["methods"] for name in PUZZLES]
+    tasks = [results["truth"]["details"][name]["methods"] for name in TASKS]
     shown = ("first", "recall at 4", "AUC", "AP")
     lines = [
         "| method | " + " | ".join(f"{task}, {what}" for task in ("copying", "recall") for what in shown) + " |",

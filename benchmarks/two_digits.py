@@ -19,7 +19,8 @@ from benchmarks.report import Figure, show
 from mamba_attn.attribution import catalogue
 from mamba_attn.datasets.class_names import class_indices
 from mamba_attn.datasets.data import open_data
-from mamba_attn.datasets.loading import load, made_of
+from mamba_attn.datasets.loading import load
+from mamba_attn.datasets.made_of import made_of
 from mamba_attn.evaluation.intervals import bootstrap, mean
 from mamba_attn.evaluation.localisation import HALF, area_between
 from mamba_attn.evaluation.specs import build

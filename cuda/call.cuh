@@ -23,13 +23,12 @@ struct alignas(8) Sum { float high, low; };  // aligned: one load
 
 struct Call {
     Tensor u, delta, A, B, C, D, row_weight, col_weight;  // A: group = head, position = state; D: axis = channel
-    Output y, attention;       // attention: group = channel, axis = row, position = column
+    Output y, attention;       // no data: not wanted; attention: group = channel, axis = row, position = column
     const long long *read, *write;  // (routes, length): token read and written at each step
-    Sum* before;               // (batch, routes, heads, chunks): sum of delta before each chunk of TILE steps
-    int* counters;             // ticket, then finished blocks of each (image, route); zero at launch
     int batch, routes, channels, heads, groups, states, length, tokens;
     int per_head, per_group;   // channels
-    int fold, splits, products, want_y, want_attention;
+    int width;                 // channels of a head, where a kernel's channels are heads
+    int fold, splits, products;
     float y_scale, attention_scale;
 };
 

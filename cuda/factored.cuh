@@ -160,6 +160,7 @@ struct Factored {
         if (step >= valid) return;
         const bool is_row = step & half;
         const int middle = (step | (2 * half - 1)) - half, side = is_row ? step : TILE + step;
+        if (middle + 1 >= valid) return;  // no row meets this column
         const auto distance = [&](int k) {
             const Sum to = stage.distance(k, middle), own = stage.distance(k, side);
             return is_row ? minus(own, to) : plus(to, own);
@@ -208,7 +209,7 @@ struct Factored {
     }
 
     __device__ static void diagonal(const Call& call, const TileIndex& at, Memory& memory) {
-        const int lane = threadIdx.x % 32;
+        const int lane = threadIdx.x % 32, valid = min(TILE, call.length - at.I * TILE);
         float total[4][4] = {}, leaf[LEAF_SLOTS] = {}, own = 0.f;
         int row[LEAF_SLOTS], column[LEAF_SLOTS];
 #pragma unroll
@@ -220,20 +221,21 @@ struct Factored {
             for (int k = 0; k < count; k++) {
 #pragma unroll
                 for (int slot = 0; slot < LEAF_SLOTS; slot++)
-                    if (slot * THREADS + threadIdx.x < PAIRS)
+                    if (slot * THREADS + threadIdx.x < PAIRS && row[slot] < valid)
                         leaf[slot] += entry<false>(memory.stage, row[slot], column[slot], k, states);
-                if (threadIdx.x < TILE) own += entry<true>(memory.stage, threadIdx.x, threadIdx.x, k, states);
+                if (threadIdx.x < valid) own += entry<true>(memory.stage, threadIdx.x, threadIdx.x, k, states);
             }
             Place place(threadIdx.x / TILE * (INNER / HALF_PHASES), states);
             for (int k0 = 0; k0 < count * states; k0 += INNER, place.next_slab(states))
                 for (int half = TILE / 2; half >= LEAF; half /= 2) {
+                    if (half >= valid) continue;  // no step is a row of it
                     __syncthreads();
-                    fill_half(memory, half, place, states, call.length - at.I * TILE);
+                    fill_half(memory, half, place, states, valid);
                     __syncthreads();
 #pragma unroll
                     for (int slot = 0; slot < 4; slot++) {
                         const Product product = products[slot];
-                        if (product.half != half) continue;
+                        if (product.half != half || product.row + (half == LEAF ? LEAF : 0) >= valid) continue;
                         if (call.products == 3) multiply_half<3>(memory.slab, product, total[slot]);
                         else multiply_half<1>(memory.slab, product, total[slot]);
                     }

@@ -3,6 +3,7 @@
 #include "backward.cuh"
 #include "direct.cuh"
 #include "factored.cuh"
+#include "heads.cuh"
 #include "line.cuh"
 
 #ifdef __CUDACC__
@@ -12,8 +13,8 @@
 #endif
 
 extern "C" __global__ void __launch_bounds__(256, 2) selective_scan(const Call call) {
-    SHARED_MEMORY(float, states);
-    scan_block<8>(call, blockIdx.x, &states, SPAN);
+    SHARED_MEMORY(float, shared);
+    scan_block<8>(call, blockIdx.x, &shared);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 1) selective_scan_backward(const Backward job) {
@@ -36,6 +37,19 @@ extern "C" __global__ void __launch_bounds__(128, 3) attention_factored_64(const
 extern "C" __global__ void __launch_bounds__(512, 1) attention_factored_128(const Call call) {
     SHARED_MEMORY(Factored<128>::Memory, memory);
     scan_or_tile<Factored<128>::WARPS>(call, memory.stage, Factored<128>{&memory});
+}
+
+// likewise, any fold, of heads whose channels share a matrix and whose states share a decay; or their y alone
+extern "C" __global__ void __launch_bounds__(128, 3) attention_heads(const Call call) {
+    SHARED_MEMORY(Heads::Memory, memory);
+    const int tiles = gridDim.x - (call.y.data ? chunk_blocks(call) : 0), block = blockIdx.x;
+    if (block >= tiles) {
+        scan_head(call, block - tiles, reinterpret_cast<ChunkMemory&>(memory));
+        return;
+    }
+    const TileIndex at = tile_index(call, block, CHUNK);
+    stage_places(call, at, memory.stage);
+    Heads()(call, at, memory);
 }
 
 extern "C" __global__ void __launch_bounds__(256) attention_line(const Line line) {

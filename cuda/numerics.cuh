@@ -62,21 +62,6 @@ __device__ inline Row row_of(const Tensor& t, long long offset) {
     return {(const char*)t.data + offset * size, (unsigned)t.position * size, t.type};
 }
 
-// a number to be kept in a register: the compiler would compute it again at every use
-__device__ inline unsigned kept(unsigned x) {
-#ifdef __CUDA_ARCH__
-    asm volatile("" : "+r"(x));
-#endif
-    return x;
-}
-
-// between looks at a counter, so that waiting blocks leave the memory to those that work
-__device__ inline void wait_a_little() {
-#if __CUDA_ARCH__ >= 700
-    __nanosleep(64);
-#endif
-}
-
 __device__ inline void add_to(float* to, float value) {
 #ifdef __CUDA_ARCH__
     asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");  // nothing comes back
@@ -84,6 +69,8 @@ __device__ inline void add_to(float* to, float value) {
     atomicAdd(to, value);
 #endif
 }
+
+struct alignas(16) Four { float number[4]; };  // aligned: one load
 
 // The same line of a result: zeros to which several writers add, or a place of one's own.
 struct OutRow {
@@ -131,11 +118,12 @@ __device__ inline Sum warp_sum(Sum own, int lane) {
     return own;
 }
 
+constexpr float LOG2E = 1.44269504f, LOG2E_REST = 1.92596303e-8f;  // their sum is log2(e) to 48 bits
+
 // A log2(e), so that a decay is one exp2
 __device__ inline Sum rate_of(float A) {
-    const float log2e = 1.44269504f, rest = 1.92596303e-8f;  // their sum is log2(e) to 48 bits
-    const float high = A * log2e;
-    return {high, fmaf(A, rest, fmaf(A, log2e, -high))};
+    const float high = A * LOG2E;
+    return {high, fmaf(A, LOG2E_REST, fmaf(A, LOG2E, -high))};
 }
 
 __device__ inline float exp2_of(float x) {

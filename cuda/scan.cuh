@@ -4,6 +4,7 @@
 
 constexpr int STEPS = 4;            // of one lane in lines and gradients; a scan takes as many, or twice as many
 constexpr int SPAN = 32 * STEPS;    // of a warp at a time
+constexpr int LOT = 16;             // states of B and C that a block that scans holds at a time
 
 // where the tensors of one channel begin, and the tokens of its steps
 struct Channel {
@@ -54,9 +55,9 @@ struct Channel {
 // The state before a lane's first step, from the state before the warp's; that one becomes the state after the warp's.
 template <int COUNT>
 __device__ inline float enter(const float (&decays)[COUNT], const float (&inputs)[COUNT], float& carried, int lane) {
-    float factor = 1.f, state = 0.f;
+    float factor = decays[0], state = inputs[0];
 #pragma unroll
-    for (int k = 0; k < COUNT; k++) {
+    for (int k = 1; k < COUNT; k++) {
         factor *= decays[k];
         state = fmaf(decays[k], state, inputs[k]);
     }
@@ -74,95 +75,106 @@ __device__ inline float enter(const float (&decays)[COUNT], const float (&inputs
     return entering;
 }
 
-// Sums of delta before every chunk of `chunk` steps (a multiple of COUNT), of one head.
+// Steps of a warp's lanes at a time, and states at a time, for which a block holds B and C of a group: [state][step].
 template <int COUNT>
-__device__ inline Sum chunk_sums(const Channel& at, const float (&delta)[COUNT], int first, int chunk, Sum total) {
-    Sum own = {0.f, 0.f};
-#pragma unroll
-    for (int k = 0; k < COUNT; k++) own = plus(own, {delta[k], 0.f});
-    const Sum through = warp_sum(own, at.lane);
-    Sum before = shuffle_up(through, 1);
-    if (at.lane == 0) before = {0.f, 0.f};
-    const Call& call = *at.call;
-    const int chunks = (call.length + chunk - 1) / chunk;
-    if (first < call.length && first % chunk == 0) {
-        const long long row = ((long long)at.b * call.routes + at.r) * call.heads + at.head;
-        call.before[row * chunks + first / chunk] = plus(total, before);
-    }
-    return plus(total, shuffle(through, 31));
-}
+struct Staged {
+    static constexpr int REACH = 32 * COUNT;
+    float *B, *C;
+    int states;
 
-// A lane's steps at a time: what enters the states, the offsets of B and C, what comes out, a bit where there is a step.
-template <int COUNT>
-struct Steps {
-    float delta[COUNT], flow[COUNT], y[COUNT];
-    unsigned of_B[COUNT], of_C[COUNT], there;
+    __device__ Staged(float* shared, int states)
+        : B(shared), C(shared + min(states, LOT) * REACH), states(min(states, LOT)) {}
+
+    __device__ float* behind() const { return C + states * REACH; }
+
+    // zeros where a step has no place: what is in memory there would flow on
+    __device__ void fill(const Channel& at, int start, int n0) const {
+        const Call& call = *at.call;
+        const long long B_next = call.B.axis * size_of(call.B.type), C_next = call.C.axis * size_of(call.C.type);
+        for (int step = threadIdx.x; step < REACH; step += blockDim.x) {
+            const int place = at.source(start + step);
+            Row from_B = at.B(n0), from_C = at.C(n0);
+            const unsigned of_B = (unsigned)max(place, 0) * from_B.stride, of_C = (unsigned)max(place, 0) * from_C.stride;
+            float *to_B = B + step, *to_C = C + step;
+            for (int n = n0; n < min(n0 + states, call.states); n++, to_B += REACH, to_C += REACH) {
+                *to_B = place < 0 ? 0.f : from_B.read(of_B);
+                *to_C = place < 0 ? 0.f : from_C.read(of_C);
+                from_B.data += B_next, from_C.data += C_next;
+            }
+        }
+    }
+
+    __device__ static void load(const float* from, int lane, float (&to)[COUNT]) {
+#pragma unroll
+        for (int k = 0; k < COUNT; k += 4) {
+            const Four four = *(const Four*)(from + lane * COUNT + k);
+#pragma unroll
+            for (int i = 0; i < 4; i++) to[k + i] = four.number[i];
+        }
+    }
 };
 
-// All states of one span. GAPS: some steps have no place. Those behind the end of the sequence need no care, since nothing
-// comes after them; in the middle, what is read in their stead must not flow on if it is not finite.
-template <bool FLOATS, bool GAPS, int COUNT>
-__device__ inline void scan_states(const Channel& at, int states, Steps<COUNT>& steps, float* state) {
-    const Call& call = *at.call;
-    const long long B_next = call.B.axis * size_of(call.B.type), C_next = call.C.axis * size_of(call.C.type);
-    const unsigned A_next = call.A.position * size_of(call.A.type);
-    Row A = at.A(), B = at.B(0), C = at.C(0);
-    for (int n = 0; n < states; n++) {
-        const Sum rate = rate_of(A.read(0));
-        float decays[COUNT], inputs[COUNT];
+// A lane's steps: what enters the states, and what comes out.
+template <int COUNT>
+struct Steps { float delta[COUNT], flow[COUNT], y[COUNT]; };
+
+// One state. Its decays are exponentials of single steps: the rounding of such an exponent is worth less than a unit in
+// the last place of what has just entered the state.
+template <int COUNT>
+__device__ inline void scan_state(float rate, const float* B, const float* C, Steps<COUNT>& steps, float* state, int lane) {
+    float decays[COUNT], numbers[COUNT];
+    Staged<COUNT>::load(B, lane, numbers);
 #pragma unroll
-        for (int k = 0; k < COUNT; k++) {
-            decays[k] = decay(rate, steps.delta[k]);
-            const float in = steps.flow[k] * B.read<FLOATS>(steps.of_B[k]);
-            inputs[k] = !GAPS || steps.there >> k & 1 ? in : 0.f;
-        }
-        float carried = state[n];
-        float h = enter(decays, inputs, carried, at.lane);
-        __syncwarp();  // every lane has read state[n]
-        if (at.lane == 0) state[n] = carried;
+    for (int k = 0; k < COUNT; k++) {
+        decays[k] = exp2_of(rate * steps.delta[k]);
+        numbers[k] *= steps.flow[k];
+    }
+    float carried = *state, h = enter(decays, numbers, carried, lane);
+    __syncwarp();  // every lane has read the state
+    if (lane == 0) *state = carried;
+    float C_own[COUNT];
+    Staged<COUNT>::load(C, lane, C_own);
 #pragma unroll
-        for (int k = 0; k < COUNT; k++) {
-            h = fmaf(decays[k], h, inputs[k]);
-            steps.y[k] = fmaf(C.read<FLOATS>(steps.of_C[k]), h, steps.y[k]);
-        }
-        A.data += A_next, B.data += B_next, C.data += C_next;
+    for (int k = 0; k < COUNT; k++) {
+        h = fmaf(decays[k], h, numbers[k]);
+        steps.y[k] = fmaf(C_own[k], h, steps.y[k]);
     }
 }
 
-// y and the sums of one channel; `state` holds the warp's running states. FLOATS: all of u, delta, B and C are float32.
-// COUNT: steps of a lane at a time.
+// y of a warp's channel. COUNT: steps of a lane at a time; FLOATS: u and delta are float32; `active`: the warp has a channel.
 template <bool FLOATS, int COUNT>
-__device__ inline void scan_channel(const Channel& at, float* state, int chunk) {
+__device__ inline void scan_channel(const Channel& at, float* shared, bool active) {
     const Call& call = *at.call;
-    const bool sums = call.want_attention && at.c == at.head * call.per_head;
-    if (!call.want_y && !sums) return;
-    const int states = call.want_y ? call.states : 0;
-    for (int n = at.lane; n < states; n += 32) state[n] = 0.f;
-    __syncwarp();
+    const Staged<COUNT> staged(shared, call.states);
+    float* state = staged.behind() + threadIdx.x / 32 * call.states;
+    for (int n = at.lane; n < call.states; n += 32) state[n] = 0.f;
     const Row u_row = at.u(), delta_row = at.delta();
     const OutRow y_row = at.out_row(call.y, at.c, 0);
-    const unsigned B_stride = at.B(0).stride, C_stride = at.C(0).stride;
+    const unsigned A_next = call.A.position * size_of(call.A.type);
     const float skip = at.D();
-    Sum total = {0.f, 0.f};
     for (int start = 0; start < call.length; start += 32 * COUNT) {
-        const int first = start + at.lane * COUNT, in_sequence = min(COUNT, max(call.length - first, 0));
-        Steps<COUNT> steps;
-        steps.there = 0;
+        const int first = start + at.lane * COUNT;
+        Steps<COUNT> steps = {};
+        if (active) {
 #pragma unroll
-        for (int k = 0; k < COUNT; k++) {
-            const int place = at.source(first + k), some = max(place, 0);  // where there is none, one that can be read
-            steps.delta[k] = delta_row.at<FLOATS>(place);
-            steps.flow[k] = call.want_y ? steps.delta[k] * u_row.at<FLOATS>(place) : 0.f;
-            steps.y[k] = 0.f;
-            steps.of_B[k] = kept((unsigned)some * B_stride);
-            steps.of_C[k] = kept((unsigned)some * C_stride);
-            steps.there |= (unsigned)(place >= 0) << k;
+            for (int k = 0; k < COUNT; k++) {
+                const int place = at.source(first + k);
+                steps.delta[k] = delta_row.at<FLOATS>(place);
+                steps.flow[k] = steps.delta[k] * u_row.at<FLOATS>(place);
+            }
         }
-        if (sums) total = chunk_sums(at, steps.delta, first, chunk, total);
-        if (!call.want_y) continue;
-        if (!FLOATS || __any_sync(~0u, steps.there != (1u << in_sequence) - 1)) scan_states<FLOATS, true>(at, states, steps, state);
-        else scan_states<FLOATS, false>(at, states, steps, state);
-        __syncwarp();
+        Row A = at.A();
+        for (int n0 = 0; n0 < call.states; n0 += LOT) {
+            __syncthreads();
+            staged.fill(at, start, n0);
+            __syncthreads();
+            const float *B = staged.B, *C = staged.C;
+            for (int n = n0; active && n < min(n0 + LOT, call.states); n++) {
+                scan_state(A.read(0) * LOG2E, B, C, steps, state + n, at.lane);
+                A.data += A_next, B += 32 * COUNT, C += 32 * COUNT;
+            }
+        }
+        if (!active) continue;
 #pragma unroll
         for (int k = 0; k < COUNT; k++) {
             const int place = at.source(first + k);
@@ -172,20 +184,22 @@ __device__ inline void scan_channel(const Channel& at, float* state, int chunk) 
     }
 }
 
-// The part of a kernel's block of WARPS warps that scans: a warp a channel. Returns the (image, route) that it worked on.
+// blocks of WARPS warps that scan: a warp a channel, the channels of a block in one group
 template <int WARPS>
-__device__ inline int scan_block(const Call& call, int block, float* shared, int chunk) {
-    const int warp = threadIdx.x / 32, per_route = (call.channels + WARPS - 1) / WARPS;
-    const int image_route = block / per_route, c = (block - image_route * per_route) * WARPS + warp;
+__device__ inline int scan_blocks(const Call& call) {
+    return call.batch * call.routes * call.groups * ((call.per_group + WARPS - 1) / WARPS);
+}
+
+template <int WARPS>
+__device__ inline void scan_block(const Call& call, int block, float* shared) {
+    const int per_group = (call.per_group + WARPS - 1) / WARPS, part = block % per_group, rest = block / per_group;
+    const int group = rest % call.groups, image_route = rest / call.groups, in_group = part * WARPS + threadIdx.x / 32;
     const int b = image_route / call.routes, r = image_route - b * call.routes;
-    if (c >= call.channels) return image_route;
-    const Channel at(call, b, r, c, threadIdx.x % 32);
-    float* state = shared + warp * call.states;
-    const bool floats = call.u.type == FLOAT32 && call.delta.type == FLOAT32 && call.B.type == FLOAT32 && call.C.type == FLOAT32;
+    const bool active = in_group < call.per_group, floats = call.u.type == FLOAT32 && call.delta.type == FLOAT32;
+    const Channel at(call, b, r, group * call.per_group + (active ? in_group : 0), threadIdx.x % 32);
     // 8 steps a lane cost 1.6 times what 4 do, half of them idle where the last span is short; 16 warps lack registers
     const bool many = WARPS < 16 && 8 * ((call.length + 255) / 256) <= 5 * ((call.length + 127) / 128);
-    if (floats && many) scan_channel<true, 8>(at, state, chunk);
-    else if (floats) scan_channel<true, 4>(at, state, chunk);
-    else scan_channel<false, 4>(at, state, chunk);
-    return image_route;
+    if (floats && many) scan_channel<true, 8>(at, shared, active);
+    else if (floats) scan_channel<true, 4>(at, shared, active);
+    else scan_channel<false, 4>(at, shared, active);
 }

@@ -12,10 +12,9 @@ constexpr int STATES = 16;    // staged at a time
 
 template <int TILE>
 struct Stage {
-    int block;                                 // its number
     static constexpr int SIDES = 2 * TILE;     // rows, then columns
     static constexpr int PITCH = SIDES + 2;    // of channels: consecutive channels lie 2 banks apart
-    float high[CHANNELS * PITCH], low[CHANNELS * PITCH];  // distance; a block that scans keeps its states from here on
+    float high[CHANNELS * PITCH], low[CHANNELS * PITCH];  // distance; a block that scans has its own memory from here on
     float factor[CHANNELS * PITCH];            // row_weight of rows; delta * col_weight of columns
     float BC[STATES * SIDES];                  // C of rows, B of columns
     Sum rate[CHANNELS * STATES];
@@ -96,30 +95,36 @@ __device__ inline void stage_places(const Call& call, const TileIndex& at, Stage
         stage.place[side] = channel.source(step_of<TILE>(at, side));
 }
 
-// turn the staged delta into distances: a warp a channel and side
+// the sum of a channel's delta over the chunks between J and I, by a warp
+template <int TILE>
+__device__ inline Sum between(const Channel& channel, const TileIndex& at) {
+    const Row delta = channel.delta();
+    Sum own = {0.f, 0.f};
+    for (int step = (at.J + 1) * TILE + channel.lane; step < at.I * TILE; step += 32)
+        own = plus(own, {delta.at(channel.source(step)), 0.f});
+    return shuffle(warp_sum(own, channel.lane), 31);
+}
+
+// turn the staged delta into distances: a warp a channel and side; on the diagonal both sides are the same steps
 template <int TILE>
 __device__ inline void stage_distances(const Call& call, const TileIndex& at, Stage<TILE>& stage, int c, int count) {
     constexpr int PITCH = Stage<TILE>::PITCH, OWN = TILE / 32;
-    const int lane = threadIdx.x % 32, chunks = (call.length + TILE - 1) / TILE;
-    for (int job = threadIdx.x / 32; job < 2 * CHANNELS; job += blockDim.x / 32) {
-        const int k = job / 2, columns = job % 2, start = k * PITCH + columns * TILE + lane * OWN;
+    const int lane = threadIdx.x % 32, sides = at.J < at.I ? 2 : 1;
+    for (int job = threadIdx.x / 32; job < sides * CHANNELS; job += blockDim.x / 32) {
+        const int k = job / sides, columns = job % sides, start = k * PITCH + columns * TILE + lane * OWN;
         Sum own[OWN], total = {0.f, 0.f};
 #pragma unroll
         for (int i = 0; i < OWN; i++) own[i] = total = plus(total, {stage.high[start + i], 0.f});
         const Sum through = warp_sum(total, lane);
-        Sum before = shuffle_up(through, 1), base = {0.f, 0.f};
+        Sum before = shuffle_up(through, 1), base = shuffle(through, 31);
         if (lane == 0) before = {0.f, 0.f};
-        const Sum all = shuffle(through, 31);
-        if (columns && at.J < at.I && k < count) {
-            const int head = call.per_head == 1 ? c + k : (c + k) / call.per_head;
-            const Sum* sums = call.before + (((long long)at.b * call.routes + at.r) * call.heads + head) * chunks;
-            base = plus(minus(sums[at.I], sums[at.J + 1]), all);
-        }
+        if (columns && at.J + 1 < at.I && k < count) base = plus(base, between<TILE>(Channel(call, at.b, at.r, c + k, lane), at));
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
             const Sum sum = plus(before, own[i]), distance = columns ? minus(base, sum) : sum;
             stage.high[start + i] = distance.high;
             stage.low[start + i] = distance.low;
+            if (sides == 1) stage.high[start + TILE + i] = -sum.high, stage.low[start + TILE + i] = -sum.low;
         }
     }
 }
@@ -140,31 +145,17 @@ __device__ inline void write(const Call& call, const TileIndex& at, int row, int
     store(out, offset, value * call.attention_scale);
 }
 
-// A block of an attention kernel. Blocks take numbers as they start: the first ones scan, the others wait for the sums
-// of their image and route. A block only waits for blocks that have started before it, so none waits for ever.
+// A block of an attention kernel: a tile, or behind all tiles, whose blocks take longer, one that scans. No block needs
+// what another one finds.
 template <int WARPS, int TILE, class Compute>
 __device__ inline void scan_or_tile(const Call& call, Stage<TILE>& stage, Compute compute) {
-    const int per_route = (call.channels + WARPS - 1) / WARPS;
-    const int scanning = call.batch * call.routes * per_route;
-    if (threadIdx.x == 0) stage.block = atomicAdd(call.counters, 1);
-    __syncthreads();
-    const int block = stage.block;
-    if (block < scanning) {
-        const int image_route = scan_block<WARPS>(call, block, stage.high, TILE);
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            __threadfence();  // whoever sees the count sees the block's sums
-            atomicAdd(call.counters + 1 + image_route, 1);
-        }
+    const int scanning = call.y.data ? scan_blocks<WARPS>(call) : 0;
+    const int tiles = gridDim.x - scanning, block = blockIdx.x;
+    if (block >= tiles) {
+        scan_block<WARPS>(call, block - tiles, stage.high);
         return;
     }
-    const TileIndex at = tile_index(call, block - scanning, TILE);
-    if (threadIdx.x == 0) {
-        const volatile int* finished = call.counters + 1 + at.b * call.routes + at.r;
-        while (*finished < per_route) wait_a_little();
-        __threadfence();
-    }
-    __syncthreads();
+    const TileIndex at = tile_index(call, block, TILE);
     stage_places(call, at, stage);  // a barrier follows before anything is staged
     compute(call, at, stage);
 }

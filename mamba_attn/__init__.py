@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from mamba_attn.tracing.interventions import knockout, replace_attention
     from mamba_attn.tracing.tracer import Trace, trace
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Adapter",

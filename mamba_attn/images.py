@@ -42,11 +42,25 @@ _TRANSPARENT = ("RGBA", "RGBa", "LA", "La", "PA")
 
 
 class ImageError(MambaAttnError):
-    """An image file that cannot be used: damaged, not an image, or too large."""
+    """An image file that cannot be used: damaged, not an image, or too large.
+
+    Example:
+        >>> import io
+        >>> try:
+        ...     read(io.BytesIO(b"no image"), "page.html")
+        ... except ImageError as error:
+        ...     print("page.html" in str(error))
+        True
+    """
 
 
 def samples() -> list[Path]:
-    """Return the bundled CC0 images."""
+    """Return the bundled CC0 images.
+
+    Example:
+        >>> [path.name for path in samples()][:1]
+        ['clothing_dress_1.jpg']
+    """
     return sorted(SAMPLES.glob("*.jpg"))
 
 
@@ -64,6 +78,10 @@ def find(patterns: Iterable[str]) -> list[Path]:
         FileNotFoundError: an entry yields no image; the message says which.
         ValueError: an entry that is no path on this machine.
         ImageError: a pipe or a device.
+
+    Example:
+        >>> len(find([str(SAMPLES)]))
+        6
     """
     found: dict[Path, Path] = {}
     for pattern in patterns:
@@ -105,6 +123,10 @@ def read(
 
     Warns:
         UserWarning: a 16-bit file of which less than an eighth of the range is used, as by a 12-bit camera.
+
+    Example:
+        >>> read(samples()[0]).mode
+        'RGB'
     """
     name = str(path) if name is None else name
     try:
@@ -153,6 +175,10 @@ def crop(
 
     Returns:
         (rows, columns, 3) uint8: the image as the model sees it, before normalisation.
+
+    Example:
+        >>> crop(read(samples()[0]), (64, 96)).shape
+        (64, 96, 3)
     """
     from PIL.Image import Resampling
 
@@ -166,7 +192,12 @@ def crop(
 
 
 def covering(sides: tuple[int, int], cover: tuple[int, int]) -> tuple[int, int]:
-    """Return the (rows, columns) to which an image is scaled to just cover a rectangle."""
+    """Return the (rows, columns) to which an image is scaled to just cover a rectangle.
+
+    Example:
+        >>> covering((100, 200), (50, 50))
+        (50, 100)
+    """
     (rows, columns), (height, width) = sides, cover
     if height * columns >= width * rows:  # the limiting side keeps its exact length
         return height, max(width, columns * height // rows)
@@ -174,13 +205,23 @@ def covering(sides: tuple[int, int], cover: tuple[int, int]) -> tuple[int, int]:
 
 
 def fitting(sides: tuple[int, int], room: tuple[int, int]) -> tuple[int, int]:
-    """Return the (rows, columns) to which an image is scaled to just fit into a rectangle."""
+    """Return the (rows, columns) to which an image is scaled to just fit into a rectangle.
+
+    Example:
+        >>> fitting((100, 200), (50, 50))
+        (25, 50)
+    """
     scale = min(wanted / side for wanted, side in zip(room, sides, strict=True))
     return max(1, round(sides[0] * scale)), max(1, round(sides[1] * scale))
 
 
 def pad(image: "Image", size: tuple[int, int], *, interpolation: str = "bilinear") -> np.ndarray:
-    """Scale the image until it just fits into ``size``, centred on black; arguments and result as in ``crop``."""
+    """Scale the image until it just fits into ``size``, centred on black; arguments and result as in ``crop``.
+
+    Example:
+        >>> pad(read(samples()[0]), (64, 96)).shape
+        (64, 96, 3)
+    """
     from PIL.Image import Resampling
 
     rows, columns = size
@@ -201,6 +242,10 @@ def normalise(
         images: what models see, in RGB.
         mean: of each channel, in 0..1; one for grey images, which are the mean of the colours. Default: ImageNet's.
         std: standard deviation of each channel.
+
+    Example:
+        >>> normalise(np.zeros((1, 8, 8, 3), np.uint8), mean=[0.5] * 3, std=[0.5] * 3).unique()
+        tensor([-1.])
     """
     pixels = torch.from_numpy(images.astype(np.float32) / 255).movedim(3, 1)
     pixels = pixels.mean(1, keepdim=True) if len(mean) == 1 else pixels

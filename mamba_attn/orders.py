@@ -17,38 +17,73 @@ Order = Int[Tensor, " length"]
 
 
 def raster(height: int, width: int) -> Order:
-    """Rows from the top, each from the left."""
+    """Rows from the top, each from the left.
+
+    Example:
+        >>> raster(2, 3).tolist()
+        [0, 1, 2, 3, 4, 5]
+    """
     return torch.arange(height * width)
 
 
 def column(height: int, width: int) -> Order:
-    """Columns from the left, each from the top."""
+    """Columns from the left, each from the top.
+
+    Example:
+        >>> column(2, 3).tolist()
+        [0, 3, 1, 4, 2, 5]
+    """
     return raster(height, width).view(height, width).T.flatten()
 
 
 def diagonal(height: int, width: int) -> Order:
-    """Anti-diagonals (row + column ascending), each from the top."""
+    """Anti-diagonals (row + column ascending), each from the top.
+
+    Example:
+        >>> diagonal(2, 3).tolist()
+        [0, 1, 3, 2, 4, 5]
+    """
     return _sorted(height, width, lambda row, col: (row + col, row))
 
 
 def zigzag(height: int, width: int) -> Order:
-    """Anti-diagonals, alternately up and down, which keeps consecutive cells close (as in JPEG)."""
+    """Anti-diagonals, alternately up and down, which keeps consecutive cells close (as in JPEG).
+
+    Example:
+        >>> zigzag(2, 3).tolist()
+        [0, 3, 1, 2, 4, 5]
+    """
     return _sorted(height, width, lambda row, col: (row + col, -row if (row + col) % 2 else row))
 
 
 def morton(height: int, width: int) -> Order:
-    """Z-order: the bits of row and column interleaved, the column's least significant; cells outside are skipped."""
+    """Z-order: the bits of row and column interleaved, the column's least significant; cells outside are skipped.
+
+    Example:
+        >>> morton(2, 3).tolist()
+        [0, 1, 3, 4, 2, 5]
+    """
     return _sorted(height, width, lambda row, col: (_spread(row) << 1 | _spread(col),))
 
 
 def hilbert(height: int, width: int) -> Order:
-    """The Hilbert curve of the smallest enclosing power of two; cells outside the grid are skipped."""
+    """The Hilbert curve of the smallest enclosing power of two; cells outside the grid are skipped.
+
+    Example:
+        >>> hilbert(2, 3).tolist()
+        [0, 1, 4, 3, 5, 2]
+    """
     side = 1 << (max(height, width) - 1).bit_length()
     return _sorted(height, width, lambda row, col: (_hilbert_rank(side, row, col),))
 
 
 def spiral(height: int, width: int) -> Order:
-    """Clockwise from the top left corner inwards."""
+    """Clockwise from the top left corner inwards.
+
+    Example:
+        >>> spiral(2, 3).tolist()
+        [0, 1, 2, 5, 4, 3]
+    """
     rest = raster(height, width).view(height, width)
     rings = []
     while rest.numel():
@@ -58,7 +93,12 @@ def spiral(height: int, width: int) -> Order:
 
 
 def random(height: int, width: int, seed: int = 0) -> Order:
-    """A random permutation, fixed by its seed: the negative control."""
+    """A random permutation, fixed by its seed: the negative control.
+
+    Example:
+        >>> sorted(random(2, 3, seed=1).tolist())
+        [0, 1, 2, 3, 4, 5]
+    """
     return torch.randperm(height * width, generator=torch.Generator().manual_seed(seed))
 
 
@@ -77,6 +117,10 @@ def order(name: str, height: int, width: int) -> Order:
 
     Raises:
         ValueError: the name is unknown, or the grid has no cells.
+
+    Example:
+        >>> order("column", 2, 3).tolist()
+        [0, 3, 1, 4, 2, 5]
     """
     if name not in ORDERS:
         raise ValueError(f"order({name!r}): no such order. {nearest(name, ORDERS)}")
@@ -86,7 +130,13 @@ def order(name: str, height: int, width: int) -> Order:
 
 
 def inverse(permutation: Order) -> Order:
-    """Return the step at which each cell is visited: ``permutation[inverse(permutation)]`` is raster order."""
+    """Return the step at which each cell is visited: ``permutation[inverse(permutation)]`` is raster order.
+
+    Example:
+        >>> path = column(2, 3)
+        >>> path[inverse(path)].tolist()
+        [0, 1, 2, 3, 4, 5]
+    """
     return torch.argsort(permutation)
 
 
@@ -104,6 +154,10 @@ def cross(name: str, height: int, width: int, second: str = "transpose") -> Int[
 
     Raises:
         ValueError: the name or the second view is unknown.
+
+    Example:
+        >>> cross("raster", 2, 3).shape  # four routes: rows and columns, both ways
+        torch.Size([4, 6])
     """
     first = order(name, height, width)
     cells = raster(height, width).view(height, width)
@@ -117,7 +171,12 @@ def cross(name: str, height: int, width: int, second: str = "transpose") -> Int[
 
 
 def both_ways(permutation: Order) -> Int[Tensor, "routes length"]:
-    """Return the order and its reversal: the two routes of a bidirectional mixer such as Vim's."""
+    """Return the order and its reversal: the two routes of a bidirectional mixer such as Vim's.
+
+    Example:
+        >>> both_ways(raster(1, 3)).tolist()
+        [[0, 1, 2], [2, 1, 0]]
+    """
     return torch.stack([permutation, permutation.flip(0)])
 
 
@@ -130,6 +189,10 @@ def sub_grid(height: int, width: int, rows: slice, columns: slice, transpose: bo
         rows: which rows, e.g. ``slice(0, None, 2)``.
         columns: which columns.
         transpose: walk column by column.
+
+    Example:
+        >>> sub_grid(2, 4, slice(None), slice(0, 4, 2)).tolist()
+        [0, 2, 4, 6]
     """
     cells = raster(height, width).view(height, width)[rows, columns]
     return (cells.T if transpose else cells).flatten()
@@ -147,6 +210,10 @@ def insert_tokens(permutation: Int[Tensor, " patches"], positions: Sequence[int]
 
     Raises:
         ValueError: positions are repeated or outside the sequence.
+
+    Example:
+        >>> insert_tokens(raster(2, 2), [2]).tolist()  # a class token in the middle
+        [0, 1, 2, 3, 4]
     """
     total = len(permutation) + len(positions)
     if len(set(positions)) != len(positions) or any(not 0 <= position < total for position in positions):

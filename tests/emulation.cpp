@@ -7,6 +7,7 @@
 #include <cmath>
 #include <csetjmp>
 #include <csignal>
+#include <cstddef>
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -127,13 +128,7 @@ static float __shfl_sync(unsigned, float value, int lane) { return host::exchang
 static float __shfl_up_sync(unsigned, float value, int distance) { return host::exchange_one(value, (int)(threadIdx.x % 32) - distance); }
 static float __shfl_down_sync(unsigned, float value, int distance) { return host::exchange_one(value, threadIdx.x % 32 + distance); }
 static float __shfl_xor_sync(unsigned, float value, int mask) { return host::exchange_one(value, threadIdx.x % 32 ^ mask); }
-static bool __any_sync(unsigned, bool own) {
-    const unsigned words[1] = {own};
-    auto table = host::exchange(words);
-    return std::any_of(table, table + 32, [](const unsigned* lane) { return lane[0]; });
-}
 static float atomicAdd(float* to, float value) { const float before = *to; *to += value; return before; }
-static int atomicAdd(int* to, int value) { const int before = *to; *to += value; return before; }
 
 #include "hidden_attention.cu"
 
@@ -151,6 +146,7 @@ static const struct { const char* name; void (*body)(const void*); } KERNELS[] =
     {"attention_direct", call<Call, attention_direct>},
     {"attention_factored_64", call<Call, attention_factored_64>},
     {"attention_factored_128", call<Call, attention_factored_128>},
+    {"attention_heads", call<Call, attention_heads>},
     {"attention_line", call<Line, attention_line>},
 };
 #endif
@@ -161,7 +157,8 @@ int size_of(const char* name) {
     const std::string which = name;
     return which == "Call" ? sizeof(Call) : which == "Backward" ? sizeof(Backward) : which == "Line" ? sizeof(Line)
         : which == "attention_direct" ? sizeof(Stage<DIRECT_TILE>) : which == "attention_factored_64" ? sizeof(Factored<64>::Memory)
-        : which == "attention_factored_128" ? sizeof(Factored<128>::Memory) : -1;
+        : which == "attention_factored_128" ? sizeof(Factored<128>::Memory) : which == "attention_heads" ? sizeof(Heads::Memory)
+        : which == "ChunkMemory" ? offsetof(ChunkMemory, state) : -1;
 }
 
 // where tile `pair` of the lower triangle lies: row * 2^32 + column

@@ -24,6 +24,7 @@ KERNELS = (
     "attention_direct",
     "attention_factored_64",
     "attention_factored_128",
+    "attention_heads",
     "attention_line",
 )
 ARCHITECTURE = 90
@@ -315,12 +316,6 @@ def _matrix(parts: list[str], arguments: list[str]) -> str | None:
     return f"{{ {inputs} mma_m16n8k8(in, old, out); {puts} }}"
 
 
-def _vote(parts: list[str], arguments: list[str]) -> str | None:
-    if parts[1:] != ["sync", "any", "pred"]:
-        return None
-    return _set(arguments[0], f"vote_any({_value(arguments[1], 'pred')}, {_value(arguments[2], 'b32')})")
-
-
 def _barrier(parts: list[str], arguments: list[str]) -> str:
     return "host::warp_barrier();" if parts[1] == "warp" else "host::block_barrier();"
 
@@ -353,7 +348,6 @@ _RULES: dict[str, Callable[[list[str], list[str]], str | None]] = {
     **dict.fromkeys(("min", "max"), _extreme),
     "cvt": _convert,
     "shfl": _shuffle,
-    "vote": _vote,
     "mma": _matrix,
 }
 

@@ -101,14 +101,6 @@ static inline Shuffled shuffle_down(uint32_t a, uint32_t b, uint32_t c, uint32_t
 static inline Shuffled shuffle_bfly(uint32_t a, uint32_t b, uint32_t c, uint32_t m) { return shuffle<BUTTERFLY>(a, b, c, m); }
 static inline Shuffled shuffle_idx(uint32_t a, uint32_t b, uint32_t c, uint32_t m) { return shuffle<INDEX>(a, b, c, m); }
 
-static inline bool vote_any(bool own, uint32_t members) {
-    if (members != ~0u) {
-        fprintf(stderr, "a vote of some lanes\n");
-        abort();
-    }
-    return __any_sync(members, own);
-}
-
 // PTX ISA, "Matrix fragments for mma.m16n8k8", .tf32: whole matrices from the tables, then their product
 static void mma_m16n8k8(const unsigned (&in)[6], const float (&old)[4], float (&out)[4]) {
     const auto lanes = host::exchange(in);

@@ -1,5 +1,6 @@
 """The code in docs/: it runs as it stands there, and says what the page says."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import models_page
+from benchmarks.marked_pages import filled
 from mamba_attn.attribution import catalogue
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.core.transform import Transform
@@ -87,6 +90,37 @@ def test_comparing_in_code() -> None:
     assert 0 <= found["negative"] <= 80
 
 
+def test_the_quickstart_in_code() -> None:
+    found = run("quickstart.md")
+    assert found["heat"].shape == (1, 1, 128, 128)
+    torch.testing.assert_close(found["row"], found["matrix"][:, 7], rtol=1e-4, atol=1e-7)
+
+
+def test_the_worked_method_is_its_definition() -> None:
+    found = run("adding_a_method.md")
+    assert found["heat"].shape == (2, 1, 64, 96)
+    assert found["last"].shape[0] == 2
+    with pytest.raises(ValueError, match="this method reads no token's row; leave pixel out"):
+        found["ReadByAll"](found["model"]).attribute(found["images"], pixel=(3, 4))
+
+
+def test_the_worked_figure_draws_what_is_read() -> None:
+    found = run("adding_a_figure.md")
+    first, last = found["figure"].data
+    assert [first.name, last.name] == [layer.name for layer in found["trace"].layers]
+    matrix = found["trace"].layers[0].attention()[0].abs()
+    assert first.y[0] == pytest.approx(float(matrix.diagonal().sum() / matrix.sum()), rel=1e-4)
+    assert sum(first.y) == pytest.approx(1)
+    with pytest.raises(ValueError, match="expected one name per matrix, got 1 matrices, 0 names"):
+        found["by_distance"]([matrix], [])
+
+
+def test_the_first_page_in_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(run("index.md")["answer"].best(3)) == 3
+    assert (tmp_path / "maps").is_dir()
+
+
 def test_every_method_that_folds_attention_is_on_the_page_about_folding() -> None:
     text = (DOCS / "aggregation.md").read_text()
     named = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
@@ -110,6 +144,19 @@ def test_every_recipe_is_run_here() -> None:
     here = Path(__file__).read_text()
     for page in (DOCS / "how-to").glob("*.md"):
         assert f'run("how-to/{page.name}")' in here, page.name
+
+
+def test_a_model_of_ones_own_in_code() -> None:
+    found = run("how-to/own_model.md")
+    assert found["heat"].shape == (64, 64)
+    assert {name for name, _ in found["answer"].best(3)} == {"benign", "malignant", "neither"}
+
+
+def test_the_tables_of_models_are_those_of_the_results() -> None:
+    results = json.loads(models_page.RESULTS.read_text())
+    assert filled(models_page.PAGE.read_text(), models_page.PARTS, results) == models_page.PAGE.read_text()
+    broken = {"details": {"rows": [{"repository": "a/b", "class": "C", "variant": "", "refused": "another"}]}}
+    assert len(models_page.classes(broken).splitlines()) == 2
 
 
 def test_logging_maps_in_a_training_loop_changes_nothing_of_the_model(tmp_path: Path) -> None:
@@ -183,3 +230,16 @@ def test_patches_made_by_einops_in_code() -> None:
     found = run("how-to/einops_patches.md")
     assert [maps.shape for maps in found["maps"]] == [(2, 1, 64, 96)] * 3
     assert found["changed"].tolist() == [found["expected"]] == [2 * 12 + 5]
+
+
+def test_large_runs_by_a_scheduler_of_ones_own(tmp_path: Path) -> None:
+    """With one that does everything at once; tests/analytics/test_schedulers.py has real ones."""
+    from tests.analytics import cases
+
+    class Now:
+        def map_array(self, call: Any, numbers: list[int]) -> list[Any]:
+            return [type("Job", (), {"result": staticmethod(lambda number=number: call(number))}) for number in numbers]
+
+    request = cases.request(cases.folder_of(tmp_path, 1), part=2)
+    found = run("how-to/large_runs.md")["with_submitit"](Now(), request, str(tmp_path / "store"))
+    assert (found.new, found.counted) == (0, 3)

@@ -18,7 +18,7 @@ HOUSE = [
     ["commands"],
     ["viewer"],
     ["findings"],
-    ["analytics", "erf", "evaluation", "explanations"],
+    ["analytics", "erf", "evaluation", "explanations", "distributed"],
     ["datasets"],
     ["attribution", "testing"],
     ["stand_ins", "integrations"],

@@ -1,5 +1,6 @@
 """What ships: the wheel holds the three folders and nothing else, and it works away from the checkout."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -140,7 +141,8 @@ def test_everything_that_dev_installs_is_pinned_to_a_version_it_allows():
 def test_all_and_dev_reach_every_extra():
     reached = {requirement.name for requirement in requirements_of("dev")}
     for extra in EXTRAS:
-        assert extra == "gpu" or {requirement.name for requirement in requirements_of(extra)} <= reached, extra
+        its = {requirement.name for requirement in requirements_of(extra)}
+        assert extra in ("gpu", "scatter") or its <= reached, extra
 
 
 def test_pre_commit_runs_the_pinned_ruff():
@@ -156,10 +158,53 @@ def test_readme_says_the_two_commands_that_ci_runs():
     assert (ROOT / ".ci/run").stat().st_mode & stat.S_IXUSR
 
 
+def script(name):
+    """A script of .ci/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_of_a_release_names_the_host_everywhere():
+    absolute = script("absolute")
+    text = absolute.absolute((ROOT / "README.md").read_text(), "https://host/us/it", "v1.2.3")
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert links
+    assert all(link.startswith("https://") for link in links)
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", text)
+    assert "https://host/us/it/raw/v1.2.3/docs/first_light.jpg" in pictures
+    project = absolute.with_urls((ROOT / "pyproject.toml").read_text(), "https://host/us/it", "v1.2.3")
+    urls = tomllib.loads(project)["project"]["urls"]
+    assert urls["Repository"] == "https://host/us/it"
+    assert {"Documentation", "Changelog", "Issues", "Paper"} <= set(urls)
+
+
+def test_results_of_two_states_are_compared(tmp_path):
+    results = script("compare_results")
+    old, new = {"time": (2.0, "ms"), "gone": (1.0, "ms")}, {"time": (3.0, "ms"), "only new": (1.0, "x")}
+    assert results.table(old, new).splitlines()[2:] == ["| time | 2 ms | 3 ms | 1.50 |"]
+    assert results.rows(ROOT / "benchmarks" / "results")
+
+
+def test_the_makefile_has_the_five_commands():
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    assert [line.partition(":")[0] for line in lines if " ## " in line] == [
+        "help", "setup", "test", "lint", "docs", "pictures",
+    ]  # fmt: skip
+    assert f"\t{'pip install -c constraints.txt -e '}'.[dev]'" in lines
+
+
+def test_workflows_say_what_was_not_run():
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        head = path.read_text().partition("\nname:")[0]
+        assert re.search(r"[Nn]ot run yet|not been run yet", head), path.name
+
+
 def test_nothing_else_stands_at_the_top():
     folders = {"mamba_attn", "integrations", "cuda", "tests", "benchmarks", "docs"}
     files = {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"}
-    files |= {"SECURITY.md", "CODE_OF_CONDUCT.md"}
+    files |= {"SECURITY.md", "CODE_OF_CONDUCT.md", "Makefile"}
     hidden = {".ci", ".github", ".gitignore", ".pre-commit-config.yaml"}
     command = ["git", "-c", "safe.directory=*", "-C", str(ROOT), "ls-files", "-z"]
     tracked = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")

@@ -3,8 +3,10 @@
 import ast
 import doctest
 import importlib
+import importlib.util
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 import tomllib
@@ -86,10 +88,29 @@ def test_examples_run(module, names_in_examples):
     assert result.failed == 0
 
 
-def test_there_are_examples():
-    finder = doctest.DocTestFinder()
-    tests = [test for module in MODULES for test in finder.find(importlib.import_module(module))]
-    assert any(test.examples for test in tests)
+def reference():
+    """What writes the API reference of the site, docs/_ext/api_pages.py."""
+    spec = importlib.util.spec_from_file_location("api_pages", ROOT / "docs" / "_ext" / "api_pages.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_name_of_the_reference_has_an_example():
+    pages, without = reference(), []
+    for module in map(importlib.import_module, pages.MODULES):
+        things = {name: getattr(module, name) for name in pages.public_names(module)}
+        without += [f"{module.__name__}.{name}" for name, thing in things.items()
+                    if callable(thing) and ">>>" not in inspect.getdoc(thing)]  # fmt: skip
+    assert without == []
+
+
+def test_the_reference_has_every_public_name_once():
+    named = re.findall(r"auto(?:class|function):: (\S+)\.(\w+)", "\n".join(reference().pages().values()))
+    written = [id(getattr(importlib.import_module(module), name)) for module, name in named]
+    assert len(set(written)) == len(written)
+    things = {f"{module}.{name}": getattr(importlib.import_module(module), name) for module, name in NAMES}
+    assert not [name for name, thing in things.items() if callable(thing) and id(thing) not in written]
 
 
 def test_one_version():

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from mamba_attn.models import registry
+from benchmarks import thumbnails
+from mamba_attn import attribution
+from mamba_attn.models import create, registry
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -27,8 +29,9 @@ def formatted(row: dict[str, Any]) -> str:
     return f"{value:.2g}{suffix}" if value < 100 else f"{value:.0f}{suffix}"
 
 
-def test_every_figure_is_a_measured_one() -> None:
-    table = README.split("<!-- figures:")[1].split("<!-- end of figures -->")[0]
+@pytest.mark.parametrize(("page", "least"), [("README.md", 4), ("docs/results.md", 10)])
+def test_every_figure_is_a_measured_one(page: str, least: int) -> None:
+    table = (ROOT / page).read_text().split("<!-- figures:")[1].split("<!-- end of figures -->")[0]
     rows = dict(re.findall(r"^\| (?!what|-)(.+?) \| (.+?) \|$", table, flags=re.MULTILINE))
     measured = {}
     for path in sorted(RESULTS.glob("*.json")):
@@ -39,9 +42,9 @@ def test_every_figure_is_a_measured_one() -> None:
                 continue  # not measured on this machine
             what = row["what"] + (f" ({row['how']})" if row["how"] else "")
             measured[what] = formatted(row)
-    assert len(rows) >= 8
+    assert len(rows) >= least
     for what, value in rows.items():
-        assert measured.get(what) == value, f"{what}: the README says {value}, the results {measured.get(what)}"
+        assert measured.get(what) == value, f"{what}: {page} says {value}, the results {measured.get(what)}"
 
 
 def test_accuracies_are_those_of_the_cards() -> None:
@@ -51,18 +54,37 @@ def test_accuracies_are_those_of_the_cards() -> None:
         assert f"`{name}` {registry.demo_card(name)['top1']:.1f} %" in row
 
 
-def test_the_examples_run_and_have_the_shapes_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_has_six_lines_with_the_model_in_the_third(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    maps, matrices = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert max(len(code.splitlines()) for code in (maps, matrices)) <= 15
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    lines = code.splitlines()
+    assert len(lines) == 6
+    assert lines[2].startswith("model = ")
     names: dict[str, Any] = {}
-    exec(compile(maps, "README.md", "exec"), names)
-    assert names["heat"].shape == (1, 1, 128, 128)
-    assert {path.name for path in tmp_path.iterdir()} == {"vmamba_micro.html", "vit_micro.html"}
-    with torch.no_grad():
-        exec(compile(matrices, "README.md", "exec"), names)
-    assert names["layer"].attention().shape == (2, 197, 197)
-    torch.testing.assert_close(names["layer"].row(98), names["layer"].attention()[:, 98], rtol=1e-4, atol=1e-7)
+    exec(compile(code, "README.md", "exec"), names)
+    assert len(names["answer"].best(3)) == 3
+    assert str(names["answer"].best(3)) in capsys.readouterr().out
+    assert {"index.html", "clothing_t-shirt_1.png"} <= {path.name for path in (tmp_path / "maps").iterdir()}
+
+
+def test_the_calls_that_it_recommends_are_calls() -> None:
+    table = README.split("## Which method should I use")[1].split("## Models")[0]
+    calls = re.findall(r"`(\w+)\(model\)\.attribute\(images(, target)?\)`", table)
+    assert [name for name, _ in calls] == ["RawAttention", "MambaAttribution", "MambaLRP"]
+    model, images = create("vim_digits", weights="demo"), torch.rand(2, 3, 64, 64)
+    for name, target in calls:
+        method = getattr(attribution, name)(model)
+        assert method.attribute(images, *([3] if target else [])).shape == (2, 1, 64, 64)
+
+
+def test_its_pictures_are_small() -> None:
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", README)
+    assert "docs/explore.webp" in pictures
+    for name in pictures:
+        assert (ROOT / name).stat().st_size < 1_000_000, name
+    assert {f"docs/thumbnails/{name}.png" for name in thumbnails.DRAWN} <= set(pictures)
 
 
 def test_links_lead_somewhere() -> None:

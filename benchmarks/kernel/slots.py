@@ -77,6 +77,7 @@ class Work:
         copies: launches times images times routes.
         step: channels that a block takes; one and two such lots are run.
         run: what launches it.
+        width: channels of a head, whose states share a decay; 1: no heads.
     """
 
     what: str
@@ -87,6 +88,7 @@ class Work:
     copies: int
     step: int
     run: Callable[[Any, ScanRecord], object]
+    width: int = 1
 
 
 def _scan(launcher: Any, record: ScanRecord) -> object:
@@ -101,11 +103,23 @@ def _factored_128(launcher: Any, record: ScanRecord) -> object:
     return kernels.attention(launcher, record, (None, None), "mean", False, kernel="attention_factored_128")
 
 
+def _heads(launcher: Any, record: ScanRecord) -> object:
+    return kernels.attention(launcher, record, (None, None), "mean", False, kernel="attention_heads")
+
+
+def _chunks(launcher: Any, record: ScanRecord) -> object:
+    return kernels.scan(launcher, record, merged=False, kernel="attention_heads")
+
+
 WORK = (
     Work("Vim-S attention slots", "attention_factored_64", 197, 16, 768, 24 * 8 * 2, 16, _factored_64),
     Work("Vim-S scan slots", "selective_scan", 197, 16, 768, 24 * 8 * 2, 8, _scan),
     Work("VMamba scan slots", "selective_scan", 784, 1, 192, 2 * 8 * 4, 8, _scan),
     Work("tiles of 128 slots", "attention_factored_128", 256, 1, 16, 1, 16, _factored_128),
+    Work("Mamba-2 attention slots", "attention_heads", 256, 128, 1536, 24 * 8, 1024, _heads, 64),
+    Work("Mamba-2 scan slots", "attention_heads", 256, 128, 1536, 24 * 8, 64, _chunks, 64),
+    Work("Mamba-2 attention slots by channel", "attention_factored_64", 256, 128, 1536, 24 * 8, 16, _factored_64),
+    Work("Mamba-2 scan slots by channel", "selective_scan", 256, 128, 1536, 24 * 8, 8, _scan),
 )  # fmt: skip
 
 
@@ -116,6 +130,11 @@ def _record(work: Work, channels: int) -> ScanRecord:
         return torch.rand(shape, generator=generator)
 
     length, states = work.length, work.states
+    if work.width > 1:
+        u, delta = random(1, 1, channels, length), random(1, 1, channels // work.width, length) * 0.1
+        A = -random(1, channels // work.width, 1) - 0.1
+        B, C = (random(1, 1, 1, states, length) for _ in range(2))
+        return ScanRecord.from_scan(u, delta, A, B, C)
     return as_record(
         "slots",
         random(1, channels, length),

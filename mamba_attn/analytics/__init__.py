@@ -3,7 +3,7 @@
 ``mamba-attn collect`` makes a store, ``AttentionStore.open`` reads it; in code, ``collect`` does.
 """
 
-from mamba_attn.analytics.collecting import Collected, collect
+from mamba_attn.analytics.collecting import Collected, collect, collect_part, missing_parts
 from mamba_attn.analytics.index import StoredImage, StoredLayer
 from mamba_attn.analytics.merging import merge_stores
 from mamba_attn.analytics.request import Request
@@ -17,5 +17,7 @@ __all__ = [
     "StoredImage",
     "StoredLayer",
     "collect",
+    "collect_part",
     "merge_stores",
+    "missing_parts",
 ]

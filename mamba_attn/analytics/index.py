@@ -1,24 +1,26 @@
-"""``store.json``: everything in a store but the arrays; written atomically, as the last step of every change."""
+"""``store.json``: what a store is of, and which images are wanted; the images are in its parts.
+
+It is written first, and again only when more images are wanted, or fewer.
+"""
 
 import json
-import os
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from itertools import pairwise
 from types import UnionType
 from typing import Any
 
 import numpy as np
 
+from mamba_attn.analytics.places import Place, read_object
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import StoreError
 
-FORMAT = 1  # increase it when the format changes; stores of other formats are refused
+FORMAT = 2  # increase it when the format changes; stores of other formats, but the first, are refused
 INDEX = "store.json"
-_LARGEST = 2**28  # bytes of an index that is read: a million images
-_STATISTICS = re.compile(r"statistics-\d{1,9}")
+_LARGEST = 2**30  # bytes of an index that is read; of the first format it holds all images
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +37,13 @@ class StoredLayer:
         orders: (routes, length), the token that a route visits at each step, -1 for none; (routes, 0) where images
             differ.
         exact: whether features are matrices as they are, and no projections of them.
-        scale: what exact features are multiplied with on the disk, a power of two.
+        scale: what exact features are multiplied with on the disk, a power of two, besides every row's own.
         moments: shape (routes, channels, length) of the states' moments, or None.
+
+    Example:
+        >>> layout = TokenLayout(grid=(8, 8), patch_size=8)
+        >>> StoredLayer("layers.0.mixer", "selective scans", 0, 0, 2, layout, np.zeros((2, 64), int), exact=True).tokens
+        64
     """
 
     name: str
@@ -73,6 +80,11 @@ class StoredImage:
         correct: whether that is the label; None if unknown.
         kept: whether its matrices are stored in full.
         row: its row in the store.
+
+    Example:
+        >>> image = StoredImage("hat/1.jpg", "hat", "shoe", correct=False, kept=True, row=0)
+        >>> image.label, image.predicted
+        ('hat', 'shoe')
     """
 
     key: str
@@ -85,20 +97,19 @@ class StoredImage:
 
 @dataclass
 class Index:
-    """``store.json``: the model, what was collected, and which images are counted.
+    """``store.json``: the model, what is collected, and which images are wanted.
 
     Args:
         model: "name", "weights", "options", "fingerprint".
         classes: names of the model's.
         transform: "size", "cover", "interpolation".
-        data: "name" and "identity" of every collection.
-        routes: "each" or "sum": whether routes were collected one by one.
+        data: "name", "identity" and "path" of every collection.
+        routes: "each" or "sum": whether routes are collected one by one.
         keep: number of first images whose matrices are kept in full, or keys of such images.
         layers: in execution order.
-        images: the counted ones, in order.
-        unreadable: reasons by key of images that could not be used.
-        statistics: name of the folder with the statistics of exactly these images.
-        wanted: number of requested images, readable or not.
+        part: images of a part.
+        batch: images at once, on which the last digits depend.
+        wanted: number of requested images, readable or not, after every request for more.
         command: the command that resumes the collection.
         package: version of this package.
     """
@@ -110,93 +121,130 @@ class Index:
     routes: str
     keep: int | list[str]
     layers: list[StoredLayer]
-    images: list[StoredImage] = field(default_factory=list)
-    unreadable: dict[str, str] = field(default_factory=dict)
-    statistics: str = ""
-    wanted: int = 0
+    part: int
+    batch: int
+    wanted: list[int] = field(default_factory=list)
     command: str = ""
     package: str = ""
 
     @property
-    def finished(self) -> bool:
-        """Whether every requested image is counted, or known to be unreadable."""
-        return bool(self.statistics) and len(self.images) + len(self.unreadable) >= self.wanted
+    def spans(self) -> list[tuple[int, int]]:
+        """(first, behind the last) of every part, in the order of the wanted images.
 
-    def keeps(self, row: int, key: str) -> bool:
-        """Whether the matrices of an image are kept in full."""
-        return row < self.keep if isinstance(self.keep, int) else key in self.keep
-
-    def write(self, folder: Path) -> None:
-        """Replace the index of a store in one step: a kill leaves the old one or the new one.
-
-        Raises:
-            OSError: it cannot be written.
+        Later requests for more images begin a new part: no part ever changes.
         """
+        bounds = pairwise([0, *self.wanted])
+        return [
+            (at, min(at + self.part, stop)) for start, stop in bounds for at in range(start, stop, max(1, self.part))
+        ]
+
+    def keeps(self, place: int, key: str) -> bool:
+        """Whether the matrices of an image are kept in full.
+
+        Args:
+            place: of the image among the wanted ones.
+            key: of the image.
+        """
+        return place < self.keep if isinstance(self.keep, int) else key in self._kept_keys
+
+    @cached_property
+    def _kept_keys(self) -> frozenset[str]:
+        return frozenset(self.keep if isinstance(self.keep, list) else ())
+
+    def content(self) -> bytes:
+        """Return what is written as ``store.json``."""
         layers = [{**asdict(layer), "orders": layer.orders.tolist()} for layer in self.layers]
         for layer in layers:
             layer["layout"].pop("tokens")
-        images = [[i.key, i.label, i.predicted, i.correct, i.kept] for i in self.images]
-        content = {"format": FORMAT, **vars(self), "layers": layers, "images": images, "package": package_version()}
-        temporary = folder / f"{INDEX}.new"
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / INDEX)
+        own = {each.name: getattr(self, each.name) for each in fields(self)}
+        content = {"format": FORMAT, **own, "layers": layers, "package": package_version()}
+        return json.dumps(content, allow_nan=False).encode()
 
     @classmethod
-    def read(cls, folder: Path) -> "Index":
-        """Read the index of a store.
+    def read(cls, where: Place) -> "Index":
+        """Read the index of a store of this format.
 
         Raises:
             StoreError: it is missing, damaged, or of another version.
         """
-        path = folder / INDEX
-        if not folder.is_dir():
-            raise StoreError(f"{folder}: there is no such folder; make a store with mamba-attn collect.")
-        if not path.is_file():
+        content = read_index(where)
+        if content["format"] != FORMAT:
             raise StoreError(
-                f"{folder}: this folder is not a store of mamba-attn collect, or its {INDEX} is lost; choose another."
+                f"{where}: a store of format {content['format']}, which opens, and is not added to; mamba-attn collect "
+                f"--merge {where} --out NEW copies it into one of format {FORMAT}."
             )
-        if path.stat().st_size > _LARGEST:
-            raise StoreError(f"{path}: larger than {_LARGEST:,} bytes; this is not what mamba-attn collect wrote.")
+        return cls.of(where, content)
+
+    @classmethod
+    def of(cls, where: Place, content: dict[str, Any]) -> "Index":
+        """Return the index that ``store.json`` describes.
+
+        Args:
+            where: the store, for messages.
+            content: of the file.
+
+        Raises:
+            StoreError: it is damaged.
+        """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise StoreError(f"{path}: this is not JSON, or damaged ({error}); collect into a new folder.") from error
-        found = content.pop("format", None) if isinstance(content, dict) else None
-        if found != FORMAT:
-            raise StoreError(
-                f"{path}: a store of format {found!r}, and mamba_attn {package_version()} reads format {FORMAT}; "
-                "collect into a new folder, or use the version that wrote it "
-                f"({content.get('package', 'unknown') if isinstance(content, dict) else 'unknown'})."
-            )
-        try:
-            return cls._from(content)
+            return cls._from(dict(content))
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise StoreError(f"{path}: it is damaged ({error!r}); collect into a new folder.") from error
+            raise StoreError(f"{where}/{INDEX}: it is damaged ({error!r}); collect into a new folder.") from error
 
     @classmethod
     def _from(cls, content: dict[str, Any]) -> "Index":
-        layers = [_layer(each) for each in content.pop("layers")]
-        images = [_image(row, *each) for row, each in enumerate(content.pop("images"))]
-        index = cls(**content, layers=layers, images=images)
+        content.pop("format")
+        layers = [_layer(dict(each)) for each in content.pop("layers")]
+        index = cls(**content, layers=layers)
         expected: Mapping[str, type | UnionType] = {
             "model": dict,
             "classes": list,
             "transform": dict,
             "data": list,
-            "unreadable": dict,
-            "statistics": str,
-            "wanted": int,
             "keep": int | list,
             "routes": str,
+            "part": int,
+            "batch": int,
+            "wanted": list,
         }
         wrong = [name for name, kind in expected.items() if not isinstance(getattr(index, name), kind)]
-        wrong += [f"image {image.row}" for image in images if not isinstance(image.key, str)]
-        if wrong or (index.statistics and not _STATISTICS.fullmatch(index.statistics)):
-            raise ValueError(wrong or index.statistics)
+        grows = all(before < after for before, after in pairwise([0, *index.wanted]))
+        if wrong or index.part < 1 or not grows:
+            raise ValueError(wrong or f"part={index.part}, wanted={index.wanted}")
         return index
+
+
+def read_index(where: Place) -> dict[str, Any]:
+    """Read ``store.json`` of a store of this format, or of the first.
+
+    Args:
+        where: the store.
+
+    Raises:
+        StoreError: it is missing, damaged, or of another version.
+    """
+    if not where.there:
+        raise StoreError(f"{where}: there is no such folder; make a store with mamba-attn collect.")
+    try:
+        text = read_object(where, INDEX, _LARGEST)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise StoreError(
+            f"{where}: this folder is not a store of mamba-attn collect, or its {INDEX} is lost; choose another."
+        ) from error
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(
+            f"{where}/{INDEX}: this is not JSON, or damaged ({error}); collect into a new folder."
+        ) from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found not in (1, FORMAT) or isinstance(found, bool):
+        raise StoreError(
+            f"{where}/{INDEX}: a store of format {found!r}, and mamba_attn {package_version()} reads formats 1 to "
+            f"{FORMAT}; collect into a new folder, or use the version that wrote it "
+            f"({content.get('package', 'unknown') if isinstance(content, dict) else 'unknown'})."
+        )
+    return dict(content)
 
 
 def place_of(names: Sequence[str], grids: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
@@ -251,12 +299,6 @@ def _layer(content: dict[str, Any]) -> StoredLayer:
     if orders.ndim != 2 or orders.shape[0] != layer.routes or not _within(orders, layer.tokens):
         raise ValueError(f"orders of {layer.name}")
     return layer
-
-
-def _image(
-    row: int, key: str, label: str | None, predicted: str | None, correct: bool | None, kept: bool
-) -> StoredImage:
-    return StoredImage(key, label, predicted, correct, kept, row)
 
 
 def _within(orders: np.ndarray, tokens: int) -> bool:

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from mamba_attn._types import Float
 
@@ -51,6 +52,48 @@ def project(matrix: Float[np.ndarray, "tokens tokens"]) -> Float[np.ndarray, " f
             own += np.bincount(bins, weights=part, minlength=2 * block)
     signed = result[:, :block] - result[:, block:]  # a bin for each sign
     return np.asarray(signed.reshape(-1) / np.sqrt(_BLOCKS), dtype=np.float32)
+
+
+def project_all(matrices: Float[torch.Tensor, "images tokens tokens"]) -> Float[np.ndarray, "images features"]:
+    """Return the random projection of every matrix, computed where it is; on a CPU that of ``project``.
+
+    Elsewhere the entries of each bin are gathered and summed in a fixed order: additions into the bins by many threads
+    at once would come in another order, and give other last digits, every time.
+
+    Args:
+        matrices: of any size, on any device.
+    """
+    if matrices.device.type == "cpu":
+        return np.stack([project(matrix) for matrix in matrices.numpy()])
+    return np.stack([project_gathered(matrix).cpu().numpy() for matrix in matrices])
+
+
+def project_gathered(matrix: Float[torch.Tensor, "tokens tokens"]) -> Float[torch.Tensor, " features"]:
+    """Return the projection of a matrix as ``project`` does, by gathering: the same sums on any device.
+
+    Args:
+        matrix: of any size.
+    """
+    values = torch.cat([matrix.reshape(-1), matrix.new_zeros(1)])  # the last entry fills bins that are not full
+    sums = [values[its].double().sum(1) for its in _entries(matrix.numel(), matrix.device)]
+    block = SIZE // _BLOCKS
+    signed = torch.stack([each[:block] - each[block:] for each in sums])
+    projected: torch.Tensor = signed.reshape(-1) / _BLOCKS**0.5
+    return projected.float()
+
+
+@lru_cache(maxsize=4)
+def _entries(entries: int, device: torch.device) -> list[torch.Tensor]:
+    """(bins, most entries of a bin) for each block: the entries of every bin; ``entries`` itself stands for none."""
+    bins, found = 2 * SIZE // _BLOCKS, []
+    for block in _places(entries):
+        order = np.argsort(block, kind="stable")
+        counts = np.bincount(block, minlength=bins)
+        table = np.full((bins, int(counts.max())), entries, np.int32)
+        own = np.arange(entries) - np.repeat(np.cumsum(counts) - counts, counts)
+        table[block[order], own] = order
+        found.append(torch.from_numpy(table).to(device))
+    return found
 
 
 def power_of_two(largest: float) -> float:

@@ -24,7 +24,7 @@ from mamba_attn.errors import StoreError
 from mamba_attn.models import registry
 
 
-def trained(folder: Path, index: Index, given: LoadedModel | None = None) -> LoadedModel:
+def trained(folder: object, index: Index, given: LoadedModel | None = None) -> LoadedModel:
     """Return the model of a store with its weights.
 
     A function of a user's is not run because a store names it: the user must, who may not have made the store.
@@ -69,7 +69,7 @@ def spec_of(index: Index) -> str:
     return str(index.model.get("spec", index.model["name"]))  # older stores name models of this package alone
 
 
-def untrained(folder: Path, index: Index, seed: int, given: LoadedModel | None = None) -> LoadedModel:
+def untrained(folder: object, index: Index, seed: int, given: LoadedModel | None = None) -> LoadedModel:
     """Return a model of the same architecture with random weights, as it is before training.
 
     Args:
@@ -95,7 +95,7 @@ def untrained(folder: Path, index: Index, seed: int, given: LoadedModel | None =
     return subject
 
 
-def with_weights(folder: Path, index: Index, weights: str | Path) -> LoadedModel:
+def with_weights(folder: object, index: Index, weights: str | Path) -> LoadedModel:
     """Return a model of the same architecture and options with other weights, as of another seed of training.
 
     Args:
@@ -112,7 +112,7 @@ def with_weights(folder: Path, index: Index, weights: str | Path) -> LoadedModel
     return subject
 
 
-def reordered(folder: Path, index: Index, order: str) -> LoadedModel:
+def reordered(folder: object, index: Index, order: str) -> LoadedModel:
     """Return the model with its weights, whose scans visit the patches in another order than it was trained in.
 
     Args:
@@ -143,7 +143,7 @@ def order_of(index: Index) -> str:
     return str(index.model["options"].get("order", "raster")) if takes_order(name) else ""
 
 
-def _subject(folder: Path, index: Index, weights: str | None, options: dict[str, Any]) -> LoadedModel:
+def _subject(folder: object, index: Index, weights: str | None, options: dict[str, Any]) -> LoadedModel:
     spec = spec_of(index) or str(index.model["name"])
     if spec not in models.names() and not spec.startswith(("timm:", "hf:")):
         raise StoreError(f"{folder}: its model {spec!r} is not one that mamba_attn.models builds.")
@@ -162,7 +162,7 @@ def transform_of(index: Index) -> Transform:
     return Transform.from_dict(index.transform)
 
 
-def _require_layers(folder: Path, index: Index, subject: LoadedModel, *, orders: bool) -> None:
+def _require_layers(folder: object, index: Index, subject: LoadedModel, *, orders: bool) -> None:
     try:
         layers: Sequence[StoredLayer] = described(subject, [layer.name for layer in index.layers])
     except (RuntimeError, ValueError, LookupError) as error:

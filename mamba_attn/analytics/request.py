@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import PurePosixPath
 
 import torch
@@ -19,6 +20,7 @@ from mamba_attn.tracing.layers import Layer, ScanLayer
 from mamba_attn.tracing.tracer import trace
 
 ROUTES = ("each", "sum")
+_WORKERS = 4  # processes that decode, beside a GPU
 Keep = int | Sequence[str]
 
 
@@ -34,13 +36,23 @@ class Request:
         batch: images per batch. Default: as the matrices' size allows, at most 16.
         layers: names, patterns or numbers, or one of them. Default: all.
         routes: "each": statistics of every route and of their sum; "sum": of the sum alone.
-        interval: seconds between checkpoints, at least.
+        part: images of a part of the store, which is counted at once: what a kill loses at most. Default: by their
+            number, 64 to 1,024, fewer of large matrices on a CPU.
+        workers: processes that decode images, where the images are in files. Default: none on a CPU, which the model
+            keeps busy, else 4.
         command: the command that resumes after a kill, for messages.
         layout: as in ``mamba_attn.trace``: where the tokens are, for models that do not show it.
         orders: as in ``mamba_attn.trace``: in which order scans walk them, where it cannot be measured.
 
     Raises:
         ValueError: a number is too small, ``routes`` is unknown, or an image in ``keep`` is not collected.
+
+    Example:
+        >>> from mamba_attn.datasets import load, open_data
+        >>> from mamba_attn.images import SAMPLES
+        >>> request = Request(load("vim_digits", weights="demo"), open_data(str(SAMPLES)), limit=4, keep=2)
+        >>> len(request.wanted), request.kept
+        (4, 2)
     """
 
     subject: LoadedModel
@@ -50,7 +62,8 @@ class Request:
     batch: int | None = None
     layers: LayerNames | None = None
     routes: str = "each"
-    interval: float = 20.0
+    part: int | None = None
+    workers: int | None = None
     command: str = ""
     layout: AnyLayout | None = None
     orders: AnyOrders | None = None
@@ -58,7 +71,7 @@ class Request:
     def __post_init__(self) -> None:
         object.__setattr__(self, "subject", complete(self.subject))
         object.__setattr__(self, "data", as_data(self.data, self.subject))
-        for name, least in (("limit", 1), ("batch", 1)):
+        for name, least in (("limit", 1), ("batch", 1), ("part", 1), ("workers", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}: expected a number from {least} on.")
@@ -72,6 +85,13 @@ class Request:
         return checked(self.keep, self.data, self.limit)
 
     @property
+    def workers_or_default(self) -> int:
+        """Processes that decode images."""
+        if self.workers is not None:
+            return self.workers
+        return 0 if self.subject.device.type == "cpu" else _WORKERS
+
+    @cached_property
     def wanted(self) -> list[int]:
         """Indices of the images, each key once."""
         first = {self.data.items[index].key: index for index in reversed(self.data.chosen(limit=self.limit))}

@@ -31,39 +31,32 @@ class Running:
     m2: Float[Tensor, "tokens tokens"]
 
     @classmethod
-    def zeros(cls, tokens: int) -> "Running":
+    def zeros(cls, tokens: int, device: torch.device | str = "cpu") -> "Running":
         """Return the statistics of no images."""
-        return cls(*torch.zeros(2, tokens, tokens, dtype=torch.float64))
+        return cls(*torch.zeros(2, tokens, tokens, dtype=torch.float64, device=device))
 
     def update(self, values: Float[Tensor, "batch tokens tokens"], before: int) -> None:
         """Add a batch.
 
         Args:
-            values: the batch, on the CPU.
+            values: the batch, on the device of the statistics.
             before: matrices that are counted already.
 
         Raises:
             NonFiniteError: the batch contains NaN or Inf; the statistics are then invalid.
         """
         batch, tokens = values.shape[:2]
-        rows = max(1, _AT_ONCE // (batch * tokens))
+        rows = max(1, _AT_ONCE // (batch * tokens)) if values.device.type == "cpu" else tokens
         for start in range(0, tokens, rows):
+            own, m2 = self.mean[start : start + rows], self.m2[start : start + rows]
             part = values[:, start : start + rows].to(torch.float64, copy=True)
+            if batch == 1:
+                merge(own, m2, before, part[0], None, 1)
+                continue
             mean = part.mean(0)
-            m2 = part.sub_(mean).square_().sum(0)
-            _merge(self.mean[start : start + rows], self.m2[start : start + rows], before, mean, m2, batch)
+            merge(own, m2, before, mean, part.sub_(mean).square_().sum(0), batch)
         if not bool(torch.isfinite(self.mean.sum())):
             raise NonFiniteError("attention contains NaN or Inf; check the weights.")
-
-    def merge(self, other: "Running", before: int, count: int) -> None:
-        """Add the matrices of another one.
-
-        Args:
-            other: its statistics.
-            before: matrices counted here.
-            count: matrices counted there.
-        """
-        _merge(self.mean, self.m2, before, other.mean, other.m2, count)
 
 
 @dataclass(eq=False)
@@ -79,10 +72,16 @@ class LayerStatistics:
     moments: Tensor | None = None
 
     @classmethod
-    def zeros(cls, routes: list[str], tokens: int, moments: tuple[int, int, int] | None) -> "LayerStatistics":
+    def zeros(
+        cls,
+        routes: list[str],
+        tokens: int,
+        moments: tuple[int, int, int] | None,
+        device: torch.device | str = "cpu",
+    ) -> "LayerStatistics":
         """Return the statistics of no images."""
-        states = None if moments is None else torch.zeros(2, *moments, dtype=torch.float64)
-        return cls({route: Running.zeros(tokens) for route in routes}, states)
+        states = None if moments is None else torch.zeros(2, *moments, dtype=torch.float64, device=device)
+        return cls({route: Running.zeros(tokens, device) for route in routes}, states)
 
     def update_moments(self, moments: tuple[Tensor, Tensor], before: int, count: int) -> None:
         """Add the states of a batch.
@@ -96,24 +95,17 @@ class LayerStatistics:
             NonFiniteError: the moments contain NaN or Inf.
         """
         if self.moments is not None:
-            found = torch.stack(moments).to("cpu", torch.float64)
-            self.moments += (found - self.moments) * (count / (before + count))
+            found = torch.stack(moments).to(self.moments.device, torch.float64)
+            merge_means(self.moments, before, found, count)
             if not bool(torch.isfinite(found).all()):
                 raise NonFiniteError("the states of the scans contain NaN or Inf; check the weights.")
-
-    def merge(self, other: "LayerStatistics", before: int, count: int) -> None:
-        """Add the images of another one; arguments as in ``Running.merge``."""
-        for route, running in self.routes.items():
-            running.merge(other.routes[route], before, count)
-        if self.moments is not None and other.moments is not None:
-            self.moments += (other.moments - self.moments) * (count / (before + count))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return all arrays by name."""
         found: dict[str, np.ndarray] = {}
         for route, running in self.routes.items():
-            found |= {f"mean/{route}": running.mean.numpy(), f"m2/{route}": running.m2.numpy()}
-        return found if self.moments is None else {**found, "moments": self.moments.numpy()}
+            found |= {f"mean/{route}": running.mean.cpu().numpy(), f"m2/{route}": running.m2.cpu().numpy()}
+        return found if self.moments is None else {**found, "moments": self.moments.cpu().numpy()}
 
 
 @dataclass(eq=False)
@@ -128,18 +120,25 @@ class Statistics:
     layers: list[LayerStatistics]
     count: int = 0
 
-    def merge(self, other: "Statistics") -> None:
-        """Add the images of another one."""
-        for own, its in zip(self.layers, other.layers, strict=True):
-            own.merge(its, self.count, other.count)
-        self.count += other.count
+
+def merge_means(mean: Tensor, before: int, other: Tensor, count: int) -> None:
+    """Update a mean in place by that of other images.
+
+    Args:
+        mean: of ``before`` images.
+        before: number of images.
+        other: mean of ``count`` other images.
+        count: number of other images.
+    """
+    mean += (other - mean) * (count / (before + count))
 
 
-def _merge(mean: Tensor, m2: Tensor, before: int, other_mean: Tensor, other_m2: Tensor, count: int) -> None:
-    """Update mean and squares in place by Chan's formula."""
+def merge(mean: Tensor, m2: Tensor, before: int, other_mean: Tensor, other_m2: Tensor | None, count: int) -> None:
+    """Update a mean and sum of squared deviations in place by Chan's formula; ``other_m2`` of one image is None."""
     difference = other_mean - mean
     mean += difference * (count / (before + count))
-    m2 += other_m2 + difference.square_() * (before * count / (before + count))
+    squares = difference.square_() * (before * count / (before + count))
+    m2 += squares if other_m2 is None else other_m2 + squares
 
 
 def state_moments(record: ScanRecord) -> tuple[Moment, Moment]:

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -16,13 +15,16 @@ from torch import nn
 
 from mamba_attn._types import Float
 from mamba_attn.analytics import rebuild
+from mamba_attn.analytics.contents import Contents
 from mamba_attn.analytics.index import Index, StoredImage, StoredLayer
+from mamba_attn.analytics.part_writer import route_names
+from mamba_attn.analytics.parts import Images
+from mamba_attn.analytics.places import LocalPlace, Place, place, read_object
 from mamba_attn.analytics.projection import feature_size
-from mamba_attn.analytics.storage import Arrays, route_names
 from mamba_attn.core import notebook
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.core.transform import Transform
-from mamba_attn.errors import StoreError, local_path, nearest
+from mamba_attn.errors import StoreError, nearest
 
 _ROWS_AT_ONCE = 64
 _PICTURES, _MAPS = 6, 12  # in a notebook
@@ -30,7 +32,14 @@ _LARGEST_EMBEDDING = 2**30  # bytes of a file that is read
 
 
 class NotStoredError(StoreError, KeyError):
-    """The store does not hold this layer, route, image, or image's matrices."""
+    """The store does not hold this layer, route, image, or image's matrices.
+
+    Example:
+        >>> try:
+        ...     AttentionStore.open("store").matrix(0, 0)  # doctest: +SKIP
+        ... except NotStoredError as error:
+        ...     print(error)
+    """
 
     __str__ = RuntimeError.__str__  # KeyError would print the repr of the sentence
 
@@ -42,8 +51,7 @@ class AttentionStore:
     layers by name, number or ``StoredLayer``, to images by key, number or ``StoredImage``; routes are "sum" or numbers.
 
     Args:
-        folder: of the store.
-        index: what it holds.
+        contents: what it holds.
         given: its model, where the user has it.
 
     Example:
@@ -52,8 +60,8 @@ class AttentionStore:
         (257, 257)
     """
 
-    def __init__(self, folder: Path, index: Index, given: LoadedModel | None = None) -> None:
-        self.folder, self.index, self._given = folder, index, given
+    def __init__(self, contents: Contents, given: LoadedModel | None = None) -> None:
+        self._contents, self._given = contents, given
 
     def __repr__(self) -> str:
         return f"AttentionStore({str(self.folder)!r}, {self.model_name}, {len(self.images)} images)"
@@ -73,12 +81,12 @@ class AttentionStore:
 
     @classmethod
     def open(
-        cls, path: str | Path, unfinished: bool = False, *, model: LoadedModel | nn.Module | None = None
+        cls, path: str | Path | Place, unfinished: bool = False, *, model: LoadedModel | nn.Module | None = None
     ) -> "AttentionStore":
         """Open a store for reading.
 
         Args:
-            path: its folder.
+            path: its folder, or its address in object storage.
             unfinished: also open a half-written store, with the images that it counts.
             model: the one that it was collected from, where that was made in memory or by your own code.
 
@@ -86,21 +94,32 @@ class AttentionStore:
             StoreError: the store is missing, half written, damaged or of another version.
             ImportError: zarr is not installed.
         """
-        folder = local_path("store", path)
-        index = Index.read(folder)
-        if not index.images or not (index.finished or unfinished):
+        contents = Contents.open(place("store", path))
+        index = contents.index
+        if not len(contents.parts) or not (contents.finished or unfinished):
             how = f": {index.command}" if index.command else ""
             raise StoreError(
-                f"{folder}: this store is half written: {len(index.images)} of {index.wanted} images are counted. "
-                f"The same collect command resumes from there{how}; or open what there is with "
+                f"{contents.place}: this store is half written: {len(contents.parts)} of {index.wanted[-1]} images are "
+                f"counted. The same collect command resumes from there{how}; or open what there is with "
                 "AttentionStore.open(path, unfinished=True)."
             )
         given = model if model is None or isinstance(model, LoadedModel) else LoadedModel(model)
         if given is not None:
-            given = rebuild.trained(folder, index, given)
+            given = rebuild.trained(contents.place, index, given)
         if given is not None and given.transform is None:
             given.transform = rebuild.transform_of(index)
-        return cls(folder, index, given)
+        return cls(contents, given)
+
+    @property
+    def folder(self) -> Path | Place:
+        """Where it is: a path, or a place in object storage, whose text is its address."""
+        where = self._contents.place
+        return where.path if isinstance(where, LocalPlace) else where
+
+    @property
+    def index(self) -> Index:
+        """What it is of: ``store.json``."""
+        return self._contents.index
 
     @property
     def layers(self) -> list[StoredLayer]:
@@ -108,14 +127,14 @@ class AttentionStore:
         return list(self.index.layers)
 
     @property
-    def images(self) -> list[StoredImage]:
-        """The images that are counted."""
-        return list(self.index.images)
+    def images(self) -> Images:
+        """The images that are counted, a sequence; parts of a large store are read when they are needed."""
+        return self._contents.images
 
     @property
     def unreadable(self) -> dict[str, str]:
         """Reasons by key of images that could not be used."""
-        return dict(self.index.unreadable)
+        return self._contents.parts.unreadable
 
     def layer(self, layer: StoredLayer | str | int) -> StoredLayer:
         """Return a layer.
@@ -140,10 +159,10 @@ class AttentionStore:
         if isinstance(image, StoredImage):
             image = image.key
         number = image if isinstance(image, int) else self._rows_by_key.get(image, -1)
-        if not 0 <= number < len(self.index.images):
+        if not 0 <= number < len(self.images):
             hint = nearest(image, self._rows_by_key) if isinstance(image, str) else ""
             raise NotStoredError(f"{self.folder}: it holds no image {image!r} of {len(self.images)}. {hint}".rstrip())
-        return self.index.images[number]
+        return self.images[number]
 
     @property
     def model_name(self) -> str:
@@ -222,11 +241,14 @@ class AttentionStore:
             NotStoredError: no such layer or route, or routes were not collected.
             StoreError: the array is damaged.
         """
-        return self._statistic("mean", layer, route, ...)
+        return self._mean(layer, route, ...)
 
     def variance(self, layer: StoredLayer | str | int, route: str | int = "sum") -> Float[np.ndarray, "tokens tokens"]:
         """Return the variance of the attention over the images (divided by their number), float64; as ``mean``."""
-        return self._statistic("m2", layer, route, ...) / len(self.index.images)
+        number = self._number(layer)
+        squares = self._contents.statistics.squares(number, self._route(number, route))
+        variance: np.ndarray = squares / len(self.images)
+        return variance
 
     def mean_row(
         self, layer: StoredLayer | str | int, token: int, route: str | int = "sum"
@@ -237,7 +259,7 @@ class AttentionStore:
             IndexError: no such token.
             NotStoredError: as ``mean``.
         """
-        return self._statistic("mean", layer, route, (self._token(layer, token), slice(None)))
+        return self._mean(layer, route, (self._token(layer, token), slice(None)))
 
     def mean_column(
         self, layer: StoredLayer | str | int, token: int, route: str | int = "sum"
@@ -248,7 +270,7 @@ class AttentionStore:
             IndexError: no such token.
             NotStoredError: as ``mean``.
         """
-        return self._statistic("mean", layer, route, (slice(None), self._token(layer, token)))
+        return self._mean(layer, route, (slice(None), self._token(layer, token)))
 
     def lines(
         self,
@@ -277,10 +299,7 @@ class AttentionStore:
         if not 0 <= start < stop <= self.layer(layer).tokens:
             raise IndexError(f"tokens {start}..{stop}: expected some of 0..{self.layer(layer).tokens}.")
         where = (slice(None), slice(start, stop)) if columns else (slice(start, stop), slice(None))
-        if image is None:
-            found = self._statistic("mean", layer, route, where)
-        else:
-            found = self._matrix(layer, image, route, where)
+        found = self._mean(layer, route, where) if image is None else self._matrix(layer, image, route, where)
         return found.T if columns else found
 
     def state_moments(
@@ -297,7 +316,7 @@ class AttentionStore:
         number = self._number(layer)
         if self.index.layers[number].moments is None:
             raise NotStoredError(f"{self.index.layers[number].name}: softmax attention has no states.")
-        mean, square = self._statistics.read(f"{number:03d}/moments")
+        mean, square = self._contents.statistics.moments(number)
         return mean, square
 
     def matrix(
@@ -321,7 +340,8 @@ class AttentionStore:
         Raises:
             NotStoredError: there is no such image.
         """
-        return self._rows.read("pixels", self.image(image).row)
+        rows, own = self._contents.rows(self._row(image))
+        return rows.read("pixels", own)
 
     def features(self, layer: StoredLayer | str | int) -> Float[np.ndarray, "images features"]:
         """Return the summed matrix of every image as one row, float32: exact, or a projection that keeps distances.
@@ -333,7 +353,7 @@ class AttentionStore:
             NotStoredError: there is no such layer.
         """
         size = feature_size(self.layer(layer).tokens)
-        result = np.empty((len(self.index.images), size), np.float32)
+        result = np.empty((len(self.images), size), np.float32)
         for start, rows in self.feature_rows(layer, _ROWS_AT_ONCE):
             result[start : start + len(rows)] = rows
         return result
@@ -350,16 +370,19 @@ class AttentionStore:
             StoreError: they are of another projection, or damaged.
         """
         number = self._number(layer)
-        scale, count = np.float32(self.index.layers[number].scale), len(self.index.images)
+        scale, name = np.float32(self.index.layers[number].scale), f"features/{number:03d}"
         size = feature_size(self.index.layers[number].tokens)
-        for start in range(0, count, rows):
-            found = self._rows.read(f"features/{number:03d}", slice(start, min(start + rows, count)))
-            if found.shape[1:] != (size,):
-                raise StoreError(
-                    f"{self.folder}: features of {self.index.layers[number].name} are {found.shape[1:]} numbers, those "
-                    f"of this version {size}; they are of another projection: collect into a new folder."
-                )
-            yield start, found.astype(np.float32) / scale
+        for start, arrays, count in self._contents.row_groups():
+            for own in range(0, count, rows):
+                part = slice(own, min(own + rows, count))
+                found = arrays.read(name, part)
+                if found.shape[1:] != (size,):
+                    raise StoreError(
+                        f"{self.folder}: features of {self.index.layers[number].name} are {found.shape[1:]} numbers, "
+                        f"those of this version {size}; they are of another projection: collect into a new folder."
+                    )
+                each = arrays.read("scales", (part, slice(number, number + 1))) if arrays.exists("scales") else 1
+                yield start + own, found.astype(np.float32) / (scale * each)
 
     def embedding(self, key: str) -> tuple[np.ndarray, dict[str, Any]] | None:
         """Return what was saved under a key, with its ``about``; None if nothing was saved for these images.
@@ -370,18 +393,16 @@ class AttentionStore:
         Raises:
             StoreError: its file is damaged.
         """
-        path = self._embedding_path(key)
-        if not path.is_file():
+        where, name = self._contents.place, self._embedding_name(key)
+        if not where.exists(name):
             return None
         try:
-            if path.stat().st_size > _LARGEST_EMBEDDING:
-                raise ValueError(f"more than {_LARGEST_EMBEDDING:,} bytes")
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
+            with np.load(io.BytesIO(read_object(where, name, _LARGEST_EMBEDDING)), allow_pickle=False) as content:
                 said, array = json.loads(str(content["said"])), content["array"]
-            fits = said["key"] == key and said["statistics"] == self.index.statistics
+            fits = said["key"] == key and said["statistics"] == self._contents.signature
             return (array, dict(said["about"])) if fits else None
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise StoreError(f"{path}: it is damaged ({error}); delete this file.") from error
+            raise StoreError(f"{where}/{name}: it is damaged ({error}); delete this file.") from error
 
     def save_embedding(self, key: str, array: np.ndarray, about: dict[str, Any] | None = None) -> None:
         """Save an array in the store's folder, in one step.
@@ -394,29 +415,20 @@ class AttentionStore:
         Raises:
             OSError: the store cannot be written.
         """
-        path = self._embedding_path(key)
-        path.parent.mkdir(exist_ok=True)
         content = io.BytesIO()
-        said = json.dumps({"key": key, "statistics": self.index.statistics, "about": about or {}})
+        said = json.dumps({"key": key, "statistics": self._contents.signature, "about": about or {}})
         np.savez(content, array=array, said=np.array(said))
-        temporary = path.with_suffix(f".{os.getpid()}.new")
-        temporary.write_bytes(content.getvalue())
-        temporary.replace(path)
+        self._contents.place.replace(self._embedding_name(key), content.getvalue())
 
-    def _embedding_path(self, key: str) -> Path:
-        return self.folder / "embeddings" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+    def _embedding_name(self, key: str) -> str:
+        return f"embeddings/{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
 
-    @cached_property
-    def _rows(self) -> Arrays:
-        return Arrays(self.folder / "images")
-
-    @cached_property
-    def _statistics(self) -> Arrays:
-        return Arrays(self.folder / self.index.statistics)
-
-    def _statistic(self, what: str, layer: StoredLayer | str | int, route: str | int, selection: Any) -> np.ndarray:
+    def _mean(self, layer: StoredLayer | str | int, route: str | int, selection: Any) -> np.ndarray:
         number = self._number(layer)
-        return self._statistics.read(f"{number:03d}/{what}/{self._route(number, route)}", selection)
+        return self._contents.statistics.mean(number, self._route(number, route), selection)
+
+    def _row(self, image: StoredImage | str | int) -> int:
+        return image.row if isinstance(image, StoredImage) else self.image(image).row
 
     def _matrix(
         self, layer: StoredLayer | str | int, image: StoredImage | str | int, route: str | int, where: tuple[Any, ...]
@@ -424,13 +436,14 @@ class AttentionStore:
         number, found = self._number(layer), self.image(image)
         name = self._route(number, route)
         if not found.kept:
-            kept = sum(each.kept for each in self.index.images)
+            kept = sum(each.kept for each in self.images)
             raise NotStoredError(
                 f"{found.key}: no matrices are stored for this image, only for {kept} others; collect with "
                 f"keep=[{found.key!r}], or compute them: trace(store.model()), then layer.attention() or "
                 "layer.row(token)."
             )
-        return self._rows.read(f"matrices/{number:03d}/{name}", (found.row, *where))
+        rows, own = self._contents.rows(found.row)
+        return rows.read(f"matrices/{number:03d}/{name}", (own, *where))
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
@@ -438,7 +451,7 @@ class AttentionStore:
 
     @cached_property
     def _rows_by_key(self) -> dict[str, int]:
-        return {image.key: image.row for image in self.index.images}
+        return {image.key: image.row for image in self.images}
 
     def _number(self, layer: StoredLayer | str | int) -> int:
         name = layer.name if isinstance(layer, StoredLayer) else layer

@@ -20,10 +20,11 @@ from mamba_attn.attribution.lrp.frozen_contribution import FrozenContribution
 from mamba_attn.attribution.lrp.keep_and_remove import KeepAndRemoveLRP
 from mamba_attn.attribution.lrp.mamba_lrp import MambaLRP
 from mamba_attn.attribution.mamba_attribution import MambaAttribution
-from mamba_attn.attribution.maps import MapAttribution, TokenAttribution
+from mamba_attn.attribution.maps import MapAttribution
 from mamba_attn.attribution.raw_attention import RawAttention
 from mamba_attn.attribution.relevance_attention_ranks import RelevanceAttentionRanks
 from mamba_attn.attribution.together import attribute_together
+from mamba_attn.attribution.token_maps import TokenAttribution
 from mamba_attn.attribution.vit.attention_grad_cam import AttentionGradCAM
 from mamba_attn.attribution.vit.attn_lrp import AttnLRP
 from mamba_attn.attribution.vit.libra_grad import LibraGrad

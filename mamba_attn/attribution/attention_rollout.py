@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from mamba_attn._types import Float
 from mamba_attn.attribution.grids import Row
-from mamba_attn.attribution.maps import TokenAttribution
 from mamba_attn.attribution.queries import Query, query_weights
 from mamba_attn.attribution.targets import Target
+from mamba_attn.attribution.token_maps import TokenAttribution
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from mamba_attn import ops
 from mamba_attn._types import Float
 from mamba_attn.attribution.grids import Row
-from mamba_attn.attribution.maps import TokenAttribution
 from mamba_attn.attribution.queries import Query
 from mamba_attn.attribution.targets import Target
+from mamba_attn.attribution.token_maps import TokenAttribution
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import nearest

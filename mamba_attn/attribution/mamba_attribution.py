@@ -10,9 +10,9 @@ from mamba_attn import ops
 from mamba_attn._types import Float
 from mamba_attn.attribution.attention_rollout import Product, dense, of_one_token, roll_out_weighted
 from mamba_attn.attribution.grids import Row
-from mamba_attn.attribution.maps import TokenAttribution
 from mamba_attn.attribution.queries import Query, query_weights, single_token
 from mamba_attn.attribution.targets import Target
+from mamba_attn.attribution.token_maps import TokenAttribution
 from mamba_attn.core.rules import Rules
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError

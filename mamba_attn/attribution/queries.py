@@ -1,6 +1,5 @@
 """Pixels, boxes and positions: which tokens of a layer's token frame a method reads."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mamba_attn._types import Float
+from mamba_attn.core.deprecation import warn_deprecated
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.tracing.layers import Layer
 
@@ -71,8 +71,8 @@ def split_query(call: str, query: Any, pixel: Any, box: Any, *, stacklevel: int 
         raise ValueError(f"{call}(query={query!r}): {expected}.")
     if pixel is not None or box is not None:
         raise ValueError(f"{call}(query={query!r}, ...): query is deprecated; {expected}, alone.")
-    message = f"{call}(query={query!r}): query is deprecated; write {kind}={_WORDS[kind]}."
-    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
+    written = f"{call}(query={query!r}): query"
+    warn_deprecated(written, write=f"{kind}={_WORDS[kind]}", gone="0.3", stacklevel=stacklevel)
     return (query, None) if kind == "pixel" else (None, query)
 
 

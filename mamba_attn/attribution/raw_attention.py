@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from mamba_attn.attribution.grids import Row
-from mamba_attn.attribution.maps import Positions, TokenAttribution
+from mamba_attn.attribution.maps import Positions
 from mamba_attn.attribution.queries import Place, Query, read_rows
 from mamba_attn.attribution.targets import Target
+from mamba_attn.attribution.token_maps import TokenAttribution
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
 from mamba_attn.tracing.layer_names import ByLayer, LayerNames
 

@@ -83,7 +83,7 @@ def text_plan(
     Raises:
         ValueError: a measure or fill that texts do not have; no texts.
     """
-    from mamba_attn.datasets.texts import PUZZLES, open_texts
+    from mamba_attn.datasets.texts import TASKS, open_texts
     from mamba_attn.evaluation.texts import DROP, MEASURES, UNKNOWN, TextPlan
 
     for name in measures or ():
@@ -92,7 +92,7 @@ def text_plan(
     if fill not in (None, UNKNOWN, DROP):
         raise ValueError(f"fill={fill!r}: this is for images; for texts, use {UNKNOWN!r} or {DROP!r}.")
     if data is None:
-        learnt = {model: puzzle for puzzle, model in PUZZLES.items()}
+        learnt = {model: task for task, model in TASKS.items()}
         other = [model.name for model in models if model.name not in learnt]
         if other:
             raise ValueError(

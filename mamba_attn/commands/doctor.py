@@ -62,13 +62,13 @@ def _backends() -> Iterator[tuple[str, str]]:
     """Yield every backend and whether it runs here."""
     import torch
 
-    from mamba_attn.ops.cpu.build import library_problem
+    from mamba_attn.ops.cpu.build import library_origin, library_problem
     from mamba_attn.ops.cuda.launcher import LAUNCHER
 
     yield "reference", "runs (float64, for tests)"
     yield "blocked", "runs"
     problem = library_problem()
-    yield "native", "runs" if problem is None else f"does not run: {problem}"
+    yield "native", f"runs ({library_origin()})" if problem is None else f"does not run: {problem}"
     if not torch.cuda.is_available():
         yield "fused", "does not run: torch sees no CUDA device"
     for number in range(torch.cuda.device_count()):

@@ -165,7 +165,7 @@ def _place(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _layer(text: str | None, subject: "LoadedModel") -> str | None:
-    from mamba_attn.datasets.loading import traced_layers
+    from mamba_attn.datasets.made_of import traced_layers
 
     layers = [] if text is None else traced_layers(subject)
     if text is None or text in layers:

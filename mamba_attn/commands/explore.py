@@ -66,13 +66,13 @@ def serve(stores: Sequence[Any], host: str, port: int, *, ahead: bool = False) -
     from mamba_attn.viewer.serving import bound
 
     app = Explorer(stores, host=host)
-    with bound(app, host, port) as server:
+    with bound(app, host, port) as (server, listening):
         name = f"[{host}]" if ":" in host else host
-        print(f"mamba-attn explore: http://{name}:{server.port}/ (Ctrl+C stops)", flush=True)
+        print(f"mamba-attn explore: http://{name}:{listening.getsockname()[1]}/ (Ctrl+C stops)", flush=True)
         if ahead:
             app.prepare()
         try:
-            server.serve_forever()
+            server.run(sockets=[listening])
         except KeyboardInterrupt:
             print()
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mamba_attn.commands.options import Commands, add_folder, add_model, command, open_stores, require_least
 from mamba_attn.commands.terminal import plain, progress_bar, show
 from mamba_attn.core.requirements import require_extras, writable
-from mamba_attn.errors import local_path, nearest
+from mamba_attn.errors import nearest
 
 if TYPE_CHECKING:
     from mamba_attn.analytics.store import AttentionStore
@@ -114,14 +114,17 @@ def named(paths: Sequence[str], args: argparse.Namespace | None = None) -> "dict
         ValueError: a store is named twice.
         StoreError: a folder is not a store, or half written, damaged or of another version.
     """
-    folders = [local_path("store", path).resolve() for path in paths]
+    from mamba_attn.analytics.places import LocalPlace, place
+
+    places = [place("store", path) for path in paths]
+    folders = [each.path.resolve() if isinstance(each, LocalPlace) else Path(str(each)) for each in places]
     twice = next((path for path in folders if folders.count(path) > 1), None)
     if twice is not None:
         raise ValueError(f"{twice}: this store is named twice.")
     parts = 1
     while len({folder.parts[-parts:] for folder in folders}) < len(folders):
         parts += 1
-    opened = open_stores(folders, args or argparse.Namespace(model=None))
+    opened = open_stores(places, args or argparse.Namespace(model=None))
     return {"/".join(folder.parts[-parts:]): store for folder, store in zip(folders, opened, strict=True)}
 
 

@@ -80,7 +80,7 @@ def compare(
     """Score attribution methods on models, as ``mamba-attn compare`` does.
 
     Args:
-        models: one or several networks, or ``LoadedModel``s; their names must differ.
+        models: one or several networks, or a ``LoadedModel`` each; their names must differ.
         data: as in ``collect``; tensors are the input of the first model. For models that read text: a file with one
             text per line, a list of texts, or the task "copying" or "recall".
         out: folder for the page, the tables, and the measurements from which the same call resumes. Default: nothing
@@ -163,8 +163,8 @@ def _on_texts(
     if target != "predicted":
         raise ValueError(f"compare(target={target!r}): on texts, methods explain the model's prediction; leave it out.")
     chosen, _, unasked = choose_methods([methods] if isinstance(methods, str) else list(methods))
-    puzzle_or_file = isinstance(data, str | Path)
-    texts = [str(data)] if puzzle_or_file else [tuple(data)]
+    task_or_file = isinstance(data, str | Path)
+    texts = [str(data)] if task_or_file else [tuple(data)]
     plan = text_plan([Model.of(each) for each in models], texts, chosen, unasked, measures, None, limit, seed)
     return compared_texts(plan, out, f"mamba_attn.compare([{', '.join(names)}], ...)")
 
@@ -180,6 +180,9 @@ def explore(*stores: "AttentionStore | str | Path", host: str = "127.0.0.1", por
     Raises:
         StoreError: a folder holds no store.
         OSError: the port is in use.
+
+    Example:
+        >>> explore("store")  # doctest: +SKIP
     """
     from mamba_attn.commands.explore import NEEDED, serve
 

@@ -243,14 +243,16 @@ def require_least(args: argparse.Namespace, **least: int) -> None:
             raise ValueError(f"seed={value}: expected a number below {_SEEDS}.")
 
 
-def settle_threads(parameters: Iterable[int], workers: int = 1) -> None:
+def settle_threads(parameters: Iterable[int], workers: int = 1, cores: int | None = None) -> None:
     """Limit threads to what the smallest model can keep busy.
 
     Args:
         parameters: of every model.
         workers: processes that share the machine.
+        cores: at most; default: what torch sees, shared by the workers.
     """
     import torch
 
     useful = min(parameters) // _PARAMETERS_PER_THREAD
-    torch.set_num_threads(max(1, min(torch.get_num_threads() // workers, useful)))
+    most = torch.get_num_threads() // workers if cores is None else min(torch.get_num_threads(), cores)
+    torch.set_num_threads(max(1, min(most, useful)))

@@ -21,6 +21,11 @@ class AttentionRecord:
         value: the values that are read.
         gate: factor of the heads' concatenated output, after its activation; or None.
         layout: where the tokens sit in the image, when known.
+
+    Example:
+        >>> record = AttentionRecord(probabilities=torch.rand(1, 3, 5, 5).softmax(-1), value=torch.rand(1, 3, 5, 8))
+        >>> record.heads, record.tokens
+        (3, 5)
     """
 
     probabilities: Float[Tensor, "batch heads tokens tokens"]

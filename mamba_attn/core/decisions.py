@@ -7,6 +7,11 @@ LOGGER.addHandler(logging.NullHandler())
 _said: set[str] = set()
 
 
+def somebody_listens() -> bool:
+    """Whether what is decided is shown or kept anywhere."""
+    return LOGGER.isEnabledFor(logging.INFO)
+
+
 def decided(message: str, *values: object) -> None:
     """Log a decision at level INFO, the same sentence once per process.
 
@@ -17,7 +22,7 @@ def decided(message: str, *values: object) -> None:
     Example:
         >>> decided("backend %s on %s", "native", "cpu")
     """
-    if LOGGER.isEnabledFor(logging.INFO):
+    if somebody_listens():
         text = message % values
         if text not in _said:
             _said.add(text)

@@ -79,6 +79,6 @@ def _known(order: Tensor, tokens: int) -> _Seen | None:
     return seen
 
 
-def capturing(order: Tensor) -> bool:
-    """Whether a CUDA graph is being captured, which must not wait; kernels skip missing tokens anyway."""
-    return order.is_cuda and torch.cuda.is_current_stream_capturing()
+def capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, which must not wait for values; kernels skip missing tokens anyway."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -8,7 +8,7 @@ that the model calls anywhere else (``tracing.function_rules``). ``PLAIN`` chang
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import local
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -28,10 +28,12 @@ class Rules:
             modules anywhere in the model, "linear" and convolution modules anywhere, those inside mixers included, and
             the "tokens" that enter each layer.
         at_doors: whether they also hold where a scan is seen at its door alone, by what its backward pass returns.
+        observes: whether they change nothing, and are shown what stands around scans that are seen at their doors.
     """
 
     wants: ClassVar[frozenset[str]] = frozenset()
     at_doors: ClassVar[bool] = False
+    observes: ClassVar[bool] = False
 
     def activation(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Apply an element-wise activation."""
@@ -86,6 +88,22 @@ class Rules:
 
         A scan that is seen at its door shows its own input.
         """
+
+    def scanned(self, call: object, layer: str, x: Tensor) -> None:
+        """Observe a scan at its door.
+
+        Args:
+            call: what the door keeps of it.
+            layer: name of the module that runs.
+            x: what it scans.
+        """
+        self.enter(layer, x)
+
+    def convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> None:
+        """Observe a depthwise convolution, where rules ``observes``; options as of ``torch.conv2d``."""
+
+    def multiplied(self, a: Tensor, b: Tensor) -> None:
+        """Observe a product of two tensors of one size, where rules ``observes``."""
 
 
 PLAIN = Rules()

@@ -52,6 +52,14 @@ class ScanRecord:
     Raises:
         ValueError: an order that visits a token twice on one route, or one that does not exist; a gain, a D of tokens
             or an order of images whose shape does not agree; a D of tokens where routes have inputs of their own.
+
+    Example:
+        >>> u, delta, A = torch.rand(1, 2, 8, 5), torch.rand(1, 2, 8, 5), -torch.rand(2, 8, 4)
+        >>> B = C = torch.rand(1, 2, 1, 4, 5)
+        >>> order = torch.tensor([[0, 1, 2, 3, 4], [4, 3, 2, 1, 0]])  # two routes, forwards and backwards
+        >>> record = ScanRecord.from_scan(u, delta, A, B, C, order=order)
+        >>> record.routes, record.tokens
+        (2, 5)
     """
 
     source_u: Float[Tensor, "batch _ channels positions"]

@@ -53,6 +53,12 @@ class Transform:
     Raises:
         ValueError: an unknown ``fit``, sides below one pixel, a mean and a standard deviation of other lengths, a
             standard deviation of 0.
+
+    Example:
+        >>> transform = Transform((224, 224), cover=(256, 256), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+        >>> from mamba_attn.images import samples
+        >>> transform(samples()[0]).shape
+        torch.Size([3, 224, 224])
     """
 
     size: tuple[int, int]

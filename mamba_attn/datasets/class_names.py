@@ -116,6 +116,12 @@ def class_indices(data: Data, subject: LoadedModel) -> list[int | None]:
     Args:
         data: the collection with the labels.
         subject: the model with the classes.
+
+    Example:
+        >>> from mamba_attn.datasets import open_data
+        >>> from mamba_attn.images import SAMPLES
+        >>> class_indices(open_data(str(SAMPLES)), LoadedModel(torch.nn.Identity(), classes=["hat"]))  # no labels
+        []
     """
     count = len(subject.classes)
     if count == _IMAGENET and data.imagenet is not None:

@@ -5,10 +5,12 @@ ImageNet-Segmentation (Guillaumin, Kuettel and Ferrari, IJCV 2014), a MATLAB v7.
 """
 
 import csv
+import hashlib
 import io
 import json
 import lzma
 import math
+import os
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -61,6 +63,11 @@ def open_data(selector: str) -> Data:
         FileNotFoundError: no such file or folder.
         ValueError: no such part, or not a file of these kinds.
         ImportError: a .mat file without h5py.
+
+    Example:
+        >>> from mamba_attn.images import SAMPLES
+        >>> len(open_data(str(SAMPLES)))  # a folder, a zip, ...
+        6
     """
     if not selector.strip():
         raise ValueError(f"open_data({selector!r}): {_SELECTOR}.")
@@ -74,12 +81,10 @@ def open_data(selector: str) -> Data:
             raise ValueError(f"open_data({selector!r}): a .mat file has no parts; {_SELECTOR}.")
         return ImageNetSegmentation(path, name)
     if path.is_dir():
-        identity = f"{path.resolve()}:{part}"
-        return collection(Folder(str(path)), part, name, identity)
+        return collection(Folder(str(path)), part, name)
     if path.suffix.lower() != ".zip":
         raise ValueError(f"open_data({selector!r}): expected a folder, a .zip or a .mat file; {_SELECTOR}.")
-    identity = f"{path.name}-{path.stat().st_size}:{part}"
-    return collection(Zip(str(path)), part, name, identity)
+    return collection(Zip(str(path)), part, name)
 
 
 def _split(selector: str) -> tuple[str, str]:
@@ -104,6 +109,10 @@ class Files(ABC):
     @abstractmethod
     def _bytes(self, name: str) -> bytes:
         """Return a file's contents; raise OSError or KeyError if absent."""
+
+    @abstractmethod
+    def size(self, name: str) -> int:
+        """Return the bytes of a file; -1 if it is absent."""
 
     def text(self, name: str) -> str:
         """Return a table's text.
@@ -153,6 +162,13 @@ class Folder(Files):
         _require_size(name, path.stat().st_size)
         return path.read_bytes()
 
+    def size(self, name: str) -> int:
+        """Return the bytes of a file; see ``Files``."""
+        try:
+            return (Path(self.root) / name).stat().st_size
+        except OSError:
+            return -1
+
 
 class Zip(Files):
     """A zip file.
@@ -163,10 +179,23 @@ class Zip(Files):
 
     def __init__(self, root: str) -> None:
         super().__init__(root)
-        try:
-            self._archive = zipfile.ZipFile(root)
-        except (zipfile.BadZipFile, OSError) as error:
-            raise ValueError(f"open_data({root!r}): this is not a zip file, or a damaged one ({error}).") from error
+        self._opened: tuple[int, zipfile.ZipFile] | None = None
+        self._archive  # noqa: B018  # refuse at once what is no zip
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_opened": None}
+
+    @property
+    def _archive(self) -> zipfile.ZipFile:
+        """The open file, each process its own: after a fork two would move one position."""
+        if self._opened is None or self._opened[0] != os.getpid():
+            try:
+                self._opened = os.getpid(), zipfile.ZipFile(self.root)
+            except (zipfile.BadZipFile, OSError) as error:
+                raise ValueError(
+                    f"open_data({self.root!r}): this is not a zip file, or a damaged one ({error})."
+                ) from error
+        return self._opened[1]
 
     @cached_property
     def names(self) -> list[str]:
@@ -176,6 +205,13 @@ class Zip(Files):
     def _bytes(self, name: str) -> bytes:
         _require_size(name, self._archive.getinfo(name).file_size)  # a member cannot unpack to more than it says
         return self._archive.read(name)
+
+    def size(self, name: str) -> int:
+        """Return the bytes of a file; see ``Files``."""
+        try:
+            return self._archive.getinfo(name).file_size
+        except KeyError:
+            return -1
 
 
 def _require_size(name: str, size: int) -> None:
@@ -203,7 +239,16 @@ class FileData(Data):
 
     def __init__(self, files: Files, base: str, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._files, self._base = files, base
+        self._files, self._base, self.in_files = files, base, True
+        self.path = str(Path(files.root).resolve() / base) if isinstance(files, Folder) else ""
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of the images' names and sizes: the same folder under two mounts is the same images."""
+        digest = hashlib.sha256()
+        for key in sorted({item.key for item in self.items}):
+            digest.update(f"{key}\0{self._files.size(self._base + key)}\n".encode())
+        return f"sha256:{digest.hexdigest()}"
 
     def _picture(self, item: Item, range: tuple[float, float] | None) -> "Image":
         return self._files.picture(self._base + item.key, range)
@@ -222,17 +267,16 @@ class FileData(Data):
         if (colours != colours[..., :1]).any():  # e.g. a palette: its colours are not region numbers
             raise ImageError(f"{item.key}: its mask has colours; expected 8-bit grey with the regions' numbers.")
         values = transformed_mask(mask, transform)
-        return _where(values, item.values), _where(values, item.traps) if item.traps else None
+        return _where(values, item.values), _where(values, item.distractors) if item.distractors else None
 
 
-def collection(files: Files, part: str, name: str, identity: str) -> Data:
+def collection(files: Files, part: str, name: str) -> Data:
     """Open the collection of a part.
 
     Args:
         files: a folder or zip.
         part: a folder in it, or a split of one, with slashes; "" for all of it.
         name: see ``Data``.
-        identity: see ``Data``.
 
     Raises:
         ValueError: no such part, several to choose from, no images, an invalid table.
@@ -244,12 +288,12 @@ def collection(files: Files, part: str, name: str, identity: str) -> Data:
     if table is None:
         if any(file.startswith(base) and file.endswith(tuple(f"/{each}" for each in TABLES)) for file in files.names):
             raise ValueError(f"open_data({name!r}): it has several parts; choose one. {_parts(files)}")
-        return _sorted_by_class(files, base, name, identity)
+        return _sorted_by_class(files, base, name)
     rows = _rows(files, folder + table)
     split = part.removeprefix(folder.rstrip("/")).strip("/")
     readers: dict[str, Callable[..., Data]] = {"boxes.csv": _boxed, "segments.csv": _segmented, "labels.csv": _labelled}
     try:
-        data = readers[table](files, folder, rows, split, name, identity)
+        data = readers[table](files, folder, rows, split, name)
     except KeyError as error:
         raise ValueError(f"open_data({name!r}): {folder}{table} is not a valid table: no column {error}.") from error
     except (ValueError, TypeError, RecursionError) as error:
@@ -315,22 +359,24 @@ def _classes(rows: Iterable[dict[str, str]]) -> dict[str, Any]:
     return {"classes": [names.get(label, str(label)) for label in range(count)], "imagenet": imagenet}
 
 
-def _boxed(files: Files, base: str, rows: list[dict[str, str]], split: str, name: str, identity: str) -> Data:
+def _boxed(files: Files, base: str, rows: list[dict[str, str]], split: str, name: str) -> Data:
     rows = _of_split(rows, split)
     column = next((key for key in (rows[0] if rows else {}) if key.startswith(_BOXES)), _BOXES)
     items = [Item(row["file"], int(row["label"]), boxes=json.loads(row[column] or "[]")) for row in rows]
-    return FileData(files, base, name, identity, items, truth="boxes", **_classes(rows))
+    return FileData(files, base, name, "", items, truth="boxes", **_classes(rows))
 
 
-def _labelled(files: Files, base: str, rows: list[dict[str, str]], split: str, name: str, identity: str) -> Data:
+def _labelled(files: Files, base: str, rows: list[dict[str, str]], split: str, name: str) -> Data:
     chosen = _of_split(rows, split)
     masks = bool(chosen) and "mask" in chosen[0]
-    traps = frozenset({2} if masks else ())
-    items = [Item(row["file"], int(row["label"]), mask=row.get("mask") or None, traps=traps) for row in chosen]
-    return FileData(files, base, name, identity, items, truth="masks" if masks else "", **_classes(rows))
+    distractors = frozenset({2} if masks else ())
+    items = [
+        Item(row["file"], int(row["label"]), mask=row.get("mask") or None, distractors=distractors) for row in chosen
+    ]
+    return FileData(files, base, name, "", items, truth="masks" if masks else "", **_classes(rows))
 
 
-def _segmented(files: Files, base: str, rows: list[dict[str, str]], split: str, name: str, identity: str) -> Data:
+def _segmented(files: Files, base: str, rows: list[dict[str, str]], split: str, name: str) -> Data:
     """Images without labels; the object is the union of all segments of things."""
     things: dict[str, set[int]] = {}
     for row in rows:
@@ -346,10 +392,10 @@ def _segmented(files: Files, base: str, rows: list[dict[str, str]], split: str, 
         Item(names.get(id, f"images/{id}.jpg"), mask=f"segments/{id}.png", values=frozenset(values))
         for id, values in things.items()
     ]
-    return FileData(files, base, name, identity, items, truth="masks", note=_THINGS)
+    return FileData(files, base, name, "", items, truth="masks", note=_THINGS)
 
 
-def _sorted_by_class(files: Files, base: str, name: str, identity: str) -> Data:
+def _sorted_by_class(files: Files, base: str, name: str) -> Data:
     """Images in class folders, or all in one place; "val" of a tree that is split."""
     if not any(file.startswith(f"{base}train/") for file in files.names):
         split = ""
@@ -362,7 +408,7 @@ def _sorted_by_class(files: Files, base: str, name: str, identity: str) -> Data:
     classes = sorted({first for first, _, rest in folders.values() if rest})
     labels = {each: index for index, each in enumerate(classes)}
     items = [Item(file, labels[first] if rest else None) for file, (first, _, rest) in folders.items()]
-    return FileData(files, base, name, identity, items, classes=classes)
+    return FileData(files, base, name, "", items, classes=classes)
 
 
 def _check_boxes(item: Item) -> None:

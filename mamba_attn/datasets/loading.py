@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -23,10 +22,10 @@ from mamba_attn.core.outputs import described, find_scores
 from mamba_attn.core.training_mode import warn_of_training
 from mamba_attn.core.transform import Transform
 from mamba_attn.datasets.class_names import names_for, read_names
+from mamba_attn.datasets.made_of import is_transformer
 from mamba_attn.datasets.user_code import build_model, find_function, names_code, stand_ins_for, takes
 from mamba_attn.errors import UnsupportedModelError, WeightsError, local_path, nearest
 from mamba_attn.models import checkpoints, registry
-from mamba_attn.tracing.layer_kinds import SOFTMAX, layer_kinds
 from mamba_attn.tracing.undisturbed import undisturbed
 
 NO_COMPANION = "none"
@@ -38,7 +37,6 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vo
 _OUTPUTS = "_outputs"  # where the number of outputs is remembered
 # raised by a model that is shown an image it cannot take
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ArithmeticError)
-_layers: "WeakKeyDictionary[nn.Module, dict[str, str]]" = WeakKeyDictionary()
 
 
 def load(
@@ -136,6 +134,10 @@ def complete(model: nn.Module | LoadedModel) -> LoadedModel:
 
     Warns:
         UserWarning: the transform was guessed; modules are in training mode that change the answer.
+
+    Example:
+        >>> complete(load("vim_digits", weights="demo")).transform.size
+        (64, 64)
     """
     found = model if isinstance(model, LoadedModel) else LoadedModel(model)
     if found.reads == "text":
@@ -155,49 +157,6 @@ def complete(model: nn.Module | LoadedModel) -> LoadedModel:
             f"classes: {len(found.classes)} names, {found.classes[0]!r} the first, and {found.name} has {count} "
             "outputs; expected one name per output."
         )
-    return found
-
-
-def traced_layers(model: LoadedModel) -> list[str]:
-    """Return the names of the layers that a trace finds, first to last.
-
-    Args:
-        model: with its transform.
-
-    Raises:
-        UnsupportedModelError: it has none.
-    """
-    return list(_kinds(model))
-
-
-def made_of(model: LoadedModel) -> list[str]:
-    """Return the kinds of layers that a trace finds, "selective scans" and "softmax attention"; [] if there are none.
-
-    Args:
-        model: with its transform.
-    """
-    try:
-        return list(dict.fromkeys(_kinds(model).values()))
-    except UnsupportedModelError:
-        return []
-
-
-def is_transformer(model: LoadedModel) -> bool:
-    """Whether all layers are softmax attention, as in a ViT.
-
-    Args:
-        model: with its transform.
-    """
-    return made_of(model) == [SOFTMAX]
-
-
-def _kinds(model: LoadedModel) -> dict[str, str]:
-    found = _layers.get(model.model)
-    if found is None:
-        with undisturbed(model.model, traced=True):
-            blank = model.transform.blank().to(model.device)
-            found = layer_kinds(model.model, lambda: model.model(blank), layout=model.layout)
-        _layers[model.model] = found
     return found
 
 

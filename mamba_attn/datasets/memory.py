@@ -42,16 +42,18 @@ class InMemory(Data):
         self._pictures = dict(zip(keys, pictures, strict=True))
 
     def load(self, index: int, transform: Transform) -> Sample:
-        """Return one image as a model sees it; a tensor was transformed already, so it is only resized."""
+        """Return one image, which has no truth, as a model sees it."""
         item = self.items[index]
-        picture = self._pictures[item.key]
-        if isinstance(picture, np.ndarray):
-            if picture.shape[:2] != transform.size:
-                picture = images.crop(
-                    _image(picture), transform.size, interpolation=transform.interpolation, squash=True
-                )
-            return Sample(item.key, picture, item.label, None, None)
-        return super().load(index, transform)
+        return Sample(item.key, self.pixels(index, transform), item.label, None, None)
+
+    def pixels(self, index: int, transform: Transform) -> np.ndarray:
+        """Return one image as a model sees it; a tensor was transformed already, so it is only resized."""
+        picture = self._pictures[self.items[index].key]
+        if not isinstance(picture, np.ndarray):
+            return super().pixels(index, transform)
+        if picture.shape[:2] == transform.size:
+            return picture
+        return images.crop(_image(picture), transform.size, interpolation=transform.interpolation, squash=True)
 
     def _picture(self, item: Item, range: tuple[float, float] | None) -> "Image":
         picture = self._pictures[item.key]

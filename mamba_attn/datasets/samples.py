@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 HALVES = ("choose", "report")
-Regions = tuple[torch.Tensor | None, torch.Tensor | None]  # the truth, and the trap
+Regions = tuple[torch.Tensor | None, torch.Tensor | None]  # the truth, and the distractor
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,18 @@ class Sample:
         pixels: uint8, before normalisation.
         label: index into the collection's classes.
         inside: the fraction of every pixel that belongs to the object, in 0..1; None if unknown.
-        trap: the same for a distractor that resembles the object.
+        distractor: the same for a distractor that resembles the object.
+
+    Example:
+        >>> Sample("hat/1.jpg", np.zeros((32, 32, 3), np.uint8), label=0, inside=None, distractor=None).key
+        'hat/1.jpg'
     """
 
     key: str
     pixels: np.ndarray
     label: int | None
     inside: Float[torch.Tensor, "rows columns"] | None
-    trap: Float[torch.Tensor, "rows columns"] | None
+    distractor: Float[torch.Tensor, "rows columns"] | None
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,11 @@ class Item:
         boxes: (x0, y0, x1, y1) of its objects, in pixels of the file; as read, and checked with the image.
         mask: the name of its mask.
         values: of the mask's pixels that are the object.
-        traps: of those that only resemble it.
+        distractors: of those that only resemble it.
+
+    Example:
+        >>> Item("hat/1.jpg", label=0, boxes=[(4, 8, 60, 72)]).label
+        0
     """
 
     key: str
@@ -60,7 +68,7 @@ class Item:
     boxes: Any = None
     mask: str | None = None
     values: frozenset[int] = frozenset({1})
-    traps: frozenset[int] = frozenset()
+    distractors: frozenset[int] = frozenset()
 
 
 class Data(ABC):
@@ -74,6 +82,13 @@ class Data(ABC):
         imagenet: ImageNet-1k index by label, if the collection has it.
         truth: "boxes", "masks" or "".
         note: what a reader must know to interpret its figures.
+
+    Example:
+        >>> from mamba_attn.datasets import open_data
+        >>> from mamba_attn.images import SAMPLES
+        >>> data = open_data(str(SAMPLES))
+        >>> len(data), data.load(0, Transform((64, 64))).pixels.shape
+        (6, (64, 64, 3))
     """
 
     def __init__(
@@ -87,9 +102,16 @@ class Data(ABC):
         truth: str = "",
         note: str = "",
     ) -> None:
-        self.name, self.identity, self.truth, self.note = name, identity, truth, note
+        self.name, self.truth, self.note, self._identity = name, truth, note, identity
+        self.path = ""  # where the files are, below which keys are paths; "" where they are in no folder
+        self.in_files = False  # whether other processes can read the images too
         self.items = sorted(items, key=lambda item: (_digest(item.key), item.key))
         self.classes, self.imagenet = list(classes), None if imagenet is None else list(imagenet)
+
+    @property
+    def identity(self) -> str:
+        """Key of stored results: equal for the same images, wherever they lie."""
+        return self._identity
 
     def __len__(self) -> int:
         return len(self.items)
@@ -112,8 +134,16 @@ class Data(ABC):
         """
         item = self.items[index]
         picture = self._picture(item, transform.range)
-        inside, trap = self._regions(item, picture, transform)
-        return Sample(item.key, transform.pixels(picture), item.label, inside, trap)
+        inside, distractor = self._regions(item, picture, transform)
+        return Sample(item.key, transform.pixels(picture), item.label, inside, distractor)
+
+    def pixels(self, index: int, transform: Transform) -> np.ndarray:
+        """Read one image without its truth, as a model sees it.
+
+        Raises:
+            ImageError: the file is damaged or absent.
+        """
+        return transform.pixels(self._picture(self.items[index], transform.range))
 
     @abstractmethod
     def _picture(self, item: Item, range: tuple[float, float] | None) -> "Image":
@@ -129,6 +159,10 @@ def half_of(key: str) -> str:
 
     Args:
         key: the image's name in its collection.
+
+    Example:
+        >>> half_of("hat/1.jpg") in HALVES
+        True
     """
     return HALVES[_digest(key)[-1] % 2]
 

@@ -1,4 +1,4 @@
-"""Texts to measure on: a file of them, a list, or puzzles; and what a tokenizer makes of them."""
+"""Texts to measure on: a file of them, a list, or those of a task; and what a tokenizer makes of them."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from mamba_attn._types import Int
 from mamba_attn.core.loaded_model import LoadedModel
-from mamba_attn.datasets.puzzles import MAKERS, Puzzles
+from mamba_attn.datasets.tasks import MAKERS, TaskTexts
 from mamba_attn.errors import local_path
 from mamba_attn.models.language import Vocabulary
 
-PUZZLES = {"copying": "mamba_copy", "recall": "mamba_recall"}  # and the models that solve them
-MANY = 100  # puzzles where no number is given
+TASKS = {"copying": "mamba_copy", "recall": "mamba_recall"}  # and the models that solve them
+MANY = 100  # texts of a task where no number is given
 _SEED = 7
-_SELECTOR = f"expected a text file, one text per line, or one of {', '.join(PUZZLES)}"
+_SELECTOR = f"expected a text file, one text per line, or one of {', '.join(TASKS)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,49 +27,49 @@ class Texts:
     Args:
         name: to display.
         identity: key of stored results.
-        lines: the texts; empty for puzzles.
-        puzzle: the name of the puzzle, or "".
+        lines: the texts; empty for a task.
+        task: the name of the task, or "".
     """
 
     name: str
     identity: str
     lines: Sequence[str] = ()
-    puzzle: str = ""
+    task: str = ""
 
     def keys(self, limit: int | None) -> list[str]:
         """Return the names of the texts.
 
         Args:
-            limit: at most this number. Default: all, or as many puzzles as ``MANY``.
+            limit: at most this number. Default: all, or of a task as many as ``MANY``.
         """
-        count = len(self.lines) if not self.puzzle else MANY if limit is None else limit
+        count = len(self.lines) if not self.task else MANY if limit is None else limit
         return [str(number) for number in range(count)][:limit]
 
-    def puzzles(self, count: int) -> Puzzles:
-        """Return the first puzzles, the same whatever their number.
+    def of_task(self, count: int) -> TaskTexts:
+        """Return the first texts of the task, the same whatever their number.
 
         Args:
             count: of them.
         """
         generator = torch.Generator().manual_seed(_SEED)
-        each = [MAKERS[PUZZLES[self.puzzle]](1, generator) for _ in range(count)]
+        each = [MAKERS[TASKS[self.task]](1, generator) for _ in range(count)]
         ids, answers, sources = (torch.cat([getattr(its, n) for its in each]) for n in ("ids", "answers", "sources"))
         return each[0]._replace(ids=ids, answers=answers, sources=sources)
 
     def fits(self, model: LoadedModel) -> bool:
-        """Whether a model can read them: puzzles are for the model that learnt them.
+        """Whether a model can read them: tasks are for the model that learnt them.
 
         Args:
             model: one that reads text.
         """
-        return not self.puzzle or model.spec == PUZZLES[self.puzzle]
+        return not self.task or model.spec == TASKS[self.task]
 
 
 def open_texts(given: Any) -> Texts:
     """Return texts by what a user names.
 
     Args:
-        given: the path of a text file, UTF-8, one text per line; "copying" or "recall", puzzles of ``mamba_copy`` and
+        given: the path of a text file, UTF-8, one text per line; "copying" or "recall", tasks of ``mamba_copy`` and
             ``mamba_recall``; or a list of texts.
 
     Raises:
@@ -87,8 +87,8 @@ def open_texts(given: Any) -> Texts:
         except UnicodeDecodeError as error:
             raise ValueError(f"open_texts({given!r}): this file is not UTF-8 text; {_SELECTOR}.") from error
         return _of_lines(path.name, str(path.resolve()), lines, f"open_texts({given!r})")
-    if given in PUZZLES:
-        return Texts(given, f"{given}:{_SEED}", puzzle=given)
+    if given in TASKS:
+        return Texts(given, f"{given}:{_SEED}", task=given)
     raise ValueError(f"open_texts({given!r}): no such file; {_SELECTOR}.")
 
 

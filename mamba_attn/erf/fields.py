@@ -45,6 +45,11 @@ class ReceptiveField:
         images: how many were averaged.
         skipped: numbers of the images that gave NaN or Inf.
         reach: how far attention alone reaches, if requested.
+
+    Example:
+        >>> field = receptive_field(model, images[:1], reach=False)
+        >>> field.gradient.shape, field.images
+        ((224, 224), 1)
     """
 
     gradient: np.ndarray

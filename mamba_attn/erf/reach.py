@@ -32,6 +32,12 @@ class Reach:
             if layers do not fit each other.
         rollout_distance: its mean distance in pixels.
         note: which rollout was used, or why it is missing.
+
+    Example:
+        >>> from mamba_attn.erf import receptive_field
+        >>> found = receptive_field(model, images[:1]).reach
+        >>> len(found.layers)
+        7
     """
 
     layers: list[str]

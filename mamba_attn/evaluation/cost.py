@@ -18,6 +18,10 @@ class Cost:
     Args:
         seconds: wall time, the fastest of a few runs.
         peak_bytes: peak memory of tensors, in addition to what was allocated before.
+
+    Example:
+        >>> Cost(seconds=0.25, peak_bytes=2**20).peak_bytes
+        1048576
     """
 
     seconds: float
@@ -30,6 +34,11 @@ def cost(call: Callable[[], object], device: torch.device) -> Cost:
     Args:
         call: the function to measure; it is called four times.
         device: where it runs.
+
+    Example:
+        >>> found = cost(lambda: torch.rand(256, 256), torch.device("cpu"))
+        >>> found.peak_bytes >= 4 * 256 * 256
+        True
     """
     call()
     seconds = min(_timed(call, device) for _ in range(RUNS))

@@ -35,13 +35,20 @@ class Located:
         precision: average precision of the pooled channels.
         hit: share of the map's highest pixels that lie on the object; None without an object.
         energy: share of the map's positive part on the object; None without an object.
-        trap_area: share of the image that the trap covers; None without a trap.
-        trap_energy: share of the map's positive part on the trap.
-        above_trap: area under the ROC curve of the object's pixels against the trap's alone; None without either.
+        distractor_area: share of the image that the distractor covers; None without a distractor.
+        distractor_energy: share of the map's positive part on the distractor.
+        above_distractor: area under the ROC curve of the object against the distractor alone; None without either.
         one_class: the truth is all object or all background.
         constant: all values of the map are equal.
         area_under: of the ROC curve of the map as a detector of the object's pixels; None where all or none are.
         elsewhere: the mean of the same over the objects of other images; None without one.
+
+    Example:
+        >>> inside = torch.zeros(8, 8)
+        >>> inside[:4] = 1
+        >>> found = locate(inside.clone(), inside)
+        >>> found.area, found.hit, found.energy
+        (0.5, 1.0, 1.0)
     """
 
     area: float
@@ -52,9 +59,9 @@ class Located:
     precision: float
     hit: float | None
     energy: float | None
-    trap_area: float | None
-    trap_energy: float | None
-    above_trap: float | None
+    distractor_area: float | None
+    distractor_energy: float | None
+    above_distractor: float | None
     one_class: bool
     constant: bool
     area_under: float | None
@@ -68,7 +75,7 @@ class Located:
 def locate(
     values: Float[Tensor, "rows columns"],
     inside: Float[Tensor, "height width"],
-    trap: Float[Tensor, "height width"] | None = None,
+    distractor: Float[Tensor, "height width"] | None = None,
     others: Sequence[Float[Tensor, "height width"]] = (),
 ) -> Located:
     """Score one map by where the object is.
@@ -76,12 +83,18 @@ def locate(
     Args:
         values: the map, in pixels.
         inside: the fraction of every pixel that is the object's, in 0..1.
-        trap: the same for a distractor that resembles the object.
+        distractor: the same for a distractor that resembles the object.
         others: the same for the objects of other images of the collection.
 
     Raises:
         ValueError: sizes that differ.
         NonFiniteError: NaN or Inf in the map.
+
+    Example:
+        >>> inside = torch.zeros(8, 8)
+        >>> inside[:4] = 1
+        >>> locate(1 - inside, inside).hit  # the maximum is outside
+        0.0
     """
     if values.shape != inside.shape:
         raise ValueError(f"locate: the map has {tuple(values.shape)} pixels, the truth {tuple(inside.shape)}.")
@@ -91,7 +104,7 @@ def locate(
     found = scaled > scaled.mean()
     both = [((~truth, ~found), (truth, found))[channel] for channel in (0, 1)]
     known = bool(truth.any())
-    other = None if trap is None else trap.double().cpu().numpy()
+    other = None if distractor is None else distractor.double().cpu().numpy()
     own, *theirs = areas_under(array, [truth, *(each.cpu().numpy() >= HALF for each in others)])
     apart = [area for area in theirs if area is not None]
     return Located(
@@ -105,9 +118,9 @@ def locate(
         ),
         hit=float(part[array == array.max()].mean()) if known else None,
         energy=float(energy_share(array, part)) if known else None,
-        trap_area=None if other is None else float(other.mean()),
-        trap_energy=None if other is None else float(energy_share(array, other)),
-        above_trap=None if other is None else area_between(array, truth, other >= HALF),
+        distractor_area=None if other is None else float(other.mean()),
+        distractor_energy=None if other is None else float(energy_share(array, other)),
+        above_distractor=None if other is None else area_between(array, truth, other >= HALF),
         one_class=bool(truth.all() or not known),
         constant=bool(constant(values.unsqueeze(0))[0]),
         area_under=own,
@@ -127,6 +140,10 @@ def energy_share(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
     Args:
         values: (..., rows, columns).
         inside: (..., rows, columns), in 0..1.
+
+    Example:
+        >>> float(energy_share(np.array([[3.0, 1.0]]), np.array([[1.0, 0.0]])))
+        0.75
     """
     positive = np.maximum(np.asarray(values, dtype=np.float64), 0)
     total, area = positive.sum((-2, -1)), np.asarray(inside, dtype=np.float64).mean((-2, -1))
@@ -176,6 +193,10 @@ def average_precision(truth: np.ndarray, scores: np.ndarray) -> float:
     Args:
         truth: (items,) bool.
         scores: (items,).
+
+    Example:
+        >>> average_precision(np.array([True, False, True]), np.array([0.9, 0.1, 0.5]))
+        1.0
     """
     order = np.argsort(-scores, kind="stable")
     hits, ranked = np.cumsum(truth[order], dtype=np.int64), scores[order]

@@ -116,7 +116,9 @@ def _localised(batch: Batch, maps: Tensor, method: str) -> list[dict[str, Any]]:
             found.append({"skipped": "it has no boxes and no mask"})
         else:
             others = [inside for other, inside in batch.objects.items() if other != index]
-            found.append(locate(values, sample.inside, sample.trap, others[: batch.task.options.others]).as_dict())
+            found.append(
+                locate(values, sample.inside, sample.distractor, others[: batch.task.options.others]).as_dict()
+            )
     return found
 
 

@@ -128,7 +128,8 @@ def _small(columns: Columns) -> Columns:
 
 
 def _located(name: str, factor: float = 1.0) -> Columns:
-    return lambda line: None if line[name] is None else [factor * line[name]]
+    # a store that was begun earlier may lack what is measured since
+    return lambda line: None if line.get(name) is None else [factor * line[name]]
 
 
 def _both(line: dict[str, Any]) -> Sequence[float]:
@@ -146,11 +147,18 @@ def _miou(means: np.ndarray) -> np.ndarray:
 
 
 def _shared(line: dict[str, Any]) -> Sequence[float] | None:
-    known = None not in (line["trap_area"], line["trap_energy"], line["energy"]) and line["area"] and line["trap_area"]
+    known = (
+        None not in (line.get("distractor_area"), line.get("distractor_energy"), line["energy"])
+        and line["area"]
+        and line["distractor_area"]
+    )
     if not known:
         return None
-    object_density, trap_density = line["energy"] / line["area"], line["trap_energy"] / line["trap_area"]
-    whole = object_density + trap_density
+    object_density, distractor_density = (
+        line["energy"] / line["area"],
+        line["distractor_energy"] / line["distractor_area"],
+    )
+    whole = object_density + distractor_density
     return [100 * (object_density / whole if whole > 0 else 0.5)]
 
 
@@ -173,30 +181,30 @@ _LOCATED: list[Metric] = [
            lambda line: None if line["energy"] is None or not line["area"] else [line["energy"] / line["area"]],
            note="mean over images; 1 for a map that knows nothing"),
 ]  # fmt: skip
-_TRAPS: list[Metric] = [
+_DISTRACTORS: list[Metric] = [
     Metric(
-        "trap_energy",
-        "on the trap",
+        "distractor_energy",
+        "on the distractor",
         -1,
         "localisation",
-        _located("trap_energy", 100),
+        _located("distractor_energy", 100),
         note="energy on the distractor that resembles the object, %",
     ),
     Metric(
-        "not_trap",
-        "object : trap",
+        "not_distractor",
+        "object : distractor",
         1,
         "localisation",
         _shared,
-        note="energy per area on the object, as a share of that on object and trap, %; 50: no difference",
+        note="energy per area on the object, as a share of that on object and distractor, %; 50: no difference",
     ),
     Metric(
-        "above_trap",
-        "object above trap",
+        "above_distractor",
+        "object above distractor",
         1,
         "localisation",
-        lambda line: None if line.get("above_trap") is None else [100 * line["above_trap"]],
-        note="area under the ROC curve, a pixel of the object against one of the trap, %; 50: no difference",
+        lambda line: None if line.get("above_distractor") is None else [100 * line["above_distractor"]],
+        note="area under the ROC curve, a pixel of the object against one of the distractor, %; 50: no difference",
     ),
 ]
 
@@ -283,7 +291,7 @@ METRICS: dict[str, Metric] = {
             )
             for each in _LOCATED
         ),
-        *_TRAPS,
+        *_DISTRACTORS,
         *_SANITY,
         *_COSTS,
         *_TEXTS,

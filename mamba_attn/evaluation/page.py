@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from mamba_attn.attribution.spec import method as parsed
 from mamba_attn.core.document import Look, Plot, render
 from mamba_attn.datasets.samples import Sample
 from mamba_attn.evaluation.intervals import Interval
@@ -29,7 +30,7 @@ from mamba_attn.evaluation.tables import (
     text_tables,
     what_of,
 )
-from mamba_attn.evaluation.texts import SWAP, TextPlan
+from mamba_attn.evaluation.texts import SWAP, TextPlan, examples
 from mamba_attn.figures import png
 from mamba_attn.figures.colours import CATEGORIES, GRID, PERCENTILE, limits
 from mamba_attn.figures.picture import data_uri
@@ -46,7 +47,7 @@ _RANKED = (
     "miou",
     "map",
     "energy_ratio",
-    "not_trap",
+    "not_distractor",
     "source_auc",
     "source_first",
     "tokens_gap",
@@ -101,11 +102,28 @@ def text_page(plan: TextPlan, tables: Sequence[Table], about: Mapping[str, Any])
         command=about.get("command", ""),
         summary=_summary(tables),
         rankings=_rankings(tables, styles([*plan.methods, SWAP])),
+        examples=[(f"{table.model.name} on {table.data.name}", _strips(plan, table)) for table in tables],
         about_tables=TEXT_LEGEND,
         tables=text_tables(tables),
         published=published_of_texts(tables),
         notes=about.get("notes", []),
     )
+
+
+def _strips(plan: TextPlan, table: Table) -> list[tuple[str, list[Markup]]]:
+    """Return what is explained in each of the first texts, and a strip of its tokens per method."""
+    from mamba_attn.figures.text import tokens
+
+    return [
+        (
+            each.about,
+            [
+                Markup(tokens(each.words, values, asked=each.place, title=parsed(name, "methods").title))
+                for name, values in each.values.items()
+            ],
+        )
+        for each in examples(plan, table)
+    ]
 
 
 def _summary(tables: Sequence[Table]) -> str:

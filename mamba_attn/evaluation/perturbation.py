@@ -38,6 +38,11 @@ class Clean:
         probability: of the explained class.
         blank: the same for an image of the fill alone.
         explained: the class that maps explain.
+
+    Example:
+        >>> answers = clean_answers(model, images)
+        >>> bool((answers.predicted == answers.explained).all())
+        True
     """
 
     predicted: Int[Tensor, " batch"]
@@ -53,6 +58,11 @@ class Perturbed:
     Args:
         predicted: the class with the highest probability.
         probability: of the explained class.
+
+    Example:
+        >>> found = Perturbed(torch.zeros(1, 2, 9, dtype=torch.int64), torch.linspace(1, 0, 9).expand(1, 2, 9))
+        >>> float(auc(found.probability[:, 0].numpy())[0])  # of the probability, as the highest cells go
+        40.0
     """
 
     predicted: Int[Tensor, "batch 2 9"]
@@ -78,6 +88,11 @@ def clean_answers(
     Raises:
         ValueError: a class outside the model's.
         NonFiniteError: an answer of NaN or Inf.
+
+    Example:
+        >>> answers = clean_answers(model, images, explained=[3, None])
+        >>> int(answers.explained[0]), answers.probability.shape
+        (3, torch.Size([2]))
     """
     with torch.inference_mode():
         shown = None if subject is None else subject.transform
@@ -125,6 +140,13 @@ def perturb(
         ValueError: maps of another size than the images, an unknown fill, or "drop" of single pixels or with a model
             that is no module.
         NonFiniteError: NaN or Inf in a map, or in an answer.
+
+    Example:
+        >>> from mamba_attn import models
+        >>> small, pictures = models.create("vim_digits", weights="demo"), torch.randn(1, 3, 64, 64)
+        >>> found = perturb(small, pictures, torch.rand(1, 64, 64), torch.tensor([3]), cell=8)
+        >>> found.probability.shape
+        torch.Size([1, 2, 9])
     """
     if maps.shape != (len(images), *images.shape[2:]):
         raise ValueError(
@@ -167,6 +189,10 @@ def auc(accuracy: np.ndarray) -> np.ndarray:
 
     Args:
         accuracy: (..., 9) in 0..1, or hits of single images: the area of a mean is the mean of the areas.
+
+    Example:
+        >>> float(auc(np.ones(9)))  # a model that never changes its mind
+        80.0
     """
     return np.asarray(100 * (np.asarray(accuracy, dtype=np.float64) @ _WEIGHTS))
 
@@ -180,6 +206,11 @@ def deletion(probability: np.ndarray, clean: np.ndarray, blank: np.ndarray) -> n
         probability: (..., 2, 9), as in ``Perturbed``.
         clean: (...), nothing removed.
         blank: (...), everything removed.
+
+    Example:
+        >>> probability = np.full((2, 9), 0.5)
+        >>> round(float(deletion(probability, np.array(0.5), np.array(0.5))), 6)
+        0.5
     """
     positive = probability[..., 0, :]
     return np.asarray(np.concatenate([clean[..., None], positive, blank[..., None]], -1) @ _WHOLE)
@@ -195,6 +226,11 @@ def insertion(probability: np.ndarray, clean: np.ndarray, blank: np.ndarray) -> 
         probability: (..., 2, 9), as in ``Perturbed``.
         clean: (...), nothing removed.
         blank: (...), everything removed.
+
+    Example:
+        >>> probability = np.full((2, 9), 0.5)
+        >>> round(float(insertion(probability, np.array(0.5), np.array(0.5))), 6)
+        0.5
     """
     negative = probability[..., 1, ::-1]
     return np.asarray(np.concatenate([blank[..., None], negative, clean[..., None]], -1) @ _WHOLE)

@@ -25,6 +25,10 @@ def token_cell(model: nn.Module, images: Float[Tensor, "batch 3 height width"], 
         model: any.
         images: as the model takes them.
         layout: as in ``mamba_attn.trace``.
+
+    Example:
+        >>> token_cell(model, images)
+        16
     """
     side = min(images.shape[2:])
     try:
@@ -78,6 +82,12 @@ def ranking(maps: Float[Tensor, "batch height width"], cell: int, seeds: Sequenc
 
     Raises:
         NonFiniteError: NaN or Inf in a map.
+
+    Example:
+        >>> heat = torch.zeros(1, 4, 4)
+        >>> heat[0, 0, 3] = 1
+        >>> int(ranking(heat, cell=2, seeds=[0])[0, 0])  # the cell at the top right
+        1
     """
     check_finite(maps)
     values = cells(maps, cell).flatten(1)

@@ -27,6 +27,11 @@ def spearman(
     Args:
         first: one map per image.
         second: one map per image.
+
+    Example:
+        >>> first = torch.arange(4.0).view(1, 2, 2)
+        >>> spearman(first, first**3), spearman(first, torch.zeros(1, 2, 2))
+        ([1.0], [None])
     """
     pairs = zip(first.double().flatten(1).cpu().numpy(), second.double().flatten(1).cpu().numpy(), strict=True)
     found = [ranks.spearman(a, b) for a, b in pairs]
@@ -56,6 +61,10 @@ def cascade(model: nn.Module, stages: int | None = None, seed: int = 0) -> Itera
         model: any.
         stages: how many, evenly spaced; the last one randomises everything. Default: one per block.
         seed: of the permutations.
+
+    Example:
+        >>> [bool((changed.head.weight == model.head.weight).all()) for changed in cascade(model, stages=2)]
+        [False, False]
     """
     changed = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
@@ -87,6 +96,11 @@ def randomisation(
         original: maps by the trained model.
         stages: as in ``cascade``.
         seed: as in ``cascade``.
+
+    Example:
+        >>> original = torch.rand(2, 4, 4)
+        >>> randomisation(model, lambda changed: original, original, stages=2)  # a method that never looks at the model
+        [[1.0, 1.0], [1.0, 1.0]]
     """
     found = [spearman(original, explain(changed)) for changed in cascade(model, stages, seed)]
     return [list(each) for each in zip(*found, strict=True)]

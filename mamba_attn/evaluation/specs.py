@@ -14,6 +14,7 @@ from mamba_attn.attribution import MapAttribution, catalogue, spec
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.datasets import loading
 from mamba_attn.datasets.class_names import parse_target
+from mamba_attn.datasets.made_of import made_of
 from mamba_attn.errors import ModelBuildError, nearest
 from mamba_attn.evaluation.ranking import token_cell
 from mamba_attn.models import registry
@@ -171,7 +172,7 @@ class Model:
 
     def _refusal(self, method: str) -> str | None:
         its, subject = spec.method(method, "methods"), self.subject
-        refusal = catalogue.refusal(its.name, subject.model, self.name, loading.made_of(subject))
+        refusal = catalogue.refusal(its.name, subject.model, self.name, made_of(subject))
         if refusal is None and its.options:
             try:
                 its.build(subject.model, layout=subject.layout).attribute(subject.transform.blank().to(subject.device))

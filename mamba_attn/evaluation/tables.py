@@ -26,7 +26,8 @@ SHOWN = {
     "perturbation, pixels ranked": ("pixel_ranked_positive_auc_top", "pixel_ranked_negative_auc_top",
                                     "pixel_ranked_gap_top"),
     "localisation": (
-        "shuffled_auc", "pixel_accuracy", "map", "miou", "pointing", "energy_ratio", "trap_energy", "not_trap",
+        "shuffled_auc", "pixel_accuracy", "map", "miou", "pointing", "energy_ratio", "distractor_energy",
+        "not_distractor",
     ),
     "localisation, objects below half of the image": ("pixel_accuracy_small", "map_small", "miou_small",
                                                       "pointing_small", "energy_ratio_small"),
@@ -291,9 +292,9 @@ def published_of_texts(tables: Sequence[Table]) -> list[Rows]:
     """Return the published figures of copying as a table of its own: they are of other models and data.
 
     Args:
-        tables: of this run; without puzzles there is nothing published.
+        tables: of this run; without tasks there is nothing published.
     """
-    if not any(isinstance(table.data, Texts) and table.data.puzzle for table in tables):
+    if not any(isinstance(table.data, Texts) and table.data.task for table in tables):
         return []
     title = "published in 2502.15612: another copying task, other models; not comparable with the tables above"
     return [(title, ["method", "AUC", "AP"], [[name, f"{auc:.2f}", f"{ap:.2f}"] for name, auc, ap in PUBLISHED])]

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +16,8 @@ from mamba_attn.attribution.spec import method
 from mamba_attn.attribution.targets import scores_in
 from mamba_attn.attribution.texts import Text
 from mamba_attn.core.outputs import follow
-from mamba_attn.datasets.puzzles import Puzzles, source_ranks, swapped
-from mamba_attn.datasets.texts import Texts, encode, unknown_token
+from mamba_attn.datasets.tasks import TaskTexts, source_ranks, swapped
+from mamba_attn.datasets.texts import Texts, decode, encode, unknown_token
 from mamba_attn.evaluation.metrics import METRICS
 from mamba_attn.evaluation.specs import FAILURES, Model, reason_of
 from mamba_attn.evaluation.store import Key, Store
@@ -28,7 +28,24 @@ MEASURES = ("source", "tokens", "time")
 UNKNOWN, DROP = "unknown", "drop"
 SWAP = "swap within a kind"  # the check of the truth, next to the methods
 _STEPS = 64  # of a text from whole to nothing; shorter texts go token by token
-_PUZZLES = 10  # explained at once
+_TEXTS = 10  # explained at once
+_EXAMPLES = 3  # texts that a page shows
+
+
+class Example(NamedTuple):
+    """One text, and what methods say of its tokens.
+
+    Args:
+        words: tokens as they are read.
+        place: the number of the token whose prediction is explained.
+        about: what is explained.
+        values: by method, (tokens).
+    """
+
+    words: list[str]
+    place: int
+    about: str
+    values: dict[str, np.ndarray]
 
 
 @dataclass
@@ -78,7 +95,7 @@ class TextPlan:
                     f"data={texts.name!r}: only the model that learnt this task can be compared on it; add it."
                 )
         for texts, model in found:
-            if model.subject.tokenizer is None and not texts.puzzle:
+            if model.subject.tokenizer is None and not texts.task:
                 raise ValueError(
                     f"models={model.name!r}: there is no tokenizer next to the model; save the one that it was trained "
                     "with there, tokenizer.save_pretrained(FOLDER), or give LoadedModel(tokenizer=)."
@@ -86,12 +103,12 @@ class TextPlan:
         return found
 
     def measures_of(self, texts: Texts) -> list[str]:
-        """Return the measures that suit a collection: sources are known of puzzles alone, which lose no tokens.
+        """Return the measures that suit a collection: sources are known of tasks alone, which lose no tokens.
 
         Args:
             texts: the collection.
         """
-        return [name for name in self.measures if name != ("tokens" if texts.puzzle else "source")]
+        return [name for name in self.measures if name != ("tokens" if texts.task else "source")]
 
     def key(self, texts: Texts, text: str, model: Model, name: str, measure: str) -> Key:
         """Return the store's key of a figure."""
@@ -118,7 +135,7 @@ def _measured(
     plan: TextPlan, store: Store, texts: Texts, model: Model, tell: Callable[[str, int, int], None] | None
 ) -> Table:
     subject, keys, measures = model.subject, texts.keys(plan.limit), plan.measures_of(texts)
-    work = _Puzzled(plan, subject.model, texts.puzzles(len(keys))) if texts.puzzle else _Read(plan, model, texts)
+    work = _OfTask(plan, subject.model, texts.of_task(len(keys))) if texts.task else _Read(plan, model, texts)
     methods, lines = _fitting(plan, model, work), {}
     for place, name in enumerate([*methods, *work.checks]):
         for number, chunk in enumerate(work.chunks(keys)):
@@ -155,7 +172,29 @@ def _measured(
     return table
 
 
-def _fitting(plan: TextPlan, model: Model, work: "_Puzzled | _Read") -> list[str]:
+def examples(plan: TextPlan, table: Table) -> list[Example]:
+    """Return the first texts of a collection with the values of the methods measured on it, computed again.
+
+    Args:
+        plan: the comparison.
+        table: one of its results.
+    """
+    if not isinstance(table.data, Texts):
+        raise TypeError(f"examples(table of {type(table.data).__name__}): expected a table about texts.")
+    texts, model, count = table.data, table.model, min(_EXAMPLES, table.images)
+    work = _OfTask(plan, model.subject.model, texts.of_task(count)) if texts.task else _Read(plan, model, texts)
+    measured = {name for figures in table.figures.values() for name in figures}
+    methods = [name for name in plan.methods if name in measured]
+    found = []
+    for place in range(count):
+        try:
+            found.append(work.example(methods, place, model.subject.tokenizer))
+        except FAILURES:
+            continue  # the table says so
+    return found
+
+
+def _fitting(plan: TextPlan, model: Model, work: "_OfTask | _Read") -> list[str]:
     """Return the methods that run on the first text, and say what the others want.
 
     Raises:
@@ -190,37 +229,37 @@ def _tried(work: Callable[[list[str]], list[dict[str, Any]]], keys: list[str]) -
         return [line for key in keys for line in _tried(work, [key])]
 
 
-class _Puzzled:
-    """Ranks of the source of every question.
+class _OfTask:
+    """Ranks of the source of every query.
 
     Args:
         plan: of the comparison.
-        model: that solves the puzzles.
-        puzzles: all of them.
+        model: that solves the tasks.
+        tasks: all of the texts.
     """
 
     checks = (SWAP,)
     notes: Sequence[str] = ()
 
-    def __init__(self, plan: TextPlan, model: nn.Module, puzzles: Puzzles) -> None:
-        self._model, self._puzzles = model, puzzles
+    def __init__(self, plan: TextPlan, model: nn.Module, tasks: TaskTexts) -> None:
+        self._model, self._texts = model, tasks
         self._device = next(model.parameters()).device
         with torch.no_grad():
-            answers = model(puzzles.ids.to(self._device))[:, puzzles.asked].argmax(-1).cpu()
-        self.accuracy = float((answers == puzzles.answers).float().mean())
+            answers = model(tasks.ids.to(self._device))[:, tasks.queries].argmax(-1).cpu()
+        self.accuracy = float((answers == tasks.answers).float().mean())
 
     def chunks(self, keys: list[str]) -> list[list[str]]:
         """Return the texts that are explained at once."""
-        return [keys[start : start + _PUZZLES] for start in range(0, len(keys), _PUZZLES)]
+        return [keys[start : start + _TEXTS] for start in range(0, len(keys), _TEXTS)]
 
     def attribute(self, name: str, places: Sequence[int]) -> Tensor:
-        """Return one value per token, (questions, texts, tokens)."""
+        """Return one value per token, (queries, texts, tokens)."""
         its = self._part(places)
         if name == SWAP:
             return swapped(self._model, its).cpu()
         built, found = method(name, "methods").build(self._model), []
-        for question, place in enumerate(its.asked.tolist()):
-            target = [(place, token) for token in its.answers[:, question].tolist()]
+        for query, place in enumerate(its.queries.tolist()):
+            target = [(place, token) for token in its.answers[:, query].tolist()]
             found.append(built.attribute(its.ids.to(self._device), target, query=place if built.reads_rows else None))
         return torch.stack(found).detach().float().cpu()
 
@@ -230,12 +269,24 @@ class _Puzzled:
         values = self.attribute(name, places)
         seconds, its = (time.perf_counter() - start) / len(keys), self._part(places)
         _require_finite(values)
-        ranks = torch.stack([source_ranks(each, its, question) for question, each in enumerate(values)], 1)
-        sizes = its.asked.tolist()
+        ranks = torch.stack([source_ranks(each, its, query) for query, each in enumerate(values)], 1)
+        sizes = its.queries.tolist()
         return [{"source": {"ranks": each.tolist(), "sizes": sizes}, "time": {"seconds": seconds}} for each in ranks]
 
-    def _part(self, places: Sequence[int]) -> Puzzles:
-        its, rows = self._puzzles, list(places)
+    def example(self, names: Sequence[str], place: int, tokenizer: Any) -> Example:
+        """Return a text up to its first query."""
+        its = self._part([place])
+        end, source, answer = int(its.queries[0]), int(its.sources[0, 0]), its.answers[:, 0]
+        words = decode(tokenizer, its.ids[0, : end + 1])
+        about = (
+            f"the answer {decode(tokenizer, answer)[0].strip()!r} to the outlined query; its source is token {source}"
+        )
+        return Example(
+            words, end, about, {name: self.attribute(name, [place])[0, 0, : end + 1].numpy() for name in names}
+        )
+
+    def _part(self, places: Sequence[int]) -> TaskTexts:
+        its, rows = self._texts, list(places)
         return its._replace(ids=its.ids[rows], answers=its.answers[rows], sources=its.sources[rows])
 
 
@@ -280,6 +331,17 @@ class _Read:
         order = ranked(values[:-1], self._seed)
         first, last = (self._areas(ids, each, explained) for each in (order, order.flip(0)))
         return [{"tokens": {"first": first, "last": last}, "time": {"seconds": seconds}}]
+
+    def example(self, names: Sequence[str], place: int, tokenizer: Any) -> Example:
+        """Return a text, whose prediction is explained."""
+        ids = self._ids(place)
+        words = decode(tokenizer, ids[0].cpu())
+        chances, classes = self._chances(ids)[0], self._subject.classes
+        number = int(chances.argmax())
+        own = classes is not None and len(classes) == len(chances)
+        name = classes[number] if own else decode(tokenizer, torch.tensor([number]))[0]
+        about = f"the prediction {name.strip()!r} behind the outlined token"
+        return Example(words, len(words) - 1, about, {name: self._explained(name, ids)[1].numpy() for name in names})
 
     def _ids(self, place: int) -> Int[Tensor, "1 tokens"]:
         ids = encode(self._subject.tokenizer, self._lines[place])

@@ -16,7 +16,7 @@ from mamba_attn.attribution.queries import Query, read_rows
 from mamba_attn.attribution.spec import Method
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.datasets.class_names import folder_class
-from mamba_attn.datasets.loading import traced_layers
+from mamba_attn.datasets.made_of import traced_layers
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.explanations.choices import Question
 from mamba_attn.tracing.layers import ScanLayer
@@ -47,6 +47,13 @@ class Answer:
         maps: (rows, columns) by method.
         matrices: attention matrices, channels or heads averaged, (tokens, tokens) by layer.
         read: what the query reads in every layer, (tokens,) by layer.
+
+    Example:
+        >>> import mamba_attn
+        >>> loaded = mamba_attn.load("vim_digits", weights="demo")
+        >>> (found,) = mamba_attn.explain(loaded, torch.rand(1, 3, 64, 64), methods="raw_attention")
+        >>> found.maps["raw_attention"].shape, len(found.best(3))
+        ((64, 64), 3)
     """
 
     question: Question

@@ -9,7 +9,7 @@ from mamba_attn.attribution.queries import Query, require_inside
 from mamba_attn.attribution.spec import Method, method
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.core.requirements import parse_place
-from mamba_attn.datasets.loading import made_of, traced_layers
+from mamba_attn.datasets.made_of import made_of, traced_layers
 from mamba_attn.errors import nearest
 
 FIRST = "mamba_lrp"  # of the table of docs/comparing.md, when cells are removed; a ViT has its counterpart

@@ -52,6 +52,12 @@ class TextAnswer:
         layers: names, first to last.
         softmax: which of them are softmax attention.
         unseen: names of modules that mix tokens and were not traced.
+
+    Example:
+        >>> import mamba_attn
+        >>> found = explain_text(mamba_attn.load("mamba_copy", weights="demo"), "A . B . . C D . ? ?")
+        >>> len(found.words), found.rows.shape[1]
+        (10, 10)
     """
 
     subject: LoadedModel
@@ -106,6 +112,12 @@ def explain_text(
             or none, a method that does not fit.
         UnsupportedModelError: a model that cannot be traced.
         OSError: the folder cannot be written.
+
+    Example:
+        >>> import mamba_attn
+        >>> found = explain_text(mamba_attn.load("mamba_copy", weights="demo"), "A . B . . C D . ? ?")
+        >>> found.words[0].strip()
+        'A'
     """
     if model.reads != "text":
         raise ValueError(f"explain_text({model.name}): this model reads images; use mamba_attn.explain(model, images).")

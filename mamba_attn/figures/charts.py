@@ -42,6 +42,11 @@ def reach(
 
     Raises:
         ValueError: no maps, or lists of different lengths.
+
+    Example:
+        >>> figure = reach([torch.rand(14, 14)], ["vim"], layers=["1", "2"], series={"vim": [20.0, 35.0]})
+        >>> len(figure.data) >= 2
+        True
     """
     arrays = check_reach("reach", maps, titles, marks, layers, series)
     chart = bool(layers)

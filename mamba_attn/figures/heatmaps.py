@@ -36,6 +36,12 @@ def overlay(
 
     Raises:
         ValueError: shapes that disagree, or limits that do not fit.
+
+    Example:
+        >>> figure = overlay(torch.rand(32, 48, 3), torch.rand(32, 48), title="a map")
+        >>> figure.write_html("map.html")  # doctest: +SKIP
+        >>> len(figure.data)  # the photo and the map
+        2
     """
     picture, array = as_image("overlay(image)", image), as_values("overlay(values)", values)
     if picture.shape[:2] != array.shape:
@@ -87,6 +93,11 @@ def volume(
 
     Raises:
         ValueError: no volume, shapes that disagree, an axis or a slice that is not there.
+
+    Example:
+        >>> figure = volume(np.random.rand(4, 16, 16), np.random.rand(4, 16, 16), at=2)
+        >>> figure.layout.annotations[0].text
+        'slice 2'
     """
     picture, array = np.asarray(image), np.asarray(values, dtype=np.float64)
     picture = np.repeat(picture[..., None], 3, -1) if picture.ndim == 3 else picture
@@ -142,6 +153,11 @@ def layer_grid(
 
     Raises:
         ValueError: no maps, another number of titles, or a map that does not tile the image.
+
+    Example:
+        >>> figure = layer_grid(torch.rand(32, 32, 3), [torch.rand(4, 4), torch.rand(8, 8)], ["first", "second"])
+        >>> [title.text for title in figure.layout.annotations]
+        ['first', 'second']
     """
     picture = as_image("layer_grid(image)", image)
     arrays = [as_values(f"layer_grid(maps[{index}])", values) for index, values in enumerate(maps)]
@@ -183,6 +199,11 @@ def matrix(
 
     Raises:
         ValueError: not a matrix, limits that do not fit, or another number of labels than tokens.
+
+    Example:
+        >>> figure = matrix(torch.rand(5, 5), marks=[2])
+        >>> figure.data[0].z.shape
+        (5, 5)
     """
     array = as_values("matrix(values)", values)
     if labels is not None and array.shape != (len(labels),) * 2:
@@ -241,6 +262,11 @@ def depth_grid(
 
     Raises:
         ValueError: no panels, another number of titles, or a panel that is not (rows, columns).
+
+    Example:
+        >>> figure = depth_grid([torch.rand(5, 5)] * 3, ["first", "middle", "last"], shared=True)
+        >>> len(figure.data)
+        3
     """
     arrays = [as_values(f"depth_grid(values[{index}])", value) for index, value in enumerate(values)]
     figure, places = panels(

@@ -67,6 +67,11 @@ def patch_view(
 
     Raises:
         ValueError: values that are not a grid, patches outside it, a step that does not exist, limits that do not fit.
+
+    Example:
+        >>> figure = patch_view(torch.rand(4, 6), marks=[0], title="what patch 0 reads")
+        >>> figure.layout.title.text
+        'what patch 0 reads'
     """
     array = as_values("patch_view(values)", values)
     height, width = array.shape

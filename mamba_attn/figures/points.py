@@ -42,6 +42,11 @@ def embedding(
 
     Raises:
         ValueError: points that are not (points, 2), or another number of colours, sizes or texts.
+
+    Example:
+        >>> figure = embedding(torch.rand(20, 2), torch.arange(20), selected=[3], axes=("first", "second"))
+        >>> len(figure.data) >= 1
+        True
     """
     places = np.asarray(points, dtype=np.float64)
     wanted = {"colour": colour, "sizes": sizes, "texts": texts}

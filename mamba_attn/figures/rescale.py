@@ -21,6 +21,10 @@ def shown(values: Any, *, sign: str = "signed", normalise: str = "none", log: bo
 
     Raises:
         ValueError: an unknown sign or normalisation.
+
+    Example:
+        >>> shown([[-2.0, 1.0]], sign="absolute").tolist()
+        [[2.0, 1.0]]
     """
     if sign not in SIGNS or normalise not in NORMALISATIONS:
         raise ValueError(

@@ -72,6 +72,10 @@ def tokens(
     Raises:
         ValueError: another number of values than tokens, values that are not finite, a token that is not there, a
             limit that is not above zero.
+
+    Example:
+        >>> tokens(["a", " good", " film"], [0.0, 1.0, 0.2], asked=-1)._repr_html_().count("<span") >= 3
+        True
     """
     array = _line("tokens", words, values)
     count = len(array)
@@ -126,6 +130,11 @@ def token_grid(
 
     Raises:
         ValueError: numbers of layers or tokens that disagree with the values.
+
+    Example:
+        >>> figure = token_grid(torch.rand(2, 3), ["a", "good", "film"], ["layers.0", "layers.1"])
+        >>> figure.data[0].z.shape
+        (2, 3)
     """
     array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, dtype=np.float64)
     if array.shape != (len(layers), len(words)):
@@ -173,6 +182,14 @@ def depths(
 
     Raises:
         ValueError: no traces, a depth outside 0..1.
+
+    Example:
+        >>> import mamba_attn
+        >>> with mamba_attn.trace(model) as record, torch.no_grad():
+        ...     logits = model(images[:1])
+        >>> figure = depths({"vision": record}, at=(0.5,))
+        >>> len(figure.data)
+        1
     """
     if not traces or any(not 0 <= depth <= 1 for depth in at):
         raise ValueError(f"depths({len(traces)} traces, at={tuple(at)}): expected a trace, and depths in 0..1.")

@@ -44,6 +44,11 @@ class Row:
         reordered: of the trained weights scanning in a random order.
         order: trained minus reordered, resampled over images.
         shuffled: of the trained model with the patches' places shuffled: the chance level.
+
+    Example:
+        >>> from mamba_attn.findings.intervals import Estimate
+        >>> Row("block_silhouette", "all", Estimate(0.7, 0.6, 0.8, units=200)).claimed
+        'holds'
     """
 
     finding: str
@@ -114,6 +119,11 @@ class Report:
         pairs: number of pairs of blocks per stage with pairs; ``block_correlation`` is a quantile over them.
         notes: what could not be measured, and why.
         accuracy: top-1 in percent, if known.
+
+    Example:
+        >>> found = Report("digits", "vim_digits", {}, order="raster", images=200, groups=10)
+        >>> found.row("block_silhouette") is None
+        True
     """
 
     name: str
@@ -175,6 +185,10 @@ def report(
         StoreError: the store is damaged, or of another projection.
         OSError: the folder cannot be written.
         WeightsError: a file of ``weights`` is not there, or not of this model.
+
+    Example:
+        >>> report("digits", AttentionStore.open("store"), Path("kept"), seeds=5).notes  # doctest: +SKIP
+        []
     """
     count = min(images or len(store.images), len(store.images))
     measuring = Measuring(store, count, folder, advance)

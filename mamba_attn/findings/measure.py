@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mamba_attn.analytics.collecting import batch_size
 from mamba_attn.analytics.index import StoredLayer
 from mamba_attn.analytics.request import described
+from mamba_attn.analytics.sizes import batch_size
 from mamba_attn.analytics.store import AttentionStore
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.findings import registry as findings

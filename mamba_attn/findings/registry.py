@@ -31,6 +31,10 @@ class Finding:
         claim: the paper's claim about a trained model: a sign and a number; None without a claim.
         function: computes it; its docstring has the formula.
         source: the finding that a "depth" is about.
+
+    Example:
+        >>> FINDINGS["block_silhouette"].of, FINDINGS["block_silhouette"].claim
+        ('F1', ('>', 0.5))
     """
 
     name: str

@@ -72,6 +72,10 @@ def names(reads: str = "images") -> list[str]:
 
     Raises:
         ValueError: another kind.
+
+    Example:
+        >>> "vim_tiny" in names(), "mamba_reviews" in names("text")
+        (True, True)
     """
     if reads not in _READS:
         raise ValueError(f"names(reads={reads!r}): expected one of {_READS}.")

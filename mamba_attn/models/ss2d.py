@@ -48,6 +48,11 @@ def project(
 
     Returns:
         The record, in the token frame; features of u and delta are contiguous in memory.
+
+    Example:
+        >>> record = project(SS2D(16), torch.rand(2, 4, 6, 16))
+        >>> record.routes, record.tokens
+        (4, 24)
     """
     height, width = x.shape[1:3]
     parts: Any = module
@@ -103,6 +108,13 @@ def finish(
 
     Raises:
         ValueError: a record without a layout, whose grid is unknown.
+
+    Example:
+        >>> from mamba_attn.ops import selective_scan
+        >>> mixer, x = SS2D(16), torch.rand(2, 4, 6, 16)
+        >>> record = project(mixer, x)
+        >>> torch.allclose(finish(mixer, record, selective_scan(record)), mixer(x), atol=1e-5)
+        True
     """
     if record.layout is None:
         raise ValueError("finish(record): the record has no layout; use a record from project.")
@@ -196,6 +208,10 @@ class SS2D(nn.Module):
         conv_bias: give the convolution a bias.
         order: order of the first route, one of ``mamba_attn.orders.ORDERS``.
         second: how the second route views the grid, "transpose" or "mirror".
+
+    Example:
+        >>> SS2D(16)(torch.rand(2, 4, 6, 16)).shape
+        torch.Size([2, 4, 6, 16])
     """
 
     def __init__(

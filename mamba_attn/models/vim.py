@@ -224,6 +224,11 @@ def resize_positions(
         pos_embed: position embeddings of the tokens of ``old``.
         old: the layout they were made for.
         new: the layout wanted.
+
+    Example:
+        >>> old, new = (TokenLayout(grid=grid, patch_size=16, class_tokens=(0,)) for grid in ((14, 14), (8, 8)))
+        >>> resize_positions(torch.rand(1, 197, 192), old, new).shape
+        torch.Size([1, 65, 192])
     """
     if old.grid == new.grid:
         return pos_embed

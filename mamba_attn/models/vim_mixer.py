@@ -57,6 +57,11 @@ def project(
 
     Returns:
         The record, in scan order (v1: in the token frame); features of u and delta are contiguous in memory.
+
+    Example:
+        >>> record = project(VimMixer(16), torch.rand(2, 9, 16))
+        >>> record.routes, record.tokens
+        (2, 9)
     """
     keep = None if real is None else real[..., None].to(x.dtype)
     x = x if keep is None or "input" not in masked else x * keep
@@ -115,6 +120,13 @@ def finish(
         record: what ``project`` returned.
         y: output of the scans, routes summed in the token frame and scaled.
         rules: what an attribution method changes.
+
+    Example:
+        >>> from mamba_attn.ops import selective_scan
+        >>> mixer, x = VimMixer(16), torch.rand(2, 9, 16)
+        >>> record = project(mixer, x)
+        >>> torch.allclose(finish(mixer, record, selective_scan(record)), mixer(x), atol=1e-5)
+        True
     """
     if record.gate is not None:
         y = rules.gate(y, record.gate)
@@ -214,6 +226,10 @@ class VimMixer(nn.Module):
         dt_rank: rank of the step-size projection. Default: features / 16, rounded up.
         if_divide_out: halve the sum of the two directions.
         both_ways: whether there is a scan from the last token to the first; without it the mixer is Mamba's own.
+
+    Example:
+        >>> VimMixer(16)(torch.rand(2, 9, 16)).shape
+        torch.Size([2, 9, 16])
     """
 
     def __init__(

@@ -41,6 +41,11 @@ class VSSBlock(nn.Module):
         op: the mixer.
         mlp_ratio: hidden features of the MLP per feature; 0 for no MLP.
         drop_path: rate of stochastic depth while training.
+
+    Example:
+        >>> from mamba_attn.models.ss2d import SS2D
+        >>> VSSBlock(16, SS2D(16), mlp_ratio=4.0, drop_path=0.0)(torch.rand(2, 4, 6, 16)).shape
+        torch.Size([2, 4, 6, 16])
     """
 
     def __init__(self, features: int, op: SS2D, mlp_ratio: float, drop_path: float) -> None:

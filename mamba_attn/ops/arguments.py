@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mamba_attn._types import Float, Int
-from mamba_attn.core.order_check import require_distinct
+from mamba_attn.core.order_check import capturing, require_distinct
 from mamba_attn.core.scan_record import ScanRecord
 
 Weights = tuple[Tensor | None, Tensor | None]  # of rows and columns, in scan order
@@ -100,7 +100,7 @@ def _wrap(
             )
     if min(heads, groups) and (channels % heads or channels % groups):
         raise ValueError(f"{text}: {channels} channels cannot be shared by {heads} heads and {groups} groups.")
-    if bool((A >= 0).any()):
+    if not capturing(A) and bool((A >= 0).any()):
         raise ValueError(f"{text}: A must be negative (A = -exp(A_log)); its largest value is {A.max().item():.4g}.")
     if orders is not None:
         tokens = _check_orders(text, orders, batch, routes, length, tokens)
@@ -122,6 +122,8 @@ def _check_orders(text: str, orders: Tensor, batch: int, routes: int, length: in
             f"{text}: orders must be int64 (routes, length) = {shapes[0]} or, one per image, (batch, routes, length) = "
             f"{shapes[1]}, got {orders.dtype} {tuple(orders.shape)}."
         )
+    if tokens is None and capturing(orders):
+        raise ValueError(f"{text}: a CUDA graph's capture cannot read the orders; pass tokens=, their number.")
     tokens = int(orders.max()) + 1 if tokens is None else tokens
     require_distinct(f"{text}: orders", orders, tokens, padding=True)
     return tokens

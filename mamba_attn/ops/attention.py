@@ -83,6 +83,14 @@ def hidden_attentions(
         ValueError: a fold too many or too few; or as ``hidden_attention``.
         MatrixTooLargeError: a result would not fit into memory.
         BackendUnavailableError: the requested backend cannot run.
+
+    Example:
+        >>> u, delta, A = torch.rand(1, 2, 8, 5), torch.rand(1, 2, 8, 5), -torch.rand(2, 8, 4)
+        >>> B = C = torch.rand(1, 2, 1, 4, 5)
+        >>> record = ScanRecord.from_scan(u, delta, A, B, C)
+        >>> mean, absolute = hidden_attentions(record, [(None, None)] * 2, ["mean", "absolute"])
+        >>> mean.shape == absolute.shape
+        True
     """
     call = as_record("hidden_attentions", None, record, None, None, None)
     if len(weights) != len(folds):
@@ -165,6 +173,13 @@ def selective_scan(
     Raises:
         ValueError: shapes that disagree, A >= 0, an unknown fold or backend.
         BackendUnavailableError: the requested backend cannot run.
+
+    Example:
+        >>> u, delta, A = torch.rand(2, 8, 5), torch.rand(2, 8, 5), -torch.rand(8, 4)
+        >>> B = C = torch.rand(2, 4, 5)
+        >>> y, matrix = selective_scan(u, delta, A, B, C, attention="mean")
+        >>> y.shape, matrix.shape
+        (torch.Size([2, 8, 5]), torch.Size([2, 5, 5]))
     """
     if isinstance(u, ScanRecord):
         if delta is not None:

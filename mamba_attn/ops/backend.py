@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.ops import reference
 from mamba_attn.ops.arguments import Weights, pick
-from mamba_attn.ops.reference import merge, merge_tokens
 
 
 class Backend(ABC):
@@ -77,6 +77,31 @@ class InScanOrder(Backend):
         )
 
 
+def merge(record: ScanRecord, matrices: Tensor) -> Tensor:
+    """Return the sum of the routes' matrices in the token frame: ``reference.merge``, without copies of text."""
+    return _scaled(record, matrices) if _in_line(record) else reference.merge(record, matrices)
+
+
+def merge_tokens(record: ScanRecord, values: Tensor) -> Tensor:
+    """Return the sum of the routes' values in the token frame: ``reference.merge_tokens``, without copies of text."""
+    return _scaled(record, values) if _in_line(record) else reference.merge_tokens(record, values)
+
+
+def _scaled(record: ScanRecord, values: Tensor) -> Tensor:
+    return values[:, 0] if record.scale == 1 else values[:, 0] * record.scale
+
+
+def _in_line(record: ScanRecord) -> bool:
+    """Whether one route walks the tokens one after the other; looked at where that waits for no device."""
+    orders = record.read_order, record.write_order
+    if record.routes > 1 or record.length != record.tokens or any(x.ndim > 2 or not x.is_cpu for x in orders):
+        return False
+    if torch.compiler.is_compiling():
+        return False
+    line = torch.arange(record.length)
+    return all(torch.equal(x[0], line) for x in {id(x): x for x in orders}.values())
+
+
 def by_route(
     record: ScanRecord, weights: Weights, merged: bool, matrix: Callable[[ScanRecord, Weights], Tensor]
 ) -> Tensor:
@@ -96,4 +121,4 @@ def by_route(
         results.append(merge(part, found) if merged else found)
         if merged and route:
             results = [results[0] + results[1]]
-    return results[0] if merged else torch.cat(results, dim=1)
+    return results[0] if merged or len(results) == 1 else torch.cat(results, dim=1)

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from mamba_attn._types import Float
 from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.ops import chunk_scan
 from mamba_attn.ops.arguments import Weights, gathered, pick, working_dtype
-from mamba_attn.ops.backend import Backend, by_route
-from mamba_attn.ops.heads import fold_heads, unit_width
-from mamba_attn.ops.reference import merge_tokens
+from mamba_attn.ops.backend import Backend, by_route, merge_tokens
+from mamba_attn.ops.heads import by_head, unit_width
 
 _LEAF = 4  # nodes up to this length are computed pair by pair
 _WORKSPACE = 2**24  # elements of one temporary
@@ -39,6 +39,8 @@ class Blocked(Backend):
 
     def selective_scan(self, record: ScanRecord, merged: bool) -> Tensor:
         """y: (batch, channels, tokens) merged, else (batch, routes, channels, length)."""
+        if chunk_scan.channels_share_decays(record):
+            return chunk_scan.selective_scan(record, merged)
         dtype = working_dtype(record)
         part = per_channel(record, dtype)
         u = record.u.to(dtype)
@@ -51,6 +53,8 @@ class Blocked(Backend):
         self, record: ScanRecord, row_weight: Tensor | None, col_weight: Tensor | None, fold: str, merged: bool
     ) -> Tensor:
         """(batch, [channels,] tokens, tokens) merged, else (batch, routes, [channels,] length, length)."""
+        if unit_width(record) > 1:
+            return by_head(_attention, record, (row_weight, col_weight), fold, merged)
         return by_route(record, (row_weight, col_weight), merged, partial(_attention, fold=fold))
 
 
@@ -162,8 +166,6 @@ def _attention(
     record: ScanRecord, weights: Weights, fold: str
 ) -> Float[Tensor, "batch routes *channels length length"]:
     """The matrices of a record in scan order, folded; channel blocks bound the temporaries."""
-    if unit_width(record) > 1:
-        return fold_heads(_attention, record, weights, fold)
     dtype, length, channels = working_dtype(record), record.length, record.channels
     part = per_channel(record, dtype)
     signed = fold in ("mean", "sum")

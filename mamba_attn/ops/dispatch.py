@@ -1,7 +1,7 @@
 """Chooses the backend of a call: the one requested, or the fastest that can run it.
 
-"native" and "blocked" fold channels that share a head's matrix (Mamba-2) per head. "fused" computes every channel's
-matrix in its one launch, and "reference" by definition.
+"native" and "blocked" fold channels that share a head's matrix per head, and "fused" does where the head's states share
+their decay, as in Mamba-2. "reference" computes every channel's matrix by definition.
 """
 
 import os
@@ -112,6 +112,9 @@ def require_bytes(what: str, needed: int, device: torch.device, remedy: str) -> 
 
     Raises:
         MatrixTooLargeError: fewer bytes are free.
+
+    Example:
+        >>> require_bytes("a small matrix", 1024, torch.device("cpu"), "use rows")  # raises where memory is short
     """
     free = free_bytes(device) if needed > _UNASKED else None
     if free is not None and needed > free:
@@ -123,6 +126,11 @@ def free_bytes(device: torch.device) -> int | None:
 
     Args:
         device: a CPU, or a CUDA device.
+
+    Example:
+        >>> free = free_bytes(torch.device("cpu"))
+        >>> free is None or free > 0
+        True
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -11,7 +11,7 @@ per group, and E_h[i, j] = exp(A_h (S_h[i] - S_h[j])) gain_h[j] the matrix of a 
 """
 
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from math import gcd
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.ops.arguments import Weights, pick, working_dtype
+from mamba_attn.ops.backend import by_route
 
 Run = Callable[[ScanRecord, Weights, str], Tensor]
 _WORKSPACE = 2**20  # elements of one temporary
@@ -40,15 +41,21 @@ def as_units(record: ScanRecord, width: int) -> ScanRecord:
     """Return a record of every ``width``-th channel, each with a head of its own."""
     if record.heads == record.channels:
         return record
-    repeats = record.channels // record.heads // width
-    delta, A, gain = record.source_delta, record.A, record.source_gain
-    if repeats > 1:
-        delta, A = delta.repeat_interleave(repeats, dim=2), A.repeat_interleave(repeats, dim=1)
-        gain = None if gain is None else gain.repeat_interleave(repeats, dim=2)
+    delta, A, gain = _repeated(
+        record.channels // record.heads // width, record.source_delta, record.A, record.source_gain
+    )
     D = None if record.D is None else record.D[:, ::width]
     gate = None if record.gate is None else record.gate[:, ::width]
     u = record.source_u[:, :, ::width]
     return record.replace(source_u=u, source_delta=delta, A=A, D=D, source_gain=gain, gate=gate)
+
+
+def per_unit(record: ScanRecord) -> tuple[Tensor, Tensor, Tensor]:
+    """Return delta, gain (batch, routes, units, length) and A (routes, units, states or 1) in scan order."""
+    repeats = record.channels // record.heads // unit_width(record)
+    own = None if record.source_gain is None else record.gain
+    delta, A, gain = _repeated(repeats, record.delta, record.A, own)
+    return delta, delta if gain is None else gain, A
 
 
 def by_group(record: ScanRecord) -> list[ScanRecord]:
@@ -65,10 +72,26 @@ def by_group(record: ScanRecord) -> list[ScanRecord]:
     ]
 
 
+def by_head(run: Run, record: ScanRecord, weights: Weights, fold: str, merged: bool) -> Tensor:
+    """Fold channels that share matrices, as ``Backend.hidden_attention`` does.
+
+    Args:
+        run: see ``fold_heads``.
+        record: all routes.
+        weights: see ``fold_heads``, of all routes.
+        fold: see ``hidden_attention``.
+        merged: whether the routes are summed in the token frame; a unit's matrix is, before its channels get it.
+    """
+    found = by_route(record, weights, merged, partial(fold_heads, run, fold=fold))
+    return to_channels(found, record.channels, -3) if fold == "each" else found
+
+
 def fold_heads(
     run: Run, record: ScanRecord, weights: Weights, fold: str, rows: slice = _ALL, columns: slice = _ALL
 ) -> Tensor:
     """Fold the matrices of one route's channels: (batch, 1, [channels,] rows, columns), in scan order.
+
+    "each" without weights returns those of units, not yet given to their channels.
 
     Args:
         run: does the same for a record of one group whose channels have heads of their own; it is given at most one
@@ -88,9 +111,20 @@ def fold_heads(
             group = _Group(run, part, width, dtype, rows, columns)
             folded.append(group.fold(pick((r, k), _ALL, _ALL, own), fold))
     if fold == "each":
-        return torch.cat(folded, dim=2)
+        return folded[0] if len(folded) == 1 else torch.cat(folded, dim=2)
     total = reduce(torch.add, folded)
     return total if fold == "sum" else total / record.channels
+
+
+def to_channels(matrices: Tensor, channels: int, axis: int) -> Tensor:
+    """Give the channels of every unit its matrix; copies."""
+    axis %= matrices.ndim
+    width = channels // matrices.shape[axis]
+    return (
+        matrices.unsqueeze(axis + 1)
+        .expand(*matrices.shape[: axis + 1], width, *matrices.shape[axis + 1 :])
+        .flatten(axis, axis + 1)
+    )
 
 
 class _Group:
@@ -126,13 +160,16 @@ class _Group:
 
     def _each(self, weights: Weights) -> Tensor:
         matrices = self.run(self.units, (None, None), "each")
-        matrices = (matrices if self.G is None else matrices * self.G.unsqueeze(2)).unsqueeze(3)
+        matrices = matrices if self.G is None else matrices * self.G.unsqueeze(2)
         rows, columns = weights
+        if rows is None and columns is None:
+            return matrices
+        matrices = matrices.unsqueeze(3)
         if rows is not None:
             matrices = matrices * rows[..., self.rows].unsqueeze(-1)
         if columns is not None:
             matrices = matrices * columns[..., self.columns].unsqueeze(-2)
-        return matrices.expand(-1, -1, -1, self.width, -1, -1).flatten(2, 3)
+        return matrices.flatten(2, 3)
 
     def _total(self, weights: Weights, part: str) -> Tensor:
         """Sum a part of every M_h times W_h, which is not negative unless the part is the whole, "sum"."""
@@ -158,6 +195,14 @@ class _Group:
         entries = units.batch * units.length * (units.length if self.rows == self.columns else 1)
         size = max(1, _WORKSPACE // entries)
         return reduce(torch.add, map(of_block, range(0, units.channels, size)))
+
+
+def _repeated(repeats: int, delta: Tensor, A: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Give each of ``repeats`` units of a head its values."""
+    if repeats > 1:
+        delta, A = delta.repeat_interleave(repeats, dim=2), A.repeat_interleave(repeats, dim=1)
+        gain = None if gain is None else gain.repeat_interleave(repeats, dim=2)
+    return delta, A, gain
 
 
 def _channels(record: ScanRecord, channels: slice) -> ScanRecord:

@@ -23,7 +23,7 @@ from mamba_attn.ops.backend import Backend
 from mamba_attn.ops.blocked import Channels, per_channel, recurrence
 from mamba_attn.ops.cpu import native
 from mamba_attn.ops.cuda import fused
-from mamba_attn.ops.heads import as_units, fold_heads, unit_width
+from mamba_attn.ops.heads import as_units, fold_heads, to_channels, unit_width
 
 _WORKSPACE = 2**22  # elements of one temporary
 _SIGNED = ("mean", "sum")
@@ -62,6 +62,13 @@ def attention_row(
 
     Raises:
         ValueError: as ``hidden_attention``, or a row outside the matrix.
+
+    Example:
+        >>> x, A = torch.rand(2, 8, 5), -torch.rand(8, 4)  # delta (batch, channels, steps), A (channels, states)
+        >>> B = C = torch.rand(2, 4, 5)
+        >>> row = attention_row(x, A, B, C, row=3)
+        >>> row.shape, bool((row[:, 4:] == 0).all())  # a step reads itself and what comes before it
+        (torch.Size([2, 5]), True)
     """
     return _line("attention_row", "row", delta, A, B, C, row, row_weight, col_weight, fold, orders, tokens)
 
@@ -99,6 +106,12 @@ def attention_column(
 
     Raises:
         ValueError: as ``hidden_attention``, or a column outside the matrix.
+
+    Example:
+        >>> x, A = torch.rand(2, 8, 5), -torch.rand(8, 4)  # delta (batch, channels, steps), A (channels, states)
+        >>> B = C = torch.rand(2, 4, 5)
+        >>> attention_column(x, A, B, C, column=3).shape
+        torch.Size([2, 5])
     """
     return _line("attention_column", "column", delta, A, B, C, column, row_weight, col_weight, fold, orders, tokens)
 
@@ -135,6 +148,12 @@ def left_product(
 
     Raises:
         ValueError: as ``hidden_attention``, or a vector of another shape.
+
+    Example:
+        >>> x, A = torch.rand(2, 8, 5), -torch.rand(8, 4)  # delta (batch, channels, steps), A (channels, states)
+        >>> B = C = torch.rand(2, 4, 5)
+        >>> left_product(x, A, B, C, vector=torch.rand(2, 5)).shape  # vector @ M
+        torch.Size([2, 5])
     """
     call = as_record("left_product", None, delta, A, B, C, orders=orders, tokens=tokens)
     return _product(call, vector, row_weight, col_weight, fold, transposed=True)
@@ -172,6 +191,12 @@ def right_product(
 
     Raises:
         ValueError: as ``hidden_attention``, or a vector of another shape.
+
+    Example:
+        >>> x, A = torch.rand(2, 8, 5), -torch.rand(8, 4)  # delta (batch, channels, steps), A (channels, states)
+        >>> B = C = torch.rand(2, 4, 5)
+        >>> right_product(x, A, B, C, vector=torch.rand(2, 5)).shape  # M @ vector
+        torch.Size([2, 5])
     """
     call = as_record("right_product", None, delta, A, B, C, orders=orders, tokens=tokens)
     return _product(call, vector, row_weight, col_weight, fold, transposed=False)
@@ -251,7 +276,8 @@ def _step_line(record: ScanRecord, axis: str, step: int, weights: Weights, fold:
         def run(part: ScanRecord, its: Weights, what: str) -> Tensor:
             return _step_line(part, axis, step, its, what).unsqueeze(1).unsqueeze(along)
 
-        return fold_heads(run, record, weights, fold, rows, columns).squeeze(along).squeeze(1)
+        line = fold_heads(run, record, weights, fold, rows, columns).squeeze(along).squeeze(1)
+        return to_channels(line, record.channels, 1) if fold == "each" else line
     if _kernel(record, weights) is native.BACKEND:
         part = record if record.shares_orders else record.in_scan_order()
         return native.attention_line(part, axis, step, weights, fold)

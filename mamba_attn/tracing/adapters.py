@@ -10,7 +10,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -21,11 +21,12 @@ from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.rules import Rules
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import UnsupportedModelError
+from mamba_attn.tracing.running import modules_of
 
 _OF_SCANS = ("A_log", "A_logs", "dt_bias")
 _NAMES = ("mamba", "mamba2", "ssm", "ssd")  # with which names of classes end
 # asked in this order
-_FAMILIES = ("vim", "language_mixers", "mamba", "vmamba", "mambavision", "timm_vit")
+_FAMILIES = ("vim", "language_mixers", "mamba", "vmamba", "vssd", "mambavision", "timm_vit")
 
 
 @dataclass
@@ -166,7 +167,13 @@ class MixerAdapter(ABC):
 
 
 class Adapter(MixerAdapter):
-    """A family of mixers of selective scans; subclass it, give ``family`` a name, register an instance."""
+    """A family of mixers of selective scans; subclass it, give ``family`` a name, register an instance.
+
+    Example:
+        >>> from mamba_attn.integrations.vim import ADAPTER
+        >>> isinstance(ADAPTER, Adapter), ADAPTER.recognises(model.layers[0].mixer)
+        (True, True)
+    """
 
     @abstractmethod
     def project(self, module: Any, *args: Any, **kwargs: Any) -> ScanRecord:
@@ -186,7 +193,13 @@ class Adapter(MixerAdapter):
 
 
 class AttentionAdapter(MixerAdapter):
-    """A family of softmax-attention modules; subclass it, give ``family`` a name, register an instance."""
+    """A family of softmax-attention modules; subclass it, give ``family`` a name, register an instance.
+
+    Example:
+        >>> from mamba_attn.integrations.timm_vit import ADAPTER
+        >>> isinstance(ADAPTER, AttentionAdapter), ADAPTER.recognises(vit.blocks[0].attn)
+        (True, True)
+    """
 
     @abstractmethod
     def project(self, module: Any, *args: Any, **kwargs: Any) -> AttentionRecord:
@@ -222,6 +235,12 @@ def register_adapter(adapter: AnyAdapter) -> None:
 
     Raises:
         TypeError: neither an Adapter nor an AttentionAdapter.
+
+    Example:
+        >>> from mamba_attn.integrations.vim import ADAPTER
+        >>> register_adapter(ADAPTER)  # an instance of your own class; asked before all others
+        >>> known_adapters()[0] is ADAPTER
+        True
     """
     if not isinstance(adapter, AnyAdapter):
         raise TypeError(
@@ -238,17 +257,20 @@ def known_adapters() -> list[AnyAdapter]:
 
 
 def find_mixers(
-    model: nn.Module, adapters: Iterable[AnyAdapter] | None = None
+    model: nn.Module,
+    adapters: Iterable[AnyAdapter] | None = None,
+    modules: Mapping[str, nn.Module] | None = None,
 ) -> dict[str, tuple[nn.Module, AnyAdapter]]:
     """Return the mixers of a model by name, each with its adapter; mixers inside mixers are not looked for.
 
     Args:
         model: any model.
         adapters: asked before the known ones.
+        modules: the model's modules by name, where they are known.
     """
     candidates = [*(adapters or ()), *known_adapters()]
     found: dict[str, tuple[nn.Module, AnyAdapter]] = {}
-    for name, module in model.named_modules():
+    for name, module in (modules_of(model) if modules is None else modules).items():
         torchs_own = not module._modules and type(module).__module__.startswith("torch.nn.modules.")
         if torchs_own or any(name.startswith(f"{outer}.") for outer in found if outer):
             continue

@@ -15,16 +15,16 @@ from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.tracing.adapters import Seen
 from mamba_attn.tracing.doors import Watch
-from mamba_attn.tracing.edits import CallEdit, Edit, Knockout, in_scan_order
+from mamba_attn.tracing.edits import CallEdit, Edit, Knockout, Within, in_scan_order
 from mamba_attn.tracing.frames import Place
 from mamba_attn.tracing.layer_names import by_pattern
 from mamba_attn.tracing.layers import Layer, ScanLayer
+from mamba_attn.tracing.nearest_layout import nearest_layout
 from mamba_attn.tracing.placed import Placed, place, same_route
 from mamba_attn.tracing.replay import Replay
 from mamba_attn.tracing.selective_scans import ScanCall
 from mamba_attn.tracing.softmax_calls import SoftmaxCall
 from mamba_attn.tracing.softmax_layers import DoorAttention, PlacedAttention, place_attention
-from mamba_attn.tracing.standing import nearest_layout
 from mamba_attn.tracing.steps import Found, Steps, steps_of
 from mamba_attn.tracing.undisturbed import recomputing
 
@@ -89,6 +89,27 @@ class DoorLayer(ScanLayer):
         """Number of its last tokens that stand for padding, which the scan takes in."""
         return self._placed.padding
 
+    @property
+    def grouped(self) -> bool:
+        """Whether the groups of a scan are groups of channels of one route, and not routes."""
+        return self._placed.grouped
+
+    def rows_of(self, number: int) -> int:
+        """Number of sequences of one image in a scan, each of which is a route.
+
+        Args:
+            number: of the scan among ``calls``.
+        """
+        return self._placed.index[number].shape[1]
+
+    def by_image(self, parts: Sequence[Tensor]) -> Float[Tensor, "batch routes channels length"]:
+        """Values of all scans by images and routes, each in its own order.
+
+        Args:
+            parts: of each scan, (rows, groups, width, length).
+        """
+        return self._placed.by_image(parts)
+
     @cached_property
     def scan_frame(self) -> ScanRecord:
         """Everything that the first scan depended on, every route in its own order; nothing is measured."""
@@ -144,6 +165,8 @@ class DoorLayer(ScanLayer):
             whole = values.expand(record.batch, record.routes, *values.shape[2:])
             return [placed.of_call(number, call.groups, whole) for number, call in enumerate(self.calls)]
 
+        if isinstance(edit, Within):
+            return [CallEdit(within=edit.steps) for _ in self.calls]
         if isinstance(edit, Knockout):
             rows, columns = edit.removed(self.name, record)
             lost = spread(in_scan_order(rows[:, None, None], record.write_order))

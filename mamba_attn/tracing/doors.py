@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from mamba_attn import ops
 from mamba_attn.core.rules import Rules
+from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.tracing.chunk_scans import (
+    ChunkInputs,
     backward_arguments,
     forward_inputs,
     scanned,
@@ -63,6 +65,7 @@ class Watch:
         around: further doors: modules, and what stands in their functions' places.
         edits: what an intervention does to the next scan of a module, by the module's name and the scan's inputs; it
             keeps no calls.
+        modules: the model's modules by name, where they are known.
     """
 
     def __init__(
@@ -74,8 +77,9 @@ class Watch:
         rules: Rules | None = None,
         around: Callable[[], Iterable[tuple[ModuleType, dict[str, Handler]]]] = tuple,
         edits: Callable[[str, AnyInputs], CallEdit | None] | None = None,
+        modules: Mapping[str, nn.Module] | None = None,
     ) -> None:
-        self.name_of = Names(model)
+        self.name_of = Names(model, modules)
         self.names = self.name_of.modules
         self.outside = {id(module) for module in outside or ()}
         self.attention = attention
@@ -128,12 +132,16 @@ class Watch:
     def keep(
         self,
         module: nn.Module,
+        entered: Tensor,
         inputs: AnyInputs,
         states: Tensor,
         run_again: Callable[[], Tensor],
         matrix: tuple[str, Tensor] | None,
     ) -> None:
-        """Record a call, or, when checkpointing repeats one inside a backward pass, pair it with its first."""
+        """Record a call, or, when checkpointing repeats one inside a backward pass, pair it with its first.
+
+        ``entered`` is what it scans, with its graph; ``inputs`` have none.
+        """
         name = self.names[id(module)]
         if recomputing():
             first = self._same_call(name, inputs)
@@ -144,10 +152,10 @@ class Watch:
             self._runs[name] = 0
             hook = partial(self._starts, name)  # the module is running: the hook sees its next call
             self._hooks.append(module.register_forward_pre_hook(hook, prepend=True))
+        call = ScanCall(name, self._runs[name], inputs, run_again, states, matrix, len(self.tensors))
         if self.rules is not None:
-            self.rules.enter(name, inputs.u)
-        detached = type(inputs)._make(detached_plain(t) if isinstance(t, Tensor) else t for t in inputs)
-        self.calls.append(ScanCall(name, self._runs[name], detached, run_again, states, matrix, len(self.tensors)))
+            self.rules.scanned(call, name, entered)
+        self.calls.append(call)
 
     def _starts(self, name: str, module: nn.Module, args: Any) -> None:
         if get_ident() == self.thread and not recomputing():
@@ -292,7 +300,8 @@ def _forward(door: Door, *args: Any) -> Any:
         return own(*args)
     for watch, module in places:
         watch.require_rules(module)
-    inputs = scan_inputs(args)
+    plain = tuple(detached_plain(t) if isinstance(t, Tensor) else t for t in args)
+    inputs = scan_inputs(plain)
     if inputs is None:
         for watch, _ in places:
             watch.other_scans.append(door.module.__name__)
@@ -304,7 +313,7 @@ def _forward(door: Door, *args: Any) -> Any:
         )
     folds = dict.fromkeys(watch.attention for watch, _ in places if watch.attention and not recomputing())
     matrices: dict[str | None, tuple[str, Tensor]] = {}
-    run_again = partial(_first_of, own, tuple(detached_plain(t) if isinstance(t, Tensor) else t for t in args))
+    run_again = partial(_first_of, own, plain)
     if folds and replaceable(inputs):
         for fold in folds:
             y, matrices[fold] = _scan_and_attention(inputs, str(fold))
@@ -319,7 +328,7 @@ def _forward(door: Door, *args: Any) -> Any:
         run_again = partial(Tensor.detach, found[0])
     for watch, module in places:
         if watch.edits is None:
-            watch.keep(module, inputs, found[1], run_again, matrices.get(watch.attention))
+            watch.keep(module, args[0], inputs, found[1], run_again, matrices.get(watch.attention))
         elif edits:
             watch.edited.append((found[1], inputs, edits))
     return found
@@ -355,14 +364,20 @@ def _chunk_forward(door: Door, *args: Any, **kwargs: Any) -> Any:
     inputs = forward_inputs(places[0][0].names[id(places[0][1])], args, kwargs) if places else None
     found = door.own[CHUNK_SCANS[0]](*args, **kwargs)
     if inputs is not None:
-        out = scanned(found)
+        out, entered = scanned(found), inputs.u
+        folds = [watch.attention for watch, _ in places if watch.attention is not None and not recomputing()]
+        matrices: dict[str | None, tuple[str, Tensor]] = {
+            fold: (fold, _matrix_of_chunks(inputs, fold)) for fold in dict.fromkeys(folds)
+        }
+        inputs = type(inputs)._make(detached_plain(t) if isinstance(t, Tensor) else t for t in inputs)
         edits = _edits_of(places, inputs)
         if edits:
             y = edited_call(inputs.parts(), out.flatten(2).mT, edits).mT.unflatten(2, out.shape[2:]).to(out.dtype)
             found, out = with_output(found, y, inputs.z), y
         for watch, module in places:
             if watch.edits is None:
-                watch.keep(module, inputs, out, partial(Tensor.detach, out.flatten(2).mT), None)
+                again = partial(Tensor.detach, out.flatten(2).mT)
+                watch.keep(module, entered, inputs, out, again, matrices.get(watch.attention))
             elif edits:
                 watch.edited.append((out, inputs, edits))
     return found
@@ -384,7 +399,7 @@ def _chunk_backward(door: Door, *args: Any, **kwargs: Any) -> Any:
             if call.sent is not None:
                 found[0].copy_(call.sent.mT.unflatten(2, found[0].shape[2:]))
         return found
-    rules = [watch.rules for watch, _ in hits if watch.rules is not None]
+    rules = [watch.rules for watch, _ in hits if watch.rules is not None and not watch.rules.observes]
     return ruled_chunk_backward(own, given, rules[-1]) if rules else own(*args, **kwargs)
 
 
@@ -409,7 +424,7 @@ def _backward(door: Door, *args: Any) -> Any:
         return zeros_of(args, gated)
     if isinstance(states, ScanStates) and not isinstance(own, FunctionType | partial):
         args = (*args[: at + 1], states.read().contiguous(), *args[at + 2 :])
-    ruled = [(watch.rules, call) for watch, call in hits if watch.rules is not None]
+    ruled = [(w.rules, call) for w, call in hits if w.rules is not None and not w.rules.observes]
     edited = _edited_with(states)
     if edited is not None and ruled:
         raise UnsupportedModelError(
@@ -426,6 +441,14 @@ def _backward(door: Door, *args: Any) -> Any:
 
 _SCAN: dict[str, Handler] = {"fwd": _forward, "bwd": _backward}
 _CHUNKS: dict[str, Handler] = dict(zip(CHUNK_SCANS, (_chunk_forward, _chunk_backward), strict=True))
+
+
+@torch.no_grad()
+def _matrix_of_chunks(inputs: ChunkInputs, fold: str) -> Tensor:
+    """The matrix of every group of heads, in scan order; the extension's own output stays what it is."""
+    record = ScanRecord.from_scan(*inputs.parts()[:5])
+    groups = (record.select_routes(slice(g, g + 1)) for g in range(record.routes))
+    return torch.stack([ops.hidden_attention(group, fold=fold) for group in groups], dim=1)
 
 
 @torch.no_grad()

@@ -1,7 +1,9 @@
 """What an intervention does to one layer: entries of its matrix removed, or another matrix in its place.
 
 y[i] = sum_j M[i, j] u[j] + D u[i]. Without some columns, y is the scan of an input that is zero there, and D u: one
-more scan, however many columns, and no difference of large numbers. Rows that lose other columns take other scans.
+more scan, however many columns, and no difference of large numbers. Rows that lose other columns take other scans. What
+is more than some steps back reaches a step through the state before them, which decays from there: it is read off the
+states, in linear time.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +18,9 @@ from mamba_attn import ops
 from mamba_attn._types import Float
 from mamba_attn.core.attention_record import AttentionRecord
 from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.ops import reference
+from mamba_attn.ops.blocked import per_channel
 from mamba_attn.tracing.layer_names import by_pattern
 
 Positions = int | Iterable[int] | Tensor | None
@@ -151,7 +155,37 @@ class Replacement:
         return whole.to(device)
 
 
-Edit = Knockout | Replacement
+@dataclass(frozen=True)
+class Within:
+    """Entries more than some steps back in their route's own order are removed.
+
+    Args:
+        steps: that remain, besides the token itself.
+    """
+
+    steps: int
+    empty = False
+
+    @classmethod
+    def of(cls, beyond: Any, others: Sequence[Any]) -> "Within":
+        """Check the arguments of ``knockout``.
+
+        Raises:
+            TypeError: no whole number.
+            ValueError: below 0, or along with entries that are named.
+        """
+        if isinstance(beyond, bool) or not isinstance(beyond, Integral):
+            raise TypeError(f"knockout(beyond={beyond!r}): expected a whole number of steps.")
+        if beyond < 0:
+            raise ValueError(f"knockout(beyond={beyond!r}): expected at least 0 steps.")
+        if any(each is not None for each in others):
+            raise ValueError(
+                f"knockout(beyond={beyond!r}): leave out rows, columns, routes and channels; blocks may be nested."
+            )
+        return cls(int(beyond))
+
+
+Edit = Knockout | Replacement | Within
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,10 +195,12 @@ class CallEdit:
     Args:
         removed: rows (sequences, groups, length), and inputs (sequences, groups, width or 1, length).
         matrix: in scan order, (sequences or 1, groups, width or 1, length, length).
+        within: so many steps back are kept.
     """
 
     removed: Removed | None = None
     matrix: Tensor | None = None
+    within: int | None = None
 
 
 def edited_call(
@@ -180,12 +216,19 @@ def edited_call(
     found: Tensor = y.unflatten(1, parts.u.shape[1:3]).to(parts.u.dtype)
     skip = 0 if parts.D is None else parts.D.unsqueeze(-1) * parts.u
     matrices = [edit.matrix.to(found) for edit in edits if edit.matrix is not None]
-    if matrices:
-        found = times(matrices[-1], parts.u) + skip
+    within = min((edit.within for edit in edits if edit.within is not None), default=None)
+    _refuse_both("a scan", bool(matrices), within)
+
+    def product(kept: Tensor) -> Tensor:
+        if matrices:
+            return times(matrices[-1], kept)
+        own: Tensor = ops.selective_scan(kept, *parts[1:5])
+        return own if within is None else own - far(ScanRecord.from_scan(kept, *parts[1:5]), within)
+
+    if matrices or within is not None:
+        found = product(parts.u) + skip
     for rows, columns in distinct([edit.removed for edit in edits if edit.removed is not None]):
-        kept = parts.u.masked_fill(columns, 0)
-        other = times(matrices[-1], kept) if matrices else ops.selective_scan(kept, *parts[1:5])
-        found = torch.where(rows.unsqueeze(2), other + skip, found)
+        found = torch.where(rows.unsqueeze(2), product(parts.u.masked_fill(columns, 0)) + skip, found)
     return found.flatten(1, 2)
 
 
@@ -202,27 +245,75 @@ def edited_scan(
     """
     skip = _skip(record, y)
     matrix = _matrix(name, record, edits)
+    within = min((edit.steps for edit in edits if isinstance(edit, Within)), default=None)
+    _refuse_both(name, matrix is not None, within)
     if matrix is not None:
         y = _applied(record, matrix.to(y.dtype), None) + skip
+    elif within is not None:
+        y = _near(record.replace(D=None), within).to(y.dtype) + skip
     for rows, columns in distinct(_removed(name, record, edits)):
         if matrix is not None:
             other = _applied(record, matrix.to(y.dtype), columns)
         else:
             removed, source = at_steps(record, columns), record.source_u
             source = source.expand(-1, max(removed.shape[1], source.shape[1]), -1, -1).masked_fill(removed, 0)
-            other = ops.selective_scan(record.replace(source_u=source, D=None))
+            scan = record.replace(source_u=source, D=None)
+            other = ops.selective_scan(scan) if within is None else _near(scan, within)
         y = torch.where(rows[:, None], other + skip, y)
     return y
 
 
 def edited_probabilities(name: str, record: AttentionRecord, edits: Sequence[Edit]) -> Tensor:
-    """Return the probabilities (batch, heads, tokens, tokens) under interventions; nothing is normalised again."""
+    """Return the probabilities (batch, heads, tokens, tokens) under interventions; nothing is normalised again.
+
+    Raises:
+        UnsupportedModelError: entries are to be removed by their steps.
+    """
+    if any(isinstance(edit, Within) for edit in edits):
+        raise UnsupportedModelError(
+            f"knockout(beyond=...): {name} is softmax attention, whose tokens have no steps; name scans with layers=."
+        )
     found, matrix = record.probabilities, _matrix(name, record, edits)
     if matrix is not None:
         found = matrix[:, 0].to(found.dtype).expand_as(found)
     for rows, columns in _removed(name, record, edits):
         found = found.masked_fill(rows[:, None, :, None] & columns[:, 0, :, None], 0)
     return found
+
+
+def far(record: ScanRecord, steps: int) -> Float[Tensor, "batch routes channels length"]:
+    """What the outputs of a scan owe to inputs more than some steps back, in scan order.
+
+    C_i exp(A (delta_{i - steps} + ... + delta_i)) h_{i - steps - 1}: the state before those steps, as it has decayed.
+
+    Args:
+        record: of the scans.
+        steps: from 0 on.
+    """
+    h, lag = ops.scan_states(record), steps + 1
+    found = h.new_zeros(*h.shape[:3], h.shape[-1])
+    if lag >= h.shape[-1]:
+        return found
+    part = per_channel(record, h.dtype)
+    total = part.delta.double().cumsum(-1)
+    gap = (total[..., lag:] - total[..., :-lag]).to(h.dtype)
+    decay = torch.exp(gap.unsqueeze(3) * part.A.unsqueeze(-1))
+    found[..., lag:] = (part.C[..., lag:] * decay * h[..., :-lag]).sum(3)
+    return found
+
+
+def _near(record: ScanRecord, steps: int) -> Float[Tensor, "batch channels tokens"]:
+    """The merged output of scans of which each step reads so many steps back."""
+    whole: Tensor = ops.selective_scan(record)
+    return whole - reference.merge_tokens(record, far(record, steps)).to(whole.dtype)
+
+
+def _refuse_both(name: str, replaced: bool, within: int | None) -> None:
+    if replaced and within is not None:
+        raise ValueError(
+            f"knockout(beyond={within}): the matrix of {name} is replaced, and another matrix has no steps; set its "
+            "entries to zero instead."
+        )
 
 
 def at_steps(record: ScanRecord, columns: Tensor) -> Tensor:
@@ -287,10 +378,13 @@ def _applied(record: ScanRecord, matrix: Tensor, columns: Tensor | None) -> Floa
 
 
 def times(matrix: Float[Tensor, "_ _ _ n n"], u: Float[Tensor, "batch routes channels n"]) -> Tensor:
-    """Return matrix @ u, channel by channel; a matrix that channels share is not repeated."""
+    """Return matrix @ u, channel by channel; a matrix that channels or images share is not repeated."""
     if matrix.shape[2] == 1:
         shared: Tensor = (matrix[:, :, 0] @ u.mT).mT
         return shared
+    if matrix.shape[0] == 1:
+        images: Tensor = (matrix[0] @ u.permute(1, 2, 3, 0)).permute(3, 0, 1, 2)
+        return images
     return (matrix @ u.unsqueeze(-1)).squeeze(-1)
 
 

@@ -6,7 +6,7 @@ pass of the convolution is known by the input that its forward was seen with.
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -20,18 +20,28 @@ from mamba_attn.tracing.doors import Door, Handler, Watch, opened, watching
 from mamba_attn.tracing.function_rules import refused, straight
 
 _ORDER = ("residual", "x1", "weight1", "bias1", "eps", "dropout_p", "rowscale", "prenorm", "residual_in_fp32")
+CONVOLUTION_FORWARDS = ("causal_conv1d_fwd", "causal_conv1d_fwd_function")
 _UNKNOWN = ("x1", "weight1", "bias1", "rowscale")  # of a fused norm
 
 
 def fused_doors() -> Iterator[tuple[ModuleType, dict[str, Handler]]]:
     """Every loaded module that holds one of the functions, with what is to stand in their place."""
+    return holders_of(_HANDLERS)
+
+
+def holders_of(handlers: Mapping[str, Handler]) -> Iterator[tuple[ModuleType, dict[str, Handler]]]:
+    """Every loaded module that holds functions of some names, with what is to stand in their place.
+
+    Args:
+        handlers: by name.
+    """
     holders = {id(module): module for module in list(sys.modules.values()) if issubclass(type(module), ModuleType)}
     # the extension lives on in the modules that imported it, as stand-ins do
     held = [vars(module).get("causal_conv1d_cuda") for module in holders.values()]
     holders |= {id(module): module for module in held if isinstance(module, ModuleType)}
     for holder in holders.values():
         names = vars(holder)
-        found = {name: handler for name, handler in _HANDLERS.items() if _is_function(names.get(name))}
+        found = {name: handler for name, handler in handlers.items() if _is_function(names.get(name))}
         if found:
             yield holder, found
 
@@ -143,7 +153,7 @@ def _biased(name: str, door: Door, *args: Any, **kwargs: Any) -> Any:
 _HANDLERS: dict[str, Handler] = {
     name: partial(handler, name)
     for handler, names in (
-        (_convolved, ("causal_conv1d_fwd", "causal_conv1d_fwd_function")),
+        (_convolved, CONVOLUTION_FORWARDS),
         (_convolution_backward, ("causal_conv1d_bwd", "causal_conv1d_bwd_function")),
         (_norm, ("layer_norm_fn", "rms_norm_fn")),
         (_biased, ("mamba_inner_fn", "bimamba_inner_fn")),

@@ -14,7 +14,7 @@ from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.tracing.adapters import AnyAdapter, Seen, require_supported
 from mamba_attn.tracing.door_layers import DoorLayer
 from mamba_attn.tracing.doors import Watch, open_doors, suspended
-from mamba_attn.tracing.edits import CallEdit, Edit, Knockout, Positions, Replacement
+from mamba_attn.tracing.edits import CallEdit, Edit, Knockout, Positions, Replacement, Within
 from mamba_attn.tracing.layer_names import LayerNames, layer_names, listed_layers
 from mamba_attn.tracing.patching import Interest, patched
 from mamba_attn.tracing.replay import Replay
@@ -34,6 +34,7 @@ def knockout(
     columns: Positions = None,
     routes: Positions = None,
     channels: Positions = None,
+    beyond: int | None = None,
 ) -> Iterator[None]:
     """Run a model without some entries of its attention matrices: y[rows] - M[rows, columns] u[columns], exactly.
 
@@ -53,19 +54,24 @@ def knockout(
         columns: tokens that are not read; as ``rows``.
         routes: numbers of routes.
         channels: numbers of channels; of softmax attention, of heads.
+        beyond: removes what is more than so many steps back in each route's own order, instead of the entries above;
+            blocks of both kinds may be nested. 0 leaves each step its own input.
 
     Raises:
         UnsupportedModelError: as ``trace``; attention that is seen at torch's own function, where no entry can be
-            removed: name other layers.
+            removed: name other layers; ``beyond`` of softmax attention, which has no steps.
         UnknownLayerError: a name or pattern that fits no layer, a number that is out of range.
         TypeError: layers or positions that are no numbers.
-        ValueError: positions that a layer does not have, when it runs.
+        ValueError: positions that a layer does not have, when it runs; ``beyond`` below 0, with other entries in the
+            same call, or of a layer whose matrix is replaced.
 
     Example:
         >>> with knockout(model, layers=5, columns=range(40, 50)), torch.no_grad():
         ...     logits = model(images[:1])
     """
-    with _edited("knockout", model, layers, Knockout.of(rows, columns, routes, channels)):
+    entries = (rows, columns, routes, channels)
+    edit: Edit = Knockout.of(*entries) if beyond is None else Within.of(beyond, entries)
+    with _edited("knockout", model, layers, edit):
         yield
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mamba_attn._types import Float, Int
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.tracing.adapters import LayoutSource, Seen
+from mamba_attn.tracing.running import modules_of
 
 
 def layout_sources(model: nn.Module) -> Iterator[LayoutSource]:
@@ -25,7 +26,7 @@ def layout_sources(model: nn.Module) -> Iterator[LayoutSource]:
     Args:
         model: a model, or one that has such models inside.
     """
-    for module in model.modules():
+    for module in modules_of(model).values():
         embed = module._modules.get("patch_embed")
         layers = module._modules.get("layers", module._modules.get("blocks"))
         projection = getattr(embed, "proj", None)

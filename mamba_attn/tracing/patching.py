@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock, get_ident
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,8 @@ class Interest:
 class PatchedForward(ABC):
     """Stands in a module's ``forward`` while anybody traces it; calls of other threads go to the original."""
 
+    seen_by_us: ClassVar[bool] = False  # whether it also answers where this thread calls the module for us
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.original = module.forward
@@ -102,7 +104,7 @@ class PatchedForward(ABC):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Answer in the forward's place, for the traces that this thread has open."""
-        if unseen():
+        if unseen() and not self.seen_by_us:
             return self.original(*args, **kwargs)
         again = recomputing()
         interests = [interest for interest in tuple(self.interests) if again or interest.thread == get_ident()]

@@ -16,9 +16,10 @@ from torch.overrides import TorchFunctionMode
 SHARE = 0.2  # of a step's gradient that must come from its own cell; stricter limits chose inner tensors in silence
 _FUSED_NORMS = ("layer_norm_fn", "rms_norm_fn")  # of mamba_ssm, wherever a module holds them
 LAYER_NORMS = (F.layer_norm, torch.layer_norm)
-_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+SHOWN = (*LAYER_NORMS, F.linear)
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _MEANS = (torch.mean, Tensor.mean, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
-_SPREAD = (*_CONVOLUTIONS, *_MEANS, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_SPREAD = (*CONVOLUTIONS, *_MEANS, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 _LITTLE = 1e-3  # of their gradient is kept: it may be all there is, as where routes are merged by a mean
 Show = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], Any]
 
@@ -30,7 +31,8 @@ class Centre(TorchFunctionMode):
     gate made of all tokens, or the coarse grids inside a U-Net, would send every step's gradient to many.
 
     Args:
-        show: gets every convolution and layer norm, its arguments and what it returned; code gets what it gives back.
+        show: gets every convolution, linear layer and layer norm, its arguments and what it returned; code gets what it
+            gives back.
     """
 
     def __init__(self, show: Show | None = None) -> None:
@@ -41,13 +43,13 @@ class Centre(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self.show is not None and (func in _CONVOLUTIONS or func in LAYER_NORMS):
+        if self.show is not None and (func in CONVOLUTIONS or func in SHOWN):
             shown = self.show(func, args, kwargs or {}, out)
             if shown is not out:
                 return shown
         if func not in _SPREAD or not out.requires_grad:
             return out
-        if func in _CONVOLUTIONS and len(args) > 1 and out.shape[2:] == args[0].shape[2:]:
+        if func in CONVOLUTIONS and len(args) > 1 and out.shape[2:] == args[0].shape[2:]:
             x, weight = args[:2]
             if set(weight.shape[2:]) == {1}:
                 return out
@@ -56,6 +58,25 @@ class Centre(TorchFunctionMode):
             only = func(x, middle, *args[2:], **(kwargs or {}))
             return out.detach() + only - only.detach()
         return out.detach() + _LITTLE * (out - out.detach())
+
+
+class OnItsToken(torch.autograd.Function):
+    """A linear layer of features with the gradient of one of rank one: it costs little, and keeps to its token, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, out: Tensor, axis: int) -> Tensor:
+        """Return the layer's own output; ``axis`` is that of features."""
+        ctx.given, ctx.axis = (x.shape[axis], x.dtype), axis
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """Return what the layer with random weights read_i write_j hands on."""
+        (count, dtype), generator = ctx.given, torch.Generator().manual_seed(3)
+        gradient = gradient.movedim(ctx.axis, -1)
+        read, write = (torch.randn(n, generator=generator).to(gradient) for n in (count, gradient.shape[-1]))
+        write /= gradient.shape[-1] ** 0.5
+        return ((gradient @ write).unsqueeze(-1) * read).movedim(-1, ctx.axis).to(dtype), None, None
 
 
 class Probe:

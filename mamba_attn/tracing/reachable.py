@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from mamba_attn.tracing.running import modules_of
+
 _DEPTH = 4  # a model's file names a mixer's, that one a function's, and that one a compiled module
 _NO_DOORS = ("torch", "builtins", "numpy", "timm", "transformers", "einops", "typing", "functools")
 _PREFIXES = ("selective_scan", "v2dmamba_scan")  # of the extensions' names; the second is 2DMamba's other recurrence
@@ -68,13 +70,15 @@ def compiled_scans() -> list[ModuleType]:
     return list(found.values())
 
 
-def reaches_a_door(model: nn.Module) -> bool:
+def reaches_a_door(model: nn.Module, modules: Collection[nn.Module] | None = None) -> bool:
     """Whether a compiled scan can be found from the code of a model's modules, by the names in it.
 
     Args:
         model: a model, or a mixer.
+        modules: its modules, where they are known.
     """
-    modules = list(model.modules())  # scans are kept there, too, and the file of a stand-in may be gone
+    # scans are kept there, too, and the file of a stand-in may be gone
+    modules = list(modules_of(model).values() if modules is None else modules)
     now = loaded_modules()[1], [(id(module), type(module), len(vars(module))) for module in modules]
     before = _reaches.get(model)
     if before is None or before[0] != now:
@@ -141,7 +145,7 @@ def reaches_attention(model: nn.Module, outside: Collection[nn.Module] = ()) -> 
         outside: modules that are not looked at, nor what is inside them.
     """
     hidden = {part for module in outside for part in module.modules()}
-    for module in model.modules():
+    for module in modules_of(model).values():
         if module in hidden:
             continue
         kind = type(module)

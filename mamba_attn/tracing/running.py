@@ -1,6 +1,6 @@
 """Which module of a model is running, and what a model's modules and parameters are called."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from types import FrameType
 
@@ -18,11 +18,33 @@ def running_modules(frame: FrameType | None) -> Iterator[nn.Module]:
         frame = frame.f_back
 
 
-class Names:
-    """The names of a model's modules and parameters."""
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model by name, as ``named_modules`` has them, in half of its time: every trace asks."""
+    found: dict[nn.Module, str] = {}
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if module in found:
+            continue
+        found[module] = name
+        if module._modules:
+            before = f"{name}." if name else ""
+            children = [(before + key, child) for key, child in module._modules.items() if child is not None]
+            waiting += reversed(children)
+    return {name: module for module, name in found.items()}
 
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = {id(module): name for name, module in model.named_modules()}
+
+class Names:
+    """The names of a model's modules and parameters.
+
+    Args:
+        model: the model.
+        modules: its modules by name, where they are known.
+    """
+
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> None:
+        named = modules_of(model) if modules is None else modules
+        self.modules = {id(module): name for name, module in named.items()}
         self._model = model
 
     @cached_property

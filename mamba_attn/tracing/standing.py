@@ -3,17 +3,17 @@
 An adapter knows the order of a mixer's own tokens. Code around it may have flipped them before, and flip them back.
 With every mixer cut, the gradient of a later tensor T reaches a mixer's output at the tokens that its cells came from:
 where weights on the cells arrive as the same weights, token by token, the mixer's order is the model's. Where they do
-not, bits of the cells' numbers tell the order, as in ``frames``.
+not, bits of the cells' numbers tell the order, as in ``frames``. Only the paths between mixers count: of mixers of one
+kind the first alone runs, and layers of features get cheap gradients.
 """
 
 import random
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from math import prod
 from threading import get_ident
 from typing import Any
@@ -28,14 +28,15 @@ from mamba_attn.core.layout import TokenLayout
 from mamba_attn.tracing.adapters import Seen
 from mamba_attn.tracing.agreement import Call, measurable
 from mamba_attn.tracing.doors import Watch, open_doors, suspended
+from mamba_attn.tracing.nearest_layout import nearest_layout
 from mamba_attn.tracing.patch_embedding import Embedding
-from mamba_attn.tracing.probes import LAYER_NORMS, SHARE, Centre, Probe, watch_fused_norms
+from mamba_attn.tracing.patching import PatchedForward, patched
+from mamba_attn.tracing.probes import LAYER_NORMS, SHARE, Centre, OnItsToken, Probe, watch_fused_norms
 from mamba_attn.tracing.replay import Replay
+from mamba_attn.tracing.running import modules_of
 from mamba_attn.tracing.undisturbed import FAILURES, in_words, recomputing, settings, undisturbed
 
-Maps = Mapping[str, Sequence[tuple[int, ...]]]
 _LOOKS = 2  # at tensors of one shape that stand not around a mixer
-_OBLONG = 1.5  # sides of a cell
 _ALIVE = 1e-3  # of the largest gradient: tokens with less of it do not reach T
 
 
@@ -146,6 +147,25 @@ class _Pass:
     maps: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
     inside: int = 0
     to_the_first: bool = False  # whether the pass ends there
+    watch: Watch | None = None  # at the doors
+    doors: list[str] = field(default_factory=list)  # modules whose scans go through one
+    thread: int = field(default_factory=get_ident)
+    _made: dict[Any, tuple[Any, list[str]]] = field(default_factory=dict)
+    _features: dict[Any, bool] = field(default_factory=dict)
+
+    def answer(self, module: nn.Module, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a mixer, or return what one of its kind did: a leaf takes the place of either, and only shapes count."""
+        given, form = pytree.tree_flatten((args, kwargs))
+        sizes = tuple(tuple(parameter.shape) for parameter in module.parameters())
+        kind = (type(module), sizes, str(form), tuple(map(_like, given)))
+        name, calls = self.mixers[module], [] if self.watch is None else self.watch.calls
+        if kind not in self._made:
+            before = len(calls)
+            output = own(*args, **kwargs)
+            self._made[kind] = output, [call.module.removeprefix(name) for call in calls[before:]]
+        output, inside = self._made[kind]
+        self.doors += [name + its for its in inside]
+        return output
 
     def enters(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Give a mixer its input without the graph behind it.
@@ -179,12 +199,34 @@ class _Pass:
         """Begin the graph at patches: what a convolution made of a finer grid, before any mixer; keep norms."""
         if func in LAYER_NORMS:
             self.keep("a norm", out)
+        if not self.inside and len(args) > 1 and func not in LAYER_NORMS:
+            cheap = self._on_its_token(args[0], args[1], out, -1 if func is F.linear else 1)
+            if cheap is not out:
+                return cheap
         convolved = func in (F.conv2d, F.conv3d) and len(args) > 1
         if not convolved or self.inside or self.cuts or out.ndim < 4 or out.shape[2:] == args[0].shape[2:]:
             return out
         leaf = torch.zeros_like(out.detach()).requires_grad_()
         self.embedding = Embedding.of(args, kwargs, leaf)
         return out.detach() + leaf
+
+    def _on_its_token(self, x: Tensor, weight: Tensor, out: Tensor, axis: int) -> Tensor:
+        """A layer of features with a cheap gradient, where it is certain that its axis is no part of the tokens.
+
+        All tokens of the last mixer stand in the other axes, and the number of features does not divide theirs, as the
+        length of any axis of a grid of tokens would.
+        """
+        if not (x.requires_grad and out.requires_grad):
+            return out
+        # when checkpointing repeats it, more mixers have run: the same again
+        key = (weight.data_ptr(), weight.shape, x.shape)
+        if key not in self._features:
+            count, others = x.shape[axis], out.numel() // out.shape[axis]
+            plain = axis == -1 or (set(weight.shape[2:]) == {1} and weight.shape[1] == count)
+            same = x.numel() == count * others and x.ndim == out.ndim
+            known = bool(self.cuts) and prod(self.cuts[-1].tokens) == others
+            self._features[key] = plain and same and known and others % count != 0 and others % out.shape[axis] != 0
+        return OnItsToken.apply(x, out.detach(), axis) if self._features[key] else out  # type: ignore[no-untyped-call]
 
     def returns(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         """Keep what a module around the mixers returned."""
@@ -203,10 +245,27 @@ class _Pass:
         self.tensors += [(name, v) for v in reversed(found) if v.requires_grad and v.is_floating_point()]
 
 
+class _Answered(PatchedForward):
+    """A mixer's forward during a look, which sees what this library calls for itself."""
+
+    seen_by_us = True
+
+    def run(self, interests: list[_Pass], again: bool, /, *args: Any, **kwargs: Any) -> Any:
+        return interests[-1].answer(self.module, self.original, args, kwargs)
+
+
+def _like(value: Any) -> Any:
+    """What of an argument the shapes of a mixer's output may depend on."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype, value.device
+    return value if value is None or isinstance(value, bool | int | float | str) else type(value)
+
+
 def _measured(model: nn.Module, replay: Replay, mixers: Mapping[str, nn.Module], doors: bool) -> Standing:
     if any(parameter.is_inference() for parameter in model.parameters()):
         return Standing()
-    seen, watch = _Pass({module: name for name, module in mixers.items()}), Watch(model)
+    watch = Watch(model)
+    seen = _Pass({module: name for name, module in mixers.items()}, watch=watch)
     with ExitStack() as stack:
         stack.callback(watch.close)
         for block in (torch.inference_mode(False), undisturbed(model), suspended(watch)):
@@ -229,7 +288,7 @@ def _measured(model: nn.Module, replay: Replay, mixers: Mapping[str, nn.Module],
                 with suppress(_EnteredError), _run(model, replay, again):
                     pass
                 embedded = embedded if _embedded(again, model, replay) == embedded else None
-            return Standing(orders, seen.maps, list({call.module for call in watch.calls}), embedded)
+            return Standing(orders, seen.maps, list(dict.fromkeys(seen.doors)), embedded)
         except _StatesError:
             return Standing(maps=seen.maps)
         except FAILURES as error:  # it does not run so: nothing is known
@@ -249,8 +308,9 @@ def _run(model: nn.Module, replay: Replay, seen: _Pass) -> Iterator[None]:
 
 
 def _install(stack: ExitStack, model: nn.Module, seen: _Pass) -> None:
-    for name, module in model.named_modules():
+    for name, module in modules_of(model).items():
         if module in seen.mixers:
+            stack.enter_context(patched(module, seen, _Answered))
             stack.callback(module.register_forward_pre_hook(seen.enters, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(seen.leaves).remove)
         stack.callback(module.register_forward_hook(partial(seen.returns, name)).remove)
@@ -410,74 +470,3 @@ class Ahead:
             "through no door at which it could be measured: their matrices are in the order in which they get them, "
             "and a product with those of other layers mixes two orders."
         )
-
-
-def nearest_layout(
-    module: str, tokens: int, maps: Maps, replay: Replay | None, seen: Seen, own: tuple[int, ...] = ()
-) -> TokenLayout | None:
-    """Return the layout of a mixer's tokens: of the nearest feature map with as many cells, in the module or around it.
-
-    Args:
-        module: the mixer's name.
-        tokens: number of tokens.
-        maps: shapes that the modules took and returned.
-        replay: how the model was called, whose sizes say how large a cell is.
-        seen: what the forward pass has shown of the image.
-        own: a grid that is looked at first.
-    """
-    grids, inputs = [own], [] if replay is None else [tuple(tensor.shape) for tensor in replay.tensors]
-    for shape in chain(*_nearest_first(module, maps)):
-        # features stand first or last; of what the model was given, three colours and rows are no grid
-        both = (shape[2:],) if shape in inputs else (shape[2:], shape[1:-1])
-        grids += [grid for grid in both if min(grid) > 1 or len(grid) > 2]
-    given = [_sizes(shape, maps) for shape in inputs if len(shape) > 2]
-    fitting = [grid for grid in grids if len(grid) > 1 and prod(grid) == tokens]
-    whole = seen.image_size or next((size for size in given if len(size) == 2), None)
-    # channels and rows of another map may have as many cells, but hardly cells that are squares
-    grid = next((grid for grid in fitting if grid == own or _has_squares(grid, whole)), (*fitting, (tokens,))[0])
-    if len(grid) == 2 and seen.image_size is not None:
-        layout = seen.grid_layout(*grid)
-        turned = replay is not None and _is_turned(replay, seen.image_size)
-        return _on_its_side(layout) if turned else layout
-    if len(grid) == 1 and (seen.image_size is not None or any(len(size) > 1 for size in given)):
-        return None  # a line in what is no line
-    sizes = next((size for size in given if len(size) == len(grid)), grid)
-    patches = tuple(max(1, round(size / count)) for size, count in zip(sizes, grid, strict=True))
-    if len(grid) == 1 and not sizes[0] // patches[0] <= tokens <= -(-sizes[0] // patches[0]):
-        return None  # what was taken for a line's length is something else
-    return TokenLayout(grid, patches)
-
-
-def _has_squares(grid: tuple[int, ...], size: tuple[int, ...] | None) -> bool:
-    """Whether the cells of a grid over an image are about as high as wide; of volumes nobody knows."""
-    if size is None or len(grid) != 2 or len(size) != 2:
-        return True
-    height, width = (pixels / cells for pixels, cells in zip(size, grid, strict=True))
-    return max(height, width) < _OBLONG * min(height, width)
-
-
-def _sizes(shape: tuple[int, ...], maps: Maps) -> tuple[int, ...]:
-    """Sizes of an input without images and colours: colours stand third where frames are taken as so many images."""
-    frames, colours = shape[1:3]
-    images = [each for shapes in maps.values() for each in shapes if len(each) == len(shape) - 1]
-    as_images = len(shape) == 5 and any(e[0] % frames == 0 and e[1:] == (colours, *shape[3:]) for e in images)
-    return (frames, *shape[3:]) if as_images else shape[2:]
-
-
-def _is_turned(replay: Replay, size: tuple[int, ...]) -> bool:
-    """Whether the model turned its input on its side, so that a map of it would lie across the input."""
-    given = [tuple(tensor.shape[-len(size) :]) for tensor in replay.tensors]
-    return size not in given and size[::-1] in given
-
-
-def _on_its_side(layout: TokenLayout) -> TokenLayout:
-    """The layout over the input of a grid whose model turned its input: the grid's rows are the input's columns."""
-    return replace(layout, grid=layout.grid[::-1], patch_size=layout.patch_sizes[::-1], columns_first=True)
-
-
-def _nearest_first(module: str, maps: Maps) -> Iterator[Sequence[tuple[int, ...]]]:
-    """Shapes that were seen in the module itself, below it, and so on with what stands around it."""
-    around = [module, *(module[:end] for end in range(len(module) - 1, 0, -1) if module[end] == "."), ""]
-    for outer in dict.fromkeys(around):
-        inside = [(name, shapes) for name, shapes in maps.items() if not outer or f"{name}.".startswith(f"{outer}.")]
-        yield from (shapes for _, shapes in sorted(inside, key=lambda item: len(item[0])))

@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 from torch import nn
 
-from mamba_attn.core.decisions import decided
+from mamba_attn.core.decisions import decided, somebody_listens
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.tracing import patch_embedding
 from mamba_attn.tracing.adapters import AnyAdapter, Seen, find_mixers, nothing_found
 from mamba_attn.tracing.patching import watch_layout
 from mamba_attn.tracing.reachable import reaches_a_door, reaches_attention
+from mamba_attn.tracing.running import modules_of
 
 
 class Traceable(NamedTuple):
@@ -23,6 +24,7 @@ class Traceable(NamedTuple):
         refused: why an adapter refuses a mixer, by its name, where its scans may go through a door.
         unnamed: whether layers are known only when they have run, at doors.
         at_doors: whether there may be any, also where an adapter turns out not to compute what it should.
+        modules: the model's modules by name.
     """
 
     model: nn.Module
@@ -30,6 +32,7 @@ class Traceable(NamedTuple):
     refused: dict[str, str]
     unnamed: bool
     at_doors: bool
+    modules: dict[str, nn.Module]
 
     @property
     def known(self) -> dict[str, tuple[nn.Module, AnyAdapter]]:
@@ -58,27 +61,28 @@ def find_traceable(model: nn.Module, adapters: Iterable[AnyAdapter] | None = Non
     Raises:
         UnsupportedModelError: nothing, a compiled model, copies on several devices.
     """
-    model = _unwrapped(model)
-    mixers = find_mixers(model, adapters)
+    model, modules = _unwrapped(model)
+    mixers = find_mixers(model, adapters, modules)
     refused = {
         name: reason
         for name, (module, adapter) in mixers.items()
         if (reason := adapter.refusal(module, model)) and (reaches_a_door(module) or reaches_attention(module))
     }
     adapted = [module for name, (module, _) in mixers.items() if name not in refused]
-    unnamed = bool(refused) or reaches_a_door(model) or reaches_attention(model, adapted)
+    unnamed = bool(refused) or reaches_a_door(model, modules.values()) or reaches_attention(model, adapted)
     at_doors = unnamed or reaches_attention(model)
     if not adapted and not at_doors:
         raise nothing_found(model, adapters)
-    found = Traceable(model, mixers, refused, unnamed, at_doors)
-    families = ", ".join(sorted({adapter.family for _, adapter in found.known.values()})) or "none"
-    doors = "; doors are open for the rest" if at_doors else ""
-    decided("trace of %s: adapters for %d mixers: %s%s", type(model).__name__, len(found.known), families, doors)
+    found = Traceable(model, mixers, refused, unnamed, at_doors, modules)
+    if somebody_listens():  # this is in every trace's time
+        families = ", ".join(sorted({adapter.family for _, adapter in found.known.values()})) or "none"
+        doors = "; doors are open for the rest" if at_doors else ""
+        decided("trace of %s: adapters for %d mixers: %s%s", type(model).__name__, len(found.known), families, doors)
     return found
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a wrapper for several devices, or the reason why it cannot be traced there."""
+def _unwrapped(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """The model inside a wrapper for several devices and its modules, or the reason why it cannot be traced there."""
     if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
         raise UnsupportedModelError(
             f"trace(DataParallel on {len(model.device_ids)} devices): it runs copies of the model, which no trace "
@@ -86,7 +90,8 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         )
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return _unwrapped(model.module)
-    for name, module in model.named_modules():
+    modules = modules_of(model)
+    for name, module in modules.items():
         wraps = "_orig_mod" in module._modules  # not hasattr: this is asked of every module of every trace
         if wraps or module._compiled_call_impl is not None:
             its = f"model.{name}" if name else "model"
@@ -96,4 +101,4 @@ def _unwrapped(model: nn.Module) -> nn.Module:
                 else f"Write {its}._compiled_call_impl = None, or trace and call the model before {its}.compile()."
             )
             raise UnsupportedModelError(f"trace(...): {its} is compiled, so its forward is not what runs. {instead}")
-    return model
+    return model, modules

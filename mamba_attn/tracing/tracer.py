@@ -23,6 +23,7 @@ from mamba_attn.core.rules import KINDS, Rules
 from mamba_attn.errors import TraceError, UnknownLayerError, nearest
 from mamba_attn.tracing.adapters import Adapter, AnyAdapter, Seen, nothing_found, require_supported
 from mamba_attn.tracing.agreement import Verdict
+from mamba_attn.tracing.around_scans import AroundScans, convolution_doors
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders, DoorLayer, DoorScans, given_layout
 from mamba_attn.tracing.doors import Watch, open_doors
 from mamba_attn.tracing.fused_doors import fused_doors
@@ -48,6 +49,14 @@ class Trace(Mapping[str, Layer]):
     """The layers of one forward pass, by name, in execution order; ``trace[0]`` and ``trace[-1]`` count them.
 
     ``scans`` and ``softmax`` are those of one kind, with what only that kind has.
+
+    Example:
+        >>> with trace(model, layers=[0, -1]) as record, torch.no_grad():
+        ...     logits = model(images[:1])
+        >>> [layer.name for layer in record.layers]
+        ['layers.0.mixer', 'layers.6.mixer']
+        >>> record[-1].row(98).shape
+        torch.Size([1, 197])
     """
 
     def __init__(
@@ -400,10 +409,11 @@ def trace(
     seen = Seen(layout=layout if isinstance(layout, TokenLayout) else None)
     doors = None
     if there.at_doors:
-        watch = Watch(model, there.adapted, attention, rules=rules)
-        watch.around = fused_doors if rules is not None and rules.wants >= frozenset(KINDS) else watch.around
+        watch = Watch(model, there.adapted, attention, rules=rules, modules=there.modules)
+        if rules is not None and (rules.observes or rules.wants >= frozenset(KINDS)):
+            watch.around = convolution_doors if rules.observes else fused_doors
         doors = DoorScans(model, watch, seen, layout, orders, refused=there.refused)
-    around = Unseen(model, list(known))
+    around = Unseen(model, list(known), there.modules)
     record = Trace(list(mixers), doors, layers if unnamed else None, around, model, layout)
     with ExitStack() as stack:
         stack.enter_context(copied_untraced(model))
@@ -420,6 +430,8 @@ def trace(
             doors.install(stack)
             stack.enter_context(open_doors(doors.watch))
             stack.enter_context(open_softmax_doors())
+            if rules is not None and rules.observes:
+                stack.enter_context(AroundScans(rules, quiet))
         inside = {name: module for name, (module, _) in mixers.items() if name}  # nothing stands around a mixer alone
         if rules is None and any(isinstance(mixers[name][1], Adapter) for name in inside):
             record._ahead = Ahead(model, inside, seen, None if doors is None else doors.watch)

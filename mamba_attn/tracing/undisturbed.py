@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamba_attn.tracing.running import modules_of
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _DEPTH = 3  # of objects inside attributes: a configuration holds numbers, and perhaps another configuration
 # what a module may raise that runs for us, on other input than it is made for
@@ -116,14 +118,18 @@ def recomputing() -> bool:
 
 def versions(module: nn.Module) -> tuple[Any, ...]:
     """What changes when anything writes to a module's parameters or buffers."""
-    held = (own for each in module.modules() for own in (each._parameters, each._buffers))
-    tensors = (tensor for own in held for tensor in own.values() if tensor is not None)  # twice as fast as parameters()
-    return tuple((tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in tensors)
+    found = []
+    for each in modules_of(module).values():
+        for own in (each._parameters, each._buffers):
+            for tensor in own.values() if own else ():
+                if tensor is not None:
+                    found.append((tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version))
+    return tuple(found)
 
 
 def settings(module: nn.Module) -> int:
     """A number for everything in a module and those inside that is no tensor and may change what they compute."""
-    return hash(tuple((name, type(each), _simple(vars(each))) for name, each in module.named_modules()))
+    return hash(tuple((name, type(each), _simple(vars(each))) for name, each in modules_of(module).items()))
 
 
 def _simple(value: Any, depth: int = _DEPTH) -> Any:

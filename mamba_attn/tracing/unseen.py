@@ -6,7 +6,7 @@ mixer, are named only. Modules that a forward pass called are called again with 
 """
 
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -98,12 +98,13 @@ class Unseen:
     Args:
         model: that is traced.
         traced: names of the modules whose insides are known, or not looked at.
+        modules: the model's modules by name.
     """
 
-    def __init__(self, model: nn.Module, traced: Collection[str]) -> None:
+    def __init__(self, model: nn.Module, traced: Collection[str], modules: Mapping[str, nn.Module]) -> None:
         self.model = model
         self.traced = list(traced)
-        self._modules = dict(model.named_modules())
+        self._modules = modules
         self._look_at = _Look({}, {})
         self._new = True
         self._begun: tuple[Any, Any] | None = None

@@ -31,11 +31,13 @@ def demo_store(advance: Callable[[int, int], None] = lambda done, wanted: None) 
     """
     require_extras(_NEEDED, "analytics")
     from mamba_attn.analytics import AttentionStore
-    from mamba_attn.analytics.index import INDEX, Index
+    from mamba_attn.analytics.contents import Contents
+    from mamba_attn.analytics.index import INDEX
+    from mamba_attn.analytics.places import place
 
     folder = demo_folder()
     try:
-        if (folder / INDEX).is_file() and Index.read(folder).finished:
+        if (folder / INDEX).is_file() and Contents.open(place("store", folder)).finished:
             AttentionStore.open(folder).model()  # raises if the weights are not this package's
             return folder
         _collect(folder, advance)

@@ -2,27 +2,14 @@
 
 import asyncio
 import ipaddress
-from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LARGEST = 16 * 2**20  # bytes of a request: a photo, or a lasso over a hundred thousand points
 _PATIENCE = 20.0  # seconds for a request's body
-
-
-class Refused(Exception):  # noqa: N818 - an answer more than a failure
-    """A request that is answered with a status and a sentence.
-
-    Args:
-        status: of the answer.
-        why: sentence.
-    """
-
-    def __init__(self, status: int, why: str) -> None:
-        super().__init__(why)
-        self.status = status
 
 
 class Guard:
@@ -64,7 +51,7 @@ async def body_of(request: Request) -> bytes:
     """Return the body of a request.
 
     Raises:
-        Refused: it is too long, or comes too slowly.
+        HTTPException: it is too long, or comes too slowly.
     """
     found = bytearray()
     try:
@@ -72,15 +59,10 @@ async def body_of(request: Request) -> bytes:
             async for part in request.stream():
                 found += part
                 if len(found) > LARGEST:
-                    raise Refused(413, f"A request has at most {LARGEST:,} bytes.")
+                    raise HTTPException(413, f"A request has at most {LARGEST:,} bytes.")
     except TimeoutError as error:
-        raise Refused(408, "The request came too slowly.") from error
+        raise HTTPException(408, "The request came too slowly.") from error
     return bytes(found)
-
-
-async def refuse(_: Request, refused: Any) -> PlainTextResponse:
-    """Answer for ``Refused``."""
-    return PlainTextResponse(str(refused), refused.status)
 
 
 def _name(host: str) -> str:

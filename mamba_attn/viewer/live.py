@@ -1,7 +1,7 @@
 """Rows and regions of attention that is not stored, in linear time, from a traced forward pass of one image."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from threading import Lock
 from typing import Any
 
@@ -15,6 +15,7 @@ from mamba_attn.ops.arguments import to_tokens
 from mamba_attn.tracing.layers import Layer, ScanLayer
 from mamba_attn.tracing.tracer import Trace, trace
 from mamba_attn.viewer.errors import UnavailableError
+from mamba_attn.viewer.state import Pane
 
 _TRACES = 4  # images whose records are remembered
 
@@ -27,43 +28,29 @@ class Live:
     """
 
     def __init__(self, store: Any) -> None:
-        self._store = store
-        self._subject = store.subject
-        self._traces: OrderedDict[str, Trace] = OrderedDict()
+        self._store, self._subject = store, store.subject
+        self._trace = lru_cache(_TRACES)(self._traced)
         self._lock = Lock()  # a trace belongs to one thread, but the server has several
 
-    def read(
-        self,
-        image: Any,
-        layer: str,
-        tokens: Sequence[int],
-        *,
-        route: str | int = "sum",
-        direction: str = "row",
-        gate: bool = False,
-        skip: bool = False,
-    ) -> np.ndarray:
+    def read(self, image: Any, layer: str, tokens: Sequence[int], route: str | int, pane: Pane) -> np.ndarray:
         """Return the mean of some tokens' rows, or columns, of an image's attention: (tokens,).
 
         Args:
-            image: of the store.
+            image: of the store, or added to it.
             layer: its name.
             tokens: at least one.
             route: number, or "sum".
-            direction: "row" or "column".
-            gate: weigh rows by the gate, where the mixer has one.
-            skip: add D, times the gate if that is on, to the diagonal.
+            pane: its direction, and whether the gate weighs rows and D is added to the diagonal.
 
         Raises:
             UnavailableError: the layer has no gate, or no D.
             MambaAttnError: the model cannot be built, e.g. as its weights moved.
         """
-        with self._lock:
+        with self._lock, torch.no_grad():
             record = self._trace(image)[layer]
             vector = torch.zeros(1, record.tokens, dtype=record.dtype)
             vector[0, list(tokens)] = 1 / len(tokens)
-            with torch.no_grad():
-                return _product(record, vector, route, direction, gate, skip)[0].double().numpy()
+            return _product(record, vector, route, pane)[0].double().numpy()
 
     def matrix(self, image: Any, layer: str, route: str | int = "sum") -> np.ndarray:
         """Return the attention of an image, (tokens, tokens); arguments as in ``read``."""
@@ -72,67 +59,60 @@ class Live:
             found = record.attention() if route == "sum" else record.attention(routes="each")[:, int(route)]
             return found[0].double().numpy()
 
-    def predicted(self, image: Any) -> str | None:
+    def predicted(self, pixels: np.ndarray) -> str | None:
         """Return the name of the class with the highest score; None if the model has no classes."""
         names = self._store.classes
         with torch.no_grad():
-            scores = self._subject.logits(self._batch(image))
+            scores = self._subject.logits(self._batch(pixels))
         return names[int(scores.argmax())] if names and scores is not None else None
 
     def has(self, image: Any) -> dict[str, dict[str, bool]]:
         """Return, per layer, whether its scans have a "gate", and "skip": a D."""
         with self._lock:
-            return {
-                layer.name: {"gate": layer.scan.gate is not None, "skip": layer.scan.D is not None}
-                if isinstance(layer, ScanLayer)
-                else {"gate": False, "skip": False}
-                for layer in self._trace(image).layers
-            }
+            scans = {each.name: getattr(each, "scan", None) for each in self._trace(image).layers}
+        return {
+            name: {what: getattr(scan, field, None) is not None for what, field in (("gate", "gate"), ("skip", "D"))}
+            for name, scan in scans.items()
+        }
 
-    def _batch(self, image: Any) -> Tensor:
-        pixels = image.pixels if hasattr(image, "pixels") else self._store.pixels(image)  # its own if it was added
+    def _batch(self, pixels: np.ndarray) -> Tensor:
         batch: Tensor = self._subject.transform.normalise(np.asarray(pixels)[None])
         return batch.to(self._subject.device)
 
-    def _trace(self, image: Any) -> Trace:
-        if image.key in self._traces:
-            self._traces.move_to_end(image.key)
-            return self._traces[image.key]
+    def _traced(self, image: Any) -> Trace:
         # the store knows where the tokens lie, also where its model's layout= was a function
         layout = self._subject.layout or {layer.name: layer.layout for layer in self._store.layers}
+        own = getattr(image, "pixels", None)  # of one that was added
+        pixels = self._store.pixels(image) if own is None else own
         with torch.no_grad(), trace(self._subject.model, layout=layout) as record:
-            self._subject.model(self._batch(image))
-        self._traces[image.key] = record
-        if len(self._traces) > _TRACES:
-            self._traces.popitem(last=False)
+            self._subject.model(self._batch(pixels))
         return record
 
 
-def _product(layer: Layer, vector: Tensor, route: str | int, direction: str, gate: bool, skip: bool) -> Tensor:
+def _product(layer: Layer, vector: Tensor, route: str | int, pane: Pane) -> Tensor:
     if not isinstance(layer, ScanLayer):
-        if gate or skip:
+        if pane.gate or pane.skip:
             raise UnavailableError("Softmax attention has neither a gate nor D: switch them off for this block.")
         matrix = layer.attention()
-        return (vector[:, None] @ matrix)[:, 0] if direction == "row" else (matrix @ vector[..., None])[..., 0]
+        return (vector[:, None] @ (matrix if pane.direction == "row" else matrix.mT))[:, 0]
     scan = layer.scan
     if isinstance(route, int):
         scan = scan.select_routes(slice(route, route + 1))
-    lacking = "gate" if gate and scan.gate is None else "D" if skip and scan.D is None else ""
-    if lacking:
-        raise UnavailableError(f"This model's scans have no {lacking}: switch it off.")
-    weight = scan.gate if gate else None
-    product = ops.left_product if direction == "row" else ops.right_product
+    for wanted, there, name in ((pane.gate, scan.gate, "gate"), (pane.skip, scan.D, "D")):
+        if wanted and there is None:
+            raise UnavailableError(f"This model's scans have no {name}: switch it off.")
+    weight = scan.gate if pane.gate else None
+    product = ops.left_product if pane.direction == "row" else ops.right_product
     values = product(scan, vector=vector, row_weight=weight)
-    return values + vector * _skip(scan, weight) if skip else values
+    return values + vector * _diagonal(scan, weight) if pane.skip else values
 
 
-def _skip(scan: ScanRecord, weight: Tensor | None) -> Tensor:
+def _diagonal(scan: ScanRecord, weight: Tensor | None) -> Tensor:
     """(batch or 1, tokens) of D on the diagonal, as the channel mean, once for every route that reads the token."""
-    if scan.D is None:
+    found = scan.D
+    if found is None:
         raise ValueError("this mixer has no D.")
-    diagonal = scan.D
-    if diagonal.ndim == 2:  # of routes
-        each = scan.D.unsqueeze(-1).expand(1, -1, -1, scan.length)
-        diagonal = to_tokens(each, scan.write_order.unsqueeze(-2), scan.tokens).sum(1)
-    weighted = diagonal if weight is None else diagonal * weight
-    return weighted.mean(1) * scan.scale
+    if found.ndim == 2:  # of routes
+        each = found.unsqueeze(-1).expand(1, -1, -1, scan.length)
+        found = to_tokens(each, scan.write_order.unsqueeze(-2), scan.tokens).sum(1)
+    return (found if weight is None else found * weight).mean(1) * scan.scale

@@ -17,7 +17,7 @@ from mamba_attn.core.document import render
 from mamba_attn.figures import colours
 from mamba_attn.findings.accuracy import known_accuracy
 from mamba_attn.tracing.layers import ScanLayer
-from mamba_attn.viewer.source import Source, others, patches_of, sheet_of
+from mamba_attn.viewer.source import Source, cells_of, others, sheet_of
 
 # modules, in the order in which they need each other
 SCRIPTS = ("data", "colours", "state", "words", "maps", "points", "controls", "save", "main")
@@ -48,17 +48,14 @@ def page(about: dict[str, Any], notes: Sequence[str], matrices: Sequence[str] = 
         start: of a frozen page, the part of an address behind its #.
     """
     names = ", ".join(dict.fromkeys(store["name"] for store in about["stores"]))
-    script, style = _script(), _asset("page.css")
-    fixed = {
-        "percentile": colours.PERCENTILE,
-        "palettes": {name: _channels(its) for name, its in _PALETTES.items()},
-        "start": start,
-    }
+    script = _script()
+    palettes = {name: _channels(its) for name, its in _PALETTES.items()}
+    fixed = {"percentile": colours.PERCENTILE, "palettes": palettes, "start": start}
     return render(
         "report.html",
         title=f"Where does {names} look?",
         policy=Markup(_policy(script, about["live"])),
-        style=Markup(style),
+        style=Markup(_asset("page.css")),
         keys=KEYS,
         notes=notes,
         about=Markup(as_json({**about, **fixed})),
@@ -83,14 +80,11 @@ def described(source: Source, shown: Sequence[int] | None = None) -> dict[str, A
         scans = layer.orders.tolist() if layer.kind == ScanLayer.kind else []
         layers.append(
             {
+                **{name: getattr(layer, name) for name in ("name", "stage", "block", "routes")},
                 "number": number,
-                "name": layer.name,
-                "stage": layer.stage,
-                "block": layer.block,
                 "grid": [rows, columns],
                 "slices": [across, layer.layout.grid[-2]] if across else None,
                 "tokens": len(cells),
-                "routes": layer.routes,
                 "orders": [[of_token.get(token, -1) for token in order] for order in scans],
                 "classes": len(layer.layout.class_tokens),
                 "rest": len(others(layer.layout)),
@@ -104,16 +98,13 @@ def described(source: Source, shown: Sequence[int] | None = None) -> dict[str, A
         "blocks": [layer.block for layer in source.layers],
         "collected": len(source.store.images),
         "top1": known_accuracy(source.store) if isinstance(source.store, AttentionStore) else None,
-        "images": [
-            [image.key, image.label, image.predicted, image.correct, image.kept, getattr(image, "words", None)]
-            for image in source.images
-        ],
+        "images": [entry(image) for image in source.images],
     }
 
 
-def cells_of(layout: Any) -> list[int]:
-    """Return the tokens in the page's order: patches, class tokens, registers."""
-    return [*patches_of(layout), *others(layout)]
+def entry(image: Any) -> list[Any]:
+    """Return an image for the page's script: its name, label, prediction, whether that is right, kept, tokens."""
+    return [image.key, image.label, image.predicted, image.correct, image.kept, getattr(image, "words", None)]
 
 
 def as_json(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 import math
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,19 +19,6 @@ _AT_ONCE = 16  # rows of features that are read together
 _NEAREST = 6  # points most alike
 
 
-@dataclass(frozen=True, eq=False)
-class Points:
-    """The points of a scatterplot.
-
-    Args:
-        xy: (points, 2).
-        pairs: (points, 2) numbers of layer and image, in mode "blocks".
-    """
-
-    xy: np.ndarray
-    pairs: np.ndarray | None
-
-
 class Scatter:
     """The points of one store; cached there, and here.
 
@@ -42,10 +28,10 @@ class Scatter:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self._points: dict[str, Points] = {}
+        self._points: dict[str, np.ndarray] = {}
 
-    def points(self, pane: Pane) -> Points:
-        """Return the points of a pane's scatterplot; computed and cached on first use, which alone reads the features.
+    def points(self, pane: Pane) -> np.ndarray:
+        """Return the points of a pane's scatterplot, (points, 2); computed and cached on first use.
 
         Raises:
             ImportError: the method's package is not installed.
@@ -53,7 +39,8 @@ class Scatter:
         """
         known = self.known(pane)
         if known is None:
-            known = self.save(pane, *embed(self.features(pane), pane.method, first=FIRST if pane.first else None))
+            known, how = embed(self.features(pane), pane.method, first=FIRST if pane.first else None)
+            self.save(pane, known, how)
         return known
 
     def neighbours(self, pane: Pane, point: int) -> list[int]:
@@ -69,22 +56,21 @@ class Scatter:
         away[point] = -1.0
         return [int(number) for number in np.argsort(away, kind="stable")[1 : _NEAREST + 1]]
 
-    def known(self, pane: Pane) -> Points | None:
-        """Return points that need no computing; else None."""
+    def known(self, pane: Pane) -> np.ndarray | None:
+        """Return points that need no computing, and no look at the features; else None."""
         name = self.name(pane)
         if name not in self._points:
             found = self.source.store.embedding(name)
             if found is None or found[0].shape != (self.count(pane), 2):
                 return None
-            self._points[name] = Points(found[0], self.pairs(pane))
+            self._points[name] = found[0]
         return self._points[name]
 
-    def save(self, pane: Pane, xy: np.ndarray, how: dict[str, Any]) -> Points:
+    def save(self, pane: Pane, xy: np.ndarray, how: dict[str, Any]) -> None:
         """Keep points that were computed, in the store too."""
         with suppress(OSError):  # in a read-only store, points are computed every time
             self.source.store.save_embedding(self.name(pane), xy, how)
-        self._points[self.name(pane)] = Points(xy, self.pairs(pane))
-        return self._points[self.name(pane)]
+        self._points[self.name(pane)] = xy
 
     def name(self, pane: Pane) -> str:
         """Return the key of the points in the store's cache."""

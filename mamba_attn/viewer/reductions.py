@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -28,57 +28,53 @@ class Job:
 
     Args:
         scatter: where their points go.
-        panes: whose points are still to come.
+        panes: whose points are still to come, by number.
+        first: of all panes.
         process: that computes.
         folder: with its input and output.
         state: "running", "done", "failed" or "cancelled".
         why: it failed.
-        done: panes whose points are there.
     """
 
     scatter: Scatter
-    panes: list[Pane]
+    panes: dict[int, Pane]
+    first: Pane
     process: "subprocess.Popen[bytes]"
     folder: "tempfile.TemporaryDirectory[str]"
     state: str = "running"
     why: str = ""
-    done: list[Pane] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
     def described(self) -> dict[str, Any]:
         """Return what the page shows, as JSON values."""
-        first = (self.panes or self.done)[0]
-        what = "blocks of images" if first.mode == "blocks" else "patches"
-        name = f"{METHODS[first.method]} of {self.scatter.count(first):,} {what}"
-        seconds = time.monotonic() - self.started
-        return {"state": self.state, "what": name, "seconds": seconds, "left": len(self.panes), "error": self.why}
+        pane, seconds = next(iter(self.panes.values()), self.first), time.monotonic() - self.started
+        kind = "blocks of images" if pane.mode == "blocks" else "patches"
+        what = f"{METHODS[pane.method]} of {self.scatter.count(pane):,} {kind}"
+        return {"state": self.state, "what": what, "seconds": seconds, "left": len(self.panes), "error": self.why}
 
     def settle(self) -> None:
         """Fetch the points that are finished; as far as they are."""
         if self.state != "running":
             return
         folder, ended = Path(self.folder.name), self.process.poll() is not None
-        for path in sorted(folder.glob("*.points.npy")):
-            pane = Pane(**json.loads(path.with_suffix("").with_suffix(".json").read_text()))
-            self.scatter.save(pane, np.load(path, allow_pickle=False), {})
-            self.panes.remove(pane)
-            self.done.append(pane)
-            path.unlink()
+        for number in [number for number in self.panes if _points(folder, number).exists()]:
+            self.scatter.save(self.panes.pop(number), np.load(_points(folder, number), allow_pickle=False), {})
         if ended and self.process.returncode:
             lines = (folder / "error.txt").read_text(errors="replace").strip().splitlines()
-            self.state, self.why = "failed", lines[-1] if lines else f"The process ended ({self.process.returncode})."
-        elif ended:
-            self.state = "done"
+            self.why = lines[-1] if lines else f"The process ended ({self.process.returncode})."
         if ended:
-            self.folder.cleanup()
+            self._end("failed" if self.process.returncode else "done")
 
     def cancel(self) -> None:
         """Stop the process, if it runs."""
         if self.state == "running":
             self.process.kill()
             self.process.wait()
-            self.state = "cancelled"
-            self.folder.cleanup()
+            self._end("cancelled")
+
+    def _end(self, state: str) -> None:
+        self.state = state
+        self.folder.cleanup()
 
 
 class Jobs:
@@ -94,22 +90,14 @@ class Jobs:
         with self._lock:
             running = {number: job for number, job in self._jobs.items() if job.state == "running"}
             for number, job in running.items():
-                if job.scatter is scatter and scatter.name(panes[0]) in map(scatter.name, job.panes):
+                if job.scatter is scatter and scatter.name(panes[0]) in map(scatter.name, job.panes.values()):
                     return number
-            for number in list(running)[: len(running) - _AT_ONCE + 1]:
-                running[number].cancel()
+            for job in list(running.values())[: len(running) - _AT_ONCE + 1]:
+                job.cancel()
             for number in list(self._jobs)[:-_KEPT]:
                 del self._jobs[number]
-            folder = tempfile.TemporaryDirectory(prefix="mamba_attn_points_")
-            for number, pane in enumerate(panes):
-                np.save(Path(folder.name) / f"{number:03d}.features.npy", scatter.features(pane))
-                (Path(folder.name) / f"{number:03d}.json").write_text(json.dumps(asdict(pane)))
-            command = [sys.executable, "-c", f"from {__name__} import reduce; reduce()", folder.name, str(FIRST)]
-            paths = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            with (Path(folder.name) / "error.txt").open("wb") as errors:
-                process = subprocess.Popen(command, env=paths, stdout=subprocess.DEVNULL, stderr=errors)
             self._last += 1
-            self._jobs[self._last] = Job(scatter, list(panes), process, folder)
+            self._jobs[self._last] = _started(scatter, panes)
             return self._last
 
     def ahead(self, scatter: Scatter) -> int | None:
@@ -143,17 +131,30 @@ class Jobs:
                 job.cancel()
 
 
+def _started(scatter: Scatter, panes: tuple[Pane, ...]) -> Job:
+    folder = tempfile.TemporaryDirectory(prefix="mamba_attn_points_")
+    for number, pane in enumerate(panes):
+        np.save(Path(folder.name) / f"{number}.npy", scatter.features(pane))
+    how = json.dumps([[pane.method, FIRST if pane.first else None] for pane in panes])
+    command = [sys.executable, "-c", f"from {__name__} import reduce; reduce()", folder.name, how]
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with (Path(folder.name) / "error.txt").open("wb") as errors:
+        process = subprocess.Popen(command, env=paths, stdout=subprocess.DEVNULL, stderr=errors)
+    return Job(scatter, dict(enumerate(panes)), panes[0], process, folder)
+
+
 def reduce() -> None:
-    """Reduce the features in a folder, file by file; the process of a job: folder and components are its arguments."""
+    """Reduce the features in a folder, file by file; the process of a job: its arguments are the folder and how."""
     from mamba_attn.analytics.embed import embed
 
-    folder, first = Path(sys.argv[1]), int(sys.argv[2])
-    files = sorted(folder.glob("*.features.npy"))
-    if len(files) > 1 and hasattr(os, "nice"):
+    folder, each = Path(sys.argv[1]), json.loads(sys.argv[2])
+    if len(each) > 1 and hasattr(os, "nice"):
         os.nice(10)  # nobody waits for it
-    for file in files:
-        name = file.name.partition(".")[0]
-        pane = Pane(**json.loads((folder / f"{name}.json").read_text()))
-        found = embed(np.load(file, allow_pickle=False), pane.method, first=first if pane.first else None)
-        np.save(folder / f"{name}.new.npy", found.points)
-        (folder / f"{name}.new.npy").rename(folder / f"{name}.points.npy")
+    for number, (method, first) in enumerate(each):
+        found = embed(np.load(folder / f"{number}.npy", allow_pickle=False), method, first=first)
+        np.save(folder / "new.npy", found.points)
+        (folder / "new.npy").rename(_points(folder, number))  # in one step: never half a file
+
+
+def _points(folder: Path, number: int) -> Path:
+    return folder / f"{number}.points.npy"

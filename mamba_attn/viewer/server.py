@@ -12,14 +12,15 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from mamba_attn.viewer.errors import FAILURES, sentence
-from mamba_attn.viewer.guard import Guard, Refused, body_of, refuse
-from mamba_attn.viewer.page import described, page
+from mamba_attn.viewer.guard import Guard, body_of
+from mamba_attn.viewer.page import described, entry, page
 from mamba_attn.viewer.points import Scatter
 from mamba_attn.viewer.reductions import Jobs
 from mamba_attn.viewer.source import Source, enlarged, patches_of, tokens_of
@@ -54,17 +55,15 @@ class Explorer:
         self._jobs = Jobs()
         routes = [
             Route("/", self._page),
-            Route("/api/maps", self._answer(self._maps), methods=["POST"]),
-            Route("/api/points", self._answer(self._points), methods=["POST"]),
-            Route("/api/neighbours", self._answer(self._neighbours), methods=["POST"]),
-            Route("/api/has", self._answer(self._has), methods=["POST"]),
+            *(
+                Route(f"/api/{function.__name__.strip('_')}", self._answer(function), methods=["POST"])
+                for function in (self._maps, self._points, self._neighbours, self._has, self._photo)
+            ),
             Route("/api/jobs/{number:int}", self._job, methods=["GET", "DELETE"]),
             Route("/api/picture", self._picture),
-            Route("/api/photo", self._photo, methods=["POST"]),
             Route("/api/file", self._file),
         ]
-        app = Starlette(routes=routes, exception_handlers={Refused: refuse})
-        self._app = Guard(app, host)
+        self._app = Guard(Starlette(routes=routes), host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -83,18 +82,17 @@ class Explorer:
         stores = [described(source) for source in self.sources]
         return HTMLResponse(page({"live": True, "stores": stores}, _NOTES), headers={"x-frame-options": "DENY"})
 
-    def _answer(self, function: Callable[[Any], Any]) -> Callable[[Request], Any]:
-        """A handler of JSON: what is malformed gets 400; failures of store, model or machine become {"error"}."""
+    def _answer(self, function: Callable[[bytes, Request], Any]) -> Callable[[Request], Any]:
+        """A handler: a malformed body gets 400; failures of store, model or machine become {"error"}."""
 
         async def answer(request: Request) -> Response:
             body = await body_of(request)
             try:
-                given = json.loads(body)
-                return JSONResponse(await run_in_threadpool(function, given))
+                return JSONResponse(await run_in_threadpool(function, body, request))
             except FAILURES as error:
                 return JSONResponse({"error": sentence(error)})
             except (ValueError, RecursionError) as error:  # ValueError includes JSON's, and bytes that are no text
-                raise Refused(400, f"This is no request of the page: {error}") from error
+                raise HTTPException(400, f"This is no request of the page: {error}") from error
 
         return answer
 
@@ -110,8 +108,9 @@ class Explorer:
         if not 0 <= number < len(of):
             raise ValueError(f"{what}={number}: there are {len(of)}.")
 
-    def _maps(self, given: Any) -> list[dict[str, str]]:
+    def _maps(self, body: bytes, _: Request) -> list[dict[str, str]]:
         """Maps of a list of panes, each with its selected "cells", in the page's order of patches."""
+        given = json.loads(body)
         queries = given.get("queries") if isinstance(given, dict) else None
         if not isinstance(queries, list) or len(queries) > QUERIES:
             raise ValueError(f"queries is a list of at most {QUERIES}.")
@@ -128,49 +127,48 @@ class Explorer:
                 found.append({"map": _text(values)})
         return found
 
-    def _points(self, given: Any) -> dict[str, Any]:
+    def _points(self, body: bytes, _: Request) -> dict[str, Any]:
         """Points of a pane; a "job" that is computing them, if that takes long."""
-        pane = self._pane(given)
+        pane = self._pane(json.loads(body))
         scatter = self._scatters[pane.store]
         if scatter.count(pane) < 3:
             return {"error": "There are too few points for a plane."}
         self._jobs.settle()
-        known = scatter.known(pane)
-        if known is None and pane.method != "pca":
+        if scatter.known(pane) is None and pane.method != "pca":
             return {"job": self._jobs.start(scatter, pane)}
-        return {"xy": _text((known or scatter.points(pane)).xy)}
+        return {"xy": _text(scatter.points(pane))}
 
-    def _neighbours(self, given: Any) -> dict[str, Any]:
+    def _neighbours(self, body: bytes, _: Request) -> dict[str, Any]:
         """The points of a pane that are most alike to one "point"."""
+        given = json.loads(body)
         pane, point = self._pane(given), given.get("point")
         if not isinstance(point, int):
             raise ValueError("point is a whole number.")  # noqa: TRY004 - of parsed text
         return {"numbers": self._scatters[pane.store].neighbours(pane, point)}
 
-    def _has(self, given: Any) -> dict[str, Any]:
+    def _has(self, body: bytes, _: Request) -> dict[str, Any]:
         """Which layers have a gate and a D; the model is run on the pane's image."""
-        pane = self._pane(given)
+        pane = self._pane(json.loads(body))
         source = self.sources[pane.store]
         return {"layers": source.live.has(source.image(pane))}
 
     def _job(self, request: Request) -> Response:
         job = self._jobs.get(request.path_params["number"])
         if job is None:
-            raise Refused(404, "There is no such job.")
+            raise HTTPException(404, "There is no such job.")
         if request.method == "DELETE":
             job.cancel()
         return JSONResponse(job.described())
 
     def _picture(self, request: Request) -> Response:
         """What the model saw of an image; with "small", a thumbnail."""
-        pane = self._asked(request)
+        pane, small = self._asked(request), "small" in request.query_params
         source = self.sources[pane.store]
-        pixels = source.pixels(pane) if "small" in request.query_params else source.picture(pane)
+        pixels = source.pixels(pane) if small else source.picture(pane)
         if pixels is None:
-            raise Refused(404, "A text has no picture.")
-        picture, file = Image.fromarray(pixels), io.BytesIO()
-        kind = "jpeg" if "small" in request.query_params else "png"
-        if kind == "jpeg":
+            raise HTTPException(404, "A text has no picture.")
+        picture, file, kind = Image.fromarray(pixels), io.BytesIO(), "jpeg" if small else "png"
+        if small:
             picture.thumbnail((_SMALL, _SMALL))
         picture.save(file, kind)
         return Response(file.getvalue(), media_type=f"image/{kind}")
@@ -179,36 +177,29 @@ class Explorer:
         """The store and the image that an address names."""
         numbers = {name: request.query_params.get(name, "0") for name in ("store", "image")}
         if not all(text.isascii() and text.isdigit() and len(text) < 8 for text in numbers.values()):
-            raise Refused(400, "Store and image are numbers.")
+            raise HTTPException(400, "Store and image are numbers.")
         try:
             return self._pane({name: int(text) for name, text in numbers.items()})
         except ValueError as error:
-            raise Refused(404, str(error)) from error
+            raise HTTPException(404, str(error)) from error
 
-    async def _photo(self, request: Request) -> Response:
+    def _photo(self, body: bytes, request: Request) -> dict[str, Any]:
         """Run the model on a photo; it joins the images of a store."""
-        pane, body = self._asked(request), await body_of(request)
-        source = self.sources[pane.store]
+        source = self.sources[self._asked(request).store]
         if len(source.images) - len(source.store.images) >= ADDED:
-            return JSONResponse({"error": f"{ADDED} photos have been added; start the explorer again for more."})
-        try:
-            return JSONResponse(await run_in_threadpool(_added, source, body, request.query_params.get("name", "")))
-        except FAILURES as error:
-            return JSONResponse({"error": sentence(error)})
+            return {"error": f"{ADDED} photos have been added; start the explorer again for more."}
+        return _added(source, body, request.query_params.get("name", ""))
 
     def _file(self, request: Request) -> Response:
         """The page as a file that needs no server."""
         from mamba_attn.viewer.report.content import make  # here, because the server starts faster without it
 
-        pane, stores = self._asked(request), [source.store for source in self.sources]
-        start = request.query_params.get("state", "")[:20_000]
-        wanted = (pane.store, pane.image)
+        pane, start = self._asked(request), request.query_params.get("state", "")[:20_000]
+        first = (pane.store, pane.image)
         try:
-            text, _ = make(
-                stores, ("pca",), 4, 8.0, "mamba-attn explore", sources=self.sources, first=wanted, start=start
-            )
+            text, _ = make(self.sources, ("pca",), 4, 8.0, "mamba-attn explore", first=first, start=start)
         except FAILURES as error:
-            raise Refused(409, f"The page cannot be made: {sentence(error)}") from error
+            raise HTTPException(409, f"The page cannot be made: {sentence(error)}") from error
         return HTMLResponse(text)
 
 
@@ -226,8 +217,7 @@ def _added(source: Source, body: bytes, name: str) -> dict[str, Any]:
     except (UnidentifiedImageError, Image.DecompressionBombWarning, OSError, ValueError, SyntaxError):
         return {"error": "This file is no photo that can be read: drop a JPEG, PNG or WebP."}
     number = source.add(pixels, name[:100] or "photo", larger)
-    image = source.images[number]
-    return {"image": number, "entry": [image.key, None, image.predicted, None, False]}
+    return {"image": number, "entry": entry(source.images[number])}
 
 
 def _text(values: np.ndarray) -> str:

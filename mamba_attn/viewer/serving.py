@@ -14,42 +14,11 @@ if TYPE_CHECKING:
     from mamba_attn.viewer.server import Explorer
 
 
-class Bound:
-    """A server that is bound and not yet running.
-
-    Args:
-        app: to serve.
-        listening: its socket.
-    """
-
-    def __init__(self, app: "Explorer", listening: socket.socket) -> None:
-        self.port = int(listening.getsockname()[1])
-        self._socket = listening
-        settings = uvicorn.Config(
-            app,
-            http="h11",
-            ws="none",
-            lifespan="off",
-            log_level="error",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=1,
-        )
-        logging.getLogger("uvicorn.error").addFilter(_is_news)
-        self._server = uvicorn.Server(settings)
-
-    def serve_forever(self) -> None:
-        """Serve until Ctrl+C, or ``shutdown`` from another thread."""
-        self._server.run(sockets=[self._socket])
-
-    def shutdown(self) -> None:
-        """Stop ``serve_forever``."""
-        self._server.should_exit = True
-
-
 @contextmanager
-def bound(app: "Explorer", host: str, port: int) -> Iterator[Bound]:
-    """Yield a server that is bound and not yet running; ``serve_forever`` runs it.
+def bound(app: "Explorer", host: str, port: int) -> Iterator[tuple[uvicorn.Server, socket.socket]]:
+    """Yield a server and the socket it is bound to; ``server.run(sockets=[listening])`` serves until Ctrl+C.
+
+    From another thread, ``server.should_exit = True`` ends it.
 
     Args:
         app: to serve.
@@ -59,9 +28,20 @@ def bound(app: "Explorer", host: str, port: int) -> Iterator[Bound]:
     Raises:
         OSError: the port is in use, or the address cannot be bound; a sentence.
     """
+    settings = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=1,
+    )
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
     with _socket(host, port) as listening:
         try:
-            yield Bound(app, listening)
+            yield uvicorn.Server(settings), listening
         finally:
             app.close()
 
@@ -74,22 +54,11 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 def _socket(host: str, port: int) -> socket.socket:
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (socket.gaierror, OverflowError) as error:
-        raise OSError(f"host={host!r}: no such address ({error}).") from error
-    listening = socket.socket(family, kind, protocol)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen()
-    except OSError as error:
-        listening.close()
-        if error.errno == errno.EADDRINUSE:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             raise OSError(
                 f"port={port}: on {host} this port is in use, perhaps by another explorer; choose another, or "
                 "port=0 for any free one."
             ) from error
-        raise OSError(
-            f"host={host!r} port={port}: this address cannot be bound ({error.strerror}); choose another."
-        ) from error
-    return listening
+        raise OSError(f"host={host!r} port={port}: this address cannot be bound ({error}); choose another.") from error

@@ -4,19 +4,18 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mamba_attn import images
-from mamba_attn.analytics import NotStoredError
+from mamba_attn.analytics.index import StoredImage
 from mamba_attn.core.transform import Transform
 from mamba_attn.errors import MambaAttnError
-from mamba_attn.tracing.layers import ScanLayer
 from mamba_attn.viewer.errors import UnavailableError
 from mamba_attn.viewer.live import Live
 from mamba_attn.viewer.state import Pane
@@ -29,30 +28,21 @@ if TYPE_CHECKING:
 _LARGEST = 512  # side of a picture for the eye, in pixels
 _REMEMBERED = 256 * 2**20  # bytes of matrices and pictures
 _BAND = 256  # rows, or columns, read at once: zarr unpacks whole tiles, so fewer would cost as much
-Item = TypeVar("Item")
 
 
-@dataclass(eq=False)
-class Added:
-    """An image that the store does not have.
+@dataclass(frozen=True, eq=False)
+class Shown(StoredImage):
+    """An image or a text that no store on a disk holds.
 
     Args:
-        key: its name.
-        pixels: as the model sees it.
-        picture: for the eye, larger.
-        predicted: name of the class with the highest score.
-        label: not known.
-        correct: not known.
-        kept: nothing of it is stored.
+        pixels: as the model sees it, (rows, columns, 3) uint8; None: the store knows, and a text has none.
+        picture: the same for the eye, larger.
+        words: tokens of a text.
     """
 
-    key: str
-    pixels: np.ndarray
+    pixels: np.ndarray | None = None
     picture: np.ndarray | None = None
-    predicted: str | None = None
-    label: None = None
-    correct: None = None
-    kept: bool = False
+    words: tuple[str, ...] | None = None
 
 
 class Source:
@@ -94,11 +84,9 @@ class Source:
     def pixels(self, pane: Pane) -> np.ndarray | None:
         """Return the pane's image, (rows, columns, 3) uint8; None of a text."""
         image = self.image(pane)
-        if getattr(image, "words", None) is not None:
-            return None
-        if isinstance(image, Added):
-            return np.asarray(image.pixels)
-        return self._remember(("pixels", image.key), lambda: np.asarray(self.store.pixels(image)))
+        if isinstance(image, Shown) and (image.words or image.pixels is not None):
+            return image.pixels
+        return self._remember(("pixels", image), lambda: np.asarray(self.store.pixels(image)))
 
     def picture(self, pane: Pane) -> np.ndarray | None:
         """Return the pane's image for the eye: cut from its file as for the model, but larger, where the file is there.
@@ -106,14 +94,14 @@ class Source:
         The file counts only if the model's own picture of it is the one that is stored. None of a text.
         """
         pixels, image = self.pixels(pane), self.image(pane)
-        if pixels is None or isinstance(image, Added):
-            return pixels if pixels is None or image.picture is None else image.picture
-        return self._remember(("picture", image.key), lambda: self._original(image.key, pixels))
+        if pixels is None or isinstance(image, Shown):
+            return pixels if image.picture is None else image.picture
+        return self._remember(("picture", image), lambda: self._original(image.key, pixels))
 
     def _original(self, key: str, pixels: np.ndarray) -> np.ndarray:
         index = getattr(self.store, "index", None)
         for each in getattr(index, "data", ()):
-            path = Path(each["identity"].rpartition(":")[0]) / key
+            path = Path(each.get("path") or each["identity"].rpartition(":")[0]) / key
             with suppress(OSError, ValueError, MambaAttnError):  # moved, changed, or of a function
                 if path.is_file() and np.array_equal(self.store.transform.pixels(path), pixels):
                     return enlarged(self.store.transform, images.read(path, range=self.store.transform.range))
@@ -121,8 +109,8 @@ class Source:
 
     def mean(self, pane: Pane) -> np.ndarray:
         """Return the mean attention of all images, (tokens, tokens) float32; columns as rows if the pane shows them."""
-        layer = self.layer(pane)
-        return np.concatenate([self._band(pane, None, number) for number in range(_bands(layer.layout.tokens))])
+        its = replace(pane, what="mean")
+        return np.concatenate([self._band(its, start) for start in range(0, self.layer(pane).layout.tokens, _BAND)])
 
     def read(self, pane: Pane, tokens: Sequence[int]) -> np.ndarray:
         """Return the mean of some tokens' rows, or columns, of the attention that a pane shows: (tokens,).
@@ -132,21 +120,19 @@ class Source:
             tokens: of the layer's token frame; empty means all.
 
         Raises:
-            UnavailableError: gate or D of a mean (only images have them); the mean of a route if only sums were
-                collected.
-            MambaAttnError: an image that is not stored, and a model that cannot run.
+            UnavailableError: gate or D of a mean: only images have them.
+            MambaAttnError: a mean or spread that was not collected, an image that is not stored, and a model that
+                cannot run.
         """
-        layer = self.layer(pane)
+        layer, image = self.layer(pane), self._single(pane)
         chosen = list(tokens) or list(range(layer.layout.tokens))
-        if pane.what == "image":
-            return self._of_image(pane, chosen)
-        if pane.gate or pane.skip:
+        if image is None and (pane.gate or pane.skip):
             raise UnavailableError("Gate and D exist for single images only.")
-        if pane.what == "mean":
-            return self._stored(pane, chosen, None)
-        spread = self.spread(pane)
-        lines = spread[chosen] if pane.direction == "row" else spread[:, chosen].T
-        return np.asarray(lines.mean(0, dtype=np.float64))
+        if image is not None and (pane.gate or pane.skip or not image.kept):
+            return self.live.read(image, layer.name, chosen, self.route(pane), pane)
+        if len(chosen) < layer.layout.tokens:
+            return self._mean_line(pane, chosen)
+        return self._remember(("all", *self._key(pane)), lambda: self._mean_line(pane, chosen))
 
     def matrix(self, number: int, image: int | None, route: str | int) -> np.ndarray:
         """Return the whole attention of a layer, (tokens, tokens), of an image or the mean; of the model if not stored.
@@ -162,6 +148,16 @@ class Source:
             self.store.matrix(layer, its, route) if its.kept else self.live.matrix(its, layer.name, route)
         )
 
+    def spread(self, pane: Pane) -> np.ndarray:
+        """Return the standard deviation over images, (tokens, tokens) float32.
+
+        Raises:
+            MambaAttnError: of a route, if only sums were collected.
+        """
+        layer, route = self.layer(pane), self.route(pane)
+        key = ("spread", layer.name, route)
+        return self._remember(key, lambda: np.sqrt(self.store.variance(layer, route), dtype=np.float32))
+
     def add(self, pixels: np.ndarray, name: str, picture: np.ndarray | None = None) -> int:
         """Run the model on another image, which joins the others, and return its number.
 
@@ -174,76 +170,49 @@ class Source:
             MambaAttnError: the model cannot be built.
         """
         with self._lock:
-            image = Added(f"{name} (added {len(self.images) - len(self.store.images) + 1})", pixels, picture)
-            image.predicted = self.live.predicted(image)
-            self.images.append(image)
+            key = f"{name} (added {len(self.images) - len(self.store.images) + 1})"
+            predicted = self.live.predicted(pixels)
+            self.images.append(Shown(key, None, predicted, None, False, -1, pixels, picture))
             return len(self.images) - 1
 
-    def spread(self, pane: Pane) -> np.ndarray:
-        """Return the standard deviation over images, (tokens, tokens) float32.
+    def _single(self, pane: Pane) -> Any:
+        """The image whose own attention the pane shows; None of a mean or spread."""
+        return self.image(pane) if pane.what == "image" else None
 
-        Raises:
-            UnavailableError: of a route, if only sums were collected.
-        """
-        layer, route = self.layer(pane), self.route(pane)
+    def _key(self, pane: Pane) -> tuple[Hashable, ...]:
+        return pane.what, self.layer(pane).name, self.route(pane), pane.direction, self._single(pane)
 
-        def make() -> np.ndarray:
-            try:
-                return np.asarray(np.sqrt(self.store.variance(layer, route)), dtype=np.float32)
-            except NotStoredError as error:
-                raise UnavailableError(str(error)) from error
+    def _mean_line(self, pane: Pane, tokens: list[int]) -> np.ndarray:
+        found = np.zeros(self.layer(pane).layout.tokens)
+        for start in sorted({token - token % _BAND for token in tokens}):
+            its = [token - start for token in tokens if start <= token < start + _BAND]
+            found += self._band(pane, start)[its].sum(axis=0, dtype=np.float64)
+        return found / len(tokens)
 
-        return self._remember(("spread", layer.name, route), make)
-
-    def _of_image(self, pane: Pane, tokens: list[int]) -> np.ndarray:
-        layer, route, image = self.layer(pane), self.route(pane), self.image(pane)
-        if image.kept and not pane.gate and not pane.skip:
-            return self._stored(pane, tokens, image)
-        return self.live.read(
-            image, layer.name, tokens, route=route, direction=pane.direction, gate=pane.gate, skip=pane.skip
-        )
-
-    def _stored(self, pane: Pane, tokens: list[int], image: Any) -> np.ndarray:
-        """Mean over tokens of the stored lines; the mean over all is cached, because it reads the whole matrix."""
-        layer = self.layer(pane)
-        every = len(tokens) == layer.layout.tokens
-
-        def total() -> np.ndarray:
-            found = np.zeros(layer.layout.tokens)
-            for number in sorted({token // _BAND for token in tokens}):
-                its = [token % _BAND for token in tokens if token // _BAND == number]
-                found += self._band(pane, image, number)[its].sum(axis=0, dtype=np.float64)
-            return found / len(tokens)
-
-        key = ("all", layer.name, self.route(pane), pane.direction, image and image.key)
-        return self._remember(key, total) if every else total()
-
-    def _band(self, pane: Pane, image: Any, number: int) -> np.ndarray:
-        """Return a band of neighbouring lines, (lines, tokens) float32."""
-        layer, route = self.layer(pane), self.route(pane)
-        start = number * _BAND
+    def _band(self, pane: Pane, start: int) -> np.ndarray:
+        """A band of neighbouring lines, (lines, tokens) float32."""
+        layer, columns = self.layer(pane), pane.direction == "column"
         stop = min(start + _BAND, layer.layout.tokens)
-        key = ("band", layer.name, route, pane.direction, number, image and image.key)
 
         def lines() -> np.ndarray:
-            try:
-                found = self.store.lines(layer, start, stop, route, image=image, columns=pane.direction == "column")
-            except NotStoredError as error:  # e.g. the mean of one route, from a store that has only sums
-                raise UnavailableError(str(error)) from error
-            return np.ascontiguousarray(found).astype(np.float32)
+            if pane.what == "spread":
+                spread = self.spread(pane)
+                found = spread[:, start:stop].T if columns else spread[start:stop]
+            else:
+                image = self._single(pane)
+                found = self.store.lines(layer, start, stop, self.route(pane), image=image, columns=columns)
+            return np.ascontiguousarray(found, dtype=np.float32)
 
-        return self._remember(key, lines)
+        return self._remember(("band", start, *self._key(pane)), lines)
 
     def _remember(self, key: Hashable, make: Callable[[], np.ndarray]) -> np.ndarray:
         with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
-            made = make()
-            self._kept[key] = made
+            if key not in self._kept:
+                self._kept[key] = make()
+            self._kept.move_to_end(key)
             while len(self._kept) > 1 and sum(each.nbytes for each in self._kept.values()) > _REMEMBERED:
                 self._kept.popitem(last=False)
-            return made
+            return self._kept[key]
 
 
 def enlarged(transform: Any, picture: "Image") -> np.ndarray:
@@ -256,11 +225,6 @@ def enlarged(transform: Any, picture: "Image") -> np.ndarray:
     times = max(1.0, min(finest, _LARGEST / max(transform.size)))
     rows, columns = (round(times * side) for side in transform.size)
     return np.asarray(Transform.of(transform, size=(rows, columns)).pixels(picture))
-
-
-def scans(layer: Any) -> bool:
-    """Return whether a layer scans its tokens; softmax attention has no order."""
-    return bool(layer.kind == ScanLayer.kind)
 
 
 def others(layout: "TokenLayout") -> list[int]:
@@ -293,6 +257,11 @@ def patches_of(layout: "TokenLayout") -> list[int]:
     return found
 
 
+def cells_of(layout: "TokenLayout") -> list[int]:
+    """Return all tokens in the page's order: patches, class tokens, registers."""
+    return [*patches_of(layout), *others(layout)]
+
+
 def tokens_of(layout: "TokenLayout", cells: Sequence[int]) -> list[int]:
     """Return the tokens of selected cells; cells outside the layout are left out.
 
@@ -301,11 +270,5 @@ def tokens_of(layout: "TokenLayout", cells: Sequence[int]) -> list[int]:
         cells: raster indices of patches; -1, -2, ... for the tokens that are not patches.
     """
     patches, rest = patches_of(layout), others(layout)
-    return [
-        *(patches[cell] for cell in cells if 0 <= cell < len(patches)),
-        *(rest[-1 - cell] for cell in cells if 0 <= -1 - cell < len(rest)),
-    ]
-
-
-def _bands(tokens: int) -> int:
-    return -(-tokens // _BAND)
+    kinds = ((patches, cell) if cell >= 0 else (rest, -1 - cell) for cell in cells)
+    return [of[at] for of, at in kinds if at < len(of)]

@@ -60,18 +60,13 @@ class Pane:
 
 
 def _checked(name: str, value: Any, default: Any) -> Any:
-    if name in CHOICES:
-        if not isinstance(value, str) or value not in CHOICES[name]:
-            raise ValueError(f"{name} is one of {CHOICES[name]}.")
-        return value
-    if isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} is true or false.")  # noqa: TRY004 - of parsed text
-        return value
-    if isinstance(value, bool) or not isinstance(value, int) or not -1 <= value <= 10**6:
-        raise ValueError(f"{name} is a whole number from -1 on.")
-    if value < 0 and name != "route":
-        raise ValueError(f"{name} is a whole number from 0 on.")
+    if name in CHOICES and value not in CHOICES[name]:
+        raise ValueError(f"{name} is one of {CHOICES[name]}.")
+    if isinstance(default, bool) and not isinstance(value, bool):
+        raise ValueError(f"{name} is true or false.")  # noqa: TRY004 - of parsed text
+    least = -1 if name == "route" else 0
+    if type(default) is int and not (type(value) is int and least <= value <= 10**6):
+        raise ValueError(f"{name} is a whole number from {least} on.")
     return value
 
 

@@ -1,8 +1,8 @@
 """What the page shows of a forward pass that no store holds: images, a volume or texts, straight from their trace."""
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mamba_attn import images
-from mamba_attn.analytics.index import place_of
+from mamba_attn.analytics.index import StoredLayer, place_of
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.datasets.texts import decode, encode
@@ -19,41 +19,16 @@ from mamba_attn.tracing.layers import Layer, ScanLayer
 from mamba_attn.tracing.texts import is_text, takes
 from mamba_attn.tracing.tracer import Trace, trace
 from mamba_attn.viewer.errors import UnavailableError
-from mamba_attn.viewer.source import sheet_of
+from mamba_attn.viewer.source import Shown, sheet_of
 
 _REMEMBERED = 16  # matrices of a batch
 
 
-@dataclass(frozen=True, eq=False)
-class TracedLayer:
-    """A layer, as a store describes it; ``record`` is the trace's own."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TracedLayer(StoredLayer):
+    """A layer as a store describes it; ``record`` is the trace's own."""
 
-    name: str
-    kind: str
-    stage: int
-    block: int
-    layout: TokenLayout
-    orders: np.ndarray
-    routes: int
     record: Layer
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens."""
-        return self.layout.tokens
-
-
-@dataclass(frozen=True, eq=False)
-class TracedImage:
-    """An image or a text of the batch; ``words`` are its tokens."""
-
-    key: str
-    number: int
-    label: str | None = None
-    predicted: str | None = None
-    words: tuple[str, ...] | None = None
-    correct: bool | None = None
-    kept: bool = True
 
 
 class Traced:
@@ -86,12 +61,12 @@ class Traced:
         if model is None and record.model is not None:
             model = LoadedModel(record.model)
         self._subject, self.texts = model, is_text(self._inputs)
-        self.model_name = str(model.name) if model is not None else "model"
-        self.classes = list(model.classes or ()) if model is not None else []
+        self.model_name = "model" if model is None else str(model.name)
+        self.classes = [] if model is None else list(model.classes or ())
         self.layers = _layers(record.layers, self.texts)
         self.images = self._images(record.output, keys, labels)
         self.index = SimpleNamespace(routes="each")
-        self._kept: OrderedDict[tuple[str, str | int], np.ndarray] = OrderedDict()
+        self._matrices = lru_cache(_REMEMBERED)(_matrices)
         self._embeddings: dict[str, tuple[np.ndarray, dict[str, Any]]] = {}
 
     @property
@@ -101,36 +76,33 @@ class Traced:
             raise UnavailableError("This page shows one forward pass: the model cannot run again.")
         return self._subject
 
-    def pixels(self, image: TracedImage) -> np.ndarray | None:
+    def pixels(self, image: Shown) -> np.ndarray | None:
         """Return what the model saw, (height, width, 3) uint8; of a volume the slices of its page; None of a text."""
         if self.texts:
             return None
-        its = self._inputs[image.number].detach().float().cpu()
+        its = self._inputs[image.row].detach().float().cpu()
         if its.ndim == 3 and self._subject is not None and self._subject.transform is not None:
             return np.asarray(self._subject.transform.pixels(its))
         low, high = its.min(), its.max()
         grey = ((its - low) / (high - low).clamp(min=1e-12) * 255).round().to(torch.uint8)
-        if its.ndim == 4:  # channels, depth, height, width: the slice in the middle of each layer of patches
+        if its.ndim == 4:  # the slice in the middle of each layer of patches
             deep, across = self.layers[0].layout.grid[0], sheet_of(self.layers[0].layout)[2]
             middles = [min(int((at + 0.5) * its.shape[1] / deep), its.shape[1] - 1) for at in range(deep)]
             grey = torch.cat([torch.cat(list(row), -1) for row in grey[:, middles].movedim(1, 0).split(across)], -2)
         grey = grey if len(grey) == 3 else grey[:1].expand(3, -1, -1)
-        return grey.movedim(0, -1).numpy()
+        return np.asarray(grey.movedim(0, -1))
 
     def mean(self, layer: TracedLayer, route: str | int = "sum") -> np.ndarray:
         """Return the mean over the batch, (tokens, tokens)."""
-        found: np.ndarray = self._matrices(layer, route).mean(0)
-        return found
+        return np.asarray(self._matrices(layer, route).mean(0))
 
     def variance(self, layer: TracedLayer, route: str | int = "sum") -> np.ndarray:
         """Return the variance over the batch, (tokens, tokens)."""
-        found: np.ndarray = self._matrices(layer, route).var(0)
-        return found
+        return np.asarray(self._matrices(layer, route).var(0))
 
-    def matrix(self, layer: TracedLayer, image: TracedImage, route: str | int = "sum") -> np.ndarray:
+    def matrix(self, layer: TracedLayer, image: Shown, route: str | int = "sum") -> np.ndarray:
         """Return the attention of an image, (tokens, tokens)."""
-        found: np.ndarray = self._matrices(layer, route)[image.number]
-        return found
+        return np.asarray(self._matrices(layer, route)[image.row])
 
     def lines(
         self,
@@ -139,7 +111,7 @@ class Traced:
         stop: int,
         route: str | int = "sum",
         *,
-        image: TracedImage | None = None,
+        image: Shown | None = None,
         columns: bool = False,
     ) -> np.ndarray:
         """Return neighbouring rows, or columns as rows, of an image or of the mean."""
@@ -160,36 +132,24 @@ class Traced:
         """Remember an array."""
         self._embeddings[key] = (array, about or {})
 
-    def _matrices(self, layer: TracedLayer, route: str | int) -> np.ndarray:
-        """(batch, tokens, tokens) float32."""
-        key = (layer.name, "sum" if layer.routes == 1 else route)
-        if key not in self._kept:
-            with torch.no_grad():
-                self._kept[key] = layer.record.attention(routes=key[1]).detach().float().cpu().numpy()
-            if len(self._kept) > _REMEMBERED:
-                self._kept.popitem(last=False)
-        return self._kept[key]
-
-    def _images(self, output: Any, keys: Sequence[str] | None, labels: Sequence[str] | None) -> list[TracedImage]:
-        batch = self.layers[0].record.batch
+    def _images(self, output: Any, keys: Sequence[str] | None, labels: Sequence[str] | None) -> list[Shown]:
+        batch, model = self.layers[0].record.batch, self._subject
         for name, given in (("keys", keys), ("labels", labels)):
             if given is not None and len(given) != batch:
                 raise ValueError(f"{name}={list(given)[:3]}: expected {batch}, one for each image of the batch.")
-        predicted: list[str | None] = [None] * batch
-        if self.classes and self._subject is not None:
-            scores = self._subject.scores(output, batch)
-            predicted = predicted if scores is None else [self.classes[int(at)] for at in scores.argmax(1)]
-        found = []
-        for number in range(batch):
-            words = None
-            if self.texts:
-                ids = self._inputs[number]
-                tokenizer = self._subject.tokenizer if self._subject is not None else None
-                words = tuple(map(str, ids.tolist())) if tokenizer is None else tuple(decode(tokenizer, ids))
-            label = None if labels is None else labels[number]
-            name = "".join(words)[:40] if words and keys is None else f"{number + 1}" if keys is None else keys[number]
-            found.append(TracedImage(name, number, label, predicted[number], words))
-        return found
+        scores = model.scores(output, batch) if self.classes and model is not None else None
+        predicted = [None] * batch if scores is None else [self.classes[int(at)] for at in scores.argmax(1)]
+        words = self._words() if self.texts else [None] * batch
+        known: Sequence[str | None] = labels or [None] * batch
+        names = keys or ["".join(its)[:40] if its else f"{number + 1}" for number, its in enumerate(words)]
+        return [
+            Shown(name, label, its, its == label if its and label in self.classes else None, True, row, words=text)
+            for row, (name, label, its, text) in enumerate(zip(names, known, predicted, words, strict=True))
+        ]
+
+    def _words(self) -> list[tuple[str, ...]]:
+        tokenizer = self._subject and self._subject.tokenizer
+        return [tuple(decode(tokenizer, ids) if tokenizer else map(str, ids.tolist())) for ids in self._inputs]
 
 
 def traced(model: LoadedModel, inputs: Sequence[str | Path] | str, *, labels: Sequence[str] | None = None) -> Traced:
@@ -223,16 +183,18 @@ def traced(model: LoadedModel, inputs: Sequence[str | Path] | str, *, labels: Se
 def _layers(records: Sequence[Layer], texts: bool) -> list[TracedLayer]:
     layouts = [TokenLayout.line(each.tokens) if texts and not each.has_layout else each.layout for each in records]
     places = place_of([layer.name for layer in records], [each.grid for each in layouts])
-    return [
-        TracedLayer(layer.name, layer.kind, *place, its, *_orders(layer), layer)
-        for layer, place, its in zip(records, places, layouts, strict=True)
-    ]
+    found = []
+    for its, place, layout in zip(records, places, layouts, strict=True):
+        orders = np.zeros((1, 0), dtype=np.int64)
+        if isinstance(its, ScanLayer):  # where images have orders of their own, that of the first
+            order = its.scan.read_order.cpu().numpy()
+            orders = order[0] if order.ndim == 3 else order
+        found.append(TracedLayer(its.name, its.kind, *place, len(orders), layout, orders, exact=True, record=its))
+    return found
 
 
-def _orders(layer: Layer) -> tuple[np.ndarray, int]:
-    """Orders of the routes, of the first image where they differ, and the number of routes."""
-    if not isinstance(layer, ScanLayer):
-        return np.zeros((1, 0), dtype=np.int64), 1
-    order = layer.scan.read_order
-    its = (order[0] if order.ndim == 3 else order).cpu().numpy()
-    return its, len(its)
+def _matrices(layer: TracedLayer, route: str | int) -> np.ndarray:
+    """(batch, tokens, tokens) float32."""
+    with torch.no_grad():
+        found = layer.record.attention(routes="sum" if layer.routes == 1 else route)
+    return found.detach().float().cpu().numpy()

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
-from mamba_attn.analytics import collect, collecting
-from mamba_attn.analytics.collecting import batch_size, require_memory
+from mamba_attn.analytics import collect, sizes
 from mamba_attn.analytics.index import StoredLayer
+from mamba_attn.analytics.sizes import batch_size, part_size, require_memory
 from mamba_attn.core.layout import TokenLayout
 from mamba_attn.errors import MatrixTooLargeError
 from tests.analytics import cases
@@ -22,7 +23,7 @@ SUM, EACH = 16, 5 * 16
 
 
 def free(monkeypatch, count):
-    monkeypatch.setattr(collecting, "free_bytes", lambda device: count + collecting._RESERVE)
+    monkeypatch.setattr(sizes, "free_bytes", lambda device: count + sizes._RESERVE)
 
 
 def test_what_would_fit(monkeypatch):
@@ -52,8 +53,21 @@ def test_batches_fit_their_matrices():
     assert batch_size([layer("huge", 80)]) == 1
 
 
+def test_parts_are_few_and_short():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [part_size(LAYERS[2:], wanted, cpu) for wanted in (1, 640, 1280, 50_000, 1_281_167)] == [
+        64,
+        80,
+        160,
+        1024,
+        1024,
+    ]
+    assert part_size(LAYERS, 1_281_167, gpu) == 1024
+    assert part_size(LAYERS, 1_281_167, cpu) == 2**30 // 3136**2  # images of which each takes seconds
+
+
 def test_nothing_is_made_when_it_does_not_fit(monkeypatch, tmp_path):
-    monkeypatch.setattr(collecting, "_UNASKED", 0)
+    monkeypatch.setattr(sizes, "_UNASKED", 0)
     free(monkeypatch, 10)
     with pytest.raises(MatrixTooLargeError, match="None of the layers would fit"):
         collect(cases.request(cases.folder_of(tmp_path, 1)), tmp_path / "store")

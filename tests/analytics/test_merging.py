@@ -19,7 +19,7 @@ def place(tmp_path_factory):
 
 
 def test_the_merged_store_is_that_of_all_images(place, tmp_path):
-    assert merge_stores(place / "first.store", place / "second.store", tmp_path / "both") == 9
+    assert merge_stores([place / "first.store", place / "second.store"], tmp_path / "both") == 9
     first, second, both = (
         AttentionStore.open(path) for path in (place / "first.store", place / "second.store", tmp_path / "both")
     )
@@ -55,17 +55,17 @@ def test_what_does_not_belong_together(place, tmp_path):
     first = place / "first.store"
     for name, sentence in (("seed", "differ in models"), ("sum", "differ in routes"), ("layer", "differ in layers")):
         with pytest.raises(StoreError, match=sentence):
-            merge_stores(first, tmp_path / name, tmp_path / "both")
+            merge_stores([first, tmp_path / name], tmp_path / "both")
     assert not (tmp_path / "both").exists()
     with pytest.raises(StoreError, match=r"both count '.*' and 2 others; each image counts once, so they are not"):
-        merge_stores(first, first, tmp_path / "both")
+        merge_stores([first, first], tmp_path / "both")
     with pytest.raises(StoreError, match="already holds a store; nothing was changed"):
-        merge_stores(first, place / "second.store", tmp_path / "seed")
+        merge_stores([first, place / "second.store"], tmp_path / "seed")
 
 
 def test_a_merged_store_is_not_gone_on_with(place, tmp_path):
-    merge_stores(place / "first.store", place / "second.store", tmp_path / "both")
-    keep = AttentionStore.open(tmp_path / "both").index.keep
-    asked = cases.request(str(place / "first"), "vmamba_micro", keep=keep)
+    merge_stores([place / "first.store", place / "second.store"], tmp_path / "both")
+    index = AttentionStore.open(tmp_path / "both").index
+    asked = cases.request(str(place / "first"), "vmamba_micro", keep=index.keep, part=index.part)
     with pytest.raises(StoreError, match="this store is of images first and second, not first"):
         collect(asked, tmp_path / "both")

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
-from mamba_attn.analytics.projection import SIZE, _splitmix64, feature_size, power_of_two, project
+from mamba_attn.analytics.projection import SIZE, _splitmix64, feature_size, power_of_two, project, project_gathered
 
 
 def test_splitmix64_is_the_published_one():
@@ -55,3 +56,12 @@ def test_the_scale_is_a_power_of_two_that_makes_the_largest_about_one(largest):
     scale = power_of_two(largest)
     assert np.frexp(scale)[0] == 0.5
     assert largest == 0 or 0.5 <= largest * scale <= 1
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 600])
+def test_gathering_is_the_same_projection(tokens):
+    """What a GPU does, in an order that is the same every time."""
+    matrix = torch.randn(tokens, tokens, generator=torch.Generator().manual_seed(tokens))
+    found, exact = project_gathered(matrix).numpy(), project(matrix.numpy())
+    assert np.abs(found - exact).max() <= 2.0**-22 * np.abs(exact).max()
+    assert np.array_equal(found, project_gathered(matrix).numpy())

@@ -1,7 +1,6 @@
 """A kill at any moment: what was counted stays, nothing counts twice, and the same command gives the same numbers."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,14 +9,17 @@ import time
 import numpy as np
 import pytest
 
-from mamba_attn.analytics import AttentionStore, collect, collecting
-from mamba_attn.analytics.index import Index
-from mamba_attn.analytics.storage import Arrays, locked
+from mamba_attn.analytics import AttentionStore, collect, collect_part, missing_parts
+from mamba_attn.analytics.arrays import Arrays
+from mamba_attn.analytics.collecting import Collection
+from mamba_attn.analytics.part_writer import PartWriter
+from mamba_attn.analytics.places import LocalPlace
 from mamba_attn.errors import StoreError
 from tests.analytics import cases
+from tests.analytics.cases import content, same
 from tests.explanations.cases import VIM, save
 
-OPTIONS = {"layers": ["*.1.*"], "keep": 3}  # one layer: few writes
+OPTIONS = {"layers": ["*.1.*"], "keep": 3, "part": 3}  # one layer: few writes
 
 
 class KilledError(BaseException):
@@ -37,41 +39,35 @@ def kill_at(monkeypatch, moment):
 
         return change
 
-    for owner, name in ((Arrays, "write"), (Arrays, "create"), (Arrays, "grow"), (Index, "write")):
+    changes = [(Arrays, name) for name in ("write", "create", "cut")]
+    changes += [(LocalPlace, name) for name in ("create", "replace", "remove")]
+    for owner, name in changes:
         monkeypatch.setattr(owner, name, counting(getattr(owner, name)))
-    monkeypatch.setattr(collecting, "_CHECKPOINT_SHARE", 0)  # a checkpoint after every batch, however long it takes
-    monkeypatch.setattr(collecting, "discard", lambda folder: None)  # the dead tidy nothing up
+    monkeypatch.setattr(PartWriter, "discard", lambda self: None)  # the dead tidy nothing up
+    monkeypatch.setattr(Collection, "discard", lambda self: None)
     return seen
-
-
-def content(folder):
-    """Every number of a store, by name."""
-    store = AttentionStore.open(folder)
-    found = {"keys": np.array([image.key for image in store.images])}
-    for layer in store.layers:
-        for route in ("sum", 0, 1):
-            found[f"mean {route}"] = store.mean(layer, route)
-            found[f"variance {route}"] = store.variance(layer, route)
-            found |= {f"{image.key} {route}": store.matrix(layer, image, route) for image in store.images[:3]}
-        found["moments"] = np.stack(store.state_moments(layer))
-        found["features"] = store.features(layer)
-    found |= {f"{image.key} pixels": store.pixels(image) for image in store.images}
-    return found
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
-    selector = cases.folder_of(folder, 2)  # six images, three batches
+    selector = cases.folder_of(folder, 2)  # six images, and a broken one: three parts
     (folder / "photos" / "red" / "broken.png").write_bytes(b"no image")
     with pytest.MonkeyPatch.context() as patch:
         seen = kill_at(patch, -1)
         collect(cases.request(selector, **OPTIONS), folder / "whole")
     return selector, content(folder / "whole"), len(seen)
+
+
+def images_of(folder):
+    """The images of every counted part."""
+    return [each["images"] for each in parts_of(folder).values()]
+
+
+def parts_of(folder):
+    """Every counted part, by its number."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "parts").glob("*.json"))}
+    return {int(number): part for number, part in found.items()}
 
 
 @pytest.mark.parametrize("part", range(12))
@@ -82,57 +78,56 @@ def test_a_kill_at_any_change_of_the_disk(place, tmp_path, part):
         kill_at(patch, moment)
         with pytest.raises(KilledError):
             collect(cases.request(selector, **OPTIONS), tmp_path / "store")
+    before = {}
     if (tmp_path / "store" / "store.json").exists():
-        (tmp_path / "store" / "store.json.new").write_text("{half of an ind")
-        index = Index.read(tmp_path / "store")
-        if index.finished:  # nothing but tidying up was left
-            assert len(index.images) == 6
-        else:
-            with pytest.raises(StoreError, match=f"half written: {len(index.images)} of 7"):
+        (tmp_path / "store" / "store.json.0.new").write_text("{half of an ind")
+        before = parts_of(tmp_path / "store")
+        counted = sum(map(len, images_of(tmp_path / "store")))
+        if len(before) < 3:
+            with pytest.raises(StoreError, match=f"half written: {counted} of 7"):
                 AttentionStore.open(tmp_path / "store")
-        if index.images:  # what is counted is whole, and there are exactly its statistics
+        if before:  # what is counted is whole, and the statistics are of exactly these images
             store = AttentionStore.open(tmp_path / "store", unfinished=True)
-            images = np.stack([store.features(0)[image.row] for image in store.images]).astype(np.float64)
+            assert len(store.images) == counted
+            images = store.features(0).astype(np.float64)
             assert np.abs(images.mean(0) - store.mean(0).reshape(-1)).max() <= 2.0**-11 * np.abs(images).max()
     collect(cases.request(selector, **OPTIONS), tmp_path / "store")
     assert same(content(tmp_path / "store"), whole)
-    assert len(list((tmp_path / "store").glob("statistics-*"))) == 1
+    after = parts_of(tmp_path / "store")
+    assert {number: after[number] for number in before} == before  # nothing counted was made again
+    folders = {path.name for path in (tmp_path / "store" / "parts").iterdir() if path.is_dir()}
+    assert folders == {each["rows"].split("/")[1] for each in after.values()}  # and nothing else was left
+    assert not list((tmp_path / "store" / "parts").glob("*/statistics"))
+    assert len([path for path in (tmp_path / "store" / "merged").iterdir() if path.suffix == ".json"]) == 1
 
 
 def test_a_process_that_is_killed(tmp_path, place):
     selector, _, _ = place
     weights = save(tmp_path / "weights", "vim_micro", VIM, cases.CLASSES)
-    call = [sys.executable, "-m", "mamba_attn.commands.cli", "collect", "--model", "vim_micro", "--weights", weights,
-            "--data", selector, "--out", str(tmp_path / "store"), "--batch", "1"]  # fmt: skip
+    call = ["collect", "--model", "vim_micro", "--weights", weights, "--data", selector, "--out",
+            str(tmp_path / "store"), "--batch", "1", "--part", "1"]  # fmt: skip
     slow = f"""
 import time
-from mamba_attn.analytics import collecting
-from mamba_attn.commands import collect as command
+from mamba_attn.analytics import part_run
 from mamba_attn.commands.cli import main
-made, count = command._request, collecting.Run._count
-
-def request(*args):
-    asked = made(*args)
-    object.__setattr__(asked, "interval", 0.0)
-    return asked
+count = part_run.PartRun._count
 
 def slowly(self, samples):
     count(self, samples)
     time.sleep(0.3)
 
-command._request, collecting.Run._count, collecting._CHECKPOINT_SHARE = request, slowly, 0
-main({call[3:]!r})
+part_run.PartRun._count = slowly
+main({call!r})
 """
     child = subprocess.Popen([sys.executable, "-c", slow], stderr=subprocess.PIPE)
-    index = tmp_path / "store" / "store.json"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (index.exists() and json.loads(index.read_text())["images"]):
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not any(map(len, images_of(tmp_path / "store"))):
         time.sleep(0.05)
     child.send_signal(signal.SIGKILL)
     child.communicate()
-    counted = len(json.loads(index.read_text())["images"])
+    counted = sum(map(len, images_of(tmp_path / "store")))
     assert 0 < counted < 6
-    result = subprocess.run(call, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", "mamba_attn", *call], capture_output=True, text=True)
     assert result.returncode == 1, result.stderr  # one image is broken
     assert f"{6 - counted} images added, 6 in" in result.stdout
     store = AttentionStore.open(tmp_path / "store")
@@ -164,23 +159,32 @@ def test_a_larger_limit_adds_images(place, tmp_path):
     assert np.array_equal(grown["keys"], whole["keys"])
 
 
-def test_one_process_at_a_time(tmp_path, place):
-    selector, _, _ = place
-    (tmp_path / "store").mkdir()
-    with locked(tmp_path / "store"):
-        with pytest.raises(StoreError, match="another mamba-attn collect is writing this store"):
-            collect(cases.request(selector, **OPTIONS), tmp_path / "store")
-        assert os.listdir(tmp_path / "store") == [".lock"]
-    assert os.listdir(tmp_path / "store") == []
-    assert collect(cases.request(selector, **OPTIONS), tmp_path / "store").counted == 6
+def test_two_writers_of_one_part_and_no_lock(tmp_path, place):
+    """The second one makes the same numbers, is not counted, and leaves nothing behind."""
+    selector, whole, _ = place
+    asked = cases.request(selector, **OPTIONS)
+    missing_parts(asked, tmp_path / "store")
+    mine = Collection.open(asked, tmp_path / "store")
+    others, real = [], PartWriter.commit
+
+    def late(self, *args):
+        patch.setattr(PartWriter, "commit", real)  # the other one is in time
+        others.append(collect_part(cases.request(selector, **OPTIONS), 1, tmp_path / "store"))
+        return real(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PartWriter, "commit", late)
+        assert mine.part(1) is None
+    assert [part.number for part in others] == [1]
+    assert collect(asked, tmp_path / "store").counted == 6
+    assert same(content(tmp_path / "store"), whole)
 
 
 def test_a_smaller_limit_settles_a_store_that_was_killed(place, tmp_path):
-    selector, _, changes = place
-    with pytest.MonkeyPatch.context() as patch:
-        kill_at(patch, changes - 1)
-        with pytest.raises(KilledError):
-            collect(cases.request(selector, **OPTIONS), tmp_path / "store")
-    counted = len(Index.read(tmp_path / "store").images)
+    selector, _, _ = place
+    assert missing_parts(cases.request(selector, **OPTIONS), tmp_path / "store") == [0, 1, 2]
+    collect_part(cases.request(selector, **OPTIONS), 0, tmp_path / "store")
+    counted = sum(map(len, images_of(tmp_path / "store")))
+    assert 0 < counted < 6
     assert collect(cases.request(selector, **OPTIONS, limit=1), tmp_path / "store").counted == counted
     assert len(AttentionStore.open(tmp_path / "store").images) == counted

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mamba_attn.analytics.statistics import LayerStatistics, Running, Statistics
+from mamba_attn.analytics.statistics import LayerStatistics, Running, merge, merge_means
 from mamba_attn.errors import NonFiniteError
 
 
@@ -35,19 +35,17 @@ def test_merging_is_counting_all(first, second):
     torch.manual_seed(0)
     values = torch.randn(first + second, 5, 5)
     states = torch.randn(first + second, 2, 1, 3, 4, dtype=torch.float64)
-    whole, *parts = (
-        Statistics([LayerStatistics.zeros(["sum"], 5, (1, 3, 4))]) for _ in range(3)
-    )  # fmt: skip
-    for statistics, part, own in (
-        (whole, values, states), (parts[0], values[:first], states[:first]), (parts[1], values[first:], states[first:])
+    whole, one, two = (LayerStatistics.zeros(["sum"], 5, (1, 3, 4)) for _ in range(3))
+    for layer, part, own in (
+        (whole, values, states), (one, values[:first], states[:first]), (two, values[first:], states[first:])
     ):  # fmt: skip
-        statistics.layers[0].routes["sum"].update(part, 0)
-        statistics.layers[0].update_moments(tuple(own.mean(0)), 0, len(part))
-        statistics.count = len(part)
-    parts[0].merge(parts[1])
-    assert parts[0].count == whole.count
-    for name, array in whole.layers[0].arrays().items():
-        assert np.allclose(parts[0].layers[0].arrays()[name], array, rtol=1e-9, atol=1e-12)
+        layer.routes["sum"].update(part, 0)
+        layer.update_moments(tuple(own.mean(0)), 0, len(part))
+    mine, its = one.routes["sum"], two.routes["sum"]
+    merge(mine.mean, mine.m2, first, its.mean, its.m2, second)
+    merge_means(one.moments, first, two.moments, second)
+    for name, array in whole.arrays().items():
+        assert np.allclose(one.arrays()[name], array, rtol=1e-9, atol=1e-12)
 
 
 def test_blocks_of_rows_cover_the_matrix():

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from mamba_attn.analytics import AttentionStore, NotStoredError, collect
+from mamba_attn.analytics.arrays import Arrays
 from mamba_attn.analytics.index import place_of
-from mamba_attn.analytics.storage import Arrays
+from mamba_attn.analytics.places import LocalPlace
 from mamba_attn.errors import StoreError, WeightsError
 from tests.analytics import cases
 
@@ -59,16 +60,25 @@ def test_another_model_or_request_overwrites_nothing(place, copy, options, sente
 def test_other_images_overwrite_nothing(copy, tmp_path):
     before = digest(copy)
     (tmp_path / "elsewhere").mkdir()
-    for name, sentence in (("other", "is of images photos, not other"), ("elsewhere/photos", "is not the file or")):
+    for name, sentence in (
+        ("other", "is of images photos, not other"),
+        ("elsewhere/photos", "does not hold the files"),
+    ):
         with pytest.raises(StoreError, match=sentence):
-            collect(cases.request(cases.folder_of(tmp_path, 1, name), keep=1), copy)
+            collect(cases.request(cases.folder_of(tmp_path, 1 + (name != "other"), name), keep=1), copy)
     assert digest(copy) == before
+
+
+def test_the_same_files_elsewhere_are_the_same_images(place, copy, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    moved = cases.folder_of(tmp_path, 1, "elsewhere/photos")
+    assert collect(cases.request(moved, keep=1), copy).new == 0
 
 
 def test_another_version_is_refused_by_reading_and_by_writing(place, copy):
     changed(copy, format=7, package="9.9")
     before = digest(copy)
-    sentence = r"a store of format 7, and mamba_attn .* reads format 1; .* the version that wrote it \(9\.9\)"
+    sentence = r"a store of format 7, and mamba_attn .* reads formats 1 to 2; .* the version that wrote it \(9\.9\)"
     with pytest.raises(StoreError, match=sentence):
         AttentionStore.open(copy)
     with pytest.raises(StoreError, match=sentence):
@@ -86,8 +96,8 @@ def test_an_index_that_is_none(copy, text):
 @pytest.mark.parametrize(
     "values",
     [
-        {"statistics": "../../etc"}, {"statistics": "statistics-1/../.."}, {"images": [["a"]]}, {"images": [[1] * 5]},
-        {"layers": [{}]}, {"wanted": "all"}, {"extra": 1}, {"model": None},
+        {"part": 0}, {"part": "all"}, {"wanted": [3, 3]}, {"wanted": "all"}, {"layers": [{}]}, {"extra": 1},
+        {"model": None}, {"format": 1, "images": [["a"]]}, {"format": 1, "images": [], "statistics": "../etc"},
     ],
 )  # fmt: skip
 def test_an_index_with_other_values_than_ours(copy, values):
@@ -120,7 +130,7 @@ def test_folders_that_are_no_stores(place, tmp_path):
 
 
 def test_missing_and_damaged_numbers_are_never_zeros(copy):
-    chunks = [path for path in copy.glob("statistics-*/000/mean/sum/c/**/*") if path.is_file()]
+    chunks = [path for path in copy.glob("merged/000001-*/000/mean/sum/c/**/*") if path.is_file()]
     store = AttentionStore.open(copy)
     whole = chunks[0].read_bytes()
     for damage in (whole[:-3], whole[:20] + bytes([whole[20] ^ 1]) + whole[21:], b""):
@@ -130,28 +140,30 @@ def test_missing_and_damaged_numbers_are_never_zeros(copy):
     chunks[0].unlink()
     with pytest.raises(StoreError, match=r"'000/mean/sum' is missing or damaged \(numbers are missing\)"):
         store.mean(0)
-    shutil.rmtree(copy / "images" / "features")
+    (rows,) = copy.glob("parts/*/rows")
+    shutil.rmtree(rows / "features")
     with pytest.raises(StoreError, match=r"array 'features/001' is missing or damaged"):
         AttentionStore.open(copy).features(1)
-    shutil.rmtree(copy / "images")
+    shutil.rmtree(rows)
     with pytest.raises(StoreError, match="what should hold its arrays is missing or damaged"):
         AttentionStore.open(copy).pixels(0)
 
 
 def test_lost_pixels_are_an_error_and_black_ones_are_not(copy, tmp_path):
-    arrays = Arrays(tmp_path / "arrays", writable=True)
-    arrays.create_rows("pixels", (4, 5, 3), "u1")
-    arrays.grow("pixels", 20)
+    where = LocalPlace(tmp_path)
+    arrays = Arrays(where, "arrays", writable=True)
+    arrays.create_rows("pixels", 20, (4, 5, 3), "u1")
     arrays.write("pixels", np.ones((2, 4, 5, 3), np.uint8), 0)
-    again = Arrays(tmp_path / "arrays", writable=True)  # as after a kill
+    again = Arrays(where, "arrays", writable=True)
     again.write("pixels", np.zeros((20, 4, 5, 3), np.uint8), 0)
-    assert not Arrays(tmp_path / "arrays").read("pixels", 17).any()
+    assert not Arrays(where, "arrays").read("pixels", 17).any()
     before = AttentionStore.open(copy).pixels(0)
-    (copy / "images" / "pixels" / "c" / "0" / "0" / "0" / "0").unlink()
+    (pixels,) = copy.glob("parts/*/rows/pixels")
+    (pixels / "c" / "0" / "0" / "0" / "0").unlink()
     with pytest.raises(StoreError, match=r"array 'pixels' is missing or damaged \(chunk 0 is lost\)"):
         AttentionStore.open(copy).pixels(0)
     # older stores did not write chunks of black images: they read as they did
-    about = copy / "images" / "pixels" / "zarr.json"
+    about = pixels / "zarr.json"
     about.write_text(json.dumps({**json.loads(about.read_text()), "attributes": {}}))
     np.testing.assert_array_equal(AttentionStore.open(copy).pixels(0), np.zeros_like(before))
 
@@ -202,7 +214,7 @@ def test_other_weights_in_the_model_s_file(copy, tmp_path):
         AttentionStore.open(copy).model()
 
 
-def test_embeddings_are_of_these_images(place, copy):
+def test_embeddings_are_of_these_images(place, copy, tmp_path):
     store = AttentionStore.open(copy)
     assert store.embedding("pca") is None
     points = np.arange(6.0).reshape(3, 2)
@@ -211,8 +223,9 @@ def test_embeddings_are_of_these_images(place, copy):
     assert np.array_equal(array, points)
     assert about == {"seconds": 1.5}
     assert store.embedding("../pca") is None
-    changed(copy, statistics="statistics-00099")
-    assert AttentionStore.open(copy).embedding("pca") is None
+    collect(cases.request(place[1], keep=1, limit=2), tmp_path / "fewer")
+    shutil.copytree(copy / "embeddings", tmp_path / "fewer" / "embeddings")
+    assert AttentionStore.open(tmp_path / "fewer").embedding("pca") is None
     (file,) = (copy / "embeddings").iterdir()
     for damage in (b"", b"PK\x03\x04", file.read_bytes()[:-40]):
         file.write_bytes(damage)

@@ -35,7 +35,7 @@ def photos(tmp_path):
 
 
 def run(cwd, *arguments):
-    explain = [sys.executable, "-m", "mamba_attn.commands.cli", *arguments]
+    explain = [sys.executable, "-m", "mamba_attn", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
     result = subprocess.run(explain, cwd=cwd, env=environment, capture_output=True, text=True)
     assert "Traceback" not in result.stderr

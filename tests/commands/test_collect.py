@@ -1,6 +1,7 @@
 """``mamba-attn collect`` as a stranger meets it."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -91,6 +92,9 @@ def test_images_of_which_none_can_be_read(place, weights, capsys):
         (["--data", "photos", "--limit", "0"], "--limit 0: expected a number from 1 on"),
         (["--data", "photos", "--keep", "-1"], "--keep -1: expected a number from 0 on"),
         (["--data", "photos", "--batch", "0"], "--batch 0: expected a number from 1 on"),
+        (["--data", "photos", "--part", "0"], "--part 0: expected a number from 1 on"),
+        (["--data", "photos", "--workers", "-1"], "--workers -1: expected a number from 0 on"),
+        (["--merge", "a", "b", "--plan"], "--plan: it is about images, and --merge has none"),
         (["--data", "photos", "--layer", "x*"], "'x*' fits no layer"),
         (["--data", "photos", "--model", "vim_mcro"], "no such model. Did you mean 'vim_micro'"),
         (["--data", "photos", "--weights", "no.pt"], "no such file; expected"),
@@ -156,11 +160,43 @@ def test_the_missing_extra_is_named(place, capsys, monkeypatch):
 
 
 def test_stopping_says_how_to_go_on(place, weights, capsys, monkeypatch):
-    from mamba_attn.analytics import collecting
+    from mamba_attn.analytics import part_run
 
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(collecting.Run, "_count", stop)
+    monkeypatch.setattr(part_run.PartRun, "_count", stop)
     assert collected(weights, "--data", "photos", "--out", "store") == 130
-    assert "stopped; the same command resumes at the last checkpoint" in capsys.readouterr().err
+    assert "stopped; the same command resumes at the last part" in capsys.readouterr().err
+
+
+def test_the_plan_writes_nothing_and_counts_what_is_written(place, weights, capsys):
+    asked = ("--data", "photos", "--out", "store", "--keep", "1", "--part", "2")
+    assert collected(weights, *asked, "--plan") == 0
+    images, size, files, seconds = capsys.readouterr().out.splitlines()
+    assert not (place / "store").exists()
+    assert images == "images: 3 in 2 parts"
+    assert re.fullmatch(r"seconds: about \d+ on 1 rank like this one", seconds)
+    assert collected(weights, *asked) == 0
+    written = [path for path in (place / "store").rglob("*") if path.is_file()]
+    planned = int(re.fullmatch(r"files: about ([\d,]+)", files)[1].replace(",", ""))
+    assert abs(len(written) - planned) <= 0.1 * planned
+    rows, statistics, _ = (float(each) for each in re.findall(r"([\d.]+) MB", size))
+    assert sum(path.stat().st_size for path in written if ".json" not in path.name) / 1e6 <= 1.1 * (rows + statistics)
+    capsys.readouterr()
+    assert collected(weights, *asked, "--plan") == 0
+    assert capsys.readouterr().out.startswith("images: 0 in 0 parts, 3 are counted already\n")
+
+
+def test_a_rank_of_a_job_array_says_what_is_left(place, weights, capsys, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
+    asked = ("--data", "photos", "--out", "store", "--part", "2")
+    for rank, sentence in (
+        (1, "1 images added, 1 in store; 1 part is left to other processes"),
+        (0, "2 images added, 3 in store; next: mamba-attn explore store"),
+    ):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(rank))
+        assert collected(weights, *asked) == 0
+        said = capsys.readouterr()
+        assert sentence in said.out
+        assert f"rank {rank} of 2 (a job array)" in said.err

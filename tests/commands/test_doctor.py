@@ -3,6 +3,7 @@
 import importlib.metadata as metadata
 
 from mamba_attn.commands import cli, doctor
+from mamba_attn.ops.cpu.build import library_origin, library_problem
 
 
 def test_versions_backends_and_extras(capsys, monkeypatch):
@@ -13,6 +14,7 @@ def test_versions_backends_and_extras(capsys, monkeypatch):
     rows = dict(line.split(None, 1) for line in text.splitlines() if len(line.split(None, 1)) == 2)
     assert rows["torch"] == metadata.version("torch")
     assert rows["blocked"] == "runs"
+    assert rows["native"] in {f"runs ({library_origin()})", f"does not run: {library_problem()}"}
     assert f"timm {metadata.version('timm')}" in rows["timm"]
     assert "missing" not in text
 

@@ -63,7 +63,10 @@ def test_refusals(folder, tmp_path, capsys, monkeypatch, options, sentence):
 
 
 def test_a_store_half_written_or_of_another_version(folder, tmp_path, capsys):
-    for changed, sentence in (({"wanted": 99}, "half written: 2 of 99 images"), ({"format": 7}, "a store of format 7")):
+    for changed, sentence in (
+        ({"wanted": [2, 99]}, "half written: 2 of 99 images"),
+        ({"format": 7}, "a store of format 7"),
+    ):
         copy = shutil.copytree(folder, tmp_path / next(iter(changed)))
         index = json.loads((copy / "store.json").read_text())
         (copy / "store.json").write_text(json.dumps({**index, **changed}))

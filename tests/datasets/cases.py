@@ -44,7 +44,7 @@ def boxes_zip(path, count=6, part="boxes"):
 
 
 def digits_zip(path, count=4, part="digits"):
-    """A square that is the object and one that is the trap, in train/ and val/."""
+    """A square that is the object and one that is the distractor, in train/ and val/."""
     rows = []
     mask = np.zeros((40, 32), np.uint8)
     mask[8:16, 4:12], mask[24:32, 20:28] = 1, 2

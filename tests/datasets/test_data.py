@@ -36,20 +36,20 @@ def test_boxes_and_labels(tmp_path):
     expected[8:24, 4:20] = 1
     assert torch.equal(first.inside, expected)
     assert found["images/5.png"].inside is None
-    assert first.trap is None
+    assert first.distractor is None
     small = loaded(data, SQUARE)["images/1.png"]
     assert small.pixels.shape == (16, 16, 3)
     assert small.inside.shape == (16, 16)
     assert small.inside.sum() == pytest.approx(8 * 8, rel=0.05)
 
 
-def test_masks_with_a_trap_and_the_split(tmp_path):
+def test_masks_with_a_distractor_and_the_split(tmp_path):
     path = cases.digits_zip(tmp_path / "a.zip")
     data = open_data(f"{path}:digits")
     assert [item.key.split("/")[0] for item in data.items] == ["val"] * 4
     sample = loaded(data)["val/2.jpg"]
-    assert sample.inside.sum() == sample.trap.sum() == 64
-    assert sample.inside[8:16, 4:12].min() == sample.trap[24:32, 20:28].min() == 1
+    assert sample.inside.sum() == sample.distractor.sum() == 64
+    assert sample.inside[8:16, 4:12].min() == sample.distractor[24:32, 20:28].min() == 1
     assert data.classes == ["0", "1", "2"]
     train = open_data(f"{path}:digits/train")
     assert {item.key.split("/")[0] for item in train.items} == {"train"}

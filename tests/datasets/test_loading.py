@@ -15,7 +15,8 @@ import mamba_attn
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.core.transform import Transform
 from mamba_attn.datasets.class_names import names_for, read_names
-from mamba_attn.datasets.loading import complete, load, load_companion, traced_layers
+from mamba_attn.datasets.loading import complete, load, load_companion
+from mamba_attn.datasets.made_of import traced_layers
 from mamba_attn.errors import ModelBuildError, UnsupportedModelError, WeightsError
 
 NET = """

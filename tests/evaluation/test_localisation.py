@@ -78,16 +78,16 @@ def test_truths_of_one_class():
     assert 0 < nothing.precision < 1
 
 
-def test_the_trap_gets_its_share():
-    trap = torch.zeros(4, 4)
-    trap[3, 3] = 1
-    values = toy() + 4 * trap
-    found = locate(values, toy(), trap)
-    assert (found.energy, found.trap_energy, found.trap_area) == (0.5, 0.5, 1 / 16)
-    assert found.above_trap == 0
-    assert locate(-values, toy(), trap).above_trap == 1
-    assert locate(toy() * trap.T, toy(), trap).above_trap == 0.5  # equal on both
-    assert locate(values, toy()).above_trap is None
+def test_the_distractor_gets_its_share():
+    distractor = torch.zeros(4, 4)
+    distractor[3, 3] = 1
+    values = toy() + 4 * distractor
+    found = locate(values, toy(), distractor)
+    assert (found.energy, found.distractor_energy, found.distractor_area) == (0.5, 0.5, 1 / 16)
+    assert found.above_distractor == 0
+    assert locate(-values, toy(), distractor).above_distractor == 1
+    assert locate(toy() * distractor.T, toy(), distractor).above_distractor == 0.5  # equal on both
+    assert locate(values, toy()).above_distractor is None
 
 
 def test_one_place_against_another_is_scikit_learns_on_their_pixels_and_turns_with_them():

@@ -342,12 +342,12 @@ def test_every_model_finds_its_collection(tmp_path):
     assert small(models[:1], second).pairs == [(second, models[0])]  # alone, it is still asked
 
 
-def test_digits_weigh_object_and_trap(tmp_path):
+def test_digits_weigh_object_and_distractor(tmp_path):
     path = f"{cases.digits_zip(tmp_path / 'b.zip')}:digits"
     wanted = small([Model.parse(cases.weights(tmp_path / "w", ["vim_micro"]))], path, measures=("localisation",))
     (table,) = summarise(wanted, done(wanted, tmp_path / "s.jsonl"))
-    assert 0 < table.figures["not_trap"]["raw_attention"].interval.value < 100
-    assert table.figures["trap_energy"]["raw_attention"].images == 4
+    assert 0 < table.figures["not_distractor"]["raw_attention"].interval.value < 100
+    assert table.figures["distractor_energy"]["raw_attention"].images == 4
 
 
 def test_some_methods_get_fewer_images_and_other_options(models, boxes, tmp_path):

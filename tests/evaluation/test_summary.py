@@ -18,7 +18,7 @@ def perturbed(kept, label=1, predicted=1):
 
 def located(**changes):
     found = {"area": 0.25, "correct": 10, "pixels": 16, "intersections": (8, 2), "unions": (12, 6), "precision": 0.5,
-             "hit": 1.0, "energy": 0.5, "trap_area": None, "trap_energy": None}  # fmt: skip
+             "hit": 1.0, "energy": 0.5, "distractor_area": None, "distractor_energy": None}  # fmt: skip
     return {**found, **changes}
 
 
@@ -83,10 +83,12 @@ def test_large_objects_are_left_out_of_the_small_ones():
     assert (small.interval.value, small.images) == (50, 1)
 
 
-def test_the_trap_is_weighed_by_its_area():
-    assert value("not_trap", [located(energy=0.5, area=0.25, trap_energy=0.25, trap_area=0.125)]) == 50
-    assert value("not_trap", [located(energy=0.5, trap_energy=0.0, trap_area=0.1)]) == 100
-    assert value("not_trap", [located(energy=0.0, trap_energy=0.0, trap_area=0.1)]) == 50
+def test_the_distractor_is_weighed_by_its_area():
+    assert (
+        value("not_distractor", [located(energy=0.5, area=0.25, distractor_energy=0.25, distractor_area=0.125)]) == 50
+    )
+    assert value("not_distractor", [located(energy=0.5, distractor_energy=0.0, distractor_area=0.1)]) == 100
+    assert value("not_distractor", [located(energy=0.0, distractor_energy=0.0, distractor_area=0.1)]) == 50
 
 
 def test_ranks_and_leads_are_paired():

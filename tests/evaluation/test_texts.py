@@ -9,7 +9,7 @@ import torch
 import mamba_attn
 from mamba_attn.commands.cli import main
 from mamba_attn.datasets.loading import load
-from mamba_attn.datasets.puzzles import swapped
+from mamba_attn.datasets.tasks import swapped
 from mamba_attn.datasets.texts import open_texts
 from mamba_attn.evaluation import texts
 from mamba_attn.evaluation.specs import Model, choose_methods
@@ -71,7 +71,7 @@ def test_sources_are_found_and_a_second_run_does_nothing(tmp_path, monkeypatch):
     assert 0.2 < figures["source_auc"]["random"] < 0.8
     assert set(figures["text_seconds"]) == {"frozen_contribution", "random"}
     calls = []
-    monkeypatch.setattr(texts._Puzzled, "lines", lambda self, name, keys: calls.append(keys) or [{"error": "x"}])
+    monkeypatch.setattr(texts._OfTask, "lines", lambda self, name, keys: calls.append(keys) or [{"error": "x"}])
     (again,) = measure_texts(wanted(), Store(tmp_path / "s.jsonl"))
     assert {name: {m: f.interval.value for m, f in its.items()} for name, its in again.figures.items()} == figures
     assert calls == []
@@ -79,17 +79,17 @@ def test_sources_are_found_and_a_second_run_does_nothing(tmp_path, monkeypatch):
     assert calls == [["6"]] * 3
 
 
-def test_the_first_puzzles_are_the_same_whatever_their_number():
-    few, many = (open_texts("copying").puzzles(count) for count in (2, 5))
+def test_the_first_texts_are_the_same_whatever_their_number():
+    few, many = (open_texts("copying").of_task(count) for count in (2, 5))
     assert torch.equal(few.ids, many.ids[:2])
     assert torch.equal(few.ids.gather(1, few.sources), few.answers)
 
 
-def test_the_truth_of_the_puzzles_is_their_models():
+def test_the_truth_of_the_tasks_is_their_models():
     """A swap at the source alone is heard of, so what stands there is what the model uses."""
-    model, puzzles = load("mamba_recall").model, open_texts("recall").puzzles(4)
-    lost = swapped(model, puzzles)
-    assert torch.equal(lost.argmax(2).T, puzzles.sources)
+    model, tasks = load("mamba_recall").model, open_texts("recall").of_task(4)
+    lost = swapped(model, tasks)
+    assert torch.equal(lost.argmax(2).T, tasks.sources)
 
 
 def test_tokens_left_out_and_unknown(tmp_path):
@@ -104,6 +104,9 @@ def test_tokens_left_out_and_unknown(tmp_path):
     assert {path.suffix for path in tmp_path.iterdir()} == {".html", ".txt", ".csv", ".json", ".jsonl"}
     page = (tmp_path / "compare.html").read_text()
     assert "LeRF - MoRF" in page
+    assert page.count('class="mamba-tokens"') == 6  # a strip per text and method
+    assert page.count("behind the outlined token") == 3
+    assert "<b>MambaLRP</b>" in page
     assert "http" not in page
     contents = json.loads((tmp_path / "compare.json").read_text())
     assert contents["tables"][0]["figures"]["tokens_morf"]["mamba_lrp"]["images"] == 3
@@ -124,7 +127,8 @@ def test_the_command(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "mamba_copy on copying: where an answer was copied from, 2 texts, accuracy" in said
     assert "published in 2502.15612: another copying task, other models; not comparable" in said
-    assert (tmp_path / "compare.html").is_file()
+    page = (tmp_path / "compare.html").read_text()
+    assert page.count("to the outlined query; its source is token") == page.count('class="mamba-tokens"') == 2
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from mamba_attn.attribution.queries import Query
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.core.transform import Transform
 from mamba_attn.datasets import loading
-from mamba_attn.datasets.loading import is_transformer, traced_layers
+from mamba_attn.datasets.made_of import is_transformer, traced_layers
 from mamba_attn.errors import TraceError
 from mamba_attn.explanations import choices, explain
 from mamba_attn.explanations.answer import answer, at_depths

@@ -10,7 +10,8 @@ from mamba_attn import attribution
 from mamba_attn.attribution import catalogue
 from mamba_attn.attribution.queries import Query
 from mamba_attn.datasets.class_names import parse_target
-from mamba_attn.datasets.loading import load, traced_layers
+from mamba_attn.datasets.loading import load
+from mamba_attn.datasets.made_of import traced_layers
 from mamba_attn.explanations import choices
 from tests.explanations.cases import CLASSES, VIM, VIT, VMAMBA, save
 

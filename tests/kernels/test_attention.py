@@ -123,6 +123,15 @@ def test_distances_keep_their_digits_over_thousands_of_steps(there: Recorder) ->
     no_worse_than_torch(there, record, "mean", {}, *(attention(there, record, kernel=kernel) for kernel in KERNELS))
 
 
+def test_a_tile_sums_the_steps_between_its_chunks(there: Recorder) -> None:
+    record = make(
+        Case(batch=1, routes=2, channels=6, heads=3, states=2, grid=(2, 150), frame="tokens", delta_scale=0.02)
+    )
+    truth, bound = (ops.hidden_attention(x, backend="reference") for x in (double(record), magnitude(double(record))))
+    for kernel in KERNELS:
+        assert_within(attention(there, record, kernel=kernel), truth, bound, 1e-6 + 2 * there.unit)
+
+
 @pytest.mark.parametrize("kernel", ["attention_factored_64", "attention_factored_128"])
 def test_tf32_is_used_only_when_the_user_allows_it(there: Recorder, kernel: str) -> None:
     record = make(Case(routes=1, channels=17, states=16, grid=(1, 150)))

@@ -24,6 +24,9 @@ PAGE = mmap.PAGESIZE
 CASES = [
     Case(batch=1, routes=2, channels=19, states=3, grid=(7, 10), frame="tokens"),
     Case(batch=1, routes=1, channels=18, heads=9, groups=2, states=17, grid=(1, 131), shared_states=True),
+    Case(
+        batch=1, routes=2, channels=20, heads=4, groups=2, states=17, grid=(7, 10), frame="tokens", shared_states=True
+    ),
 ]
 Given = list[torch.Tensor | None]
 
@@ -52,7 +55,10 @@ def run(record: ScanRecord, w: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         y = fused.BACKEND.selective_scan(record, merged)
         results += [y, *kernels.backward(operators.launcher, record, torch.ones_like(y), merged)]
         rows_and_columns = (w["row_weight"] if merged else None, w["col_weight"])
-        for kernel in kernels._TILES:
+        by_heads = ["attention_heads"] if kernels.shares_matrices(record) else []
+        if by_heads:
+            results.append(kernels.scan(operators.launcher, record, merged, "attention_heads"))
+        for kernel in (*kernels._TILES, *by_heads):
             results += kernels.attention(operators.launcher, record, rows_and_columns, "mean", merged, True, kernel)
         for axis in ("row", "column"):
             results.append(fused.BACKEND.attention_line(record, axis, 65, rows_and_columns, "each", merged))
@@ -85,9 +91,9 @@ def test_memory_outside_a_tensor_is_noticed() -> None:
     record = make(Case(batch=1, routes=1, channels=1, states=1, grid=(1, 9))).map_tensors(lambda x: guarded(x, True))
     y = torch.zeros(10)
     told = call(record, None, None)
-    told.y, told.want_y, told.length = output(y, ("position",)), 1, 10
+    told.y, told.length = output(y, ("position",)), 10
     with pytest.raises(AssertionError, match="a block touched memory outside its tensors"):
-        Emulator().launch("selective_scan", 1, 32, 4, told, y.device)
+        Emulator().launch("selective_scan", 1, 32, 2052, told, y.device)
 
 
 class Watcher(Emulator):
@@ -100,26 +106,11 @@ class Watcher(Emulator):
         rows = told.batch * told.routes
         if name == "selective_scan_backward":
             self.scratch = self.floats(job.entering, (rows * told.channels, math.ceil(told.length / 128), told.states))
-        elif name in kernels._TILES:
-            tile = kernels._TILES[name][0]
-            self.scratch = self.floats(told.before, (rows * told.heads, math.ceil(told.length / tile), 2))
 
     def floats(self, address: int, shape: Sequence[int]) -> torch.Tensor:
         return torch.frombuffer((ctypes.c_float * math.prod(shape)).from_address(address), dtype=torch.float32).reshape(
             *shape
         ).clone()  # fmt: skip
-
-
-@pytest.mark.parametrize("kernel", kernels._TILES)
-def test_every_head_keeps_its_own_sums(kernel: str) -> None:
-    record = make(Case(routes=2, channels=12, heads=6, states=2, grid=(1, 300)))
-    with emulated(Watcher()) as watcher:
-        kernels.attention(watcher, record, (None, None), "mean", True, kernel=kernel)
-    tile = kernels._TILES[kernel][0]
-    sums = record.source_delta.double().cumsum(-1)[..., tile - 1 :: tile].flatten(0, 2)
-    scratch = watcher.scratch.double().sum(-1)
-    assert (scratch[:, 0] == 0).all()
-    torch.testing.assert_close(scratch[:, 1:], sums[:, : scratch.shape[1] - 1], rtol=1e-12, atol=0)
 
 
 def test_every_channel_keeps_its_own_states() -> None:
@@ -165,4 +156,4 @@ def test_a_block_that_scans_has_room_for_its_states() -> None:
         y, _ = kernels.attention(emulator, record, (None, None), "mean", True, with_y=True, kernel="attention_direct")
     torch.testing.assert_close(y, ops.selective_scan(record, backend="blocked"), rtol=1e-4, atol=1e-4)
     for kernel, (_, threads) in kernels._TILES.items():
-        assert kernels._attention_shared(kernel, 9999) == 4 + threads // 32 * 9999 * 4  # behind the block's number
+        assert kernels._attention_shared(kernel, 9999) == 2**15 + threads // 32 * 9999 * 4

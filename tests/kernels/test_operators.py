@@ -161,8 +161,9 @@ def test_structures_are_those_of_the_source() -> None:
     mirrored = {"Call": kernel_args.CCall, "Backward": kernel_args.CBackward, "Line": kernel_args.CLine}
     for name, structure in mirrored.items():
         assert library.size_of(name.encode()) == ctypes.sizeof(structure)
-    for kernel in kernels._TILES:
+    for kernel in (*kernels._TILES, "attention_heads"):
         assert library.size_of(kernel.encode()) == kernels._attention_shared(kernel, 1)
+    assert library.size_of(b"ChunkMemory") == kernels._chunk_shared(0)
 
 
 def test_arrays_through_the_emulator() -> None:
@@ -218,10 +219,10 @@ def test_what_the_kernels_do_not_take_is_a_sentence() -> None:
     with machine("host", shared_limit=9000):
         wide = make(Case(batch=1, routes=1, channels=2, states=40, grid=(1, 4)))
         fused._warned.clear()
-        with pytest.warns(UserWarning, match="skips its CUDA kernel here .*: 40 states need 10,752 bytes"):
+        with pytest.warns(UserWarning, match="skips its CUDA kernel here .*: 40 states need 34,048 bytes"):
             assert ops.selective_scan(wide).isfinite().all()
         with pytest.raises(
-            BackendUnavailableError, match=r"40 states need 10,752 bytes of shared memory .* has 9,000; use"
+            BackendUnavailableError, match=r"40 states need 34,048 bytes of shared memory .* has 9,000; use"
         ):
             ops.selective_scan(wide, backend="fused")
     with machine("host"):

@@ -80,8 +80,8 @@ def test_the_card_is_true_of_the_file(name):
     assert card["command"].startswith(f"python benchmarks/language.py {name} ")
     assert {"seed", "steps", "cpu_seconds", "versions"} <= set(card)
     assert all(source["license"] and source["source"] for source in card["data"].values())
-    if name in language.PUZZLES:
-        batch = language.PUZZLES[name].make(64, torch.Generator().manual_seed(5))
+    if name in language.TASKS:
+        batch = language.TASKS[name].make(64, torch.Generator().manual_seed(5))
         assert language.accuracy(model, batch) >= 0.99 <= card["accuracy"]
     elif name == "mamba_reviews":
         assert "MIT" in card["data"]["movie review snippets"]["license"]

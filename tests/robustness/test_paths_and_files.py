@@ -30,12 +30,10 @@ from mamba_attn.images import ImageError
     ],
 )
 def test_paths_that_are_none(text, reason):
-    for call in (
-        lambda: local_path("out", text),
-        lambda: writable(text),
-        lambda: images.find([text]),
-        lambda: analytics.AttentionStore.open(text),
-    ):
+    calls = [lambda: local_path("out", text), lambda: writable(text), lambda: images.find([text])]
+    if "://" not in text:  # stores can be in object storage: tests/analytics/test_places.py
+        calls.append(lambda: analytics.AttentionStore.open(text))
+    for call in calls:
         with pytest.raises(ValueError, match=reason):
             call()
     with pytest.raises(ValueError, match=f"{reason}|give a folder of images"):

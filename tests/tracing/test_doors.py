@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mamba_attn
 from mamba_attn import attribution, orders
+from mamba_attn.attribution.activation_recorder import ActivationRecorder
 from mamba_attn.errors import TraceError, UnsupportedModelError
 from mamba_attn.testing import _by_matrices
 from mamba_attn.tracing import doors, frames, reachable, steps
@@ -426,9 +427,11 @@ def test_scans_of_other_names_and_signatures():
         del sys.modules["holder_of_another"]
 
 
-def test_a_method_that_looks_into_mixers_is_refused_at_doors():
+def test_rules_that_are_not_known_at_doors_are_refused_there():
+    model = Net(Line()).eval()
     with pytest.raises(UnsupportedModelError, match=r"Scan: no adapter recognises this module, and .* use another"):
-        attribution.ImplicitAttention(Net(Line()).eval()).attribute(images(), target=0)
+        with mamba_attn.trace(model, rules=ActivationRecorder()):
+            model(images())
 
 
 def test_a_scan_that_a_module_keeps_is_found():

@@ -107,9 +107,10 @@ def mask_of(chosen, count, batch=1):
 
 
 @torch.no_grad()
-def dense(record, *removed):
+def dense(record, *removed, beyond=None):
     """y in the token frame from explicit float64 matrices, without what is removed."""
     M, u = channel_matrices(record), record.u.double()
+    M = M if beyond is None else M.triu(-beyond)
     read, write = (order.expand(record.batch, -1, -1) for order in (record.read_order, record.write_order))
     for entry in removed:
         chosen = ALL | entry
@@ -157,6 +158,31 @@ def test_nothing_removed_changes_no_bit(case):
     for nothing in ({"columns": []}, {"rows": [], "columns": 3}, {"columns": torch.zeros(1, dtype=torch.bool)}):
         with torch.no_grad(), knockout(model, layers=name, **nothing):
             assert torch.equal(model(x), output)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_what_is_more_steps_back_is_removed(kind):
+    _, model, x, name, plain, output = made(kind)
+    whole = dense(plain.scan)
+    bound = 1e-9 if x.dtype == torch.float64 else 3e-6
+    for steps in (0, 1, 5):
+        wanted = dense(plain.scan, beyond=steps)
+        with knockout(model, layers=name, beyond=steps):
+            trace, _ = run(model, x)
+        assert close(trace[name].y, wanted, bound)
+        assert not close(wanted, whole, 1e-4)
+    with torch.no_grad(), knockout(model, layers=name, beyond=10**6):
+        assert close(model(x), output, 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["vim", "cross at a door"])
+def test_steps_and_columns_are_removed_together(kind):
+    _, model, x, name, plain, _ = made(kind)
+    wanted = dense(plain.scan, {"rows": [4, 5], "columns": [2, 4]}, beyond=2)
+    with knockout(model, layers=name, beyond=7), knockout(model, layers=name, rows=[4, 5], columns=[2, 4]):
+        with knockout(model, layers=name, beyond=2):
+            trace, _ = run(model, x)
+        assert close(trace[name].y, wanted, 3e-6)
 
 
 def test_all_removed_leaves_d_u(case):
@@ -309,6 +335,8 @@ def test_softmax_attention_loses_probabilities():
         with replace_attention(model, layers="blocks.0.attn", matrix=own):
             assert close(model(x), changed, 1e-6)
     assert not torch.equal(changed, output)
+    with knockout(model, beyond=1), pytest.raises(UnsupportedModelError, match=r"blocks.0.attn is softmax .* no steps"):
+        model(x)
 
 
 class Softmax(torch.nn.Module):
@@ -354,6 +382,9 @@ def test_relevance_is_conserved_in_what_runs():
         ({"columns": 9}, ValueError, r"knockout\(columns=9\): layers.0.mixer has 9 tokens; expected -9..8"),
         ({"rows": -10}, ValueError, r"knockout\(rows=-10\)"),
         ({"routes": 2}, ValueError, r"knockout\(routes=2\): layers.0.mixer has 2 routes"),
+        ({"beyond": True}, TypeError, r"knockout\(beyond=True\): expected a whole number of steps"),
+        ({"beyond": -1}, ValueError, r"knockout\(beyond=-1\): expected at least 0 steps"),
+        ({"beyond": 1, "rows": 2}, ValueError, r"leave out rows, columns, routes and channels; blocks may be nested"),
         ({"channels": [0, 32]}, ValueError, r"knockout\(channels=32\): layers.0.mixer has 32 channels"),
         (
             {"rows": torch.ones(3, 9, dtype=torch.bool)},
@@ -381,6 +412,13 @@ def test_what_is_no_matrix_of_the_layer_is_refused(matrix, error, sentence):
     model = vim()
     with torch.no_grad(), pytest.raises(error, match=sentence), replace_attention(model, matrix=matrix, layers=[0, 1]):
         model(torch.randn(1, 3, 32, 64))
+
+
+def test_steps_of_another_matrix_are_refused():
+    model, x = vim(), torch.randn(1, 3, 32, 64)
+    with torch.no_grad(), replace_attention(model, layers=[0], matrix=torch.eye(9)), knockout(model, beyond=1):
+        with pytest.raises(ValueError, match=r"knockout\(beyond=1\): the matrix of layers.0.mixer is replaced"):
+            model(x)
 
 
 def test_a_part_called_alone_at_doors_is_refused():

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import mamba_attn
 from mamba_attn.attribution import AttentionRollout, RawAttention
@@ -435,3 +436,96 @@ def test_a_model_that_does_not_run_on_one_image_is_looked_at_with_all() -> None:
     trace = run(Pair(), torch.randn(2, 7, 8))
     assert trace["mixer"].tokens == 7
     assert trace._ahead._found.failed == ""
+
+
+class Perceptron(nn.Module):
+    """Layers of features behind a mixer, as VMamba has."""
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.mixer = nn.LayerNorm(8), mixer
+        self.mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.mixer(self.norm(x))
+        out: torch.Tensor = x + self.mlp(x)
+        return out
+
+
+class TurnedByALayer(nn.Module):
+    """Gives its tokens to the inner module in the order that a linear layer over them makes, and back."""
+
+    def __init__(self, inner: nn.Module, tokens: int) -> None:
+        super().__init__()
+        self.inner, self.turn = inner, nn.Linear(tokens, tokens, bias=False)
+        self.turn.weight.data = torch.eye(tokens).flip(0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.turn(self.inner(self.turn(x.mT).mT).mT).mT
+        return out
+
+
+def look(model: nn.Module, x: torch.Tensor) -> Any:
+    mixers = {name: module for name, module in model.named_modules() if isinstance(module, Mamba)}
+    return standing.standing(model, Replay.of((x,), {}), mixers)
+
+
+def test_of_mixers_of_one_kind_one_runs_and_all_are_placed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(*[Perceptron(compiled()) for _ in range(4)]), torch.randn(1, 7, 8)
+    ran, own = [], Compiled.scanned
+
+    def counted(self: Compiled, *args: Any) -> torch.Tensor:
+        ran.append(self)
+        return own(self, *args)
+
+    monkeypatch.setattr(Compiled, "scanned", counted)
+    found = look(model, x)
+    assert len({id(module) for module in ran}) == 1
+    assert [(name, order.tolist()) for name, order in found.orders] == [
+        (f"{i}.mixer", [list(range(7))]) for i in range(4)
+    ]
+    assert found.doors == [f"{i}.mixer" for i in range(4)]
+
+
+@pytest.mark.parametrize("tokens", [7, 8])
+def test_tokens_turned_by_a_layer_over_them_are_caught_beside_cheap_layers_of_features(tokens: int) -> None:
+    turned = nn.Sequential(Perceptron(compiled()), TurnedByALayer(Perceptron(compiled()), tokens), nn.LayerNorm(8))
+    found = look(turned, torch.randn(1, tokens, 8))
+    assert found.moved == ["1.inner.mixer"]
+    orders = dict(found.orders)
+    assert orders["1.inner.mixer"].tolist() == [list(range(tokens))[::-1]]
+
+
+def test_cheap_gradients_of_layers_of_features_show_what_their_own_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*[Perceptron(compiled()) for _ in range(3)], BothWays(compiled(), compiled()))
+    x = torch.randn(1, 7, 8)
+    cheap: list[bool] = []
+    own = standing.OnItsToken.apply
+    monkeypatch.setattr(standing.OnItsToken, "apply", lambda *args: (cheap.append(True), own(*args))[1])
+    found = look(model, x)
+    assert len(cheap) >= 6
+    standing._remembered.pop(model)
+    monkeypatch.setattr(standing._Pass, "_on_its_token", lambda self, x, weight, out, axis: out)
+    exact = look(model, x)
+    assert found.moved == exact.moved == ["3.backward_block.mixer"]
+    assert [(name, order.tolist()) for name, order in found.orders] == [(n, o.tolist()) for n, o in exact.orders]
+
+
+class Repeated(nn.Module):
+    """A block whose activations are computed again in the backward pass, a layer of features before its mixer."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.before, self.inner = nn.Linear(8, 8), inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = checkpoint(lambda t: self.inner(t + self.before(t)), x, use_reentrant=False)
+        return out
+
+
+def test_blocks_that_are_computed_again_get_the_same_gradients_again() -> None:
+    model = nn.Sequential(nn.LayerNorm(8), *[Repeated(Perceptron(compiled())) for _ in range(2)], nn.LayerNorm(8))
+    found = look(model, torch.randn(1, 7, 8))
+    assert not found.failed
+    assert [name for name, _ in found.orders] == ["1.inner.mixer", "2.inner.mixer"]
+    assert not found.moved

@@ -11,7 +11,8 @@ from mamba_attn.attribution import catalogue
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.core.transform import Transform
 from mamba_attn.datasets import open_data
-from mamba_attn.datasets.loading import complete, made_of
+from mamba_attn.datasets.loading import complete
+from mamba_attn.datasets.made_of import made_of
 from mamba_attn.errors import TraceError
 from mamba_attn.explanations.choices import parse_methods
 from tests.datasets.cases import CLASSES, class_folders
@@ -123,7 +124,7 @@ def test_an_order_that_is_given_reaches_methods_collect_and_fields(tmp_path):
 def _collect(model, tmp_path, **options):
     subject = LoadedModel(model, models.transform("vim_micro", SIZE), [*CLASSES, "d", "e"], name="net")
     data = open_data(str(class_folders(tmp_path / "photos", 2)))
-    collected = collect(Request(subject, data, batch=2, interval=0.0, keep=2, **options), tmp_path / "store")
+    collected = collect(Request(subject, data, batch=2, part=4, keep=2, **options), tmp_path / "store")
     return collected, AttentionStore.open(tmp_path / "store")
 
 

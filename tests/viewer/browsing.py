@@ -5,8 +5,16 @@ import numpy as np
 from benchmarks.browser import chromium
 
 CHROMIUM = chromium()
+GRID = (8, 12)  # of the last block with at least 36 cells, which is shown first
+MIDDLE = 4 * 12 + 6
 DRAWN = """() => viewer.maps().map((one) => ({ what: one.slot.what, grid: one.its.grid, error: one.error ?? '',
     values: one.values ? Array.from(one.values) : null }))"""
+
+
+def rows(store, image=0, layer=0, route="sum"):
+    """The matrices of an image and of the mean."""
+    its = store.layers[layer]
+    return store.matrix(its, store.images[image], route), store.mean(its, route)
 
 
 class Viewer:

@@ -1,7 +1,10 @@
 import pytest
+import torch
 
-from benchmarks.browser import FLAGS
+import mamba_attn
+from benchmarks.browser import FLAGS, served
 from tests.viewer.browsing import CHROMIUM, Viewer
+from tests.viewer.double import tiny
 
 
 @pytest.fixture(scope="module")
@@ -29,3 +32,26 @@ def viewer(screen, address):
     yield opened
     opened.leave()
     assert opened.wrong == []
+
+
+@pytest.fixture(scope="module")
+def store():
+    found = tiny()
+    found.images = [
+        type(i)(i.key, i.label, p, True, c)
+        for i, p, c in zip(found.images, ["cat", "cat", "dog", "dog"], (True, False, False, True), strict=True)
+    ]
+    for image in found.images[1:]:  # the double keeps the first alone
+        with torch.no_grad(), mamba_attn.trace(found.model()) as record:
+            found.model()(mamba_attn.images.normalise(found.pixels(image)[None]))
+        for mine, layer in zip(found.layers, record.layers, strict=True):
+            found._matrix[(mine.name, "sum", image.key)] = layer.attention()[0].double().numpy()
+            for route, matrix in enumerate(layer.attention(routes="each")[0].double().numpy()):
+                found._matrix[(mine.name, route, image.key)] = matrix
+    return found
+
+
+@pytest.fixture(scope="module")
+def address(store):
+    with served(store) as found:
+        yield found

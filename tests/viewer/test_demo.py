@@ -19,7 +19,7 @@ def test_the_demo_is_collected_once_and_a_half_is_finished(tmp_path, monkeypatch
     assert folder.parent == tmp_path
     collect(Request(loading.load(demo.MODEL, "demo"), data, limit=2, keep=6), folder)  # a kill after two images
     index = folder / "store.json"
-    index.write_text(json.dumps({**json.loads(index.read_text()), "wanted": 6}))
+    index.write_text(json.dumps({**json.loads(index.read_text()), "wanted": [2, 6]}))
 
     assert demo.demo_store() == folder
     store = AttentionStore.open(folder)
@@ -61,9 +61,9 @@ def test_stores_that_cannot_be_shown_are_sentences(tmp_path, capsys):
     (tmp_path / "store.json").write_text(json.dumps(content))
     assert main(["explore", str(tmp_path)]) == 2
     assert "this store is half written: 0 of 9 images are counted" in capsys.readouterr().err
-    (tmp_path / "store.json").write_text(json.dumps({**content, "format": 2}))
+    (tmp_path / "store.json").write_text(json.dumps({**content, "format": 3}))
     assert main(["explore", str(tmp_path)]) == 2
-    assert "a store of format 2" in capsys.readouterr().err
+    assert "a store of format 3" in capsys.readouterr().err
 
 
 def test_a_folder_without_images_is_a_sentence(tmp_path, capsys):

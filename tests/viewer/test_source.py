@@ -10,7 +10,7 @@ from PIL import Image
 
 import mamba_attn
 from mamba_attn import images
-from mamba_attn.analytics import AttentionStore, collect
+from mamba_attn.analytics import AttentionStore, NotStoredError, collect
 from mamba_attn.viewer.errors import UnavailableError
 from mamba_attn.viewer.points import Scatter
 from mamba_attn.viewer.source import Source, tokens_of
@@ -92,7 +92,7 @@ def test_of_a_store_of_sums_the_mean_of_a_route_is_refused_in_a_sentence(tmp_pat
     collect(request(folder_of(tmp_path), "vmamba_micro", routes="sum"), tmp_path / "store")
     source = Source(AttentionStore.open(tmp_path / "store"))
     assert source.read(Pane(route=-1), [0]).shape == (60,)
-    with pytest.raises(UnavailableError, match="route"):
+    with pytest.raises(NotStoredError, match="route"):
         source.read(Pane(route=1), [0])
 
 
@@ -138,10 +138,10 @@ def test_an_added_image_is_one_of_the_source_and_not_of_the_store(store):
 
 def test_points_of_a_block_and_of_a_stage(store):
     scatter = Scatter(Source(store))
-    assert scatter.points(Pane()).xy.shape == (96, 2)
-    blocks = scatter.points(Pane(mode="blocks", layer=2))
-    assert blocks.pairs.tolist() == [[layer, image] for layer in (2, 3) for image in range(4)]
-    assert blocks.xy.shape == (8, 2)
+    assert scatter.points(Pane()).shape == (96, 2)
+    blocks = Pane(mode="blocks", layer=2)
+    assert scatter.pairs(blocks).tolist() == [[layer, image] for layer in (2, 3) for image in range(4)]
+    assert scatter.points(blocks).shape == (8, 2)
 
 
 def test_points_come_from_the_cache_without_a_look_at_features(store, monkeypatch):
@@ -151,7 +151,7 @@ def test_points_come_from_the_cache_without_a_look_at_features(store, monkeypatc
             for name in ("features", "feature_rows", "lines", "mean"):
                 blind.setattr(store, name, lambda *_, **__: pytest.fail("features were read"))
             again = Scatter(Source(store))
-            np.testing.assert_array_equal(again.points(pane).xy, first.xy)
+            np.testing.assert_array_equal(again.points(pane), first)
 
 
 def test_features_of_many_images_are_projected_as_they_are_read(store, monkeypatch):
@@ -175,8 +175,8 @@ def test_a_hundred_components_come_first_or_not_and_each_is_remembered(store, mo
     pane = Pane(layer=2, method="tsne")
     for _ in range(2):
         scatter = Scatter(Source(store))
-        assert scatter.points(pane).xy[0, 0] == 100
-        assert scatter.points(replace(pane, first=False)).xy[0, 0] == 0
+        assert scatter.points(pane)[0, 0] == 100
+        assert scatter.points(replace(pane, first=False))[0, 0] == 0
     assert asked == [("tsne", 100), ("tsne", None)]
 
 

@@ -1,5 +1,8 @@
 """Pages of a forward pass that no store holds: images, a volume, texts; read and seen in a browser."""
 
+from copy import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +11,11 @@ from torch import nn
 import mamba_attn
 from benchmarks.browser import served
 from mamba_attn.core.layout import TokenLayout
+from mamba_attn.datasets.texts import encode
 from mamba_attn.images import samples
 from mamba_attn.viewer import notebook
-from mamba_attn.viewer.source import patches_of, sheet_of, tokens_of
+from mamba_attn.viewer.source import Source, patches_of, sheet_of, tokens_of
+from mamba_attn.viewer.state import Pane
 from mamba_attn.viewer.traced import Traced, traced
 from tests.viewer.browsing import Viewer
 
@@ -72,9 +77,13 @@ def test_slices_of_a_volume_lie_on_a_sheet(volume):
 
 
 def test_a_model_is_run_on_images_and_on_a_text(text):
-    shown = traced(mamba_attn.load("vmamba_micro", weights="demo"), samples()[:2])
+    shown = traced(mamba_attn.load("vmamba_micro", weights="demo"), samples()[:2], labels=["dress", "cat"])
     assert [image.key for image in shown.images] == [path.name for path in samples()[:2]]
     assert all(image.predicted in shown.classes for image in shown.images)
+    assert [image.correct for image in shown.images] == [
+        shown.images[0].predicted == "dress",
+        None,
+    ]  # a cat is no class
     assert shown.pixels(shown.images[0]).shape == (128, 128, 3)
     assert "".join(text.images[0].words) == TEXT
     assert text.pixels(text.images[0]) is None
@@ -90,6 +99,16 @@ def test_names_are_one_for_each_image(volume):
     assert [image.words for image in Traced(record).images] == [("0",) * 5] * 2
     with pytest.raises(ValueError, match="expected 2, one for each image"):
         Traced(record, keys=["one"])
+
+
+def test_images_of_one_name_are_not_taken_for_each_other(volume):
+    twins = copy(volume)
+    twins.images = [replace(image, key="same") for image in volume.images]
+    source = Source(twins)
+    for number in (0, 1):
+        row = source.read(Pane(what="image", image=number), [7])
+        np.testing.assert_array_equal(row, volume.matrix(volume.layers[0], volume.images[number])[7])
+        np.testing.assert_array_equal(source.pixels(Pane(image=number)), volume.pixels(volume.images[number]))
 
 
 def test_a_text_is_a_line_of_tokens(browser, text):
@@ -113,6 +132,26 @@ def test_a_text_is_a_line_of_tokens(browser, text):
         page.set_viewport_size({"width": 400, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") <= 400
         page.close()
+    assert viewer.wrong == []
+
+
+def test_several_texts_are_called_texts(browser, tmp_path):
+    model = mamba_attn.load("mamba_plays")
+    batch = torch.cat([encode(model.tokenizer, each) for each in (TEXT, TEXT[::-1])])
+    with torch.no_grad(), mamba_attn.trace(model.model) as record:
+        model.model(batch)
+    file = tmp_path / "texts.html"
+    file.write_text(notebook(record, model=model).page, encoding="utf-8")
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    viewer = Viewer(page, file.as_uri()).open()
+    assert "2 texts" in page.locator("#where").inner_text()
+    assert page.locator("#maps b").all_inner_texts() == ["This text", "Usual", "What is special here"]
+    assert "mean of 2 texts" in page.locator("#maps").inner_text()
+    assert page.get_by_label("colour", exact=True).inner_text() == "place\nrank"
+    for state in ("", "show=spread", "mode=blocks", "show=classes"):
+        viewer.open(state)
+        assert "photo" not in page.locator("main").inner_text(), state
+    page.close()
     assert viewer.wrong == []
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from mamba_attn._types import Float
 from mamba_attn.attribution.grids import Row
 from mamba_attn.attribution.lrp.linear_rules import LinearRules
-from mamba_attn.attribution.maps import TokenAttribution
 from mamba_attn.attribution.queries import Query
 from mamba_attn.attribution.targets import Target
+from mamba_attn.attribution.token_maps import TokenAttribution
 from mamba_attn.core.tf32 import tf32_allowed
 from mamba_attn.errors import TraceError
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders

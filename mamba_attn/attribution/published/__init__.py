@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import partial
 from inspect import signature
 
-from mamba_attn.attribution.maps import TokenAttribution
 from mamba_attn.attribution.published.hidden_mamba import (
     HiddenMambaAttentionRollout,
     HiddenMambaAttribution,
@@ -21,6 +20,7 @@ from mamba_attn.attribution.published.implicit_unified import (
 )
 from mamba_attn.attribution.published.true_matrices import Equation24, PublishedRecipe
 from mamba_attn.attribution.published.vmamba_analysis import VMambaAnalysisMap, VMambaAnalysisRollout
+from mamba_attn.attribution.token_maps import TokenAttribution
 from mamba_attn.errors import nearest
 
 __all__ = [

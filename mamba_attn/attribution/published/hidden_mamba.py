@@ -14,9 +14,9 @@ from mamba_attn import ops
 from mamba_attn._types import Float
 from mamba_attn.attribution.activation_recorder import ActivationRecorder
 from mamba_attn.attribution.grids import Row
-from mamba_attn.attribution.maps import TokenAttribution
 from mamba_attn.attribution.queries import Query
 from mamba_attn.attribution.targets import Target
+from mamba_attn.attribution.token_maps import TokenAttribution
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.tracing.layers import ScanLayer, require
 
@@ -80,7 +80,12 @@ class ClassTokenAttribution(TokenAttribution):
 
 
 class HiddenMambaRawAttention(ClassTokenAttribution):
-    """Per layer the rows scaled to 0..1 over channels and tokens together, the mean over channels; their mean."""
+    """Per layer the rows scaled to 0..1 over channels and tokens together, the mean over channels; their mean.
+
+    Example:
+        >>> HiddenMambaRawAttention(model).attribute(images[:1]).shape
+        torch.Size([1, 1, 224, 224])
+    """
 
     multiplies: ClassVar[bool] = False
 
@@ -92,6 +97,10 @@ class HiddenMambaAttentionRollout(ClassTokenAttribution):
     """The positive part of the broadcast rollout of the rows' signed means over channels.
 
     Broadcast: the row stands in all rows of its layer's matrix, see ``broadcast_rollout``.
+
+    Example:
+        >>> HiddenMambaAttentionRollout(model).attribute(images[:1]).shape
+        torch.Size([1, 1, 224, 224])
     """
 
     def _combine(self, rows: Vectors, gradients: Sequence[Tensor], token: int) -> Float[Tensor, "batch tokens"]:
@@ -102,6 +111,10 @@ class HiddenMambaAttribution(ClassTokenAttribution):
     """The broadcast rollout of the rows' positive parts, scaled to 0..1 over channels and tokens, channels averaged.
 
     Each row is multiplied by the weights of the tokens, see ``token_weight``; depends on the class.
+
+    Example:
+        >>> HiddenMambaAttribution(model).attribute(images[:1]).shape
+        torch.Size([1, 1, 224, 224])
     """
 
     gradients: ClassVar[bool] = True

@@ -39,17 +39,31 @@ class _UnifiedRows(ClassTokenAttribution):
 
 
 class UnifiedRawAttention(_UnifiedRows, HiddenMambaRawAttention):
-    """Per layer the unified rows scaled to 0..1 over channels and tokens, the mean over channels; their mean."""
+    """Per layer the unified rows scaled to 0..1 over channels and tokens, the mean over channels; their mean.
+
+    Example:
+        >>> UnifiedRawAttention(model).attribute(images[:1]).shape
+        torch.Size([1, 1, 224, 224])
+    """
 
 
 class UnifiedAttentionRollout(_UnifiedRows, HiddenMambaAttentionRollout):
-    """The positive part of the broadcast rollout of the unified rows' signed means over channels."""
+    """The positive part of the broadcast rollout of the unified rows' signed means over channels.
+
+    Example:
+        >>> UnifiedAttentionRollout(model).attribute(images[:1]).shape
+        torch.Size([1, 1, 224, 224])
+    """
 
 
 class UnifiedMambaAttribution(_UnifiedRows, HiddenMambaAttribution):
     """The broadcast rollout of the unified rows' positive parts, channels averaged, times the tokens' weights.
 
     Here the product with the weights is scaled to 0..1 over tokens, not the positive parts before it.
+
+    Example:
+        >>> UnifiedMambaAttribution(model).attribute(images[:1]).shape
+        torch.Size([1, 1, 224, 224])
     """
 
     def _fused(self, positive: Float[Tensor, "batch channels tokens"], weight: Float[Tensor, "batch tokens"]) -> Tensor:

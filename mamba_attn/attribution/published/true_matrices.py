@@ -13,10 +13,10 @@ from mamba_attn._types import Float
 from mamba_attn.attribution.activation_recorder import ActivationRecorder, gated_gradients
 from mamba_attn.attribution.attention_rollout import Product, dense, of_one_token, roll_out_weighted
 from mamba_attn.attribution.grids import Row
-from mamba_attn.attribution.maps import TokenAttribution
 from mamba_attn.attribution.published.hidden_mamba import late_layers, token_weight
 from mamba_attn.attribution.queries import Query, query_weights
 from mamba_attn.attribution.targets import Target
+from mamba_attn.attribution.token_maps import TokenAttribution
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError
 from mamba_attn.ops import hidden_attention
@@ -37,6 +37,10 @@ class Equation24(TokenAttribution):
         layers: names, patterns or numbers of the mixers to use; the others act as the identity. Default: all.
         layout: as in ``mamba_attn.trace``.
         orders: as in ``mamba_attn.trace``.
+
+    Example:
+        >>> Equation24(model).attribute(images[:1]).shape
+        torch.Size([1, 1, 224, 224])
     """
 
     reads_traces: ClassVar[bool] = False  # it watches the pass
@@ -68,6 +72,10 @@ class PublishedRecipe(TokenAttribution):
         layers: names, patterns or numbers of the mixers to use. Default: the late ones, see ``late_layers``.
         layout: as in ``mamba_attn.trace``.
         orders: as in ``mamba_attn.trace``.
+
+    Example:
+        >>> PublishedRecipe(model).attribute(images[:1]).shape
+        torch.Size([1, 1, 224, 224])
     """
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from mamba_attn._types import Float
 from mamba_attn.attribution.grids import Row
-from mamba_attn.attribution.maps import TokenAttribution
 from mamba_attn.attribution.published.hidden_mamba import min_max
 from mamba_attn.attribution.queries import Query, query_weights
 from mamba_attn.attribution.targets import Target
+from mamba_attn.attribution.token_maps import TokenAttribution
 from mamba_attn.ops.reference import merge
 from mamba_attn.tracing.adapters import find_mixers
 from mamba_attn.tracing.layer_names import LayerNames
@@ -58,7 +58,14 @@ class _AnalysisAttribution(TokenAttribution):
 
 
 class VMambaAnalysisMap(_AnalysisAttribution):
-    """The query's row of the analysis map of the third stage's second block, or of every layer named."""
+    """The query's row of the analysis map of the third stage's second block, or of every layer named.
+
+    Example:
+        >>> from mamba_attn import models
+        >>> vmamba = models.create("vmamba_digits", weights="demo")
+        >>> VMambaAnalysisMap(vmamba, layers=-1).attribute(torch.rand(1, 3, 64, 64)).shape
+        torch.Size([1, 1, 64, 64])
+    """
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:
         layers = self._layers(inputs, target, multiplied=False)
@@ -73,6 +80,12 @@ class VMambaAnalysisRollout(_AnalysisAttribution):
 
     Raises:
         ValueError: when called, layers on several grids.
+
+    Example:
+        >>> from mamba_attn import models
+        >>> vmamba = models.create("vmamba_digits", weights="demo")
+        >>> VMambaAnalysisRollout(vmamba, layers=-1).attribute(torch.rand(1, 3, 64, 64)).shape
+        torch.Size([1, 1, 64, 64])
     """
 
     def _explain(self, inputs: Tensor, target: Target, query: Query | None) -> list[Row]:

@@ -4,9 +4,9 @@ from torch import Tensor
 
 from mamba_attn._types import Float
 from mamba_attn.attribution.grids import Row
-from mamba_attn.attribution.maps import TokenAttribution
 from mamba_attn.attribution.queries import Query, query_weights
 from mamba_attn.attribution.targets import Target
+from mamba_attn.attribution.token_maps import TokenAttribution
 from mamba_attn.tracing.layers import require
 from mamba_attn.tracing.softmax_layers import AttentionLayer
 

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from mamba_attn.attribution.attention_rollout import Product, dense, of_one_token, roll_out_weighted
 from mamba_attn.attribution.grids import Row
-from mamba_attn.attribution.maps import TokenAttribution
 from mamba_attn.attribution.queries import Query, query_weights
 from mamba_attn.attribution.targets import Target
+from mamba_attn.attribution.token_maps import TokenAttribution
 from mamba_attn.attribution.vit import block_relevance
 from mamba_attn.errors import UnsupportedModelError, nearest
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders

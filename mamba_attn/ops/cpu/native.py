@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from mamba_attn.core.scan_record import ScanRecord
-from mamba_attn.ops import blocked
+from mamba_attn.ops import blocked, chunk_scan
 from mamba_attn.ops.arguments import Weights, pick
-from mamba_attn.ops.backend import Backend, by_route
+from mamba_attn.ops.backend import Backend
 from mamba_attn.ops.cpu.build import library, library_problem
 from mamba_attn.ops.cpu.structures import CAttention, CGradients, Frame, c_scan, c_tensor, checked_order
 from mamba_attn.ops.flat_records import (
@@ -29,12 +29,13 @@ from mamba_attn.ops.flat_records import (
     operator,
     unflatten,
 )
-from mamba_attn.ops.heads import as_units, by_group, fold_heads, unit_width
+from mamba_attn.ops.heads import as_units, by_group, by_head, unit_width
 
 _LANES = 16
 _FOLDS = {"sum": 0, "mean": 0, "positive": 1, "absolute": 2, "each": 3}
 _LOG2_E = 1 / math.log(2)
 _SMALLEST_STEP = 1e-20
+_PRODUCTS = 8192  # channels of a head times states from which products are faster than the kernel's loop
 
 
 class Native(Backend):
@@ -53,6 +54,8 @@ class Native(Backend):
 
     def selective_scan(self, record: ScanRecord, merged: bool) -> Tensor:
         """y: (batch, channels, tokens) merged, else (batch, routes, channels, length)."""
+        if chunk_scan.channels_share_decays(record) and unit_width(record) * record.states >= _PRODUCTS:
+            return chunk_scan.selective_scan(record, merged)
         outputs = [self._scan_group(part, merged) for part in _groups(record)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
 
@@ -61,7 +64,7 @@ class Native(Backend):
     ) -> Tensor:
         """(batch, [channels,] tokens, tokens) merged, else (batch, routes, [channels,] length, length)."""
         if unit_width(record) > 1:
-            return by_route(record, (row_weight, col_weight), merged, partial(fold_heads, _scan_ordered, fold=fold))
+            return by_head(_scan_ordered, record, (row_weight, col_weight), fold, merged)
         if record.source_gain is not None:
             tensors = (record.source_delta, record.A, record.source_B, record.source_C, record.source_gain)
             if torch.is_grad_enabled() and any(
@@ -190,7 +193,7 @@ def _attention(*arguments: Any) -> Tensor:
 def _matrices(record: ScanRecord, weights: Sequence[Weights], folds: Sequence[str], merged: bool) -> list[Tensor]:
     """Return the folded matrices of a record with one group: one, or two whose folds are "mean" or "sum"."""
     fields = flatten_for_matrix(record)
-    outs = [empty_attention(*fields, merged, None, None, fold).zero_() for fold in folds]
+    outs = [empty_attention(*fields, merged, None, None, fold) for fold in folds]
     with _calls(record, weights, outs, folds, merged) as (calls, source):
         for call, out, fold in zip(calls, outs, folds, strict=True):
             side = out.shape[-1]

@@ -41,7 +41,7 @@ class CCall(ctypes.Structure):
     _fields_ = [
         *((name, CTensor) for name in ("u", "delta", "A", "B", "C", "D", "row_weight", "col_weight")),
         *((name, COutput) for name in ("y", "attention")),
-        *((name, ctypes.c_void_p) for name in ("read", "write", "before", "counters")),
+        *((name, ctypes.c_void_p) for name in ("read", "write")),
         *(
             (name, ctypes.c_int32)
             for name in (
@@ -55,11 +55,10 @@ class CCall(ctypes.Structure):
                 "tokens",
                 "per_head",
                 "per_group",
+                "width",
                 "fold",
                 "splits",
                 "products",
-                "want_y",
-                "want_attention",
             )
         ),
         *((name, ctypes.c_float) for name in ("y_scale", "attention_scale")),
@@ -128,10 +127,27 @@ def call(record: ScanRecord, read: Tensor | None, write: Tensor | None) -> CCall
         tokens=record.tokens,
         per_head=record.channels // record.heads,
         per_group=record.channels // record.source_B.shape[2],
+        width=1,
         splits=1,
         y_scale=1.0,
         attention_scale=1.0,
     )
+
+
+def call_of_heads(record: ScanRecord, read: Tensor | None, write: Tensor | None) -> CCall:
+    """Like ``call``, for kernels whose channels are heads; "group" leads to a head's next channel."""
+    args, width = call(record, read, write), record.channels // record.heads
+    args.u = tensor(by_head(record.source_u, 2, width), ("batch", "route", "axis", "group", "position"), args.u.frame)
+    if record.D is not None:
+        args.D = tensor(by_head(record.D, 1, width), ("route", "axis", "group"))
+    args.channels, args.per_head, args.per_group, args.width = record.heads, 1, record.heads // args.groups, width
+    return args
+
+
+def by_head(x: Tensor, axis: int, width: int) -> Tensor:
+    """Return a view whose axis of channels is two: heads, and ``width`` channels of each."""
+    split: Tensor = x.unflatten(axis, (-1, width))
+    return split
 
 
 def supported(x: Tensor | None) -> bool:

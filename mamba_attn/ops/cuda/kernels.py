@@ -21,7 +21,9 @@ from mamba_attn.ops.cuda.kernel_args import (
     CCall,
     CLine,
     CTensor,
+    by_head,
     call,
+    call_of_heads,
     output,
     supported,
     tensor,
@@ -38,6 +40,8 @@ _TILES = {  # steps, threads
     "attention_factored_64": (64, 128),
     "attention_factored_128": (128, 512),
 }
+_HEADS, _CHUNK, _CHUNK_THREADS, _SLICE = "attention_heads", 64, 128, 64
+_FEW = 256  # channels of a head x states below which a scan state by state is the faster one
 _SHARED_BACKWARD = 2 * _BACKWARD_THREADS // 32 * _SPAN * 4
 _SHARED_LINE = 8 * _LINE_CHANNELS + _LINE_THREADS // 32 * _SPAN * 4 + 4
 _ROWS = ("source_u", "source_delta", "source_B", "source_C")
@@ -49,7 +53,8 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
 def limits(record: ScanRecord, launcher: Launcher) -> str | None:
     """Return why the kernels cannot run a record of this size, or None."""
-    needed, limit = _SHARED_BACKWARD + 64 * record.states, launcher.shared_limit(record.source_delta.device)
+    limit = launcher.shared_limit(record.source_delta.device)
+    needed = max(_SHARED_BACKWARD + 64 * record.states, _scan_shared(record.states, _SCAN_THREADS))
     if needed > limit:
         return (
             f"{record.states} states need {needed:,} bytes of shared memory per block and this GPU has {limit:,}; use "
@@ -74,24 +79,49 @@ def limits(record: ScanRecord, launcher: Launcher) -> str | None:
 def formulation(record: ScanRecord, fold: str, shared_limit: int) -> str:
     """Return the name of the kernel with the lowest operation count.
 
-    Folds that are not linear need every channel's entries, pair by pair. Tiles of 128 steps need half the exponentials
-    of tiles of 64, but a short sequence leaves them empty.
+    Heads whose states share their decay have a kernel of their own. Folds that are not linear need every channel's
+    entries, pair by pair. Tiles of 128 steps need half the exponentials of tiles of 64, but a short sequence leaves
+    them empty.
     """
+    if shares_matrices(record) and _chunk_shared(record.states) <= shared_limit:
+        return _HEADS
     if fold not in _SIGNED or record.length <= _SHORT:
         return "attention_direct"
     fits = _attention_shared("attention_factored_128", record.states) <= shared_limit
     return "attention_factored_128" if record.length >= _LONG and fits else "attention_factored_64"
 
 
-def scan(launcher: Launcher, record: ScanRecord, merged: bool) -> Tensor:
-    """y: (batch, channels, tokens) merged, else (batch, routes, channels, length)."""
+def shares_matrices(record: ScanRecord) -> bool:
+    """Whether states share their decay, so that a head has one matrix C B^T times decays, as in Mamba-2."""
+    several = record.heads < record.channels or record.states > 1
+    return record.A.shape[2] == 1 and several and record.heads % record.source_B.shape[2] == 0
+
+
+def scan(launcher: Launcher, record: ScanRecord, merged: bool, kernel: str | None = None) -> Tensor:
+    """y: (batch, channels, tokens) merged, else (batch, routes, channels, length).
+
+    Args:
+        launcher: runs the kernels.
+        record: the scan.
+        merged: routes summed in the token frame, times the record's scale.
+        kernel: "selective_scan", state by state, or "attention_heads", by chunks, for records that share matrices.
+            Default: the one with the lower operation count.
+    """
     y = _new_y(record, merged)
-    warps = _SCAN_THREADS // 32
+    if kernel is None:
+        work, fits = record.channels // record.heads * record.states, launcher.shared_limit(y.device)
+        by_chunks = shares_matrices(record) and work >= _FEW and _chunk_shared(record.states) <= fits
+        kernel = _HEADS if by_chunks else "selective_scan"
     for part, read, write in _parts(record, merged):
+        if kernel == _HEADS:
+            args = call_of_heads(part, read, write)
+            _ask_for_y(args, record, y, merged)
+            launcher.launch(kernel, _chunk_blocks(args), _CHUNK_THREADS, _chunk_shared(part.states), args, y.device)
+            continue
         args = call(part, read, write)
         _ask_for_y(args, record, y, merged)
-        blocks = part.batch * part.routes * math.ceil(part.channels / warps)
-        launcher.launch("selective_scan", blocks, _SCAN_THREADS, warps * part.states * 4, args, y.device)
+        shared = _scan_shared(part.states, _SCAN_THREADS)
+        launcher.launch("selective_scan", _scan_blocks(args, _SCAN_THREADS), _SCAN_THREADS, shared, args, y.device)
     return y
 
 
@@ -125,8 +155,10 @@ def attention(
     for part, read, write in _parts(record, merged):
         own = slice(start, start + part.routes)
         start = own.stop
-        rows, columns = (_weight(weight, own, frame) for weight, frame in zip(weights, (WRITE, READ), strict=True))
-        args = call(part, read, write)
+        args = (call_of_heads if kernel == _HEADS else call)(part, read, write)
+        rows, columns = (
+            _weight(weight, own, frame, args.width) for weight, frame in zip(weights, (WRITE, READ), strict=True)
+        )
         args.row_weight, args.col_weight = rows[1], columns[1]
         if y is not None:
             _ask_for_y(args, record, y, merged)
@@ -180,7 +212,7 @@ def attention_line(
     for part, read, write in _parts(record, merged):
         own = slice(start, start + part.routes)
         start = own.stop
-        rows, columns = (_weight(weight, own, frame) for weight, frame in zip(weights, (WRITE, READ), strict=True))
+        rows, columns = (_weight(weight, own, frame, 1) for weight, frame in zip(weights, (WRITE, READ), strict=True))
         args = call(part, read, write)
         args.row_weight, args.col_weight = rows[1], columns[1]
         axes = ("batch", *(() if merged else ("route",)), *(("group",) if fold == "each" else ()), "position")
@@ -201,37 +233,56 @@ def _launch_attention(
     launcher: Launcher, kernel: str, args: CCall, part: ScanRecord, out: Tensor, fold: str, merged: bool, several: bool
 ) -> None:
     """``several``: other routes add to the same entries, in this launch or in another."""
-    tile, threads = _TILES[kernel]
+    tile, threads = _TILES.get(kernel, (_CHUNK, _CHUNK_THREADS))
     device = out.device
     tiles = part.batch * part.routes * _pairs(part, tile)
     wanted = launcher.multiprocessors(device) * _THREADS_PER_MULTIPROCESSOR // threads
-    splits = 1 if deterministic() else max(1, min(math.ceil(part.channels / _CHANNELS), wanted // tiles))
+    splits = 1 if deterministic() else max(1, min(math.ceil(args.channels / _CHANNELS), wanted // tiles))
     axes = (*(() if merged else ("route",)), *(("group",) if fold == "each" else ()), "axis", "position")
     add = several or (splits > 1 and fold != "each")
-    before = torch.empty(part.batch, part.routes, part.heads, math.ceil(part.length / tile), 2, device=device)
-    counters = torch.zeros(1 + part.batch * part.routes, dtype=torch.int32, device=device)
     args.attention = output(out, ("batch", *axes), READ if merged else STEP, add)
-    args.before, args.counters = before.data_ptr(), counters.data_ptr()
     args.fold, args.splits, args.products = _FOLDS[fold], splits, 1 if _tf32() else 3
-    args.want_attention, args.attention_scale = 1, _scale(part, fold, merged)
-    scanning = part.batch * part.routes * math.ceil(part.channels / (threads // 32))
+    args.attention_scale = _scale(part, fold, merged)
+    if kernel == _HEADS and fold != "each" and not args.row_weight.data and not args.col_weight.data:
+        args.attention_scale *= args.width  # channels with one and the same matrix
+    scanning = 0 if not args.y.data else _chunk_blocks(args) if kernel == _HEADS else _scan_blocks(args, threads)
     shared_bytes = _attention_shared(kernel, part.states)
     launcher.launch(kernel, scanning + tiles * splits, threads, shared_bytes, args, device)
 
 
 def _attention_shared(kernel: str, states: int) -> int:
     """Return a block's shared bytes: staging and, in a factored kernel, a slab; or its warps' states in a scan."""
-    tile, threads = _TILES[kernel]
+    tile, threads = _TILES.get(kernel, (_CHUNK, _CHUNK_THREADS))
     sides = 2 * tile
-    stage = 8 + 12 * _CHANNELS * (sides + 2) + 4 * (_STATES + 1) * sides + 8 * _CHANNELS * _STATES
+    stage = 12 * _CHANNELS * (sides + 2) + 4 * (_STATES + 1) * sides + 8 * _CHANNELS * _STATES
     slab = 0 if kernel == "attention_direct" else 8 * _INNER * (sides + 4)
-    return max(stage + slab, 4 + threads // 32 * states * 4)
+    return max(stage + slab, _chunk_shared(states) if kernel == _HEADS else _scan_shared(states, threads))
+
+
+def _scan_blocks(args: CCall, threads: int) -> int:
+    """Blocks of a scan state by state: a warp a channel, the channels of a block in one group."""
+    return int(args.batch * args.routes * args.groups * math.ceil(args.per_group / (threads // 32)))
+
+
+def _scan_shared(states: int, threads: int) -> int:
+    """Return a block's shared bytes in such a scan: B and C of a span for some states, and its warps' states."""
+    return 2 * 4 * min(states, _STATES) * 2 * _SPAN + threads // 32 * states * 4
+
+
+def _chunk_blocks(args: CCall) -> int:
+    """Blocks of a scan by chunks: one for each head, or for 64 of its channels."""
+    return int(args.batch * args.routes * args.channels * math.ceil(args.width / _SLICE))
+
+
+def _chunk_shared(states: int) -> int:
+    """Return a block's shared bytes in a scan by chunks: a slab, what is known of its steps, and states."""
+    return 8 * _INNER * (2 * _CHUNK + 4) + 4 * 7 * _CHUNK + 4 * states * _SLICE
 
 
 def _ask_for_y(args: CCall, record: ScanRecord, y: Tensor, merged: bool) -> None:
-    axes = ("batch", "axis", "position") if merged else ("batch", "route", "axis", "position")
-    args.y = output(y, axes, WRITE if merged else STEP, add=merged and record.routes > 1)
-    args.want_y, args.y_scale = 1, record.scale if merged else 1.0
+    axes = (*(("batch",) if merged else ("batch", "route")), "axis", "group", "position")
+    args.y = output(by_head(y, -2, args.width), axes, WRITE if merged else STEP, add=merged and record.routes > 1)
+    args.y_scale = record.scale if merged else 1.0
 
 
 def _new_y(record: ScanRecord, merged: bool) -> Tensor:
@@ -240,18 +291,23 @@ def _new_y(record: ScanRecord, merged: bool) -> Tensor:
         if merged
         else (record.batch, record.routes, record.channels, record.length)
     )
-    return torch.zeros(shape, device=record.source_delta.device)
+    if merged:
+        return torch.zeros(shape, device=record.source_delta.device)
+    return torch.empty(shape, device=record.source_delta.device)  # every step is written, where a token may be left out
 
 
-def _weight(weight: Tensor | None, routes: slice, frame: int) -> tuple[Tensor | None, CTensor]:
-    """Return a weight's tensor, to keep alive, and its argument; (batch, channels, tokens) is in the token frame."""
+def _weight(weight: Tensor | None, routes: slice, frame: int, width: int) -> tuple[Tensor | None, CTensor]:
+    """Return a weight's tensor, to keep alive, and its argument; (batch, channels, tokens) is in the token frame.
+
+    ``width``: channels of a kernel's channel.
+    """
     if weight is None:
         return None, CTensor()
     weight = _close(weight.detach() if supported(weight) else weight.detach().float())
     if weight.ndim == 3:
-        return weight, tensor(weight, ("batch", "axis", "position"), frame)
-    weight = weight[:, routes]
-    return weight, tensor(weight, ("batch", "route", "axis", "position"))
+        return weight, tensor(by_head(weight, 1, width), ("batch", "axis", "group", "position"), frame)
+    weight = by_head(weight[:, routes], 2, width)
+    return weight, tensor(weight, ("batch", "route", "axis", "group", "position"))
 
 
 def _parts(record: ScanRecord, merged: bool) -> Iterator[tuple[ScanRecord, Tensor | None, Tensor | None]]:

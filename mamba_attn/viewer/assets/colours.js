@@ -1,5 +1,5 @@
 // Numbers to colours, by the rules of mamba_attn.figures.colours; the same sign has the same colour everywhere.
-import { about } from './data.js';
+import { about, clamp } from './data.js';
 import { state } from './state.js';
 
 const SHADES = 510; // of a map
@@ -44,10 +44,13 @@ export function scaleOf(values, top, what = '') {
 }
 
 export function mixed(colours, position) {
-  const place = Math.min(Math.max(position, 0), 1) * (colours.length - 1);
+  const place = clamp(position, 0, 1) * (colours.length - 1);
   const below = Math.min(Math.floor(place), colours.length - 2);
   return colours[below].map((one, channel) => Math.round(one + (colours[below + 1][channel] - one) * (place - below)));
 }
+
+// Where a value lies on a scale: 0 to 1.
+export const onScale = (value, { low, high }) => clamp((value - low) / (high - low), 0, 1);
 
 // A map as a picture of one pixel per cell; below opacity 1, what is near zero lets the photo through.
 export function tile(values, [rows, columns], scale, opacity = 1) {
@@ -58,12 +61,7 @@ export function tile(values, [rows, columns], scale, opacity = 1) {
     const strength = scale.signed ? Math.abs(2 * at / SHADES - 1) : at / SHADES;
     return [...mixed(scale.colours, at / SHADES), opacity >= 1 ? 255 : Math.round(255 * opacity * Math.sqrt(strength))];
   });
-  const { data } = pixels;
-  for (let cell = 0; cell < values.length; cell++) {
-    const position = Math.min(Math.max((values[cell] - scale.low) / (scale.high - scale.low), 0), 1);
-    const colour = table[Math.round(position * SHADES)];
-    for (let channel = 0; channel < 4; channel++) data[4 * cell + channel] = colour[channel];
-  }
+  values.forEach((value, cell) => pixels.data.set(table[Math.round(onScale(value, scale) * SHADES)], 4 * cell));
   context.putImageData(pixels, 0, 0);
   return canvas;
 }
@@ -71,14 +69,30 @@ export function tile(values, [rows, columns], scale, opacity = 1) {
 export const kindColour = (at, count) => css(
   count <= about.palettes.kinds.length ? about.palettes.kinds[at] : mixed(about.palettes.viridis, at / (count - 1)));
 
-export function ramp(colours) {
-  const canvas = element('canvas', undefined, { class: 'ramp', 'aria-hidden': 'true', width: 170, height: 1 });
-  const context = canvas.getContext('2d');
-  for (let x = 0; x < 170; x++) {
-    context.fillStyle = css(mixed(colours, x / 169));
-    context.fillRect(x, 0, 1, 1);
+export const ramp = (colours) => element('span', { class: 'ramp', style: `background:linear-gradient(to right,${colours.map(css)})` });
+
+// A line in black with a white border: it is seen on every ground.
+export function stroked(context, line, wide, border = 2, colour = '#111') {
+  for (const [paint_, width] of [['white', wide + border], [colour, wide]]) {
+    [context.strokeStyle, context.lineWidth] = [paint_, width];
+    context.stroke(line);
   }
-  return canvas;
+}
+
+// Line pieces [x0, y0, x1, y1], or corners [x, y] joined to an area, as a path.
+export function pieces(all) {
+  const made = new Path2D();
+  for (const [x0, y0, x1, y1] of all) {
+    made.moveTo(x0, y0);
+    made.lineTo(x1, y1);
+  }
+  return made;
+}
+export function area(corners) {
+  const made = new Path2D();
+  corners.forEach(([x, y], at) => made[at ? 'lineTo' : 'moveTo'](x, y));
+  made.closePath();
+  return made;
 }
 
 // A canvas as large as its place on the page, in the screen's own pixels.
@@ -94,10 +108,13 @@ export function prepared(canvas, height) {
   return context;
 }
 
-export function element(name, text, attributes = {}, ...children) {
+// An element, of attributes, where functions (such as onclick) and true or false are properties, and of elements and words.
+export function element(name, attributes = {}, ...children) {
   const made = document.createElement(name);
-  if (text !== undefined) made.textContent = text; // never HTML: names come from files
-  for (const [key, value] of Object.entries(attributes)) if (value !== undefined) made.setAttribute(key, value);
-  made.append(...children);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (['function', 'boolean'].includes(typeof value)) made[key] = value;
+    else if (value !== undefined) made.setAttribute(key, value);
+  }
+  made.append(...children.filter(Boolean)); // words are never HTML: names come from files
   return made;
 }

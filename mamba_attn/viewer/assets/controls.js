@@ -1,12 +1,13 @@
 // The controls: built from what there is, greyed with the reason where they cannot act.
-import { about, ask, byId, cellsOf, has, live, picture } from './data.js';
+import { about, ask, byId, cellsOf, clamp, has, live, picture } from './data.js';
 import { element } from './colours.js';
 import { drawMaps, mapTools, repaint, unusual } from './maps.js';
 import { drawPoints, passes, pointTools, zoom } from './points.js';
-import { COLOURS, beginning, change, classOf, layerOf, pane, right, routeOf, state, storeOf, wordsOf } from './state.js';
-import { METHODS, answered, arrow, block, caption, gridOf, noun, short, steps, verdict } from './words.js';
+import { beginning, change, classOf, coloursOf, layerOf, pane, right, routeOf, state, storeOf, wordsOf } from './state.js';
+import { METHODS, answered, arrow, block, caption, gridOf, item, noun, short, single, steps, verdict } from './words.js';
 
 const LISTED = 300; // photos in the list; the search finds the others
+const ELSEWHERE = 'not on this page: mamba-attn explore shows it';
 const able = new Map(); // which layers have a gate and a D, by store
 
 export function build() {
@@ -17,14 +18,18 @@ export function build() {
   byId('lead').replaceChildren(...leadOf(its));
   const text = Boolean(wordsOf(its));
   [byId('starts').hidden, byId('photos').hidden] = [text, text && storeOf().images.length < 2];
-  byId('story').textContent = STARTS[state.start - 1]?.[1] ?? '';
-  [...byId('starts').querySelectorAll('button')].forEach((one, at) => one.setAttribute('aria-pressed', at + 1 === state.start));
+  byId('story').textContent = (STARTS[state.start - 1]?.[1] ?? '').replaceAll('photo', item());
+  [...byId('starts').querySelectorAll('button')].forEach((one, at) => {
+    one.textContent = STARTS[at][0].replaceAll('photo', item());
+    one.setAttribute('aria-pressed', at + 1 === state.start);
+  });
+  for (const id of ['photos', 'list']) byId(id).setAttribute('aria-label', item(true));
   fill('where', above(its));
   fill('patch', ofPatch(its));
   fill('selecting', selecting(its));
-  filters(its);
+  filters();
   list(its);
-  if (!byId('plots')) byId('points').append(element('div', undefined, { class: 'bar', id: 'points-bar' }), element('div', undefined, { id: 'plots' }), element('div', undefined, { class: 'bar', id: 'points-tools' }));
+  if (!byId('plots')) byId('points').append(element('div', { class: 'bar', id: 'points-bar' }), element('div', { id: 'plots' }), element('div', { class: 'bar', id: 'points-tools' }));
   fill('points-bar', ofPoints(its));
   fill('points-tools', its.mode === 'every' ? [] : handling());
   fill('display', more(its));
@@ -35,29 +40,28 @@ export function build() {
 
 // What one sees, and what the colours mean.
 function leadOf(its) {
-  const first = [`The ${wordsOf(its) ? 'text' : layerOf(its).slices ? 'volume' : 'photo'} is cut into ${noun(true)}. `, element('b', `Click a ${noun()}`), ` to see which other ${noun(true)} it takes information from. `];
-  const [orange, blue] = [element('span', 'orange', { class: 'adds' }), element('span', 'blue', { class: 'subtracts' })];
-  if (its.show === 'spread') return [...first, 'The deeper the ', orange, ', the more this differs between photos.'];
+  const [orange, blue] = [element('span', { class: 'adds' }, 'orange'), element('span', { class: 'subtracts' }, 'blue')];
+  const first = [`The ${item()} is cut into ${noun(true)}. `, element('b', {}, `Click a ${noun()}`), ` to see which other ${noun(true)} it takes information from. `];
+  if (its.show === 'spread') return [...first, 'The deeper the ', orange, `, the more this differs between ${item(true)}.`];
   if (state.sign === 'signed') return [...first, 'Values in ', orange, ' add, those in ', blue, ' subtract.'];
   return [...first, 'The deeper the ', orange, `, the more it ${its.direction === 'row' ? 'takes' : 'gives'}`, ...(its.show === 'all' ? ['; in the third map ', blue, ' is less than usual.'] : ['.'])];
 }
 const fill = (id, made) => byId(id).replaceChildren(...made.filter(Boolean));
 
 function above(its) {
-  const layer = layerOf(its);
-  const known = storeOf().images.map(right).filter((one) => one !== null);
-  const [{ collected, top1 }, of] = [storeOf(), storeOf().collected === 1 ? 'photo' : 'photos'];
-  const share = known.length ? ` · ${known.filter(Boolean).length} of ${known.length} photos right` : '';
-  const scans = [[-1, layer.routes > 1 ? 'all' : 'one', undefined], ...(layer.routes > 1 ? layer.orders.map((_, route) => [route, arrow(layer, route), missing(layer, route)]) : [])];
+  const [layer, { collected, top1, images, layers }, text] = [layerOf(its), storeOf(its), wordsOf(its)];
+  const known = images.map(right).filter((one) => one !== null);
+  const counted = [top1 !== null && `top-1 ${top1.toFixed(1)} %`, `${collected} ${item(collected > 1)}`, known.length > 0 && `${known.filter(Boolean).length} of ${known.length} ${item(true)} right`];
+  const scans = layer.routes > 1 ? [[-1, 'all'], ...layer.orders.map((_, route) => [route, arrow(layer, route), missing(layer, route)])] : [[-1, 'one']];
   return [
-    state.panes.length > 1 && choice('active', 'controls of', [[0, 'pane A'], [1, 'pane B']], state.active, (active) => change({ active })),
-    about.stores.length > 1 ? menu('store', 'model', about.stores.map((one, at) => [at, named(at)]), its.store, (store) => change({}, { ...beginning(store).panes[0] }))
-      : element('b', storeOf().name),
-    !wordsOf(its) && element('span', `${top1 === null ? '' : `top-1 ${top1.toFixed(1)} % · `}${collected} ${of}${share}`, { class: 'hint' }),
-    element('span', undefined, { class: 'space' }),
-    menu('layer', 'block', storeOf().layers.map((one) => [one.number, `${block(one)} · ${gridOf(one)}`]), its.layer, (number) => change({}, { layer: number })),
-    layer.orders.length > 0 && !(wordsOf(its) && layer.routes < 2) && choice('route', 'scan direction', scans, routeOf(its), (route) => change({}, { route })),
-    !wordsOf(its) && toggle('large', 'large strip', state.large, (large) => change({ large })),
+    state.panes.length > 1 && choice('active', 'controls of', [[0, 'pane A'], [1, 'pane B']]),
+    about.stores.length > 1 ? menu('store', 'model', about.stores.map((one, at) => [at, named(at)]), { act: (store) => change({}, { ...beginning(store).panes[0] }) })
+      : element('b', {}, storeOf().name),
+    !(text && collected < 2) && element('span', { class: 'hint' }, counted.filter(Boolean).join(' · ')),
+    element('span', { class: 'space' }),
+    menu('layer', 'block', layers.map((one) => [one.number, `${block(one)} · ${gridOf(one)}`])),
+    layer.orders.length > 0 && !(text && layer.routes < 2) && choice('route', 'scan direction', scans, { value: routeOf(its) }),
+    !text && toggle('large', 'large strip'),
   ];
 }
 
@@ -65,19 +69,19 @@ function named(at) {
   const { name, folder } = about.stores[at];
   return about.stores.filter((one) => one.name === name).length > 1 ? `${name} (${folder || at + 1})` : name;
 }
-const missing = (layer, route) => (live || `mean/${route}` in layer.matrices ? undefined : 'not on this page: mamba-attn explore shows it');
+const missing = (layer, route) => (live || `mean/${route}` in layer.matrices ? '' : ELSEWHERE);
 
 function ofPatch(its) {
-  const classes = [...new Set(storeOf().images.map((one) => one[1]))].filter((one) => one !== null).sort();
-  const shows = [['all', 'all three'], ['image', 'this photo'], ['mean', 'usual'], ['difference', 'special'], ['spread', 'varies', live || storeOf().layers.some((one) => 'spread/sum' in one.matrices) ? undefined : 'not on this page: mamba-attn explore shows it'],
-    ['classes', 'by class', classes.length > 1 ? undefined : 'the classes are not known']];
-  const single = storeOf().collected < 2;
+  const classes = [...new Set(storeOf().images.map((one) => one[1]))].filter((one) => one !== null).sort().map((one) => [one, one]);
+  const spread = live || storeOf().layers.some((one) => 'spread/sum' in one.matrices);
+  const two = state.panes.length > 1;
+  const shows = [['all', 'all three'], ['image', `this ${item()}`], ['mean', 'usual'], ['difference', 'special'], ['spread', 'varies', spread ? '' : ELSEWHERE], ['classes', 'by class', classes.length > 1 ? '' : 'the classes are not known']];
   return [
-    choice('direction', `a ${noun()}`, [['row', 'takes from'], ['column', 'gives to']], its.direction, (direction) => change({}, { direction })),
-    choice('sign', 'values', [['absolute', 'strength'], ['signed', 'with sign'], ['positive', 'positive']], state.sign, (sign) => change({ sign, lock: 0 })),
-    !(single && wordsOf(its)) && choice('show', 'show', state.panes.length > 1 ? shows.slice(1) : shows, state.panes.length > 1 && its.show === 'all' ? 'image' : its.show, (show) => change({}, { show }), single ? 'there is one photo: nothing to compare it with' : ''),
-    its.show === 'classes' && menu('one', 'class', classes.map((one) => [one, one]), classOf(its, 'class') ?? classes[0], (one) => change({}, { one })),
-    its.show === 'classes' && menu('other', 'minus', [['', 'all photos'], ...classes.map((one) => [one, one])], its.other, (other) => change({}, { other })),
+    choice('direction', `a ${noun()}`, [['row', 'takes from'], ['column', 'gives to']]),
+    choice('sign', 'values', [['absolute', 'strength'], ['signed', 'with sign'], ['positive', 'positive']]),
+    !(single() && wordsOf(its)) && choice('show', 'show', two ? shows.slice(1) : shows, { value: two && its.show === 'all' ? 'image' : its.show, why: single() }),
+    its.show === 'classes' && menu('one', 'class', classes, { value: classOf(its, 'class') ?? classes[0]?.[0] }),
+    its.show === 'classes' && menu('other', 'minus', [['', `all ${item(true)}`], ...classes]),
   ];
 }
 
@@ -94,23 +98,22 @@ export function compare() {
   return change({ panes: second ? [pane()] : [first, { ...first }], active: second ? 0 : 1 });
 }
 
-function filters(its) {
+function filters() {
   const { images } = storeOf();
   const box = byId('filters');
   if (!box.children.length) {
-    const search = element('input', undefined, { type: 'search', placeholder: 'search', 'aria-label': 'Search photos by name or class', 'data-name': 'search' });
-    search.addEventListener('input', () => { state.search = search.value; list(pane()); drawPoints(); });
-    search.addEventListener('change', () => change({ search: search.value }));
-    box.append(search, element('span', undefined, { id: 'sorting', class: 'bar' }));
+    const oninput = ({ target }) => { state.search = target.value; list(pane()); drawPoints(); };
+    const onchange = ({ target }) => change({ search: target.value });
+    box.append(element('input', { type: 'search', placeholder: 'search', 'data-name': 'search', oninput, onchange }), element('span', { id: 'sorting', class: 'bar' }));
   }
+  box.firstChild.setAttribute('aria-label', `Search ${item(true)} by name or class`);
   if (document.activeElement !== box.firstChild) box.firstChild.value = state.search;
-  const known = images.some((one) => right(one) !== null);
+  const [known, kept] = [images.some((one) => right(one) !== null), images.some((one) => one[4])];
   fill('sorting', [
-    menu('verdict', '', [['all', 'all'], ['right', 'right ✓'], ['wrong', 'wrong ✗']], state.verdict, (verdict_) => change({ verdict: verdict_ }), known ? '' : 'the classes are not known', 'Predictions'),
-    menu('order', '', [['stored', 'in order'], ['unusual', 'unusual']], state.order, (order) => change({ order }), images.some((one) => one[4]) ? '' : 'no photo is stored in full', 'Order of photos'),
-    live && button('add', 'add photo', addPhoto),
+    menu('verdict', '', [['all', 'all'], ['right', 'right ✓'], ['wrong', 'wrong ✗']], { why: known ? '' : 'the classes are not known', spoken: 'Predictions' }),
+    menu('order', '', [['stored', 'in order'], ['unusual', 'unusual']], { why: kept ? '' : `no ${item()} is stored in full`, spoken: `Order of ${item(true)}` }),
+    live && item() === 'photo' && button('add', 'add photo', addPhoto),
   ]);
-  return its;
 }
 
 let sorted = 0;
@@ -124,20 +127,18 @@ async function list(its) {
     if (own !== sorted) return;
     found = found.sort((a, b) => (far.get(b) ?? -1) - (far.get(a) ?? -1));
   }
-  const more_ = found.length - LISTED;
   const key = [its.store, images.length, ...found].join();
   const box = byId('list');
   if (box.dataset.key !== key) { // pictures stay while nothing but the choice changes
     box.dataset.key = key;
     box.replaceChildren(...found.slice(0, LISTED).map((at) => {
-      const made = element('button', undefined, { 'data-image': at, title: answered(images[at]) });
       const source = picture(its.store, at, true);
-      if (source) made.append(element('img', undefined, { src: source, alt: '', loading: 'lazy' }));
-      made.append(element('span', verdict(images[at]) || short(images[at][0])));
-      made.addEventListener('click', () => change({}, { image: at, ...(['mean', 'spread'].includes(pane().show) ? { show: 'image' } : {}) }));
-      return made;
-    }), ...(more_ > 0 ? [element('span', `${more_.toLocaleString('en')} more: search`, { class: 'hint' })] : []),
-    ...(found.length ? [] : [element('span', 'no photo fits', { class: 'hint' })]));
+      const onclick = () => change({}, { image: at, ...(['mean', 'spread'].includes(pane().show) ? { show: 'image' } : {}) });
+      return element('button', { 'data-image': at, title: answered(images[at]), onclick },
+        source && element('img', { src: source, alt: '', loading: 'lazy' }), element('span', {}, verdict(images[at]) || short(images[at][0])));
+    }));
+    const rest = found.length ? Math.max(found.length - LISTED, 0) : `no ${item()} fits`;
+    if (rest) box.append(element('span', { class: 'hint' }, rest > 0 ? `${rest.toLocaleString('en')} more: search` : rest));
   }
   for (const one of box.querySelectorAll('button')) one.setAttribute('aria-pressed', Number(one.dataset.image) === its.image);
 }
@@ -154,26 +155,27 @@ export async function add(file) {
 }
 
 function addPhoto() {
-  const input = element('input', undefined, { type: 'file', accept: 'image/*', hidden: '' });
-  input.addEventListener('change', () => { input.remove(); if (input.files[0]) add(input.files[0]); });
+  const onchange = () => { input.remove(); if (input.files[0]) add(input.files[0]); };
+  const input = element('input', { type: 'file', accept: 'image/*', hidden: true, onchange });
   document.body.append(input);
   input.click();
 }
 
 function ofPoints(its) {
-  const offered = live ? ['pca', 'tsne', 'umap'] : ['pca', 'tsne', 'umap'].filter((method) => Object.keys(storeOf().points).some((key) => key.endsWith('/' + method)));
-  const layouts = Object.keys(METHODS).map((method) => [method, METHODS[method], offered.includes(method) ? undefined : `not on this page: mamba-attn report --method ${method} holds it`]);
+  const held = (method) => live || Object.keys(storeOf().points).some((key) => key.endsWith('/' + method));
+  const layouts = Object.entries(METHODS).map(([method, name]) => [method, name, held(method) ? '' : `not on this page: mamba-attn report --method ${method} holds it`]);
   return [
-    choice('mode', '', [['patches', `${noun(true)} of this block`], ['blocks', 'blocks of this stage', storeOf().collected < 2 ? 'there is one photo: nothing to compare it with' : undefined], ['every', 'every block']], its.mode, (mode) => change({}, { mode }), '', 'compare'),
-    choice('method', 'layout', layouts, its.method, (method) => change({}, { method })),
-    menu('colour', 'colour', COLOURS[its.mode].filter((one) => one !== 'rank' || layerOf(its).orders.length).map((one) => [one, one]), its.colour, (colour) => change({}, { colour })),
+    choice('mode', '', [['patches', `${noun(true)} of this block`], ['blocks', 'blocks of this stage', single()], ['every', 'every block']], { spoken: 'compare' }),
+    choice('method', 'layout', layouts),
+    menu('colour', 'colour', coloursOf(its).map((one) => [one, one === 'column' && wordsOf(its) ? 'place' : one])),
   ];
 }
 
 function handling() {
+  const zooms = [['zoom-in', '+', 1.5, '+ larger points view'], ['zoom-out', '−', 1 / 1.5, '− smaller points view'], ['zoom-reset', 'reset', 0, 'reset points view']];
   return [
-    choice('tool', 'drag', [['lasso', 'lasso'], ['box', 'box'], ['move', 'move']], pointTools.points, (tool) => { pointTools.points = tool; build(); }),
-    element('span', undefined, { class: 'segments' }, button('zoom-in', '+', () => zoom(1.5), '', '+ larger points view'), button('zoom-out', '−', () => zoom(1 / 1.5), '', '− smaller points view'), button('zoom-reset', 'reset', () => zoom(0), '', 'reset points view')),
+    choice('tool', 'drag', [['lasso', 'lasso'], ['box', 'box'], ['move', 'move']], { value: pointTools.points, act: (tool) => { pointTools.points = tool; build(); } }),
+    element('span', { class: 'segments' }, ...zooms.map(([name, label, factor, spoken]) => button(name, label, () => zoom(factor), '', spoken))),
   ];
 }
 
@@ -184,19 +186,23 @@ function more(its) {
   const why = (name, what) => (!live ? 'needs the model: mamba-attn explore shows it' : !layer.orders.length ? `softmax attention has no ${what}`
     : known && !known[name] ? `the scans of this block have no ${what}` : '');
   const unsigned = state.sign === 'signed' && state.normalise !== 'range' ? 'values with a sign are blue and orange' : '';
+  const pathless = wordsOf(its) ? 'a text is read from its start' : length ? '' : 'softmax attention has no path';
+  const png = (what, why_) => button(`png-${what}`, `${what} as PNG`, () => saving.png(what), why_);
   return [
-    choice('normalise', 'scale', [['none', 'as it is'], ['largest', 'divide by maximum'], ['sum', 'divide by sum'], ['range', '0 to 1']], state.normalise, (normalise) => change({ normalise, lock: 0 })),
-    toggle('log', 'logarithmic', state.log, (log) => change({ log, lock: 0 })),
-    toggle('gate', 'with the gate', its.gate, (gate) => change({}, { gate }), why('gate', 'gate')),
-    toggle('skip', 'with D', its.skip, (skip) => change({}, { skip }), why('skip', 'D')),
-    choice('palette', 'colours', [['orange', 'orange'], ['viridis', 'viridis'], ['cividis', 'cividis']], state.palette, (palette) => change({ palette }), unsigned),
+    choice('normalise', 'scale', [['none', 'as it is'], ['largest', 'divide by maximum'], ['sum', 'divide by sum'], ['range', '0 to 1']]),
+    toggle('log', 'logarithmic'),
+    toggle('gate', 'with the gate', why('gate', 'gate')),
+    toggle('skip', 'with D', why('skip', 'D')),
+    choice('palette', 'colours', [['orange', 'orange'], ['viridis', 'viridis'], ['cividis', 'cividis']], { why: unsigned }),
     slider('opacity', `opacity ${state.opacity}`, [0, 1, 0.05]),
-    choice('map-tool', 'drag over patches', [['box', 'box'], ['lasso', 'lasso']], mapTools.map, (tool) => { mapTools.map = tool; build(); }),
-    toggle('path', 'scan path', state.path, (path) => change({ path }), wordsOf(its) ? 'a text is read from its start' : length ? '' : 'softmax attention has no path'),
+    choice('map-tool', `drag over ${noun(true)}`, [['box', 'box'], ['lasso', 'lasso']], { value: mapTools.map, act: (tool) => { mapTools.map = tool; build(); } }),
+    toggle('path', 'scan path', pathless),
     length > 0 && slider('step', state.step ? `first ${state.step} of ${length} steps` : `all ${length} steps`, [0, length, 1], state.path ? '' : 'switch the scan path on'),
-    length > 0 && button('play', 'play the path', play),
-    toggle('first', 'reduce to 100 dimensions first (PCA)', its.first, (first) => change({}, { first }), its.method === 'pca' ? 'PCA needs no reduction before' : live ? '' : 'this page has one of both'),
-    button('png-maps', 'maps as PNG', () => saving.png('maps'), wordsOf(its) ? 'a text is no picture: save the strip' : ''), button('png-points', 'points as PNG', () => saving.png('points')), button('png-strip', 'strip as PNG', () => saving.png('strip')),
+    length > 0 && button('play', 'play the path', play, pathless),
+    toggle('first', 'reduce to 100 dimensions first (PCA)', its.method === 'pca' ? 'PCA needs no reduction before' : live ? '' : 'this page has one of both'),
+    png('maps', wordsOf(its) ? 'a text is no picture: save the strip' : ''),
+    png('points'),
+    png('strip'),
     button('npz', 'numbers as NPZ', () => saving.npz()),
     button('reset', 'reset view', () => change({ ...beginning(its.store) })),
   ];
@@ -221,7 +227,7 @@ function play() {
   state.path = true;
   const go = (now) => {
     if (own !== playing) return;
-    state.step = Math.min(Math.max(Math.ceil((now - began) / 3000 * length), 1), length);
+    state.step = clamp(Math.ceil((now - began) / 3000 * length), 1, length);
     repaint();
     if (state.step < length) requestAnimationFrame(go);
     else change({ step: 0 });
@@ -229,50 +235,44 @@ function play() {
   requestAnimationFrame(go);
 }
 
+// A field of the open pane, or of the whole page: its value, and how it changes.
+const valueOf = (name) => (name in pane() ? pane() : state)[name];
+const set = (name) => (value) => (name in pane() ? change({}, { [name]: value }) : change({ [name]: value }));
+
 function control(label, tag, attributes, ...children) {
-  return element(tag, undefined, { class: 'control', ...attributes }, ...(label ? [element('span', label, { class: 'label' })] : []), ...children);
+  return element(tag, { class: 'control', ...attributes }, label && element('span', { class: 'label' }, label), ...children);
 }
 
-function choice(name, label, options, value, act, why = '', spoken = label) {
-  const row = element('span', undefined, { class: 'segments' });
-  for (const [option, text, missing_] of options) {
-    const input = element('input', undefined, { type: 'radio', name, value: option, 'data-name': name });
-    [input.checked, input.disabled] = [option === value, Boolean(missing_ || why)];
-    input.addEventListener('change', () => act(option));
-    row.append(element('label', undefined, { title: missing_ || why || undefined }, input, element('span', text)));
-  }
-  return control(label, 'span', { role: 'radiogroup', 'aria-label': spoken + (why ? ` (${why})` : ''), title: why || undefined }, row);
+// Radio buttons in a row; options are [value, words, why it is not offered].
+function choice(name, label, options, { value = valueOf(name), act = set(name), why = '', spoken = label } = {}) {
+  const row = options.map(([option, text, lacking]) => element('label', { title: lacking || why || undefined },
+    element('input', { type: 'radio', name, value: option, 'data-name': name, checked: option === value, disabled: Boolean(lacking || why), onchange: () => act(option) }),
+    element('span', {}, text)));
+  const spoken_ = spoken + (why ? ` (${why})` : '');
+  return control(label, 'span', { role: 'radiogroup', 'aria-label': spoken_, title: why || undefined }, element('span', { class: 'segments' }, ...row));
 }
 
-function menu(name, label, options, value, act, why = '', spoken = label) {
-  const select = element('select', undefined, { 'data-name': name, 'aria-label': spoken, title: why || undefined });
-  for (const [option, text] of options) select.append(element('option', text, { value: option }));
-  [select.value, select.disabled] = [String(value), Boolean(why)];
-  select.addEventListener('change', () => act(typeof value === 'number' ? Number(select.value) : select.value));
-  return control(label, 'label', {}, select);
+function menu(name, label, options, { value = valueOf(name), act = set(name), why = '', spoken = label } = {}) {
+  const onchange = ({ target }) => act(options[target.selectedIndex][0]);
+  return control(label, 'label', {}, element('select', { 'data-name': name, 'aria-label': spoken, title: why || undefined, disabled: Boolean(why), onchange },
+    ...options.map(([option, text]) => element('option', { value: option, selected: option === value }, text))));
 }
 
-function toggle(name, label, value, act, why = '') {
-  const input = element('input', undefined, { type: 'checkbox', 'data-name': name });
-  [input.checked, input.disabled] = [value, Boolean(why)];
-  input.addEventListener('change', () => act(input.checked));
-  return element('label', undefined, { class: 'control', title: why || undefined }, element('span', undefined, {}, input, ' ', label));
+function toggle(name, label, why = '') {
+  const input = element('input', { type: 'checkbox', 'data-name': name, checked: valueOf(name), disabled: Boolean(why), onchange: ({ target }) => set(name)(target.checked) });
+  return control('', 'label', { title: why || undefined }, element('span', {}, input, ' ', label));
 }
 
-function slider(name, label, [min, max, step], why = '') {
-  const input = element('input', undefined, { type: 'range', min, max, step, value: state[name], 'data-name': name, 'aria-label': name === 'step' ? 'steps of the path, 0 for all' : name });
-  input.disabled = Boolean(why);
-  input.addEventListener('input', () => { state[name] = Number(input.value); repaint(); }); // no rebuild: the slider would lose the pointer
-  input.addEventListener('change', () => change({ [name]: Number(input.value) }));
-  return element('label', undefined, { class: 'control', title: why || undefined }, element('span', label, { class: 'label' }), input);
+// While it is dragged nothing is built anew: the slider would lose the pointer.
+function slider(name, label, [min, max, step_], why = '') {
+  const oninput = ({ target }) => { state[name] = Number(target.value); repaint(); };
+  const onchange = ({ target }) => set(name)(Number(target.value));
+  const spoken = name === 'step' ? 'steps of the path, 0 for all' : name;
+  return control(label, 'label', { title: why || undefined },
+    element('input', { type: 'range', min, max, step: step_, value: state[name], 'data-name': name, 'aria-label': spoken, disabled: Boolean(why), oninput, onchange }));
 }
 
-export function button(name, label, act, why = '', spoken = undefined) {
-  const made = element('button', label, { 'data-name': name, title: why || undefined, 'aria-label': spoken });
-  made.disabled = Boolean(why);
-  made.addEventListener('click', act);
-  return made;
-}
+export const button = (name, label, onclick, why = '', spoken = undefined) => element('button', { 'data-name': name, title: why || undefined, 'aria-label': spoken, disabled: Boolean(why), onclick }, label);
 
 // Four views to begin with: three figures of arXiv 2502.20764, and what a photo does to them. Name, words, what to show.
 export const STARTS = [

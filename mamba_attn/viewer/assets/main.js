@@ -1,5 +1,5 @@
 // Keys, the address, dropped photos; and the first picture.
-import { about, byId, live } from './data.js';
+import { about, byId, clamp, live } from './data.js';
 import { STARTS, add, button, compare, drawAll, learn, start } from './controls.js';
 import { element } from './colours.js';
 import { repaint, select, shownMaps, strips } from './maps.js';
@@ -8,7 +8,7 @@ import { CHOICES, cellsOn, change, layerOf, onChange, open, pane, remember, rout
 import { steps } from './words.js';
 
 onChange(drawAll);
-byId('starts').append(element('span', 'Start with:', { class: 'label' }), ...STARTS.map(([name], at) => button(`start-${at + 1}`, name, () => start(at))));
+byId('starts').append(element('span', { class: 'label' }, 'Start with:'), ...STARTS.map(([name], at) => button(`start-${at + 1}`, name, () => start(at))));
 byId('open-help').addEventListener('click', () => {
   byId('help').hidden = !byId('help').hidden;
   byId('open-help').setAttribute('aria-expanded', !byId('help').hidden);
@@ -22,25 +22,24 @@ function moved(down, across) {
   const patches = cellsOn(its).filter((cell) => cell >= 0);
   const cell = patches[patches.length >> 1] ?? (rows >> 1) * columns + (columns >> 1);
   if (!patches.length) return select([cell], its);
-  const row = Math.min(Math.max(Math.floor(cell / columns) + down, 0), rows - 1);
-  return select([row * columns + Math.min(Math.max(cell % columns + across, 0), columns - 1)], its);
+  return select([clamp(Math.floor(cell / columns) + down, 0, rows - 1) * columns + clamp(cell % columns + across, 0, columns - 1)], its);
 }
 
 const after = (value, among) => among[(among.indexOf(value) + 1) % among.length];
 const cycle = (name) => change({}, { [name]: after(pane()[name], CHOICES[name]) });
 const other = (by) => {
   const { layers } = storeOf();
-  return change({}, { layer: layers[Math.min(Math.max(layers.indexOf(layerOf()) + by, 0), layers.length - 1)].number });
+  return change({}, { layer: layers[clamp(layers.indexOf(layerOf()) + by, 0, layers.length - 1)].number });
 };
-const photo = (by) => change({}, { image: Math.min(Math.max(pane().image + by, 0), storeOf().images.length - 1) });
+const photo = (by) => change({}, { image: clamp(pane().image + by, 0, storeOf().images.length - 1) });
 const walk = (by) => {
   const { length } = steps(layerOf(), routeOf());
-  return change({ path: length > 0, step: Math.min(Math.max((state.step || (by < 0 ? length : 0)) + by, 1), length) });
+  return change({ path: length > 0, step: clamp((state.step || (by < 0 ? length : 0)) + by, 1, length) });
 };
 const KEYS = {
   ArrowUp: () => moved(-1, 0), ArrowDown: () => moved(1, 0), ArrowLeft: () => moved(0, -1), ArrowRight: () => moved(0, 1),
   Escape: () => change({ cells: [], pairs: [] }), r: () => cycle('direction'), m: () => cycle('show'), v: () => cycle('mode'),
-  s: () => change({ sign: after(state.sign, CHOICES.sign), lock: 0 }), p: () => change({ path: !state.path && layerOf().orders.length > 0 }),
+  s: () => change({ sign: after(state.sign, CHOICES.sign) }), p: () => change({ path: !state.path && layerOf().orders.length > 0 }),
   '[': () => other(-1), ']': () => other(1), ',': () => photo(-1), '.': () => photo(1), '-': () => walk(-1), '+': () => walk(1),
   b: compare, l: () => byId('lock')?.click(), u: () => history.back(), '?': () => byId('open-help').click(),
 };

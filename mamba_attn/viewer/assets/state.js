@@ -1,5 +1,5 @@
 // The state of the page: panes, the selection they share, how numbers are shown. It lives in the address.
-import { about, asRuns, byId, cellsOf, runs } from './data.js';
+import { about, asRuns, byId, cellsOf, clamp, runs } from './data.js';
 
 export const CHOICES = {
   mode: ['patches', 'blocks', 'every'], direction: ['row', 'column'], show: ['all', 'image', 'mean', 'difference', 'spread', 'classes'],
@@ -7,7 +7,7 @@ export const CHOICES = {
   palette: ['orange', 'viridis', 'cividis'], colour: ['column', 'row', 'rank', 'block', 'class', 'predicted'],
   verdict: ['all', 'right', 'wrong'], order: ['stored', 'unusual'],
 };
-export const COLOURS = { patches: ['column', 'row', 'rank'], blocks: ['block', 'class', 'predicted'], every: ['column', 'row'] };
+const COLOURS = { patches: ['column', 'row', 'rank'], blocks: ['block', 'class', 'predicted'], every: ['column', 'row'] };
 const PANE = {
   store: 0, layer: 0, route: -1, image: 0, mode: 'patches', direction: 'row', show: 'all', gate: false, skip: false,
   method: 'pca', first: true, colour: 'column', one: '', other: '',
@@ -23,7 +23,8 @@ export const storeOf = (its = pane()) => about.stores[its.store];
 export const layerOf = (its = pane()) => storeOf(its).layers.find((one) => one.number === its.layer) ?? storeOf(its).layers[0];
 export const imageOf = (its = pane()) => storeOf(its).images[its.image];
 export const wordsOf = (its = pane()) => imageOf(its)[5]; // of a text
-export const routeOf = (its = pane()) => (its.route >= 0 && its.route < layerOf(its).routes && layerOf(its).routes > 1 ? its.route : -1);
+export const routeOf = (its = pane(), { routes } = layerOf(its)) => (its.route < routes && routes > 1 ? its.route : -1);
+export const coloursOf = (its, { grid, orders } = layerOf(its)) => COLOURS[its.mode].filter((one) => !(one === 'rank' && !orders.length) && !(one === 'row' && grid[0] < 2));
 export const right = ([, , , correct]) => correct;
 
 // Slice, row and column of a cell; the slices of a volume lie on a sheet, some side by side.
@@ -77,55 +78,51 @@ export function beginning(store = 0) {
   return { ...SHARED, panes: [{ ...PANE, store, layer: late.number, image, show }], cells: [cell], grid: late.grid, pairs: [] };
 }
 
+// Every field of a state: its name in an address, where that of a second pane begins with "b.", whose it is, its own name.
+function fields(all) {
+  const named = (own, usual, prefix = '') => Object.keys(usual).map((name) => [prefix + name, own, name]);
+  return [...named(all, SHARED), ...all.panes.flatMap((its, at) => named(its, PANE, at ? 'b.' : ''))];
+}
+
 // The state as the part of an address behind its #: what differs from the beginning.
 export function written() {
   const plain = beginning();
   const found = new URLSearchParams();
-  const differ = (name, value, usual) => { if (value !== usual) found.set(name, String(value)); };
-  for (const name of Object.keys(SHARED)) differ(name, state[name], plain[name]);
-  state.panes.forEach((its, at) => {
-    for (const name of Object.keys(PANE)) differ((at ? 'b.' : '') + name, its[name], plain.panes[0][name]);
-  });
+  for (const [key, own, name] of fields(state)) if (own[name] !== (own === state ? plain : plain.panes[0])[name]) found.set(key, String(own[name]));
   if (state.panes.length > 1) found.set('b', '1');
-  const cells = asRuns(state.cells);
-  if (cells !== asRuns(plain.cells) || state.grid.join() !== plain.grid.join()) found.set('cells', `${state.grid.join('x')}/${cells}`);
+  const cells = ({ grid, cells: all }) => `${grid.join('x')}/${asRuns(all)}`;
+  if (cells(state) !== cells(plain)) found.set('cells', cells(state));
   const layers = [...new Set(state.pairs.map(([layer]) => layer))];
-  if (layers.length) {
-    found.set('points', layers.map((layer) => `${layer}/${asRuns(state.pairs.filter((one) => one[0] === layer).map((one) => one[1]))}`).join(';'));
-  }
+  const images = (layer) => asRuns(state.pairs.filter((one) => one[0] === layer).map((one) => one[1]));
+  if (layers.length) found.set('points', layers.map((layer) => `${layer}/${images(layer)}`).join(';'));
   return found.toString().replaceAll('%2C', ',').replaceAll('%3A', ':').replaceAll('%2F', '/').replaceAll('%3B', ';');
+}
+
+// A field of an address; throws where it cannot be read.
+function read(name, value) {
+  const usual = { ...SHARED, ...PANE }[name];
+  const wrong = new Error(`${name} is not "${value.slice(0, 20)}"`);
+  if (CHOICES[name] ? !CHOICES[name].includes(value) : typeof usual === 'boolean' && !['true', 'false'].includes(value)) throw wrong;
+  if (typeof usual === 'boolean') return value === 'true';
+  if (typeof usual === 'string') return value.slice(0, 100);
+  const number = value.trim() === '' ? NaN : Number(value);
+  const fits = ['opacity', 'lock'].includes(name) ? Number.isFinite(number) : Number.isInteger(number) && number >= -1 && number < 1e6;
+  if (!fits) throw wrong;
+  return number;
 }
 
 // The state of an address; throws where it cannot be read.
 function parsed(text) {
   const given = new URLSearchParams(text);
   const found = beginning();
-  const read = (name, value, usual) => {
-    if (CHOICES[name]) {
-      if (!CHOICES[name].includes(value)) throw new Error(`${name} is not "${value.slice(0, 20)}"`);
-      return value;
-    }
-    if (typeof usual === 'boolean' && (value === 'true' || value === 'false')) return value === 'true';
-    if (typeof usual === 'string') return value.slice(0, 100);
-    const number = Number(value);
-    if (typeof usual === 'boolean' || value.trim() === '' || !Number.isFinite(number)) throw new Error(`${name} is not "${value.slice(0, 20)}"`);
-    if (!['opacity', 'lock'].includes(name) && !(Number.isInteger(number) && number >= -1 && number < 1e6)) throw new Error(`${name} is not ${number}`);
-    return number;
-  };
   if (given.has('b')) found.panes.push({ ...found.panes[0] });
-  for (const name of Object.keys(SHARED)) if (given.has(name)) found[name] = read(name, given.get(name), SHARED[name]);
-  found.panes.forEach((its, at) => {
-    for (const name of Object.keys(PANE)) {
-      const key = (at ? 'b.' : '') + name;
-      if (given.has(key)) its[name] = read(name, given.get(key), PANE[name]);
-    }
-  });
+  for (const [key, own, name] of fields(found)) if (given.has(key)) own[name] = read(name, given.get(key));
   if (given.has('cells')) {
     const match = /^(\d{1,4})x(\d{1,4})\/(.*)$/.exec(given.get('cells'));
     if (!match || !Number(match[1]) || !Number(match[2])) throw new Error('the selected patches are damaged');
     found.grid = [Number(match[1]), Number(match[2])];
     found.cells = runs(match[3]);
-    if (found.cells.some((cell) => cell < -64 || cell >= found.grid[0] * found.grid[1])) throw new Error('a patch lies outside its grid');
+    if (found.cells.some((cell) => cell < -64 || cell >= cellsOf(found))) throw new Error('a patch lies outside its grid');
   }
   found.pairs = (given.get('points') ?? '').split(';').filter(Boolean).flatMap((part) => {
     const [layer, images] = part.split('/');
@@ -137,27 +134,27 @@ function parsed(text) {
 // Only what there is: a link may come from another store.
 function settle() {
   state.panes = state.panes.slice(0, 2);
-  state.active = Math.min(Math.max(state.active, 0), state.panes.length - 1);
+  state.active = clamp(state.active, 0, state.panes.length - 1);
   for (const its of state.panes) {
-    its.store = Math.min(Math.max(its.store, 0), about.stores.length - 1);
+    its.store = clamp(its.store, 0, about.stores.length - 1);
     const { layers, images } = storeOf(its);
     if (!layers.some((one) => one.number === its.layer)) its.layer = (layers.findLast((one) => one.number <= its.layer) ?? layers[layers.length - 1]).number;
-    its.image = Math.min(Math.max(its.image, 0), images.length - 1);
-    const offered = COLOURS[its.mode].filter((one) => one !== 'rank' || layerOf(its).orders.length);
-    if (!offered.includes(its.colour)) [its.colour] = offered;
+    its.image = clamp(its.image, 0, images.length - 1);
+    if (!coloursOf(its).includes(its.colour)) [its.colour] = coloursOf(its);
   }
-  state.opacity = Math.min(Math.max(state.opacity, 0), 1);
+  state.opacity = clamp(state.opacity, 0, 1);
   state.lock = Math.max(state.lock, 0);
-  state.step = Math.min(Math.max(state.step, 0), layerOf().orders[0]?.length ?? 0);
+  state.step = clamp(state.step, 0, layerOf().orders[0]?.length ?? 0);
 }
 
+const RESCALING = ['sign', 'normalise', 'log']; // a scale that was kept does not fit any more
 let draw = () => {};
 let last = { at: -Infinity, kind: '' };
 export const onChange = (function_) => { draw = function_; };
 
 // One gesture: the state changes, the address follows, the page is drawn. Quick repeats of the same are one entry for Back.
 export function change(changes, its = {}) {
-  Object.assign(state, { start: 0 }, changes);
+  Object.assign(state, { start: 0 }, RESCALING.some((name) => name in changes) ? { lock: 0 } : {}, changes);
   Object.assign(pane(), its);
   settle();
   const now = { at: performance.now(), kind: Object.keys({ ...changes, ...its }).join() };

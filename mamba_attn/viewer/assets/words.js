@@ -9,6 +9,9 @@ export const short = (key) => key.split('/').pop();
 export const block = (its, one = storeOf()) => (new Set(one.stages).size > 1 ? `stage ${its.stage}, ` : '') + `block ${its.block}`;
 
 export const noun = (many) => (wordsOf() ? 'token' : 'patch') + (many ? (wordsOf() ? 's' : 'es') : '');
+// What the model was run on, one or many.
+export const item = (many) => (wordsOf() ? 'text' : layerOf().slices ? 'volume' : 'photo') + (many ? 's' : '');
+export const single = () => (storeOf().collected < 2 ? `there is one ${item()}: nothing to compare it with` : '');
 
 // The model of a pane, where the panes show several.
 export const models = (its) => (state.panes.some((one) => one.store !== its.store) ? storeOf(its).name : '');
@@ -51,20 +54,25 @@ export function unit(what) {
   return kind + { none: '', largest: ' / maximum', range: ', 0 to 1', sum: ' / sum' }[state.normalise] + (state.log ? ', decades' : '');
 }
 
-// The title of a map, the words under it, and what is drawn below it.
-export function titled(slot) {
-  const { pane: its, what } = slot;
-  const { images, collected } = storeOf(its);
-  const [key] = imageOf(its);
-  const name = answered(imageOf(its), short(key));
-  const ofClass = (what_) => (classOf(its, what_) ? [classOf(its, what_), classImages(its, what_).length === 1 ? 'the one photo of this class' : `mean of ${classImages(its, what_).length} photos of this class`] : ['Usual', `mean of ${collected} photos`]);
+// The title of a map, and the words under it.
+export function titled({ pane: its, what }) {
+  const { collected } = storeOf(its);
+  const ofClass = (which) => {
+    const [name, count] = [classOf(its, which), classImages(its, which).length];
+    if (!name) return ['Usual', `mean of ${collected} ${item(true)}`];
+    return [name, count === 1 ? `the one ${item()} of this class` : `mean of ${count} ${item(true)} of this class`];
+  };
+  const own = item() === 'photo' ? 'image' : item();
+  const bare = item() === 'photo' ? ', drawn without a photo' : '';
   return {
-    image: [wordsOf(its) ? 'This text' : 'This image', wordsOf(its) ? '' : name],
-    mean: [collected > 1 ? 'Usual' : 'The one image', `mean of ${collected} photos, drawn without a photo`],
-    difference: ['What is special here', 'this image minus the usual'],
-    spread: ['How much it varies', `standard deviation over ${collected} photos`],
-    class: ofClass('class'), other: ofClass('other'), versus: [`${ofClass('class')[0]} minus ${classOf(its, 'other') || 'usual'}`, 'the left map minus the middle one'],
-    apart: ['Left minus right', images.length ? 'what the two panes differ in' : ''],
+    image: [`This ${own}`, wordsOf(its) && collected < 2 ? '' : answered(imageOf(its), short(imageOf(its)[0]))],
+    mean: [collected > 1 ? 'Usual' : `The one ${own}`, `mean of ${collected} ${item(collected > 1)}${bare}`],
+    difference: ['What is special here', `this ${own} minus the usual`],
+    spread: ['How much it varies', `standard deviation over ${collected} ${item(true)}`],
+    class: ofClass('class'),
+    other: ofClass('other'),
+    versus: [`${ofClass('class')[0]} minus ${classOf(its, 'other') || 'usual'}`, 'the left map minus the middle one'],
+    apart: ['Left minus right', 'what the two panes differ in'],
   }[what];
 }
 

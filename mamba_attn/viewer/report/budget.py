@@ -35,9 +35,10 @@ class Content:
 
     def add(self, text: str) -> str | None:
         """Count a text with its tag and return it; None if it does not fit."""
-        if self.size + len(text) + _TAG > self.limit:
+        size = self.size + len(text) + _TAG
+        if size > self.limit:
             return None
-        self.size += len(text) + _TAG
+        self.size = size
         return text
 
     def add_matrix(self, matrix: np.ndarray) -> int | None:

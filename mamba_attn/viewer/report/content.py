@@ -25,20 +25,18 @@ def make(
     made_with: str,
     advance: Callable[[str], None] = lambda what: None,
     *,
-    sources: Sequence[Source] | None = None,
     first: tuple[int, int] | None = None,
     start: str = "",
 ) -> tuple[str, Content]:
     """Return the page of some stores, and what it holds.
 
     Args:
-        stores: ``AttentionStore`` objects.
+        stores: ``AttentionStore`` objects, or sources of them.
         methods: of dimension reduction; but for the first, of the routes' sum alone.
         images: per store, how many of those kept in full are shown.
         size: of the page at most, in 10^6 bytes.
         made_with: what made the page, for its last note.
         advance: called with what is being done.
-        sources: of the stores, if there are any already.
         first: number of a store and of its image that goes in before the others, computed if it is not kept.
         start: what the page shows first, as the part of an address behind its #.
 
@@ -47,32 +45,25 @@ def make(
         ImportError: a method's package is not installed.
     """
 
-    def frozen(its: Content) -> str:
-        notes = [*its.notes, _NOTE, f"Made with {made_with}."]
-        return page({"live": False, "stores": its.stores}, notes, its.matrices, start)
+    def frozen() -> str:
+        notes = [*content.notes, _NOTE, f"Made with {made_with}."]
+        return page({"live": False, "stores": content.stores}, notes, content.matrices, start)
 
     content = Content(int(size * 1e6))
-    wanted: list[int | None] = [None] * len(stores)
-    if first is not None:
-        wanted[first[0]] = first[1]
-    sources = [Source(store) for store in stores] if sources is None else sources
-    kept = [Stored(source, content, methods, image) for source, image in zip(sources, wanted, strict=True)]
+    wanted = dict([first] if first else [])
+    sources = [store if isinstance(store, Source) else Source(store) for store in stores]
+    kept = [Stored(source, content, methods, wanted.get(at)) for at, source in enumerate(sources)]
     if not any(each.shown for each in kept):
-        raise ReportError(f"all layers have grids of more than {stored.CELLS:,} patches. {elsewhere(stores)}")
+        where = elsewhere([source.store for source in sources])
+        raise ReportError(f"all layers have grids of more than {stored.CELLS:,} patches. {where}")
     content.stores = [each.described() for each in kept]
-    content.size = len(frozen(content).encode()) + _NOTES * len(kept)
+    content.size = len(frozen().encode()) + _NOTES * len(kept)
     if content.size > content.limit:
         raise ReportError(
             f"size={content.limit / 1e6:g}: names and orders alone need {content.size:,} bytes; "
             f"size={-int(-content.size // 1e6)} holds them."
         )
-    steps: list[Callable[[Stored], None]] = [
-        Stored.means,
-        Stored.points,
-        lambda each: each.pictures(images),
-        Stored.first_image,
-    ]
-    for step in steps:
+    for step in (Stored.means, Stored.layouts, lambda each: each.pictures(images)):
         for each in kept:
             advance(each.name)
             step(each)
@@ -83,4 +74,4 @@ def make(
     for each in kept:
         each.note_what_is_left_out()
     content.stores = [each.described() for each in kept if each.shown]
-    return frozen(content), content
+    return frozen(), content

@@ -31,21 +31,6 @@ def packed(matrix: Float[np.ndarray, "rows columns"]) -> bytes:
     return zlib.compress(scales.tobytes() + upper.tobytes() + lower.tobytes(), 9)
 
 
-def unpacked(content: bytes, rows: int, columns: int) -> Float[np.ndarray, "rows columns"]:
-    """Return the matrix packed by ``packed``, float32, as the page's script does.
-
-    Args:
-        content: of ``packed``.
-        rows: of the matrix.
-        columns: of the matrix.
-    """
-    raw = zlib.decompress(content)
-    scales = np.frombuffer(raw, "<f4", rows)
-    upper, lower = np.frombuffer(raw, np.uint8, offset=4 * rows).reshape(2, rows, columns)
-    numbers = (upper.astype(np.uint16) << 8 | lower).view(np.int16)
-    return np.asarray(numbers * scales[:, None], dtype=np.float32)
-
-
 def places(xy: Float[np.ndarray, "points 2"]) -> str:
     """Return points as text: base64 of 16-bit numbers, all x and then all y, the longer side of their box 0..65535.
 

@@ -122,6 +122,36 @@ def test_native_channel_blocks_add_up() -> None:
     torch.testing.assert_close(value.double(), truth, rtol=1e-4, atol=1e-5)
 
 
+# so long that no task makes a matrix of its own: bands of 16 rows; 24 x 24 is 36 of them, and routes that walk the
+# same rows backwards are written together
+@pytest.mark.parametrize("grid", [(24, 24), (19, 29)])
+@pytest.mark.parametrize("states", [1, 3, 128])
+def test_long_sequences(grid: tuple[int, int], states: int, two_threads: None) -> None:
+    case = Case(batch=2 if states == 1 else 1, routes=4, channels=7, states=states, grid=grid)
+    record, exact = make(case), make(case, torch.float64)
+    for fold in ("mean", "positive", "each") if states == 3 else ("mean",):
+        value = ops.hidden_attention(record, fold=fold, backend="native")
+        torch.set_num_threads(1)
+        assert torch.equal(value, ops.hidden_attention(record, fold=fold, backend="native"))
+        torch.set_num_threads(2)
+        truth = ops.hidden_attention(exact, fold=fold, backend="blocked")
+        torch.testing.assert_close(value.double(), truth, rtol=1e-4, atol=1e-5)
+
+
+def test_long_sequences_of_routes_kept_apart_of_sub_grids_and_in_pairs() -> None:
+    order = torch.stack([torch.randperm(640)[:544] for _ in range(2)])
+    record = make(Case(routes=2, channels=3, states=2, grid=(17, 32)))
+    record = record.replace(read_order=order, write_order=order.flip(1).clone(), tokens=640)
+    weights = [(torch.randn(2, 3, 640), None), (None, torch.randn(2, 3, 640))]
+    for value, (rows, columns) in zip(ops.hidden_attentions(record, weights, ["sum", "mean"]), weights, strict=True):
+        fold = "sum" if columns is None else "mean"
+        truth = ops.hidden_attention(record, row_weight=rows, col_weight=columns, fold=fold, backend="reference")
+        torch.testing.assert_close(value, truth, rtol=1e-4, atol=1e-5)
+    call = torch.rand(2, 3, 544), -torch.rand(3, 2), torch.randn(2, 2, 544), torch.randn(2, 2, 544)
+    truth = ops.hidden_attention(*call, backend="reference")
+    torch.testing.assert_close(ops.hidden_attention(*call, backend="native"), truth, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_native_products(weighted: bool) -> None:
     record = make(Case(channels=20, states=3, grid=(4, 5)))

@@ -1,5 +1,7 @@
 """A small store, whose names are meant to do harm, and its report."""
 
+import zlib
+
 import numpy as np
 from PIL import Image
 
@@ -20,12 +22,19 @@ def stored(folder, name="vmamba_micro", images=5, keep=2, routes="each", **optio
         where.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 255, (32, 48, 3), np.uint8)).save(where / f"{HOSTILE}{number}.png")
     options = {**(OPTIONS if name == "vmamba_micro" else {}), **options}
-    asked = Request(
-        subject(name, 0, **options), open_data(str(folder / "photos")), None, keep, 2, None, routes, interval=0.0
-    )
+    asked = Request(subject(name, 0, **options), open_data(str(folder / "photos")), None, keep, 2, None, routes, part=4)
     collect(asked, folder / "store")
     return AttentionStore.open(folder / "store")
 
 
 def report(*stores, methods=("pca",), images=8, limit=10**7):
     return make(stores, methods, images, limit / 1e6, "a test")
+
+
+def unpacked(content, rows, columns):
+    """The matrix that ``packed`` packed, as the page's script unpacks it."""
+    raw = zlib.decompress(content)
+    scales = np.frombuffer(raw, "<f4", rows)
+    upper, lower = np.frombuffer(raw, np.uint8, offset=4 * rows).reshape(2, rows, columns)
+    numbers = (upper.astype(np.uint16) << 8 | lower).view(np.int16)
+    return np.asarray(numbers * scales[:, None], dtype=np.float32)

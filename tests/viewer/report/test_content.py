@@ -11,7 +11,7 @@ import pytest
 
 from mamba_attn.viewer.page import as_json
 from mamba_attn.viewer.report.budget import ReportError
-from mamba_attn.viewer.report.quantised import ERROR, unpacked
+from mamba_attn.viewer.report.quantised import ERROR
 from tests.viewer.report import cases
 
 
@@ -33,7 +33,7 @@ def held(page, layer, key):
     """A matrix of the page, patches first."""
     number = layer["matrices"][key]
     text = re.search(rf'<script type="text/plain" id="matrix-{number}">(.*?)</script>', page)[1]
-    return unpacked(base64.b64decode(text), layer["tokens"], layer["tokens"])
+    return cases.unpacked(base64.b64decode(text), layer["tokens"], layer["tokens"])
 
 
 def close(found, matrix):

@@ -5,7 +5,8 @@ import base64
 import numpy as np
 import pytest
 
-from mamba_attn.viewer.report.quantised import ERROR, packed, places, unpacked
+from mamba_attn.viewer.report.quantised import ERROR, packed, places
+from tests.viewer.report.cases import unpacked
 
 
 def rows(kind):
