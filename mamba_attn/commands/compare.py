@@ -46,7 +46,7 @@ measures: localise.zip:imagenette_boxes224@localisation.
 
 methods: "all integrated_gradients:n_steps=16 occlusion@100" runs all methods,
 one of them with another option, one on only 100 images. mamba-attn explain
---help lists them.
+--help lists them. "random" is always added: what others gain over it counts.
 
 measures: perturbation; pixels (perturbation of single pixels, on 100 images);
 localisation (if there are boxes or masks); sanity (on a few images); cost;
@@ -174,14 +174,15 @@ def _models(args: argparse.Namespace) -> "list[Model]":
 def _plan(args: argparse.Namespace, models: "list[Model]") -> "Plan":
     """Parse all other arguments, without checking them against each other."""
     from mamba_attn.evaluation.plan import Plan
-    from mamba_attn.evaluation.specs import Options, choose_methods
+    from mamba_attn.evaluation.specs import Options, choose_methods, with_control
 
     if not args.data:
         raise ValueError("--data: expected a folder of images, a zip or a .mat file.")
     if args.fill == "unknown":
         raise ValueError("--fill unknown: this is for texts; for images, use black, mean, blur, road or drop.")
     selectors, only = _selectors(args.data)
-    methods, most, unasked = choose_methods(args.methods or ["all"])
+    asked, most, unasked = choose_methods(args.methods or ["all"])
+    methods = with_control(asked)
     return Plan(
         models,
         selectors,

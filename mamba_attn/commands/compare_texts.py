@@ -26,7 +26,7 @@ def run_texts(args: argparse.Namespace, models: "Sequence[Model]") -> int:
         args: of the command.
         models: that read text.
     """
-    from mamba_attn.evaluation.specs import choose_methods
+    from mamba_attn.evaluation.specs import choose_methods, with_control
     from mamba_attn.evaluation.store import Store
     from mamba_attn.evaluation.tables import TEXT_LEGEND, published_of_texts, text_tables
     from mamba_attn.evaluation.texts import measure_texts
@@ -35,7 +35,8 @@ def run_texts(args: argparse.Namespace, models: "Sequence[Model]") -> int:
     wrong += ["--target"] if args.target != "predicted" else []
     if wrong:
         raise ValueError(f"{wrong[0]}: this is for images, and {models[0].name} reads text; leave it out.")
-    methods, most, unasked = choose_methods(args.methods or ["all"])
+    asked, most, unasked = choose_methods(args.methods or ["all"])
+    methods = with_control(asked)
     if most:
         raise ValueError(f"methods={next(iter(most))!r}: numbers of images after @ are for images; use limit.")
     measures = None if args.measures == "all" else [name.strip() for name in args.measures.split(",")]

@@ -33,9 +33,9 @@ def run(
 ) -> None:
     """Measure everything that the store lacks.
 
-    With a budget or ``tell``, the first images of every model and collection are measured piece by piece, and the rest
-    is estimated from them. With a budget, the cheapest methods come first, and what would not end in time is left to
-    the next run; ``plan.notes`` says so.
+    With a budget or ``tell``, the first image of every model and collection is measured piece by piece, and the rest is
+    estimated from it. With a budget, the cheapest methods come first, and what would not end in time is left to the
+    next run; ``plan.notes`` says so. A piece that has begun is not stopped, and the first one always runs.
 
     Args:
         plan: the comparison.
@@ -50,10 +50,13 @@ def run(
     """
     tasks, start = list(plan.tasks(store)), time.monotonic()
     bar = None if progress is None else progress.add_task("comparing", total=sum(task.records for task in tasks))
-    first: dict[int, Task] = {}
+    pieces: list[Task] = []
+    rest = tasks
     if budget is not None or tell is not None:
-        first = {id(task): task for task in {(task.selector, task.model): task for task in reversed(tasks)}.values()}
-    rest = [task for task in tasks if id(task) not in first]
+        heads = {(task.selector, task.model): task for task in reversed(tasks)}.values()
+        pieces = [piece for task in heads for piece in _pieces(_first_image(task))]
+        later = {id(task): _later_images(task) for task in heads}
+        rest = [each for task in tasks if (each := later.get(id(task), task)) is not None]
     rates = _Rates()
 
     def add(done: _Done, *, note: bool) -> None:
@@ -65,23 +68,21 @@ def run(
                 data = plan.data[task.selector].name
                 progress.update(bar, advance=task.records, description=f"{task.model.name}, {data}")
 
-    pieces = [piece for task in first.values() for piece in (_pieces(task) if rest else [task])]
-    add(_done(pieces, workers, plan.data), note=True)
-    if rest and tell is not None:
-        tell(rates.sentence(rest, workers))
-    if budget is not None:
-        rest = sorted((piece for task in rest for piece in _by_method(task)), key=rates.rate)
     left: list[Task] = []
 
-    def in_time() -> Iterator[Task]:
-        for task in rest:
-            late = budget is not None and time.monotonic() - start + rates.seconds(task) > budget
-            if late:
+    def in_time(tasks: Iterable[Task]) -> Iterator[Task]:
+        for task in tasks:
+            if budget is not None and time.monotonic() - start + rates.seconds(task) > budget and task is not pieces[0]:
                 left.append(task)
             else:
                 yield task
 
-    add(_done(in_time(), workers, plan.data), note=False)
+    add(_done(in_time(pieces), workers, plan.data), note=True)
+    if rest and tell is not None:
+        tell(rates.sentence(rest, workers))
+    if budget is not None:
+        rest = sorted((piece for task in rest for piece in _by_method(task)), key=rates.rate)
+    add(_done(in_time(rest), workers, plan.data), note=False)
     if left and budget is not None:
         methods = dict.fromkeys(method for task in left for method in task.needs)
         plan.notes.append(
@@ -127,8 +128,12 @@ class _Rates:
             for method, its in task.needs.items():
                 cost[method] = cost.get(method, 0.0) + self.seconds(replace(task, needs={method: its}))
         dearest = sorted(cost, key=lambda method: -cost[method])[:_SHOWN]
-        shares = ", ".join(f"{method} {_duration(cost[method] / workers)}" for method in dearest)
-        return f"about {_duration(sum(cost.values()) / workers)} from here on: {shares}{', ...' * (len(cost) > _SHOWN)}"
+        shares = ", ".join(f"{method} {_duration(cost[method] / workers)}" for method in dearest if cost[method])
+        timed = (
+            f"about {_duration(sum(cost.values()) / workers)} from here on: {shares}{', ...' * (len(cost) > _SHOWN)}"
+        )
+        unknown = [method for method, seconds in cost.items() if not seconds]
+        return f"{timed}; not timed within the budget: {', '.join(unknown)}" if unknown else timed
 
 
 def _duration(seconds: float) -> str:
@@ -139,6 +144,17 @@ def _duration(seconds: float) -> str:
         if seconds < 5400
         else f"{seconds / 3600:.1f} h"
     )
+
+
+def _first_image(task: Task) -> Task:
+    """The first image of every method."""
+    return replace(task, needs={method: dict(list(its.items())[:1]) for method, its in task.needs.items()})
+
+
+def _later_images(task: Task) -> Task | None:
+    """The others; None where there are none."""
+    needs = {method: dict(list(its.items())[1:]) for method, its in task.needs.items() if len(its) > 1}
+    return replace(task, needs=needs) if needs else None
 
 
 def _by_method(task: Task) -> list[Task]:

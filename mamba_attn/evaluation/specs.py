@@ -21,6 +21,7 @@ from mamba_attn.models import registry
 from mamba_attn.tracing.door_layers import AnyLayout
 
 PREDICTED, LABEL = "predicted", "label"
+CONTROL = "random"
 # raised by models, methods and images; captum asserts
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, MemoryError)
 
@@ -213,6 +214,15 @@ def choose_methods(texts: Sequence[str]) -> tuple[list[str], dict[str, int], set
     if not found:
         raise ValueError(f"methods={' '.join(texts)!r}: expected 'all' or names. {nearest('', catalogue.METHODS)}")
     return list(dict.fromkeys(found)), most, set(found) - asked
+
+
+def with_control(methods: Sequence[str]) -> list[str]:
+    """Return methods and, if it is not among them, the random map, which every figure of the others is read against.
+
+    Args:
+        methods: keys.
+    """
+    return [*methods, *([] if any(spec.method(key, "methods").name == CONTROL for key in methods) else [CONTROL])]
 
 
 def build(method: str, model: nn.Module, layout: AnyLayout | None = None) -> MapAttribution:

@@ -61,8 +61,8 @@ def test_everything_that_is_written(place, models, capsys):
     page = (place / "out/compare.html").read_text()
     assert not re.search(r"(src|href)=.?https?:|@import|<script", page)
     assert page.count(" class=next") == 2 * 2
-    assert page.count("class=heat") == (2 + 1) * 4  # methods that fit, on two images of two collections
-    assert page.count("<polyline") == 2 * (2 + 1) * 4  # two signs, against prediction and label
+    assert page.count("class=heat") == (3 + 2) * 4  # methods that fit, and random, on two images of two collections
+    assert page.count("<polyline") == 2 * (3 + 2) * 4  # two signs, against prediction and label
     assert "Published figures are of Vim-S with the official weights" in page
     found = json.loads((place / "out/compare.json").read_text())
     assert [(each["model"], each["data"]) for each in found["tables"]] == [
