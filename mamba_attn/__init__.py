@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mamba_attn import analytics as analytics
     from mamba_attn import attribution as attribution
     from mamba_attn import datasets as datasets
+    from mamba_attn import distributed as distributed
     from mamba_attn import erf as erf
     from mamba_attn import errors as errors
     from mamba_attn import evaluation as evaluation
@@ -107,6 +108,7 @@ _ROOMS = (
     "commands",
     "core",
     "datasets",
+    "distributed",
     "erf",
     "errors",
     "evaluation",

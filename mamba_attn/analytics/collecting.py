@@ -245,6 +245,10 @@ def missing_parts(request: Request, out: str | Path) -> list[int]:
 
     Raises:
         StoreError: as ``collect``.
+
+    Example:
+        >>> missing_parts(request, "store")  # doctest: +SKIP
+        [0, 1, 2]
     """
     return Collection.open(request, out).missing()
 
