@@ -59,11 +59,12 @@ def choose(call: Call, backend: str | None) -> Backend:
     """
     if backend is None:
         device, reasons = call.record.source_delta.device, []
-        for name in _FASTEST_FIRST[device.type == "cpu" :]:  # the first is of CUDA devices
+        for name in _FASTEST_FIRST:
             reason = _why_not(name, call.record)
             if not reason:
                 break
-            reasons.append(f"; not {name}, for {reason}")
+            if name != "fused" or device.type != "cpu":  # nobody expects that one there
+                reasons.append(f"; not {name}, for {reason}")
         decided("operators on %s: backend %s%s", device, name, "".join(reasons))
         return _for_orders(BACKENDS[name], call.record)
     if backend not in BACKENDS:
