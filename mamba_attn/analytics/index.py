@@ -170,8 +170,8 @@ class Index:
         content = read_index(where)
         if content["format"] != FORMAT:
             raise StoreError(
-                f"{where}: a store of format {content['format']}, which opens, and is not added to; mamba-attn collect "
-                f"--merge {where} --out NEW copies it into one of format {FORMAT}."
+                f"{where}: a store of format {content['format']}, which opens, and is not added to; "
+                f"merge_stores([store], new), or merge= of the command, copies it into one of format {FORMAT}."
             )
         return cls.of(where, content)
 

@@ -1,4 +1,4 @@
-"""What collecting would take, before anything is written: ``mamba-attn collect --plan``."""
+"""What collecting would take, before anything is written."""
 
 import math
 import time
