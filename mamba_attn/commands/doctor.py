@@ -21,7 +21,7 @@ kernel is compiled if it has not been yet.
 """
 _BEYOND = ("mamba-ssm", "causal-conv1d", "triton", "torchvision")  # not ours to require, and worth knowing
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)[^;]*;.*extra == ['\"]([a-z0-9]+)['\"]")
-_NOT_FOR_USERS = ("dev", "all")
+_NOT_FOR_USERS = ("all", "dev", "docs")
 
 
 def add_parser(commands: Commands) -> None:

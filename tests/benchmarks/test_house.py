@@ -33,7 +33,7 @@ from mamba_attn import images
 loaded = mamba_attn.load("vim_digits", weights="demo")
 seen = {}
 def watch(frame, event, argument):
-    if event == "call":
+    if event == "call" and frame.f_code.co_flags & 1:  # a function, not a file or class that is being imported
         seen.setdefault(frame.f_code.co_filename, len(seen))
 sys.setprofile(watch)
 mamba_attn.explain(loaded, images.samples()[0], out=sys.argv[1], methods="raw_attention")
