@@ -69,8 +69,8 @@ def add_parser(commands: Commands) -> None:
     )
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", metavar="DIR|ZIP[:PART]|FILE.mat", help="the images")
-    source.add_argument("--merge", nargs="+", metavar="STORE", help="stores, instead of images")
+    source.add_argument("--data", metavar="DIR|ZIP[:PART]|MAT", help="the images")
+    source.add_argument("--merge", nargs="+", metavar="OLD", help="stores, instead of images")
     add("--out", required=True, metavar="STORE", help="a new folder, an address (s3://...), or a store to resume")
     add_model(parser)
     add_limit(parser)

@@ -87,7 +87,8 @@ def test_maps_of_the_likeliest_classes_are_on_the_page(answers, tmp_path):
     (maps,) = asked.of_classes.values()
     best = np.argsort(-asked.probabilities, kind="stable").tolist()
     assert list(maps) == best[:3]
-    np.testing.assert_array_equal(maps[asked.explained], asked.maps["mamba_attribution"])
+    # the two come from passes of different folds, which the kernel sums in another order
+    np.testing.assert_allclose(maps[asked.explained], asked.maps["mamba_attribution"], rtol=1e-5, atol=1e-12)
     other = asked.question.methods[-1].build(asked.question.subject.model, None)
     inputs = asked.question.subject.transform.normalise(asked.image[None])
     expected = other.attribute(inputs, best[1], **asked.question.query.argument)[0, 0]

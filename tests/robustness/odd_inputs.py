@@ -92,16 +92,8 @@ class World:
         """A quick call of each command, which works."""
         photo, photos, store = (str(self.folder / name) for name in ("photos/0.png", "photos", "store"))
         few = ["--method", "raw_attention", "--beside", "none", "--out", "out"]
-        measures = [
-            "--methods",
-            "raw_attention",
-            "--measures",
-            "perturbation",
-            "--sanity-images",
-            "0",
-            "--pictures",
-            "0",
-        ]
+        measures = ["--methods", "raw_attention", "--measures", "perturbation", "--limit", "2"]
+        measures += ["--sanity-images", "0", "--pictures", "0"]
         return {
             "explain": ["explain", photo, *self.net, *few],
             "collect": ["collect", "--data", photos, "--out", "out", *self.net],

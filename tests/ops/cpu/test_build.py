@@ -106,9 +106,10 @@ def test_a_prebuilt_kernel_is_used_if_it_is_of_this_source(tmp_path: Path, monke
     found = build._prebuilt()
     assert found is not None
     assert found[1] == kind
-    name = tmp_path / compiling.prebuilt_name(kind, build._SOURCE)
-    name.unlink()  # the file that is loaded stays what it is
-    name.write_bytes(b"no shared object")
+    other = tmp_path / "other"  # the loader knows the first file by its path
+    other.mkdir()
+    (other / compiling.prebuilt_name(kind, build._SOURCE)).write_bytes(b"no shared object")
+    monkeypatch.setattr(build, "_PREBUILT", other)
     assert build._prebuilt() is None
 
 
