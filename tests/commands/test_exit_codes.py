@@ -1,8 +1,11 @@
 """How commands end, and the library's sentences as a command says them."""
 
 import ast
+import os
 import re
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -131,3 +134,16 @@ def test_a_table_that_is_too_wide_is_shown_in_parts():
     assert list(_parts(("alone",), [("x",)], 5)) == [[0]]
     assert list(_parts(("", "finding", "a", "b"), [("of", "title", "1", "2")], 1)) == [[0, 1, 2], [0, 1, 3]]
     assert plain("t", header, rows) == "\nt\nmethod  one      another\nrandom  1234567  0.5\n"
+
+
+def test_sigterm_is_said_and_its_handler_goes(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def call():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        return 0
+
+    assert exit_code("collect", call, stopped="stopped; it resumes.") == 143
+    assert capsys.readouterr().err == "mamba-attn collect: stopped; it resumes.\n"
+    assert signal.getsignal(signal.SIGTERM) == before
