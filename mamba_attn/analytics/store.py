@@ -159,10 +159,11 @@ class AttentionStore:
         if isinstance(image, StoredImage):
             image = image.key
         number = image if isinstance(image, int) else self._rows_by_key.get(image, -1)
-        if not 0 <= number < len(self.images):
+        parts = self._contents.parts  # not `images`: its part is read, and no other
+        if not 0 <= number < len(parts):
             hint = nearest(image, self._rows_by_key) if isinstance(image, str) else ""
-            raise NotStoredError(f"{self.folder}: it holds no image {image!r} of {len(self.images)}. {hint}".rstrip())
-        return self.images[number]
+            raise NotStoredError(f"{self.folder}: it holds no image {image!r} of {len(parts)}. {hint}".rstrip())
+        return parts.image(number)
 
     @property
     def model_name(self) -> str:
