@@ -2,7 +2,7 @@
 
     python benchmarks/train.py vim_micro --data FOLDER --out RUN64 --pixels 64 --epochs 30
     python benchmarks/train.py vim_micro --data FOLDER --out RUN128 --pixels 128 --epochs 3 --init RUN64/last.pt
-    python benchmarks/train.py vim_micro --data FOLDER --out RUN --teacher TEACHER   # soft targets of distil.py
+    python benchmarks/train.py vim_micro --data FOLDER --out RUN --teacher benchmarks/teacher   # of distil.py
     python benchmarks/train.py vim_digits --data FOLDER --out RUN --epochs 30
 
 A run's folder holds last.pt (checkpoint), log.jsonl and, at the end, <name>.safetensors (float16 averaged weights) and
