@@ -52,6 +52,7 @@ def refused(capsys, *arguments):
     return captured.err
 
 
+@pytest.mark.full  # .ci/run calls this command itself
 def test_defaults_explain_the_images_of_the_package(tmp_path):
     result = run(tmp_path, "explain")
     assert result.returncode == 0, result.stderr

@@ -86,7 +86,8 @@ def test_bad_images_and_damaged_lines_are_named_and_the_rest_done(place, models,
     (place / "photos/red/0.png").write_bytes(b"no image")
     (place / "out").mkdir()
     (place / "out/measured.jsonl").write_text("garbage\n")
-    call = ["compare", "--models", models, "--data", "photos", "--out", "out", "--measures", "perturbation"]
+    call = ["compare", "--models", models, "--data", "photos", "--out", "out", "--measures", "perturbation",
+            "--methods", "raw_attention,mamba_lrp,random"]  # fmt: skip
     assert cli.main(call) == 1
     said = capsys.readouterr().out
     assert "red/0.png: this is not an image" in said
@@ -116,7 +117,8 @@ def test_a_bad_box_loses_neither_the_run_nor_the_page(place, models, capsys):
 def test_photos_without_labels(place, models, capsys):
     photo(place / "mine")
     shutil.copyfile(place / "mine/a.jpg", place / "mine/[red]b.jpg")
-    call = ["compare", "--models", models, "--data", "mine", "--out", "out", "--measures", "perturbation,localisation"]
+    call = ["compare", "--models", models, "--data", "mine", "--out", "out", "--measures", "perturbation,localisation",
+            "--methods", "raw_attention,mamba_lrp,random"]  # fmt: skip
     assert cli.main(call) == 0
     said = capsys.readouterr().out
     assert "mine has no boxes and no masks: no localisation." in said

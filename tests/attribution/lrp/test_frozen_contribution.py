@@ -31,8 +31,8 @@ ALL = {**MODELS, "vit": vit, "vit_registers": lambda: vit(reg_tokens=2, qk_norm=
 @DEMOS
 def test_contributions_and_biases_are_the_logit_of_trained_models(name):
     model = create(name, weights="demo")
-    for dtype, tolerance, batch in ((torch.float32, 1e-5, 2), (torch.float64, 1e-10, 1)):
-        model, inputs = model.to(dtype), torch.randn(batch, 3, 128, 128, dtype=dtype)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        model, inputs = model.to(dtype), torch.randn(1, 3, 128, 128, dtype=dtype)
         with torch.no_grad():
             logits = model(inputs).amax(1)
         parts = FrozenContribution(model).contributions(inputs)

@@ -124,10 +124,9 @@ def test_native_channel_blocks_add_up() -> None:
 
 # so long that no task makes a matrix of its own: bands of 16 rows; 24 x 24 is 36 of them, and routes that walk the
 # same rows backwards are written together
-@pytest.mark.parametrize("grid", [(24, 24), (19, 29)])
-@pytest.mark.parametrize("states", [1, 3, 128])
+@pytest.mark.parametrize(("grid", "states"), [((24, 24), 1), ((19, 29), 3), ((19, 29), 128)])
 def test_long_sequences(grid: tuple[int, int], states: int, two_threads: None) -> None:
-    case = Case(batch=2 if states == 1 else 1, routes=4, channels=7, states=states, grid=grid)
+    case = Case(batch=2 if states == 1 else 1, routes=4, channels=7 if states < 128 else 2, states=states, grid=grid)
     record, exact = make(case), make(case, torch.float64)
     for fold in ("mean", "positive", "each") if states == 3 else ("mean",):
         value = ops.hidden_attention(record, fold=fold, backend="native")
