@@ -12,7 +12,12 @@ from benchmarks.marked_pages import filled
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "text.md"
-PARTS = {"known truth": text_truth.table, "trainings": text_truth.trainings, "areas": text_perturbation.table}
+PARTS = {
+    "known truth": text_truth.table,
+    "trainings": text_truth.trainings,
+    "missed": text_truth.missed,
+    "areas": text_perturbation.table,
+}
 
 
 def measured() -> dict[str, Any]:
