@@ -7,7 +7,7 @@
 The teacher is EfficientNet-Lite0, trained on ImageNet, with a linear head for all classes of the collection, fitted on
 its features of the first crops. It serves in training alone: no model and no part of the package needs it.
 
-TEACHER holds soft-0.npz, soft-1.npz, ..., each one crop of every training image, and at the end teacher.json. The folder
+TEACHER holds soft-0.npz, soft-1.npz, ..., each one crop of every training image, and at the end teacher.json.
 ``benchmarks/teacher`` holds those of six crops, so that a training needs no teacher at all.
 """
 

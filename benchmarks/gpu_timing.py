@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_smoke import GPU, HERE, KERNELS, save, sync
-from benchmarks.kernel import calls, ceilings
+from benchmarks.gpu_smoke import GPU, HERE, KERNELS, on_device, save, sync
+from benchmarks.kernel import calls, ceilings, heads
 from benchmarks.kernel.subjects import Configuration, Model
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.ops import dispatch
@@ -29,6 +29,7 @@ SECONDS = float(os.environ.get("SECONDS_OF_TIMING", "180"))
 SIZES = [("vim_small", 224), ("vmamba_tiny_s1l8", 224)] if GPU else [("vmamba_micro", 32)]
 BATCHES = (8, 1, 64) if GPU else (1,)
 DTYPES = ("float32", "bfloat16") if GPU else ("float32",)
+STEPS_OF_HEADS = 2048 if GPU else 64
 ROUND = 0.12  # seconds of a row
 
 
@@ -144,6 +145,29 @@ def operator_rows(
     return rows
 
 
+def mamba2() -> ScanRecord:
+    """One layer of mamba2-130m, one sequence, on the device."""
+    device = torch.device("cuda" if GPU else "cpu")
+    return on_device(heads.layer(STEPS_OF_HEADS).map_tensors(lambda x: x.to(device)))
+
+
+def heads_rows(record: ScanRecord) -> dict[tuple[str, str], Callable[[], object]]:
+    """A layer by heads, and on a GPU the kernels that take its channels one by one, minutes on a host."""
+    launcher, none = operators.launcher, (None, None)
+    scans, matrices = ["attention_heads"], ["attention_heads"]
+    if GPU:
+        scans.append("selective_scan")
+        matrices.append("attention_factored_64")
+    rows: dict[tuple[str, str], Callable[[], object]] = {}
+    for kernel in scans:
+        rows["scan", kernel] = functools.partial(kernels.scan, launcher, record, True, kernel)
+    for kernel in matrices:
+        rows["attention", kernel] = functools.partial(
+            kernels.attention, launcher, record, none, "mean", True, False, kernel
+        )
+    return rows
+
+
 def timing() -> int:
     """The table."""
     device = torch.device("cuda", 0) if GPU else torch.device("cpu")
@@ -152,6 +176,10 @@ def timing() -> int:
         table.told["ceilings"] = ceilings.measure(device, rounds=3 if GPU else 1, quick=not GPU).as_dict()
     print(table.told["ceilings"])
     with contextlib.nullcontext() if GPU else machine(HERE), torch.no_grad():
+        head = {"model": "mamba2-130m", "batch": 1, "dtype": "float32"}
+        its = {"shape": f"L {STEPS_OF_HEADS}", "times": 24}
+        for (what, how), call in heads_rows(mamba2()).items():
+            table.add({**head, "what": what, "how": how, **its}, call)
         for dtype in DTYPES:
             for batch in BATCHES:
                 for name, pixels in SIZES:
@@ -203,6 +231,12 @@ def profile() -> int:
             kernels.backward(operators.launcher, record, torch.ones_like(y), True)
             sync()
             torch.cuda.profiler.stop()
+        record = mamba2()
+        sync()
+        torch.cuda.profiler.start()
+        kernels.attention(operators.launcher, record, none, "mean", True, True, "attention_heads")
+        sync()
+        torch.cuda.profiler.stop()
     return 0
 
 

@@ -33,6 +33,22 @@ __device__ inline void for_entries(Use use) {
             for (int i = 0; i < 4; i++) use(m, n, i);
 }
 
+template <class Use>
+__device__ inline void for_rows(Use use) {
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) use(m, half);
+}
+
+template <class Use>
+__device__ inline void for_columns(Use use) {
+#pragma unroll
+    for (int n = 0; n < 4; n++)
+#pragma unroll
+        for (int odd = 0; odd < 2; odd++) use(n, odd);
+}
+
 // always three products of halves: TF32 may be used where it is allowed, and here it would not save much
 __device__ inline void multiply_entries(const Split* slab, const Quadrant& own, int rows, Entries& total) {
     Tiles::multiply_slab<3>(slab, own.row, CHUNK + own.column, rows - own.row, total);
@@ -69,8 +85,13 @@ __device__ inline void group_product(const Call& call, const Channel& head, cons
 // ---- a tile of the matrix ---------------------------------------------------------------------------------------------
 
 struct Heads {
-    using Memory = Tiles::Memory;  // the stage's BC holds, on the diagonal, the factors of its halves
     using Staged = Stage<CHUNK>;
+
+    struct Memory : Tiles::Memory {  // the stage's BC holds, on the diagonal, the factors of its halves
+        TileIndex at;                // in shared memory, like `last`: held in registers, what follows from it would spill
+        int to[2 * CHUNK];           // where each side is in the result, or -1
+        int last[CHUNK];             // column of each row
+    };
 
     enum Part { WHOLE, SIZE, PLUS, MINUS };  // of a number
 
@@ -124,29 +145,28 @@ struct Heads {
 
     __device__ static float* halves(Memory& memory, int k, int level) { return memory.stage.BC + (level * CHANNELS + k) * CHUNK; }
 
-    // E of head k, times weights that are staged; zero above the diagonal
-    __device__ static void decays(const TileIndex& at, Memory& memory, const Quadrant& own, int k, Entries& E) {
+    // use(m, n, i, a, b) for every entry that is not zero: a b is E of head k, times weights that are staged. It is used in
+    // every branch, not where they meet again: there it would take 32 registers.
+    template <class Use>
+    __device__ static void decays(const TileIndex& at, Memory& memory, const Quadrant& own, int k, Use use) {
         const Staged& stage = memory.stage;
         const float* factors = stage.factor + k * Staged::PITCH;
         if (at.I > at.J || own.row > own.column) {
             const float *rows = at.I > at.J ? factors : halves(memory, k, 0), *columns = at.I > at.J ? factors + CHUNK : rows;
-            for_entries([&](int m, int n, int i) { E[m][n][i] = rows[own.row_at(m, i)] * columns[own.column_at(n, i)]; });
+            for_entries([&](int m, int n, int i) { use(m, n, i, rows[own.row_at(m, i)], columns[own.column_at(n, i)]); });
         } else if (own.row == own.column) {
             const float* halved = halves(memory, k, 1);
             const Sum rate = stage.rate[k];
             for_entries([&](int m, int n, int i) {
                 const int row = own.row_at(m, i), column = own.column_at(n, i);
-                E[m][n][i] = 0.f;
                 if (m == 1 && n < 2) {
-                    E[m][n][i] = halved[row] * halved[column];
+                    use(m, n, i, halved[row], halved[column]);
                 } else if (m == n / 2) {  // the only ones that meet the diagonal
                     const Sum distance = plus(stage.distance(k, row), stage.distance(k, CHUNK + column));
-                    const float value = factors[row] * factors[CHUNK + column] * decay(rate, distance);
-                    E[m][n][i] = row < column ? 0.f : value;
+                    const float factor = row < column ? 0.f : factors[row] * factors[CHUNK + column];
+                    use(m, n, i, factor, row < column ? 0.f : decay(rate, distance));
                 }
             });
-        } else {
-            for_entries([&](int m, int n, int i) { E[m][n][i] = 0.f; });
         }
     }
 
@@ -163,54 +183,99 @@ struct Heads {
         });
     }
 
-    // the matrix of every channel of head c
-    __device__ static void keep_each(const Call& call, const TileIndex& at, const Quadrant& own, int c, const Entries& G, const Entries& E) {
-        const Channel head(call, at.b, at.r, c, 0);
-        for (int w = 0; w < call.width; w++) {
-            float rows[2][2] = {{1.f, 1.f}, {1.f, 1.f}}, columns[4][2] = {{1.f, 1.f}, {1.f, 1.f}, {1.f, 1.f}, {1.f, 1.f}};
-#pragma unroll
-            for (int i = 0; i < 4 && call.row_weight.data; i++)
-                rows[i / 2][i % 2] = head.row(call.row_weight, c, w).at(head.place(at.I * CHUNK + own.row_at(i / 2, i % 2 * 2), call.row_weight.frame));
-#pragma unroll
-            for (int i = 0; i < 8 && call.col_weight.data; i++)
-                columns[i / 2][i % 2] = head.row(call.col_weight, c, w).at(head.place(at.J * CHUNK + own.column_at(i / 2, i % 2), call.col_weight.frame));
-            for_entries([&](int m, int n, int i) {
-                const float value = G[m][n][i] * E[m][n][i] * rows[m][i / 2] * columns[n][i % 2];
-                write<CHUNK>(call, at, own.row_at(m, i), own.column_at(n, i), c * call.width + w, value);
+    // where rows and columns of the tile are in the result
+    __device__ static void place_results(const Call& call, const TileIndex& at, Memory& memory) {
+        const int side = threadIdx.x, frame = call.attention.frame == STEP ? STEP : side < CHUNK ? WRITE : READ;
+        memory.to[side] = Channel(call, at.b, at.r, 0, 0).place(step_of<CHUNK>(at, side), frame);
+        if (side < CHUNK) memory.last[side] = at.J < at.I ? CHUNK - 1 : side;
+    }
+
+    // channel c of the result, or with `add` more of it; entries above the diagonal and outside the sequence stay as they are
+    template <class Value>
+    __device__ static void keep(const Call& call, const TileIndex& at, const Memory& memory, const Quadrant& own, int c, bool add,
+                                Value value) {
+        const Output& out = call.attention;
+        float* first = out.data + at.b * out.batch + at.r * out.route + c * out.group;
+        for_rows([&](int m, int half) {
+            const int row = own.row_at(m, 2 * half), to = memory.to[row], last = memory.last[row] - own.column_at(0, 0);
+            if (to < 0) return;
+            const OutRow line = {(char*)(first + to * out.axis), (unsigned)out.position * 4, add};
+            for_columns([&](int n, int odd) {
+                if (n * 8 + odd > last) return;
+                line.put(memory.to[CHUNK + own.column_at(n, odd)], value(m, n, 2 * half + odd) * call.attention_scale);
             });
+        });
+    }
+
+    // the matrix of every channel of head c: M, times the channel's weights
+    __device__ static void keep_each(const Call& call, const TileIndex& at, Memory& memory, const Quadrant& own, int c,
+                                     const Entries& M) {
+        const int side = threadIdx.x;
+        const Channel head(call, at.b, at.r, c, 0);
+        const Tensor& weights = side < CHUNK ? call.row_weight : call.col_weight;
+        const int place = weights.data ? head.place(step_of<CHUNK>(at, side), weights.frame) : -1;
+        float* slab = reinterpret_cast<float*>(memory.slab);
+        for (int w = 0; w < call.width; w++) {
+            const float *rows = slab + w % INNER * Tiles::PITCH, *columns = rows + CHUNK;
+            if (w % INNER == 0) {
+                __syncthreads();
+                for (int x = 0; x < min(INNER, call.width - w); x++)
+                    slab[x * Tiles::PITCH + side] = weights.data ? head.row(weights, c, w + x).at(place) : 1.f;
+                __syncthreads();
+            }
+            keep(call, at, memory, own, c * call.width + w, call.attention.add,
+                 [&](int m, int n, int i) { return M[m][n][i] * rows[own.row_at(m, i)] * columns[own.column_at(n, i)]; });
         }
     }
 
-    __device__ void operator()(const Call& call, const TileIndex& at, Memory& memory) const {
+    __device__ void operator()(const Call& call, const TileIndex& tile, Memory& memory) const {
+        if (threadIdx.x == 0) memory.at = tile;
+        place_results(call, tile, memory);
+        __syncthreads();
+        const TileIndex& at = memory.at;
         const Quadrant own;
         const bool paired = call.row_weight.data && call.col_weight.data, each = call.fold == EACH;
         const int rows = at.I == at.J && own.row < own.column ? 0 : call.length - at.I * CHUNK;
         const int passes = call.fold == POSITIVE && (call.row_weight.data || call.col_weight.data) ? 2 : 1;
-        Entries total = {};
+        bool add = call.attention.add;
         for (int first = at.first, end; first < at.last; first = end) {  // the heads of a group
             end = min(at.last, (first / call.per_group + 1) * call.per_group);
-            for (int pass = 0; pass < passes; pass++) {
+            for (int pass = 0; pass < passes; pass++, add = true) {  // what follows is added to the result: a total here would spill
                 const int part = call.fold == ABSOLUTE ? SIZE : call.fold != POSITIVE ? WHOLE : pass ? MINUS : PLUS;
-                Entries G = {}, sum = {};
-                if (each) group_product(call, Channel(call, at.b, at.r, first, 0), memory.stage.place, memory.slab, own, rows, G);
+                Entries sum = {};  // of the heads' E, or G itself with EACH: registers hold two such arrays, not three
+                if (each) group_product(call, Channel(call, at.b, at.r, first, 0), memory.stage.place, memory.slab, own, rows, sum);
                 for (int c = first; c < end; c += CHANNELS) {
                     const int count = min(CHANNELS, end - c);
                     stage_heads(call, at, memory, c, count, paired || each, part);
                     for (int k = 0; k < count; k++) {
-                        Entries W = {}, E;
-                        if (paired && !each) weight_product(call, Channel(call, at.b, at.r, c + k, 0), at, memory, own, rows, part, W);
-                        decays(at, memory, own, k, E);
-                        if (each) keep_each(call, at, own, c + k, G, E);
-                        else for_entries([&](int m, int n, int i) { sum[m][n][i] = fmaf(E[m][n][i], paired ? W[m][n][i] : 1.f, sum[m][n][i]); });
+                        if (each) {
+                            Entries M = {};
+                            decays(at, memory, own, k, [&](int m, int n, int i, float a, float b) {
+                                M[m][n][i] = sum[m][n][i] * (a * b);
+                            });
+                            keep_each(call, at, memory, own, c + k, M);
+                        } else if (paired) {
+                            Entries W = {};
+                            weight_product(call, Channel(call, at.b, at.r, c + k, 0), at, memory, own, rows, part, W);
+                            decays(at, memory, own, k, [&](int m, int n, int i, float a, float b) {
+                                sum[m][n][i] = fmaf(a * b, W[m][n][i], sum[m][n][i]);
+                            });
+                        } else {
+                            decays(at, memory, own, k, [&](int m, int n, int i, float a, float b) {
+                                sum[m][n][i] = fmaf(a, b, sum[m][n][i]);
+                            });
+                        }
                     }
                 }
                 if (each) continue;
+                Entries G = {};
                 group_product(call, Channel(call, at.b, at.r, first, 0), memory.stage.place, memory.slab, own, rows, G);
-                for_entries([&](int m, int n, int i) { total[m][n][i] = fmaf(part_of(part, G[m][n][i]), sum[m][n][i], total[m][n][i]); });
+                if (part == WHOLE) for_entries([&](int m, int n, int i) { sum[m][n][i] *= G[m][n][i]; });
+                else if (part == SIZE) for_entries([&](int m, int n, int i) { sum[m][n][i] *= fabsf(G[m][n][i]); });
+                else for_entries([&](int m, int n, int i) { sum[m][n][i] *= fmaxf(part == PLUS ? G[m][n][i] : -G[m][n][i], 0.f); });
+                keep(call, at, memory, own, 0, add, [&](int m, int n, int i) { return sum[m][n][i]; });
             }
         }
-        if (each) return;
-        for_entries([&](int m, int n, int i) { write<CHUNK>(call, at, own.row_at(m, i), own.column_at(n, i), 0, total[m][n][i]); });
     }
 };
 
@@ -221,6 +286,7 @@ struct ChunkMemory {
     float high[CHUNK], low[CHUNK];  // sum of delta from the chunk's start through each step
     float delta[CHUNK], left[CHUNK];  // delta, and delta times the decay from the step to the chunk's end
     int place[2 * CHUNK], to[CHUNK];  // where steps are read, for rows and again for columns, and written
+    int b, r, c, slice;  // whose y; held in registers, the addresses that follow from it would spill
     float state[1];  // [states][SLICE]
 
     __device__ Sum distance(int step) const { return {high[step], low[step]}; }
@@ -277,14 +343,17 @@ __device__ inline void multiply_inputs(const Call& call, const Channel& head, Ch
 
 __device__ inline void scan_head(const Call& call, int block, ChunkMemory& memory) {
     const Quadrant own;
-    const int slices = (call.width + SLICE - 1) / SLICE, slice = block % slices * SLICE, rest = block / slices;
-    const int image_route = rest / call.channels, b = image_route / call.routes, r = image_route % call.routes;
-    const Channel head(call, b, r, rest % call.channels, threadIdx.x % 32);
-    const Sum rate = rate_of(head.A().at(0));
-    const long long B_next = call.B.axis * size_of(call.B.type);
-    const Row B = head.B(0);
+    if (threadIdx.x == 0) {
+        const int slices = (call.width + SLICE - 1) / SLICE, rest = block / slices, image_route = rest / call.channels;
+        memory.b = image_route / call.routes, memory.r = image_route % call.routes;
+        memory.c = rest % call.channels, memory.slice = block % slices * SLICE;
+    }
     for (int i = threadIdx.x; i < call.states * SLICE; i += HEAD_THREADS) memory.state[i] = 0.f;
+    __syncthreads();
     for (int start = 0; start < call.length; start += CHUNK) {
+        const Channel head(call, memory.b, memory.r, memory.c, threadIdx.x % 32);
+        const int slice = memory.slice;
+        const Sum rate = rate_of(head.A().at(0));
         stage_chunk(call, head, memory, start, rate);
         const int rows = call.length - start;
         Entries y = {}, P = {};
@@ -306,20 +375,24 @@ __device__ inline void scan_head(const Call& call, int block, ChunkMemory& memor
             P[m][n][i] = row < column ? 0.f : P[m][n][i] * E;
         });
         multiply_inputs(call, head, memory, own, slice, P, y);
-        for_entries([&](int m, int n, int i) {
-            const int row = own.row_at(m, i), p = slice + own.column_at(n, i);
-            if (row >= rows || p >= call.width) return;
-            const float skip = call.D.data ? row_of(call.D, r * call.D.route + head.c * call.D.axis + p * call.D.group).at(0) : 0.f;
-            const float value = memory.place[row] < 0 ? 0.f : fmaf(skip, head.row(call.u, head.c, p).at(memory.place[row]), y[m][n][i]);
-            head.out_row(call.y, head.c, p).put(memory.to[row], value * call.y_scale);
+        for_columns([&](int n, int odd) {
+            const int p = slice + own.column_at(n, odd);
+            if (p >= call.width) return;
+            const float skip = call.D.data ? row_of(call.D, head.r * call.D.route + head.c * call.D.axis + p * call.D.group).at(0) : 0.f;
+            const Row u = head.row(call.u, head.c, p);
+            const OutRow out = head.out_row(call.y, head.c, p);
+            for_rows([&](int m, int half) {
+                const int row = own.row_at(m, 2 * half), place = memory.place[row];
+                const float value = place < 0 ? 0.f : fmaf(skip, u.at(place), y[m][n][2 * half + odd]);
+                if (row < rows) out.put(memory.to[row], value * call.y_scale);
+            });
         });
         if (rows <= CHUNK) break;
         const float shrink = decay(rate, memory.distance(CHUNK - 1));
         for (int n0 = 0; n0 < call.states; n0 += CHUNK) {
             const int n = n0 + threadIdx.x, p = slice + threadIdx.x - CHUNK;
             const bool is_row = threadIdx.x < CHUNK, there = is_row ? n < call.states : p < call.width;
-            Row source = is_row ? B : head.row(call.u, head.c, there ? p : 0);
-            if (is_row && there) source.data += n * B_next;
+            const Row source = is_row ? head.B(there ? n : 0) : head.row(call.u, head.c, there ? p : 0);
             Entries gained = {};
             product(memory.slab, CHUNK, own, call.states - n0, gained, [&](int step, int) {
                 return there ? source.at(memory.place[step]) * (is_row ? memory.left[step] : 1.f) : 0.f;

@@ -251,12 +251,13 @@ def _launch_attention(
 
 
 def _attention_shared(kernel: str, states: int) -> int:
-    """Return a block's shared bytes: staging and, in a factored kernel, a slab; or its warps' states in a scan."""
+    """Return a block's shared bytes: staging and, where there are products, a slab; or its warps' states in a scan."""
     tile, threads = _TILES.get(kernel, (_CHUNK, _CHUNK_THREADS))
     sides = 2 * tile
     stage = 12 * _CHANNELS * (sides + 2) + 4 * (_STATES + 1) * sides + 8 * _CHANNELS * _STATES
     slab = 0 if kernel == "attention_direct" else 8 * _INNER * (sides + 4)
-    return max(stage + slab, _chunk_shared(states) if kernel == _HEADS else _scan_shared(states, threads))
+    results = 4 * (6 + sides + tile) if kernel == _HEADS else 0  # the tile's index, and where its results go
+    return max(stage + slab + results, _chunk_shared(states) if kernel == _HEADS else _scan_shared(states, threads))
 
 
 def _scan_blocks(args: CCall, threads: int) -> int:
@@ -276,7 +277,7 @@ def _chunk_blocks(args: CCall) -> int:
 
 def _chunk_shared(states: int) -> int:
     """Return a block's shared bytes in a scan by chunks: a slab, what is known of its steps, and states."""
-    return 8 * _INNER * (2 * _CHUNK + 4) + 4 * 7 * _CHUNK + 4 * states * _SLICE
+    return 8 * _INNER * (2 * _CHUNK + 4) + 4 * (7 * _CHUNK + 4) + 4 * states * _SLICE
 
 
 def _ask_for_y(args: CCall, record: ScanRecord, y: Tensor, merged: bool) -> None:
