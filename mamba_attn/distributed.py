@@ -119,7 +119,7 @@ class Ranks:
             yield number
 
     def work(self, name: str, count: int, make: Callable[[int], None], missing: Callable[[], int]) -> int:
-        """Do this process's shares of some work; where all run together, wait for the others' too.
+        """Do this process's shares of some work; the one that reports waits for those that run with it.
 
         Args:
             name: of the work.
@@ -133,6 +133,8 @@ class Ranks:
         for number in self.shares(name, count):
             make(number)
             self.count(f"{name} made", 1)
+        if not self.reports:
+            return 0
         while self.together and self.count(f"{name} made") < count:
             wait()
         while (left := missing()) and self.together:  # a network's disk shows the others' files a little later

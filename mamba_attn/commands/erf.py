@@ -164,7 +164,8 @@ def _parts(
     transform, device = subject.transform, subject.device
 
     def read(picture: _Picture) -> "torch.Tensor":
-        return transform.normalise(picture(transform)[None]).to(device)
+        images: torch.Tensor = transform.normalise(picture(transform)[None])
+        return images.to(device)
 
     named = place.get("query")
     of = [subject.name, subject.fingerprint, dict(subject.options), transform.as_dict(), layer, place]

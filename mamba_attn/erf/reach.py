@@ -140,7 +140,7 @@ class ReachSum:
         row = layer.layout.to_grid(read_rows(layer, self.query).abs()).double()
         self._add(self.rows, layer.name, shares(row))
         its = layer.layout
-        self.grids[layer.name] = (*its.grid, its.step, its.centre)
+        self.grids[layer.name] = (its.grid[0], its.grid[1], its.step, its.centre)
 
     def _roll(self, layers: Sequence[Layer], dense: bool) -> None:
         try:

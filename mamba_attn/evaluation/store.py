@@ -90,6 +90,8 @@ class Store:
         if last:  # killed in the middle of a line: do not append to it
             before = self.damaged
             self._take(last)
+            if self.shared:  # nothing is appended, and several would cut the file at once
+                return
             with self.path.open("r+b") as file:
                 file.seek(-len(last), os.SEEK_END)
                 file.truncate() if self.damaged > before else file.write(last + b"\n")

@@ -101,6 +101,16 @@ def test_a_killed_rank_goes_on_and_errors_are_tried_again(wanted, tmp_path, monk
     assert not list((tmp_path / "s.parts").glob("*.new"))
 
 
+def test_several_processes_leave_a_file_that_was_cut_alone(tmp_path):
+    whole = b'{"protocol": 1, "key": ["d", "i", "m", "a", "cost", "o"], "seconds": 1}\n'
+    (tmp_path / "s.jsonl").write_bytes(whole + whole[:20])
+    store = Store(tmp_path / "s.jsonl", shared=True)  # each of them would cut it, one after another
+    assert (len(store), store.damaged) == (1, 1)
+    assert (tmp_path / "s.jsonl").read_bytes() == whole + whole[:20]
+    Store(tmp_path / "s.jsonl")
+    assert (tmp_path / "s.jsonl").read_bytes() == whole
+
+
 def test_texts_over_ranks(tmp_path):
     from mamba_attn.commands.compare_texts import text_plan
 
