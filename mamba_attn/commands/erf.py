@@ -17,6 +17,7 @@ from mamba_attn.commands.options import (
     command,
     load_model,
     require_least,
+    settle_threads,
 )
 from mamba_attn.commands.ranks import left_to_others, ranks_bar
 from mamba_attn.commands.terminal import show
@@ -66,6 +67,7 @@ def add_parser(commands: Commands) -> None:
         examples=_EXAMPLES,
         notes=_NOTES,
         run=run,
+        stopped="stopped; the same command resumes at the last part.",
     )
     add = parser.add_argument
     add_images(parser)
@@ -93,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
     require_least(args, limit=1)
     pictures, about = _pictures(args)  # before the model, which takes longer
     subject, place = load_model(args), _place(args)
+    if ranks.launcher:
+        settle_threads([subject.parameters], cores=ranks.cores)
     for kind, numbers in place.items():
         if not isinstance(numbers, str):
             require_inside("query" if kind == "pixel" else kind, Query(kind, (numbers,)), subject.transform.size)

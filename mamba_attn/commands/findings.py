@@ -52,7 +52,7 @@ def add_parser(commands: Commands) -> None:
         examples=_EXAMPLES,
         notes=_NOTES,
         run=run,
-        stopped="stopped; the same command resumes after the last model.",
+        stopped="stopped; the same command resumes at the last part.",
     )
     add = parser.add_argument
     add("store", nargs="+", metavar="STORE", help="made by mamba-attn collect")
