@@ -1,4 +1,7 @@
-"""`mamba-attn collect` by several processes: speed of two ranks, equal bits, kills, the cost of a list of images."""
+"""`mamba-attn collect` by several processes: speed of two ranks, equal bits, kills, the cost of a list of images.
+
+Beside them, what ``benchmarks.many_images`` measures of `compare` and `findings`.
+"""
 
 import argparse
 import json
@@ -16,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.many_images import run_images
 from benchmarks.measure import ROOT, peak_memory
 from benchmarks.report import Figure, figure
 from mamba_attn.analytics import AttentionStore, Request, collect
@@ -233,6 +237,7 @@ def run_scale(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
             figure("scale opening", f"{images:,} images", took),
             figure("scale opening memory", f"{images:,} images", memory / 1e6),
         ]
+        figures += run_images(data, args.quick, seconds)
         details |= {"kills": found, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
     return figures, json.loads(json.dumps(details))
 

@@ -83,7 +83,7 @@ WHAT = {
     "two-digits": "attribution methods asked about either of two digits in an image",
     "fills": "attribution methods under several fills of removed cells",
     "collect": "mamba-attn collect: memory against images, time, means against explicit ones",
-    "scale": "mamba-attn collect by several processes: speed, equal bits, kills, lists of a million images",
+    "scale": "several processes, many images: speed, equal bits, kills, lists of a million images, planning, memory",
     "embed": "t-SNE and UMAP of attention, with PCA before them and without",
     "findings": "mamba-attn findings: the paper's findings, trained, with random weights, in other patch orders",
     "content": "what the image-dependent part of attention is worth: matrices of other images, of none, and cut short",

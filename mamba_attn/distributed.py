@@ -9,7 +9,7 @@ the disk: counters only say who begins what, and begin anew after every restart.
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -117,6 +117,34 @@ class Ranks:
             return
         while (number := self.count(name, 1) - 1) < count:
             yield number
+
+    def work(self, name: str, count: int, make: Callable[[int], None], missing: Callable[[], int]) -> int:
+        """Do this process's shares of some work; the one that reports waits for those that run with it.
+
+        Args:
+            name: of the work.
+            count: of all shares.
+            make: does a share, unless the disk holds it already.
+            missing: returns how many shares the disk does not hold, whoever was to do them.
+
+        Returns:
+            What is missing in the end: the share of processes that run at another time.
+        """
+        for number in self.shares(name, count):
+            make(number)
+            self.count(f"{name} made", 1)
+        if not self.reports:
+            return 0
+        while self.together and self.count(f"{name} made") < count:
+            wait()
+        while (left := missing()) and self.together:  # a network's disk shows the others' files a little later
+            wait()
+        return left
+
+    @property
+    def reports(self) -> bool:
+        """Whether this process says and writes what all have done, once it finds everything there."""
+        return self.first or not self.together
 
     def count(self, name: str, more: int = 0) -> int:
         """Add to a number that all processes share, and return it; without torchrun, each has its own.

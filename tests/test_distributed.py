@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import PrefixStore, TCPStore
 
 from mamba_attn.distributed import Ranks
 from mamba_attn.errors import MambaAttnError
@@ -52,6 +52,37 @@ def test_a_process_alone():
 )  # fmt: skip
 def test_slurm(monkeypatch, environment, expected):
     assert at(monkeypatch, **environment) == expected
+
+
+def test_work_is_shared_and_what_is_missing_is_said():
+    for world in (1, 3):
+        made: set[int] = set()
+        left = [
+            Ranks(rank, world).work("images", 7, made.add, lambda made=made: 7 - len(made)) for rank in range(world)
+        ]
+        assert made == set(range(7))
+        assert left == ([0] if world == 1 else [4, 2, 0])
+
+
+def test_work_under_torchrun_ends_where_the_reporting_rank_finds_all(monkeypatch):
+    server = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    first, second = (
+        Ranks(rank, 2, rank, 2, "torchrun", PrefixStore("run", TCPStore("localhost", server.port, is_master=False)))
+        for rank in range(2)
+    )
+    made, waits = [], []
+
+    def wait():
+        waits.append(len(made))
+        if len(waits) == 1:
+            assert second.work("images", 3, made.append, lambda: 1) == 0  # which reports nothing, and waits for nobody
+
+    monkeypatch.setattr("mamba_attn.distributed.wait", wait)
+    monkeypatch.setattr(Ranks, "shares", lambda self, name, count: iter([1, 2] if self is second else [0]))
+    looks = iter([1, 0])  # a network's disk shows the last file later
+    assert first.work("images", 3, made.append, lambda: next(looks)) == 0
+    assert made == [0, 1, 2]
+    assert len(waits) == 2
 
 
 def test_shares_without_an_agent_are_every_so_manieth():

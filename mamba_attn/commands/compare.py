@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mamba_attn.commands.compare_texts import STORE, run_texts
+from mamba_attn.commands.compare_texts import STORE, run_texts, write_files
 from mamba_attn.commands.options import (
     Commands,
     add_folder,
@@ -18,11 +18,13 @@ from mamba_attn.commands.options import (
     require_least,
     settle_threads,
 )
+from mamba_attn.commands.ranks import left_to_others, ranks_bar
 from mamba_attn.commands.terminal import plain, progress_bar, say, show
 from mamba_attn.core.requirements import require_extras, writable
 from mamba_attn.errors import MambaAttnError, nearest
 
 if TYPE_CHECKING:
+    from mamba_attn.distributed import Ranks
     from mamba_attn.evaluation.plan import Plan
     from mamba_attn.evaluation.specs import Model
     from mamba_attn.evaluation.store import Store
@@ -67,7 +69,10 @@ answer was copied from is known, and its rank by every method is measured
 
 Writes to FOLDER: compare.html (an offline page), compare.txt, compare.csv,
 compare.json, and measured.jsonl, from which the same command resumes after an
-interruption.
+interruption. Started by torchrun, by srun or as a job array, every process
+measures some of the images, into measured.parts/, on the GPU of its own:
+
+  torchrun --nproc-per-node 8 -m mamba_attn compare --device cuda --data photos
 """
 
 
@@ -129,17 +134,25 @@ def add_parser(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure what is missing, then print and write everything."""
     require_extras(_NEEDED)
-    models = _models(args)
+    from mamba_attn.distributed import Ranks
+
+    ranks = Ranks.here()
+    if ranks.world > 1 and (args.workers > 1 or args.budget is not None):
+        option = "--workers" if args.workers > 1 else "--budget"
+        raise ValueError(
+            f"{option}: this is for one process, and {ranks.launcher} started {ranks.world}; leave it out."
+        )
+    models = _models(args, ranks)
     reads = {model.subject.reads for model in models}
     if reads == {"text"}:
-        return run_texts(args, models)
+        return run_texts(args, models, ranks)
     if len(reads) > 1:
         named = ", ".join(f"{model.name} reads {model.subject.reads}" for model in models)
         raise ValueError(f"--models: {named}; compare them in separate runs.")
     plan = _plan(args, models)
     plan.check()
     try:
-        return _compare(plan, args)
+        return _compare(plan, args, ranks)
     except BrokenProcessPool as error:
         raise MambaAttnError(
             "a worker process died, perhaps for lack of memory; results so far are kept: run it again with fewer "
@@ -147,11 +160,12 @@ def run(args: argparse.Namespace) -> int:
         ) from error
 
 
-def _models(args: argparse.Namespace) -> "list[Model]":
+def _models(args: argparse.Namespace, ranks: "Ranks") -> "list[Model]":
     """Parse and load the models."""
     from mamba_attn.evaluation.specs import Model
 
     require_least(args, limit=1, workers=1, sanity_images=0, pictures=0, seed=0)
+    args.device = ranks.device(args.device)
     if args.budget is not None and not args.budget > 0:
         raise ValueError(f"--budget {args.budget:g}: expected minutes, more than 0.")
     given = args.models if args.models is not None else "" if args.model else _MODELS
@@ -167,7 +181,9 @@ def _models(args: argparse.Namespace) -> "list[Model]":
         raise ValueError("--model: name the model that --weights, --classes and --mean are of.")
     if len({model.name for model in models}) < len(models):
         raise ValueError(f"--models {args.models}: a model can be compared with one set of weights at a time.")
-    settle_threads([model.subject.parameters for model in models], args.workers)
+    settle_threads(
+        [model.subject.parameters for model in models], args.workers, ranks.cores if ranks.launcher else None
+    )
     return models
 
 
@@ -224,17 +240,25 @@ def _measures(option: str, text: str) -> tuple[str, ...]:
     return names
 
 
-def _compare(plan: "Plan", args: argparse.Namespace) -> int:
+def _compare(plan: "Plan", args: argparse.Namespace, ranks: "Ranks") -> int:
     from mamba_attn.evaluation.scheduler import run as measure
+    from mamba_attn.evaluation.scheduler import run_shared
     from mamba_attn.evaluation.store import Store
 
-    empty = [data.name for data in plan.data.values() if not data.chosen(plan.half, plan.limit)]
+    empty = [plan.data[selector].name for selector, chosen in plan.chosen.items() if not chosen]
     if empty:
         raise ValueError(f"--half {plan.half}: {empty[0]} has no images in this half.")
     folder = writable(args.out)
-    store = Store(folder / STORE)
+    store = Store(folder / STORE, shared=ranks.world > 1)
     if store.damaged:
         plan.notes.append(f"{STORE}: {store.damaged} damaged lines were left out and their figures measured again.")
+    if ranks.world > 1:
+        with ranks_bar(ranks, "comparing") as advance:
+            left = run_shared(plan, store, ranks, advance)
+        if left or not ranks.reports:
+            return left_to_others(ranks, left, folder)
+        failed = _report(plan, store, folder, args.call)
+        return 0 if ranks.launcher == "torchrun" else failed  # which would start all again
     budget = None if args.budget is None else 60 * args.budget
     with progress_bar() as progress:
         measure(plan, store, args.workers, progress, budget, progress.console.print)
@@ -296,8 +320,7 @@ def write(plan: "Plan", store: "Store", tables: "Sequence[Table]", folder: Path,
         "compare.json": as_json(tables, about, halves),
         "compare.html": page(plan, store, tables, about),
     }
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    write_files(folder, files)
     return about["notes"], bool(failed)
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from mamba_attn.commands.ranks import left_to_others
 from mamba_attn.commands.terminal import plain, progress_bar, say, show
 from mamba_attn.core.requirements import writable
 from mamba_attn.errors import nearest
 
 if TYPE_CHECKING:
+    from mamba_attn.distributed import Ranks
     from mamba_attn.evaluation.specs import Model
     from mamba_attn.evaluation.summary import Table
     from mamba_attn.evaluation.texts import TextPlan
@@ -19,12 +21,13 @@ STORE = "measured.jsonl"
 _OF_IMAGES = {"half": "all", "precision": "float32", "workers": 1, "budget": None, "sanity_images": 8, "pictures": 6}
 
 
-def run_texts(args: argparse.Namespace, models: "Sequence[Model]") -> int:
+def run_texts(args: argparse.Namespace, models: "Sequence[Model]", ranks: "Ranks") -> int:
     """Measure what is missing, then print and write everything; the exit code says whether something failed.
 
     Args:
         args: of the command.
         models: that read text.
+        ranks: this process among all.
     """
     from mamba_attn.evaluation.specs import choose_methods, with_control
     from mamba_attn.evaluation.store import Store
@@ -42,12 +45,14 @@ def run_texts(args: argparse.Namespace, models: "Sequence[Model]") -> int:
     measures = None if args.measures == "all" else [name.strip() for name in args.measures.split(",")]
     plan = text_plan(models, args.data or None, methods, unasked, measures, args.fill, args.limit, args.seed)
     folder = writable(args.out)
-    store = Store(folder / STORE)
+    store = Store(folder / STORE, shared=ranks.world > 1)
     with progress_bar() as progress:
-        bar = progress.add_task("comparing", total=None)
+        bar = progress.add_task("comparing", total=None, visible=ranks.reports)
         tables = measure_texts(
-            plan, store, lambda name, done, of: progress.update(bar, description=name, completed=done, total=of)
+            plan, store, lambda name, done, of: progress.update(bar, description=name, completed=done, total=of), ranks
         )
+    if plan.left or not ranks.reports:
+        return left_to_others(ranks, plan.left, folder)
     for title, header, rows in [*text_tables(tables), *published_of_texts(tables)]:
         show(title, header, rows)
     print()
@@ -56,7 +61,7 @@ def run_texts(args: argparse.Namespace, models: "Sequence[Model]") -> int:
     for note in notes:
         say(f"note: {note}")
     print(f"open {folder / 'compare.html'}")
-    return 1 if failed else 0
+    return 1 if failed and ranks.launcher != "torchrun" else 0  # which would start all again
 
 
 def text_plan(
@@ -137,9 +142,21 @@ def write_texts(plan: "TextPlan", tables: "Sequence[Table]", folder: Path, call:
         "compare.json": as_json(tables, about, {}),
         "compare.html": text_page(plan, tables, about),
     }
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    write_files(folder, files)
     return notes, bool(failed)
+
+
+def write_files(folder: Path, files: dict[str, str]) -> None:
+    """Write texts, each in one step: several jobs of an array may find everything there and write at once.
+
+    Args:
+        folder: where to.
+        files: texts by name.
+    """
+    from mamba_attn.analytics.places import LocalPlace
+
+    for name, text in files.items():
+        LocalPlace(folder).replace(name, text.encode())
 
 
 def compared_texts(plan: "TextPlan", out: str | Path | None, call: str) -> "list[Table]":

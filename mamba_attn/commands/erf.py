@@ -1,7 +1,8 @@
 """``mamba-attn erf``: arguments, the images, its files."""
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,9 @@ from mamba_attn.commands.options import (
     command,
     load_model,
     require_least,
+    settle_threads,
 )
+from mamba_attn.commands.ranks import left_to_others, ranks_bar
 from mamba_attn.commands.terminal import show
 from mamba_attn.core.requirements import parse_place, require_extras, writable
 from mamba_attn.errors import nearest
@@ -24,12 +27,12 @@ from mamba_attn.errors import nearest
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from rich.console import Console
 
     from mamba_attn.core.loaded_model import LoadedModel
     from mamba_attn.core.transform import Transform
     from mamba_attn.datasets import Data
     from mamba_attn.erf.fields import ReceptiveField
+    from mamba_attn.erf.parts import FieldParts
 
 _NEEDED = {"captum": "captum", "matplotlib": "matplotlib", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
 _UNTRAINED = "untrained"
@@ -48,6 +51,10 @@ around the token that contains this share: its side in pixels and its share of
 the image. It also gives mean distances in pixels. Images of a collection
 (--data) come in the order of the hashes of their names: the first N are a fair
 sample.
+
+What is measured is saved in FOLDER/measured, 16 images at a time: after an
+interruption the same command resumes there. Started by torchrun, by srun or as
+a job array, every process measures some of the images.
 """
 
 
@@ -60,6 +67,7 @@ def add_parser(commands: Commands) -> None:
         examples=_EXAMPLES,
         notes=_NOTES,
         run=run,
+        stopped="stopped; the same command resumes at the last part.",
     )
     add = parser.add_argument
     add_images(parser)
@@ -77,84 +85,100 @@ def add_parser(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure every model on all images; write and print."""
     require_extras(_NEEDED)
-    from rich.console import Console
-    from rich.progress import Progress
-
     from mamba_attn.attribution.queries import Query, require_inside
     from mamba_attn.datasets.untrained import untrained
-    from mamba_attn.erf.fields import ReceptiveField, receptive_field
+    from mamba_attn.distributed import Ranks
+    from mamba_attn.erf.fields import ReceptiveField
 
+    ranks = Ranks.here()
+    args.device = ranks.device(args.device)
     require_least(args, limit=1)
-    pictures = _pictures(args)  # before the model, which takes longer
+    pictures, about = _pictures(args)  # before the model, which takes longer
     subject, place = load_model(args), _place(args)
-    transform = subject.transform
+    if ranks.launcher:
+        settle_threads([subject.parameters], cores=ranks.cores)
     for kind, numbers in place.items():
         if not isinstance(numbers, str):
-            require_inside("query" if kind == "pixel" else kind, Query(kind, (numbers,)), transform.size)
-    layer, models = _layer(args.layer, subject), {subject.name: subject.model}
+            require_inside("query" if kind == "pixel" else kind, Query(kind, (numbers,)), subject.transform.size)
+    layer, models = _layer(args.layer, subject), {subject.name: subject}
     if args.untrained:
-        models[_UNTRAINED] = untrained(subject, args.seed).model
+        models[_UNTRAINED] = untrained(subject, args.seed)
     folder = writable(args.out)
-    fields: dict[str, ReceptiveField] = {}
-    damaged: set[str] = set()
-    with Progress(console=Console(stderr=True)) as progress:
-        for name, model in models.items():
-            shown = progress.track(pictures, description=f"receptive field, {name}")
-            good = _read(shown, transform, subject.device, damaged, progress.console)
-            fields[name] = receptive_field(model, good, layer=layer, **place)
+    parts = {name: _parts(folder, each, pictures, about, layer, place) for name, each in models.items()}
+    left = 0
+    for name, each in parts.items():
+        what, whole = f"receptive field, {name}", len(pictures)
+        with ranks_bar(ranks, what) as advance:
+            left += each.measure(ranks, lambda more: advance(ranks.count(what, more), whole))  # noqa: B023
+    if left or not ranks.reports:
+        return left_to_others(ranks, left, folder)
+    damaged = list(dict.fromkeys(reason for each in parts.values() for reason in each.damaged))
+    for reason in damaged:
+        print(f"skipped: {as_flags(reason, ('range',))}", file=sys.stderr)
+    fields: dict[str, ReceptiveField] = {name: each.result() for name, each in parts.items()}
     _write(folder, fields, args.call)
     _table(fields)
     skipped = sum(len(each.skipped) for each in fields.values())
-    for name, each in fields.items():
-        if each.skipped:
-            print(f"{name}: {len(each.skipped)} images gave NaN or Inf and were left out")
+    for name, found in fields.items():
+        if found.skipped:
+            print(f"{name}: {len(found.skipped)} images gave NaN or Inf and were left out")
     print(f"open {folder / 'erf.html'}")
-    return 1 if damaged or skipped else 0
+    return 1 if (damaged or skipped) and ranks.launcher != "torchrun" else 0  # which would start all again
 
 
-def _pictures(args: argparse.Namespace) -> list[_Picture]:
-    """Return a function per image, which reads it through a model's transform, as uint8."""
+def _pictures(args: argparse.Namespace) -> "tuple[list[_Picture], list[Any]]":
+    """Return a function per image, which reads it through a model's transform, as uint8; and which images they are."""
     from mamba_attn import images
     from mamba_attn.datasets import open_data
 
     if args.data is None:
-        paths = images.find(args.image) if args.image else images.samples()
-        return [partial(_of_file, path) for path in paths[: args.limit]]
+        paths = (images.find(args.image) if args.image else images.samples())[: args.limit]
+        return [partial(_of_file, path) for path in paths], [_file(path) for path in paths]
     if args.image:
         raise ValueError(f"--data {args.data}: give a collection or IMAGE ({args.image[0]}), not both.")
     data = open_data(args.data)
-    return [partial(_of_data, data, index) for index in data.chosen(limit=args.limit)]
+    return [partial(_of_data, data, index) for index in data.chosen(limit=args.limit)], [data.identity]
 
 
 def _of_file(path: Path, transform: "Transform") -> "np.ndarray":
     return transform.pixels(path)
 
 
+def _file(path: Path) -> list[Any]:
+    about = path.stat()
+    return [str(path.resolve()), about.st_size, about.st_mtime_ns]
+
+
 def _of_data(data: "Data", index: int, transform: "Transform") -> "np.ndarray":
-    return data.load(index, transform).pixels
+    return data.pixels(index, transform)
 
 
-def _read(
-    pictures: Iterable[_Picture],
-    transform: "Transform",
-    device: "torch.device",
-    damaged: set[str],
-    console: "Console",
-) -> "Iterator[torch.Tensor]":
-    """Yield images one by one; report each unreadable one once, whatever the number of models."""
-    from mamba_attn import images
+def _parts(
+    folder: Path,
+    subject: "LoadedModel",
+    pictures: Sequence[_Picture],
+    about: list[Any],
+    layer: str | None,
+    place: dict[str, Any],
+) -> "FieldParts":
+    """Return the field of one model in parts."""
+    from mamba_attn.erf.fields import FieldSum
+    from mamba_attn.erf.parts import FieldParts
 
-    for picture in pictures:
-        try:
-            image = transform.normalise(picture(transform)[None])
-        except images.ImageError as error:
-            if str(error) not in damaged:
-                console.print(
-                    f"skipped: {as_flags(str(error), ('range',))}", markup=False, highlight=False, soft_wrap=True
-                )
-            damaged.add(str(error))
-            continue
-        yield image.to(device)
+    transform, device = subject.transform, subject.device
+
+    def read(picture: _Picture) -> "torch.Tensor":
+        images: torch.Tensor = transform.normalise(picture(transform)[None])
+        return images.to(device)
+
+    named = place.get("query")
+    of = [subject.name, subject.fingerprint, dict(subject.options), transform.as_dict(), layer, place]
+    return FieldParts(
+        folder / "measured",
+        [of, about],
+        [partial(read, picture) for picture in pictures],
+        lambda: FieldSum(subject.model, named, place.get("pixel"), place.get("box"), layer),
+    )
 
 
 def _place(args: argparse.Namespace) -> dict[str, Any]:

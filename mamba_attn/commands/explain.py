@@ -25,8 +25,8 @@ from mamba_attn.core.requirements import require_extras, writable
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mamba_attn.explanations.answer import Answer
     from mamba_attn.explanations.choices import Question
+    from mamba_attn.explanations.explaining import Explained
 
 _NEEDED = {"captum": "captum", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
 _HALF = 0.5  # of a picture: less shown is said
@@ -44,7 +44,9 @@ the folders below it (one per class; of train/ and val/, only val/ is used).
 With --text it writes index.html (one offline page) and text.npz. Otherwise it
 writes to FOLDER, for every image: NAME.html (an offline page), NAME.png (the
 same as a picture) and NAME.npz (the maps in pixels, the matrices, the query's
-row in every layer, all probabilities); and index.html, which lists them.
+row in every layer, all probabilities); and index.html, which lists them, 200 on
+a page. Images of several folders come into folders of the same names. What an
+earlier call has written of the same image, model and options stays.
 """
 
 
@@ -67,6 +69,7 @@ def add_parser(commands: Commands) -> None:
         examples=_EXAMPLES,
         notes=_NOTES,
         run=run,
+        stopped="stopped; the same command goes on here.",
         more=_methods,
     )
     add = parser.add_argument
@@ -181,33 +184,44 @@ def _explain(job: Job) -> int:
     from mamba_attn import images
     from mamba_attn.errors import NonFiniteError
     from mamba_attn.explanations.answer import answer
-    from mamba_attn.explanations.explaining import Pages, titles
+    from mamba_attn.explanations.explaining import Kept, Pages, about, titles
 
     progress = Progress(console=Console(stderr=True))
-    table, done, pages = _table(job.questions), 0, Pages(job.folder, job.call)
-    named = list(zip(job.paths, titles(job.paths), strict=True))
-    right: list[bool] = []
-    with progress:
-        for path, title in progress.track(named, description="explaining"):
-            try:
-                answers = [answer(question, path) for question in job.questions]
-            except (images.ImageError, NonFiniteError) as error:
-                reason = as_flags(str(error), ("range",))
-                progress.console.print(f"skipped: {reason}", markup=False, highlight=False, soft_wrap=True)
-                continue
-            if answers[0].left_out > _HALF:
-                share = f"{answers[0].left_out:.0%}"
-                progress.console.print(f"{path}: {share} of the picture is cut off, as the page shows", soft_wrap=True)
-            pages.add(title, answers)
-            _add_rows(table, title, answers)
-            if verdict := answers[0].verdict:
-                right.append(verdict == "correct")
-            done += 1
-    pages.finish()
+    table, pages = _table(job.questions), Pages(job.folder, job.call)
+    kept = Kept(job.folder, [about(question) for question in job.questions])
+    named = [(path, title, kept.get(path, title)) for path, title in zip(job.paths, titles(job.paths), strict=True)]
+    for _, _, known in named:
+        if known is not None:
+            pages.names.take(known.name)
+    try:
+        with progress:
+            for path, title, found in progress.track(named, description="explaining"):
+                if found is None:
+                    try:
+                        answers = [answer(question, path) for question in job.questions]
+                    except (images.ImageError, NonFiniteError) as error:
+                        reason = as_flags(str(error), ("range",))
+                        progress.console.print(f"skipped: {reason}", markup=False, highlight=False, soft_wrap=True)
+                        continue
+                    kept.add(path, pages.add(title, answers))
+                else:
+                    pages.all.append(found)
+                if pages.all[-1].left_out > _HALF:
+                    share = f"{pages.all[-1].left_out:.0%}"
+                    progress.console.print(
+                        f"{path}: {share} of the picture is cut off, as the page shows", soft_wrap=True
+                    )
+                _add_rows(table, pages.all[-1])
+    finally:
+        pages.finish()  # of what is there, after an interruption too
+    there, done = sum(found is not None for _, _, found in named), len(pages.all)
     console = Console()
     if table.row_count:
         console.print(table)
-    lines = [f"{done} of {len(job.paths)} images explained" + (f"; open {job.folder / 'index.html'}" if done else "")]
+    again = f", {there} of them before" if there else ""
+    lines = [f"{done} of {len(job.paths)} images explained{again}"]
+    lines[0] += f"; open {job.folder / 'index.html'}" if done else ""
+    right = [each.verdict == "correct" for each in pages.all if each.verdict]
     if right:
         lines.insert(0, f"{sum(right)} of {len(right)} predicted correctly")
     if done:
@@ -235,15 +249,14 @@ def _table(questions: Sequence["Question"]) -> "Table":
     return table
 
 
-def _add_rows(table: "Table", name: str, answers: Sequence["Answer"]) -> None:
+def _add_rows(table: "Table", found: "Explained") -> None:
     from rich.text import Text
 
-    best = [[(label, answer.spelt(value)) for label, value in answer.best()] for answer in answers]
-    count = max(1, *(len(classes) for classes in best))
+    count = max(1, *(len(classes) for classes in found.best))
     for place in range(count):
-        truth = answers[0].truth
-        cells = [Text(name if place == 0 else f"label: {truth}" if place == 1 and truth else "")]
-        for classes in best:
+        truth = found.truth
+        cells = [Text(found.title if place == 0 else f"label: {truth}" if place == 1 and truth else "")]
+        for classes in found.best:
             label, value = classes[place] if place < len(classes) else ("no classes" if not classes else "", "")
             cells += [Text(label), Text(value)]
         table.add_row(*cells, end_section=place + 1 == count)

@@ -5,17 +5,18 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mamba_attn.commands.options import Commands, add_folder, add_model, command, open_stores, require_least
-from mamba_attn.commands.terminal import plain, progress_bar, show
+from mamba_attn.commands.ranks import left_to_others, ranks_bar
+from mamba_attn.commands.terminal import plain, show
 from mamba_attn.core.requirements import require_extras, writable
 from mamba_attn.errors import nearest
 
 if TYPE_CHECKING:
     from mamba_attn.analytics.store import AttentionStore
+    from mamba_attn.distributed import Ranks
     from mamba_attn.findings.accuracy import Orders
     from mamba_attn.findings.controls import Report
 
@@ -36,7 +37,8 @@ measured by what its store kept.
 
 Writes to FOLDER: findings.html (an offline page), findings.txt, findings.csv,
 findings.json and matrices.png; and measured/, each model's results, from which
-the same command resumes after an interruption.
+the same command resumes after an interruption. Started by torchrun, by srun or
+as a job array, every process measures some of the images of each model.
 """
 
 
@@ -50,7 +52,7 @@ def add_parser(commands: Commands) -> None:
         examples=_EXAMPLES,
         notes=_NOTES,
         run=run,
-        stopped="stopped; the same command resumes after the last model.",
+        stopped="stopped; the same command resumes at the last part.",
     )
     add = parser.add_argument
     add("store", nargs="+", metavar="STORE", help="made by mamba-attn collect")
@@ -85,22 +87,31 @@ def run(args: argparse.Namespace) -> int:
     require_extras(_NEEDED, "analytics")
     import torch
 
+    from mamba_attn.datasets.loading import require_device
+    from mamba_attn.distributed import Ranks
     from mamba_attn.findings.accuracy import over_orders
 
+    ranks = Ranks.here()
+    args.device = ranks.device(args.device)
+    require_device(args.device)
     require_least(args, seeds=0, images=1)
     stores = named(args.store, args)
     accuracies = _accuracies(args.accuracy, stores)
     trained = _trained(args.trained, stores)
     folder = writable(args.out)
     torch.set_num_threads(1)  # small models: threads would wait for each other longer than they work
-    reports = _measured(stores, accuracies, folder / "measured", args.images, args.seeds, trained)
+    reports = _measured(stores, accuracies, folder / "measured", args, trained, ranks)
+    left = sum(report.left for report in reports)
+    if left or not ranks.reports:
+        return left_to_others(ranks, left, folder)
     orders = over_orders(reports)
     write(folder, reports, orders, stores, args.call)
     for report in reports:
         for note in report.notes:
             print(f"{report.name}: {note}", file=sys.stderr)
     print(f"open {folder / 'findings.html'}")
-    return 1 if any("not measured" in note for report in reports for note in report.notes) else 0
+    failed = any("not measured" in note for report in reports for note in report.notes)
+    return 1 if failed and ranks.launcher != "torchrun" else 0  # which would start all again
 
 
 def named(paths: Sequence[str], args: argparse.Namespace | None = None) -> "dict[str, AttentionStore]":
@@ -175,23 +186,33 @@ def _measured(
     stores: "dict[str, AttentionStore]",
     accuracies: dict[str, float],
     folder: Path,
-    images: int | None,
-    seeds: int,
+    args: argparse.Namespace,
     trained: dict[str, list[str]],
+    ranks: "Ranks",
 ) -> "list[Report]":
     from mamba_attn.findings.accuracy import known_accuracy
     from mamba_attn.findings.controls import report, steps
 
     reports = []
-    with progress_bar() as progress:
-        for name, store in stores.items():
-            count = min(images or len(store.images), len(store.images))
-            weights = trained.get(name, [])
-            task = progress.add_task(name, total=steps(store, count, seeds, len(weights)))
-            advance = partial(progress.advance, task)
-            found = report(name, store, folder, images=images, seeds=seeds, weights=weights, advance=advance)
+    for name, store in stores.items():
+        count = min(args.images or len(store.images), len(store.images))
+        weights = trained.get(name, [])
+        whole = steps(store, count, args.seeds, len(weights))
+        with ranks_bar(ranks, name) as advance:
+            found = report(
+                name,
+                store,
+                folder,
+                images=args.images,
+                seeds=args.seeds,
+                weights=weights,
+                advance=lambda: advance(min(whole, ranks.count(name, 1)), whole),  # noqa: B023
+                ranks=ranks,
+                device=args.device,
+            )
+        if found.rows:
             found.accuracy = accuracies.get(name, known_accuracy(store))
-            reports.append(found)
+        reports.append(found)
     return reports
 
 

@@ -177,24 +177,35 @@ def receptive_field(
     if not isinstance(query, str):
         pixel, box = split_query("receptive_field", query, pixel, box)
     given = {"layout": layout, "orders": orders}
-    total = _Sum(model, query if isinstance(query, str) else None, pixel, box, layer, sign, reach, given)
+    total = FieldSum(model, query if isinstance(query, str) else None, pixel, box, layer, sign, reach, given)
     for batch in [images] if isinstance(images, Tensor) else images:
         total.add(batch)
     return total.result()
 
 
 @dataclass
-class _Sum:
-    """Accumulates gradients and reach over images."""
+class FieldSum:
+    """Accumulates gradients and reach over images, batch by batch, or part by part.
+
+    Args:
+        model: as ``receptive_field``, like the others.
+        named: "class", or None.
+        pixel: (row, column), or None.
+        box: (x0, y0, x1, y1), or None.
+        layer: name or number; None for the last one.
+        sign: of the gradient.
+        reach: whether to measure how far attention reaches too.
+        given: options of ``mamba_attn.trace``: layout and orders.
+    """
 
     model: nn.Module
-    named: str | None
-    pixel: Any
-    box: Any
-    layer: LayerName | None
-    sign: str
-    reach: bool
-    given: Mapping[str, Any]
+    named: str | None = None
+    pixel: Any = None
+    box: Any = None
+    layer: LayerName | None = None
+    sign: str = "positive"
+    reach: bool = True
+    given: Mapping[str, Any] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     gradient: Tensor | None = None
     used: int = 0
@@ -218,6 +229,37 @@ class _Sum:
         self.gradient += gradients[finite].sum(0).cpu()
         if self.attention is not None and bool(finite.any()):
             self.attention.add(self.model, images[finite], tokens, self.name)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return everything that was added, for ``merge``."""
+        found = {"seen": np.array(self.seen), "skipped": np.array(self.skipped, dtype=np.int64)}
+        if self.gradient is not None:
+            found |= {
+                "gradient": self.gradient.numpy(), "used": np.array(self.used), "centre": np.array(self.centre),
+                "name": np.array(self.name), "reader": np.array(self.reader),
+            }  # fmt: skip
+        reach = {} if self.attention is None or not self.attention.images else self.attention.arrays()
+        return found | {f"reach {name}": each for name, each in reach.items()}
+
+    def merge(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Add what another sum of this model and token has of the images that come next.
+
+        Args:
+            arrays: of that one.
+        """
+        self.skipped += [self.seen + number for number in arrays["skipped"].tolist()]
+        self.seen += int(arrays["seen"])
+        if "gradient" in arrays:
+            its = torch.from_numpy(arrays["gradient"])
+            self.gradient = its if self.gradient is None else self.gradient + its
+            self.used += int(arrays["used"])
+            row, column = arrays["centre"].tolist()
+            self.centre, self.name, self.reader = (row, column), str(arrays["name"]), str(arrays["reader"])
+        reach = {name.removeprefix("reach "): each for name, each in arrays.items() if name.startswith("reach ")}
+        if reach:
+            if self.attention is None:
+                self.attention = ReachSum(None, None if self.named is not None else self.centre, self.given)
+            self.attention.merge(reach)
 
     def result(self) -> ReceptiveField:
         """Return the field averaged over images."""

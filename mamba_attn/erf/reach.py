@@ -17,6 +17,7 @@ from mamba_attn.tracing.layers import Layer
 from mamba_attn.tracing.tracer import trace
 
 DENSE = 4096  # tokens up to which whole matrices are used
+_Grid = tuple[int, int, float, float]  # rows and columns, pixels from one to the next, the first one's centre
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class ReachSum:
     rows: dict[str, Tensor] = field(default_factory=dict)
     means: dict[str, float] = field(default_factory=dict)
     rollout: Tensor | None = None
-    layouts: dict[str, TokenLayout] = field(default_factory=dict)
+    grids: dict[str, _Grid] = field(default_factory=dict)
     note: str = ""
 
     def add(self, model: nn.Module, images: Tensor, tokens: int, last: str) -> None:
@@ -97,21 +98,49 @@ class ReachSum:
         """Return the reach averaged over images."""
         rows = {name: (total / self.images).cpu().numpy() for name, total in self.rows.items()}
         rolled = None if self.rollout is None else (self.rollout / self.images).cpu().numpy()
-        first = next(iter(self.layouts.values()))
+        first = next(iter(self.grids.values()))
         return Reach(
             layers=list(rows),
             rows=rows,
-            row_distance={name: self._distance(row, self.layouts[name]) for name, row in rows.items()},
+            row_distance={name: self._distance(row, self.grids[name]) for name, row in rows.items()},
             mean_distance={name: self.means.get(name, float("nan")) / self.images for name in rows},
             rollout=rolled,
             rollout_distance=float("nan") if rolled is None else self._distance(rolled, first),
             note=self.note,
         )
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return everything that was added, for ``merge``."""
+        found = {"images": np.array(self.images), "note": np.array(self.note), "layers": np.array(list(self.rows))}
+        for at, (name, row) in enumerate(self.rows.items()):
+            found[f"row {at}"], found[f"grid {at}"] = row.cpu().numpy(), np.array(self.grids[name])
+            if name in self.means:
+                found[f"mean {at}"] = np.array(self.means[name])
+        return found if self.rollout is None else {**found, "rollout": self.rollout.cpu().numpy()}
+
+    def merge(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Add what another one has of the images that come next.
+
+        Args:
+            arrays: of that one.
+        """
+        self.images += int(arrays["images"])
+        self.note = str(arrays["note"]) or self.note
+        for at, name in enumerate(arrays["layers"].tolist()):
+            rows, columns, step, centre = arrays[f"grid {at}"].tolist()
+            self.grids[name] = (int(rows), int(columns), step, centre)
+            self._add(self.rows, name, torch.from_numpy(arrays[f"row {at}"])[None])
+            if f"mean {at}" in arrays:
+                self.means[name] = self.means.get(name, 0.0) + float(arrays[f"mean {at}"])
+        if "rollout" in arrays:
+            its = torch.from_numpy(arrays["rollout"])
+            self.rollout = its if self.rollout is None else self.rollout + its
+
     def _row(self, layer: Layer) -> None:
         row = layer.layout.to_grid(read_rows(layer, self.query).abs()).double()
         self._add(self.rows, layer.name, shares(row))
-        self.layouts[layer.name] = layer.layout
+        its = layer.layout
+        self.grids[layer.name] = (its.grid[0], its.grid[1], its.step, its.centre)
 
     def _roll(self, layers: Sequence[Layer], dense: bool) -> None:
         try:
@@ -124,10 +153,11 @@ class ReachSum:
         self._add(found, "rollout", shares(layers[0].layout.to_grid(row.abs()).double()))
         self.rollout = found["rollout"]
 
-    def _distance(self, weights: np.ndarray, layout: TokenLayout) -> float:
+    def _distance(self, weights: np.ndarray, grid: _Grid) -> float:
         if self.centre is None or not weights.sum():
             return float("nan")
-        rows, columns = (np.arange(n) * layout.step + layout.centre for n in layout.grid)
+        *counts, step, centre = grid
+        rows, columns = (np.arange(n) * step + centre for n in counts)
         away = np.hypot(rows[:, None] - self.centre[0], columns - self.centre[1])
         return float((weights * away).sum() / weights.sum())
 

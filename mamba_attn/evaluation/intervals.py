@@ -1,12 +1,14 @@
 """Bootstrap intervals of a figure, and whether one method is significantly ahead of another."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 DRAWS = 2000
 LEVEL = 0.05  # of a verdict, after Holm's correction
+_BLOCK = 2**20  # numbers of the draws that are looked at together: 8 MB as float64
+_KEPT = 2**27  # bytes of counts that are kept between calls; of more images they are drawn again
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,8 @@ def bootstrap(statistic: Callable[..., np.ndarray], *samples: np.ndarray, seed: 
         >>> found.value, found.low < 49.5 < found.high
         (49.5, True)
     """
-    count = len(samples[0])
-    chosen = np.random.default_rng(seed).integers(0, count, (DRAWS, count))
-    return interval(float(statistic(*samples)), statistic(*(sample[chosen] for sample in samples)))
+    drawn = [statistic(*(sample[chosen] for sample in samples)) for chosen in _draws(len(samples[0]), seed)]
+    return interval(float(statistic(*samples)), np.concatenate(drawn))
 
 
 def interval(value: float, drawn: np.ndarray) -> Interval:
@@ -85,21 +86,27 @@ def ratio_of_means(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray
     return np.asarray(numerator.mean(-1) / denominator.mean(-1))
 
 
-def drawn_counts(units: int, seed: int = 0) -> np.ndarray:
-    """Return how often each unit is in every resample, (draws, units).
+def _draws(units: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield the units of every resample, (draws, units), some draws at a time: the same numbers as all at once."""
+    random, rows = np.random.default_rng(seed), max(1, _BLOCK // max(1, units))
+    for start in range(0, DRAWS, rows):
+        yield random.integers(0, units, (min(rows, DRAWS - start), units))
+
+
+def drawn_counts(units: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """Yield how often each unit is in every resample, (draws, units), some draws at a time.
 
     Args:
         units: images, or groups of images.
         seed: of the resampling.
     """
-    chosen = np.random.default_rng(seed).integers(0, units, (DRAWS, units))
-    counts = np.zeros((DRAWS, units))
-    np.add.at(counts, (np.arange(DRAWS)[:, None], chosen), 1)
-    return counts
+    for chosen in _draws(units, seed):
+        flat = (chosen + np.arange(len(chosen))[:, None] * units).ravel()
+        yield np.bincount(flat, minlength=len(chosen) * units).reshape(len(chosen), units)
 
 
 class Resampler:
-    """Resampled means of columns, for many methods on the same images.
+    """Resampled means of columns, for many methods on the same images, in memory that images hardly enlarge.
 
     Args:
         images: number of images.
@@ -107,7 +114,8 @@ class Resampler:
     """
 
     def __init__(self, images: int, seed: int = 0) -> None:
-        self._counts = np.concatenate([np.ones((1, images)), drawn_counts(images, seed)])  # the sample itself first
+        self._images, self._seed = images, seed
+        self._kept = [*self._weights()] if DRAWS * images <= _KEPT else None
 
     def means(self, columns: np.ndarray, valid: np.ndarray) -> np.ndarray:
         """Return the columns' means over the sample, then over every draw: (1 + draws, columns).
@@ -116,8 +124,18 @@ class Resampler:
             columns: (images, columns).
             valid: (images,) bool; other images are dropped from every draw.
         """
-        weights = self._counts[:, valid]
-        # a draw without a valid image repeats the sample
-        total = weights.sum(1, keepdims=True)
-        weights = np.where(total > 0, weights, weights[:1])
-        return np.asarray(weights @ columns[valid] / weights.sum(1, keepdims=True))
+        chosen, found = slice(None) if valid.all() else valid, []
+        columns = columns[chosen]
+        for counts in self._weights() if self._kept is None else self._kept:
+            weights = counts[:, chosen].astype(np.float64)
+            total = weights.sum(1, keepdims=True)
+            weights = np.where(total > 0, weights, 1.0)  # a draw without a valid image repeats the sample
+            found.append(weights @ columns / weights.sum(1, keepdims=True))
+        return np.concatenate(found)
+
+    def _weights(self) -> Iterator[np.ndarray]:
+        """Yield the sample itself and all draws, in the fewest bytes: hardly any image is drawn more than ten times."""
+        before = np.ones((1, self._images), np.uint8)
+        for counts in drawn_counts(self._images, self._seed):
+            yield np.concatenate([before, counts.astype(np.min_scalar_type(int(counts.max(initial=0))))])
+            before = before[:0]

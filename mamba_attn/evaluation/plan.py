@@ -14,6 +14,7 @@ from mamba_attn.evaluation.store import Key, Store
 
 MEASURES = ("perturbation", "pixels", "localisation", "sanity", "cost", "picture")
 Needs = Mapping[str, Mapping[int, tuple[str, ...]]]  # measures, by method and image
+Wanted = Sequence[tuple[str, Sequence[tuple[str, int, str]]]]  # of every method: measures, images and options
 CHUNK = 8  # images per task, explained in one batch
 
 
@@ -107,17 +108,27 @@ class Plan:
         """Return the methods that fit a model."""
         return [name for name in self.methods if model.misfit(name) is None]
 
+    @cached_property
+    def chosen(self) -> dict[str, list[int]]:
+        """Indices of the images of every collection that are compared, by selector."""
+        return {selector: data.chosen(self.half, self.limit) for selector, data in self.data.items()}
+
     def indices(self, selector: str, measure: str, method: str | None = None) -> list[int]:
         """Return indices of the images of a collection that a measure uses: the first ones."""
-        data = self.data[selector]
-        if measure not in self.only.get(selector, self.measures) or (measure == "localisation" and not data.truth):
-            return []
-        if measure == "pixels" and self.options.fill == DROP:
-            return []
+        return self.chosen[selector][: self._count(selector, measure, method)]
+
+    def _count(self, selector: str, measure: str, method: str | None = None) -> int:
+        """Return how many images of a collection a measure uses."""
+        if measure not in self.only.get(selector, self.measures):
+            return 0
+        if (measure == "localisation" and not self.data[selector].truth) or (
+            measure == "pixels" and self.options.fill == DROP
+        ):
+            return 0
         first = {"sanity": self.sanity_images, "pixels": self.pixel_images, "cost": 1, "picture": self.pictures}
         most = None if measure == "picture" else self.most.get(method or "")
         counts = [count for count in (first.get(measure), most) if count is not None]
-        return data.chosen(self.half, self.limit)[: min(counts, default=None)]
+        return min([len(self.chosen[selector]), *counts])
 
     def key(self, data: Data, index: int, model: Model, method: str, measure: str) -> Key:
         """Return the store's key of a figure."""
@@ -127,27 +138,60 @@ class Plan:
     def tasks(self, store: Store) -> Iterator[Task]:
         """Yield the work that is not in the store yet, in chunks of images, by collection, then model."""
         for selector, model in self.pairs:
-            methods = self.fitting(model)
-            chosen = self.data[selector].chosen(self.half, self.limit)
-            for start in range(0, len(chosen), CHUNK):
-                part = range(start, min(start + CHUNK, len(chosen)))
-                needs = {name: self._lacking(store, selector, model, name, chosen, part) for name in methods}
-                if needs := {name: its for name, its in needs.items() if its}:
-                    yield Task(selector, model, needs, self.options)
+            wanted = self._wanted(selector, model)
+            for start in range(0, len(self.chosen[selector]), CHUNK):
+                task = self.task(selector, model, start, start + CHUNK, store, wanted)
+                if task is not None:
+                    yield task
 
-    def _lacking(
-        self, store: Store, selector: str, model: Model, method: str, chosen: Sequence[int], part: Sequence[int]
-    ) -> dict[int, tuple[str, ...]]:
-        """Return the measures that the store lacks, by image."""
-        data, found = self.data[selector], {}
-        counts = {measure: len(self.indices(selector, measure, method)) for measure in self.measures}
-        for place in part:
-            index = chosen[place]
-            keys = {measure: self.key(data, index, model, method, measure) for measure in self.measures}
-            lacking = tuple(name for name, key in keys.items() if place < counts[name] and key not in store)
-            if lacking:
-                found[index] = lacking
-        return found
+    def task(
+        self, selector: str, model: Model, start: int, stop: int, store: Store, wanted: Wanted | None = None
+    ) -> Task | None:
+        """Return what a store lacks of some images of a pair; None if that is nothing.
+
+        Args:
+            selector: of the collection.
+            model: of the pair.
+            start: place of the first image among those that are compared.
+            stop: behind the last.
+            store: existing results.
+            wanted: what is measured of the pair, where it is known already.
+        """
+        data, identity = self.data[selector], model.identity
+        of, fresh = data.identity, not len(store)
+        images = [
+            (at, index, data.items[index].key) for at, index in enumerate(self.chosen[selector][start:stop], start)
+        ]
+        needs: dict[str, dict[int, tuple[str, ...]]] = {}
+        for method, measures in self._wanted(selector, model) if wanted is None else wanted:
+            here = [each for each in measures if start < each[1]]
+            for at, index, key in images:
+                lacking = [
+                    name
+                    for name, count, options in here
+                    if at < count and (fresh or (of, key, identity, method, name, options) not in store)
+                ]
+                if lacking:
+                    needs.setdefault(method, {})[index] = tuple(lacking)
+        return Task(selector, model, needs, self.options) if needs else None
+
+    def keys(self, task: Task) -> list[Key]:
+        """Return the store's keys of all lines of a task."""
+        data = self.data[task.selector]
+        return [
+            self.key(data, index, task.model, method, measure)
+            for method, its in task.needs.items()
+            for index, measures in its.items()
+            for measure in measures
+        ]
+
+    def _wanted(self, selector: str, model: Model) -> Wanted:
+        """Return the methods of a pair with their measures, each with the number of its images and its options."""
+        options = {measure: self.options.of(measure) for measure in self.measures}
+        return [
+            (name, [(each, self._count(selector, each, name), options[each]) for each in self.measures])
+            for name in self.fitting(model)
+        ]
 
     def check(self) -> None:
         """Check the plan before anything runs, and note what is left out.

@@ -1,4 +1,8 @@
-"""Runs all tasks of a plan, in this or several processes, with a progress bar; writes results to disk at once."""
+"""Runs all tasks of a plan, in this or several processes, with a progress bar; writes results to disk at once.
+
+Several processes are a pool of this one, or ranks of one launch, perhaps on several machines. Images are explained in
+the same batches whoever does it, so that figures do not depend on how many there are.
+"""
 
 import multiprocessing
 import os
@@ -8,13 +12,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from rich.progress import Progress
 
 from mamba_attn.core.decisions import decided
 from mamba_attn.datasets.samples import Data
-from mamba_attn.evaluation.plan import Plan, Task
+from mamba_attn.distributed import Ranks
+from mamba_attn.evaluation.plan import CHUNK, Plan, Task
+from mamba_attn.evaluation.specs import Model
 from mamba_attn.evaluation.store import Store
 from mamba_attn.evaluation.worker import Record, Worker
 
@@ -89,6 +96,67 @@ def run(
             f"stopped within the budget of {budget / 60:.3g} minutes: {', '.join(methods)} "
             f"{'does' if len(methods) == 1 else 'do'} not have all images yet; the same command resumes."
         )
+
+
+def run_shared(
+    plan: Plan, store: Store, ranks: Ranks, advance: Callable[[int, int], None] = lambda done, wanted: None
+) -> int:
+    """Measure what the store lacks together with other processes, each its shares.
+
+    Args:
+        plan: the comparison.
+        store: existing results, shared by the processes; every share adds a file to it.
+        ranks: this process among all.
+        advance: called with the figures that are done, by all processes, and those that are wanted.
+
+    Returns:
+        How many shares have no figures yet: those of processes that run at another time.
+
+    Raises:
+        OSError: the store cannot be written.
+    """
+    shares, worker = _shares(plan), Worker(plan.data)
+    wanted = sum(task.records for task in plan.tasks(store))
+    advance(0, wanted)
+
+    def make(number: int) -> None:
+        tasks = _tasks_of(plan, shares[number], store)
+        store.look([key for task in tasks for key in plan.keys(task)])
+        tasks = _tasks_of(plan, shares[number], store)
+        records = [line for task in tasks for line in worker.work(task)]
+        store.add(records)
+        advance(min(wanted, ranks.count("figures", len(records))), wanted)
+
+    def missing() -> int:
+        store.refresh()
+        return sum(_untried(plan, each, store) for each in shares)
+
+    return ranks.work("compare", len(shares), make, missing)
+
+
+_Share = tuple[str, Model, int, int]  # a pair, its first image, and behind its last
+
+
+def _shares(plan: Plan) -> list[_Share]:
+    """Divide a plan in shares: a pair's first image, which a process alone measures by itself too, then its chunks."""
+    found: list[_Share] = []
+    for selector, model in plan.pairs:
+        count = len(plan.chosen[selector])
+        starts = [0, 1, *range(CHUNK, count, CHUNK)]
+        found += [(selector, model, at, min(end, count)) for at, end in pairwise([*starts, count]) if at < end]
+    return found
+
+
+def _tasks_of(plan: Plan, share: _Share, store: Store) -> list[Task]:
+    selector, model, start, stop = share
+    task = plan.task(selector, model, start, stop, store)
+    return [] if task is None else _pieces(task) if start == 0 else [task]
+
+
+def _untried(plan: Plan, share: _Share, store: Store) -> bool:
+    """Whether a share has figures that no process has tried."""
+    task = plan.task(*share, store)
+    return task is not None and any(store.get(key) is None for key in plan.keys(task))
 
 
 @dataclass

@@ -181,7 +181,7 @@ def _chance(gained: np.ndarray) -> float:
     return math.erfc(abs(value) / spread / math.sqrt(2)) if spread > 0 else float(value == 0)
 
 
-@lru_cache(8)
+@lru_cache(2)  # of many images, one is 100 MB
 def _resampler(images: int, seed: int) -> Resampler:
     return Resampler(images, seed)
 

@@ -18,6 +18,7 @@ from mamba_attn.attribution.texts import Text
 from mamba_attn.core.outputs import follow
 from mamba_attn.datasets.tasks import TaskTexts, source_ranks, swapped
 from mamba_attn.datasets.texts import Texts, decode, encode, unknown_token
+from mamba_attn.distributed import Ranks
 from mamba_attn.evaluation.metrics import METRICS
 from mamba_attn.evaluation.specs import FAILURES, Model, reason_of
 from mamba_attn.evaluation.store import Key, Store
@@ -63,6 +64,7 @@ class TextPlan:
         limit: texts per collection.
         seed: of all random numbers.
         notes: sentences about what was left out, and why.
+        left: shares that other processes have not measured yet.
     """
 
     models: Sequence[Model]
@@ -74,6 +76,7 @@ class TextPlan:
     limit: int | None = None
     seed: int = 0
     notes: list[str] = field(default_factory=list)
+    left: int = 0
 
     @cached_property
     def pairs(self) -> list[tuple[Texts, Model]]:
@@ -116,39 +119,59 @@ class TextPlan:
         return Key(texts.identity, text, model.identity, name, measure, json.dumps(options))
 
 
-def measure_texts(plan: TextPlan, store: Store, tell: Callable[[str, int, int], None] | None = None) -> list[Table]:
+def measure_texts(
+    plan: TextPlan,
+    store: Store,
+    tell: Callable[[str, int, int], None] | None = None,
+    ranks: Ranks | None = None,
+) -> list[Table]:
     """Measure everything that the store lacks, and return the tables.
 
     Args:
         plan: the comparison.
         store: existing results; every text adds to it.
         tell: is called with a name, how much is done, and of how much.
+        ranks: this process among all that share the store. Default: alone.
 
     Raises:
         ValueError: a model or a method fits nothing; see ``TextPlan.pairs``.
         OSError: the store cannot be written.
     """
-    return [_measured(plan, store, texts, model, tell) for texts, model in plan.pairs]
+    return [_measured(plan, store, texts, model, tell, ranks or Ranks()) for texts, model in plan.pairs]
 
 
 def _measured(
-    plan: TextPlan, store: Store, texts: Texts, model: Model, tell: Callable[[str, int, int], None] | None
+    plan: TextPlan,
+    store: Store,
+    texts: Texts,
+    model: Model,
+    tell: Callable[[str, int, int], None] | None,
+    ranks: Ranks,
 ) -> Table:
     subject, keys, measures = model.subject, texts.keys(plan.limit), plan.measures_of(texts)
     work = _OfTask(plan, subject.model, texts.of_task(len(keys))) if texts.task else _Read(plan, model, texts)
-    methods, lines = _fitting(plan, model, work), {}
-    for place, name in enumerate([*methods, *work.checks]):
-        for number, chunk in enumerate(work.chunks(keys)):
-            if tell is not None:
-                tell(f"{model.name}, {name}", place * len(keys) + number * len(chunk), len(methods) * len(keys))
-            lacking = [k for k in chunk if any(plan.key(texts, k, model, name, m) not in store for m in measures)]
-            if lacking:
-                found = _tried(lambda part, name=name: work.lines(name, part), lacking)  # type: ignore[misc]
-                store.add(
-                    (plan.key(texts, key, model, name, measure), line.get(measure, line))
-                    for key, line in zip(lacking, found, strict=True)
-                    for measure in measures
-                )
+    methods = _fitting(plan, model, work)
+    shares = [(name, chunk) for name in [*methods, *work.checks] for chunk in work.chunks(keys)]
+
+    def keys_of(name: str, chunk: Sequence[str]) -> list[Key]:
+        return [plan.key(texts, key, model, name, measure) for key in chunk for measure in measures]
+
+    def make(number: int) -> None:
+        name, chunk = shares[number]
+        if tell is not None:
+            tell(f"{model.name}, {name}", number, len(shares))
+        store.look([key for key in keys_of(name, chunk) if key not in store])
+        lacking = [key for key in chunk if any(each not in store for each in keys_of(name, [key]))]
+        if lacking:
+            found = _tried(lambda part: work.lines(name, part), lacking)
+            lines = [line.get(measure, line) for line in found for measure in measures]
+            store.add(zip(keys_of(name, lacking), lines, strict=True))
+
+    def missing() -> int:
+        store.refresh()
+        return sum(any(store.get(key) is None for key in keys_of(*share)) for share in shares)
+
+    plan.left += ranks.work(f"{texts.identity} {model.identity}", len(shares), make, missing)
     table = Table(texts, model, len(keys), work.accuracy)
     for measure in measures:
         lines = {

@@ -1,6 +1,11 @@
 """Explains images with a model and writes a page, a picture and arrays of each: the work of ``mamba-attn explain``."""
 
+import hashlib
+import json
+import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +28,40 @@ if TYPE_CHECKING:
 NEEDED = {"captum": "captum", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
 
 
+_PER_INDEX = 200  # pictures on one page of the index
+_RECORDS = "explained.jsonl"
+_VERSION = 1  # of what is written; increase it when that changes, and older files are written anew
+_RESERVED = re.compile(r"index(-page-\d+)?")  # names of the index
+_SUFFIXES = (".html", ".png", ".npz")
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What is said of an image whose files are written.
+
+    Args:
+        title: the name of its file, or the end of its path.
+        name: of the files that are written, without suffix.
+        predictions: what each model predicts, in words.
+        best: per model, the likeliest classes and their probabilities, in words.
+        truth: name of the image's class, where it is known.
+        verdict: whether the first model is right; "" where that is not known.
+        left_out: the share of the picture that the first model was not shown.
+
+    Example:
+        >>> Explained("hat/1.jpg", "hat/1", "vim_micro: hat 86%", best=[[("hat", "86.1%")]]).truth is None
+        True
+    """
+
+    title: str
+    name: str
+    predictions: str
+    best: list[list[tuple[str, str]]]
+    truth: str | None = None
+    verdict: str = ""
+    left_out: float = 0.0
+
+
 class Pages:
     """The pages of a run in one folder: NAME.html, NAME.png and NAME.npz of every image, and index.html.
 
@@ -33,47 +72,136 @@ class Pages:
 
     def __init__(self, folder: Path, command: str = "") -> None:
         self.folder, self.command = folder, command
-        self._titles: list[str] = []
-        self._names: list[str] = []
-        self._verdicts: list[str] = []
+        self.names = Names()
+        self.all: list[Explained] = []
 
-    def add(self, title: str, answers: Sequence[Answer]) -> None:
+    def add(self, title: str, answers: Sequence[Answer]) -> Explained:
         """Write the files of one image; images of the same title are numbered.
 
         Args:
-            title: the name of its file, or the end of its path.
+            title: the name of its file, or the end of its path, whose folders become folders.
             answers: one per model.
         """
-        name = free_name(title, self._names)
+        name = self.names.free(title)
         first, *others = answers
         arrays = first.arrays()
         for other in others:
             arrays |= other.arrays(f"{other.name}.")
-        (self.folder / f"{name}.html").write_text(page(title, answers, self.command), encoding="utf-8")
-        save_png(self.folder / f"{name}.png", sheet(answers))
-        np.savez_compressed(self.folder / f"{name}.npz", **arrays)  # type: ignore[arg-type]
-        self._titles.append(title)
-        self._names.append(name)
-        self._verdicts.append(predictions(answers))
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_name(f"{path.name}.html").write_text(page(title, answers, self.command), encoding="utf-8")
+        save_png(path.with_name(f"{path.name}.png"), sheet(answers))
+        np.savez_compressed(path.with_name(f"{path.name}.npz"), **arrays)  # type: ignore[arg-type]
+        best = [[(label, each.spelt(value)) for label, value in each.best()] for each in answers]
+        found = Explained(title, name, predictions(answers), best, first.truth, first.verdict, first.left_out)
+        self.all.append(found)
+        return found
 
     def finish(self) -> None:
-        """Write the index."""
-        if self._names:
-            (self.folder / "index.html").write_text(index(self._titles, self._names, self._verdicts), encoding="utf-8")
+        """Write the index, in pages of so many pictures."""
+        count = -(-len(self.all) // _PER_INDEX)
+        files = [_index_name(number) for number in range(count)]
+        for number, file in enumerate(files):
+            its = self.all[number * _PER_INDEX : (number + 1) * _PER_INDEX]
+            listed = [each.title for each in its], [each.name for each in its], [each.predictions for each in its]
+            text = index(*listed, pages=files if count > 1 else (), current=file)
+            (self.folder / file).write_text(text, encoding="utf-8")
 
 
-def free_name(title: str, taken: Sequence[str]) -> str:
-    """Return a file's name without its suffix, numbered if another image or the index has it.
+class Kept:
+    """Which images have their files in a folder already, of the same question; a run that was stopped goes on there.
 
     Args:
-        title: the name of a file, or the end of its path, whose folders become part of the name.
-        taken: names of the images before.
+        folder: of the files.
+        question: everything that the files depend on beside the image, JSON values.
     """
-    stem = "-".join(Path(title).with_suffix("").parts)
-    name, number = stem, 2
-    while name in ("index", *taken):
-        name, number = f"{stem}-{number}", number + 1
-    return name
+
+    def __init__(self, folder: Path, question: Any) -> None:
+        self._folder, self._path = folder, folder / _RECORDS
+        self._question = json.dumps([_VERSION, question], sort_keys=True, default=str)
+        written: dict[str, dict[str, Any]] = {}  # by name: a later image or question has taken the files
+        for line in self._path.read_bytes().split(b"\n") if self._path.is_file() else ():
+            with suppress(ValueError, TypeError, KeyError):  # of a killed run
+                record = json.loads(line)
+                written[record["name"]] = record
+        self._known = {record.pop("of", ""): record for record in written.values()}
+
+    def get(self, path: Path, title: str) -> Explained | None:
+        """Return what was said of an image; None where it is to be explained.
+
+        Args:
+            path: of the image.
+            title: of its page.
+        """
+        record = self._known.get(self._key(path, title))
+        if record is None or not all((self._folder / f"{record['name']}{each}").is_file() for each in _SUFFIXES):
+            return None
+        with suppress(TypeError, ValueError, KeyError):  # of a line that someone has changed
+            best = [[(label, value) for label, value in classes] for classes in record["best"]]
+            return Explained(**{**record, "best": best})
+        return None
+
+    def add(self, path: Path, found: Explained) -> None:
+        """Note an image, once its files are written.
+
+        Args:
+            path: of the image.
+            found: what was said of it.
+        """
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write("\n" + json.dumps({"of": self._key(path, found.title), **asdict(found)}))
+
+    def _key(self, path: Path, title: str) -> str:
+        about = path.stat()
+        text = json.dumps([self._question, title, str(path.resolve()), about.st_size, about.st_mtime_ns])
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+class Names:
+    """Names of files, each given once: however many there are, one more takes the same time."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+        self._next: dict[str, int] = {}
+
+    def take(self, name: str) -> None:
+        """Give a name away.
+
+        Args:
+            name: of files, without suffix.
+        """
+        self._taken.add(name)
+
+    def free(self, title: str) -> str:
+        """Return a file's name without its suffix, numbered if another image or the index has it.
+
+        Args:
+            title: the name of a file, or the end of its path, whose folders stay folders.
+        """
+        path = Path(title)
+        stem = "/".join(part for part in path.with_suffix("").parts if part not in (path.anchor, ".."))
+        name, number = stem, self._next.get(stem, 2)
+        while name in self._taken or _RESERVED.fullmatch(name):
+            name, number = f"{stem}-{number}", number + 1
+        self._next[stem] = number
+        self._taken.add(name)
+        return name
+
+
+def about(question: Question) -> list[Any]:
+    """Return everything that an answer depends on beside the image, JSON values.
+
+    Args:
+        question: to one model.
+    """
+    its = question.subject
+    model = [str(its.name), its.fingerprint, dict(its.options), its.transform.as_dict(), list(its.classes), its.head]
+    asked = [list(question.layers), question.target, question.query, question.by_default]
+    return [model, [each.key for each in question.methods], asked]
+
+
+def _index_name(number: int) -> str:
+    return "index.html" if number == 0 else f"index-page-{number + 1}.html"
 
 
 def titles(paths: Sequence[Path]) -> list[str]:

@@ -50,16 +50,26 @@ def bar(values: np.ndarray, strengths: Sequence[str] | None = None) -> Markup:
     ).format(ends[0], chosen.low, chosen.high, colours, ends[1])
 
 
-def index(titles: Sequence[str], files: Sequence[str], verdicts: Sequence[str] = ()) -> str:
-    """Return the index of all pages as HTML; it shows the pictures in the same folder.
+def index(
+    titles: Sequence[str],
+    files: Sequence[str],
+    verdicts: Sequence[str] = (),
+    *,
+    pages: Sequence[str] = (),
+    current: str = "",
+) -> str:
+    """Return the index of all pages as HTML, or one page of it; it shows the pictures in the same folder.
 
     Args:
         titles: the images' names.
         files: their pages' and pictures' file names, without suffix.
         verdicts: what each model predicts, in words. Default: nothing.
+        pages: names of the index's own pages, where there are several.
+        current: which of them this is.
     """
-    pages = list(zip(titles, files, verdicts or [""] * len(files), strict=True))
-    return render("explain_index.html", title="Where the model looks, image by image", pages=pages)
+    shown = list(zip(titles, files, verdicts or [""] * len(files), strict=True))
+    title = "Where the model looks, image by image"
+    return render("explain_index.html", title=title, pages=shown, parts=pages, current=current)
 
 
 def predictions(answers: Sequence[Answer]) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 
 from mamba_attn.analytics.rebuild import order_of, takes_order
 from mamba_attn.analytics.store import AttentionStore
+from mamba_attn.distributed import Ranks
 from mamba_attn.errors import MambaAttnError
 from mamba_attn.evaluation.intervals import LEVEL, holm
 from mamba_attn.findings import intervals
@@ -119,6 +120,7 @@ class Report:
         pairs: number of pairs of blocks per stage with pairs; ``block_correlation`` is a quantile over them.
         notes: what could not be measured, and why.
         accuracy: top-1 in percent, if known.
+        left: parts that other processes have not measured yet; then there are no rows.
 
     Example:
         >>> found = Report("digits", "vim_digits", {}, order="raster", images=200, groups=10)
@@ -137,6 +139,7 @@ class Report:
     pairs: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     accuracy: float | None = None
+    left: int = 0
 
     def row(self, finding: str, place: str = ALL) -> Row | None:
         """Return a finding at a place, or None if undefined.
@@ -169,6 +172,8 @@ def report(
     seeds: int = 20,
     weights: Sequence[str | Path] = (),
     advance: Advance = lambda: None,
+    ranks: Ranks | None = None,
+    device: str | None = None,
 ) -> Report:
     """Measure a store's model and its controls on the store's own images.
 
@@ -180,6 +185,8 @@ def report(
         seeds: number of models with random weights.
         weights: files of further trained models of the same architecture and options, of other seeds.
         advance: called after every image of every model.
+        ranks: this process among all that measure into the folder; the one that reports has the rows. Default: alone.
+        device: where models run. Default: where the store loads them.
 
     Raises:
         StoreError: the store is damaged, or of another projection.
@@ -191,10 +198,10 @@ def report(
         []
     """
     count = min(images or len(store.images), len(store.images))
-    measuring = Measuring(store, count, folder, advance)
+    measuring = Measuring(store, count, folder, advance, ranks, device)
     notes: list[str] = []
     own = _tried(lambda: measuring.model(store.subject, shuffled=True), "the trained model", notes)
-    if own is None:
+    if own is None and measuring.ranks.reports:
         own = measuring.kept()
         notes.append(_what_is_kept(measuring))
     random = []
@@ -217,7 +224,10 @@ def report(
         depths=[layer.name for layer in store.layers],
         pairs=pairs([each.stage for each in store.layers]),
         notes=notes,
+        left=measuring.left,
     )
+    if not own or measuring.left:
+        return result
     result.rows = compared(list(_rows(own, random, reordered, others)))
     result.groups = max((row.trained.units for row in result.rows if row.about.kind == "rows"), default=0)
     return result

@@ -393,19 +393,54 @@ def distance_range(stage: Stage) -> np.ndarray:
     return np.asarray(np.ptp(np.stack(stage.distances), axis=0))
 
 
-def image_share(features: np.ndarray) -> np.ndarray:
+class Spread:
+    """How much the matrices of one block differ between images, per group of images; of any number in little memory.
+
+    Args:
+        images: how many there will be, which the groups depend on; see ``groups_of``.
+    """
+
+    def __init__(self, images: int) -> None:
+        self.counts = np.zeros(len(groups_of(images)))
+        self.sums: np.ndarray | None = None  # (groups, features), of vectors of norm one
+        self.squares = np.zeros(len(self.counts))
+
+    def add(self, start: int, features: np.ndarray) -> None:
+        """Add images.
+
+        Args:
+            start: the first one's number.
+            features: (images, features).
+        """
+        rows = unit(features)
+        if self.sums is None:
+            self.sums = np.zeros((len(self.counts), rows.shape[1]))
+        for number, row in enumerate(rows, start):
+            group = number % len(self.counts)
+            self.counts[group] += 1
+            self.sums[group] += row
+            self.squares[group] += row @ row
+
+    def merge(self, counts: np.ndarray, sums: np.ndarray, squares: np.ndarray) -> None:
+        """Add what another one has counted of other images of the same block."""
+        self.counts, self.squares = self.counts + counts, self.squares + squares
+        self.sums = sums if self.sums is None else self.sums + sums
+
+
+def image_share(spread: Spread) -> np.ndarray:
     """Variance of a block's matrices over images, as a part of their mean square, at unit norm; per group of images.
 
     The mean of |f_k - mean f|^2 n / (n - 1) for the unit vectors f_k of a group's n images: 0 if all images have one
     pattern, 1 if they have nothing in common.
 
     Args:
-        features: (images, features) of one block.
+        spread: of the images of one block.
     """
-    if len(features) < 2:
-        return np.full(len(features), np.nan)
-    rows = unit(features)
-    return np.array([rows[group].var(0, ddof=1).sum() for group in groups_of(len(rows))])
+    counts = spread.counts
+    if spread.sums is None or counts.sum() < 2:
+        return np.full(int(counts.sum()), np.nan)
+    apart = spread.squares - (spread.sums**2).sum(1) / counts
+    return np.asarray(np.maximum(apart, 0) / (counts - 1))
 
 
 def by_depth(values: np.ndarray) -> np.ndarray:

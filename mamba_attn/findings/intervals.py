@@ -70,7 +70,8 @@ def mean(values: np.ndarray, seed: int = 0) -> Estimate | None:
     if count < _FEW:
         half = quantile(count - 1) * float(known.std(ddof=1)) / math.sqrt(count)
         return Estimate(centre, centre - half, centre + half, count)
-    return Estimate(centre, *_percentiles(drawn_counts(count, seed) @ known / count), count)
+    drawn = np.concatenate([counts.astype(np.float64) @ known for counts in drawn_counts(count, seed)])
+    return Estimate(centre, *_percentiles(drawn / count), count)
 
 
 def difference(values: np.ndarray, other: np.ndarray, seed: int = 0) -> Estimate | None:

@@ -27,7 +27,7 @@ class Finding:
         title: in a table.
         question: that it answers.
         kind: the input of ``function``: "matrix" (shares of images, places), "rows" (rows of a mean matrix, places),
-            "features" (a block's features), "blocks" (a stage), "depth" (numbers of blocks).
+            "features" (the ``Spread`` of a block's features), "blocks" (a stage), "depth" (numbers of blocks).
         claim: the paper's claim about a trained model: a sign and a number; None without a claim.
         function: computes it; its docstring has the formula.
         source: the finding that a "depth" is about.

@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from mamba_attn.findings.formulas import Rows, shares_of
 from mamba_attn.findings.places import Places, places_of
 
 MOST_ROWS = 1024  # patches whose rows are compared; larger grids are sampled
+MOST_POINTS = 500  # images of which each block keeps a point; the first ones
 MODEL = "model"
 
 
@@ -58,11 +59,11 @@ class Measured:
 
 
 class Block:
-    """Accumulates the matrices of one layer, batch by batch.
+    """Accumulates the matrices of one layer, batch by batch, or part by part; memory does not grow with the images.
 
     Args:
         layer: the layer.
-        images: how many will be added.
+        images: how many will be added, to this block and to those that are merged with it.
         shuffle: also measure with the patches' places shuffled by this seed. None: do not.
     """
 
@@ -79,7 +80,8 @@ class Block:
         self.groups = min(findings.GROUPS, images)
         self.sums = np.zeros((self.groups, len(self.points), count), np.float32)
         self.counts = np.zeros(self.groups)
-        self.features: list[np.ndarray] = []
+        self.features: list[np.ndarray] = []  # of the first images
+        self.spread = formulas.Spread(images)
         self.values: dict[tuple[str, bool], list[np.ndarray]] = {
             (each.name, shuffled): [] for each in findings.of_kind("matrix") for shuffled in self.places
         }
@@ -91,7 +93,7 @@ class Block:
             start: the first one's number.
             matrices: (images, tokens, tokens) float32.
         """
-        self.features.append(np.stack([compact(matrix) for matrix in matrices]))
+        self.add_features(start, np.stack([compact(matrix) for matrix in matrices]))
         between = matrices[:, self.patches[:, None], self.patches]
         for number, matrix in enumerate(between, start):
             self.sums[number % self.groups] += matrix[self.points]
@@ -100,6 +102,39 @@ class Block:
         for each in findings.of_kind("matrix"):
             for shuffled, places in self.places.items():
                 self.values[each.name, shuffled].append(each.function(shares, places))
+
+    def add_features(self, start: int, features: np.ndarray) -> None:
+        """Add images of which only their features are known.
+
+        Args:
+            start: the first one's number.
+            features: (images, features) as ``compact`` returns them.
+        """
+        self.spread.add(start, features)
+        if start < MOST_POINTS:
+            self.features.append(features[: MOST_POINTS - start])
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return everything that was added, for ``merge``."""
+        values = {f"{name} {shuffled:d}": np.concatenate(its) for (name, shuffled), its in self.values.items() if its}
+        spread = {"spread counts": self.spread.counts, "spread squares": self.spread.squares}
+        spread |= {} if self.spread.sums is None else {"spread sums": self.spread.sums}
+        features = {"features": np.concatenate(self.features)} if self.features else {}
+        return {"sums": self.sums, "counts": self.counts, **spread, **features, **values}
+
+    def merge(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Add what another block of this layer has of the images that come next.
+
+        Args:
+            arrays: of that block.
+        """
+        self.sums += arrays["sums"]
+        self.counts += arrays["counts"]
+        self.spread.merge(arrays["spread counts"], arrays["spread sums"], arrays["spread squares"])
+        if "features" in arrays:
+            self.features.append(arrays["features"])
+        for (name, shuffled), its in self.values.items():
+            its.append(arrays[f"{name} {shuffled:d}"])
 
     @property
     def means(self) -> np.ndarray:
@@ -122,7 +157,7 @@ class Block:
                 found[shuffled] |= its
         if self.features:
             for each in findings.of_kind("features"):
-                found[False][each.name] = each.function(np.concatenate(self.features))
+                found[False][each.name] = each.function(self.spread)
         return found
 
     def row_results(self, means: np.ndarray) -> dict[bool, dict[str, np.ndarray]]:

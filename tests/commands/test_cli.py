@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from mamba_attn import images, models
 from mamba_attn.commands import cli
 from mamba_attn.datasets.class_names import names_for
-from mamba_attn.explanations.explaining import free_name
+from mamba_attn.explanations.explaining import Names
 from tests.explanations.cases import VIM, VIT, VMAMBA, photo, save
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +60,7 @@ def test_defaults_explain_the_images_of_the_package(tmp_path):
     assert result.stdout.count("%") == 6 * 5 * 2  # beside a ViT
     folder = tmp_path / "mamba_attn_explain"
     files = {f"{path.stem}{suffix}" for path in images.samples() for suffix in SUFFIXES}
-    assert {path.name for path in folder.iterdir()} == {*files, "index.html"}
+    assert {path.name for path in folder.iterdir()} == {*files, "index.html", "explained.jsonl"}
     with np.load(folder / "clothing_hat_1.npz") as arrays:
         assert {"raw_attention", "attention_rollout", "mamba_attribution"} <= set(arrays)
         assert {"vit_micro.raw_attention", "vit_micro.transformer_attribution"} <= set(arrays)
@@ -77,10 +77,12 @@ def test_a_broken_image_is_named_and_the_rest_done(photos, weights):
     assert "skipped: text.png: this is not an image" in result.stderr
     assert "2 of 4 images explained; open out/here/index.html" in result.stdout
     assert "[red]not markup[/red]" in result.stdout
-    files = {f"{name}{suffix}" for name in ("one-a", "two-a") for suffix in SUFFIXES}
-    assert {path.name for path in (photos / "out/here").iterdir()} == {*files, "index.html"}
+    out = photos / "out/here"
+    files = {f"{name}{suffix}" for name in ("one/a", "two/a") for suffix in SUFFIXES}
+    written = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert written == {*files, "index.html", "explained.jsonl"}
     assert (photos / "out/here/index.html").read_text().count("<a ") == 2
-    first, second = (np.load(photos / "out/here" / name) for name in ("one-a.npz", "two-a.npz"))
+    first, second = (np.load(photos / "out/here" / name) for name in ("one/a.npz", "two/a.npz"))
     assert not np.array_equal(first["image"], second["image"])
 
 
@@ -112,13 +114,13 @@ def test_every_option_at_once(photos, tmp_path, capsys):
     arguments += ["--method", "raw_attention", "attention_rollout:signed", "--method", "mamba_attribution:rule=paper"]
     arguments += ["--target", "HAT", "--box", "2,3,30,20", "--layer", "1", "layers.2.*", "--beside", "none"]
     assert cli.main([*arguments, "--device", "cpu", "--out", str(photos / "out")]) == 0
-    with np.load(photos / "out" / "two-a.npz") as arrays:
+    with np.load(photos / "out" / "two" / "a.npz") as arrays:
         assert int(arrays["explained"]) == 1
         maps = ("raw_attention", "attention_rollout:signed=true", "mamba_attribution:rule=paper")
         assert [arrays[name].shape for name in maps] == [(64, 32)] * 3
         assert [name for name in arrays if name.startswith("row.")] == [f"row.{name}" for name in arrays["layers"][1:]]
         assert [arrays[f"attention.{name}"].shape for name in arrays["layers"][1:]] == [(32, 32), (8, 8)]
-    page = (photos / "out" / "one-a.html").read_text()
+    page = (photos / "out" / "one" / "a.html").read_text()
     assert "rule=paper" in page.partition("<code>")[2]
     assert "5 of 5" not in capsys.readouterr().out
 
@@ -172,10 +174,62 @@ def test_imagenets_classes_have_names():
 
 
 def test_files_of_the_same_name_get_numbers():
-    found = []
-    for title in ("a.jpg", "a.png", "a-2.jpg", "a.jpg", "b.jpg", "index.jpg", "hat/a.jpg"):
-        found.append(free_name(title, found))
-    assert found == ["a", "a-2", "a-2-2", "a-3", "b", "index-2", "hat-a"]
+    names = Names()
+    names.take("kept")
+    titles = ("a.jpg", "a.png", "a-2.jpg", "a.jpg", "b.jpg", "index.jpg", "hat/a.jpg", "kept.png", "index-page-2.png",
+              "//x/../a.jpg")  # fmt: skip
+    assert [names.free(title) for title in titles] == [
+        "a", "a-2", "a-2-2", "a-3", "b", "index-2", "hat/a", "kept-2", "index-page-2-2", "x/a"
+    ]  # fmt: skip
+
+
+def test_many_files_of_one_name_take_no_longer_each():
+    names, looked = Names(), []
+
+    class Seen(set):
+        def __contains__(self, name):
+            looked.append(name)
+            return super().__contains__(name)
+
+    names._taken = Seen()
+    assert len({names.free("photos/image.png") for _ in range(1000)}) == 1000
+    assert len(looked) <= 2 * 1000
+
+
+def test_what_an_earlier_call_wrote_stays(photos, weights, capsys, monkeypatch):
+    from mamba_attn.explanations import answer
+
+    out, asked = photos / "out", []
+    real = answer.answer
+    monkeypatch.setattr(answer, "answer", lambda question, path: asked.append(path.parent.name) or real(question, path))
+    (photos / "one" / "broken.jpg").unlink()
+    call = ["explain", str(photos / "one"), str(photos / "two"), "--model", "vim_micro", "--weights", weights,
+            "--out", str(out)]  # fmt: skip
+    call += ["--method", "raw_attention"]
+    assert cli.main([*call[:2], *call[3:]]) == 0
+    assert asked == ["one"]
+    (out / "a.html").rename(out / "b.html")  # which another image's name would be
+    (out / "explained.jsonl").write_bytes((out / "explained.jsonl").read_bytes() + b'\n{"of": "cut')
+    assert cli.main(call) == 0
+    first = capsys.readouterr().out
+    assert asked == ["one", "one", "two"]
+    assert "before" not in first
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.name != "index.html" and path.is_file()}
+    assert cli.main(call) == 0
+    again = capsys.readouterr().out
+    assert asked == ["one", "one", "two"]
+    assert "2 of 2 images explained, 2 of them before" in again
+    shown = [[line for line in each.splitlines() if "%" in line] for each in (first, again)]
+    assert shown[0][-len(shown[1]) :] == shown[1]  # the table too
+    assert before == {path: path.read_bytes() for path in before}
+    assert (out / "index.html").read_text().count("<a ") == 2
+    (out / "two" / "a.png").unlink()
+    assert cli.main(call) == 0
+    assert asked[3:] == ["two"]
+    assert cli.main([*call, "--target", "1"]) == 0  # another question
+    assert asked[4:] == ["one", "two"]
+    assert cli.main(call) == 0  # the first one's files are gone
+    assert asked[6:] == ["one", "two"]
 
 
 def test_images_that_are_not_there(capsys, tmp_path):

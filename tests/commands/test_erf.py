@@ -51,7 +51,7 @@ def test_a_size_that_is_not_square_beside_random_weights(tmp_path, weights, phot
     captured = capsys.readouterr()
     assert "at the output of layers.1.mixer; distances in pixels" in captured.out
     assert f"open {out / 'erf.html'}" in captured.out
-    assert {path.name for path in out.iterdir()} == {"erf.html", "erf.npz", "erf.png"}
+    assert {path.name for path in out.iterdir()} == {"erf.html", "erf.npz", "erf.png", "measured"}
     with np.load(out / "erf.npz") as arrays:
         assert arrays["erf"].shape == arrays["untrained.erf"].shape == (24, 56)
         assert arrays["images"] == 2
@@ -148,7 +148,7 @@ def test_no_good_images_and_missing_packages(tmp_path, weights, capsys, monkeypa
     said = capsys.readouterr().err.splitlines()
     assert any("skipped: " in line and "broken.jpg: this is not an image" in line for line in said)
     assert said[-1] == "mamba-attn erf: receptive_field(images): expected at least one image, got none."
-    assert not list((tmp_path / "out").iterdir())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["measured"]
     monkeypatch.setitem(command._NEEDED, "no_such_module", "no-such-package")
     assert "no-such-package not installed: pip install 'mamba_attn[explain]'" in refused(capsys)
 

@@ -14,6 +14,7 @@ from mamba_attn.attribution.queries import Query
 from mamba_attn.datasets import loading
 from mamba_attn.explanations import choices
 from mamba_attn.explanations.answer import answer
+from mamba_attn.explanations.explaining import Pages
 from mamba_attn.explanations.page import index, marked, page, predictions, sheet
 from mamba_attn.figures.colours import limits
 from tests.explanations.cases import VIM, VIT, photo, save
@@ -157,6 +158,19 @@ def test_the_list_of_pages_links_them():
     tags = Tags(index(["a & b.jpg", "c.png"], ["a & b", "c"]))
     assert [link["href"] for link in tags.all("a")] == ["a & b.html", "c.html"]
     assert [image["src"] for image in tags.all("img")] == ["a & b.png", "c.png"]
+
+
+def test_the_index_comes_in_pages(answers, tmp_path, monkeypatch):
+    monkeypatch.setattr("mamba_attn.explanations.explaining._PER_INDEX", 2)
+    pages = Pages(tmp_path)
+    for number in range(3):
+        pages.add(f"{'hat' if number else 'shoes'}/{number}.jpg", answers[:1])
+    pages.finish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hat", "index-page-2.html", "index.html", "shoes"]
+    first, second = (Tags((tmp_path / name).read_text()) for name in ("index.html", "index-page-2.html"))
+    assert [link["href"] for link in first.all("a")] == ["index-page-2.html", "shoes/0.html", "hat/1.html"]
+    assert [link["href"] for link in second.all("a")] == ["index.html", "hat/2.html"]
+    assert (tmp_path / "hat" / "2.html").is_file()
 
 
 def test_the_sheet_has_a_row_per_model(answers):

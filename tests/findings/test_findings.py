@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mamba_attn.analytics import AttentionStore, collect
+from mamba_attn.distributed import Ranks
 from mamba_attn.errors import StoreError, WeightsError
 from mamba_attn.findings import registry as findings
 from mamba_attn.findings.accuracy import known_accuracy, over_orders
@@ -350,3 +351,75 @@ def test_verdicts_are_read_from_intervals():
     said = [row("entropy", *each).order_verdict for each in ((-1, 1), (1, 2), (-2, -1))]
     assert said == ["no difference", "more", "less"]
     assert Row("entropy", ALL, Estimate(1.0, None, None, 1)).order_verdict == ""
+
+
+def test_ranks_measure_each_part_once_and_as_one_process_does(stores, tmp_path, monkeypatch):
+    monkeypatch.setattr("mamba_attn.findings.measure._PART", 2)
+    monkeypatch.setattr("mamba_attn.findings.measure._PARTS", 3)
+    whole = report("vim", stores["vim"], tmp_path / "alone", seeds=2)
+    seen, forward = [], Measuring._forward
+
+    def noted(self, subject, blocks, start, stop):
+        seen.append((subject.fingerprint, subject.options.get("order"), start, stop))
+        return forward(self, subject, blocks, start, stop)
+
+    monkeypatch.setattr(Measuring, "_forward", noted)
+    for rank in (1, 0):
+        found = report("vim", stores["vim"], tmp_path / "two", seeds=2, ranks=Ranks(rank, 2, launcher="a job array"))
+        assert (found.left > 0, bool(found.rows)) == ((True, False) if rank else (False, True))
+    assert len(seen) == len(set(seen)) == 4 * 3  # models, and parts of each
+    assert found.rows == whole.rows
+    assert not list((tmp_path / "two").glob("*.parts"))
+    names = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("alone", "two")]
+    assert names[0].keys() == names[1].keys()
+
+
+def test_a_killed_model_goes_on_at_its_part(stores, tmp_path, monkeypatch):
+    monkeypatch.setattr("mamba_attn.findings.measure._PART", 2)
+    monkeypatch.setattr("mamba_attn.findings.measure._PARTS", 3)
+    seen, forward = [], Measuring._forward
+
+    def killed(self, subject, blocks, start, stop):
+        seen.append(start)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return forward(self, subject, blocks, start, stop)
+
+    monkeypatch.setattr(Measuring, "_forward", killed)
+    measuring = Measuring(stores["vim"], 6, tmp_path / "measured")
+    with pytest.raises(KeyboardInterrupt):
+        measuring.model(stores["vim"].subject)
+    again = measuring.model(stores["vim"].subject)
+    assert seen == [0, 2, 2, 4]
+    monkeypatch.setattr(Measuring, "_forward", forward)
+    once = Measuring(stores["vim"], 6, tmp_path / "other").model(stores["vim"].subject)
+    for key, values in once[0].values.items():
+        np.testing.assert_array_equal(again[0].values[key], values)
+
+
+def test_what_one_rank_cannot_measure_is_said_by_all(stores, tmp_path, monkeypatch):
+    def damaged(self, subject, blocks, start, stop):
+        raise StoreError("pixels are damaged")
+
+    monkeypatch.setattr(Measuring, "_forward", damaged)
+    for rank in (1, 0):
+        ranks = Ranks(rank, 2, launcher="a job array")
+        found = report("vim", stores["vim"], tmp_path / "two", seeds=0, ranks=ranks)
+    assert found.notes[0] == "the trained model: not measured. pixels are damaged"
+    assert found.rows  # of what the store kept
+
+
+def test_a_block_in_parts_is_the_block_and_keeps_few_points(stores, monkeypatch):
+    monkeypatch.setattr("mamba_attn.findings.results.MOST_POINTS", 12)
+    layer, matrices = stores["vim"].layers[0], np.random.default_rng(0)
+    matrices = matrices.random((30, stores["vim"].layers[0].tokens, stores["vim"].layers[0].tokens), dtype=np.float32)
+    whole, merged = Block(layer, 30, shuffle=0), Block(layer, 30, shuffle=0)
+    whole.add(0, matrices)
+    for start in range(0, 30, 10):
+        part = Block(layer, 30, shuffle=0)
+        part.add(start, matrices[start : start + 10])
+        merged.merge(part.arrays())
+    assert sum(map(len, whole.features)) == sum(map(len, merged.features)) == 12
+    for shuffled, its in whole.results().items():
+        for name, values in merged.results()[shuffled].items():
+            np.testing.assert_allclose(values, its[name], rtol=1e-4, atol=1e-6, err_msg=name)

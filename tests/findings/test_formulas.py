@@ -176,6 +176,12 @@ def test_points_keep_their_distances_where_there_are_too_few_for_100_components(
     np.testing.assert_allclose(formulas.Rows(matrix).squares, expected, atol=1e-12)
 
 
+def share(features):
+    spread = formulas.Spread(len(features))
+    spread.add(0, features)
+    return formulas.image_share(spread)
+
+
 def stage(features, means=(), distances=()):
     points = means[0].shape[1:] if len(means) else (1, 1)
     return formulas.Stage(features, means, np.eye(*points, dtype=bool), distances)
@@ -223,9 +229,7 @@ def test_groups_share_no_image_and_what_images_share_is_not_counted_twice():
         200
     ):  # a statistic of all images: the truth is 1 / 2, each block's own pattern as strong as the noise
         pattern = random.standard_normal(40)
-        found = mean(
-            formulas.image_share(pattern + np.linalg.norm(pattern) / 40**0.5 * random.standard_normal((60, 40)))
-        )
+        found = mean(share(pattern + np.linalg.norm(pattern) / 40**0.5 * random.standard_normal((60, 40))))
         held.append(found.low <= 0.5 <= found.high)
         assert found.units == 10
     assert 0.9 <= np.mean(held) <= 1
@@ -259,11 +263,11 @@ def test_ranges_shares_and_trends():
     for name in ("distance_range", "block_silhouette", "block_neighbours", "block_correlation"):
         assert np.isnan(getattr(formulas, name)(alone)).all()
     pattern = np.random.default_rng(0).random(30)
-    np.testing.assert_allclose(formulas.image_share(np.stack([pattern, 3 * pattern])), 0, atol=1e-12)
+    np.testing.assert_allclose(share(np.stack([pattern, 3 * pattern])), 0, atol=1e-12)
     random = np.random.default_rng(1).standard_normal((200, 500))
-    assert formulas.image_share(random).mean() == pytest.approx(1, abs=0.01)
-    assert formulas.image_share(random).shape == (10,)
-    assert np.isnan(formulas.image_share(pattern[None])).all()
+    assert share(random).mean() == pytest.approx(1, abs=0.01)
+    assert share(random).shape == (10,)
+    assert np.isnan(share(pattern[None])).all()
     rising = np.array([[1.0, 4], [2, 3], [np.nan, 2], [7, 1]])
     np.testing.assert_allclose(formulas.by_depth(rising), [1, -1])
     assert np.isnan(formulas.by_depth(rising[:2])).all()
