@@ -67,7 +67,7 @@ class OnItsToken(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, out: Tensor, axis: int) -> Tensor:
         """Return the layer's own output; ``axis`` is that of features."""
         ctx.given, ctx.axis = (x.shape[axis], x.dtype), axis
-        return out.view_as(out)
+        return out.clone()  # no view: code may write over it, as MONAI's blocks do (x += identity)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

@@ -496,6 +496,22 @@ def test_tokens_turned_by_a_layer_over_them_are_caught_beside_cheap_layers_of_fe
     assert orders["1.inner.mixer"].tolist() == [list(range(tokens))[::-1]]
 
 
+class WrittenOver(Perceptron):
+    """Adds to what a layer of features returned, in its place."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.mixer(self.norm(x))
+        out: torch.Tensor = self.mlp(x)
+        out += x
+        return out
+
+
+def test_what_a_layer_of_features_returned_may_be_written_over() -> None:
+    found = look(nn.Sequential(WrittenOver(compiled()), WrittenOver(compiled())), torch.randn(1, 7, 8))
+    assert not found.failed
+    assert found.whole == ["0.mixer", "1.mixer"]
+
+
 def test_cheap_gradients_of_layers_of_features_show_what_their_own_do(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(*[Perceptron(compiled()) for _ in range(3)], BothWays(compiled(), compiled()))
     x = torch.randn(1, 7, 8)
