@@ -56,7 +56,7 @@ def main(site: Path) -> int:
                 clicks = 1
             elif any(start + answer in _links(page, link) for link in found):
                 clicks = 2
-            print(f"{words}: {'not found' if clicks is None else f'{clicks} clicks'}")
+            print(f"{words}: {'not found' if clicks is None else f'clicks: {clicks}'}")
             missing += [words] * (clicks is None)
     server.shutdown()
     return bool(missing)

@@ -14,11 +14,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-
-from mamba_attn.errors import MambaAttnError
-
 _WAIT = 0.2  # seconds between two looks at what others have done
+_LATE = 300.0  # seconds after which a file of another machine is not on its way any more
 _TIMEOUT = timedelta(seconds=60)  # of an answer of the agent's store
 
 
@@ -32,7 +29,7 @@ class Ranks:
         local_rank: of this process on its machine.
         local_world: number of processes on this machine.
         launcher: who started them, in words; "" for a process alone.
-        counters: of the agent of torchrun; None elsewhere.
+        counters: a ``torch.distributed.PrefixStore`` of the agent of torchrun; None elsewhere.
     """
 
     rank: int = 0
@@ -40,7 +37,7 @@ class Ranks:
     local_rank: int = 0
     local_world: int = 1
     launcher: str = ""
-    counters: PrefixStore | None = None
+    counters: Any = None
     _own: dict[str, int] = field(default_factory=dict, init=False, repr=False)  # counters of a process without an agent
 
     def __post_init__(self) -> None:
@@ -129,6 +126,9 @@ class Ranks:
 
         Returns:
             What is missing in the end: the share of processes that run at another time.
+
+        Raises:
+            OSError: the agent of torchrun is gone, or what others have made does not appear on the disk.
         """
         for number in self.shares(name, count):
             make(number)
@@ -137,7 +137,15 @@ class Ranks:
             return 0
         while self.together and self.count(f"{name} made") < count:
             wait()
+        before, since = -1, time.monotonic()
         while (left := missing()) and self.together:  # a network's disk shows the others' files a little later
+            if left != before:
+                before, since = left, time.monotonic()
+            elif time.monotonic() - since > _LATE:
+                raise OSError(
+                    f"{left} of {count} shares were made by other processes and are not in the folder of this one: it "
+                    "must be a folder that all machines reach."
+                )
             wait()
         return left
 
@@ -159,7 +167,7 @@ class Ranks:
         try:
             return int(self.counters.add(name, more))
         except RuntimeError as error:  # of a socket
-            raise MambaAttnError(
+            raise ConnectionError(  # no error of a model, after which others are tried
                 f"rank {self.rank}: the agent of torchrun does not answer; what is counted stays, and the same command "
                 "resumes from there."
             ) from error
@@ -170,8 +178,10 @@ def wait() -> None:
     time.sleep(_WAIT)
 
 
-def _agent() -> PrefixStore:
+def _agent() -> Any:
     """Return the agent's store, with keys of this run and restart: the dead's counters must not go on."""
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # not in every build of torch
+
     where = (os.environ["MASTER_ADDR"], _number("MASTER_PORT"))
     base = TCPStore(*where, is_master=False, wait_for_workers=False, timeout=_TIMEOUT)
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

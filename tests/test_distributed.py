@@ -1,13 +1,13 @@
 """Which process of a launch this is: as the environment of each launcher says."""
 
 import os
+import types
 
 import pytest
 import torch
 from torch.distributed import PrefixStore, TCPStore
 
 from mamba_attn.distributed import Ranks
-from mamba_attn.errors import MambaAttnError
 
 LAUNCHERS = ("TORCHELASTIC_", "SLURM_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
 
@@ -85,6 +85,17 @@ def test_work_under_torchrun_ends_where_the_reporting_rank_finds_all(monkeypatch
     assert len(waits) == 2
 
 
+def test_files_that_never_come_end_the_wait(monkeypatch):
+    monkeypatch.setattr("mamba_attn.distributed._LATE", 0.0)
+    monkeypatch.setattr("mamba_attn.distributed.wait", lambda: None)
+    ranks = Ranks(0, 2)
+    counters = types.SimpleNamespace(add=lambda name, more: 3)
+    object.__setattr__(ranks, "counters", counters)
+    monkeypatch.setattr(Ranks, "shares", lambda self, name, count: iter([0]))
+    with pytest.raises(OSError, match=r"2 of 3 shares were made by other processes.*a folder that all machines reach"):
+        ranks.work("images", 3, lambda number: None, lambda: 2)
+
+
 def test_shares_without_an_agent_are_every_so_manieth():
     shares = [list(Ranks(rank, 3).shares("parts", 8)) for rank in range(3)]
     assert shares == [[0, 3, 6], [1, 4, 7], [2, 5]]
@@ -118,7 +129,7 @@ def test_an_agent_that_is_gone_is_a_sentence():
 
     ranks = Ranks(1, 2)
     object.__setattr__(ranks, "counters", Gone())
-    with pytest.raises(MambaAttnError, match="rank 1: the agent of torchrun does not answer; what is counted stays"):
+    with pytest.raises(ConnectionError, match="rank 1: the agent of torchrun does not answer; what is counted stays"):
         ranks.count("done", 1)
 
 

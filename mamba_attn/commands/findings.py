@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mamba_attn.commands.compare_texts import write_files
 from mamba_attn.commands.options import Commands, add_folder, add_model, command, open_stores, require_least
 from mamba_attn.commands.ranks import left_to_others, ranks_bar
 from mamba_attn.commands.terminal import plain, show
@@ -174,12 +175,11 @@ def write(
         print(f"\n{sentence}")
     notes = [f"{report.name}: {note}" for report in reports for note in report.notes]
     text = "".join(plain(*each) for each in every) + "\n" + "\n\n".join([*sentences, *notes, tables.LEGEND, command])
-    (folder / "findings.txt").write_text(f"{text}\n", encoding="utf-8")
-    (folder / "findings.csv").write_text(tables.as_csv(reports), encoding="utf-8")
     found = json.dumps(tables.finite(tables.as_json(reports, orders, {"command": command})), indent=1, allow_nan=False)
-    (folder / "findings.json").write_text(f"{found}\n", encoding="utf-8")
     save_png(folder / "matrices.png", matrices_rgb(stores))
-    (folder / "findings.html").write_text(page(reports, orders, stores, command), encoding="utf-8")
+    files = {"txt": f"{text}\n", "csv": tables.as_csv(reports), "json": f"{found}\n"}
+    files["html"] = page(reports, orders, stores, command)
+    write_files(folder, {f"findings.{kind}": content for kind, content in files.items()})
 
 
 def _measured(

@@ -171,7 +171,9 @@ def _measured(
         store.refresh()
         return sum(any(store.get(key) is None for key in keys_of(*share)) for share in shares)
 
-    plan.left += ranks.work(f"{texts.identity} {model.identity}", len(shares), make, missing)
+    # a method that fails on one process alone makes its shares others: no counter of them is shared then
+    work_name = f"{texts.identity} {model.identity} {' '.join(methods)}"
+    plan.left += ranks.work(work_name, len(shares), make, missing)
     table = Table(texts, model, len(keys), work.accuracy)
     for measure in measures:
         lines = {

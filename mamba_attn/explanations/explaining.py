@@ -83,6 +83,9 @@ class Pages:
             answers: one per model.
         """
         name = self.names.free(title)
+        if (self.folder / _RECORDS).is_file():  # what stood there until now is no longer what was noted of it
+            with (self.folder / _RECORDS).open("ab") as file:
+                file.write(b"\n" + json.dumps({"name": name, "of": ""}).encode() + b"\n")  # a kill may have cut a line
         first, *others = answers
         arrays = first.arrays()
         for other in others:

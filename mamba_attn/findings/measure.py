@@ -107,23 +107,31 @@ class Measuring:
             place.remove(f"{name}.error")  # of an earlier run
 
         def missing() -> int:
-            there = {name.partition(".")[0] for name in place.names(folder)}
+            ended = (".npz", ".error")  # and not what is being written under another name
+            there = {name.partition(".")[0] for name in place.names(folder) if name.endswith(ended)}
             return 0 if len(there) == len(spans) or whole() else len(spans) - len(there)
 
         left = self.ranks.work(folder, len(spans), make, missing)
         self.left += left
         if left:
             return []
-        for name in place.names(folder):
-            if name.endswith(".error"):
+        names = set(place.names(folder))
+        for name in sorted(names):
+            if name.endswith(".error") and f"{name.removesuffix('.error')}.npz" not in names:  # else of an earlier run
                 raise MambaAttnError(place.read(f"{folder}/{name}").decode())
         if not self.ranks.reports:
             return []
         known = self._saved("model", options, shuffled)  # by a job that ended at the same time
         if known is None:
             blocks = [Block(layer, self.count, SHUFFLE if shuffled else None) for layer in layers]
-            for number in range(len(spans)):
-                _merge(blocks, place.read(f"{folder}/{number:04d}.npz"))
+            try:
+                for number in range(len(spans)):
+                    _merge(blocks, place.read(f"{folder}/{number:04d}.npz"))
+            except FileNotFoundError:  # a job that ended at the same time has merged and removed them
+                known = self._saved("model", options, shuffled)
+                if known is None:
+                    raise
+                return known
             known = self._keep(gathered(blocks), "model", options)
         place.remove(folder)
         return known

@@ -1,5 +1,6 @@
 """The numbers of one model: every finding of every block, stage and of the model, per image or group of images."""
 
+import io
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mamba_attn.analytics.index import StoredLayer
+from mamba_attn.analytics.places import LocalPlace
 from mamba_attn.analytics.projection import SIZE, project
 from mamba_attn.findings import formulas
 from mamba_attn.findings import registry as findings
@@ -41,11 +43,10 @@ class Measured:
             OSError: it cannot be written.
         """
         names = json.dumps([*map(list, self.values)])
-        temporary = path.with_suffix(".new")
-        with temporary.open("wb") as file:
-            arrays = {str(number): values for number, values in enumerate(self.values.values())}
-            np.savez(file, names=np.array(names), **arrays)  # type: ignore[arg-type]
-        temporary.replace(path)
+        arrays = {str(number): values for number, values in enumerate(self.values.values())}
+        file = io.BytesIO()
+        np.savez(file, names=np.array(names), **arrays)  # type: ignore[arg-type]
+        LocalPlace(path.parent).replace(path.name, file.getvalue())
 
     @classmethod
     def load(cls, path: Path) -> "Measured | None":

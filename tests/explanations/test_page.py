@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -171,6 +172,13 @@ def test_the_index_comes_in_pages(answers, tmp_path, monkeypatch):
     assert [link["href"] for link in first.all("a")] == ["index-page-2.html", "shoes/0.html", "hat/1.html"]
     assert [link["href"] for link in second.all("a")] == ["index.html", "hat/2.html"]
     assert (tmp_path / "hat" / "2.html").is_file()
+
+
+def test_files_that_are_written_over_are_no_longer_what_was_noted_of_them(answers, tmp_path):
+    records = tmp_path / "explained.jsonl"
+    records.write_text('{"name": "a", "of": "an image and a question"}\n{"name": "b", "of": "cut')
+    Pages(tmp_path).add("a.jpg", answers[:1])
+    assert json.loads(records.read_text().splitlines()[-1]) == {"name": "a", "of": ""}
 
 
 def test_the_sheet_has_a_row_per_model(answers):

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mamba_attn.analytics import AttentionStore, collect
+from mamba_attn.analytics.places import LocalPlace
 from mamba_attn.distributed import Ranks
 from mamba_attn.errors import StoreError, WeightsError
 from mamba_attn.findings import registry as findings
@@ -370,8 +371,30 @@ def test_ranks_measure_each_part_once_and_as_one_process_does(stores, tmp_path, 
     assert len(seen) == len(set(seen)) == 4 * 3  # models, and parts of each
     assert found.rows == whole.rows
     assert not list((tmp_path / "two").glob("*.parts"))
-    names = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("alone", "two")]
-    assert names[0].keys() == names[1].keys()
+    alone, two = ({path.name: path for path in (tmp_path / name).iterdir()} for name in ("alone", "two"))
+    assert alone.keys() == two.keys()
+    for name, path in alone.items():
+        own, other = (Measured.load(each).values for each in (path, two[name]))
+        assert own.keys() == other.keys()
+        assert all(np.array_equal(own[key], other[key], equal_nan=True) for key in own)
+
+
+def test_what_another_job_is_still_writing_is_no_part(stores, tmp_path, monkeypatch):
+    monkeypatch.setattr("mamba_attn.findings.measure._PART", 2)
+    monkeypatch.setattr("mamba_attn.findings.measure._PARTS", 3)
+    own = LocalPlace.create
+
+    def slow(place, name, content):  # the other job is killed in the middle of its part
+        target = place.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for number in range(3):
+            target.with_name(f"{number:04d}.npz.12345678.new").touch()
+        return own(place, name, content)
+
+    monkeypatch.setattr(LocalPlace, "create", slow)
+    found = report("vim", stores["vim"], tmp_path / "two", seeds=2, ranks=Ranks(0, 2, launcher="a job array"))
+    assert found.left > 0
+    assert not found.rows
 
 
 def test_a_killed_model_goes_on_at_its_part(stores, tmp_path, monkeypatch):
