@@ -172,7 +172,7 @@ def _parts(
         return images.to(device)
 
     named = place.get("query")
-    of = [subject.name, subject.fingerprint, dict(subject.options), transform.as_dict(), layer, place]
+    of = [subject.name, subject.fingerprint, subject.code, dict(subject.options), transform.as_dict(), layer, place]
     return FieldParts(
         folder / "measured",
         [of, about],

@@ -1,9 +1,11 @@
 """LoadedModel: a network with what is needed to show pictures to it and to read its answer."""
 
 import hashlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,6 +85,19 @@ class LoadedModel:
             flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
             digest.update(name.encode() + flat.numpy().tobytes())
         return digest.hexdigest()[:12]
+
+    @cached_property
+    def code(self) -> str:
+        """Hash of the files that define the model's modules and the function that prepares its images.
+
+        The same weights give other answers where a ``forward`` was edited. It is the same on every machine that holds
+        the same files, so that processes which share their work agree.
+        """
+        owners = [*map(type, self.model.modules()), getattr(self.transform, "function", None)]
+        modules = {getattr(owner, "__module__", None) for owner in owners}
+        files = {getattr(sys.modules.get(str(name)), "__file__", None) for name in modules}
+        contents = [Path(file).read_bytes() for file in files if file is not None and Path(file).is_file()]
+        return hashlib.sha256(b"".join(sorted(hashlib.sha256(each).digest() for each in contents))).hexdigest()[:12]
 
     @property
     def device(self) -> torch.device:

@@ -198,7 +198,15 @@ def about(question: Question) -> list[Any]:
         question: to one model.
     """
     its = question.subject
-    model = [str(its.name), its.fingerprint, dict(its.options), its.transform.as_dict(), list(its.classes), its.head]
+    model = [
+        str(its.name),
+        its.fingerprint,
+        its.code,
+        dict(its.options),
+        its.transform.as_dict(),
+        list(its.classes),
+        its.head,
+    ]
     asked = [list(question.layers), question.target, question.query, question.by_default]
     return [model, [each.key for each in question.methods], asked]
 

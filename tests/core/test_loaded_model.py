@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -78,3 +79,9 @@ def test_fields_are_public_and_checked():
 def test_features_are_no_classes():
     assert LoadedModel(nn.Identity(), classes=[]).logits(LOGITS) is None
     assert LoadedModel(nn.Identity()).logits(LOGITS) is LOGITS
+
+
+def test_the_code_is_also_that_of_the_function_for_images():
+    prepared = Transform.of(lambda picture: torch.from_numpy(np.array(picture)).movedim(2, 0)[:, :8, :8] / 255)
+    codes = [LoadedModel(nn.Identity(), transform=each).code for each in (None, Transform((8, 8)), prepared)]
+    assert codes[0] == codes[1] != codes[2]

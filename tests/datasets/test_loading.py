@@ -93,6 +93,13 @@ def test_a_users_own_code(code, spec, capsys):
     assert traced_layers(found) == ["0.layers.0.mixer"]
 
 
+def test_edited_code_is_another_model(code):
+    before = load("own_net.py:Net", **SHOWN).code
+    assert load("own_net.py:Net", **SHOWN).code == before
+    (code / "own_net.py").write_text(NET.replace('"features": images', '"features": -images'))
+    assert load("own_net.py:Net", **SHOWN).code != before
+
+
 def test_it_may_return_all_of_it_and_be_a_class(code):
     found = load("own_net.py:whole")
     assert (found.classes, found.transform.size) == (["a", "b"], (32, 32))
