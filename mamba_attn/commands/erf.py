@@ -1,12 +1,14 @@
 """``mamba-attn erf``: arguments, the images, its files."""
 
 import argparse
+import io
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mamba_attn.commands.compare_texts import write_files
 from mamba_attn.commands.exit_codes import as_flags
 from mamba_attn.commands.options import (
     Commands,
@@ -201,20 +203,23 @@ def _layer(text: str | None, subject: "LoadedModel") -> str | None:
 
 
 def _write(folder: Path, fields: "dict[str, ReceptiveField]", command: str) -> None:
-    """Write erf.html, erf.png and erf.npz."""
+    """Write erf.html, erf.png and erf.npz; several jobs of an array may do so at once."""
     import numpy as np
 
+    from mamba_attn.analytics.places import LocalPlace
     from mamba_attn.erf.page import page, panels
     from mamba_attn.figures.png import reach_rgb, save_png
 
     drawn = panels(fields)
-    (folder / "erf.html").write_text(page(fields, command), encoding="utf-8")
+    write_files(folder, {"erf.html": page(fields, command)})
     save_png(folder / "erf.png", reach_rgb(**drawn))
     first = next(iter(fields))
     arrays = {"command": np.array(command)}
     for name, each in fields.items():
         arrays |= each.arrays("" if name == first else f"{name}.")
-    np.savez_compressed(folder / "erf.npz", **arrays)  # type: ignore[arg-type]
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    LocalPlace(folder).replace("erf.npz", file.getvalue())
 
 
 def _table(fields: "dict[str, ReceptiveField]") -> None:
