@@ -174,7 +174,8 @@ def _parts(
         return images.to(device)
 
     named = place.get("query")
-    of = [subject.name, subject.fingerprint, subject.code, dict(subject.options), transform.as_dict(), layer, place]
+    weights_and_code = [subject.fingerprint, subject.code_fingerprint]
+    of = [subject.name, *weights_and_code, dict(subject.options), transform.as_dict(), layer, place]
     return FieldParts(
         folder / "measured",
         [of, about],

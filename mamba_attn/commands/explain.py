@@ -45,8 +45,8 @@ With --text it writes index.html (one offline page) and text.npz. Otherwise it
 writes to FOLDER, for every image: NAME.html (an offline page), NAME.png (the
 same as a picture) and NAME.npz (the maps in pixels, the matrices, the query's
 row in every layer, all probabilities); and index.html, which lists them, 200 on
-a page. Images of several folders come into folders of the same names. What an
-earlier call has written of the same image, model and options stays.
+a page. Images from several folders go into folders of the same names. Files
+that an earlier call wrote for the same image, model and options are kept.
 """
 
 
@@ -69,7 +69,7 @@ def add_parser(commands: Commands) -> None:
         examples=_EXAMPLES,
         notes=_NOTES,
         run=run,
-        stopped="stopped; the same command goes on here.",
+        stopped="stopped; the same command resumes here.",
         more=_methods,
     )
     add = parser.add_argument
@@ -218,7 +218,7 @@ def _explain(job: Job) -> int:
     console = Console()
     if table.row_count:
         console.print(table)
-    again = f", {there} of them before" if there else ""
+    again = f", {there} of them by an earlier call" if there else ""
     lines = [f"{done} of {len(job.paths)} images explained{again}"]
     lines[0] += f"; open {job.folder / 'index.html'}" if done else ""
     right = [each.verdict == "correct" for each in pages.all if each.verdict]
@@ -245,7 +245,7 @@ def _table(questions: Sequence["Question"]) -> "Table":
     table.add_column("image", overflow="ellipsis", no_wrap=True)
     for question in questions:
         table.add_column(question.subject.name, overflow="ellipsis", no_wrap=True)
-        table.add_column("likely", justify="right")
+        table.add_column("prob.", justify="right")
     return table
 
 

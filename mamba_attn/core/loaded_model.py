@@ -87,7 +87,7 @@ class LoadedModel:
         return digest.hexdigest()[:12]
 
     @cached_property
-    def code(self) -> str:
+    def code_fingerprint(self) -> str:
         """Hash of the files that define the model's modules and the function that prepares its images.
 
         The same weights give other answers where a ``forward`` was edited. It is the same on every machine that holds

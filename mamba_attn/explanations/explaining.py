@@ -201,7 +201,7 @@ def about(question: Question) -> list[Any]:
     model = [
         str(its.name),
         its.fingerprint,
-        its.code,
+        its.code_fingerprint,
         dict(its.options),
         its.transform.as_dict(),
         list(its.classes),

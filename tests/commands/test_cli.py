@@ -213,12 +213,12 @@ def test_what_an_earlier_call_wrote_stays(photos, weights, capsys, monkeypatch):
     assert cli.main(call) == 0
     first = capsys.readouterr().out
     assert asked == ["one", "one", "two"]
-    assert "before" not in first
+    assert "earlier call" not in first
     before = {path: path.read_bytes() for path in out.rglob("*") if path.name != "index.html" and path.is_file()}
     assert cli.main(call) == 0
     again = capsys.readouterr().out
     assert asked == ["one", "one", "two"]
-    assert "2 of 2 images explained, 2 of them before" in again
+    assert "2 of 2 images explained, 2 of them by an earlier call" in again
     shown = [[line for line in each.splitlines() if "%" in line] for each in (first, again)]
     assert shown[0][-len(shown[1]) :] == shown[1]  # the table too
     assert before == {path: path.read_bytes() for path in before}

@@ -83,5 +83,7 @@ def test_features_are_no_classes():
 
 def test_the_code_is_also_that_of_the_function_for_images():
     prepared = Transform.of(lambda picture: torch.from_numpy(np.array(picture)).movedim(2, 0)[:, :8, :8] / 255)
-    codes = [LoadedModel(nn.Identity(), transform=each).code for each in (None, Transform((8, 8)), prepared)]
+    codes = [
+        LoadedModel(nn.Identity(), transform=each).code_fingerprint for each in (None, Transform((8, 8)), prepared)
+    ]
     assert codes[0] == codes[1] != codes[2]

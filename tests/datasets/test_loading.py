@@ -94,10 +94,10 @@ def test_a_users_own_code(code, spec, capsys):
 
 
 def test_edited_code_is_another_model(code):
-    before = load("own_net.py:Net", **SHOWN).code
-    assert load("own_net.py:Net", **SHOWN).code == before
+    before = load("own_net.py:Net", **SHOWN).code_fingerprint
+    assert load("own_net.py:Net", **SHOWN).code_fingerprint == before
     (code / "own_net.py").write_text(NET.replace('"features": images', '"features": -images'))
-    assert load("own_net.py:Net", **SHOWN).code != before
+    assert load("own_net.py:Net", **SHOWN).code_fingerprint != before
 
 
 def test_it_may_return_all_of_it_and_be_a_class(code):
