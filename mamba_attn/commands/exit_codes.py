@@ -50,12 +50,22 @@ def exit_code(name: str, call: Callable[[], int], options: Collection[str] = (),
     try:
         with _terminable(), _notes(name, options):
             return call()
-    except (ValueError, TypeError, OSError, ImportError, MambaAttnError) as error:
-        print(f"mamba-attn {name}: {as_flags(str(error), options)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as reason:
+    except BaseException as error:
+        interrupt = _interrupt(error)
+        if interrupt is None:
+            if not isinstance(error, ValueError | TypeError | OSError | ImportError | MambaAttnError):
+                raise
+            print(f"mamba-attn {name}: {as_flags(str(error), options)}", file=sys.stderr)
+            return 2
         print(f"mamba-attn {name}: {stopped}", file=sys.stderr)
-        return 143 if isinstance(reason, Terminated) else 130
+        return 143 if isinstance(interrupt, Terminated) else 130
+
+
+def _interrupt(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The signal behind an error: what tidies up after it may fail in turn, since it comes between any two steps."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error
 
 
 @contextmanager

@@ -147,3 +147,18 @@ def test_sigterm_is_said_and_its_handler_goes(capsys):
     assert exit_code("collect", call, stopped="stopped; it resumes.") == 143
     assert capsys.readouterr().err == "mamba-attn collect: stopped; it resumes.\n"
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_counts_though_what_tidies_up_fails(capsys, number, code):
+    def interrupted():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        finally:
+            {}["what the step that was cut off would have made"]
+
+    assert exit_code("collect", interrupted) == code
+    assert capsys.readouterr().err == "mamba-attn collect: stopped.\n"
+    with pytest.raises(KeyError):
+        exit_code("collect", lambda: {}["a fault of ours"])
