@@ -40,7 +40,7 @@ def _start(arguments, folder):
                 os.dup2(os.open(folder / f"said-{number}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
             code = cli.main(arguments)
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - SystemExit and KeyboardInterrupt, too
             traceback.print_exc()  # into the folder: the process ends before anybody else could say it
         finally:
             sys.stdout.flush()
