@@ -41,7 +41,7 @@ export function drawPoints() {
 function view(at) {
   const canvas = element('canvas', { class: 'plot', tabindex: '0', role: 'application', 'aria-describedby': 'spoken' });
   const box = (class_) => element('div', { class: class_ });
-  const made = { at, canvas, heading: element('h2'), legend: box('legend'), notice: element('p', { class: 'notice', role: 'status' }), many: box('plots'), xy: null, key: '', zoom: [1, 0, 0], places: [] };
+  const made = { at, canvas, heading: element('h2'), legend: box('legend'), notice: element('p', { class: 'notice', role: 'status' }), many: box('plots'), xy: null, key: '', zoom: [1, 0, 0], places: [], backdrop: null };
   made.root = element('div', {}, made.heading, canvas, made.many, made.legend, made.notice);
   gestures(canvas, () => pointTools.points, {
     click: (to, add) => pick(made, [nearest(made, to)].filter((one) => one >= 0), add, true),
@@ -123,30 +123,51 @@ function paintPoints(its) {
   const height = Math.min(420, Math.max(240, canvas.clientWidth * 0.86));
   const context = prepared(canvas, height);
   const width = canvas.clientWidth;
-  its.legend.replaceChildren();
   its.places = [];
   const pairs = own.mode === 'blocks' ? pairsOf(own) : null;
   const count = pairs ? pairs.length : cellsOf(layerOf(own));
   canvas.setAttribute('aria-label', `${its.heading.textContent}. Arrow keys choose a point.`);
-  if (!xy || xy.length !== 2 * count) return;
+  if (!xy || xy.length !== 2 * count) {
+    its.backdrop = null;
+    return its.legend.replaceChildren();
+  }
   context.font = '12px system-ui, sans-serif';
   context.fillStyle = paint('soft');
   context.fillText(`${METHODS[own.method]} 1 →`, 4, height - 5);
   context.fillText(`↑ ${METHODS[own.method]} 2`, 4, 14);
-  its.places = placed(xy, width, height, 24, its.zoom);
-  const looks = pairs ? looksOfPairs(pairs, own, its.legend) : looksOfPatches(own, its.legend);
-  const lit = new Set(litPoints(its.at));
-  const order = its.places.map((_, at) => at).sort((a, b) => lit.has(a) - lit.has(b)); // those that are lit on top
-  for (const at of order) {
-    context.globalAlpha = looks[at].hidden ? FAINT : !lit.size || lit.has(at) ? 1 : lit.size === 1 ? NEXT : FAINT;
-    const size = looks[at].size * (lit.has(at) ? 1.25 : 1);
-    symbol(context, ...its.places[at], size, looks[at]);
-    context.globalAlpha = 1;
-    const open = pairs && pairs[at][0] === own.layer && pairs[at][1] === own.image;
-    if (open || (!pairs && lit.size === 1 && lit.has(at))) ring(context, ...its.places[at], size + 5);
-    else if (pairs && pairs[at][0] === own.layer) ring(context, ...its.places[at], size, 0.5); // the open block
+  const { picture, places, looks } = backdrop(its, own, pairs, width, height);
+  its.places = places;
+  const lit = litPoints(its.at);
+  context.globalAlpha = !lit.length ? 1 : lit.length === 1 ? NEXT : FAINT;
+  context.drawImage(picture, 0, 0, width, height);
+  context.globalAlpha = 1;
+  for (const at of lit) {
+    context.globalAlpha = looks[at].hidden ? FAINT : 1;
+    symbol(context, ...places[at], 1.25 * looks[at].size, looks[at]);
   }
   context.globalAlpha = 1;
+  if (!pairs && lit.length === 1) ring(context, ...places[lit[0]], 1.25 * looks[lit[0]].size + 5);
+  pairs?.forEach(([layer, image], at) => { // the open block
+    if (layer === own.layer) ring(context, ...places[at], looks[at].size + (image === own.image ? 6 : 0), image === own.image ? 1 : 0.5);
+  });
+}
+
+// All points as if none were chosen, kept while only the choice changes: drawing thousands takes longer than a frame.
+function backdrop(its, own, pairs, width, height) {
+  const ratio = window.devicePixelRatio || 1;
+  const key = JSON.stringify([its.key, its.zoom, width, height, ratio, own.colour, own.layer, routeOf(own), state.search, state.verdict, paint('soft')]);
+  if (its.backdrop?.key === key) return its.backdrop;
+  its.legend.replaceChildren();
+  const [places, looks] = [placed(its.xy, width, height, 24, its.zoom), pairs ? looksOfPairs(pairs, own, its.legend) : looksOfPatches(own, its.legend)];
+  const picture = new OffscreenCanvas(its.canvas.width, its.canvas.height);
+  const context = picture.getContext('2d');
+  context.scale(ratio, ratio);
+  places.forEach((place, at) => {
+    context.globalAlpha = looks[at].hidden ? FAINT : 1;
+    symbol(context, ...place, looks[at].size, looks[at]);
+  });
+  its.backdrop = { key, picture, places, looks };
+  return its.backdrop;
 }
 
 function placed(xy, width, height, margin, [scale, dx, dy] = [1, 0, 0]) {
@@ -285,7 +306,7 @@ export function zoom(factor) {
 async function smallMultiples(its, own) {
   const turn = ++every;
   const { layers } = storeOf(own);
-  its.key = '';
+  [its.key, its.backdrop] = ['', null]; // the legend is another's
   its.many.replaceChildren(...thumbnails(layers, (layer) => change({}, { layer: layer.number, mode: 'patches' }), { width: MANY, height: MANY }));
   layers.forEach((layer, at) => its.many.children[at].setAttribute('aria-pressed', layer === layerOf(own)));
   its.legend.replaceChildren();
