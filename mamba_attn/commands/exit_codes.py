@@ -47,11 +47,12 @@ def exit_code(name: str, call: Callable[[], int], options: Collection[str] = (),
         options: names of the command's options, for ``as_flags``.
         stopped: printed after Ctrl+C and SIGTERM.
     """
+    asked: list[KeyboardInterrupt] = []
     try:
-        with _terminable(), _notes(name, options):
+        with _terminable(asked), _notes(name, options):
             return call()
     except BaseException as error:
-        interrupt = _interrupt(error)
+        interrupt = _interrupt(error) or next(iter(asked), None)
         if interrupt is None:
             if not isinstance(error, ValueError | TypeError | OSError | ImportError | MambaAttnError):
                 raise
@@ -69,14 +70,15 @@ def _interrupt(error: BaseException | None) -> KeyboardInterrupt | None:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Raise ``Terminated`` on SIGTERM; only the main thread can."""
+def _terminable(asked: list[KeyboardInterrupt]) -> Iterator[None]:
+    """Raise ``Terminated`` on SIGTERM, and keep it: C++ may make another error of it. Only the main thread can."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(*_: object) -> None:
-        raise Terminated
+        asked.append(Terminated())
+        raise asked[-1]
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

@@ -158,7 +158,17 @@ def test_a_signal_counts_though_what_tidies_up_fails(capsys, number, code):
         finally:
             {}["what the step that was cut off would have made"]
 
+    def translated():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            pass
+        raise RuntimeError("as C++ throws it again, without what it was")
+
     assert exit_code("collect", interrupted) == code
     assert capsys.readouterr().err == "mamba-attn collect: stopped.\n"
+    if number == signal.SIGTERM:
+        assert exit_code("collect", translated) == code
     with pytest.raises(KeyError):
         exit_code("collect", lambda: {}["a fault of ours"])
