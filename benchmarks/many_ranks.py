@@ -137,6 +137,7 @@ def killed(data: str, images: int, kills: int, folder: Path) -> dict[str, int]:
                 os.kill(victim, signal.SIGKILL)
             redone = max(redone, before)
             done += 1
+            print(f"kill {done} of {kills}: {before} parts begun", flush=True)
         process.communicate()
         if process.returncode == 0:
             runs += 1
@@ -212,11 +213,13 @@ def run_scale(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
             for at in range(1 if args.quick else 3):  # alternating, because machines drift
                 for ranks in (1, 2):
                     runs[ranks].append(seconds(command(data, images, folder / f"{images}-{ranks}-{at}", ranks)))
+                    print(f"{images} images, {ranks} ranks: {runs[ranks][-1]:.1f} s", flush=True)
             ratio = float(np.median(runs[1]) / np.median(runs[2]))
             figures.append(figure("scale ranks", f"{images} images", ratio))
             details[f"{images} images"] = {"one rank": runs[1], "two ranks": runs[2]}
         differ, error = equality(data, 14 if args.quick else 140, folder)
         figures += [figure("scale equal", "2, 3 and 4 ranks", differ), figure("scale error", "", error)]
+        print(f"2, 3 and 4 ranks: {differ} arrays differ; error of parts: {error:.1e}", flush=True)
         found = killed(data, 16 if args.quick else 320, 1 if args.quick else args.kills, folder)
         figures += [
             figure("scale kills", f"{found['kills']} kills", found["unequal"]),
