@@ -108,9 +108,9 @@ def test_links_of_the_site_that_lead_nowhere_are_found(tmp_path):
 def _site(folder):
     """A site whose search finds one page, which links to another in its text and to a third in its contents."""
     pages = {
-        "search": "<p>1 page found</p><div id=search-results><ul><li><a href='found.html?highlight=x#x'>found</a></ul></div>",
-        "found": "<article><p><a href='linked.html#there'>see</a><div class=toctree-wrapper><a href='listed.html'>all</a>"
-        "</div><a href='hidden.html' style='display: none'>no</a></article><a href='beside.html'>next</a>",
+        "search": "<p>1 page found</p><div id=search-results><ul><li><a href='found.html?q=x#x'>found</a></ul></div>",
+        "found": "<article><p><a href='linked.html#there'>see</a><div class=toctree-wrapper><a href='listed.html'>"
+        "all</a></div><a href='hidden.html' style='display: none'>no</a></article><a href='beside.html'>next</a>",
         **dict.fromkeys(["linked", "listed", "hidden", "beside"], "<article>text</article>"),
     }
     for name, text in pages.items():
