@@ -79,7 +79,8 @@ def findings(store: str, images: int) -> Callable[[], Any]:
         layers=opened.layers,
         index=opened.index,
         transform=opened.transform,
-        images=[SimpleNamespace(key=str(at)) for at in range(images)],
+        image=lambda number: SimpleNamespace(key=str(number)),
+        featured=range(images),
         pixels=lambda number: opened.pixels(number % there),
     )
     subject = opened.subject

@@ -103,3 +103,53 @@ def test_links_of_the_site_that_lead_nowhere_are_found(tmp_path):
     found = ["a.html: gone.html", "a.html: sub/b.html#gone", "sub/b.html: ../picture.png"]
     assert broken_links(tmp_path, ("live",)) == found
     assert broken_links(tmp_path) == sorted([*found, "a.html: live/page.html"])
+
+
+def _site(folder):
+    """A site whose search finds one page, which links to another in its text and to a third in its contents."""
+    pages = {
+        "search": "<p>1 page found</p><div id=search-results><ul><li><a href='found.html?q=x#x'>found</a></ul></div>",
+        "found": "<article><p><a href='linked.html#there'>see</a><div class=toctree-wrapper><a href='listed.html'>"
+        "all</a></div><a href='hidden.html' style='display: none'>no</a></article><a href='beside.html'>next</a>",
+        **dict.fromkeys(["linked", "listed", "hidden", "beside"], "<article>text</article>"),
+    }
+    for name, text in pages.items():
+        (folder / f"{name}.html").write_text(f"<!doctype html><html><body>{text}</body></html>")
+    return folder
+
+
+def test_two_clicks_are_a_result_and_a_link_in_the_text_of_its_page(tmp_path, monkeypatch, capfd):
+    search = module(ROOT / ".ci" / "search.py")
+    if search.chromium() is None:
+        pytest.skip("no chromium")
+    site = _site(tmp_path)
+    for answer, said in {"found": "clicks: 1", "linked": "clicks: 2"}.items():
+        monkeypatch.setattr(search, "ASKED", {"words": f"{answer}.html"})
+        assert search.main(site) == 0
+        assert said in capfd.readouterr().out
+    monkeypatch.setattr(search, "ASKED", {each: f"{each}.html" for each in ("listed", "hidden", "beside")})
+    assert search.main(site) == 1
+    captured = capfd.readouterr()
+    assert captured.out.count("not found") == 3
+    assert captured.err == ""
+
+
+def test_without_a_browser_the_search_fails_unless_that_is_meant(tmp_path, monkeypatch, capsys):
+    search = module(ROOT / ".ci" / "search.py")
+    monkeypatch.setattr(search, "chromium", lambda: None)
+    monkeypatch.delenv(search.SKIP, raising=False)
+    assert search.main(tmp_path) == 1
+    assert "the site's search is not checked." in capsys.readouterr().out
+    monkeypatch.setenv(search.SKIP, "1")
+    assert search.main(tmp_path) == 0
+
+
+def test_only_a_browser_that_left_is_passed_over(capsys):
+    search = module(ROOT / ".ci" / "search.py")
+    server = search._Server.__new__(search._Server)
+    for error, said in ((BrokenPipeError(), False), (ConnectionResetError(), False), (ValueError("own"), True)):
+        try:
+            raise error
+        except (OSError, ValueError):
+            server.handle_error(None, ("127.0.0.1", 1))
+        assert ("own" in capsys.readouterr().err) is said

@@ -345,6 +345,7 @@ def _index(request: Request, layers: list[StoredLayer]) -> Index:
         request.batch or batch_size(layers),
         [wanted],
         command=request.command,
+        features=request.featured,
     )
 
 
@@ -377,11 +378,12 @@ def _resumed(where: Place, request: Request, asked: Index) -> Index:
                   f"{subject.name} with weights {subject.fingerprint}"),
         "images": (" and ".join(each["name"] for each in index.data), data.name),
         "keep": (index.keep, asked.keep), "routes": (index.routes, request.routes),
+        "features": (_spelt(index), _spelt(index if request.features is None else asked)),
         "size of images": (size, list(subject.transform.size)),
     }  # fmt: skip
     for what, (found, now) in there.items():
         if found != now:
-            if what in ("keep", "routes"):
+            if what in ("keep", "routes", "features"):
                 found, now = f"{what}={found!r}", f"{what}={now!r}"
             else:
                 found = f"{what} {found}"
@@ -400,3 +402,7 @@ def _resumed(where: Place, request: Request, asked: Index) -> Index:
             "changed. Choose another folder."
         )
     return replace(index, wanted=_wanted(where, index, asked.wanted[-1]))
+
+
+def _spelt(index: Index) -> int | list[int] | str:
+    return "all" if index.features is None else index.features

@@ -5,7 +5,7 @@ A store of the first format was one part: an ``images`` folder of rows, one of s
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -78,11 +78,21 @@ class Contents:
         at, own = self.parts.of_row(row)
         return self.arrays(at), own
 
-    def row_groups(self) -> Iterator[tuple[int, Arrays, int]]:
-        """Yield the first row, the arrays and the number of images of every part that has any."""
-        for at, (images, _) in enumerate(self.parts.counts):
-            if images:
-                yield self.parts.first_row(at), self.arrays(at), images
+    def row_groups(self) -> Iterator[tuple[Arrays, int]]:
+        """Yield the arrays and the number of images with features of every part that has any."""
+        for at in range(len(self.parts.counts)):
+            count = self.parts.featured(at)
+            if count:
+                yield self.arrays(at), count
+
+    @cached_property
+    def featured(self) -> Sequence[int]:
+        """Rows of the images that have features and pixels."""
+        found: list[int] = []
+        for at in range(len(self.parts.counts)):
+            first = self.parts.first_row(at)
+            found += range(first, first + self.parts.featured(at))
+        return found
 
     @cached_property
     def _open(self) -> dict[int, Arrays]:

@@ -112,6 +112,8 @@ class Index:
         wanted: number of requested images, readable or not, after every request for more.
         command: the command that resumes the collection.
         package: version of this package.
+        features: number of first images whose features and pixels are stored; of merged stores a number per part; None:
+            of all.
     """
 
     model: dict[str, Any]
@@ -126,6 +128,7 @@ class Index:
     wanted: list[int] = field(default_factory=list)
     command: str = ""
     package: str = ""
+    features: int | list[int] | None = None
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -146,6 +149,17 @@ class Index:
             key: of the image.
         """
         return place < self.keep if isinstance(self.keep, int) else key in self._kept_keys
+
+    def featured(self, number: int) -> int:
+        """Return how many of a part's images have features and pixels, if all are readable: its first ones.
+
+        Args:
+            number: of the part.
+        """
+        if isinstance(self.features, list):
+            return self.features[number]
+        start, stop = self.spans[number]
+        return stop - start if self.features is None else min(max(0, self.features - start), stop - start)
 
     @cached_property
     def _kept_keys(self) -> frozenset[str]:
@@ -206,11 +220,15 @@ class Index:
             "part": int,
             "batch": int,
             "wanted": list,
+            "features": int | list | None,
         }
         wrong = [name for name, kind in expected.items() if not isinstance(getattr(index, name), kind)]
         grows = all(before < after for before, after in pairwise([0, *index.wanted]))
         if wrong or index.part < 1 or not grows:
             raise ValueError(wrong or f"part={index.part}, wanted={index.wanted}")
+        each = index.features if isinstance(index.features, list) else [0] * len(index.spans)
+        if len(each) != len(index.spans) or min([*each, 0 if each is index.features else index.features or 0]) < 0:
+            raise ValueError(f"features={index.features}")
         return index
 
 

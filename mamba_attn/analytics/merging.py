@@ -91,8 +91,13 @@ def _merged_index(stores: Sequence[Contents]) -> Index:
         for row, image in enumerate(part.images)
         if image[4]
     ]
+    features = first.features
+    if len(stores) > 1:
+        each = [contents.parts.featured(at) for contents in stores for at in range(len(contents.parts.numbers))]
+        features = None if all(contents.index.features is None for contents in stores) else each
     return replace(
         first,
+        features=features,
         data=[each for contents in stores for each in contents.index.data],
         layers=[replace(layer, scale=1.0) for layer in first.layers],
         keep=max(kept, default=-1) + 1,
@@ -132,8 +137,9 @@ def _names(stores: Sequence[Contents]) -> dict[str, dict[str, str]]:
 def _copy(contents: Contents, at: int, writer: PartWriter, names: dict[str, str]) -> tuple[int, int]:
     """Copy a part but its statistics; return the numbers of its images and unreadable ones."""
     part, index, found = contents.parts.part(at), contents.index, contents.arrays(at)
-    for start in range(0, len(part.images), _ROWS_AT_ONCE):
-        rows = slice(start, min(start + _ROWS_AT_ONCE, len(part.images)))
+    featured = contents.parts.featured(at)
+    for start in range(0, featured, _ROWS_AT_ONCE):
+        rows = slice(start, min(start + _ROWS_AT_ONCE, featured))
         scales = np.array([[layer.scale for layer in index.layers]] * (rows.stop - start), np.float32)
         writer.add("scales", scales * found.read("scales", rows) if found.exists("scales") else scales)
         writer.add("pixels", found.read("pixels", rows))

@@ -77,11 +77,13 @@ class PartRun:
             return
         start = self.writer.start
         kept = [at for at, sample in enumerate(samples) if self.index.keeps(start + sample.place, sample.key)]
+        first = sum(sample.place < self.writer.featured for sample in samples)  # they come in order
         scales = np.ones((len(samples), len(found.layers)), np.float32)
         for number, layer in enumerate(found.layers):
-            scales[:, number] = self._count_layer(number, layer, kept)
-        self.writer.add("scales", scales)
-        self.writer.add("pixels", pixels)
+            scales[:, number] = self._count_layer(number, layer, kept, first)
+        if first:
+            self.writer.add("scales", scales[:first])
+            self.writer.add("pixels", pixels[:first])
         self.statistics.count += len(samples)
         self.images += self._named(samples, logits, kept)
 
@@ -99,8 +101,8 @@ class PartRun:
         return found, logits
 
     @torch.no_grad()
-    def _count_layer(self, number: int, layer: Layer, kept: Sequence[int]) -> np.ndarray:
-        """Count a layer where its matrices are; return the scale of each image's features."""
+    def _count_layer(self, number: int, layer: Layer, kept: Sequence[int], first: int) -> np.ndarray | float:
+        """Count a layer where its matrices are; write the first images' features, and return all images' scales."""
         own, before = self.statistics.layers[number], self.statistics.count
         total: Tensor | None = None
         if isinstance(layer, ScanLayer):
@@ -112,8 +114,10 @@ class PartRun:
             own.update_moments(state_moments(layer.scan), before, layer.batch)
         total = layer.attention() if total is None else total
         self._take(own, number, "sum", total, kept)
-        features, scales = self._features(number, total)
-        self.writer.add(f"features/{number:03d}", features)
+        if not first:
+            return 1.0
+        features, scales = self._features(number, total)  # of all: on the batch depend the last digits
+        self.writer.add(f"features/{number:03d}", features[:first])
         return scales
 
     def _take(self, own: LayerStatistics, number: int, route: str, matrix: Tensor, kept: Sequence[int]) -> None:

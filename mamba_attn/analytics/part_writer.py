@@ -34,15 +34,17 @@ class PartWriter:
     def __init__(self, where: Place, index: Index, number: int) -> None:
         self.place, self.index, self.number = where, index, number
         self.start, self.stop = index.spans[number]
+        self.featured = index.featured(number)
         self.folder = f"{FOLDER}/{number:06d}-{writer_id()}"
         self._rows = Arrays(where, f"{self.folder}/{ROWS}", writable=True)
         self._at_once: dict[str, int] = {}
         self._waiting: dict[str, list[np.ndarray]] = {}
         self._written: dict[str, int] = {}
-        for at, layer in enumerate(index.layers):
+        for at, layer in enumerate(index.layers if self.featured else ()):
             self._create(f"features/{at:03d}", (feature_size(layer.tokens),), "f2" if layer.exact else "f4")
-        self._create("scales", (len(index.layers),), "f4")
-        self._create("pixels", (*index.transform["size"], 3), "u1")
+        if self.featured:
+            self._create("scales", (len(index.layers),), "f4")
+            self._create("pixels", (*index.transform["size"], 3), "u1")
 
     def add(self, name: str, rows: np.ndarray) -> None:
         """Write the next rows of "features/NNN", "scales" or "pixels"."""
@@ -80,7 +82,7 @@ class PartWriter:
         """
         for name in self._waiting:
             self._flush(name, whole=False)
-            self._rows.cut(name, len(images))
+            self._rows.cut(name, self._written[name])
         if images and statistics is not None:
             arrays = Arrays(self.place, f"{self.folder}/{STATISTICS}", writable=True)
             for number, layer in enumerate(statistics.layers):
@@ -94,6 +96,7 @@ class PartWriter:
             [list(asdict(image).values())[:-1] for image in images],  # without the row
             unreadable,
             ranks.named(),
+            self._written.get("pixels", 0),
         )
         return part if self.place.create(part.object_name, part.content()) else None
 
@@ -102,7 +105,7 @@ class PartWriter:
         self.place.remove(self.folder)
 
     def _create(self, name: str, row: tuple[int, ...], dtype: str) -> None:
-        self._at_once[name] = self._rows.create_rows(name, self.stop - self.start, row, dtype)
+        self._at_once[name] = self._rows.create_rows(name, self.featured, row, dtype)
         self._waiting[name], self._written[name] = [], 0
 
     def _flush(self, name: str, whole: bool = True) -> None:

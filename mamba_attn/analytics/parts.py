@@ -33,6 +33,7 @@ class Part:
         images: the readable ones, in order: key, label, predicted, correct, kept.
         unreadable: reasons by key of the others.
         writer: "rank", "world", "host" of who collected it.
+        featured: number of first images whose features and pixels are in the rows; None: all.
     """
 
     number: int
@@ -43,6 +44,7 @@ class Part:
     images: list[list[Any]]
     unreadable: dict[str, str]
     writer: dict[str, Any]
+    featured: int | None = None
 
     @property
     def object_name(self) -> str:
@@ -115,7 +117,7 @@ class Parts:
         known: Sequence[Part] = (),
     ) -> None:
         self.place, self.numbers = where, list(numbers)
-        self._spans = index.spans
+        self._index, self._spans = index, index.spans
         self._parts = {part.number: part for part in known}
         each = [counts[at] if at < len(counts) else self._count(number) for at, number in enumerate(self.numbers)]
         self.counts = each
@@ -142,6 +144,15 @@ class Parts:
     def first_row(self, at: int) -> int:
         """Return the row of a part's first image."""
         return self._starts[at]
+
+    def featured(self, at: int) -> int:
+        """Return how many of a part's images, from its first on, have features and pixels."""
+        number, images = self.numbers[at], self.counts[at][0]
+        whole, (start, stop) = self._index.featured(number), self._spans[number]
+        if isinstance(self._index.features, list) or whole in (0, stop - start):
+            return min(whole, images)
+        own = self.part(at).featured  # where the first images end; some may be unreadable
+        return images if own is None else min(own, images)
 
     def of_row(self, row: int) -> tuple[int, int]:
         """Return the place of the part that holds a row, and the row in it."""

@@ -35,6 +35,7 @@ class Plan:
         files: of the whole store.
         seconds: about, of all ranks together; measured on one batch of the images.
         ranks: processes.
+        featured: images whose features and pixels are stored.
     """
 
     images: int
@@ -46,6 +47,7 @@ class Plan:
     files: int
     seconds: float
     ranks: int
+    featured: int
 
     def lines(self) -> list[str]:
         """Return the plan as sentences."""
@@ -53,6 +55,7 @@ class Plan:
         processes = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
         return [
             f"images: {self.images:,} in {self.parts:,} parts{there}",
+            f"features and pixels: of the first {self.featured:,} images; all count in the statistics",
             f"bytes: at most {_bytes(self.rows)} for images, {_bytes(self.statistics)} for statistics; while it runs "
             f"{_bytes(self.meanwhile)} more",
             f"files: about {self.files:,}",
@@ -75,6 +78,7 @@ def plan(request: Request, out: str | Path, ranks: Ranks) -> Plan:
     index, there = planned(request, out)
     spans = index.spans
     missing = sorted(set(range(len(spans))) - set(there))
+    featured = [index.featured(at) for at in range(len(spans))]
     images = sum(spans[at][1] - spans[at][0] for at in missing)
     kept = request.wanted and [
         at for at in range(index.wanted[-1]) if index.keeps(at, request.data.items[request.wanted[at]].key)
@@ -84,12 +88,13 @@ def plan(request: Request, out: str | Path, ranks: Ranks) -> Plan:
         images,
         index.wanted[-1] - images,
         len(missing),
-        images * _row_bytes(index) + len(kept or ()) * _matrix_bytes(index),
+        sum(featured[at] for at in missing) * _row_bytes(index) + len(kept or ()) * _matrix_bytes(index),
         statistics,
         min(len(missing), merged_at_once(index)) * statistics,
         _files(index, len(kept or ())),
         images * _seconds(request, index) / ranks.world,
         ranks.world,
+        sum(featured),
     )
 
 
@@ -115,8 +120,9 @@ def _files(index: Index, kept: int) -> int:
     rows = [((feature_size(layer.tokens),), "f2" if layer.exact else "f4") for layer in index.layers]
     rows += [((len(index.layers),), "f4"), ((*index.transform["size"], 3), "u1")]
     files = 3 + len(units(index))
-    for start, stop in index.spans:
-        files += 2 + sum(_ARRAY_FILES - (start - stop) // rows_at_once(*row) for row in rows)
+    for at in range(len(index.spans)):
+        count = index.featured(at)
+        files += 2 + sum(_ARRAY_FILES - -count // rows_at_once(*row) for row in rows if count)
     tiles = [_tiles((layer.tokens, layer.tokens)) for layer in index.layers]
     for number, route in units(index):
         layer = index.layers[number]
@@ -151,6 +157,7 @@ class _Nothing(PartWriter):
     def __init__(self, index: Index) -> None:
         self.index, self.number = index, 0
         self.start, self.stop = 0, min(index.batch, index.wanted[-1])
+        self.featured = min(index.featured(0), self.stop)
 
     def add(self, name: str, rows: np.ndarray) -> None:
         """Drop rows."""

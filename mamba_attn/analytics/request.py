@@ -20,6 +20,7 @@ from mamba_attn.tracing.layers import Layer, ScanLayer
 from mamba_attn.tracing.tracer import trace
 
 ROUTES = ("each", "sum")
+FEATURES = 10_000  # first images whose features and pixels are stored
 _WORKERS = 4  # processes that decode, beside a GPU
 Keep = int | Sequence[str]
 
@@ -43,9 +44,12 @@ class Request:
         command: the command that resumes after a kill, for messages.
         layout: as in ``mamba_attn.trace``: where the tokens are, for models that do not show it.
         orders: as in ``mamba_attn.trace``: in which order scans walk them, where it cannot be measured.
+        features: number of first images whose features and pixels are stored, or "all"; all images count in the
+            statistics. Default: 10,000, or as many as an existing store says.
 
     Raises:
-        ValueError: a number is too small, ``routes`` is unknown, or an image in ``keep`` is not collected.
+        ValueError: a number is too small, ``routes`` is unknown, or an image in ``keep`` is not collected, or without
+            its pixels.
 
     Example:
         >>> from mamba_attn.datasets import load, open_data
@@ -67,6 +71,7 @@ class Request:
     command: str = ""
     layout: AnyLayout | None = None
     orders: AnyOrders | None = None
+    features: int | str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "subject", complete(self.subject))
@@ -77,7 +82,32 @@ class Request:
                 raise ValueError(f"{name}={value}: expected a number from {least} on.")
         if self.routes not in ROUTES:
             raise ValueError(f"routes={self.routes!r}: expected one of {ROUTES}.")
-        checked(self.keep, self.data, self.limit)
+        self._require_features()
+
+    @property
+    def featured(self) -> int | None:
+        """Number of first images whose features and pixels a new store gets; None: of all."""
+        if isinstance(self.features, str):
+            return None
+        return FEATURES if self.features is None else self.features
+
+    def _require_features(self) -> None:
+        """Refuse to keep matrices of images whose pixels would not be stored."""
+        given, kept = self.features, self.kept
+        if given != "all" and given is not None and (isinstance(given, str | bool) or given < 0):
+            raise ValueError(f"features={given!r}: expected a number from 0 on, or 'all'.")
+        if self.featured is None or not kept:
+            return
+        if isinstance(kept, int):
+            last = min(kept, len(self.wanted))
+        else:
+            places = {self.data.items[index].key: place for place, index in enumerate(self.wanted)}
+            last = 1 + max(places[key] for key in kept)
+        if last > self.featured:
+            raise ValueError(
+                f"keep={self.keep!r}: it takes image {last}, and features and pixels are stored of the first "
+                f"{self.featured} alone; features={last} includes it."
+            )
 
     @property
     def kept(self) -> int | list[str]:

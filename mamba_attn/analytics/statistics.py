@@ -47,12 +47,13 @@ class Running:
         """
         batch, tokens = values.shape[:2]
         rows = max(1, _AT_ONCE // (batch * tokens)) if values.device.type == "cpu" else tokens
+        room = self.mean.new_empty(2, min(rows, tokens), tokens) if batch == 1 else None
         for start in range(0, tokens, rows):
             own, m2 = self.mean[start : start + rows], self.m2[start : start + rows]
-            part = values[:, start : start + rows].to(torch.float64, copy=True)
-            if batch == 1:
-                merge(own, m2, before, part[0], None, 1)
+            if room is not None:
+                _merge_one(own, m2, before, values[0, start : start + rows], *room[:, : len(own)])
                 continue
+            part = values[:, start : start + rows].to(torch.float64, copy=True)
             mean = part.mean(0)
             merge(own, m2, before, mean, part.sub_(mean).square_().sum(0), batch)
         if not bool(torch.isfinite(self.mean.sum())):
@@ -95,9 +96,13 @@ class LayerStatistics:
             NonFiniteError: the moments contain NaN or Inf.
         """
         if self.moments is not None:
-            found = torch.stack(moments).to(self.moments.device, torch.float64)
-            merge_means(self.moments, before, found, count)
-            if not bool(torch.isfinite(found).all()):
+            finite = True
+            for own, found in zip(self.moments.flatten(1), moments, strict=True):
+                its, step = found.to(own.device).flatten(), _AT_ONCE if own.device.type == "cpu" else len(own)
+                for start in range(0, len(own), step):
+                    merge_means(own[start : start + step], before, its[start : start + step].double(), count)
+                finite = finite and bool(torch.isfinite(its.sum(dtype=torch.float64)))
+            if not finite:
                 raise NonFiniteError("the states of the scans contain NaN or Inf; check the weights.")
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -133,12 +138,19 @@ def merge_means(mean: Tensor, before: int, other: Tensor, count: int) -> None:
     mean += (other - mean) * (count / (before + count))
 
 
-def merge(mean: Tensor, m2: Tensor, before: int, other_mean: Tensor, other_m2: Tensor | None, count: int) -> None:
-    """Update a mean and sum of squared deviations in place by Chan's formula; ``other_m2`` of one image is None."""
+def merge(mean: Tensor, m2: Tensor, before: int, other_mean: Tensor, other_m2: Tensor, count: int) -> None:
+    """Update a mean and sum of squared deviations in place by Chan's formula."""
     difference = other_mean - mean
     mean += difference * (count / (before + count))
     squares = difference.square_() * (before * count / (before + count))
-    m2 += squares if other_m2 is None else other_m2 + squares
+    m2 += other_m2 + squares
+
+
+def _merge_one(mean: Tensor, m2: Tensor, before: int, other: Tensor, difference: Tensor, room: Tensor) -> None:
+    """Do what ``merge`` does, of one image, in memory that is there: new memory costs more than the sums."""
+    difference.copy_(other).sub_(mean)
+    mean += torch.mul(difference, 1 / (before + 1), out=room)
+    m2 += difference.square_().mul_(before / (before + 1))
 
 
 def state_moments(record: ScanRecord) -> tuple[Moment, Moment]:

@@ -5,7 +5,7 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,8 @@ class AttentionStore:
 
     def _repr_html_(self) -> str:
         """Show in a notebook some images, and per layer what the middle patch reads on average."""
-        images = [notebook.photo(self.pixels(each), each.label or each.key, 72) for each in self.images[:_PICTURES]]
+        shown = [self.image(row) for row in self.featured[:_PICTURES]]
+        images = [notebook.photo(self.pixels(each), each.label or each.key, 72) for each in shown]
         maps = []
         for layer in self.layers[:_MAPS]:
             patches, (height, width) = layer.layout.patches.numpy(), layer.layout.grid
@@ -130,6 +131,11 @@ class AttentionStore:
     def images(self) -> Images:
         """The images that are counted, a sequence; parts of a large store are read when they are needed."""
         return self._contents.images
+
+    @property
+    def featured(self) -> Sequence[int]:
+        """Numbers of the images whose features and pixels are stored, as a rule those of the first 10,000."""
+        return self._contents.featured
 
     @property
     def unreadable(self) -> dict[str, str]:
@@ -339,13 +345,22 @@ class AttentionStore:
         """Return what the model saw of an image, (height, width, 3) uint8.
 
         Raises:
-            NotStoredError: there is no such image.
+            NotStoredError: there is no such image, or it counts in the statistics alone.
         """
-        rows, own = self._contents.rows(self._row(image))
-        return rows.read("pixels", own)
+        row = self._row(image)
+        at, own = self._contents.parts.of_row(row)
+        if own >= self._contents.parts.featured(at):
+            raise NotStoredError(
+                f"{self.image(row).key}: this store has features and pixels of {len(self.featured)} of "
+                f"{len(self.images)} images, and not of this one, which counts in the statistics alone; collect with "
+                "features='all' into a new folder."
+            )
+        return self._contents.arrays(at).read("pixels", own)
 
     def features(self, layer: StoredLayer | str | int) -> Float[np.ndarray, "images features"]:
         """Return the summed matrix of every image as one row, float32: exact, or a projection that keeps distances.
+
+        Rows are the images of ``featured``.
 
         Args:
             layer: of the model.
@@ -354,13 +369,13 @@ class AttentionStore:
             NotStoredError: there is no such layer.
         """
         size = feature_size(self.layer(layer).tokens)
-        result = np.empty((len(self.images), size), np.float32)
+        result = np.empty((len(self.featured), size), np.float32)
         for start, rows in self.feature_rows(layer, _ROWS_AT_ONCE):
             result[start : start + len(rows)] = rows
         return result
 
     def feature_rows(self, layer: StoredLayer | str | int, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Return ``features`` a few rows at a time, each time with the number of the first.
+        """Return ``features`` a few rows at a time, each time with the number of the first among them.
 
         Args:
             layer: of the model.
@@ -373,7 +388,8 @@ class AttentionStore:
         number = self._number(layer)
         scale, name = np.float32(self.index.layers[number].scale), f"features/{number:03d}"
         size = feature_size(self.index.layers[number].tokens)
-        for start, arrays, count in self._contents.row_groups():
+        start = 0
+        for arrays, count in self._contents.row_groups():
             for own in range(0, count, rows):
                 part = slice(own, min(own + rows, count))
                 found = arrays.read(name, part)
@@ -384,6 +400,7 @@ class AttentionStore:
                     )
                 each = arrays.read("scales", (part, slice(number, number + 1))) if arrays.exists("scales") else 1
                 yield start + own, found.astype(np.float32) / (scale * each)
+            start += count
 
     def embedding(self, key: str) -> tuple[np.ndarray, dict[str, Any]] | None:
         """Return what was saved under a key, with its ``about``; None if nothing was saved for these images.

@@ -37,10 +37,11 @@ ZIP:PART, a folder in a zip. Images come in the order of the hashes of their
 names: the first N are a fair sample.
 
 STORE receives, per layer, the mean and variance of the attention over images
-(of every route and of their sum), the moments of the states, a row of features
-per image, and the images as the model saw them. --keep adds the full matrices
-of the first N images, or of the images you name: by path in the folder or zip,
-or any unique suffix of it.
+(of every route and of their sum) and the moments of the states; and of the
+first 10,000 images, or as many as --features says, a row of features and what
+the model saw: these are the images that explore, report and findings show.
+--keep adds the full matrices of the first N images, or of the images you name:
+by path in the folder or zip, or any unique suffix of it.
 
 A store is a list of parts of --part images. Started by torchrun, by srun or as
 a job array, every process makes some of them, on the GPU of its own; numbers
@@ -79,6 +80,11 @@ def add_parser(commands: Commands) -> None:
         default="0",
         metavar="N|NAME,NAME",
         help="keep the matrices of the first N images, or of these images; default: 0",
+    )
+    add(
+        "--features",
+        metavar="N|all",
+        help="store features and pixels of the first N images; default: 10000, or what STORE has",
     )
     add("--batch", type=int, metavar="N", help="images at once; default: what the matrices' size allows")
     add("--layer", nargs="+", action="extend", metavar="LAYER", help="names or patterns; default: all")
@@ -129,7 +135,16 @@ def _request(args: argparse.Namespace, ranks: "Ranks") -> "Request":
         command=args.call,
         part=args.part,
         workers=args.workers,
+        features=_features(args.features),
     )
+
+
+def _features(text: str | None) -> int | str | None:
+    if text is None or text == "all":
+        return text
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"--features {text}: expected a number from 0 on, or all.")
+    return int(text)
 
 
 def _collect(request: "Request", out: str, args: argparse.Namespace, ranks: "Ranks") -> int:

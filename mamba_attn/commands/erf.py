@@ -55,8 +55,10 @@ the image. It also gives mean distances in pixels. Images of a collection
 sample.
 
 What is measured is saved in FOLDER/measured, 16 images at a time: after an
-interruption the same command resumes there. Started by torchrun, by srun or as
-a job array, every process measures some of the images.
+interruption the same command resumes there, and with a larger --limit goes on
+there. Parts of images that have changed are removed, and those of all but the
+last four models or tokens. Started by torchrun, by srun or as a job array,
+every process measures some of the images.
 """
 
 
@@ -91,11 +93,12 @@ def run(args: argparse.Namespace) -> int:
     from mamba_attn.datasets.untrained import untrained
     from mamba_attn.distributed import Ranks
     from mamba_attn.erf.fields import ReceptiveField
+    from mamba_attn.erf.parts import tidy_questions
 
     ranks = Ranks.here()
     args.device = ranks.device(args.device)
     require_least(args, limit=1)
-    pictures, about = _pictures(args)  # before the model, which takes longer
+    pictures, identities, everything = _pictures(args)  # before the model, which takes longer
     subject, place = load_model(args), _place(args)
     if ranks.launcher:
         settle_threads([subject.parameters], cores=ranks.cores)
@@ -106,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     if args.untrained:
         models[_UNTRAINED] = untrained(subject, args.seed)
     folder = writable(args.out)
-    parts = {name: _parts(folder, each, pictures, about, layer, place) for name, each in models.items()}
+    parts = {name: _parts(folder, each, pictures, identities, layer, place) for name, each in models.items()}
     left = 0
     for name, each in parts.items():
         what, whole = f"receptive field, {name}", len(pictures)
@@ -119,6 +122,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"skipped: {as_flags(reason, ('range',))}", file=sys.stderr)
     fields: dict[str, ReceptiveField] = {name: each.result() for name, each in parts.items()}
     _write(folder, fields, args.call)
+    for each in parts.values():
+        each.tidy(everything)
+    tidy_questions(folder / "measured")
     _table(fields)
     skipped = sum(len(each.skipped) for each in fields.values())
     for name, found in fields.items():
@@ -128,27 +134,33 @@ def run(args: argparse.Namespace) -> int:
     return 1 if (damaged or skipped) and ranks.launcher != "torchrun" else 0  # which would start all again
 
 
-def _pictures(args: argparse.Namespace) -> "tuple[list[_Picture], list[Any]]":
-    """Return a function per image, which reads it through a model's transform, as uint8; and which images they are."""
+def _pictures(args: argparse.Namespace) -> "tuple[list[_Picture], list[str], Callable[[], list[str]]]":
+    """Return a function per image, which reads it through a transform; what each is; what all are without a limit."""
     from mamba_attn import images
     from mamba_attn.datasets import open_data
 
     if args.data is None:
-        paths = (images.find(args.image) if args.image else images.samples())[: args.limit]
-        return [partial(_of_file, path) for path in paths], [_file(path) for path in paths]
+        all_paths = images.find(args.image) if args.image else images.samples()
+        paths = all_paths[: args.limit]
+        return [partial(_of_file, path) for path in paths], [*map(_file, paths)], lambda: [*map(_file, all_paths)]
     if args.image:
         raise ValueError(f"--data {args.data}: give a collection or IMAGE ({args.image[0]}), not both.")
     data = open_data(args.data)
-    return [partial(_of_data, data, index) for index in data.chosen(limit=args.limit)], [data.identity]
+    chosen = data.chosen(limit=args.limit)
+    return (
+        [partial(_of_data, data, index) for index in chosen],
+        [*map(data.identity_of, chosen)],
+        lambda: [*map(data.identity_of, data.chosen())],
+    )
 
 
 def _of_file(path: Path, transform: "Transform") -> "np.ndarray":
     return transform.pixels(path)
 
 
-def _file(path: Path) -> list[Any]:
+def _file(path: Path) -> str:
     about = path.stat()
-    return [str(path.resolve()), about.st_size, about.st_mtime_ns]
+    return f"{path.resolve()}\0{about.st_size}\0{about.st_mtime_ns}"
 
 
 def _of_data(data: "Data", index: int, transform: "Transform") -> "np.ndarray":
@@ -159,7 +171,7 @@ def _parts(
     folder: Path,
     subject: "LoadedModel",
     pictures: Sequence[_Picture],
-    about: list[Any],
+    identities: list[str],
     layer: str | None,
     place: dict[str, Any],
 ) -> "FieldParts":
@@ -178,7 +190,8 @@ def _parts(
     of = [subject.name, *weights_and_code, dict(subject.options), transform.as_dict(), layer, place]
     return FieldParts(
         folder / "measured",
-        [of, about],
+        of,
+        identities,
         [partial(read, picture) for picture in pictures],
         lambda: FieldSum(subject.model, named, place.get("pixel"), place.get("box"), layer),
     )

@@ -212,8 +212,9 @@ def _explain(job: Job) -> int:
                         f"{path}: {share} of the picture is cut off, as the page shows", soft_wrap=True
                     )
                 _add_rows(table, pages.all[-1])
-    finally:
-        pages.finish()  # of what is there, after an interruption too
+    finally:  # after an interruption too: of what is there, also of what comes later
+        listed = {each.name for each in pages.all}
+        pages.finish([found for _, _, found in named if found is not None and found.name not in listed])
     there, done = sum(found is not None for _, _, found in named), len(pages.all)
     console = Console()
     if table.row_count:

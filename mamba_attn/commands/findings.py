@@ -191,11 +191,11 @@ def _measured(
     ranks: "Ranks",
 ) -> "list[Report]":
     from mamba_attn.findings.accuracy import known_accuracy
-    from mamba_attn.findings.controls import report, steps
+    from mamba_attn.findings.controls import counted, report, steps
 
     reports = []
     for name, store in stores.items():
-        count = min(args.images or len(store.images), len(store.images))
+        count = counted(store, args.images)
         weights = trained.get(name, [])
         whole = steps(store, count, args.seeds, len(weights))
         with ranks_bar(ranks, name) as advance:

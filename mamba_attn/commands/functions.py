@@ -30,6 +30,7 @@ def collect(
     batch: int | None = None,
     layers: Any = None,
     routes: str = "each",
+    features: int | str | None = None,
 ) -> "AttentionStore":
     """Save the attention of a model over many images in a store, and open it; as ``mamba-attn collect`` does.
 
@@ -43,6 +44,8 @@ def collect(
         batch: images at once. Default: what the matrices' size allows.
         layers: names, patterns or numbers. Default: all.
         routes: statistics of "each" route, or of their "sum" alone.
+        features: number of first images whose features and pixels are stored, or "all"; the statistics are of all.
+            Default: 10,000, or as many as an existing store says.
 
     Returns:
         The store, which knows this model.
@@ -61,7 +64,7 @@ def collect(
     from mamba_attn.analytics import collect as run
 
     loaded = complete(model)
-    request = Request(loaded, data, limit, keep, batch, layers, routes=routes)
+    request = Request(loaded, data, limit, keep, batch, layers, routes=routes, features=features)
     run(request, store)
     return AttentionStore.open(store, model=loaded)
 

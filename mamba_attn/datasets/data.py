@@ -247,8 +247,15 @@ class FileData(Data):
         """Hash of the images' names and sizes: the same folder under two mounts is the same images."""
         digest = hashlib.sha256()
         for key in sorted({item.key for item in self.items}):
-            digest.update(f"{key}\0{self._files.size(self._base + key)}\n".encode())
+            digest.update(f"{self._identity_of(key)}\n".encode())
         return f"sha256:{digest.hexdigest()}"
+
+    def identity_of(self, index: int) -> str:
+        """Return the name and size of an image: other images may come and go."""
+        return self._identity_of(self.items[index].key)
+
+    def _identity_of(self, key: str) -> str:
+        return f"{key}\0{self._files.size(self._base + key)}"
 
     def _picture(self, item: Item, range: tuple[float, float] | None) -> "Image":
         return self._files.picture(self._base + item.key, range)

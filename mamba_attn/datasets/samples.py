@@ -113,6 +113,14 @@ class Data(ABC):
         """Key of stored results: equal for the same images, wherever they lie."""
         return self._identity
 
+    def identity_of(self, index: int) -> str:
+        """Return the key of stored results of one image: equal as long as it is unchanged.
+
+        Args:
+            index: of the image.
+        """
+        return f"{self.identity}\0{self.items[index].key}"
+
     def __len__(self) -> int:
         return len(self.items)
 

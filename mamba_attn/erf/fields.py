@@ -321,8 +321,10 @@ class FieldSum:
         if not self.name:
             self.name, self.reader = layer.name, reader
             self.centre = centre
-            if self.reach:
-                self.attention = ReachSum(query, None if query is None else centre, self.given)
+        if self.reach and self.attention is None:
+            self.attention = ReachSum(query, None if query is None else centre, self.given)
+        elif self.attention is not None:
+            self.attention.query = query  # which merged arrays do not have
         return query_tokens(layout, query)[0]
 
 

@@ -1,12 +1,14 @@
 """Effective receptive fields over many images in parts: each is saved as soon as it is measured, by whichever process.
 
-The parts are merged in their order, so that no number depends on who measured what, or on how often it was stopped.
+The parts are merged in their order, so that no number depends on who measured what, or on how often it was stopped. A
+part is named by its images: whoever asks for more of them, or for fewer, finds the same parts.
 """
 
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from mamba_attn.erf.fields import FieldSum, ReceptiveField
 from mamba_attn.images import ImageError
 
 PART = 16  # images, which a kill loses at most
-_VERSION = 1  # of the measurement; what older ones have saved is measured again
+QUESTIONS = 4  # models, tokens and layers whose parts stay in a folder: those used last
+_VERSION = 2  # of the measurement; what older ones have saved is measured again
 
 
 class FieldParts:
@@ -27,18 +30,23 @@ class FieldParts:
 
     Args:
         folder: where parts are saved.
-        about: everything that the field depends on, JSON values: the model, the token, the images.
+        about: everything that the field depends on but the images, JSON values: the model, the token.
+        identities: what each image is, a text that changes with the image.
         images: functions that read an image, (1, colours, rows, columns); each may raise ``ImageError``.
         total: returns a sum of no images.
     """
 
     def __init__(
-        self, folder: Path, about: Any, images: Sequence[Callable[[], Tensor]], total: Callable[[], FieldSum]
+        self,
+        folder: Path,
+        about: Any,
+        identities: Sequence[str],
+        images: Sequence[Callable[[], Tensor]],
+        total: Callable[[], FieldSum],
     ) -> None:
-        text = json.dumps([_VERSION, PART, len(images), about], sort_keys=True, default=str)
-        self.place = LocalPlace(folder / hashlib.sha256(text.encode()).hexdigest()[:20])
-        self.images, self.total = images, total
-        self._count = -(-len(images) // PART)
+        self.place = LocalPlace(folder / _hash([_VERSION, about]))
+        self.identities, self.images, self.total = list(identities), images, total
+        self.names = [_name(self.identities[at : at + PART]) for at in range(0, len(self.identities), PART)]
 
     def measure(self, ranks: Ranks, advance: Callable[[int], None] = lambda images: None) -> int:
         """Measure this process's share of the parts that are not saved; return how many are other processes'.
@@ -52,12 +60,13 @@ class FieldParts:
         """
 
         def make(number: int) -> None:
-            images = self.images[number * PART : (number + 1) * PART]
-            if self.place.exists(_name(number)):
-                advance(len(images))
+            start, stop = number * PART, min((number + 1) * PART, len(self.images))
+            if self.place.exists(self.names[number]):
+                advance(stop - start)
                 return
-            total, damaged = self.total(), []
-            for read in images:
+            total, damaged, done = self._begun(start, stop)
+            advance(done)
+            for read in self.images[start + done : stop]:
                 try:
                     total.add(read())
                 except ImageError as error:
@@ -65,17 +74,17 @@ class FieldParts:
                 advance(1)
             file = io.BytesIO()
             np.savez(file, damaged=np.array(json.dumps(damaged)), **total.arrays())  # type: ignore[arg-type]
-            self.place.create(_name(number), file.getvalue())
+            self.place.create(self.names[number], file.getvalue())
 
         def missing() -> int:
-            return self._count - len({*map(_name, range(self._count))} & {*self.place.names()})
+            return len({*self.names} - {*self.place.names()})
 
-        return ranks.work(f"erf {self.place.name}", self._count, make, missing)
+        return ranks.work(f"erf {self.place.name}", len(self.names), make, missing)
 
     @property
     def damaged(self) -> list[str]:
         """Why images could not be read, once all parts are saved."""
-        return [reason for number in range(self._count) for reason in json.loads(str(self._part(number)["damaged"]))]
+        return [reason for name in self.names for reason in json.loads(str(self._part(name)["damaged"]))]
 
     def result(self) -> ReceptiveField:
         """Return the field over all images, once all parts are saved.
@@ -85,14 +94,59 @@ class FieldParts:
             NonFiniteError: every image gave NaN or Inf.
         """
         whole = self.total()
-        for number in range(self._count):
-            whole.merge(self._part(number))
+        for name in self.names:
+            whole.merge(self._part(name))
         return whole.result()
 
-    def _part(self, number: int) -> dict[str, np.ndarray]:
-        with np.load(io.BytesIO(self.place.read(_name(number))), allow_pickle=False) as found:
+    def tidy(self, everything: Callable[[], Iterable[str]]) -> None:
+        """Remove parts of images that have changed or gone, once all parts are saved.
+
+        Args:
+            everything: returns what each image is, also of those that this call leaves out; asked for only if there
+                are parts that this call does not need.
+        """
+        os.utime(self.place.path)  # used now
+        others = {*self.place.names()} - {*self.names}
+        every = list(everything()) if others else []
+        for start in range(0, len(every), PART):
+            stops = range(start + 1, min(start + PART, len(every)) + 1)  # also of calls that ended within a part
+            others -= {_name(every[start:stop]) for stop in stops}
+            if not others:
+                break
+        for name in others:
+            self.place.remove(name)
+
+    def _begun(self, start: int, stop: int) -> tuple[FieldSum, list[str], int]:
+        """Return the sum of the first images of a part, as a call for fewer images has saved it; how many they are."""
+        total = self.total()
+        for end in range(stop - 1, start, -1):
+            name = _name(self.identities[start:end])
+            if self.place.exists(name):
+                known = self._part(name)
+                total.merge(known)
+                return total, json.loads(str(known["damaged"])), end - start
+        return total, [], 0
+
+    def _part(self, name: str) -> dict[str, np.ndarray]:
+        with np.load(io.BytesIO(self.place.read(name)), allow_pickle=False) as found:
             return dict(found)
 
 
-def _name(number: int) -> str:
-    return f"{number:06d}.npz"
+def tidy_questions(folder: Path) -> None:
+    """Remove the parts of all models, tokens and layers but those used last.
+
+    Args:
+        folder: where parts are saved.
+    """
+    each = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: -path.stat().st_mtime)
+    for path in each[QUESTIONS:]:
+        LocalPlace(folder).remove(path.name)
+
+
+def _name(identities: Sequence[str]) -> str:
+    """Return the name of the part of some images."""
+    return f"{_hash(identities)}.npz"
+
+
+def _hash(about: Any) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:20]

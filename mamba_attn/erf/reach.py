@@ -163,7 +163,7 @@ class ReachSum:
 
     @staticmethod
     def _add(totals: dict[str, Tensor], name: str, values: Tensor) -> None:
-        totals[name] = totals[name] + values.sum(0) if name in totals else values.sum(0)
+        totals[name] = totals[name].to(values.device) + values.sum(0) if name in totals else values.sum(0)
 
 
 def attention_distance(attention: Float[Tensor, "batch tokens tokens"], layout: TokenLayout) -> Float[Tensor, " batch"]:

@@ -100,15 +100,23 @@ class Pages:
         self.all.append(found)
         return found
 
-    def finish(self) -> None:
-        """Write the index, in pages of so many pictures."""
-        count = -(-len(self.all) // _PER_INDEX)
+    def finish(self, others: Sequence[Explained] = ()) -> None:
+        """Write the index, in pages of so many pictures, and remove pages of a longer one.
+
+        Args:
+            others: images whose files are there too, listed behind the others.
+        """
+        found = [*self.all, *others]
+        count = -(-len(found) // _PER_INDEX)
         files = [_index_name(number) for number in range(count)]
         for number, file in enumerate(files):
-            its = self.all[number * _PER_INDEX : (number + 1) * _PER_INDEX]
+            its = found[number * _PER_INDEX : (number + 1) * _PER_INDEX]
             listed = [each.title for each in its], [each.name for each in its], [each.predictions for each in its]
             text = index(*listed, pages=files if count > 1 else (), current=file)
             (self.folder / file).write_text(text, encoding="utf-8")
+        for path in self.folder.glob("index-page-*.html") if files else ():
+            if _RESERVED.fullmatch(path.stem) and path.name not in files:
+                path.unlink()
 
 
 class Kept:

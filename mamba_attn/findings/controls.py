@@ -15,7 +15,7 @@ import numpy as np
 from mamba_attn.analytics.rebuild import order_of, takes_order
 from mamba_attn.analytics.store import AttentionStore
 from mamba_attn.distributed import Ranks
-from mamba_attn.errors import MambaAttnError
+from mamba_attn.errors import MambaAttnError, StoreError
 from mamba_attn.evaluation.intervals import LEVEL, holm
 from mamba_attn.findings import intervals
 from mamba_attn.findings.intervals import Effect, Estimate, Expected, effect, expected
@@ -151,6 +151,22 @@ class Report:
         return next((row for row in self.rows if (row.finding, row.place) == (finding, place)), None)
 
 
+def counted(store: AttentionStore, images: int | None = None) -> int:
+    """Return how many images are measured: those whose features and pixels the store has.
+
+    Args:
+        store: a store of attention.
+        images: the first so many of them. Default: all.
+
+    Raises:
+        StoreError: it has them of no image.
+    """
+    there = len(store.featured)
+    if not there:
+        raise StoreError(f"{store.folder}: it has features and pixels of no image; collect some into a new folder.")
+    return min(images or there, there)
+
+
 def steps(store: AttentionStore, count: int, seeds: int, weights: int = 0) -> int:
     """Return how often ``report`` calls ``advance``, at most.
 
@@ -197,9 +213,14 @@ def report(
         >>> report("digits", AttentionStore.open("store"), Path("kept"), seeds=5).notes  # doctest: +SKIP
         []
     """
-    count = min(images or len(store.images), len(store.images))
+    count = counted(store, images)
     measuring = Measuring(store, count, folder, advance, ranks, device)
     notes: list[str] = []
+    there = len(store.featured)
+    if there < len(store.images) and (images is None or images > there):
+        notes.append(
+            f"measured on {there:,} of {len(store.images):,} images: the store has features and pixels of no others."
+        )
     own = _tried(lambda: measuring.model(store.subject, shuffled=True), "the trained model", notes)
     if own is None and measuring.ranks.reports:
         own = measuring.kept()

@@ -36,7 +36,7 @@ class Measuring:
 
     Args:
         store: the store with the images.
-        count: number of first images to use.
+        count: number of first images to use, of those that have features and pixels.
         folder: where numbers are kept; a killed call resumes from it.
         advance: called after every image of every model.
         ranks: this process among all that measure into the folder. Default: alone.
@@ -56,7 +56,8 @@ class Measuring:
         self.ranks, self.device = Ranks() if ranks is None else ranks, device
         self.left = 0  # parts that are other processes' to measure
         self.names = [layer.name for layer in store.layers]
-        keys = [image.key for image in store.images[:count]]
+        self._rows = store.featured[:count]  # the images that have features and pixels
+        keys = [store.image(row).key for row in self._rows]
         self._images = json.dumps([keys, store.index.data, vars(store.transform)], default=str)
 
     def model(self, subject: LoadedModel, shuffled: bool = False) -> list[Measured]:
@@ -176,7 +177,7 @@ class Measuring:
 
     @torch.no_grad()
     def _forward(self, subject: LoadedModel, blocks: Sequence[Block], start: int, stop: int) -> None:
-        pixels = np.stack([self.store.pixels(number) for number in range(start, stop)])
+        pixels = np.stack([self.store.pixels(row) for row in self._rows[start:stop]])
         with trace(subject.model, layers=self.names, attention="mean", layout=subject.layout) as found:
             subject.model(subject.transform.normalise(pixels).to(subject.device))
         for block in blocks:

@@ -97,6 +97,7 @@ def described(source: Source, shown: Sequence[int] | None = None) -> dict[str, A
         "stages": [layer.stage for layer in source.layers],
         "blocks": [layer.block for layer in source.layers],
         "collected": len(source.store.images),
+        "featured": source.featured,
         "top1": known_accuracy(source.store) if isinstance(source.store, AttentionStore) else None,
         "images": [entry(image) for image in source.images],
     }

@@ -91,7 +91,7 @@ class Scatter:
         """Return (points, 2) numbers of layer and image of the points in mode "blocks"; None for patches."""
         if pane.mode == "patches":
             return None
-        images = range(len(self.source.store.images))
+        images = range(self.source.featured)
         return np.array([(index, image) for index in self.source.stage(pane) for image in images])
 
     def features(self, pane: Pane) -> np.ndarray:
@@ -99,7 +99,7 @@ class Scatter:
         source, layer = self.source, self.source.layer(pane)
         if pane.mode == "patches":
             return np.ascontiguousarray(source.mean(pane)[patches_of(layer.layout)])
-        layers, images = [source.layers[index] for index in source.stage(pane)], len(source.store.images)
+        layers, images = [source.layers[index] for index in source.stage(pane)], source.featured
         size = feature_size(layer.layout.tokens)
         projected = size > SIZE and len(layers) * images * size > _WHOLE
         found = np.empty((len(layers) * images, SIZE if projected else size), np.float32)

@@ -50,7 +50,10 @@ class Explorer:
     def __init__(self, stores: Sequence[Any], *, host: str = "127.0.0.1") -> None:
         self.sources = [Source(store) for store in stores]
         if not self.sources or not all(source.images and source.layers for source in self.sources):
-            raise ValueError("explore: the store has no images to show; collect some with mamba-attn collect.")
+            raise ValueError(
+                "explore: the store has no images to show, or counts them in the statistics alone; collect some with "
+                "mamba-attn collect."
+            )
         self._scatters = [Scatter(source) for source in self.sources]
         self._jobs = Jobs()
         routes = [
@@ -186,7 +189,7 @@ class Explorer:
     def _photo(self, body: bytes, request: Request) -> dict[str, Any]:
         """Run the model on a photo; it joins the images of a store."""
         source = self.sources[self._asked(request).store]
-        if len(source.images) - len(source.store.images) >= ADDED:
+        if len(source.images) - source.featured >= ADDED:
             return {"error": f"{ADDED} photos have been added; start the explorer again for more."}
         return _added(source, body, request.query_params.get("name", ""))
 

@@ -55,7 +55,9 @@ class Source:
     def __init__(self, store: Any) -> None:
         self.store = store
         self.layers = list(store.layers)
-        self.images = list(store.images)
+        # features and pixels are of these alone; the others count in the statistics
+        self.images = [store.images[number] for number in featured(store)]
+        self.featured = len(self.images)
         self._kept: OrderedDict[Hashable, np.ndarray] = OrderedDict()
         self._lock = RLock()
 
@@ -170,7 +172,7 @@ class Source:
             MambaAttnError: the model cannot be built.
         """
         with self._lock:
-            key = f"{name} (added {len(self.images) - len(self.store.images) + 1})"
+            key = f"{name} (added {len(self.images) - self.featured + 1})"
             predicted = self.live.predicted(pixels)
             self.images.append(Shown(key, None, predicted, None, False, -1, pixels, picture))
             return len(self.images) - 1
@@ -213,6 +215,16 @@ class Source:
             while len(self._kept) > 1 and sum(each.nbytes for each in self._kept.values()) > _REMEMBERED:
                 self._kept.popitem(last=False)
             return self._kept[key]
+
+
+def featured(store: Any) -> Sequence[int]:
+    """Return the numbers of a store's images that can be shown: those with features and pixels.
+
+    Args:
+        store: an ``AttentionStore``, or what has its interface; without ``featured``, of all images.
+    """
+    found: Sequence[int] = getattr(store, "featured", range(len(store.images)))
+    return found
 
 
 def enlarged(transform: Any, picture: "Image") -> np.ndarray:

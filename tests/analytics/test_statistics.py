@@ -56,6 +56,27 @@ def test_blocks_of_rows_cover_the_matrix():
     assert np.allclose(running.m2 / 3, values.double().var(0, correction=0), rtol=0, atol=1e-13)
 
 
+def test_one_image_at_a_time_is_the_same_formula_to_the_bit():
+    torch.manual_seed(0)
+    values = torch.randn(4, 401, 401)  # several blocks
+    running, mean, m2 = counted(values, [1] * 4), *torch.zeros(2, 401, 401, dtype=torch.float64)
+    for before, each in enumerate(values.double()):
+        merge(mean, m2, before, each, torch.zeros(()), 1)
+    assert torch.equal(running.mean, mean)
+    assert torch.equal(running.m2, m2)
+
+
+def test_moments_in_blocks_are_those_at_once():
+    torch.manual_seed(0)
+    shape = (2, 40, 2000)  # more than a block
+    layer, whole = LayerStatistics.zeros(["sum"], 2, shape), torch.zeros(2, *shape, dtype=torch.float64)
+    for before in range(3):
+        found = torch.randn(2, *shape)
+        layer.update_moments(tuple(found), before, 1)
+        merge_means(whole, before, found.double(), 1)
+    assert torch.equal(layer.moments, whole)
+
+
 def test_nan_is_an_error():
     with pytest.raises(NonFiniteError, match="contains NaN or Inf; check the weights"):
         Running.zeros(2).update(torch.full((1, 2, 2), torch.nan), 0)

@@ -196,6 +196,80 @@ def test_many_files_of_one_name_take_no_longer_each():
     assert len(looked) <= 2 * 1000
 
 
+def explained(photos, weights, *others):
+    """Call explain, quickly, on the images of one folder; its exit code."""
+    call = ["explain", str(photos / "one"), "--model", "vim_micro", "--weights", weights, "--method", "raw_attention"]
+    return cli.main([*call, "--out", str(photos / "out"), *others])
+
+
+@pytest.fixture
+def asked(photos, monkeypatch):
+    """Names of the files that the model is asked about, in order; the fourth time, somebody presses Ctrl+C."""
+    from mamba_attn.explanations import answer
+
+    names, real = [], answer.answer
+
+    def asks(question, path):
+        names.append(path.name)
+        if len(names) == 4:
+            raise KeyboardInterrupt
+        return real(question, path)
+
+    monkeypatch.setattr(answer, "answer", asks)
+    (photos / "one" / "broken.jpg").unlink()
+    return names
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_files_that_somebody_renamed_are_written_again(photos, weights, asked, suffix):
+    out = photos / "out"
+    assert explained(photos, weights) == explained(photos, weights) == 0
+    assert asked == ["a.jpg"]
+    (out / f"a{suffix}").rename(out / f"b{suffix}")
+    assert explained(photos, weights) == 0
+    assert asked == ["a.jpg"] * 2
+    assert (out / f"a{suffix}").is_file()
+
+
+def test_a_new_image_takes_no_name_of_a_kept_one(photos, weights, asked):
+    (photos / "one" / "a.jpg").rename(photos / "one" / "a.png")
+    assert explained(photos, weights) == 0
+    before = (photos / "out" / "a.html").read_bytes()
+    photo(photos / "one", "a.jpg", 1)  # comes first
+    assert explained(photos, weights) == 0
+    assert asked == ["a.png", "a.jpg"]
+    assert (photos / "out" / "a.html").read_bytes() == before
+    assert (photos / "out" / "a-2.html").read_bytes() != before
+    assert explained(photos, weights) == 0
+    assert asked == ["a.png", "a.jpg"]
+
+
+def test_after_an_interruption_the_index_lists_what_is_kept(photos, weights, asked, capsys):
+    photo(photos / "one", "b.jpg", 1)
+    photo(photos / "one", "c.jpg", 2)
+    assert explained(photos, weights) == 0
+    (photos / "out" / "b.npz").unlink()
+    assert explained(photos, weights) == 130
+    assert asked[3:] == ["b.jpg"]
+    index = (photos / "out" / "index.html").read_text()
+    assert [f'href="{name}.html"' in index for name in "abc"] == [True, False, True]
+
+
+def test_pages_of_a_longer_index_go(photos, weights, asked, monkeypatch):
+    from mamba_attn.explanations import explaining
+
+    monkeypatch.setattr(explaining, "_PER_INDEX", 1)
+    photo(photos / "one", "b.jpg", 1)
+    photo(photos / "one", "c.jpg", 2)
+    assert explained(photos, weights) == 0
+    other = photos / "out" / "index-page-of-mine.html"
+    other.touch()
+    (photos / "one" / "c.jpg").unlink()
+    assert explained(photos, weights) == 0
+    left = {path.name for path in (photos / "out").glob("index*")}
+    assert left == {"index.html", "index-page-2.html", other.name}
+
+
 def test_what_an_earlier_call_wrote_stays(photos, weights, capsys, monkeypatch):
     from mamba_attn.explanations import answer
 
@@ -208,7 +282,6 @@ def test_what_an_earlier_call_wrote_stays(photos, weights, capsys, monkeypatch):
     call += ["--method", "raw_attention"]
     assert cli.main([*call[:2], *call[3:]]) == 0
     assert asked == ["one"]
-    (out / "a.html").rename(out / "b.html")  # which another image's name would be
     (out / "explained.jsonl").write_bytes((out / "explained.jsonl").read_bytes() + b'\n{"of": "cut')
     assert cli.main(call) == 0
     first = capsys.readouterr().out

@@ -173,9 +173,10 @@ def test_stopping_says_how_to_go_on(place, weights, capsys, monkeypatch):
 def test_the_plan_writes_nothing_and_counts_what_is_written(place, weights, capsys):
     asked = ("--data", "photos", "--out", "store", "--keep", "1", "--part", "2")
     assert collected(weights, *asked, "--plan") == 0
-    images, size, files, seconds = capsys.readouterr().out.splitlines()
+    images, featured, size, files, seconds = capsys.readouterr().out.splitlines()
     assert not (place / "store").exists()
     assert images == "images: 3 in 2 parts"
+    assert featured == "features and pixels: of the first 3 images; all count in the statistics"
     assert re.fullmatch(r"seconds: about \d+ on 1 rank like this one", seconds)
     assert collected(weights, *asked) == 0
     written = [path for path in (place / "store").rglob("*") if path.is_file()]

@@ -1,6 +1,7 @@
 """mamba-attn erf from end to end, and what it refuses."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from mamba_attn import images
 from mamba_attn.commands import cli
 from mamba_attn.commands import erf as command
 from mamba_attn.datasets import loading, open_data
-from mamba_attn.erf.fields import receptive_field
+from mamba_attn.erf.fields import FieldSum, receptive_field
 from mamba_attn.images import normalise
 from mamba_attn.models import transform as transform_of
 from tests.datasets.cases import boxes_zip, class_folders
@@ -115,6 +116,26 @@ def test_a_collection_is_averaged_image_by_image(tmp_path, weights, capsys):
     assert erf("--data", f"{tmp_path / 'a.zip'}:boxes", "--limit", 4, *options, "--out", tmp_path / "four") == 0
     with np.load(tmp_path / "four" / "erf.npz") as arrays:
         assert arrays["images"] == 4
+
+
+@pytest.mark.parametrize("data", [True, False])
+def test_what_is_measured_serves_another_limit_as_long_as_the_image_stays(tmp_path, weights, photos, monkeypatch, data):
+    """Of a collection and of files: one that comes or changes is measured, the others are not measured again."""
+    measured = []
+    monkeypatch.setattr(FieldSum, "add", lambda self, image, add=FieldSum.add: measured.append(1) or add(self, image))
+    call = [*(["--data"] if data else []), photos, "--weights", weights["vim_micro"], "--out", tmp_path / "out"]
+    counts = []
+    for limit in (1, 2, 2, 1):
+        assert erf(*call, "--limit", limit) == 0
+        counts.append(len(measured))
+    assert counts == [1, 2, 2, 2]
+    (question,) = (tmp_path / "out" / "measured").iterdir()
+    assert len([*question.iterdir()]) == 2
+    first = open_data(photos).items[0].key if data else "0.jpg"
+    photo(Path(photos), first, 3)
+    assert erf(*call) == 0
+    assert len(measured) == 4
+    assert len([*question.iterdir()]) == 1  # nothing is left of the image that was
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,9 @@ function leadOf(its) {
 const fill = (id, made) => byId(id).replaceChildren(...made.filter(Boolean));
 
 function above(its) {
-  const [layer, { collected, top1, images, layers }, text] = [layerOf(its), storeOf(its), wordsOf(its)];
+  const [layer, { collected, featured, top1, images, layers }, text] = [layerOf(its), storeOf(its), wordsOf(its)];
   const known = images.map(right).filter((one) => one !== null);
-  const counted = [top1 !== null && `top-1 ${top1.toFixed(1)} %`, `${collected} ${item(collected > 1)}`, known.length > 0 && `${known.filter(Boolean).length} of ${known.length} ${item(true)} right`];
+  const counted = [top1 !== null && `top-1 ${top1.toFixed(1)} %`, `${collected} ${item(collected > 1)}${featured < collected ? `, ${featured} of them shown` : ''}`, known.length > 0 && `${known.filter(Boolean).length} of ${known.length} ${item(true)} right`];
   const scans = layer.routes > 1 ? [[-1, 'all'], ...layer.orders.map((_, route) => [route, arrow(layer, route), missing(layer, route)])] : [[-1, 'one']];
   return [
     state.panes.length > 1 && choice('active', 'controls of', [[0, 'pane A'], [1, 'pane B']]),

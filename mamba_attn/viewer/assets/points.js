@@ -23,8 +23,8 @@ function asked(its, layer = layerOf(its)) {
 
 // Numbers of layer and image of every point of a stage.
 function pairsOf(its) {
-  const { stages, collected } = storeOf(its);
-  return stages.flatMap((stage, layer) => (stage === layerOf(its).stage ? Array.from({ length: collected }, (_, image) => [layer, image]) : []));
+  const { stages, featured } = storeOf(its);
+  return stages.flatMap((stage, layer) => (stage === layerOf(its).stage ? Array.from({ length: featured }, (_, image) => [layer, image]) : []));
 }
 
 export function drawPoints() {
@@ -65,7 +65,7 @@ function headed(own) {
   const its = layerOf(own);
   const many = new Set(storeOf(own).stages).size > 1;
   const words = {
-    blocks: `${many ? `Stage ${its.stage}: every` : 'Every'} dot is one block on one of ${storeOf(own).collected} ${item(true)}`,
+    blocks: `${many ? `Stage ${its.stage}: every` : 'Every'} dot is one block on one of ${storeOf(own).featured} ${item(true)}`,
     every: `Every block: its ${noun(true)} as dots`,
     patches: `${block(its).replace(/^./, (letter) => letter.toUpperCase())}: every dot is one ${noun()}`,
   }[own.mode];
@@ -291,7 +291,7 @@ export function step(down, across) {
   const own = pane();
   const blocks = storeOf(own).layers.filter((one) => one.stage === layerOf(own).stage);
   const layer = blocks[clamp(blocks.indexOf(layerOf(own)) + down, 0, blocks.length - 1)].number;
-  const image = clamp(own.image + across, 0, storeOf(own).collected - 1);
+  const image = clamp(own.image + across, 0, storeOf(own).featured - 1);
   return change({ pairs: [[layer, image]] }, { layer, image });
 }
 

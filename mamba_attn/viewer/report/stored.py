@@ -41,7 +41,9 @@ class Stored:
         self.name, self.content, self.methods, self.first = store.model_name, content, methods, first
         self.source, self.scatter = source, Scatter(source)
         if not source.images:
-            raise ReportError(f"{store.folder}: the store has no images to show.")
+            raise ReportError(
+                f"{store.folder}: the store has no images to show, or counts them in the statistics alone."
+            )
         large = [layer for layer in source.layers if np.prod(layer.layout.grid) > CELLS]
         self.shown = [number for number, layer in enumerate(source.layers) if layer not in large]
         self.matrices: dict[int, dict[str, int]] = {number: {} for number in self.shown}
@@ -51,6 +53,11 @@ class Stored:
         self.small: list[str] = []
         self.lost: dict[str, list[int]] = {}  # by kind: for each matrix its bytes if it is left out, else 0
         self._too_large: float = np.inf  # side of the smallest matrix that did not fit
+        if source.featured < len(store.images):
+            self._note(
+                f"single images and their dots are the {source.featured:,} of {len(store.images):,} that the store has "
+                "features and pixels of; means and spread are over all."
+            )
         if large:
             grids = ", ".join("x".join(map(str, layer.layout.grid)) for layer in large[:_LEFT_OUT])
             self._note(
