@@ -111,6 +111,26 @@ def test_points_of_patches_and_of_blocks(viewer, store):
     assert np.ptp(viewer.points(24), axis=0).max() > np.ptp(places, axis=0).max() * 0.9
 
 
+def test_unchosen_points_are_drawn_once_and_their_legend_comes_back(viewer):
+    page = viewer.page
+    viewer.points(96)
+    key = "viewer.points()[0].backdrop.key"
+    before = page.evaluate(key)
+    page.mouse.click(*viewer.cell(2, 3))
+    viewer.lit([27])
+    assert page.evaluate(key) == before  # what a click changes is drawn over it
+    said = page.locator("#plots .legend").inner_text()
+    assert said.startswith("colour: column")
+    viewer.choose("compare", "every block")
+    viewer.until("document.querySelectorAll('.plots button').length === 5")
+    viewer.choose("compare", "patches of this block")
+    viewer.points(96)
+    assert page.locator("#plots .legend").inner_text() == said
+    page.get_by_label("colour", exact=True).select_option("row")
+    viewer.until(f"before => {key} !== before", before)
+    assert "colour: row" in page.locator("#plots .legend").inner_text()
+
+
 def test_a_slow_layout_says_what_it_does_and_can_be_cancelled(viewer):
     page = viewer.page
     before = viewer.points(96)
