@@ -94,5 +94,12 @@ def require_numbers() -> None:
             "trace(...): torch.func (grad, vmap, jvp, ...) transforms this call, whose tensors a trace cannot keep. "
             "Call the model plainly inside the trace; trace.gradients(...) gives gradients."
         )
-    if torch.compiler.is_exporting():
+    if _exporting():
         raise TraceError("trace(...): torch.export runs the model, without numbers. Export it outside the trace.")
+
+
+def _exporting() -> bool:
+    """Whether ``torch.export`` runs the model."""
+    if hasattr(torch.compiler, "is_exporting"):
+        return torch.compiler.is_exporting()
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()  # before torch 2.7
