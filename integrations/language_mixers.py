@@ -15,7 +15,7 @@ from mamba_attn.core.rules import PLAIN, Rules
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.models import mamba2_mixer, vim_mixer, zamba_mixer
-from mamba_attn.tracing.adapters import Adapter, Seen
+from mamba_attn.tracing.adapters import Adapter, Seen, has_parts
 from mamba_attn.tracing.texts import ONE_EACH, SEVERAL
 
 _PARTS = ("in_proj", "conv1d", "A_log", "D", "out_proj", "act")
@@ -40,7 +40,7 @@ class LanguageAdapter(Adapter):
 
     def recognises(self, module: nn.Module) -> bool:
         """Whether the module has the parts of such a mixer."""
-        return _has(module, _PARTS) and any(_has(module, names) for names in _EQUATIONS)
+        return has_parts(module, _PARTS) and any(has_parts(module, names) for names in _EQUATIONS)
 
     def alternatives(self, module: nn.Module) -> "Iterable[LanguageAdapter]":
         """Yield an adapter for every place at which versions set padding to zero."""
@@ -80,11 +80,7 @@ class LanguageAdapter(Adapter):
 
 
 def _equations(module: nn.Module) -> Any:
-    return next(equations for names, equations in _EQUATIONS.items() if _has(module, names))
-
-
-def _has(module: nn.Module, names: Iterable[str]) -> bool:
-    return all(hasattr(module, name) for name in names)
+    return next(equations for names, equations in _EQUATIONS.items() if has_parts(module, names))
 
 
 ADAPTER = LanguageAdapter()

@@ -15,7 +15,7 @@ from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.models import vim_mixer
 from mamba_attn.tracing import patch_embedding
-from mamba_attn.tracing.adapters import Adapter, LayoutSource, Seen
+from mamba_attn.tracing.adapters import Adapter, LayoutSource, Seen, has_parts
 
 _PARTS = ("in_proj", "conv1d", "x_proj", "dt_proj", "A_log", "D", "out_proj")
 
@@ -33,7 +33,7 @@ class MambaAdapter(Adapter):
 
     def recognises(self, module: nn.Module) -> bool:
         """Whether the module has the parts of a Mamba mixer."""
-        return all(hasattr(module, name) for name in _PARTS)
+        return has_parts(module, _PARTS)
 
     def alternatives(self, module: nn.Module) -> "Iterable[MambaAdapter]":
         """Return the adapter without norms, and with them where the module has some."""

@@ -13,7 +13,7 @@ from mamba_attn.core.rules import Rules
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.models import mambavision_mixer
-from mamba_attn.tracing.adapters import Adapter, LayoutSource, Seen
+from mamba_attn.tracing.adapters import Adapter, LayoutSource, Seen, has_parts
 
 _PARTS = ("in_proj", "conv1d_x", "conv1d_z", "x_proj", "dt_proj", "out_proj", "A_log", "D")
 _STAGE = ("blocks", "window_size", "transformer_block")
@@ -26,7 +26,7 @@ class MambaVisionAdapter(Adapter):
 
     def recognises(self, module: nn.Module) -> bool:
         """Whether the module has the parts of a scan, and a convolution for each half of the channels."""
-        return all(hasattr(module, name) for name in _PARTS)
+        return has_parts(module, _PARTS)
 
     def project(self, module: nn.Module, hidden_states: Tensor, *, rules: Rules, seen: Seen) -> ScanRecord:
         """Return everything before the scans, one per window.

@@ -16,7 +16,7 @@ from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.rules import Rules
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.ops import require_bytes
-from mamba_attn.tracing.adapters import AttentionAdapter, LayoutSource, Seen
+from mamba_attn.tracing.adapters import AttentionAdapter, LayoutSource, Seen, has_parts
 
 _PARTS = ("qkv", "proj", "num_heads", "scale")
 
@@ -28,7 +28,7 @@ class TimmViTAdapter(AttentionAdapter):
 
     def recognises(self, module: nn.Module) -> bool:
         """Whether the module has a joint projection to queries, keys and values, and heads."""
-        return all(hasattr(module, name) for name in _PARTS)
+        return has_parts(module, _PARTS)
 
     def project(
         self,

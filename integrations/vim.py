@@ -7,7 +7,7 @@ from torch import nn
 from mamba_attn.core.rules import Rules
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.models import vim_mixer
-from mamba_attn.tracing.adapters import Seen
+from mamba_attn.tracing.adapters import Seen, has_parts
 
 from .mamba import MambaAdapter
 
@@ -21,8 +21,8 @@ class VimAdapter(MambaAdapter):
 
     def recognises(self, module: nn.Module) -> bool:
         """Whether the module has projections, and attributes of a second direction."""
-        projections = hasattr(module, "in_proj") and hasattr(module, "out_proj")
-        return projections and any(hasattr(module, name) for name in _MARKS)
+        projections = has_parts(module, ("in_proj", "out_proj"))
+        return projections and any(has_parts(module, (name,)) for name in _MARKS)
 
     def project(self, module: nn.Module, *args: Any, rules: Rules, seen: Seen, **kwargs: Any) -> ScanRecord:
         """Return everything before the scans, and warn if the model's own code skips one of them."""

@@ -15,7 +15,7 @@ from mamba_attn.core.rules import Rules
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.models import ss2d
-from mamba_attn.tracing.adapters import Adapter, Seen
+from mamba_attn.tracing.adapters import Adapter, Seen, has_parts
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class VMambaAdapter(Adapter):
 
     def recognises(self, module: nn.Module) -> bool:
         """Whether the module has SS2D's parameters."""
-        return all(hasattr(module, name) for name in ("A_logs", "Ds", "dt_projs_bias"))
+        return has_parts(module, ("A_logs", "Ds", "dt_projs_bias"))
 
     def alternatives(self, module: nn.Module) -> Iterable["VMambaAdapter"]:
         """Return what SS2D's variants compute: other roundings first, then other frames of the norm, then routes."""

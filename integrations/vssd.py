@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from mamba_attn.core.rules import Rules
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.models import non_causal_mixer
-from mamba_attn.tracing.adapters import Adapter, Seen
+from mamba_attn.tracing.adapters import Adapter, Seen, has_parts
 
 _PARTS = ("in_proj", "conv2d", "act", "A_log", "dt_bias", "D", "norm", "out_proj", "ngroups", "ssd_positve_dA")
 
@@ -19,7 +19,7 @@ class VSSDAdapter(Adapter):
 
     def recognises(self, module: nn.Module) -> bool:
         """Whether the module has the parts of such a mixer, and calls no scan."""
-        return all(hasattr(module, name) for name in _PARTS) and bool(getattr(module, "linear_attn_duality", False))
+        return has_parts(module, _PARTS) and bool(getattr(module, "linear_attn_duality", False))
 
     def project(
         self,

@@ -227,6 +227,27 @@ class _Integration(Protocol):
 _registered: list[AnyAdapter] = []
 
 
+def has_parts(module: nn.Module, names: Iterable[str]) -> bool:
+    """Return whether a module has all of some attributes, without the errors that ``hasattr`` raises inside.
+
+    Every trace asks this of every module of a model.
+
+    Args:
+        module: any.
+        names: of the attributes.
+    """
+    kind = type(module)
+    if kind.__getattr__ is not nn.Module.__getattr__:  # a wrapper that passes on what it has not
+        return all(hasattr(module, name) for name in names)
+    own = vars(module)
+    parameters, buffers, modules = own["_parameters"], own["_buffers"], own["_modules"]
+    for name in names:
+        kept = name in own or name in parameters or name in modules or name in buffers
+        if not kept and not (hasattr(kind, name) and hasattr(module, name)):
+            return False
+    return True
+
+
 def register_adapter(adapter: AnyAdapter) -> None:
     """Add an adapter; it is asked before those registered earlier and before the built-in families.
 

@@ -31,7 +31,7 @@ from mamba_attn.tracing.chunk_scans import (
 )
 from mamba_attn.tracing.door_rules import edited_backward, ruled_backward, ruled_chunk_backward
 from mamba_attn.tracing.edits import CallEdit, edited_call
-from mamba_attn.tracing.reachable import CHUNK_SCANS, compiled_scans
+from mamba_attn.tracing.reachable import CHUNK_SCANS, Loaded, compiled_scans
 from mamba_attn.tracing.running import Names, running_modules
 from mamba_attn.tracing.selective_scans import (
     AnyInputs,
@@ -196,13 +196,17 @@ class Watch:
 
 
 @contextmanager
-def open_doors(watch: Watch) -> Iterator[Watch]:
+def open_doors(watch: Watch, loaded: Loaded | None = None) -> Iterator[Watch]:
     """Let a watch see the scans of its thread; doors that nobody watches any more are put back as they were.
 
     A watch may be let in again, for a backward pass after the trace.
+
+    Args:
+        watch: of one trace.
+        loaded: the loaded modules, where they were just looked at.
     """
     with _lock:
-        scans = [(scan, _CHUNKS if CHUNK_SCANS[0] in vars(scan) else _SCAN) for scan in compiled_scans()]
+        scans = [(scan, _CHUNKS if CHUNK_SCANS[0] in vars(scan) else _SCAN) for scan in compiled_scans(loaded)]
         wanted = [*scans, *watch.around()]
         doors = [_patched.get((id(module), tuple(its))) or Door(module, its) for module, its in wanted]
         for door in doors:

@@ -20,17 +20,20 @@ from mamba_attn.tracing.adapters import LayoutSource, Seen
 from mamba_attn.tracing.running import modules_of
 
 
-def layout_sources(model: nn.Module) -> Iterator[LayoutSource]:
+def layout_sources(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> Iterator[LayoutSource]:
     """Yield where the token frame of a model with ``patch_embed.proj`` and ``layers`` or ``blocks`` can be read.
 
     Args:
         model: a model, or one that has such models inside.
+        modules: its modules, where they are known.
     """
-    for module in modules_of(model).values():
+    for module in modules_of(model).values() if modules is None else modules:
         embed = module._modules.get("patch_embed")
+        if embed is None:
+            continue
         layers = module._modules.get("layers", module._modules.get("blocks"))
         projection = getattr(embed, "proj", None)
-        if embed is None or not isinstance(projection, nn.Conv2d) or not isinstance(layers, Iterable):
+        if not isinstance(projection, nn.Conv2d) or not isinstance(layers, Iterable):
             continue
         first = next(iter(layers), None)
         if hasattr(module, "class_token"):  # our own models say it

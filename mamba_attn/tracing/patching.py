@@ -6,7 +6,7 @@ around the mixers. Nothing else touches a user's model.
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -393,8 +393,14 @@ def _repeatable(name: str, module: nn.Module, finish: Callable[[Tensor], Tensor]
     return refuse
 
 
-def watch_layout(stack: ExitStack, model: nn.Module, sources: Iterable[LayoutSource], seen: Seen) -> None:
-    """Learn the image size from the first convolution's input, and the token frame from the patch embedding or text."""
+def watch_layout(
+    stack: ExitStack, modules: Mapping[str, nn.Module], sources: Iterable[LayoutSource], seen: Seen
+) -> None:
+    """Learn the image size from the first convolution's input, and the token frame from the patch embedding or text.
+
+    ``modules`` are the model's by name, itself first.
+    """
+    model = modules[""]
     thread, given = get_ident(), seen.layout is not None
 
     def image(module: nn.Conv2d, args: tuple[Any, ...]) -> None:
@@ -420,7 +426,7 @@ def watch_layout(stack: ExitStack, model: nn.Module, sources: Iterable[LayoutSou
             seen.layout = TokenLayout.line(seen.real.shape[1])
 
     stack.callback(model.register_forward_pre_hook(begins, with_kwargs=True, prepend=True).remove)
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    first = next((module for module in modules.values() if isinstance(module, nn.Conv2d)), None)
     if first is not None:
         stack.callback(first.register_forward_pre_hook(image).remove)
 

@@ -1,12 +1,13 @@
 """Which doors a model's code can reach: compiled scans and torch's attention, looked for by the names in the code."""
 
-import operator
 import sys
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from inspect import unwrap
-from types import CodeType, FunctionType, ModuleType
-from typing import Any, ClassVar
+from itertools import count
+from operator import is_
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -27,36 +28,61 @@ _ATTENTION = frozenset(
 _OF_TORCH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
-class _Loaded:
-    """The loaded modules, as they were when they were last looked at."""
+class Loaded(NamedTuple):
+    """The loaded modules, as they were when they were looked at.
 
-    values: ClassVar[list[Any]] = []
-    modules: ClassVar[list[ModuleType]] = []
-    names: ClassVar[list[dict[str, Any]]] = []
-    times: ClassVar[int] = 0  # that one came or went
+    Args:
+        modules: the modules.
+        number: another one when a module has come or gone since, or has more names or fewer.
+        values: of ``sys.modules``.
+        names: the modules' names.
+        sizes: how many these are.
+    """
+
+    modules: list[ModuleType]
+    number: int
+    values: list[Any]
+    names: list[dict[str, Any]]
+    sizes: list[int]
 
 
-def loaded_modules() -> tuple[list[ModuleType], list[int]]:
-    """Return the loaded modules, and numbers that change when one comes, goes, or gets another name."""
-    values = list(sys.modules.values())
-    if len(values) != len(_Loaded.values) or not all(map(operator.is_, values, _Loaded.values)):
+def loaded_modules(just_now: Loaded | None = None) -> Loaded:
+    """Return the loaded modules; to look at each of some thousands takes its time.
+
+    Args:
+        just_now: what the same trace found, which stands until something is imported.
+    """
+    global _loaded
+    if just_now is not None and len(just_now.values) == len(sys.modules):
+        return just_now
+    values, last = list(sys.modules.values()), _loaded
+    if len(values) != len(last.values) or not all(map(is_, values, last.values)):
         modules = [module for module in values if issubclass(type(module), ModuleType)]
-        _Loaded.values, _Loaded.modules, _Loaded.names = values, modules, list(map(vars, modules))
-        _Loaded.times += 1
-    return _Loaded.modules, [_Loaded.times, *map(len, _Loaded.names)]
+        names = list(map(vars, modules))
+        _loaded = Loaded(modules, next(_numbers), values, names, list(map(len, names)))
+    elif (sizes := list(map(len, last.names))) != last.sizes:
+        _loaded = last._replace(number=next(_numbers), sizes=sizes)
+    return _loaded
 
 
-def compiled_scans() -> list[ModuleType]:
+_numbers = count()
+_loaded = Loaded([], next(_numbers), [], [], [])
+
+
+def compiled_scans(loaded: Loaded | None = None) -> list[ModuleType]:
     """Return the modules with a compiled scan, or a stand-in of one, that any loaded module is or holds.
 
     Stand-ins leave ``sys.modules`` when their block ends, and live on in the modules that imported them.
+
+    Args:
+        loaded: the loaded modules, where they were just looked at.
     """
     global _last
-    modules, loaded = loaded_modules()
-    if loaded == _last[0]:
+    loaded = loaded or loaded_modules()
+    if loaded.number == _last[0]:
         return [value for reference in _last[1] if (value := reference()) is not None]
     found: dict[int, ModuleType] = {}
-    for module in modules:
+    for module in loaded.modules:
         names = vars(module)
         known = _looked_at.get(module)
         if known is None or known[0] != len(names):
@@ -66,34 +92,70 @@ def compiled_scans() -> list[ModuleType]:
             value = reference()
             if value is not None:
                 found[id(value)] = value
-    _last = loaded, [weakref.ref(value) for value in found.values()]
+    _last = loaded.number, [weakref.ref(value) for value in found.values()]
     return list(found.values())
 
 
-def reaches_a_door(model: nn.Module, modules: Collection[nn.Module] | None = None) -> bool:
+class _Answer(NamedTuple):
+    """Whether something leads to a door, of what this was said, and of which functions; none of it is kept alive."""
+
+    of: Any
+    functions: "list[weakref.ref[FunctionType]]"
+    reached: bool
+
+    def holds(self, of: Any, functions: Iterable[FunctionType] | None) -> bool:
+        """Whether it is still true, where other functions than before would matter.
+
+        That a door is reached stays so: to open it for nothing changes nothing.
+        """
+        if self.of != of or self.reached or functions is None:
+            return self.of == of
+        return self.functions == list(map(weakref.ref, functions))
+
+
+def reaches_a_door(
+    model: nn.Module, modules: Collection[nn.Module] | None = None, loaded: Loaded | None = None
+) -> bool:
     """Whether a compiled scan can be found from the code of a model's modules, by the names in it.
 
     Args:
         model: a model, or a mixer.
         modules: its modules, where they are known.
+        loaded: the loaded modules, where they were just looked at.
     """
     # scans are kept there, too, and the file of a stand-in may be gone
     modules = list(modules_of(model).values() if modules is None else modules)
-    now = loaded_modules()[1], [(id(module), type(module), len(vars(module))) for module in modules]
+    loaded = loaded or loaded_modules()
+    kinds, sizes = list(map(type, modules)), list(map(len, map(vars, modules)))
+    now = loaded.number, list(map(weakref.ref, modules)), list(map(weakref.ref, kinds)), sizes
     before = _reaches.get(model)
-    if before is None or before[0] != now:
-        before = _reaches[model] = now, _reaches_a_door(modules)
-    return before[1]
+    if before is None or not before.holds(now, _held_functions(modules) if compiled_scans(loaded) else None):
+        functions = list(_held_functions(modules))
+        reached = _reaches_a_door(modules, functions)
+        before = _reaches[model] = _Answer(now, list(map(weakref.ref, functions)), reached)
+    return before.reached
 
 
-_reaches: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, bool]]" = weakref.WeakKeyDictionary()
+_reaches: "weakref.WeakKeyDictionary[nn.Module, _Answer]" = weakref.WeakKeyDictionary()
 
 
-def _reaches_a_door(modules: list[nn.Module]) -> bool:
+def _held_functions(modules: Collection[nn.Module]) -> Iterator[FunctionType]:
+    """The functions that stand on modules themselves, methods put there included, and the forwards of their classes."""
+    kinds = {kind: kind.__module__.startswith("torch.nn.modules.") for kind in set(map(type, modules))}
+    for module in modules:
+        own = vars(module)
+        for value in (own.get("forward"),) if kinds[type(module)] else own.values():
+            if type(value) is FunctionType:
+                yield value
+            elif type(value) is MethodType and type(value.__func__) is FunctionType:
+                yield value.__func__
+    yield from (kind.forward for kind in kinds if type(kind.forward) is FunctionType)
+
+
+def _reaches_a_door(modules: list[nn.Module], functions: Iterable[FunctionType]) -> bool:
     files = {sys.modules.get(cls.__module__) for module in modules for cls in type(module).__mro__}
-    held = (value for module in modules for value in (*vars(module).values(), type(module).forward))
-    functions = (_names_behind(value) for value in held if isinstance(value, FunctionType))
-    seen = {id(names): names for names in (*map(vars, files - {None}), *functions) if names is not None}
+    held = (_names_behind(function) for function in functions)
+    seen = {id(names): names for names in (*map(vars, files - {None}), *held) if names is not None}
     waiting = list(seen.values())
     for _ in range(_DEPTH):
         further: list[dict[str, Any]] = []
@@ -134,36 +196,49 @@ def _is_compiled_scan(value: Any) -> bool:
 
 _looked_at: "weakref.WeakKeyDictionary[ModuleType, tuple[int, list[weakref.ref[ModuleType]]]]"
 _looked_at = weakref.WeakKeyDictionary()
-_last: tuple[list[int], list[weakref.ref[ModuleType]]] = [], []  # what was loaded, and held
+_last: tuple[int, list[weakref.ref[ModuleType]]] = -1, []  # number of what was loaded, and held
 
 
-def reaches_attention(model: nn.Module, outside: Collection[nn.Module] = ()) -> bool:
+def reaches_attention(
+    model: nn.Module, outside: Collection[nn.Module] = (), modules: Collection[nn.Module] | None = None
+) -> bool:
     """Whether the code of a model's modules names a door of attention, itself or in a function that it calls.
 
     Args:
         model: a model, or a part of one.
         outside: modules that are not looked at, nor what is inside them.
+        modules: the model's, where they are known.
     """
-    hidden = {part for module in outside for part in module.modules()}
-    for module in modules_of(model).values():
-        if module in hidden:
-            continue
-        kind = type(module)
-        if kind not in _known:
-            _known[kind] = issubclass(kind, _OF_TORCH) or _names_attention(kind)
-        if _known[kind]:
-            return True
-    return False
+    modules = modules_of(model).values() if modules is None else modules
+    if outside:
+        hidden = {part for module in outside for part in modules_of(module).values()}
+        modules = [module for module in modules if module not in hidden]
+    if any(_names_attention(kind) for kind in dict.fromkeys(map(type, modules))):
+        return True
+    own = (vars(module).get("forward") for module in modules)  # put on the instance
+    functions = (value.__func__ if type(value) is MethodType else value for value in own if value is not None)
+    return any(type(each) is FunctionType and _leads_there(each, _DEPTH, set()) for each in functions)
 
 
-_known: "weakref.WeakKeyDictionary[type, bool]" = weakref.WeakKeyDictionary()
+_known: "weakref.WeakKeyDictionary[type, _Answer]" = weakref.WeakKeyDictionary()
 
 
 def _names_attention(kind: type) -> bool:
+    if issubclass(kind, _OF_TORCH):
+        return True
+    before = _known.get(kind)
+    if before is None or not before.holds(None, _own_functions(kind)):
+        functions = list(_own_functions(kind))
+        seen: set[CodeType] = set()
+        reached = any(_leads_there(function, _DEPTH, seen) for function in functions)
+        before = _known[kind] = _Answer(None, list(map(weakref.ref, functions)), reached)
+    return before.reached
+
+
+def _own_functions(kind: type) -> Iterator[FunctionType]:
+    """What a class and those that it comes from define, but for torch's."""
     own = [each for each in kind.__mro__ if not each.__module__.startswith(("torch.", "builtins"))]
-    functions = [value for each in own for value in vars(each).values() if isinstance(value, FunctionType)]
-    seen: set[CodeType] = set()
-    return any(_leads_there(function, _DEPTH, seen) for function in functions)
+    return (value for each in own for value in vars(each).values() if isinstance(value, FunctionType))
 
 
 def _leads_there(function: FunctionType, depth: int, seen: set[CodeType]) -> bool:

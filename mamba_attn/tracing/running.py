@@ -44,7 +44,7 @@ class Names:
 
     def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> None:
         named = modules_of(model) if modules is None else modules
-        self.modules = {id(module): name for name, module in named.items()}
+        self.modules = dict(zip(map(id, named.values()), named, strict=True))
         self._model = model
 
     @cached_property

@@ -22,7 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.tracing.doors import Watch, watching
-from mamba_attn.tracing.reachable import loaded_modules
+from mamba_attn.tracing.reachable import Loaded, loaded_modules
 from mamba_attn.tracing.softmax_calls import SoftmaxCall, SoftmaxInputs
 from mamba_attn.tracing.undisturbed import recomputing
 
@@ -33,13 +33,17 @@ NESTED = "takes sequences of several lengths as one nested tensor"
 
 
 @contextmanager
-def open_softmax_doors() -> Iterator[None]:
-    """Let the watches that ``open_doors`` let in see attention, too; torch's functions are put back after the last."""
+def open_softmax_doors(loaded: Loaded | None = None) -> Iterator[None]:
+    """Let the watches that ``open_doors`` let in see attention, too; torch's functions are put back after the last.
+
+    Args:
+        loaded: the loaded modules, where they were just looked at.
+    """
     global _opened
     with _lock:
         _opened += 1
         if _opened == 1:
-            _replace()
+            _replace(loaded or loaded_modules())
     try:
         yield
     finally:
@@ -52,15 +56,14 @@ def open_softmax_doors() -> Iterator[None]:
                 _replaced.clear()
 
 
-def _replace() -> None:
+def _replace(loaded: Loaded) -> None:
     """Put doors in the places of functions in all loaded modules, under their own names."""
     global _holders
-    modules, loaded = loaded_modules()
     wanted = [*(own.__name__ for own in _DOORS), EAGER]
-    if loaded != _holders[0]:
+    if loaded.number != _holders[0]:
         # torch looks into its own modules for what a TorchFunctionMode is shown
-        outside = [vars(module) for module in modules if not module.__name__.startswith("torch._C")]
-        _holders = loaded, [(names, name) for names in outside for name in wanted if name in names]
+        outside = [vars(module) for module in loaded.modules if not module.__name__.startswith("torch._C")]
+        _holders = loaded.number, [(names, name) for names in outside for name in wanted if name in names]
     ours = {id(own): partial(seen, own) for own, seen in _DOORS.items()}
     for names, name in _holders[1]:
         own = names.get(name)
@@ -73,7 +76,7 @@ def _replace() -> None:
 
 _lock = Lock()
 _opened = 0
-_holders: tuple[list[int], list[tuple[dict[str, Any], str]]] = [], []  # what was loaded, and held
+_holders: tuple[int, list[tuple[dict[str, Any], str]]] = -1, []  # number of what was loaded, and held
 _replaced: list[tuple[dict[str, Any], str, Any, Any]] = []
 _inside = local()  # whether torch's own attention function runs, which a mode may make call itself again
 

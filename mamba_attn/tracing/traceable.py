@@ -11,7 +11,7 @@ from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.tracing import patch_embedding
 from mamba_attn.tracing.adapters import AnyAdapter, Seen, find_mixers, nothing_found
 from mamba_attn.tracing.patching import watch_layout
-from mamba_attn.tracing.reachable import reaches_a_door, reaches_attention
+from mamba_attn.tracing.reachable import Loaded, loaded_modules, reaches_a_door, reaches_attention
 from mamba_attn.tracing.running import modules_of
 
 
@@ -25,6 +25,7 @@ class Traceable(NamedTuple):
         unnamed: whether layers are known only when they have run, at doors.
         at_doors: whether there may be any, also where an adapter turns out not to compute what it should.
         modules: the model's modules by name.
+        loaded: the modules of code that are loaded.
     """
 
     model: nn.Module
@@ -33,6 +34,7 @@ class Traceable(NamedTuple):
     unnamed: bool
     at_doors: bool
     modules: dict[str, nn.Module]
+    loaded: Loaded
 
     @property
     def known(self) -> dict[str, tuple[nn.Module, AnyAdapter]]:
@@ -48,7 +50,8 @@ class Traceable(NamedTuple):
         """Learn the token frame while the model runs, also from families of mixers that were not asked for."""
         families = dict.fromkeys(adapter for _, adapter in self.mixers.values())
         sources = [source for adapter in families for source in adapter.layout_sources(self.model)]
-        watch_layout(stack, self.model, sources or patch_embedding.layout_sources(self.model), seen)
+        own = sources or patch_embedding.layout_sources(self.model, self.modules.values())
+        watch_layout(stack, self.modules, own, seen)
 
 
 def find_traceable(model: nn.Module, adapters: Iterable[AnyAdapter] | None = None) -> Traceable:
@@ -69,11 +72,12 @@ def find_traceable(model: nn.Module, adapters: Iterable[AnyAdapter] | None = Non
         if (reason := adapter.refusal(module, model)) and (reaches_a_door(module) or reaches_attention(module))
     }
     adapted = [module for name, (module, _) in mixers.items() if name not in refused]
-    unnamed = bool(refused) or reaches_a_door(model, modules.values()) or reaches_attention(model, adapted)
-    at_doors = unnamed or reaches_attention(model)
+    loaded, parts = loaded_modules(), modules.values()
+    unnamed = bool(refused) or reaches_a_door(model, parts, loaded) or reaches_attention(model, adapted, parts)
+    at_doors = unnamed or (bool(adapted) and reaches_attention(model, (), parts))
     if not adapted and not at_doors:
         raise nothing_found(model, adapters)
-    found = Traceable(model, mixers, refused, unnamed, at_doors, modules)
+    found = Traceable(model, mixers, refused, unnamed, at_doors, modules, loaded)
     if somebody_listens():  # this is in every trace's time
         families = ", ".join(sorted({adapter.family for _, adapter in found.known.values()})) or "none"
         doors = "; doors are open for the rest" if at_doors else ""

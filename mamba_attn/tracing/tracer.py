@@ -32,6 +32,7 @@ from mamba_attn.tracing.layers import AnyLayer, Layer, ScanLayer
 from mamba_attn.tracing.module_rules import Asked, install_rules
 from mamba_attn.tracing.patching import Interest, observed, patched
 from mamba_attn.tracing.presence import copied_untraced, require_numbers
+from mamba_attn.tracing.reachable import loaded_modules
 from mamba_attn.tracing.selective_scans import ScanCall
 from mamba_attn.tracing.softmax_doors import CROSS, NESTED, open_softmax_doors
 from mamba_attn.tracing.softmax_layers import AttentionLayer, DoorAttention
@@ -428,8 +429,9 @@ def trace(
         stack.callback(model.register_forward_hook(record._ends, with_kwargs=True).remove)
         if doors is not None:
             doors.install(stack)
-            stack.enter_context(open_doors(doors.watch))
-            stack.enter_context(open_softmax_doors())
+            loaded = loaded_modules(there.loaded)
+            stack.enter_context(open_doors(doors.watch, loaded))
+            stack.enter_context(open_softmax_doors(loaded))
             if rules is not None and rules.observes:
                 stack.enter_context(AroundScans(rules, quiet))
         inside = {name: module for name, (module, _) in mixers.items() if name}  # nothing stands around a mixer alone

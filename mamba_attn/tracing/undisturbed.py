@@ -2,6 +2,7 @@
 
 import functools
 import random
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from threading import RLock, local
@@ -117,14 +118,27 @@ def recomputing() -> bool:
 
 
 def versions(module: nn.Module) -> tuple[Any, ...]:
-    """What changes when anything writes to a module's parameters or buffers."""
-    found = []
-    for each in modules_of(module).values():
-        for own in (each._parameters, each._buffers):
-            for tensor in own.values() if own else ():
-                if tensor is not None:
-                    found.append((tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version))
-    return tuple(found)
+    """What changes when anything writes to a module's parameters or buffers, or exchanges its parts or their code.
+
+    It keeps nothing alive.
+    """
+    parts = modules_of(module).values()
+    kinds = list(map(type, parts))
+    own = [kept for each in parts for kept in (each._parameters, each._buffers) if kept]
+    tensors = [tensor for kept in own for tensor in kept.values() if tensor is not None]
+    try:
+        numbers = [tensor._version for tensor in tensors]
+    except RuntimeError:  # tensors of inference mode have none
+        numbers = [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+    forwards = [*(vars(each).get("forward") for each in parts), *(kind.forward for kind in dict.fromkeys(kinds))]
+    code = [getattr(forward, "__func__", forward) for forward in forwards if forward is not None]
+    return (
+        tuple([tensor.data_ptr() for tensor in tensors]),
+        tuple(numbers),
+        tuple(map(weakref.ref, parts)),
+        tuple(map(weakref.ref, kinds)),
+        tuple([weakref.ref(each) for each in code if type(each) is FunctionType]),  # and not what a trace put there
+    )
 
 
 def settings(module: nn.Module) -> int:

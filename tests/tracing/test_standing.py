@@ -1,4 +1,4 @@
-"""Where mixers' tokens stand in the model: flips outside a mixer, layouts from feature maps, and what both cost."""
+"""Where mixers' tokens stand in the model: flips outside a mixer, and layouts from feature maps."""
 
 import random
 import warnings
@@ -7,97 +7,22 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import mamba_attn
 from mamba_attn.attribution import AttentionRollout, RawAttention
 from mamba_attn.tracing import standing
 from mamba_attn.tracing.door_layers import DoorLayer
 from mamba_attn.tracing.replay import Replay
-from tests.integrations.small_vim import Backbone, Block, Mamba, Vim
-from tests.leaks import state_of
-from tests.tracing.foreign import selective_scan_fn
+from tests.integrations.small_vim import Backbone, Mamba, Vim
+from tests.tracing.turned import BothWays, Compiled, Flat, Groups, Lines, compiled, run
 
 with mamba_attn.cpu_stand_ins():
     from mamba_ssm.ops.triton.layer_norm import layer_norm_fn
 
 
-class Compiled(Mamba):
-    """Its scan goes through a compiled extension's stand-in."""
-
-    def scanned(self, u: torch.Tensor, projected: torch.Tensor, suffix: str, A: torch.Tensor) -> torch.Tensor:
-        low, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], -1)
-        delta, D = nn.functional.linear(low, self.dt_proj.weight), self.D
-        given = (u.mT, delta.mT, -torch.exp(A), B.mT.contiguous(), C.mT.contiguous(), D, None, self.dt_proj.bias)
-        y: torch.Tensor = selective_scan_fn(*given, delta_softplus=True).mT
-        return y
-
-
-class BothWays(nn.Module):
-    """As SEMamba's: one mixer gets the tokens as they are, the other backwards, by flips around it."""
-
-    def __init__(self, forward: nn.Module, backward: nn.Module) -> None:
-        super().__init__()
-        self.forward_block, self.backward_block = Block(8, forward), Block(8, backward)
-        self.join = nn.Linear(16, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        there, first = self.forward_block(x)
-        back, second = self.backward_block(x.flip(1))
-        return self.join(torch.cat([there + first, (back + second).flip(1)], -1)) + x
-
-
-class Lines(nn.Module):
-    """Mixers over the rows of a map: many sequences of one image."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.permute(0, 2, 3, 1).flatten(0, 1)
-        out: torch.Tensor = self.inner(rows).unflatten(0, (x.shape[0], x.shape[2])).permute(0, 3, 1, 2)
-        return out
-
-
-class Flat(nn.Module):
-    """As U-Mamba's: the map's pixels one after the other."""
-
-    def __init__(self, mixer: nn.Module, channels: bool = False) -> None:
-        super().__init__()
-        self.mixer, self.channels = mixer, channels
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = x.flatten(2) if self.channels else x.flatten(2).mT
-        mixed = self.mixer(tokens)
-        out: torch.Tensor = x + (mixed if self.channels else mixed.mT).reshape(x.shape)
-        return out
-
-
-class Groups(nn.Module):
-    """One module on the first half of the channels, and on the second."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.inner(part) for part in x.chunk(2, 1)], 1)
-
-
-def run(model: nn.Module, x: torch.Tensor, **options: Any) -> Any:
-    with torch.no_grad(), mamba_attn.trace(model, **options) as trace:
-        model(x)
-    return trace
-
-
 def fused_norm(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     out: torch.Tensor = layer_norm_fn(x, torch.ones(shape), torch.zeros(shape))
     return out
-
-
-def compiled() -> nn.Module:
-    return Compiled(8)
 
 
 def lower(matrix: torch.Tensor) -> bool:
@@ -368,180 +293,3 @@ def test_colours_are_not_taken_for_frames(frames: int) -> None:
         maps = method.attribute(x, expand=True)
         assert maps.shape == x.shape
         torch.testing.assert_close(maps.sum(2, keepdim=True).transpose(1, 2), method.attribute(x))
-
-
-def test_a_look_that_fails_is_said_with_its_error() -> None:
-    class Stern(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mixer = Mamba(8)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if torch.is_grad_enabled():
-                raise RuntimeError("only without gradients")
-            out: torch.Tensor = self.mixer(x)
-            return out
-
-    with pytest.warns(UserWarning, match=r"^trace: whether code around .*\(RuntimeError: only without gradients\)"):
-        trace = run(Stern(), torch.randn(2, 7, 8))
-    assert trace["mixer"].tokens == 7
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_nothing_is_disturbed_and_it_is_looked_at_once(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    times: list[int] = []
-    measured = standing._measured
-
-    def counted(*args: Any) -> Any:
-        times.append(1)
-        return measured(*args)
-
-    monkeypatch.setattr(standing, "_measured", counted)
-    model = nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.BatchNorm2d(8), Flat(Mamba(8)), nn.Dropout(0.2)).train(training)
-    seen: list[int] = []
-    for module in model.modules():
-        module.register_forward_hook(lambda *_: seen.append(1))
-    x = torch.randn(2, 3, 4, 8)
-    run(model, x)
-    first, before = len(seen), [state_of(module) for module in model.modules()]
-    statistics = model[1].running_mean.clone()
-    with torch.no_grad():
-        model[1].running_mean.zero_()
-    torch.manual_seed(3)
-    plain = model(x)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        model[1].running_mean.zero_()
-    seen.clear()
-    with mamba_attn.trace(model):
-        traced = model(x)
-    torch.testing.assert_close(traced, plain, rtol=1e-5, atol=1e-6)
-    assert len(seen) == first
-    assert times == [1]
-    assert [state_of(module) for module in model.modules()] == before
-    assert bool(statistics.any()) == training
-
-
-def test_a_model_that_does_not_run_on_one_image_is_looked_at_with_all() -> None:
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mixer = Mamba(8)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            first, second = x
-            out: torch.Tensor = self.mixer(torch.stack([first, second]))
-            return out
-
-    trace = run(Pair(), torch.randn(2, 7, 8))
-    assert trace["mixer"].tokens == 7
-    assert trace._ahead._found.failed == ""
-
-
-class Perceptron(nn.Module):
-    """Layers of features behind a mixer, as VMamba has."""
-
-    def __init__(self, mixer: nn.Module) -> None:
-        super().__init__()
-        self.norm, self.mixer = nn.LayerNorm(8), mixer
-        self.mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.mixer(self.norm(x))
-        out: torch.Tensor = x + self.mlp(x)
-        return out
-
-
-class TurnedByALayer(nn.Module):
-    """Gives its tokens to the inner module in the order that a linear layer over them makes, and back."""
-
-    def __init__(self, inner: nn.Module, tokens: int) -> None:
-        super().__init__()
-        self.inner, self.turn = inner, nn.Linear(tokens, tokens, bias=False)
-        self.turn.weight.data = torch.eye(tokens).flip(0)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.turn(self.inner(self.turn(x.mT).mT).mT).mT
-        return out
-
-
-def look(model: nn.Module, x: torch.Tensor) -> Any:
-    mixers = {name: module for name, module in model.named_modules() if isinstance(module, Mamba)}
-    return standing.standing(model, Replay.of((x,), {}), mixers)
-
-
-def test_of_mixers_of_one_kind_one_runs_and_all_are_placed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = nn.Sequential(*[Perceptron(compiled()) for _ in range(4)]), torch.randn(1, 7, 8)
-    ran, own = [], Compiled.scanned
-
-    def counted(self: Compiled, *args: Any) -> torch.Tensor:
-        ran.append(self)
-        return own(self, *args)
-
-    monkeypatch.setattr(Compiled, "scanned", counted)
-    found = look(model, x)
-    assert len({id(module) for module in ran}) == 1
-    assert [(name, order.tolist()) for name, order in found.orders] == [
-        (f"{i}.mixer", [list(range(7))]) for i in range(4)
-    ]
-    assert found.doors == [f"{i}.mixer" for i in range(4)]
-
-
-@pytest.mark.parametrize("tokens", [7, 8])
-def test_tokens_turned_by_a_layer_over_them_are_caught_beside_cheap_layers_of_features(tokens: int) -> None:
-    turned = nn.Sequential(Perceptron(compiled()), TurnedByALayer(Perceptron(compiled()), tokens), nn.LayerNorm(8))
-    found = look(turned, torch.randn(1, tokens, 8))
-    assert found.moved == ["1.inner.mixer"]
-    orders = dict(found.orders)
-    assert orders["1.inner.mixer"].tolist() == [list(range(tokens))[::-1]]
-
-
-class WrittenOver(Perceptron):
-    """Adds to what a layer of features returned, in its place."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.mixer(self.norm(x))
-        out: torch.Tensor = self.mlp(x)
-        out += x
-        return out
-
-
-def test_what_a_layer_of_features_returned_may_be_written_over() -> None:
-    found = look(nn.Sequential(WrittenOver(compiled()), WrittenOver(compiled())), torch.randn(1, 7, 8))
-    assert not found.failed
-    assert found.whole == ["0.mixer", "1.mixer"]
-
-
-def test_cheap_gradients_of_layers_of_features_show_what_their_own_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(*[Perceptron(compiled()) for _ in range(3)], BothWays(compiled(), compiled()))
-    x = torch.randn(1, 7, 8)
-    cheap: list[bool] = []
-    own = standing.OnItsToken.apply
-    monkeypatch.setattr(standing.OnItsToken, "apply", lambda *args: (cheap.append(True), own(*args))[1])
-    found = look(model, x)
-    assert len(cheap) >= 6
-    standing._remembered.pop(model)
-    monkeypatch.setattr(standing._Pass, "_on_its_token", lambda self, x, weight, out, axis: out)
-    exact = look(model, x)
-    assert found.moved == exact.moved == ["3.backward_block.mixer"]
-    assert [(name, order.tolist()) for name, order in found.orders] == [(n, o.tolist()) for n, o in exact.orders]
-
-
-class Repeated(nn.Module):
-    """A block whose activations are computed again in the backward pass, a layer of features before its mixer."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.before, self.inner = nn.Linear(8, 8), inner
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = checkpoint(lambda t: self.inner(t + self.before(t)), x, use_reentrant=False)
-        return out
-
-
-def test_blocks_that_are_computed_again_get_the_same_gradients_again() -> None:
-    model = nn.Sequential(nn.LayerNorm(8), *[Repeated(Perceptron(compiled())) for _ in range(2)], nn.LayerNorm(8))
-    found = look(model, torch.randn(1, 7, 8))
-    assert not found.failed
-    assert [name for name, _ in found.orders] == ["1.inner.mixer", "2.inner.mixer"]
-    assert not found.moved
