@@ -8,7 +8,6 @@ import pytest
 import timm
 import torch
 from mamba_attn.integrations.timm_vit import TimmViTAdapter
-from timm.layers.attention import AttentionRope
 from timm.models.swin_transformer import WindowAttention
 from torch import nn
 
@@ -354,6 +353,7 @@ def test_other_attention_is_refused_with_the_number(attention: nn.Module) -> Non
 
 
 def test_rotary_positions_count_where_they_are_given() -> None:
+    AttentionRope = pytest.importorskip("timm.layers.attention").AttentionRope  # not in the oldest timm
     attention, x = AttentionRope(24, 3, num_prefix_tokens=0).eval(), torch.randn(2, 16, 24)
     assert refusal(Caller(attention), x) is None
     model = Caller(attention, rope=torch.randn(16, 16))
