@@ -226,8 +226,8 @@ class Index:
         grows = all(before < after for before, after in pairwise([0, *index.wanted]))
         if wrong or index.part < 1 or not grows:
             raise ValueError(wrong or f"part={index.part}, wanted={index.wanted}")
-        each = index.features if isinstance(index.features, list) else [0] * len(index.spans)
-        if len(each) != len(index.spans) or min([*each, 0 if each is index.features else index.features or 0]) < 0:
+        listed = index.features if isinstance(index.features, list) else [index.features or 0] * len(index.spans)
+        if len(listed) != len(index.spans) or min(listed, default=0) < 0:
             raise ValueError(f"features={index.features}")
         return index
 

@@ -47,7 +47,8 @@ def require_distinct(what: str, order: Tensor, tokens: int, *, padding: bool = F
     steps = order.detach().sort(dim=-1).values
     repeats = (steps[..., 1:] == steps[..., :-1]) & (steps[..., 1:] >= 0)
     found = torch.stack([steps[..., 0].min(), steps[..., -1].max(), repeats.any().to(steps.dtype)])
-    smallest, largest, repeated = found.tolist()  # waits once
+    transformed = torch._C._are_functorch_transforms_active()  # torch 2.5 then has no tolist()
+    smallest, largest, repeated = map(int, found) if transformed else found.tolist()  # waits once
     if smallest < (-1 if padding else 0):
         allowed = ", and -1 is a step without one" if padding else ""
         raise ValueError(f"{what} visits {smallest}..{largest}; tokens count from 0 to {tokens - 1}{allowed}.")

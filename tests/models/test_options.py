@@ -92,7 +92,7 @@ def test_timms_own_spellings_are_no_options():
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_what_an_option_can_be(name):
-    with torch.device("meta"):
+    with torch.device("cpu" if name == "vit_micro" else "meta"):  # old versions of timm ask a tensor for its number
         for size in (16, (16, 24), [16, 24]):
             model = create(name, image_size=size, num_classes=0, drop_path=0)
             assert model.image_size == (16, 24 if isinstance(size, tuple | list) else 16)
@@ -104,8 +104,8 @@ def test_numbers_at_their_least():
     with torch.device("meta"):
         create("vim_micro", depth=1, embed_dim=1, d_state=1, d_conv=1, expand=1, stride=1, patch_size=1, image_size=1)
         create("vmamba_micro", depths=(1,), dims=2, d_state=1, ssm_ratio=0.5, mlp_ratio=0.0, image_size=1)
-        create("vit_micro", depth=1, embed_dim=1, num_heads=1, patch_size=4, image_size=4, reg_tokens=0)
-        create("vit_micro", class_token=False, global_pool="avg")  # timm's option of this name is another one
+    create("vit_micro", depth=1, embed_dim=1, num_heads=1, patch_size=4, image_size=4, reg_tokens=0)
+    create("vit_micro", class_token=False, global_pool="avg")  # timm's option of this name is another one
 
 
 @pytest.mark.parametrize("size", [0, -5, (1, 2, 3)])

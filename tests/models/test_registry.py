@@ -137,7 +137,7 @@ def test_models_come_in_eval_mode(name):
 
 
 def test_vit_micro_is_timms_vision_transformer_of_the_same_size():
-    model = on_meta("vit_micro")
+    model = mamba_attn.models.create("vit_micro")  # old versions of timm make none on the meta device
     assert type(model).__module__ == "timm.models.vision_transformer"
     assert (model.pos_embed.shape, len(model.blocks)) == ((1, 257, 128), 12)
     assert (model.num_classes, model.image_size, model.global_pool) == (20, (128, 128), "token")

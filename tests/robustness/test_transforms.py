@@ -56,8 +56,10 @@ def test_a_trace_of_a_transformed_call_is_refused(model):
     images = torch.rand(2, 3, 32, 32)
     with pytest.raises(TraceError, match=r"torch\.func .* transforms this call"), mamba_attn.trace(model):
         torch.func.vmap(lambda image: model(image[None]))(images)
+    # before torch 2.7 a strict export is not told from a compilation: it fails in torch's words
+    exporting = {} if hasattr(torch.compiler, "is_exporting") else {"strict": False}
     with pytest.raises(TraceError, match=r"Export it outside the trace"), mamba_attn.trace(model):
-        torch.export.export(model, (images,))
+        torch.export.export(model, (images,), **exporting)
 
 
 def test_a_copy_made_inside_a_trace_is_plain(model):

@@ -196,7 +196,8 @@ def test_a_mixer_whose_values_are_all_nan_is_traced_and_compared_later() -> None
 
 
 def test_not_compared_while_code_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for name in ("is_compiling", "is_dynamo_compiling"):
+        monkeypatch.setattr(torch.compiler, name, lambda: True)
     run(Counted(), torch.randn(2, 5, 6))
     assert CALLS == []
 
