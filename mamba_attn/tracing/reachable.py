@@ -110,8 +110,10 @@ class _Answer(NamedTuple):
 
         That a door is reached stays so: to open it for nothing changes nothing.
         """
-        if self.of != of or self.reached or functions is None:
-            return self.of == of
+        if self.of != of:
+            return False
+        if self.reached or functions is None:
+            return True
         return self.functions == list(map(weakref.ref, functions))
 
 
@@ -143,7 +145,7 @@ _reaches: "weakref.WeakKeyDictionary[nn.Module, _Answer]" = weakref.WeakKeyDicti
 
 def _held_functions(modules: Collection[nn.Module]) -> Iterator[FunctionType]:
     """The functions that stand on modules themselves, methods put there included, and the forwards of their classes."""
-    kinds = {kind: kind.__module__.startswith("torch.nn.modules.") for kind in set(map(type, modules))}
+    kinds = {kind: kind.__module__.startswith("torch.nn.modules.") for kind in {type(module) for module in modules}}
     for module in modules:
         own = vars(module)
         for value in (own.get("forward"),) if kinds[type(module)] else own.values():
