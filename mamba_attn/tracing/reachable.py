@@ -15,6 +15,8 @@ from mamba_attn.tracing.running import modules_of
 
 _DEPTH = 4  # a model's file names a mixer's, that one a function's, and that one a compiled module
 _NO_DOORS = ("torch", "builtins", "numpy", "timm", "transformers", "einops", "typing", "functools")
+# nobody puts a door under a new name into these libraries' modules, and they are most of those that are loaded
+_FINISHED = {*sys.stdlib_module_names, "torch", "numpy", "scipy", "sympy"}
 _PREFIXES = ("selective_scan", "v2dmamba_scan")  # of the extensions' names; the second is 2DMamba's other recurrence
 CHUNK_SCANS = ("_mamba_chunk_scan_combined_fwd", "_mamba_chunk_scan_combined_bwd")  # of mamba_ssm's ssd_combined
 _ATTENTION = frozenset(
@@ -35,7 +37,7 @@ class Loaded(NamedTuple):
         modules: the modules.
         number: another one when a module has come or gone since, or has more names or fewer.
         values: of ``sys.modules``.
-        names: the modules' names.
+        names: those that the modules hold, where others may come to stand there.
         sizes: how many these are.
     """
 
@@ -58,7 +60,7 @@ def loaded_modules(just_now: Loaded | None = None) -> Loaded:
     values, last = list(sys.modules.values()), _loaded
     if len(values) != len(last.values) or not all(map(is_, values, last.values)):
         modules = [module for module in values if issubclass(type(module), ModuleType)]
-        names = list(map(vars, modules))
+        names = [own for own in map(vars, modules) if str(own.get("__name__")).partition(".")[0] not in _FINISHED]
         _loaded = Loaded(modules, next(_numbers), values, names, list(map(len, names)))
     elif (sizes := list(map(len, last.names))) != last.sizes:
         _loaded = last._replace(number=next(_numbers), sizes=sizes)
@@ -108,8 +110,10 @@ class _Answer(NamedTuple):
 
         That a door is reached stays so: to open it for nothing changes nothing.
         """
-        if self.of != of or self.reached or functions is None:
-            return self.of == of
+        if self.of != of:
+            return False
+        if self.reached or functions is None:
+            return True
         return self.functions == list(map(weakref.ref, functions))
 
 
@@ -141,7 +145,7 @@ _reaches: "weakref.WeakKeyDictionary[nn.Module, _Answer]" = weakref.WeakKeyDicti
 
 def _held_functions(modules: Collection[nn.Module]) -> Iterator[FunctionType]:
     """The functions that stand on modules themselves, methods put there included, and the forwards of their classes."""
-    kinds = {kind: kind.__module__.startswith("torch.nn.modules.") for kind in set(map(type, modules))}
+    kinds = {kind: kind.__module__.startswith("torch.nn.modules.") for kind in {type(module) for module in modules}}
     for module in modules:
         own = vars(module)
         for value in (own.get("forward"),) if kinds[type(module)] else own.values():

@@ -123,7 +123,7 @@ def versions(module: nn.Module) -> tuple[Any, ...]:
     It keeps nothing alive.
     """
     parts = modules_of(module).values()
-    kinds = list(map(type, parts))
+    kinds = [type(each) for each in parts]
     own = [kept for each in parts for kept in (each._parameters, each._buffers) if kept]
     tensors = [tensor for kept in own for tensor in kept.values() if tensor is not None]
     try:
