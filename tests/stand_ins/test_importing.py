@@ -69,7 +69,11 @@ def test_the_block_serves_and_then_forgets():
 def test_an_unused_block_changes_nothing():
     before = dict(sys.modules)
     with cpu_stand_ins():
-        assert dict(sys.modules) == {**before, **{n: m for n, m in sys.modules.items() if n.startswith("mamba_attn.")}}
+        inside = dict(sys.modules)
+    own = {name: module for name, module in sys.modules.items() if name.startswith("mamba_attn.")}
+    assert dict(sys.modules) == {**before, **own}
+    hidden = [name for name in before if name.partition(".")[0] == "triton"]  # which CUDA builds of torch load
+    assert inside == {name: module for name, module in {**before, **own}.items() if name not in hidden}
 
 
 def test_an_exception_ends_it_too():
