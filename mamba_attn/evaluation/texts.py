@@ -420,7 +420,7 @@ def area(probability: Callable[[Tensor], Tensor], ids: Tensor, order: Tensor, fi
         for row, count in enumerate(counts.tolist()):
             texts[row, order[:count]] = fill
         values = probability(texts)
-    return float(np.trapezoid(values.double().numpy(), counts / len(order)))
+    return float(torch.trapezoid(values.double(), torch.from_numpy(counts / len(order))))
 
 
 def _require_finite(values: Tensor) -> None:

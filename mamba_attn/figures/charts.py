@@ -239,7 +239,7 @@ def state_trajectory(
         "y": 0.03,
         "yanchor": "bottom",
         "font": {"size": 11},
-        "bgcolor": "#ffffffb0",
+        "bgcolor": "rgba(255, 255, 255, 0.7)",
     }
     return figure.update_layout(legend=legend, margin={"l": 50, "r": 15, "b": 60, "t": 70 if title else 40})
 

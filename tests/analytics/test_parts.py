@@ -97,7 +97,7 @@ def test_processes_that_decode_change_no_bit(place, tmp_path):
             assert np.abs(values - whole[name]).max() <= 1e-14 * max(1, np.abs(values).max()), name
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning", "ignore:This DataLoader will create")
 def test_a_zip_is_read_by_several_processes(tmp_path):
     selector = Path(cases.folder_of(tmp_path, 7))
     shutil.make_archive(str(tmp_path / "zipped"), "zip", selector)

@@ -15,7 +15,7 @@ from tests.attribution.vit.test_vit import build
 def scipy_ranks(maps):
     """Mean ranks, 0 to 1, image by image."""
     rows = [scipy.stats.rankdata(each.flatten().numpy()) - 1 for each in maps]
-    return torch.stack([torch.from_numpy(row / max(len(row) - 1, 1)) for row in rows]).view_as(maps)
+    return torch.stack([torch.from_numpy(row / max(len(row) - 1, 1)) for row in rows]).double().view_as(maps)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 1, 1, 3), (3, 1, 5, 4)])

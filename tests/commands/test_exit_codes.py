@@ -150,7 +150,10 @@ def test_sigterm_is_said_and_its_handler_goes(capsys):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_counts_though_what_tidies_up_fails(capsys, number, code):
+def test_a_signal_counts_though_what_tidies_up_fails(capsys, number, code, request):
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # as a shell starts what it puts behind
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, ignored))
+
     def interrupted():
         try:
             os.kill(os.getpid(), number)

@@ -400,6 +400,7 @@ NO_WEIGHTS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")  # of torch 2.15, which takes its time
 @pytest.mark.parametrize("kind", NO_WEIGHTS)
 def test_what_is_no_weights_is_refused_in_a_sentence(kind, tmp_path):
     pack, sentence = NO_WEIGHTS[kind]

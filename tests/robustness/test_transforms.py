@@ -32,7 +32,8 @@ def test_torch_func_differentiates_as_autograd_does(small):
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.func.jvp scripts something of its own
+# torch.func.jvp scripts something of its own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:`torch.jit.script` is deprecated:FutureWarning")
 def test_vmap_and_jvp(small):
     images, direction = torch.rand(3, 3, 32, 32), torch.rand(3, 3, 32, 32)
     with torch.no_grad():
