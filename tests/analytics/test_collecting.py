@@ -174,7 +174,7 @@ def test_the_batch_does_not_matter(tmp_path):
         stores.append(AttentionStore.open(tmp_path / str(batch)))
     for layer in stores[0].layers:
         one, four = (store.variance(layer, 1) for store in stores)
-        assert np.abs(one - four).max() <= 1e-6 * np.abs(one).max()
+        assert np.abs(one - four).max() <= 2e-6 * np.abs(one).max()
         # features of random weights are small differences of larger numbers, which a batch may round in another order
         few, many = (store.features(layer) for store in stores)
         assert np.abs(few - many).max() <= 1e-3 * np.abs(few).max()

@@ -110,7 +110,7 @@ def test_it_is_the_published_method(start):
     actual = TransformerAttribution(model, variant="lrp", start_layer=start).attribute(x, [0, 4, 2], grid=True)
     truth = torch.stack(truths)
     assert (truth.flatten(1).amax(1) > 1e-4).all()
-    torch.testing.assert_close(actual, truth, rtol=1e-5, atol=1e-6 * float(truth.max()))
+    torch.testing.assert_close(actual, truth, rtol=3e-5, atol=1e-6 * float(truth.max()))
 
 
 def test_relevance_is_conserved_from_block_to_block():

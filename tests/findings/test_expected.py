@@ -16,7 +16,7 @@ def test_students_t_is_scipys(freedom):
     for t in (0, 0.1, 0.7, 1, 2.5, 10, 80):
         assert tail(t, freedom) == pytest.approx(2 * stats.t.sf(t, freedom), abs=1e-13)
     for chance in (0.5, 0.05, 0.001):
-        assert quantile(freedom, chance) == pytest.approx(stats.t.isf(chance / 2, freedom), rel=1e-9)
+        assert quantile(freedom, chance) == pytest.approx(stats.t.isf(chance / 2, freedom), rel=5e-9)  # as scipy 1.11
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 20])
