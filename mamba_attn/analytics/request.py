@@ -94,7 +94,8 @@ class Request:
     def _require_features(self) -> None:
         """Refuse to keep matrices of images whose pixels would not be stored."""
         given, kept = self.features, self.kept
-        if given != "all" and given is not None and (isinstance(given, str | bool) or given < 0):
+        number = isinstance(given, int) and not isinstance(given, bool) and given >= 0
+        if not (number or given is None or given == "all"):
             raise ValueError(f"features={given!r}: expected a number from 0 on, or 'all'.")
         if self.featured is None or not kept:
             return
@@ -105,8 +106,8 @@ class Request:
             last = 1 + max(places[key] for key in kept)
         if last > self.featured:
             raise ValueError(
-                f"keep={self.keep!r}: it takes image {last}, and features and pixels are stored of the first "
-                f"{self.featured} alone; features={last} includes it."
+                f"keep={self.keep!r}: it needs image {last}, but features and pixels are stored only of the first "
+                f"{self.featured}; give features={last}."
             )
 
     @property

@@ -153,10 +153,10 @@ def test_the_plan_and_the_default(place, tmp_path):
 
 
 def test_what_does_not_fit_is_refused(place, tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"keep=6: it takes image 6, and .* the first 5 alone; features=6 includes it"):
+    with pytest.raises(ValueError, match=r"keep=6: it needs image 6, but .* only of the first 5; give features=6"):
         asked(place[0], keep=6)
     last = asked(place[0]).data.items[11].key
-    with pytest.raises(ValueError, match=r"it takes image 12"):
+    with pytest.raises(ValueError, match=r"it needs image 12"):
         asked(place[0], keep=[last])
     for wrong in (-1, "some", True):
         with pytest.raises(ValueError, match=r"features=.*: expected a number from 0 on, or 'all'"):
