@@ -8,6 +8,7 @@ import ctypes.util
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -78,14 +79,23 @@ class Compiler:
         self._check(status, f"{name} for {target}")
         try:
             flags = _strings([*options, f"--gpu-architecture={target}"])
-            status = self.library.nvrtcCompileProgram(program, len(flags), flags)
-            self._check(status, f"{name} for {target}", program)
+            self._check(self._compiled(program, flags), f"{name} for {target}", program)
             image = self._text(program, "PTX" if target.startswith("compute_") else "CUBIN")
             if not image:
                 raise BackendUnavailableError(f"NVRTC ({self.path}) returned no code for {name} and {target}.")
             return image
         finally:
             self.library.nvrtcDestroyProgram(ctypes.byref(program))
+
+    def _compiled(self, program: ctypes.c_void_p, flags: "ctypes.Array[ctypes.c_char_p]") -> int:
+        """Compile in a thread of its own: NVRTC 12.4 leaves its caller's in the "C" locale, where files are ASCII."""
+        found: list[int] = []
+        thread = threading.Thread(
+            target=lambda: found.append(self.library.nvrtcCompileProgram(program, len(flags), flags))
+        )
+        thread.start()
+        thread.join()
+        return found[0]
 
     def _check(self, status: int, what: str, program: ctypes.c_void_p | None = None) -> None:
         if status == 0:

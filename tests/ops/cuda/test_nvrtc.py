@@ -51,6 +51,32 @@ def test_machine_code(nvrtc: Compiler, architecture: int) -> None:
     assert b".text.scale" in image
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="locales of threads by glibc's names")
+def test_a_compiler_that_changes_the_locale_leaves_its_callers() -> None:
+    libc = ctypes.CDLL(None)
+    libc.newlocale.restype = libc.uselocale.restype = ctypes.c_void_p
+    libc.newlocale.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+    libc.uselocale.argtypes = (ctypes.c_void_p,)
+    seen = []
+
+    class Old(ctypes.CDLL):
+        """NVRTC 12.4, as far as locales go."""
+
+        def __init__(self) -> None:
+            pass
+
+        def nvrtcCompileProgram(self, program: object, count: int, flags: object) -> int:  # noqa: N802
+            libc.uselocale(libc.newlocale(0x1FBF, b"C", None))  # LC_ALL_MASK
+            seen.append(libc.uselocale(None))
+            return 6
+
+    before = libc.uselocale(None)
+    old = Compiler("libnvrtc.so.12", (12, 4), (80,), Old())
+    assert old._compiled(ctypes.c_void_p(), (ctypes.c_char_p * 0)()) == 6
+    assert seen != [before]
+    assert libc.uselocale(None) == before
+
+
 @pytest.mark.parametrize("architecture", [80, 90, 120])
 def test_ptx(nvrtc: Compiler, architecture: int) -> None:
     image = compiled(nvrtc, f"compute_{architecture}")
