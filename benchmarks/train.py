@@ -72,6 +72,12 @@ class Run:
         )
         self.options = options
         groups = zoo.decay_groups(self.model, RECIPE["weight_decay"])
+        self.soft = distil.read(args.teacher, train) if args.teacher else None
+        self.ema = ModelEmaV3(self.model, decay=RECIPE["ema_decay"], use_warmup=True)  # a copy, without a hook
+        components = self.soft.hints.shape[-1] if self.soft else 0
+        self.projection = distil.Projection(self.model, components) if components else None
+        if self.projection is not None:
+            groups.append({"params": list(self.projection.parameters()), "weight_decay": 0.0})
         self.optimizer = create_optimizer_v2(groups, opt="adamw", lr=args.lr, betas=tuple(RECIPE["betas"]))
         total = args.epochs * self.steps_per_epoch
         warmup = round(RECIPE["warmup"] * total)
@@ -84,11 +90,9 @@ class Run:
             t_in_epochs=False,
         )
         self.scheduler.step_update(0)
-        self.ema = ModelEmaV3(self.model, decay=RECIPE["ema_decay"], use_warmup=True)
         self.loss = nn.CrossEntropyLoss(label_smoothing=RECIPE["label_smoothing"])
         blend = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "label_smoothing": 0.0, "num_classes": self.batch}
         self.mixup = Mixup(prob=args.mixup, **blend) if args.mixup else None
-        self.soft = distil.read(args.teacher, train) if args.teacher else None
 
     @property
     def total(self) -> int:
@@ -99,7 +103,7 @@ class Run:
         """One optimisation step; returns its loss."""
         args, (epoch, place) = self.args, divmod(self.step, self.steps_per_epoch)
         chosen = images.chosen(self.train, self.batch, args.seed, epoch, place)
-        crops, taught = self.soft.of(epoch, chosen) if self.soft else (None, None)
+        crops, taught, hints = self.soft.of(epoch, chosen) if self.soft else (None, None, None)
         x, y = images.train_batch(self.train, args.pixels, self.batch, args.seed, epoch, place, crops)
         torch.manual_seed(
             args.seed * 1_000_003 + self.step
@@ -115,6 +119,8 @@ class Run:
         loss: Tensor = self.loss(logits.float(), y)
         if taught is not None:
             loss = distil.loss(logits.float(), taught, loss, mixing)
+        if self.projection is not None and hints is not None:
+            loss = loss + distil.hint_loss(self.projection(), hints, mixing)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"The loss is {loss.item()} at step {self.step}: lower --lr (it was {args.lr}) and take another --out."
@@ -132,7 +138,13 @@ class Run:
         """What may not change between a checkpoint and its continuation."""
         keys = ("name", "pixels", "epochs", "batch", "lr", "mixup", "seed", "options")
         crops = self.soft.card["crops"] if self.soft else 0
-        return {**{key: getattr(self.args, key) for key in keys}, "images": len(self.train), "crops": crops}
+        hints = self.soft.hints.shape[-1] if self.soft else 0
+        return {
+            **{key: getattr(self.args, key) for key in keys},
+            "images": len(self.train),
+            "crops": crops,
+            "hints": hints,
+        }
 
     def recipe(self) -> dict[str, Any]:
         """What a card says of the training."""
@@ -153,6 +165,7 @@ class Run:
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "projection": self.projection.state_dict() if self.projection else {},
         }
         partial = path.with_suffix(".partial")
         torch.save(state, partial)
@@ -177,6 +190,8 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.ema.module.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.projection is not None:
+            self.projection.load_state_dict(state["projection"])
         self.scheduler.step_update(self.step)
 
 

@@ -90,12 +90,14 @@ def test_targets_are_the_heads_answers_to_the_replayed_crops(splits, taught):
     head = np.load(taught / "head.npz")
     for epoch in range(4):
         chosen = images.chosen(split, 8, 0, epoch, 3)
-        rectangles, logits = targets.of(epoch, chosen)
+        rectangles, logits, hints = targets.of(epoch, chosen)
         np.testing.assert_array_equal(rectangles, distil.draw(split, epoch % 2)[chosen])
         cuts = [images.cut(split, index, rectangle) for index, rectangle in zip(chosen, rectangles, strict=True)]
         features = distil.features_of(Colours(), cuts, 24).half().float()
         expected = features @ torch.from_numpy(head["weight"]).T + torch.from_numpy(head["bias"])
         torch.testing.assert_close(logits, expected, rtol=2e-3, atol=0.02)  # bfloat16 depends on the batch
+        expected = features @ torch.from_numpy(head["basis"]) + torch.from_numpy(head["offset"])
+        torch.testing.assert_close(hints, expected, rtol=2e-3, atol=0.05)
         x, _ = images.train_batch(split, 16, 8, 0, epoch, 3, rectangles)
         again, _ = images.train_batch(split, 16, 8, 0, epoch, 3, rectangles)
         other, _ = images.train_batch(split, 16, 8, 0, epoch, 3)
@@ -187,8 +189,43 @@ def test_a_student_learns_from_the_teacher_and_its_card_names_it(splits, taught,
     card = json.loads((tmp_path / "run" / "vit_micro.json").read_text())
     assert card["recipe"]["teacher"]["license"].startswith("Apache-2.0")
     assert "2 fixed crops" in card["recipe"]["augmentation"]
-    with pytest.raises(ValueError, match=r"run with \{'crops': 2\}, this one has \{'crops': 0\}"):
+    with pytest.raises(ValueError, match=r"run with \{'crops': 2, 'hints': 6\}, this one has \{'crops': 0"):
         train.main(command[:-2])
+
+
+def test_components_are_the_directions_of_most_variance():
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.tensor([[1.0, 0.9, 0.0], [0.0, 0.3, 0.1]])
+    features = torch.randn(4000, 2, generator=generator) @ spread * torch.tensor([1.0, 1.0, 50.0]) + 7
+    basis, offset = distil.principal(features, 2)
+    hints = features @ basis + offset
+    expected = torch.from_numpy(np.linalg.svd(((features - features.mean(0)) / features.std(0)).numpy())[2][:2])
+    torch.testing.assert_close(hints.mean(0), torch.zeros(2), rtol=0, atol=1e-3)
+    assert hints.var(0)[0] > hints.var(0)[1] > 0
+    directions = (basis * features.std(0)[:, None]).T
+    torch.testing.assert_close((directions @ expected.T).abs().diagonal(), torch.ones(2), rtol=0, atol=2e-2)
+
+
+def test_hints_of_a_blend_are_blended_and_their_length_does_not_count():
+    teacher = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    mixing = torch.tensor([[0.5, 0.5], [0.0, 1.0]])
+    student = torch.tensor([[3.0, 6.0], [0.0, -1.0]])  # along the blend, and against
+    assert distil.hint_loss(student, teacher, mixing).item() == pytest.approx(3 * (0 + 2) / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("vit_micro", TINY), ("vim_micro", {"embed_dim": 16, "depth": 2}), ("vmamba_micro", {"dims": 8})],
+)
+def test_a_students_features_are_what_its_classifier_reads(name, options):
+    from benchmarks import zoo
+
+    model = zoo.create(name, num_classes=5, image_size=32, **options)
+    projection = distil.Projection(model, 7)
+    logits = model(torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    head = getattr(model, "classifier", model).head
+    torch.testing.assert_close(head(projection.read), logits)
+    assert projection().shape == (3, 7)
 
 
 def test_packages_without_the_teacher_are_refused(tmp_path):
