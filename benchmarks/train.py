@@ -30,15 +30,16 @@ from torch import Tensor, nn
 from benchmarks import distil, images, zoo
 from benchmarks.export import evaluate, export
 
+OPTIMIZERS = {
+    "adamw": {"optimizer": "AdamW", "betas": [0.9, 0.999]},
+    "muon": {"optimizer": "Muon (timm, nesterov) for matrices, AdamW for the rest", "betas": [0.9, 0.95]},
+}
 RECIPE = {
-    "optimizer": "AdamW",
     "weight_decay": 0.05,
-    "betas": [0.9, 0.999],
     "clip_norm": 1.0,
     "warmup": 0.15,
     "schedule": "cosine to 0",
     "label_smoothing": 0.1,
-    "drop_path": 0.05,
     "ema_decay": 0.999,
     "autocast": "bfloat16",
 }
@@ -67,9 +68,7 @@ class Run:
         self.step, self.wall, self.cpu = 0, 0.0, 0.0
         self.losses: list[float] = []  # of this epoch
         options = {"num_classes": len(train.classes), "image_size": args.pixels, **args.options}
-        self.model = zoo.create(
-            args.name, drop_path=RECIPE["drop_path"], weights=args.init, part=args.init_part, **options
-        )
+        self.model = zoo.create(args.name, drop_path=args.drop_path, weights=args.init, part=args.init_part, **options)
         self.options = options
         groups = zoo.decay_groups(self.model, RECIPE["weight_decay"])
         self.soft = distil.read(args.teacher, train) if args.teacher else None
@@ -78,7 +77,11 @@ class Run:
         self.projection = distil.Projection(self.model, components) if components else None
         if self.projection is not None:
             groups.append({"params": list(self.projection.parameters()), "weight_decay": 0.0})
-        self.optimizer = create_optimizer_v2(groups, opt="adamw", lr=args.lr, betas=tuple(RECIPE["betas"]))
+        betas = tuple(OPTIMIZERS[args.optimizer]["betas"])
+        if args.optimizer == "muon":
+            self.optimizer = create_optimizer_v2(zoo.muon_groups(groups), opt="nmuon", lr=args.lr, betas=betas)
+        else:
+            self.optimizer = create_optimizer_v2(groups, opt="adamw", lr=args.lr, betas=betas)
         total = args.epochs * self.steps_per_epoch
         warmup = round(RECIPE["warmup"] * total)
         self.scheduler = CosineLRScheduler(
@@ -136,7 +139,7 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """What may not change between a checkpoint and its continuation."""
-        keys = ("name", "pixels", "epochs", "batch", "lr", "mixup", "seed", "options")
+        keys = ("name", "pixels", "epochs", "batch", "lr", "optimizer", "drop_path", "mixup", "seed", "options")
         crops = self.soft.card["crops"] if self.soft else 0
         hints = self.soft.hints.shape[-1] if self.soft else 0
         return {
@@ -149,10 +152,11 @@ class Run:
     def recipe(self) -> dict[str, Any]:
         """What a card says of the training."""
         varied = self.train.collection.augmentation
+        recipe = {**OPTIMIZERS[self.args.optimizer], **RECIPE, "drop_path": self.args.drop_path}
         if self.soft is None:
-            return {**RECIPE, "augmentation": varied}
+            return {**recipe, "augmentation": varied}
         varied = f"{varied}; {self.soft.card['crops']} fixed crops of each image, by turns"
-        return {**RECIPE, "augmentation": varied, "teacher": self.soft.card}
+        return {**recipe, "augmentation": varied, "teacher": self.soft.card}
 
     def save(self, path: Path) -> None:
         """Write the checkpoint; a kill at any moment leaves the old or the new one."""
@@ -273,6 +277,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=int, default=30)
     add("--batch", type=int, default=64)
     add("--lr", type=float, default=2e-3)
+    add("--optimizer", choices=OPTIMIZERS, default="adamw")
+    add("--drop-path", type=float, default=0.05, help="rate of stochastic depth; 0 for a model that does not overfit")
     add("--mixup", type=float, default=0.0, help="share of the batches that mixup (0.2) or cutmix (1.0) blends")
     add("--teacher", type=Path, help="folder of distil.py: learn from its soft targets, on its crops")
     add("--seed", type=int, default=0)

@@ -71,3 +71,14 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
     names = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=names)
+
+
+def muon_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Parameter groups for timm's Muon: matrices that decay are Muon's, all else (vectors, taps, A) is AdamW's."""
+    found: list[dict[str, Any]] = []
+    for group in groups:
+        for matrices in (True, False):
+            chosen = [p for p in group["params"] if (p.ndim == 2 and group["weight_decay"] > 0) is matrices]
+            if chosen:
+                found.append({**group, "params": chosen, "use_fallback": not matrices})
+    return found

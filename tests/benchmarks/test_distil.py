@@ -2,10 +2,12 @@ import json
 
 import numpy as np
 import pytest
+import timm
+import timm.optim
 import torch
 from torch import nn
 
-from benchmarks import distil, images, train
+from benchmarks import distil, images, train, zoo
 from tests.benchmarks.cases import write_zip
 
 # the runs' own files hold float16, and may be of another size
@@ -176,11 +178,15 @@ def test_targets_of_other_images_and_of_an_unfinished_teacher_are_refused(splits
         distil.read(tmp_path, split)
 
 
-def test_a_student_learns_from_the_teacher_and_its_card_names_it(splits, taught, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_student_learns_from_the_teacher_and_its_card_names_it(splits, taught, tmp_path, optimizer):
+    if optimizer == "muon" and "nmuon" not in timm.optim.list_optimizers():
+        pytest.skip(f"timm {timm.__version__} has no Muon")
     threads = torch.get_num_threads()
     command = [
         "vit_micro", "--data", str(splits[0]), "--out", str(tmp_path / "run"), "--pixels", "16", "--epochs", "4",
-        "--batch", "16", "--options", json.dumps(TINY), "--mixup", "0.5", "--lr", "0.01", "--teacher", str(taught),
+        "--batch", "16", "--options", json.dumps(TINY), "--mixup", "0.5", "--lr", "0.01",
+        "--optimizer", optimizer, "--teacher", str(taught),
     ]  # fmt: skip
     train.main(command)
     torch.set_num_threads(threads)
@@ -189,6 +195,7 @@ def test_a_student_learns_from_the_teacher_and_its_card_names_it(splits, taught,
     card = json.loads((tmp_path / "run" / "vit_micro.json").read_text())
     assert card["recipe"]["teacher"]["license"].startswith("Apache-2.0")
     assert "2 fixed crops" in card["recipe"]["augmentation"]
+    assert ("Muon" in card["recipe"]["optimizer"]) == (optimizer == "muon")
     with pytest.raises(ValueError, match=r"run with \{'crops': 2, 'hints': 6\}, this one has \{'crops': 0"):
         train.main(command[:-2])
 
@@ -218,14 +225,24 @@ def test_hints_of_a_blend_are_blended_and_their_length_does_not_count():
     [("vit_micro", TINY), ("vim_micro", {"embed_dim": 16, "depth": 2}), ("vmamba_micro", {"dims": 8})],
 )
 def test_a_students_features_are_what_its_classifier_reads(name, options):
-    from benchmarks import zoo
-
     model = zoo.create(name, num_classes=5, image_size=32, **options)
     projection = distil.Projection(model, 7)
     logits = model(torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     head = getattr(model, "classifier", model).head
     torch.testing.assert_close(head(projection.read), logits)
     assert projection().shape == (3, 7)
+
+
+def test_muon_gets_the_matrices_that_decay_and_everything_is_trained_once():
+    model = zoo.create("vim_micro", num_classes=5, image_size=32, embed_dim=16, depth=1)
+    groups = zoo.muon_groups(zoo.decay_groups(model, 0.05))
+    names = {id(p): name for name, p in model.named_parameters()}
+    chosen = {names[id(p)]: group["use_fallback"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(chosen) == len(names)
+    muon = {name for name, fallback in chosen.items() if not fallback}
+    mixer = "layers.0.mixer."
+    assert {f"{mixer}in_proj.weight", f"{mixer}out_proj.weight", f"{mixer}x_proj.weight", "head.weight"} <= muon
+    assert not muon & {f"{mixer}A_log", f"{mixer}D", f"{mixer}conv1d.weight", "pos_embed", "patch_embed.proj.weight"}
 
 
 def test_packages_without_the_teacher_are_refused(tmp_path):
