@@ -9,7 +9,9 @@ replaced, or entries of them removed; all else (projections, convolutions, gates
 - mean: by their mean over training images;
 - another: by those of another image; a batch of images shares its donor, and batches are the units of the intervals;
 - none: by zero, so that a scan hands on D u alone;
-- within k: entries more than k steps apart in a route's own order are removed.
+- within k: entries more than k steps apart in a route's own order are removed;
+- own tap: the mixers' depthwise convolutions keep the tap of the token itself alone (a causal one's last, else the
+  middle), so that tokens meet in the scans and nowhere else.
 
 Answers lie in ``--work``, batch by batch, and a killed run resumes from there; ``--minutes`` ends it after a batch.
 """
@@ -19,7 +21,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial as bound
 from pathlib import Path
 from typing import Any
@@ -147,6 +149,25 @@ def changes(model: nn.Module, average: Matrices, donor: Matrices) -> Iterator[tu
     yield f"none|{EVERY}", knockout(model)
     for steps in STEPS:
         yield f"within {steps}|{EVERY}", knockout(model, beyond=steps)
+    yield f"own tap|{EVERY}", own_tap(model)
+
+
+@contextmanager
+def own_tap(model: nn.Module) -> Iterator[None]:
+    """Let depthwise convolutions read each token alone; their weights are put back at the end of the block."""
+    before = {}
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups == module.in_channels > 1:
+            before[module] = module.weight.data
+            causal = isinstance(module, nn.Conv1d)
+            kept = (-1,) if causal else tuple(size // 2 for size in module.kernel_size)
+            module.weight.data = torch.zeros_like(before[module])
+            module.weight.data[(..., *kept)] = before[module][(..., *kept)]
+    try:
+        yield
+    finally:
+        for module, weight in before.items():
+            module.weight.data = weight
 
 
 @torch.no_grad()

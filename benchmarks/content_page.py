@@ -51,7 +51,13 @@ def within(_: dict[str, Any]) -> str:
             for what in kept
         ),
     ]
+    lines += ["", *(_without_convolutions(name, model) for name, model in models.items())]
     return "\n".join(lines) + "\n"
+
+
+def _without_convolutions(name: str, model: dict[str, Any]) -> str:
+    change = model["changed"]["own tap"][EVERY]["change"]
+    return f"- {name}, convolutions in front of the scans reading each token alone: {_interval(change)} points."
 
 
 def _models() -> dict[str, Any]:
