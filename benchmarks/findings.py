@@ -5,8 +5,9 @@
                                                writes the tables of docs/findings.md
 
 ``--runs`` holds what benchmarks/train.py wrote: <order>/vmamba_micro.safetensors with its card, class_token_first/ and
-class_token_middle/vim_micro.safetensors, digits/<order>_<seed>/*.safetensors, and seeds/<seed>/*.safetensors, trainings
-that differ in their seed alone and tell what training does. A part whose runs are all missing there is taken from the
+class_token_middle/vim_micro.safetensors, digits/<order>_<seed>/*.safetensors, and those of benchmarks/series.py:
+seeds/<name>/*.safetensors, trainings that differ in their seed alone and tell what training does, and
+depths/<blocks>/vmamba_micro.safetensors. A part whose runs are all missing there is taken from the
 results as they are, without the numbers whose formula has changed since; the page says how it was measured. ``--data``
 holds imagenette128.zip and localise.zip. Stores, and what was measured of them, lie in ``--work``; a killed run resumes
 from there.
@@ -100,6 +101,13 @@ def trained_seeds(runs: Path) -> dict[str, list[Path]]:
     return found
 
 
+def trained_depths(runs: Path) -> dict[str, Path]:
+    """Weights of VMambas by their blocks, "2-2-4-2", the fewest first."""
+    found = {folder.name: path for folder in runs.glob("depths/*") if (path := weights_in(folder)) is not None}
+    blocks = {name: [int(count) for count in name.split("-")] for name in found}
+    return {name: found[name] for name in sorted(found, key=lambda name: (len(blocks[name]), blocks[name]))}
+
+
 def weights_in(folder: Path) -> Path | None:
     """The weights in the folder of a run, once it is finished: the card is written last."""
     return next((path for path in sorted(folder.glob("*.safetensors")) if path.with_suffix(".json").is_file()), None)
@@ -124,11 +132,12 @@ def run_findings(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
         for path in sorted(runs.glob("digits/*/*.safetensors"))
         if path.with_suffix(".json").is_file()
     }
+    depths = {f"depths {name}": ("vmamba_micro", str(path)) for name, path in trained_depths(runs).items()}
     seeds = {f"seeds {name}": (name, str(files[0])) for name, files in trained_seeds(runs).items()}
     parts = {
         "models": ({name: (name, "demo") for name in DEMOS}, OBJECTS), "orders": (objects, OBJECTS),
         "class tokens": (tokens, OBJECTS), "digits": (digits, DIGITS),
-        "trained seeds": (seeds, OBJECTS),
+        "trained seeds": (seeds, OBJECTS), "depths": (depths, OBJECTS),
     }  # fmt: skip
     details: dict[str, Any] = {"how": __doc__, "missing": missing(runs)}
     before = earlier(args.earlier) if args.earlier.is_file() and not args.quick else {}
@@ -151,7 +160,8 @@ def run_findings(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
         if part == "class tokens":
             details["class token rows"] = class_token_rows(args, stores)
     derive(details)
-    trained = {name: recipe(Path(path)) for name, (_, path) in {**objects, **tokens, **digits}.items()}
+    every_run = {**objects, **tokens, **digits, **seeds, **depths}
+    trained = {name: recipe(Path(path)) for name, (_, path) in every_run.items()}
     details["training"] = {**before.get("training", {}), **trained}
     own = orders_found or "reordered" not in before
     details["reordered"] = reordered(orders_found, data / OBJECTS, args.answers) if own else before["reordered"]

@@ -118,9 +118,13 @@ def class_token_maps(details: dict[str, Any]) -> str:
 
 
 def training(details: dict[str, Any]) -> str:
-    """How the models of orders, class tokens and digits were trained."""
+    """How the models that do not come with the package were trained."""
     lines = []
-    for kind, name in (("order", "each order"), ("class_token", "both class tokens"), ("digits", "digits")):
+    kinds = {
+        **{"order": "each order", "class_token": "both class tokens", "digits": "digits"},
+        **{"seeds": "seeds", "depths": "depths"},
+    }
+    for kind, name in kinds.items():
         found = [its for model, its in details["training"].items() if model.startswith(kind) and "epochs" in its]
         if found:
             sets = {key: sorted({its[key] for its in found}) for key in ("epochs", "pixels", "training_images", "seed")}
@@ -256,6 +260,8 @@ PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "paper": tables.paper,
     "recipes": training,
     "averaging": averaging,
+    "seeds": tables.seeds,
+    "depths": tables.depths,
     "order findings": tables.order_findings,
     "order pattern": order_pattern,
     "accuracy": accuracy,

@@ -51,7 +51,37 @@ def paper(details: dict[str, Any]) -> str:
 
 def order_findings(details: dict[str, Any]) -> str:
     """Every finding of the models trained in other orders."""
-    return _short_table(details["orders"])
+    return _short_table(details["orders"], [store["order"] for store in details["orders"]["stores"]])
+
+
+def depths(details: dict[str, Any]) -> str:
+    """Every finding of VMambas of several depths."""
+    part = details.get("depths", {"stores": []})
+    heads = []
+    for store in part["stores"]:
+        top1 = "" if store["accuracy"] is None else f" ({store['accuracy']:.1f} %)"
+        heads.append(f"{store['name'].removeprefix('depths ')}{top1}")
+    return _short_table(part, heads)
+
+
+def seeds(details: dict[str, Any]) -> str:
+    """What training does to every finding: trained models of several seeds less untrained ones."""
+    part = details.get("trained seeds", {"stores": []})
+    names = [store["name"].removeprefix("seeds ") for store in part["stores"]]
+    lines = [f"| | finding | {' | '.join(names)} |", "|" + "---|" * (2 + len(names))]
+    for name in part.get("findings", ()):
+        rows = [row_of(part, store, name) for store in part["stores"]]
+        if any(row and "training" in row for row in rows):
+            about = part["findings"][name]
+            lines.append(f"| {about['of']} | {about['title']} | {' | '.join(_trained(row) for row in rows)} |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else NOTHING
+
+
+def _trained(row: dict[str, Any] | None) -> str:
+    if row is None or "training" not in row:
+        return ""
+    marked = "!" if row["training_verdict"] in ("more", "less") else ""
+    return f"{shown(row['training'])}{marked}"
 
 
 def by_layer(details: dict[str, Any]) -> str:
@@ -92,10 +122,10 @@ def _findings_table(part: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n" if lines else NOTHING
 
 
-def _short_table(part: dict[str, Any]) -> str:
+def _short_table(part: dict[str, Any], heads: list[str]) -> str:
     if not part["stores"]:
         return NOTHING
-    lines = ["| | finding | " + " | ".join(store["order"] for store in part["stores"]) + " |"]
+    lines = ["| | finding | " + " | ".join(heads) + " |"]
     lines.append("|" + "---|" * (2 + len(part["stores"])))
     for name in part["findings"]:
         rows = [row_of(part, store, name) for store in part["stores"]]

@@ -14,7 +14,7 @@ from mamba_attn.findings.intervals import LEVEL, Estimate
 from mamba_attn.findings.registry import FINDINGS
 from mamba_attn.findings.tables import row_as_json
 
-PARTS = ("models", "orders", "class tokens", "digits", "trained seeds")
+PARTS = ("models", "orders", "class tokens", "digits", "trained seeds", "depths")
 
 
 def derive(details: dict[str, Any]) -> None:

@@ -57,6 +57,12 @@ def runs(tmp_path):
         save(tmp_path / "seeds" / str(seed), "vmamba_micro", options, names)
         for path in (tmp_path / "seeds" / str(seed)).iterdir():
             path.rename(path.with_stem("vmamba_micro"))
+    (tmp_path / "depths").mkdir()
+    for depths in ((1, 1, 1), (1, 2)):
+        folder = tmp_path / "depths" / "-".join(map(str, depths))
+        save(folder, "vmamba_micro", {**options, "depths": depths}, names)
+        for path in folder.iterdir():
+            path.rename(path.with_stem("vmamba_micro"))
     for token in ("first", "middle"):
         size = {**cases.OPTIONS["vim_micro"], "image_size": (48, 48), "depth": 3}
         save(tmp_path / f"class_token_{token}", "vim_micro", {**size, "class_token": token}, names)
@@ -93,7 +99,7 @@ def test_all_is_measured_and_the_page_is_written_from_it(runs, tmp_path, monkeyp
     parser = argparse.ArgumentParser()
     findings.add_options(parser)
     args = parser.parse_args(["--data", str(data), "--runs", str(runs), "--work", str(tmp_path / "work")])
-    args.images, args.seeds, args.answers, args.quick, args.out = 2, 1, 3, False, tmp_path / "out"
+    args.images, args.seeds, args.answers, args.quick, args.out = 2, 2, 3, False, tmp_path / "out"
     monkeypatch.setattr(
         findings, "draw", drawn := lambda *a: None if a[1].startswith("findings_matrices") else _drawn(*a)
     )
@@ -106,10 +112,17 @@ def test_all_is_measured_and_the_page_is_written_from_it(runs, tmp_path, monkeyp
     row = next(row for row in seeds["rows"] if (row["finding"], row["place"]) == ("entropy", "all"))
     assert len(row["others"]) == 1
     assert "others" not in next(row for row in found["orders"]["stores"][0]["rows"] if row["finding"] == "entropy")
+    assert [store["name"] for store in found["depths"]["stores"]] == ["depths 1-2", "depths 1-1-1"]
+    assert [len(store["depths"]) for store in found["depths"]["stores"]] == [3, 3]
     page = written(PAGE.read_text(), json.loads(json.dumps(found)))
     assert "top-1 of 2 models in 2 orders differs by 1.00 points" in page
     assert re.search(r"- morton: [-0-9.]+ \[.*\], so rows follow (the order|the raster|undecided); untrained", page)
     assert page.count("| class_token_") == 2
+    depths = re.search(r"<!-- depths.*?end -->", page, re.DOTALL)[0]
+    assert "| 1-2 | 1-1-1 |" in depths
+    assert re.search(r"\|  \| entropy \| [0-9.]+ \([0-9.]+\)!? \| [0-9.]+ \([0-9.]+\)!? \|", depths)
+    trained = re.search(r"<!-- seeds.*?end -->", page, re.DOTALL)[0]
+    assert ("| entropy | " in trained) == ("training" in row)
     table = found["reordered"]["top1"]
     assert np.shape(table) == (2, 2)
     assert found["reordered"]["images"] == 3
