@@ -141,9 +141,27 @@ def _decode(data: Path, name: str, cache: Path) -> Path:
     return stem
 
 
-def chosen(images: Images, batch: int, seed: int, epoch: int, step: int) -> np.ndarray:
-    """(batch,) indices of the images of a step; the last, incomplete batch of an epoch is dropped."""
-    order = np.random.default_rng((seed, epoch)).permutation(len(images))
+def chosen(images: Images, batch: int, seed: int, epoch: int, step: int, balance: float = 0.0) -> np.ndarray:
+    """(batch,) indices of the images of a step; the last, incomplete batch of an epoch is dropped.
+
+    Args:
+        images: of the collection.
+        batch: images per step.
+        seed: of the order.
+        epoch: of the order.
+        step: within the epoch.
+        balance: images of a class of n come in proportion to n ** -balance: 0 shows each once per epoch, 1 shows all
+            classes equally often, the images of large ones not in every epoch.
+    """
+    drawn = np.random.default_rng((seed, epoch))
+    order = drawn.permutation(len(images))
+    if balance:
+        classes = images.table[:, 4]
+        weights = np.bincount(classes)[classes].astype(float) ** -balance
+        ends = np.cumsum(weights[order]) * (len(images) / weights.sum())
+        times = np.diff(np.floor(ends + drawn.random()), prepend=0).astype(int)  # as often as its weight, within one
+        order = drawn.permutation(np.repeat(order, np.maximum(times, 0)))[: len(images)]
+        order = np.concatenate([order, order[: len(images) - len(order)]])
     return order[step * batch : (step + 1) * batch]
 
 
@@ -163,25 +181,24 @@ def cut(images: Images, index: int, rectangle: Sequence[int]) -> Tensor:
 
 
 def train_batch(
-    images: Images, pixels: int, batch: int, seed: int, epoch: int, step: int, crops: np.ndarray | None = None
+    images: Images, pixels: int, indices: np.ndarray, seed: int, epoch: int, step: int, crops: np.ndarray | None = None
 ) -> tuple[Tensor, Tensor]:
     """One augmented batch: (batch, 3, pixels, pixels) normalised images and (batch,) labels.
 
-    Order and augmentation depend on (seed, epoch, step) alone, so that a resumed run sees the same batches.
+    Augmentation depends on (seed, epoch, step) alone, as ``chosen`` does, so that a resumed run sees the same batches.
 
     timm's recipe on uint8 tensors, since the images are kept decoded: random crops (the collection's scale and ratio)
     or those given, (batch, 4) rectangles; antialiased bilinear resize, horizontal flip with probability 1/2 where the
     collection has it; brightness, contrast and saturation jittered by up to 0.2, always in this order (timm shuffles
     it).
     """
-    indices = chosen(images, batch, seed, epoch, step)
     random.seed(f"{seed} {epoch} {step}")  # timm draws from the global generator
     resized = []
     for place, index in enumerate(indices):
         crop = cut(images, index, rectangle(images, index) if crops is None else crops[place])
         crop = F.interpolate(crop, size=(pixels, pixels), mode="bilinear", antialias=True)
         resized.append(crop.flip(-1) if random.random() < 0.5 and images.collection.flip else crop)
-    factors = np.random.default_rng((seed, epoch, step, 1)).uniform(0.8, 1.2, (3, batch, 1, 1, 1))
+    factors = np.random.default_rng((seed, epoch, step, 1)).uniform(0.8, 1.2, (3, len(indices), 1, 1, 1))
     return normalise(_jitter(_to_float(torch.cat(resized)), torch.from_numpy(factors).float())), images.labels[indices]
 
 

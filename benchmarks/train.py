@@ -105,9 +105,9 @@ class Run:
     def advance(self) -> float:
         """One optimisation step; returns its loss."""
         args, (epoch, place) = self.args, divmod(self.step, self.steps_per_epoch)
-        chosen = images.chosen(self.train, self.batch, args.seed, epoch, place)
+        chosen = images.chosen(self.train, self.batch, args.seed, epoch, place, args.balance)
         crops, taught, hints = self.soft.of(epoch, chosen) if self.soft else (None, None, None)
-        x, y = images.train_batch(self.train, args.pixels, self.batch, args.seed, epoch, place, crops)
+        x, y = images.train_batch(self.train, args.pixels, chosen, args.seed, epoch, place, crops)
         torch.manual_seed(
             args.seed * 1_000_003 + self.step
         )  # drop path; from the step alone, so that resuming is exact
@@ -139,7 +139,19 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """What may not change between a checkpoint and its continuation."""
-        keys = ("name", "pixels", "epochs", "batch", "lr", "optimizer", "drop_path", "mixup", "seed", "options")
+        keys = (
+            "name",
+            "pixels",
+            "epochs",
+            "batch",
+            "lr",
+            "optimizer",
+            "drop_path",
+            "mixup",
+            "balance",
+            "seed",
+            "options",
+        )
         crops = self.soft.card["crops"] if self.soft else 0
         hints = self.soft.hints.shape[-1] if self.soft else 0
         return {
@@ -152,7 +164,12 @@ class Run:
     def recipe(self) -> dict[str, Any]:
         """What a card says of the training."""
         varied = self.train.collection.augmentation
-        recipe = {**OPTIMIZERS[self.args.optimizer], **RECIPE, "drop_path": self.args.drop_path}
+        recipe = {
+            **OPTIMIZERS[self.args.optimizer],
+            **RECIPE,
+            "drop_path": self.args.drop_path,
+            "balance": self.args.balance,
+        }
         if self.soft is None:
             return {**recipe, "augmentation": varied}
         varied = f"{varied}; {self.soft.card['crops']} fixed crops of each image, by turns"
@@ -280,6 +297,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--optimizer", choices=OPTIMIZERS, default="adamw")
     add("--drop-path", type=float, default=0.05, help="rate of stochastic depth; 0 for a model that does not overfit")
     add("--mixup", type=float, default=0.0, help="share of the batches that mixup (0.2) or cutmix (1.0) blends")
+    add("--balance", type=float, default=0.0, help="show images of a class of n in proportion to n ** -balance")
     add("--teacher", type=Path, help="folder of distil.py: learn from its soft targets, on its crops")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=1, help="two runs of one thread each beat one run of two")

@@ -100,9 +100,9 @@ def test_targets_are_the_heads_answers_to_the_replayed_crops(splits, taught):
         torch.testing.assert_close(logits, expected, rtol=2e-3, atol=0.02)  # bfloat16 depends on the batch
         expected = features @ torch.from_numpy(head["basis"]) + torch.from_numpy(head["offset"])
         torch.testing.assert_close(hints, expected, rtol=2e-3, atol=0.05)
-        x, _ = images.train_batch(split, 16, 8, 0, epoch, 3, rectangles)
-        again, _ = images.train_batch(split, 16, 8, 0, epoch, 3, rectangles)
-        other, _ = images.train_batch(split, 16, 8, 0, epoch, 3)
+        x, _ = images.train_batch(split, 16, chosen, 0, epoch, 3, rectangles)
+        again, _ = images.train_batch(split, 16, chosen, 0, epoch, 3, rectangles)
+        other, _ = images.train_batch(split, 16, chosen, 0, epoch, 3)
         assert torch.equal(x, again)
         assert not torch.equal(x, other)
     assert not np.array_equal(targets.crops[0], targets.crops[1])
@@ -112,7 +112,7 @@ def test_a_batch_shows_the_crops_it_is_given(splits):
     _, split, _ = splits
     chosen = images.chosen(split, 6, 0, 0, 0)
     rectangles = np.array([(3, 5, 20, 17)] * 6)
-    x, labels = images.train_batch(split, 20, 6, 0, 0, 0, rectangles)
+    x, labels = images.train_batch(split, 20, chosen, 0, 0, 0, rectangles)
     assert labels.tolist() == split.labels[chosen].tolist()
     corner = images.cut(split, int(chosen[0]), (3, 5, 20, 17))
     assert torch.equal(corner, split.image(int(chosen[0]))[..., 3:23, 5:22])

@@ -64,7 +64,7 @@ def test_digits_are_read_from_a_folder_of_a_zip_and_never_mirrored(tmp_path):
     assert split.classes == ["0", "1"]
     assert split.labels.tolist() == [0, 1] * 4
     for epoch in range(4):
-        x, _ = images.train_batch(split, 32, 8, 0, epoch, 0)
+        x, _ = images.train_batch(split, 32, images.chosen(split, 8, 0, epoch, 0), 0, epoch, 0)
         assert bool((x[..., 20:].mean((1, 2, 3)) > x[..., :12].mean((1, 2, 3))).all())
 
 
@@ -77,12 +77,30 @@ def test_an_epoch_visits_every_image_once_in_an_order_of_its_own(data, tmp_path)
     split = images.load(data, tmp_path, "train")
     orders = []
     for seed, epoch in ((0, 0), (0, 1), (1, 0)):
-        labels = torch.cat([images.train_batch(split, 16, 4, seed, epoch, step)[1] for step in range(5)])
+        shown = [images.chosen(split, 4, seed, epoch, step) for step in range(5)]
+        labels = torch.cat([images.train_batch(split, 16, its, seed, epoch, step)[1] for step, its in enumerate(shown)])
         assert labels.bincount().tolist() == [6, 6, 4, 4]
         orders.append(labels.tolist())
     assert orders[0] != orders[1] != orders[2] != orders[0]
-    first, again = (images.train_batch(split, 16, 4, 0, 1, 2) for _ in range(2))
+    first, again = (images.train_batch(split, 16, images.chosen(split, 4, 0, 1, 2), 0, 1, 2) for _ in range(2))
     assert torch.equal(first[0], again[0])
+
+
+def test_balanced_epochs_show_small_classes_more_often_and_forget_no_image_of_them():
+    counts = np.array([5, 40, 320])
+    table = np.zeros((counts.sum(), 5), np.int64)
+    table[:, 4] = np.repeat(np.arange(3), counts)
+    split = images.Images([], table, ["a", "b", "c"])
+    for balance in (0.0, 0.5, 1.0):
+        steps = len(split) // 5
+        shown = np.stack([images.chosen(split, 5, 3, 1, step, balance) for step in range(steps)])
+        share = np.bincount(split.table[shown.ravel(), 4], minlength=3) / shown.size
+        expected = counts ** (1 - balance) / (counts ** (1 - balance)).sum()
+        np.testing.assert_allclose(share, expected, atol=0.01)
+        assert set(range(45)) <= set(shown.ravel().tolist())
+        assert np.array_equal(images.chosen(split, 5, 3, 1, 2, balance), shown[2])
+    spread = np.bincount(shown.ravel(), minlength=len(split))[45:]  # of the largest class, none comes twice
+    assert spread.max() == 1
 
 
 def test_evaluation_is_resize_and_centre_crop(data, tmp_path):
