@@ -1,0 +1,298 @@
+"""What each token hands every other through one mixer, as vectors: T_i(x_j), whose sizes LaTIM shows.
+
+``InteractionRecorder`` also keeps the norms and projections of a pass, among which the mixer's own are found by number.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mamba_attn._types import Float, Int
+from mamba_attn.attribution.implicit_at_doors import ACTIVATIONS, as_tokens, plain
+from mamba_attn.attribution.implicit_map import Implicit, MixerRecorder
+from mamba_attn.core.rules import LINEAR, NORM, TOKENS
+from mamba_attn.core.scan_record import ScanRecord
+from mamba_attn.errors import TraceError, UnsupportedModelError
+from mamba_attn.ops.channel_rows import channel_rows
+from mamba_attn.tracing.door_layers import DoorLayer
+from mamba_attn.tracing.layers import ScanLayer
+
+
+class Event(NamedTuple):
+    """A norm or linear layer with its input and output, or, without a module, a product of two tensors."""
+
+    module: nn.Module | None
+    x: Tensor
+    y: Tensor
+
+
+class InteractionRecorder(MixerRecorder):
+    """Records norms, linear layers and products too, and where among them the scans are."""
+
+    wants: ClassVar[frozenset[str]] = frozenset({LINEAR, TOKENS, NORM})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._events: list[Event] = []
+        self._places: dict[object, int] = {}
+
+    def before(self, layer: ScanLayer) -> list[Event]:
+        """Return what was computed between the scan before a layer's and its own, the last first."""
+        own = self._places[_scans(layer)[0]]
+        start = max((place for place in self._places.values() if place < own), default=0)
+        return self._events[start:own][::-1]
+
+    def after(self, layer: ScanLayer) -> list[Event]:
+        """Return what was computed between a layer's scan and the next."""
+        own = self._places[_scans(layer)[-1]]
+        return self._events[own : min((place for place in self._places.values() if place > own), default=None)]
+
+    def scanned(self, call: object, layer: str, x: Tensor) -> None:
+        """Note the place of a scan at a door."""
+        super().scanned(call, layer, x)
+        self._places[call] = len(self._events)
+
+    def scan(self, record: ScanRecord) -> ScanRecord:
+        """Note the place of a scan."""
+        self._places[record] = len(self._events)
+        return super().scan(record)
+
+    def norm(self, module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Record a norm's input, a copy, since residual streams are added to in place, and its output."""
+        given = x.detach().clone()
+        y = super().norm(module, x, call)
+        self._events.append(Event(module, given, y.detach()))
+        return y
+
+    def linear(self, module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+        """Record a linear layer's input and output."""
+        y = super().linear(module, x, call)
+        if isinstance(module, nn.Linear) or set(getattr(module, "kernel_size", ())) == {1}:
+            self._events.append(Event(module, x.detach(), y.detach()))
+        return y
+
+    def gate(self, y: Tensor, gate: Tensor) -> Tensor:
+        """Record a gate's factors."""
+        self._events.append(Event(None, y.detach(), gate.detach()))
+        return super().gate(y, gate)
+
+    def multiplied(self, a: Tensor, b: Tensor) -> None:
+        """Record a product."""
+        super().multiplied(a, b)
+        self._events.append(Event(None, a.detach(), b.detach()))
+
+
+def _scans(layer: ScanLayer) -> list[Any]:
+    return list(layer.calls) if isinstance(layer, DoorLayer) else [layer.scan]
+
+
+class Interactions:
+    """The vectors of one mixer, and the residual stream around it.
+
+    With u' the surrogate of what the scans take in, in which the activation acts on every tap of the convolution alone,
+
+        T_i(x_j) = W (s_i * (sum_r sum_taps (alpha_r + diag(D_r))[i, k] f(w_tap x_j)))
+
+    in the token frame, k the token whose tap reads j; s_i the gate, and where a norm comes before the projection W its
+    weight over its denominator, held fixed, which is linear too. Their sum over j is the mixer's output less its biases
+    where f is linear.
+
+    Args:
+        layer: the layer.
+        recorder: of its pass.
+        called: the name of the method, for messages.
+
+    Attributes:
+        stream: (batch, features, tokens), what enters the block: its residual stream.
+        output: (batch, features, tokens), what the mixer returned.
+
+    Raises:
+        UnsupportedModelError: no such convolution, projection or stream was found.
+    """
+
+    def __init__(self, layer: ScanLayer, recorder: InteractionRecorder, called: str) -> None:
+        self._layer, self._called = layer, called
+        self._implicit = implicit = Implicit(layer, recorder, called=called)
+        # half of the digits of what the model computed in
+        self._rounding = torch.finfo(layer.scan.source_u.dtype).eps ** 0.5
+        self._taps = list(self._surrogates())
+        self._steps: list[Tensor | None] = [] if implicit.gate is None else [implicit.gate]
+        self._weight, self.output = self._projection(recorder.after(layer))
+        self.stream = self._stream(recorder.before(layer))
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return self._implicit.scan.tokens
+
+    @property
+    def width(self) -> int:
+        """How many numbers a pair of tokens takes."""
+        return max(self._implicit.scan.channels, len(self._weight))
+
+    def vectors(self, image: int, rows: Int[Tensor, " rows"]) -> Float[Tensor, "features rows tokens"]:
+        """Return T_i(x_j) of some tokens i and all j of one image.
+
+        Args:
+            image: its number.
+            rows: tokens, each once.
+        """
+        implicit, one = self._implicit, slice(image, image + 1)
+        scan = implicit.scan.select_images(one)
+        diagonal = torch.arange(len(rows), device=rows.device)
+        total = implicit.x.new_zeros(implicit.x.shape[1], len(rows), self.tokens)
+        for routes, stays, handed in self._taps:
+            part = scan.select_routes(routes)
+            alpha = channel_rows(part, rows)[0]
+            skip = implicit.skip_of(part)
+            if skip is not None:
+                alpha[:, diagonal, rows] += skip[:, None]
+            if stays is not None:
+                alpha *= stays[image, :, None]
+            for columns, readers, values in handed:
+                total[..., columns].addcmul_(alpha[..., readers], values[image, :, None])
+        for step in self._steps:
+            if step is None:
+                total -= total.mean(0)
+            else:
+                total *= step[image, :, rows, None]
+        return (self._weight @ total.flatten(1)).unflatten(1, total.shape[1:])
+
+    def _surrogates(self) -> Iterator[tuple[slice, Tensor | None, list["_Handed"]]]:
+        """Per convolution: the routes that it feeds, which of its outputs they take in, and what taps hand on."""
+        implicit = self._implicit
+        for taps in implicit.taps():
+            p, u = (implicit.placed(values, taps) for values in (implicit.p, implicit.scan.source_u.to(implicit.p)))
+            stays = (u != 0) | (p == 0)  # texts: the scan takes in zeros where there is padding
+            act = self._activation(p[stays], u[stays])
+            weight = taps.weight.to(p).unsqueeze(2)
+            handed = [
+                _handed(source[inside], inside.nonzero().flatten(), act(weight[:, tap] * implicit.x))
+                for tap, (source, inside) in enumerate(zip(taps.source, taps.inside, strict=True))
+                if bool(inside.any())
+            ]
+            yield taps.routes, None if bool(stays.all()) else stays, handed
+
+    def _activation(self, p: Tensor, u: Tensor) -> Callable[[Tensor], Tensor]:
+        """The activation between a convolution and the scan."""
+        error, act = min(((float((act(p) - u).abs().max()), act) for act in ACTIVATIONS), key=lambda pair: pair[0])
+        if error > self._rounding * float(u.abs().max()):
+            raise UnsupportedModelError(
+                f"{self._called}: what the scans of {self._layer.name} take in is no SiLU, GELU or ReLU of their "
+                "convolution's output; use ImplicitAttention, or name other layers with layers=."
+            )
+        return act
+
+    def _projection(self, after: list[Event]) -> tuple[Tensor, Tensor]:
+        """The projection's weight and what the mixer returned; notes what is multiplied in between."""
+        now = self._implicit.apply(self._implicit.x) + self._implicit.constant()
+        for module, x, y in after:
+            if module is None:
+                now = self._multiplied(now, x, y)
+                continue
+            factor, number = self._times(now, x)
+            if factor is None:
+                continue
+            own, bias = (
+                None if each is None else plain(each, now).flatten(1 if each.ndim > 1 else 0)
+                for each in (getattr(module, "weight", None), getattr(module, "bias", None))
+            )
+            bias = 0 if bias is None else bias[:, None]
+            if own is not None and own.ndim > 1:
+                return self._returned(own * factor, own @ (now * factor) + bias)
+            own = 1 if own is None else own[:, None]
+            found = as_tokens(y, now)[number].to(now)
+            for centred in (True, False):
+                base = own * (now - now.mean(1, keepdim=True) if centred else now)
+                over = ((found - bias) * base).sum(1, keepdim=True) / base.square().sum(1, keepdim=True)
+                if self._same(base * over, found - bias):
+                    self._steps += [None] if centred else []
+                    self._steps.append((over * own).expand_as(now))
+                    now = found
+                    break
+        raise UnsupportedModelError(
+            f"{self._called}: no linear layer was seen that receives what the scans of {self._layer.name} give, with "
+            "gates and one layer norm or RMS norm between them at most; use ImplicitAttention, or name other layers "
+            "with layers=."
+        )
+
+    def _multiplied(self, now: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """The product of two factors if one of them is what there is now."""
+        for own, other in ((a, b), (b, a)):
+            factor, number = self._times(now, own)
+            if factor is not None:
+                step = as_tokens(other, now)[number].to(now) * factor
+                self._steps.append(step)
+                return now * step
+        return now
+
+    def _returned(self, weight: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        """A projection's weight and output, times the mixer's layer scale."""
+        try:
+            output = self._layer.output
+        except TraceError:  # at a door, or a mixer that returns several
+            return weight, mixed
+        for its in as_tokens(output, mixed):
+            scale = (its.to(mixed) * mixed).sum((0, 2)) / mixed.square().sum((0, 2))
+            if self._same(its, mixed):
+                return weight, mixed
+            if self._same(its, mixed * scale[:, None]):
+                return weight * scale[:, None], mixed * scale[:, None]
+        raise UnsupportedModelError(
+            f"{self._called}: what {self._layer.name} returns is not the output of the linear layer behind its scans; "
+            "use ImplicitAttention, or name other layers with layers=."
+        )
+
+    def _stream(self, before: list[Event]) -> Tensor:
+        """The input of the norm whose output the mixer's own linear layers receive."""
+        linear: list[Event] = []
+        for event in before:
+            if isinstance(event.module, nn.Linear | nn.Conv1d | nn.Conv2d):
+                linear.append(event)
+            elif event.module is not None:
+                for layer in linear:
+                    found = as_tokens(event.x, self.output)
+                    if (
+                        found
+                        and layer.x.numel() == event.y.numel()
+                        and self._same(layer.x, event.y.reshape(layer.x.shape))
+                    ):
+                        return found[0 if isinstance(layer.module, nn.Linear) else -1].to(self.output)
+        raise UnsupportedModelError(
+            f"{self._called}: the residual stream around {self._layer.name} was not seen, because no norm module makes "
+            "what the mixer receives; use ImplicitAttention, or name other layers with layers=."
+        )
+
+    def _times(self, now: Tensor, x: Tensor) -> tuple[Tensor | None, int]:
+        """How many times as large x is, and how it is read as tokens; None if it is something else."""
+        for number, its in enumerate(as_tokens(x, now)):
+            factor = (its.to(now) * now).sum() / now.square().sum()
+            if bool(factor != 0) and self._same(its, now * factor):
+                return factor, number
+        return None, 0
+
+    def _same(self, a: Tensor, b: Tensor) -> bool:
+        return bool((a.to(b) - b).abs().max() <= self._rounding * b.abs().max())
+
+
+class _Handed(NamedTuple):
+    """What one tap hands on: the tokens that are read, those that read them, and f(w x) of the former.
+
+    Indices of an axis; slices where all are as far apart, which convolutions along the order of tokens are.
+    """
+
+    columns: slice
+    readers: slice | Tensor
+    values: Float[Tensor, "batch channels _columns"]
+
+
+def _handed(columns: Tensor, readers: Tensor, values: Float[Tensor, "batch channels tokens"]) -> _Handed:
+    masked = torch.zeros_like(values).index_copy(2, columns, values.index_select(2, columns))
+    apart = (readers - columns).unique()
+    if len(apart) == 1:
+        low, high, step = int(columns.min()), int(columns.max()) + 1, int(apart)
+        return _Handed(slice(low, high), slice(low + step, high + step), masked[..., low:high])
+    every = torch.zeros(values.shape[2], dtype=torch.long, device=columns.device).index_copy(0, columns, readers)
+    return _Handed(slice(None), every, masked)
