@@ -15,7 +15,7 @@ from mamba_attn.attribution.implicit_map import Implicit, MixerRecorder
 from mamba_attn.core.rules import LINEAR, NORM, TOKENS
 from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import TraceError, UnsupportedModelError
-from mamba_attn.ops.channel_rows import channel_rows
+from mamba_attn.ops.row_blocks import row_blocks
 from mamba_attn.tracing.door_layers import DoorLayer
 from mamba_attn.tracing.layers import ScanLayer
 
@@ -114,11 +114,11 @@ class Interactions:
 
     def __init__(self, layer: ScanLayer, recorder: InteractionRecorder, called: str) -> None:
         self._layer, self._called = layer, called
-        self._implicit = implicit = Implicit(layer, recorder, called=called)
+        self._implicit = Implicit(layer, recorder, called=called)
         # half of the digits of what the model computed in
         self._rounding = torch.finfo(layer.scan.source_u.dtype).eps ** 0.5
         self._taps = list(self._surrogates())
-        self._steps: list[Tensor | None] = [] if implicit.gate is None else [implicit.gate]
+        self._steps: list[Tensor | None] = []  # behind the gate: a factor, or None for the mean over channels
         self._weight, self.output = self._projection(recorder.after(layer))
         self.stream = self._stream(recorder.before(layer))
 
@@ -139,28 +139,47 @@ class Interactions:
             image: its number.
             rows: tokens, each once.
         """
-        implicit, one = self._implicit, slice(image, image + 1)
-        scan = implicit.scan.select_images(one)
-        diagonal = torch.arange(len(rows), device=rows.device)
-        total = implicit.x.new_zeros(implicit.x.shape[1], len(rows), self.tokens)
-        for routes, stays, handed in self._taps:
+        implicit = self._implicit
+        scan = implicit.scan.select_images(slice(image, image + 1))
+        total = implicit.x.new_zeros(scan.channels, len(rows), self.tokens)
+        gate = None if implicit.gate is None else implicit.gate[image][:, rows, None]
+        for routes, stays, taps in self._taps:
             part = scan.select_routes(routes)
-            alpha = channel_rows(part, rows)[0]
+            stay = None if stays is None else stays[image, :, None]
+            for block in row_blocks(part, rows):
+                places, queries, keys, square = block.places, block.queries[0], block.keys[0], block.square[0]
+                if places[0] > places[-1]:  # a route from the last token to the first
+                    places, queries, square = places.flip(0), queries.flip(1), square.flip(1)
+                if gate is not None:
+                    queries, square = queries * gate[:, places], square * gate[:, places]
+                if stay is not None:
+                    keys, square = keys * stay, square * stay[..., block.columns]
+                handed = torch.zeros_like(keys)
+                for tap in taps:
+                    tap.hand_on(keys, None, handed, image)
+                added = queries @ handed
+                for tap in taps:
+                    tap.hand_on(square, block.columns, added, image)
+                line = _line(places)
+                if line is None:
+                    total.index_add_(1, places, added)
+                else:
+                    total[:, line.start : line.stop] += added
             skip = implicit.skip_of(part)
             if skip is not None:
-                alpha[:, diagonal, rows] += skip[:, None]
-            if stays is not None:
-                alpha *= stays[image, :, None]
-            for columns, readers, values in handed:
-                total[..., columns].addcmul_(alpha[..., readers], values[image, :, None])
+                own = torch.diag_embed(skip[:, None].expand(-1, len(rows)))
+                own = own if gate is None else own * gate
+                own = own if stay is None else own * stay[..., rows]
+                for tap in taps:
+                    tap.hand_on(own, rows, total, image)
         for step in self._steps:
             if step is None:
                 total -= total.mean(0)
             else:
-                total *= step[image, :, rows, None]
+                total *= step[image][:, rows, None]
         return (self._weight @ total.flatten(1)).unflatten(1, total.shape[1:])
 
-    def _surrogates(self) -> Iterator[tuple[slice, Tensor | None, list["_Handed"]]]:
+    def _surrogates(self) -> Iterator[tuple[slice, Tensor | None, list["_Tap"]]]:
         """Per convolution: the routes that it feeds, which of its outputs they take in, and what taps hand on."""
         implicit = self._implicit
         for taps in implicit.taps():
@@ -168,12 +187,12 @@ class Interactions:
             stays = (u != 0) | (p == 0)  # texts: the scan takes in zeros where there is padding
             act = self._activation(p[stays], u[stays])
             weight = taps.weight.to(p).unsqueeze(2)
-            handed = [
-                _handed(source[inside], inside.nonzero().flatten(), act(weight[:, tap] * implicit.x))
+            found = [
+                _tap(source[inside], inside.nonzero().flatten(), act(weight[:, tap] * implicit.x))
                 for tap, (source, inside) in enumerate(zip(taps.source, taps.inside, strict=True))
                 if bool(inside.any())
             ]
-            yield taps.routes, None if bool(stays.all()) else stays, handed
+            yield taps.routes, None if bool(stays.all()) else stays, found
 
     def _activation(self, p: Tensor, u: Tensor) -> Callable[[Tensor], Tensor]:
         """The activation between a convolution and the scan."""
@@ -277,22 +296,64 @@ class Interactions:
         return bool((a.to(b) - b).abs().max() <= self._rounding * b.abs().max())
 
 
-class _Handed(NamedTuple):
-    """What one tap hands on: the tokens that are read, those that read them, and f(w x) of the former.
+class _Tap(NamedTuple):
+    """What one tap of a convolution hands on: f(w x) of the tokens that are read, to those that read them.
 
-    Indices of an axis; slices where all are as far apart, which convolutions along the order of tokens are.
+    Args:
+        columns: the tokens that are read.
+        readers: who reads each; a slice where all are as far apart, as along the order of tokens or the grid.
+        values: f(w x), 0 where nobody reads.
     """
 
     columns: slice
-    readers: slice | Tensor
-    values: Float[Tensor, "batch channels _columns"]
+    readers: slice | Int[Tensor, " columns"]
+    values: Float[Tensor, "batch channels columns"]
+
+    def hand_on(self, alpha: Tensor, tokens: Int[Tensor, " _some"] | None, total: Tensor, image: int) -> None:
+        """Add to ``total``, in the columns that are read, alpha in those of their readers times the values.
+
+        Args:
+            alpha: (channels, rows, tokens or some of them).
+            tokens: which; None for all.
+            total: (channels, rows, tokens).
+            image: whose values.
+        """
+        values, columns, readers = self.values[image, :, None], self.columns, self.readers
+        if tokens is not None:
+            line = _line(tokens)
+            if line is None or not isinstance(readers, slice):
+                alpha = alpha.new_zeros(total.shape).index_copy_(2, tokens, alpha)
+            else:
+                alpha = alpha if line.step > 0 else alpha.flip(2)
+                start, stop = max(readers.start, line.start), min(readers.stop, line.stop)
+                if start >= stop:
+                    return
+                shift = columns.start - readers.start
+                values = values[..., start - readers.start : stop - readers.start]
+                columns, readers = slice(start + shift, stop + shift), slice(start - line.start, stop - line.start)
+        total[..., columns].addcmul_(alpha[..., readers], values)
 
 
-def _handed(columns: Tensor, readers: Tensor, values: Float[Tensor, "batch channels tokens"]) -> _Handed:
+class _Line(NamedTuple):
+    start: int
+    stop: int
+    step: int
+
+
+def _line(tokens: Int[Tensor, " _some"]) -> _Line | None:
+    """Where tokens follow each other, from the first to the last or back: their range."""
+    first, last = int(tokens[0]), int(tokens[-1])
+    step = 1 if last >= first else -1
+    if abs(last - first) + 1 != len(tokens) or not bool((tokens.diff() == step).all()):
+        return None
+    return _Line(min(first, last), max(first, last) + 1, step)
+
+
+def _tap(columns: Tensor, readers: Tensor, values: Float[Tensor, "batch channels tokens"]) -> _Tap:
     masked = torch.zeros_like(values).index_copy(2, columns, values.index_select(2, columns))
     apart = (readers - columns).unique()
     if len(apart) == 1:
         low, high, step = int(columns.min()), int(columns.max()) + 1, int(apart)
-        return _Handed(slice(low, high), slice(low + step, high + step), masked[..., low:high])
+        return _Tap(slice(low, high), slice(low + step, high + step), masked[..., low:high])
     every = torch.zeros(values.shape[2], dtype=torch.long, device=columns.device).index_copy(0, columns, readers)
-    return _Handed(slice(None), every, masked)
+    return _Tap(slice(0, values.shape[2]), every, masked)
