@@ -23,7 +23,7 @@ from mamba_attn.tracing.layers import ScanLayer
 class Event(NamedTuple):
     """A norm or linear layer with its input and output, or, without a module, a product of two tensors."""
 
-    module: nn.Module | None
+    module: Any
     x: Tensor
     y: Tensor
 
@@ -69,7 +69,7 @@ class InteractionRecorder(MixerRecorder):
     def linear(self, module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
         """Record a linear layer's input and output."""
         y = super().linear(module, x, call)
-        if isinstance(module, nn.Linear) or set(getattr(module, "kernel_size", ())) == {1}:
+        if _projects(module):
             self._events.append(Event(module, x.detach(), y.detach()))
         return y
 
@@ -91,13 +91,13 @@ def _scans(layer: ScanLayer) -> list[Any]:
 class Interactions:
     """The vectors of one mixer, and the residual stream around it.
 
-    With u' the surrogate of what the scans take in, in which the activation acts on every tap of the convolution alone,
+    In the token frame,
 
-        T_i(x_j) = W (s_i * (sum_r sum_taps (alpha_r + diag(D_r))[i, k] f(w_tap x_j)))
+        T_i(x_j) = W (z_i * sum_r sum_taps (alpha_r + diag(D_r))[i, k] f(w_tap x_j))
 
-    in the token frame, k the token whose tap reads j; s_i the gate, and where a norm comes before the projection W its
-    weight over its denominator, held fixed, which is linear too. Their sum over j is the mixer's output less its biases
-    where f is linear.
+    with f the activation between convolution and scan, of every tap alone, k the token whose tap reads j, z the gate,
+    and W the projection. A norm before it is linear too with its denominator held fixed. The sum over j is the mixer's
+    output less what biases give, exactly where f is linear or one tap stands alone.
 
     Args:
         layer: the layer.
@@ -177,7 +177,8 @@ class Interactions:
                 total -= total.mean(0)
             else:
                 total *= step[image][:, rows, None]
-        return (self._weight @ total.flatten(1)).unflatten(1, total.shape[1:])
+        vectors: Tensor = (self._weight @ total.flatten(1)).unflatten(1, total.shape[1:])
+        return vectors
 
     def _surrogates(self) -> Iterator[tuple[slice, Tensor | None, list["_Tap"]]]:
         """Per convolution: the routes that it feeds, which of its outputs they take in, and what taps hand on."""
@@ -208,34 +209,33 @@ class Interactions:
         """The projection's weight and what the mixer returned; notes what is multiplied in between."""
         now = self._implicit.apply(self._implicit.x) + self._implicit.constant()
         for module, x, y in after:
+            factor, number = (None, 0) if module is None else self._times(now, x)
             if module is None:
                 now = self._multiplied(now, x, y)
-                continue
-            factor, number = self._times(now, x)
-            if factor is None:
-                continue
-            own, bias = (
-                None if each is None else plain(each, now).flatten(1 if each.ndim > 1 else 0)
-                for each in (getattr(module, "weight", None), getattr(module, "bias", None))
-            )
-            bias = 0 if bias is None else bias[:, None]
-            if own is not None and own.ndim > 1:
-                return self._returned(own * factor, own @ (now * factor) + bias)
-            own = 1 if own is None else own[:, None]
-            found = as_tokens(y, now)[number].to(now)
-            for centred in (True, False):
-                base = own * (now - now.mean(1, keepdim=True) if centred else now)
-                over = ((found - bias) * base).sum(1, keepdim=True) / base.square().sum(1, keepdim=True)
-                if self._same(base * over, found - bias):
-                    self._steps += [None] if centred else []
-                    self._steps.append((over * own).expand_as(now))
-                    now = found
-                    break
+            elif factor is not None and _projects(module):
+                weight = plain(module.weight, now).flatten(1)
+                return self._returned(weight * factor, weight @ (now * factor) + _bias(module, now))
+            elif factor is not None:
+                now = self._normed(now, as_tokens(y, now)[number].to(now), module)
         raise UnsupportedModelError(
             f"{self._called}: no linear layer was seen that receives what the scans of {self._layer.name} give, with "
             "gates and one layer norm or RMS norm between them at most; use ImplicitAttention, or name other layers "
             "with layers=."
         )
+
+    def _normed(self, now: Tensor, normed: Tensor, module: nn.Module) -> Tensor:
+        """What a norm makes of it, if that is its own factor for every token times the weight, centred or not."""
+        weight: Any = getattr(module, "weight", None)
+        weight = 1 if weight is None else plain(weight, now)[:, None]
+        linear = normed - _bias(module, now)
+        for centred in (True, False):
+            base = weight * (now - now.mean(1, keepdim=True) if centred else now)
+            over = (linear * base).sum(1, keepdim=True) / base.square().sum(1, keepdim=True)
+            if self._same(base * over, linear):
+                self._steps += [None] if centred else []
+                self._steps.append((over * weight).expand_as(now))
+                return normed
+        return now
 
     def _multiplied(self, now: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """The product of two factors if one of them is what there is now."""
@@ -266,19 +266,17 @@ class Interactions:
 
     def _stream(self, before: list[Event]) -> Tensor:
         """The input of the norm whose output the mixer's own linear layers receive."""
-        linear: list[Event] = []
-        for event in before:
-            if isinstance(event.module, nn.Linear | nn.Conv1d | nn.Conv2d):
-                linear.append(event)
-            elif event.module is not None:
-                for layer in linear:
-                    found = as_tokens(event.x, self.output)
-                    if (
-                        found
-                        and layer.x.numel() == event.y.numel()
-                        and self._same(layer.x, event.y.reshape(layer.x.shape))
-                    ):
-                        return found[0 if isinstance(layer.module, nn.Linear) else -1].to(self.output)
+        linear: list[tuple[nn.Module, Tensor]] = []
+        for module, given, y in before:
+            if module is None:
+                continue
+            if _projects(module):
+                linear.append((module, given))
+                continue
+            found = as_tokens(given, self.output)
+            for its, x in linear if found else ():
+                if x.numel() == y.numel() and self._same(x, y.reshape(x.shape)):
+                    return found[0 if isinstance(its, nn.Linear) else -1].to(self.output)
         raise UnsupportedModelError(
             f"{self._called}: the residual stream around {self._layer.name} was not seen, because no norm module makes "
             "what the mixer receives; use ImplicitAttention, or name other layers with layers=."
@@ -286,14 +284,28 @@ class Interactions:
 
     def _times(self, now: Tensor, x: Tensor) -> tuple[Tensor | None, int]:
         """How many times as large x is, and how it is read as tokens; None if it is something else."""
+        size = now.square().sum()
         for number, its in enumerate(as_tokens(x, now)):
-            factor = (its.to(now) * now).sum() / now.square().sum()
+            factor = torch.where(size > 0, (its.to(now) * now).sum() / size, 1)
             if bool(factor != 0) and self._same(its, now * factor):
                 return factor, number
         return None, 0
 
     def _same(self, a: Tensor, b: Tensor) -> bool:
         return bool((a.to(b) - b).abs().max() <= self._rounding * b.abs().max())
+
+
+def _projects(module: Any) -> bool:
+    """Whether it is a linear layer of single tokens."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return module.groups == module.weight[0, 0].numel() == 1
+    return isinstance(module, nn.Linear)
+
+
+def _bias(module: nn.Module, like: Tensor) -> Tensor | int:
+    """A module's bias, one per channel; 0 without one."""
+    bias: Any = getattr(module, "bias", None)
+    return 0 if bias is None else plain(bias, like)[:, None]
 
 
 class _Tap(NamedTuple):
