@@ -107,13 +107,17 @@ def roll_out(
         product: of a row with a layer's matrix, where that is another than either.
     """
     if product is None:
-        product = Layer.left_product if signed else _normalised_product
+        product = _signed_product if signed else _normalised_product
     for index in reversed(range(len(layers))):
         layer = layers[index]
         row = product(layer, row)
         if index > 0:
             row = to_finer(row, layers[index - 1].layout, layer.layout)
     return row
+
+
+def _signed_product(layer: Layer, row: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens"]:
+    return layer.left_product(row)
 
 
 def _normalised_product(layer: Layer, row: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens"]:

@@ -174,8 +174,8 @@ METHODS: dict[str, Entry] = {
             "latim",
             "LaTIM",
             LaTIM,
-            "How much of the vector of {reader} each token makes, multiplied over the layers, residual streams included. "
-            "The same for every class.",
+            "How much of the vector of {reader} each token makes, multiplied over the layers, residual streams "
+            "included. The same for every class.",
             (SCANS,),
             of_a_class=False,
         ),

@@ -54,7 +54,8 @@ class LaTIM(TokenAttribution):
     ``ImplicitAttention``, and the norm and the projection behind them by number too.
 
     Args:
-        model: as in ``ImplicitAttention``, with a norm before every mixer.
+        model: as in ``ImplicitAttention``, with a norm before every mixer, a module that is called with the residual
+            stream. Fused norms hide the stream and are refused.
         layers: names, patterns or numbers of the mixers to use; the others act as the identity. Default: all.
         layout: as in ``mamba_attn.trace``: where the tokens are, for models that do not show it.
         orders: as in ``mamba_attn.trace``: in which order scans walk them, where it cannot be measured.

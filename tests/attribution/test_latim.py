@@ -13,6 +13,7 @@ from mamba_attn.tracing.tracer import trace
 from tests.attribution.cases import MODELS, averaging, class_or_mean, images, layers_of, per_channel, vim, vmamba
 from tests.attribution.test_implicit_at_doors import GRID, Directions, GatedCross, cross
 from tests.attribution.test_implicit_at_doors import images as at_doors
+from tests.attribution.texts import FEATURES, Words, padded
 from tests.attribution.vit.test_attn_lrp import vit
 from tests.tracing.foreign import Cross, Net
 
@@ -244,6 +245,31 @@ def of_one_tap_at_doors(mixer):
         taps = torch.zeros(len(conv.weight), conv.weight[0].numel()).scatter(1, chosen, 2.0)
         conv.weight.data = taps.view(conv.weight.shape).to(conv.weight)
         nn.init.zeros_(conv.bias)
+
+
+class Normed(Words):
+    """With a norm before every mixer."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.RMSNorm(FEATURES) for _ in self.layers).double()
+
+    def forward(self, input_ids, attention_mask=None):
+        keep = 1.0 if attention_mask is None else attention_mask.unsqueeze(-1).double()
+        x = self.embedding(input_ids) * keep
+        for norm, mixer in zip(self.norms, self.layers, strict=True):
+            x = (x + mixer(norm(x))) * keep
+        return self.head(self.norm(x))
+
+
+def test_texts_are_read_up_to_a_position_and_without_their_padding():
+    model, (texts, mask) = Normed(), padded()
+    maps = LaTIM(model).attribute(texts, 5, additional_forward_args={"attention_mask": mask})
+    assert (maps[1, :4] == 0).all()
+    close(maps[1:, 4:], LaTIM(model).attribute(texts[1:, 4:], 5))
+    inner = LaTIM(model).attribute(texts, (4, 3))
+    assert (inner[:, 5:] == 0).all()
+    close(inner[:, :5], LaTIM(model).attribute(texts[:, :5], 3))
 
 
 class Unnormed(Net):
