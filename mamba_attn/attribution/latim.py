@@ -140,7 +140,8 @@ class LaTIM(TokenAttribution):
                 sizes = torch.linalg.vector_norm(vectors, dim=0)
             else:
                 block = (parts.stream[image] + parts.output[image])[:, some, None]
-                sizes = (block.abs().sum(0) - (block - vectors).abs().sum(0)).clamp(min=0)
+                # feature by feature, so that what hands on nothing has exactly 0
+                sizes = (block.abs() - (block - vectors).abs()).sum(0).clamp(min=0)
             own = torch.zeros_like(sizes).scatter(1, some[:, None], 1.0)
             sums = sizes.sum(1, keepdim=True)
             yield some, torch.where(sums > 0, sizes / sums, own)
