@@ -29,6 +29,7 @@ METHODS = (
     "mamba_attribution",
     "controllability",
     "controllability_gramian",
+    "latim",
     "centre",
 )
 RIVALS = ("mamba_lrp", "transformer_attribution")  # that others are compared with: the first that fits a model

@@ -15,6 +15,7 @@ from mamba_attn.attribution.captum_methods import InputXGradient, IntegratedGrad
 from mamba_attn.attribution.controllability import Controllability
 from mamba_attn.attribution.controls import CentreMap, RandomMap
 from mamba_attn.attribution.implicit_attention import ImplicitAttention
+from mamba_attn.attribution.latim import LaTIM
 from mamba_attn.attribution.layer_grad_cam import LayerGradCam
 from mamba_attn.attribution.lrp.frozen_contribution import FrozenContribution
 from mamba_attn.attribution.lrp.keep_and_remove import KeepAndRemoveLRP
@@ -41,6 +42,7 @@ __all__ = [
     "InputXGradient",
     "IntegratedGradients",
     "KeepAndRemoveLRP",
+    "LaTIM",
     "LayerGradCam",
     "LibraGrad",
     "MambaAttribution",

@@ -96,6 +96,7 @@ def roll_out(
     row: Float[Tensor, "batch last_tokens"],
     *,
     signed: bool = False,
+    product: Callable[[Layer, Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "batch first_tokens"]:
     """Return ``row`` times the product of the layers' matrices, from the last layer to the first.
 
@@ -103,13 +104,20 @@ def roll_out(
         layers: in execution order.
         row: over the tokens of the last layer.
         signed: I + attention instead of the normalised positive part.
+        product: of a row with a layer's matrix, where that is another than either.
     """
+    if product is None:
+        product = _signed_product if signed else _normalised_product
     for index in reversed(range(len(layers))):
         layer = layers[index]
-        row = layer.left_product(row) if signed else _normalised_product(layer, row)
+        row = product(layer, row)
         if index > 0:
             row = to_finer(row, layers[index - 1].layout, layer.layout)
     return row
+
+
+def _signed_product(layer: Layer, row: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens"]:
+    return layer.left_product(row)
 
 
 def _normalised_product(layer: Layer, row: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens"]:

@@ -12,6 +12,7 @@ from mamba_attn.attribution.captum_methods import InputXGradient, IntegratedGrad
 from mamba_attn.attribution.controllability import Controllability
 from mamba_attn.attribution.controls import CentreMap, RandomMap
 from mamba_attn.attribution.implicit_attention import ImplicitAttention
+from mamba_attn.attribution.latim import LaTIM
 from mamba_attn.attribution.layer_grad_cam import LayerGradCam
 from mamba_attn.attribution.lrp.frozen_contribution import FrozenContribution
 from mamba_attn.attribution.lrp.keep_and_remove import KeepAndRemoveLRP
@@ -168,6 +169,15 @@ METHODS: dict[str, Entry] = {
             (SCANS,),
             of_a_class=False,
             options={"score": "gramian"},
+        ),
+        Entry(
+            "latim",
+            "LaTIM",
+            LaTIM,
+            "How much of the vector of {reader} each token makes, multiplied over the layers, residual streams "
+            "included. The same for every class.",
+            (SCANS,),
+            of_a_class=False,
         ),
         Entry(
             "attn_lrp",

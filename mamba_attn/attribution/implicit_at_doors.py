@@ -18,7 +18,7 @@ from mamba_attn.core.scan_record import ScanRecord
 from mamba_attn.errors import UnsupportedModelError
 from mamba_attn.tracing.door_layers import DoorLayer
 
-_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (F.silu, lambda x: x, F.gelu, F.relu)
+ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (F.silu, lambda x: x, F.gelu, F.relu)
 _ROUNDING = 64  # of the type that the model computed in
 
 
@@ -69,7 +69,9 @@ def as_module(
     return module
 
 
-def at_doors(layer: DoorLayer, around: Mapping[object, Around]) -> tuple[ScanRecord, list[ConvolutionCall]]:
+def at_doors(
+    layer: DoorLayer, around: Mapping[object, Around], called: str
+) -> tuple[ScanRecord, list[ConvolutionCall]]:
     """Return a layer's record, with its gate, and the convolutions before its scans.
 
     One per route, along it, with the record in scan order; or one over the grid, with the record in the token frame.
@@ -77,14 +79,15 @@ def at_doors(layer: DoorLayer, around: Mapping[object, Around]) -> tuple[ScanRec
     Args:
         layer: the layer.
         around: by scan, what was computed around it.
+        called: the name of the method, for messages.
 
     Raises:
         UnsupportedModelError: there is no such convolution; routes whose convolutions, or gates, differ.
     """
-    scan = _with_gate(layer, around)
+    scan = _with_gate(layer, around, called)
     everywhere = scan.length == scan.tokens and torch.equal(scan.read_order, scan.write_order)
     if everywhere and scan.heads == scan.channels:
-        found = _along_routes(layer, scan, around)
+        found = _along_routes(layer, scan, around, called)
         if found is not None:
             return scan, found
         over = _over_grid(layer, scan, around)
@@ -99,7 +102,7 @@ def at_doors(layer: DoorLayer, around: Mapping[object, Around]) -> tuple[ScanRec
         else f"no depthwise convolution was seen that makes what its scan takes in, of {seen} before it"
     )
     raise UnsupportedModelError(
-        f"ImplicitAttention: {layer.name} was traced at the scan's door, and {missing}; use MambaAttribution or "
+        f"{called}: {layer.name} was traced at the scan's door, and {missing}; use MambaAttribution or "
         "RawAttention, or name other layers with layers=."
     )
 
@@ -118,7 +121,9 @@ def _candidates(layer: DoorLayer, around: Mapping[object, Around]) -> Iterator[t
         yield from reversed(around[call].convolutions)
 
 
-def _along_routes(layer: DoorLayer, scan: ScanRecord, around: Mapping[object, Around]) -> list[ConvolutionCall] | None:
+def _along_routes(
+    layer: DoorLayer, scan: ScanRecord, around: Mapping[object, Around], called: str
+) -> list[ConvolutionCall] | None:
     """The causal convolution along each route, if there is one for each."""
     xs, ps, modules = [], [], []
     for number, call in enumerate(layer.calls):
@@ -130,7 +135,7 @@ def _along_routes(layer: DoorLayer, scan: ScanRecord, around: Mapping[object, Ar
                 for x in [_causal(module, given, call.length)]
                 if x is not None and x.shape == (len(u), u.shape[1] * u.shape[2], call.length)
                 for p in [_causally(module, x.to(u))]
-                if any(_same(act(p).view_as(u), u, layer) for act in _ACTIVATIONS)
+                if any(_same(act(p).view_as(u), u, layer) for act in ACTIVATIONS)
             ),
             None,
         )
@@ -147,7 +152,7 @@ def _along_routes(layer: DoorLayer, scan: ScanRecord, around: Mapping[object, Ar
     frames = [_at_tokens(call.x, order, scan.tokens) for call, order in zip(calls, scan.read_order, strict=True)]
     if not all(_same(frame, frames[0], layer) for frame in frames[1:]):
         raise UnsupportedModelError(
-            f"ImplicitAttention: the convolutions before the scans of {layer.name} receive different tokens, so that "
+            f"{called}: the convolutions before the scans of {layer.name} receive different tokens, so that "
             "there is no one matrix of them; use MambaAttribution or RawAttention, or name other layers with layers=."
         )
     return calls
@@ -189,7 +194,7 @@ def _over_grid(layer: DoorLayer, scan: ScanRecord, around: Mapping[object, Aroun
         bias = None if module.bias is None else plain(module.bias, x)
         options: tuple[Any, ...] = (module.stride, module.padding, module.dilation, module.groups)
         p = F.conv2d(x, plain(module.weight, x), bias, *options)
-        for act in _ACTIVATIONS if p.shape == x.shape else ():
+        for act in ACTIVATIONS if p.shape == x.shape else ():
             tokens = act(p).flatten(2)
             if all(_same(tokens[..., own], u[:, route], layer) for route, own in enumerate(order)):
                 return ConvolutionCall(module, x, p)
@@ -220,12 +225,12 @@ def _in_token_frame(scan: ScanRecord) -> ScanRecord:
     )
 
 
-def _with_gate(layer: DoorLayer, around: Mapping[object, Around]) -> ScanRecord:
+def _with_gate(layer: DoorLayer, around: Mapping[object, Around], called: str) -> ScanRecord:
     """The record; with the gate that its output is multiplied by before anything else, if none went into the scan."""
     scan = layer.scan.map_tensors(Tensor.detach)
     if any(call.inputs.z is not None for call in layer.calls):
         if scan.gate is None:
-            raise _gates_differ(layer)
+            raise _gates_differ(layer, called)
         return scan
     each = [_factor_of(call.y, around[call].products, layer) for call in layer.calls]
     gates = [
@@ -237,13 +242,13 @@ def _with_gate(layer: DoorLayer, around: Mapping[object, Around]) -> ScanRecord:
     routes = layer.by_image(gates).unbind(1)
     frames = [_at_tokens(gate, order, scan.tokens) for gate, order in zip(routes, scan.write_order, strict=True)]
     if not all(_same(frame, frames[0], layer) for frame in frames[1:]):
-        raise _gates_differ(layer)
+        raise _gates_differ(layer, called)
     return scan.replace(gate=frames[0])
 
 
-def _gates_differ(layer: DoorLayer) -> UnsupportedModelError:
+def _gates_differ(layer: DoorLayer, called: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"ImplicitAttention: the scans of {layer.name} have gates of their own, and no one gate of its tokens; use "
+        f"{called}: the scans of {layer.name} have gates of their own, and no one gate of its tokens; use "
         "MambaAttribution or RawAttention, or name other layers with layers=."
     )
 
@@ -259,14 +264,19 @@ def _factor_of(
     """What was multiplied by y; None: nothing of its size."""
     for factors in products:
         for own, other in (factors, factors[::-1]):
-            for its, gate in zip(_as_tokens(own, y), _as_tokens(other, y), strict=False):
+            for its, gate in zip(as_tokens(own, y), as_tokens(other, y), strict=False):
                 if _same(its, y, layer):
                     return gate.to(y)
     return None
 
 
-def _as_tokens(t: Tensor, y: Float[Tensor, "batch channels tokens"]) -> list[Tensor]:
-    """A tensor as (batch, channels, tokens), its channels last or second."""
+def as_tokens(t: Tensor, y: Float[Tensor, "batch channels tokens"]) -> list[Tensor]:
+    """Return a tensor as (batch, channels, tokens), its channels last or second; where both fit, in that order.
+
+    Args:
+        t: of any shape.
+        y: of the shape wanted.
+    """
     if t.numel() != y.numel() or len(t) != len(y):
         return []
     batch, channels, tokens = y.shape

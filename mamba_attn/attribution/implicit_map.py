@@ -42,7 +42,9 @@ class Taps:
     inside: Tensor
 
 
-def shifts(routes: slice, module: nn.Conv1d | nn.Conv2d, place: Tensor, *, conv: bool) -> Taps:
+def shifts(
+    routes: slice, module: nn.Conv1d | nn.Conv2d, place: Tensor, *, conv: bool, called: str = "ImplicitAttention"
+) -> Taps:
     """Return the taps along a line of tokens (causal) or over a grid of them; sources ordered as in ``place``.
 
     Args:
@@ -50,6 +52,7 @@ def shifts(routes: slice, module: nn.Conv1d | nn.Conv2d, place: Tensor, *, conv:
         module: the convolution.
         place: (tokens) or (rows, columns), the token at each place.
         conv: False uses the identity instead.
+        called: the name of the method, for messages.
 
     Raises:
         UnsupportedModelError: a padding that is not a number.
@@ -65,7 +68,7 @@ def shifts(routes: slice, module: nn.Conv1d | nn.Conv2d, place: Tensor, *, conv:
         padded = F.pad(place, (width - 1, 0), value=-1)
         sources = [padded[tap : tap + len(place)] for tap in range(width)]
     else:
-        (up, left), (down, across) = _pair(module.padding), _pair(module.dilation)
+        (up, left), (down, across) = _pair(module.padding, called), _pair(module.dilation, called)
         padded = F.pad(place, (left, left, up, up), value=-1)
         rows, columns = module.kernel_size
         sources = [
@@ -77,9 +80,9 @@ def shifts(routes: slice, module: nn.Conv1d | nn.Conv2d, place: Tensor, *, conv:
     return Taps(routes, weight, source.clamp(min=0), source >= 0)
 
 
-def _pair(value: int | str | tuple[int, ...]) -> tuple[int, int]:
+def _pair(value: int | str | tuple[int, ...], called: str) -> tuple[int, int]:
     if isinstance(value, str):
-        raise UnsupportedModelError(f"ImplicitAttention: a convolution with padding={value!r} is not known.")
+        raise UnsupportedModelError(f"{called}: a convolution with padding={value!r} is not known.")
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
@@ -156,6 +159,12 @@ class Implicit:
         gate: keep the gate.
         conv: keep the convolution; without it T is the identity.
         activation: keep s; without it it is 1.
+        called: the name of the method, for messages.
+
+    Attributes:
+        scan: the record, with the gate that follows it.
+        gate: what multiplies the scans' output, or None.
+        p: the convolutions' output, as the scan's input stands.
 
     Raises:
         UnsupportedModelError: the mixer lacks the depthwise convolution of Vim or VMamba.
@@ -170,17 +179,18 @@ class Implicit:
         gate: bool = True,
         conv: bool = True,
         activation: bool = True,
+        called: str = "ImplicitAttention",
     ) -> None:
         layer.require_finite()
-        self.layer, self.conv, dtype = layer, conv, layer.dtype
+        self.layer, self.conv, self.called, dtype = layer, conv, called, layer.dtype
         if not layer.scan.shares_orders or (layer.scan.D is not None and layer.scan.D.ndim == 3):
             raise UnsupportedModelError(
-                f"ImplicitAttention: {layer.name} walks another order in every image, has steps without a token or a D "
+                f"{called}: {layer.name} walks another order in every image, has steps without a token or a D "
                 "of tokens, through which its convolutions are not followed; use MambaAttribution or RawAttention."
             )
         calls: Sequence[ConvolutionCall]
         if isinstance(layer, DoorLayer):
-            scan, calls = at_doors(layer, recorder.around)
+            scan, calls = at_doors(layer, recorder.around, called)
             gated = scan.gate is not None
         else:
             scan, calls = layer.scan.map_tensors(Tensor.detach), recorder.convolutions.get(layer.scan, ())
@@ -188,14 +198,14 @@ class Implicit:
         self.scan = scan if skip else scan.replace(D=None)
         self._calls = [call._replace(x=call.x.detach().to(dtype), p=call.p.detach().to(dtype)) for call in calls]
         self._require_known()
-        self._p = self._in_source(lambda call: call.p)
+        self.p = self._in_source(lambda call: call.p)
         # silu(p) / p tends to 1/2 where p tends to 0, and 0 / 0 would be NaN
-        away = self._p.abs() >= torch.finfo(dtype).eps
-        ratio = torch.where(away, scan.source_u / torch.where(away, self._p, 1), 0.5)
+        away = self.p.abs() >= torch.finfo(dtype).eps
+        ratio = torch.where(away, scan.source_u / torch.where(away, self.p, 1), 0.5)
         self._ratio = ratio if activation else torch.ones_like(ratio)
         # a gate after a norm, as in VMamba's first generation, is not part of a linear map
         self._own_gate = scan.gate.to(dtype) if scan.gate is not None and gated else None
-        self._gate = self._own_gate if gate else None
+        self.gate = self._own_gate if gate else None
 
     @cached_property
     def x(self) -> Float[Tensor, "batch channels tokens"]:
@@ -231,12 +241,12 @@ class Implicit:
     ) -> Float[Tensor, "batch tokens tokens"]:
         """Return sum_c row_weight[c, i] M_c[i, j] col_weight[c, j]: one folded matrix per route and tap."""
         # the convolution is few taps, so M's columns are those of alpha, scaled and moved: no matrix per channel
-        rows = row_weight if self._gate is None else row_weight * self._gate
+        rows = row_weight if self.gate is None else row_weight * self.gate
         tokens = self.scan.tokens
         total = rows.new_zeros(rows.shape[0], tokens, tokens)
-        for taps in self._taps():
+        for taps in self.taps():
             part = self.scan.select_routes(taps.routes)
-            ratio, skip = self._ratio_of(taps), self._skip_of(part)
+            ratio, skip = self.placed(self._ratio, taps), self.skip_of(part)
             for weight, source, inside in zip(taps.weight.unbind(1), taps.source, taps.inside, strict=True):
                 columns = ratio * weight[:, None] * col_weight[:, :, source]
                 folded = ops.hidden_attention(part, row_weight=rows, col_weight=columns, fold="sum").to(total)
@@ -272,7 +282,7 @@ class Implicit:
     def _after(self, mixed: Tensor) -> Tensor:
         """Ratio, scan and gate."""
         y = selective_scan(self.scan.replace(source_u=self._ratio * mixed)).to(mixed)
-        return y if self._gate is None else y * self._gate
+        return y if self.gate is None else y * self.gate
 
     def _in_source(self, tensor: Callable[[ConvolutionCall], Tensor]) -> Float[Tensor, "batch _ channels positions"]:
         """One tensor per convolution, as the scan's input stands."""
@@ -280,28 +290,30 @@ class Implicit:
             return tensor(self._calls[0]).flatten(2).unsqueeze(1)
         return torch.stack([tensor(call)[..., : self.scan.length] for call in self._calls], dim=1)
 
-    def _taps(self) -> Iterator[Taps]:
+    def taps(self) -> Iterator[Taps]:
+        """Yield the convolutions as shifts of tokens; sources in the token frame."""
         tokens, device = self.scan.tokens, self.x.device
         if self._calls[0].x.ndim == 4:
             (call,) = self._calls
             height, width = call.x.shape[2:]
             place = torch.arange(tokens, device=device).view(height, width)
-            yield shifts(slice(None), call.module, place, conv=self.conv)
+            yield shifts(slice(None), call.module, place, conv=self.conv, called=self.called)
             return
         for route, call in enumerate(self._calls):
             order = self.scan.read_order[route]
-            taps = shifts(slice(route, route + 1), call.module, order, conv=self.conv)
+            taps = shifts(slice(route, route + 1), call.module, order, conv=self.conv, called=self.called)
             step = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=device))
             yield Taps(taps.routes, taps.weight, taps.source[:, step], taps.inside[:, step])
 
-    def _ratio_of(self, taps: Taps) -> Tensor:
-        """In the token frame."""
-        if self._ratio.shape[1] == 1 and self._calls[0].x.ndim == 4:
-            return self._ratio[:, 0]
-        ratio = self._ratio[:, taps.routes][:, 0]
-        return torch.zeros_like(ratio).index_copy(2, self.scan.read_order[taps.routes][0], ratio)
+    def placed(self, values: Float[Tensor, "batch _ channels positions"], taps: Taps) -> Tensor:
+        """Return values that stand as the scan's input does, of the routes of one convolution, in the token frame."""
+        if values.shape[1] == 1 and self._calls[0].x.ndim == 4:
+            return values[:, 0]
+        own = values[:, taps.routes][:, 0]
+        return torch.zeros_like(own).index_copy(2, self.scan.read_order[taps.routes][0], own)
 
-    def _skip_of(self, part: ScanRecord) -> Tensor | None:
+    def skip_of(self, part: ScanRecord) -> Float[Tensor, " channels"] | None:
+        """Return D of some routes, summed, times the mixer's scale."""
         return None if part.D is None else part.D.sum(0).to(self.x) * part.scale
 
     def _require_known(self) -> None:
@@ -317,7 +329,7 @@ class Implicit:
         line = len(calls) == scan.routes and all(call.x.ndim == 3 for call in calls) and scan.source_frame == "scan"
         if not (grid or line) or scan.heads != scan.channels or calls[0].x.shape[1] != scan.channels:
             raise UnsupportedModelError(
-                f"ImplicitAttention: {self.layer.name} is no mixer of Vim or VMamba, with one depthwise convolution "
+                f"{self.called}: {self.layer.name} is no mixer of Vim or VMamba, with one depthwise convolution "
                 "per route or one over the grid before the scans; use MambaAttribution or RawAttention, or name other "
                 "layers with layers=."
             )

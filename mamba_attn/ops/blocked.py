@@ -174,7 +174,7 @@ def _attention(
     total, kept = None, []
     for start in range(0, channels, size):
         own = slice(start, start + size)
-        matrix = _halving(part.block(own), pick(weights, slice(None), slice(None), own), keep_channels=not signed)
+        matrix = halving(part.block(own), pick(weights, slice(None), slice(None), own), keep_channels=not signed)
         if fold == "each":
             kept.append(matrix)
             continue
@@ -186,8 +186,17 @@ def _attention(
     return total if fold == "sum" else total / channels
 
 
-def _halving(part: Channels, weights: Weights, keep_channels: bool) -> Tensor:
-    """(batch, routes, [channels,] length, length): leaves on the diagonal, then one matrix product per level."""
+def halving(part: Channels, weights: Weights, keep_channels: bool) -> Tensor:
+    """Return the matrices, leaves on the diagonal, then one matrix product per level.
+
+    Args:
+        part: the scans.
+        weights: of rows and columns.
+        keep_channels: do not sum over channels.
+
+    Returns:
+        (batch, routes, [channels,] length, length)
+    """
     rows, columns = (None if weight is None else weight.to(part.delta.dtype) for weight in weights)
     length = part.delta.shape[-1]
     levels = max(0, math.ceil(math.log2(length / _LEAF)))

@@ -12,7 +12,12 @@ from mamba_attn.tracing.adapters import nothing_found
 from tests.integrations import small_vim
 from tests.leaks import state_of
 
-MULTIPLIED = (attribution.AttentionRollout, attribution.MambaAttribution, attribution.ImplicitAttention)
+MULTIPLIED = (
+    attribution.AttentionRollout,
+    attribution.MambaAttribution,
+    attribution.ImplicitAttention,
+    attribution.LaTIM,
+)
 
 
 @pytest.fixture(autouse=True)
