@@ -121,8 +121,8 @@ def _initial_card(init: str | None) -> dict[str, Any] | None:
     if not path.is_file():
         return {"file": Path(init).name}
     card = json.loads(path.read_text())
-    keys = ("pixels", "epochs", "steps", "seed", "top1", "recipe", "cpu_seconds", "wall_seconds", "command", "init")
-    return {key: card[key] for key in keys}
+    keys = ("pixels", "epochs", "steps", "seed", "top1", "recipe", "cpu_seconds", "wall_seconds", "command", "weights")
+    return {key: card[key] for key in (*keys, "init") if key in card}
 
 
 def _portable(command: Sequence[str]) -> list[str]:
