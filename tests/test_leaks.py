@@ -1,5 +1,6 @@
 """The tests' own machinery: every kind of leak is seen and a clean trace not blamed; NaN fill, seeds, type checks."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -253,7 +254,7 @@ def test_the_fixture_fails_a_leaking_test_and_obeys_the_marker(tmp_path):
     command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "tests.conftest", "-c", str(ROOT / "pyproject.toml")]
     command += ["--jaxtyping-packages="]  # shapes have tests of their own, and jaxtyping 0.3.3 comes after -p
     outcome = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True).stdout
-    assert "3 passed, 2 errors" in outcome, outcome
+    assert re.search(r"3 passed, (\d+ warnings?, )?2 errors", outcome), outcome
     assert "a trace left this behind:\nLinear: grad weight was None" in outcome
 
 

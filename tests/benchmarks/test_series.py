@@ -2,6 +2,7 @@ import argparse
 import json
 
 import pytest
+import timm.optim
 import torch
 
 from benchmarks import findings, series, train
@@ -18,6 +19,7 @@ def _threads():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.skipif("nmuon" not in timm.optim.list_optimizers(), reason="this timm has no Muon")
 def test_a_run_is_trained_found_by_findings_and_left_alone(tmp_path, capsys):
     write_zip(tmp_path / "imagenette128.zip", ["tench", "church"], 6, 2, (32, 32))
     write_zip(tmp_path / "clothing128.zip", ["dress", "hat"], 4, 2, (48, 32))

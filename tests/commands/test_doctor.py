@@ -17,7 +17,7 @@ def test_versions_backends_and_extras(capsys, monkeypatch):
     assert rows["native"] in {f"runs ({library_origin()})", f"does not run: {library_problem()}"}
     assert f"timm {metadata.version('timm')}" in rows["timm"]
     missing = [line.split()[0] for line in text.splitlines() if "missing" in line]
-    assert set(missing) <= {"scatter"}  # which no other extra brings
+    assert set(missing) <= {"scatter", "s3"}  # which `all` does not bring
 
 
 def test_what_is_missing_says_how_to_get_it(capsys, monkeypatch):

@@ -50,7 +50,7 @@ def test_maps_are_those_of_the_methods(loaded):
         first, last = FrozenContribution, TransformerAttribution
     for method, built in zip(found.methods, (first, RawAttention, AttentionRollout, last), strict=True):
         truth = built(model).attribute(inputs(loaded))[0, 0].numpy()
-        np.testing.assert_allclose(found.maps[method.key], truth, rtol=1e-5, atol=1e-6 * np.abs(truth).max())
+        np.testing.assert_allclose(found.maps[method.key], truth, rtol=1e-5, atol=4e-6 * np.abs(truth).max())
         assert found.maps[method.key].shape == found.image.shape[:2] == loaded[0].transform.size
 
 
@@ -76,7 +76,7 @@ def test_target_layers_and_query_reach_the_methods(loaded):
     found = ask(loaded, layers=layers, target=2, query=Query("pixel", ((3.0, 5.0),)))
     last = TransformerAttribution if is_transformer(loaded[0]) else MambaAttribution
     truth = last(model, layers=layers).attribute(inputs(loaded), 2, pixel=(3, 5))[0, 0].numpy()
-    np.testing.assert_allclose(found.maps[found.methods[2].key], truth, rtol=1e-5, atol=1e-6 * np.abs(truth).max())
+    np.testing.assert_allclose(found.maps[found.methods[2].key], truth, rtol=1e-5, atol=4e-6 * np.abs(truth).max())
     other = ask(loaded, layers=layers, target=1, query=Query("pixel", ((3.0, 5.0),))).maps[found.methods[2].key]
     assert np.abs(truth - other).max() > 1e-3 * np.abs(truth).max() > 0
     assert list(found.matrices) == list(found.read) == layers

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 from mamba_attn.ops.cpu import native
 from mamba_attn.ops.cpu.build import library_problem
@@ -88,6 +89,8 @@ print("same")
 def test_compiled_is_plain(backend: str, subject: str) -> None:
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("inductor looks for g++")
+    if backend == "aot_eager" and Version(torch.__version__) < Version("2.6"):
+        pytest.skip("aot_eager of torch 2.5 fails with an AssertionError of its own")
     root = Path(__file__).parents[2]
     command = [sys.executable, "-c", COMPILED, backend, subject]
     done = subprocess.run(
