@@ -158,7 +158,7 @@ class ImplicitAttention(TokenAttribution):
             found = _gradients(record, layers, logit, recorder) if gradient else {}
             weighted = []
             for layer in layers:
-                implicit = Implicit(layer, recorder, **self.parts)
+                implicit = Implicit(layer, recorder, called=self.called, **self.parts)
                 if gradient:
                     own = of_one_token(layer, found[layer.name]).to(implicit.x)
                     rows, columns = implicit.behind_gate(own) if isinstance(layer, DoorLayer) else own, implicit.x
