@@ -121,8 +121,11 @@ def training(details: dict[str, Any]) -> str:
     """How the models that do not come with the package were trained."""
     lines = []
     kinds = {
-        **{"order": "each order", "class_token": "both class tokens", "digits": "digits"},
-        **{"seeds": "seeds", "depths": "depths"},
+        "order": "each order",
+        "class_token": "both class tokens",
+        "digits": "digits",
+        "seeds": "seeds",
+        "depths": "depths",
     }
     for kind, name in kinds.items():
         found = [its for model, its in details["training"].items() if model.startswith(kind) and "epochs" in its]

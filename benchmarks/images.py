@@ -160,7 +160,7 @@ def chosen(images: Images, batch: int, seed: int, epoch: int, step: int, balance
         weights = np.bincount(classes)[classes].astype(float) ** -balance
         ends = np.cumsum(weights[order]) * (len(images) / weights.sum())
         times = np.diff(np.floor(ends + drawn.random()), prepend=0).astype(int)  # as often as its weight, within one
-        order = drawn.permutation(np.repeat(order, np.maximum(times, 0)))[: len(images)]
+        order = drawn.permutation(np.repeat(order, times))[: len(images)]
         order = np.concatenate([order, order[: len(images) - len(order)]])
     return order[step * batch : (step + 1) * batch]
 

@@ -8,8 +8,8 @@ import ctypes.util
 import os
 import re
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -71,6 +71,14 @@ class Compiler:
         Raises:
             BackendUnavailableError: it does not compile; the message has the compiler's log.
         """
+        # NVRTC 12.4 leaves its thread in the "C" locale, where Python reads files as ASCII. All of it is in the other
+        # thread, so that Ctrl+C here destroys no program that is being compiled there.
+        with ThreadPoolExecutor(1) as apart:
+            return apart.submit(self._compile, source, name, headers, target, options).result()
+
+    def _compile(
+        self, source: str, name: str, headers: Mapping[str, str], target: str, options: Sequence[str]
+    ) -> bytes:
         texts = _strings(headers.values()), _strings(headers)
         program = ctypes.c_void_p()
         status = self.library.nvrtcCreateProgram(
@@ -79,23 +87,14 @@ class Compiler:
         self._check(status, f"{name} for {target}")
         try:
             flags = _strings([*options, f"--gpu-architecture={target}"])
-            self._check(self._compiled(program, flags), f"{name} for {target}", program)
+            status = self.library.nvrtcCompileProgram(program, len(flags), flags)
+            self._check(status, f"{name} for {target}", program)
             image = self._text(program, "PTX" if target.startswith("compute_") else "CUBIN")
             if not image:
                 raise BackendUnavailableError(f"NVRTC ({self.path}) returned no code for {name} and {target}.")
             return image
         finally:
             self.library.nvrtcDestroyProgram(ctypes.byref(program))
-
-    def _compiled(self, program: ctypes.c_void_p, flags: "ctypes.Array[ctypes.c_char_p]") -> int:
-        """Compile in a thread of its own: NVRTC 12.4 leaves its caller's in the "C" locale, where files are ASCII."""
-        found: list[int] = []
-        thread = threading.Thread(
-            target=lambda: found.append(self.library.nvrtcCompileProgram(program, len(flags), flags))
-        )
-        thread.start()
-        thread.join()
-        return found[0]
 
     def _check(self, status: int, what: str, program: ctypes.c_void_p | None = None) -> None:
         if status == 0:

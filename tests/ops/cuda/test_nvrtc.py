@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,11 +72,25 @@ def test_a_compiler_that_changes_the_locale_leaves_its_callers() -> None:
         def nvrtcCompileProgram(self, program: object, count: int, flags: object) -> int:  # noqa: N802
             libc.uselocale(libc.newlocale(0x1FBF, b"C", None))  # LC_ALL_MASK
             seen.append(libc.uselocale(None))
-            return 6
+            return 0
+
+        def nvrtcCreateProgram(self, *given: object) -> int:  # noqa: N802
+            return 0
+
+        def nvrtcDestroyProgram(self, program: object) -> int:  # noqa: N802
+            return 0
+
+        def nvrtcGetPTXSize(self, program: object, size: Any) -> int:  # noqa: N802
+            size._obj.value = 3
+            return 0
+
+        def nvrtcGetPTX(self, program: object, buffer: Any) -> int:  # noqa: N802
+            buffer.raw = b"ok\0"
+            return 0
 
     before = libc.uselocale(None)
     old = Compiler("libnvrtc.so.12", (12, 4), (80,), Old())
-    assert old._compiled(ctypes.c_void_p(), (ctypes.c_char_p * 0)()) == 6
+    assert old.compile("", "a.cu", {}, "compute_80") == b"ok\0"
     assert seen != [before]
     assert libc.uselocale(None) == before
 
