@@ -50,7 +50,10 @@ def exit_code(name: str, call: Callable[[], int], options: Collection[str] = (),
     asked: list[KeyboardInterrupt] = []
     try:
         with _terminable(asked), _notes(name, options):
-            return call()
+            code = call()
+        if not code or not asked:
+            return code
+        raise asked[0]  # what the signal broke off was taken for a failure, and named as one
     except BaseException as error:
         interrupt = _interrupt(error) or next(iter(asked), None)
         if interrupt is None:

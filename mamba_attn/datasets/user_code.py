@@ -126,7 +126,8 @@ def stand_ins_for(choice: str, device: str) -> Iterator[list[str]]:
         if choice == "on" or (choice == "auto" and device == "cpu" and not torch.cuda.is_available()):
             stack.enter_context(cpu_stand_ins())
         yield used
-        used += sorted({name.partition(".")[0] for name, its in sys.modules.items() if type(its).__name__ == "StandIn"})
+        loaded = sys.modules.copy()  # another thread may import meanwhile
+        used += sorted({name.partition(".")[0] for name, its in loaded.items() if type(its).__name__ == "StandIn"})
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import numpy as np
 
 from mamba_attn.analytics.rebuild import order_of, takes_order
 from mamba_attn.analytics.store import AttentionStore
+from mamba_attn.core.decisions import LOGGER
 from mamba_attn.distributed import Ranks
 from mamba_attn.errors import MambaAttnError, StoreError
 from mamba_attn.evaluation.intervals import LEVEL, holm
@@ -307,6 +308,7 @@ def _tried(measure: Callable[[], list[Measured]], what: str, notes: list[str]) -
     try:
         return measure()
     except (MambaAttnError, ImportError) as error:
+        LOGGER.debug("%s: not measured", what, exc_info=error)
         notes.append(f"{what}: not measured. {error}")
         return None
 

@@ -193,7 +193,7 @@ class StandInFinder(MetaPathFinder):
         vars(torch.cuda).update(self._cuda)
         if self in sys.meta_path:
             sys.meta_path.remove(self)
-        for name, module in list(sys.modules.items()):
+        for name, module in sys.modules.copy().items():
             if isinstance(module, StandIn) or any(module is failed for failed in self._failed):
                 del sys.modules[name]
                 _forget(name, module)
@@ -270,7 +270,7 @@ class StandInFinder(MetaPathFinder):
             yield
             return
         sys.meta_path.remove(self)
-        served = {name: module for name, module in sys.modules.items() if isinstance(module, StandIn)}
+        served = {name: module for name, module in sys.modules.copy().items() if isinstance(module, StandIn)}
         for name in served:
             del sys.modules[name]
         sys.modules.update(self._real)

@@ -176,7 +176,8 @@ def _reaches_a_door(modules: list[nn.Module], functions: Iterable[FunctionType])
                     seen[id(found)] = found
                     further.append(found)
         waiting = further
-    return any(_is_compiled_scan(module) for name, module in list(sys.modules.items()) if name.startswith(_PREFIXES))
+    loaded = sys.modules.copy()  # a list of its items may be interrupted, by other threads' imports, too
+    return any(_is_compiled_scan(module) for name, module in loaded.items() if name.startswith(_PREFIXES))
 
 
 def _names_behind(value: Any) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -175,3 +176,14 @@ def test_a_signal_counts_though_what_tidies_up_fails(capsys, number, code, reque
         assert exit_code("collect", translated) == code
     with pytest.raises(KeyError):
         exit_code("collect", lambda: {}["a fault of ours"])
+
+
+@pytest.mark.parametrize(("left", "code"), [(1, 143), (0, 0)])
+def test_a_step_that_a_signal_broke_off_is_no_failure_of_its_own(left, code):
+    def named():
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        return left
+
+    assert exit_code("findings", named) == code

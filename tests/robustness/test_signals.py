@@ -1,5 +1,6 @@
 """SIGTERM and SIGKILL at random moments: a command that is called again until it ends leaves what one run leaves."""
 
+import logging
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from mamba_attn.commands import cli
+from mamba_attn.core.decisions import LOGGER
 from tests.robustness.odd_inputs import World
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork: commands run in processes of their own")
@@ -39,6 +41,8 @@ def _start(arguments, folder):
             for number in (1, 2):
                 os.dup2(os.open(folder / f"said-{number}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+            LOGGER.addHandler(logging.StreamHandler())
+            LOGGER.setLevel(logging.DEBUG)  # it says why something was not measured
             code = cli.main(arguments)
         except BaseException:  # noqa: BLE001 - SystemExit and KeyboardInterrupt, too
             traceback.print_exc()  # into the folder: the process ends before anybody else could say it
