@@ -56,6 +56,27 @@ def evaluate(model: nn.Module, val: images.Images, pixels: int, batch: int = 64)
     }
 
 
+def mflops(model: nn.Module, pixels: int) -> float:
+    """Millions of operations of a forward pass over one image, a multiplication and its addition counted as two.
+
+    torch counts products and convolutions; a scan is 9 operations per token, channel and state, as VMamba's and Mamba's
+    authors count it. Norms and activations are not counted.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from mamba_attn import trace
+    from mamba_attn.tracing.layers import ScanLayer
+
+    image = torch.zeros(1, 3, pixels, pixels)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(image)
+    with torch.no_grad(), trace(model) as traced:
+        model(image)
+    scans = [layer.scan for layer in traced.layers if isinstance(layer, ScanLayer)]
+    steps = sum(scan.routes * scan.length * scan.channels * scan.states for scan in scans)
+    return round((counter.get_total_flops() + 9 * steps) / 1e6, 1)
+
+
 def export(run: Trained, val: images.Images, recipe: dict[str, Any], command: Sequence[str]) -> dict[str, Any]:
     """Write <out>/<name>.safetensors (float16 averaged weights) and <name>.json; returns the card.
 
@@ -78,6 +99,7 @@ def export(run: Trained, val: images.Images, recipe: dict[str, Any], command: Se
         "name": args.name,
         "options": run.options,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "mflops": mflops(model, args.pixels),
         **evaluate(model, val, args.pixels),
         "samples": samples(model, args.name, args.pixels, val.classes),
         "classes": val.classes,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mamba_attn.explanations.explaining import Explained
 
 _NEEDED = {"captum": "captum", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
+_NAME = 20  # columns of a table that names take
 _HALF = 0.5  # of a picture: less shown is said
 _EXAMPLES = """\
                                    # six sample photos
@@ -78,8 +79,10 @@ def add_parser(commands: Commands) -> None:
     add_model(parser, default="vmamba_micro")
     add(
         "--beside",
+        nargs="+",
+        action="extend",
         metavar="NAME|none",
-        help="second bundled model to show alongside (default: vit_micro for the other *_micro models)",
+        help="bundled models to show alongside; default, for a *_micro model: the other two",
     )
     add(
         "--method",
@@ -169,9 +172,9 @@ def _job(args: argparse.Namespace) -> Job:
         choices.parse_query(args.query, args.box, first, methods),
         by_default=not args.method,
     )
-    beside = args.beside or (None if first.weights == "demo" else loading.NO_COMPANION)
-    second = loading.load_companion(beside, first, args.device)
-    questions = [question, *([] if second is None else [question.of_companion(second)])]
+    beside = args.beside or (None if first.weights == "demo" else [loading.NO_COMPANION])
+    others = loading.load_companions(beside, first, args.device)
+    questions = [question, *map(question.of_companion, others)]
     settle_threads(each.subject.parameters for each in questions)
     return Job(questions, paths, writable(args.out), args.call, spelt_model(args))
 
@@ -187,7 +190,8 @@ def _explain(job: Job) -> int:
     from mamba_attn.explanations.explaining import Kept, Pages, about, titles
 
     progress = Progress(console=Console(stderr=True))
-    table, pages = _table(job.questions), Pages(job.folder, job.call)
+    console = Console()
+    table, pages = _table(job.questions, console.width), Pages(job.folder, job.call)
     kept = Kept(job.folder, [about(question) for question in job.questions])
     named = [(path, title, kept.get(path, title)) for path, title in zip(job.paths, titles(job.paths), strict=True)]
     for _, _, known in named:
@@ -216,7 +220,6 @@ def _explain(job: Job) -> int:
         listed = {each.name for each in pages.all}
         pages.finish([found for _, _, found in named if found is not None and found.name not in listed])
     there, done = sum(found is not None for _, _, found in named), len(pages.all)
-    console = Console()
     if table.row_count:
         console.print(table)
     again = f", {there} of them by an earlier call" if there else ""
@@ -239,14 +242,16 @@ def _folder(paths: Sequence[Path]) -> str:
     return str(Path(os.path.commonpath(folders if alike else [folder.absolute() for folder in folders])))
 
 
-def _table(questions: Sequence["Question"]) -> "Table":
+def _table(questions: Sequence["Question"], width: int) -> "Table":
+    """Return a table with a column per model; names that do not fit are cut, and never their probabilities."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title="Top 5 predictions")
-    table.add_column("image", overflow="ellipsis", no_wrap=True)
+    share = (width - _NAME - 2 * (len(questions) + 1)) // len(questions)
+    table = Table(title="Top 5 predictions", box=box.SIMPLE_HEAD)
+    table.add_column("image", overflow="ellipsis", no_wrap=True, min_width=_NAME)
     for question in questions:
-        table.add_column(question.subject.name, overflow="ellipsis", no_wrap=True)
-        table.add_column("prob.", justify="right")
+        table.add_column(question.subject.name, overflow="ellipsis", no_wrap=True, max_width=max(_NAME, share))
     return table
 
 
@@ -259,5 +264,5 @@ def _add_rows(table: "Table", found: "Explained") -> None:
         cells = [Text(found.title if place == 0 else f"label: {truth}" if place == 1 and truth else "")]
         for classes in found.best:
             label, value = classes[place] if place < len(classes) else ("no classes" if not classes else "", "")
-            cells += [Text(label), Text(value)]
+            cells.append(Text(f"{value:>6} {label}" if value else label))
         table.add_row(*cells, end_section=place + 1 == count)

@@ -22,7 +22,6 @@ from mamba_attn.core.outputs import described, find_scores
 from mamba_attn.core.training_mode import warn_of_training
 from mamba_attn.core.transform import Transform
 from mamba_attn.datasets.class_names import names_for, read_names
-from mamba_attn.datasets.made_of import is_transformer
 from mamba_attn.datasets.user_code import build_model, find_function, names_code, stand_ins_for, takes
 from mamba_attn.errors import UnsupportedModelError, WeightsError, local_path, nearest
 from mamba_attn.models import checkpoints, registry
@@ -30,7 +29,7 @@ from mamba_attn.tracing.undisturbed import undisturbed
 
 NO_COMPANION = "none"
 KINDS = "FILE.py:FUNCTION, PACKAGE.MODULE:FUNCTION, timm:NAME or hf:FOLDER"
-_COMPANION = "vit_micro"  # of the micro models; the package has none for other sizes
+_MICRO = ("vmamba_micro", "vim_micro", "vit_micro")  # companions; the package has none for other sizes
 _SIDE = 224
 _EXTRA = 16  # tokens in front of the patches, fewer: a class token and registers
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -173,26 +172,28 @@ def require_device(device: str) -> None:
         raise ValueError("device='cuda': PyTorch sees no CUDA device here; use device='cpu'.")
 
 
-def load_companion(name: str | None, subject: LoadedModel, device: str = "cpu") -> LoadedModel | None:
-    """Build the model to show next to another one, with its demo weights.
+def load_companions(names: Sequence[str] | None, subject: LoadedModel, device: str = "cpu") -> list[LoadedModel]:
+    """Build the models to show next to another one, with their demo weights.
 
     Args:
-        name: of the model, or "none". Default: for micro models, a ViT of the same size.
+        names: of the models, or "none". Default: for a micro model, the other two.
         subject: the model to compare with.
         device: "cpu" or "cuda".
 
     Raises:
-        ValueError: an unknown name.
-        WeightsError: no demo weights for this name.
+        ValueError: an unknown name, or "none" together with others.
+        WeightsError: no demo weights for a name.
     """
-    if name is None:
-        micro = subject.spec.endswith("_micro") and not is_transformer(subject)
-        name = _COMPANION if micro and _COMPANION in registry.demos() else NO_COMPANION
-    if name == NO_COMPANION:
-        return None
-    found = load(name, device=device)
-    if isinstance(found.transform, Transform) and isinstance(subject.transform, Transform):
-        found.transform = replace(found.transform, range=subject.transform.range)  # both read the same files
+    if names is None:
+        names = [name for name in _MICRO if name != subject.spec] if subject.spec in _MICRO else [NO_COMPANION]
+    if NO_COMPANION in names:
+        if len(names) > 1:
+            raise ValueError(f"beside={list(names)}: {NO_COMPANION!r} stands alone.")
+        return []
+    found = [load(name, device=device) for name in names]
+    for each in found:
+        if isinstance(each.transform, Transform) and isinstance(subject.transform, Transform):
+            each.transform = replace(each.transform, range=subject.transform.range)  # all read the same files
     return found
 
 

@@ -38,8 +38,11 @@ _CONFIGS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
     "vmamba_tiny_s1l8": (VSSM, {"depths": (2, 2, 8, 2)}),
     "vmamba_small_s1l20": (VSSM, {"depths": (2, 2, 20, 2)}),
     "vmamba_base_s1l20": (VSSM, {"depths": (2, 2, 20, 2), "dims": 128}),
-    "vmamba_micro": (VSSM, {"depths": (1, 1, 2, 1), "dims": 48, **_MICRO}),
-    "vit_micro": (vision_transformer, {"patch_size": 8, "embed_dim": 128, "depth": 12, "num_heads": 4, **_MICRO}),
+    "vmamba_micro": (VSSM, {"depths": (2, 2, 4, 2), "dims": 48, **_MICRO}),
+    "vit_micro": (  # of vim_micro's width, depth and, within 2 %, parameters
+        vision_transformer,
+        {"patch_size": 8, "embed_dim": 128, "depth": 12, "num_heads": 4, "mlp_ratio": 1.75, **_MICRO},
+    ),
     "vim_digits": (VisionMamba, {"d_state": 8, **_DIGITS}),
     "vmamba_digits": (VSSM, {"depths": (1, 1), "dims": 48, "image_size": 64, "num_classes": 10}),
     "vit_digits": (vision_transformer, {"num_heads": 4, **_DIGITS}),

@@ -57,13 +57,13 @@ def test_defaults_explain_the_images_of_the_package(tmp_path):
     result = run(tmp_path, "explain")
     assert result.returncode == 0, result.stderr
     assert "6 of 6 images explained; open mamba_attn_explain/index.html" in result.stdout
-    assert result.stdout.count("%") == 6 * 5 * 2  # beside a ViT
+    assert result.stdout.count("%") == 6 * 5 * 3  # VMamba, Vim and a ViT
     folder = tmp_path / "mamba_attn_explain"
     files = {f"{path.stem}{suffix}" for path in images.samples() for suffix in SUFFIXES}
     assert {path.name for path in folder.iterdir()} == {*files, "index.html", "explained.jsonl"}
     with np.load(folder / "clothing_hat_1.npz") as arrays:
         assert {"raw_attention", "attention_rollout", "mamba_attribution"} <= set(arrays)
-        assert {"vit_micro.raw_attention", "vit_micro.transformer_attribution"} <= set(arrays)
+        assert {"vit_micro.raw_attention", "vit_micro.transformer_attribution", "vim_micro.mamba_lrp"} <= set(arrays)
         assert sum(name.startswith("attention.") for name in arrays) == 3
 
 

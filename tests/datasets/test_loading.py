@@ -15,7 +15,7 @@ import mamba_attn
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.core.transform import Transform
 from mamba_attn.datasets.class_names import names_for, read_names
-from mamba_attn.datasets.loading import complete, load, load_companion
+from mamba_attn.datasets.loading import complete, load, load_companions
 from mamba_attn.datasets.made_of import traced_layers
 from mamba_attn.errors import ModelBuildError, UnsupportedModelError, WeightsError
 
@@ -333,7 +333,13 @@ def test_help_runs_no_code_and_neither_does_listing(code):
     assert not (code / "was_run").exists()
 
 
-def test_a_companion_reads_the_files_as_the_model_does():
+def test_companions_read_the_files_as_the_model_does():
     subject = load("vim_micro")
     subject.transform = dataclasses.replace(subject.transform, range=(0.0, 1.0))
-    assert load_companion(None, subject).transform.range == (0.0, 1.0)
+    found = load_companions(None, subject)
+    assert [each.name for each in found] == ["vmamba_micro", "vit_micro"]
+    assert {each.transform.range for each in found} == {(0.0, 1.0)}
+    assert load_companions(["none"], subject) == []
+    assert load_companions(None, load("vim_digits")) == []
+    with pytest.raises(ValueError, match="'none' stands alone"):
+        load_companions(["none", "vit_micro"], subject)
