@@ -7,6 +7,7 @@ Models answer in bfloat16 when they are perturbed; maps are of float32.
 """
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from benchmarks.cases import EXPLAINED
 from benchmarks.measure import Spread
 from benchmarks.report import Figure, figure, show
 
+RESULTS = Path(__file__).parent / "results" / "compare.json"
 OURS = "relevance_attention_ranks"
 MICRO = (*EXPLAINED, "vit_micro")
 DIGITS = (*cases.DIGITS, "vit_digits")
@@ -33,7 +35,17 @@ PUBLISHED = (
     "mamba_attribution:rule=published_code",
 )
 SLOW = ("integrated_gradients:n_steps=16", "occlusion:sliding_window_shapes=32,strides=16")
-CHEAPER = ("saliency", "attention_rollout_signed", "centre")
+CHEAPER = ("saliency", "attention_rollout_signed")
+LEADING = (  # on all images; others on as many as their place needs
+    "mamba_lrp",
+    "keep_and_remove_lrp",
+    "mamba_attribution",
+    "attn_lrp",
+    "libra_grad",
+    "transformer_attribution",
+    "random",
+)
+DEAR = ("latim", "keep_and_remove_lrp")  # maps that take seconds
 ABLATIONS = (
     OURS,
     f"{OURS}:weight=0",
@@ -62,6 +74,7 @@ BRIEF = (
 )
 TIMED = 16  # images of each collection, to estimate the total time from
 MOST = {"perturbation": 60, "localisation": 50, "sanity": 2}  # images of slow methods
+SOME = 100  # images of methods that do not lead
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,7 @@ class Part:
 
 
 PARTS = (
-    Part("perturbation", ("imagenette128.zip",), ("perturbation",), half="report", limit=500,
+    Part("perturbation", ("imagenette128.zip",), ("perturbation",), half="report", limit=300,
          aims=("positive_auc_top", "negative_auc_top")),
     Part("boxes", ("localise.zip:imagenette_boxes224",), ("localisation",), aims=("miou",)),
     Part("masks", ("localise.zip:coco_masks256",), ("localisation",)),
@@ -107,6 +120,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with imagenette128.zip and localise.zip")
     parser.add_argument("--runs", type=Path, default=Path("compare_runs"), help="folder of what is measured")
     parser.add_argument("--parts", nargs="+", choices=[part.name for part in PARTS], help="default: all")
+    parser.add_argument(
+        "--keep",
+        nargs="+",
+        default=[],
+        choices=[part.name for part in PARTS],
+        help="parts whose models are still the same: take them from the results that there are",
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes")
 
 
@@ -121,7 +141,7 @@ def run_comparison(args: argparse.Namespace) -> tuple[list[Figure], dict[str, An
     details: dict[str, Any] = {"how": __doc__}
     parts = [part for part in PARTS if args.parts is None or part.name in args.parts]
     for part in parts:
-        found, details[part.name] = _measure(part, args)
+        found, details[part.name] = _kept(part) if part.name in args.keep else _measure(part, args)
         figures += found
     if table := [part for part in parts if "ablation" not in part.name and "cost" not in part.measures]:
         details["core hours"] = {"timed images": TIMED, "quick methods": BRIEF}
@@ -135,6 +155,20 @@ def run_comparison(args: argparse.Namespace) -> tuple[list[Figure], dict[str, An
             details["core hours"][f"with {what}"] = hours
             figures.append(figure("compare time", f"{what}: {', '.join(hours)}", sum(hours.values())))
     return figures, details
+
+
+def _kept(part: Part) -> tuple[list[Figure], dict[str, Any]]:
+    """A part of the present results with its leads, and the machine that measured it."""
+    found = json.loads(RESULTS.read_text())
+    details = found["details"][part.name]
+    targets = {cases.TARGETS[name].what: name for name in (f"{m} {aim}" for m in part.models for aim in part.aims)
+               if name in cases.TARGETS}  # fmt: skip
+    leads = [
+        figure(targets[row["what"]], row["how"], Spread(row["value"], row["quartiles"][0], row["quartiles"][1], row["rounds"]),
+               row.get("interval"))
+        for row in found["figures"] if row["what"] in targets
+    ]  # fmt: skip
+    return leads, {**details, "measured on": details.get("measured on", found["machine"])}
 
 
 def core_hours(part: Part, data: Path, images: int) -> float:
@@ -214,15 +248,23 @@ def plan(part: Part, data: Path, limit: int | None) -> Any:
 
 
 def _methods(part: Part) -> Sequence[str]:
-    """Return all methods that fit; for photos also published ones, and slow ones on fewer images."""
+    """Return all methods that fit; for photos also published ones. The slow and those behind get fewer images."""
     if part.methods:
         return part.methods
     if part.models != MICRO:
         return "all", f"{SLOW[0]}@100", "occlusion:sliding_window_shapes=16,strides=8@300"
-    few = f"@{MOST[part.measures[0]]}"
-    many = "" if part.measures == ("localisation",) else few  # boxes and masks cost a map alone
-    rival = "" if part.measures == ("perturbation",) else few  # the nearest there
-    texts = [f"{SLOW[0]}{rival}", f"{SLOW[1]}{few}", *(f"{text}{many}" for text in (*PUBLISHED, *CHEAPER))]
+    from mamba_attn.attribution.catalogue import METHODS
+
+    few, perturbed = f"@{MOST[part.measures[0]]}", part.measures == ("perturbation",)
+    rival = f"@{SOME}" if perturbed else few
+    texts = [f"{SLOW[0]}{rival}", f"{SLOW[1]}{few}"]
+    if part.measures == ("localisation",):  # boxes and masks cost a map alone
+        texts += [*PUBLISHED, *(f"{text}@{SOME}" for text in DEAR)]
+    else:
+        texts += [f"{text}{few}" for text in (*PUBLISHED, *CHEAPER, *(() if perturbed else DEAR))]
+    if perturbed:
+        known = {text.partition(":")[0] for text in (*SLOW, *CHEAPER)} | set(LEADING)
+        texts += [f"{name}@{SOME}" for name in METHODS if name not in known]
     return "all", *texts, "raw_attention", "attention_rollout", "mamba_attribution"
 
 

@@ -164,3 +164,14 @@ def test_the_page_says_what_ours_is_not_ahead_of() -> None:
     rows = comparison_table.methods_table({"details": details}).splitlines()
     assert rows[2] == "| `saliency` | 9.0 / - / - / - |  |  |"
     assert "| `occlusion` | 13.0 (2) / - / - / - |  |  |" in rows
+
+
+def test_a_part_of_unchanged_models_is_kept_with_its_leads() -> None:
+    there = json.loads(comparison.RESULTS.read_text())
+    (digits,) = (part for part in PARTS if part.name == "digits")
+    figures, details = comparison._kept(digits)
+    rows = [figure.row() for figure in figures]
+    assert [row["what"].partition(":")[0] for row in rows] == list(DIGITS)
+    assert all(row in there["figures"] for row in rows)
+    assert details["tables"] == there["details"]["digits"]["tables"]
+    assert "commit" in details["measured on"]
