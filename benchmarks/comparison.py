@@ -164,9 +164,8 @@ def _kept(part: Part) -> tuple[list[Figure], dict[str, Any]]:
     targets = {cases.TARGETS[name].what: name for name in (f"{m} {aim}" for m in part.models for aim in part.aims)
                if name in cases.TARGETS}  # fmt: skip
     leads = [
-        figure(targets[row["what"]], row["how"], Spread(row["value"], row["quartiles"][0], row["quartiles"][1], row["rounds"]),
-               row.get("interval"))
-        for row in found["figures"] if row["what"] in targets
+        figure(targets[row["what"]], row["how"], Spread(row["value"], low, high, row["rounds"]), row.get("interval"))
+        for row in found["figures"] if row["what"] in targets for low, high in [row["quartiles"]]
     ]  # fmt: skip
     return leads, {**details, "measured on": details.get("measured on", found["machine"])}
 

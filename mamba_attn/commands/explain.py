@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mamba_attn.explanations.explaining import Explained
 
 _NEEDED = {"captum": "captum", "plotly": "plotly", "PIL": "pillow", "rich": "rich"}
-_NAME = 20  # columns of a table that names take
+_NAME, _LEAST = 22, 16  # columns of a table: an image's name, what a model says of it
 _HALF = 0.5  # of a picture: less shown is said
 _EXAMPLES = """\
                                    # six sample photos
@@ -251,7 +251,7 @@ def _table(questions: Sequence["Question"], width: int) -> "Table":
     table = Table(title="Top 5 predictions", box=box.SIMPLE_HEAD)
     table.add_column("image", overflow="ellipsis", no_wrap=True, min_width=_NAME)
     for question in questions:
-        table.add_column(question.subject.name, overflow="ellipsis", no_wrap=True, max_width=max(_NAME, share))
+        table.add_column(question.subject.name, overflow="ellipsis", no_wrap=True, max_width=max(_LEAST, share))
     return table
 
 
@@ -264,5 +264,5 @@ def _add_rows(table: "Table", found: "Explained") -> None:
         cells = [Text(found.title if place == 0 else f"label: {truth}" if place == 1 and truth else "")]
         for classes in found.best:
             label, value = classes[place] if place < len(classes) else ("no classes" if not classes else "", "")
-            cells.append(Text(f"{value:>6} {label}" if value else label))
+            cells.append(Text(f"{value:>5} {label}" if value else label))
         table.add_row(*cells, end_section=place + 1 == count)
