@@ -26,7 +26,8 @@ OTHERS = {name: RESULTS.with_name(f"{name}.json") for name in ("fills", "two_dig
 COLUMNS = {  # part, half, metric
     "positive AUC": ("perturbation", None, "positive_auc_top"),
     "negative AUC": ("perturbation", None, "negative_auc_top"),
-    "mIoU of boxes": ("boxes", "report", "miou"),
+    "mIoU of boxes": ("boxes", None, "miou"),
+    "own object": ("boxes", None, "shuffled_auc"),
     "mIoU of digits": ("digits", "report", "miou"),
 }
 FAMILIES = ("vim", "vmamba", "vit")
@@ -67,6 +68,8 @@ def standing_table(results: Mapping[str, Any]) -> str:
     lines = ["| | lead over the best other method | ahead of | not ahead of |", "|---|---|---|---|"]
     for what, where in COLUMNS.items():
         for table in _tables(results, *where):
+            if f"{table['model']} {where[2]}" not in TARGETS:
+                continue
             found, ahead = table[FIGURES][where[2]], table["ours is ahead of"].get(where[2], [])
             if OURS not in found:
                 continue
@@ -99,23 +102,71 @@ def rival(results: Mapping[str, Any]) -> str:
 
 
 def raw(results: Mapping[str, Any]) -> str:
-    """Return a sentence on raw attention on VMamba when cells are removed.
+    """Return a sentence on raw attention, on every model of scans, when cells are removed.
 
     Args:
         results: contents of compare.json.
     """
-    (table,) = (each for each in _tables(results, "perturbation", None, "") if each["model"] == "vmamba_micro")
-    cells = {
-        (name, aim): "{:.1f} [{:.1f}, {:.1f}]".format(*table[FIGURES][aim][name][:3])
-        for name in ("raw_attention", "random")
-        for aim in ("positive_auc_top", "negative_auc_top")
-    }
+    parts = []
+    for table in (each for each in _tables(results, "perturbation", None, "") if each["model"] in EXPLAINED):
+        (own, chance), (kept, by_chance) = (
+            [table[FIGURES][aim][name] for name in ("raw_attention", "random")]
+            for aim in ("positive_auc_top", "negative_auc_top")
+        )
+        parts.append(
+            f"on {table['model']}, blackening the cells that it ranks highest costs {_side(own, chance, -1)} "
+            f"blackening random ones (positive AUC {_three(own)} compared with {_three(chance)}, lower is better), and "
+            f"keeping them to the end saves {_side(kept, by_chance, 1)} (negative AUC {_three(kept)} compared with "
+            f"{_three(by_chance)})"
+        )
+    return f"Raw attention shows what is read, not what drives the prediction: {'; '.join(parts)}."
+
+
+def _side(own: Sequence[float], other: Sequence[float], better: int) -> str:
+    """Whether a figure is better than another by their intervals."""
+    low, high = difference(own, other, better)[1:]
+    return "more than" if low > 0 else "less than" if high < 0 else "about as much as"
+
+
+def _three(figures: Sequence[float]) -> str:
+    return "{:.1f} [{:.1f}, {:.1f}]".format(*figures[:3])
+
+
+def first_by_removal(results: Mapping[str, Any]) -> str:
+    """Return which method is first when cells are removed, in the mean over the fills, and what it is not ahead of.
+
+    Args:
+        results: contents of compare.json, and of fills.json under "fills".
+    """
+    parts = []
+    for model, tables in results["fills"]["details"]["models"].items():
+        first, *_ = order(tables)
+        images = max(aims["gap_top"][first][3] for aims in tables["figures"].values())
+        parts.append(f"`{first}` on {model} ({images} images)")
     return (
-        "On vmamba_micro, raw attention scores below random maps when the cells it ranks highest are blackened first: "
-        f"positive AUC {cells['raw_attention', 'positive_auc_top']} compared with "
-        f"{cells['random', 'positive_auc_top']}, lower is better. With the lowest first, it scores above them: "
-        f"{cells['raw_attention', 'negative_auc_top']} compared with {cells['random', 'negative_auc_top']}. It shows "
-        "what is read, not what drives the prediction."
+        f"Removing cells, in the mean over {len(tables['figures'])} fills: first are {', '.join(parts)}. "
+        "The tables below say by how much, and which differences are certain."
+    )
+
+
+def localised(results: Mapping[str, Any]) -> str:
+    """Return which methods find an image's own object best, free of the centre, and where mIoU has them.
+
+    Args:
+        results: contents of compare.json.
+    """
+    parts = []
+    for table in _tables(results, "boxes", None, ""):
+        found, boxes = table[FIGURES]["shuffled_auc"], table[FIGURES]["miou"]
+        most = max(its[3] for its in found.values())
+        first = next(name for name, its in found.items() if its[3] == most)
+        place = [name for name in boxes if boxes[name][3] == most].index(first) + 1
+        parts.append(
+            f"{_name(first)} on {table['model']} (+{_three(found[first])} points; by mIoU of boxes no. {place})"
+        )
+    return (
+        f"Finding the image's own object rather than any object's usual place: first are {', '.join(parts)}. `centre`, "
+        "a blob in the middle, gets 0 here, and would be among the first by mIoU."
     )
 
 
@@ -377,6 +428,8 @@ PARTS = {
     "rival": rival,
     "standing": standing_table,
     "raw": raw,
+    "removal": first_by_removal,
+    "localised": localised,
     "sanity": sanity_table,
     "sanity words": sanity_words,
     "ablation": ablation_table,

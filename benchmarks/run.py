@@ -79,7 +79,7 @@ WHAT = {
     "passes": "several maps of one traced pass, compared with the dearest of them",
     "threads": "attention with one, two and four threads, wall seconds; first calls with a prebuilt kernel and without",
     "maps": "maps: energy in boxes, deletion, time of the command",
-    "compare": "attribution methods judged on one scale: perturbation, boxes, masks, digits, sanity, cost",
+    "compare": "attribution methods judged on one scale: perturbation, boxes, digits, sanity, cost",
     "two-digits": "attribution methods asked about either of two digits in an image",
     "fills": "attribution methods under several fills of removed cells",
     "collect": "mamba-attn collect: memory against images, time, means against explicit ones",

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import mamba_attn
-from benchmarks.export import samples
+from benchmarks.export import mflops, samples
 from mamba_attn import images
 from mamba_attn.models import registry
 from mamba_attn.testing import check_adapter
@@ -27,7 +27,7 @@ def test_the_card_is_true_of_the_file(name: str) -> None:
 
     card = registry.demo_card(name)
     path = registry._DEMOS / f"{name}.safetensors"
-    assert path.stat().st_size < 8e6
+    assert path.stat().st_size < 12e6  # all of a release stay below 25 MB
     with safe_open(path, "pt") as file:
         shapes = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         assert {value.get_dtype() for value in shapes.values()} == {"F16"}
@@ -41,7 +41,7 @@ def test_the_card_is_true_of_the_file(name: str) -> None:
     assert any("non-commercial" in source["license"] for source in card["data"].values())
     words = "CC BY-SA" if name in DIGITS else "CC0"
     assert any(words in source["license"] for source in card["data"].values())
-    assert card["top1"] >= (80 if name in DIGITS else 65)
+    assert card["top1"] >= {"vmamba_micro": 84}.get(name, 80 if name in DIGITS else 74)
     assert card["command"].startswith("python benchmarks/train.py " + name)
     assert {"seed", "epochs", "pixels", "recipe", "versions"} <= set(card)
 
@@ -51,7 +51,15 @@ def test_the_images_of_the_package_are_told_as_the_card_says(name: str) -> None:
     card = registry.demo_card(name)
     found = samples(mamba_attn.models.create(name, weights="demo"), name, card["pixels"], card["classes"])
     assert found == card["samples"]
-    assert name in DIGITS or found["top1"] >= 30  # chance is 5
+    assert name in DIGITS or found["top1"] >= (60 if name == "vit_micro" else 80)  # of six, it misreads two
+
+
+def test_vim_and_the_vit_cost_alike() -> None:
+    vim, vit = (registry.demo_card(name) for name in ("vim_micro", "vit_micro"))
+    assert vit["parameters"] == pytest.approx(vim["parameters"], rel=0.02)
+    assert vit["mflops"] == pytest.approx(vim["mflops"], rel=0.1)
+    for name, card in (("vim_micro", vim), ("vit_micro", vit)):
+        assert mflops(mamba_attn.models.create(name), 128) == card["mflops"]
 
 
 @pytest.mark.parametrize("name", DIGITS)
