@@ -103,7 +103,7 @@ class Part:
 
 
 PARTS = (
-    Part("perturbation", ("imagenette128.zip",), ("perturbation",), half="report", limit=300,
+    Part("perturbation", ("imagenette128.zip",), ("perturbation",), half="report", limit=100,
          aims=("positive_auc_top", "negative_auc_top")),
     Part("boxes", ("localise.zip:imagenette_boxes224",), ("localisation",), half="report", aims=("miou",)),
     Part("digits", ("localise.zip:digits64",), ("localisation",), DIGITS, aims=("miou",)),

@@ -110,12 +110,13 @@ def measure(plans: Mapping[str, Any], store: Any, deadline: float | None = None)
         (selector, first.data[selector].chosen(first.half, first.limit)) for selector in first.data
     ):
         data = first.data[selector]
+        wanted = {method: set(first.indices(selector, "perturbation", method)) for method in first.methods}
         for start in range(0, len(chosen), CHUNK):
             for method in first.methods:
                 for model in (model for _, model in first.pairs if model.misfit(method) is None):
                     if deadline is not None and time.monotonic() > deadline:
                         return
-                    indices = chosen[start : start + CHUNK]
+                    indices = [index for index in chosen[start : start + CHUNK] if index in wanted[method]]
                     keys = {
                         (fill, index): its.key(data, index, model, method, "perturbation")
                         for fill, its in plans.items()

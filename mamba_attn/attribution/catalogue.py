@@ -134,7 +134,7 @@ METHODS: dict[str, Entry] = {
             MambaLRP,
             "The relevance of the class, propagated back layer by layer to the tokens; signed, and it adds up.",
             (SCANS,),
-            instead="frozen_contribution",
+            instead="attn_lrp",
         ),
         Entry(
             "keep_and_remove_lrp",

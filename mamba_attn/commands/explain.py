@@ -91,7 +91,7 @@ def add_parser(commands: Commands) -> None:
         default=[],
         metavar="METHOD",
         help="see below; default: mamba_lrp, raw_attention, attention_rollout and mamba_attribution or, for a ViT, "
-        "frozen_contribution and transformer_attribution in place of the first and last",
+        "attn_lrp and transformer_attribution in place of the first and last",
     )
     add(
         "--target",

@@ -57,6 +57,13 @@ def test_maps_are_made_once_and_lines_are_those_of_compare(
             assert low <= value <= high
 
 
+def test_a_method_gets_no_more_images_than_asked(plans: dict[str, object], tmp_path: Path) -> None:
+    few = {fill: fills.plan(MODELS[:1], tmp_path, ("random@1", "centre"), fill, 2) for fill in plans}
+    store = Store(tmp_path / "measured.jsonl")
+    fills.measure(few, store)
+    assert sorted(key.method for key, _ in store.items()) == ["centre"] * 4 + ["random"] * 2
+
+
 def test_no_image_is_begun_after_the_deadline(plans: dict[str, object], tmp_path: Path) -> None:
     store = Store(tmp_path / "measured.jsonl")
     fills.measure(plans, store, time.monotonic() - 1)
