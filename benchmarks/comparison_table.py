@@ -140,9 +140,11 @@ def first_by_removal(results: Mapping[str, Any]) -> str:
     """
     parts = []
     for model, tables in results["fills"]["details"]["models"].items():
-        first, *_ = order(tables)
+        (first, *_), rival = order(tables), tables["rival"]
         images = max(aims["gap_top"][first][3] for aims in tables["figures"].values())
-        parts.append(f"`{first}` on {model} ({images} images)")
+        ahead = [aims["gap_top"][first][1] > 0 for aims in tables["ahead of the rival"].values() if first != rival]
+        both = f"`{rival}` and `{first}`, neither certainly ahead," if first != rival and sum(ahead) < LEAST else ""
+        parts.append(f"{both or f'`{first}`'} on {model} ({images} images)")
     return (
         f"Removing cells, in the mean over {len(tables['figures'])} fills: first are {', '.join(parts)}. "
         "The tables below say by how much, and which differences are certain."

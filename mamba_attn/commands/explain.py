@@ -147,8 +147,8 @@ def _methods() -> str:
     deaf = [name for name, its in METHODS.items() if "layers" not in inspect.signature(its.method.__init__).parameters]
     lines.append(textwrap.fill(f"These ignore --layer: {', '.join(deaf)}.", 78))
     lines.append("raw_attention shows what is read, not what drives the prediction: on")
-    lines.append("vmamba_micro it scores below random when the patches it ranks highest are")
-    lines.append("removed.")
+    lines.append("vmamba_micro, removing the patches it ranks highest does no more harm than")
+    lines.append("removing random ones.")
     lines.append("Options follow a colon: attention_rollout:signed,")
     lines.append("mamba_attribution:rule=paper, raw_attention:convention=hidden_mamba.")
     return "\n".join(lines)

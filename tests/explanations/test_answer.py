@@ -8,7 +8,7 @@ from PIL import Image
 from mamba_attn import images, trace
 from mamba_attn.attribution import (
     AttentionRollout,
-    FrozenContribution,
+    AttnLRP,
     MambaAttribution,
     MambaLRP,
     RawAttention,
@@ -47,7 +47,7 @@ def test_maps_are_those_of_the_methods(loaded):
     found, model = ask(loaded), loaded[0].model
     first, last = (MambaLRP, MambaAttribution)
     if is_transformer(loaded[0]):
-        first, last = FrozenContribution, TransformerAttribution
+        first, last = AttnLRP, TransformerAttribution
     for method, built in zip(found.methods, (first, RawAttention, AttentionRollout, last), strict=True):
         truth = built(model).attribute(inputs(loaded))[0, 0].numpy()
         np.testing.assert_allclose(found.maps[method.key], truth, rtol=1e-5, atol=4e-6 * np.abs(truth).max())
