@@ -116,8 +116,8 @@ def raw(results: Mapping[str, Any]) -> str:
         parts.append(
             f"on {table['model']}, blackening the cells that it ranks highest costs {_side(own, chance, -1)} "
             f"blackening random ones (positive AUC {_three(own)} compared with {_three(chance)}, lower is better), and "
-            f"keeping them to the end saves {_side(kept, by_chance, 1)} (negative AUC {_three(kept)} compared with "
-            f"{_three(by_chance)})"
+            f"keeping them to the end saves {_side(kept, by_chance, 1)} keeping random ones (negative AUC "
+            f"{_three(kept)} compared with {_three(by_chance)})"
         )
     return f"Raw attention shows what is read, not what drives the prediction: {'; '.join(parts)}."
 
@@ -143,12 +143,10 @@ def first_by_removal(results: Mapping[str, Any]) -> str:
         (first, *_), rival = order(tables), tables["rival"]
         images = max(aims["gap_top"][first][3] for aims in tables["figures"].values())
         ahead = [aims["gap_top"][first][1] > 0 for aims in tables["ahead of the rival"].values() if first != rival]
-        both = f"`{rival}` and `{first}`, neither certainly ahead," if first != rival and sum(ahead) < LEAST else ""
-        parts.append(f"{both or f'`{first}`'} on {model} ({images} images)")
-    return (
-        f"Removing cells, in the mean over {len(tables['figures'])} fills: first are {', '.join(parts)}. "
-        "The tables below say by how much, and which differences are certain."
-    )
+        certain = first == rival or sum(ahead) >= LEAST
+        names = f"`{first}`" if certain else f"`{rival}` and `{first}`, neither certainly ahead"
+        parts.append(f"on {model} ({images} images) {names}")
+    return f"Best when cells are removed, in the mean over {len(tables['figures'])} fills: {'; '.join(parts)}."
 
 
 def localised(results: Mapping[str, Any]) -> str:
@@ -167,8 +165,8 @@ def localised(results: Mapping[str, Any]) -> str:
             f"{_name(first)} on {table['model']} (+{_three(found[first])} points; by mIoU of boxes no. {place})"
         )
     return (
-        f"Finding the image's own object rather than any object's usual place: first are {', '.join(parts)}. `centre`, "
-        "a blob in the middle, gets 0 here, and would be among the first by mIoU."
+        f"Best at finding the image's own object rather than any object's usual place: {', '.join(parts)}. `centre`, "
+        "a blob in the middle, is worth nothing here, and among the first by mIoU."
     )
 
 
