@@ -117,7 +117,8 @@ def demo(count=6, weights="demo", name="vmamba_micro"):
 def tiny(count=4, **options):
     """A VMamba of random weights on a grid of 8 x 12, 4 x 6, ..."""
     torch.manual_seed(0)
-    model = mamba_attn.models.create("vmamba_micro", image_size=(32, 48), num_classes=3, **options)
+    options = {"depths": (1, 1, 2, 1), "image_size": (32, 48), "num_classes": 3, **options}
+    model = mamba_attn.models.create("vmamba_micro", **options)
     generator = np.random.default_rng(0)
     pixels = [generator.integers(0, 255, (32, 48, 3), dtype=np.uint8) for _ in range(count)]
     return Double(model, pixels, ["cat", "dog", "cat", "dog"][:count])
