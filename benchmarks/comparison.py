@@ -1,9 +1,12 @@
 """Attribution methods compared, as ``mamba-attn compare`` does, on the demo models; how far ours leads the best other.
 
 ``--data`` names the folder with imagenette128.zip and localise.zip. Results are kept in ``--runs``; a killed run
-resumes from there. Our combination was chosen on the images that ``--half choose`` keeps, where its ablations are
-measured; perturbation and boxes are measured on the other half, and digits show the halves and all images.
-Models answer in bfloat16 when they are perturbed; maps are of float32.
+resumes from there. What the present tables are made of, those of benchmarks/fills.py included, is in
+results/measured.jsonl.xz: unpacked into ``--runs``, it is extended rather than measured again.
+
+Our combination was chosen on the images that ``--half choose`` keeps, where its ablations are measured; perturbation
+and boxes are measured on the other half, and digits show the halves and all images. Models answer in bfloat16 when they
+are perturbed; maps are of float32.
 """
 
 import argparse
