@@ -120,7 +120,6 @@ TARGETS = {
     "embed kept": Target("neighbours that 100 principal components keep", 0.8, 0.95, higher=True),
     "embed trust": Target("what PCA-100 before the embedding adds to its trustworthiness", 0, 0, higher=True),
     "embed overlap": Target("what PCA-100 before the embedding adds to the neighbours it keeps", 0, 0, higher=True),
-    "compare time": Target("`run.py compare`: the table, hours of one core", 2, 2, unit="h"),
     "findings orders": Target("`mamba-attn findings`: patch orders that models were trained in", 5, 7, higher=True),
     "findings families": Target("`mamba-attn findings`: families of Mamba models", 2, 2, higher=True),
     "explore median": Target("`mamba-attn explore`, 56 x 56 patches: gesture to picture, median", 200, 100, unit="ms"),

@@ -11,10 +11,9 @@ are perturbed; maps are of float32.
 
 import argparse
 import json
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,22 +59,6 @@ ABLATIONS = (
     "implicit_attention",
     "raw_attention",
 )
-BRIEF = (
-    OURS,
-    "mamba_lrp",
-    "frozen_contribution",
-    "mamba_attribution",
-    "transformer_attribution",
-    "raw_attention",
-    "attention_rollout",
-    "grad_cam",
-    "attention_grad_cam",
-    "input_x_gradient",
-    "saliency",
-    "random",
-    "centre",
-)
-TIMED = 4  # images of each collection, to estimate the total time from
 MOST = {"perturbation": 50, "localisation": 50, "sanity": 2}  # images of slow methods
 SOME = 50  # images of methods that do not lead; fewer would bring a warning
 
@@ -145,17 +128,6 @@ def run_comparison(args: argparse.Namespace) -> tuple[list[Figure], dict[str, An
     for part in parts:
         found, details[part.name] = _kept(part) if part.name in args.keep else _measure(part, args)
         figures += found
-    if table := [part for part in parts if "ablation" not in part.name and "cost" not in part.measures]:
-        details["core hours"] = {"timed images": TIMED, "quick methods": BRIEF}
-        for what, methods in (("all methods", None), ("quick methods", BRIEF)):
-            hours = {
-                part.name: core_hours(
-                    replace(part, methods=methods or part.methods), args.data, 2 if args.quick else TIMED
-                )
-                for part in table
-            }
-            details["core hours"][f"with {what}"] = hours
-            figures.append(figure("compare time", f"{what}: {', '.join(hours)}", sum(hours.values())))
     return figures, details
 
 
@@ -170,29 +142,6 @@ def _kept(part: Part) -> tuple[list[Figure], dict[str, Any]]:
         for row in found["figures"] if row["what"] in targets for low, high in [row["quartiles"]]
     ]  # fmt: skip
     return leads, {**details, "measured on": details.get("measured on", found["machine"])}
-
-
-def core_hours(part: Part, data: Path, images: int) -> float:
-    """Hours that one thread takes for a part, estimated from its first images; methods get their share of these.
-
-    Args:
-        part: of the comparison.
-        data: folder of the collections.
-        images: of each collection.
-    """
-    from mamba_attn.evaluation.scheduler import run
-    from mamba_attn.evaluation.store import Store
-
-    planned = plan(part, data, part.limit)
-    whole = len(planned.indices(planned.selectors[0], part.measures[0]))
-    planned.limit = min(images, whole)
-    planned.most = {name: max(1, round(count * planned.limit / whole)) for name, count in planned.most.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        store = Store(Path(folder) / "measured.jsonl")
-        list(planned.tasks(store))  # models and methods are loaded before the clock starts
-        started = time.perf_counter()
-        run(planned, store, workers=1)
-        return (time.perf_counter() - started) * whole / planned.limit / 3600
 
 
 def _measure(part: Part, args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:

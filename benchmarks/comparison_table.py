@@ -345,21 +345,6 @@ def two_digits_table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def hours(results: Mapping[str, Any]) -> str:
-    """Return what the table costs, in words.
-
-    Args:
-        results: contents of compare.json.
-    """
-    found = results["details"]["core hours"]
-    quick = found["quick methods"]
-    return (
-        f"One core needs {sum(found['with all methods'].values()):.1f} hours for it, and "
-        f"{sum(found['with quick methods'].values()):.1f} for the {len(quick)} quick methods alone "
-        f"({_names(quick)}), estimated from the first {found['timed images']} images of every collection."
-    )
-
-
 def _tables(results: Mapping[str, Any], part: str, half: str | None, _: str) -> list[dict[str, Any]]:
     details = results["details"][part]
     found: list[dict[str, Any]] = details["tables"] if half is None else details["halves"][half]
@@ -423,7 +408,6 @@ def _cell(found: Mapping[tuple[str, str], str], family: str) -> str:
 
 
 PARTS = {
-    "hours": hours,
     "methods": methods_table,
     "rival": rival,
     "standing": standing_table,

@@ -80,19 +80,6 @@ def test_a_lead_is_over_the_best_other_method_on_the_half_that_chose_nothing(pho
     assert comparison.leads(part(), planned, store) == []
 
 
-def test_the_time_of_the_whole_is_told_from_a_fair_share(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    monkeypatch.setattr(
-        "mamba_attn.evaluation.scheduler.run", lambda plan, store, workers: seen.append((plan, workers))
-    )
-    clock = iter([10.0, 10.0 + 3600])
-    monkeypatch.setattr(comparison.time, "perf_counter", lambda: next(clock))
-    small = part(models=("vit_digits",), methods=("centre@12", "random"))
-    assert comparison.core_hours(small, photos, 6) == 4  # an hour for 6 of 24 images
-    ((planned, workers),) = seen
-    assert (planned.limit, planned.most, workers) == (6, {"centre": 3}, 1)
-
-
 def test_the_page_has_the_tables_of_the_results() -> None:
     page = comparison_table.PAGE.read_text()
     assert filled(page, comparison_table.PARTS, comparison_table.stored()) == page
