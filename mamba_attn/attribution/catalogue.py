@@ -49,7 +49,7 @@ class Entry:
         made_of: the kinds of layers that the model may be made of.
         of_a_class: whether the map depends on the class.
         class_option: an option that, when False, makes it the same for every class.
-        instead: the counterpart for other models.
+        instead: the counterpart for other models; several, for one kind of layers after the other.
         options: arguments of the class.
         check: raises UnsupportedModelError for models that the method refuses all the same.
     """
@@ -61,7 +61,7 @@ class Entry:
     made_of: tuple[str, ...] = TRACED
     of_a_class: bool = True
     class_option: str = ""
-    instead: str = "attention_rollout"
+    instead: str | tuple[str, ...] = "attention_rollout"
     options: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[nn.Module], None] | None = None
 
@@ -134,7 +134,7 @@ METHODS: dict[str, Entry] = {
             MambaLRP,
             "The relevance of the class, propagated back layer by layer to the tokens; signed, and it adds up.",
             (SCANS,),
-            instead="attn_lrp",
+            instead=("attn_lrp", "frozen_contribution"),
         ),
         Entry(
             "keep_and_remove_lrp",
@@ -351,7 +351,9 @@ def counterpart(name: str, model: nn.Module, kinds: Sequence[str] | None = None)
         kinds: as in ``refusal``.
     """
     found = set(_adapted(model) if kinds is None else kinds)
-    candidates = (get(each) for each in (name, get(name).instead, "attention_rollout", "integrated_gradients"))
+    other = get(name).instead
+    others = (other,) if isinstance(other, str) else other
+    candidates = (get(each) for each in (name, *others, "attention_rollout", "integrated_gradients"))
     return next(its.name for its in candidates if its.made_of == ANY or (found and found <= set(its.made_of)))
 
 

@@ -77,7 +77,8 @@ def test_the_table_is_whole():
         assert name == entry.name
         assert name.replace("_", "").isalpha()
         assert name.islower()
-        assert entry.instead in catalogue.METHODS
+        others = {entry.instead} if isinstance(entry.instead, str) else {*entry.instead}
+        assert others <= catalogue.METHODS.keys()
         assert entry.meaning.format(reader="the class token").endswith(".")
 
 

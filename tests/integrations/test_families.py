@@ -48,7 +48,8 @@ def test_laws_in_float64(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "patch_sizes"), [("vim middle", [8]), ("vim overlapping", [16]), ("vmamba", [4, 8, 16, 16, 32])]
+    ("name", "patch_sizes"),
+    [("vim middle", [8]), ("vim overlapping", [16]), ("vmamba", 2 * [4] + 2 * [8] + 4 * [16] + 2 * [32])],
 )
 def test_layouts_tile_the_image(name: str, patch_sizes: list[int]) -> None:
     model, x = build(name)

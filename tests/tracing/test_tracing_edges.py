@@ -145,7 +145,7 @@ def test_a_given_layout_is_kept_and_one_that_does_not_fit_is_not() -> None:
     with torch.no_grad(), mamba_attn.trace(model, layout=layout) as trace:
         model(images())
     assert trace.layers[0].layout is layout
-    assert trace.layers[1].layout.grid == (3, 5)
+    assert trace.layers[2].layout.grid == (3, 5)  # of the next stage
 
 
 def test_class_token_first_and_patch_sizes_round_to_the_nearest_power() -> None:

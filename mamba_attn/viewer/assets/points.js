@@ -139,7 +139,7 @@ function paintPoints(its) {
   its.places = places;
   const lit = litPoints(its.at);
   context.globalAlpha = !lit.length ? 1 : lit.length === 1 ? NEXT : FAINT;
-  context.drawImage(picture, 0, 0, width, height);
+  if (picture.width && picture.height) context.drawImage(picture, 0, 0, width, height); // a frame may not be laid out yet
   context.globalAlpha = 1;
   for (const at of lit) {
     context.globalAlpha = looks[at].hidden ? FAINT : 1;
