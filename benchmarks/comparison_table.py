@@ -73,9 +73,13 @@ def standing_table(results: Mapping[str, Any]) -> str:
             found, ahead = table[FIGURES][where[2]], table["ours is ahead of"].get(where[2], [])
             if OURS not in found:
                 continue
-            others = [name for name in found if name != OURS]
-            before = list(found)[: list(found).index(OURS)]
-            missed = [f"**{_name(name)}**" if name in before else _name(name) for name in others if name not in ahead]
+            others = {name: difference(found[OURS], its, METRICS[where[2]].better) for name, its in found.items()
+                      if name != OURS}  # fmt: skip
+            # a method of fewer images has no paired interval here
+            missed = [
+                f"**{_name(name)}**" if value < 0 else _name(name)
+                for name, (value, low, _) in others.items() if name not in ahead and low <= 0
+            ]  # fmt: skip
             lead = _lead(results, table["model"], where[2])
             lines.append(
                 f"| {table['model']}, {what} | {lead} | {len(others) - len(missed)} of {len(others)} | "

@@ -149,6 +149,8 @@ def test_the_page_says_what_ours_is_not_ahead_of() -> None:
         "| vim_micro, positive AUC | `saliency`: 3.0 behind [1.6, 4.4] | 1 of 4 | **`saliency`**, **`mamba_lrp`**, "
         "`occlusion` |"
     )
+    table["ours is ahead of"], figures["random"][3] = {}, 2  # no paired interval: still far behind
+    assert comparison_table.standing_table(results).splitlines()[-1] == row
     rows = comparison_table.methods_table({"details": details}).splitlines()
     assert rows[2] == "| `saliency` | 9.0 / - / - / - / - |  |  |"
     assert "| `occlusion` | 13.0 (2) / - / - / - / - |  |  |" in rows
