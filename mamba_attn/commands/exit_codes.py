@@ -31,7 +31,7 @@ _FIRST = {
     "read": "weights",
 }  # first positional arguments, by function
 _OF_BUILDERS = {"image_size", "img_size", "num_classes", "stride", "class_token"}  # said after --option
-_COMMAS = {"--keep"}  # lists written with commas on the command line
+_COMMAS = {"--beside", "--keep"}  # lists written with commas on the command line
 
 
 class Terminated(KeyboardInterrupt):

@@ -79,9 +79,7 @@ def add_parser(commands: Commands) -> None:
     add_model(parser, default="vmamba_micro")
     add(
         "--beside",
-        nargs="+",
-        action="extend",
-        metavar="NAME|none",
+        metavar="NAME[,NAME]|none",
         help="bundled models to show alongside; default, for a *_micro model: the other two",
     )
     add(
@@ -172,7 +170,8 @@ def _job(args: argparse.Namespace) -> Job:
         choices.parse_query(args.query, args.box, first, methods),
         by_default=not args.method,
     )
-    beside = args.beside or (None if first.weights == "demo" else [loading.NO_COMPANION])
+    default = None if first.weights == "demo" else [loading.NO_COMPANION]
+    beside = [name.strip() for name in args.beside.split(",")] if args.beside else default
     others = loading.load_companions(beside, first, args.device)
     questions = [question, *map(question.of_companion, others)]
     settle_threads(each.subject.parameters for each in questions)

@@ -181,8 +181,7 @@ def load_companions(names: Sequence[str] | None, subject: LoadedModel, device: s
         device: "cpu" or "cuda".
 
     Raises:
-        ValueError: an unknown name, or "none" together with others.
-        WeightsError: no demo weights for a name.
+        ValueError: no model with demo weights of this name, or "none" together with others.
     """
     if names is None:
         names = [name for name in _MICRO if name != subject.spec] if subject.spec in _MICRO else [NO_COMPANION]
@@ -190,6 +189,11 @@ def load_companions(names: Sequence[str] | None, subject: LoadedModel, device: s
         if len(names) > 1:
             raise ValueError(f"beside={list(names)}: {NO_COMPANION!r} stands alone.")
         return []
+    for name in names:
+        if name not in registry.demos():
+            raise ValueError(
+                f"beside={name!r}: no model with weights in the package. {nearest(name, registry.demos())}"
+            )
     found = [load(name, device=device) for name in names]
     for each in found:
         if isinstance(each.transform, Transform) and isinstance(subject.transform, Transform):

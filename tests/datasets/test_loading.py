@@ -343,3 +343,5 @@ def test_companions_read_the_files_as_the_model_does():
     assert load_companions(None, load("vim_digits")) == []
     with pytest.raises(ValueError, match="'none' stands alone"):
         load_companions(["none", "vit_micro"], subject)
+    with pytest.raises(ValueError, match=r"beside='vim_tiny': no model with weights in the package\."):
+        load_companions(["vim_tiny"], subject)
