@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from mamba_attn.core.decisions import decided
-from mamba_attn.core.layout import TokenLayout
 from mamba_attn.core.loaded_model import LoadedModel
 from mamba_attn.core.outputs import described, find_scores
 from mamba_attn.core.training_mode import warn_of_training
@@ -31,7 +30,6 @@ NO_COMPANION = "none"
 KINDS = "FILE.py:FUNCTION, PACKAGE.MODULE:FUNCTION, timm:NAME or hf:FOLDER"
 _MICRO = ("vmamba_micro", "vim_micro", "vit_micro")  # companions; the package has none for other sizes
 _SIDE = 224
-_EXTRA = 16  # tokens in front of the patches, fewer: a class token and registers
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 _OUTPUTS = "_outputs"  # where the number of outputs is remembered
 # raised by a model that is shown an image it cannot take
@@ -351,25 +349,11 @@ def _of_transformers(spec: str, weights: str | None, options: dict[str, Any], tr
         if speaks:
             its = folder.resolve().name
             return LoadedModel(model.eval(), classes=[], name=its, reads="text", tokenizer=tokenizer)
-        return LoadedModel(model.eval(), processor, names, layout=_patches(config), name=folder.resolve().name)
+        return LoadedModel(model.eval(), processor, names, name=folder.resolve().name)
 
     found = _filled(made, lambda _: False, options, spec, None if weights == "random" else weights)
     found.spec, found.weights = f"hf:{folder.resolve()}", weights or ""
     return found
-
-
-def _patches(config: Any) -> Callable[[str, int], TokenLayout | None] | None:
-    """Return the token frame of a ViT of transformers: its patches in raster order, behind what else it has."""
-    size, patch = _sides(getattr(config, "image_size", None)), _sides(getattr(config, "patch_size", None))
-    if size is None or patch is None:
-        return None
-    grid = (size[0] // patch[0], size[1] // patch[1])
-
-    def layout(_: str, tokens: int) -> TokenLayout | None:
-        extra = tokens - grid[0] * grid[1]
-        return TokenLayout(grid, patch, class_tokens=tuple(range(extra))) if 0 <= extra < _EXTRA else None
-
-    return layout
 
 
 def _filled(

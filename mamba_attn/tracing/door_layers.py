@@ -22,9 +22,11 @@ from mamba_attn.tracing.layers import Layer, ScanLayer
 from mamba_attn.tracing.nearest_layout import nearest_layout
 from mamba_attn.tracing.placed import Placed, place, same_route
 from mamba_attn.tracing.replay import Replay
+from mamba_attn.tracing.running import modules_of
 from mamba_attn.tracing.selective_scans import ScanCall
 from mamba_attn.tracing.softmax_calls import SoftmaxCall
 from mamba_attn.tracing.softmax_layers import DoorAttention, PlacedAttention, place_attention
+from mamba_attn.tracing.standing import standing
 from mamba_attn.tracing.steps import Found, Steps, steps_of
 from mamba_attn.tracing.undisturbed import recomputing
 
@@ -378,7 +380,19 @@ class DoorScans:
         if batch is not None and len(steps.rows) != batch:
             return None  # the frame is a part of an image
         maps = self._found[0].measured.maps if self._found and self._found[0] else {}
-        return nearest_layout(module, steps.tokens, maps, self._replay, self._seen, steps.place.grid)
+        nearest = nearest_layout(module, steps.tokens, maps, self._replay, self._seen, steps.place.grid)
+        return nearest or self._embedded(module, steps.tokens)
+
+    def _embedded(self, module: str, tokens: int) -> TokenLayout | None:
+        """Measured from the patches' convolution to the first module at a door: class tokens have no cell in a map."""
+        modules = modules_of(self.model)
+        at_doors = {call.module: modules[call.module] for call in self.watch.calls[: self._end] if call.module}
+        if self._replay is None or module not in at_doors:
+            return None
+        found = standing(self.model, self._replay, at_doors, doors=False)
+        if not {next(iter(at_doors)), module} <= set(found.whole):
+            return None
+        return found.embedded if found.embedded is not None and found.embedded.tokens == tokens else None
 
 
 def _one_layer(calls: Sequence[ScanCall | SoftmaxCall], found: Found, earlier: int, later: int) -> bool:

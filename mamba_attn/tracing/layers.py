@@ -127,7 +127,7 @@ class Layer(ABC):
         if layout is None:
             raise TraceError(
                 f"{self.name}: the tokens' place in the image is not known, so there are no maps; pass "
-                "layout=TokenLayout(grid=(height, width), ...) to trace(), or to the method."
+                "layout=TokenLayout(grid=(height, width), ...) to trace(), to the method, or to LoadedModel()."
             )
         return layout
 

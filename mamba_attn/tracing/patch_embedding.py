@@ -6,7 +6,7 @@ not stand there in raster order, the layout is not known. ``Embedding`` says it 
 shown which token each of its patches goes to.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -124,14 +124,14 @@ class Embedding:
         return cls(leaf, given, kernel, steps, padded)
 
     def layout(
-        self, order: Int[Tensor, " patches"], tokens: int, model: nn.Module, inputs: Sequence[Tensor]
+        self, order: Int[Tensor, " patches"], tokens: int, classes: Collection[int], inputs: Sequence[Tensor]
     ) -> TokenLayout | None:
         """Return the layout of tokens among which the patches stand; None where it is not known.
 
         Args:
             order: token of each patch.
             tokens: number of tokens.
-            model: whose parameters say how many class tokens there are.
+            classes: those of them that are class tokens.
             inputs: what it was called with, one of which the convolution sees, perhaps turned on its side.
         """
         grid, kernel, stride, places = tuple(self.leaf.shape[2:]), self.kernel, self.stride, order
@@ -143,10 +143,10 @@ class Embedding:
             grid, kernel, stride, places = grid[::-1], kernel[::-1], stride[::-1], order.view(grid).T.flatten()
         columns = places.view(grid).permute(*range(len(grid))[::-1]).flatten()
         ways = [bool((each.diff() > 0).all()) for each in (places, columns)]
-        classes = _class_tokens(model.named_parameters())
-        if not any(ways) or (others and classes not in (0, len(others))):
+        if not any(ways):
             return None
-        named, rest = (others, ()) if classes else ((), others)
+        named = tuple(token for token in others if token in classes)
+        rest = tuple(token for token in others if token not in classes)
         return TokenLayout(grid, kernel, stride, named, rest, columns_first=not ways[0])
 
 
@@ -162,6 +162,11 @@ def _side(x: Tensor, given: Tensor) -> bool | None:
     if torch.equal(values, its):
         return False
     return True if torch.equal(x.detach().mT.flatten(), its) else None
+
+
+def makes_a_class_token(parameter: str) -> bool:
+    """Whether a parameter's name says that it is one: "cls_token", CLIP's "class_embedding", DeiT's second of two."""
+    return parameter.rpartition(".")[2].startswith(("cls_", "class_", "dist_", "distillation_"))
 
 
 def _class_tokens(parameters: Iterable[tuple[str, nn.Parameter]]) -> int:

@@ -29,7 +29,7 @@ from mamba_attn.tracing.adapters import Seen
 from mamba_attn.tracing.agreement import Call, measurable
 from mamba_attn.tracing.doors import Watch, open_doors, suspended
 from mamba_attn.tracing.nearest_layout import nearest_layout
-from mamba_attn.tracing.patch_embedding import Embedding
+from mamba_attn.tracing.patch_embedding import Embedding, makes_a_class_token
 from mamba_attn.tracing.patching import PatchedForward, patched
 from mamba_attn.tracing.probes import LAYER_NORMS, SHARE, Centre, OnItsToken, Probe, watch_fused_norms
 from mamba_attn.tracing.replay import Replay
@@ -275,19 +275,21 @@ def _measured(model: nn.Module, replay: Replay, mixers: Mapping[str, nn.Module],
         stack.enter_context(torch.enable_grad())
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # the traced pass gives them
         # read here, where no other thread has them changed for the same purpose
-        for parameter, flag in [(parameter, parameter.requires_grad) for parameter in model.parameters()]:
+        named = [(name, parameter, parameter.requires_grad) for name, parameter in model.named_parameters()]
+        for name, parameter, flag in named:
             stack.callback(parameter.requires_grad_, flag)
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(makes_a_class_token(name) and parameter.is_floating_point())
+        classes = [parameter for _, parameter, _ in named if parameter.requires_grad]
         try:
             with _run(model, replay, seen):
-                orders, embedded = _orders(seen), _embedded(seen, model, replay)
+                orders, embedded = _orders(seen), _embedded(seen, classes, replay)
             if embedded is not None:  # unless it is drawn at random, as some forks draw a class token's place
                 again = _Pass(seen.mixers, to_the_first=True)
                 random.seed(1)
                 torch.manual_seed(1)
                 with suppress(_EnteredError), _run(model, replay, again):
                     pass
-                embedded = embedded if _embedded(again, model, replay) == embedded else None
+                embedded = embedded if _embedded(again, classes, replay) == embedded else None
             return Standing(orders, seen.maps, list(dict.fromkeys(seen.doors)), embedded)
         except _StatesError:
             return Standing(maps=seen.maps)
@@ -334,7 +336,7 @@ def _orders(seen: _Pass) -> list[tuple[str, Tensor]]:
     return [(cut.name, found[cut]) for cut in seen.cuts if cut in found]
 
 
-def _embedded(seen: _Pass, model: nn.Module, replay: Replay) -> TokenLayout | None:
+def _embedded(seen: _Pass, classes: Sequence[nn.Parameter], replay: Replay) -> TokenLayout | None:
     """Where the embedding's patches stand among the first mixer's tokens, where each has one of its own."""
     embedding, out = seen.embedding, seen.entered
     if embedding is None or out is None or out.ndim != 3 or not out.requires_grad or len(out) != 1:
@@ -343,7 +345,19 @@ def _embedded(seen: _Pass, model: nn.Module, replay: Replay) -> TokenLayout | No
     if cut.tokens[0] != 1 or cut.tokens[1] > out.shape[1]:
         return None
     found = dict(_decoded(Probe(out, 2), out, [cut]))
-    return embedding.layout(found[cut][0], out.shape[1], model, replay.tensors) if found else None
+    if not found:
+        return None
+    order = found[cut][0]
+    others = sorted(set(range(out.shape[1])) - set(order.tolist()))
+    made = [token for token in others if _reaches(classes, out[0, token])]
+    return embedding.layout(order, out.shape[1], made, replay.tensors)
+
+
+def _reaches(parameters: Sequence[nn.Parameter], token: Float[Tensor, " features"]) -> bool:
+    """Whether a token depends on any of them."""
+    noise = torch.randn(token.shape, generator=torch.Generator().manual_seed(0)).to(token)  # norms hide a sum's
+    found = torch.autograd.grad((token * noise).sum(), parameters, retain_graph=True, allow_unused=True)
+    return any(gradient is not None and bool(gradient.any()) for gradient in found)
 
 
 def _decoded(probe: Probe, out: Tensor, cuts: Sequence[_Cut]) -> Iterator[tuple[_Cut, Tensor]]:
