@@ -4,10 +4,10 @@
     python benchmarks/findings.py              derives the verdicts of results/findings.json from its numbers again, and
                                                writes the tables of docs/findings.md
 
-``--runs`` holds what benchmarks/train.py wrote: <order>/vmamba_micro.safetensors with its card, class_token_first/ and
-class_token_middle/vim_micro.safetensors, digits/<order>_<seed>/*.safetensors, and those of benchmarks/series.py:
-seeds/<name>/*.safetensors, trainings that differ in their seed alone and tell what training does, and
-depths/<blocks>/vmamba_micro.safetensors. A part whose runs are all missing there is taken from the
+``--runs`` holds what benchmarks/train.py wrote: class_token_first/ and class_token_middle/vim_micro.safetensors with
+their cards, digits/<order>_<seed>/*.safetensors, and those of benchmarks/series.py: seeds/<name>/*.safetensors and
+orders/<order>_<seed>/vmamba_micro.safetensors, trainings that differ in their seed alone and tell what training does,
+and depths/<blocks>/vmamba_micro.safetensors. A part whose runs are all missing there is taken from the
 results as they are, without the numbers whose formula has changed since; the page says how it was measured. ``--data``
 holds imagenette128.zip and localise.zip. Stores, and what was measured of them, lie in ``--work``; a killed run resumes
 from there.
@@ -86,10 +86,11 @@ def missing(runs: Path) -> list[str]:
     return found + ([f"{5 - len(digits)} orders of digits"] if len(digits) < 5 else [])
 
 
-def trained_orders(runs: Path) -> dict[str, Path]:
-    """Weights by the order that they were trained in."""
-    found = {name: weights_in(runs / name) for name in orders.ORDERS}
-    return {name: path for name, path in found.items() if path is not None}
+def trained_orders(runs: Path) -> dict[str, list[Path]]:
+    """Weights of all seeds by the order that they were trained in."""
+    found = {name: map(weights_in, sorted(runs.glob(f"orders/{name}_*"))) for name in orders.ORDERS}
+    finished = {name: [path for path in paths if path is not None] for name, paths in found.items()}
+    return {name: paths for name, paths in finished.items() if paths}
 
 
 def trained_seeds(runs: Path) -> dict[str, list[Path]]:
@@ -125,7 +126,7 @@ def run_findings(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
         args.images, args.seeds, args.answers = 8, 2, 16
     started, data, runs = time.perf_counter(), args.data.expanduser(), args.runs.expanduser()
     orders_found = trained_orders(runs)
-    objects = {f"order {name}": (path.stem, str(path)) for name, path in orders_found.items()}
+    objects = {f"order {name}": (paths[0].stem, str(paths[0])) for name, paths in orders_found.items()}
     tokens = {name: (path.stem, str(path)) for name in CLASS_TOKENS if (path := weights_in(runs / name)) is not None}
     digits = {
         f"digits {path.parent.name}": (path.stem, str(path))
@@ -160,8 +161,10 @@ def run_findings(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
         if part == "class tokens":
             details["class token rows"] = class_token_rows(args, stores)
     derive(details)
-    every_run = {**objects, **tokens, **digits, **seeds, **depths}
-    trained = {name: recipe(Path(path)) for name, (_, path) in every_run.items()}
+    every_run = {name: Path(path) for name, (_, path) in {**tokens, **digits, **depths}.items()}
+    for kind, runs_of in (("order", orders_found), ("seeds", trained_seeds(runs))):
+        every_run |= {f"{kind} {path.parent.name}": path for paths in runs_of.values() for path in paths}
+    trained = {name: recipe(path) for name, path in every_run.items()}
     details["training"] = {**before.get("training", {}), **trained}
     own = orders_found or "reordered" not in before
     details["reordered"] = reordered(orders_found, data / OBJECTS, args.answers) if own else before["reordered"]
@@ -202,9 +205,13 @@ def measure(args: argparse.Namespace, name: str, model: str, weights: str, selec
     collect(Request(load(model, weights), open_data(selector), args.images), folder)
     print(f"{name}: {folder} is collected", flush=True)
     store = AttentionStore.open(folder)
-    others = trained_seeds(args.runs.expanduser()).get(model, [])[1:] if name.startswith("seeds ") else ()
+    kind, _, which = name.partition(" ")
+    repeated = {"seeds": trained_seeds, "order": trained_orders}
+    others = repeated[kind](args.runs.expanduser())[which][1:] if kind in repeated else ()
     found = report(name, store, args.work / "measured", seeds=args.seeds, weights=others)
     found.accuracy = known_accuracy(store)
+    cards = [known_accuracy(store, path) for path in others]
+    found.other_accuracies = [accuracy for accuracy in cards if accuracy is not None]
     print(f"{name}: measured", flush=True)
     return found
 
@@ -222,10 +229,11 @@ def brief(results: dict[str, Any], summary: bool) -> dict[str, Any]:
     return in_digits(results)
 
 
-def reordered(weights: dict[str, Path], selector: Path, count: int) -> dict[str, Any]:
-    """Accuracy, in percent, of a model trained in one order (row) whose scans follow another (column) at inference.
+def reordered(weights: dict[str, list[Path]], selector: Path, count: int) -> dict[str, Any]:
+    """Accuracy, in percent, of models trained in one order (row) whose scans follow another (column) at inference.
 
-    And how far each is from the model in its own order, in points, with the paired interval over images.
+    And how far each is from the models in their own order, in points, with the paired interval over models; over images
+    where there is one model.
     """
     if not weights:
         return {"orders": [], "top1": [], "gained": [], "images": 0}
@@ -234,15 +242,17 @@ def reordered(weights: dict[str, Path], selector: Path, count: int) -> dict[str,
     data, names = open_data(str(selector)), list(weights)
     table, gained = [], []
     batches: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for name, path in weights.items():
-        subject = load(path.stem, str(path))
-        batches = batches or list(labelled(data, subject, count))
-        hits = {
-            order: answers(models.create(path.stem, weights=str(path), **{**subject.options, "order": order}), batches)
-            for order in names
-        }
-        table.append([round(100 * float(its.mean()), 2) for its in hits.values()])
-        gained.append([_points(difference(its, hits[name])) for its in hits.values()])
+    for name, paths in weights.items():
+        hits: dict[str, Any] = {order: [] for order in names}
+        for path in paths:
+            subject = load(path.stem, str(path))
+            batches = batches or list(labelled(data, subject, count))
+            for order in names:
+                model = models.create(path.stem, weights=str(path), **{**subject.options, "order": order})
+                hits[order].append(answers(model, batches))
+        top1 = {order: np.stack(its).mean(1) if len(paths) > 1 else its[0] for order, its in hits.items()}
+        table.append([round(100 * float(its.mean()), 2) for its in top1.values()])
+        gained.append([_points(difference(its, top1[name])) for its in top1.values()])
         print(f"reordered: {len(table)} of {len(names)}", flush=True)
     return {"orders": names, "top1": table, "gained": gained, "images": sum(len(labels) for _, labels in batches)}
 

@@ -1,15 +1,18 @@
 """The parts of docs/findings.md that depend on numbers: tables and sentences between markers, from findings.json."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks import content_page
 from benchmarks import findings_tables as tables
 from benchmarks.findings_verdicts import PARTS as PARTS_MEASURED
 from benchmarks.findings_verdicts import called_outside
 from benchmarks.marked_pages import filled
-from mamba_attn.findings.intervals import LEVEL
+from mamba_attn.findings.intervals import LEVEL, mean
 from mamba_attn.findings.registry import VERSION
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "findings.md"
@@ -68,10 +71,16 @@ def in_short(details: dict[str, Any]) -> str:
             f"{names.get('fails', 'none')}. Undecided: {names.get('open', 'none')}. Of {len(known)} numbers, {outside} "
             f"lie outside the range expected of untrained models ({alone} before Holm's correction)."
         )
-    orders = [(store["accuracy"], store["order"]) for store in details["orders"]["stores"] if store["accuracy"]]
-    if len(orders) > 1:
-        (low, worst), (high, best) = min(orders), max(orders)
-        lines.append(f"- {len(orders)} orders of one model: top-1 from {low:.1f} % ({worst}) to {high:.1f} % ({best}).")
+    for its in details["orders"]["orders"]:
+        means = [(sum(values) / len(values), order) for order, values in its["accuracy"].items()]
+        (low, worst), (high, best), seeds = min(means), max(means), max(map(len, its["accuracy"].values()))
+        differ = "" if its["chance"] is None else (
+            f"; orders differ {'more' if its['chance'] < 0.05 else 'no more'} than by chance (p = {its['chance']:.3f})"
+        )  # fmt: skip
+        lines.append(
+            f"- {len(means)} orders of one model, {seeds} seed{'' if seeds == 1 else 's'} each: top-1 from {low:.1f} % "
+            f"({worst}) to {high:.1f} % ({best}){differ}."
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -156,10 +165,13 @@ def order_pattern(details: dict[str, Any]) -> str:
         row = tables.row_of(details["orders"], store, "order_over_raster")
         if row is None:
             continue
-        low, high = row["trained"]["low"], row["trained"]["high"]
+        its = row["trained"]
+        if row.get("others"):  # over models
+            its = asdict(mean(np.array([its["value"], *row["others"]])))
+        low, high = its["low"], its["high"]
         says = "undecided" if low is None or low <= 0 <= high else "the order" if low > 0 else "the raster"
         lines.append(
-            f"- {store['order']}: {tables.shown(row['trained'])}, so rows follow {says}; untrained models "
+            f"- {store['order']}: {tables.shown(its)}, so rows follow {says}; untrained models "
             f"{tables.short(row.get('random'))}."
         )
     return "\n".join(lines) + "\n" if lines else tables.NOTHING

@@ -80,7 +80,7 @@ def seeds(details: dict[str, Any]) -> str:
 def _trained(row: dict[str, Any] | None) -> str:
     if row is None or "training" not in row:
         return ""
-    marked = "!" if row["training_verdict"] in ("more", "less") else ""
+    marked = "!" if _differs(row) else ""
     return f"{shown(row['training'])}{marked}"
 
 
@@ -134,13 +134,24 @@ def _short_table(part: dict[str, Any], heads: list[str]) -> str:
         cells = [
             ""
             if row is None
-            else f"{short(row['trained']['value'])} ({short(row.get('random'))})"
-            + ("!" if row["verdict"] in OUTSIDE else "")
+            else f"{short(_over_models(row))} ({short(row.get('random'))})"
+            + ("!" if _differs(row) else "")
             + over_pairs(name, store["pairs"])
             for row, store in zip(rows, part["stores"], strict=True)
         ]
         lines.append(f"| {part['findings'][name]['of']} | {part['findings'][name]['title']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _over_models(row: dict[str, Any]) -> float:
+    """The mean of a number over the trained models."""
+    values = [row["trained"]["value"], *row.get("others", ())]
+    return float(sum(values)) / len(values)
+
+
+def _differs(row: dict[str, Any]) -> bool:
+    """Whether training changes a number, by several trained models; of one, whether it lies outside the range."""
+    return row["training_verdict"] in ("more", "less") if "training" in row else row["verdict"] in OUTSIDE
 
 
 def summary_rows(part: dict[str, Any], store: dict[str, Any]) -> list[dict[str, Any]]:

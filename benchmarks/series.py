@@ -1,11 +1,12 @@
-"""Train what docs/findings.md compares: models that differ in their seed alone, and VMambas of more blocks and stages.
+"""Train what docs/findings.md compares: models that differ in their seed alone, VMambas of more blocks, stages, orders.
 
     python benchmarks/series.py --data FOLDER --teacher TEACHER --runs runs [--minutes 60]
     python benchmarks/run.py findings --data FOLDER --runs runs
 
 Every training starts from random weights, at 64 pixels, and learns from the teacher of benchmarks/distil.py. A killed
 call, or one that ended after ``--minutes``, resumes; a run that has its card is left alone. Trainings are made in the
-order of RUNS: each seed of all models before the next one, so that an early end leaves pairs that can be compared.
+order of RUNS: each seed of all models, or orders, before the next one, so that an early end leaves pairs that can be
+compared.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from benchmarks import train
 
 PIXELS = 64
 SEEDS = (0, 1, 2)
+ORDER_SEEDS = (0, 1, 2, 3, 4)
+ORDERS = ("raster", "diagonal", "morton", "spiral", "random")
 EPOCHS = 6
 NARROW = 24  # channels of the first stage of the VMambas of several depths
 DEPTHS = ((1, 1, 2, 1), (2, 2, 4, 2), (2, 2, 8, 2), (2, 2, 15, 2), (2, 2, 4, 2, 2))
@@ -58,7 +61,17 @@ def of_depths() -> list[Training]:
     ]
 
 
-RUNS = (*of_depths(), *of_seeds())
+def of_orders() -> list[Training]:
+    """Return the smallest of these VMambas in every patch order, each from several seeds."""
+    options = {"depths": list(DEPTHS[0]), "dims": NARROW}
+    return [
+        Training(f"orders/{order}_{seed}", "vmamba_micro", seed, {**options, "order": order})
+        for seed in ORDER_SEEDS
+        for order in ORDERS
+    ]
+
+
+RUNS = (*of_depths(), *of_seeds(), *of_orders())
 
 
 def command(run: Training, args: argparse.Namespace, minutes: float | None) -> list[str]:

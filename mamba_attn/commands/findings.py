@@ -212,6 +212,8 @@ def _measured(
             )
         if found.rows:
             found.accuracy = accuracies.get(name, known_accuracy(store))
+            cards = [known_accuracy(store, path) for path in weights]
+            found.other_accuracies = [accuracy for accuracy in cards if accuracy is not None]
         reports.append(found)
     return reports
 

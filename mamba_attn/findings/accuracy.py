@@ -99,13 +99,14 @@ def over_orders(reports: Sequence[Report]) -> list[Orders]:
     return found
 
 
-def known_accuracy(store: AttentionStore) -> float | None:
-    """Return the accuracy on the card of a store's weights, top-1 in percent; None if unknown.
+def known_accuracy(store: AttentionStore, weights: str | Path | None = None) -> float | None:
+    """Return the accuracy on the card of weights, top-1 in percent; None if unknown.
 
     Args:
         store: a store of attention.
+        weights: a file of other weights for its model. Default: the store's own.
     """
-    weights = str(store.index.model["weights"])
+    weights = str(store.index.model["weights"] if weights is None else weights)
     try:
         if weights == "demo":
             card = registry.demo_card(store.model_name)
@@ -124,7 +125,13 @@ def _common(report: Report) -> dict[str, object]:
 
 def _compared(members: Sequence[Report], orders: Sequence[str]) -> Orders:
     accuracy = {
-        order: [float(m.accuracy) for m in members if m.order == order and m.accuracy is not None] for order in orders
+        order: [
+            float(each)
+            for member in members
+            if member.order == order and member.accuracy is not None
+            for each in (member.accuracy, *member.other_accuracies)
+        ]
+        for order in orders
     }
     means = np.array([np.mean(each) for each in accuracy.values()])
     correlations = {}
@@ -139,5 +146,5 @@ def _compared(members: Sequence[Report], orders: Sequence[str]) -> Orders:
 
 def _number(members: Sequence[Report], order: str, name: str, place: str) -> float:
     rows = [member.row(name, place) for member in members if member.order == order]
-    values = [row.trained.value for row in rows if row is not None]
+    values = [value for row in rows if row is not None for value in (row.trained.value, *row.others)]
     return float(np.mean(values)) if values else float("nan")

@@ -121,6 +121,7 @@ class Report:
         pairs: number of pairs of blocks per stage with pairs; ``block_correlation`` is a quantile over them.
         notes: what could not be measured, and why.
         accuracy: top-1 in percent, if known.
+        other_accuracies: the same of the further trained models whose accuracy is known.
         left: parts that other processes have not measured yet; then there are no rows.
 
     Example:
@@ -140,6 +141,7 @@ class Report:
     pairs: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     accuracy: float | None = None
+    other_accuracies: list[float] = field(default_factory=list)
     left: int = 0
 
     def row(self, finding: str, place: str = ALL) -> Row | None:
