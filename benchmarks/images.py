@@ -234,11 +234,12 @@ def evaluation_batches(images: Images, pixels: int, batch: int) -> Iterator[tupl
     """All images in order: shorter side resized to ``pixels`` (antialiased bilinear), centre crop, normalised."""
     for start in range(0, len(images), batch):
         chosen = range(start, min(start + batch, len(images)))
-        crops = torch.cat([_centre(images.image(index), pixels) for index in chosen])
+        crops = torch.cat([centre(images.image(index), pixels) for index in chosen])
         yield normalise(_to_float(crops)), images.labels[start : start + batch]
 
 
-def _centre(image: Tensor, pixels: int) -> Tensor:
+def centre(image: Tensor, pixels: int) -> Tensor:
+    """Return the square of an image that evaluation shows: shorter side resized to ``pixels``, middle cut out."""
     height, width = image.shape[-2:]
     short = min(height, width)
     size = (height * pixels // short, width * pixels // short)

@@ -22,6 +22,7 @@
     python benchmarks/run.py embed --data FOLDER
     python benchmarks/run.py findings --data FOLDER
     python benchmarks/run.py content --data FOLDER
+    python benchmarks/run.py retrain --data FOLDER
     python benchmarks/run.py explore
     python benchmarks/run.py text-truth
     python benchmarks/run.py text-perturbation --data ARCHIVE
@@ -56,6 +57,7 @@ from benchmarks import (
     lens,
     many_ranks,
     maps,
+    retrain,
     text_perturbation,
     text_rows,
     text_truth,
@@ -87,6 +89,7 @@ WHAT = {
     "embed": "t-SNE and UMAP of attention, with PCA before them and without",
     "findings": "mamba-attn findings: the paper's findings, trained, with random weights, in other patch orders",
     "content": "what the image-dependent part of attention is worth: matrices of other images, of none, and cut short",
+    "retrain": "what models learn from images that have lost what a method marks",
     "explore": "mamba-attn explore in a real browser: from a gesture to the picture",
     "text-truth": "attribution of text: ranks of the token that an answer was copied from",
     "text-perturbation": "attribution of text: what reviews lose when words are replaced, in an order of relevance",
@@ -110,6 +113,7 @@ ON_DATA: dict[str, tuple[Any, Any]] = {  # the module with the options, and what
     "embed": (embedding, embedding.run_embed),
     "findings": (findings, findings.run_findings),
     "content": (content, content.run_content),
+    "retrain": (retrain, retrain.run_retrain),
     "dropin": (dropin, dropin.run_dropin),
     "doors": (doors, doors.run_doors),
     "text-perturbation": (text_perturbation, text_perturbation.run_text_perturbation),
