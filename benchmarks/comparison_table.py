@@ -32,6 +32,10 @@ COLUMNS = {  # part, half, metric
 }
 FAMILIES = ("vim", "vmamba", "vit")
 FEWER = ", too few to order methods that differ little"
+OWN = {  # our own methods of the table of fills, and what they do
+    "mask_refinement": "refines relevance as a mask, by gradients of what the model answers to parts of the image",
+    "keep_and_remove_lrp": "repeats relevance while parts of the image are kept or removed",
+}
 LEAST = 3  # fills on which a method of ours must be ahead, on both families
 SANITY = 8  # images that are asked
 Cells = dict[str, dict[tuple[str, str], str]]
@@ -307,29 +311,37 @@ def _ahead_on(tables: Mapping[str, Any], name: str) -> str:
 
 
 def fills_words(results: Mapping[str, Any]) -> str:
-    """Return on how many fills our keep-and-remove LRP is ahead of MambaLRP, and what follows.
+    """Return on how many fills our own methods are ahead of the best published one, and what follows.
 
     Args:
         results: contents of compare.json, and of fills.json under "fills".
     """
-    name, rival, parts, enough = "keep_and_remove_lrp", "mamba_lrp", [], True
+    return "\n\n".join(_own_words(results, name, what) for name, what in OWN.items())
+
+
+def _own_words(results: Mapping[str, Any], name: str, what: str) -> str:
+    parts, enough, rivals, fills = [], True, [], 0
     for model, tables in results["fills"]["details"]["models"].items():
-        if tables["rival"] != rival:
-            continue
         found = {fill: its for fill, aims in tables["ahead of the rival"].items() if (its := aims["gap_top"].get(name))}
+        if not found:
+            continue
         ahead = [fill for fill, its in found.items() if its[1] > 0]
         behind = [fill for fill, its in found.items() if its[2] < 0]
-        enough = enough and len(ahead) >= LEAST
-        text = f"on {model} it is ahead by the paired interval under {' and '.join(ahead) or 'no fill'}"
-        parts.append(text + (f" and behind under {' and '.join(behind)}" if behind else ""))
+        images = min(aims["gap_top"][name][3] for aims in tables["figures"].values())
+        enough, fills = enough and len(ahead) >= LEAST, len(found)
+        rivals.append(tables["rival"])
+        text = f"on {model} ({images} images) ahead of `{rivals[-1]}` by the paired interval under "
+        text += "all fills" if len(ahead) == fills else " and ".join(ahead) or "no fill"
+        parts.append(text + (f", and behind under {' and '.join(behind)}" if behind else ""))
+    if not parts:
+        return f"`{name}`, our own, {what}: not measured yet."
     verdict = (
-        "It is therefore kept as the method to use where removal is the question."
+        "So it is the method to use where removal is the question and its cost can be paid."
         if enough
-        else f"It should lead under {LEAST} of {len(found)} fills on both models, and does not, so we recommend "
-        f"`{rival}`, at a fraction of its cost."
+        else f"It should lead under {LEAST} of {fills} fills on every model, and does not, so we recommend "
+        f"{' and '.join(f'`{rival}`' for rival in dict.fromkeys(rivals))}, at a fraction of its cost."
     )
-    what = f"`{name}`, our own, repeats {rival} while parts of the image are kept or removed"
-    return f"{what}: {', '.join(parts)}. {verdict}"
+    return f"`{name}`, our own, {what}: {'; '.join(parts)}. {verdict}"
 
 
 def two_digits_table(results: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ MODELS = (*EXPLAINED, "vit_micro")
 METHODS = (
     "mamba_lrp",
     "keep_and_remove_lrp",
+    "mask_refinement",
     "random",
     "relevance_attention_ranks",
     "transformer_attribution",
@@ -31,8 +32,9 @@ METHODS = (
     "controllability_gramian",
     "latim",
     "centre",
+    "mask_refinement:start=none",
 )
-RIVALS = ("mamba_lrp", "transformer_attribution")  # that others are compared with: the first that fits a model
+RIVALS = ("mamba_lrp", "attn_lrp")  # published, that others are compared with: the first that fits a model
 AIMS = ("positive_auc_top", "negative_auc_top", "gap_top")
 COLLECTION = "imagenette128.zip"
 IMAGES = 100

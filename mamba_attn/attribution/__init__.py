@@ -22,6 +22,7 @@ from mamba_attn.attribution.lrp.keep_and_remove import KeepAndRemoveLRP
 from mamba_attn.attribution.lrp.mamba_lrp import MambaLRP
 from mamba_attn.attribution.mamba_attribution import MambaAttribution
 from mamba_attn.attribution.maps import MapAttribution
+from mamba_attn.attribution.mask_refinement import MaskRefinement
 from mamba_attn.attribution.raw_attention import RawAttention
 from mamba_attn.attribution.relevance_attention_ranks import RelevanceAttentionRanks
 from mamba_attn.attribution.together import attribute_together
@@ -48,6 +49,7 @@ __all__ = [
     "MambaAttribution",
     "MambaLRP",
     "MapAttribution",
+    "MaskRefinement",
     "Occlusion",
     "RandomMap",
     "RawAttention",

@@ -19,6 +19,7 @@ from mamba_attn.attribution.lrp.keep_and_remove import KeepAndRemoveLRP
 from mamba_attn.attribution.lrp.mamba_lrp import MambaLRP
 from mamba_attn.attribution.mamba_attribution import MambaAttribution
 from mamba_attn.attribution.maps import MapAttribution
+from mamba_attn.attribution.mask_refinement import MaskRefinement
 from mamba_attn.attribution.raw_attention import RawAttention
 from mamba_attn.attribution.relevance_attention_ranks import RelevanceAttentionRanks
 from mamba_attn.attribution.vit import block_relevance
@@ -143,6 +144,13 @@ METHODS: dict[str, Entry] = {
             "The relevance of the class (MambaLRP), repeated while parts of the image are kept or removed; our own.",
             (SCANS,),
             instead="transformer_attribution_lrp",
+        ),
+        Entry(
+            "mask_refinement",
+            "mask refinement",
+            MaskRefinement,
+            "The order in which patches alone keep the class, or lose it, descended from the relevance; our own.",
+            instead="occlusion",
         ),
         Entry(
             "relevance_attention_ranks",

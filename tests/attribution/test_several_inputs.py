@@ -24,7 +24,14 @@ from tests.attribution.cases import SIZE, images, vim, vmamba
 from tests.attribution.test_contract import FAST, Chosen
 
 # refused in a sentence
-UNSHARED = ("mamba_lrp", "keep_and_remove_lrp", "frozen_contribution", "relevance_attention_ranks", "grad_cam")
+UNSHARED = (
+    "mamba_lrp",
+    "keep_and_remove_lrp",
+    "mask_refinement",
+    "frozen_contribution",
+    "relevance_attention_ranks",
+    "grad_cam",
+)
 
 
 class Siamese(nn.Module):

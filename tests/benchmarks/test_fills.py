@@ -13,7 +13,7 @@ from mamba_attn.evaluation.store import Store
 
 MODELS, METHODS, FILLS = (
     ("vim_digits", "vit_digits"),
-    ("random", "mamba_lrp", "transformer_attribution"),
+    ("random", "mamba_lrp", "attn_lrp"),
     ("mean", "drop"),
 )
 
@@ -37,7 +37,7 @@ def test_maps_are_made_once_and_lines_are_those_of_compare(
     monkeypatch.setattr(measures, "build", lambda name, *rest: (made.append(name), build(name, *rest))[1])
     store = Store(tmp_path / "measured.jsonl")
     fills.measure(plans, store)
-    assert sorted(made) == ["mamba_lrp", "random", "random", "transformer_attribution"]  # for two fills
+    assert sorted(made) == ["attn_lrp", "mamba_lrp", "random", "random"]  # for two fills
     assert len(store) == 2 * 4 * 2
     fills.measure(plans, Store(tmp_path / "measured.jsonl"))
     assert len(made) == 4  # resumed: nothing is lacking
@@ -46,7 +46,7 @@ def test_maps_are_made_once_and_lines_are_those_of_compare(
         run(each, other)
     assert dict(other.items()) == dict(store.items())
     found = fills.summary(plans, store)
-    assert [tables["rival"] for tables in found.values()] == ["mamba_lrp", "transformer_attribution"]
+    assert [tables["rival"] for tables in found.values()] == ["mamba_lrp", "attn_lrp"]
     for tables in found.values():
         assert set(tables["figures"]) == set(FILLS)
         assert set(fills.order(tables)) == {"random", tables["rival"]}
@@ -71,8 +71,9 @@ def test_no_image_is_begun_after_the_deadline(plans: dict[str, object], tmp_path
 
 
 def table(*leads: list[float]) -> dict[str, object]:
-    ahead = {fill: {"gap_top": {"keep_and_remove_lrp": lead}} for fill, lead in zip(fills.FILLS, leads, strict=True)}
-    return {"rival": "mamba_lrp", "ahead of the rival": ahead}
+    ahead = {fill: {"gap_top": {"mask_refinement": lead}} for fill, lead in zip(fills.FILLS, leads, strict=True)}
+    figures = {fill: {"gap_top": {"mask_refinement": [0.5, 0.4, 0.6, 60]}} for fill in fills.FILLS}
+    return {"rival": "mamba_lrp", "ahead of the rival": ahead, "figures": figures}
 
 
 def test_our_method_is_kept_only_where_it_is_ahead_on_three_of_four_fills() -> None:
@@ -81,11 +82,14 @@ def test_our_method_is_kept_only_where_it_is_ahead_on_three_of_four_fills() -> N
     def words(*tables: dict[str, object]) -> str:
         return comparison_table.fills_words({"fills": {"details": {"models": dict(zip("ab", tables, strict=True))}}})
 
-    assert "is therefore kept" in words(table(up, up, up, open_), table(up, down, up, up))
+    assert "So it is the method to use" in words(table(up, up, up, open_), table(up, down, up, up))
     said = words(table(up, up, up, up), table(up, open_, up, down))
-    assert "on a it is ahead by the paired interval under black and mean and drop and road" in said
-    assert "on b it is ahead by the paired interval under black and drop and behind under road" in said
-    assert "should lead under 3 of 4 fills on both models, and does not" in said
+    assert "on a (60 images) ahead of `mamba_lrp` by the paired interval under all fills" in said
+    assert "on b (60 images) ahead of `mamba_lrp` by the paired interval under black and drop, and behind" in said
+    assert (
+        "under road. It should lead under 3 of 4 fills on every model, and does not, so we recommend `mamba_l" in said
+    )
+    assert "`keep_and_remove_lrp`, our own, repeats relevance" in said
 
 
 def test_methods_of_fewer_images_come_last() -> None:

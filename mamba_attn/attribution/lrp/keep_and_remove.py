@@ -1,7 +1,5 @@
 """KeepAndRemoveLRP: MambaLRP, asked again about what it kept and what it removed; our own."""
 
-import zlib
-from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -9,18 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_attn._types import Bool, Float
+from mamba_attn.attribution.drawn_fills import FILLS, fill_names, in_turn
 from mamba_attn.attribution.lrp.mamba_lrp import MambaLRP
 from mamba_attn.attribution.maps import MapAttribution
 from mamba_attn.attribution.queries import Query
 from mamba_attn.attribution.targets import Target, scores_in, target_indices
-from mamba_attn.core.blur import blurred
 from mamba_attn.core.outputs import follow
 from mamba_attn.core.ranks import shares
-from mamba_attn.errors import nearest
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
 from mamba_attn.tracing.texts import is_text
 
-FILLS = ("dark", "mean", "blur", "shuffle")
 _KEPT = (0.8, 0.6, 0.4, 0.2)  # of the cells, one pass each
 _REMOVED = (0.08, 0.16, 0.24, 0.32)
 
@@ -75,10 +71,7 @@ class KeepAndRemoveLRP(MapAttribution):
         self.layout, self.orders = layout, orders
         if draws < 1:
             raise ValueError(f"KeepAndRemoveLRP(draws={draws!r}): expected at least 1.")
-        names = (fills,) if isinstance(fills, str) else tuple(fills)
-        for name in names or ("",):
-            if name not in FILLS:
-                raise ValueError(f"KeepAndRemoveLRP(fills={fills!r}): {nearest(name, FILLS)}")
+        names = fill_names("KeepAndRemoveLRP", fills)
         self.relevance = MambaLRP(model, layout=layout, orders=orders)
         self.draws, self.fills = draws, names
 
@@ -93,7 +86,7 @@ class KeepAndRemoveLRP(MapAttribution):
         target = self._settled(images, target)
         relevance = self._relevance(images, target)
         cells = relevance[0].numel()
-        turns = self._turns(images, (relevance.shape[2], relevance.shape[3]))
+        turns = in_turn(self.fills, images, (relevance.shape[2], relevance.shape[3]))
 
         def again(kept: Bool[Tensor, "batch cells"]) -> Float[Tensor, "batch cells"]:
             shown = _nearest(kept.view_as(relevance), (images.shape[2], images.shape[3]))
@@ -129,38 +122,6 @@ class KeepAndRemoveLRP(MapAttribution):
         scores = follow(output, scores_in(f"{call}(target=None)", output, len(images)))
         indices = target_indices(call, scores, None, len(images))
         return indices[:, 0].tolist() if indices.shape[1] else None
-
-    def _turns(self, images: Tensor, grid: tuple[int, int]) -> Iterator[Tensor]:
-        """Yield the images' fills in turn; of one image they are the same, wherever it is in a batch."""
-        seeds = [zlib.crc32(image.detach().float().cpu().contiguous().numpy().tobytes()) for image in images]
-        drawn = [torch.Generator().manual_seed(seed) for seed in seeds]
-        while True:
-            for name in self.fills:
-                if name == "shuffle":
-                    yield torch.stack([_shuffled(image, grid, each) for image, each in zip(images, drawn, strict=True)])
-                else:
-                    yield _content(name, images)
-
-
-def _content(fill: str, images: Float[Tensor, "batch colours height width"]) -> Tensor:
-    if fill == "blur":
-        return blurred(images)
-    sides = (2, 3)
-    flat = images.amin(sides, keepdim=True) if fill == "dark" else images.mean(sides, keepdim=True)
-    return flat.expand_as(images)
-
-
-def _shuffled(image: Tensor, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Return an image with its cells in random order; rows and columns beyond whole cells stay."""
-    rows, columns = grid
-    high, wide = (max(1, side // count) for side, count in zip(image.shape[1:], grid, strict=True))
-    part = image[:, : rows * high, : columns * wide]
-    tiles = part.unflatten(2, (-1, wide)).unflatten(1, (-1, high)).permute(1, 3, 0, 2, 4)
-    order = torch.randperm(tiles.shape[0] * tiles.shape[1], generator=generator).to(image.device)
-    mixed = tiles.flatten(0, 1)[order].unflatten(0, tiles.shape[:2]).permute(2, 0, 3, 1, 4)
-    whole = image.clone()
-    whole[:, : part.shape[1], : part.shape[2]] = mixed.reshape_as(part)
-    return whole
 
 
 def _highest(values: Float[Tensor, "batch cells"], count: int) -> Bool[Tensor, "batch cells"]:
