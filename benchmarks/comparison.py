@@ -45,9 +45,10 @@ LEADING = (  # on all images; others on as many as their place needs
     "attn_lrp",
     "libra_grad",
     "transformer_attribution",
+    "mask_refinement",
     "random",
 )
-DEAR = ("latim", "keep_and_remove_lrp")  # maps that take seconds
+DEAR = ("latim", "keep_and_remove_lrp", "mask_refinement")  # maps that take seconds
 ABLATIONS = (
     OURS,
     f"{OURS}:weight=0",
@@ -89,7 +90,7 @@ class Part:
 
 
 PARTS = (
-    Part("perturbation", ("imagenette128.zip",), ("perturbation",), half="report", limit=100,
+    Part("perturbation", ("imagenette128.zip",), ("perturbation",), half="report", limit=300,
          aims=("positive_auc_top", "negative_auc_top")),
     Part("boxes", ("localise.zip:imagenette_boxes224",), ("localisation",), half="report", aims=("miou",)),
     Part("digits", ("localise.zip:digits64",), ("localisation",), DIGITS, aims=("miou",)),
@@ -110,7 +111,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         choices=[part.name for part in PARTS],
-        help="parts whose models are still the same: take them from the results that there are",
+        help="take these parts from the results that there are; says which of their models have other weights now",
     )
     parser.add_argument("--workers", type=int, default=2, help="processes")
 
@@ -127,6 +128,9 @@ def run_comparison(args: argparse.Namespace) -> tuple[list[Figure], dict[str, An
     parts = [part for part in PARTS if args.parts is None or part.name in args.parts]
     for part in parts:
         found, details[part.name] = _kept(part) if part.name in args.keep else _measure(part, args)
+        if part.name in args.keep:
+            for name in changed(details[part.name]["tables"]):
+                print(f"{part.name}: kept, though {name} may have other weights now", flush=True)
         figures += found
     return figures, details
 
@@ -142,6 +146,17 @@ def _kept(part: Part) -> tuple[list[Figure], dict[str, Any]]:
         for row in found["figures"] if row["what"] in targets for low, high in [row["quartiles"]]
     ]  # fmt: skip
     return leads, {**details, "measured on": details.get("measured on", found["machine"])}
+
+
+def changed(tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the models whose weights are not known to be those that were measured.
+
+    Args:
+        tables: of a part of the results.
+    """
+    from mamba_attn.evaluation.specs import Model
+
+    return [table["model"] for table in tables if table.get("weights") != Model(table["model"]).identity]
 
 
 def _measure(part: Part, args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
@@ -269,6 +284,7 @@ def _brief(table: Any) -> dict[str, Any]:
     return {
         "data": table.data.name,
         "model": table.model.name,
+        "weights": table.model.identity,
         "images": table.images,
         "accuracy": table.accuracy,
         "figures [value, low, high, images, place]": figures,

@@ -37,7 +37,7 @@ METHODS = (
 RIVALS = ("mamba_lrp", "attn_lrp")  # published, that others are compared with: the first that fits a model
 AIMS = ("positive_auc_top", "negative_auc_top", "gap_top")
 COLLECTION = "imagenette128.zip"
-IMAGES = 100
+IMAGES = 300
 CHUNK = 4  # images per batch of maps
 
 

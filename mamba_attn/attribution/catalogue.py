@@ -150,7 +150,6 @@ METHODS: dict[str, Entry] = {
             "mask refinement",
             MaskRefinement,
             "The order in which patches alone keep the class, or lose it, descended from the relevance; our own.",
-            instead="occlusion",
         ),
         Entry(
             "relevance_attention_ranks",

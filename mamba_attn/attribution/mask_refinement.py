@@ -39,8 +39,9 @@ class MaskRefinement(MapAttribution):
         m = sigmoid((z - quantile(z, q)) / 0.06)
         loss = -log p(m image + (1 - m) fill) - log(1 - p((1 - m) image + m fill))
 
-    with p the softmax of the target's class: the highest cells alone should keep it, and all but them lose it. The map
-    is the mean of z over the second half of the steps. Fills take turns, so that the map does not belong to one of
+    with p the softmax of the target's class: the highest cells alone should keep it, and all but them lose it. (Of a
+    model that returns one number per image, and of a function as the target, v(removed) - v(kept), v the value.) The
+    map is the mean of z over the second half of the steps. Fills take turns, so that the map does not belong to one of
     them: the darkest value of each colour in the image, its mean colour, its blur, its own cells shuffled.
 
     Masks that are learnt are known from Fong & Vedaldi, "Interpretable Explanations of Black Boxes by Meaningful

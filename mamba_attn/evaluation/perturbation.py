@@ -61,7 +61,7 @@ class Perturbed:
 
     Example:
         >>> found = Perturbed(torch.zeros(1, 2, 9, dtype=torch.int64), torch.linspace(1, 0, 9).expand(1, 2, 9))
-        >>> float(auc(found.probability[:, 0].numpy())[0])  # of the probability, as the highest cells go
+        >>> round(float(auc(found.probability[:, 0].numpy())[0]), 6)  # of the probability, as the highest cells go
         40.0
     """
 

@@ -21,7 +21,9 @@ MODELS = {
 FAST = {
     "occlusion": {"sliding_window_shapes": 20, "strides": 20},
     "integrated_gradients": {"n_steps": 2},
+    "mask_refinement": {"steps": 2},
 }
+PROBABILITIES = ("mask_refinement",)  # that ask how likely the class is, which one number of a function does not say
 EVERY = pytest.mark.parametrize(
     ("model", "name"),
     [
@@ -104,7 +106,8 @@ def test_shapes_and_queries_of_every_method(model, name):
     torch.testing.assert_close(expanded.sum(1, keepdim=True), maps, **tolerance)
     for image, target, found in zip(x, (1, 3), maps, strict=True):  # no image sees another
         torch.testing.assert_close(explainer.attribute(image[None], target)[0], found, **tolerance)
-    torch.testing.assert_close(explainer.attribute(x, lambda y: y[[0, 1], [1, 3]]), maps, **tolerance)
+    if name not in PROBABILITIES:
+        torch.testing.assert_close(explainer.attribute(x, lambda y: y[[0, 1], [1, 3]]), maps, **tolerance)
     with pytest.raises(ValueError, match=rf"{entry.method.__name__}\.attribute\(target=\[1, 9\]\)"):
         explainer.attribute(x, [1, 9])
     if entry.reads_rows:

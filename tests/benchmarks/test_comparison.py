@@ -13,6 +13,7 @@ from benchmarks.comparison import OURS, PARTS, PUBLISHED, Part
 from benchmarks.marked_pages import filled
 from mamba_attn import images
 from mamba_attn.attribution import catalogue
+from mamba_attn.evaluation.specs import Model
 from mamba_attn.evaluation.store import Store
 
 
@@ -165,3 +166,10 @@ def test_a_part_of_unchanged_models_is_kept_with_its_leads() -> None:
     assert all(row in there["figures"] for row in rows)
     assert details["tables"] == there["details"]["digits"]["tables"]
     assert "commit" in details["measured on"]
+
+
+def test_models_whose_weights_are_others_than_the_measured_ones_are_named() -> None:
+    own = Model("vim_digits").identity
+    assert comparison.changed([{"model": "vim_digits", "weights": own}]) == []
+    other = [{"model": "vim_digits", "weights": "vim_digits:0"}, {"model": "vmamba_digits"}]
+    assert comparison.changed(other) == ["vim_digits", "vmamba_digits"]
