@@ -41,12 +41,12 @@ class MaskRefinement(MapAttribution):
 
     with p the softmax of the target's class: the highest cells alone should keep it, and all but them lose it. (Of a
     model that returns one number per image, and of a function as the target, v(removed) - v(kept), v the value.) The
-    map is the mean of z over the second half of the steps. Fills take turns, so that the map does not belong to one of
-    them: the darkest value of each colour in the image, its mean colour, its blur, its own cells shuffled.
+    map is the mean of z over the second half of the steps, less 1/2. Fills take turns, so that the map does not belong
+    to one of them: the darkest value of each colour in the image, its mean colour, its blur, its own cells shuffled.
 
     Masks that are learnt are known from Fong & Vedaldi, "Interpretable Explanations of Black Boxes by Meaningful
     Perturbation" (ICCV 2017) and Khorram et al., "iGOS++" (CHIL 2021); what is new is where they begin, and that one z
-    holds the masks of all fractions. Values are ranks, comparable within a map, without sign or scale. The cost is
+    holds the masks of all fractions. Values are ranks, comparable within a map, without scale. The cost is
     2 ``steps`` ``fractions`` passes forward and backward.
 
     Args:
@@ -54,7 +54,7 @@ class MaskRefinement(MapAttribution):
             ``start="none"`` needs their token grid alone.
         layout: as in ``mamba_attn.trace``: where the tokens are, for models that do not show it.
         orders: as in ``mamba_attn.trace``: in which order scans walk them, where it cannot be measured.
-        steps: of the descent; 0 returns the ranks of the relevance.
+        steps: of the descent; with 0 the map is the ranks of the relevance.
         fractions: per step.
         fills: names from "dark", "mean", "blur", "shuffle", at least one; several as a tuple.
         start: "relevance", or "none": all cells begin equal, but for noise of 0.01 that is drawn once.
@@ -103,7 +103,7 @@ class MaskRefinement(MapAttribution):
         target = self._settled(images, target)
         layout = self._layouts(images)[0]
         begun = self._begun(images, target, layout.grid)
-        found = self._refined(images, target, begun) if self.steps else begun
+        found = (self._refined(images, target, begun) if self.steps else begun) - 0.5
         return found if grid else layout.to_pixels(found, size)
 
     def _settled(self, images: Tensor, target: Target) -> Target:
