@@ -12,7 +12,8 @@ from mamba_attn.core.requirements import parse_place
 from mamba_attn.datasets.made_of import made_of, traced_layers
 from mamba_attn.errors import nearest
 
-FIRST = "mamba_lrp"  # of the table of docs/comparing.md, when cells are removed; a ViT has its counterpart
+# of the table of docs/comparing.md, when cells are removed, among methods of one pass; a ViT has its counterpart
+FIRST = "mamba_lrp"
 _DEFAULT = (FIRST, "raw_attention", "attention_rollout", "mamba_attribution")
 
 
