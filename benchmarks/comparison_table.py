@@ -33,7 +33,8 @@ COLUMNS = {  # part, half, metric
 FAMILIES = ("vim", "vmamba", "vit")
 FEWER = ", too few to order methods that differ little"
 OWN = {  # our own methods of the table of fills, and what they do
-    "mask_refinement": "refines relevance as a mask, by gradients of what the model answers to parts of the image",
+    "mask_refinement": "refines relevance as a mask, by gradients of what the model answers to parts of the image "
+    "(under fills of its own: drop and road are not among them)",
     "keep_and_remove_lrp": "repeats relevance while parts of the image are kept or removed",
 }
 LEAST = 3  # fills on which a method of ours must be ahead, on both families
@@ -320,7 +321,8 @@ def fills_words(results: Mapping[str, Any]) -> str:
 
 
 def _own_words(results: Mapping[str, Any], name: str, what: str) -> str:
-    parts, enough, rivals, fills = [], True, [], 0
+    parts, fills = [], 0
+    leads: dict[str, list[bool]] = {}  # by rival, model by model
     for model, tables in results["fills"]["details"]["models"].items():
         found = {fill: its for fill, aims in tables["ahead of the rival"].items() if (its := aims["gap_top"].get(name))}
         if not found:
@@ -328,20 +330,25 @@ def _own_words(results: Mapping[str, Any], name: str, what: str) -> str:
         ahead = [fill for fill, its in found.items() if its[1] > 0]
         behind = [fill for fill, its in found.items() if its[2] < 0]
         images = min(aims["gap_top"][name][3] for aims in tables["figures"].values())
-        enough, fills = enough and len(ahead) >= LEAST, len(found)
-        rivals.append(tables["rival"])
-        text = f"on {model} ({images} images) ahead of `{rivals[-1]}` by the paired interval under "
-        text += "all fills" if len(ahead) == fills else " and ".join(ahead) or "no fill"
+        fills = len(found)
+        leads.setdefault(tables["rival"], []).append(len(ahead) >= LEAST)
+        text = f"on {model} ({images} images) ahead of `{tables['rival']}` by the paired interval under "
+        text += f"all {fills} fills" if len(ahead) == fills else " and ".join(ahead) or "no fill"
         parts.append(text + (f", and behind under {' and '.join(behind)}" if behind else ""))
     if not parts:
         return f"`{name}`, our own, {what}: not measured yet."
-    verdict = (
-        "So it is the method to use where removal is the question and its cost can be paid."
-        if enough
-        else f"It should lead under {LEAST} of {fills} fills on every model, and does not, so we recommend "
-        f"{' and '.join(f'`{rival}`' for rival in dict.fromkeys(rivals))}, at a fraction of its cost."
-    )
-    return f"`{name}`, our own, {what}: {'; '.join(parts)}. {verdict}"
+    won, lost = ([f"`{rival}`" for rival, its in leads.items() if all(its) is wins] for wins in (True, False))
+    verdicts = []
+    if won:
+        verdicts.append(
+            f"Use it in place of {' and '.join(won)} where removal is the question and its cost can be paid."
+        )
+    if lost:
+        verdicts.append(
+            f"It should lead {' and '.join(lost)} under {LEAST} of {fills} fills on every model, and does not: we "
+            f"recommend {' and '.join(lost)}, at a fraction of its cost."
+        )
+    return f"`{name}`, our own, {what}: {'; '.join(parts)}. {' '.join(verdicts)}"
 
 
 def two_digits_table(results: Mapping[str, Any]) -> str:
