@@ -45,7 +45,6 @@ LEADING = (  # on all images; others on as many as their place needs
     "attn_lrp",
     "libra_grad",
     "transformer_attribution",
-    "mask_refinement",
     "random",
 )
 DEAR = ("latim", "keep_and_remove_lrp", "mask_refinement")  # maps that take seconds

@@ -5,12 +5,12 @@
                                                writes the tables of docs/findings.md
 
 ``--runs`` holds what benchmarks/train.py wrote: class_token_first/ and class_token_middle/vim_micro.safetensors with
-their cards, digits/<order>_<seed>/*.safetensors, and those of benchmarks/series.py: seeds/<name>/*.safetensors and
-orders/<order>_<seed>/vmamba_micro.safetensors, trainings that differ in their seed alone and tell what training does,
-and depths/<blocks>/vmamba_micro.safetensors. A part whose runs are all missing there is taken from the
-results as they are, without the numbers whose formula has changed since; the page says how it was measured. ``--data``
-holds imagenette128.zip and localise.zip. Stores, and what was measured of them, lie in ``--work``; a killed run resumes
-from there.
+their cards, digits/<order>_<seed>/*.safetensors, and those of benchmarks/series.py: orders/<order>_<seed>/ and
+seeds/<name>/*.safetensors, trainings that differ in their seed alone and tell what training does, and
+depths/<blocks>/vmamba_micro.safetensors. Models of the last two kinds are added to those of the results. A part whose
+runs are all missing there is taken from the results as they are, without the numbers whose formula has changed since;
+the page says how it was measured. ``--data`` holds imagenette128.zip and localise.zip. Stores, and what was measured
+of them, lie in ``--work``; a killed run resumes from there.
 """
 
 import argparse
@@ -56,6 +56,7 @@ CHANGED = {  # since version 1 of the formulas
     *("block_silhouette", "block_neighbours", "block_correlation", "image_share", "image_share_by_depth"),
 }
 FIRST = {"formulas": 1, "images": 200, "seeds": 5}  # of results that do not say how they were measured
+APART = ("trained seeds", "depths")  # whose models may be measured in several runs
 _BATCH = 64
 
 
@@ -153,7 +154,10 @@ def run_findings(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
         stores = {name: AttentionStore.open(folder_of(args, name, *its)) for name, its in models.items()}
         every += reports
         details[part] = brief(as_json(reports, over_orders(reports), {}), part != "models")
-        details[part] |= {"title": part, "formulas": VERSION, "images": args.images, "seeds": args.seeds}
+        setting = {"formulas": VERSION, "images": args.images, "seeds": args.seeds}
+        details[part] |= {"title": part, **setting}
+        if part in APART and setting.items() <= before.get(part, {}).items():
+            details[part]["stores"] = merged(before[part]["stores"], details[part]["stores"])
         if reports:
             show(*side_by_side(reports))
         if part == "models" and stores:
@@ -172,6 +176,16 @@ def run_findings(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
     families = {each.model.partition("_")[0] for each in every if each.order}
     count = len({store["order"] for store in details["orders"]["stores"]})
     return [figure("findings orders", "vmamba_micro", count), figure("findings families", "", len(families))], details
+
+
+def merged(stores: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return stores of an earlier run with those of this one, which replace what has their names.
+
+    Args:
+        stores: of the earlier run.
+        others: of this one.
+    """
+    return list({store["name"]: store for store in [*stores, *others]}.values())
 
 
 def earlier(path: Path) -> dict[str, Any]:

@@ -373,7 +373,9 @@ def block_correlation(stage: Stage) -> np.ndarray:
 
 
 def _low(values: np.ndarray) -> float:
-    """Return a low quantile of the correlations of all pairs of rows; NaN if a row is constant."""
+    """Return a low quantile of the correlations of all pairs of rows; NaN if a row is constant, or empty."""
+    if not values.shape[1]:
+        return float("nan")
     values = values - values.mean(1, keepdims=True)
     norms = np.linalg.norm(values, axis=1)
     if not norms.all():

@@ -99,6 +99,8 @@ class Block:
         for number, matrix in enumerate(between, start):
             self.sums[number % self.groups] += matrix[self.points]
             self.counts[number % self.groups] += 1
+        if len(self.patches) < 2:  # nothing is between patches
+            return
         shares = shares_of(between)
         for each in findings.of_kind("matrix"):
             for shuffled, places in self.places.items():
@@ -135,7 +137,8 @@ class Block:
         if "features" in arrays:
             self.features.append(arrays["features"])
         for (name, shuffled), its in self.values.items():
-            its.append(arrays[f"{name} {shuffled:d}"])
+            if (kept := arrays.get(f"{name} {shuffled:d}")) is not None:
+                its.append(kept)
 
     @property
     def means(self) -> np.ndarray:

@@ -163,6 +163,14 @@ def test_parts_that_are_taken_over_have_no_numbers_of_other_formulas(tmp_path):
     assert found["models"] == {**part, **new}
 
 
+def test_models_of_another_run_are_added_by_name():
+    before = [{"name": "seeds vim_micro", "accuracy": 1}, {"name": "seeds vit_micro", "accuracy": 2}]
+    found = findings.merged(before, [{"name": "seeds vit_micro", "accuracy": 3}, {"name": "seeds vmamba_micro"}])
+    assert [(its["name"], its.get("accuracy")) for its in found] == [
+        ("seeds vim_micro", 1), ("seeds vit_micro", 3), ("seeds vmamba_micro", None)
+    ]  # fmt: skip
+
+
 def test_accuracy_is_of_the_right_answers():
     class Second(torch.nn.Module):
         def forward(self, pixels):

@@ -265,6 +265,20 @@ def test_too_few_patches_have_no_rows(stores):
     assert not any(findings.FINDINGS[name].kind == "rows" for name in block.results()[False])
 
 
+def test_one_patch_reads_no_other(stores):
+    block = Block(stores["vmamba"].layers[-1], 2)
+    block.patches, block.points = block.patches[:1], block.points[:1]
+    block.sums = block.sums[:, :1, :1]
+    tokens = stores["vmamba"].layers[-1].layout.tokens
+    block.add(0, np.ones((2, tokens, tokens), np.float32))
+    found = block.results()[False]
+    assert {findings.FINDINGS[name].kind for name in found} == {"features"}
+    other = Block(stores["vmamba"].layers[-1], 2)
+    other.patches, other.points, other.sums = block.patches, block.points, np.zeros_like(block.sums)
+    other.merge(block.arrays())
+    assert other.results()[False].keys() == found.keys()
+
+
 def test_what_is_saved_is_read_and_damage_is_nothing(tmp_path):
     own = Measured({("entropy", "layer"): np.arange(3.0), ("by", "model"): np.array([np.nan])})
     own.save(tmp_path / "own.npz")
