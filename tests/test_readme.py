@@ -72,7 +72,7 @@ def test_the_example_has_six_lines_with_the_model_in_the_third(
 def test_the_calls_that_it_recommends_are_calls() -> None:
     table = README.split("## Which method should I use")[1].split("## Models")[0]
     calls = re.findall(r"`(\w+)\(model\)\.attribute\(images(, target)?\)`", table)
-    assert [name for name, _ in calls] == ["RawAttention", "MambaAttribution", "MambaLRP"]
+    assert [name for name, _ in calls] == ["RawAttention", "MambaAttribution", "MambaLRP", "MaskRefinement"]
     model, images = create("vim_digits", weights="demo"), torch.rand(2, 3, 64, 64)
     for name, target in calls:
         method = getattr(attribution, name)(model)
