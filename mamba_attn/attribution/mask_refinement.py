@@ -118,11 +118,11 @@ class MaskRefinement(MapAttribution):
 
     def _begun(self, images: Tensor, target: Target, grid: tuple[int, ...]) -> Float[Tensor, "batch 1 rows columns"]:
         if self.start == "none":
-            noise = torch.rand(grid, generator=torch.Generator().manual_seed(0)).to(images.device)
+            noise = _single(torch.rand(grid, generator=torch.Generator().manual_seed(0)).to(images))
             return (0.5 + 0.01 * noise).expand(len(images), 1, *grid)
         size = (images.shape[2], images.shape[3])
         relevance = self._at_this_call(self._relevance(images))._finite_maps(images, target, None, size, True)
-        return shares(relevance).float()
+        return shares(relevance)
 
     def _relevance(self, images: Tensor) -> MapAttribution:
         """The method that the descent begins with, by the kinds of the model's layers."""
@@ -195,7 +195,12 @@ class MaskRefinement(MapAttribution):
             if scores.ndim > 1 and scores.shape[1] > 1:
                 indices = target_indices(call, scores, target, batch)
                 places = (torch.arange(batch, device=scores.device), *indices.unbind(1))
-                chance = scores.float().log_softmax(1)[places]
+                chance = _single(scores).log_softmax(1)[places]
                 return torch.stack([chance, torch.log1p(-chance.exp().clamp(max=1 - _SURE))])
-        values = self._values(output, target, batch).float().view(-1)
+        values = _single(self._values(output, target, batch)).view(-1)
         return torch.stack([values, -values])
+
+
+def _single(values: Tensor) -> Tensor:
+    """In single precision, unless it is higher."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

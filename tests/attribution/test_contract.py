@@ -21,6 +21,7 @@ MODELS = {
 FAST = {
     "occlusion": {"sliding_window_shapes": 20, "strides": 20},
     "integrated_gradients": {"n_steps": 2},
+    "keep_and_remove_lrp": {"draws": 1},
     "mask_refinement": {"steps": 2},
 }
 PROBABILITIES = ("mask_refinement",)  # that ask how likely the class is, which one number of a function does not say
