@@ -1,13 +1,13 @@
 """MaskRefinement: relevance refined as a mask, by what the model answers to its highest cells alone; our own."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.attribution.drawn_fills import FILLS, fill_names, in_turn
+from mamba_attn.attribution.cell_filling import FILLS, CellFilling, in_turn
 from mamba_attn.attribution.lrp.frozen_contribution import FrozenContribution
 from mamba_attn.attribution.lrp.mamba_lrp import MambaLRP
 from mamba_attn.attribution.maps import MapAttribution
@@ -18,7 +18,6 @@ from mamba_attn.core.outputs import follow
 from mamba_attn.core.ranks import shares
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
 from mamba_attn.tracing.layer_kinds import SCANS, SOFTMAX, layer_kinds
-from mamba_attn.tracing.texts import is_text
 
 STARTS = ("relevance", "none")
 _SOFTNESS = 0.06  # of a mask's edge, in ranks
@@ -28,7 +27,7 @@ _TOGETHER = 24  # images per pass
 _SURE = 1e-4  # a chance is taken for no closer to 1
 
 
-class MaskRefinement(MapAttribution):
+class MaskRefinement(CellFilling):
     """Relevance, refined as a mask: which cells alone keep the class, and which take it away. New here.
 
     Relevance is exact for the image as it is; removal asks what the model does with parts of it. So the order of the
@@ -69,8 +68,6 @@ class MaskRefinement(MapAttribution):
         torch.Size([2, 1, 224, 224])
     """
 
-    takes_parts: ClassVar[bool] = False  # as MambaLRP
-
     def __init__(
         self,
         model: nn.Module,
@@ -82,39 +79,22 @@ class MaskRefinement(MapAttribution):
         fills: str | tuple[str, ...] = FILLS,
         start: str = "relevance",
     ) -> None:
-        super().__init__(model)
-        self.layout, self.orders = layout, orders
+        super().__init__(model, layout, orders, fills)
         for name, value, least in (("steps", steps, 0), ("fractions", fractions, 1)):
             if value < least:
                 raise ValueError(f"MaskRefinement({name}={value!r}): expected at least {least}.")
         if start not in STARTS:
             raise ValueError(f"MaskRefinement(start={start!r}): expected one of {STARTS}.")
         self.steps, self.fractions, self.start = steps, fractions, start
-        self.fills = fill_names("MaskRefinement", fills)
 
     def _maps(
         self, images: Tensor, target: Target, query: Query | None, size: tuple[int, ...], grid: bool
     ) -> Float[Tensor, "batch 1 *size"]:
-        if is_text(images) or images.ndim != 4:
-            raise ValueError(
-                f"{self.called}.attribute(inputs{tuple(images.shape)}): expected images (batch, colours, rows, "
-                "columns), whose cells can be filled; for texts, volumes and spectrograms use MambaLRP."
-            )
         target = self._settled(images, target)
         layout = self._layouts(images)[0]
         begun = self._begun(images, target, layout.grid)
         found = (self._refined(images, target, begun) if self.steps else begun) - 0.5
         return found if grid else layout.to_pixels(found, size)
-
-    def _settled(self, images: Tensor, target: Target) -> Target:
-        """Return the target, the class predicted for the whole image if it is open: parts may be taken for others."""
-        output = self._output(images, target)
-        if target is not None:
-            return target
-        call = f"{self.called}.attribute"
-        scores = follow(output, scores_in(f"{call}(target=None)", output, len(images)))
-        indices = target_indices(call, scores, None, len(images))
-        return indices[:, 0].tolist() if indices.shape[1] else None
 
     def _begun(self, images: Tensor, target: Target, grid: tuple[int, ...]) -> Float[Tensor, "batch 1 rows columns"]:
         if self.start == "none":

@@ -355,6 +355,8 @@ def _embedded(seen: _Pass, classes: Sequence[nn.Parameter], replay: Replay) -> T
 
 def _reaches(parameters: Sequence[nn.Parameter], token: Float[Tensor, " features"]) -> bool:
     """Whether a token depends on any of them."""
+    if not parameters:
+        return False
     noise = torch.randn(token.shape, generator=torch.Generator().manual_seed(0)).to(token)  # norms hide a sum's
     found = torch.autograd.grad((token * noise).sum(), parameters, retain_graph=True, allow_unused=True)
     return any(gradient is not None and bool(gradient.any()) for gradient in found)

@@ -28,6 +28,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], Places, Places]] = {  # more o
         (0,), (1, 2, 3),
     ),
     "a class token of one axis": ("CLIPVisionModel", "CLIPVisionConfig", {}, (0,), ()),
+    "BEiT": ("BeitForImageClassification", "BeitConfig", {}, (0,), ()),
     "patches alone": ("SiglipVisionModel", "SiglipVisionConfig", {"vision_use_head": False}, (), ()),
 }  # fmt: skip
 

@@ -293,3 +293,44 @@ def test_colours_are_not_taken_for_frames(frames: int) -> None:
         maps = method.attribute(x, expand=True)
         assert maps.shape == x.shape
         torch.testing.assert_close(maps.sum(2, keepdim=True).transpose(1, 2), method.attribute(x))
+
+
+class OwnAttention(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(16, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (each[:, None] for each in self.qkv(x).chunk(3, -1))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)[:, 0]
+
+
+class OwnNet(torch.nn.Module):
+    """A network that no adapter knows: two tokens of a parameter of that name in front of 5 x 3 patches."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 16, 8, 8)
+        self.register_parameter(name, torch.nn.Parameter(torch.randn(1, 2, 16)))
+        self.mixers = torch.nn.ModuleList([OwnAttention(), OwnAttention()])
+        self.norm, self.name = torch.nn.LayerNorm(16), name
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        first = getattr(self, self.name).expand(len(images), -1, -1)
+        x = torch.cat([first, self.stem(images).flatten(2).mT], 1)
+        for mixer in self.mixers:
+            x = x + mixer(x)
+        return self.norm(x).mean(1)
+
+
+@pytest.mark.parametrize(("name", "classes", "registers"), [("cls_token", (0, 1), ()), ("memory", (), (0, 1))])
+def test_tokens_that_are_no_patches_are_named_by_the_parameter_that_makes_them(
+    name: str, classes: tuple[int, ...], registers: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    model = OwnNet(name).eval()
+    with torch.no_grad(), mamba_attn.trace(model) as record:
+        model(torch.randn(2, 3, 40, 24))
+    for layer in record.layers:
+        layout = layer.layout
+        assert (layout.grid, layout.class_tokens, layout.registers) == ((5, 3), classes, registers)

@@ -1,27 +1,22 @@
 """KeepAndRemoveLRP: MambaLRP, asked again about what it kept and what it removed; our own."""
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_attn._types import Bool, Float
-from mamba_attn.attribution.drawn_fills import FILLS, fill_names, in_turn
+from mamba_attn.attribution.cell_filling import FILLS, CellFilling, in_turn
 from mamba_attn.attribution.lrp.mamba_lrp import MambaLRP
-from mamba_attn.attribution.maps import MapAttribution
 from mamba_attn.attribution.queries import Query
-from mamba_attn.attribution.targets import Target, scores_in, target_indices
-from mamba_attn.core.outputs import follow
+from mamba_attn.attribution.targets import Target
 from mamba_attn.core.ranks import shares
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
-from mamba_attn.tracing.texts import is_text
 
 _KEPT = (0.8, 0.6, 0.4, 0.2)  # of the cells, one pass each
 _REMOVED = (0.08, 0.16, 0.24, 0.32)
 
 
-class KeepAndRemoveLRP(MapAttribution):
+class KeepAndRemoveLRP(CellFilling):
     """MambaLRP's relevance, corrected by what the model sees without some of the patches. New here.
 
     Measured under four fills of removed cells on the demo models it is no clear gain over ``MambaLRP`` and costs many
@@ -56,8 +51,6 @@ class KeepAndRemoveLRP(MapAttribution):
         torch.Size([2, 1, 224, 224])
     """
 
-    takes_parts: ClassVar[bool] = False  # as MambaLRP
-
     def __init__(
         self,
         model: nn.Module,
@@ -67,22 +60,15 @@ class KeepAndRemoveLRP(MapAttribution):
         draws: int = 2,
         fills: str | tuple[str, ...] = FILLS,
     ) -> None:
-        super().__init__(model)
-        self.layout, self.orders = layout, orders
+        super().__init__(model, layout, orders, fills)
         if draws < 1:
             raise ValueError(f"KeepAndRemoveLRP(draws={draws!r}): expected at least 1.")
-        names = fill_names("KeepAndRemoveLRP", fills)
         self.relevance = MambaLRP(model, layout=layout, orders=orders)
-        self.draws, self.fills = draws, names
+        self.draws = draws
 
     def _maps(
         self, images: Tensor, target: Target, query: Query | None, size: tuple[int, ...], grid: bool
     ) -> Float[Tensor, "batch 1 *size"]:
-        if is_text(images) or images.ndim != 4:
-            raise ValueError(
-                f"{self.called}.attribute(inputs{tuple(images.shape)}): expected images (batch, colours, rows, "
-                "columns), whose cells can be filled; for texts, volumes and spectrograms use MambaLRP."
-            )
         target = self._settled(images, target)
         relevance = self._relevance(images, target)
         cells = relevance[0].numel()
@@ -112,16 +98,6 @@ class KeepAndRemoveLRP(MapAttribution):
     def _relevance(self, images: Tensor, target: Target) -> Float[Tensor, "batch 1 rows columns"]:
         size = (images.shape[2], images.shape[3])
         return self._at_this_call(self.relevance)._finite_maps(images, target, None, size, True)
-
-    def _settled(self, images: Tensor, target: Target) -> Target:
-        """Return the target, the class predicted for the whole image if it is open: parts may be taken for others."""
-        output = self._output(images, target)
-        if target is not None:
-            return target
-        call = f"{self.called}.attribute"
-        scores = follow(output, scores_in(f"{call}(target=None)", output, len(images)))
-        indices = target_indices(call, scores, None, len(images))
-        return indices[:, 0].tolist() if indices.shape[1] else None
 
 
 def _highest(values: Float[Tensor, "batch cells"], count: int) -> Bool[Tensor, "batch cells"]:

@@ -78,7 +78,7 @@ def test_all_fills_and_draws_are_repeatable_alone_and_in_a_batch(model, images):
 
 
 def test_shuffled_cells_are_the_same_cells(images):
-    from mamba_attn.attribution.drawn_fills import _shuffled
+    from mamba_attn.attribution.cell_filling import _shuffled
 
     mixed = _shuffled(images[0], (3, 5), torch.Generator().manual_seed(0))
     before, after = (
