@@ -5,9 +5,9 @@
 A narrow VMamba (1-1-2-1 blocks) is trained on the 20 classes at 64 pixels, from labels alone. For each method, the
 cells of all images, of training and validation, are ranked by the map of the class that it answers; the highest are
 filled, and new models are trained from other random weights on what is left. The further top-1 falls, the more of what
-the class can be learnt from did the method find. The shape of what was filled may itself tell the class; a blurred
-fill, which hides the shape, is the control. Results lie in ``--work``, training by training; a killed run resumes from
-there.
+the class can be learnt from did the method find. The shape of what was filled may itself tell the class; a fill of the
+blurred image, against which the shape shows less, is the control. Results lie in ``--work``, training by training; a
+killed run resumes from there.
 """
 
 import argparse
@@ -26,12 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks import images, train
 from benchmarks.export import evaluate
 from benchmarks.report import Figure, show
 from mamba_attn.attribution import catalogue
+from mamba_attn.core.blur import blurred
 
 METHODS = ("random", "raw_attention", "mamba_attribution", "mamba_lrp")
 FRACTIONS = (0.25, 0.5, 0.75)
@@ -39,7 +40,6 @@ SEEDS = (1, 2)  # of the retrained models; the model that is explained has seed 
 PIXELS, CELL, EPOCHS, BATCH = 64, 4, 6, 32
 OPTIONS = {"depths": [1, 1, 2, 1], "dims": 24}
 LEARNING = ("--optimizer", "muon", "--lr", "2e-3", "--drop-path", "0", "--mixup", "0.3", "--val-every", "99")
-BLUR = 8.0  # standard deviation in pixels: a fill in which no cell shows its place
 
 
 class Job(NamedTuple):
@@ -202,15 +202,6 @@ def filled(pixels: np.ndarray, order: np.ndarray, fraction: float, fill: str) ->
         where = lost[own].reshape(-1, side, side).repeat(CELL, 1).repeat(CELL, 2)[..., None]
         result[own] = np.where(where, other.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy(), pixels[own])
     return result
-
-
-def blurred(values: Tensor) -> Tensor:
-    """Return images without detail, by a Gaussian of BLUR pixels; edges are repeated."""
-    reach = round(3 * BLUR)
-    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / BLUR) ** 2)
-    weights /= weights.sum()
-    flat = F.pad(values, (reach,) * 4, mode="replicate").flatten(0, 1)[:, None]
-    return F.conv2d(F.conv2d(flat, weights.view(1, 1, 1, -1)), weights.view(1, 1, -1, 1)).view_as(values)
 
 
 def ranks(setting: Setting, method: str) -> None:
