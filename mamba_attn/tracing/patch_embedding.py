@@ -171,7 +171,7 @@ def makes_a_class_token(parameter: str) -> bool:
 
 def _class_tokens(parameters: Iterable[tuple[str, nn.Parameter]]) -> int:
     """Number of tokens that parameters of such a name hold."""
-    named = [value for name, value in parameters if name.rpartition(".")[2].startswith("cls_token")]
+    named = [value for name, value in parameters if makes_a_class_token(name)]
     return sum(value.shape[1] for value in named if value.ndim == 3)
 
 
