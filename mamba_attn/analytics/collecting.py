@@ -17,7 +17,7 @@ from mamba_attn.analytics.index import INDEX, Index, StoredLayer
 from mamba_attn.analytics.part_run import PartRun
 from mamba_attn.analytics.part_writer import PartWriter
 from mamba_attn.analytics.parts import FOLDER, Part, Parts, counted, object_name
-from mamba_attn.analytics.places import TEMPORARY, Place, place
+from mamba_attn.analytics.places import Place, place
 from mamba_attn.analytics.request import Request, describe
 from mamba_attn.analytics.sizes import batch_size, part_size, require_memory
 from mamba_attn.core.decisions import decided
@@ -299,7 +299,7 @@ def is_new(where: Place) -> bool:
     Raises:
         StoreError: the folder holds something that is not a store.
     """
-    there = {name for name in where.names() if not name.endswith(TEMPORARY)} - {_OLD_LOCK}
+    there = {*where.names()} - {_OLD_LOCK}
     if there and INDEX not in there:
         raise StoreError(
             f"{where}: this folder holds {min(there)!r} and no store; nothing was written. Use another folder."

@@ -193,11 +193,15 @@ def fold(where: Place, index: Index, ranks: Ranks, count: int) -> Merged:
         while len(done := set(where.names(folder))) < len(tasks) and not where.exists(f"{folder}.json"):
             wait()
         if not where.exists(f"{folder}.json"):
-            folders = {
-                name.removesuffix(".json"): json.loads(where.read(f"{folder}/{name}"))["folder"] for name in done
-            }
-            counts = _parts(where, index, count, latest).counts
-            Merged(count, counts, folders).write(where)
+            try:
+                folders = {
+                    name.removesuffix(".json"): json.loads(where.read(f"{folder}/{name}"))["folder"] for name in done
+                }
+            except FileNotFoundError:  # another rank has written the list meanwhile, and tidied up
+                if not where.exists(f"{folder}.json"):
+                    raise
+            else:
+                Merged(count, _parts(where, index, count, latest).counts, folders).write(where)
         latest = Merged.latest(where)
     if latest is None:
         raise StoreError(f"{where}: its merged statistics were removed while they were read.")

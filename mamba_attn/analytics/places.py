@@ -19,7 +19,7 @@ from typing import Any
 from mamba_attn.errors import StoreError, local_path, nearest
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
-TEMPORARY = ".new"  # end of the name of an object that is being written
+_TEMPORARY = ".new"  # end of the name of an object that is being written
 _SAID_BY = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}  # packages
 _READ_ONLY = ("http", "https", "data", "git", "github", "zip", "tar", "libarchive", "reference")
 # what the libraries behind fsspec raise beside OSError; each only where its module is loaded
@@ -88,7 +88,11 @@ class Place(ABC):
 
     @abstractmethod
     def names(self, folder: str = "") -> list[str]:
-        """Return the names of what lies directly in a folder, without the folder's; none if it is absent."""
+        """Return the names of what lies directly in a folder, without the folder's; none if it is absent.
+
+        An object that is being written has no name yet: whoever lists the folder waits for it or makes it, and nobody
+        counts or removes half of it.
+        """
 
     @abstractmethod
     def exists(self, name: str) -> bool:
@@ -167,7 +171,7 @@ class LocalPlace(Place):
     def names(self, folder: str = "") -> list[str]:
         """Return the names of what lies in a folder."""
         with suppress(FileNotFoundError):
-            return sorted(os.listdir(self.path / folder))
+            return sorted(name for name in os.listdir(self.path / folder) if not name.endswith(_TEMPORARY))
         return []
 
     def exists(self, name: str) -> bool:
@@ -216,7 +220,7 @@ class LocalPlace(Place):
     def _written(target: Path, content: bytes) -> Path:
         """Write a file of another name beside the target."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
+        temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}{_TEMPORARY}")
         try:
             with temporary.open("wb") as file:
                 file.write(content)

@@ -108,8 +108,7 @@ class Measuring:
             place.remove(f"{name}.error")  # of an earlier run
 
         def missing() -> int:
-            ended = (".npz", ".error")  # and not what is being written under another name
-            there = {name.partition(".")[0] for name in place.names(folder) if name.endswith(ended)}
+            there = {name.partition(".")[0] for name in place.names(folder)}  # a part, or why it failed
             return 0 if len(there) == len(spans) or whole() else len(spans) - len(there)
 
         left = self.ranks.work(folder, len(spans), make, missing)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from packaging.version import Version
 
-from mamba_attn.analytics import AttentionStore, collect, collect_part, missing_parts
+from mamba_attn.analytics import AttentionStore, collect, collect_part, folding, missing_parts
 from mamba_attn.analytics.folding import Merged
 from mamba_attn.analytics.places import LocalPlace
 from mamba_attn.distributed import Ranks
@@ -86,6 +86,58 @@ def test_merging_meanwhile_changes_no_bit(place, tmp_path, monkeypatch):
     assert same(content(tmp_path / "store"), whole)
     assert not list((tmp_path / "store").glob("parts/*/statistics"))
     assert len(list((tmp_path / "store" / "merged").glob("*.json"))) == 1
+
+
+def merging(monkeypatch, where, others):
+    """Merge a store as a rank that finds no share left, while other ranks do what ``others`` does."""
+    index = AttentionStore.open(where).index
+    monkeypatch.setattr(Ranks, "shares", lambda *_: iter(()))
+    monkeypatch.setattr(folding, "wait", lambda: others(LocalPlace(where), index))
+    return index, folding.fold(LocalPlace(where), index, Ranks(1, 2, launcher="torchrun", counters=object()), 5)
+
+
+@pytest.fixture
+def unmerged(place, tmp_path):
+    asked = cases.request(place[0], **PARTS)
+    for number in range(5):
+        collect_part(asked, number, tmp_path / "store")
+    return tmp_path / "store"
+
+
+def test_what_another_rank_is_still_merging_is_waited_for(place, unmerged, monkeypatch):
+    steps = []
+
+    def others(where, index):
+        steps.append(len(steps))
+        tasks = folding.units(index)
+        for layer, route in tasks[:-1] if len(steps) == 1 else tasks[-1:]:
+            folding._fold_unit(where, index, layer, route, 5, "merged/000005-other")
+        half = unmerged / "merged" / "000005" / f"{folding.unit(*tasks[-1])}.json.12345678.new"
+        half.touch() if len(steps) == 1 else half.unlink()
+
+    index, found = merging(monkeypatch, unmerged, others)
+    assert steps == [0, 1]
+    assert set(found.folders) == {folding.unit(*task) for task in folding.units(index)}
+    assert same(content(unmerged), place[1])
+
+
+def test_a_rank_that_lists_what_is_merged_as_another_tidies_up(place, unmerged, monkeypatch):
+    read = LocalPlace.read
+
+    def others(where, index):
+        for layer, route in folding.units(index):
+            folding._fold_unit(where, index, layer, route, 5, "merged/000005-other")
+
+    def late(self, name):
+        if name.startswith("merged/000005/"):
+            monkeypatch.setattr(LocalPlace, "read", read)
+            folding.fold(self, AttentionStore.open(unmerged).index, Ranks(), 5)
+        return read(self, name)
+
+    monkeypatch.setattr(LocalPlace, "read", late)
+    assert merging(monkeypatch, unmerged, others)[1].parts == 5
+    assert not (unmerged / "merged" / "000005").exists()
+    assert same(content(unmerged), place[1])
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # of DataLoader, from Python 3.12 on

@@ -47,6 +47,21 @@ def test_objects_are_created_once_and_replaced_whole(where):
     assert where.names() == []
 
 
+def test_what_is_being_written_has_no_name_yet(tmp_path, monkeypatch):
+    where, seen, real = LocalPlace(tmp_path), [], os.link
+
+    def watched(source, target):
+        seen.append((os.listdir(tmp_path / "parts"), where.names("parts")))
+        real(source, target)
+
+    monkeypatch.setattr(os, "link", watched)
+    where.create("parts/1.json", b"first")
+    (((half,), names),) = seen
+    assert half.startswith("1.json.")
+    assert names == []
+    assert where.names("parts") == ["1.json"]
+
+
 def test_a_file_system_without_links(tmp_path, monkeypatch):
     def refused(*_):
         raise OSError(95, "Operation not supported")
