@@ -75,15 +75,20 @@ class Viewer:
         return box["x"] + (column + 0.5) / columns * box["width"], box["y"] + (row + 0.5) / rows * box["height"]
 
     def points(self, count, at=0):
-        """Wait until there are as many points, and return where they are on the screen."""
+        """Wait until there are as many points and they stay where they are on the screen, and return their places."""
         self.until(
             "([at, count]) => viewer.points()[at]?.places.length === count && viewer.points()[at].key", arg=[at, count]
         )
-        canvas = self.page.locator("canvas.plot").nth(at)
-        canvas.scroll_into_view_if_needed()
-        box = canvas.bounding_box()
-        places = np.array(self.page.evaluate("(at) => viewer.points()[at].places", at))
-        return places + np.array([box["x"], box["y"]])
+        canvas, before = self.page.locator("canvas.plot").nth(at), None
+        for _ in range(100):  # text or photos that come late move what is below them, and a scroll bar narrows it
+            canvas.scroll_into_view_if_needed()
+            box = canvas.bounding_box()
+            places = np.array(self.page.evaluate("(at) => viewer.points()[at].places", at)) + [box["x"], box["y"]]
+            if before is not None and np.array_equal(places, before):
+                return places
+            before = places
+            self.page.wait_for_timeout(50)
+        raise AssertionError("the points never stay where they are")
 
     def lit(self, expected, at=0):
         self.until(

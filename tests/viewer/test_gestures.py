@@ -84,9 +84,10 @@ def test_points_of_patches_and_of_blocks(viewer, store):
     page.mouse.click(*places[alone])
     viewer.lit([alone])
     viewer.heat(rows(store)[0][alone])
+    viewer.choose("drag", "box")
+    places = viewer.points(96)  # the caption of a chosen patch may have moved them
     left, top = places.min(0) - 8
     right, bottom = places.max(0) + 8
-    viewer.choose("drag", "box")
     viewer.drag([(left, top), (right, bottom)])
     viewer.lit(range(96))
     viewer.page.locator("#strip button").nth(3).click()
