@@ -140,7 +140,7 @@ def side_by_side(
 
     Args:
         panels: (rows, columns, 3) uint8 each.
-        captions: one per panel; long ones are truncated.
+        captions: one per panel; those wider than their panel take a second line, which is cut where it is full.
         height: of the panels in pixels; taller panels keep their size.
         columns: panels in a row. Default: all.
 
@@ -380,6 +380,16 @@ def _fit(text: str, most: float, width: Callable[[str], float]) -> str:
     return text
 
 
+def _lines(text: str, most: float, width: Callable[[str], float]) -> list[str]:
+    """The text in one line, or broken between words into two, the second shortened until it fits."""
+    if width(text) <= most:
+        return [text]
+    words = text.split()
+    fitting = [at for at in range(1, len(words)) if width(" ".join(words[:at])) <= most]
+    lines = [words[: fitting[-1]], words[fitting[-1] :]] if fitting else [words]
+    return [_fit(" ".join(line), most, width) for line in lines]
+
+
 def _row(panels: Sequence[np.ndarray], captions: Sequence[str], height: int) -> np.ndarray:
     """Panels of one height with their captions."""
     try:
@@ -394,11 +404,16 @@ def _row(panels: Sequence[np.ndarray], captions: Sequence[str], height: int) -> 
     text = max(11, height // 18)
     font = ImageFont.load_default(text)
     width = sum(picture.width for picture in pictures) + GAP * (len(pictures) + 1)
-    sheet = Image.new("RGB", (width, height + 2 * GAP + 2 * text), "white")
+    written = [
+        _lines(caption, picture.width, font.getlength) for picture, caption in zip(pictures, captions, strict=True)
+    ]
+    step = round(1.2 * text)  # from line to line
+    below = 2 * GAP + 2 * text + step * (max(map(len, written)) - 1)
+    sheet = Image.new("RGB", (width, height + below), "white")
     draw, left = ImageDraw.Draw(sheet), GAP
-    for picture, caption in zip(pictures, captions, strict=True):
+    for picture, lines in zip(pictures, written, strict=True):
         sheet.paste(picture, (left, GAP))
-        cut = _fit(caption, picture.width, lambda text: draw.textlength(text, font))
-        draw.text((left + picture.width / 2, height + GAP + text), cut, INK, font, anchor="mm")
+        for at, line in enumerate(lines):
+            draw.text((left + picture.width / 2, height + GAP + text + at * step), line, INK, font, anchor="mm")
         left += picture.width + GAP
     return np.asarray(sheet)

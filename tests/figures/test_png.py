@@ -95,7 +95,7 @@ def test_without_matplotlib_the_charts_say_what_to_install(monkeypatch):
 def test_panels_stand_side_by_side_with_captions():
     wide, square = np.full((10, 20, 3), 50, np.uint8), np.full((10, 10, 3), 80, np.uint8)
     sheet = png.side_by_side([wide, square], ["wide", "a square panel with a caption that is too long"], height=50)
-    assert sheet.shape == (50 + 16 + 22, 100 + 50 + 24, 3)
+    assert sheet.shape == (50 + 16 + 22 + 13, 100 + 50 + 24, 3)  # the second caption takes two lines
     assert (sheet[8:58, 8:108] == 50).all()
     assert (sheet[8:58, 116:166] == 80).all()
     assert (sheet[:8] == 255).all()
@@ -108,6 +108,21 @@ def test_panels_stand_side_by_side_with_captions():
     assert png.side_by_side([wide], ["x"], height=5).shape[0] == 10 + 16 + 22  # never made smaller
     with pytest.raises(ValueError, match="one caption per panel, got 1 panels and 2 captions"):
         png.side_by_side([wide], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("dress 40%", ["dress 40%"]),
+        ("dress 40% (wrong, label: shirt)", ["dress 40% (wrong,", "label: shirt)"]),
+        ("vit: dress 40% (wrong, label: longsleeve)", ["vit: dress 40%", "(wrong, label: longs…"]),
+        ("anunbrokenwordofmanyletters", ["anunbrokenwordofmany…"]),
+        ("a anunbrokenwordofmanyletters", ["a", "anunbrokenwordofmany…"]),
+        ("", [""]),
+    ],
+)
+def test_captions_break_between_words_and_are_cut_in_their_second_line(text, lines):
+    assert png._lines(text, 21, len) == lines
 
 
 def test_panels_wrap_into_rows():
