@@ -47,6 +47,7 @@ LEADING = (  # on all images; others on as many as their place needs
     "transformer_attribution",
     "random",
 )
+SHORTENED = ("igos_plus_plus:path=5",)  # with its own options it takes a minute an image
 DEAR = ("latim", "keep_and_remove_lrp", "mask_refinement")  # maps that take seconds
 ABLATIONS = (
     OURS,
@@ -223,9 +224,9 @@ def _methods(part: Part) -> Sequence[str]:
     rival = f"@{SOME}" if perturbed else few
     texts = [f"{SLOW[0]}{rival}", f"{SLOW[1]}{few}"]
     cheaper = () if part.measures == ("localisation",) else CHEAPER  # boxes cost a map alone
-    texts += [f"{text}{few}" for text in (*PUBLISHED, *cheaper, *(() if perturbed else DEAR))]
+    texts += [f"{text}{few}" for text in (*PUBLISHED, *cheaper, *SHORTENED, *(() if perturbed else DEAR))]
     if perturbed:
-        known = {text.partition(":")[0] for text in (*SLOW, *CHEAPER)} | set(LEADING)
+        known = {text.partition(":")[0] for text in (*SLOW, *CHEAPER, *SHORTENED)} | set(LEADING)
         texts += [f"{name}@{SOME}" for name in METHODS if name not in known]
     return "all", *texts, "raw_attention", "attention_rollout", "mamba_attribution"
 

@@ -33,6 +33,7 @@ METHODS = (
     "latim",
     "centre",
     "mask_refinement:start=none",
+    "igos_plus_plus:path=5",
 )
 RIVALS = ("mamba_lrp", "attn_lrp")  # published, that others are compared with: the first that fits a model
 AIMS = ("positive_auc_top", "negative_auc_top", "gap_top")

@@ -14,6 +14,7 @@ from mamba_attn.attribution.attention_rollout import AttentionRollout
 from mamba_attn.attribution.captum_methods import InputXGradient, IntegratedGradients, Occlusion, Saliency
 from mamba_attn.attribution.controllability import Controllability
 from mamba_attn.attribution.controls import CentreMap, RandomMap
+from mamba_attn.attribution.igos_plus_plus import IGOSPlusPlus
 from mamba_attn.attribution.implicit_attention import ImplicitAttention
 from mamba_attn.attribution.latim import LaTIM
 from mamba_attn.attribution.layer_grad_cam import LayerGradCam
@@ -39,6 +40,7 @@ __all__ = [
     "CentreMap",
     "Controllability",
     "FrozenContribution",
+    "IGOSPlusPlus",
     "ImplicitAttention",
     "InputXGradient",
     "IntegratedGradients",

@@ -11,6 +11,7 @@ from mamba_attn.attribution.attention_rollout import AttentionRollout
 from mamba_attn.attribution.captum_methods import InputXGradient, IntegratedGradients, Occlusion, Saliency
 from mamba_attn.attribution.controllability import Controllability
 from mamba_attn.attribution.controls import CentreMap, RandomMap
+from mamba_attn.attribution.igos_plus_plus import IGOSPlusPlus
 from mamba_attn.attribution.implicit_attention import ImplicitAttention
 from mamba_attn.attribution.latim import LaTIM
 from mamba_attn.attribution.layer_grad_cam import LayerGradCam
@@ -150,6 +151,13 @@ METHODS: dict[str, Entry] = {
             "mask refinement",
             MaskRefinement,
             "The order in which patches alone keep the class, or lose it, descended from the relevance; our own.",
+        ),
+        Entry(
+            "igos_plus_plus",
+            "iGOS++",
+            IGOSPlusPlus,
+            "What the class is lost without and kept by: masks that are learnt between the image and its blur.",
+            ANY,
         ),
         Entry(
             "relevance_attention_ranks",

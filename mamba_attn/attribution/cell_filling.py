@@ -1,25 +1,20 @@
 """What methods share that fill cells of an image: several fills by turns, so that a map belongs to none of them."""
 
-import zlib
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mamba_attn._types import Float
-from mamba_attn.attribution.maps import MapAttribution
-from mamba_attn.attribution.targets import Target, scores_in, target_indices
+from mamba_attn.attribution.partial_images import PartialImages, drawn_for
 from mamba_attn.core.blur import blurred
-from mamba_attn.core.outputs import follow
 from mamba_attn.errors import nearest
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
-from mamba_attn.tracing.texts import is_text
 
 FILLS = ("dark", "mean", "blur", "shuffle")
 
 
-class CellFilling(MapAttribution):
+class CellFilling(PartialImages):
     """Base of the methods that ask the model about images some of whose cells are filled.
 
     Args:
@@ -32,8 +27,6 @@ class CellFilling(MapAttribution):
         ValueError: no name, or an unknown one.
     """
 
-    takes_parts: ClassVar[bool] = False  # as MambaLRP
-
     def __init__(
         self, model: nn.Module, layout: AnyLayout | None, orders: AnyOrders | None, fills: str | tuple[str, ...]
     ) -> None:
@@ -43,25 +36,6 @@ class CellFilling(MapAttribution):
         for name in self.fills or ("",):
             if name not in FILLS:
                 raise ValueError(f"{type(self).__name__}(fills={fills!r}): {nearest(name, FILLS)}")
-
-    def _settled(self, images: Tensor, target: Target) -> Target:
-        """Return the target, the class predicted for the whole image if it is open: parts may be taken for others.
-
-        Raises:
-            ValueError: inputs that are no images.
-        """
-        call = f"{self.called}.attribute"
-        if is_text(images) or images.ndim != 4:
-            raise ValueError(
-                f"{call}(inputs{tuple(images.shape)}): expected images (batch, colours, rows, columns), whose cells "
-                "can be filled; for texts, volumes and spectrograms use MambaLRP."
-            )
-        output = self._output(images, target)
-        if target is not None:
-            return target
-        scores = follow(output, scores_in(f"{call}(target=None)", output, len(images)))
-        indices = target_indices(call, scores, None, len(images))
-        return indices[:, 0].tolist() if indices.shape[1] else None
 
 
 def in_turn(
@@ -75,8 +49,7 @@ def in_turn(
         images: as the model takes them.
         grid: rows and columns of the cells.
     """
-    seeds = [zlib.crc32(image.detach().float().cpu().contiguous().numpy().tobytes()) for image in images]
-    drawn = [torch.Generator().manual_seed(seed) for seed in seeds]
+    drawn = drawn_for(images)
     while True:
         for name in fills:
             if name == "shuffle":

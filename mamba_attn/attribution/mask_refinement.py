@@ -11,10 +11,10 @@ from mamba_attn.attribution.cell_filling import FILLS, CellFilling, in_turn
 from mamba_attn.attribution.lrp.frozen_contribution import FrozenContribution
 from mamba_attn.attribution.lrp.mamba_lrp import MambaLRP
 from mamba_attn.attribution.maps import MapAttribution
+from mamba_attn.attribution.partial_images import in_single
 from mamba_attn.attribution.queries import Query
-from mamba_attn.attribution.targets import Target, scores_in, target_indices
+from mamba_attn.attribution.targets import Target
 from mamba_attn.attribution.vit.attn_lrp import AttnLRP
-from mamba_attn.core.outputs import follow
 from mamba_attn.core.ranks import shares
 from mamba_attn.tracing.door_layers import AnyLayout, AnyOrders
 from mamba_attn.tracing.layer_kinds import SCANS, SOFTMAX, layer_kinds
@@ -98,7 +98,7 @@ class MaskRefinement(CellFilling):
 
     def _begun(self, images: Tensor, target: Target, grid: tuple[int, ...]) -> Float[Tensor, "batch 1 rows columns"]:
         if self.start == "none":
-            noise = _single(torch.rand(grid, generator=torch.Generator().manual_seed(0)).to(images))
+            noise = in_single(torch.rand(grid, generator=torch.Generator().manual_seed(0)).to(images))
             return (0.5 + 0.01 * noise).expand(len(images), 1, *grid)
         size = (images.shape[2], images.shape[3])
         relevance = self._at_this_call(self._relevance(images))._finite_maps(images, target, None, size, True)
@@ -153,34 +153,13 @@ class MaskRefinement(CellFilling):
         mask = F.interpolate(soft.flatten(0, 1), size=images.shape[2:], mode="nearest").unflatten(0, soft.shape[:2])
         mask = mask.to(images.dtype)
         kept, gone = mask * images + (1 - mask) * fill, (1 - mask) * images + mask * fill
-        keeps, loses = self._chances(torch.cat([kept, gone]), target).chunk(2, dim=1)
+        keeps, loses = self._read(torch.cat([kept, gone]), target, self._chances).chunk(2, dim=1)
         return -keeps[0].sum() - loses[1].sum()
 
-    def _chances(
-        self, copies: Float[Tensor, "copies batch colours height width"], target: Target
-    ) -> Float[Tensor, "2 values"]:
+    def _chances(self, output: Any, target: Target, batch: int) -> Float[Tensor, "2 values"]:
         """Return the log of the target's probability, and of what is left to 1; of values without classes v and -v."""
-        if self._call.has_others or callable(target):  # which know the batch
-            found = [self._chance(self._call.run(self.model, each), target, len(each)) for each in copies]
-            return torch.cat(found, dim=1)
-        count, batch = copies.shape[:2]
-        each = target.tolist() if isinstance(target, Tensor) and target.ndim else target
-        repeated = each * count if isinstance(each, list) else each
-        return self._chance(self._call.run(self.model, copies.flatten(0, 1)), repeated, count * batch)
-
-    def _chance(self, output: Any, target: Target, batch: int) -> Float[Tensor, "2 values"]:
-        if not callable(target):
-            call = f"{self.called}.attribute"
-            scores = follow(output, scores_in(f"{call}(target={target!r})", output, batch, target))
-            if scores.ndim > 1 and scores.shape[1] > 1:
-                indices = target_indices(call, scores, target, batch)
-                places = (torch.arange(batch, device=scores.device), *indices.unbind(1))
-                chance = _single(scores).log_softmax(1)[places]
-                return torch.stack([chance, torch.log1p(-chance.exp().clamp(max=1 - _SURE))])
-        values = _single(self._values(output, target, batch)).view(-1)
+        chance = self._log_chance(output, target, batch)
+        if chance is not None:
+            return torch.stack([chance, torch.log1p(-chance.exp().clamp(max=1 - _SURE))])
+        values = in_single(self._values(output, target, batch)).view(-1)
         return torch.stack([values, -values])
-
-
-def _single(values: Tensor) -> Tensor:
-    """In single precision, unless it is higher."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

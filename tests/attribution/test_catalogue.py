@@ -14,6 +14,7 @@ FAST = {
     "occlusion": {"sliding_window_shapes": 20, "strides": 20},
     "integrated_gradients": {"n_steps": 2},
     "grad_cam": {},
+    "igos_plus_plus": {"steps": 2, "path": 2, "cells": 6, "sparsity": 0.0, "smoothness": 0.0},
 }
 
 

@@ -23,8 +23,12 @@ FAST = {
     "integrated_gradients": {"n_steps": 2},
     "keep_and_remove_lrp": {"draws": 1},
     "mask_refinement": {"steps": 2},
+    "igos_plus_plus": {"steps": 2, "path": 2, "cells": 6, "sparsity": 0.0, "smoothness": 0.0},
 }
-PROBABILITIES = ("mask_refinement",)  # that ask how likely the class is, which one number of a function does not say
+PROBABILITIES = (
+    "mask_refinement",
+    "igos_plus_plus",
+)  # that ask how likely the class is, which one number of a function does not say
 EVERY = pytest.mark.parametrize(
     ("model", "name"),
     [
