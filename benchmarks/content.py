@@ -1,6 +1,6 @@
 """What the image-dependent part of attention is worth: models whose matrices are those of another image, or of none.
 
-    python benchmarks/run.py content --data FOLDER
+    python benchmarks/run.py content --data FOLDER [--runs FOLDER]
     python benchmarks/content.py               writes the tables of docs/findings.md from results/content.json
 
 ``--data`` holds imagenette128.zip and clothing128.zip. In one layer, or in all, the matrices of the scans are
@@ -13,7 +13,9 @@ replaced, or entries of them removed; all else (projections, convolutions, gates
 - own tap: the mixers' depthwise convolutions keep the tap of the token itself alone (a causal one's last, else the
   middle), so that tokens meet in the scans and nowhere else.
 
-Answers lie in ``--work``, batch by batch, and a killed run resumes from there; ``--minutes`` ends it after a batch.
+With ``--runs``, a folder of benchmarks/series.py, its models of several patch orders and of several seeds are measured
+instead, orders/<order>_<seed>/ and seeds/<model>_<seed>/; seeds are the units. Answers lie in ``--work``, batch by
+batch, and a killed run resumes from there; ``--minutes`` ends it after a batch.
 """
 
 import argparse
@@ -35,7 +37,7 @@ from torch import Tensor, nn
 from benchmarks import findings_page
 from benchmarks.content_page import EVERY, FILE
 from benchmarks.findings import FILE as FINDINGS
-from benchmarks.findings import labelled
+from benchmarks.findings import labelled, trained_orders, trained_seeds
 from benchmarks.report import Figure, show
 from mamba_attn import knockout, replace_attention, trace
 from mamba_attn.core.loaded_model import LoadedModel
@@ -55,6 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with both collections")
     parser.add_argument("--work", type=Path, default=Path("content_work"), help="default: ./content_work")
     parser.add_argument("--models", nargs="+", default=MODELS, help="names; the others' results stay")
+    parser.add_argument("--runs", type=Path, help="folder of trained models, which are measured instead")
     parser.add_argument("--images", type=int, default=IMAGES, help=f"of the joint validation split; default: {IMAGES}")
     parser.add_argument("--minutes", type=float, help="of each model: stop after the batch, and report what there is")
 
@@ -67,17 +70,28 @@ def partial(args: argparse.Namespace) -> bool:
 def run_content(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
     """Measure what the work folder lacks, and report."""
     images = 16 if args.quick else args.images
-    known = json.loads(FILE.read_text())["details"]["models"] if FILE.is_file() and not args.quick else {}
+    before = json.loads(FILE.read_text())["details"] if FILE.is_file() and not args.quick else {}
+    found = {part: before.get(part, {}) for part in ("models", "orders", "seeds")}
     args.work.mkdir(parents=True, exist_ok=True)
-    for name in args.models:
-        subject = load(name, "demo")
+
+    def measured(name: str, weights: str) -> dict[str, Any]:
+        subject = load(name, weights)
         store = Answers(args.work / f"{name}_{subject.fingerprint}.jsonl")
         deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
         measure(subject, args.data, store, images, 2 if args.quick else MEANS, deadline)
-        known[name] = {"weights": subject.fingerprint, **summary(store)}
-        rows = [(what, where, f"{its['top1']:.1f}", str(its["change"])) for what, where, its in listed(known[name])]
-        show(f"{name}, {known[name]['images']} images", ("matrices", "layers", "top-1, %", "change, points"), rows)
-    return [], {"how": __doc__, "means": MEANS, "batch": BATCH, "models": known}
+        return {"weights": subject.fingerprint, **summary(store)}
+
+    for name in args.models if args.runs is None else ():
+        found["models"][name] = its = measured(name, "demo")
+        rows = [(what, where, f"{each['top1']:.1f}", str(each["change"])) for what, where, each in listed(its)]
+        show(f"{name}, {its['images']} images", ("matrices", "layers", "top-1, %", "change, points"), rows)
+    runs = {} if args.runs is None else {"orders": trained_orders(args.runs), "seeds": trained_seeds(args.runs)}
+    for part, models in runs.items():
+        for name, paths in models.items():
+            found[part][name] = over_seeds([measured(path.stem, str(path)) for path in paths])
+            changed = [(what, str(change)) for what, change in found[part][name]["changed"].items()]
+            show(f"{name}, {len(paths)} seeds", ("matrices of all layers", "change of top-1, points"), changed)
+    return [], {"how": __doc__, "means": MEANS, "batch": BATCH, **found}
 
 
 class Answers:
@@ -234,6 +248,24 @@ def summary(store: Answers) -> dict[str, Any]:
             its["as the donor"] = round(100 * float((answers == donors)[other].mean()), 2)
             its["as the donor, own matrices"] = round(100 * float((plain == donors)[other].mean()), 2)
         found["changed"].setdefault(what, {})[where] = its
+    return found
+
+
+def over_seeds(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the mean change of top-1 under every intervention in all layers, with its interval over seeds.
+
+    Args:
+        summaries: of models that differ in their seed alone.
+    """
+    found: dict[str, Any] = {
+        "weights": [each["weights"] for each in summaries],
+        "images": summaries[0]["images"],
+        "own": _points(mean, np.array([each["own"][0] / 100 for each in summaries])),
+        "changed": {},
+    }
+    for what in summaries[0]["changed"]:
+        each = np.array([its["changed"][what][EVERY]["change"][0] / 100 for its in summaries])
+        found["changed"][what] = _points(mean, each)
     return found
 
 

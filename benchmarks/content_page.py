@@ -55,13 +55,41 @@ def within(_: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def in_orders(_: dict[str, Any]) -> str:
+    """What matrices and convolutions are worth to models of every order."""
+    return _trained("orders")
+
+
+def in_seeds(_: dict[str, Any]) -> str:
+    """The same to models of several seeds."""
+    return _trained("seeds")
+
+
+def _trained(part: str) -> str:
+    models = _details().get(part, {})
+    if not models:
+        return _NOTHING
+    lines = [f"| in all layers | {' | '.join(models)} |", "|---|" + "---|" * len(models)]
+    lines.append("| seeds | " + " | ".join(str(len(its["weights"])) for its in models.values()) + " |")
+    lines.append("| top-1 with its own, % | " + " | ".join(_interval(its["own"]) for its in models.values()) + " |")
+    for what in next(iter(models.values()))["changed"]:
+        said = {"own tap": "each token's own tap alone", **_SAID}.get(what, f"{what} steps")
+        lines.append(f"| {said} | {' | '.join(_interval(its['changed'][what]) for its in models.values())} |")
+    return "\n".join(lines) + "\n"
+
+
 def _without_convolutions(name: str, model: dict[str, Any]) -> str:
     change = model["changed"]["own tap"][EVERY]["change"]
     return f"- {name}, convolutions in front of the scans reading each token alone: {_interval(change)} points."
 
 
 def _models() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(FILE.read_text())["details"]["models"] if FILE.is_file() else {}
+    found: dict[str, Any] = _details().get("models", {})
+    return found
+
+
+def _details() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(FILE.read_text())["details"] if FILE.is_file() else {}
     return found
 
 
@@ -70,4 +98,9 @@ def _interval(ends: list[float | None]) -> str:
     return f"{value:.1f}" if low is None else f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
-PARTS: dict[str, Callable[[dict[str, Any]], str]] = {"worth": worth, "within": within}
+PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "worth": worth,
+    "within": within,
+    "in orders": in_orders,
+    "in seeds": in_seeds,
+}

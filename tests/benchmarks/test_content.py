@@ -69,6 +69,21 @@ def test_every_intervention_is_measured_and_written_on_the_page(model, tmp_path,
                    **{what: [0, 0] for what in found}})  # fmt: skip
     summary = content.summary(content.Answers(tmp_path / "answers.jsonl"))
     assert summary["changed"]["mean"]["all layers"]["change"][0] == -50
-    monkeypatch.setattr(content_page, "_models", lambda: {"small": summary})
+    monkeypatch.setattr(content_page, "_details", lambda: {"models": {"small": summary}})
     assert all(f"| {name} |" in content_page.worth({}) for name in names)
     assert "reading each token alone: -50.0" in content_page.within({})
+
+
+def test_of_several_seeds_the_seeds_are_the_units(monkeypatch):
+    seeds = [
+        {"weights": f"{seed}", "images": 8, "own": [60.0 + seed, None, None],
+         "changed": {"none": {"a layer": {"change": [0.0, None, None]}, "all layers": {"change": [change, -9.0, 9.0]}}}}
+        for seed, change in enumerate((-1.0, -2.0, -3.0))
+    ]  # fmt: skip
+    found = content.over_seeds(seeds)
+    assert found["own"][0] == 61
+    half = 4.302652729911275 / 3**0.5  # Student's, of two degrees of freedom
+    assert found["changed"] == {"none": [-2.0, round(-2 - half, 2), round(-2 + half, 2)]}
+    monkeypatch.setattr(content_page, "_details", lambda: {"orders": {"raster": found, "random": found}})
+    assert "| in all layers | raster | random |" in content_page.in_orders({})
+    assert "| none (D u alone) | -2.0 [-4.5, 0.5] | -2.0 [-4.5, 0.5] |" in content_page.in_orders({})

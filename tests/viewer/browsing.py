@@ -83,7 +83,8 @@ class Viewer:
         for _ in range(100):  # text or photos that come late move what is below them, and a scroll bar narrows it
             canvas.scroll_into_view_if_needed()
             box = canvas.bounding_box()
-            places = np.array(self.page.evaluate("(at) => viewer.points()[at].places", at)) + [box["x"], box["y"]]
+            places = np.array(self.page.evaluate("(at) => viewer.points()[at].places", at))
+            places = places + np.array([box["x"], box["y"]])
             if before is not None and np.array_equal(places, before):
                 return places
             before = places
