@@ -172,10 +172,10 @@ def order_pattern(details: dict[str, Any]) -> str:
         if row.get("others"):  # over models
             its = asdict(mean(np.array([its["value"], *row["others"]])))
         low, high = its["low"], its["high"]
-        says = "undecided" if low is None or low <= 0 <= high else "the order" if low > 0 else "the raster"
+        open_ = low is None or low <= 0 <= high
+        says = "which rows follow is open" if open_ else f"rows follow the {'order' if low > 0 else 'raster'}"
         lines.append(
-            f"- {store['order']}: {tables.shown(its)}, so rows follow {says}; untrained models "
-            f"{tables.short(row.get('random'))}."
+            f"- {store['order']}: {tables.shown(its)}, so {says}; untrained models {tables.short(row.get('random'))}."
         )
     return "\n".join(lines) + "\n" if lines else tables.NOTHING
 
