@@ -47,7 +47,7 @@ LEADING = (  # on all images; others on as many as their place needs
     "transformer_attribution",
     "random",
 )
-SHORTENED = ("igos_plus_plus:path=5",)  # with its own options it takes a minute an image
+SHORTENED = ("igos_plus_plus:path=5",)  # its own options ask for 1,200 passes forward and backward
 DEAR = ("latim", "keep_and_remove_lrp", "mask_refinement")  # maps that take seconds
 ABLATIONS = (
     OURS,

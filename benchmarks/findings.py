@@ -172,6 +172,7 @@ def run_findings(args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
     details["training"] = {**before.get("training", {}), **trained}
     own = orders_found or "reordered" not in before
     details["reordered"] = reordered(orders_found, data / OBJECTS, args.answers) if own else before["reordered"]
+    # accuracies of models that are gone: they are only handed on
     details["older orders"] = before.get("older orders", {"orders": [], "top1": [], "images": 0})
     details["wall seconds"] = time.perf_counter() - started
     families = {each.model.partition("_")[0] for each in every if each.order}

@@ -156,7 +156,7 @@ METHODS: dict[str, Entry] = {
             "igos_plus_plus",
             "iGOS++",
             IGOSPlusPlus,
-            "What the class is lost without and kept by: masks that are learnt between the image and its blur.",
+            "What the class needs: without it the class is lost, and it alone brings the class back; a learnt mask.",
             ANY,
         ),
         Entry(

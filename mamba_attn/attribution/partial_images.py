@@ -33,7 +33,8 @@ class PartialImages(MapAttribution):
         if is_text(images) or images.ndim != 4:
             raise ValueError(
                 f"{call}(inputs{tuple(images.shape)}): expected images (batch, colours, rows, columns), whose cells "
-                "can be filled; for texts, volumes and spectrograms use MambaLRP."
+                "can be filled; for texts, volumes and spectrograms use MambaLRP or, of a model without scans, "
+                "IntegratedGradients."
             )
         output = self._output(images, target)
         if target is not None:
