@@ -22,7 +22,7 @@ TERMS = {
     "p": "which part of untrained models lies as far from their mean as the trained one, by Student's t, after Holm's "
     "correction over the rows of the table.",
     "range of untrained": "where the trained model is, to the range expected of untrained models: outside (above or "
-    "below) where p is at most 0.05, else inside. One trained model does not tell what training does in general.",
+    "below) where p is at most 0.03, else inside. One trained model does not tell what training does in general.",
     "seeds below": "how many of the untrained models lie below the trained one; no distribution is assumed.",
     "training": "what training does, if weights of further training runs were given: the mean of all trained models "
     "minus that of untrained ones, in brackets its interval over models; more or less if p after Holm's correction is "

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from mamba_attn.evaluation.intervals import LEVEL, holm
-from mamba_attn.findings.controls import ALL, Row, compared, pairs
+from mamba_attn.findings.controls import ALL, OUTSIDE, Row, compared, pairs
 from mamba_attn.findings.intervals import Estimate, effect, expected, quantile, tail
 from mamba_attn.findings.registry import FINDINGS
 from mamba_attn.findings.tables import in_words, over_pairs, probability, training
@@ -94,23 +94,23 @@ def rows_of(values, seeds):
     ]
 
 
-def test_a_table_of_an_untrained_model_has_an_error_in_five_of_a_hundred():
+def test_a_table_of_an_untrained_model_has_an_error_as_rarely_as_its_level_says():
     random = np.random.default_rng(0)
     tables = [
         compared(rows_of(random.standard_normal(17), random.standard_normal((17, 5)))) for _ in range(600)
     ]  # fmt: skip
     erring = sum(any(row.verdict != "inside" for row in rows) for rows in tables)
     assert erring > 0
-    assert stats.binomtest(erring, 600, LEVEL, "greater").pvalue > 1e-3
+    assert stats.binomtest(erring, 600, OUTSIDE, "greater").pvalue > 1e-3
     numbers = [row.untrained.chance <= LEVEL for rows in tables for row in rows]
     assert stats.binomtest(sum(numbers), len(numbers), LEVEL).pvalue > 1e-3
 
 
 def test_verdicts_are_corrected_over_their_own_table():
     seeds = [[-1.0, -0.5, 0.0, 0.5, 1.0]] * 4
-    high, low, near, _ = rows = compared(rows_of([40.0, -40.0, 2.6, 0.0], seeds))
+    high, low, near, _ = rows = compared(rows_of([40.0, -40.0, 3.1, 0.0], seeds))
     assert (high.verdict, low.verdict) == ("above", "below")
-    assert near.untrained.chance < LEVEL < near.untrained.corrected
+    assert near.untrained.chance < OUTSIDE < near.untrained.corrected
     assert near.verdict == "inside"
     (alone,) = compared([near])
     assert alone.verdict == "above"
